@@ -1,0 +1,296 @@
+"""What the programs share: typed configuration flags, errors for people, opening a run."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import sys
+import types
+import typing
+
+from absl import app, flags, logging
+
+from nanoflax import config as configs
+from nanoflax.errors import UserError
+
+FLAGS = flags.FLAGS
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def launch(main, default_config=None):
+    """Run a program: parse its flags, call main(), and turn what goes wrong into one line.
+
+    default_config: the file of --config for a program that takes one; every leaf of it becomes a
+    typed flag, such as --config.model.dim=256. Exit status: what main returns (0), 2 for anything
+    the user can put right, 130 for Ctrl-C outside training.
+    """
+    def parse(argv):
+        try:
+            if default_config:
+                define_config(config_path(argv) or default_config)
+            rest = FLAGS(argv)
+            if len(rest) > 1:
+                raise UserError(f"argument {rest[1]!r} is not understood; flags begin with --")
+            return rest
+        except (flags.Error, UserError) as error:
+            fail(error)
+
+    def guarded(_):
+        try:
+            sys.exit(main() or 0)
+        except UserError as error:
+            fail(error)
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
+
+    logging.set_verbosity(logging.WARNING)  # JAX tells there which backends it did not find
+    app.run(guarded, flags_parser=parse)
+
+
+def fail(error):
+    print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def config_path(argv):
+    """The value of --config, read before the flags that its file defines can be."""
+    for i, arg in enumerate(argv):
+        if re.match(r"--?config=", arg):
+            return arg.split("=", 1)[1]
+        if arg in ("--config", "-config") and i + 1 < len(argv):
+            return argv[i + 1]
+    return None
+
+
+def load_config(path):
+    """The Config of a file's get_config(). A bare name is looked up in experiments/configs."""
+    shipped = os.path.join(HERE, "configs", os.path.basename(path).removesuffix(".py") + ".py")
+    where = path if os.path.exists(path) else shipped
+    if not os.path.exists(where):
+        known = sorted(f[:-3] for f in os.listdir(os.path.join(HERE, "configs"))
+                       if f.endswith(".py") and not f.startswith("_"))
+        raise UserError(f"--config={path} does not exist; shipped: {', '.join(known)}")
+    spec = importlib.util.spec_from_file_location("nanoflax_user_config", where)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever is wrong in a person's own file
+        raise UserError(f"--config={path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, configs.Config):
+        raise UserError(f"--config={path}: get_config() must return a nanoflax.config.Config, "
+                        f"not {type(config).__name__}")
+    return config
+
+
+def define_config(path):
+    """Define --config and a typed flag for every leaf of its file, with the file's values."""
+    _define(flags.ArgumentParser(), "config", path, "file whose get_config() makes the Config")
+    for name, kind, value in leaves(load_config(path), "config"):
+        _define(_Leaf(kind), name, value, f"{_name(kind)} (nanoflax/config.py)")
+
+
+def _define(parser, name, default, text):
+    parser.syntactic_help = ""
+    flags.DEFINE(parser, name, default, text, serializer=flags.ArgumentSerializer(),
+                 module_name=sys.argv[0])
+
+
+def parsed_config():
+    """The Config after all flags, validated."""
+    def fill(cls, prefix):
+        values = {}
+        for name, kind in typing.get_type_hints(cls).items():
+            key = f"{prefix}.{name}"
+            values[name] = (fill(kind, key) if dataclasses.is_dataclass(kind)
+                            else FLAGS[key].value)
+        return cls(**values)
+
+    config = fill(configs.Config, "config")
+    configs.validate(config)
+    return config
+
+
+def leaves(config, prefix):
+    """(dotted name, type, value) of every leaf of a nested dataclass."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(kind):
+            yield from leaves(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", kind, value
+
+
+class _Leaf(flags.ArgumentParser):
+    """Reads text as the type of a configuration field; None is written none."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def parse(self, text):
+        if not isinstance(text, str):
+            return text
+        kind, lower = self.kind, text.lower()
+        if isinstance(kind, types.UnionType):
+            if lower == "none":
+                return None
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        if kind is bool and lower in ("true", "false", "1", "0"):
+            return lower in ("true", "1")
+        try:
+            if kind is not bool:
+                return kind(text)
+        except ValueError:
+            pass
+        raise ValueError(f"it must be {_name(self.kind)}")
+
+    def flag_type(self):
+        return _name(self.kind)
+
+
+def _name(kind):
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(kind) or f"{_name(typing.get_args(kind)[0])} or none"
+
+
+def setup_jax():
+    """Keep compiled programs between runs: a compile of 1.4 s becomes 0.13 s."""
+    import jax
+
+    from nanoflax.data import default_cache_dir
+
+    jax.config.update("jax_compilation_cache_dir", os.path.join(default_cache_dir(), "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def read_run(workdir):
+    """The Config and tokenizer of a run. Raises: UserError if workdir holds no run."""
+    from nanoflax import tokenizers
+
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        raise UserError(f"--workdir={workdir} holds no run (no config.json); give the directory "
+                        "that pretrain wrote")
+    with open(path) as f:
+        config = configs.from_dict(configs.Config, json.load(f))
+    return config, tokenizers.load(os.path.join(workdir, "tokenizer"))
+
+
+def restore_model(workdir, config, tokenizer, which="best"):
+    """The model of a run and its parameters (their moving average, if it keeps one).
+
+    Raises: UserError if there is no sound checkpoint or the tokenizer is not the run's.
+    """
+    from nanoflax import checkpoint, models
+
+    subtree = "ema" if config.optim.ema else "params"
+    params, meta = checkpoint.restore_params(os.path.join(workdir, "checkpoints"), which=which,
+                                             subtree=subtree)
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"the tokenizer in --workdir={workdir} (fingerprint "
+                        f"{tokenizer.fingerprint[:12]}) is not the one that the checkpoint was "
+                        f"trained with ({meta['tokenizer'][:12]}); put that one back")
+    return models.build(config.model), params
+
+
+# Fields that may change between a run and its resumption: they do not touch the trajectory.
+FREE = {"data": ("workers", "cache"),
+        "train": ("loss_chunks", "remat", "max_skipped", "evaluate_every", "evaluate_batches",
+                  "patience", "checkpoint_every", "checkpoint_seconds", "keep", "sample_prompt",
+                  "sample_tokens", "mesh", "tensorboard", "wandb")}
+
+
+def resumable(workdir, config, restart):
+    """The configuration (dict) that a run in workdir has, None if there is none.
+
+    Raises: UserError with a diff if it is not this one in what determines the numbers.
+    """
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path) as f:
+            saved = json.load(f)
+        old = configs.to_dict(configs.from_dict(configs.Config, saved))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    new = configs.to_dict(config)
+    if new["model"]["vocab_size"] == 0:
+        new["model"]["vocab_size"] = old["model"]["vocab_size"]
+    for section, names in FREE.items():
+        for name in names:
+            old[section].pop(name), new[section].pop(name)
+    changed = configs.diff(old, new)
+    if changed and not restart:
+        raise UserError(f"--workdir={workdir} holds a run with another configuration "
+                        f"({'; '.join(changed)}); choose another --workdir, or "
+                        "--restart_from_weights to begin a new run from its weights")
+    return saved
+
+
+def refuse_other_data(meta, identity):
+    """Raises: UserError if a checkpoint was trained with another tokenizer or other text."""
+    for key, what in [("tokenizer", "tokenizer/ of the workdir"),
+                      ("data", "text of data.train"), ("validation", "validation text")]:
+        if meta[key] != identity[key]:
+            raise UserError(f"the {what} is not the one that the checkpoint was trained with "
+                            f"(fingerprint {identity[key][:12]}, not {meta[key][:12]}); restore "
+                            "it, choose another --workdir, or --restart_from_weights")
+
+
+def set_aside(workdir):
+    """Move a run into a directory of its own inside workdir; returns that directory."""
+    number = 1
+    while os.path.exists(target := os.path.join(workdir, f"previous-{number}")):
+        number += 1
+    os.makedirs(target)
+    for name in ("config.json", "tokenizer", "metrics.jsonl", "checkpoints", "tensorboard",
+                 "loss.png", "wandb"):
+        if os.path.exists(path := os.path.join(workdir, name)):
+            os.rename(path, os.path.join(target, name))
+    return target
+
+
+def write_run(workdir, config, tokenizer):
+    """config.json and tokenizer/ of a new run; config.json last, so that it marks a whole run."""
+    tokenizer.save(os.path.join(workdir, "tokenizer"))
+    temporary = os.path.join(workdir, ".config.json.tmp")
+    with open(temporary, "w") as f:
+        json.dump(configs.to_dict(config), f, indent=1)
+    os.replace(temporary, os.path.join(workdir, "config.json"))
+
+
+def source_of(config, name=None):
+    """The data.Source of a DataConfig (or of another source string, read the same way)."""
+    from nanoflax import data
+
+    return data.Source(name or config.train, config.field, "" if name else config.validation,
+                       config.validation_fraction)
+
+
+def get_tokenizer(config, directory):
+    """The run's own tokenizer if it has one, else the one that data.tokenizer names or asks to
+    train on the training split."""
+    from nanoflax import data, tokenizers
+
+    kind, size = tokenizers.parse(config.tokenizer)
+    if os.path.exists(directory):
+        return tokenizers.load(directory)
+    if kind in ("bytes", "path"):
+        return tokenizers.load(config.tokenizer)
+    return tokenizers.train_sentencepiece(data.documents(source_of(config), "train"), size, kind)
+
+
+def with_vocabulary(config, tokenizer):
+    """The Config with model.vocab_size settled. Raises: UserError if it is too small."""
+    size = config.model.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise UserError(f"model.vocab_size={size} is less than the tokenizer's "
+                        f"{tokenizer.vocab_size}; set it to 0 or at least that")
+    model = dataclasses.replace(config.model, vocab_size=size)
+    return dataclasses.replace(config, model=model)

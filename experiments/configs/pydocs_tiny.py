@@ -1,0 +1,19 @@
+"""The main job: a small Llama-shaped model of Python's own documentation.
+
+Command:   python -m experiments.pretrain
+Hardware:  two CPU cores
+"""
+
+from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+
+def get_config():
+    return Config(
+        model=ModelConfig(layers=4, dim=256, heads=4, context=256, norm="rmsnorm",
+                          activation="silu", gated=True, positions="rotary", bias=False, tied=True),
+        data=DataConfig(train="pydocs", tokenizer="bpe:2048"),
+        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=20, schedule="linear",
+                          end_factor=0.05),
+        train=TrainConfig(steps=400, batch_size=16, evaluate_every=100, checkpoint_every=100,
+                          sample_prompt="The function returns"),
+    )

@@ -1,0 +1,137 @@
+"""Pretrain a decoder-only Transformer on a corpus, from text to text.
+
+    python -m experiments.pretrain                                  # the main job
+    python -m experiments.pretrain --config=gpt2_124m --workdir=runs/gpt2
+    python -m experiments.pretrain --config.model.dim=384 --config.train.steps=800 --workdir=runs/x
+
+The same command again resumes. Exit status: 0 finished (early stopping too), 2 something to put
+right, 130 Ctrl-C and 143 SIGTERM, after saving: run the command again to go on.
+"""
+
+import json
+import math
+import os
+import sys
+
+from absl import flags
+
+from experiments import common
+from nanoflax import config as configs
+from nanoflax.errors import UserError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", "", "directory of the run; empty means runs/NAME of the config")
+flags.DEFINE_bool("restart_from_weights", False,
+                  "begin a new run in workdir from its saved weights; the old one is kept beside")
+
+
+def main():
+    config = common.parsed_config()
+    name = os.path.basename(FLAGS.config).removesuffix(".py")
+    workdir = FLAGS.workdir or os.path.join("runs", name)
+    saved = common.resumable(workdir, config, FLAGS.restart_from_weights)
+
+    from nanoflax import checkpoint
+
+    common.setup_jax()
+    with checkpoint.WorkdirLock(workdir):
+        return run(config, workdir, saved)
+
+
+def run(config, workdir, saved):
+    """Train in workdir; saved: the configuration that it already holds, or None."""
+    import jax
+
+    from nanoflax import checkpoint, data, models, optim, report, sampling, sharding, train
+
+    params = None
+    if FLAGS.restart_from_weights and saved:
+        params, _ = checkpoint.restore_params(os.path.join(workdir, "checkpoints"))
+        print(f"the run before is kept in {common.set_aside(workdir)}")
+        saved = None
+    tokenizer = common.get_tokenizer(config.data, os.path.join(workdir, "tokenizer"))
+    config = common.with_vocabulary(config, tokenizer)
+    mesh = sharding.make_mesh(config.train.mesh)
+    sharding.check(config, mesh)
+    stores = [data.prepare(common.source_of(config.data), tokenizer, split,
+                           config.data.cache or None, config.data.workers or None)
+              for split in ("train", "validation")]
+    for split, store in zip(("training", "validation"), stores):
+        print(f"{split}: {store.n_documents:,} documents, {report.count(store.n_bytes)}B of text, "
+              f"{report.count(store.n_tokens)} tokens")
+        for line in store.report:
+            print(f"  {line}")
+    windows, held_out = (data.Windows(s, config.model.context, config.data.packing == "isolated")
+                         for s in stores)
+    identity = {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint,
+                "validation": stores[1].fingerprint, "config": configs.to_dict(config)}
+
+    model = models.build(config.model, config.train.remat)
+    optimizer, schedule = optim.make_optimizer(config.optim, config.train.steps)
+    with checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep) as saves:
+        tracking, start_step = train.Tracking(), 0
+        if saves.latest() is not None:
+            state, meta = saves.restore(train.abstract_state(model, optimizer, config, mesh)._asdict())
+            common.refuse_other_data(meta, identity)
+            state, tracking = train.TrainState(**state), train.Tracking(**meta["tracking"])
+            start_step = meta["step"]
+            print(f"resuming at step {start_step}")
+        else:
+            common.write_run(workdir, config, tokenizer)
+            state = train.init_state(model, optimizer, config, mesh, params)
+        print(report.parameter_table(state.params))
+        flops = models.flops_per_token(config.model)
+        print(f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
+              f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}")
+        if start_step >= config.train.steps:
+            print(f"the run is complete: {start_step} steps")
+            return 0
+        batches = data.Batches(windows, config.train.batch_size, config.train.seed, True,
+                               jax.process_index(), jax.process_count())
+        step = train.compile_step(train.make_train_step(model, optimizer, config), state,
+                                  sharding.put_batch(batches[start_step], mesh), mesh)
+        tokens_per_step = config.train.batch_size * config.model.context
+        peak = report.peak_flops(mesh.devices.flat[0])
+        peak = peak * mesh.size if peak else report.measure_peak_flops()
+        score = train.make_evaluation(model, config, mesh)
+
+        def continuation(params):
+            if not config.train.sample_tokens:
+                return ""
+            prompt = [tokenizer.bos_id, *tokenizer.encode(config.train.sample_prompt)]
+            new, = sampling.sample(model, params, [prompt], config.train.sample_tokens,
+                                   temperature=0.8, top_k=40, rng=jax.random.PRNGKey(0),
+                                   eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
+            return config.train.sample_prompt + tokenizer.decode(new)
+
+        def evaluate(params, at):
+            nats, tokens = score(params, held_out)
+            found = {"validation_loss": nats / tokens}
+            if not config.train.evaluate_batches:
+                found["bits_per_byte"] = nats / math.log(2) / stores[1].n_bytes
+            numbers = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in found.items())
+            sample = "\n  | ".join(continuation(params).splitlines())
+            return found, f"step {at}: {numbers}" + (f"\n  | {sample}" if sample else "")
+
+        with (report.MetricsLog(workdir, config.train.tensorboard, config.train.wandb or None,
+                                start_step, configs.to_dict(config)) as log,
+              report.Progress(config.train.steps, start_step, tokens_per_step, flops,
+                              peak) as progress):
+            state, tracking, outcome = train.fit(
+                state, step, batches, config, mesh, evaluate=evaluate, checkpoints=saves, log=log,
+                progress=progress, meta=identity, tracking=tracking, schedule=schedule)
+    plot = report.plot_losses(workdir, tokens_per_step)
+    if outcome.signal:
+        print(f"{outcome.reason}: saved at step {outcome.step}; the same command goes on")
+        return 128 + outcome.signal
+    best = next(r for r in reversed(report.read_metrics(os.path.join(workdir, "metrics.jsonl")))
+                if r["step"] == tracking.best_step and "validation_loss" in r)
+    print(f"{outcome.reason} at step {outcome.step}; best at step {tracking.best_step}: "
+          + json.dumps({k: round(v, 4) for k, v in best.items()}))
+    print(f"loss curve: {plot}\nsample it:  python -m experiments.sample --workdir={workdir} "
+          '--prompt="The function returns"')
+    return 0
+
+
+if __name__ == "__main__":
+    common.launch(main, "pydocs_tiny")

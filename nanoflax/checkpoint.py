@@ -1,0 +1,453 @@
+"""Checkpoints: orbax saves and restores, a manifest proves them, a damaged one is stepped over.
+
+A checkpoint directory holds
+
+    <step>/state/            the arrays, written by orbax (OCDBT: a few files, whatever the tree)
+    <step>/meta/metadata     the JSON given as `meta`
+    <step>/manifest.json     the metric, and the size and CRC-32 of every file above
+    damaged-<step>/          a step that failed its check, moved out of the way, never deleted
+
+orbax writes a step under a temporary name and renames it when it is whole. The manifest is written
+just before that rename, by the same background thread, so no committed step is without one: a kill
+leaves either a step that can be proven or a temporary directory, which the next writer removes.
+Nothing is synced to the disk, so a power cut may damage the newest step; the manifest tells.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+import socket
+import zlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from nanoflax.errors import UserError
+
+_MANIFEST = "manifest.json"
+_WRITTEN_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # by orbax; restoring reads neither
+_DISK_ERRORS = [os.strerror(code) for code in (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)]
+
+# orbax narrates every save, and failed ones with tracebacks; what matters comes as an exception.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+# Reading: no function here changes a directory, so a sampler may use one that is being written.
+
+
+def steps(directory):
+    """Committed steps, ascending; [] when there is no such directory."""
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
+
+
+def read_meta(directory, step=None, which="latest", log=print):
+    """The `meta` saved with a step; chooses and raises as `restore_params` does."""
+    return _read_meta(directory, _choose(directory, step, which, log))
+
+
+def restore_params(directory, step=None, which="latest", shardings=None, subtree="params",
+                   log=print):
+    """Reads one subtree of a saved state, its structure taken from the checkpoint itself.
+
+    No other array is read. `shardings` is a sharding, a tree of them, or a function from the tree
+    of ShapeDtypeStructs to either; None means the default device. Lists and dicts come back as
+    they were, tuples as lists. A damaged step is named through `log` and the one before it used.
+
+    Returns:
+      (the subtree, meta).
+    Raises:
+      UserError: no usable step, `step` absent or damaged, no such subtree.
+    """
+    step = _choose(directory, step, which, log)
+    saved = _saved_tree(directory, step)
+    if subtree not in saved:
+        raise UserError(f"{directory}: step {step} has no {subtree!r}, only {sorted(saved)}")
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved[subtree])
+    if callable(shardings):
+        shardings = shardings(target)
+    if shardings is None or isinstance(shardings, jax.sharding.Sharding):
+        target = jax.tree.map(lambda x: _placed(x, shardings), target)
+    else:
+        target = jax.tree.map(_placed, target, shardings)
+    state = _read_arrays(directory, step, {subtree: target}, partial_restore=True)
+    return state[subtree], _read_meta(directory, step)
+
+
+class Checkpoints:
+    """The checkpoints of one run, opened for writing by all of its processes.
+
+    Keeps the `keep` newest steps, the best one besides, and every multiple of `keep_every`.
+    Opening removes the temporary directories that a kill left.
+
+    Raises:
+      UserError: the directory cannot be written, or is not a local path.
+    """
+
+    def __init__(self, directory, keep=2, keep_every=None, asynchronous=True, log=print):
+        if keep < 1:
+            raise UserError(f"keep={keep}: give 1 or more, to keep the newest checkpoint")
+        self.directory = _writable(directory)
+        self._keep, self._keep_every = keep, keep_every
+        self._asynchronous, self._log = asynchronous, log
+        self._open()
+
+    def _open(self):
+        """Starts orbax on what is on the disk, also after a failure or a change behind its back."""
+        if jax.process_index() == 0:  # by hand: orbax's own cleaning ends some time later
+            for path in self.directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(path, ignore_errors=True)
+        self._metrics = {step: _metric(self.directory / str(step)) for step in self.steps()}
+        self._saving = None
+        registry = ocp.DefaultCheckpointHandlerRegistry()
+        # Uncompressed: trained floats shrink by 8% for as much CPU time as all the rest of a save.
+        handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+        registry.add("state", ocp.args.PyTreeSave, handler)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self,
+                lightweight_initialize=True,  # metrics are read from our manifests instead
+                save_root_metadata=False,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+            ),
+            handler_registry=registry,
+        )
+
+    def should_preserve(self, checkpoints, *, context):
+        """orbax's PreservationPolicy; old steps go only after the new one is committed."""
+        del context
+        found = [c.step for c in checkpoints]
+        kept = set(sorted(found)[-self._keep:])
+        kept.add(_best({s: self._metrics.get(s) for s in found}))
+        if self._keep_every:
+            kept.update(s for s in found if s % self._keep_every == 0)
+        return [s in kept for s in found]
+
+    def save(self, step, state, meta, metric=None):
+        """Starts saving `state` (a tree of arrays) and `meta` (JSON) and returns.
+
+        The caller may donate or change both at once. Waits first for the save before this one.
+
+        Returns:
+          False if the step is saved already, else True.
+        Raises:
+          UserError: the disk refused this save or the one before it, or a later step exists.
+        """
+        self.wait()
+        found = self.steps()
+        if step in found:
+            return False
+        if found and step < found[-1]:
+            raise UserError(f"{self.directory}: cannot save step {step} before step {found[-1]}")
+        meta = json.loads(json.dumps(meta))
+        finite = metric is not None and math.isfinite(metric)
+        self._metrics[step] = float(metric) if finite else None
+        self._saving = step
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(jax.tree.map(_own, state)), meta=ocp.args.JsonSave(meta))
+        try:
+            self._manager.save(step, args=args, force=True)  # force: the caller decides when
+        except OSError as error:
+            self._abandon(error)
+        if not self._asynchronous:
+            self.wait()
+        return True
+
+    def wait(self):
+        """Blocks until the last save is committed; raises UserError if it failed."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # whatever type orbax or tensorstore chose for a full disk
+            self._abandon(error)
+        self._saving = None
+
+    def close(self):
+        """Waits, raising as `wait` does, and releases orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def steps(self):
+        """Committed steps, ascending."""
+        return steps(self.directory)
+
+    def latest(self):
+        """The newest committed step, or None."""
+        return max(self.steps(), default=None)
+
+    def best(self):
+        """The committed step of the lowest metric (of equals the newest), or None."""
+        return _best({s: self._metrics.get(s) for s in self.steps()})
+
+    def read_meta(self, step=None):
+        """The `meta` of the step that `restore(step=step)` would use; raises as it does."""
+        self.wait()
+        return _read_meta(self.directory, self._sound_step(step))
+
+    def restore(self, abstract_state, step=None):
+        """Restores onto the shardings of `abstract_state`, a tree of jax.ShapeDtypeStruct.
+
+        Without `step` the newest sound one; damaged ones are named, and moved to `damaged-<step>`.
+
+        Returns:
+          (state, meta).
+        Raises:
+          UserError: no sound step, `step` absent or damaged, or the saved paths, shapes or dtypes
+            are not those asked for (the differences are listed).
+        """
+        self.wait()
+        step = self._sound_step(step)
+        _compare(self.directory, step, abstract_state)
+        target = jax.tree.map(lambda x: _placed(x, getattr(x, "sharding", None)), abstract_state)
+        return _read_arrays(self.directory, step, target), _read_meta(self.directory, step)
+
+    def _sound_step(self, step):
+        """As `_choose`, decided and damage moved aside by process 0 for all of them."""
+        chosen, error, moved = -1, None, []
+        if jax.process_index() == 0:
+            try:
+                chosen = _choose(self.directory, step, "latest", self._log, moved.append)
+            except UserError as e:
+                error = e
+            for damaged in moved:
+                _move_aside(self.directory, damaged, self._log)
+        if jax.process_count() > 1:
+            chosen, moved = multihost_utils.broadcast_one_to_all(np.int32([chosen, len(moved)]))
+        if moved:
+            self._manager.close()
+            self._open()
+        if chosen < 0:
+            raise error or UserError(f"{self.directory}: no usable checkpoint (see process 0)")
+        return int(chosen)
+
+    def _abandon(self, error):
+        """Turns a failed save into a UserError and leaves nothing of it on the disk."""
+        step = self._saving
+        self._manager.close()
+        self._open()
+        reason = next((text for text in _DISK_ERRORS if text in str(error)), repr(error)[:200])
+        raise UserError(f"{self.directory}: step {step} could not be saved: {reason}") from error
+
+    def _write_manifest(self):
+        """Runs in orbax's commit thread of process 0, when all hosts' files are in place."""
+        path, = self.directory.glob(f"{self._saving}.*")
+        files = {}
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            name = file.relative_to(path).as_posix()
+            if name not in _WRITTEN_LATER:
+                files[name] = [file.stat().st_size, _crc32(file)]
+        body = {"metric": self._metrics[self._saving], "files": files}
+        (path / _MANIFEST).write_text(json.dumps({"crc32": _crc32_of(body), **body}))
+
+
+class WorkdirLock:
+    """One process per workdir: an flock, which the kernel drops when its holder dies.
+
+    Use as a context manager, or `release()` it. Only process 0 of a run takes it.
+
+    Raises:
+      UserError: another process holds it (its pid and host are named), or it cannot be written.
+    """
+
+    def __init__(self, directory):
+        self._file = None
+        if jax.process_index() != 0:
+            return
+        path = _writable(directory) / ".lock"
+        try:
+            file = open(path, "a+")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"workdir {directory} is in use by {holder}: wait for it or stop it,"
+                            " or choose another --workdir") from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be locked: {error.strerror}") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
+        # A forked worker that outlives a killed parent must not go on holding its lock.
+        os.register_at_fork(after_in_child=self.release)
+
+    def release(self):
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.release()
+
+
+# Helpers.
+
+
+def _writable(directory):
+    """The directory as an absolute path, made if need be. Raises UserError if that cannot be."""
+    if "://" in str(directory):
+        raise UserError(f"{directory} is not a local path: mount the bucket and give its path")
+    path = pathlib.Path(directory).expanduser().resolve()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: choose another directory or change its mode")
+    return path
+
+
+def _own(x):
+    """On a CPU "device to host" is a view, and donating a viewed buffer quietly copies it."""
+    if not isinstance(x, jax.Array) or next(iter(x.devices())).platform != "cpu":
+        return x
+    return jax.device_put(x, x.sharding, may_alias=False)
+
+
+def _placed(x, sharding=None):
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _state_path(directory, step):
+    return epath.Path(pathlib.Path(directory).resolve()) / str(step) / "state"
+
+
+def _saved_tree(directory, step):
+    return ocp.PyTreeCheckpointHandler().metadata(_state_path(directory, step)).tree
+
+
+def _read_arrays(directory, step, target, partial_restore=False):
+    args = ocp.args.PyTreeRestore(
+        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=partial_restore)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(_state_path(directory, step), args=args)
+
+
+def _read_meta(directory, step):
+    return ocp.JsonCheckpointHandler().restore(_state_path(directory, step).parent / "meta")
+
+
+def _compare(directory, step, wanted):
+    """Raises UserError where saved and wanted paths, shapes or dtypes differ: orbax would cast."""
+    def leaves(tree):
+        flat = ocp.tree.to_flat_dict(tree, keep_empty_nodes=True)
+        return {".".join(path): f"{np.dtype(x.dtype).name}{list(x.shape)}"
+                if hasattr(x, "shape") else "nothing" for path, x in flat.items()}
+
+    saved, wanted = leaves(_saved_tree(directory, step)), leaves(wanted)
+    pairs = {path: (saved.get(path, "absent"), wanted.get(path, "absent"))
+             for path in sorted(saved.keys() | wanted.keys())}
+    lines = [f"{path} is {a}, not {b}" for path, (a, b) in pairs.items() if a != b]
+    if lines:
+        more = f"; and {len(lines) - 10} more" if len(lines) > 10 else ""
+        raise UserError(f"{directory}: step {step} does not fit: {'; '.join(lines[:10])}{more}")
+
+
+def _crc32(file):
+    crc = 0
+    with open(file, "rb") as f:
+        while block := f.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _crc32_of(body):
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def _read_manifest(path):
+    """{"metric", "files"} of a step, or None where the manifest is missing or damaged."""
+    try:
+        body = json.loads((path / _MANIFEST).read_bytes())
+        return body if body.pop("crc32") == _crc32_of(body) else None
+    except PermissionError as error:
+        raise UserError(f"{path / _MANIFEST} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _metric(path):
+    manifest = _read_manifest(path)
+    return manifest["metric"] if manifest else None
+
+
+def _best(metrics):
+    scored = [(metric, -step) for step, metric in metrics.items() if metric is not None]
+    return -min(scored)[1] if scored else None
+
+
+def _damage(path):
+    """What is wrong with a step, or None."""
+    manifest = _read_manifest(path)
+    if manifest is None:
+        return f"{_MANIFEST} is missing or damaged"
+    for name, (size, crc) in manifest["files"].items():
+        try:
+            found = (path / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, not {size}"
+            if _crc32(path / name) != crc:
+                return f"{name} has changed since it was written"
+        except PermissionError as error:
+            raise UserError(f"{path / name} cannot be read: {error.strerror}") from error
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def _choose(directory, step, which, log, on_damage=lambda step: None):
+    """The step to read: `step`, else the newest or best that is sound. Raises UserError."""
+    if which not in ("latest", "best"):
+        raise UserError(f"which={which!r}: give 'latest' or 'best'")
+    directory = pathlib.Path(directory)
+    found = steps(directory)
+    if not found or (step is not None and step not in found):
+        wanted = "" if step is None else f" of step {step}"
+        raise UserError(f"{directory}: no checkpoint{wanted}; the steps there are {found}")
+    if step is not None:
+        if problem := _damage(directory / str(step)):
+            raise UserError(f"{directory}: step {step} is damaged: {problem}")
+        return step
+    candidates = found[::-1]
+    if which == "best":  # then the newest
+        metrics = {s: _metric(directory / str(s)) for s in candidates}
+        candidates.sort(key=lambda s: math.inf if metrics[s] is None else metrics[s])
+    for candidate in candidates:
+        problem = _damage(directory / str(candidate))
+        if problem is None:
+            return candidate
+        log(f"warning: {directory}: step {candidate} is damaged ({problem}) and is not used")
+        on_damage(candidate)
+    raise UserError(f"{directory}: every checkpoint is damaged: steps {found}")
+
+
+def _move_aside(directory, step, log):
+    target = directory / f"damaged-{step}"
+    while target.exists():
+        target = target.with_name(target.name + "-again")
+    (directory / str(step)).rename(target)
+    log(f"warning: {directory}: step {step} was moved to {target.name}")

@@ -1,0 +1,122 @@
+"""The smallest pieces: functions, and the thin Linen shells that own their weights.
+
+Parameters are float32; a shell computes in the dtype of its input.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+@jax.custom_vjp
+def matmul(x, w):
+    """x @ w for x [..., D_in] and w [D_in, D_out]; the result is [..., D_out] in x's dtype.
+
+    Equal to `x @ w` in value and gradient. The weight gradient of a narrowing product is taken as
+    the transpose of dy^T x, which XLA's CPU backend computes in about half the time.
+    """
+    return x @ w
+
+
+def _matmul_forward(x, w):
+    return x @ w, (x, w)
+
+
+def _matmul_backward(saved, dy):
+    x, w = saved
+    rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dw = (grads.T @ rows).T if w.shape[0] > w.shape[1] else rows.T @ grads
+    return dy @ w.T, dw.astype(w.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def layer_norm(x, scale, bias, eps):
+    """Ba et al. 2016. x: [..., D]; scale: [D]; bias: [D] or None. Statistics in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - x32.mean(-1, keepdims=True)
+    y = x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def rms_norm(x, scale, eps):
+    """Zhang and Sennrich 2019. x: [..., D]; scale: [D]. Statistics in float32."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale
+    return y.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias. x: [..., D_in] -> [..., features]. Kernel [D_in, features] float32."""
+
+    features: int
+    bias: bool = True
+    stddev: float = 0.02  # of the initial kernel (GPT-2)
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(self.stddev),
+                            (x.shape[-1], self.features))
+        y = matmul(x, kernel.astype(x.dtype))
+        if self.bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        return y
+
+
+class Embedding(nn.Module):
+    """A table of vectors: ids [B, T] int32 -> [B, T, D]. Ids must be below `size`: JAX clamps."""
+
+    size: int
+    dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.embedding = self.param("embedding", nn.initializers.normal(0.02),
+                                    (self.size, self.dim))
+
+    def __call__(self, ids):
+        return self.embedding.astype(self.dtype)[ids]
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis of x [..., D]."""
+
+    kind: str
+    eps: float
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        if self.kind == "rmsnorm":
+            return rms_norm(x, scale, self.eps)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.bias else None
+        return layer_norm(x, scale, bias, self.eps)
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), or gated: down(act(gate(x)) * up(x)) (Shazeer 2020). [B, T, D] -> same."""
+
+    hidden: int  # F
+    activation: str
+    gated: bool
+    bias: bool
+    out_stddev: float
+
+    @nn.compact
+    def __call__(self, x):
+        act = ACTIVATIONS[self.activation]
+        h = Linear(self.hidden, self.bias, name="up")(x)
+        if self.gated:
+            h = act(Linear(self.hidden, self.bias, name="gate")(x)) * h
+        else:
+            h = act(h)
+        return Linear(x.shape[-1], self.bias, self.out_stddev, name="down")(h)

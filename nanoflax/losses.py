@@ -1,0 +1,109 @@
+"""Losses over tokens, as sums: the caller divides by the global count of target tokens."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+
+def shift_right(targets, first, segments=None):
+    """The inputs that predict `targets`: the same tokens one place later. The only shift there is.
+
+    targets: [B, T] int32; first: [B] int32 or a scalar, the token before targets[:, 0]. With
+    segments [B, T] int32 (packed, isolated documents) every document starts with `first` again.
+    Returns [B, T] int32.
+    """
+    first = jnp.broadcast_to(jnp.asarray(first, targets.dtype), targets.shape[:1])[:, None]
+    inputs = jnp.concatenate([first, targets[:, :-1]], axis=1)
+    if segments is not None:
+        begins = segments[:, 1:] != segments[:, :-1]
+        inputs = inputs.at[:, 1:].set(jnp.where(begins, first, inputs[:, 1:]))
+    return inputs
+
+
+def token_losses(logits, targets, z_loss=0.0, label_smoothing=0.0):
+    """Cross entropy of each token in nats, with its options.
+
+    logits: [..., V]; targets: [...] int32. z_loss adds z_loss * log(Z)^2 (Chowdhery et al. 2022,
+    section 5); label_smoothing mixes the targets with the uniform distribution (Szegedy et al.
+    2016, section 7). Returns ([...] float32 objective, [...] float32 plain cross entropy).
+    """
+    logits = logits.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    objective = nll
+    if label_smoothing:
+        objective = ((1 - label_smoothing) * nll
+                     + label_smoothing * (log_z - logits.mean(axis=-1)))
+    if z_loss:
+        objective = objective + z_loss * log_z**2
+    return objective, nll
+
+
+def chunks_of(T, V, requested=0, budget=2**18):
+    """How many pieces of T to take the loss in: the fewest that keep a row's logits under
+    `budget` floats and divide T, unless requested."""
+    wanted = requested or max(1, -(-T * V // budget))
+    return next(n for n in range(min(wanted, T), T + 1) if T % n == 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def chunked_cross_entropy(hidden, kernel, targets, weights, chunks=1, z_loss=0.0,
+                          label_smoothing=0.0):
+    """Weighted sum of token losses from hidden states, without ever holding all logits.
+
+    hidden: [B, T, D]; kernel: [D, V], the output head; targets: [B, T] int32; weights: [B, T]
+    float32. Works on `chunks` pieces of T in turn; when differentiated, the gradients are taken in
+    the forward pass, so the logits of a piece are computed once (as in Liger Kernel, Hsu et al.
+    2024). Returns (sum of objectives, sum of plain cross entropies), float32 scalars; the second
+    carries no gradient.
+    """
+    sums, _ = _chunked(hidden, kernel, targets, weights, chunks, z_loss, label_smoothing, False)
+    return sums
+
+
+def _chunked(hidden, kernel, targets, weights, chunks, z_loss, label_smoothing, gradients):
+    B, T, D = hidden.shape
+    kernel = kernel.astype(hidden.dtype)
+
+    def objective(h, w, t, m):
+        logits = jnp.einsum("btd,dv->btv", h, w, preferred_element_type=jnp.float32)
+        total, nll = token_losses(logits, t, z_loss, label_smoothing)
+        return (total * m).sum(), (nll * m).sum()
+
+    def piece(carry, xs):
+        loss, nll, dw = carry
+        h, t, m = xs
+        if not gradients:
+            a, b = objective(h, kernel, t, m)
+            return (loss + a, nll + b, dw), None
+        (a, b), (dh, dk) = jax.value_and_grad(objective, (0, 1), has_aux=True)(h, kernel, t, m)
+        return (loss + a, nll + b, dw + dk.astype(jnp.float32)), dh
+
+    pieces = jax.tree.map(
+        lambda x: x.reshape(B, chunks, T // chunks, *x.shape[2:]).swapaxes(0, 1),
+        (hidden, targets, weights))
+    dw = jnp.zeros(kernel.shape if gradients else (), jnp.float32)
+    carry = (jnp.float32(0), jnp.float32(0), dw)
+    if chunks == 1:
+        carry, dh = piece(carry, jax.tree.map(lambda x: x[0], pieces))
+    else:
+        carry, dh = jax.lax.scan(piece, carry, pieces)
+        dh = dh.swapaxes(0, 1).reshape(B, T, D) if gradients else None
+    loss, nll, dw = carry
+    return (loss, nll), (dh, dw)
+
+
+def _chunked_forward(hidden, kernel, targets, weights, chunks, z_loss, label_smoothing):
+    sums, (dh, dw) = _chunked(hidden, kernel, targets, weights, chunks, z_loss, label_smoothing,
+                              True)
+    return sums, (dh, dw.astype(kernel.dtype))
+
+
+def _chunked_backward(chunks, z_loss, label_smoothing, saved, cotangents):
+    dh, dw = saved
+    scale = cotangents[0]
+    return dh * scale.astype(dh.dtype), dw * scale.astype(dw.dtype), None, None
+
+
+chunked_cross_entropy.defvjp(_chunked_forward, _chunked_backward)

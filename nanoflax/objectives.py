@@ -1,0 +1,22 @@
+"""What a batch is asked to teach: (model, params, batch) to sums that the train step divides."""
+
+from nanoflax import losses
+from nanoflax.models import head_kernel
+
+
+def causal_lm(model, params, batch, rng=None, chunks=0, z_loss=0.0, label_smoothing=0.0):
+    """Next-token prediction.
+
+    batch: targets [B, T] int32, first [B] int32 (the token before them), weights [B, T] float32
+    (0 for padding), and segments [B, T] int32 where packed documents are isolated. rng: a PRNG key
+    turns dropout on. Returns float32 sums: (objective, cross entropy in nats, weight).
+    """
+    targets, weights, segments = batch["targets"], batch["weights"], batch.get("segments")
+    inputs = losses.shift_right(targets, batch["first"], segments)
+    hidden, _ = model.apply({"params": params}, inputs, segments, deterministic=rng is None,
+                            rngs=None if rng is None else {"dropout": rng}, method="hidden")
+    objective, nll = losses.chunked_cross_entropy(
+        hidden, head_kernel(model.config, params), targets, weights,
+        chunks or losses.chunks_of(*targets.shape, model.config.vocab_size), z_loss,
+        label_smoothing)
+    return objective, nll, weights.sum()

@@ -1,0 +1,71 @@
+"""Optimizers and schedules: optax chains chosen by an OptimConfig."""
+
+import jax
+import optax
+
+
+def make_schedule(config, steps, peak):
+    """Learning rate by step: linear warmup to `peak`, then the schedule to end_factor * peak.
+
+    cosine, linear, constant, or wsd: constant, then linear over the last decay_fraction of the
+    steps (warmup-stable-decay, Hu et al. 2024).
+    """
+    warmup, end = config.warmup_steps, config.end_factor * peak
+    rest = max(steps - warmup, 1)
+    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, config.end_factor)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, end, rest)
+    elif config.schedule == "wsd":
+        decay = max(1, min(rest, round(steps * config.decay_fraction)))
+        after = optax.linear_schedule(peak, end, decay, transition_begin=rest - decay)
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def is_kernel(path, leaf):
+    """Whether a parameter is a matrix between hidden states: neither embedding, head nor vector."""
+    names = [getattr(p, "key", None) for p in path]
+    return leaf.ndim == 2 and names[-1] == "kernel" and "unembed" not in names
+
+
+def decay_mask(params):
+    """True for the parameters that weight decay pulls on: matrices, but no embedding."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.ndim >= 2 and getattr(path[-1], "key", None) != "embedding", params)
+
+
+def make_optimizer(config, steps):
+    """The optax transformation of an OptimConfig over a run of `steps`.
+
+    Muon (Jordan 2024) orthogonalises the hidden matrices and leaves the rest to AdamW.
+    Returns (optax.GradientTransformation, schedule of the learning rate).
+    """
+    c, schedule = config, make_schedule(config, steps, config.learning_rate)
+    decay = {"weight_decay": c.weight_decay}
+    if c.name == "adamw":
+        tx = optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, **decay)
+    elif c.name == "muon":
+        tx = optax.contrib.muon(
+            make_schedule(c, steps, c.muon_learning_rate), beta=0.95, **decay,
+            adam_learning_rate=schedule, adam_b1=c.b1, adam_b2=c.b2,
+            muon_weight_dimension_numbers=_muon_dimensions)
+    elif c.name == "lion":
+        tx = optax.lion(schedule, c.b1, c.b2, mask=decay_mask, **decay)
+    elif c.name == "adafactor":
+        tx = optax.adafactor(schedule, weight_decay_rate=c.weight_decay or None,
+                             weight_decay_mask=decay_mask, multiply_by_parameter_scale=False)
+    else:
+        tx = optax.chain(optax.add_decayed_weights(c.weight_decay, decay_mask),
+                         optax.sgd(schedule, momentum=c.b1, nesterov=True))
+    if c.clip:
+        tx = optax.chain(optax.clip_by_global_norm(c.clip), tx)
+    return tx, schedule
+
+
+def _muon_dimensions(params):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (optax.contrib.MuonDimensionNumbers(0, 1) if is_kernel(path, leaf)
+                            else None), params)

@@ -1,0 +1,527 @@
+"""Everything a person sees of a run: progress, metrics files, plots, tables of parameters.
+
+Nothing here touches the training state. The libraries that draw and log are imported where they
+are used: tensorboardX alone takes seconds, and the first loss should not wait for it.
+"""
+
+import collections
+import contextlib
+import io
+import json
+import math
+import os
+import pathlib
+import queue
+import re
+import sys
+import threading
+import time
+
+from nanoflax.errors import UserError
+
+# ---------------------------------------------------------------------------------- metrics files
+
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class MetricsLog:
+    """Writes metrics to `workdir/metrics.jsonl`, TensorBoard and, if asked, Weights & Biases.
+
+    `metrics.jsonl` is the record of the run: one strict JSON object a line, flushed line by line,
+    floats exact, a non-finite one as the string "nan", "inf" or "-inf". `resume_step` is the step
+    of the checkpoint that the run goes on from: later lines, which a killed run left, are removed,
+    so each step stands once. At 0 the run starts anew and no line is kept.
+    """
+
+    def __init__(self, workdir, tensorboard=True, wandb=None, resume_step=0, config=None):
+        workdir = pathlib.Path(workdir)
+        self.path = workdir / "metrics.jsonl"
+        self._wandb = _start_wandb(workdir, wandb, config) if wandb else None
+        self._tensorboard = None
+        if tensorboard:
+            self._tensorboard = _TensorBoard(workdir / "tensorboard", resume_step)
+        try:
+            _truncate(self.path, resume_step)
+            self._file = open(self.path, "a", encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def log(self, step, **values):
+        """Adds one line. Values are numbers, arrays of one number, or strings."""
+        step = int(step)
+        values = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
+        try:
+            self._file.write(json.dumps({"step": step} | _strict(values), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if self._tensorboard:
+            self._tensorboard.add(step, values)
+        if self._wandb:
+            self._wandb.log({"step": step} | values)
+
+    def close(self):
+        with contextlib.suppress(OSError):  # of a full disk: log() has already said so
+            self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _unwritable(self, error):
+        return UserError(f"cannot write {self.path}: {error.strerror}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def read_metrics(path):
+    """The records of a metrics.jsonl as dicts, without the partial last line that a kill leaves."""
+    return [record for record, _ in _records(pathlib.Path(path))]
+
+
+def _records(path):
+    """Yields (record, line as it stands) for every whole line."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                return
+            raise UserError(f"{path}, line {number}: not a metrics record") from error
+        yield {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v
+               for k, v in record.items()}, line
+
+
+def _truncate(path, resume_step):
+    """Keeps the whole lines up to `resume_step`, in one atomic replacement."""
+    if not path.exists():
+        return
+    kept = b""
+    if resume_step > 0:
+        kept = b"".join(line.rstrip(b"\n") + b"\n" for record, line in _records(path)
+                        if record["step"] <= resume_step)
+    if kept != path.read_bytes():
+        _replace(path, kept)
+
+
+def _replace(path, data):
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _strict(values):
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()}
+
+
+class _TensorBoard:
+    """Event files, written by a thread that starts (and imports the library) with the first line.
+
+    A failure here is told once and never stops the run.
+    """
+
+    def __init__(self, directory, resume_step):
+        self._directory, self._resume_step = directory, resume_step
+        self._queue = queue.SimpleQueue()
+        self._thread = None
+
+    def add(self, step, values):
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        if self._thread.is_alive():
+            self._queue.put((step, time.time(), values))
+
+    def close(self):
+        if self._thread:
+            self._queue.put(None)
+            self._thread.join()
+
+    def _run(self):
+        try:
+            from tensorboardX import SummaryWriter
+            # TensorBoard hides what earlier files hold at purge_step and after. The suffix keeps
+            # two starts within a second from writing the same file.
+            with SummaryWriter(str(self._directory), purge_step=self._resume_step + 1,
+                               flush_secs=10, filename_suffix=f".{time.time_ns()}") as writer:
+                for step, when, values in iter(self._queue.get, None):
+                    for name, value in values.items():
+                        if not isinstance(value, str):
+                            writer.add_scalar(name, value, step, walltime=when)
+        except Exception as error:
+            print(f"TensorBoard events stop here: {error!r}", file=sys.stderr)
+
+
+def _start_wandb(workdir, project, config):
+    """A Weights & Biases run, the same one after a resume: its id is kept in the workdir."""
+    try:
+        from wandb import Error, Settings, init, util
+    except ImportError as error:
+        raise UserError("Weights & Biases is not installed: pip install nanoflax[wandb]") from error
+    id_file = workdir / "wandb" / "run_id"
+    try:
+        if not id_file.exists():
+            id_file.parent.mkdir(parents=True, exist_ok=True)
+            _replace(id_file, util.generate_id().encode())
+        run = init(project=project, dir=workdir, id=id_file.read_text(), resume="allow",
+                   config=config, settings=Settings(console="off", silent=True))
+    except (Error, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"Weights & Biases did not start ({reason}); "
+                        "WANDB_MODE=offline needs no account") from error
+    run.define_metric("*", step_metric="step")  # its own counter cannot go back on a resume
+    return run
+
+
+# --------------------------------------------------------------------------------------- progress
+
+
+class Progress:
+    """A live bar on a terminal, plain lines now and then elsewhere. Use as a context manager.
+
+    `flops_per_token` and `peak_flops` (of all devices together) give the MFU; either may be None.
+    Rates are over the last `window` seconds of training: neither the first update, which compiles,
+    nor what happens inside `pause()` counts. The bar never hides the cursor, so that even SIGKILL
+    leaves a sane terminal.
+    """
+
+    window = 20.0       # seconds that rates look back
+    line_every = 10.0   # seconds between plain lines
+    draw_every = 0.2    # seconds between frames of the bar
+
+    def __init__(self, total_steps, start_step=0, tokens_per_step=1, flops_per_token=None,
+                 peak_flops=None, stream=None, clock=time.monotonic):
+        self.total_steps, self.step, self.loss = total_steps, start_step, None
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self._stream = sys.stderr if stream is None else stream
+        self._clock, self._begin, self._paused, self._note = clock, clock(), 0.0, "compiling"
+        self._first = None                    # (time, training time) at the end of the first update
+        self._marks = collections.deque()     # (training time, step), the last `window` seconds
+        self._drawn_at, self._drawn_step = -math.inf, None
+        self._bar = _bar(self._stream, total_steps, start_step) if _terminal(self._stream) else None
+
+    def __enter__(self):
+        if self._bar:
+            self._bar.start()
+            self._draw()
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            if self._bar:
+                self._draw()
+                self._bar.stop()
+            elif self.step != self._drawn_step and self.loss is not None:
+                self._draw()
+
+    def update(self, step, loss):
+        """Reports that `step` steps are done and the loss of the last."""
+        now = self._clock()
+        self.step, self.loss, self._note = int(step), float(loss), None
+        self._marks.append((now - self._paused, self.step))
+        self._first = self._first or (now, now - self._paused)
+        while len(self._marks) > 2 and self._marks[1][0] <= now - self._paused - self.window:
+            self._marks.popleft()
+        due = self._drawn_at + (self.draw_every if self._bar else self.line_every)
+        if now >= due or self.step >= self.total_steps:
+            self._draw()
+
+    @contextlib.contextmanager
+    def pause(self, note="evaluating"):
+        """Around what is not training: its time stays out of the rates."""
+        begin, before, self._note = self._clock(), self._note, note
+        if self._bar:
+            self._draw()
+        try:
+            yield
+        finally:
+            self._note = before
+            self._paused += self._clock() - begin
+
+    def write(self, text):
+        """Prints lines above the bar; on a terminal without control characters."""
+        with contextlib.suppress(OSError):
+            if self._bar:
+                from rich.text import Text
+                self._bar.console.print(Text(printable(text)), soft_wrap=True)
+            else:
+                print(text, file=self._stream, flush=True)
+
+    @property
+    def tokens_per_second(self):
+        """Over the window; None until two updates have come."""
+        seconds = self._marks[-1][0] - self._marks[0][0] if self._marks else 0.0
+        steps = self._marks[-1][1] - self._marks[0][1] if self._marks else 0
+        return steps * self.tokens_per_step / seconds if seconds > 0 and steps > 0 else None
+
+    @property
+    def mfu(self):
+        """Model FLOPs utilisation, between 0 and 1; None when not known."""
+        if None in (self.tokens_per_second, self.flops_per_token, self.peak_flops):
+            return None
+        return self.tokens_per_second * self.flops_per_token / self.peak_flops
+
+    def seconds_left(self):
+        """Until the last step, pauses included at the rate seen so far; None when not known."""
+        if self.tokens_per_second is None:
+            return None
+        wall, training = (a - b for a, b in zip((self._clock(), self._marks[-1][0]), self._first))
+        steps_per_second = self.tokens_per_second / self.tokens_per_step
+        return (self.total_steps - self.step) / steps_per_second * max(1.0, wall / training)
+
+    def status(self):
+        """Such as `loss 2.3456  12.3k tokens/s  MFU 41%  3:21 left`."""
+        parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
+        if self.tokens_per_second is not None:
+            parts.append(f"{count(self.tokens_per_second)} tokens/s")
+        if self.mfu is not None:
+            parts.append(f"MFU {100 * self.mfu:.0f}%")
+        if self._note:
+            parts.append(self._note)
+        elif self.step >= self.total_steps:
+            parts.append(f"in {duration(self._clock() - self._begin)}")
+        elif self.seconds_left() is not None:
+            parts.append(f"{duration(self.seconds_left())} left")
+        return "  ".join(parts)
+
+    def _draw(self):
+        self._drawn_at, self._drawn_step = self._clock(), self.step
+        with contextlib.suppress(OSError):  # a terminal that has gone away does not end the run
+            if self._bar:
+                self._bar.update(self._bar.task_ids[0], completed=self.step, status=self.status())
+                self._bar.refresh()
+            else:
+                print(f"step {self.step}/{self.total_steps}  {self.status()}",
+                      file=self._stream, flush=True)
+
+
+def _terminal(stream):
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _bar(stream, total_steps, start_step):
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress as RichProgress, TextColumn
+
+    class VisibleCursor(Console):
+        def show_cursor(self, show=True):
+            return False
+
+    # No refreshing thread: frames are drawn by update(), never against the training loop.
+    bar = RichProgress(TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
+                       TextColumn("{task.fields[status]}", markup=False), auto_refresh=False,
+                       expand=True, console=VisibleCursor(file=stream, force_terminal=True))
+    bar.add_task("", total=total_steps, completed=start_step, status="")
+    return bar
+
+
+# ------------------------------------------------------------------------------------------ plots
+
+
+def plot_losses(workdir, tokens_per_step=None):
+    """Draws `workdir/metrics.jsonl` as `workdir/loss.png`; returns its path, None without data.
+
+    Reads `loss`, `validation_loss` and `bits_per_byte`; a step whose loss is not finite, or whose
+    record says `skipped`, is marked. `tokens_per_step` adds an axis of tokens.
+    """
+    workdir = pathlib.Path(workdir)
+    path = workdir / "metrics.jsonl"
+    records = read_metrics(path) if path.exists() else []
+    skipped = [r["step"] for r in records
+               if "loss" in r and (r.get("skipped") or not math.isfinite(r["loss"]))]
+    training = [(r["step"], r["loss"]) for r in records
+                if "loss" in r and math.isfinite(r["loss"]) and not r.get("skipped")]
+    validation = [r for r in records if math.isfinite(r.get("validation_loss", math.nan))]
+    if not training and not validation:
+        return None
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    if training:
+        _draw_training(axes, *zip(*training))
+    if skipped:
+        axes.plot(skipped, [0.02] * len(skipped), "x", color="tab:red", markersize=5,
+                  transform=axes.get_xaxis_transform(), label=f"skipped steps ({len(skipped)})")
+    if validation:
+        _draw_validation(axes, validation)
+    axes.xaxis.set_major_formatter(lambda x, _: count(x))
+    axes.set_xlim(left=0)
+    if tokens_per_step:
+        top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step,
+                                                     lambda x: x / tokens_per_step))
+        top.set_xlabel("tokens")
+        top.xaxis.set_major_formatter(lambda x, _: count(x))
+    axes.set_title(_title(training, validation), fontsize=11)
+    axes.legend(frameon=False)
+    canvas.print_png(buffer := io.BytesIO())
+    _replace(workdir / "loss.png", buffer.getvalue())
+    return workdir / "loss.png"
+
+
+def _draw_training(axes, steps, losses):
+    import numpy as np
+    losses, width = np.array(losses), max(1, len(losses) // 100)
+    # Divided by the number of terms, the mean over a window stays true at both ends.
+    window = np.ones(2 * width + 1)
+    smooth = (np.convolve(losses, window)[width:-width]
+              / np.convolve(np.ones_like(losses), window)[width:-width])
+    thin = slice(None, None, 1 + len(losses) // 5000)
+    axes.plot(steps[thin], losses[thin], color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(steps[thin], smooth[thin], color="tab:blue", linewidth=1.6, label="training")
+    low, high = min(smooth), max(smooth)
+    axes.set_ylim(low - 0.12 * (high - low) - 0.01, high + 0.08 * (high - low) + 0.01)
+
+
+def _draw_validation(axes, records):
+    steps, losses = zip(*((r["step"], r["validation_loss"]) for r in records))
+    axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, linewidth=1,
+              label="validation")
+    best = min(records, key=lambda r: r["validation_loss"])
+    axes.plot(best["step"], best["validation_loss"], "*", color="tab:green", markersize=13,
+              markeredgecolor="white", label=f"best: {best['validation_loss']:.4f} "
+              f"at step {best['step']}", zorder=3)
+    low, high = axes.get_ylim()
+    margin = 0.05 * (high - low)
+    axes.set_ylim(min(low, min(losses) - margin), max(high, max(losses) + margin))
+
+
+def _title(training, validation):
+    if not validation:
+        step, loss = training[-1]
+        return f"step {step}: training loss {loss:.4f} nats per token"
+    last = validation[-1]
+    text = f"step {last['step']}: validation loss {last['validation_loss']:.4f} nats per token"
+    if "bits_per_byte" in last:
+        text += f", {last['bits_per_byte']:.3f} bits per byte"
+    return text
+
+
+# ----------------------------------------------------------------------------------- text helpers
+
+
+def parameter_table(params):
+    """The number and bytes of parameters by top-level module, as text; equal blocks folded."""
+    groups = []  # [name, its stem, last name, how many, parameters each, bytes each]
+    for name in sorted(params, key=_natural):
+        leaves = list(_leaves(params[name]))
+        size = sum(math.prod(leaf.shape) for leaf in leaves)
+        memory = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        stem = re.sub(r"\d+$", "", name)
+        if groups and stem != name and groups[-1][1] == stem and groups[-1][4:] == [size, memory]:
+            groups[-1][2:4] = name, groups[-1][3] + 1
+        else:
+            groups.append([name, stem, name, 1, size, memory])
+    rows = [("module", "", "parameters", "bytes")]
+    for first, _, last, number, size, memory in groups:
+        repeated = number > 1
+        rows.append((f"{first} .. {last}" if repeated else first,
+                     f"{number} x {size:,}" if repeated else "",
+                     f"{number * size:,}", _bytes(number * memory)))
+    rows.append(("total", "", f"{sum(g[3] * g[4] for g in groups):,}",
+                 _bytes(sum(g[3] * g[5] for g in groups))))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}"
+                     for a, b, c, d in rows)
+
+
+def _natural(name):
+    """A sorting key that puts block_2 before block_10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part)
+            for part in re.split(r"(\d+)", name) if part]
+
+
+def _leaves(tree):
+    if not isinstance(tree, dict):
+        return [tree]
+    return [leaf for branch in tree.values() for leaf in _leaves(branch)]
+
+
+def count(n):
+    """Three significant digits: 950, 4.5k, 1.23M, 124M, 1.1B, 2T."""
+    for unit in ("", "k", "M", "B"):
+        if not abs(float(f"{n:.3g}")) >= 1000 or math.isinf(n):
+            return f"{n:.3g}{unit}"
+        n /= 1000
+    return f"{n:,.4g}T"
+
+
+def _bytes(n):
+    return count(n).replace("B", "G") + "B"
+
+
+def duration(seconds):
+    """As 0:07, 3:21 or 1:02:03."""
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+# C0 but newline and tab, DEL, C1, bidirectional controls, line separators, lone surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f"
+                          "\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text):
+    """Text with control characters escaped, so that what a model writes cannot drive a terminal."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+# ------------------------------------------------------------------------------------- peak rates
+
+# Dense bfloat16 FLOP/s of one JAX device (float16 where the chip has no bfloat16), first match
+# wins. NVIDIA and AMD: data sheets, half of a figure "with sparsity". TPU: the system architecture
+# pages of the Cloud TPU documentation; v2, v3 and TPU7x show each half of a chip as a device.
+_PEAK_FLOPS = (
+    ("TPU v2", 22.5e12), ("TPU v3", 61.5e12), ("TPU v4 lite", 138e12), ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v5", 459e12), ("TPU v5p", 459e12),
+    ("TPU v6 lite", 918e12), ("TPU v6e", 918e12), ("TPU7x", 1153.5e12),
+    ("GB200", 2500e12), ("B200", 2250e12), ("GH200", 989e12), ("H200 NVL", 835e12),
+    ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12),
+    ("A100", 312e12), ("A10G", 70e12), ("A10", 125e12), ("L40S", 362e12), ("L40", 181e12),
+    ("L4", 121e12), ("V100", 125e12), ("T4", 65e12), ("A6000", 154.8e12), ("RTX 4090", 165.2e12),
+    ("RTX 3090", 71e12), ("MI300X", 1307e12), ("MI250X", 191.5e12),
+)
+
+
+def peak_flops(device):
+    """The vendor's peak FLOP/s of a jax device by its `device_kind`; None when not known."""
+    for name, flops in _PEAK_FLOPS:
+        if re.search(rf"\b{name}\b", device.device_kind):
+            return flops
+    return None
+
+
+def measure_peak_flops(size=1024, seconds=0.05):
+    """FLOP/s of this machine's float32 matrix product, the best of a few: an MFU for CPUs.
+
+    Fake CPU devices share one machine, so this is the figure of all of them together.
+    """
+    import jax
+    import jax.numpy as jnp
+    device = jax.local_devices(backend="cpu")[0]
+    x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    times, begin = [], time.perf_counter()
+    while len(times) < 2 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size ** 3 / min(times)

@@ -1,0 +1,124 @@
+"""Where every array lives: the mesh, the one table of rules, and parameters born sharded.
+
+Axes: `data` splits the batch; `fsdp` splits the batch and the parameters (ZeRO-3); `tensor` splits
+heads and hidden units (Shoeybi et al. 2019). XLA derives the collectives; layers name no axis.
+"""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from nanoflax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# The end of a parameter's path, and the axis of each of its dimensions. Optimizer state and moving
+# averages repeat the parameters' paths, so the table covers them too. What no row names is whole.
+RULES = (
+    (r"embed/embedding", P("tensor", "fsdp")),  # [V, D]
+    (r"unembed/kernel", P("fsdp", "tensor")),  # [D, V]
+    (r"(query|key|value|up|gate)/kernel", P("fsdp", "tensor")),  # [D, HK] or [D, F]
+    (r"(query|key|value|up|gate)/bias", P("tensor")),
+    (r"(out|down)/kernel", P("tensor", "fsdp")),  # [HK, D] or [F, D]
+)
+
+
+def make_mesh(shape="-1,1,1", devices=None):
+    """A mesh over all devices. shape: sizes along data, fsdp, tensor; one -1 takes the rest.
+
+    Raises: UserError if the sizes cannot be read or do not use every device.
+    """
+    devices = jax.devices() if devices is None else devices
+    try:
+        sizes = [int(n) for n in str(shape).split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
+        raise UserError(f"train.mesh={shape!r} must be three sizes for {', '.join(AXES)}, "
+                        "such as 1,8,1, at most one of them -1")
+    rest = math.prod(n for n in sizes if n > 0)
+    sizes = [len(devices) // rest if n == -1 else n for n in sizes]
+    if math.prod(sizes) != len(devices):
+        raise UserError(f"train.mesh={shape!r} does not use the {len(devices)} devices present; "
+                        f"the sizes must multiply to {len(devices)}")
+    return jax.make_mesh(tuple(sizes), AXES, devices=devices,
+                         axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def spec_of(path, shape):
+    """The PartitionSpec of an array: the first rule that its path ends with and its rank fits."""
+    for pattern, spec in RULES:
+        if len(spec) == len(shape) and re.search(rf"(^|/){pattern}$", path):
+            return spec
+    return P()
+
+
+def shardings(tree, mesh):
+    """The NamedSharding of every leaf of a tree of parameters or training state.
+
+    Raises: UserError naming every leaf whose dimension an axis does not divide.
+    """
+    found = []
+
+    def of(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = spec_of(name, leaf.shape)
+        for axis, size in zip(spec, leaf.shape):
+            if axis and size % mesh.shape[axis]:
+                found.append(f"{name} {leaf.shape}: {size} is not divisible by "
+                             f"{axis}={mesh.shape[axis]}")
+        return NamedSharding(mesh, spec)
+
+    out = jax.tree_util.tree_map_with_path(of, tree)
+    if found:
+        raise UserError("the mesh does not divide: " + "; ".join(found[:4])
+                        + (f"; and {len(found) - 4} more" if len(found) > 4 else ""))
+    return out
+
+
+def check(config, mesh):
+    """Refuse a Config whose sizes the mesh cannot divide. Raises: UserError with every problem."""
+    t, m, found = config.train, config.model, []
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    micro = t.batch_size // t.accumulate
+    if micro % ways:
+        found.append(f"train.batch_size={t.batch_size} over train.accumulate={t.accumulate} gives "
+                     f"micro-batches of {micro}, not divisible by data x fsdp = {ways}")
+    for name, size in [("model.heads", m.heads), ("model.kv_heads", m.G), ("model.mlp_dim", m.F),
+                       ("model.vocab_size", m.vocab_size)]:
+        if size % mesh.shape["tensor"]:
+            found.append(f"{name}={size} is not divisible by tensor={mesh.shape['tensor']}")
+    if m.dim % mesh.shape["fsdp"]:
+        found.append(f"model.dim={m.dim} is not divisible by fsdp={mesh.shape['fsdp']}")
+    if found:
+        raise UserError("; ".join(found))
+
+
+def put_batch(batch, mesh):
+    """A host's part of a batch (numpy arrays [B_host, ...]) as global arrays, split over the mesh."""
+    def put(x):
+        sharding = NamedSharding(mesh, P(*BATCH, *[None] * (np.ndim(x) - 1)))
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+    return jax.tree.map(put, batch)
+
+
+def init(model, rng, mesh=None):
+    """Parameters of a model: a plain nested dict of float32 arrays. rng: a PRNG key.
+
+    With a mesh, or under `jax.set_mesh`, each is born in its shards, never whole.
+    Raises: UserError if the mesh does not divide them.
+    """
+    def make(rng):
+        return model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+
+    if mesh is None:
+        current = jax.sharding.get_mesh()
+        mesh = current if current.size > 1 else None
+    if mesh is None:
+        return jax.jit(make)(rng)
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, rng), mesh))(rng)

@@ -1,0 +1,270 @@
+"""Training: the state as a value, one compiled step, and the loop around it."""
+
+import contextlib
+import itertools
+import signal
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nanoflax import sharding
+from nanoflax.data import evaluation_batches, prefetch
+from nanoflax.errors import UserError
+from nanoflax.objectives import causal_lm
+
+
+class TrainState(NamedTuple):
+    """Everything that one step hands to the next. All of it is checkpointed."""
+
+    step: jax.Array  # () int32, steps taken, skipped ones too
+    params: Any  # nested dict of float32
+    opt_state: Any
+    ema: Any  # averaged params, or None
+    rng: jax.Array  # [2] uint32, the run's key; a step's key is folded from it
+    skipped: jax.Array  # () int32, non-finite steps in a row
+
+
+def init_state(model, optimizer, config, mesh, params=None):
+    """A TrainState born sharded over the mesh, from config.train.seed or from given params."""
+    rng = jax.random.PRNGKey(config.train.seed)
+    if params is None:
+        params = sharding.init(model, rng, mesh)
+
+    def rest(params):
+        copy = jax.tree.map(jnp.copy, params) if config.optim.ema else None
+        return TrainState(jnp.int32(0), params, optimizer.init(params), copy,
+                          jnp.copy(rng), jnp.int32(0))
+
+    shardings = sharding.shardings(jax.eval_shape(rest, params), mesh)
+    return jax.jit(rest, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def abstract_state(model, optimizer, config, mesh):
+    """The shapes, dtypes and shardings of `init_state`, computing nothing: what a restore fills."""
+    shapes = jax.eval_shape(lambda: init_shapes(model, optimizer, config))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                        shapes, sharding.shardings(shapes, mesh))
+
+
+def init_shapes(model, optimizer, config):
+    rng = jax.random.PRNGKey(config.train.seed)
+    params = model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+    return TrainState(jnp.int32(0), params, optimizer.init(params),
+                      params if config.optim.ema else None, rng, jnp.int32(0))
+
+
+def make_train_step(model, optimizer, config, objective=causal_lm):
+    """The pure function (state, batch) -> (state, metrics) of a Config.
+
+    batch: arrays [B, ...]; split into config.train.accumulate micro-batches, whose gradients are
+    summed by a scan. Sums are divided once, by the weight of all B windows, so neither padding nor
+    accumulation nor the mesh changes the result. A non-finite loss or gradient leaves parameters
+    and optimizer as they were.
+    """
+    t = config.train
+    options = dict(chunks=t.loss_chunks, z_loss=t.z_loss, label_smoothing=t.label_smoothing)
+
+    def sums(params, batch, rng):
+        objective_sum, nll, weight = objective(model, params, batch, rng, **options)
+        return objective_sum, (objective_sum, nll, weight)
+
+    gradient = jax.grad(sums, has_aux=True)
+
+    def step(state, batch):
+        rng = jax.random.fold_in(state.rng, state.step) if model.config.dropout else None
+        grads, (total, nll, weight) = accumulate(gradient, state.params, batch, rng, t.accumulate)
+        weight = jnp.maximum(weight, 1)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(total) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            decay = jnp.minimum(config.optim.ema, (1 + state.step) / (10 + state.step))
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+        keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
+        state = TrainState(state.step + 1, keep(params, state.params),
+                           keep(opt_state, state.opt_state), keep(ema, state.ema), state.rng,
+                           jnp.where(good, 0, state.skipped + 1))
+        metrics = {"loss": nll / weight, "grad_norm": norm, "tokens": weight,
+                   "skipped": state.skipped}
+        if t.z_loss or t.label_smoothing:
+            metrics["objective"] = total / weight
+        return state, metrics
+
+    return step
+
+
+def accumulate(gradient, params, batch, rng, pieces):
+    """Sums of `gradient(params, micro_batch, rng)` over `pieces` micro-batches, one at a time."""
+    if pieces == 1:
+        return gradient(params, batch, rng)
+    # The leading dimension stays the one that the mesh splits.
+    split = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(total, xs):
+        i, micro = xs
+        key = None if rng is None else jax.random.fold_in(rng, i)
+        return jax.tree.map(jnp.add, total, gradient(params, micro, key)), None
+
+    first = jax.tree.map(lambda x: x[0], split)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+                         jax.eval_shape(gradient, params, first, rng))
+    return jax.lax.scan(body, zeros, (jnp.arange(pieces), split))[0]
+
+
+def make_evaluation(model, config, mesh, objective=causal_lm):
+    """A function (params, windows) -> (cross entropy in nats, target tokens), summed over windows.
+
+    Compiled once; every window counts once, whatever the batch size.
+    """
+    @jax.jit
+    def step(params, batch):
+        _, nll, weight = objective(model, params, batch, chunks=config.train.loss_chunks)
+        return nll, weight
+
+    def evaluate(params, windows):
+        batches = evaluation_batches(windows, config.train.batch_size, jax.process_index(),
+                                     jax.process_count())
+        nats = tokens = 0.0  # float64: a sum over millions of tokens
+        waiting = []
+        with contextlib.closing(
+                prefetch(itertools.islice(batches, config.train.evaluate_batches or None))) as queue:
+            for batch in queue:
+                waiting.append(step(params, sharding.put_batch(batch, mesh)))
+                if len(waiting) > 1 or mesh.size > 1:
+                    nll, weight = waiting.pop(0)
+                    nats, tokens = nats + float(nll), tokens + float(weight)
+        for nll, weight in waiting:
+            nats, tokens = nats + float(nll), tokens + float(weight)
+        return nats, tokens
+
+    return evaluate
+
+
+def compile_step(step, state, batch, mesh):
+    """`step` compiled for the shapes and shardings of a state and a batch; the state is donated."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    # On CPU, products with a transposed side run at half speed inside YNN fusions (jaxlib 0.10.2).
+    cpu = mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""} if cpu else None
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None),
+                     compiler_options=options)
+    return jitted.lower(state, batch).compile()
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    reason: str  # "finished", "early stop", or the name of a signal
+    step: int
+    signal: int = 0
+
+
+class Tracking(NamedTuple):
+    """What evaluations have shown so far; it is checkpointed beside the state."""
+
+    best_loss: float = float("inf")
+    best_step: int = 0
+    waited: int = 0  # evaluations since the best
+
+
+def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progress, meta,
+        tracking=Tracking(), schedule=None):
+    """Run compiled `step` from state.step to config.train.steps; save, evaluate, stop in time.
+
+    batches[i]: the host's part of the batch of step i, a dict of [B_host, ...] numpy arrays;
+    evaluate(params, step): -> (metrics dict with validation_loss, text to show); checkpoints: a
+    Checkpoints; log, progress: of `report`; meta: dict saved with every checkpoint.
+    Returns (state, tracking, Outcome). SIGTERM and SIGINT save and return; a second one interrupts.
+    Raises: UserError after config.train.max_skipped non-finite steps in a row, naming the batch.
+    """
+    t = config.train
+    # Queued steps of several fake CPU devices can wait for each other for ever on few cores.
+    eager = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+    begin, saved_at, waiting = int(state.step), time.monotonic(), []
+    done = begin
+
+    def settle():
+        """Record the oldest step whose numbers have not been read yet."""
+        at, metrics = waiting.pop(0)
+        values = {k: np.asarray(v).item() for k, v in metrics.items()}
+        if schedule is not None:
+            values["learning_rate"] = float(schedule(at - 1))
+        progress.update(at, values["loss"])
+        if progress.tokens_per_second is not None:
+            values["tokens_per_second"] = progress.tokens_per_second
+        log.log(at, **values)
+        if values["skipped"] >= t.max_skipped:
+            raise UserError(f"{values['skipped']} steps in a row had a non-finite loss or "
+                            f"gradient; the last, step {at}, read {batches.where(at - 1)}; "
+                            "lower optim.learning_rate or look at those documents")
+
+    def save(metric=None):
+        nonlocal saved_at
+        checkpoints.save(done, state._asdict(), meta | {
+            "step": done, "position": done * t.batch_size, "tracking": tracking._asdict()}, metric)
+        saved_at = time.monotonic()
+
+    reason, caught = "finished", 0
+    with Signals() as signals, contextlib.closing(
+            prefetch(batches[i] for i in range(begin, t.steps))) as queue:
+        for batch in queue:
+            state, metrics = step(state, sharding.put_batch(batch, mesh))
+            done += 1
+            waiting.append((done, metrics))
+            if eager or len(waiting) > 1 or done == begin + 1:
+                settle()
+            last = done == t.steps or signals.caught
+            due = (done % t.checkpoint_every == 0
+                   or 0 < t.checkpoint_seconds < time.monotonic() - saved_at)
+            metric = None
+            if (done % t.evaluate_every == 0 or done == t.steps) and not signals.caught:
+                while waiting:
+                    settle()
+                with progress.pause():
+                    found, text = evaluate(state.params if state.ema is None else state.ema, done)
+                log.log(done, **found)
+                progress.write(text)
+                metric = found["validation_loss"]
+                if metric < tracking.best_loss:
+                    tracking, due = Tracking(metric, done, 0), True
+                else:
+                    tracking = tracking._replace(waited=tracking.waited + 1)
+                if 0 < t.patience <= tracking.waited:
+                    reason, last = "early stop", True
+            if due or last:
+                while waiting:
+                    settle()
+                save(metric)
+            if last:
+                caught = signals.caught
+                break
+    checkpoints.wait()
+    return state, tracking, Outcome(signal.Signals(caught).name if caught else reason, done, caught)
+
+
+class Signals:
+    """While entered, the first SIGTERM or SIGINT is remembered in `caught`, not acted on."""
+
+    def __enter__(self):
+        self.caught, self._old = 0, {}
+        with contextlib.suppress(ValueError):  # not in the main thread: a notebook's worker
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number, frame):
+        if self.caught:
+            raise KeyboardInterrupt
+        self.caught = number
+
+    def __exit__(self, *_):
+        for number, old in self._old.items():
+            signal.signal(number, old)
