@@ -18,11 +18,12 @@ FLAGS = flags.FLAGS
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def launch(main, default_config=None):
+def launch(main, default_config=None, arguments=False):
     """Run a program: parse its flags, call main(), and turn what goes wrong into one line.
 
     default_config: the file of --config for a program that takes one; every leaf of it becomes a
-    typed flag, such as --config.model.dim=256. Exit status: what main returns (0), 2 for anything
+    typed flag, such as --config.model.dim=256. arguments: the program takes words that are no
+    flags, and finds them in FLAGS.arguments. Exit status: what main returns (0), 2 for anything
     the user can put right, 130 for Ctrl-C outside training.
     """
     def parse(argv):
@@ -30,7 +31,10 @@ def launch(main, default_config=None):
             if default_config:
                 define_config(config_path(argv) or default_config)
             rest = FLAGS(argv)
-            if len(rest) > 1:
+            if arguments:
+                flags.DEFINE_multi_string("arguments", rest[1:], "", flag_values=FLAGS)
+                FLAGS.arguments = rest[1:]
+            elif len(rest) > 1:
                 raise UserError(f"argument {rest[1]!r} is not understood; flags begin with --")
             return rest
         except (flags.Error, UserError) as error:

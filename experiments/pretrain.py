@@ -11,13 +11,11 @@ right, 130 Ctrl-C and 143 SIGTERM, after saving: run the command again to go on.
 import json
 import math
 import os
-import sys
 
 from absl import flags
 
 from experiments import common
 from nanoflax import config as configs
-from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "directory of the run; empty means runs/NAME of the config")

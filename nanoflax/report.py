@@ -157,7 +157,7 @@ class _TensorBoard:
                                flush_secs=10, filename_suffix=f".{time.time_ns()}") as writer:
                 for step, when, values in iter(self._queue.get, None):
                     for name, value in values.items():
-                        if not isinstance(value, str):
+                        if not isinstance(value, str) and math.isfinite(value):
                             writer.add_scalar(name, value, step, walltime=when)
         except Exception as error:
             print(f"TensorBoard events stop here: {error!r}", file=sys.stderr)
@@ -166,14 +166,14 @@ class _TensorBoard:
 def _start_wandb(workdir, project, config):
     """A Weights & Biases run, the same one after a resume: its id is kept in the workdir."""
     try:
-        from wandb import Error, Settings, init, util
+        from wandb import Error, Settings, init
     except ImportError as error:
         raise UserError("Weights & Biases is not installed: pip install nanoflax[wandb]") from error
     id_file = workdir / "wandb" / "run_id"
     try:
         if not id_file.exists():
             id_file.parent.mkdir(parents=True, exist_ok=True)
-            _replace(id_file, util.generate_id().encode())
+            _replace(id_file, os.urandom(8).hex().encode())
         run = init(project=project, dir=workdir, id=id_file.read_text(), resume="allow",
                    config=config, settings=Settings(console="off", silent=True))
     except (Error, OSError) as error:
@@ -322,7 +322,8 @@ def _bar(stream, total_steps, start_step):
     # No refreshing thread: frames are drawn by update(), never against the training loop.
     bar = RichProgress(TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
                        TextColumn("{task.fields[status]}", markup=False), auto_refresh=False,
-                       expand=True, console=VisibleCursor(file=stream, force_terminal=True))
+                       expand=True, console=VisibleCursor(file=stream, force_terminal=True),
+                       redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty())
     bar.add_task("", total=total_steps, completed=start_step, status="")
     return bar
 
@@ -362,6 +363,7 @@ def plot_losses(workdir, tokens_per_step=None):
     if validation:
         _draw_validation(axes, validation)
     axes.xaxis.set_major_formatter(lambda x, _: count(x))
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlim(left=0)
     if tokens_per_step:
         top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step,

@@ -16,8 +16,9 @@ CORPUS = ["def f(x):\n    return x + 1  # add one\n\n", *list(topics.values())[:
 TRAINED = {kind: tokenizers.train_sentencepiece(CORPUS, 512, kind) for kind in ("bpe", "unigram")}
 ALL = [tokenizers.ByteTokenizer(), *TRAINED.values()]
 each = pytest.mark.parametrize("tokenizer", ALL, ids=["bytes", *TRAINED])
-HARD = ["", " ", "   ", "\n", "\n\n  \n", "\t\t", "\r\n", "\0", "a\0b", "▁", " ▁ ▁▁x", "😀", "\u0301",
-        "\ufeffx", "\u2028", "⁇", " ⁇ ", "▅", "<eos>", "<pad>", "<unk>", "<0x0A>", "</s>", "\ue000"]
+HARD = ["", " ", "   ", "\n", "\n\n  \n", "\t\t", "\r\n", "\0", "a\0b", "▁", " ▁ ▁▁x", "😀",
+        "\u0301", "\ufeffx", "\u2028", "⁇", " ⁇ ", "▅", "<eos>", "<pad>", "<unk>", "<0x0A>", "</s>",
+        "\ue000"]
 
 
 @each
@@ -91,6 +92,18 @@ def test_a_model_file_is_loaded_and_its_own_rules_are_kept(tmp_path):
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (1, 2, 2)
 
 
+def test_a_model_without_byte_pieces_is_left_as_it_is(tmp_path):
+    import sentencepiece
+
+    prefix = tmp_path / "theirs"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(prefix), vocab_size=512,
+        model_type="bpe", minloglevel=4, normalization_rule_name="identity",
+        add_dummy_prefix=False, remove_extra_whitespaces=False)
+    ours = tokenizers.load(f"{prefix}.model")
+    assert ours.encode("a▁b") == ours.encode("a b") and 0 not in ours.encode("a▁b")
+
+
 def test_specs():
     assert tokenizers.parse("bytes") == ("bytes", None)
     assert tokenizers.parse("bpe:2048") == ("bpe", 2048)
@@ -132,9 +145,10 @@ def test_a_vocabulary_that_the_corpus_cannot_give(kind):
         tokenizers.train_sentencepiece([], 300, kind)
 
 
-def test_an_error_of_the_corpus_is_not_swallowed():
+@pytest.mark.parametrize("texts", [[], CORPUS])
+def test_an_error_of_the_corpus_is_not_swallowed(texts):
     def corpus():
-        yield CORPUS[0]
+        yield from texts
         raise UserError("the file is damaged")
 
     with pytest.raises(UserError, match="the file is damaged"):

@@ -1,0 +1,41 @@
+"""What all tests share: JAX on the CPU, and one cache of compiled programs for every run."""
+
+import contextlib
+import logging
+import os
+import pathlib
+
+import pytest
+
+# Set before JAX is imported, and inherited by the processes that tests start.
+_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "nanoflax" / "tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture
+def compilations():
+    """A context manager that gives a list: the name of each function that JAX compiled inside."""
+    import jax
+
+    @contextlib.contextmanager
+    def recorded():
+        names, logger = [], logging.getLogger("jax._src.interpreters.pxla")
+
+        class Recorder(logging.Handler):
+            def emit(self, record):
+                words = record.getMessage().split()
+                if words[0] == "Compiling":
+                    names.append(words[1])
+
+        handler = Recorder()
+        logger.addHandler(handler)
+        try:
+            with jax.log_compiles():
+                yield names
+        finally:
+            logger.removeHandler(handler)
+
+    return recorded

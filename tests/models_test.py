@@ -1,0 +1,299 @@
+"""The whole decoder: causality, caches, packed windows, and equality with Transformers."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanoflax import objectives
+from nanoflax.config import POSITIONS, ModelConfig
+from nanoflax.models import build, flops_per_token, head_kernel
+from nanoflax.sharding import init
+
+GPT2 = dict(vocab_size=61, context=64, layers=2, dim=32, heads=4)
+LLAMA = dict(vocab_size=67, context=64, layers=2, dim=32, heads=4, kv_heads=2, norm="rmsnorm",
+             activation="silu", gated=True, positions="rotary", bias=False, tied=False)
+
+
+def make(seed=0, **fields):
+    """A model, and parameters large enough that every part of it shows in the logits."""
+    model = build(ModelConfig(**fields))
+    return model, scaled(init(model, jax.random.PRNGKey(seed)), seed)
+
+
+def scaled(params, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(5 * p if p.ndim > 1 else
+                                              p + 0.2 * rng.normal(size=p.shape), jnp.float32),
+                        jax.device_get(params))
+
+
+@partial(jax.jit, static_argnums=0)
+def logits_of(model, params, tokens, segments=None):
+    return model.apply({"params": params}, tokens, segments)[0]
+
+
+def tokens_of(seed, *shape, vocab=61):
+    return np.random.default_rng(seed).integers(0, vocab, shape).astype(np.int32)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_causality_by_gradient(positions, kv_heads):
+    # Each token reads a row of the table of its own, so a row's gradient is that token's.
+    T, t = 8, 4
+    model, params = make(**GPT2 | dict(positions=positions, kv_heads=kv_heads, tied=False))
+
+    def logits(table):
+        return model.apply({"params": params | {"embed": {"embedding": table}}},
+                           jnp.arange(T)[None])[0][0, t]
+
+    jacobian = jax.jit(jax.jacrev(logits))(params["embed"]["embedding"])  # [V, V, D]
+    reach = np.abs(jacobian).max((0, 2))
+    assert (reach[:t + 1] > 1e-6).all()
+    assert (reach[t + 1:] == 0).all()
+
+
+@pytest.mark.parametrize("fields", [
+    *(GPT2 | {"positions": p} for p in POSITIONS), LLAMA], ids=[*POSITIONS, "llama"])
+def test_cached_decoding_equals_the_full_pass(fields):
+    # Rows of 12, 9 and 5 tokens, padded on the left: prefill seven slots, then one by one.
+    model, params = make(**fields)
+    tokens, lengths, P = tokens_of(1, 3, 12), [12, 9, 5], 12
+    cache = model.empty_cache(3, 16, start=P - jnp.array(lengths))
+    decode = jax.jit(model.decode)
+    parts = []
+    for piece in (tokens[:, :7], *(tokens[:, i:i + 1] for i in range(7, P))):
+        logits, cache = decode(params, piece, cache)
+        parts.append(logits)
+    found = np.concatenate(parts, axis=1)
+    assert int(cache["index"]) == P
+    for row, length in enumerate(lengths):
+        whole = logits_of(model, params, tokens[row:row + 1, P - length:])
+        np.testing.assert_allclose(found[row, P - length:], whole[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_an_isolated_document_does_not_see_its_neighbour(positions):
+    model, params = make(**GPT2 | {"positions": positions})
+    segments = np.array([[1] * 5 + [2] * 7], np.int32)
+    apply = lambda tokens: np.asarray(logits_of(model, params, tokens, segments))
+    first, second, other = tokens_of(0, 1, 5), tokens_of(1, 1, 7), tokens_of(2, 1, 7)
+    join = lambda a, b: np.concatenate([a, b], axis=1)
+    both = apply(join(first, second))
+    # Not at all, to the last bit: neither backwards nor forwards in the window.
+    np.testing.assert_array_equal(both[:, :5], apply(join(first, other))[:, :5])
+    np.testing.assert_array_equal(both[:, 5:], apply(join(other[:, :5], second))[:, 5:])
+    assert not np.array_equal(both[:, 5:], apply(join(first, other))[:, 5:])
+    # And it has the logits of a window of its own.
+    for tokens, logits in ((first, both[:, :5]), (second, both[:, 5:])):
+        np.testing.assert_allclose(logits, logits_of(model, params, tokens), atol=1e-5)
+
+
+def test_joined_documents_do_see_each_other():
+    model, params = make(**GPT2)
+    tokens = tokens_of(0, 1, 12)
+    changed = np.where(np.arange(12) == 0, (tokens + 1) % 61, tokens)
+    a, b = (logits_of(model, params, x)[0, -1] for x in (tokens, changed))
+    assert np.abs(a - b).max() > 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_and_hidden_are_the_two_halves(tied):
+    model, params = make(**GPT2 | {"tied": tied})
+    tokens = tokens_of(0, 2, 5)
+    hidden, _ = model.apply({"params": params}, tokens, method="hidden")
+    logits, cache = model.apply({"params": params}, tokens)
+    assert cache is None and logits.dtype == jnp.float32
+    np.testing.assert_allclose(hidden @ head_kernel(model.config, params), logits, atol=1e-5)
+
+
+def test_bfloat16_computes_close_to_float32_and_gives_float32_logits():
+    model, params = make(**LLAMA)
+    half = build(ModelConfig(**LLAMA, dtype="bfloat16"))
+    tokens = tokens_of(0, 2, 9)
+    whole, found = (logits_of(m, params, tokens) for m in (model, half))
+    assert found.dtype == jnp.float32
+    hidden = jax.eval_shape(lambda: half.apply({"params": params}, tokens, method="hidden")[0])
+    assert hidden.dtype == jnp.bfloat16
+    assert half.empty_cache(1, 4)["layers"][0]["key"].dtype == jnp.bfloat16
+    assert 1e-4 < np.abs(found - whole).mean() < 0.05 * np.abs(whole).mean()
+
+
+def test_dropout_is_off_by_default_and_follows_its_key():
+    model, params = make(**GPT2 | {"dropout": 0.3})
+    plain, _ = make(**GPT2)
+    tokens = tokens_of(0, 2, 5)
+
+    @jax.jit
+    def dropped(key):
+        return model.apply({"params": params}, tokens, deterministic=False,
+                           rngs={"dropout": jax.random.PRNGKey(key)})[0]
+
+    np.testing.assert_array_equal(logits_of(model, params, tokens),
+                                  logits_of(plain, params, tokens))
+    np.testing.assert_array_equal(dropped(1), dropped(1))
+    assert np.abs(dropped(1) - dropped(2)).max() > 0.01
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    model = build(ModelConfig(**GPT2))
+    params = init(model, jax.random.PRNGKey(0))
+    logits = logits_of(model, params, tokens_of(0, 4, 16))
+    loss = -jax.nn.log_softmax(logits)[..., 0].mean()
+    assert loss == pytest.approx(np.log(61), abs=0.05)
+
+
+def test_residual_projections_start_smaller():
+    model = build(ModelConfig(**GPT2 | {"layers": 8, "dim": 64}))
+    block = jax.device_get(init(model, jax.random.PRNGKey(0)))["block_0"]
+    assert block["mlp"]["up"]["kernel"].std() == pytest.approx(0.02, rel=0.05)
+    assert block["mlp"]["down"]["kernel"].std() == pytest.approx(0.02 / 4, rel=0.05)
+    assert block["attention"]["out"]["kernel"].std() == pytest.approx(0.02 / 4, rel=0.05)
+
+
+def test_flops_are_six_per_matrix_weight_and_attention():
+    for fields in (GPT2, LLAMA):
+        model, params = make(**fields)
+        c = model.config
+        weights = sum(p.size for path, p in jax.tree_util.tree_leaves_with_path(params)
+                      if path[-1].key == "kernel")
+        weights += c.dim * c.vocab_size if c.tied else 0  # the embedding is the head too
+        assert flops_per_token(c, 10) == 6 * weights + 12 * c.layers * c.dim * 10
+
+
+# Against Transformers. A key map by hand: the parameters' paths there and here.
+
+GPT2_KEYS = {"ln_1": "norm_attention", "ln_2": "norm_mlp", "attn.c_proj": "attention.out",
+             "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
+LLAMA_KEYS = {"input_layernorm": "norm_attention", "post_attention_layernorm": "norm_mlp",
+              **{f"self_attn.{a}_proj": f"attention.{b}" for a, b in
+                 [("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")]},
+              **{f"mlp.{x}_proj": f"mlp.{x}" for x in ("up", "gate", "down")}}
+
+
+def put(tree, path, value):
+    *parents, leaf = path.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[leaf] = np.asarray(value)
+
+
+def from_gpt2(arrays):
+    """Our parameter tree from Transformers' GPT-2 names; its Conv1D stores [in, out] as we do."""
+    tree = {}
+    for name, x in arrays.items():
+        name = name.removeprefix("transformer.")
+        if name == "wte.weight":
+            put(tree, "embed.embedding", x)
+        elif name == "wpe.weight":
+            put(tree, "position_embed.embedding", x)
+        elif name.startswith("ln_f."):
+            put(tree, f"norm.{'scale' if name.endswith('weight') else 'bias'}", x)
+        elif name == "lm_head.weight":
+            put(tree, "unembed.kernel", x.T)
+        else:
+            _, i, part, leaf = name.split(".", 2)[0:2] + [*name.split(".", 2)[2].rsplit(".", 1)]
+            ours = "bias" if leaf == "bias" else "scale" if part.startswith("ln") else "kernel"
+            if part == "attn.c_attn":
+                for to, piece in zip(("query", "key", "value"), np.split(x, 3, axis=-1)):
+                    put(tree, f"block_{i}.attention.{to}.{ours}", piece)
+            else:
+                put(tree, f"block_{i}.{GPT2_KEYS[part]}.{ours}", x)
+    return tree
+
+
+def from_llama(arrays):
+    """Our parameter tree from Transformers' Llama names; torch's Linear stores [out, in]."""
+    tree = {}
+    for name, x in arrays.items():
+        name = name.removeprefix("model.")
+        if name == "embed_tokens.weight":
+            put(tree, "embed.embedding", x)
+        elif name == "norm.weight":
+            put(tree, "norm.scale", x)
+        elif name == "lm_head.weight":
+            put(tree, "unembed.kernel", x.T)
+        else:
+            i, part = name.split(".")[1], ".".join(name.split(".")[2:-1])
+            if part.endswith("layernorm"):
+                put(tree, f"block_{i}.{LLAMA_KEYS[part]}.scale", x)
+            else:
+                put(tree, f"block_{i}.{LLAMA_KEYS[part]}.kernel", x.T)
+    return tree
+
+
+def randomize(theirs, seed):
+    """Weights of every kind far from their initial values, so that none can be mixed up."""
+    import torch
+
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+
+
+def transformers_gpt2(**changes):
+    """(Transformers' model, our config, the key map) of one random GPT-2."""
+    transformers = pytest.importorskip("transformers")
+    c = ModelConfig(**GPT2 | changes)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.context, n_embd=c.dim, n_layer=c.layers,
+        n_head=c.heads, n_inner=c.F, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        layer_norm_epsilon=c.norm_eps, tie_word_embeddings=c.tied, attn_implementation="eager",
+        activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[c.activation]))
+    return theirs, c, from_gpt2
+
+
+def transformers_llama(**changes):
+    transformers = pytest.importorskip("transformers")
+    c = ModelConfig(**LLAMA | changes)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, max_position_embeddings=c.context, hidden_size=c.dim,
+        num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.G,
+        head_dim=c.K, intermediate_size=c.F, rms_norm_eps=c.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        tie_word_embeddings=c.tied, attn_implementation="eager"))
+    return theirs, c, from_llama
+
+
+@pytest.mark.parametrize("family, changes", [
+    (transformers_gpt2, {}),
+    (transformers_gpt2, dict(tied=False, activation="gelu", mlp_dim=40, norm_eps=1e-3)),
+    (transformers_gpt2, dict(dim=48, heads=2, layers=3)),
+    (transformers_llama, {}),
+    (transformers_llama, dict(kv_heads=1, tied=True, rope_theta=500.0)),
+    (transformers_llama, dict(kv_heads=None, head_dim=12, mlp_dim=56, norm_eps=1e-3)),
+], ids=["gpt2", "gpt2-untied-exact", "gpt2-3x48", "llama-grouped", "llama-multiquery-tied",
+        "llama-head-dim"])
+def test_logits_loss_and_gradients_equal_transformers(family, changes):
+    torch = pytest.importorskip("torch")
+    theirs, config, convert = family(**changes)
+    randomize(theirs, 0)
+    params = jax.device_put(convert(
+        {n: p.detach().numpy() for n, p in theirs.named_parameters()}))
+    model = build(config)
+    shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0), np.zeros((1, 1), np.int32))
+    assert jax.tree.map(lambda x: x.shape, shapes["params"]) == jax.tree.map(lambda x: x.shape, params)
+
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (3, 20)).astype(np.int32)
+    output = theirs(torch.tensor(ids).long(), labels=torch.tensor(ids).long())
+    output.loss.backward()
+    logits = logits_of(model, params, ids)
+    np.testing.assert_allclose(logits, output.logits.detach(), atol=1e-4, rtol=1e-4)
+
+    batch = {"targets": ids[:, 1:], "first": ids[:, 0], "weights": np.ones((3, 19), np.float32)}
+
+    def loss(params):
+        objective, _, weight = objectives.causal_lm(model, params, batch)
+        return objective / weight
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    assert value == pytest.approx(output.loss.item(), rel=1e-5)
+    expected = convert({n: p.grad.numpy() for n, p in theirs.named_parameters()})
+    for (path, ours), want in zip(jax.tree_util.tree_leaves_with_path(grads),
+                                  jax.tree.leaves(expected)):
+        error = np.linalg.norm(ours - want) / max(np.linalg.norm(want), 1e-4)
+        assert error < 1e-4, jax.tree_util.keystr(path)
