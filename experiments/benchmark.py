@@ -133,7 +133,7 @@ def nanoflax_train(device):
     import numpy as np
 
     import nanoflax
-    from nanoflax import models, optim, report, sharding, train
+    from nanoflax import hardware, models, optim, sharding, train
     from nanoflax.config import Config, OptimConfig, TrainConfig
 
     layers, dim, heads, T, V, B = shape()
@@ -158,7 +158,7 @@ def nanoflax_train(device):
         jax.block_until_ready(metrics)
 
     tokens = FLAGS.steps * B * T
-    peak = report.peak_flops(device)
+    peak = hardware.peak_flops(device)
     return {"what": f"GPT-2 with L={layers} D={dim} T={T} V={V} B={B}, "
                     f"{model.compute_dtype}, AdamW, clipping",
             "tokens": tokens, "work": tokens * models.flops_per_token(config.model),
@@ -225,13 +225,13 @@ def machine_side(job):
     """The machine's limits, measured each round: FLOP/s of a product, bytes/s of reading."""
     import numpy as np
 
-    from nanoflax import report
+    from nanoflax import hardware
 
     block = np.ones(2**26, np.float32)  # 256 MiB, beyond any cache
 
     def run():
         if job == "train":
-            return {"flops": report.measure_peak_flops(2048, 0.5)}
+            return {"flops": hardware.measure_peak_flops(2048, 0.5)}
         times = []
         for _ in range(5):
             begin = time.perf_counter()

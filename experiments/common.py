@@ -270,24 +270,24 @@ def write_run(workdir, config, tokenizer):
 
 
 def source_of(config, name=None):
-    """The data.Source of a DataConfig (or of another source string, read the same way)."""
-    from nanoflax import data
+    """The Source of a DataConfig (or of another source string, read the same way)."""
+    from nanoflax import sources
 
-    return data.Source(name or config.train, config.field, "" if name else config.validation,
+    return sources.Source(name or config.train, config.field, "" if name else config.validation,
                        config.validation_fraction)
 
 
 def get_tokenizer(config, directory):
     """The run's own tokenizer if it has one, else the one that data.tokenizer names or asks to
     train on the training split."""
-    from nanoflax import data, tokenizers
+    from nanoflax import sources, tokenizers
 
     kind, size = tokenizers.parse(config.tokenizer)
     if os.path.exists(directory):
         return tokenizers.load(directory)
     if kind in ("bytes", "path"):
         return tokenizers.load(config.tokenizer)
-    return tokenizers.train_sentencepiece(data.documents(source_of(config), "train"), size, kind)
+    return tokenizers.train_sentencepiece(sources.documents(source_of(config), "train"), size, kind)
 
 
 def with_vocabulary(config, tokenizer):

@@ -40,7 +40,8 @@ def run(config, workdir, saved):
     """Train in workdir; saved: the configuration that it already holds, or None."""
     import jax
 
-    from nanoflax import checkpoint, data, models, optim, report, sampling, sharding, train
+    from nanoflax import (
+        checkpoint, data, hardware, models, optim, report, sampling, sharding, train)
 
     params = None
     if FLAGS.restart_from_weights and saved:
@@ -89,8 +90,8 @@ def run(config, workdir, saved):
         step = train.compile_step(train.make_train_step(model, optimizer, config), state,
                                   sharding.put_batch(batches[start_step], mesh), mesh)
         tokens_per_step = config.train.batch_size * config.model.context
-        peak = report.peak_flops(mesh.devices.flat[0])
-        peak = peak * mesh.size if peak else report.measure_peak_flops()
+        peak = hardware.peak_flops(mesh.devices.flat[0])
+        peak = peak * mesh.size if peak else hardware.measure_peak_flops()
         score = train.make_evaluation(model, config, mesh)
 
         def continuation(params):

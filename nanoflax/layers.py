@@ -39,6 +39,11 @@ def _matmul_backward(saved, dy):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+def activate(name, x):
+    """An activation of x by its name. Only x is kept for the backward pass."""
+    return jax.checkpoint(ACTIVATIONS[name])(x)
+
+
 def layer_norm(x, scale, bias, eps):
     """Ba et al. 2016. x: [..., D]; scale: [D]; bias: [D] or None. Statistics in float32."""
     x32 = x.astype(jnp.float32)
@@ -113,10 +118,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        act = ACTIVATIONS[self.activation]
         h = Linear(self.hidden, self.bias, name="up")(x)
         if self.gated:
-            h = act(Linear(self.hidden, self.bias, name="gate")(x)) * h
+            h = activate(self.activation, Linear(self.hidden, self.bias, name="gate")(x)) * h
         else:
-            h = act(h)
+            h = activate(self.activation, h)
         return Linear(x.shape[-1], self.bias, self.out_stddev, name="down")(h)

@@ -61,9 +61,8 @@ class Decoder(nn.Module):
         if cache is None:
             slots = jnp.arange(T, dtype=jnp.int32)[None]
             place = slots if segments is None else positions.restarting(segments)
-            mask, index, layers = masking.causal(slots, slots), None, [None] * c.layers
-            if segments is not None:
-                mask &= masking.segments(segments, segments)
+            mask = None if segments is None else masking.segments(segments, segments)
+            index, layers = None, [None] * c.layers
         else:
             index, start, layers = cache["index"], cache["start"], cache["layers"]
             slots = index + jnp.arange(T, dtype=jnp.int32)[None]

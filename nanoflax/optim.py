@@ -55,8 +55,10 @@ def make_optimizer(config, steps):
     elif c.name == "lion":
         tx = optax.lion(schedule, c.b1, c.b2, mask=decay_mask, **decay)
     elif c.name == "adafactor":
-        tx = optax.adafactor(schedule, weight_decay_rate=c.weight_decay or None,
-                             weight_decay_mask=decay_mask, multiply_by_parameter_scale=False)
+        # Its own weight decay is not scaled by the learning rate.
+        tx = optax.chain(optax.adafactor(multiply_by_parameter_scale=False),
+                         optax.add_decayed_weights(-c.weight_decay, decay_mask),
+                         optax.scale_by_schedule(schedule))
     else:
         tx = optax.chain(optax.add_decayed_weights(c.weight_decay, decay_mask),
                          optax.sgd(schedule, momentum=c.b1, nesterov=True))

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoflax import data, tokenizers
+from nanoflax import data, sources, tokenizers
 from nanoflax.errors import UserError
 
 BYTES = tokenizers.ByteTokenizer()
@@ -51,8 +51,8 @@ def corpus(tmp_path):
 
 
 def test_pydocs_is_prose_in_a_fixed_order():
-    first = list(itertools.islice(data.documents("pydocs", "all"), 120))
-    assert first == list(itertools.islice(data.documents("pydocs", "all"), 120))
+    first = list(itertools.islice(sources.documents("pydocs", "all"), 120))
+    assert first == list(itertools.islice(sources.documents("pydocs", "all"), 120))
     assert any(text.startswith("_pydecimal\n\n") for text in first)
     assert all(text.strip() for text in first)
 
@@ -64,16 +64,16 @@ def test_text_files_are_documents_in_order(tmp_path):
     (tmp_path / "sub" / "c.txt.gz").write_bytes(gzip.compress(b"three"))
     (tmp_path / "sub" / "d.jsonl.gz").write_bytes(gzip.compress(b'{"t": "four"}\n\n{"t": "five"}'))
     (tmp_path / "sub" / "e.csv").write_text("no document")
-    source = data.Source(f"text:{tmp_path}/**/*", field="t")
-    assert list(data.documents(source, "all")) == ["one\r\n", "two", "three", "four", "five"]
+    source = sources.Source(f"text:{tmp_path}/**/*", field="t")
+    assert list(sources.documents(source, "all")) == ["one\r\n", "two", "three", "four", "five"]
 
 
 def test_bad_lines_are_counted_with_file_and_line(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "ok"}\n{"text": \n{"body": "x"}\n[1]\n{"text": 3}\n{"text": " "}\n'
                      b'{"text": "a\xffb"}\n{"text": "\\ud800"}\n' + b"[" * 100_000 + b"\n")
-    report = data.Report()
-    assert list(data.documents(f"text:{path}", "all", report)) == ["ok", "a\ufffdb", "\ufffd"]
+    report = sources.Report()
+    assert list(sources.documents(f"text:{path}", "all", report)) == ["ok", "a\ufffdb", "\ufffd"]
     lines = "\n".join(report.lines())
     assert report.counts.total() == 8
     for place in (f"{path}:2, {path}:9", f"{path}:3, {path}:4, {path}:5", f"{path}:6",
@@ -115,24 +115,24 @@ def test_a_line_of_ten_megabytes(tmp_path):
 
 def test_the_hash_split_is_a_partition_and_stays_with_the_document(corpus, tmp_path):
     source, texts = corpus
-    train, valid = (list(data.documents(source, s)) for s in ("train", "validation"))
+    train, valid = (list(sources.documents(source, s)) for s in ("train", "validation"))
     assert sorted(train + valid) == sorted(texts) and 0 < len(valid) < 20
     path = tmp_path / "reversed.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in [*texts[::-1], "new"]))
-    assert set(valid) <= set(data.documents(f"text:{path}", "validation")) <= {*valid, "new"}
+    assert set(valid) <= set(sources.documents(f"text:{path}", "validation")) <= {*valid, "new"}
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="ab \n", max_size=400), st.floats(0.01, 0.9))
 def test_a_cut_loses_nothing(text, fraction):
-    head, tail = data._cut(text, fraction)
+    head, tail = sources._cut(text, fraction)
     assert head + tail == text
 
 
 def test_one_book_gives_both_splits(tmp_path):
     text = "".join(f"A paragraph, number {i}.\n\n" for i in range(1000))
     (tmp_path / "book.txt").write_text(text)
-    (train,), (valid,) = (list(data.documents(f"text:{tmp_path}/book.txt", split))
+    (train,), (valid,) = (list(sources.documents(f"text:{tmp_path}/book.txt", split))
                           for split in ("train", "validation"))
     assert train + valid == text and train.endswith(".\n\n")
     assert 0.04 < len(valid) / len(text) < 0.06
@@ -141,9 +141,9 @@ def test_one_book_gives_both_splits(tmp_path):
 def test_a_second_source_is_the_validation_split(corpus, tmp_path):
     source, texts = corpus
     (tmp_path / "held_out.txt").write_text("held out")
-    source = data.Source(source, validation=f"text:{tmp_path}/held_out.txt")
-    assert list(data.documents(source, "train")) == texts
-    assert list(data.documents(source, "validation")) == ["held out"]
+    source = sources.Source(source, validation=f"text:{tmp_path}/held_out.txt")
+    assert list(sources.documents(source, "train")) == texts
+    assert list(sources.documents(source, "validation")) == ["held out"]
 
 
 # TFDS.
@@ -179,20 +179,20 @@ def dataset(tmp_path_factory):
 
 
 def test_a_tfds_dataset_is_read_by_its_own_splits_without_tensorflow(dataset, tmp_path):
-    source = data.Source("tfds:nanoflax_mini:1.0.0:text", data_dir=dataset)
+    source = sources.Source("tfds:nanoflax_mini:1.0.0:text", data_dir=dataset)
     expected = {"train": [f"train é {i}" for i in range(20)],
                 "validation": [f"test é {i}" for i in range(3)]}
     for split, texts in expected.items():
-        assert sorted(data.documents(source, split)) == sorted(texts)
+        assert sorted(sources.documents(source, split)) == sorted(texts)
         assert prepare(tmp_path, source, split).n_documents == len(texts)
-    assert len(list(data.documents(source, "all"))) == 23
+    assert len(list(sources.documents(source, "all"))) == 23
     assert "tensorflow" not in sys.modules
 
 
 def test_a_tfds_field_must_be_one_of_its_text_features(dataset):
     for name in ("tfds:nanoflax_mini", "tfds:nanoflax_mini:label"):
         with pytest.raises(UserError, match="text, title"):
-            next(data.documents(data.Source(name, data_dir=dataset)))
+            next(sources.documents(sources.Source(name, data_dir=dataset)))
 
 
 @pytest.mark.parametrize("name", ["tfds:tiny_shakespeare", "tfds:no_such_dataset"])
@@ -204,7 +204,7 @@ def test_a_dataset_not_prepared_fails_at_once_without_a_network(name, tmp_path, 
     monkeypatch.setattr(socket, "create_connection", slow)
     start = time.monotonic()
     with pytest.raises(UserError, match="not prepared.*tfds build") as error:
-        prepare(tmp_path, data.Source(name, data_dir=str(tmp_path / "none")))
+        prepare(tmp_path, sources.Source(name, data_dir=str(tmp_path / "none")))
     assert time.monotonic() - start < 8 and "\n" not in str(error.value)
 
 

@@ -1,0 +1,24 @@
+"""GPT-2 124M on a web-text data set of TensorFlow Datasets, with GPT-2's batch of 0.5M tokens.
+
+Command:   python -m experiments.pretrain --config=gpt2_124m --workdir=runs/gpt2_124m
+Hardware:  eight GPUs of 80 GB, or a TPU v4-16 or v5e-16 slice
+Data:      tfds:NAME must be prepared first where there is a network. `openwebtext` is one such
+           name, and any data set with a text feature will do: --config.data.train=tfds:NAME:FIELD
+Figures:   not measured here. nanoGPT reports a loss of about 2.85 after 600,000 steps at this size
+           and batch (github.com/karpathy/nanoGPT, README).
+"""
+
+from nanoflax.config import Config, DataConfig, OptimConfig, TrainConfig, preset
+
+
+def get_config():
+    return Config(
+        model=preset("gpt2", vocab_size=32_000),
+        data=DataConfig(train="tfds:openwebtext", tokenizer="bpe:32000",
+                        validation_fraction=0.0005),
+        optim=OptimConfig(name="adamw", learning_rate=6e-4, warmup_steps=2000, schedule="cosine",
+                          weight_decay=0.1),
+        train=TrainConfig(steps=600_000, batch_size=480, accumulate=5, evaluate_every=1000,
+                          evaluate_batches=50, checkpoint_every=1000, keep=3, mesh="-1,1,1",
+                          sample_prompt="Once upon a time", sample_tokens=128),
+    )

@@ -1,0 +1,45 @@
+"""What the machines can do: peak rates by device, and this one's measured."""
+
+import re
+import time
+
+# Dense bfloat16 FLOP/s of one JAX device (float16 where the chip has no bfloat16), first match
+# wins. NVIDIA and AMD: data sheets, half of a figure "with sparsity". TPU: the system architecture
+# pages of the Cloud TPU documentation; v2, v3 and TPU7x show each half of a chip as a device.
+_PEAK_FLOPS = (
+    ("TPU v2", 22.5e12), ("TPU v3", 61.5e12), ("TPU v4 lite", 138e12), ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v5", 459e12), ("TPU v5p", 459e12),
+    ("TPU v6 lite", 918e12), ("TPU v6e", 918e12), ("TPU7x", 1153.5e12),
+    ("GB200", 2500e12), ("B200", 2250e12), ("GH200", 989e12), ("H200 NVL", 835e12),
+    ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12),
+    ("A100", 312e12), ("A10G", 70e12), ("A10", 125e12), ("L40S", 362e12), ("L40", 181e12),
+    ("L4", 121e12), ("V100", 125e12), ("T4", 65e12), ("A6000", 154.8e12), ("RTX 4090", 165.2e12),
+    ("RTX 3090", 71e12), ("MI300X", 1307e12), ("MI250X", 191.5e12),
+)
+
+
+def peak_flops(device):
+    """The vendor's peak FLOP/s of a jax device by its `device_kind`; None when not known."""
+    for name, flops in _PEAK_FLOPS:
+        if re.search(rf"\b{name}\b", device.device_kind):
+            return flops
+    return None
+
+
+def measure_peak_flops(size=1024, seconds=0.05):
+    """FLOP/s of this machine's float32 matrix product, the best of a few: an MFU for CPUs.
+
+    Fake CPU devices share one machine, so this is the figure of all of them together.
+    """
+    import jax
+    import jax.numpy as jnp
+    device = jax.local_devices(backend="cpu")[0]
+    x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    times, begin = [], time.perf_counter()
+    while len(times) < 2 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size ** 3 / min(times)

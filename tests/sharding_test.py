@@ -1,0 +1,224 @@
+"""The mesh and its one table: eight fake devices give the numbers of one, and hold their parts."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from nanoflax import sharding
+from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from nanoflax.errors import UserError
+from nanoflax.models import build
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# Run by processes of their own: the number of devices is fixed when JAX starts.
+CHILD = """
+import json, sys
+import jax, numpy as np
+from tests import sharding_test
+print(json.dumps(getattr(sharding_test, sys.argv[1])()))
+"""
+
+
+def run_child(name):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run([sys.executable, "-c", CHILD, name], cwd=ROOT, text=True, timeout=600,
+                          capture_output=True, env=os.environ | {"XLA_FLAGS": flags})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def config_of(mesh, tied):
+    # SGD: under Adam a gradient of rounding noise (a key's bias) moves by its sign alone.
+    return Config(
+        ModelConfig(vocab_size=48, context=16, layers=2, dim=32, heads=4, kv_heads=4, tied=tied,
+                    positions="learned" if tied else "rotary"),
+        DataConfig(), OptimConfig(name="sgd", learning_rate=0.3, warmup_steps=0, ema=0.9),
+        TrainConfig(steps=3, batch_size=16, accumulate=2, mesh=mesh, z_loss=1e-3, seed=3))
+
+
+def batch_of(i):
+    rng = np.random.default_rng(i)
+    weights = (rng.random((16, 16)) < 0.7).astype(np.float32)
+    return {"targets": rng.integers(0, 48, (16, 16)).astype(np.int32), "weights": weights,
+            "first": rng.integers(0, 48, 16).astype(np.int32)}
+
+
+def train_on(config, devices):
+    """Three steps: (losses and gradient norms, the final state)."""
+    from nanoflax import optim, train
+
+    mesh = sharding.make_mesh(config.train.mesh, devices)
+    sharding.check(config, mesh)
+    model = build(config.model)
+    optimizer, _ = optim.make_optimizer(config.optim, config.train.steps)
+    state = train.init_state(model, optimizer, config, mesh)
+    first = sharding.put_batch(batch_of(0), mesh)
+    step = train.compile_step(train.make_train_step(model, optimizer, config), state, first, mesh)
+    metrics = []
+    for i in range(config.train.steps):
+        state, m = step(state, sharding.put_batch(batch_of(i), mesh))
+        metrics.append([float(m["loss"]), float(m["grad_norm"])])  # blocks, as it must
+    return metrics, state
+
+
+def difference(a, b):
+    return max(float(np.abs(np.asarray(x) - np.asarray(y)).max())
+               for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def meshes_against_one_device():
+    out = {}
+    for tied in (True, False):
+        whole = train_on(config_of("1,1,1", tied), jax.devices()[:1])
+        for mesh in (("8,1,1", "1,8,1", "2,2,2", "1,2,4") if tied else ("2,2,2",)):
+            metrics, state = train_on(config_of(mesh, tied), jax.devices())
+            out[f"{mesh} tied={tied}"] = {
+                "metrics": float(np.abs(np.array(metrics) - whole[0]).max()),
+                "params": difference(state.params, whole[1].params),
+                "ema": difference(state.ema, whole[1].ema),
+                "moved": difference(state.params, train_on_nothing(mesh, tied))}
+    return out
+
+
+def train_on_nothing(mesh, tied):
+    return sharding.init(build(config_of(mesh, tied).model), jax.random.PRNGKey(3))
+
+
+def test_eight_devices_give_the_numbers_of_one():
+    found = run_child("meshes_against_one_device")
+    assert len(found) == 5
+    for mesh, errors in found.items():
+        assert errors["moved"] > 0.01, mesh
+        assert max(errors["metrics"], errors["params"], errors["ema"]) < 1e-5, (mesh, errors)
+
+
+def shards_of_each_leaf():
+    """Shapes of one device's part of parameters and optimizer state, however they were made."""
+    import dataclasses
+
+    import nanoflax
+    from nanoflax import optim, train
+
+    config = config_of("2,2,2", False)
+    config = dataclasses.replace(config, optim=OptimConfig(ema=0.9))
+    mesh = sharding.make_mesh(config.train.mesh)
+    model = build(config.model)
+    optimizer, _ = optim.make_optimizer(config.optim, 3)
+    state = train.init_state(model, optimizer, config, mesh)
+    abstract = train.abstract_state(model, optimizer, config, mesh)
+    with jax.set_mesh(mesh):
+        ambient = nanoflax.init(model, jax.random.PRNGKey(0))
+    unsharded = nanoflax.init(model, jax.random.PRNGKey(0))
+    batch = sharding.put_batch(batch_of(0), mesh)
+
+    def parts(tree):
+        return {jax.tree_util.keystr(path, simple=True, separator="/"):
+                [list(s.data.shape) for s in x.addressable_shards][0]
+                for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+    return {"params": parts(state.params), "ambient": parts(ambient), "ema": parts(state.ema),
+            "opt_state": parts(state.opt_state), "batch": parts(batch),
+            "same values": difference(ambient, unsharded),
+            "abstract is like the state": jax.tree.all(jax.tree.map(
+                lambda a, x: (a.shape, a.dtype) == (x.shape, x.dtype)
+                and a.sharding.is_equivalent_to(x.sharding, x.ndim), abstract, state)),
+            "devices": len(jax.tree.leaves(ambient)[0].sharding.device_set)}
+
+
+def test_everything_is_born_in_its_shards():
+    found = run_child("shards_of_each_leaf")
+    # On (2, 2, 2), parameters are whole along data and halved along fsdp and tensor.
+    expected = {
+        "embed/embedding": [24, 16], "unembed/kernel": [16, 24], "norm/scale": [32],
+        "norm/bias": [32]} | {
+        f"block_{i}/{path}": shape for i in (0, 1) for path, shape in {
+            **{f"attention/{n}/kernel": [16, 16] for n in ("query", "key", "value", "out")},
+            **{f"attention/{n}/bias": [16] for n in ("query", "key", "value")},
+            "attention/out/bias": [32], "mlp/up/kernel": [16, 64], "mlp/up/bias": [64],
+            "mlp/down/kernel": [64, 16], "mlp/down/bias": [32],
+            **{f"norm_{n}/{p}": [32] for n in ("attention", "mlp") for p in ("scale", "bias")},
+        }.items()}
+    assert found["params"] == found["ambient"] == found["ema"] == expected
+    for moment in ("mu", "nu"):  # of AdamW, sharded as the parameters are
+        assert {k.split(f"{moment}/")[1]: v for k, v in found["opt_state"].items()
+                if f"{moment}/" in k} == expected
+    assert found["batch"] == {"targets": [4, 16], "weights": [4, 16], "first": [4]}
+    assert found["same values"] < 1e-6 and found["abstract is like the state"]
+    assert found["devices"] == 8
+
+
+# What follows needs no devices.
+
+def fake_mesh(data, fsdp, tensor):
+    return SimpleNamespace(shape={"data": data, "fsdp": fsdp, "tensor": tensor})
+
+
+@pytest.mark.parametrize("shape, words", [
+    ("8", "must be three sizes"), ("1,1", "must be three sizes"), ("1,1,1,1", "must be three sizes"),
+    ("a,1,1", "must be three sizes"), ("-1,-1,1", "at most one of them -1"),
+    ("0,1,1", "must be three sizes"), ("1,-2,1", "must be three sizes"), ("", "must be three sizes"),
+    ("3,1,1", "train.mesh='3,1,1' does not use the 1 devices present"),
+    ("-1,2,1", "does not use the 1 devices present"),
+])
+def test_bad_mesh_shapes_are_refused(shape, words):
+    with pytest.raises(UserError) as caught:
+        sharding.make_mesh(shape, jax.devices()[:1])
+    assert words in str(caught.value) and repr(shape) in str(caught.value)
+
+
+def test_one_device_is_a_mesh_of_one():
+    mesh = sharding.make_mesh("-1,1,1", jax.devices()[:1])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize("mesh, model, train, words", [
+    ((8, 1, 1), {}, dict(batch_size=12), "train.batch_size=12 over train.accumulate=1 gives "
+     "micro-batches of 12, not divisible by data x fsdp = 8"),
+    ((2, 2, 1), {}, dict(batch_size=8, accumulate=4), "micro-batches of 2, not divisible by"),
+    ((1, 1, 4), dict(heads=6), {}, "model.heads=6 is not divisible by tensor=4"),
+    ((1, 1, 4), dict(kv_heads=2), {}, "model.kv_heads=2 is not divisible by tensor=4"),
+    ((1, 1, 4), dict(mlp_dim=30), {}, "model.mlp_dim=30 is not divisible by tensor=4"),
+    ((1, 1, 4), dict(vocab_size=49), {}, "model.vocab_size=49 is not divisible by tensor=4"),
+    ((1, 5, 1), {}, dict(batch_size=10), "model.dim=24 is not divisible by fsdp=5"),
+])
+def test_sizes_that_the_mesh_does_not_divide_are_named(mesh, model, train, words):
+    model = ModelConfig(**dict(vocab_size=48, dim=24, heads=4) | model)
+    config = Config(model, train=TrainConfig(**dict(batch_size=16) | train))
+    sharding.check(config, fake_mesh(1, 1, 1))
+    with pytest.raises(UserError) as caught:
+        sharding.check(config, fake_mesh(*mesh))
+    assert words in str(caught.value)
+
+
+def test_shardings_name_the_leaves_that_do_not_divide():
+    mesh = jax.sharding.AbstractMesh((1, 1, 4), sharding.AXES)
+    tree = {"embed": {"embedding": jax.ShapeDtypeStruct((50, 8), jnp.float32)},
+            "norm": {"scale": jax.ShapeDtypeStruct((7,), jnp.float32)}}
+    with pytest.raises(UserError) as caught:
+        sharding.shardings(tree, mesh)
+    assert "embed/embedding (50, 8): 50 is not divisible by tensor=4" in str(caught.value)
+    assert "norm" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path, shape, spec", [
+    ("embed/embedding", (8, 4), P("tensor", "fsdp")),
+    ("opt_state/0/mu/embed/embedding", (8, 4), P("tensor", "fsdp")),
+    ("position_embed/embedding", (8, 4), P()),  # not a row of the table: whole
+    ("block_11/attention/query/kernel", (4, 4), P("fsdp", "tensor")),
+    ("block_0/attention/out/kernel", (4, 4), P("tensor", "fsdp")),
+    ("block_0/mlp/down/bias", (4,), P()),
+    ("block_0/mlp/up/kernel", (), P()),  # an optimizer's scalar in the place of a matrix
+    ("block_0/mlp/up/kernel/scale", (4, 4), P()),
+])
+def test_the_first_rule_that_fits_a_path(path, shape, spec):
+    assert sharding.spec_of(path, shape) == spec
