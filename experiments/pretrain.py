@@ -8,6 +8,7 @@ The same command again resumes. Exit status: 0 finished (early stopping too), 2 
 right, 130 Ctrl-C and 143 SIGTERM, after saving: run the command again to go on.
 """
 
+import concurrent.futures
 import json
 import math
 import os
@@ -41,36 +42,44 @@ def run(config, workdir, saved):
     import jax
 
     from nanoflax import (
-        checkpoint, data, hardware, models, optim, report, sampling, sharding, train)
+        checkpoint, data, hardware, models, optim, report, sampling, sharding, sources, train)
 
     params = None
     if FLAGS.restart_from_weights and saved:
         params, _ = checkpoint.restore_params(os.path.join(workdir, "checkpoints"))
         print(f"the run before is kept in {common.set_aside(workdir)}")
         saved = None
+    source = common.source_of(config.data)
+    sources.identity(source)  # refuses what is not there
     tokenizer = common.get_tokenizer(config.data, os.path.join(workdir, "tokenizer"))
     config = common.with_vocabulary(config, tokenizer)
     mesh = sharding.make_mesh(config.train.mesh)
     sharding.check(config, mesh)
-    stores = [data.prepare(common.source_of(config.data), tokenizer, split,
-                           config.data.cache or None, config.data.workers or None)
-              for split in ("train", "validation")]
-    for split, store in zip(("training", "validation"), stores):
-        print(f"{split}: {store.n_documents:,} documents, {report.count(store.n_bytes)}B of text, "
-              f"{report.count(store.n_tokens)} tokens")
-        for line in store.report:
-            print(f"  {line}")
-    windows, held_out = (data.Windows(s, config.model.context, config.data.packing == "isolated")
-                         for s in stores)
-    identity = {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint,
-                "validation": stores[1].fingerprint, "config": configs.to_dict(config)}
-
     model = models.build(config.model, config.train.remat)
     optimizer, schedule = optim.make_optimizer(config.optim, config.train.steps)
-    with checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep) as saves:
+    shapes = train.abstract_state(model, optimizer, config, mesh)
+    with (concurrent.futures.ThreadPoolExecutor(1) as background,  # compile while text is read
+          checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep) as saves):
+        step = background.submit(train.compile_step, train.make_train_step(
+            model, optimizer, config), shapes, train.abstract_batch(config, mesh), mesh)
+        stores = [data.prepare(source, tokenizer, split, config.data.cache or None,
+                               config.data.workers or None) for split in ("train", "validation")]
+        for split, store in zip(("training", "validation"), stores):
+            print(f"{split}: {store.n_documents:,} documents, {report.count(store.n_bytes)}B of "
+                  f"text, {report.count(store.n_tokens)} tokens")
+            for line in store.report:
+                print(f"  {line}")
+        windows, held_out = (data.Windows(s, config.model.context,
+                                          config.data.packing == "isolated") for s in stores)
+        identity = {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint,
+                    "validation": stores[1].fingerprint, "config": configs.to_dict(config)}
+        flops = models.flops_per_token(config.model)
+        print(report.parameter_table(shapes.params))
+        print(f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
+              f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}")
         tracking, start_step = train.Tracking(), 0
         if saves.latest() is not None:
-            state, meta = saves.restore(train.abstract_state(model, optimizer, config, mesh)._asdict())
+            state, meta = saves.restore(shapes._asdict())
             common.refuse_other_data(meta, identity)
             state, tracking = train.TrainState(**state), train.Tracking(**meta["tracking"])
             start_step = meta["step"]
@@ -78,17 +87,11 @@ def run(config, workdir, saved):
         else:
             common.write_run(workdir, config, tokenizer)
             state = train.init_state(model, optimizer, config, mesh, params)
-        print(report.parameter_table(state.params))
-        flops = models.flops_per_token(config.model)
-        print(f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
-              f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}")
         if start_step >= config.train.steps:
             print(f"the run is complete: {start_step} steps")
             return 0
         batches = data.Batches(windows, config.train.batch_size, config.train.seed, True,
                                jax.process_index(), jax.process_count())
-        step = train.compile_step(train.make_train_step(model, optimizer, config), state,
-                                  sharding.put_batch(batches[start_step], mesh), mesh)
         tokens_per_step = config.train.batch_size * config.model.context
         peak = hardware.peak_flops(mesh.devices.flat[0])
         peak = peak * mesh.size if peak else hardware.measure_peak_flops()
@@ -117,7 +120,7 @@ def run(config, workdir, saved):
               report.Progress(config.train.steps, start_step, tokens_per_step, flops,
                               peak) as progress):
             state, tracking, outcome = train.fit(
-                state, step, batches, config, mesh, evaluate=evaluate, checkpoints=saves, log=log,
+                state, step.result(), batches, config, mesh, evaluate=evaluate, checkpoints=saves, log=log,
                 progress=progress, meta=identity, tracking=tracking, schedule=schedule)
     plot = report.plot_losses(workdir, tokens_per_step)
     if outcome.signal:

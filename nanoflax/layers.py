@@ -3,6 +3,8 @@
 Parameters are float32; a shell computes in the dtype of its input.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -44,19 +46,42 @@ def activate(name, x):
     return jax.checkpoint(ACTIVATIONS[name])(x)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def standardise(x, eps, centre):
+    """x [..., D] float32 over its root mean square, less its mean first if `centre`.
+
+    The backward pass keeps only the result and one number a row.
+    """
+    return _standardise(x, eps, centre)[0]
+
+
+def _standardise(x, eps, centre):
+    if centre:
+        x = x - x.mean(-1, keepdims=True)
+    rate = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
+    return x * rate, (x * rate, rate)
+
+
+def _standardise_backward(eps, centre, saved, dy):
+    y, rate = saved
+    dx = dy - y * (dy * y).mean(-1, keepdims=True)
+    if centre:
+        dx = dx - dy.mean(-1, keepdims=True)
+    return (dx * rate,)
+
+
+standardise.defvjp(_standardise, _standardise_backward)
+
+
 def layer_norm(x, scale, bias, eps):
     """Ba et al. 2016. x: [..., D]; scale: [D]; bias: [D] or None. Statistics in float32."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 - x32.mean(-1, keepdims=True)
-    y = x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale
+    y = standardise(x.astype(jnp.float32), eps, True) * scale
     return (y if bias is None else y + bias).astype(x.dtype)
 
 
 def rms_norm(x, scale, eps):
     """Zhang and Sennrich 2019. x: [..., D]; scale: [D]. Statistics in float32."""
-    x32 = x.astype(jnp.float32)
-    y = x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale
-    return y.astype(x.dtype)
+    return (standardise(x.astype(jnp.float32), eps, False) * scale).astype(x.dtype)
 
 
 class Linear(nn.Module):

@@ -28,7 +28,11 @@ def token_losses(logits, targets, z_loss=0.0, label_smoothing=0.0):
     section 5); label_smoothing mixes the targets with the uniform distribution (Szegedy et al.
     2016, section 7). Returns ([...] float32 objective, [...] float32 plain cross entropy).
     """
-    logits = logits.astype(jnp.float32)
+    objective, nll, _ = _token_losses(logits.astype(jnp.float32), targets, z_loss, label_smoothing)
+    return objective, nll
+
+
+def _token_losses(logits, targets, z_loss, label_smoothing):
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     objective = nll
@@ -37,7 +41,7 @@ def token_losses(logits, targets, z_loss=0.0, label_smoothing=0.0):
                      + label_smoothing * (log_z - logits.mean(axis=-1)))
     if z_loss:
         objective = objective + z_loss * log_z**2
-    return objective, nll
+    return objective, nll, log_z
 
 
 def chunks_of(T, V, requested=0, budget=2**18):
@@ -66,19 +70,23 @@ def _chunked(hidden, kernel, targets, weights, chunks, z_loss, label_smoothing, 
     B, T, D = hidden.shape
     kernel = kernel.astype(hidden.dtype)
 
-    def objective(h, w, t, m):
-        logits = jnp.einsum("btd,dv->btv", h, w, preferred_element_type=jnp.float32)
-        total, nll = token_losses(logits, t, z_loss, label_smoothing)
-        return (total * m).sum(), (nll * m).sum()
-
     def piece(carry, xs):
         loss, nll, dw = carry
         h, t, m = xs
+        logits = jnp.einsum("btd,dv->btv", h, kernel, preferred_element_type=jnp.float32)
+        objective, plain, log_z = _token_losses(logits, t, z_loss, label_smoothing)
+        loss, nll = loss + (objective * m).sum(), nll + (plain * m).sum()
         if not gradients:
-            a, b = objective(h, kernel, t, m)
-            return (loss + a, nll + b, dw), None
-        (a, b), (dh, dk) = jax.value_and_grad(objective, (0, 1), has_aux=True)(h, kernel, t, m)
-        return (loss + a, nll + b, dw + dk.astype(jnp.float32)), dh
+            return (loss, nll, dw), None
+        hit = jnp.arange(logits.shape[-1]) == t[..., None]
+        probability = jnp.exp(logits - log_z[..., None])
+        dlogits = m[..., None] * (probability * (1 + 2 * z_loss * log_z)[..., None]
+                                  - (1 - label_smoothing) * hit
+                                  - label_smoothing / logits.shape[-1])
+        dlogits = dlogits.astype(h.dtype)
+        dh = jnp.einsum("btv,dv->btd", dlogits, kernel)
+        dk = jnp.einsum("btd,btv->dv", h, dlogits, preferred_element_type=jnp.float32)
+        return (loss, nll, dw + dk), dh
 
     pieces = jax.tree.map(
         lambda x: x.reshape(B, chunks, T // chunks, *x.shape[2:]).swapaxes(0, 1),

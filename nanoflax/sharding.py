@@ -99,12 +99,15 @@ def check(config, mesh):
         raise UserError("; ".join(found))
 
 
-def put_batch(batch, mesh):
+def batch(mesh, rank):
+    """The NamedSharding of an array [B, ...] of a batch."""
+    return NamedSharding(mesh, P(*BATCH, *[None] * (rank - 1)))
+
+
+def put_batch(arrays, mesh):
     """A host's part of a batch (numpy arrays [B_host, ...]) as global arrays, split over the mesh."""
-    def put(x):
-        sharding = NamedSharding(mesh, P(*BATCH, *[None] * (np.ndim(x) - 1)))
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
-    return jax.tree.map(put, batch)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(
+        batch(mesh, np.ndim(x)), np.asarray(x)), arrays)
 
 
 def init(model, rng, mesh=None):

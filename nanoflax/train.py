@@ -46,16 +46,26 @@ def init_state(model, optimizer, config, mesh, params=None):
 
 def abstract_state(model, optimizer, config, mesh):
     """The shapes, dtypes and shardings of `init_state`, computing nothing: what a restore fills."""
-    shapes = jax.eval_shape(lambda: init_shapes(model, optimizer, config))
+    def make():
+        rng = jax.random.PRNGKey(config.train.seed)
+        params = model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+        return TrainState(jnp.int32(0), params, optimizer.init(params),
+                          params if config.optim.ema else None, rng, jnp.int32(0))
+
+    shapes = jax.eval_shape(make)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                         shapes, sharding.shardings(shapes, mesh))
 
 
-def init_shapes(model, optimizer, config):
-    rng = jax.random.PRNGKey(config.train.seed)
-    params = model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
-    return TrainState(jnp.int32(0), params, optimizer.init(params),
-                      params if config.optim.ema else None, rng, jnp.int32(0))
+def abstract_batch(config, mesh):
+    """The shapes, dtypes and shardings of a batch of `data.Batches`, for `compile_step`."""
+    B, T = config.train.batch_size, config.model.context
+    arrays = {"targets": ((B, T), jnp.int32), "first": ((B,), jnp.int32),
+              "weights": ((B, T), jnp.float32)}
+    if config.data.packing == "isolated":
+        arrays["segments"] = ((B, T), jnp.int32)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch(mesh, len(shape)))
+            for name, (shape, dtype) in arrays.items()}
 
 
 def make_train_step(model, optimizer, config, objective=causal_lm):
@@ -149,7 +159,7 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
 
 
 def compile_step(step, state, batch, mesh):
-    """`step` compiled for the shapes and shardings of a state and a batch; the state is donated."""
+    """`step` compiled for a state and a batch, or their abstract shapes; the state is donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
     # On CPU, YNN fusions make reductions four times as fast but can halve the speed of products.
     cpu = mesh.devices.flat[0].platform == "cpu"

@@ -143,4 +143,5 @@ def test_muon_orthogonalises_hidden_matrices_alone():
     singular = np.linalg.svd(updates["block_0/attention/query/kernel"], compute_uv=False)
     assert singular.max() < 2 * singular.min()  # Newton-Schulz is loose about 1
     for path in ("unembed/kernel", "embed/embedding", "norm/scale"):  # Adam: all entries alike
-        np.testing.assert_allclose(np.abs(updates[path]), 1e-3, rtol=0.01)
+        size = np.abs(updates[path])
+        assert 1e-3 < size.min() and size.max() < 1.01 * size.min() < 2e-3, path

@@ -146,7 +146,7 @@ def test_greedy_equals_transformers_generate():
     torch = pytest.importorskip("torch")
     from tests.models_test import randomize, transformers_gpt2
 
-    theirs, config, convert = transformers_gpt2(context=96)
+    theirs, config, convert = transformers_gpt2(context=96, tied=False)
     randomize(theirs, 3)
     params = jax.device_put(convert(
         {n: p.detach().numpy() for n, p in theirs.named_parameters()}))
@@ -161,7 +161,7 @@ def test_greedy_equals_transformers_generate():
         expected.append(out[0, len(prompt):].tolist())
     found = sampling.sample(build(config), params, prompts, 48, temperature=0)
     assert found == expected
-    assert len(set(found[0])) > 3  # not a model that repeats one token
+    assert all(len(set(row)) > 10 for row in found)  # not a model that repeats one token
 
 
 def chance(counts, probabilities):
