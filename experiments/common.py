@@ -49,8 +49,21 @@ def launch(main, default_config=None, arguments=False):
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
 
+    use_huge_pages()
     logging.set_verbosity(logging.WARNING)  # JAX tells there which backends it did not find
     app.run(guarded, flags_parser=parse)
+
+
+def use_huge_pages():
+    """On Linux, start the program again with huge pages for large arrays.
+
+    glibc reads the setting at start alone. A training step on CPU otherwise takes 300,000 page
+    faults, an eighth of its time.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
+        os.environ["GLIBC_TUNABLES"] = f"{tunables}:glibc.malloc.hugetlb=1".lstrip(":")
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def fail(error):

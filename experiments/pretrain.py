@@ -49,12 +49,13 @@ def run(config, workdir, saved):
         params, _ = checkpoint.restore_params(os.path.join(workdir, "checkpoints"))
         print(f"the run before is kept in {common.set_aside(workdir)}")
         saved = None
+    mesh = sharding.make_mesh(config.train.mesh)
+    sharding.check(config, mesh)
     source = common.source_of(config.data)
     sources.identity(source)  # refuses what is not there
     tokenizer = common.get_tokenizer(config.data, os.path.join(workdir, "tokenizer"))
     config = common.with_vocabulary(config, tokenizer)
-    mesh = sharding.make_mesh(config.train.mesh)
-    sharding.check(config, mesh)
+    sharding.check(config, mesh)  # the vocabulary too
     model = models.build(config.model, config.train.remat)
     optimizer, schedule = optim.make_optimizer(config.optim, config.train.steps)
     shapes = train.abstract_state(model, optimizer, config, mesh)

@@ -12,8 +12,8 @@ def get_config():
         model=ModelConfig(layers=4, dim=256, heads=4, context=256, norm="rmsnorm",
                           activation="silu", gated=True, positions="rotary", bias=False, tied=True),
         data=DataConfig(train="pydocs", tokenizer="bpe:2048"),
-        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=20, schedule="linear",
+        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=10, schedule="linear",
                           end_factor=0.05),
-        train=TrainConfig(steps=400, batch_size=16, evaluate_every=100, checkpoint_every=100,
+        train=TrainConfig(steps=100, batch_size=16, evaluate_every=50, checkpoint_every=50,
                           sample_prompt="The function returns"),
     )

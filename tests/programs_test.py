@@ -1,0 +1,196 @@
+"""The programs as a person runs them: train, stop, resume, sample, evaluate, and misuse."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import sample
+from tests import kills
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SMALL = ["--config.model.layers=1", "--config.model.dim=32", "--config.model.heads=2",
+         "--config.model.context=32", "--config.data.tokenizer=bytes",
+         "--config.optim.warmup_steps=2", "--config.train.batch_size=4",
+         "--config.train.sample_tokens=8", "--config.train.evaluate_every=10",
+         "--config.train.checkpoint_every=10"]
+
+
+def run(program, *flags, **options):
+    return subprocess.run([sys.executable, "-m", f"experiments.{program}", *map(str, flags)],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+def pretrain(workdir, corpus, *flags, **options):
+    return run("pretrain", f"--workdir={workdir}", f"--config.data.train=text:{corpus}/*.txt",
+               f"--config.data.cache={corpus}/cache", *SMALL, *flags, **options)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    import random
+    directory = tmp_path_factory.mktemp("corpus")
+    kills.write_corpus(directory, random.Random(0))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    done = pretrain(workdir, corpus, "--config.train.steps=20")
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_a_run_leaves_everything_it_promises(trained):
+    workdir, done = trained
+    assert {"config.json", "tokenizer", "metrics.jsonl", "checkpoints", "tensorboard",
+            "loss.png"} <= set(os.listdir(workdir))
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 21))
+    evaluations = [r for r in records if "validation_loss" in r]
+    assert [r["step"] for r in evaluations] == [10, 20]
+    assert evaluations[1]["validation_loss"] < evaluations[0]["validation_loss"] < 5.6
+    assert "FLOPs per trained token" in done.stdout and "step 20/20" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_same_command_again_is_complete_and_a_changed_one_is_refused(trained, corpus):
+    workdir, _ = trained
+    again = pretrain(workdir, corpus, "--config.train.steps=20")
+    assert again.returncode == 0 and "the run is complete: 20 steps" in again.stdout
+    changed = pretrain(workdir, corpus, "--config.train.steps=20", "--config.optim.b1=0.5")
+    assert changed.returncode == 2 and "optim.b1: 0.9 -> 0.5" in changed.stderr
+    assert changed.stderr.count("\n") == 1
+
+
+def test_a_new_run_from_the_weights_keeps_the_old_one(corpus, tmp_path):
+    assert pretrain(tmp_path / "w", corpus, "--config.train.steps=10").returncode == 0
+    new = pretrain(tmp_path / "w", corpus, "--config.train.steps=10", "--config.optim.b1=0.5",
+                   "--restart_from_weights")
+    assert new.returncode == 0, new.stderr
+    old = tmp_path / "w" / "previous-1"
+    losses = [[json.loads(line)["loss"] for line in path.read_text().splitlines()
+               if '"loss"' in line] for path in (old / "metrics.jsonl",
+                                                 tmp_path / "w" / "metrics.jsonl")]
+    assert losses[1][0] < losses[0][0] - 0.3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_the_run_goes_on(number, corpus, tmp_path):
+    flags = [f"--workdir={tmp_path / 'w'}", f"--config.data.train=text:{corpus}/*.txt",
+             f"--config.data.cache={corpus}/cache", *SMALL, "--config.train.steps=3000",
+             "--config.train.checkpoint_every=100000", "--config.train.evaluate_every=100000"]
+    process = subprocess.Popen([sys.executable, "-m", "experiments.pretrain", *flags], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "w" / "metrics.jsonl"
+    while kills.count_lines(metrics) < 5 and process.poll() is None:
+        time.sleep(0.02)
+    second = run("pretrain", *flags)
+    assert second.returncode == 2 and str(process.pid) in second.stderr  # the workdir is in use
+    process.send_signal(number)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, error
+    saved = int(re.search(r"saved at step (\d+)", out)[1])
+    assert saved == kills.count_lines(metrics)
+    from nanoflax import checkpoint
+    assert checkpoint.read_meta(tmp_path / "w" / "checkpoints")["position"] == saved * 4
+
+
+def test_three_random_kills_change_no_bit():
+    done, difference, left = kills.main(kills=3, steps=80, seed=1, log=lambda _: None)
+    assert done == 3 and difference is None and not left
+
+
+def test_evaluate_prints_json(trained, corpus, tmp_path):
+    workdir, _ = trained
+    own = json.loads(run("evaluate", f"--workdir={workdir}").stdout)
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    best = min(r["validation_loss"] for r in records if "validation_loss" in r)
+    assert own["loss"] == pytest.approx(best, rel=1e-6)
+    (tmp_path / "a.txt").write_bytes(b"the model reads\xff")
+    other = json.loads(run("evaluate", f"--workdir={workdir}", f"--data=text:{tmp_path}/a.txt"
+                           ).stdout)
+    assert other["tokens"] == 19 and "invalid UTF-8" in other["report"][0]
+
+
+def test_sample_continues_prompts_stops_and_talks(trained, tmp_path):
+    workdir, _ = trained
+    flags = [f"--workdir={workdir}", "--max_new_tokens=12", "--temperature=0"]
+    one = run("sample", *flags, "--prompt=the")
+    assert one.returncode == 0 and one.stdout.startswith("the")
+    (tmp_path / "p.txt").write_text("the\na model\n")
+    many = run("sample", *flags, f"--prompt_file={tmp_path / 'p.txt'}")
+    assert many.stdout.startswith("--- 1\nthe") and "--- 2\na model" in many.stdout
+    assert one.stdout.strip() == many.stdout.split("---")[1].removeprefix(" 1\n").strip()
+    talk = run("sample", *flags, "--interactive", input="the\n\n")
+    assert talk.returncode == 0 and one.stdout.strip() in talk.stdout
+    assert run("sample", *flags).returncode == 0  # begins a document
+    long = run("sample", f"--workdir={workdir}", "--prompt=" + "x" * 40)
+    assert long.returncode == 2 and "context of 32" in long.stderr
+
+
+def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
+    import shutil
+    workdir, _ = trained
+    shutil.copytree(workdir, tmp_path / "w")
+    from nanoflax import tokenizers
+    shutil.rmtree(tmp_path / "w" / "tokenizer")
+    tokenizers.train_sentencepiece(["one two three four five six"] * 50, 270).save(
+        tmp_path / "w" / "tokenizer")
+    for program in ("sample", "evaluate"):
+        done = run(program, f"--workdir={tmp_path / 'w'}")
+        assert done.returncode == 2 and "tokenizer" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("program, flags, words", [
+    ("pretrain", ["--config.model.dmi=3"], "config.model.dim"),
+    ("pretrain", ["--config.model.dim=wide"], "a whole number"),
+    ("pretrain", ["--config=nowhere"], "pydocs_tiny"),
+    ("pretrain", ["--config.model.heads=3"], "model.heads=3"),
+    ("pretrain", ["--config.train.batch_size=10", "--config.train.accumulate=4"], "accumulate"),
+    ("pretrain", ["--config.data.train=text:nothing/*.txt"], "nothing/*.txt"),
+    ("pretrain", ["--config.data.train=books"], "pydocs, text:GLOB or tfds:NAME"),
+    ("pretrain", ["--config.data.tokenizer=words"], "words"),
+    ("pretrain", ["--config.train.mesh=3,1,1"], "train.mesh"),
+    ("pretrain", ["--config.train.batch_size=2", "--config.train.mesh=2,1,1"], "train.mesh"),
+    ("pretrain", ["--config.model.vocab_size=100", "--config.data.tokenizer=bytes"], "vocab_size"),
+    ("pretrain", ["again"], "again"),
+    ("pretrain", ["--workdir=/dev/null/x"], "/dev/null/x"),
+    ("sample", [], "workdir"),
+    ("sample", ["--workdir=nowhere"], "nowhere"),
+    ("evaluate", ["--workdir=nowhere"], "nowhere"),
+    ("benchmark", ["race"], "train or decode"),
+])
+def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):
+    if program == "pretrain" and not any("workdir" in f for f in flags):
+        flags = [f"--workdir={tmp_path / 'w'}", *flags]
+    done = run(program, *flags)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "w" / "config.json").exists()
+
+
+def test_import_is_quick_and_pulls_in_no_other_framework():
+    code = ("import sys, time; t = time.time(); import nanoflax; t = time.time() - t;"
+            "nanoflax.build, nanoflax.init, nanoflax.sample;"
+            "assert t < 1.5, t; assert not {'torch', 'tensorflow'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("text, stops, ended, expected", [
+    ("one two", ["two"], False, ("one ", True)),
+    ("one tw", ["two"], False, ("one ", False)),
+    ("one tw", ["two"], True, ("one tw", False)),
+    ("caf\ufffd", [], False, ("caf", False)),
+    ("a b c", ["c", "b"], False, ("a ", True)),
+])
+def test_visible_text_never_has_to_be_taken_back(text, stops, ended, expected):
+    assert sample.visible(text, stops, ended) == expected
