@@ -225,14 +225,14 @@ def from_llama(arrays):
     return tree
 
 
-def randomize(theirs, seed):
+def randomize(theirs, seed, std=0.1):
     """Weights of every kind far from their initial values, so that none can be mixed up."""
     import torch
 
     torch.manual_seed(seed)
     with torch.no_grad():
         for p in theirs.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+            p.copy_(p.round() + std * torch.randn_like(p))  # norms about 1, the rest about 0
 
 
 def transformers_gpt2(**changes):

@@ -142,7 +142,7 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
     shutil.copytree(workdir, tmp_path / "w")
     from nanoflax import tokenizers
     shutil.rmtree(tmp_path / "w" / "tokenizer")
-    tokenizers.train_sentencepiece(["one two three four five six"] * 50, 270).save(
+    tokenizers.train_sentencepiece(["one two three four five six"] * 50, 280).save(
         tmp_path / "w" / "tokenizer")
     for program in ("sample", "evaluate"):
         done = run(program, f"--workdir={tmp_path / 'w'}")

