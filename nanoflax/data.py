@@ -282,7 +282,7 @@ class Windows:
     def batch(self, indices):
         """[B] window numbers -> targets [B, T] int32; first [B] int32, the token before each
         window; weights [B, T] float32; if isolated, segments [B, T] int32: the window's documents
-        from 1, and 0 for padding. A number past the end gives a window of padding alone.
+        from 1, and 0 for padding, and start [B] int32, the bos_id that each begins from. A number past the end gives a window of padding alone.
         """
         tokens, n = self.store.tokens, self.store.n_tokens
         starts = np.asarray(indices, np.int64) * self.length
@@ -296,6 +296,10 @@ class Windows:
         if self.isolated:
             document = self.document(positions)
             batch["segments"] = np.where(real, document - document[:, :1] + 1, 0).astype(np.int32)
+            batch["start"] = np.full(len(starts), self.bos_id, np.int32)
+            # A document that begins with the window owes nothing to the one before it either.
+            begins = self.store.offsets[document[:, 0]] == starts
+            batch["first"] = np.where(begins, self.bos_id, batch["first"]).astype(np.int32)
         return batch
 
     def document(self, positions):

@@ -6,18 +6,21 @@ import jax
 import jax.numpy as jnp
 
 
-def shift_right(targets, first, segments=None):
+def shift_right(targets, first, segments=None, start=None):
     """The inputs that predict `targets`: the same tokens one place later. The only shift there is.
 
     targets: [B, T] int32; first: [B] int32 or a scalar, the token before targets[:, 0]. With
-    segments [B, T] int32 (packed, isolated documents) every document starts with `first` again.
-    Returns [B, T] int32.
+    segments [B, T] int32 (packed, isolated documents) every further document begins from `start`
+    ([B] int32 or a scalar, default `first`), not from its neighbour. Returns [B, T] int32.
     """
-    first = jnp.broadcast_to(jnp.asarray(first, targets.dtype), targets.shape[:1])[:, None]
-    inputs = jnp.concatenate([first, targets[:, :-1]], axis=1)
+    def column(x):
+        return jnp.broadcast_to(jnp.asarray(x, targets.dtype), targets.shape[:1])[:, None]
+
+    inputs = jnp.concatenate([column(first), targets[:, :-1]], axis=1)
     if segments is not None:
         begins = segments[:, 1:] != segments[:, :-1]
-        inputs = inputs.at[:, 1:].set(jnp.where(begins, first, inputs[:, 1:]))
+        start = column(first if start is None else start)
+        inputs = inputs.at[:, 1:].set(jnp.where(begins, start, inputs[:, 1:]))
     return inputs
 
 

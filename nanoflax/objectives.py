@@ -8,11 +8,11 @@ def causal_lm(model, params, batch, rng=None, chunks=0, z_loss=0.0, label_smooth
     """Next-token prediction.
 
     batch: targets [B, T] int32, first [B] int32 (the token before them), weights [B, T] float32
-    (0 for padding), and segments [B, T] int32 where packed documents are isolated. rng: a PRNG key
-    turns dropout on. Returns float32 sums: (objective, cross entropy in nats, weight).
+    (0 for padding), and where packed documents are isolated segments [B, T] int32 and start [B]
+    int32, the token that each begins from. rng: a PRNG key turns dropout on. Returns float32 sums: (objective, cross entropy in nats, weight).
     """
     targets, weights, segments = batch["targets"], batch["weights"], batch.get("segments")
-    inputs = losses.shift_right(targets, batch["first"], segments)
+    inputs = losses.shift_right(targets, batch["first"], segments, batch.get("start"))
     hidden, _ = model.apply({"params": params}, inputs, segments, deterministic=rng is None,
                             rngs=None if rng is None else {"dropout": rng}, method="hidden")
     objective, nll = losses.chunked_cross_entropy(

@@ -63,7 +63,7 @@ def abstract_batch(config, mesh):
     arrays = {"targets": ((B, T), jnp.int32), "first": ((B,), jnp.int32),
               "weights": ((B, T), jnp.float32)}
     if config.data.packing == "isolated":
-        arrays["segments"] = ((B, T), jnp.int32)
+        arrays |= {"segments": ((B, T), jnp.int32), "start": ((B,), jnp.int32)}
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch(mesh, len(shape)))
             for name, (shape, dtype) in arrays.items()}
 

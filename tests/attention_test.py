@@ -79,8 +79,7 @@ def test_matmul_and_its_gradient_are_the_plain_ones(d_in, d_out, dtype):
     tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == jnp.float32 else dict(rtol=0.01, atol=0.02)
     for ours, plain in zip(pull(dy), pull_plain(dy)):
         assert ours.dtype == plain.dtype and ours.shape == plain.shape
-        np.testing.assert_allclose(ours.astype(jnp.float32), plain.astype(jnp.float32),
-                                   **tolerance)
+        np.testing.assert_allclose(ours.astype(jnp.float32), plain.astype(jnp.float32), **tolerance)
 
 
 @pytest.mark.parametrize("kind, bias", [("layernorm", True), ("layernorm", False),

@@ -1,4 +1,4 @@
-"""Configurations: what is refused and how it is said, what survives JSON, and the presets' sizes."""
+"""Configurations: what is refused and how, what survives JSON, and the sizes of the presets."""
 
 import dataclasses
 import json

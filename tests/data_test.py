@@ -333,8 +333,10 @@ def test_windows_are_the_stream(tmp_path_factory, documents, length):
         assert got["weights"].tolist() == [1] * len(part) + [0] * rest
         assert got["first"] == (stream[w * length - 1][0] if w else 257)
         assert got["segments"].tolist() == [d - part[0][1] + 1 for _, d in part] + [0] * rest
+        assert got["start"] == 257
         assert {k: v.dtype.name for k, v in got.items()} == {
-            "targets": "int32", "first": "int32", "weights": "float32", "segments": "int32"}
+            "targets": "int32", "first": "int32", "weights": "float32", "segments": "int32",
+            "start": "int32"}
 
 
 @settings(max_examples=40, deadline=None)

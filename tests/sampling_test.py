@@ -1,4 +1,4 @@
-"""Sampling: the filters and greedy text of Transformers, the right distribution, few compilations."""
+"""Sampling: Transformers' filters and greedy text, the right distribution, few compilations."""
 
 import itertools
 
@@ -103,9 +103,10 @@ def test_repetition_penalty_moves_only_what_was_seen_towards_less():
 ], ids=str)
 def test_bad_requests_are_refused_before_anything_runs(options, words):
     model = build(ModelConfig(vocab_size=29, context=64, layers=1, dim=8, heads=2))
+    options = {"prompts": [[1]], "max_new_tokens": 2} | options
     for generate in (sampling.sample, lambda *a, **k: list(sampling.stream(*a, **k))):
         with pytest.raises(UserError) as caught:
-            generate(model, None, **{"prompts": [[1]], "max_new_tokens": 2} | options)  # no parameters: none are read
+            generate(model, None, **options)  # no parameters: none are read
         assert words in str(caught.value)
 
 

@@ -164,9 +164,9 @@ def fake_mesh(data, fsdp, tensor):
 
 
 @pytest.mark.parametrize("shape, words", [
-    ("8", "must be three sizes"), ("1,1", "must be three sizes"), ("1,1,1,1", "must be three sizes"),
-    ("a,1,1", "must be three sizes"), ("-1,-1,1", "at most one of them -1"),
-    ("0,1,1", "must be three sizes"), ("1,-2,1", "must be three sizes"), ("", "must be three sizes"),
+    *((shape, "must be three sizes for data, fsdp, tensor")
+      for shape in ("", "8", "1,1", "1,1,1,1", "a,1,1", "0,1,1", "1,-2,1")),
+    ("-1,-1,1", "at most one of them -1"),
     ("3,1,1", "train.mesh='3,1,1' does not use the 1 devices present"),
     ("-1,2,1", "does not use the 1 devices present"),
 ])
