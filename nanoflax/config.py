@@ -228,6 +228,9 @@ def _problems(c):
     if o.warmup_steps >= t.steps > 1:
         found.append(f"optim.warmup_steps={o.warmup_steps} must be less than "
                      f"train.steps={t.steps}")
+    if t.loss_chunks > 0 and c.model.context % t.loss_chunks:
+        found.append(f"train.loss_chunks={t.loss_chunks} does not divide "
+                     f"model.context={c.model.context}; 0 chooses")
     if t.sample_tokens >= c.model.context:
         found.append(f"train.sample_tokens={t.sample_tokens} must be less than "
                      f"model.context={c.model.context}")

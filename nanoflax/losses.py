@@ -47,11 +47,11 @@ def _token_losses(logits, targets, z_loss, label_smoothing):
     return objective, nll, log_z
 
 
-def chunks_of(T, V, requested=0, budget=2**18):
-    """How many pieces of T to take the loss in: the fewest that keep a row's logits under
-    `budget` floats and divide T, unless requested."""
-    wanted = requested or max(1, -(-T * V // budget))
-    return next(n for n in range(min(wanted, T), T + 1) if T % n == 0)
+def chunks_of(B, T, V, budget=2**22, least=512):
+    """How many pieces of T to take the loss of [B, T] targets in: a divisor of T that keeps the
+    logits of a piece near `budget` floats (a cache's worth), but its rows at `least` or more."""
+    wanted = min(-(-B * T * V // budget), max(1, B * T // least))
+    return max(n for n in range(1, T + 1) if T % n == 0 and n <= max(wanted, 1))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
