@@ -76,6 +76,7 @@ def test_presets_are_valid(name):
     (dict(train__keep=0), "train.keep=0 must be at least 1"),
     (dict(train__patience=-1), "train.patience=-1 must be at least 0"),
     (dict(train__label_smoothing=1.0), "train.label_smoothing=1.0 must be in [0, 1)"),
+    (dict(train__loss_chunks=3), "train.loss_chunks=3 does not divide model.context=256"),
     (dict(train__sample_tokens=256), "train.sample_tokens=256 must be less than model.context"),
 ], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
 def test_bad_values_are_named(changes, words):

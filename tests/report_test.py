@@ -269,8 +269,9 @@ def test_a_stream_that_goes_away_does_not_end_the_run():
 
 
 BAR = """
-import sys, time
+import signal, sys, time
 from nanoflax import report
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
 progress = report.Progress(20, tokens_per_step=1000, flops_per_token=10, peak_flops=1e6)
 progress.draw_every = 0
 with progress:

@@ -4,8 +4,7 @@ Command:   python -m experiments.pretrain --config=gpt2_124m --workdir=runs/gpt2
 Hardware:  eight GPUs of 80 GB, or a TPU v4-16 or v5e-16 slice
 Data:      tfds:NAME must be prepared first where there is a network. `openwebtext` is one such
            name, and any data set with a text feature will do: --config.data.train=tfds:NAME:FIELD
-Figures:   not measured here. nanoGPT reports a loss of about 2.85 after 600,000 steps at this size
-           and batch (github.com/karpathy/nanoGPT, README).
+Figures:   not measured here.
 """
 
 from nanoflax.config import Config, DataConfig, OptimConfig, TrainConfig, preset
