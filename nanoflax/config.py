@@ -184,7 +184,7 @@ def _model_problems(m):
         found.append(f"model.vocab_size={m.vocab_size} must be positive, or 0 for the tokenizer's")
     if not 0 <= m.dropout < 1:
         found.append(f"model.dropout={m.dropout} must be in [0, 1)")
-    if m.norm_eps <= 0 or m.rope_theta <= 0:
+    if not (m.norm_eps > 0 and m.rope_theta > 0):  # NaN is neither
         found.append(f"model.norm_eps={m.norm_eps} and model.rope_theta={m.rope_theta} "
                      "must be positive")
     if found:
