@@ -1,119 +1,187 @@
 """Attention as a function, the layer that owns its projections, and the cache as a value."""
 
+from functools import partial
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from nanoflax.config import ModelConfig
-from nanoflax.layers import Linear
+from nanoflax.layers import Linear, Norm
 from nanoflax.positions import rotate
 
 
-def attention(q, k, v, mask=None, causal=False):
+def attention(q, k, v, mask=None, causal=False, bias=None, scale=None, softcap=0.0):
     """Scaled dot-product attention (Vaswani et al. 2017, equation 1), softmax in float32.
 
     q: [B, T, H, K]; k, v: [B, S, G, K] where G divides H (grouped queries, Ainslie et al. 2023);
     mask: bool, broadcasting to [B, H, T, S], or None; causal: query t sees keys 0 .. t alone (and
-    what the mask allows of them), T = S. A query that may see nothing gets the mean of the values,
-    never NaN. Returns [B, T, H, K] in q's dtype.
+    what the mask allows of them), T = S; bias: [1, H, T, S] float32 added to the scores, or None;
+    scale: of the scores, default K^-1/2; softcap: scores become cap tanh(score / cap) (Gemma 2), 0
+    for none. A query that may see nothing gets the mean of the values, never NaN.
+    Returns [B, T, H, K] in q's dtype.
     """
-    B, T, H, K = q.shape
-    S, G = k.shape[1:3]
-    # Heads before time: the products are then plain batched matrices, twice as fast on CPU.
-    q = (q * K**-0.5).swapaxes(1, 2).reshape(B, G, H // G, T, K)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    if mask is not None:
-        mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(
-            mask.shape[0], G, H // G, *mask.shape[2:])
+    y = heads_first(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask, causal, bias, scale,
+                    softcap)
+    return y.swapaxes(1, 2)
+
+
+def heads_first(q, k, v, mask=None, causal=False, bias=None, scale=None, softcap=0.0):
+    """`attention` with heads before time, q [B, H, T, K] and k, v [B, G, S, K]: the products are
+    then plain batched matrices, twice as fast on CPU. Returns [B, H, T, K]."""
+    B, H, T, K = q.shape
+    G = k.shape[1]
+    q = (q * (K**-0.5 if scale is None else scale)).reshape(B, G, H // G, T, K)
+
+    def grouped(x):  # [b, h, t, s] -> [b, G, N, t, s], where h is H or 1
+        return x if x is None else x[:, :, None] if x.shape[1] == 1 else x.reshape(
+            x.shape[0], G, H // G, *x.shape[2:])
+
+    mask, bias = grouped(mask), grouped(bias)
     if not causal:
-        y = _softmax_attention(q, k, v, mask)
-    else:
-        # Blocks of queries, so that most of what the causal mask hides is never computed.
-        size = -(-T // CAUSAL_BLOCKS) if T >= 128 else T
-        y = jnp.concatenate([
-            _softmax_attention(q[..., a:b, :], k[:, :, :b], v[:, :, :b], _causal_block(mask, a, b))
-            for a in range(0, T, size) for b in [min(a + size, T)]], axis=-2)
-    return y.reshape(B, H, T, K).swapaxes(1, 2)
+        return _softmax_attention(q, k, v, mask, bias, softcap).reshape(B, H, T, K)
+    # Blocks of queries, so that most of what the causal mask hides is never computed.
+    size = -(-T // CAUSAL_BLOCKS) if T >= 128 else T
+    blocks = []
+    for a in range(0, T, size):
+        b = min(a + size, T)
+        seen = jnp.arange(b)[None] <= jnp.arange(a, b)[:, None]
+        seen = seen if mask is None else seen & _block(mask, a, b)
+        blocks.append(_softmax_attention(q[..., a:b, :], k[:, :, :b], v[:, :, :b], seen,
+                                         None if bias is None else _block(bias, a, b), softcap))
+    return jnp.concatenate(blocks, axis=-2).reshape(B, H, T, K)
 
 
 CAUSAL_BLOCKS = 2
 
 
-def _causal_block(mask, a, b):
-    """The mask [.., b - a, b] of queries a .. b before keys 0 .. b."""
-    block = (jnp.arange(b)[None] <= jnp.arange(a, b)[:, None])[None, None, None]
-    if mask is None:
-        return block
-    rows = mask[..., a:b, :] if mask.shape[-2] > 1 else mask
-    return block & rows[..., :b]
+def _block(x, a, b):
+    """Rows a .. b and columns 0 .. b of a mask or bias [..., T or 1, S]."""
+    return (x[..., a:b, :] if x.shape[-2] > 1 else x)[..., :b]
 
 
-@jax.custom_vjp
-def _softmax_attention(q, k, v, mask):
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _softmax_attention(q, k, v, mask, bias, softcap):
     """softmax(q k^T) v. q: [B, G, N, T, K], N queries share a key; k, v: [B, G, S, K]."""
-    return _forward(q, k, v, mask)[0]
+    return _forward(q, k, v, mask, bias, softcap)[0]
 
 
-def _forward(q, k, v, mask):
+def _forward(q, k, v, mask, bias, softcap):
     scores = jnp.einsum("bgntk,bgsk->bgnts", q, k, preferred_element_type=jnp.float32)
+    capped = None
+    if softcap:
+        scores = capped = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores += bias
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True)).astype(v.dtype)
     y = jnp.einsum("bgnts,bgsk->bgntk", weights, v, preferred_element_type=jnp.float32)
     total = weights.astype(jnp.float32).sum(-1, keepdims=True)
     y = (y / total).astype(q.dtype)  # after the product: K divisions a query, not S
-    return y, (q, k, v, weights, total, y)
+    return y, (q, k, v, bias, capped, weights, total, y)
 
 
-def _backward(saved, dy):
+def _backward(softcap, saved, dy):
     # As in FlashAttention (Dao et al. 2022, appendix B.4): no sum over S, and none of the mask,
     # whose weights are exactly 0.
-    q, k, v, weights, total, y = saved
+    q, k, v, bias, capped, weights, total, y = saved
     dy = (dy / total).astype(dy.dtype)
     dv = jnp.einsum("bgnts,bgntk->bgsk", weights, dy)
     inner = (dy.astype(jnp.float32) * y).sum(-1, keepdims=True)
     dweights = jnp.einsum("bgntk,bgsk->bgnts", dy, v, preferred_element_type=jnp.float32)
-    dscores = (weights * (dweights - inner)).astype(q.dtype)
+    dscores = weights * (dweights - inner)
+    dbias = None if bias is None else dscores.sum(0, keepdims=True)
+    if softcap:
+        dscores *= 1 - (capped / softcap) ** 2
+    dscores = dscores.astype(q.dtype)
     dq = jnp.einsum("bgnts,bgsk->bgntk", dscores, k)
     dk = jnp.einsum("bgnts,bgntk->bgsk", dscores, q)
-    return dq, dk, dv, None
+    return dq, dk, dv, None, dbias
 
 
 _softmax_attention.defvjp(_forward, _backward)
 
 
 def empty_cache(config, batch, length, dtype):
-    """The keys and values of one layer before any token: zeros, {key, value: [B, S, G, K]}."""
-    shape = (batch, length, config.G, config.K)
+    """The keys and values of one layer before any token: zeros, {key, value: [B, G, S, K]}."""
+    shape = (batch, config.G, length, config.K)
     return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
 
 def write_cache(cache, k, v, index):
-    """Write k, v [B, T, G, K] at slots index .. index + T of a layer's cache."""
-    at = (0, index, 0, 0)
-    return {"key": jax.lax.dynamic_update_slice(cache["key"], k.astype(cache["key"].dtype), at),
-            "value": jax.lax.dynamic_update_slice(cache["value"], v.astype(cache["value"].dtype), at)}
+    """Write k, v [B, G, T, K] at slots index .. index + T of a layer's cache."""
+    at = (0, 0, index, 0)
+    return cache | {name: jax.lax.dynamic_update_slice(cache[name], x.astype(cache[name].dtype), at)
+                    for name, x in [("key", k), ("value", v)]}
+
+
+class View(NamedTuple):
+    """What the tokens of a layer see, the same for every layer of a kind."""
+
+    mask: Any = None  # bool, to [B, H, T, S]
+    bias: Any = None  # [1, H, T, S] float32, of relative positions
+    angles: Any = None  # of rotary positions
+    index: Any = None  # the cache slot of the first token
+    source: Any = None  # [B, S, D], an encoder's states
+    source_mask: Any = None  # bool, to [B, H, T, S]
 
 
 class Attention(nn.Module):
-    """Self-attention with H query heads and G key/value heads."""
+    """Attention with H query heads and G key/value heads, of tokens to themselves or a source."""
 
     config: ModelConfig
     out_stddev: float
+    causal: bool = True
 
-    @nn.compact
-    def __call__(self, x, mask=None, angles=None, cache=None, index=None):
-        """x: [B, T, D]; mask: bool to [B, H, T, S] or None; angles: of rotary positions, or None;
-        cache: this layer's, written at slot `index`; without one the layer is causal.
-        Returns ([B, T, D], the new cache or None)."""
+    def setup(self):
         c = self.config
-        q = Linear(c.heads * c.K, c.bias, name="query")(x).reshape(*x.shape[:2], c.heads, c.K)
-        k = Linear(c.G * c.K, c.bias, name="key")(x).reshape(*x.shape[:2], c.G, c.K)
-        v = Linear(c.G * c.K, c.bias, name="value")(x).reshape(*x.shape[:2], c.G, c.K)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+        self.query = Linear(c.heads * c.K, c.has_bias("qkv"))
+        self.key = Linear(c.G * c.K, c.has_bias("qkv"))
+        self.value = Linear(c.G * c.K, c.has_bias("qkv"))
+        self.out = Linear(c.dim, c.has_bias("out"), self.out_stddev)
+        if c.qk_norm != "none":
+            self.query_norm = Norm("rmsnorm", c.norm_eps, False, c.norm_unit_offset)
+            self.key_norm = Norm("rmsnorm", c.norm_eps, False, c.norm_unit_offset)
+
+    def __call__(self, x, view, cache=None):
+        """x: [B, T, D]; cache: this layer's, written at slot view.index.
+        Returns ([B, T, D], the new cache or None)."""
+        q = self.queries(x, view.angles)
+        k, v = self.keys_values(x, view.angles)
         if cache is not None:
-            cache = write_cache(cache, k, v, index)
+            cache = write_cache(cache, k, v, view.index)
             k, v = cache["key"], cache["value"]
-        y = attention(q, k, v, mask, causal=cache is None).reshape(*x.shape[:2], c.heads * c.K)
-        return Linear(c.dim, c.bias, self.out_stddev, name="out")(y), cache
+        y = self.attend(q, k, v, view.mask, self.causal and cache is None, view.bias)
+        return y, cache
+
+    def cross(self, x, keys, values, mask):
+        """x: [B, T, D] looks at a source's keys and values [B, G, S, K]. Returns [B, T, D]."""
+        return self.attend(self.queries(x), keys, values, mask, False)
+
+    def queries(self, x, angles=None):
+        """x: [B, T, D] -> [B, H, T, K]."""
+        return self._heads(x, self.query, self.config.heads, "query_norm", angles)
+
+    def keys_values(self, x, angles=None):
+        """x: [B, S, D] -> keys and values, each [B, G, S, K]."""
+        G = self.config.G
+        return (self._heads(x, self.key, G, "key_norm", angles),
+                self._heads(x, self.value, G, None, None))
+
+    def _heads(self, x, linear, heads, norm, angles):
+        normed = norm if norm and self.config.qk_norm != "none" else None
+        y = linear(x)
+        if normed and self.config.qk_norm == "full":
+            y = getattr(self, norm)(y)
+        y = y.reshape(*x.shape[:2], heads, self.config.K)
+        if normed and self.config.qk_norm == "head":
+            y = getattr(self, norm)(y)
+        return (y if angles is None else rotate(y, angles)).swapaxes(1, 2)
+
+    def attend(self, q, k, v, mask, causal, bias=None):
+        """q: [B, H, T, K]; k, v: [B, G, S, K]. Returns the heads' outputs, projected: [B, T, D]."""
+        c = self.config
+        y = heads_first(q, k, v, mask, causal, bias, c.attention_scale, c.attention_softcap)
+        return self.out(y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], c.heads * c.K))

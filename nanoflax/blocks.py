@@ -1,26 +1,221 @@
-"""A Transformer block: attention and MLP, each behind a norm and a residual."""
+"""A Transformer block, the stack of blocks that is the body of every Transformer, and what all
+language models share: the embedding, the head and the decode interface."""
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
-from nanoflax.attention import Attention
+from nanoflax import masking, positions
+from nanoflax.attention import Attention, View, empty_cache
 from nanoflax.config import ModelConfig
-from nanoflax.layers import MLP, Norm
+from nanoflax.layers import MLP, Embedding, Linear, Norm
+
+REMAT_POLICIES = {
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
-class DecoderBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm, Radford et al. 2019)."""
+def norm(config, name=None):
+    """The Norm that a configuration asks for."""
+    c = config
+    return Norm(c.norm, c.norm_eps, c.has_bias("norm"), c.norm_unit_offset, name=name)
+
+
+class Block(nn.Module):
+    """Self-attention, attention to a source if `cross`, and an MLP: each a residual with its norm.
+
+    The norm's place: pre, x + f(norm(x)) (Radford et al. 2019); post, norm(x + f(x)) (Vaswani et
+    al. 2017); after, x + norm(f(x)) (OLMo 2); sandwich, x + norm(f(norm(x))) (Gemma 2).
+    """
 
     config: ModelConfig
+    causal: bool = True
+    cross: bool = False
 
-    @nn.compact
-    def __call__(self, x, mask, angles=None, cache=None, index=None, deterministic=True):
-        """x: [B, T, D]; the other arguments as for `Attention`. Returns ([B, T, D], cache)."""
+    def setup(self):
         c = self.config
         out_stddev = 0.02 / (2 * c.layers) ** 0.5  # GPT-2: keeps the residual's variance near 1
-        drop = nn.Dropout(c.dropout, deterministic=deterministic)
-        h, cache = Attention(c, out_stddev, name="attention")(
-            Norm(c.norm, c.norm_eps, c.bias, name="norm_attention")(x), mask, angles, cache, index)
-        x = x + drop(h)
-        h = MLP(c.F, c.activation, c.gated, c.bias, out_stddev, name="mlp")(
-            Norm(c.norm, c.norm_eps, c.bias, name="norm_mlp")(x))
-        return x + drop(h), cache
+        self.attention = Attention(c, out_stddev, self.causal)
+        if self.cross:
+            self.cross_attention = Attention(c, out_stddev)
+        self.mlp = MLP(c.F, c.activation, c.gated, c.has_bias("mlp"), out_stddev)
+        self.drop = nn.Dropout(c.dropout)
+        for name in ("attention", "cross", "mlp") if self.cross else ("attention", "mlp"):
+            setattr(self, f"norm_{name}", norm(c))
+            if c.norm_place == "sandwich":
+                setattr(self, f"norm_{name}_out", norm(c))
+
+    def __call__(self, x, view, cache=None, deterministic=True):
+        """x: [B, T, D]; view: a View; cache: this layer's, or None. Returns ([B, T, D], cache)."""
+        h, cache = self.attention(self._before("attention", x), view, cache)
+        if self.config.parallel:
+            h += self.mlp(self._before("mlp", x))
+            return x + self.drop(h, deterministic=deterministic), cache
+        x = self._after("attention", x, h, deterministic)
+        if self.cross:
+            keys, values = (self.cross_keys_values(view.source) if cache is None else
+                            (cache["cross_key"], cache["cross_value"]))
+            h = self.cross_attention.cross(self._before("cross", x), keys, values, view.source_mask)
+            x = self._after("cross", x, h, deterministic)
+        return self._after("mlp", x, self.mlp(self._before("mlp", x)), deterministic), cache
+
+    def cross_keys_values(self, source):
+        """What cross-attention reads of a source [B, S, D]: keys and values, each [B, G, S, K]."""
+        return self.cross_attention.keys_values(source)
+
+    def _before(self, name, x):
+        normed = self.config.norm_place in ("pre", "sandwich")
+        return getattr(self, f"norm_{name}")(x) if normed else x
+
+    def _after(self, name, x, h, deterministic):
+        place, h = self.config.norm_place, self.drop(h, deterministic=deterministic)
+        if place == "post":
+            return getattr(self, f"norm_{name}")(x + h)
+        if place == "after":
+            h = getattr(self, f"norm_{name}")(h)
+        elif place == "sandwich":
+            h = getattr(self, f"norm_{name}_out")(h)
+        return x + h
+
+
+class Stack(nn.Module):
+    """Positions, blocks and the last norm: the body of an encoder or a decoder."""
+
+    config: ModelConfig
+    layers: int
+    causal: bool = True
+    cross: bool = False
+    remat: str = "none"
+
+    def setup(self):
+        c = self.config
+        if c.positions == "learned":
+            self.position_embed = Embedding(c.context + c.position_offset, c.dim)
+        elif c.positions == "relative":
+            self.relative_bias = Embedding(c.relative_buckets, c.heads)
+        if c.embed_norm:
+            self.embed_norm = norm(c)
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], static_argnums=(4,))
+        self.blocks = [block(c, self.causal, self.cross, name=f"block_{i}")
+                       for i in range(self.layers)]
+        if c.norm_place != "post":
+            self.norm = norm(c)
+        self.drop = nn.Dropout(c.dropout)
+
+    def __call__(self, x, segments=None, cache=None, source=None, source_mask=None,
+                 deterministic=True):
+        """x: [B, T, D] embeddings; segments: [B, T] int32, tokens see their own segment alone (0
+        may be padding), or None; cache: whose slots the tokens extend, or None; source: [B, S, D],
+        an encoder's states, and source_mask: [B, S] bool, for cross-attention.
+        Returns ([B, T, D], the new cache or None)."""
+        c = self.config
+        T = x.shape[1]
+        if cache is None:
+            slots = keys = jnp.arange(T, dtype=jnp.int32)[None]
+            place = slots if segments is None else positions.restarting(segments)
+            mask = None if segments is None else masking.segments(segments, segments)
+            index, layers = None, [None] * self.layers
+        else:
+            index, start, layers = cache["index"], cache["start"], cache["layers"]
+            slots = index + jnp.arange(T, dtype=jnp.int32)[None]
+            keys = jnp.arange(layers[0]["key"].shape[2], dtype=jnp.int32)[None]
+            place = jnp.maximum(slots - start[:, None], 0)
+            mask = masking.causal(slots, keys) & masking.padding(keys >= start[:, None])
+            source_mask = cache.get("source_mask")
+        view = View(mask, index=index, source=source,
+                    source_mask=None if source_mask is None else masking.padding(source_mask))
+        if c.positions == "learned":
+            x += self.position_embed(place + c.position_offset).astype(x.dtype)
+        elif c.positions.startswith("sinusoidal"):
+            halves = c.positions == "sinusoidal_halves"
+            x += positions.sinusoidal(place, c.dim, halves).astype(x.dtype)
+        elif c.positions == "relative":
+            view = view._replace(bias=self._relative_bias(slots[0], keys[0]))
+        if c.embed_norm:
+            x = self.embed_norm(x)
+        x = self.drop(x, deterministic=deterministic)
+        views, new = {}, []
+        for i, (block, layer) in enumerate(zip(self.blocks, layers)):
+            local = c.is_local(i)
+            if local not in views:
+                views[local] = self._view(view, local, slots, keys, place)
+            x, layer = block(x, views[local], layer, deterministic)
+            new.append(layer)
+        if cache is not None:
+            cache = cache | {"layers": new, "index": index + T}
+        return (x if c.norm_place == "post" else self.norm(x)), cache
+
+    def cross_cache(self, source):
+        """The cross-attention keys and values of every layer for a source [B, S, D]: computed once,
+        to lie in the cache. Returns a list of {cross_key, cross_value: [B, G, S, K]}."""
+        return [dict(zip(("cross_key", "cross_value"), block.cross_keys_values(source)))
+                for block in self.blocks]
+
+    def _relative_bias(self, slots, keys):
+        c = self.config
+        buckets = positions.relative_buckets(keys[None] - slots[:, None], c.relative_buckets,
+                                             c.relative_distance, self.causal)
+        return self.relative_bias(buckets).astype(jnp.float32).transpose(2, 0, 1)[None]
+
+    def _view(self, view, local, slots, keys, place):
+        c = self.config
+        if c.positions == "rotary":
+            rates = positions.rotary_rates(c, local)
+            view = view._replace(angles=positions.rotary_angles(place, rates))
+        if local:
+            window = masking.window(slots, keys, c.window)
+            view = view._replace(mask=window if view.mask is None else view.mask & window)
+        return view
+
+
+class LanguageModel(nn.Module):
+    """The embedding, the head and the decode interface: what a loss and a sampler know of a model.
+
+    A model adds `hidden`, `__call__` and `prefill`.
+    """
+
+    config: ModelConfig
+    remat: str = "none"
+
+    def setup(self):
+        c = self.config
+        self.embedding = Embedding(c.vocab_size, c.dim, self.compute_dtype, name="embed")
+        if c.head in ("lm", "mlm"):
+            if not c.tied:
+                self.unembed = Linear(c.vocab_size, bias=False)
+            if c.head_bias:
+                self.logit_bias = self.param("logit_bias", nn.initializers.zeros, (c.vocab_size,))
+        self.drop = nn.Dropout(c.dropout)
+
+    def embed(self, tokens):
+        """tokens: [B, T] int32 below V -> [B, T, D] in the compute dtype."""
+        return self.embedding(tokens) * self.config.embed_scale
+
+    def head(self, x):
+        """The logits [B, T, V] float32 of `hidden`'s states x [B, T, D]."""
+        c = self.config
+        if c.tied:
+            logits = jnp.einsum("btd,vd->btv", x, self.embedding.embedding.astype(x.dtype),
+                                preferred_element_type=jnp.float32)
+        else:
+            logits = self.unembed(x).astype(jnp.float32)
+        if c.head_bias:
+            logits += self.logit_bias
+        return c.logit_softcap * jnp.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
+
+    @property
+    def compute_dtype(self):
+        """The dtype of activations: `auto` is float32 on CPU, where bfloat16 gains nothing."""
+        if self.config.dtype != "auto":
+            return jnp.dtype(self.config.dtype)
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+    def decode(self, params, tokens, cache):
+        """One step of generation: tokens [B, T] int32 extend the cache.
+
+        Returns (logits [B, T, V] float32, cache). The whole of what samplers know of a model.
+        """
+        return self.apply({"params": params}, tokens, cache=cache)

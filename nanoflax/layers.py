@@ -14,6 +14,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
 }
 
 
@@ -122,10 +123,13 @@ class Norm(nn.Module):
     kind: str
     eps: float
     bias: bool
+    unit_offset: bool = False  # the scale is 1 + its parameter
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        first = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        scale = self.param("scale", first, (x.shape[-1],)).astype(jnp.float32)
+        scale = scale + 1 if self.unit_offset else scale
         if self.kind == "rmsnorm":
             return rms_norm(x, scale, self.eps)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.bias else None

@@ -54,67 +54,76 @@ def chunks_of(B, T, V, budget=2**22, least=512):
     return max(n for n in range(1, T + 1) if T % n == 0 and n <= max(wanted, 1))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def chunked_cross_entropy(hidden, kernel, targets, weights, chunks=1, z_loss=0.0,
-                          label_smoothing=0.0):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def chunked_cross_entropy(hidden, kernel, targets, weights, bias=None, chunks=1, z_loss=0.0,
+                          label_smoothing=0.0, softcap=0.0):
     """Weighted sum of token losses from hidden states, without ever holding all logits.
 
     hidden: [B, T, D]; kernel: [D, V], the output head; targets: [B, T] int32; weights: [B, T]
-    float32. Works on `chunks` pieces of T in turn; when differentiated, the gradients are taken in
+    float32; bias: [V] of the head, or None; softcap: logits become cap tanh(logit / cap), 0 for
+    none. Works on `chunks` pieces of T in turn; when differentiated, the gradients are taken in
     the forward pass, so the logits of a piece are computed once (as in Liger Kernel, Hsu et al.
     2024). Returns (sum of objectives, sum of plain cross entropies), float32 scalars; the second
     carries no gradient.
     """
-    sums, _ = _chunked(hidden, kernel, targets, weights, chunks, z_loss, label_smoothing, False)
-    return sums
+    options = (chunks, z_loss, label_smoothing, softcap)
+    return _chunked(hidden, kernel, targets, weights, bias, *options, gradients=False)[0]
 
 
-def _chunked(hidden, kernel, targets, weights, chunks, z_loss, label_smoothing, gradients):
+def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoothing, softcap,
+             gradients):
     B, T, D = hidden.shape
     kernel = kernel.astype(hidden.dtype)
 
     def piece(carry, xs):
-        loss, nll, dw = carry
+        loss, nll, dw, db = carry
         h, t, m = xs
         logits = jnp.einsum("btd,dv->btv", h, kernel, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits += bias
+        if softcap:
+            logits = softcap * jnp.tanh(logits / softcap)
         objective, plain, log_z = _token_losses(logits, t, z_loss, label_smoothing)
         loss, nll = loss + (objective * m).sum(), nll + (plain * m).sum()
         if not gradients:
-            return (loss, nll, dw), None
+            return (loss, nll, dw, db), None
         hit = jnp.arange(logits.shape[-1]) == t[..., None]
         probability = jnp.exp(logits - log_z[..., None])
         dlogits = m[..., None] * (probability * (1 + 2 * z_loss * log_z)[..., None]
                                   - (1 - label_smoothing) * hit
                                   - label_smoothing / logits.shape[-1])
+        if softcap:
+            dlogits *= 1 - (logits / softcap) ** 2
+        if bias is not None:
+            db += dlogits.sum((0, 1))
         dlogits = dlogits.astype(h.dtype)
         dh = jnp.einsum("btv,dv->btd", dlogits, kernel)
         dk = jnp.einsum("btd,btv->dv", h, dlogits, preferred_element_type=jnp.float32)
-        return (loss, nll, dw + dk), dh
+        return (loss, nll, dw + dk, db), dh
 
     pieces = jax.tree.map(
         lambda x: x.reshape(B, chunks, T // chunks, *x.shape[2:]).swapaxes(0, 1),
         (hidden, targets, weights))
     dw = jnp.zeros(kernel.shape if gradients else (), jnp.float32)
-    carry = (jnp.float32(0), jnp.float32(0), dw)
+    db = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
+    carry = (jnp.float32(0), jnp.float32(0), dw, db)
     if chunks == 1:
         carry, dh = piece(carry, jax.tree.map(lambda x: x[0], pieces))
     else:
         carry, dh = jax.lax.scan(piece, carry, pieces)
         dh = dh.swapaxes(0, 1).reshape(B, T, D) if gradients else None
-    loss, nll, dw = carry
-    return (loss, nll), (dh, dw)
+    loss, nll, dw, db = carry
+    return (loss, nll), (dh, dw, db)
 
 
-def _chunked_forward(hidden, kernel, targets, weights, chunks, z_loss, label_smoothing):
-    sums, (dh, dw) = _chunked(hidden, kernel, targets, weights, chunks, z_loss, label_smoothing,
-                              True)
-    return sums, (dh, dw.astype(kernel.dtype))
+def _chunked_forward(hidden, kernel, targets, weights, bias, *options):
+    sums, (dh, dw, db) = _chunked(hidden, kernel, targets, weights, bias, *options, gradients=True)
+    return sums, (dh, dw.astype(kernel.dtype), db if bias is None else db.astype(bias.dtype))
 
 
-def _chunked_backward(chunks, z_loss, label_smoothing, saved, cotangents):
-    dh, dw = saved
-    scale = cotangents[0]
-    return dh * scale.astype(dh.dtype), dw * scale.astype(dw.dtype), None, None
+def _chunked_backward(chunks, z_loss, label_smoothing, softcap, saved, cotangents):
+    dh, dw, db = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), saved)
+    return dh, dw, None, None, db
 
 
 chunked_cross_entropy.defvjp(_chunked_forward, _chunked_backward)

@@ -27,3 +27,14 @@ def segments(query_segments, key_segments):
     query_segments: [B, T] int32; key_segments: [B, S] int32. Returns [B, 1, T, S] bool.
     """
     return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
+
+
+def window(query_positions, key_positions, size):
+    """A query sees keys fewer than `size` positions before its own (sliding window, Beltagy et al.
+    2020); combine with `causal`.
+
+    query_positions: [B, T] or [T] int32; key_positions: [B, S] or [S] int32.
+    Returns [B, 1, T, S] (or [1, 1, T, S]) bool.
+    """
+    q, k = jnp.atleast_2d(query_positions), jnp.atleast_2d(key_positions)
+    return (q[:, :, None] - k[:, None, :] < size)[:, None]

@@ -1,47 +1,26 @@
-"""Whole models, made of blocks: `build(config)`, `init(model, rng)`, and the decode interface."""
+"""Whole models: `build(config)` chooses among a decoder, an encoder and an encoder-decoder."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from nanoflax import masking, positions
 from nanoflax.attention import empty_cache
-from nanoflax.blocks import DecoderBlock
-from nanoflax.config import ModelConfig, validate
+from nanoflax.blocks import LanguageModel, Stack, norm
+from nanoflax.config import validate
 from nanoflax.errors import UserError
-from nanoflax.layers import Embedding, Linear, Norm
-
-REMAT_POLICIES = {
-    "blocks": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+from nanoflax.layers import Embedding, Linear, activate
 
 
-class Decoder(nn.Module):
+class Decoder(LanguageModel):
     """A decoder-only Transformer.
 
     `apply({"params": params}, tokens)` gives the logits of every position; `hidden` and `head` are
-    its two halves, for a loss that never holds all logits; `empty_cache` and `decode` are the
-    interface of the samplers.
+    its two halves, for a loss that never holds all logits; `prefill` and `decode` are the interface
+    of the samplers.
     """
 
-    config: ModelConfig
-    remat: str = "none"
-
     def setup(self):
-        c = self.config
-        dtype = self.compute_dtype
-        self.embed = Embedding(c.vocab_size, c.dim, dtype)
-        if c.positions == "learned":
-            self.position_embed = Embedding(c.context, c.dim, dtype)
-        block = DecoderBlock
-        if self.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], static_argnums=(6,))
-        self.blocks = [block(c, name=f"block_{i}") for i in range(c.layers)]
-        self.norm = Norm(c.norm, c.norm_eps, c.bias)
-        if not c.tied:
-            self.unembed = Linear(c.vocab_size, bias=False)
-        self.drop = nn.Dropout(c.dropout)
+        super().setup()
+        self.decoder = Stack(self.config, self.config.layers, remat=self.remat)
 
     def __call__(self, tokens, segments=None, cache=None, deterministic=True):
         """Logits of the next token at every position.
@@ -55,68 +34,154 @@ class Decoder(nn.Module):
         return self.head(x), cache
 
     def hidden(self, tokens, segments=None, cache=None, deterministic=True):
-        """The normed last states, [B, T, D] in the compute dtype, and the cache."""
-        c = self.config
-        B, T = tokens.shape
-        if cache is None:
-            slots = jnp.arange(T, dtype=jnp.int32)[None]
-            place = slots if segments is None else positions.restarting(segments)
-            mask = None if segments is None else masking.segments(segments, segments)
-            index, layers = None, [None] * c.layers
-        else:
-            index, start, layers = cache["index"], cache["start"], cache["layers"]
-            slots = index + jnp.arange(T, dtype=jnp.int32)[None]
-            keys = jnp.arange(layers[0]["key"].shape[1], dtype=jnp.int32)[None]
-            place = jnp.maximum(slots - start[:, None], 0)
-            mask = masking.causal(slots, keys) & masking.padding(keys >= start[:, None])
-        x = self.embed(tokens)
-        if c.positions == "learned":
-            x += self.position_embed(place)
-        elif c.positions == "sinusoidal":
-            x += positions.sinusoidal(place, c.dim).astype(x.dtype)
-        angles = (positions.rotary_angles(place, c.K, c.rope_theta)
-                  if c.positions == "rotary" else None)
-        x = self.drop(x, deterministic=deterministic)
-        new = []
-        for block, layer in zip(self.blocks, layers):
-            x, layer = block(x, mask, angles, layer, index, deterministic)
-            new.append(layer)
-        if cache is not None:
-            cache = {"layers": new, "index": index + T, "start": start}
-        return self.norm(x), cache
-
-    def head(self, x):
-        """x: [B, T, D] -> logits [B, T, V] float32."""
-        if self.config.tied:
-            return jnp.einsum("btd,vd->btv", x, self.embed.embedding.astype(x.dtype),
-                              preferred_element_type=jnp.float32)
-        return self.unembed(x).astype(jnp.float32)
-
-    @property
-    def compute_dtype(self):
-        """The dtype of activations: `auto` is float32 on CPU, where bfloat16 gains nothing."""
-        if self.config.dtype != "auto":
-            return jnp.dtype(self.config.dtype)
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
-
-    def decode(self, params, tokens, cache):
-        """One step of generation: tokens [B, T] int32 extend the cache.
-
-        Returns (logits [B, T, V] float32, cache). The whole of what samplers know of a model.
-        """
-        return self.apply({"params": params}, tokens, cache=cache)
+        """The last states that `head` reads, [B, T, D] in the compute dtype, and the cache."""
+        x, cache = self.decoder(self.embed(tokens), segments, cache, deterministic=deterministic)
+        return x * self.config.logit_scale, cache
 
     def empty_cache(self, batch, length, start=None):
         """A cache of `length` slots. start: [B] int32, the padding before each row's first token."""
+        return _empty_cache(self, self.config.layers, batch, length, start)
+
+    def prefill(self, params, tokens, lengths, new_tokens):
+        """Read prompts [B, P] int32, padded on the left, of lengths [B] int32, all but their last
+        token. Returns (last tokens [B] int32, a cache with room for new_tokens more)."""
+        B, P = tokens.shape
+        cache = self.empty_cache(B, P + new_tokens - 1, P - lengths)
+        if P > 1:
+            _, cache = self.decode(params, tokens[:, :-1], cache)
+        return tokens[:, -1], cache
+
+
+class Encoder(LanguageModel):
+    """A bidirectional Transformer with, by config.head, nothing on it (states), the masked language
+    model's head, or a Linear over labels for each sequence (classify) or token (tag)."""
+
+    def setup(self):
+        super().setup()
         c = self.config
-        layers = [empty_cache(c, batch, length, self.compute_dtype) for _ in range(c.layers)]
-        start = jnp.zeros(batch, jnp.int32) if start is None else start
-        return {"layers": layers, "index": jnp.int32(0), "start": start}
+        self.encoder = Stack(c, c.layers, causal=False, remat=self.remat)
+        if c.token_types:
+            self.type_embed = Embedding(c.token_types, c.dim, self.compute_dtype)
+        if c.pooler or c.head == "classify":
+            self.pooler = Linear(c.dim)
+        if c.head == "mlm":
+            self.transform, self.norm_transform = Linear(c.dim), norm(c)
+        elif c.head in ("classify", "tag"):
+            self.labels = Linear(c.labels)
+
+    def __call__(self, tokens, padding_mask=None, token_types=None, deterministic=True):
+        """tokens: [B, T] int32; padding_mask: [B, T] bool, True at real tokens, or None for all;
+        token_types: [B, T] int32 (BERT's segments), default 0; deterministic: False turns dropout
+        on. Returns states [B, T, D], or the head's float32 logits: mlm [B, T, V], tag [B, T,
+        labels], classify [B, labels].
+        """
+        x = self.hidden(tokens, padding_mask, token_types, deterministic)
+        head = self.config.head
+        if self.is_initializing() and self.config.pooler:
+            self.pool(x)  # Linen makes parameters on use
+        if head == "mlm":
+            return self.head(x)
+        if head == "none":
+            return x
+        if head == "classify":
+            x = self.pool(x)
+        return self.labels(self.drop(x, deterministic=deterministic)).astype(jnp.float32)
+
+    def hidden(self, tokens, padding_mask=None, token_types=None, deterministic=True):
+        """The last states that the head reads, [B, T, D] in the compute dtype."""
+        c = self.config
+        x = self.embed(tokens)
+        if c.token_types:
+            x += self.type_embed(jnp.zeros_like(tokens) if token_types is None else token_types)
+        segments = None if padding_mask is None else padding_mask.astype(jnp.int32)
+        x, _ = self.encoder(x, segments, deterministic=deterministic)
+        if c.head == "mlm":
+            x = self.norm_transform(activate(c.activation, self.transform(x)))
+        return x * c.logit_scale
+
+    def pool(self, x):
+        """The first state through the pooler's Linear and activation: [B, T, D] -> [B, D]."""
+        return activate(self.config.pooler_activation, self.pooler(x[:, 0]))
+
+    def pooled(self, tokens, padding_mask=None, token_types=None):
+        """`pool` of the states of tokens [B, T] int32. Returns [B, D]."""
+        return self.pool(self.hidden(tokens, padding_mask, token_types))
+
+
+class EncoderDecoder(LanguageModel):
+    """An encoder, and a decoder that also attends to its states (Vaswani et al. 2017)."""
+
+    def setup(self):
+        super().setup()
+        c = self.config
+        self.encoder = Stack(c, c.layers, causal=False, remat=self.remat)
+        self.decoder = Stack(c, decoder_layers(c), cross=True, remat=self.remat)
+
+    def __call__(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
+        """Logits of the next target at every position.
+
+        targets_in: [B, T] int32, the targets shifted right; source: [B, S] int32; source_mask:
+        [B, S] bool, True at real tokens, or None for all; cache: from `prefill`, in place of the
+        source; deterministic: False turns dropout on.
+        Returns (logits [B, T, V] float32, the new cache or None).
+        """
+        x, cache = self.hidden(targets_in, source, source_mask, cache, deterministic)
+        return self.head(x), cache
+
+    def hidden(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
+        """The last states that `head` reads, [B, T, D] in the compute dtype, and the cache."""
+        states = None if cache is not None else self.encode(source, source_mask, deterministic)
+        x, cache = self.decoder(self.embed(targets_in), None, cache, states, source_mask,
+                                deterministic)
+        return x * self.config.logit_scale, cache
+
+    def encode(self, source, source_mask=None, deterministic=True):
+        """The encoder's states [B, S, D] of source [B, S] int32."""
+        segments = None if source_mask is None else source_mask.astype(jnp.int32)
+        return self.encoder(self.embed(source), segments, deterministic=deterministic)[0]
+
+    def cross_cache(self, source, source_mask):
+        """Every decoder layer's cross-attention keys and values of a source [B, S] int32."""
+        return self.decoder.cross_cache(self.encode(source, source_mask))
+
+    def prefill(self, params, tokens, lengths, new_tokens):
+        """Read sources [B, S] int32, padded on the left, of lengths [B] int32.
+        Returns (config.start_id for each row, a cache with room for new_tokens)."""
+        B, S = tokens.shape
+        mask = jnp.arange(S)[None] >= S - lengths[:, None]
+        cross = self.apply({"params": params}, tokens, mask, method="cross_cache")
+        cache = _empty_cache(self, decoder_layers(self.config), B, new_tokens)
+        cache["layers"] = [layer | more for layer, more in zip(cache["layers"], cross)]
+        return jnp.full(B, self.config.start_id, jnp.int32), cache | {"source_mask": mask}
+
+
+def decoder_layers(config):
+    """How many blocks the decoder of an encoder-decoder has."""
+    return config.layers if config.decoder_layers is None else config.decoder_layers
+
+
+def _empty_cache(model, layers, batch, length, start=None):
+    return {"layers": [empty_cache(model.config, batch, length, model.compute_dtype)
+                       for _ in range(layers)],
+            "index": jnp.int32(0),
+            "start": jnp.zeros(batch, jnp.int32) if start is None else start}
+
+
+def mean_pool(states, padding_mask):
+    """A sentence's vector: the mean of its tokens' states (Reimers and Gurevych 2019).
+
+    states: [B, T, D]; padding_mask: [B, T] bool. Returns [B, D] in the states' dtype.
+    """
+    weights = padding_mask[..., None].astype(states.dtype)
+    return (states * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
 
 
 def head_kernel(config, params):
-    """The output projection [D, V] of a Decoder's parameters."""
+    """The output projection [D, V] of a model's parameters."""
     return params["embed"]["embedding"].T if config.tied else params["unembed"]["kernel"]
+
+
+MODELS = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
 
 
 def build(config, remat="none"):
@@ -127,18 +192,20 @@ def build(config, remat="none"):
     validate(config)
     if config.vocab_size < 1:
         raise UserError("model.vocab_size=0 must be set before a model is built")
-    return Decoder(config, remat)
-
+    return MODELS[config.architecture](config, remat)
 
 
 def flops_per_token(config, length=None):
     """Floating-point operations of training on one token, forward and backward.
 
     6 for each weight of a matrix product and 12 L H K T for attention, not halved for the causal
-    mask (Chowdhery et al. 2022, appendix B: the numerator of MFU). length: T, or the context.
+    mask (Chowdhery et al. 2022, appendix B: the numerator of MFU). Of an encoder-decoder: on one
+    source and one target token. length: T, or the context.
     """
-    c = config
+    c, T = config, length or config.context
     attention = c.dim * c.K * (2 * c.heads + 2 * c.G)
     mlp = c.dim * c.F * (3 if c.gated else 2)
-    weights = c.layers * (attention + mlp) + c.dim * c.vocab_size
-    return 6 * weights + 12 * c.layers * c.heads * c.K * (length or c.context)
+    blocks = c.layers * (6 * (attention + mlp) + 12 * c.heads * c.K * T)
+    if c.architecture == "encoder_decoder":
+        blocks += decoder_layers(c) * (6 * (2 * attention + mlp) + 24 * c.heads * c.K * T)
+    return blocks + (6 * c.dim * c.vocab_size if c.head in ("lm", "mlm") else 0)

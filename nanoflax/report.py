@@ -419,10 +419,14 @@ def _title(training, validation):
 
 
 def parameter_table(params):
-    """The number and bytes of parameters by top-level module, as text; equal blocks folded."""
+    """The number and bytes of parameters by module, as text; equal blocks folded."""
+    modules = {}
+    for name, branch in params.items():
+        stack = name in ("encoder", "decoder")
+        modules |= {f"{name}/{k}": v for k, v in branch.items()} if stack else {name: branch}
     groups = []  # [name, its stem, last name, how many, parameters each, bytes each]
-    for name in sorted(params, key=_natural):
-        leaves = list(_leaves(params[name]))
+    for name in sorted(modules, key=_natural):
+        leaves = list(_leaves(modules[name]))
         size = sum(math.prod(leaf.shape) for leaf in leaves)
         memory = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
         stem = re.sub(r"\d+$", "", name)

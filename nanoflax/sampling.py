@@ -76,21 +76,22 @@ def filtered(logits, filters):
     return logits
 
 
-def start(model, params, tokens, lengths, slots, rng, filters):
+def start(model, params, tokens, lengths, new_tokens, rng, filters):
     """Read the prompts: tokens [B, P] int32 padded on the left, lengths [B] int32.
 
-    All but the last token go into a cache of `slots` slots. Returns a Generation.
+    The cache has room for new_tokens. Returns a Generation.
     """
     B, P = tokens.shape
-    cache = model.empty_cache(B, slots, start=P - lengths)
-    if P > 1:
-        _, cache = model.decode(params, tokens[:, :-1], cache)
+    token, cache = model.prefill(params, tokens, lengths, new_tokens)
     seen = None
     if filters.repetition_penalty is not None:
-        real = jnp.arange(P)[None] >= P - lengths[:, None]
         seen = jnp.zeros((B, model.config.vocab_size), bool)
-        seen = seen.at[jnp.arange(B)[:, None], tokens].max(real)
-    return Generation(cache, tokens[:, -1], jnp.zeros(B, bool), seen, rng)
+        if model.config.architecture == "decoder":  # else the prompt is a source, free to be copied
+            real = jnp.arange(P)[None] >= P - lengths[:, None]
+            seen = seen.at[jnp.arange(B)[:, None], tokens].max(real)
+        else:
+            seen = seen.at[jnp.arange(B), token].set(True)
+    return Generation(cache, token, jnp.zeros(B, bool), seen, rng)
 
 
 def advance(model, params, state, filters, steps, eos_id=None, vocab_size=None):
@@ -126,11 +127,11 @@ def in_compute_dtype(model, params):
 @partial(jax.jit, static_argnames=("model", "steps", "eos_id", "vocab_size"))
 def _sample(model, params, tokens, lengths, rng, filters, steps, eos_id, vocab_size):
     params = in_compute_dtype(model, params)
-    state = start(model, params, tokens, lengths, tokens.shape[1] + steps - 1, rng, filters)
+    state = start(model, params, tokens, lengths, steps, rng, filters)
     return advance(model, params, state, filters, steps, eos_id, vocab_size)[1]
 
 
-_start = jax.jit(start, static_argnames=("model", "slots"))
+_start = jax.jit(start, static_argnames=("model", "new_tokens"))
 _advance = jax.jit(advance, static_argnames=("model", "steps", "eos_id", "vocab_size"),
                    donate_argnames="state")
 
@@ -165,13 +166,12 @@ def stream(model, params, prompts, max_new_tokens=64, temperature=1.0, top_k=Non
     filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty)
     chunks = -(-max_new_tokens // chunk)
     params = jax.jit(in_compute_dtype, static_argnums=0)(model, params)
-    state = _start(model, params, tokens, lengths, tokens.shape[1] + chunks * chunk, _key(rng),
-                   filters)
+    state = _start(model, params, tokens, lengths, chunks * chunk, _key(rng), filters)
     ended = np.zeros(len(prompts), bool)
     for i in range(chunks):
         state, new = _advance(model, params, state, filters, chunk, eos_id, vocab_size)
         rows = np.asarray(new)[:, :max_new_tokens - i * chunk].tolist()
-        yield [[] if over else cut(row, eos_id) for row, over in zip(rows, ended)]
+        yield [cut(row, eos_id) for row in rows]  # a finished row repeats eos_id: nothing is left
         ended |= np.array([eos_id is not None and eos_id in row for row in rows])
         if ended.all():
             return
@@ -191,10 +191,14 @@ def check_prompts(config, prompts, max_new_tokens):
             bad = next(t for t in prompt if not 0 <= t < config.vocab_size)
             raise UserError(f"prompt {i} holds token id {bad}, outside the model's vocabulary of "
                             f"{config.vocab_size}")
-        if len(prompt) + max_new_tokens > config.context:
+        if config.architecture == "decoder" and len(prompt) + max_new_tokens > config.context:
             raise UserError(
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that "
                 f"exceeds the model's context of {config.context}; shorten one of them")
+        if max(len(prompt), max_new_tokens) > config.context:
+            raise UserError(
+                f"prompt {i} has {len(prompt)} tokens, max_new_tokens={max_new_tokens}: neither may "
+                f"exceed the model's context of {config.context}")
 
 
 def make_filters(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None):

@@ -117,7 +117,9 @@ def init(model, rng, mesh=None):
     Raises: UserError if the mesh does not divide them.
     """
     def make(rng):
-        return model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        reads_source = model.config.architecture in ("encoder_decoder", "lstm")
+        return model.init(rng, tokens, **{"source": tokens} if reads_source else {})["params"]
 
     if mesh is None:
         current = jax.sharding.get_mesh()

@@ -62,8 +62,8 @@ def test_write_cache_writes_by_index_and_nothing_else():
     config = ModelConfig(vocab_size=8, dim=16, heads=4, kv_heads=2)
     cache = write_cache(empty_cache(config, 2, 6, jnp.float32), jnp.ones((2, 2, 2, 4)),
                         2 * jnp.ones((2, 2, 2, 4)), jnp.int32(3))
-    expected = np.zeros((2, 6, 2, 4), np.float32)
-    expected[:, 3:5] = 1
+    expected = np.zeros((2, 2, 6, 4), np.float32)
+    expected[:, :, 3:5] = 1
     np.testing.assert_array_equal(cache["key"], expected)
     np.testing.assert_array_equal(cache["value"], 2 * expected)
 
@@ -115,7 +115,7 @@ def test_activations_equal_torch(name):
     import torch
 
     theirs = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-              "silu": F.silu, "relu": F.relu}[name]
+              "silu": F.silu, "relu": F.relu, "tanh": torch.tanh}[name]
     x = np.linspace(-6, 6, 101, dtype=np.float32)
     np.testing.assert_allclose(layers.ACTIVATIONS[name](x), theirs(torch.tensor(x)), atol=2e-6)
 

@@ -49,7 +49,7 @@ def test_chunked_cross_entropy_is_the_naive_one(chunks, options):
     @jax.jit
     def both(h, k):
         scaled = lambda f: (lambda h, k: (lambda a, b: (3 * a, b))(*f(h, k)))  # a cotangent of 3
-        ours = lambda h, k: losses.chunked_cross_entropy(h, k, targets, weights, chunks, *options)
+        ours = lambda h, k: losses.chunked_cross_entropy(h, k, targets, weights, None, chunks, *options)
         plain = lambda h, k: naive(h, k, targets, weights, *options)
         return (ours(h, k), *(jax.value_and_grad(scaled(f), (0, 1), has_aux=True)(h, k)
                               for f in (ours, plain)))
@@ -66,7 +66,7 @@ def test_chunked_cross_entropy_is_the_naive_one(chunks, options):
 def test_bfloat16_hidden_states_give_float32_sums_and_kernel_gradients(chunks):
     hidden, kernel, targets, weights = problem(dtype=jnp.bfloat16)
     gradient = jax.value_and_grad(
-        lambda h, k: losses.chunked_cross_entropy(h, k, targets, weights, chunks)[0], (0, 1))
+        lambda h, k: losses.chunked_cross_entropy(h, k, targets, weights, None, chunks)[0], (0, 1))
     value, (dh, dk) = jax.jit(gradient)(hidden, kernel)
     exact, (eh, ek) = jax.value_and_grad(lambda h, k: naive(h, k, targets, weights)[0], (0, 1))(
         hidden.astype(jnp.float32), kernel.astype(jnp.bfloat16).astype(jnp.float32))

@@ -148,7 +148,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
 
 def test_residual_projections_start_smaller():
     model = build(ModelConfig(**GPT2 | {"layers": 8, "dim": 64}))
-    block = jax.device_get(init(model, jax.random.PRNGKey(0)))["block_0"]
+    block = jax.device_get(init(model, jax.random.PRNGKey(0)))["decoder"]["block_0"]
     assert block["mlp"]["up"]["kernel"].std() == pytest.approx(0.02, rel=0.05)
     assert block["mlp"]["down"]["kernel"].std() == pytest.approx(0.02 / 4, rel=0.05)
     assert block["attention"]["out"]["kernel"].std() == pytest.approx(0.02 / 4, rel=0.05)
@@ -189,9 +189,9 @@ def from_gpt2(arrays):
         if name == "wte.weight":
             put(tree, "embed.embedding", x)
         elif name == "wpe.weight":
-            put(tree, "position_embed.embedding", x)
+            put(tree, "decoder.position_embed.embedding", x)
         elif name.startswith("ln_f."):
-            put(tree, f"norm.{'scale' if name.endswith('weight') else 'bias'}", x)
+            put(tree, f"decoder.norm.{'scale' if name.endswith('weight') else 'bias'}", x)
         elif name == "lm_head.weight":
             put(tree, "unembed.kernel", x.T)
         else:
@@ -199,9 +199,9 @@ def from_gpt2(arrays):
             ours = "bias" if leaf == "bias" else "scale" if part.startswith("ln") else "kernel"
             if part == "attn.c_attn":
                 for to, piece in zip(("query", "key", "value"), np.split(x, 3, axis=-1)):
-                    put(tree, f"block_{i}.attention.{to}.{ours}", piece)
+                    put(tree, f"decoder.block_{i}.attention.{to}.{ours}", piece)
             else:
-                put(tree, f"block_{i}.{GPT2_KEYS[part]}.{ours}", x)
+                put(tree, f"decoder.block_{i}.{GPT2_KEYS[part]}.{ours}", x)
     return tree
 
 
@@ -213,15 +213,15 @@ def from_llama(arrays):
         if name == "embed_tokens.weight":
             put(tree, "embed.embedding", x)
         elif name == "norm.weight":
-            put(tree, "norm.scale", x)
+            put(tree, "decoder.norm.scale", x)
         elif name == "lm_head.weight":
             put(tree, "unembed.kernel", x.T)
         else:
             i, part = name.split(".")[1], ".".join(name.split(".")[2:-1])
             if part.endswith("layernorm"):
-                put(tree, f"block_{i}.{LLAMA_KEYS[part]}.scale", x)
+                put(tree, f"decoder.block_{i}.{LLAMA_KEYS[part]}.scale", x)
             else:
-                put(tree, f"block_{i}.{LLAMA_KEYS[part]}.kernel", x.T)
+                put(tree, f"decoder.block_{i}.{LLAMA_KEYS[part]}.kernel", x.T)
     return tree
 
 

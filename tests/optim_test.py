@@ -82,8 +82,8 @@ def test_only_matrices_decay(tied):
     mask = by_path(decay_mask(params_of(tied=tied)))
     for path, decays in mask.items():
         assert decays == path.endswith("/kernel"), path
-    assert mask["block_0/mlp/up/kernel"] and not mask["embed/embedding"]
-    assert not mask["position_embed/embedding"] and not mask["norm/scale"]
+    assert mask["decoder/block_0/mlp/up/kernel"] and not mask["embed/embedding"]
+    assert not mask["decoder/position_embed/embedding"] and not mask["decoder/norm/scale"]
     assert ("unembed/kernel" in mask) == (not tied)
 
 
@@ -140,8 +140,8 @@ def test_muon_orthogonalises_hidden_matrices_alone():
     tx, _ = make_optimizer(config, 10)
     grads = params_of(tied=False)
     updates = by_path(jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(grads, params))
-    singular = np.linalg.svd(updates["block_0/attention/query/kernel"], compute_uv=False)
+    singular = np.linalg.svd(updates["decoder/block_0/attention/query/kernel"], compute_uv=False)
     assert singular.max() < 2 * singular.min()  # Newton-Schulz is loose about 1
-    for path in ("unembed/kernel", "embed/embedding", "norm/scale"):  # Adam: all entries alike
+    for path in ("unembed/kernel", "embed/embedding", "decoder/norm/scale"):  # Adam: all entries alike
         size = np.abs(updates[path])
         assert 1e-3 < size.min() and size.max() < 1.01 * size.min() < 2e-3, path

@@ -12,6 +12,8 @@ from hypothesis.extra import numpy as hnp
 
 from nanoflax import positions
 
+RATES = positions.base_rates(10_000.0, 8)
+
 
 @settings(max_examples=50, deadline=None)
 @given(hnp.arrays(np.int32, (3, 9), elements=st.integers(0, 2)))
@@ -50,7 +52,7 @@ def test_rotary_equals_transformers_llama(theta):
     cos, sin = llama.LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor(place).long())
     tq, tk = llama.apply_rotary_pos_emb(torch.tensor(q).transpose(1, 2),
                                         torch.tensor(k).transpose(1, 2), cos, sin)
-    angles = positions.rotary_angles(jnp.asarray(place), K, theta)
+    angles = positions.rotary_angles(jnp.asarray(place), positions.base_rates(theta, K))
     np.testing.assert_allclose(positions.rotate(q, angles), tq.transpose(1, 2), atol=2e-4)
     np.testing.assert_allclose(positions.rotate(k, angles), tk.transpose(1, 2), atol=2e-4)
 
@@ -59,7 +61,7 @@ def test_rotary_products_depend_on_distance_alone():
     q, k = jax.random.normal(jax.random.PRNGKey(0), (2, 1, 1, 1, 8))
 
     def product(m, n):
-        at = lambda x, p: positions.rotate(x, positions.rotary_angles(jnp.array([[p]]), 8))
+        at = lambda x, p: positions.rotate(x, positions.rotary_angles(jnp.array([[p]]), RATES))
         return float((at(q, m) * at(k, n)).sum())
 
     assert product(3, 1) == pytest.approx(product(43, 41), abs=1e-5)
@@ -68,6 +70,6 @@ def test_rotary_products_depend_on_distance_alone():
 
 def test_rotate_keeps_the_dtype_and_the_first_token():
     x = jax.random.normal(jax.random.PRNGKey(0), (1, 2, 1, 8), jnp.bfloat16)
-    y = positions.rotate(x, positions.rotary_angles(jnp.array([[0, 1]]), 8))
+    y = positions.rotate(x, positions.rotary_angles(jnp.array([[0, 1]]), RATES))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y[:, 0], x[:, 0])

@@ -377,15 +377,15 @@ def test_parameter_table_folds_equal_blocks():
         shape=shape, dtype=np.dtype(dtype))
     block = {"mlp": {"kernel": array(10, 300)}, "scale": array(10)}
     params = {"embedding": {"table": array(7, 10, dtype=np.float16)}, "scale": array()}
-    params |= {f"block_{i}": block for i in range(12)}
-    params["block_12"] = {"kernel": array(1)}
+    params["decoder"] = {f"block_{i}": block for i in range(12)}
+    params["decoder"]["block_12"] = {"kernel": array(1)}
     assert report.parameter_table(params).splitlines() == [
-        "module                           parameters  bytes",
-        "block_0 .. block_11  12 x 3,010      36,120  144kB",
-        "block_12                                  1     4B",
-        "embedding                                70   140B",
-        "scale                                     1     4B",
-        "total                                36,192  145kB",
+        "module                                           parameters  bytes",
+        "decoder/block_0 .. decoder/block_11  12 x 3,010      36,120  144kB",
+        "decoder/block_12                                          1     4B",
+        "embedding                                                70   140B",
+        "scale                                                     1     4B",
+        "total                                                36,192  145kB",
     ]
 
 

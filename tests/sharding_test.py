@@ -139,7 +139,7 @@ def test_everything_is_born_in_its_shards():
     found = run_child("shards_of_each_leaf")
     # On (2, 2, 2), parameters are whole along data and halved along fsdp and tensor.
     expected = {
-        "embed/embedding": [24, 16], "unembed/kernel": [16, 24], "norm/scale": [32],
+        "embed/embedding": [24, 16], "unembed/kernel": [16, 24], "decoder/norm/scale": [32],
         "norm/bias": [32]} | {
         f"block_{i}/{path}": shape for i in (0, 1) for path, shape in {
             **{f"attention/{n}/kernel": [16, 16] for n in ("query", "key", "value", "out")},

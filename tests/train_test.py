@@ -74,7 +74,7 @@ def test_accumulation_changes_nothing(pieces):
     for a, b in zip(whole, parts):
         assert_close(a, b)
     assert_close(state.params, other.params)
-    assert np.abs(state.params["norm"]["scale"] - 1).max() > 1e-4
+    assert np.abs(state.params["decoder"]["norm"]["scale"] - 1).max() > 1e-4
 
 
 def test_the_loss_is_a_mean_over_target_tokens():
@@ -116,7 +116,7 @@ def spoiled(where):
         if where == "loss":
             return jnp.where(bad, jnp.inf, total), nll, weight
         # sqrt(0 * x) is 0 and its gradient NaN: the loss alone would not show it.
-        return total + jnp.sqrt(jnp.where(bad, 0.0, 1.0) * params["norm"]["scale"][0]), nll, weight
+        return total + jnp.sqrt(jnp.where(bad, 0.0, 1.0) * params["decoder"]["norm"]["scale"][0]), nll, weight
     return objective
 
 
@@ -138,7 +138,7 @@ def test_a_non_finite_step_is_skipped_to_the_bit_and_counted(where, name):
         if batch is bad:
             assert_same_bits(kept(before), kept(after))
         else:
-            assert np.abs(before.params["norm"]["scale"] - after.params["norm"]["scale"]).max() > 0
+            assert np.abs(before.params["decoder"]["norm"]["scale"] - after.params["decoder"]["norm"]["scale"]).max() > 0
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.params))
     assert skipped == [0, 1, 2, 0, 1]
 
