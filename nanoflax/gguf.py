@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from nanoflax.errors import UserError
-from nanoflax.safetensors_io import Tensor, fail, wrong_shape
+from nanoflax.safetensors_io import Tensor, fail, impossible
 
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
             10: "<u8", 11: "<i8", 12: "<f8"}
@@ -249,9 +249,8 @@ def _tensors(path, infos, header_size, size, alignment):
             continue
         stored = (*shape[:-1], shape[-1] // values) if shape else ()
         nbytes = math.prod(stored) * dtype.itemsize
-        # Dequantised, a tensor must still be possible: at most four bytes for each value.
-        if wrong := wrong_shape(shape, 4, math.prod(shape) * 4):
-            problems.append(f"{name!r} {wrong}")
+        if impossible(shape, 4):  # bytes of a value when dequantised
+            problems.append(f"{name!r} has an impossible shape, {list(shape)}")
             continue
         ends.append((offset, offset + nbytes, name))
         tensor = Tensor(name, stored, dtype, path, data + offset)

@@ -195,8 +195,11 @@ def _read_header(path, problems):
         if tag not in DTYPES:
             problems.append(f"{path.name}: {name!r} has dtype {tag!r}; known are "
                             + ", ".join(DTYPES))
-        elif wrong := wrong_shape(shape, DTYPES[tag].itemsize, end - begin):
-            problems.append(f"{path.name}: {name!r} {wrong}")
+        elif impossible(shape, DTYPES[tag].itemsize):
+            problems.append(f"{path.name}: {name!r} has an impossible shape, {str(shape)[:200]}")
+        elif (nbytes := math.prod(shape) * DTYPES[tag].itemsize) != end - begin:
+            problems.append(f"{path.name}: {name!r} of shape {shape} needs {nbytes} bytes, not "
+                            f"{end - begin}")
         else:
             tensors[name] = Tensor(name, tuple(shape), DTYPES[tag], path, 8 + length + begin)
     if len(ranges) == len(header):
@@ -204,14 +207,9 @@ def _read_header(path, problems):
     return tensors
 
 
-def wrong_shape(shape, itemsize, nbytes):
-    """What is wrong with a shape (numbers from 0) of items that fill nbytes, or None."""
-    # NumPy's own limits; it counts dimensions of 0 as 1.
-    if len(shape) > 32 or math.prod(max(n, 1) for n in shape) * itemsize >= 2**63:
-        return f"has an impossible shape, {str(shape)[:200]}"
-    if math.prod(shape) * itemsize != nbytes:
-        return f"of shape {shape} needs {math.prod(shape) * itemsize} bytes, not {nbytes}"
-    return None
+def impossible(shape, itemsize):
+    """Whether NumPy can have no array of this shape (numbers from 0); it counts 0 as 1."""
+    return len(shape) > 32 or math.prod(max(n, 1) for n in shape) * itemsize >= 2**63
 
 
 def _wrong_ranges(ranges, size):

@@ -282,8 +282,8 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
 def test_a_thousand_damaged_files(tmp_path):
     # What loads is what the library reads of the same bytes.
     path = write(tmp_path / "x.gguf", {
-        "a": RNG.normal(size=(3, 4)).astype(np.float32), "b": (Kind.Q4_1, packed(Kind.Q4_1, (2, 64))),
-        "c": (Kind.Q6_K, packed(Kind.Q6_K, (256,))), "d": np.zeros(5, np.float16)},
+        "a": RNG.normal(size=(3, 4)).astype(np.float32), "d": np.zeros(5, np.float16),
+        "b": (Kind.Q4_1, packed(Kind.Q4_1, (2, 64))), "c": (Kind.Q6_K, packed(Kind.Q6_K, (256,)))},
         [("tokens", ["a", "b", "cd"], Value.ARRAY, Value.STRING), ("n", 3, Value.UINT32),
          ("scores", [1.0, 2.0], Value.ARRAY, Value.FLOAT32)])
     good, rng = path.read_bytes(), random.Random(0)
