@@ -57,8 +57,6 @@ class Tensor:
                 size = math.prod(self.shape)
                 array = np.fromfile(self.file, self.dtype, size, offset=self.offset)
                 return array.reshape(self.shape)
-            if 0 in self.shape:  # cannot be mapped
-                return np.empty(self.shape, self.dtype)[slices]
             mapped = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
             return np.array(mapped[slices])
         except (OSError, ValueError) as error:
