@@ -260,7 +260,7 @@ def _tensors(path, infos, header_size, size, alignment):
         if begin != aligned(position):
             problems.append(f"{name!r} begins at byte {begin} of the data, but the tensor before "
                             f"it ends at {position}")
-        position = max(position, end)
+        position = end
     if position and size < data + position or size > data + aligned(position):
         problems.append(f"the tensors need {position} bytes of data and the file has {size - data}")
     fail(path, problems)

@@ -217,7 +217,7 @@ def _wrong_ranges(ranges, size):
         if begin != position:
             yield (f"{name!r} begins at byte {begin} of the data, but the tensor before it ends "
                    f"at {position}")
-        position = max(position, end)
+        position = end
     if position != size:
         yield f"the tensors need {position} bytes of data and the file has {size}"
 

@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import os
-import pathlib
 import random
-import re
 import shutil
 import tracemalloc
 
