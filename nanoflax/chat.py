@@ -92,7 +92,7 @@ def _compile(template):
     from jinja2 import TemplateError, ext, nodes, sandbox
 
     class Generation(ext.Extension):
-        """{% generation %} ... {% endgeneration %} marks the assistant's words; just render them."""
+        """{% generation %} ... {% endgeneration %} marks the assistant's words: render them."""
 
         tags = {"generation"}
 

@@ -15,7 +15,7 @@ import pathlib
 import re
 import secrets
 
-from nanoflax import chat
+from nanoflax import chat, hf_vocabularies
 from nanoflax.errors import UserError
 from nanoflax.tokenizers import SPACE, check_ids, well_formed
 
@@ -24,24 +24,7 @@ VOCABULARIES = ("tokenizer.json", "source.spm", "tokenizer.model", "spiece.model
 FILES = (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json", "tokenizer_config.json",
          "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
-
-# How byte-level vocabularies cut text into words before merging; facts of their makers.
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-          r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-GGUF_WORDS = {  # tokenizer.ggml.pre -> the expressions, applied in turn
-    None: [GPT2], "default": [GPT2], "gpt-2": [GPT2], "olmo": [GPT2],
-    **dict.fromkeys(["smollm", "starcoder", "refact", "command-r"], [r"\p{N}", GPT2]),
-    **dict.fromkeys(["llama-bpe", "llama3", "llama-v3"], [LLAMA3]),
-    **dict.fromkeys(["qwen2", "deepseek-r1-qwen"], [QWEN2]),
-    "tekken": [TEKKEN],
-}
-NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # piece types, SentencePiece and GGUF
-
+FIELDS = ("content", "special", "lstrip", "rstrip", "single_word", "normalized")
 
 def load(directory):
     """The tokenizer of a Hugging Face directory. Raises: UserError (missing or damaged files)."""
@@ -76,61 +59,15 @@ def from_files(files, name):
 
 
 def from_gguf(metadata, name="GGUF"):
-    """The HFTokenizer of a GGUF file's metadata (its keys "tokenizer...").
+    """The HFTokenizer of a GGUF file's metadata (a dict with its keys "tokenizer...").
 
     tokenizer.ggml.model "gpt2" is byte-level BPE, cut into words as tokenizer.ggml.pre says;
     "llama" is SentencePiece BPE. Control tokens are the special ones.
     Raises: UserError (another model or pre, missing or damaged lists).
     """
-    def get(key, default=None):
-        return metadata.get(f"tokenizer.ggml.{key}", default)
-
-    kind, words, tokens = get("model"), get("pre"), get("tokens")
-    if kind not in ("gpt2", "llama"):
-        raise UserError(f"{name}: tokenizer.ggml.model is {kind!r}; gpt2 and llama are supported")
-    if kind == "gpt2" and words not in GGUF_WORDS:
-        raise UserError(f"{name}: tokenizer.ggml.pre is {words!r}; supported: "
-                        f"{', '.join(sorted(filter(None, GGUF_WORDS)))}")
-    wanted = {"tokens": str, "token_type": int}
-    wanted |= {"merges": str} if kind == "gpt2" else {"scores": (int, float)}
-    for key, types in wanted.items():
-        values = get(key)
-        if not isinstance(values, list) or not all(isinstance(v, types) for v in values):
-            raise UserError(f"{name}: tokenizer.ggml.{key} is missing or not a list of "
-                            f"{'text' if types is str else 'numbers'}")
-        if key != "merges" and len(values) != len(tokens):
-            raise UserError(f"{name}: tokenizer.ggml.{key} has {len(values)} entries for "
-                            f"{len(tokens)} tokens")
-    ids = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id",
-           "unk": "unknown_token_id", "sep": "seperator_token_id", "mask": "mask_token_id"}
-    roles = {}
-    for role, key in ids.items():
-        if (i := get(key)) is not None:
-            if not isinstance(i, int) or not 0 <= i < len(tokens):
-                raise UserError(f"{name}: tokenizer.ggml.{key} is {i!r}, with {len(tokens)} tokens")
-            roles[role] = tokens[i]
-    config = {f"{role}_token": token for role, token in roles.items()}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if "tokenizer.chat_template" in metadata:
-        config["chat_template"] = metadata["tokenizer.chat_template"]
-    try:
-        if kind == "gpt2":
-            spec = _byte_level(dict(zip(tokens, range(len(tokens)))),
-                               [tuple(merge.split(" ")) for merge in get("merges")],
-                               GGUF_WORDS[words])
-        else:
-            unknown = get("unknown_token_id", 0)
-            spec = _sentencepiece_bpe(tokens, get("scores"), get("token_type"), tokens[unknown],
-                                      get("add_space_prefix", True))
-    except Exception as error:
-        raise UserError(f"{name}: its vocabulary is damaged: {' '.join(str(error).split())}"
-                        ) from error
-    spec["added_tokens"] = _typed_tokens(tokens, get("token_type"))
-    _set_ends(spec, {"add_bos_token": get("add_bos_token", kind == "llama"),
-                     "add_eos_token": get("add_eos_token", False)}, roles)
+    spec, config = hf_vocabularies.from_gguf(metadata, name)
     files = {"tokenizer.json": spec, "tokenizer_config.json": config}
-    return from_files({file: json.dumps(value, ensure_ascii=False).encode()
-                       for file, value in files.items()}, name)
+    return from_files({file: json.dumps(value).encode() for file, value in files.items()}, name)
 
 
 class _FromFiles:
@@ -143,13 +80,15 @@ class _FromFiles:
         self._config = _json(files, "tokenizer_config.json", name)
         self._generation = _json(files, "generation_config.json", name)
         maps = _json(files, "special_tokens_map.json", name) | self._config
-        # {"eos": "</s>", ...} and the further special tokens
-        self._roles = {role: _content(maps[f"{role}_token"]) for role in ROLES
-                       if maps.get(f"{role}_token") is not None}
-        self._extra = []
+        named = {role: maps[f"{role}_token"] for role in ROLES
+                 if maps.get(f"{role}_token") is not None}
+        further = []
         for key in ("additional_special_tokens", "extra_special_tokens"):
             tokens = maps.get(key) or []
-            self._extra += map(_content, tokens.values() if isinstance(tokens, dict) else tokens)
+            further += tokens.values() if isinstance(tokens, dict) else tokens
+        self._named = [_fields(token, name) for token in [*named.values(), *further]]
+        # {"eos": "</s>", ...}
+        self._roles = {role: token["content"] for role, token in zip(named, self._named)}
 
     def _set_ids(self, token_to_id):
         for role in ROLES:
@@ -167,7 +106,7 @@ class _FromFiles:
         for file in (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json"):
             digest.update(hashlib.blake2b(self.files.get(file, b"")).digest())
         settings = {k: v for k, v in self._config.items() if k != "chat_template"}
-        digest.update(json.dumps([settings, self._roles, self._extra, self.stop_ids],
+        digest.update(json.dumps([settings, self._roles, self._named, self.stop_ids],
                                  sort_keys=True).encode())
         self.fingerprint = digest.hexdigest()
 
@@ -209,9 +148,9 @@ class HFTokenizer(_FromFiles):
         super().__init__(files, name)
         spec = self._spec()
         _add_special_tokens(spec, self._config, _json(files, "added_tokens.json", name),
-                            self._roles, self._extra)
+                            self._named, self._roles)
         if "tokenizer.json" not in files:  # which has the ends of its own
-            _set_ends(spec, self._config, self._roles)
+            hf_vocabularies.set_ends(spec, self._config, self._roles)
         nonce = secrets.token_hex(16)
         specials = [token["content"] for token in spec["added_tokens"] if token["special"]]
         # Of one length, so that no spelling followed by text is another.
@@ -239,18 +178,18 @@ class HFTokenizer(_FromFiles):
             if not isinstance(spec.get("model"), dict):
                 raise UserError(f"tokenizer {self.name}: tokenizer.json holds no model")
             return spec | {"truncation": None, "padding": None}
-        supported = {"vocab.json": "GPT2|Roberta|Bart|Qwen2", "vocab.txt": "Bert|DistilBert|Electra",
-                     "tokenizer.model": "Llama|Gemma|T5", "spiece.model": "T5"}[kind]
-        if name and not re.fullmatch(rf"({supported})Tokenizer(Fast)?|PreTrainedTokenizerFast", name):
+        known = {"vocab.json": "GPT2|Roberta|Bart|Qwen2", "vocab.txt": "Bert|DistilBert|Electra",
+                 "tokenizer.model": "Llama|Gemma|T5", "spiece.model": "T5"}[kind]
+        if name and not re.fullmatch(rf"({known})Tokenizer(Fast)?|PreTrainedTokenizerFast", name):
             raise UserError(f"tokenizer {self.name}: {name} from {kind} is not supported "
-                            f"({supported.replace('|', ', ')} are); save it as tokenizer.json with "
+                            f"({known.replace('|', ', ')} are); save it as tokenizer.json with "
                             "Transformers first")
         if kind == "vocab.json":
-            return _from_merges(_json(files, kind, self.name), files["merges.txt"].decode(),
-                                self._roles, config)
+            return hf_vocabularies.from_merges(
+                _json(files, kind, self.name), files["merges.txt"].decode(), self._roles, config)
         if kind == "vocab.txt":
-            return _from_wordpieces(files[kind].decode(), self._roles, config)
-        return _from_sentencepiece(files[kind], self._roles, config)
+            return hf_vocabularies.from_wordpieces(files[kind].decode(), self._roles, config)
+        return hf_vocabularies.from_sentencepiece(files[kind], self._roles, config)
 
     def _chat_template(self):
         template = self._config.get("chat_template")
@@ -373,11 +312,13 @@ def _json(files, file, name):
     return value
 
 
-def _content(token):
-    token = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(token, str) or not token:
-        raise UserError(f"a special token must be text, not {token!r}")
-    return token
+def _fields(token, name):
+    """A token of a settings file, "</s>" or {"content": "</s>", ...}, as a dict."""
+    fields = {"content": token} if isinstance(token, str) else token
+    if not isinstance(fields, dict) or not fields.get("content") \
+            or not isinstance(fields["content"], str):
+        raise UserError(f"tokenizer {name}: a special token must be text, not {token!r}")
+    return {key: fields[key] for key in FIELDS if key in fields}
 
 
 def _any_of(strings):
@@ -386,17 +327,7 @@ def _any_of(strings):
     return re.compile("|".join(map(re.escape, longest)) or r"(?!)")
 
 
-def _added(content, i, special=True, **more):
-    return {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": special} | more
-
-
-def _typed_tokens(tokens, types):
-    return [_added(token, i, special=t == CONTROL) for i, (token, t) in enumerate(zip(tokens, types))
-            if t in (CONTROL, USER_DEFINED)]
-
-
-def _add_special_tokens(spec, config, added, roles, extra):
+def _add_special_tokens(spec, config, added, named, roles):
     """Put into spec["added_tokens"] what the files beside it name, as Transformers does."""
     tokens = {token["content"]: token for token in spec.get("added_tokens") or []}
     vocabulary = spec["model"]["vocab"]
@@ -404,36 +335,22 @@ def _add_special_tokens(spec, config, added, roles, extra):
         vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
     free = max([*vocabulary.values(), *(token["id"] for token in tokens.values())], default=-1) + 1
 
-    def add(content, i=None, **more):
+    def add(i, content, **more):
         nonlocal free
         if content not in tokens:
             i = vocabulary.get(content, free if i is None else i)
-            tokens[content] = _added(content, i, **more)
+            tokens[content] = hf_vocabularies.added_token(content, i, **more)
             free = max(free, i + 1)
 
-    for i, token in sorted((int(i), t) for i, t in (config.get("added_tokens_decoder") or {}).items()):
-        add(i=i, **{k: token[k] for k in ("content", "special", "lstrip", "rstrip", "single_word",
-                                          "normalized") if k in token})
-    for content, i in sorted(added.items(), key=lambda item: item[1]):
-        add(content, i, special=False)
-    for content in [*roles.values(), *extra]:
-        add(content)
-        tokens[content]["special"] = True
+    listed = config.get("added_tokens_decoder") or {}
+    for i in sorted(listed, key=int):
+        add(int(i), **{key: listed[i][key] for key in FIELDS if key in listed[i]})
+    for content in sorted(added, key=added.get):
+        add(added[content], content, special=False)
+    for token in [*named, *({"content": content} for content in roles.values())]:
+        add(None, **token)
+        tokens[token["content"]]["special"] = True
     spec["added_tokens"] = sorted(tokens.values(), key=lambda token: token["id"])
-
-
-def _set_ends(spec, config, roles):
-    """Let add_bos_token and add_eos_token, where given, be the post-processor."""
-    from tokenizers import processors
-
-    if {"add_bos_token", "add_eos_token"} & config.keys():
-        ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        bos, eos = ([roles[role]] if config.get(f"add_{role}_token") and roles.get(role) in ids
-                    else [] for role in ("bos", "eos"))
-        template = processors.TemplateProcessing(
-            single=[*bos, "$A", *eos], pair=[*bos, "$A", *eos, *bos, "$B", *eos],
-            special_tokens=[(token, ids[token]) for token in {*bos, *eos}])
-        spec["post_processor"] = json.loads(template.__getstate__())
 
 
 def _respelled(spec, spelling):
@@ -453,129 +370,3 @@ def _respelled(spec, spelling):
         model["unk_token"] = new(model["unk_token"])
     added = [token | {"content": new(token["content"])} for token in spec["added_tokens"]]
     return spec | {"model": model, "added_tokens": added}
-
-
-def _spec_of(model, normalizer=None, pre_tokenizer=None, decoder=None, post_processor=None):
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer(model)
-    parts = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder,
-             "post_processor": post_processor}
-    for part, value in parts.items():
-        if value is not None:
-            setattr(tokenizer, part, value)
-    return json.loads(tokenizer.to_str())
-
-
-def _byte_level(vocabulary, merges, words, prefix=False, normalizer=None, post_processor=None):
-    from tokenizers import Regex, decoders, models, pre_tokenizers
-
-    cut = [pre_tokenizers.Split(Regex(word), "isolated") for word in words]
-    if words == [GPT2]:  # known to ByteLevel, which alone can add the prefix before cutting
-        cut = []
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not cut)
-    return _spec_of(models.BPE(vocab=vocabulary, merges=merges), normalizer,
-                    pre_tokenizers.Sequence([*cut, byte_level]), decoders.ByteLevel(),
-                    post_processor)
-
-
-def _from_merges(vocabulary, merges, roles, config):
-    """vocab.json and merges.txt of GPT-2, OPT, RoBERTa, BART or Qwen2; fills in roles."""
-    from tokenizers import normalizers, processors
-
-    merges = [tuple(line.split(" ")) for line in merges.split("\n")
-              if line and not line.startswith("#version")]
-    name = config.get("tokenizer_class") or ""
-    if "Qwen2" in name:
-        roles |= {r: "<|endoftext|>" for r in ("eos", "pad", "unk") if r not in roles}
-        return _byte_level(vocabulary, merges, [QWEN2], normalizer=normalizers.NFC())
-    bert_like = re.match("Roberta|Bart", name) or (not name and "<mask>" in vocabulary)
-    if not bert_like:
-        roles |= {r: "<|endoftext|>" for r in ("bos", "eos", "unk") if r not in roles}
-        return _byte_level(vocabulary, merges, [GPT2], bool(config.get("add_prefix_space")))
-    defaults = {"bos": "<s>", "eos": "</s>", "sep": "</s>", "cls": "<s>", "unk": "<unk>",
-                "pad": "<pad>", "mask": "<mask>"}
-    roles |= {role: token for role, token in defaults.items() if role not in roles}
-    ends = [(roles[role], vocabulary[roles[role]]) for role in ("sep", "cls")]
-    return _byte_level(vocabulary, merges, [GPT2], bool(config.get("add_prefix_space")),
-                       post_processor=processors.RobertaProcessing(*ends))
-
-
-def _from_wordpieces(lines, roles, config):
-    """BERT's vocab.txt; fills in roles."""
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-
-    vocabulary = {line.rstrip("\r"): i for i, line in enumerate(lines.rstrip("\n").split("\n"))}
-    for role in ("unk", "sep", "pad", "cls", "mask"):
-        roles.setdefault(role, f"[{role.upper()}]")
-    sep, cls = ((roles[role], vocabulary[roles[role]]) for role in ("sep", "cls"))
-    return _spec_of(
-        models.WordPiece(vocabulary, unk_token=roles["unk"]),
-        normalizers.BertNormalizer(lowercase=config.get("do_lower_case", True),
-                                   strip_accents=config.get("strip_accents"),
-                                   handle_chinese_chars=config.get("tokenize_chinese_chars", True)),
-        pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(),
-        processors.BertProcessing(sep, cls))
-
-
-def _from_sentencepiece(model, roles, config):
-    """A SentencePiece model: BPE as Llama has it, Unigram as T5; fills in roles and config."""
-    from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    tokens, scores, types = zip(*((p.piece, p.score, p.type) for p in proto.pieces))
-    trainer, normal = proto.trainer_spec, proto.normalizer_spec
-    ids = {"unk": trainer.unk_id, "bos": trainer.bos_id, "eos": trainer.eos_id,
-           "pad": trainer.pad_id}
-    for role, i in ids.items():
-        if i >= 0:
-            roles.setdefault(role, tokens[i])
-    added = _typed_tokens(tokens, types)
-    normalize = ([normalizers.Precompiled(normal.precompiled_charsmap)]
-                 if normal.precompiled_charsmap else [])
-    if normal.remove_extra_whitespaces:
-        normalize += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if trainer.model_type == trainer.BPE:
-        config.setdefault("add_bos_token", True)  # as Llama
-        spec = _sentencepiece_bpe(tokens, scores, types, tokens[trainer.unk_id],
-                                  normal.add_dummy_prefix, normalize)
-    elif trainer.model_type == trainer.UNIGRAM:
-        space = {"replacement": SPACE, "prepend_scheme": "always"}
-        eos = (roles["eos"], ids["eos"])
-        spec = _spec_of(
-            models.Unigram([*zip(tokens, scores)], trainer.unk_id, trainer.byte_fallback),
-            normalizers.Sequence(normalize),
-            pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
-                                     pre_tokenizers.Metaspace(**space)]),
-            decoders.Metaspace(**space),
-            processors.TemplateProcessing(single=["$A", eos[0]], pair=["$A", eos[0], "$B", eos[0]],
-                                          special_tokens=[eos]))
-        # T5's sentinels follow the vocabulary, the first last.
-        end = len(tokens) + config.get("extra_ids", 100)
-        added += [_added(f"<extra_id_{end - 1 - i}>", i) for i in range(len(tokens), end)]
-    else:
-        raise UserError("a SentencePiece model of words or characters is not supported")
-    return spec | {"added_tokens": added}
-
-
-def _sentencepiece_bpe(tokens, scores, types, unknown, prefix, normalize=()):
-    """SentencePiece's BPE as merges: of two pieces that make a third, the best score first.
-
-    prefix: a text is read as if a space were before it, and after each special token.
-    """
-    from tokenizers import decoders, models, normalizers
-
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    plain = {token: score for token, score, t in zip(tokens, scores, types) if t == NORMAL}
-    merges = [(-score, i, token) for token, score in plain.items() for i in range(1, len(token))
-              if token[:i] in plain and token[i:] in plain]
-    merges = [(token[:i], token[i:]) for _, i, token in sorted(merges, key=lambda m: m[:2])]
-    normalize = [*normalize, *([normalizers.Prepend(SPACE)] if prefix else []),
-                 normalizers.Replace(" ", SPACE)]
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    return _spec_of(
-        models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True,
-                   byte_fallback=BYTE in types), normalizers.Sequence(normalize), None,
-        decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(),
-                           decoders.Fuse(), *strip]))

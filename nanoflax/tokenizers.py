@@ -39,7 +39,11 @@ def parse(spec):
 
 
 def load(name_or_path):
-    """The tokenizer "bytes", a `.model` file, or a directory: ours, or of the Hugging Face world."""
+    """The tokenizer "bytes", a `.model` file, one that `save` wrote into a directory, or one of a
+    Hugging Face directory (see nanoflax.hf_tokenizers).
+
+    Raises: UserError if files are missing or damaged.
+    """
     kind, path = parse(name_or_path)
     if kind == "bytes":
         return ByteTokenizer()
