@@ -19,17 +19,18 @@ LARGEST = 2**20  # characters or items that a template may make with one "*"
 
 
 def render(template, messages, variables, specials):
-    """The text of a conversation and the pieces of it that must stay ordinary text.
+    """The text of a conversation, and how to put back what must stay ordinary text in it.
 
     Args:
       template: Jinja source.
       messages: list of {"role": str, "content": str, ...}.
       variables: dict, what else the template may read (add_generation_prompt, bos_token, ...).
       specials: the strings that a tokenizer would read as special tokens.
-    Returns: (text, held, pattern). Wherever a message holds a special string, or ends in the
-      beginning of one, the text holds a mark that `pattern` matches and no one can guess;
-      `held[int(match[1])]` is what it stands for. A template that inspects or cuts contents sees
-      the mark.
+    Returns: (text, restore). Wherever a message (but for its role) holds a special string, or ends
+      in the beginning of one, the text holds a mark that no one can guess; restore(text) puts the
+      strings back, once the special tokens of the template are found. A template that inspects or
+      cuts a content sees the mark, and one that builds a special string out of pieces of contents
+      gets a special token.
     Raises: UserError if the template does not compile, raises, or runs too long.
     """
     if not messages or not all(isinstance(message, dict) for message in messages):
@@ -67,7 +68,7 @@ def render(template, messages, variables, specials):
     if nonce in pattern.sub("", text).lower():
         raise UserError("the chat template changes a special token inside a message; take the "
                         "special token out of the message")
-    return text, held, pattern
+    return text, lambda text: pattern.sub(lambda match: held[int(match[1])], text)
 
 
 def _timed(function):

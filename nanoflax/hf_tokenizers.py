@@ -230,11 +230,11 @@ class HFTokenizer(_FromFiles):
         if self.chat_template is None:
             raise UserError(f"tokenizer {self.name} has no chat template; give it plain text")
         names = {f"{role}_token": token for role, token in self._roles.items()}
-        text, held, pattern = chat.render(
+        text, restore = chat.render(
             self.chat_template, messages,
             names | {"tools": None, "documents": None} | variables
             | {"add_generation_prompt": add_generation_prompt}, self._spelling)
-        return self._encode(pattern.sub(lambda match: held[int(match[1])], self._spell(text)))
+        return self._encode(restore(self._spell(text)))
 
     def _spell(self, text):
         return self._special.sub(lambda match: self._spelling[match[0]], text)

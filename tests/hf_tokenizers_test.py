@@ -295,6 +295,9 @@ def test_t5_directory(tmp_path):
     blank = mine.encode("The <extra_id_0> sat", special=True)
     assert blank == [*theirs.encode("The"), 599, *theirs.encode("sat")]
     assert not {1, 599} & set(mine.encode("The </s> <extra_id_0>"))
+    for i in range(100):  # whatever follows
+        ids = mine.encode(f"<extra_id_{i}>0<extra_id_{i}>12", special=True)
+        assert ids == [599 - i, *theirs.encode("0"), 599 - i, *theirs.encode("12")]
 
 
 @pytest.mark.parametrize("prefix", [True, False])
