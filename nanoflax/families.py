@@ -380,6 +380,7 @@ _GEMMA3 = dataclasses.replace(
     defaults=_GEMMA2.defaults | {
         "attn_logit_softcapping": None, "final_logit_softcapping": None, "period": 6,
         "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
+    only=_GEMMA2.only | {"attn_logit_softcapping": (None,)},  # Transformers would not apply it
     write=lambda c: _write_gemma(c) | {"rope_local_base_freq": c.rope_local_theta or c.rope_theta})
 
 _GPT2 = Family(

@@ -91,7 +91,7 @@ CASES = {
     "gemma3-pattern": ("Gemma3ForCausalLM", HEAD8 | dict(
         num_hidden_layers=7, sliding_window=4, query_pre_attn_scalar=20, num_key_value_heads=1)),
     "gemma3-caps": ("Gemma3ForCausalLM", HEAD8 | dict(
-        sliding_window=30, layer_types=SFS[:2], attn_logit_softcapping=2.0,
+        sliding_window=30, layer_types=SFS[:2],
         final_logit_softcapping=3.0, num_key_value_heads=4, tie_word_embeddings=False)),
     "olmo2": ("Olmo2ForCausalLM", LLAMA),
     "olmo2-tied": ("Olmo2ForCausalLM", LLAMA | dict(
@@ -148,7 +148,7 @@ def randomize(model, seed=0, std=0.1):
     up."""
     torch.manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in filter(lambda p: p.requires_grad, model.parameters()):  # Marian's sines are not
             p.copy_(p.round() + std * torch.randn_like(p))  # norms about 1, the rest about 0
         if hasattr(model, "final_logits_bias"):
             model.final_logits_bias.copy_(torch.randn_like(model.final_logits_bias))
@@ -206,7 +206,8 @@ def theirs_of(model, kind, case, ids, mask, types, targets):
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
 
-@partial(jax.jit, static_argnums=0)
+# Unoptimised code: compiling is what takes time here.
+@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def ours_of(model, params, ids, mask, types, targets, weights):
     """(logits or states, gradient of their weighted sum by the embedding)."""
     def loss(table):
