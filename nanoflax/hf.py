@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from nanoflax import families, gguf, safetensors_io, sharding
+from nanoflax import families, gguf, positions, safetensors_io, sharding
 from nanoflax.errors import UserError
 from nanoflax.models import build
 
@@ -255,7 +255,7 @@ def _open_directory(directory):
     family = families.of_type(hf.get("model_type"))
     head = families.head_of(family, hf.get("architectures"))
     tensors = safetensors_io.open(directory)
-    config = families.to_config(family, hf, head, len(tensors))
+    config = families.to_config(family, hf, head, len(tensors) + 1)
     return _reconciled(family, config, tensors, directory)
 
 
@@ -324,8 +324,18 @@ def _open_gguf(path):
     if metadata.get("llama.rope.scaling.type", "none") != "none":
         hf["rope_scaling"] = {"rope_type": metadata["llama.rope.scaling.type"],
                               "factor": metadata.get("llama.rope.scaling.factor")}
+    slowed = tensors.pop("rope_freqs.weight", None)  # what divides each rate, for Llama 3.1's
+    if slowed is not None:
+        slowed = slowed.read()
+        hf["rope_scaling"] = {"rope_type": "llama3", "factor": float(slowed.max()),
+                              "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                              "original_max_position_embeddings": 8192}
     family = dataclasses.replace(families.of_type("llama"), keys=_GGUF_KEYS)
-    config = families.to_config(family, hf, "lm", len(tensors))
+    config = families.to_config(family, hf, "lm", len(tensors) + 1)
+    if slowed is not None:
+        rates = positions.base_rates(config.rope_theta, config.K) / positions.rotary_rates(config)
+        if slowed.shape != rates.shape or not np.allclose(slowed, rates, rtol=1e-3):
+            raise UserError(f"{path}: rope_freqs.weight is not the scaling of Llama 3.1 to 3.3")
     rotated = metadata.get("llama.rope.dimension_count", config.K)
     if rotated != config.K:
         raise UserError(f"{path}: llama.rope.dimension_count={rotated} must be the head's size, "

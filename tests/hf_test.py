@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import os
 import pathlib
+import re
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -13,11 +17,12 @@ import safetensors.numpy
 import torch
 import transformers
 
-from nanoflax import families, hf, models
+from nanoflax import families, hf, models, safetensors_io, sharding
 from nanoflax.errors import UserError
 from nanoflax.models import build
 from nanoflax.sampling import sample
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 V, T = 67, 20
 LENGTHS, LEFT = (20, 13, 13, 5), (False, False, True, True)  # rows, and the side of their padding
 
@@ -156,9 +161,10 @@ def randomize(model, seed=0, std=0.1):
             model.final_logits_bias.normal_(std=std)
 
 
-def make(case, std=0.1):
+def make(case, std=0.1, vocab=V, **changes):
     """Transformers' model of a case, random."""
     name, fields = CASES[case]
+    fields = fields | dict(vocab_size=vocab) | changes
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**fields, attn_implementation="eager")).eval()
     randomize(model, std=std)
@@ -538,3 +544,118 @@ def test_smollm2_gguf_gives_transformers_logits():
     error = np.abs(found - expected).max() / max(1, np.abs(expected).max())
     print(f"smollm2: {error:.1e}, {np.abs(found - expected).max():.1e}")
     np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+# Run by processes of their own.
+
+def child(name, *args, devices=1):
+    flags = f" --xla_force_host_platform_device_count={devices}"
+    code = f"from tests import hf_test; hf_test.{name}(*{args!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                          env=os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + flags})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def load_sharded(directory):
+    mesh = sharding.make_mesh("2,2,2")
+    sharded, read = {}, safetensors_io.Tensor.read
+
+    def recorded(tensor, slices=()):
+        array = read(tensor, slices)
+        sharded[tensor.name] = max(sharded.get(tensor.name, 0), array.size)
+        return array
+
+    for case in pathlib.Path(directory).iterdir():
+        safetensors_io.Tensor.read = recorded
+        _, params = hf.load(case, mesh=mesh)
+        safetensors_io.Tensor.read = read
+        with jax.set_mesh(mesh):
+            _, under = hf.load(case)
+        _, whole = hf.load(case)
+        for (path, a), b, c in zip(jax.tree_util.tree_leaves_with_path(params),
+                                   jax.tree.leaves(under), jax.tree.leaves(whole), strict=True):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            assert a.sharding.spec == b.sharding.spec == sharding.spec_of(name, a.shape), name
+            np.testing.assert_array_equal(a, c)
+            np.testing.assert_array_equal(b, c)
+    print(json.dumps(sharded))
+
+
+def test_shards_are_read_where_they_live(tmp_path):
+    cases = ("llama", "gpt2", "bart", "neox")
+    for case in cases:
+        make(case, vocab=68).save_pretrained(tmp_path / case)
+    largest, parts = child("load_sharded", str(tmp_path), devices=8), 0
+    for name, tensor in (x for case in cases for x in tensors_of(tmp_path / case).items()):
+        whole = tensor.ndim != 2 or "pos" in name or "wpe" in name or "logits" in name
+        if not whole and "query_key_value" not in name:  # which is read whole
+            parts += 1
+            assert largest[name] == tensor.size // (12 if "c_attn" in name else 4), name
+    assert parts > 40
+
+
+def peak_of(directory, out):
+    """(bytes of weights, peak memory in loading and saving them beyond the bare process)."""
+    def peak():
+        return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+
+    directory = pathlib.Path(directory)
+    build(hf.load(directory / "small")[0])  # what is imported and compiled once is in the base
+    base = peak()
+    config, params = hf.load(directory / "large")
+    loaded = peak()
+    hf.save(out, config, params)
+    print(json.dumps([sum(p.nbytes for p in jax.tree.leaves(params)), 1024 * (loaded - base),
+                      1024 * (peak() - base)]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_tensors_stream_one_at_a_time(tmp_path):
+    make("llama").save_pretrained(tmp_path / "small")
+    large = make("llama", vocab=8000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
+                 num_attention_heads=8)
+    large.save_pretrained(tmp_path / "large")
+    weights, loading, saving = child("peak_of", str(tmp_path), str(tmp_path / "out"))
+    print(weights, loading / weights, saving / weights)
+    assert weights > 150e6
+    assert 0.9 * weights < loading < 1.3 * weights
+    assert saving < 1.3 * weights
+
+
+@pytest.mark.parametrize("rope", [None, LLAMA3 | {
+    "factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 500_000.0}],
+    ids=["plain", "llama3"])
+def test_gguf_with_the_rotary_pairs_put_right(rope, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    theirs = make("llama", head_dim=16, rope_parameters=rope)
+    c, file = theirs.config, tmp_path / "model.gguf"
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+    writer = gguf.GGUFWriter(str(file), "llama")
+    for write, value in [
+            (writer.add_context_length, c.max_position_embeddings),
+            (writer.add_embedding_length, c.hidden_size), (writer.add_block_count, 2),
+            (writer.add_feed_forward_length, c.intermediate_size), (writer.add_head_count, 4),
+            (writer.add_head_count_kv, 2), (writer.add_key_length, 16),
+            (writer.add_layer_norm_rms_eps, c.rms_norm_eps),
+            (writer.add_rope_dimension_count, 16),
+            (writer.add_rope_freq_base, c.rope_parameters["rope_theta"])]:
+        write(value)
+    for name, tensor in theirs.state_dict().items():
+        x = tensor.numpy()
+        if "q_proj" in name or "k_proj" in name:  # what llama.cpp's converter does
+            x = x.reshape(-1, 2, 8, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), x.copy())
+    if rope:
+        scaled = theirs.model.rotary_emb.inv_freq.numpy()
+        plain = c.rope_parameters["rope_theta"] ** (-np.arange(0, 16, 2) / 16)
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config, params = hf.load(file)
+    assert config.rope_scaling == ("llama3" if rope else "none")
+    ids = np.random.default_rng(0).integers(0, V, (2, 60))
+    found = jax.jit(build(config).apply)({"params": params}, ids)[0]
+    np.testing.assert_allclose(found, theirs(torch.tensor(ids)).logits.detach(), atol=1e-5)
