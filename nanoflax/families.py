@@ -158,9 +158,10 @@ def differences(family, config):
         return ["architecture"]
     if c.head not in family.classes:
         return ["head"]
-    kept = {name: getattr(c, name) for name in (*family.present, "tied")}
+    # What the tensors of a file say, not config.json.
+    kept = {name: getattr(c, name) for name in family.present if c.head in ("none", "lm")}
     back = to_config(family, from_config(family, config), c.head)
-    back = canonical(dataclasses.replace(back, **kept))
+    back = canonical(dataclasses.replace(back, **kept, tied=c.tied))
     return [name for name in _TYPES if not _close(getattr(c, name), getattr(back, name))]
 
 
@@ -230,9 +231,9 @@ def _read_rope(hf):
     local, rope = rope.get("sliding_attention", {}), rope.get("full_attention", rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3") or local.get("rope_type", "default") != "default":
-        raise UserError(f"rope_type={kind!r}{local.get('rope_type', '') and ' with another'} is not "
-                        "supported; supported are default, linear and llama3, and default where "
-                        "layers have a window")
+        raise UserError(f"rope_type={kind!r} with {local.get('rope_type', 'default')!r} in layers "
+                        "with a window is not supported; supported are default, linear and llama3, "
+                        "with default")
     ours = {"rope_theta": rope.get("rope_theta", hf["rope_theta"]),
             "rope_scaling": "none" if kind == "default" else kind}
     if "rope_local_base_freq" in hf:

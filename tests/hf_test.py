@@ -4,11 +4,13 @@ import importlib.util
 import json
 import os
 import pathlib
+import random
 import re
 import subprocess
 import sys
 from functools import partial
 
+import huggingface_hub.constants
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,8 @@ import safetensors.numpy
 import torch
 import transformers
 
-from nanoflax import families, hf, models, safetensors_io, sharding
+from nanoflax import config as configs
+from nanoflax import families, hf, models, safetensors_io, sharding, tokenizers
 from nanoflax.errors import UserError
 from nanoflax.models import build
 from nanoflax.sampling import sample
@@ -465,11 +468,8 @@ def test_older_configurations(saved):
 
 
 def test_a_model_trained_here_opens_there(tmp_path):
-    from nanoflax import config as configs
-    from nanoflax.sharding import init
-
     c = configs.preset("nano-1m", vocab_size=V)
-    params = init(build(c), jax.random.PRNGKey(0))
+    params = sharding.init(build(c), jax.random.PRNGKey(0))
     hf.save(tmp_path, c, params, max_shard_bytes=200_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -481,8 +481,6 @@ def test_a_model_trained_here_opens_there(tmp_path):
 
 
 def test_what_no_family_has_cannot_be_saved(tmp_path):
-    from nanoflax import config as configs
-
     c = configs.preset("transformer-base", vocab_size=V)
     with pytest.raises(UserError, match="marian.*positions='sinusoidal'"):
         hf.save(tmp_path, c, {})
@@ -492,16 +490,6 @@ def test_what_no_family_has_cannot_be_saved(tmp_path):
     with pytest.raises(UserError, match="attention/key/kernel is missing"):
         hf.save(tmp_path, c, {"embed": {"lora_a": np.zeros(3)}})
     assert not list(tmp_path.iterdir())
-
-
-def test_unknown_sources(tmp_path, monkeypatch):
-    assert "neither a directory" in refused(tmp_path / "none" / "at" / "all")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert "nobody/nothing" in refused("nobody/nothing")
 
 
 def test_minilm_gives_transformers_sentence_embeddings():
@@ -659,3 +647,64 @@ def test_gguf_with_the_rotary_pairs_put_right(rope, tmp_path):
     ids = np.random.default_rng(0).integers(0, V, (2, 60))
     found = jax.jit(build(config).apply)({"params": params}, ids)[0]
     np.testing.assert_allclose(found, theirs(torch.tensor(ids)).logits.detach(), atol=1e-5)
+
+
+WRONG = [None, True, False, -1, 0, 1, 3, 2**30, 10**30, 0.5, -1.5, 1e308, float("nan"), "x", "gelu",
+         [], {}, [1], {"a": 1}, ["full_attention"] * 2, {"rope_type": "llama3"},
+         {"rope_type": "linear", "factor": 0}, {"full_attention": 3}, {"rope_type": [1]}]
+
+
+@pytest.mark.parametrize("case", ["llama-3", "gemma3", "neox", "roberta-classify", "t5", "marian"])
+def test_wrong_configurations_never_crash(case, saved):
+    d = saved(case)
+    fields, rng, refusals = json.loads((d / "config.json").read_text()), random.Random(0), 0
+    names = [*fields, "rope_scaling", "rope_theta", "decoder_start_token_id", "num_labels"]
+    for _ in range(30):
+        changes = {name: rng.choice(WRONG) for name in rng.sample(names, 2)}
+        (d / "config.json").write_text(json.dumps(fields | changes))
+        try:
+            hf.load(d)
+        except UserError:
+            refusals += 1
+    assert refusals > 5
+    (d / "config.json").write_text("[1]")
+    assert "config.json" in refused(d)
+
+
+def test_the_hub_s_cache_is_read_offline(saved, tmp_path, monkeypatch):
+    d, repository = saved("llama"), tmp_path / "models--some--model"
+    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
+    for folder in (snapshot, blobs, repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    for file in d.iterdir():
+        (blobs / file.name).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    config, _ = hf.load("some/model")
+    assert config == hf.load(d)[0]
+    assert "nobody/nothing" in refused("nobody/nothing")
+    assert "neither a directory" in refused(tmp_path / "none" / "at" / "all")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install huggingface_hub" in refused("some/model")
+
+
+def test_the_tokenizer_goes_along(saved, tmp_path):
+    library = pytest.importorskip("tokenizers")
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel()
+    tokenizer.decoder = library.decoders.ByteLevel()
+    tokenizer.train_from_iterator(["to be or not to be"], library.trainers.BpeTrainer(
+        special_tokens=["<pad>", "<s>", "</s>"], vocab_size=60, show_progress=False))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
+        eos_token="</s>").save_pretrained(tmp_path / "tokenizer")
+    ours = tokenizers.load(tmp_path / "tokenizer")
+    config, params = hf.load(saved("llama"))
+    hf.save(tmp_path / "both", config, params, ours)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "both")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    assert theirs.encode("not to be", add_special_tokens=False) == ours.encode("not to be")
+    for ids in (model.config, model.generation_config):
+        assert (ids.pad_token_id, ids.bos_token_id, ids.eos_token_id) == (0, 1, 2)
