@@ -103,10 +103,11 @@ def save(directory, config, params, tokenizer=None, model_type=None,
     directory = pathlib.Path(directory)
     try:
         (directory / "config.json").write_text(json.dumps(ids | hf, indent=2) + "\n")
-        if tokenizer is not None:
-            tokenizer.save(directory)
-        if config.head == "lm" and not (tokenizer and (directory / "generation_config.json").exists()):
+        if config.head == "lm":
+            ids = {name: hf.get(name, i) for name, i in ids.items()}
             (directory / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        if tokenizer is not None:  # which may have a generation_config.json of its own
+            tokenizer.save(directory)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from error
 
@@ -208,7 +209,8 @@ def _check(family, config, rows, tensors, path, dtype):
         elif tensor.shape != row.shape:
             found.append(f"{row.name} has shape {list(tensor.shape)}, not {list(row.shape)}")
         elif dtype is None and tensor.dtype.name not in _FLOATS:
-            found.append(f"{row.name} has dtype {tensor.dtype}, not {', '.join(_FLOATS)}; pass dtype")
+            found.append(f"{row.name} has dtype {tensor.dtype}, not {', '.join(_FLOATS)}; "
+                         "pass dtype")
     for name in sorted(tensors.keys() - expected):
         if re.fullmatch(family.ignored, name):
             _log.info("%s: %s is not part of %s", path, name, family.classes[config.head][0])
@@ -319,7 +321,8 @@ def _open_gguf(path):
                         "llama (Llama, Mistral, SmolLM2 and their like)")
     hf = {field: metadata[f"llama.{name}"] for field, name in _GGUF_FIELDS.items()
           if f"llama.{name}" in metadata}
-    hf["vocab_size"] = tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 0
+    if "token_embd.weight" in tensors:
+        hf["vocab_size"] = tensors["token_embd.weight"].shape[0]
     hf["tie_word_embeddings"] = "output.weight" not in tensors
     if metadata.get("llama.rope.scaling.type", "none") != "none":
         hf["rope_scaling"] = {"rope_type": metadata["llama.rope.scaling.type"],

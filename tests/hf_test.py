@@ -192,7 +192,7 @@ def tensors_of(directory):
 
 
 def batch(kind, case, pad):
-    """ids [B, T] and mask [B, T]; where Transformers knows no other, the padding is on the right."""
+    """ids and mask [B, T]; where Transformers knows no other, the padding is on the right."""
     rng = np.random.default_rng(1)
     ids, mask = rng.integers(4, 60, (len(LENGTHS), T)), np.zeros((len(LENGTHS), T), bool)
     right_only = "classify" in case or case.startswith(("bart", "marian", "distilbert"))
@@ -287,8 +287,8 @@ def test_equal_to_transformers_there_and_back(case, tmp_path, record_property):
     assert families.canonical(config_again) == families.canonical(config)
 
 
-@pytest.mark.parametrize("case", ["gpt2", "opt", "llama-3", "mistral", "gemma3-caps", "neox", "t5-1.1",
-                                  "bart", "marian"])
+@pytest.mark.parametrize("case", ["gpt2", "opt", "llama-3", "mistral", "gemma3-caps", "neox",
+                                  "t5-1.1", "bart", "marian"])
 def test_greedy_generation_equals_transformers(case, tmp_path):
     theirs = make(case, std=0.4)  # so that it says more than one word
     theirs.save_pretrained(tmp_path)
