@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanoflax import objectives
+from nanoflax import hf, objectives
 from nanoflax.config import POSITIONS, ModelConfig
 from nanoflax.models import build, flops_per_token, head_kernel
 from nanoflax.sharding import init
@@ -164,66 +164,7 @@ def test_flops_are_six_per_matrix_weight_and_attention():
         assert flops_per_token(c, 10) == 6 * weights + 12 * c.layers * c.dim * 10
 
 
-# Against Transformers. A key map by hand: the parameters' paths there and here.
-
-GPT2_KEYS = {"ln_1": "norm_attention", "ln_2": "norm_mlp", "attn.c_proj": "attention.out",
-             "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
-LLAMA_KEYS = {"input_layernorm": "norm_attention", "post_attention_layernorm": "norm_mlp",
-              **{f"self_attn.{a}_proj": f"attention.{b}" for a, b in
-                 [("q", "query"), ("k", "key"), ("v", "value"), ("o", "out")]},
-              **{f"mlp.{x}_proj": f"mlp.{x}" for x in ("up", "gate", "down")}}
-
-
-def put(tree, path, value):
-    *parents, leaf = path.split(".")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-    tree[leaf] = np.asarray(value)
-
-
-def from_gpt2(arrays):
-    """Our parameter tree from Transformers' GPT-2 names; its Conv1D stores [in, out] as we do."""
-    tree = {}
-    for name, x in arrays.items():
-        name = name.removeprefix("transformer.")
-        if name == "wte.weight":
-            put(tree, "embed.embedding", x)
-        elif name == "wpe.weight":
-            put(tree, "decoder.position_embed.embedding", x)
-        elif name.startswith("ln_f."):
-            put(tree, f"decoder.norm.{'scale' if name.endswith('weight') else 'bias'}", x)
-        elif name == "lm_head.weight":
-            put(tree, "unembed.kernel", x.T)
-        else:
-            _, i, part, leaf = name.split(".", 2)[0:2] + [*name.split(".", 2)[2].rsplit(".", 1)]
-            ours = "bias" if leaf == "bias" else "scale" if part.startswith("ln") else "kernel"
-            if part == "attn.c_attn":
-                for to, piece in zip(("query", "key", "value"), np.split(x, 3, axis=-1)):
-                    put(tree, f"decoder.block_{i}.attention.{to}.{ours}", piece)
-            else:
-                put(tree, f"decoder.block_{i}.{GPT2_KEYS[part]}.{ours}", x)
-    return tree
-
-
-def from_llama(arrays):
-    """Our parameter tree from Transformers' Llama names; torch's Linear stores [out, in]."""
-    tree = {}
-    for name, x in arrays.items():
-        name = name.removeprefix("model.")
-        if name == "embed_tokens.weight":
-            put(tree, "embed.embedding", x)
-        elif name == "norm.weight":
-            put(tree, "decoder.norm.scale", x)
-        elif name == "lm_head.weight":
-            put(tree, "unembed.kernel", x.T)
-        else:
-            i, part = name.split(".")[1], ".".join(name.split(".")[2:-1])
-            if part.endswith("layernorm"):
-                put(tree, f"decoder.block_{i}.{LLAMA_KEYS[part]}.scale", x)
-            else:
-                put(tree, f"decoder.block_{i}.{LLAMA_KEYS[part]}.kernel", x.T)
-    return tree
-
+# Against Transformers: the loss and every gradient (tests/hf_test.py has all the families).
 
 def randomize(theirs, seed, std=0.1):
     """Weights of every kind far from their initial values, so that none can be mixed up."""
@@ -236,27 +177,25 @@ def randomize(theirs, seed, std=0.1):
 
 
 def transformers_gpt2(**changes):
-    """(Transformers' model, our config, the key map) of one random GPT-2."""
+    """Transformers' GPT-2 of our fields."""
     transformers = pytest.importorskip("transformers")
     c = ModelConfig(**GPT2 | changes)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.context, n_embd=c.dim, n_layer=c.layers,
         n_head=c.heads, n_inner=c.F, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
         layer_norm_epsilon=c.norm_eps, tie_word_embeddings=c.tied, attn_implementation="eager",
         activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[c.activation]))
-    return theirs, c, from_gpt2
 
 
 def transformers_llama(**changes):
     transformers = pytest.importorskip("transformers")
     c = ModelConfig(**LLAMA | changes)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=c.vocab_size, max_position_embeddings=c.context, hidden_size=c.dim,
         num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.G,
         head_dim=c.K, intermediate_size=c.F, rms_norm_eps=c.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         tie_word_embeddings=c.tied, attn_implementation="eager"))
-    return theirs, c, from_llama
 
 
 @pytest.mark.parametrize("family, changes", [
@@ -268,16 +207,13 @@ def transformers_llama(**changes):
     (transformers_llama, dict(kv_heads=None, head_dim=12, mlp_dim=56, norm_eps=1e-3)),
 ], ids=["gpt2", "gpt2-untied-exact", "gpt2-3x48", "llama-grouped", "llama-multiquery-tied",
         "llama-head-dim"])
-def test_logits_loss_and_gradients_equal_transformers(family, changes):
+def test_logits_loss_and_gradients_equal_transformers(family, changes, tmp_path):
     torch = pytest.importorskip("torch")
-    theirs, config, convert = family(**changes)
+    theirs = family(**changes)
     randomize(theirs, 0)
-    params = jax.device_put(convert(
-        {n: p.detach().numpy() for n, p in theirs.named_parameters()}))
+    theirs.save_pretrained(tmp_path)
+    config, params = hf.load(tmp_path)
     model = build(config)
-    shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0), np.zeros((1, 1), np.int32))
-    shape = lambda x: x.shape
-    assert jax.tree.map(shape, shapes["params"]) == jax.tree.map(shape, params)
 
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (3, 20)).astype(np.int32)
     output = theirs(torch.tensor(ids).long(), labels=torch.tensor(ids).long())
@@ -293,7 +229,11 @@ def test_logits_loss_and_gradients_equal_transformers(family, changes):
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert value == pytest.approx(output.loss.item(), rel=1e-5)
-    expected = convert({n: p.grad.numpy() for n, p in theirs.named_parameters()})
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(p.grad)
+    theirs.save_pretrained(tmp_path)
+    _, expected = hf.load(tmp_path)
     # A key's bias has no gradient in theory, so the floor is a share of the largest one.
     floor = 1e-3 * max(np.linalg.norm(want) for want in jax.tree.leaves(expected))
     for (path, ours), want in zip(jax.tree_util.tree_leaves_with_path(grads),
