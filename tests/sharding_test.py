@@ -140,8 +140,8 @@ def test_everything_is_born_in_its_shards():
     # On (2, 2, 2), parameters are whole along data and halved along fsdp and tensor.
     expected = {
         "embed/embedding": [24, 16], "unembed/kernel": [16, 24], "decoder/norm/scale": [32],
-        "norm/bias": [32]} | {
-        f"block_{i}/{path}": shape for i in (0, 1) for path, shape in {
+        "decoder/norm/bias": [32]} | {
+        f"decoder/block_{i}/{path}": shape for i in (0, 1) for path, shape in {
             **{f"attention/{n}/kernel": [16, 16] for n in ("query", "key", "value", "out")},
             **{f"attention/{n}/bias": [16] for n in ("query", "key", "value")},
             "attention/out/bias": [32], "mlp/up/kernel": [16, 64], "mlp/up/bias": [64],
