@@ -108,7 +108,7 @@ def define_config(path):
     """Define --config and a typed flag for every leaf of its file, with the file's values."""
     _define(flags.ArgumentParser(), "config", path, "file whose get_config() makes the Config")
     for name, kind, value in leaves(load_config(path), "config"):
-        _define(_Leaf(kind), name, value, f"{_name(kind)} (nanoflax/config.py)")
+        _define(_Leaf(kind), name, value, f"{configs.type_name(kind)} (nanoflax/config.py)")
 
 
 def _define(parser, name, default, text):
@@ -143,36 +143,32 @@ def leaves(config, prefix):
 
 
 class _Leaf(flags.ArgumentParser):
-    """Reads text as the type of a configuration field; None is written none."""
+    """Reads text as the type of a configuration field; None is written none, a tuple 0,2,4."""
 
     def __init__(self, kind):
         super().__init__()
         self.kind = kind
 
     def parse(self, text):
-        if not isinstance(text, str):
-            return text
-        kind, lower = self.kind, text.lower()
-        if isinstance(kind, types.UnionType):
-            if lower == "none":
-                return None
-            kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        if kind is bool and lower in ("true", "false", "1", "0"):
-            return lower in ("true", "1")
         try:
-            if kind is not bool:
-                return kind(text)
-        except ValueError:
-            pass
-        raise ValueError(f"it must be {_name(self.kind)}")
+            return _read(self.kind, text) if isinstance(text, str) else text
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"it must be {configs.type_name(self.kind)}") from error
 
     def flag_type(self):
-        return _name(self.kind)
+        return configs.type_name(self.kind)
 
 
-def _name(kind):
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(kind) or f"{_name(typing.get_args(kind)[0])} or none"
+def _read(kind, text):
+    if isinstance(kind, types.UnionType):
+        if text.lower() == "none":
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        return tuple(_read(typing.get_args(kind)[0], part) for part in text.split(",") if text)
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    return kind(text)
 
 
 def setup_jax():

@@ -1,5 +1,6 @@
 """The programs as a person runs them: train, stop, resume, sample, evaluate, and misuse."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,8 +11,9 @@ import sys
 import time
 
 import pytest
+from absl import flags
 
-from experiments import sample
+from experiments import common, sample
 from tests import kills
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -152,7 +154,7 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
 
 @pytest.mark.parametrize("program, flags, words", [
     ("pretrain", ["--config.model.dmi=3"], "config.model.dim"),
-    ("pretrain", ["--config.model.dim=wide"], "a whole number"),
+    ("pretrain", ["--config.model.dim=wide"], "an integer"),
     ("pretrain", ["--config=nowhere"], "pydocs_tiny"),
     ("pretrain", ["--config.model.heads=3"], "model.heads=3"),
     ("pretrain", ["--config.train.batch_size=10", "--config.train.accumulate=4"], "accumulate"),
@@ -176,6 +178,43 @@ def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "w" / "config.json").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    blocks: tuple[int, ...] = (1,)
+    scales: tuple[float, ...] | None = None
+    layers: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+    name: str = "x"
+
+
+@pytest.mark.parametrize("text, field, value", [
+    ("--c.inner.blocks=0,2,4", "inner.blocks", (0, 2, 4)),
+    ("--c.inner.blocks=7", "inner.blocks", (7,)),
+    ("--c.inner.blocks=", "inner.blocks", ()),
+    ("--c.name=y", "inner.blocks", (1,)),
+    ("--c.inner.scales=1,0.5", "inner.scales", (1.0, 0.5)),
+    ("--c.inner.scales=none", "inner.scales", None),
+    ("--c.name=0,2", "name", "0,2"),
+    ("--c.inner.blocks=0,,2", "inner.blocks", "must be a list, each an integer"),
+    ("--c.inner.blocks=0,1.5", "inner.blocks", "must be a list, each an integer"),
+    ("--c.inner.scales=a", "inner.scales", "must be a list, each a number or none"),
+])
+def test_tuples_are_flags(text, field, value):
+    values = flags.FlagValues()
+    for name, kind, default in common.leaves(Outer(), "c"):
+        flags.DEFINE(common._Leaf(kind), name, default, "", flag_values=values)
+    if isinstance(value, str) and field != "name":
+        with pytest.raises(flags.IllegalFlagValueError, match=value):
+            values(["program", text])
+        return
+    values(["program", text])
+    assert values[f"c.{field}"].value == value
 
 
 def test_import_is_quick_and_pulls_in_no_other_framework():
