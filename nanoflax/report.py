@@ -187,30 +187,23 @@ def _start_wandb(workdir, project, config):
 # --------------------------------------------------------------------------------------- progress
 
 
-class Progress:
+class Bar:
     """A live bar on a terminal, plain lines now and then elsewhere. Use as a context manager.
 
-    `flops_per_token` and `peak_flops` (of all devices together) give the MFU; either may be None.
-    Rates are over the last `window` seconds of training: neither the first update, which compiles,
-    nor what happens inside `pause()` counts. The bar never hides the cursor, so that even SIGKILL
-    leaves a sane terminal.
+    A subclass has `title()`, the text before the bar, and `status()`, the one after it, and calls
+    `advance`. The bar never hides the cursor, so that even SIGKILL leaves a sane terminal.
     """
 
-    window = 20.0       # seconds that rates look back
+    quiet = 0.0         # seconds before the first plain line
     line_every = 10.0   # seconds between plain lines
     draw_every = 0.2    # seconds between frames of the bar
 
-    def __init__(self, total_steps, start_step=0, tokens_per_step=1, flops_per_token=None,
-                 peak_flops=None, stream=None, clock=time.monotonic):
-        self.total_steps, self.step, self.loss = total_steps, start_step, None
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+    def __init__(self, total, done=0, stream=None, clock=time.monotonic):
+        self.total, self.done = total, done
         self._stream = sys.stderr if stream is None else stream
-        self._clock, self._begin, self._paused, self._note = clock, clock(), 0.0, "compiling"
-        self._first = None                    # (time, training time) at the end of the first update
-        self._marks = collections.deque()     # (training time, step), the last `window` seconds
-        self._drawn_at, self._drawn_step = -math.inf, None
-        self._bar = _bar(self._stream, total_steps, start_step) if _terminal(self._stream) else None
+        self._clock, self._begin = clock, clock()
+        self._drawn_at, self._undrawn = -math.inf, False
+        self._bar = _bar(self._stream, total, done) if _terminal(self._stream) else None
 
     def __enter__(self):
         if self._bar:
@@ -219,24 +212,67 @@ class Progress:
         return self
 
     def __exit__(self, *_):
+        if self._bar or self._undrawn:
+            self._draw()
         with contextlib.suppress(OSError):
             if self._bar:
-                self._draw()
                 self._bar.stop()
-            elif self.step != self._drawn_step and self.loss is not None:
-                self._draw()
+
+    def advance(self, done):
+        """Reports that `done` of `total` are done."""
+        self.done, self._undrawn = done, True
+        due = self._drawn_at + (self.draw_every if self._bar else self.line_every)
+        if self._clock() >= due or done >= self.total:
+            self._draw()
+
+    def write(self, text):
+        """Prints lines above the bar; on a terminal without control characters."""
+        with contextlib.suppress(OSError):
+            if self._bar:
+                from rich.text import Text
+                self._bar.console.print(Text(printable(text)), soft_wrap=True)
+            else:
+                print(text, file=self._stream, flush=True)
+
+    def _draw(self):
+        with contextlib.suppress(OSError):  # a terminal that has gone away does not end the run
+            if self._bar:
+                self._bar.update(self._bar.task_ids[0], completed=self.done, title=self.title(),
+                                 status=self.status())
+                self._bar.refresh()
+            elif self._clock() - self._begin >= self.quiet:
+                print(f"{self.title()}  {self.status()}", file=self._stream, flush=True)
+        self._drawn_at, self._undrawn = self._clock(), False
+
+
+class Progress(Bar):
+    """The bar of a training run.
+
+    `flops_per_token` and `peak_flops` (of all devices together) give the MFU; either may be None.
+    Rates are over the last `window` seconds of training: neither the first update, which compiles,
+    nor what happens inside `pause()` counts.
+    """
+
+    window = 20.0       # seconds that rates look back
+
+    def __init__(self, total_steps, start_step=0, tokens_per_step=1, flops_per_token=None,
+                 peak_flops=None, stream=None, clock=time.monotonic):
+        super().__init__(total_steps, start_step, stream, clock)
+        self.loss, self.tokens_per_step = None, tokens_per_step
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self._paused, self._note = 0.0, "compiling"
+        self._first = None                    # (time, training time) at the end of the first update
+        self._marks = collections.deque()     # (training time, step), the last `window` seconds
 
     def update(self, step, loss):
         """Reports that `step` steps are done and the loss of the last."""
         now = self._clock()
-        self.step, self.loss, self._note = int(step), float(loss), None
-        self._marks.append((now - self._paused, self.step))
+        self.loss, self._note = float(loss), None
+        self._marks.append((now - self._paused, int(step)))
         self._first = self._first or (now, now - self._paused)
         while len(self._marks) > 2 and self._marks[1][0] <= now - self._paused - self.window:
             self._marks.popleft()
-        due = self._drawn_at + (self.draw_every if self._bar else self.line_every)
-        if now >= due or self.step >= self.total_steps:
-            self._draw()
+        self.advance(int(step))
 
     @contextlib.contextmanager
     def pause(self, note="evaluating"):
@@ -249,15 +285,6 @@ class Progress:
         finally:
             self._note = before
             self._paused += self._clock() - begin
-
-    def write(self, text):
-        """Prints lines above the bar; on a terminal without control characters."""
-        with contextlib.suppress(OSError):
-            if self._bar:
-                from rich.text import Text
-                self._bar.console.print(Text(printable(text)), soft_wrap=True)
-            else:
-                print(text, file=self._stream, flush=True)
 
     @property
     def tokens_per_second(self):
@@ -279,7 +306,10 @@ class Progress:
             return None
         wall, training = (a - b for a, b in zip((self._clock(), self._marks[-1][0]), self._first))
         steps_per_second = self.tokens_per_second / self.tokens_per_step
-        return (self.total_steps - self.step) / steps_per_second * max(1.0, wall / training)
+        return (self.total - self.done) / steps_per_second * max(1.0, wall / training)
+
+    def title(self):
+        return f"step {self.done}/{self.total}"
 
     def status(self):
         """Such as `loss 2.3456  12.3k tokens/s  MFU 41%  3:21 left`."""
@@ -290,28 +320,18 @@ class Progress:
             parts.append(f"MFU {100 * self.mfu:.0f}%")
         if self._note:
             parts.append(self._note)
-        elif self.step >= self.total_steps:
+        elif self.done >= self.total:
             parts.append(f"in {duration(self._clock() - self._begin)}")
         elif self.seconds_left() is not None:
             parts.append(f"{duration(self.seconds_left())} left")
         return "  ".join(parts)
-
-    def _draw(self):
-        self._drawn_at, self._drawn_step = self._clock(), self.step
-        with contextlib.suppress(OSError):  # a terminal that has gone away does not end the run
-            if self._bar:
-                self._bar.update(self._bar.task_ids[0], completed=self.step, status=self.status())
-                self._bar.refresh()
-            else:
-                print(f"step {self.step}/{self.total_steps}  {self.status()}",
-                      file=self._stream, flush=True)
 
 
 def _terminal(stream):
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def _bar(stream, total_steps, start_step):
+def _bar(stream, total, done):
     from rich.console import Console
     from rich.progress import BarColumn, Progress as RichProgress, TextColumn
 
@@ -319,12 +339,12 @@ def _bar(stream, total_steps, start_step):
         def show_cursor(self, show=True):
             return False
 
-    # No refreshing thread: frames are drawn by update(), never against the training loop.
-    bar = RichProgress(TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
+    # No refreshing thread: frames are drawn by advance(), never against the training loop.
+    bar = RichProgress(TextColumn("{task.fields[title]}", markup=False), BarColumn(bar_width=None),
                        TextColumn("{task.fields[status]}", markup=False), auto_refresh=False,
                        expand=True, console=VisibleCursor(file=stream, force_terminal=True),
                        redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty())
-    bar.add_task("", total=total_steps, completed=start_step, status="")
+    bar.add_task("", total=total, completed=done, title="", status="")
     return bar
 
 

@@ -286,11 +286,11 @@ with progress:
 """
 
 
-def run_in_terminal(action, kill=None):
-    """Runs BAR under a pty; returns what stderr's terminal got, what stdout got, and the status."""
+def run_in_terminal(program, kill=None):
+    """Runs it under a pty; returns what stderr's terminal got, what stdout got, and the status."""
     master, slave = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen([sys.executable, "-c", BAR % action], stderr=slave, env=environment,
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=slave, env=environment,
                                stdin=slave, stdout=subprocess.PIPE)
     os.close(slave)
     output, deadline = b"", time.monotonic() + 30
@@ -314,7 +314,7 @@ def assert_terminal_as_it_was(output):
 
 
 def test_bar_on_a_terminal():
-    output, stdout, status = run_in_terminal("pass")
+    output, stdout, status = run_in_terminal(BAR % "pass")
     assert status == 0
     assert "compiling" in output and "━" in output
     assert "step 20/20" in output and "loss 2.0000" in output and "MFU" in output
@@ -330,7 +330,7 @@ def test_bar_on_a_terminal():
     ("time.sleep(30)", signal.SIGKILL, -signal.SIGKILL),
 ])
 def test_the_terminal_survives(action, kill, status):
-    output, _, returned = run_in_terminal(action, kill)
+    output, _, returned = run_in_terminal(BAR % action, kill)
     assert returned == status
     assert "step 10/20" in output
     assert_terminal_as_it_was(output)
