@@ -1,5 +1,6 @@
 """What the programs share: typed configuration flags, errors for people, opening a run."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -276,6 +277,29 @@ def write_run(workdir, config, tokenizer):
     with open(temporary, "w") as f:
         json.dump(configs.to_dict(config), f, indent=1)
     os.replace(temporary, os.path.join(workdir, "config.json"))
+
+
+def writes():
+    """Whether this process prints, logs and plots: the first one of a run on several hosts."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def displays(workdir, config, start_step, flops_per_token, peak_flops):
+    """The (log, progress) of `train.fit`; silent ones on processes that do not write."""
+    from nanoflax import report
+
+    if not writes():
+        yield report.Silent(), report.Silent()
+        return
+    t = config.train
+    with (report.MetricsLog(workdir, t.tensorboard, t.wandb or None, start_step,
+                            configs.to_dict(config)) as log,
+          report.Progress(t.steps, start_step, t.batch_size * config.model.context,
+                          flops_per_token, peak_flops) as progress):
+        yield log, progress
 
 
 def source_of(config, name=None):

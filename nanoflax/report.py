@@ -327,6 +327,17 @@ class Progress(Bar):
         return "  ".join(parts)
 
 
+class Silent:
+    """Stands for a MetricsLog and a Progress where nothing is to be written."""
+
+    tokens_per_second = None
+
+    def _nothing(self, *_, **__):
+        return contextlib.nullcontext()
+
+    log = update = write = pause = _nothing
+
+
 def _terminal(stream):
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 

@@ -110,6 +110,21 @@ def test_three_random_kills_change_no_bit():
     assert done == 3 and difference is None and not left
 
 
+def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsys):
+    import jax
+    from nanoflax import config as configs
+    config = configs.Config(train=configs.TrainConfig(steps=1))
+    for index, files in ((1, set()), (0, {"metrics.jsonl", "tensorboard"})):
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        with common.displays(tmp_path, config, 0, 10.0, None) as (log, progress):
+            progress.update(1, 5.0)  # all that train.fit does with them
+            log.log(1, loss=5.0, tokens_per_second=progress.tokens_per_second or 0)
+            with progress.pause():
+                progress.write("a sample")
+        assert set(os.listdir(tmp_path)) == files and common.writes() == (index == 0)
+        assert bool(capsys.readouterr().err) == (index == 0)
+
+
 def test_evaluate_prints_json(trained, corpus, tmp_path):
     workdir, _ = trained
     own = json.loads(run("evaluate", f"--workdir={workdir}").stdout)
