@@ -30,7 +30,8 @@ def launch(main, default_config=None, arguments=False):
     def parse(argv):
         try:
             if default_config:
-                define_config(config_path(argv) or default_config)
+                path = config_path(argv)
+                define_config(default_config if path is None else path)
             rest = FLAGS(argv)
             if arguments:
                 flags.DEFINE_multi_string("arguments", rest[1:], "", flag_values=FLAGS)
@@ -85,11 +86,13 @@ def config_path(argv):
 def load_config(path):
     """The Config of a file's get_config(). A bare name is looked up in experiments/configs."""
     shipped = os.path.join(HERE, "configs", os.path.basename(path).removesuffix(".py") + ".py")
-    where = path if os.path.exists(path) else shipped
-    if not os.path.exists(where):
+    where = path if os.path.isfile(path) else shipped
+    if not os.path.isfile(where):
         known = sorted(f[:-3] for f in os.listdir(os.path.join(HERE, "configs"))
                        if f.endswith(".py") and not f.startswith("_"))
         raise UserError(f"--config={path} does not exist; shipped: {', '.join(known)}")
+    if not where.endswith(".py"):
+        raise UserError(f"--config={path} must be a Python file, named .py")
     spec = importlib.util.spec_from_file_location("nanoflax_user_config", where)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -190,9 +193,16 @@ def read_run(workdir):
     if not os.path.exists(path):
         raise UserError(f"--workdir={workdir} holds no run (no config.json); give the directory "
                         "that pretrain wrote")
-    with open(path) as f:
-        config = configs.from_dict(configs.Config, json.load(f))
-    return config, tokenizers.load(os.path.join(workdir, "tokenizer"))
+    return read_config(path), tokenizers.load(os.path.join(workdir, "tokenizer"))
+
+
+def read_config(path):
+    """The Config of a config.json. Raises: UserError if there is none in it."""
+    try:
+        with open(path) as f:
+            return configs.from_dict(configs.Config, json.load(f))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def restore_model(workdir, config, tokenizer, which="best"):
@@ -220,20 +230,15 @@ FREE = {"data": ("workers", "cache"),
 
 
 def resumable(workdir, config, restart):
-    """The configuration (dict) that a run in workdir has, None if there is none.
+    """The Config that a run in workdir has, None if there is none.
 
     Raises: UserError with a diff if it is not this one in what determines the numbers.
     """
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
         return None
-    try:
-        with open(path) as f:
-            saved = json.load(f)
-        old = configs.to_dict(configs.from_dict(configs.Config, saved))
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    new = configs.to_dict(config)
+    saved = read_config(path)
+    old, new = configs.to_dict(saved), configs.to_dict(config)
     if new["model"]["vocab_size"] == 0:
         new["model"]["vocab_size"] = old["model"]["vocab_size"]
     for section, names in FREE.items():

@@ -19,6 +19,7 @@ PACKINGS = ("joined", "isolated")
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 REMATS = ("none", "dots", "blocks")
+MAX_SEED = 2**32 - 1  # of larger ones JAX would read the low half
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,11 +252,14 @@ def _problems(c):
     _at_least(found, "optim", o, 0, "learning_rate", "muon_learning_rate", "warmup_steps",
               "end_factor", "weight_decay", "clip", "eps")
     _at_least(found, "data", d, 0, "workers")
-    for name, value in [("data.validation_fraction", d.validation_fraction),
-                        ("optim.b1", o.b1), ("optim.b2", o.b2), ("optim.ema", o.ema),
+    for name, value in [("optim.b1", o.b1), ("optim.b2", o.b2), ("optim.ema", o.ema),
                         ("train.label_smoothing", t.label_smoothing)]:
         if not 0 <= value < 1:
             found.append(f"{name}={value} must be in [0, 1)")
+    if not 0 < d.validation_fraction < 1:
+        found.append(f"data.validation_fraction={d.validation_fraction} must be in (0, 1)")
+    if t.seed > MAX_SEED:
+        found.append(f"train.seed={t.seed} must be at most {MAX_SEED}")
     if not 0 < o.decay_fraction <= 1:
         found.append(f"optim.decay_fraction={o.decay_fraction} must be in (0, 1]")
     if t.accumulate >= 1 and t.batch_size % t.accumulate:

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import logging
 import os
 import pathlib
 import socket
@@ -270,10 +271,17 @@ def _read_jsonl(file, path, field, report):
             yield _clean(text, place, report)
 
 
+def _no_warning_of_tfds(record):
+    return record.levelno > logging.WARNING or "tensorflow_datasets" not in record.pathname
+
+
 def _dataset(source):
     """The TFDS builder of a tfds: source, prepared, and its field. TensorFlow is not imported."""
+    import absl.logging
     import tensorflow_datasets as tfds
 
+    # It warns of each folder that it looks into; what matters comes as an exception.
+    absl.logging.get_absl_logger().addFilter(_no_warning_of_tfds)
     words = source.name.removeprefix("tfds:").split(":")
     # NAME, NAME:FIELD, NAME:VERSION or NAME:VERSION:FIELD; a version starts with a digit.
     name = ":".join(words[:2] if len(words) > 1 and words[1][:1].isdigit() else words[:1])

@@ -14,6 +14,8 @@ import pytest
 from absl import flags
 
 from experiments import common, sample
+from nanoflax import config as configs
+from nanoflax.errors import UserError
 from tests import kills
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -112,7 +114,6 @@ def test_three_random_kills_change_no_bit():
 
 def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsys):
     import jax
-    from nanoflax import config as configs
     config = configs.Config(train=configs.TrainConfig(steps=1))
     for index, files in ((1, set()), (0, {"metrics.jsonl", "tensorboard"})):
         monkeypatch.setattr(jax, "process_index", lambda: index)
@@ -171,6 +172,10 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
     ("pretrain", ["--config.model.dmi=3"], "config.model.dim"),
     ("pretrain", ["--config.model.dim=wide"], "an integer"),
     ("pretrain", ["--config=nowhere"], "pydocs_tiny"),
+    ("pretrain", ["--config="], "pydocs_tiny"),
+    ("pretrain", ["--config=experiments"], "pydocs_tiny"),
+    ("pretrain", ["--config=README.md"], "a Python file"),
+    ("pretrain", [f"--config.train.seed={10**20}"], "train.seed"),
     ("pretrain", ["--config.model.heads=3"], "model.heads=3"),
     ("pretrain", ["--config.train.batch_size=10", "--config.train.accumulate=4"], "accumulate"),
     ("pretrain", ["--config.data.train=text:nothing/*.txt"], "nothing/*.txt"),
@@ -183,6 +188,7 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
     ("pretrain", ["--workdir=/dev/null/x"], "/dev/null/x"),
     ("sample", [], "workdir"),
     ("sample", ["--workdir=nowhere"], "nowhere"),
+    ("sample", ["--workdir=nowhere", f"--seed={10**20}"], "--seed"),
     ("evaluate", ["--workdir=nowhere"], "nowhere"),
     ("benchmark", ["race"], "train or decode"),
 ])
@@ -193,6 +199,18 @@ def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "w" / "config.json").exists()
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"model": ', "Expecting value"), ("[1]", "must be the fields of a Config"),
+    ('{"model": {"dim": "64"}}', "config.model.dim='64' must be an integer"), (None, "directory")])
+def test_a_config_that_cannot_be_read_is_named(text, words, tmp_path):
+    path = tmp_path / "config.json"
+    path.mkdir() if text is None else path.write_text(text)
+    for read in (common.read_run, lambda workdir: common.resumable(workdir, configs.Config(), False)):
+        with pytest.raises(UserError) as caught:
+            read(tmp_path)
+        assert str(path) in str(caught.value) and words in str(caught.value)
 
 
 @dataclasses.dataclass(frozen=True)
