@@ -22,6 +22,7 @@ import os
 import pathlib
 import shutil
 import socket
+import sys
 import zlib
 
 import jax
@@ -39,6 +40,16 @@ _DISK_ERRORS = [os.strerror(code) for code in (
 
 # orbax narrates every save, and failed ones with tracebacks; what matters comes as an exception.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+def _unraisablehook(event, shown=sys.unraisablehook):
+    # The first array that a full disk refuses closes orbax's event loop; tensorstore's threads
+    # then print that they cannot tell it of the others.
+    if not (event.exc_type is RuntimeError and str(event.exc_value) == "Event loop is closed"):
+        shown(event)
+
+
+sys.unraisablehook = _unraisablehook
 
 
 # Reading: no function here changes a directory, so a sampler may use one that is being written.
