@@ -44,7 +44,8 @@ def run(config, workdir, saved):
     import jax
 
     from nanoflax import (
-        checkpoint, data, hardware, models, optim, report, sampling, sharding, sources, train)
+        checkpoint, data, hardware, models, optim, plots, report, sampling, sharding, sources,
+        train)
 
     params = None
     if FLAGS.restart_from_weights and saved:
@@ -78,7 +79,7 @@ def run(config, workdir, saved):
         identity = {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint,
                     "validation": stores[1].fingerprint, "config": configs.to_dict(config)}
         flops = models.flops_per_token(config.model)
-        print(report.parameter_table(shapes.params))
+        print(plots.parameter_table(shapes.params))
         print(f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
               f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}")
         tracking, start_step = train.Tracking(), 0
@@ -131,9 +132,9 @@ def run(config, workdir, saved):
 
 def summarise(workdir, config, tracking, outcome):
     """Draw the loss curve and say how the run ended."""
-    from nanoflax import report
+    from nanoflax import plots, report
 
-    plot = report.plot_losses(workdir, config.train.batch_size * config.model.context)
+    plot = plots.plot_losses(workdir, config.train.batch_size * config.model.context)
     if outcome.signal:
         print(f"{outcome.reason}: saved at step {outcome.step}; the same command goes on")
         return

@@ -15,9 +15,9 @@ _HOME = {
     "sample": "sampling",
 }
 _MODULES = (
-    "attention", "blocks", "checkpoint", "config", "data", "hardware", "layers", "losses", "masking",
-    "models", "objectives", "optim", "positions", "report", "sampling", "sharding", "sources",
-    "tokenizers", "train",
+    "attention", "blocks", "checkpoint", "config", "data", "hardware", "layers", "losses",
+    "manifest", "masking", "models", "objectives", "optim", "plots", "positions", "report",
+    "sampling", "sharding", "sources", "tokenizers", "train",
 )
 __all__ = [*_HOME, *_MODULES]
 

@@ -281,7 +281,8 @@ class Windows:
     def batch(self, indices):
         """[B] window numbers -> targets [B, T] int32; first [B] int32, the token before each
         window; weights [B, T] float32; if isolated, segments [B, T] int32: the window's documents
-        from 1, and 0 for padding, and start [B] int32, the bos_id that each begins from. A number past the end gives a window of padding alone.
+        from 1, and 0 for padding, and start [B] int32, the bos_id that each begins from. A number
+        past the end gives a window of padding alone.
         """
         tokens, n = self.store.tokens, self.store.n_tokens
         starts = np.asarray(indices, np.int64) * self.length

@@ -19,7 +19,6 @@ import socket
 import sys
 import sysconfig
 import threading
-import time
 import urllib.parse
 import urllib.request
 import warnings

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanoflax import checkpoint
+from nanoflax import checkpoint, manifest
 from nanoflax.checkpoint import Checkpoints, WorkdirLock
 from nanoflax.errors import UserError
 
@@ -211,7 +211,7 @@ def two_steps(tmp_path_factory):
 def test_damage_to_any_file_is_noticed_and_the_step_before_is_used(two_steps, tmp_path):
     state = make_state(1)
     names = [p.relative_to(two_steps) for p in (two_steps / "2").rglob("*") if p.is_file()]
-    names = [p for p in names if p.name not in checkpoint._WRITTEN_LATER or len(p.parts) > 2]
+    names = [p for p in names if p.name not in manifest.WRITTEN_LATER or len(p.parts) > 2]
     assert len(names) > 5 and any("d" in p.parts for p in names)
     for i, name in enumerate(names):
         for break_it in (flip, halve, os.unlink) if "d" in name.parts else (flip,):
@@ -358,7 +358,7 @@ def test_arrays_refused_after_the_first_print_no_traceback():
     code = """
         import asyncio, sys, threading
         import tensorstore
-        from nanoflax import checkpoint
+        from nanoflax import checkpoint, manifest
 
         def end_in_a_thread(callback=None):
             promise, future = tensorstore.Promise.new()

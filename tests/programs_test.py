@@ -207,7 +207,8 @@ def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):
 def test_a_config_that_cannot_be_read_is_named(text, words, tmp_path):
     path = tmp_path / "config.json"
     path.mkdir() if text is None else path.write_text(text)
-    for read in (common.read_run, lambda workdir: common.resumable(workdir, configs.Config(), False)):
+    resumable = lambda workdir: common.resumable(workdir, configs.Config(), False)  # noqa: E731
+    for read in (common.read_run, resumable):
         with pytest.raises(UserError) as caught:
             read(tmp_path)
         assert str(path) in str(caught.value) and words in str(caught.value)
