@@ -13,6 +13,7 @@ import sys
 from absl import flags
 
 from experiments import common
+from nanoflax.config import MAX_SEED
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -28,7 +29,7 @@ flags.DEFINE_float("top_p", 1.0, "draw among the fewest tokens with so much prob
 flags.DEFINE_float("min_p", 0.0, "draw among tokens with so much of the best one's probability")
 flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens seen before less likely")
 flags.DEFINE_multi_string("stop", [], "text that ends a continuation; \\n is a newline")
-flags.DEFINE_integer("seed", 0, "of the random draws")
+flags.DEFINE_integer("seed", 0, "of the random draws", 0, MAX_SEED)
 
 
 def main():

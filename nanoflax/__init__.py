@@ -15,8 +15,9 @@ _HOME = {
     "sample": "sampling",
 }
 _MODULES = (
-    "attention", "blocks", "checkpoint", "config", "data", "gguf", "hardware", "layers", "losses",
-    "masking", "models", "objectives", "optim", "positions", "report", "safetensors_io", "sampling",
+    "attention", "blocks", "chat", "checkpoint", "config", "data", "gguf", "hardware",
+    "hf_tokenizers", "hf_vocabularies", "layers", "losses", "manifest", "masking", "models",
+    "objectives", "optim", "plots", "positions", "report", "safetensors_io", "sampling",
     "sharding", "sources", "tokenizers", "train",
 )
 __all__ = [*_HOME, *_MODULES]

@@ -61,13 +61,14 @@ def spec_of(path, shape):
 def shardings(tree, mesh):
     """The NamedSharding of every leaf of a tree of parameters or training state.
 
+    An axis that the mesh does not have splits nothing: on a mesh of `data` alone all is whole.
     Raises: UserError naming every leaf whose dimension an axis does not divide.
     """
     found = []
 
     def of(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = spec_of(name, leaf.shape)
+        spec = P(*(axis if axis in mesh.shape else None for axis in spec_of(name, leaf.shape)))
         for axis, size in zip(spec, leaf.shape):
             if axis and size % mesh.shape[axis]:
                 found.append(f"{name} {leaf.shape}: {size} is not divisible by "
@@ -122,7 +123,7 @@ def init(model, rng, mesh=None):
         return model.init(rng, tokens, **{"source": tokens} if reads_source else {})["params"]
 
     if mesh is None:
-        current = jax.sharding.get_mesh()
+        current = jax.sharding.get_abstract_mesh()  # may be asked for while tracing too
         mesh = current if current.size > 1 else None
     if mesh is None:
         return jax.jit(make)(rng)
