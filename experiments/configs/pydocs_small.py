@@ -2,7 +2,7 @@
 (1.84 bits per byte).
 
 Command:   python -m experiments.pretrain --config=pydocs_small
-Hardware:  two CPU cores, half an hour (20 minutes where nothing else runs)
+Hardware:  two CPU cores, 20 minutes at the 1.9k tokens/s of an idle machine (49 beside other work)
 Figure:    1.743 bits per byte (Python 3.11.7; 1.847 after 300 steps).
 """
 
