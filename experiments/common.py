@@ -210,7 +210,9 @@ def restore_model(workdir, config, tokenizer, which="best"):
 
     Raises: UserError if there is no sound checkpoint or the tokenizer is not the run's.
     """
-    from nanoflax import checkpoint, models
+    import jax
+
+    from nanoflax import checkpoint, models, sharding
 
     subtree = "ema" if config.optim.ema else "params"
     params, meta = checkpoint.restore_params(os.path.join(workdir, "checkpoints"), which=which,
@@ -219,7 +221,47 @@ def restore_model(workdir, config, tokenizer, which="best"):
         raise UserError(f"the tokenizer in --workdir={workdir} (fingerprint "
                         f"{tokenizer.fingerprint[:12]}) is not the one that the checkpoint was "
                         f"trained with ({meta['tokenizer'][:12]}); put that one back")
-    return models.build(config.model), params
+    model = models.build(config.model)
+    if jax.tree.map(jax.numpy.shape, params) != jax.tree.map(lambda x: x.shape,
+                                                             sharding.shapes(model)):
+        raise UserError(f"the checkpoint in --workdir={workdir} does not hold the parameters of its "
+                        "config.json; it may be of an older nanoflax")
+    return model, params
+
+
+def is_run(path):
+    """Whether a path is the workdir of a run."""
+    return os.path.isdir(os.path.join(path, "checkpoints"))
+
+
+def open_model(source, which="best"):
+    """(model, params, tokenizer or None) of a run's workdir, a directory of Transformers, a name on
+    the hub or a .gguf file.
+
+    Raises: UserError for what cannot be opened, or a tokenizer that the embedding is too small for.
+    """
+    from nanoflax import gguf, hf, hf_tokenizers, models, tokenizers
+
+    if is_run(source):
+        config, tokenizer = read_run(source)
+        return *restore_model(source, config, tokenizer, which), tokenizer
+    path = hf.find(source)
+    config, params = hf.load(path)
+    if path.suffix == ".gguf":
+        tokenizer = hf_tokenizers.from_gguf(gguf.open(path)[0], str(path))
+    else:
+        tokenizer = tokenizers.load(path)
+    tokenizers.check_fits(tokenizer, config.vocab_size)
+    return models.build(config), params, tokenizer
+
+
+def prompt_ids(tokenizer, text):
+    """The ids of a prompt as its model expects them, with the tokens that begin (and, of a source,
+    end) a text."""
+    if hasattr(tokenizer, "encode_with_template"):
+        return tokenizer.encode_with_template(text) or [
+            i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
 # Fields that may change between a run and its resumption: they do not touch the trajectory.

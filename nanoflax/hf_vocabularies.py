@@ -145,7 +145,8 @@ def from_wordpieces(lines, roles, config):
 
 
 def from_ours(tokenizer):
-    """A ByteTokenizer, or a SentencePieceTokenizer trained here: every text gets the same ids."""
+    """A ByteTokenizer, or a SentencePieceTokenizer trained here: every text gets the same ids, and
+    in front of them the bos_id that its models begin a document with."""
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     if not hasattr(tokenizer, "model"):
@@ -154,7 +155,9 @@ def from_ours(tokenizer):
                  tokenizer.sep_id: "<sep>"}
         vocabulary = {letters[i]: i for i in range(256)} | {n: i for i, n in names.items()}
         spec = _byte_level(vocabulary, [], [GPT2])
-        return spec | {"added_tokens": [added_token(n, i) for i, n in names.items()]}
+        spec["added_tokens"] = [added_token(n, i) for i, n in names.items()]
+        set_ends(spec, {"add_bos_token": True}, {"bos": names[tokenizer.bos_id]})
+        return spec
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
@@ -167,7 +170,9 @@ def from_ours(tokenizer):
             models.Unigram([*zip(tokens, scores)], unknown, True),
             normalizers.Replace(" ", SPACE), None, decoders.Sequence([
                 decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]))
-    return spec | {"added_tokens": typed_tokens(tokens, types)}
+    spec["added_tokens"] = typed_tokens(tokens, types)
+    set_ends(spec, {"add_bos_token": True}, {"bos": tokens[tokenizer.bos_id]})
+    return spec
 
 
 def bytes_to_letters():
