@@ -59,7 +59,8 @@ def to_config(family, hf, head, max_layers=_MAX_SIZE):
             value = value if wrong else ACTIVATIONS[value]
         elif not wrong:
             limit = max_layers if name.endswith("layers") else _MAX_SIZE
-            wrong = _wrong_type(field, value, _TYPES[name], limit)
+            kind = _TYPES[name] if field in family.defaults else _required(_TYPES[name])
+            wrong = _wrong_type(field, value, kind, limit)
         ours[name] = value
         found += [wrong] if wrong else []
     for field, allowed in family.only.items():
@@ -79,6 +80,11 @@ def to_config(family, hf, head, max_layers=_MAX_SIZE):
     if found:
         raise UserError(f"config.json of model_type {family.model_type!r}: " + "; ".join(found))
     return config
+
+
+def _required(kind):
+    """int of int | None."""
+    return next(k for k in (*typing.get_args(kind), kind) if k is not type(None))
 
 
 def _wrong_type(field, value, kind, limit):
@@ -148,14 +154,13 @@ def canonical(config):
 def differences(family, config):
     """The fields of ModelConfig that a family cannot express as they are in config."""
     c = canonical(config)
+    if c.architecture != family.preset.get("architecture", "decoder"):
+        return ["architecture"]
     if c.head not in family.classes:
         return ["head"]
-    try:
-        kept = {name: getattr(c, name) for name in (*family.present, "tied")}
-        back = canonical(dataclasses.replace(
-            to_config(family, from_config(family, config), c.head), **kept))
-    except UserError as error:
-        return [str(error)]
+    kept = {name: getattr(c, name) for name in (*family.present, "tied")}
+    back = to_config(family, from_config(family, config), c.head)
+    back = canonical(dataclasses.replace(back, **kept))
     return [name for name in _TYPES if name != "dropout"  # no part of what the model computes
             and not _close(getattr(c, name), getattr(back, name))]
 
@@ -171,17 +176,21 @@ def of_config(config, model_type=None):
 
     Raises: UserError naming the fields in which it differs from the nearest.
     """
-    rows = FAMILIES if model_type is None else {model_type: of_type(model_type)}
     found = {}
-    for name, family in rows.items():
-        found[name] = differences(family, config)
+    for name in FAMILIES if model_type is None else [model_type]:
+        family = of_type(name)
+        try:
+            found[name] = differences(family, config)
+        except UserError as error:  # a value that the family refuses
+            found[name] = [str(error)]
         if not found[name]:
             return family
-    nearest = min(found, key=lambda name: len(found[name]))
-    values = ", ".join(f"model.{n}={getattr(config, n)!r}" if hasattr(config, n) else n
-                       for n in found[nearest])
-    raise UserError(f"Transformers has no such model among {', '.join(rows)}; the nearest is "
-                    f"{nearest}, but for {values}")
+    nearest = min(found, key=lambda name: (found[name][0] in ("architecture", "head"),
+                                           len(found[name])))
+    fields = ", ".join(f"model.{name}={getattr(config, name)!r}" if name in _TYPES else name
+                       for name in found[nearest])
+    raise UserError(f"Transformers has no such model among {', '.join(found)}; the nearest is "
+                    f"{nearest}, but for {fields}")
 
 
 def of_type(model_type):

