@@ -9,15 +9,16 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
+    "beam_search": "beams",
     "ModelConfig": "config",
     "build": "models",
     "init": "sharding",
     "sample": "sampling",
 }
 _MODULES = (
-    "attention", "blocks", "checkpoint", "config", "data", "hardware", "layers", "losses", "masking",
-    "models", "objectives", "optim", "positions", "report", "sampling", "sharding", "sources",
-    "tokenizers", "train",
+    "attention", "beams", "blocks", "checkpoint", "config", "data", "hardware", "layers", "losses",
+    "lstm", "masking", "models", "objectives", "optim", "positions", "report", "sampling",
+    "sharding", "sources", "tokenizers", "train",
 )
 __all__ = [*_HOME, *_MODULES]
 

@@ -76,6 +76,13 @@ def filtered(logits, filters):
     return logits
 
 
+def only_below(vocab_size, logits):
+    """Logits [B, V], -inf from id vocab_size on (a padded vocabulary's); None is V."""
+    if vocab_size is None:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+
+
 def start(model, params, tokens, lengths, new_tokens, rng, filters):
     """Read the prompts: tokens [B, P] int32 padded on the left, lengths [B] int32.
 
@@ -102,9 +109,7 @@ def advance(model, params, state, filters, steps, eos_id=None, vocab_size=None):
     """
     def step(state, _):
         logits, cache = model.decode(params, state.token[:, None], state.cache)
-        logits = logits[:, -1]
-        if vocab_size is not None and vocab_size < logits.shape[-1]:
-            logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+        logits = only_below(vocab_size, logits[:, -1])
         rng, key = jax.random.split(state.rng)
         token, done, seen = choose(logits, key, filters, state.seen), state.done, state.seen
         if eos_id is not None:
