@@ -16,9 +16,9 @@ _HOME = {
     "sample": "sampling",
 }
 _MODULES = (
-    "attention", "beams", "blocks", "checkpoint", "config", "data", "hardware", "layers", "losses",
-    "lstm", "masking", "models", "objectives", "optim", "positions", "report", "sampling",
-    "sharding", "sources", "tokenizers", "train",
+    "attention", "beams", "blocks", "checkpoint", "config", "data", "families", "gguf", "hardware",
+    "hf", "layers", "losses", "lstm", "masking", "models", "objectives", "optim", "positions",
+    "report", "safetensors_io", "sampling", "sharding", "sources", "tokenizers", "train",
 )
 __all__ = [*_HOME, *_MODULES]
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, and SentencePiece models.
+"""Text to token ids and back: bytes, SentencePiece models, and those of Hugging Face directories.
 
 A tokenizer has `vocab_size`, `pad_id`, `eos_id`, `bos_id` (the id that a document starts from),
 `fingerprint`, `encode(text) -> list[int]`, `decode(ids) -> str` and `save(directory)`. `encode`
@@ -15,7 +15,7 @@ import re
 
 from nanoflax.errors import UserError
 
-CHOICES = "bytes, bpe:SIZE, unigram:SIZE, a SentencePiece .model file or a saved directory"
+CHOICES = "bytes, bpe:SIZE, unigram:SIZE, a SentencePiece .model file or a tokenizer's directory"
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 TRAINING_CHUNK = 1000  # characters
 
@@ -39,7 +39,11 @@ def parse(spec):
 
 
 def load(name_or_path):
-    """The tokenizer "bytes", one that `save` wrote into a directory, or a `.model` file."""
+    """The tokenizer "bytes", a `.model` file, one that `save` wrote into a directory, or one of a
+    Hugging Face directory (see nanoflax.hf_tokenizers).
+
+    Raises: UserError if files are missing or damaged.
+    """
     kind, path = parse(name_or_path)
     if kind == "bytes":
         return ByteTokenizer()
@@ -48,20 +52,33 @@ def load(name_or_path):
     try:
         if not path.is_dir():
             return SentencePieceTokenizer(path.read_bytes(), name=str(path))
-        saved = json.loads((path / "tokenizer.json").read_text())
+        saved = path / "tokenizer.json"
+        saved = saved.read_bytes() if saved.exists() else b""
+        if not re.match(rb'\s*{\s*"kind"', saved):  # which save writes first
+            from nanoflax import hf_tokenizers
+
+            return hf_tokenizers.load(path)
+        saved = json.loads(saved)
         if saved["kind"] == "bytes":
             return ByteTokenizer()
         model = path / "tokenizer.model"
         tokenizer = SentencePieceTokenizer(model.read_bytes(), name=str(model))
     except OSError as error:
         raise UserError(f"tokenizer {path}: {error.strerror}: {error.filename}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"tokenizer {path}: its tokenizer.json is not one of nanoflax") from error
-    if tokenizer.fingerprint != saved["fingerprint"]:
+        raise UserError(f"tokenizer {path}: its tokenizer.json is damaged: {error}") from error
+    if tokenizer.fingerprint != saved.get("fingerprint"):
         raise UserError(f"tokenizer {path}: tokenizer.model is damaged: it is not the one saved")
     return tokenizer
+
+
+def check_fits(tokenizer, vocab_size):
+    """Raises: UserError if a model of vocab_size embeddings has none for some of the tokens."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, and the model "
+                        f"embeddings for {vocab_size} alone; it is another model's tokenizer")
 
 
 def well_formed(text):
@@ -76,6 +93,7 @@ def well_formed(text):
 class ByteTokenizer:
     """Ids 0-255 are the bytes of the text in UTF-8; four special tokens follow."""
 
+    chat_template = None
     vocab_size, pad_id, eos_id, mask_id, sep_id = 260, 256, 257, 258, 259
     bos_id = eos_id
     fingerprint = hashlib.blake2b(b"nanoflax bytes 260", digest_size=16).hexdigest()
@@ -85,7 +103,7 @@ class ByteTokenizer:
 
     def decode(self, ids):
         """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
-        _check_ids(ids, self.vocab_size)
+        check_ids(ids, self.vocab_size)
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
     def save(self, directory):
@@ -99,6 +117,8 @@ class SentencePieceTokenizer:
     survive and bytes are pieces, as in the models trained here, one repair makes it exact:
     SentencePiece cannot tell U+2581 from a space, so that character goes in as its three bytes.
     """
+
+    chat_template = None
 
     def __init__(self, model, name="model"):
         import sentencepiece
@@ -132,7 +152,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids):
         """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
-        _check_ids(ids, self.vocab_size)
+        check_ids(ids, self.vocab_size)
         unknown = self._processor.unk_id()  # would be written as " ⁇ "
         return self._processor.decode([int(i) for i in ids if i != unknown])
 
@@ -140,7 +160,7 @@ class SentencePieceTokenizer:
         _write(directory, {"kind": "sentencepiece", "fingerprint": self.fingerprint}, self.model)
 
 
-def _check_ids(ids, vocab_size):
+def check_ids(ids, vocab_size):
     for i in ids:
         if not 0 <= i < vocab_size:
             raise UserError(f"token id {i} is not in the vocabulary of {vocab_size}")
