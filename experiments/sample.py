@@ -56,9 +56,6 @@ def main():
                         "directory that pretrain wrote")
     common.setup_jax()
     model, params, tokenizer = common.open_model(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
-    if model.config.head != "lm":
-        raise UserError(f"an {model.config.architecture} with head {model.config.head!r} writes no "
-                        "text; give a decoder or an encoder-decoder")
     if FLAGS.chat and not tokenizer.chat_template:
         raise UserError("--chat: the tokenizer of this model has no chat template")
     if FLAGS.chat:
@@ -122,7 +119,7 @@ def generate(model, params, tokenizer, prompts, ids_of_prompts=None):
     Returns the continuations."""
     import jax
 
-    from nanoflax import beam_search, report, sampling
+    from nanoflax import beams, report, sampling
 
     safe = report.printable if sys.stdout.isatty() else str
     sources = ids_of_prompts or [common.prompt_ids(tokenizer, p) for p in prompts]
@@ -145,7 +142,7 @@ def generate(model, params, tokenizer, prompts, ids_of_prompts=None):
         print(safe(prompts[0]), end="", flush=True)
     stopped = [False] * len(prompts)
     if FLAGS.beams:
-        pieces = [beam_search.beam_search(
+        pieces = [beams.beam_search(
             model, params, sources, FLAGS.beams, limit, FLAGS.length_penalty, tokenizer.eos_id,
             vocab_size=tokenizer.vocab_size)]
     else:

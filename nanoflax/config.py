@@ -321,6 +321,9 @@ def _model_problems(m):
         found.append(f"model.parallel needs model.norm_place='pre', not {m.norm_place!r}")
     if m.rope_scaling == "llama3" and not m.rope_low < m.rope_high:
         found.append(f"model.rope_low={m.rope_low} must be less than model.rope_high={m.rope_high}")
+    if m.architecture == "lstm" and m.decoder_layers not in (None, m.layers):
+        found.append(f"model.decoder_layers={m.decoder_layers} must equal model.layers={m.layers} "
+                     "in an lstm: each layer starts where the encoder's ended")
     if m.vocab_size and m.start_id >= m.vocab_size:
         found.append(f"model.start_id={m.start_id} must be below model.vocab_size={m.vocab_size}")
     return found

@@ -79,6 +79,13 @@ def filtered(logits, filters):
     return logits
 
 
+def only_below(vocab_size, logits):
+    """Logits [B, V], -inf from id vocab_size on (a padded vocabulary's); None is V."""
+    if vocab_size is None:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+
+
 def start(model, params, tokens, lengths, new_tokens, rng, filters):
     """Read the prompts: tokens [B, P] int32 padded on the left, lengths [B] int32.
 
@@ -105,9 +112,7 @@ def advance(model, params, state, filters, steps, eos_id=None, vocab_size=None):
     """
     def step(state, _):
         logits, cache = model.decode(params, state.token[:, None], state.cache)
-        logits = logits[:, -1]
-        if vocab_size is not None and vocab_size < logits.shape[-1]:
-            logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+        logits = only_below(vocab_size, logits[:, -1])
         rng, key = jax.random.split(state.rng)
         token, done, seen = choose(logits, key, filters, state.seen), state.done, state.seen
         if eos_id is not None:
@@ -123,7 +128,9 @@ def advance(model, params, state, filters, steps, eos_id=None, vocab_size=None):
 
 def untied(model, rows):
     """The model whose parameters are `decoding_params`."""
-    return model if rows == 1 else model.clone(config=dataclasses.replace(model.config, tied=False))
+    if rows == 1 or not model.config.tied:
+        return model
+    return model.clone(config=dataclasses.replace(model.config, tied=False))
 
 
 def decoding_params(model, params, rows):
@@ -138,8 +145,9 @@ def decoding_params(model, params, rows):
 
 @functools.cache
 def compiled(function, donate=()):
-    """jax.jit of a function of this file, with the options of the platform that runs it."""
-    static = {"model", "rows", "steps", "new_tokens", "eos_id", "vocab_size"}
+    """jax.jit of a sampling function, with the options of the platform that runs it."""
+    static = {"model", "rows", "beams", "steps", "new_tokens", "early_stopping", "eos_id",
+              "vocab_size"}
     return jax.jit(function, donate_argnames=donate,
                    static_argnames=static & inspect.signature(function).parameters.keys(),
                    compiler_options=hardware.compiler_options(jax.default_backend()))
@@ -198,6 +206,9 @@ def stream(model, params, prompts, max_new_tokens=64, temperature=1.0, top_k=Non
 
 def check_prompts(config, prompts, max_new_tokens):
     """Raises: UserError for prompts that the model cannot continue by max_new_tokens."""
+    if config.head != "lm":
+        raise UserError(f"an {config.architecture} with model.head={config.head!r} writes no text; "
+                        "give a decoder or an encoder-decoder")
     if not prompts:
         raise UserError("prompts is empty; give at least one")
     if max_new_tokens < 1:
