@@ -95,7 +95,8 @@ class AttentionLSTM(LanguageModel):
     """L bidirectional LSTM layers that read a source, and L that write the target.
 
     Called as an EncoderDecoder is. Its cache is the decoder's state, the source's states and their
-    keys: of one size, however many tokens are written.
+    keys: of one size, however many tokens are written. Embeddings start at 0.02, small for an LSTM:
+    it learns several times faster with config.embed_scale at 10 to 50.
     """
 
     def setup(self):
@@ -133,7 +134,8 @@ class AttentionLSTM(LanguageModel):
         x = self.drop(self.embed(targets_in), deterministic=deterministic)
         inputs = self.input(x).swapaxes(0, 1)
         dropped = self.drop(jnp.ones((T, c.layers, B, c.dim), x.dtype), deterministic=deterministic)
-        weights = [(cell.kernel.astype(x.dtype), cell.bias.astype(x.dtype)) for cell in self.decoder]
+        weights = [(cell.kernel.astype(x.dtype), cell.bias.astype(x.dtype))
+                   for cell in self.decoder]
         combine, query, score = self.combine.kernel.astype(x.dtype), None, None
         if c.lstm_attention == "additive":
             query, score = self.query.kernel.astype(x.dtype), self.score.astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Beam search: Transformers' hypotheses and scores, and brute force over every sequence there is."""
+"""Beam search: Transformers' hypotheses and scores, and brute force over every sequence."""
 
 import itertools
 import json

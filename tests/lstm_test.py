@@ -1,4 +1,4 @@
-"""The attention LSTM: PyTorch's LSTM, the attention formulas in NumPy, padding, causality, caches."""
+"""The attention LSTM: PyTorch's LSTM, its attention in NumPy, padding, causality, caches."""
 
 import itertools
 from functools import partial
