@@ -38,7 +38,7 @@ class Family:
     read: typing.Callable = lambda hf: {}  # config.json -> what `fields` cannot say
     write: typing.Callable = lambda c: {}  # and back
     more_keys: typing.Callable = lambda c: {}  # keys that depend on the configuration
-    present: dict = dataclasses.field(default_factory=dict)  # our field -> its tensor, which decides
+    present: dict = dataclasses.field(default_factory=dict)  # our field -> the tensor that decides
     same: typing.Callable = lambda c: {}  # names that may repeat a tensor in a file -> its own
     ignored: str = r"$^"  # names (a pattern) of what is no weight of this model
     base: str = ""  # the prefix that a file of the bare model does not have
@@ -158,9 +158,10 @@ def differences(family, config):
         return ["architecture"]
     if c.head not in family.classes:
         return ["head"]
-    kept = {name: getattr(c, name) for name in (*family.present, "tied")}
+    # What the tensors of a file say, not config.json.
+    kept = {name: getattr(c, name) for name in family.present if c.head in ("none", "lm")}
     back = to_config(family, from_config(family, config), c.head)
-    back = canonical(dataclasses.replace(back, **kept))
+    back = canonical(dataclasses.replace(back, **kept, tied=c.tied))
     return [name for name in _TYPES if name != "dropout"  # no part of what the model computes
             and not _close(getattr(c, name), getattr(back, name))]
 
@@ -230,10 +231,11 @@ def _read_rope(hf):
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     local, rope = rope.get("sliding_attention", {}), rope.get("full_attention", rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "llama3") or local.get("rope_type", "default") != "default":
-        raise UserError(f"rope_type={kind!r}{local.get('rope_type', '') and ' with another'} is not "
-                        "supported; supported are default, linear and llama3, and default where "
-                        "layers have a window")
+    local_kind = local.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3") or local_kind != "default":
+        raise UserError(f"rope_type={kind!r} with {local_kind!r} in layers "
+                        "with a window is not supported; supported are default, linear and llama3, "
+                        "with default")
     ours = {"rope_theta": rope.get("rope_theta", hf["rope_theta"]),
             "rope_scaling": "none" if kind == "default" else kind}
     if "rope_local_base_freq" in hf:
@@ -269,7 +271,8 @@ def _read_window(hf, is_local):
         raise UserError(f"layer_types must be {layers} times sliding_attention or full_attention, "
                         f"not {types!r}")
     whole = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
-    return {"window": window if len(whole) < layers else 0, "global_layers": whole if window else ()}
+    window = window if len(whole) < layers else 0
+    return {"window": window, "global_layers": whole if window else ()}
 
 
 def _write_window(c):
@@ -521,8 +524,8 @@ def _read_roberta(hf):
     # The row of padding and those before it are no position; the table's size counts them.
     offset = hf["pad_token_id"] + 1
     if "RobertaForMaskedLM" in (hf.get("architectures") or []) and hf["hidden_act"] != "gelu":
-        raise UserError(f"hidden_act={hf['hidden_act']!r} with RobertaForMaskedLM is not supported: "
-                        "its head has gelu whatever the blocks have")
+        raise UserError(f"hidden_act={hf['hidden_act']!r} with RobertaForMaskedLM is not "
+                        "supported: its head has gelu whatever the blocks have")
     return _labels(hf) | {"position_offset": offset,
                           "context": hf["max_position_embeddings"] - offset}
 
@@ -611,7 +614,8 @@ _T5 = Family(
     classes={"lm": ("T5ForConditionalGeneration",)},
     keys={"embed": "shared", "unembed": "lm_head",
           **{f"{side}/norm": f"{side}.final_layer_norm" for side in ("encoder", "decoder")},
-          **{f"{side}/relative_bias": f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias"
+          **{f"{side}/relative_bias":
+             f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias"
              for side in ("encoder", "decoder")},
           **_under("encoder/block_{i}", "encoder.block.{i}.layer", _T5_BLOCK),
           **_under("decoder/block_{i}", "decoder.block.{i}.layer", _T5_BLOCK),

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from nanoflax import families, gguf, hf_tokenizers, safetensors_io, sharding
+from nanoflax import families, gguf, hf_tokenizers, positions, safetensors_io, sharding
 from nanoflax.errors import UserError
 from nanoflax.models import build
 
@@ -104,10 +104,11 @@ def save(directory, config, params, tokenizer=None, model_type=None,
     directory = pathlib.Path(directory)
     try:
         (directory / "config.json").write_text(json.dumps(ids | hf, indent=2) + "\n")
-        if tokenizer is not None:
-            tokenizer.save(directory)
-        if config.head == "lm" and not (tokenizer and (directory / "generation_config.json").exists()):
+        if config.head == "lm":
+            ids = {name: hf.get(name, i) for name, i in ids.items()}
             (directory / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        if tokenizer is not None:  # which may have a generation_config.json of its own
+            tokenizer.save(directory)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from error
     return family
@@ -212,7 +213,8 @@ def _check(family, config, rows, tensors, path, dtype):
         elif tensor.shape != row.shape:
             found.append(f"{row.name} has shape {list(tensor.shape)}, not {list(row.shape)}")
         elif dtype is None and tensor.dtype.name not in _FLOATS:
-            found.append(f"{row.name} has dtype {tensor.dtype}, not {', '.join(_FLOATS)}; pass dtype")
+            found.append(f"{row.name} has dtype {tensor.dtype}, not {', '.join(_FLOATS)}; "
+                         "pass dtype")
     for name in sorted(tensors.keys() - expected):
         if re.fullmatch(family.ignored, name):
             _log.info("%s: %s is not part of %s", path, name, family.classes[config.head][0])
@@ -259,7 +261,7 @@ def _open_directory(directory):
     family = families.of_type(hf.get("model_type"))
     head = families.head_of(family, hf.get("architectures"))
     tensors = safetensors_io.open(directory)
-    config = families.to_config(family, hf, head, len(tensors))
+    config = families.to_config(family, hf, head, len(tensors) + 1)
     return _reconciled(family, config, tensors, directory)
 
 
@@ -323,13 +325,24 @@ def _open_gguf(path):
                         "llama (Llama, Mistral, SmolLM2 and their like)")
     hf = {field: metadata[f"llama.{name}"] for field, name in _GGUF_FIELDS.items()
           if f"llama.{name}" in metadata}
-    hf["vocab_size"] = tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else 0
+    if "token_embd.weight" in tensors:
+        hf["vocab_size"] = tensors["token_embd.weight"].shape[0]
     hf["tie_word_embeddings"] = "output.weight" not in tensors
     if metadata.get("llama.rope.scaling.type", "none") != "none":
         hf["rope_scaling"] = {"rope_type": metadata["llama.rope.scaling.type"],
                               "factor": metadata.get("llama.rope.scaling.factor")}
+    slowed = tensors.pop("rope_freqs.weight", None)  # what divides each rate, for Llama 3.1's
+    if slowed is not None:
+        slowed = slowed.read()
+        hf["rope_scaling"] = {"rope_type": "llama3", "factor": float(slowed.max()),
+                              "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                              "original_max_position_embeddings": 8192}
     family = dataclasses.replace(families.of_type("llama"), keys=_GGUF_KEYS)
-    config = families.to_config(family, hf, "lm", len(tensors))
+    config = families.to_config(family, hf, "lm", len(tensors) + 1)
+    if slowed is not None:
+        rates = positions.base_rates(config.rope_theta, config.K) / positions.rotary_rates(config)
+        if slowed.shape != rates.shape or not np.allclose(slowed, rates, rtol=1e-3):
+            raise UserError(f"{path}: rope_freqs.weight is not the scaling of Llama 3.1 to 3.3")
     rotated = metadata.get("llama.rope.dimension_count", config.K)
     if rotated != config.K:
         raise UserError(f"{path}: llama.rope.dimension_count={rotated} must be the head's size, "

@@ -2,9 +2,15 @@
 
 import importlib.util
 import json
+import os
 import pathlib
+import random
+import re
+import subprocess
+import sys
 from functools import partial
 
+import huggingface_hub.constants
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +19,13 @@ import safetensors.numpy
 import torch
 import transformers
 
-from nanoflax import families, hf, models
+from nanoflax import config as configs
+from nanoflax import families, hf, models, safetensors_io, sharding, tokenizers
 from nanoflax.errors import UserError
 from nanoflax.models import build
 from nanoflax.sampling import sample
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 V, T = 67, 20
 LENGTHS, LEFT = (20, 13, 13, 5), (False, False, True, True)  # rows, and the side of their padding
 
@@ -156,9 +164,10 @@ def randomize(model, seed=0, std=0.1):
             model.final_logits_bias.normal_(std=std)
 
 
-def make(case, std=0.1):
+def make(case, std=0.1, vocab=V, **changes):
     """Transformers' model of a case, random."""
     name, fields = CASES[case]
+    fields = fields | dict(vocab_size=vocab) | changes
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**fields, attn_implementation="eager")).eval()
     randomize(model, std=std)
@@ -183,7 +192,7 @@ def tensors_of(directory):
 
 
 def batch(kind, case, pad):
-    """ids [B, T] and mask [B, T]; where Transformers knows no other, the padding is on the right."""
+    """ids and mask [B, T]; where Transformers knows no other, the padding is on the right."""
     rng = np.random.default_rng(1)
     ids, mask = rng.integers(4, 60, (len(LENGTHS), T)), np.zeros((len(LENGTHS), T), bool)
     right_only = "classify" in case or case.startswith(("bart", "marian", "distilbert"))
@@ -278,8 +287,8 @@ def test_equal_to_transformers_there_and_back(case, tmp_path, record_property):
     assert families.canonical(config_again) == families.canonical(config)
 
 
-@pytest.mark.parametrize("case", ["gpt2", "opt", "llama-3", "mistral", "gemma3-caps", "neox", "t5-1.1",
-                                  "bart", "marian"])
+@pytest.mark.parametrize("case", ["gpt2", "opt", "llama-3", "mistral", "gemma3-caps", "neox",
+                                  "t5-1.1", "bart", "marian"])
 def test_greedy_generation_equals_transformers(case, tmp_path):
     theirs = make(case, std=0.4)  # so that it says more than one word
     theirs.save_pretrained(tmp_path)
@@ -459,11 +468,8 @@ def test_older_configurations(saved):
 
 
 def test_a_model_trained_here_opens_there(tmp_path):
-    from nanoflax import config as configs
-    from nanoflax.sharding import init
-
     c = configs.preset("nano-1m", vocab_size=V)
-    params = init(build(c), jax.random.PRNGKey(0))
+    params = sharding.init(build(c), jax.random.PRNGKey(0))
     hf.save(tmp_path, c, params, max_shard_bytes=200_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -475,8 +481,6 @@ def test_a_model_trained_here_opens_there(tmp_path):
 
 
 def test_what_no_family_has_cannot_be_saved(tmp_path):
-    from nanoflax import config as configs
-
     c = configs.preset("transformer-base", vocab_size=V)
     with pytest.raises(UserError, match="marian.*positions='sinusoidal'"):
         hf.save(tmp_path, c, {})
@@ -486,16 +490,6 @@ def test_what_no_family_has_cannot_be_saved(tmp_path):
     with pytest.raises(UserError, match="attention/key/kernel is missing"):
         hf.save(tmp_path, c, {"embed": {"lora_a": np.zeros(3)}})
     assert not list(tmp_path.iterdir())
-
-
-def test_unknown_sources(tmp_path, monkeypatch):
-    assert "neither a directory" in refused(tmp_path / "none" / "at" / "all")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert "nobody/nothing" in refused("nobody/nothing")
 
 
 def test_minilm_gives_transformers_sentence_embeddings():
@@ -538,3 +532,179 @@ def test_smollm2_gguf_gives_transformers_logits():
     error = np.abs(found - expected).max() / max(1, np.abs(expected).max())
     print(f"smollm2: {error:.1e}, {np.abs(found - expected).max():.1e}")
     np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+# Run by processes of their own.
+
+def child(name, *args, devices=1):
+    flags = f" --xla_force_host_platform_device_count={devices}"
+    code = f"from tests import hf_test; hf_test.{name}(*{args!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                          env=os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + flags})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def load_sharded(directory):
+    mesh = sharding.make_mesh("2,2,2")
+    sharded, read = {}, safetensors_io.Tensor.read
+
+    def recorded(tensor, slices=()):
+        array = read(tensor, slices)
+        sharded[tensor.name] = max(sharded.get(tensor.name, 0), array.size)
+        return array
+
+    for case in pathlib.Path(directory).iterdir():
+        safetensors_io.Tensor.read = recorded
+        _, params = hf.load(case, mesh=mesh)
+        safetensors_io.Tensor.read = read
+        with jax.set_mesh(mesh):
+            _, under = hf.load(case)
+        _, whole = hf.load(case)
+        for (path, a), b, c in zip(jax.tree_util.tree_leaves_with_path(params),
+                                   jax.tree.leaves(under), jax.tree.leaves(whole), strict=True):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            assert a.sharding.spec == b.sharding.spec == sharding.spec_of(name, a.shape), name
+            np.testing.assert_array_equal(a, c)
+            np.testing.assert_array_equal(b, c)
+    print(json.dumps(sharded))
+
+
+def test_shards_are_read_where_they_live(tmp_path):
+    cases = ("llama", "gpt2", "bart", "neox")
+    for case in cases:
+        make(case, vocab=68).save_pretrained(tmp_path / case)
+    largest, parts = child("load_sharded", str(tmp_path), devices=8), 0
+    for name, tensor in (x for case in cases for x in tensors_of(tmp_path / case).items()):
+        whole = tensor.ndim != 2 or "pos" in name or "wpe" in name or "logits" in name
+        if not whole and "query_key_value" not in name:  # which is read whole
+            parts += 1
+            assert largest[name] == tensor.size // (12 if "c_attn" in name else 4), name
+    assert parts > 40
+
+
+def peak_of(directory, out):
+    """(bytes of weights, peak memory in loading and saving them beyond the bare process)."""
+    def peak():
+        return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+
+    directory = pathlib.Path(directory)
+    build(hf.load(directory / "small")[0])  # what is imported and compiled once is in the base
+    base = peak()
+    config, params = hf.load(directory / "large")
+    loaded = peak()
+    hf.save(out, config, params)
+    print(json.dumps([sum(p.nbytes for p in jax.tree.leaves(params)), 1024 * (loaded - base),
+                      1024 * (peak() - base)]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_tensors_stream_one_at_a_time(tmp_path):
+    make("llama").save_pretrained(tmp_path / "small")
+    large = make("llama", vocab=8000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
+                 num_attention_heads=8)
+    large.save_pretrained(tmp_path / "large")
+    weights, loading, saving = child("peak_of", str(tmp_path), str(tmp_path / "out"))
+    print(weights, loading / weights, saving / weights)
+    assert weights > 150e6
+    assert 0.9 * weights < loading < 1.3 * weights
+    assert saving < 1.3 * weights
+
+
+@pytest.mark.parametrize("rope", [None, LLAMA3 | {
+    "factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 500_000.0}],
+    ids=["plain", "llama3"])
+def test_gguf_with_the_rotary_pairs_put_right(rope, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    theirs = make("llama", head_dim=16, rope_parameters=rope)
+    c, file = theirs.config, tmp_path / "model.gguf"
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+    writer = gguf.GGUFWriter(str(file), "llama")
+    for write, value in [
+            (writer.add_context_length, c.max_position_embeddings),
+            (writer.add_embedding_length, c.hidden_size), (writer.add_block_count, 2),
+            (writer.add_feed_forward_length, c.intermediate_size), (writer.add_head_count, 4),
+            (writer.add_head_count_kv, 2), (writer.add_key_length, 16),
+            (writer.add_layer_norm_rms_eps, c.rms_norm_eps),
+            (writer.add_rope_dimension_count, 16),
+            (writer.add_rope_freq_base, c.rope_parameters["rope_theta"])]:
+        write(value)
+    for name, tensor in theirs.state_dict().items():
+        x = tensor.numpy()
+        if "q_proj" in name or "k_proj" in name:  # what llama.cpp's converter does
+            x = x.reshape(-1, 2, 8, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), x.copy())
+    if rope:
+        scaled = theirs.model.rotary_emb.inv_freq.numpy()
+        plain = c.rope_parameters["rope_theta"] ** (-np.arange(0, 16, 2) / 16)
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config, params = hf.load(file)
+    assert config.rope_scaling == ("llama3" if rope else "none")
+    ids = np.random.default_rng(0).integers(0, V, (2, 60))
+    found = jax.jit(build(config).apply)({"params": params}, ids)[0]
+    np.testing.assert_allclose(found, theirs(torch.tensor(ids)).logits.detach(), atol=1e-5)
+
+
+WRONG = [None, True, False, -1, 0, 1, 3, 2**30, 10**30, 0.5, -1.5, 1e308, float("nan"), "x", "gelu",
+         [], {}, [1], {"a": 1}, ["full_attention"] * 2, {"rope_type": "llama3"},
+         {"rope_type": "linear", "factor": 0}, {"full_attention": 3}, {"rope_type": [1]}]
+
+
+@pytest.mark.parametrize("case", ["llama-3", "gemma3", "neox", "roberta-classify", "t5", "marian"])
+def test_wrong_configurations_never_crash(case, saved):
+    d = saved(case)
+    fields, rng, refusals = json.loads((d / "config.json").read_text()), random.Random(0), 0
+    names = [*fields, "rope_scaling", "rope_theta", "decoder_start_token_id", "num_labels"]
+    for _ in range(30):
+        changes = {name: rng.choice(WRONG) for name in rng.sample(names, 2)}
+        (d / "config.json").write_text(json.dumps(fields | changes))
+        try:
+            hf.load(d)
+        except UserError:
+            refusals += 1
+    assert refusals > 5
+    (d / "config.json").write_text("[1]")
+    assert "config.json" in refused(d)
+
+
+def test_the_hub_s_cache_is_read_offline(saved, tmp_path, monkeypatch):
+    d, repository = saved("llama"), tmp_path / "models--some--model"
+    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
+    for folder in (snapshot, blobs, repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    for file in d.iterdir():
+        (blobs / file.name).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    config, _ = hf.load("some/model")
+    assert config == hf.load(d)[0]
+    assert "nobody/nothing" in refused("nobody/nothing")
+    assert "neither a directory" in refused(tmp_path / "none" / "at" / "all")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install huggingface_hub" in refused("some/model")
+
+
+def test_the_tokenizer_goes_along(saved, tmp_path):
+    library = pytest.importorskip("tokenizers")
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel()
+    tokenizer.decoder = library.decoders.ByteLevel()
+    tokenizer.train_from_iterator(["to be or not to be"], library.trainers.BpeTrainer(
+        special_tokens=["<pad>", "<s>", "</s>"], vocab_size=60, show_progress=False))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
+        eos_token="</s>").save_pretrained(tmp_path / "tokenizer")
+    ours = tokenizers.load(tmp_path / "tokenizer")
+    config, params = hf.load(saved("llama"))
+    hf.save(tmp_path / "both", config, params, ours)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "both")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    assert theirs.encode("not to be", add_special_tokens=False) == ours.encode("not to be")
+    for ids in (model.config, model.generation_config):
+        assert (ids.pad_token_id, ids.bos_token_id, ids.eos_token_id) == (0, 1, 2)
