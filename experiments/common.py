@@ -1,5 +1,6 @@
 """What the programs share: typed configuration flags, errors for people, opening a run."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -29,7 +30,8 @@ def launch(main, default_config=None, arguments=False):
     def parse(argv):
         try:
             if default_config:
-                define_config(config_path(argv) or default_config)
+                path = config_path(argv)
+                define_config(default_config if path is None else path)
             rest = FLAGS(argv)
             if arguments:
                 flags.DEFINE_multi_string("arguments", rest[1:], "", flag_values=FLAGS)
@@ -84,11 +86,13 @@ def config_path(argv):
 def load_config(path):
     """The Config of a file's get_config(). A bare name is looked up in experiments/configs."""
     shipped = os.path.join(HERE, "configs", os.path.basename(path).removesuffix(".py") + ".py")
-    where = path if os.path.exists(path) else shipped
-    if not os.path.exists(where):
+    where = path if os.path.isfile(path) else shipped
+    if not os.path.isfile(where):
         known = sorted(f[:-3] for f in os.listdir(os.path.join(HERE, "configs"))
                        if f.endswith(".py") and not f.startswith("_"))
         raise UserError(f"--config={path} does not exist; shipped: {', '.join(known)}")
+    if not where.endswith(".py"):
+        raise UserError(f"--config={path} must be a Python file, named .py")
     spec = importlib.util.spec_from_file_location("nanoflax_user_config", where)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -108,7 +112,7 @@ def define_config(path):
     """Define --config and a typed flag for every leaf of its file, with the file's values."""
     _define(flags.ArgumentParser(), "config", path, "file whose get_config() makes the Config")
     for name, kind, value in leaves(load_config(path), "config"):
-        _define(_Leaf(kind), name, value, f"{_name(kind)} (nanoflax/config.py)")
+        _define(_Leaf(kind), name, value, f"{configs.type_name(kind)} (nanoflax/config.py)")
 
 
 def _define(parser, name, default, text):
@@ -143,36 +147,32 @@ def leaves(config, prefix):
 
 
 class _Leaf(flags.ArgumentParser):
-    """Reads text as the type of a configuration field; None is written none."""
+    """Reads text as the type of a configuration field; None is written none, a tuple 0,2,4."""
 
     def __init__(self, kind):
         super().__init__()
         self.kind = kind
 
     def parse(self, text):
-        if not isinstance(text, str):
-            return text
-        kind, lower = self.kind, text.lower()
-        if isinstance(kind, types.UnionType):
-            if lower == "none":
-                return None
-            kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        if kind is bool and lower in ("true", "false", "1", "0"):
-            return lower in ("true", "1")
         try:
-            if kind is not bool:
-                return kind(text)
-        except ValueError:
-            pass
-        raise ValueError(f"it must be {_name(self.kind)}")
+            return _read(self.kind, text) if isinstance(text, str) else text
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"it must be {configs.type_name(self.kind)}") from error
 
     def flag_type(self):
-        return _name(self.kind)
+        return configs.type_name(self.kind)
 
 
-def _name(kind):
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(kind) or f"{_name(typing.get_args(kind)[0])} or none"
+def _read(kind, text):
+    if isinstance(kind, types.UnionType):
+        if text.lower() == "none":
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        return tuple(_read(typing.get_args(kind)[0], part) for part in text.split(",") if text)
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    return kind(text)
 
 
 def setup_jax():
@@ -193,9 +193,16 @@ def read_run(workdir):
     if not os.path.exists(path):
         raise UserError(f"--workdir={workdir} holds no run (no config.json); give the directory "
                         "that pretrain wrote")
-    with open(path) as f:
-        config = configs.from_dict(configs.Config, json.load(f))
-    return config, tokenizers.load(os.path.join(workdir, "tokenizer"))
+    return read_config(path), tokenizers.load(os.path.join(workdir, "tokenizer"))
+
+
+def read_config(path):
+    """The Config of a config.json. Raises: UserError if there is none in it."""
+    try:
+        with open(path) as f:
+            return configs.from_dict(configs.Config, json.load(f))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def restore_model(workdir, config, tokenizer, which="best"):
@@ -203,7 +210,9 @@ def restore_model(workdir, config, tokenizer, which="best"):
 
     Raises: UserError if there is no sound checkpoint or the tokenizer is not the run's.
     """
-    from nanoflax import checkpoint, models
+    import jax
+
+    from nanoflax import checkpoint, models, sharding
 
     subtree = "ema" if config.optim.ema else "params"
     params, meta = checkpoint.restore_params(os.path.join(workdir, "checkpoints"), which=which,
@@ -212,7 +221,47 @@ def restore_model(workdir, config, tokenizer, which="best"):
         raise UserError(f"the tokenizer in --workdir={workdir} (fingerprint "
                         f"{tokenizer.fingerprint[:12]}) is not the one that the checkpoint was "
                         f"trained with ({meta['tokenizer'][:12]}); put that one back")
-    return models.build(config.model), params
+    model = models.build(config.model)
+    if jax.tree.map(jax.numpy.shape, params) != jax.tree.map(lambda x: x.shape,
+                                                             sharding.shapes(model)):
+        raise UserError(f"the checkpoint in --workdir={workdir} does not hold the parameters of its "
+                        "config.json; it may be of an older nanoflax")
+    return model, params
+
+
+def is_run(path):
+    """Whether a path is the workdir of a run."""
+    return os.path.isdir(os.path.join(path, "checkpoints"))
+
+
+def open_model(source, which="best"):
+    """(model, params, tokenizer or None) of a run's workdir, a directory of Transformers, a name on
+    the hub or a .gguf file.
+
+    Raises: UserError for what cannot be opened, or a tokenizer that the embedding is too small for.
+    """
+    from nanoflax import gguf, hf, hf_tokenizers, models, tokenizers
+
+    if is_run(source):
+        config, tokenizer = read_run(source)
+        return *restore_model(source, config, tokenizer, which), tokenizer
+    path = hf.find(source)
+    config, params = hf.load(path)
+    if path.suffix == ".gguf":
+        tokenizer = hf_tokenizers.from_gguf(gguf.open(path)[0], str(path))
+    else:
+        tokenizer = tokenizers.load(path)
+    tokenizers.check_fits(tokenizer, config.vocab_size)
+    return models.build(config), params, tokenizer
+
+
+def prompt_ids(tokenizer, text):
+    """The ids of a prompt as its model expects them, with the tokens that begin (and, of a source,
+    end) a text."""
+    if hasattr(tokenizer, "encode_with_template"):
+        return tokenizer.encode_with_template(text) or [
+            i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
 # Fields that may change between a run and its resumption: they do not touch the trajectory.
@@ -223,20 +272,15 @@ FREE = {"data": ("workers", "cache"),
 
 
 def resumable(workdir, config, restart):
-    """The configuration (dict) that a run in workdir has, None if there is none.
+    """The Config that a run in workdir has, None if there is none.
 
     Raises: UserError with a diff if it is not this one in what determines the numbers.
     """
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
         return None
-    try:
-        with open(path) as f:
-            saved = json.load(f)
-        old = configs.to_dict(configs.from_dict(configs.Config, saved))
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    new = configs.to_dict(config)
+    saved = read_config(path)
+    old, new = configs.to_dict(saved), configs.to_dict(config)
     if new["model"]["vocab_size"] == 0:
         new["model"]["vocab_size"] = old["model"]["vocab_size"]
     for section, names in FREE.items():
@@ -280,6 +324,29 @@ def write_run(workdir, config, tokenizer):
     with open(temporary, "w") as f:
         json.dump(configs.to_dict(config), f, indent=1)
     os.replace(temporary, os.path.join(workdir, "config.json"))
+
+
+def writes():
+    """Whether this process prints, logs and plots: the first one of a run on several hosts."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def displays(workdir, config, start_step, flops_per_token, peak_flops):
+    """The (log, progress) of `train.fit`; silent ones on processes that do not write."""
+    from nanoflax import report
+
+    if not writes():
+        yield report.Silent(), report.Silent()
+        return
+    t = config.train
+    with (report.MetricsLog(workdir, t.tensorboard, t.wandb or None, start_step,
+                            configs.to_dict(config)) as log,
+          report.Progress(t.steps, start_step, t.batch_size * config.model.context,
+                          flops_per_token, peak_flops) as progress):
+        yield log, progress
 
 
 def source_of(config, name=None):

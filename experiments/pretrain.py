@@ -9,6 +9,7 @@ right, 130 Ctrl-C and 143 SIGTERM, after saving: run the command again to go on.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import math
 import os
@@ -33,7 +34,8 @@ def main():
     from nanoflax import checkpoint
 
     common.setup_jax()
-    with checkpoint.WorkdirLock(workdir):
+    with (checkpoint.WorkdirLock(workdir),
+          contextlib.nullcontext() if common.writes() else contextlib.redirect_stdout(None)):
         return run(config, workdir, saved)
 
 
@@ -42,7 +44,8 @@ def run(config, workdir, saved):
     import jax
 
     from nanoflax import (
-        checkpoint, data, hardware, models, optim, report, sampling, sharding, sources, train)
+        checkpoint, data, hardware, models, optim, plots, report, sampling, sharding, sources,
+        train)
 
     params = None
     if FLAGS.restart_from_weights and saved:
@@ -64,7 +67,8 @@ def run(config, workdir, saved):
         step = background.submit(train.compile_step, train.make_train_step(
             model, optimizer, config), shapes, train.abstract_batch(config, mesh), mesh)
         stores = [data.prepare(source, tokenizer, split, config.data.cache or None,
-                               config.data.workers or None) for split in ("train", "validation")]
+                               config.data.workers or None, progress=common.writes())
+                  for split in ("train", "validation")]
         for split, store in zip(("training", "validation"), stores):
             print(f"{split}: {store.n_documents:,} documents, {report.count(store.n_bytes)}B of "
                   f"text, {report.count(store.n_tokens)} tokens")
@@ -75,7 +79,7 @@ def run(config, workdir, saved):
         identity = {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint,
                     "validation": stores[1].fingerprint, "config": configs.to_dict(config)}
         flops = models.flops_per_token(config.model)
-        print(report.parameter_table(shapes.params))
+        print(plots.parameter_table(shapes.params))
         print(f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
               f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}")
         tracking, start_step = train.Tracking(), 0
@@ -86,14 +90,14 @@ def run(config, workdir, saved):
             start_step = meta["step"]
             print(f"resuming at step {start_step}")
         else:
-            common.write_run(workdir, config, tokenizer)
+            if common.writes():
+                common.write_run(workdir, config, tokenizer)
             state = train.init_state(model, optimizer, config, mesh, params)
         if start_step >= config.train.steps:
             print(f"the run is complete: {start_step} steps")
             return 0
         batches = data.Batches(windows, config.train.batch_size, config.train.seed, True,
                                jax.process_index(), jax.process_count())
-        tokens_per_step = config.train.batch_size * config.model.context
         peak = hardware.peak_flops(mesh.devices.flat[0])
         peak = peak * mesh.size if peak else hardware.measure_peak_flops()
         score = train.make_evaluation(model, config, mesh)
@@ -116,24 +120,30 @@ def run(config, workdir, saved):
             sample = "\n  | ".join(continuation(params).splitlines())
             return found, f"step {at}: {numbers}" + (f"\n  | {sample}" if sample else "")
 
-        with (report.MetricsLog(workdir, config.train.tensorboard, config.train.wandb or None,
-                                start_step, configs.to_dict(config)) as log,
-              report.Progress(config.train.steps, start_step, tokens_per_step, flops,
-                              peak) as progress):
+        with common.displays(workdir, config, start_step, flops, peak) as (log, progress):
             state, tracking, outcome = train.fit(
-                state, step.result(), batches, config, mesh, evaluate=evaluate, checkpoints=saves, log=log,
-                progress=progress, meta=identity, tracking=tracking, schedule=schedule)
-    plot = report.plot_losses(workdir, tokens_per_step)
+                state, step.result(), batches, config, mesh, evaluate=evaluate,
+                checkpoints=saves, log=log, progress=progress, meta=identity, tracking=tracking,
+                schedule=schedule)
+    if common.writes():
+        summarise(workdir, config, tracking, outcome)
+    return 128 + outcome.signal if outcome.signal else 0
+
+
+def summarise(workdir, config, tracking, outcome):
+    """Draw the loss curve and say how the run ended."""
+    from nanoflax import plots, report
+
+    plot = plots.plot_losses(workdir, config.train.batch_size * config.model.context)
     if outcome.signal:
         print(f"{outcome.reason}: saved at step {outcome.step}; the same command goes on")
-        return 128 + outcome.signal
-    best = next(r for r in reversed(report.read_metrics(os.path.join(workdir, "metrics.jsonl")))
-                if r["step"] == tracking.best_step and "validation_loss" in r)
+        return
+    best = next((r for r in report.read_metrics(os.path.join(workdir, "metrics.jsonl"))
+                 if r["step"] == tracking.best_step and "validation_loss" in r), {})
     print(f"{outcome.reason} at step {outcome.step}; best at step {tracking.best_step}: "
           + json.dumps({k: round(v, 4) for k, v in best.items()}))
     print(f"loss curve: {plot}\nsample it:  python -m experiments.sample --workdir={workdir} "
           '--prompt="The function returns"')
-    return 0
 
 
 if __name__ == "__main__":

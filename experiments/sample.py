@@ -1,34 +1,46 @@
-"""Continue prompts with a trained model.
+"""Continue prompts with a trained or imported model.
 
     python -m experiments.sample --workdir=runs/pydocs_tiny --prompt="The function returns"
+    python -m experiments.sample --model=SmolLM2.gguf --prompt="The capital of France is"
+    python -m experiments.sample --model=SmolLM2.gguf --chat
     python -m experiments.sample --workdir=runs/x --prompt="One" --prompt="Two" --temperature=0
     python -m experiments.sample --workdir=runs/x --prompt_file=prompts.txt --stop="\\n\\n"
     python -m experiments.sample --workdir=runs/x --interactive
 
-Text appears as it is generated. With no prompt, a document is begun.
+Text appears as it is generated. With no prompt, a document is begun. An encoder-decoder reads the
+prompt as its source.
 """
 
+import itertools
 import sys
 
 from absl import flags
 
 from experiments import common
+from nanoflax.config import MAX_SEED
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "directory of the run", required=True)
+flags.DEFINE_string("workdir", "", "directory of a run")
+flags.DEFINE_string("model", "", "instead of --workdir: a directory of Transformers, a name on the "
+                    "hub or a .gguf file")
 flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which of its checkpoints")
 flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
 flags.DEFINE_string("prompt_file", "", "file with a prompt on each line")
 flags.DEFINE_bool("interactive", False, "ask for prompts until an empty line or Ctrl-D")
-flags.DEFINE_integer("max_new_tokens", 100, "at most so many tokens")
+flags.DEFINE_bool("chat", False, "talk with the model through its chat template")
+flags.DEFINE_string("system", "", "of --chat: the system's message")
+flags.DEFINE_integer("beams", 0, "search with so many beams instead of drawing; 0 draws", 0)
+flags.DEFINE_float("length_penalty", 1.0, "of --beams: above 0 favours longer texts")
+flags.DEFINE_integer("max_new_tokens", None, "at most so many tokens; default 100, or fewer if the "
+                     "model's context has no room", 1)
 flags.DEFINE_float("temperature", 0.8, "0 is greedy")
 flags.DEFINE_integer("top_k", 40, "draw among so many tokens; 0 means all")
 flags.DEFINE_float("top_p", 1.0, "draw among the fewest tokens with so much probability")
 flags.DEFINE_float("min_p", 0.0, "draw among tokens with so much of the best one's probability")
 flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens seen before less likely")
 flags.DEFINE_multi_string("stop", [], "text that ends a continuation; \\n is a newline")
-flags.DEFINE_integer("seed", 0, "of the random draws")
+flags.DEFINE_integer("seed", 0, "of the random draws", 0, MAX_SEED)
 
 
 def main():
@@ -37,9 +49,17 @@ def main():
         prompts += read_prompts(FLAGS.prompt_file)
     if "" in prompts:
         raise UserError("--prompt is empty; leave the flag out to begin a document")
-    config, tokenizer = common.read_run(FLAGS.workdir)
+    if bool(FLAGS.workdir) == bool(FLAGS.model):
+        raise UserError("give either --workdir, of a run, or --model, of a published model")
+    if FLAGS.workdir and not common.is_run(FLAGS.workdir):
+        raise UserError(f"--workdir={FLAGS.workdir} holds no run (no checkpoints/); give the "
+                        "directory that pretrain wrote")
     common.setup_jax()
-    model, params = common.restore_model(FLAGS.workdir, config, tokenizer, FLAGS.checkpoint)
+    model, params, tokenizer = common.open_model(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
+    if FLAGS.chat and not tokenizer.chat_template:
+        raise UserError("--chat: the tokenizer of this model has no chat template")
+    if FLAGS.chat:
+        return chat(model, params, tokenizer)
     if FLAGS.interactive:
         return interact(model, params, tokenizer)
     generate(model, params, tokenizer, prompts or [""])
@@ -59,27 +79,54 @@ def read_prompts(path):
 
 def interact(model, params, tokenizer):
     """Read a prompt, write its continuation, until an empty line or the end of input."""
-    while True:
-        try:
-            prompt = input("> ")
-        except EOFError:
-            print()
-            return 0
-        if not prompt:
-            return 0
+    for prompt in typed():
         try:
             generate(model, params, tokenizer, [prompt])
         except UserError as error:
             print(error, file=sys.stderr)
+    return 0
 
 
-def generate(model, params, tokenizer, prompts):
-    """Print each prompt with its continuation: a single one as it comes, several in turn."""
+def chat(model, params, tokenizer):
+    """Talk: every turn reads the whole conversation through the tokenizer's template."""
+    messages = [{"role": "system", "content": FLAGS.system}] if FLAGS.system else []
+    for text in typed():
+        turn = [*messages, {"role": "user", "content": text}]
+        try:
+            reply, = generate(model, params, tokenizer, [""], [tokenizer.apply_chat(turn)])
+        except UserError as error:
+            print(error, file=sys.stderr)
+            continue
+        messages = [*turn, {"role": "assistant", "content": reply}]
+    return 0
+
+
+def typed():
+    """The lines that a person types, until an empty one or the end of input."""
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        if not line:
+            return
+        yield line
+
+
+def generate(model, params, tokenizer, prompts, ids_of_prompts=None):
+    """Print each prompt with its continuation: a single one as it comes, several in turn.
+    Returns the continuations."""
     import jax
 
-    from nanoflax import report, sampling
+    from nanoflax import beams, report, sampling
 
     safe = report.printable if sys.stdout.isatty() else str
+    sources = ids_of_prompts or [common.prompt_ids(tokenizer, p) for p in prompts]
+    decoder = model.config.architecture == "decoder"
+    room = model.config.context - (max(map(len, sources)) if decoder else 0)
+    limit = FLAGS.max_new_tokens or max(1, min(100, room))
+    ends = {*getattr(tokenizer, "stop_ids", ()), tokenizer.eos_id}
     stops = [s.replace("\\n", "\n") for s in FLAGS.stop if s]
     live = len(prompts) == 1
     ids, texts = [[] for _ in prompts], [""] * len(prompts)
@@ -91,25 +138,32 @@ def generate(model, params, tokenizer, prompts):
         texts[i] = text
         return stopped
 
-    if live:
+    if live and decoder:
         print(safe(prompts[0]), end="", flush=True)
     stopped = [False] * len(prompts)
-    for new in sampling.stream(
-            model, params, [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts],
-            FLAGS.max_new_tokens, FLAGS.temperature, FLAGS.top_k or None,
+    if FLAGS.beams:
+        pieces = [beams.beam_search(
+            model, params, sources, FLAGS.beams, limit, FLAGS.length_penalty, tokenizer.eos_id,
+            vocab_size=tokenizer.vocab_size)]
+    else:
+        pieces = sampling.stream(
+            model, params, sources, limit, FLAGS.temperature, FLAGS.top_k or None,
             FLAGS.top_p if FLAGS.top_p != 1 else None, FLAGS.min_p or None,
             FLAGS.repetition_penalty if FLAGS.repetition_penalty != 1 else None,
-            jax.random.PRNGKey(FLAGS.seed), tokenizer.eos_id, tokenizer.vocab_size):
+            jax.random.PRNGKey(FLAGS.seed), tokenizer.eos_id, tokenizer.vocab_size)
+    for new in pieces:
         for i, tokens in enumerate(new):
             if not stopped[i]:
-                ids[i] += tokens
-                stopped[i] = show(i, ended=False)
+                whole = list(itertools.takewhile(lambda token: token not in ends, tokens))
+                ids[i] += whole
+                stopped[i] = show(i, ended=False) or len(whole) < len(tokens)
         if all(stopped):
             break
     for i in range(len(prompts)):
         show(i, ended=True)
-    print("" if live else "\n".join(f"--- {i + 1}\n{safe(prompt + text)}"
+    print("" if live else "\n".join(f"--- {i + 1}\n{safe(prompt * decoder + text)}"
                                     for i, (prompt, text) in enumerate(zip(prompts, texts))))
+    return texts
 
 
 def visible(text, stops, ended):

@@ -9,14 +9,16 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
+    "beam_search": "beams",
     "ModelConfig": "config",
     "build": "models",
     "init": "sharding",
     "sample": "sampling",
 }
 _MODULES = (
-    "attention", "blocks", "checkpoint", "config", "data", "families", "gguf", "hardware", "hf",
-    "layers", "losses", "masking", "models", "objectives", "optim", "positions", "report",
+    "attention", "beams", "blocks", "chat", "checkpoint", "config", "data", "families", "gguf",
+    "hardware", "hf", "hf_tokenizers", "hf_vocabularies", "layers", "losses", "lstm",
+    "manifest", "masking", "models", "objectives", "optim", "plots", "positions", "report",
     "safetensors_io", "sampling", "sharding", "sources", "tokenizers", "train",
 )
 __all__ = [*_HOME, *_MODULES]

@@ -216,6 +216,7 @@ class LanguageModel(nn.Module):
     def decode(self, params, tokens, cache):
         """One step of generation: tokens [B, T] int32 extend the cache.
 
-        Returns (logits [B, T, V] float32, cache). The whole of what samplers know of a model.
+        Returns (logits [B, T, V] float32, cache). The whole of what samplers know of a model: and
+        that a cache is a tree of scalars and of arrays [B, ...].
         """
         return self.apply({"params": params}, tokens, cache=cache)

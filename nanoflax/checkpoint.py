@@ -22,7 +22,7 @@ import os
 import pathlib
 import shutil
 import socket
-import zlib
+import sys
 
 import jax
 import numpy as np
@@ -30,15 +30,24 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from nanoflax import manifest
 from nanoflax.errors import UserError
 
-_MANIFEST = "manifest.json"
-_WRITTEN_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # by orbax; restoring reads neither
 _DISK_ERRORS = [os.strerror(code) for code in (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)]
 
 # orbax narrates every save, and failed ones with tracebacks; what matters comes as an exception.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+def _unraisablehook(event, shown=sys.unraisablehook):
+    # The first array that a full disk refuses closes orbax's event loop; tensorstore's threads
+    # then print that they cannot tell it of the others.
+    if not (event.exc_type is RuntimeError and str(event.exc_value) == "Event loop is closed"):
+        shown(event)
+
+
+sys.unraisablehook = _unraisablehook
 
 
 # Reading: no function here changes a directory, so a sampler may use one that is being written.
@@ -108,7 +117,7 @@ class Checkpoints:
         if jax.process_index() == 0:  # by hand: orbax's own cleaning ends some time later
             for path in self.directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(path, ignore_errors=True)
-        self._metrics = {step: _metric(self.directory / str(step)) for step in self.steps()}
+        self._metrics = {step: manifest.metric(self.directory / str(step)) for step in self.steps()}
         self._saving = None
         registry = ocp.DefaultCheckpointHandlerRegistry()
         # Uncompressed: trained floats shrink by 8% for as much CPU time as all the rest of a save.
@@ -250,13 +259,7 @@ class Checkpoints:
     def _write_manifest(self):
         """Runs in orbax's commit thread of process 0, when all hosts' files are in place."""
         path, = self.directory.glob(f"{self._saving}.*")
-        files = {}
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            name = file.relative_to(path).as_posix()
-            if name not in _WRITTEN_LATER:
-                files[name] = [file.stat().st_size, _crc32(file)]
-        body = {"metric": self._metrics[self._saving], "files": files}
-        (path / _MANIFEST).write_text(json.dumps({"crc32": _crc32_of(body), **body}))
+        manifest.write(path, self._metrics[self._saving])
 
 
 class WorkdirLock:
@@ -367,56 +370,9 @@ def _compare(directory, step, wanted):
         raise UserError(f"{directory}: step {step} does not fit: {'; '.join(lines[:10])}{more}")
 
 
-def _crc32(file):
-    crc = 0
-    with open(file, "rb") as f:
-        while block := f.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-def _crc32_of(body):
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
-
-
-def _read_manifest(path):
-    """{"metric", "files"} of a step, or None where the manifest is missing or damaged."""
-    try:
-        body = json.loads((path / _MANIFEST).read_bytes())
-        return body if body.pop("crc32") == _crc32_of(body) else None
-    except PermissionError as error:
-        raise UserError(f"{path / _MANIFEST} cannot be read: {error.strerror}") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-
-
-def _metric(path):
-    manifest = _read_manifest(path)
-    return manifest["metric"] if manifest else None
-
-
 def _best(metrics):
     scored = [(metric, -step) for step, metric in metrics.items() if metric is not None]
     return -min(scored)[1] if scored else None
-
-
-def _damage(path):
-    """What is wrong with a step, or None."""
-    manifest = _read_manifest(path)
-    if manifest is None:
-        return f"{_MANIFEST} is missing or damaged"
-    for name, (size, crc) in manifest["files"].items():
-        try:
-            found = (path / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes, not {size}"
-            if _crc32(path / name) != crc:
-                return f"{name} has changed since it was written"
-        except PermissionError as error:
-            raise UserError(f"{path / name} cannot be read: {error.strerror}") from error
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-    return None
 
 
 def _choose(directory, step, which, log, on_damage=lambda step: None):
@@ -429,15 +385,15 @@ def _choose(directory, step, which, log, on_damage=lambda step: None):
         wanted = "" if step is None else f" of step {step}"
         raise UserError(f"{directory}: no checkpoint{wanted}; the steps there are {found}")
     if step is not None:
-        if problem := _damage(directory / str(step)):
+        if problem := manifest.damage(directory / str(step)):
             raise UserError(f"{directory}: step {step} is damaged: {problem}")
         return step
     candidates = found[::-1]
     if which == "best":  # then the newest
-        metrics = {s: _metric(directory / str(s)) for s in candidates}
+        metrics = {s: manifest.metric(directory / str(s)) for s in candidates}
         candidates.sort(key=lambda s: math.inf if metrics[s] is None else metrics[s])
     for candidate in candidates:
-        problem = _damage(directory / str(candidate))
+        problem = manifest.damage(directory / str(candidate))
         if problem is None:
             return candidate
         log(f"warning: {directory}: step {candidate} is damaged ({problem}) and is not used")

@@ -6,6 +6,7 @@ problem in one go, `to_dict` and `from_dict` carry it through JSON.
 
 import dataclasses
 import difflib
+import types
 import typing
 
 from nanoflax.errors import UserError
@@ -26,6 +27,7 @@ PACKINGS = ("joined", "isolated")
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 REMATS = ("none", "dots", "blocks")
+MAX_SEED = 2**32 - 1  # of larger ones JAX would read the low half
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,9 +239,44 @@ def validate(config):
 
     Raises: UserError with every problem found, one per clause, before anything is allocated.
     """
-    found = _model_problems(config) if isinstance(config, ModelConfig) else _problems(config)
+    is_model = isinstance(config, ModelConfig)
+    # What has a wrong type cannot be compared with anything, so these come alone.
+    found = (_type_problems(config, "model." if is_model else "")
+             or (_model_problems if is_model else _problems)(config))
     if found:
         raise UserError("; ".join(found))
+
+
+def _type_problems(config, prefix):
+    found = []
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(kind) and isinstance(value, kind):
+            found += _type_problems(value, f"{prefix}{name}.")
+        elif not _is_of(kind, value):
+            found.append(f"{prefix}{name}={value!r} must be {type_name(kind)}")
+    return found
+
+
+def _is_of(kind, value):
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(k, value) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_of(typing.get_args(kind)[0], v) for v in value)
+    if isinstance(value, bool):  # an int to Python
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def type_name(kind):
+    """A field's type in words: one of int, float, bool, str, a tuple of one of them, or None."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(type_name, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"a list, each {type_name(typing.get_args(kind)[0])}"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text",
+             types.NoneType: "none"}
+    return names.get(kind) or f"a {kind.__name__}"
 
 
 def _model_problems(m):
@@ -284,6 +321,9 @@ def _model_problems(m):
         found.append(f"model.parallel needs model.norm_place='pre', not {m.norm_place!r}")
     if m.rope_scaling == "llama3" and not m.rope_low < m.rope_high:
         found.append(f"model.rope_low={m.rope_low} must be less than model.rope_high={m.rope_high}")
+    if m.architecture == "lstm" and m.decoder_layers not in (None, m.layers):
+        found.append(f"model.decoder_layers={m.decoder_layers} must equal model.layers={m.layers} "
+                     "in an lstm: each layer starts where the encoder's ended")
     if m.vocab_size and m.start_id >= m.vocab_size:
         found.append(f"model.start_id={m.start_id} must be below model.vocab_size={m.vocab_size}")
     return found
@@ -303,11 +343,14 @@ def _problems(c):
     _at_least(found, "optim", o, 0, "learning_rate", "muon_learning_rate", "warmup_steps",
               "end_factor", "weight_decay", "clip", "eps")
     _at_least(found, "data", d, 0, "workers")
-    for name, value in [("data.validation_fraction", d.validation_fraction),
-                        ("optim.b1", o.b1), ("optim.b2", o.b2), ("optim.ema", o.ema),
+    for name, value in [("optim.b1", o.b1), ("optim.b2", o.b2), ("optim.ema", o.ema),
                         ("train.label_smoothing", t.label_smoothing)]:
         if not 0 <= value < 1:
             found.append(f"{name}={value} must be in [0, 1)")
+    if not 0 < d.validation_fraction < 1:
+        found.append(f"data.validation_fraction={d.validation_fraction} must be in (0, 1)")
+    if t.seed > MAX_SEED:
+        found.append(f"train.seed={t.seed} must be at most {MAX_SEED}")
     if not 0 < o.decay_fraction <= 1:
         found.append(f"optim.decay_fraction={o.decay_fraction} must be in (0, 1]")
     if t.accumulate >= 1 and t.batch_size % t.accumulate:
@@ -345,18 +388,24 @@ def to_dict(config):
 def from_dict(cls, values, where="config"):
     """A configuration of class `cls` from `to_dict`'s output; absent fields take their defaults.
 
-    Raises: UserError for a field that does not exist, naming the nearest that does.
+    Lists become tuples, which JSON does not have.
+    Raises: UserError for a field that does not exist, naming the nearest that does, and for values
+    of a wrong type.
     """
-    types = typing.get_type_hints(cls)
-    known = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{where}={values!r} must be the fields of a {cls.__name__}")
+    kinds, known = typing.get_type_hints(cls), {}
     for name, value in values.items():
-        if name not in types:
-            near = difflib.get_close_matches(name, types, n=1, cutoff=0.0)
+        if name not in kinds:
+            near = difflib.get_close_matches(str(name), kinds, n=1, cutoff=0.0)
             raise UserError(f"{where}.{name} does not exist; did you mean {where}.{near[0]}?")
-        nested = dataclasses.is_dataclass(types[name])
-        value = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-        known[name] = from_dict(types[name], value, f"{where}.{name}") if nested else value
-    return cls(**known)
+        if dataclasses.is_dataclass(kinds[name]):
+            value = from_dict(kinds[name], value, f"{where}.{name}")
+        known[name] = tuple(value) if isinstance(value, list) else value
+    config = cls(**known)
+    if found := _type_problems(config, f"{where}."):
+        raise UserError("; ".join(found))
+    return config
 
 
 def diff(old, new):

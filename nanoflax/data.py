@@ -19,14 +19,13 @@ import os
 import pathlib
 import queue
 import shutil
-import sys
 import threading
-import time
 import uuid
 
 import numpy as np
 
 from nanoflax.errors import UserError
+from nanoflax.report import Bar, count, duration
 from nanoflax.sources import Report, Source, documents, identity
 
 FORMAT = 1  # of the files in the cache; part of their key
@@ -141,7 +140,7 @@ def _build(directory, source, tokenizer, split, workers, progress):
     chunks = _chunks(documents(source, split, report))
     with (open(directory / "tokens.bin", "wb") as tokens_file,
           open(directory / "offsets.bin", "wb") as offsets_file,
-          _progress(f"{source.name} {split}", progress) as show,
+          _Tokenizing(f"{source.name} {split}") if progress else contextlib.nullcontext() as bar,
           contextlib.closing(_encode_all(chunks, tokenizer, workers)) as encoded):
         offsets_file.write(np.int64(0).tobytes())
         for ids, lengths, size in encoded:
@@ -154,7 +153,11 @@ def _build(directory, source, tokenizer, split, workers, progress):
                 file.write(data)
                 hashed.update(data)
             n_tokens, n_documents, n_bytes = int(ends[-1]), n_documents + len(ends), n_bytes + size
-            show(n_bytes, n_tokens)
+            if bar:
+                bar.bytes, bar.tokens = n_bytes, n_tokens
+                bar.advance(min(report.share, 0.99))  # workers lag behind what is read
+        if bar and n_tokens:
+            bar.advance(1.0)
     if not n_tokens:
         found = "; ".join(report.lines()) or "the source has no such document"
         raise UserError(f"data source {source.name!r} has no text for its {split} split: {found}")
@@ -227,32 +230,28 @@ def _encode_all(chunks, tokenizer, workers):
                         "has no `if __name__ == '__main__':`; workers=1 needs neither") from error
 
 
-@contextlib.contextmanager
-def _progress(title, on):
-    """Gives show(n_bytes, n_tokens): a moving bar on a terminal, else a line now and then."""
-    def text(n_bytes, n_tokens):
-        return f"tokenizing {title}: {n_bytes / 1e6:.1f} MB, {n_tokens / 1e6:.2f}M tokens"
+class _Tokenizing(Bar):
+    """The bar of `prepare`; corpora that take less than a few seconds are done without a line."""
 
-    if not on:
-        yield lambda *counts: None
-    elif sys.stderr.isatty():
-        from rich import console, progress
+    quiet = 10.0
 
-        columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(),
-                   progress.TimeElapsedColumn())
-        with progress.Progress(*columns, console=console.Console(stderr=True)) as bar:
-            task = bar.add_task(f"tokenizing {title}", total=None)
-            yield lambda *counts: bar.update(task, description=text(*counts))
-    else:
-        last = time.monotonic()
+    def __init__(self, what, **options):
+        super().__init__(1.0, **options)
+        self.what, self.bytes, self.tokens = what, 0, 0
 
-        def show(*counts):
-            nonlocal last
-            if time.monotonic() - last > 10:
-                last = time.monotonic()
-                print(text(*counts), file=sys.stderr, flush=True)
+    def title(self):
+        return f"tokenizing {self.what}"
 
-        yield show
+    def status(self):
+        seconds = self._clock() - self._begin
+        parts = [f"{count(self.bytes)}B, {count(self.tokens)} tokens"]
+        if seconds > 0 and self.bytes:
+            parts.append(f"{count(self.bytes / seconds)}B/s")
+        if self.done >= 1:
+            parts.append(f"in {duration(seconds)}")
+        elif self.done > 0:
+            parts.append(f"{duration(seconds * (1 - self.done) / self.done)} left")
+        return "  ".join(parts)
 
 
 # From tokens to batches.
@@ -282,7 +281,8 @@ class Windows:
     def batch(self, indices):
         """[B] window numbers -> targets [B, T] int32; first [B] int32, the token before each
         window; weights [B, T] float32; if isolated, segments [B, T] int32: the window's documents
-        from 1, and 0 for padding, and start [B] int32, the bos_id that each begins from. A number past the end gives a window of padding alone.
+        from 1, and 0 for padding, and start [B] int32, the bos_id that each begins from. A number
+        past the end gives a window of padding alone.
         """
         tokens, n = self.store.tokens, self.store.n_tokens
         starts = np.asarray(indices, np.int64) * self.length

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from nanoflax import families, gguf, positions, safetensors_io, sharding
+from nanoflax import families, gguf, hf_tokenizers, positions, safetensors_io, sharding
 from nanoflax.errors import UserError
 from nanoflax.models import build
 
@@ -52,7 +52,7 @@ def load(source, dtype=None, mesh=None):
     Raises: UserError before anything is allocated, with every problem of config.json or, if that
     is good, of the tensors: missing, unexpected, misshapen.
     """
-    path = _find(source)
+    path = find(source)
     if path.is_dir():
         family, config, tensors = _open_directory(path)
     else:
@@ -68,7 +68,7 @@ def save(directory, config, params, tokenizer=None, model_type=None,
 
     params: of `nanoflax.build(config)`, written in their dtypes one at a time; tokenizer: its files
     and the ids of its special tokens go along; model_type: the family, default the first whose
-    configuration can say what this one does.
+    configuration can say what this one does. Returns the family.
     Raises: UserError if none can, if params are not the configuration's, or nothing can be written.
     """
     family = families.of_config(config, model_type)
@@ -95,6 +95,7 @@ def save(directory, config, params, tokenizer=None, model_type=None,
     hf["torch_dtype"] = str(params["embed/embedding"].dtype)
     ids = {"bos_token_id": None, "eos_token_id": None}
     if tokenizer is not None:
+        tokenizer = hf_tokenizers.exported(tokenizer)
         stops = list(getattr(tokenizer, "stop_ids", ())) or [tokenizer.eos_id]
         ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id,
                "eos_token_id": stops if len(stops) > 1 else stops[0]}
@@ -110,6 +111,7 @@ def save(directory, config, params, tokenizer=None, model_type=None,
             tokenizer.save(directory)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from error
+    return family
 
 
 def plan(family, config):
@@ -181,7 +183,9 @@ def _join(parts, layout, K):
 
 
 def _read_all(config, rows, tensors, dtype, mesh):
-    mesh, params = sharding.current(mesh), {}
+    params = {}
+    if mesh is None and sharding.current() is not None:
+        mesh = jax.sharding.get_mesh()
     if mesh is not None:
         places = sharding.shardings(sharding.shapes(build(config)), mesh)
         places = traverse_util.flatten_dict(places, sep="/")
@@ -220,7 +224,7 @@ def _check(family, config, rows, tensors, path, dtype):
     safetensors_io.fail(path, found)
 
 
-def _find(source):
+def find(source):
     """The directory or .gguf file of a source, from the hub if need be."""
     path = pathlib.Path(source).expanduser()
     if path.is_dir() or path.suffix == ".gguf":

@@ -26,6 +26,7 @@ FILES = (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json", "tokeni
 ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 FIELDS = ("content", "special", "lstrip", "rstrip", "single_word", "normalized")
 
+
 def load(directory):
     """The tokenizer of a Hugging Face directory. Raises: UserError (missing or damaged files)."""
     directory = pathlib.Path(directory)
@@ -68,6 +69,22 @@ def from_gguf(metadata, name="GGUF"):
     spec, config = hf_vocabularies.from_gguf(metadata, name)
     files = {"tokenizer.json": spec, "tokenizer_config.json": config}
     return from_files({file: json.dumps(value).encode() for file, value in files.items()}, name)
+
+
+def exported(tokenizer):
+    """A tokenizer in files that Transformers reads: itself, or for one of nanoflax.tokenizers
+    an HFTokenizer that gives every text the same ids (but U+2581, which becomes a space)."""
+    if isinstance(tokenizer, _FromFiles):
+        return tokenizer
+    spec = hf_vocabularies.from_ours(tokenizer)
+    names = {token["id"]: token["content"] for token in spec["added_tokens"]}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {f"{role}_token": names[i] for role, i in [
+        ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id)]
+        if i in names}
+    files = {"tokenizer.json": spec, "tokenizer_config.json": config}
+    return from_files({file: json.dumps(value).encode() for file, value in files.items()},
+                      "made of nanoflax's")
 
 
 class _FromFiles:

@@ -144,6 +144,46 @@ def from_wordpieces(lines, roles, config):
         processors.BertProcessing(sep, cls))
 
 
+def from_ours(tokenizer):
+    """A ByteTokenizer, or a SentencePieceTokenizer trained here: every text gets the same ids, and
+    in front of them the bos_id that its models begin a document with."""
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    if not hasattr(tokenizer, "model"):
+        letters = bytes_to_letters()
+        names = {tokenizer.pad_id: "<pad>", tokenizer.eos_id: "<eos>", tokenizer.mask_id: "<mask>",
+                 tokenizer.sep_id: "<sep>"}
+        vocabulary = {letters[i]: i for i in range(256)} | {n: i for i, n in names.items()}
+        spec = _byte_level(vocabulary, [], [GPT2])
+        spec["added_tokens"] = [added_token(n, i) for i, n in names.items()]
+        set_ends(spec, {"add_bos_token": True}, {"bos": names[tokenizer.bos_id]})
+        return spec
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
+    tokens, scores, types = zip(*((p.piece, p.score, p.type) for p in proto.pieces))
+    unknown = proto.trainer_spec.unk_id
+    if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
+        spec = _sentencepiece_bpe(tokens, scores, types, tokens[unknown], prefix=False)
+    else:
+        spec = _spec_of(
+            models.Unigram([*zip(tokens, scores)], unknown, True),
+            normalizers.Replace(" ", SPACE), None, decoders.Sequence([
+                decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]))
+    spec["added_tokens"] = typed_tokens(tokens, types)
+    set_ends(spec, {"add_bos_token": True}, {"bos": tokens[tokenizer.bos_id]})
+    return spec
+
+
+def bytes_to_letters():
+    """The character by which byte-level vocabularies write each of the 256 bytes: itself where it
+    shows, else one from U+0100 on (GPT-2)."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {byte: chr(byte) for byte in shown} | {
+        byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
 def from_sentencepiece(model, roles, config):
     """A SentencePiece model: BPE as Llama has it, Unigram as T5; fills in roles and config."""
     from sentencepiece import sentencepiece_model_pb2

@@ -1,4 +1,4 @@
-"""Whole models: `build(config)` chooses among a decoder, an encoder and an encoder-decoder."""
+"""Whole models: `build(config)` chooses a decoder, an encoder, an encoder-decoder or the LSTM."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from nanoflax.blocks import LanguageModel, Stack, norm
 from nanoflax.config import validate
 from nanoflax.errors import UserError
 from nanoflax.layers import Embedding, Linear, activate
+from nanoflax.lstm import AttentionLSTM
 
 
 class Decoder(LanguageModel):
@@ -181,7 +182,8 @@ def head_kernel(config, params):
     return params["embed"]["embedding"].T if config.tied else params["unembed"]["kernel"]
 
 
-MODELS = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
+MODELS = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder,
+          "lstm": AttentionLSTM}
 
 
 def build(config, remat="none"):
@@ -199,13 +201,18 @@ def flops_per_token(config, length=None):
     """Floating-point operations of training on one token, forward and backward.
 
     6 for each weight of a matrix product and 12 L H K T for attention, not halved for the causal
-    mask (Chowdhery et al. 2022, appendix B: the numerator of MFU). Of an encoder-decoder: on one
-    source and one target token. length: T, or the context.
+    mask (Chowdhery et al. 2022, appendix B: the numerator of MFU). Of an encoder-decoder or LSTM:
+    on one source and one target token. length: T, or the context.
     """
     c, T = config, length or config.context
+    head = 6 * c.dim * c.vocab_size if c.head in ("lm", "mlm") else 0
+    if c.architecture == "lstm":  # in units of D^2: encoder, decoder, and keys, query, output
+        matrices = (24 * c.layers - 8) + (8 * c.layers + 4) + (6 if c.lstm_attention == "additive"
+                                                               else 5)
+        return 6 * c.dim**2 * matrices + 18 * c.dim * T + head
     attention = c.dim * c.K * (2 * c.heads + 2 * c.G)
     mlp = c.dim * c.F * (3 if c.gated else 2)
     blocks = c.layers * (6 * (attention + mlp) + 12 * c.heads * c.K * T)
     if c.architecture == "encoder_decoder":
         blocks += decoder_layers(c) * (6 * (2 * attention + mlp) + 24 * c.heads * c.K * T)
-    return blocks + (6 * c.dim * c.vocab_size if c.head in ("lm", "mlm") else 0)
+    return blocks + head

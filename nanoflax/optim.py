@@ -1,5 +1,7 @@
 """Optimizers and schedules: optax chains chosen by an OptimConfig."""
 
+from functools import partial
+
 import jax
 import optax
 
@@ -40,7 +42,8 @@ def decay_mask(params):
 def make_optimizer(config, steps):
     """The optax transformation of an OptimConfig over a run of `steps`.
 
-    Muon (Jordan 2024) orthogonalises the hidden matrices and leaves the rest to AdamW.
+    Muon (Jordan 2024) orthogonalises the hidden matrices and leaves the rest to AdamW, here with
+    Nesterov momentum (NAdam).
     Returns (optax.GradientTransformation, schedule of the learning rate).
     """
     c, schedule = config, make_schedule(config, steps, config.learning_rate)
@@ -48,10 +51,12 @@ def make_optimizer(config, steps):
     if c.name == "adamw":
         tx = optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, **decay)
     elif c.name == "muon":
-        tx = optax.contrib.muon(
-            make_schedule(c, steps, c.muon_learning_rate), beta=0.95, **decay,
-            adam_learning_rate=schedule, adam_b1=c.b1, adam_b2=c.b2,
-            muon_weight_dimension_numbers=_muon_dimensions)
+        # Its own AdamW would decay all of the rest or none: not the head alone.
+        tx = optax.partition({
+            True: optax.contrib.muon(make_schedule(c, steps, c.muon_learning_rate), beta=0.95,
+                                     **decay),
+            False: optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, nesterov=True,
+                               **decay)}, partial(jax.tree_util.tree_map_with_path, is_kernel))
     elif c.name == "lion":
         tx = optax.lion(schedule, c.b1, c.b2, mask=decay_mask, **decay)
     elif c.name == "adafactor":
@@ -65,9 +70,3 @@ def make_optimizer(config, steps):
     if c.clip:
         tx = optax.chain(optax.clip_by_global_norm(c.clip), tx)
     return tx, schedule
-
-
-def _muon_dimensions(params):
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (optax.contrib.MuonDimensionNumbers(0, 1) if is_kernel(path, leaf)
-                            else None), params)

@@ -1,12 +1,11 @@
-"""Everything a person sees of a run: progress, metrics files, plots, tables of parameters.
+"""What a person follows a run by: metrics files and progress.
 
-Nothing here touches the training state. The libraries that draw and log are imported where they
+Nothing here touches the training state. The libraries that log and draw are imported where they
 are used: tensorboardX alone takes seconds, and the first loss should not wait for it.
 """
 
 import collections
 import contextlib
-import io
 import json
 import math
 import os
@@ -107,10 +106,10 @@ def _truncate(path, resume_step):
         kept = b"".join(line.rstrip(b"\n") + b"\n" for record, line in _records(path)
                         if record["step"] <= resume_step)
     if kept != path.read_bytes():
-        _replace(path, kept)
+        write_whole(path, kept)
 
 
-def _replace(path, data):
+def write_whole(path, data):
     """Writes a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
@@ -173,7 +172,7 @@ def _start_wandb(workdir, project, config):
     try:
         if not id_file.exists():
             id_file.parent.mkdir(parents=True, exist_ok=True)
-            _replace(id_file, os.urandom(8).hex().encode())
+            write_whole(id_file, os.urandom(8).hex().encode())
         run = init(project=project, dir=workdir, id=id_file.read_text(), resume="allow",
                    config=config, settings=Settings(console="off", silent=True))
     except (Error, OSError) as error:
@@ -187,30 +186,23 @@ def _start_wandb(workdir, project, config):
 # --------------------------------------------------------------------------------------- progress
 
 
-class Progress:
+class Bar:
     """A live bar on a terminal, plain lines now and then elsewhere. Use as a context manager.
 
-    `flops_per_token` and `peak_flops` (of all devices together) give the MFU; either may be None.
-    Rates are over the last `window` seconds of training: neither the first update, which compiles,
-    nor what happens inside `pause()` counts. The bar never hides the cursor, so that even SIGKILL
-    leaves a sane terminal.
+    A subclass has `title()`, the text before the bar, and `status()`, the one after it, and calls
+    `advance`. The bar never hides the cursor, so that even SIGKILL leaves a sane terminal.
     """
 
-    window = 20.0       # seconds that rates look back
+    quiet = 0.0         # seconds before the first plain line
     line_every = 10.0   # seconds between plain lines
     draw_every = 0.2    # seconds between frames of the bar
 
-    def __init__(self, total_steps, start_step=0, tokens_per_step=1, flops_per_token=None,
-                 peak_flops=None, stream=None, clock=time.monotonic):
-        self.total_steps, self.step, self.loss = total_steps, start_step, None
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+    def __init__(self, total, done=0, stream=None, clock=time.monotonic):
+        self.total, self.done = total, done
         self._stream = sys.stderr if stream is None else stream
-        self._clock, self._begin, self._paused, self._note = clock, clock(), 0.0, "compiling"
-        self._first = None                    # (time, training time) at the end of the first update
-        self._marks = collections.deque()     # (training time, step), the last `window` seconds
-        self._drawn_at, self._drawn_step = -math.inf, None
-        self._bar = _bar(self._stream, total_steps, start_step) if _terminal(self._stream) else None
+        self._clock, self._begin = clock, clock()
+        self._drawn_at, self._undrawn = -math.inf, False
+        self._bar = _bar(self._stream, total, done) if _terminal(self._stream) else None
 
     def __enter__(self):
         if self._bar:
@@ -219,24 +211,67 @@ class Progress:
         return self
 
     def __exit__(self, *_):
+        if self._bar or self._undrawn:
+            self._draw()
         with contextlib.suppress(OSError):
             if self._bar:
-                self._draw()
                 self._bar.stop()
-            elif self.step != self._drawn_step and self.loss is not None:
-                self._draw()
+
+    def advance(self, done):
+        """Reports that `done` of `total` are done."""
+        self.done, self._undrawn = done, True
+        due = self._drawn_at + (self.draw_every if self._bar else self.line_every)
+        if self._clock() >= due or done >= self.total:
+            self._draw()
+
+    def write(self, text):
+        """Prints lines above the bar; on a terminal without control characters."""
+        with contextlib.suppress(OSError):
+            if self._bar:
+                from rich.text import Text
+                self._bar.console.print(Text(printable(text)), soft_wrap=True)
+            else:
+                print(text, file=self._stream, flush=True)
+
+    def _draw(self):
+        with contextlib.suppress(OSError):  # a terminal that has gone away does not end the run
+            if self._bar:
+                self._bar.update(self._bar.task_ids[0], completed=self.done, title=self.title(),
+                                 status=self.status())
+                self._bar.refresh()
+            elif self._clock() - self._begin >= self.quiet:
+                print(f"{self.title()}  {self.status()}", file=self._stream, flush=True)
+        self._drawn_at, self._undrawn = self._clock(), False
+
+
+class Progress(Bar):
+    """The bar of a training run.
+
+    `flops_per_token` and `peak_flops` (of all devices together) give the MFU; either may be None.
+    Rates are over the last `window` seconds of training: neither the first update, which compiles,
+    nor what happens inside `pause()` counts.
+    """
+
+    window = 20.0       # seconds that rates look back
+
+    def __init__(self, total_steps, start_step=0, tokens_per_step=1, flops_per_token=None,
+                 peak_flops=None, stream=None, clock=time.monotonic):
+        super().__init__(total_steps, start_step, stream, clock)
+        self.loss, self.tokens_per_step = None, tokens_per_step
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self._paused, self._note = 0.0, "compiling"
+        self._first = None                    # (time, training time) at the end of the first update
+        self._marks = collections.deque()     # (training time, step), the last `window` seconds
 
     def update(self, step, loss):
         """Reports that `step` steps are done and the loss of the last."""
         now = self._clock()
-        self.step, self.loss, self._note = int(step), float(loss), None
-        self._marks.append((now - self._paused, self.step))
+        self.loss, self._note = float(loss), None
+        self._marks.append((now - self._paused, int(step)))
         self._first = self._first or (now, now - self._paused)
         while len(self._marks) > 2 and self._marks[1][0] <= now - self._paused - self.window:
             self._marks.popleft()
-        due = self._drawn_at + (self.draw_every if self._bar else self.line_every)
-        if now >= due or self.step >= self.total_steps:
-            self._draw()
+        self.advance(int(step))
 
     @contextlib.contextmanager
     def pause(self, note="evaluating"):
@@ -249,15 +284,6 @@ class Progress:
         finally:
             self._note = before
             self._paused += self._clock() - begin
-
-    def write(self, text):
-        """Prints lines above the bar; on a terminal without control characters."""
-        with contextlib.suppress(OSError):
-            if self._bar:
-                from rich.text import Text
-                self._bar.console.print(Text(printable(text)), soft_wrap=True)
-            else:
-                print(text, file=self._stream, flush=True)
 
     @property
     def tokens_per_second(self):
@@ -279,7 +305,10 @@ class Progress:
             return None
         wall, training = (a - b for a, b in zip((self._clock(), self._marks[-1][0]), self._first))
         steps_per_second = self.tokens_per_second / self.tokens_per_step
-        return (self.total_steps - self.step) / steps_per_second * max(1.0, wall / training)
+        return (self.total - self.done) / steps_per_second * max(1.0, wall / training)
+
+    def title(self):
+        return f"step {self.done}/{self.total}"
 
     def status(self):
         """Such as `loss 2.3456  12.3k tokens/s  MFU 41%  3:21 left`."""
@@ -290,28 +319,29 @@ class Progress:
             parts.append(f"MFU {100 * self.mfu:.0f}%")
         if self._note:
             parts.append(self._note)
-        elif self.step >= self.total_steps:
+        elif self.done >= self.total:
             parts.append(f"in {duration(self._clock() - self._begin)}")
         elif self.seconds_left() is not None:
             parts.append(f"{duration(self.seconds_left())} left")
         return "  ".join(parts)
 
-    def _draw(self):
-        self._drawn_at, self._drawn_step = self._clock(), self.step
-        with contextlib.suppress(OSError):  # a terminal that has gone away does not end the run
-            if self._bar:
-                self._bar.update(self._bar.task_ids[0], completed=self.step, status=self.status())
-                self._bar.refresh()
-            else:
-                print(f"step {self.step}/{self.total_steps}  {self.status()}",
-                      file=self._stream, flush=True)
+
+class Silent:
+    """Stands for a MetricsLog and a Progress where nothing is to be written."""
+
+    tokens_per_second = None
+
+    def _nothing(self, *_, **__):
+        return contextlib.nullcontext()
+
+    log = update = write = pause = _nothing
 
 
 def _terminal(stream):
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def _bar(stream, total_steps, start_step):
+def _bar(stream, total, done):
     from rich.console import Console
     from rich.progress import BarColumn, Progress as RichProgress, TextColumn
 
@@ -319,144 +349,16 @@ def _bar(stream, total_steps, start_step):
         def show_cursor(self, show=True):
             return False
 
-    # No refreshing thread: frames are drawn by update(), never against the training loop.
-    bar = RichProgress(TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
+    # No refreshing thread: frames are drawn by advance(), never against the training loop.
+    bar = RichProgress(TextColumn("{task.fields[title]}", markup=False), BarColumn(bar_width=None),
                        TextColumn("{task.fields[status]}", markup=False), auto_refresh=False,
                        expand=True, console=VisibleCursor(file=stream, force_terminal=True),
                        redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty())
-    bar.add_task("", total=total_steps, completed=start_step, status="")
+    bar.add_task("", total=total, completed=done, title="", status="")
     return bar
 
 
-# ------------------------------------------------------------------------------------------ plots
-
-
-def plot_losses(workdir, tokens_per_step=None):
-    """Draws `workdir/metrics.jsonl` as `workdir/loss.png`; returns its path, None without data.
-
-    Reads `loss`, `validation_loss` and `bits_per_byte`; a step whose loss is not finite, or whose
-    record says `skipped`, is marked. `tokens_per_step` adds an axis of tokens.
-    """
-    workdir = pathlib.Path(workdir)
-    path = workdir / "metrics.jsonl"
-    records = read_metrics(path) if path.exists() else []
-    skipped = [r["step"] for r in records
-               if "loss" in r and (r.get("skipped") or not math.isfinite(r["loss"]))]
-    training = [(r["step"], r["loss"]) for r in records
-                if "loss" in r and math.isfinite(r["loss"]) and not r.get("skipped")]
-    validation = [r for r in records if math.isfinite(r.get("validation_loss", math.nan))]
-    if not training and not validation:
-        return None
-
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2)
-    if training:
-        _draw_training(axes, *zip(*training))
-    if skipped:
-        axes.plot(skipped, [0.02] * len(skipped), "x", color="tab:red", markersize=5,
-                  transform=axes.get_xaxis_transform(), label=f"skipped steps ({len(skipped)})")
-    if validation:
-        _draw_validation(axes, validation)
-    axes.xaxis.set_major_formatter(lambda x, _: count(x))
-    axes.locator_params(axis="x", integer=True)
-    axes.set_xlim(left=0)
-    if tokens_per_step:
-        top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step,
-                                                     lambda x: x / tokens_per_step))
-        top.set_xlabel("tokens")
-        top.xaxis.set_major_formatter(lambda x, _: count(x))
-    axes.set_title(_title(training, validation), fontsize=11)
-    axes.legend(frameon=False)
-    canvas.print_png(buffer := io.BytesIO())
-    _replace(workdir / "loss.png", buffer.getvalue())
-    return workdir / "loss.png"
-
-
-def _draw_training(axes, steps, losses):
-    import numpy as np
-    losses, width = np.array(losses), max(1, len(losses) // 100)
-    # Divided by the number of terms, the mean over a window stays true at both ends.
-    window = np.ones(2 * width + 1)
-    smooth = (np.convolve(losses, window)[width:-width]
-              / np.convolve(np.ones_like(losses), window)[width:-width])
-    thin = slice(None, None, 1 + len(losses) // 5000)
-    axes.plot(steps[thin], losses[thin], color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps[thin], smooth[thin], color="tab:blue", linewidth=1.6, label="training")
-    low, high = min(smooth), max(smooth)
-    axes.set_ylim(low - 0.12 * (high - low) - 0.01, high + 0.08 * (high - low) + 0.01)
-
-
-def _draw_validation(axes, records):
-    steps, losses = zip(*((r["step"], r["validation_loss"]) for r in records))
-    axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, linewidth=1,
-              label="validation")
-    best = min(records, key=lambda r: r["validation_loss"])
-    axes.plot(best["step"], best["validation_loss"], "*", color="tab:green", markersize=13,
-              markeredgecolor="white", label=f"best: {best['validation_loss']:.4f} "
-              f"at step {best['step']}", zorder=3)
-    low, high = axes.get_ylim()
-    margin = 0.05 * (high - low)
-    axes.set_ylim(min(low, min(losses) - margin), max(high, max(losses) + margin))
-
-
-def _title(training, validation):
-    if not validation:
-        step, loss = training[-1]
-        return f"step {step}: training loss {loss:.4f} nats per token"
-    last = validation[-1]
-    text = f"step {last['step']}: validation loss {last['validation_loss']:.4f} nats per token"
-    if "bits_per_byte" in last:
-        text += f", {last['bits_per_byte']:.3f} bits per byte"
-    return text
-
-
 # ----------------------------------------------------------------------------------- text helpers
-
-
-def parameter_table(params):
-    """The number and bytes of parameters by module, as text; equal blocks folded."""
-    modules = {}
-    for name, branch in params.items():
-        stack = name in ("encoder", "decoder")
-        modules |= {f"{name}/{k}": v for k, v in branch.items()} if stack else {name: branch}
-    groups = []  # [name, its stem, last name, how many, parameters each, bytes each]
-    for name in sorted(modules, key=_natural):
-        leaves = list(_leaves(modules[name]))
-        size = sum(math.prod(leaf.shape) for leaf in leaves)
-        memory = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        stem = re.sub(r"\d+$", "", name)
-        if groups and stem != name and groups[-1][1] == stem and groups[-1][4:] == [size, memory]:
-            groups[-1][2:4] = name, groups[-1][3] + 1
-        else:
-            groups.append([name, stem, name, 1, size, memory])
-    rows = [("module", "", "parameters", "bytes")]
-    for first, _, last, number, size, memory in groups:
-        repeated = number > 1
-        rows.append((f"{first} .. {last}" if repeated else first,
-                     f"{number} x {size:,}" if repeated else "",
-                     f"{number * size:,}", _bytes(number * memory)))
-    rows.append(("total", "", f"{sum(g[3] * g[4] for g in groups):,}",
-                 _bytes(sum(g[3] * g[5] for g in groups))))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}"
-                     for a, b, c, d in rows)
-
-
-def _natural(name):
-    """A sorting key that puts block_2 before block_10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else part)
-            for part in re.split(r"(\d+)", name) if part]
-
-
-def _leaves(tree):
-    if not isinstance(tree, dict):
-        return [tree]
-    return [leaf for branch in tree.values() for leaf in _leaves(branch)]
 
 
 def count(n):
@@ -466,10 +368,6 @@ def count(n):
             return f"{n:.3g}{unit}"
         n /= 1000
     return f"{n:,.4g}T"
-
-
-def _bytes(n):
-    return count(n).replace("B", "G") + "B"
 
 
 def duration(seconds):

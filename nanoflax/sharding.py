@@ -61,13 +61,14 @@ def spec_of(path, shape):
 def shardings(tree, mesh):
     """The NamedSharding of every leaf of a tree of parameters or training state.
 
+    An axis that the mesh does not have splits nothing: on a mesh of `data` alone all is whole.
     Raises: UserError naming every leaf whose dimension an axis does not divide.
     """
     found = []
 
     def of(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = spec_of(name, leaf.shape)
+        spec = P(*(axis if axis in mesh.shape else None for axis in spec_of(name, leaf.shape)))
         for axis, size in zip(spec, leaf.shape):
             if axis and size % mesh.shape[axis]:
                 found.append(f"{name} {leaf.shape}: {size} is not divisible by "
@@ -111,9 +112,9 @@ def put_batch(arrays, mesh):
 
 
 def current(mesh=None):
-    """The mesh, or if None the one of `jax.set_mesh`; None for a single device."""
+    """The mesh, or if None the (abstract) one of `jax.set_mesh`; None for a single device."""
     if mesh is None:
-        mesh = jax.sharding.get_mesh()
+        mesh = jax.sharding.get_abstract_mesh()  # may be asked for while tracing too
         return mesh if mesh.size > 1 else None
     return mesh
 

@@ -12,13 +12,13 @@ import hashlib
 import inspect
 import itertools
 import json
+import logging
 import os
 import pathlib
 import socket
 import sys
 import sysconfig
 import threading
-import time
 import urllib.parse
 import urllib.request
 import warnings
@@ -62,7 +62,12 @@ class Source:
 
 
 class Report:
-    """Counts of what was wrong with the text, with the first few places of each."""
+    """Counts of what was wrong with the text, with the first few places of each.
+
+    `share`: how much of the source has been read, from 0 to 1.
+    """
+
+    share = 0.0
 
     def __init__(self):
         self.counts, self.places = collections.Counter(), collections.defaultdict(list)
@@ -144,10 +149,17 @@ def _cut(text, fraction):
 
 def _read(source, names, report):
     if source.name == "pydocs":
-        return iter(_pydocs())
+        return _counted(_pydocs(), report)
     if source.name.startswith("text:"):
         return _read_text(_files(source), source.field, report)
     return _read_tfds(source, names, report)
+
+
+def _counted(items, report, part=0, parts=1):
+    """Yields items[0], items[1], ... and keeps report.share; they are one of several parts."""
+    for i in range(len(items)):
+        report.share = (part + i / len(items)) / parts
+        yield items[i]
 
 
 def _clean(text, place, report):
@@ -218,13 +230,20 @@ def _suffix(path):
 
 
 def _read_text(files, field, report):
+    size, before = sum(map(os.path.getsize, files)) or 1, 0
     for path in files:
         try:
-            with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            with (open(path, "rb") as raw,
+                  gzip.open(raw) if path.endswith(".gz") else raw as file):
                 if _suffix(path) == ".jsonl":
-                    yield from _read_jsonl(file, path, field, report)
-                elif text := _clean(file.read().removeprefix(codecs.BOM_UTF8), path, report):
-                    yield text
+                    texts = _read_jsonl(file, path, field, report)
+                else:
+                    texts = [_clean(file.read().removeprefix(codecs.BOM_UTF8), path, report)]
+                for text in texts:
+                    report.share = (before + raw.tell()) / size
+                    if text:
+                        yield text
+                before += raw.tell()
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
 
@@ -247,14 +266,21 @@ def _read_jsonl(file, path, field, report):
         text = value.get(field) if isinstance(value, dict) else None
         if not isinstance(text, str):
             report.add(f"JSON lines without text in field {field!r}, left out", place)
-        elif text := _clean(text, place, report):
-            yield text
+        else:
+            yield _clean(text, place, report)
+
+
+def _no_warning_of_tfds(record):
+    return record.levelno > logging.WARNING or "tensorflow_datasets" not in record.pathname
 
 
 def _dataset(source):
     """The TFDS builder of a tfds: source, prepared, and its field. TensorFlow is not imported."""
+    import absl.logging
     import tensorflow_datasets as tfds
 
+    # It warns of each folder that it looks into; what matters comes as an exception.
+    absl.logging.get_absl_logger().addFilter(_no_warning_of_tfds)
     words = source.name.removeprefix("tfds:").split(":")
     # NAME, NAME:FIELD, NAME:VERSION or NAME:VERSION:FIELD; a version starts with a digit.
     name = ":".join(words[:2] if len(words) > 1 and words[1][:1].isdigit() else words[:1])
@@ -311,12 +337,12 @@ def _dataset_splits(source):
 
 def _read_tfds(source, names, report):
     builder, field = _dataset(source)
-    for name in names:
+    for part, name in enumerate(names):
         try:
             examples = builder.as_data_source(split=name)
         except NotImplementedError as error:
             raise UserError(f"{source.name} is prepared as {builder.info.file_format.value}: "
                             "prepare it again with --file_format=array_record") from error
-        for i in range(len(examples)):
-            if text := _clean(examples[i][field], f"{name} example {i}", report):
+        for i, example in enumerate(_counted(examples, report, part, len(names))):
+            if text := _clean(example[field], f"{name} example {i}", report):
                 yield text

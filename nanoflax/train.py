@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nanoflax import sharding
+from nanoflax import hardware, sharding
 from nanoflax.data import evaluation_batches, prefetch
 from nanoflax.errors import UserError
 from nanoflax.objectives import causal_lm
@@ -90,7 +90,7 @@ def make_train_step(model, optimizer, config, objective=causal_lm):
         grads, (total, nll, weight) = accumulate(gradient, state.params, batch, rng, t.accumulate)
         weight = jnp.maximum(weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(total) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -161,11 +161,8 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
 def compile_step(step, state, batch, mesh):
     """`step` compiled for a state and a batch, or their abstract shapes; the state is donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    # On CPU, YNN fusions make reductions four times as fast but can halve the speed of products.
-    cpu = mesh.devices.flat[0].platform == "cpu"
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"} if cpu else None
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None),
-                     compiler_options=options)
+                     compiler_options=hardware.compiler_options(mesh.devices.flat[0].platform))
     return jitted.lower(state, batch).compile()
 
 

@@ -57,7 +57,10 @@ def test_presets_are_valid(name):
      "model.dim=5 must be even"),
     (dict(data__packing="loose"), "data.packing='loose' is not one of joined, isolated"),
     (dict(data__workers=-1), "data.workers=-1 must be at least 0"),
-    (dict(data__validation_fraction=1.0), "data.validation_fraction=1.0 must be in [0, 1)"),
+    (dict(data__validation_fraction=1.0), "data.validation_fraction=1.0 must be in (0, 1)"),
+    (dict(data__validation_fraction=0.0), "data.validation_fraction=0.0 must be in (0, 1)"),
+    (dict(train__seed=2**32), "train.seed=4294967296 must be at most 4294967295"),
+    (dict(train__seed=-1), "train.seed=-1 must be at least 0"),
     (dict(optim__name="adam"), "optim.name='adam' is not one of"),
     (dict(optim__schedule="step"), "optim.schedule='step' is not one of"),
     (dict(optim__learning_rate=math.nan), "optim.learning_rate=nan must be at least 0"),
@@ -110,6 +113,73 @@ def test_unknown_fields_name_the_nearest(values, words):
     with pytest.raises(UserError) as caught:
         from_dict(Config, values)
     assert str(caught.value) == words
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(model__heads=2.0), "model.heads=2.0 must be an integer"),
+    (dict(model__dim="64"), "model.dim='64' must be an integer"),
+    (dict(model__layers=True), "model.layers=True must be an integer"),
+    (dict(model__layers=None), "model.layers=None must be an integer"),
+    (dict(model__kv_heads="2"), "model.kv_heads='2' must be an integer or none"),
+    (dict(model__bias=1), "model.bias=1 must be true or false"),
+    (dict(model__norm=3), "model.norm=3 must be text"),
+    (dict(optim__eps="1e-8"), "optim.eps='1e-8' must be a number"),
+    (dict(optim__clip=False), "optim.clip=False must be a number"),
+    (dict(train__mesh=[1, 8, 1]), "train.mesh=(1, 8, 1) must be text"),
+    (dict(train__steps=[10]), "train.steps=(10,) must be an integer"),
+], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
+def test_wrong_types_are_named(changes, words):
+    with pytest.raises(UserError) as caught:
+        changed(**changes)  # from JSON
+    assert str(caught.value) == f"config.{words}"
+    (key, value), = changes.items()
+    section, name = key.split("__")
+    value = tuple(value) if isinstance(value, list) else value
+    bad = dataclasses.replace(getattr(Config(), section), **{name: value})
+    with pytest.raises(UserError) as caught:  # from Python
+        cfg.validate(dataclasses.replace(Config(), **{section: bad}))
+    assert str(caught.value) == words
+    if section == "model":
+        with pytest.raises(UserError) as caught:
+            build(dataclasses.replace(bad, vocab_size=10))
+        assert str(caught.value) == words
+
+
+def test_an_integer_is_a_number_too():
+    cfg.validate(changed(optim__clip=1, model__rope_theta=500_000))
+
+
+@pytest.mark.parametrize("values, words", [
+    (3, "config=3 must be the fields of a Config"),
+    ({"model": 3}, "config.model=3 must be the fields of a ModelConfig"),
+    ({"model": None}, "config.model=None must be the fields of a ModelConfig"),
+    ({3: 4}, "config.3 does not exist"),
+])
+def test_what_is_no_configuration_is_refused(values, words):
+    with pytest.raises(UserError) as caught:
+        from_dict(Config, values)
+    assert words in str(caught.value)
+    with pytest.raises(UserError, match="model=3 must be a ModelConfig; train.steps='1' must be"):
+        cfg.validate(Config(model=3, train=cfg.TrainConfig(steps="1")))
+
+
+@dataclasses.dataclass(frozen=True)
+class WithTuples:
+    blocks: tuple[int, ...] = ()
+    scales: tuple[float, ...] | None = None
+
+
+def test_tuples_come_back_from_json():
+    config = WithTuples((0, 2, 4), (1, 0.5))
+    assert from_dict(WithTuples, json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(WithTuples, {"scales": None}) == WithTuples()
+    for values, words in [({"blocks": [0, "2"]}, "blocks=(0, '2') must be a list, each an integer"),
+                          ({"blocks": 3}, "blocks=3 must be a list"),
+                          ({"blocks": None}, "blocks=None must be a list"),
+                          ({"scales": ["x"]}, "must be a list, each a number or none")]:
+        with pytest.raises(UserError) as caught:
+            from_dict(WithTuples, values)
+        assert words in str(caught.value)
 
 
 def test_unknown_preset_and_field_are_refused():

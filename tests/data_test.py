@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,13 +12,15 @@ import sys
 import threading
 import time
 
+import absl.logging
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoflax import data, sources, tokenizers
+from nanoflax import data, report, sources, tokenizers
 from nanoflax.errors import UserError
+from tests.report_test import run_in_terminal
 
 BYTES = tokenizers.ByteTokenizer()
 
@@ -196,7 +199,10 @@ def test_a_tfds_field_must_be_one_of_its_text_features(dataset):
 
 
 @pytest.mark.parametrize("name", ["tfds:tiny_shakespeare", "tfds:no_such_dataset"])
-def test_a_dataset_not_prepared_fails_at_once_without_a_network(name, tmp_path, monkeypatch):
+def test_a_dataset_not_prepared_fails_at_once_without_a_network(name, tmp_path, monkeypatch,
+                                                                caplog):
+    (tmp_path / "none" / "tiny_shakespeare" / "1.0.0").mkdir(parents=True)  # TFDS warns of it
+    monkeypatch.setattr(absl.logging.get_absl_logger(), "propagate", True)  # to caplog
     def slow(*args, **kwargs):  # a name server that never answers
         time.sleep(10)
         raise OSError
@@ -205,7 +211,7 @@ def test_a_dataset_not_prepared_fails_at_once_without_a_network(name, tmp_path, 
     start = time.monotonic()
     with pytest.raises(UserError, match="not prepared.*tfds build") as error:
         prepare(tmp_path, sources.Source(name, data_dir=str(tmp_path / "none")))
-    assert time.monotonic() - start < 8 and "\n" not in str(error.value)
+    assert time.monotonic() - start < 8 and "\n" not in str(error.value) and not caplog.records
 
 
 # The token store.
@@ -291,6 +297,49 @@ def test_two_processes_at_once_both_end_well(corpus, tmp_path):
     processes = [child(corpus[0], tmp_path / "cache", slow=False) for _ in range(2)]
     prints = {process.communicate(timeout=60)[0].strip() for process in processes}
     assert prints == {prepare(tmp_path, corpus[0]).fingerprint}
+
+
+def test_lines_of_tokenizing_tell_rate_and_time_left(corpus, tmp_path, monkeypatch, capsys):
+    source, _ = corpus
+    prepared = data.prepare(source, BYTES, "train", tmp_path / "quick")
+    assert capsys.readouterr().err == "", "what is done at once needs no line"
+    monkeypatch.setattr(data, "CHUNK", 300)
+    monkeypatch.setattr(data._Tokenizing, "quiet", 0)
+    monkeypatch.setattr(data._Tokenizing, "line_every", 0)
+    data.prepare(source, BYTES, "train", tmp_path / "slow", 1)
+    first, *lines, last = capsys.readouterr().err.splitlines()
+    for line in (first, *lines):
+        assert re.fullmatch(rf"tokenizing {re.escape(source)} train  [\d.]+k?B, [\d.]+k? tokens"
+                            r"  [\d.]+[kMG]?B/s  \d+:\d\d left", line), line
+    assert len(lines) > 5 and re.search(r"B/s  in 0:0\d$", last)
+    assert f"{report.count(prepared.n_tokens)} tokens" in last
+
+
+@pytest.mark.parametrize("pattern", ["*.jsonl", "*.txt", "*.gz", "*"])
+def test_the_share_that_is_read_grows_to_all_of_it(tmp_path, pattern):
+    for i in range(5):
+        lines = "".join(json.dumps({"text": f"{i} {j} " * 20}) + "\n" for j in range(1000))
+        (tmp_path / f"{i}.jsonl").write_text(lines)
+        (tmp_path / f"{i}.txt").write_text(lines)
+        (tmp_path / f"{i}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    found, read = sources.Report(), []
+    for _ in sources.documents(f"text:{tmp_path}/{pattern}", "all", found):
+        read.append(found.share)
+    assert read == sorted(read) and 0 < read[0] < 0.3 and 0.9 < read[-1] <= 1
+    assert 0.3 < read[len(read) // 2] < 0.7
+
+
+def test_tokenizing_on_a_terminal_leaves_the_cursor_and_stdout_alone(tmp_path):
+    (tmp_path / "a.txt").write_text("some words\n" * 1000)
+    output, stdout, status = run_in_terminal(f'''
+from nanoflax import data, tokenizers
+encode = data._encode
+data._encode = lambda *args: (print("to stdout"), encode(*args))[1]
+data.prepare("text:{tmp_path}/a.txt", tokenizers.ByteTokenizer(), "all", "{tmp_path}/cache")
+''')
+    assert status == 0 and stdout == "to stdout\n"
+    assert "tokenizing text:" in output and "11k tokens" in output and "━" in output
+    assert "\x1b[?25l" not in output
 
 
 def test_an_unusable_cache_is_named(corpus, tmp_path, monkeypatch):

@@ -616,3 +616,22 @@ def test_importing_is_light():
     code = ("import sys, nanoflax.hf_tokenizers; print([m for m in ('jax', 'jinja2', 'tokenizers', "
             "'sentencepiece', 'torch') if m in sys.modules])")
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize("spec", ["bytes", "bpe:400", "unigram:400"])
+def test_our_tokenizers_open_in_transformers(spec, tmp_path):
+    corpus = [f"Line {i}: the quick brown fox jumps over {i * 37} lazy dogs.\n\n\tAnd more, naïve 犬."
+              for i in range(300)]
+    kind, _, size = spec.partition(":")
+    made = (ours.load("bytes") if kind == "bytes"
+            else ours.train_sentencepiece(corpus, int(size), kind))
+    hf_tokenizers.exported(made).save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    read = ours.load(tmp_path)
+    assert (read.eos_id, read.bos_id, read.pad_id) == (made.eos_id, made.bos_id, made.pad_id)
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (made.eos_id, made.pad_id)
+    for text in [*corpus[:20], " two  spaces ", "\n\n a\tb", "", "ünïcödé 🦊", "fox", "dogs.\n"]:
+        ids = made.encode(text)
+        assert ids == read.encode(text)
+        assert [made.bos_id, *ids] == theirs(text)["input_ids"] == read.encode_with_template(text)
+        assert theirs.decode(ids) == text == read.decode(ids)

@@ -88,9 +88,10 @@ def test_only_matrices_decay(tied):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_weight_decay_shrinks_by_the_learning_rate_times_it(name):
+@pytest.mark.parametrize("tied", [True, False])
+def test_weight_decay_shrinks_by_the_learning_rate_times_it(name, tied):
     # Without a gradient, decay is all there is. Momentum counts the decay in for sgd (coupled).
-    params = params_of()
+    params = params_of(tied=tied)
     config = OptimConfig(name=name, learning_rate=1e-2, muon_learning_rate=1e-2, warmup_steps=0,
                          schedule="constant", weight_decay=0.5, b1=0.0 if name == "sgd" else 0.9)
     tx, _ = make_optimizer(config, 10)

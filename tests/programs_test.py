@@ -1,5 +1,6 @@
 """The programs as a person runs them: train, stop, resume, sample, evaluate, and misuse."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,8 +11,11 @@ import sys
 import time
 
 import pytest
+from absl import flags
 
-from experiments import sample
+from experiments import common, sample
+from nanoflax import config as configs
+from nanoflax.errors import UserError
 from tests import kills
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -108,6 +112,20 @@ def test_three_random_kills_change_no_bit():
     assert done == 3 and difference is None and not left
 
 
+def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsys):
+    import jax
+    config = configs.Config(train=configs.TrainConfig(steps=1))
+    for index, files in ((1, set()), (0, {"metrics.jsonl", "tensorboard"})):
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        with common.displays(tmp_path, config, 0, 10.0, None) as (log, progress):
+            progress.update(1, 5.0)  # all that train.fit does with them
+            log.log(1, loss=5.0, tokens_per_second=progress.tokens_per_second or 0)
+            with progress.pause():
+                progress.write("a sample")
+        assert set(os.listdir(tmp_path)) == files and common.writes() == (index == 0)
+        assert bool(capsys.readouterr().err) == (index == 0)
+
+
 def test_evaluate_prints_json(trained, corpus, tmp_path):
     workdir, _ = trained
     own = json.loads(run("evaluate", f"--workdir={workdir}").stdout)
@@ -152,8 +170,12 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
 
 @pytest.mark.parametrize("program, flags, words", [
     ("pretrain", ["--config.model.dmi=3"], "config.model.dim"),
-    ("pretrain", ["--config.model.dim=wide"], "a whole number"),
+    ("pretrain", ["--config.model.dim=wide"], "an integer"),
     ("pretrain", ["--config=nowhere"], "pydocs_tiny"),
+    ("pretrain", ["--config="], "pydocs_tiny"),
+    ("pretrain", ["--config=experiments"], "pydocs_tiny"),
+    ("pretrain", ["--config=README.md"], "a Python file"),
+    ("pretrain", [f"--config.train.seed={10**20}"], "train.seed"),
     ("pretrain", ["--config.model.heads=3"], "model.heads=3"),
     ("pretrain", ["--config.train.batch_size=10", "--config.train.accumulate=4"], "accumulate"),
     ("pretrain", ["--config.data.train=text:nothing/*.txt"], "nothing/*.txt"),
@@ -166,6 +188,7 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
     ("pretrain", ["--workdir=/dev/null/x"], "/dev/null/x"),
     ("sample", [], "workdir"),
     ("sample", ["--workdir=nowhere"], "nowhere"),
+    ("sample", ["--workdir=nowhere", f"--seed={10**20}"], "--seed"),
     ("evaluate", ["--workdir=nowhere"], "nowhere"),
     ("benchmark", ["race"], "train or decode"),
 ])
@@ -176,6 +199,56 @@ def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "w" / "config.json").exists()
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"model": ', "Expecting value"), ("[1]", "must be the fields of a Config"),
+    ('{"model": {"dim": "64"}}', "config.model.dim='64' must be an integer"), (None, "directory")])
+def test_a_config_that_cannot_be_read_is_named(text, words, tmp_path):
+    path = tmp_path / "config.json"
+    path.mkdir() if text is None else path.write_text(text)
+    resumable = lambda workdir: common.resumable(workdir, configs.Config(), False)  # noqa: E731
+    for read in (common.read_run, resumable):
+        with pytest.raises(UserError) as caught:
+            read(tmp_path)
+        assert str(path) in str(caught.value) and words in str(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    blocks: tuple[int, ...] = (1,)
+    scales: tuple[float, ...] | None = None
+    layers: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+    name: str = "x"
+
+
+@pytest.mark.parametrize("text, field, value", [
+    ("--c.inner.blocks=0,2,4", "inner.blocks", (0, 2, 4)),
+    ("--c.inner.blocks=7", "inner.blocks", (7,)),
+    ("--c.inner.blocks=", "inner.blocks", ()),
+    ("--c.name=y", "inner.blocks", (1,)),
+    ("--c.inner.scales=1,0.5", "inner.scales", (1.0, 0.5)),
+    ("--c.inner.scales=none", "inner.scales", None),
+    ("--c.name=0,2", "name", "0,2"),
+    ("--c.inner.blocks=0,,2", "inner.blocks", "must be a list, each an integer"),
+    ("--c.inner.blocks=0,1.5", "inner.blocks", "must be a list, each an integer"),
+    ("--c.inner.scales=a", "inner.scales", "must be a list, each a number or none"),
+])
+def test_tuples_are_flags(text, field, value):
+    values = flags.FlagValues()
+    for name, kind, default in common.leaves(Outer(), "c"):
+        flags.DEFINE(common._Leaf(kind), name, default, "", flag_values=values)
+    if isinstance(value, str) and field != "name":
+        with pytest.raises(flags.IllegalFlagValueError, match=value):
+            values(["program", text])
+        return
+    values(["program", text])
+    assert values[f"c.{field}"].value == value
 
 
 def test_import_is_quick_and_pulls_in_no_other_framework():

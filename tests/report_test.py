@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import time
-import types
 
 import numpy as np
 import pytest
@@ -286,11 +285,11 @@ with progress:
 """
 
 
-def run_in_terminal(action, kill=None):
-    """Runs BAR under a pty; returns what stderr's terminal got, what stdout got, and the status."""
+def run_in_terminal(program, kill=None):
+    """Runs it under a pty; returns what stderr's terminal got, what stdout got, and the status."""
     master, slave = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen([sys.executable, "-c", BAR % action], stderr=slave, env=environment,
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=slave, env=environment,
                                stdin=slave, stdout=subprocess.PIPE)
     os.close(slave)
     output, deadline = b"", time.monotonic() + 30
@@ -314,7 +313,7 @@ def assert_terminal_as_it_was(output):
 
 
 def test_bar_on_a_terminal():
-    output, stdout, status = run_in_terminal("pass")
+    output, stdout, status = run_in_terminal(BAR % "pass")
     assert status == 0
     assert "compiling" in output and "━" in output
     assert "step 20/20" in output and "loss 2.0000" in output and "MFU" in output
@@ -330,63 +329,13 @@ def test_bar_on_a_terminal():
     ("time.sleep(30)", signal.SIGKILL, -signal.SIGKILL),
 ])
 def test_the_terminal_survives(action, kill, status):
-    output, _, returned = run_in_terminal(action, kill)
+    output, _, returned = run_in_terminal(BAR % action, kill)
     assert returned == status
     assert "step 10/20" in output
     assert_terminal_as_it_was(output)
 
 
-# ------------------------------------------------------------------------------------------ plots
-
-
-def test_plot(tmp_path):
-    from PIL import Image
-    assert report.plot_losses(tmp_path) is None
-    loaded = "matplotlib.pyplot" in sys.modules
-    with report.MetricsLog(tmp_path, tensorboard=False) as log:
-        for step in range(1, 60):
-            log.log(step, loss=math.nan if step == 30 else 2 + 3 / step)
-            if step % 20 == 0:
-                log.log(step, validation_loss=2.1 + 3 / step, bits_per_byte=3.0)
-    path = report.plot_losses(tmp_path, tokens_per_step=512)
-    assert path == tmp_path / "loss.png" and not list(tmp_path.glob(".*"))
-    with Image.open(path) as image:
-        image.load()
-        assert image.size == (1200, 750) and image.format == "PNG"
-        pixels = np.asarray(image.convert("RGB")).astype(int).reshape(-1, 3)
-    for red, green, blue in ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40)):
-        assert (abs(pixels - (red, green, blue)).sum(1) < 10).sum() > 20    # each mark is there
-    assert ("matplotlib.pyplot" in sys.modules) == loaded   # its global state stays alone
-
-
-@pytest.mark.parametrize("records", [
-    [{"loss": 2.0}], [{"validation_loss": 2.0}], [{"loss": 2.0}, {"loss": math.inf}],
-    [{"loss": 2.0, "skipped": True}, {"loss": 1.0}]])
-def test_plot_of_little_data(tmp_path, records):
-    with report.MetricsLog(tmp_path, tensorboard=False) as log:
-        for step, record in enumerate(records, start=1):
-            log.log(step, **record)
-    assert report.plot_losses(tmp_path).stat().st_size > 5000
-
-
 # ----------------------------------------------------------------------------------- text helpers
-
-
-def test_parameter_table_folds_equal_blocks():
-    array = lambda *shape, dtype=np.float32: types.SimpleNamespace(  # noqa: E731
-        shape=shape, dtype=np.dtype(dtype))
-    block = {"mlp": {"kernel": array(10, 300)}, "scale": array(10)}
-    params = {"embedding": {"table": array(7, 10, dtype=np.float16)}, "scale": array()}
-    params["decoder"] = {f"block_{i}": block for i in range(12)}
-    params["decoder"]["block_12"] = {"kernel": array(1)}
-    assert report.parameter_table(params).splitlines() == [
-        "module                                           parameters  bytes",
-        "decoder/block_0 .. decoder/block_11  12 x 3,010      36,120  144kB",
-        "decoder/block_12                                          1     4B",
-        "embedding                                                70   140B",
-        "scale                                                     1     4B",
-        "total                                                36,192  145kB",
-    ]
 
 
 @pytest.mark.parametrize("number, text", [

@@ -210,7 +210,7 @@ def test_finished_rows_are_cut_and_frozen_and_do_not_disturb_others():
     assert len(cut[0]) < len(cut[1])
     # Before cutting: the end, and nothing but the end after it.
     tokens, lengths = sampling.pad_left(prompts)
-    raw = sampling._sample(model, params, tokens, lengths, jax.random.PRNGKey(0),
+    raw = sampling.compiled(sampling._sample)(model, params, tokens, lengths, jax.random.PRNGKey(0),
                            sampling.make_filters(0), 24, eos, None)
     assert (np.asarray(raw)[0, len(cut[0]):] == eos).all()
 
@@ -270,12 +270,12 @@ def test_buckets_are_powers_of_two(n, expected):
 def test_twenty_prompt_lengths_compile_once_per_bucket(compilations):
     model, params = make(layers=1, dim=8, heads=2)
     lengths = range(2, 42, 2)
-    before = sampling._sample._cache_size()
+    before = sampling.compiled(sampling._sample)._cache_size()
     with compilations() as names:
         for n in lengths:
             sampling.sample(model, params, ragged(n), 4, temperature=0.5 + n / 100, top_k=n,
                             rng=jax.random.PRNGKey(n))
     buckets = {sampling.bucket(n) for n in lengths}
     assert len(lengths) == 20 and len(buckets) == 3
-    assert sampling._sample._cache_size() - before == 3
+    assert sampling.compiled(sampling._sample)._cache_size() - before == 3
     assert sum("_sample" in name for name in names) == 3

@@ -135,13 +135,44 @@ def shards_of_each_leaf():
             "devices": len(jax.tree.leaves(ambient)[0].sharding.device_set)}
 
 
+def ambient_meshes():
+    """What `nanoflax.init` gives under meshes of other axes, and while it is traced."""
+    import nanoflax
+
+    model, rng = build(config_of("2,2,2", False).model), jax.random.PRNGKey(0)
+    plain = nanoflax.init(model, rng)
+    out = {}
+    for names, sizes in (("data",), (8,)), (("fsdp", "x"), (4, 2)), (("a", "b"), (2, 4)):
+        mesh = jax.make_mesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))
+        with jax.set_mesh(mesh):
+            params = nanoflax.init(model, rng)
+            shapes = jax.eval_shape(lambda: nanoflax.init(model, rng))
+            traced = jax.jit(lambda rng: nanoflax.init(model, rng))(rng)
+        kernel = params["decoder"]["block_0"]["mlp"]["up"]["kernel"]
+        out[",".join(names)] = {
+            "part": kernel.addressable_shards[0].data.shape,
+            "devices": len(kernel.sharding.device_set),
+            "traced": difference(traced, plain), "eager": difference(params, plain),
+            "shapes": jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, plain)}
+    return out
+
+
+def test_init_under_any_mesh_eager_and_traced():
+    found = run_child("ambient_meshes")
+    parts = {"data": [32, 128], "fsdp,x": [8, 128], "a,b": [32, 128]}
+    assert {mesh: values["part"] for mesh, values in found.items()} == parts
+    for values in found.values():
+        assert values["devices"] == 8 and values["shapes"]
+        assert max(values["traced"], values["eager"]) < 1e-6
+
+
 def test_everything_is_born_in_its_shards():
     found = run_child("shards_of_each_leaf")
     # On (2, 2, 2), parameters are whole along data and halved along fsdp and tensor.
     expected = {
         "embed/embedding": [24, 16], "unembed/kernel": [16, 24], "decoder/norm/scale": [32],
-        "norm/bias": [32]} | {
-        f"block_{i}/{path}": shape for i in (0, 1) for path, shape in {
+        "decoder/norm/bias": [32]} | {
+        f"decoder/block_{i}/{path}": shape for i in (0, 1) for path, shape in {
             **{f"attention/{n}/kernel": [16, 16] for n in ("query", "key", "value", "out")},
             **{f"attention/{n}/bias": [16] for n in ("query", "key", "value")},
             "attention/out/bias": [32], "mlp/up/kernel": [16, 64], "mlp/up/bias": [64],
@@ -174,6 +205,14 @@ def test_bad_mesh_shapes_are_refused(shape, words):
     with pytest.raises(UserError) as caught:
         sharding.make_mesh(shape, jax.devices()[:1])
     assert words in str(caught.value) and repr(shape) in str(caught.value)
+
+
+def test_init_can_be_traced_without_a_mesh():
+    import nanoflax
+
+    model, rng = build(config_of("1,1,1", True).model), jax.random.PRNGKey(0)
+    shapes = jax.eval_shape(lambda: nanoflax.init(model, rng))
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, nanoflax.init(model, rng))
 
 
 def test_one_device_is_a_mesh_of_one():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nanoflax import optim, sharding, train
-from nanoflax.config import Config, ModelConfig, OptimConfig, TrainConfig
+from nanoflax.config import OPTIMIZERS, Config, ModelConfig, OptimConfig, TrainConfig
 from nanoflax.errors import UserError
 from nanoflax.models import build
 
@@ -75,6 +75,17 @@ def test_accumulation_changes_nothing(pieces):
         assert_close(a, b)
     assert_close(state.params, other.params)
     assert np.abs(state.params["decoder"]["norm"]["scale"] - 1).max() > 1e-4
+
+
+@pytest.mark.filterwarnings("error:.*deprecated")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_calls_nothing_deprecated(name):
+    config = config_of(optimizer={"name": name})
+    model = build(config.model)
+    optimizer, _ = optim.make_optimizer(config.optim, 4)
+    mesh = sharding.make_mesh("1,1,1", jax.devices()[:1])
+    jax.eval_shape(train.make_train_step(model, optimizer, config),
+                   train.abstract_state(model, optimizer, config, mesh), batch_of())
 
 
 def test_the_loss_is_a_mean_over_target_tokens():
