@@ -35,7 +35,7 @@ def main():
 
     import jax
 
-    from nanoflax import hf, plots
+    from nanoflax import families, hf, plots
 
     model, params, tokenizer = common.open_model(source, FLAGS.checkpoint)
     if FLAGS.dtype:
@@ -47,7 +47,10 @@ def main():
               f"python -m experiments.sample --model={target}")
     else:
         write_workdir(target, model.config, params, tokenizer)
-        print(plots.parameter_table(params))
+        if source.endswith(".gguf"):
+            print(plots.parameter_table(params))
+        else:
+            print_mapping(families.of_config(model.config), model.config, params)
         print(f"{target}: python -m experiments.sample --workdir={target}")
     return 0
 

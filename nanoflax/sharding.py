@@ -121,10 +121,11 @@ def current(mesh=None):
 
 def shapes(model):
     """The parameters of a model as a tree of jax.ShapeDtypeStruct; nothing is allocated."""
-    return jax.eval_shape(lambda: _make(model, jax.random.PRNGKey(0)))
+    return jax.eval_shape(lambda: draw(model, jax.random.PRNGKey(0)))
 
 
-def _make(model, rng):
+def draw(model, rng):
+    """What `init` compiles: the parameters of a model from a PRNG key."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     reads_source = model.config.architecture in ("encoder_decoder", "lstm")
     return model.init(rng, tokens, **{"source": tokens} if reads_source else {})["params"]
@@ -136,7 +137,7 @@ def init(model, rng, mesh=None):
     With a mesh, or under `jax.set_mesh`, each is born in its shards, never whole.
     Raises: UserError if the mesh does not divide them.
     """
-    mesh, make = current(mesh), lambda rng: _make(model, rng)
+    mesh, make = current(mesh), lambda rng: draw(model, rng)
     if mesh is None:
         return jax.jit(make)(rng)
     return jax.jit(make, out_shardings=shardings(shapes(model), mesh))(rng)

@@ -48,7 +48,7 @@ def abstract_state(model, optimizer, config, mesh):
     """The shapes, dtypes and shardings of `init_state`, computing nothing: what a restore fills."""
     def make():
         rng = jax.random.PRNGKey(config.train.seed)
-        params = model.init(rng, jnp.zeros((1, 1), jnp.int32))["params"]
+        params = sharding.draw(model, rng)
         return TrainState(jnp.int32(0), params, optimizer.init(params),
                           params if config.optim.ema else None, rng, jnp.int32(0))
 
