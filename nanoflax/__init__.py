@@ -15,8 +15,8 @@ _HOME = {
     "sample": "sampling",
 }
 _MODULES = (
-    "attention", "blocks", "chat", "checkpoint", "config", "data", "gguf", "hardware",
-    "hf_tokenizers", "hf_vocabularies", "layers", "losses", "manifest", "masking", "models",
+    "attention", "blocks", "chat", "checkpoint", "config", "data", "families", "gguf", "hardware",
+    "hf", "hf_tokenizers", "hf_vocabularies", "layers", "losses", "manifest", "masking", "models",
     "objectives", "optim", "plots", "positions", "report", "safetensors_io", "sampling",
     "sharding", "sources", "tokenizers", "train",
 )

@@ -6,6 +6,7 @@ heads and hidden units (Shoeybi et al. 2019). XLA derives the collectives; layer
 
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -111,20 +112,35 @@ def put_batch(arrays, mesh):
         batch(mesh, np.ndim(x)), np.asarray(x)), arrays)
 
 
+def current(mesh=None):
+    """The mesh, or if None the one of `jax.set_mesh`; None for a single device."""
+    if mesh is None:
+        mesh = jax.sharding.get_mesh()
+        return mesh if mesh.size > 1 else None
+    return mesh
+
+
+def shapes(model):
+    """The parameters of a model as a tree of jax.ShapeDtypeStruct; nothing is allocated."""
+    return jax.eval_shape(lambda: _make(model, jax.random.PRNGKey(0)))
+
+
+def _make(model, rng):
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    reads_source = model.config.architecture in ("encoder_decoder", "lstm")
+    return model.init(rng, tokens, **{"source": tokens} if reads_source else {})["params"]
+
+
 def init(model, rng, mesh=None):
     """Parameters of a model: a plain nested dict of float32 arrays. rng: a PRNG key.
 
     With a mesh, or under `jax.set_mesh`, each is born in its shards, never whole.
     Raises: UserError if the mesh does not divide them.
     """
-    def make(rng):
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        reads_source = model.config.architecture in ("encoder_decoder", "lstm")
-        return model.init(rng, tokens, **{"source": tokens} if reads_source else {})["params"]
-
     if mesh is None:
-        current = jax.sharding.get_abstract_mesh()  # may be asked for while tracing too
-        mesh = current if current.size > 1 else None
+        abstract = jax.sharding.get_abstract_mesh()  # may be asked for while tracing too
+        mesh = abstract if abstract.size > 1 else None
+    make = partial(_make, model)
     if mesh is None:
         return jax.jit(make)(rng)
-    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, rng), mesh))(rng)
+    return jax.jit(make, out_shardings=shardings(shapes(model), mesh))(rng)
