@@ -17,7 +17,7 @@ _HOME = {
 _MODULES = (
     "attention", "blocks", "chat", "checkpoint", "config", "data", "families", "gguf", "hardware",
     "hf", "hf_tokenizers", "hf_vocabularies", "layers", "losses", "manifest", "masking", "models",
-    "objectives", "optim", "plots", "positions", "report", "safetensors_io", "sampling",
+    "objectives", "optim", "peft", "plots", "positions", "report", "safetensors_io", "sampling",
     "sharding", "sources", "tokenizers", "train",
 )
 __all__ = [*_HOME, *_MODULES]
