@@ -18,8 +18,8 @@ _HOME = {
 _MODULES = (
     "attention", "beams", "blocks", "chat", "checkpoint", "config", "data", "families", "gguf",
     "hardware", "hf", "hf_tokenizers", "hf_vocabularies", "layers", "losses", "lstm",
-    "manifest", "masking", "models", "objectives", "optim", "plots", "positions", "report",
-    "safetensors_io", "sampling", "sharding", "sources", "tokenizers", "train",
+    "manifest", "masking", "models", "objectives", "optim", "peft", "plots", "positions",
+    "report", "safetensors_io", "sampling", "sharding", "sources", "tokenizers", "train",
 )
 __all__ = [*_HOME, *_MODULES]
 

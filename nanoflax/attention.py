@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nanoflax import masking
 from nanoflax.config import ModelConfig
 from nanoflax.layers import Linear, Norm
 from nanoflax.positions import rotate
@@ -153,8 +154,28 @@ class Attention(nn.Module):
         if cache is not None:
             cache = write_cache(cache, k, v, view.index)
             k, v = cache["key"], cache["value"]
-        y = self.attend(q, k, v, view.mask, self.causal and cache is None, view.bias)
-        return y, cache
+        mask, causal, bias = view.mask, self.causal and cache is None, view.bias
+        if self.has_variable("params", "prefix_key"):
+            k, v, mask, bias = self._after_prefix(k, v, mask, bias, x.shape[1], causal)
+            causal = False
+        return self.attend(q, k, v, mask, causal, bias), cache
+
+    def _after_prefix(self, k, v, mask, bias, T, causal):
+        """Prefix tuning (Li and Liang 2021): trained keys and values [G, P, K] that every query
+        sees, before those of the tokens."""
+        B, _, S, _ = k.shape
+        prefix = [self.get_variable("params", name) for name in ("prefix_key", "prefix_value")]
+        P = prefix[0].shape[1]
+        k, v = (jnp.concatenate([jnp.broadcast_to(p.astype(x.dtype), (B, *p.shape)), x], 2)
+                for p, x in zip(prefix, (k, v)))
+        if causal:
+            seen = masking.causal(jnp.arange(T), jnp.arange(S))
+            mask = seen if mask is None else mask & seen
+        if mask is not None:
+            mask = jnp.pad(mask, [(0, 0)] * 3 + [(P, 0)], constant_values=True)
+        if bias is not None:
+            bias = jnp.pad(bias, [(0, 0)] * 3 + [(P, 0)])
+        return k, v, mask, bias
 
     def cross(self, x, keys, values, mask):
         """x: [B, T, D] looks at a source's keys and values [B, G, S, K]. Returns [B, T, D]."""

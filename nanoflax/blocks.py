@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from nanoflax import masking, positions
 from nanoflax.attention import Attention, View, empty_cache
 from nanoflax.config import ModelConfig
-from nanoflax.layers import MLP, Embedding, Linear, Norm
+from nanoflax.layers import MLP, Embedding, Linear, Norm, bottleneck
 
 REMAT_POLICIES = {
     "blocks": jax.checkpoint_policies.nothing_saveable,
@@ -50,7 +50,8 @@ class Block(nn.Module):
         """x: [B, T, D]; view: a View; cache: this layer's, or None. Returns ([B, T, D], cache)."""
         h, cache = self.attention(self._before("attention", x), view, cache)
         if self.config.parallel:
-            h += self.mlp(self._before("mlp", x))
+            h = self._adapt("attention", h)
+            h += self._adapt("mlp", self.mlp(self._before("mlp", x)))
             return x + self.drop(h, deterministic=deterministic), cache
         x = self._after("attention", x, h, deterministic)
         if self.cross:
@@ -68,8 +69,15 @@ class Block(nn.Module):
         normed = self.config.norm_place in ("pre", "sandwich")
         return getattr(self, f"norm_{name}")(x) if normed else x
 
+    def _adapt(self, name, h):
+        """A sublayer's output through the bottleneck adapter that the parameters hold for it."""
+        if not self.has_variable("params", f"adapter_{name}"):
+            return h
+        return bottleneck(h, self.get_variable("params", f"adapter_{name}"), self.config.activation)
+
     def _after(self, name, x, h, deterministic):
-        place, h = self.config.norm_place, self.drop(h, deterministic=deterministic)
+        place = self.config.norm_place
+        h = self.drop(self._adapt(name, h), deterministic=deterministic)
         if place == "post":
             return getattr(self, f"norm_{name}")(x + h)
         if place == "after":
@@ -110,25 +118,43 @@ class Stack(nn.Module):
         """x: [B, T, D] embeddings; segments: [B, T] int32, tokens see their own segment alone (0
         may be padding), or None; cache: whose slots the tokens extend, or None; source: [B, S, D],
         an encoder's states, and source_mask: [B, S] bool, for cross-attention.
-        Returns ([B, T, D], the new cache or None)."""
+        Returns ([B, T, D], the new cache or None).
+
+        Prompt tuning (Lester et al. 2021): P vectors that the parameters hold stand before position
+        0 and are seen by all. A call without tokens (T = 0) reads them into the cache's first slots.
+        """
         c = self.config
+        P, prompted = 0, False
+        if self.has_variable("params", "prompt"):
+            prompt = self.get_variable("params", "prompt").astype(x.dtype)
+            P, prompted = len(prompt), cache is None or x.shape[1] == 0
+            if prompted:
+                x = jnp.concatenate([jnp.broadcast_to(prompt, (len(x), *prompt.shape)), x], 1)
         T = x.shape[1]
         if cache is None:
-            slots = keys = jnp.arange(T, dtype=jnp.int32)[None]
-            place = slots if segments is None else positions.restarting(segments)
-            mask = None if segments is None else masking.segments(segments, segments)
-            index, layers = None, [None] * self.layers
+            slots = keys = place = jnp.arange(T, dtype=jnp.int32)[None] - P
+            mask, index, layers = None, None, [None] * self.layers
         else:
             index, start, layers = cache["index"], cache["start"], cache["layers"]
-            slots = index + jnp.arange(T, dtype=jnp.int32)[None]
-            keys = jnp.arange(layers[0]["key"].shape[2], dtype=jnp.int32)[None]
-            place = jnp.maximum(slots - start[:, None], 0)
-            mask = masking.causal(slots, keys) & masking.padding(keys >= start[:, None])
+            slots = index + jnp.arange(T, dtype=jnp.int32)[None] - P
+            keys = jnp.arange(layers[0]["key"].shape[2], dtype=jnp.int32)[None] - P
+            place = jnp.maximum(slots - start[:, None], jnp.minimum(slots, 0) if P else 0)
             source_mask = cache.get("source_mask")
+        everyones = masking.padding(keys < 0) if P else False
+        if cache is not None:
+            real = masking.padding(keys >= start[:, None])
+            mask = masking.causal(slots, keys) & (real | everyones)
+        elif segments is not None:
+            place = positions.restarting(segments)
+            if P:
+                place = jnp.concatenate([jnp.broadcast_to(slots[:, :P], (len(x), P)), place], 1)
+                segments = jnp.pad(segments, [(0, 0), (P, 0)], constant_values=1)
+            mask = masking.segments(segments, segments) | everyones
         view = View(mask, index=index, source=source,
                     source_mask=None if source_mask is None else masking.padding(source_mask))
         if c.positions == "learned":
-            x += self.position_embed(place + c.position_offset).astype(x.dtype)
+            row = jnp.maximum(place, 0) if P else place
+            x += self.position_embed(row + c.position_offset).astype(x.dtype)
         elif c.positions.startswith("sinusoidal"):
             halves = c.positions == "sinusoidal_halves"
             x += positions.sinusoidal(place, c.dim, halves).astype(x.dtype)
@@ -141,11 +167,12 @@ class Stack(nn.Module):
         for i, (block, layer) in enumerate(zip(self.blocks, layers)):
             local = c.is_local(i)
             if local not in views:
-                views[local] = self._view(view, local, slots, keys, place)
+                views[local] = self._view(view, local, slots, keys, place, everyones)
             x, layer = block(x, views[local], layer, deterministic)
             new.append(layer)
         if cache is not None:
             cache = cache | {"layers": new, "index": index + T}
+        x = x[:, P:] if prompted else x
         return (x if c.norm_place == "post" else self.norm(x)), cache
 
     def cross_cache(self, source):
@@ -160,13 +187,13 @@ class Stack(nn.Module):
                                              c.relative_distance, self.causal)
         return self.relative_bias(buckets).astype(jnp.float32).transpose(2, 0, 1)[None]
 
-    def _view(self, view, local, slots, keys, place):
+    def _view(self, view, local, slots, keys, place, everyones):
         c = self.config
         if c.positions == "rotary":
             rates = positions.rotary_rates(c, local)
             view = view._replace(angles=positions.rotary_angles(place, rates))
         if local:
-            window = masking.window(slots, keys, c.window)
+            window = masking.window(slots, keys, c.window) | everyones
             view = view._replace(mask=window if view.mask is None else view.mask & window)
         return view
 

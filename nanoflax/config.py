@@ -6,6 +6,7 @@ problem in one go, `to_dict` and `from_dict` carry it through JSON.
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 
@@ -27,6 +28,7 @@ PACKINGS = ("joined", "isolated")
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 REMATS = ("none", "dots", "blocks")
+PEFT_KINDS = ("none", "lora", "dora", "adalora", "houlsby", "pfeiffer", "prompt", "prefix")
 MAX_SEED = 2**32 - 1  # of larger ones JAX would read the low half
 
 
@@ -157,7 +159,30 @@ class OptimConfig:
     b2: float = 0.95
     eps: float = 1e-8
     clip: float = 1.0  # global norm of the gradient; 0 means none
+    layer_decay: float = 1.0  # each layer's learning rate is this times that of the one above
     ema: float = 0.0  # decay of an averaged copy used to evaluate and sample; 0 means none
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """How a model is adapted: which few parameters are added to it, and which are trained."""
+
+    kind: str = "none"
+    # What is trained, separated by commas: all | adapters | head | biases | last:N (blocks and what
+    # follows them) | a pattern of paths. Empty: the adapters, or all if kind is none.
+    trained: str = ""
+    targets: str = "query|key|value|out|up|gate|down"  # pattern: the ends of adapted Linears' paths
+    rank: int = 8  # of lora and dora; of adalora at first
+    alpha: float = 16.0  # the scale of low-rank adapters is alpha / rank
+    rank_stabilized: bool = False  # or alpha / sqrt(rank) (Kalajdzievski 2023)
+    bottleneck: int = 64  # of houlsby (after attention and MLP) and pfeiffer (after the MLP)
+    virtual_tokens: int = 20  # of prompt and prefix
+    target_rank: int = 4  # adalora: of each matrix in the end, on average
+    warmup_steps: int = 100  # adalora: before the first rank goes
+    final_steps: int = 100  # adalora: after the last one went
+    orthogonality: float = 0.1  # adalora: weight of the penalty
+    beta1: float = 0.85  # adalora: smoothing of the sensitivities
+    beta2: float = 0.85  # adalora: smoothing of their uncertainties
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +218,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    peft: PeftConfig = PeftConfig()
     train: TrainConfig = TrainConfig()
 
 
@@ -235,14 +261,14 @@ def preset(name, **changes):
 
 
 def validate(config):
-    """Refuse a configuration that cannot work; config is a Config or a ModelConfig.
+    """Refuse a configuration that cannot work: a Config, a ModelConfig or a PeftConfig.
 
     Raises: UserError with every problem found, one per clause, before anything is allocated.
     """
-    is_model = isinstance(config, ModelConfig)
+    prefix, problems = {ModelConfig: ("model.", _model_problems),
+                        PeftConfig: ("peft.", _peft_problems), Config: ("", _problems)}[type(config)]
     # What has a wrong type cannot be compared with anything, so these come alone.
-    found = (_type_problems(config, "model." if is_model else "")
-             or (_model_problems if is_model else _problems)(config))
+    found = _type_problems(config, prefix) or problems(config)
     if found:
         raise UserError("; ".join(found))
 
@@ -329,9 +355,31 @@ def _model_problems(m):
     return found
 
 
+def _peft_problems(p):
+    found = []
+    _choice(found, "peft.kind", p.kind, PEFT_KINDS)
+    _at_least(found, "peft", p, 1, "rank", "bottleneck", "virtual_tokens", "target_rank")
+    _at_least(found, "peft", p, 0, "warmup_steps", "final_steps", "orthogonality")
+    if not p.alpha > 0:
+        found.append(f"peft.alpha={p.alpha} must be positive")
+    for name in ("beta1", "beta2"):
+        if not 0 < getattr(p, name) < 1:
+            found.append(f"peft.{name}={getattr(p, name)} must be in (0, 1)")
+    for name in ("targets", "trained"):
+        try:
+            re.compile(getattr(p, name))
+        except re.error as error:
+            found.append(f"peft.{name}={getattr(p, name)!r} is no regular expression: {error}")
+    if p.kind == "adalora" and p.target_rank > p.rank:
+        found.append(f"peft.target_rank={p.target_rank} must be at most peft.rank={p.rank}")
+    if p.rank_stabilized and p.kind not in ("lora", "dora"):
+        found.append(f"peft.rank_stabilized needs peft.kind='lora' or 'dora', not {p.kind!r}")
+    return found
+
+
 def _problems(c):
-    found = _model_problems(c.model)
-    d, o, t = c.data, c.optim, c.train
+    found = _model_problems(c.model) + _peft_problems(c.peft)
+    d, o, p, t = c.data, c.optim, c.peft, c.train
     _choice(found, "data.packing", d.packing, PACKINGS)
     _choice(found, "optim.name", o.name, OPTIMIZERS)
     _choice(found, "optim.schedule", o.schedule, SCHEDULES)
@@ -356,6 +404,11 @@ def _problems(c):
     if t.accumulate >= 1 and t.batch_size % t.accumulate:
         found.append(f"train.accumulate={t.accumulate} does not divide "
                      f"train.batch_size={t.batch_size}")
+    if p.kind == "adalora" and p.warmup_steps + p.final_steps >= t.steps:
+        found.append(f"peft.warmup_steps={p.warmup_steps} and peft.final_steps={p.final_steps} must "
+                     f"leave some of train.steps={t.steps} in which ranks go")
+    if not 0 < o.layer_decay <= 1:
+        found.append(f"optim.layer_decay={o.layer_decay} must be in (0, 1]")
     if o.warmup_steps >= t.steps > 1:
         found.append(f"optim.warmup_steps={o.warmup_steps} must be less than "
                      f"train.steps={t.steps}")

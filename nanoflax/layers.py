@@ -85,8 +85,59 @@ def rms_norm(x, scale, eps):
     return (standardise(x.astype(jnp.float32), eps, False) * scale).astype(x.dtype)
 
 
+def adapt(y, x, p):
+    """y = x @ kernel as changed by the low-rank adapters that a Linear's parameters p hold.
+
+    x: [..., D_in]; y: [..., D_out]; r the rank. LoRA (Hu et al. 2021) adds scale x a b: lora_a
+    [D_in, r], lora_b [r, D_out], lora_scale []. AdaLoRA (Zhang et al. 2023) puts lora_e * lora_mask,
+    both [r], between a and b. DoRA (Liu et al. 2024) then gives column j of the sum of kernel and
+    adapter the length lora_magnitude[j]. Returns [..., D_out] in y's dtype.
+    """
+    scale = jax.lax.stop_gradient(p["lora_scale"])
+    h = x @ p["lora_a"].astype(x.dtype)
+    if "lora_e" in p:
+        h = h * (scale * masked(p)).astype(x.dtype)
+    else:
+        h = h * scale.astype(x.dtype)
+    y = y + h @ p["lora_b"].astype(x.dtype)
+    if "lora_magnitude" in p:
+        # Section 4.3: the length that is divided out counts as a constant.
+        length = jax.lax.stop_gradient(column_lengths(p["kernel"] + low_rank(p)))
+        y = y * (p["lora_magnitude"] / length).astype(y.dtype)
+    return y
+
+
+def low_rank(p):
+    """The matrix [D_in, D_out] float32 that `adapt` adds to the kernel."""
+    a = p["lora_a"] * masked(p) if "lora_e" in p else p["lora_a"]
+    return jnp.dot(a, p["lora_b"], preferred_element_type=jnp.float32) * p["lora_scale"]
+
+
+def masked(p):
+    """lora_e where lora_mask is 1, else 0; yet its gradient is whole, so that what was masked may
+    come back (Zhang et al. 2023, section 3.3)."""
+    e = p["lora_e"]
+    return e + jax.lax.stop_gradient(e * p["lora_mask"] - e)
+
+
+def column_lengths(w):
+    """The Euclidean length of each column of w [D_in, D_out]: [D_out]."""
+    return jnp.sqrt((w * w).sum(0))
+
+
+def bottleneck(h, p, activation):
+    """h + up(activation(down(h))) (Houlsby et al. 2019). h: [B, T, D]; p: {down, up}, each {kernel,
+    bias}. Returns [B, T, D] in h's dtype."""
+    p = jax.tree.map(lambda x: x.astype(h.dtype), p)
+    inner = activate(activation, h @ p["down"]["kernel"] + p["down"]["bias"])
+    return h + (inner @ p["up"]["kernel"] + p["up"]["bias"])
+
+
 class Linear(nn.Module):
-    """x @ kernel + bias. x: [..., D_in] -> [..., features]. Kernel [D_in, features] float32."""
+    """x @ kernel + bias. x: [..., D_in] -> [..., features]. Kernel [D_in, features] float32.
+
+    Low-rank adapters that `peft.add` put beside the kernel are applied.
+    """
 
     features: int
     bias: bool = True
@@ -97,6 +148,8 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(self.stddev),
                             (x.shape[-1], self.features))
         y = matmul(x, kernel.astype(x.dtype))
+        if self.has_variable("params", "lora_a"):
+            y = adapt(y, x, self.variables["params"])
         if self.bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y

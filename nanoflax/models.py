@@ -47,7 +47,10 @@ class Decoder(LanguageModel):
         """Read prompts [B, P] int32, padded on the left, of lengths [B] int32, all but their last
         token. Returns (last tokens [B] int32, a cache with room for new_tokens more)."""
         B, P = tokens.shape
-        cache = self.empty_cache(B, P + new_tokens - 1, P - lengths)
+        virtual = len(params["decoder"].get("prompt", ()))
+        cache = self.empty_cache(B, virtual + P + new_tokens - 1, P - lengths)
+        if virtual:
+            _, cache = self.decode(params, tokens[:, :0], cache)
         if P > 1:
             _, cache = self.decode(params, tokens[:, :-1], cache)
         return tokens[:, -1], cache

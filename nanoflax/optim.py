@@ -1,5 +1,6 @@
 """Optimizers and schedules: optax chains chosen by an OptimConfig."""
 
+import re
 from functools import partial
 
 import jax
@@ -39,6 +40,41 @@ def decay_mask(params):
         lambda path, leaf: leaf.ndim >= 2 and getattr(path[-1], "key", None) != "embedding", params)
 
 
+def layers_above(params):
+    """How many layers stand above each parameter, a tree of int: 0 for the head and the last norm,
+    1 for the last block, the most for the embeddings. An encoder's blocks stand below a decoder's.
+    """
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    blocks = [m.groups() for m in map(_BLOCK.match, paths) if m]
+    count = {stack: max((int(i) + 1 for name, i in blocks if name == stack), default=0)
+             for stack in ("encoder", "decoder")}
+
+    def above(path, _):
+        path = path_of(path)
+        if m := _BLOCK.match(path):
+            return count[m[1]] - int(m[2]) + (count["decoder"] if m[1] == "encoder" else 0)
+        if re.search(r"(?<!un)embed|relative_bias|prompt", path):
+            return 1 + sum(count.values())
+        return count["decoder"] if path.startswith("encoder/") else 0
+
+    return jax.tree_util.tree_map_with_path(above, params)
+
+
+_BLOCK = re.compile(r"(encoder|decoder)/block_(\d+)/")
+
+
+def path_of(path):
+    """A path of JAX's as text, such as `decoder/norm/scale`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def layerwise_decay(decay):
+    """An optax transformation, last in a chain: updates times decay^n under n layers (Howard and
+    Ruder 2018). A tied embedding is an embedding, not a head."""
+    return optax.stateless(lambda updates, _: jax.tree.map(
+        lambda u, n: u * decay**n, updates, layers_above(updates)))
+
+
 def make_optimizer(config, steps):
     """The optax transformation of an OptimConfig over a run of `steps`.
 
@@ -67,6 +103,8 @@ def make_optimizer(config, steps):
     else:
         tx = optax.chain(optax.add_decayed_weights(c.weight_decay, decay_mask),
                          optax.sgd(schedule, momentum=c.b1, nesterov=True))
+    if c.layer_decay != 1:
+        tx = optax.chain(tx, layerwise_decay(c.layer_decay))
     if c.clip:
         tx = optax.chain(optax.clip_by_global_norm(c.clip), tx)
     return tx, schedule

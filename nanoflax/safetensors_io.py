@@ -85,21 +85,22 @@ def locate(directory, name):
     return path
 
 
-def open(directory):
+def open(directory, single=SINGLE):
     """Opens the weights in a directory, reading only headers: a dict, name -> Tensor.
 
+    single: the name of a file that holds all.
     Raises:
       UserError: with every problem found, before anything is allocated: nothing but pickles,
         damaged or lying headers, an index that does not agree with its files or leaves the
         directory.
     """
     directory, problems, tensors = pathlib.Path(directory), [], {}
-    if os.path.lexists(directory / SINGLE):
-        shards = {SINGLE: None}
-    elif os.path.lexists(directory / INDEX):
+    if os.path.lexists(directory / single):
+        shards = {single: None}
+    elif single == SINGLE and os.path.lexists(directory / INDEX):
         shards = _read_index(directory)
     else:
-        raise UserError(_nothing_to_open(directory))
+        raise UserError(_nothing_to_open(directory, single))
     for shard, listed in shards.items():
         try:
             found = _read_header(locate(directory, shard), problems)
@@ -123,15 +124,23 @@ def fail(path, problems):
         raise UserError(f"{path}: " + "; ".join(problems[:_MAX_LISTED]) + more)
 
 
-def _nothing_to_open(directory):
+def _nothing_to_open(directory, single):
     if not directory.is_dir():
-        return f"{directory} is not a directory with {SINGLE} in it"
+        return f"{directory} is not a directory with {single} in it"
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
+    if not pickles and single != SINGLE:
+        return f"{directory} has no {single}"
     if not pickles:
         return f"{directory} has neither {SINGLE} nor {INDEX}"
     return (f"{directory}: {', '.join(pickles)}: a pickle can run code when it is opened; if you "
             "trust it, convert it with Transformers: AutoModel.from_pretrained(directory)"
             ".save_pretrained(new_directory, safe_serialization=True)")
+
+
+def read_json(path):
+    """The JSON object of a file. Raises: UserError if it holds none, or a name twice."""
+    with path.open("rb") as file:
+        return _read_json(path, file, path.stat().st_size)
 
 
 def _read_json(path, file, size):
@@ -159,8 +168,7 @@ def _read_json(path, file, size):
 def _read_index(directory):
     """File name -> set of the names of its tensors."""
     path, shards = locate(directory, INDEX), {}
-    with path.open("rb") as file:
-        weight_map = _read_json(path, file, path.stat().st_size).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not (isinstance(weight_map, dict) and all(isinstance(f, str) for f in weight_map.values())):
         raise UserError(f"{path}: weight_map must be an object, name of tensor: name of file")
     for name, shard in weight_map.items():
@@ -222,7 +230,7 @@ def _wrong_ranges(ranges, size):
         yield f"the tensors need {position} bytes of data and the file has {size}"
 
 
-def save(directory, tensors, max_shard_bytes=5_000_000_000):
+def save(directory, tensors, max_shard_bytes=5_000_000_000, single=SINGLE):
     """Writes weights into a directory, in place of the safetensors of a model there.
 
     One tensor is in memory at a time. The new files take their names when all are written, so a
@@ -233,6 +241,8 @@ def save(directory, tensors, max_shard_bytes=5_000_000_000):
       directory: made if it does not exist.
       tensors: an iterable of (name, shape, dtype, array or function that returns it).
       max_shard_bytes: a shard is closed before it gets larger; one tensor alone may be larger.
+      single: the name of the file if one holds all; the weights of a model are only replaced by
+        those of another.
     Raises:
       UserError: a dtype that safetensors does not have, or the directory cannot be written.
       ValueError: a name given twice, or an array that is not of its shape and dtype.
@@ -251,7 +261,7 @@ def save(directory, tensors, max_shard_bytes=5_000_000_000):
             room = max_shard_bytes
         shards[-1].append(tensor)
         room -= _nbytes(tensor)
-    names = [SINGLE]
+    names = [single]
     if len(shards) > 1:
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     try:
@@ -302,7 +312,8 @@ def _write_file(path, tensors):
 def _move_in(new, names, directory):
     """Moves the named files in, in place of the weights there; undone when one cannot be moved."""
     # One file replaces one in a single step. Shards of two models must never lie side by side.
-    old = [n for n in sorted(os.listdir(directory)) if _WEIGHTS.fullmatch(n) and [n] != names]
+    old = [n for n in sorted(os.listdir(directory)) if _WEIGHTS.fullmatch(n) and [n] != names
+           and _WEIGHTS.fullmatch(names[0])]
     aside = pathlib.Path(tempfile.mkdtemp(prefix="replaced-", dir=directory))
     moves = [(directory / name, aside / name) for name in old]
     moves += [(new / name, directory / name) for name in names]
