@@ -15,10 +15,10 @@ _HOME = {
     "sample": "sampling",
 }
 _MODULES = (
-    "attention", "blocks", "chat", "checkpoint", "config", "data", "gguf", "hardware",
-    "hf_tokenizers", "hf_vocabularies", "layers", "losses", "manifest", "masking", "models",
-    "objectives", "optim", "plots", "positions", "report", "safetensors_io", "sampling",
-    "sharding", "sources", "tokenizers", "train",
+    "attention", "batching", "blocks", "builtin", "chat", "checkpoint", "config", "data",
+    "examples", "gguf", "hardware", "hf_tokenizers", "hf_vocabularies", "layers", "losses",
+    "manifest", "masking", "metrics", "models", "objectives", "optim", "plots", "positions",
+    "report", "safetensors_io", "sampling", "sharding", "sources", "tokenizers", "train",
 )
 __all__ = [*_HOME, *_MODULES]
 
