@@ -110,6 +110,8 @@ def _tagged(path, module):
             string = token.type == tokenize.STRING
             parts = _WORD.findall(token.string) if string else [token.string]
             entity = "STRING" if string else entities.get(token.start)
+            if before is not None and before.string in ("def", "class"):
+                entity = "FUNCTION" if before.string == "def" else "CLASS"
             # Strings side by side are one string.
             inside = string and before is not None and before.type == tokenize.STRING
             for part in parts:
@@ -129,7 +131,7 @@ def _tagged(path, module):
 
 
 def _logical_lines(text):
-    """Yields lists of tokens; an f-string is one token of the type STRING, as before Python 3.12."""
+    """Yields lists of tokens; an f-string is one token STRING, as before Python 3.12."""
     line, depth, begin, lines = [], 0, None, text.split("\n")
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         kind = tokenize.tok_name[token.type]
@@ -155,7 +157,7 @@ def _logical_lines(text):
 
 
 def _entities(module, lines):
-    """{(line, column) of a name: its entity}, columns in characters, as the tokens have them."""
+    """{(line, column) of a parameter or attribute: its entity}, with columns as tokens have them."""
     def at(line, column):  # ast counts bytes
         return line, len(lines[line - 1].encode()[:column].decode())
 
@@ -166,13 +168,6 @@ def _entities(module, lines):
         elif isinstance(node, ast.Attribute):
             line, end = at(node.end_lineno, node.end_col_offset)
             found[line, end - len(node.attr)] = "ATTRIBUTE"
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            entity = "CLASS" if isinstance(node, ast.ClassDef) else "FUNCTION"
-            line, column = at(node.lineno, node.col_offset)
-            # The name follows "def", "async def" or "class", perhaps after a backslash.
-            name = re.compile(r"(?:async[\s\\]+)?(?:def|class)[\s\\]+").match(lines[line - 1], column)
-            if name and lines[line - 1].startswith(node.name, name.end()):
-                found[line, name.end()] = entity
     return found
 
 
