@@ -34,9 +34,10 @@ def ends(tokenizer):
 def align_tags(words, tags, tokenizer):
     """Words and their labels as subwords -> ids, labels, weights: lists of one length.
 
-    The text is the words with a space between. The first piece of a word carries its label and
-    weight 1, every other piece label 0 and weight 0. No word is without a piece: one that a
-    tokenizer reads as nothing becomes its unknown token, so weights sum to the number of words.
+    The text is the words with a space between. The first piece of a word, which may be that space,
+    carries its label and weight 1, every other piece label 0 and weight 0. No word is without a
+    piece: one that a tokenizer reads as nothing becomes its unknown token, so weights sum to the
+    number of words.
     """
     ids, labels, weights = [], [], []
     for i, (word, tag) in enumerate(zip(words, tags, strict=True)):
@@ -46,12 +47,9 @@ def align_tags(words, tags, tokenizer):
                 raise UserError(f"the tokenizer reads the word {word!r} as nothing, and it has no "
                                 "unknown token to stand for it")
             pieces = [tokenizer.unk_id]
-        # A piece of the space alone is no part of the word yet.
-        first = next((n for n in range(len(pieces) - 1)
-                      if tokenizer.decode(pieces[:n + 1]).strip()), len(pieces) - 1) if i else 0
         ids += pieces
-        labels += [tag if n == first else 0 for n in range(len(pieces))]
-        weights += [float(n == first) for n in range(len(pieces))]
+        labels += [tag, *[0] * (len(pieces) - 1)]
+        weights += [1.0, *[0.0] * (len(pieces) - 1)]
     return ids, labels, weights
 
 
@@ -237,14 +235,14 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
     rows, kept = [], []
     encode_target = getattr(tokenizer, "encode_target", tokenizer.encode)  # Marian has two
 
-    def cut(values, limit, place):
-        if len(values) > limit:
+    def cut(values, limit, place, what="texts", room=0):
+        if len(values) + room > limit:
             (report if truncate else too_long).add(
-                f"examples longer than {limit} tokens, {'cut' if truncate else 'refused'}", place)
-        return values[:limit]
+                f"{what} longer than {limit} tokens, {'cut' if truncate else 'refused'}", place)
+        return values[:limit - room]
 
-    def framed(text, limit, place, encode=tokenizer.encode):
-        inner = cut(encode(text), limit - len(prefix) - len(suffix), place)
+    def framed(ids, *limit):
+        inner = cut(ids, *limit, room=len(prefix) + len(suffix))
         return np.asarray([*prefix, *inner, *suffix], np.int32)
 
     for example in examples:
@@ -252,17 +250,19 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
         if isinstance(example, Classification):
             label = np.int32(number[example.labels[0]]) if not multi_label else np.isin(
                 labels, example.labels).astype(np.float32)
-            row = {"tokens": framed(example.text, length, place), "label": np.asarray(label)}
+            row = {"tokens": framed(tokenizer.encode(example.text), length, place),
+                   "label": np.asarray(label)}
         elif isinstance(example, Tagging):
             columns = align_tags(example.tokens, [number[t] for t in example.tags], tokenizer)
-            inner = cut(list(zip(*columns)), length - len(prefix) - len(suffix), place)
-            ids, tags, weights = zip(*[(i, 0, 0.0) for i in prefix], *inner,
+            pieces = cut(list(zip(*columns)), length, place, room=len(prefix) + len(suffix))
+            ids, tags, weights = zip(*[(i, 0, 0.0) for i in prefix], *pieces,
                                      *[(i, 0, 0.0) for i in suffix])
             row = {"tokens": np.asarray(ids, np.int32), "tags": np.asarray(tags, np.int32),
                    "weights": np.asarray(weights, np.float32)}
         elif isinstance(example, Pair):
-            row = {"source": framed(example.source, length, place),
-                   "targets": framed(example.target, target_length, place, encode_target)}
+            row = {"source": framed(tokenizer.encode(example.source), length, place, "sources"),
+                   "targets": framed(encode_target(example.target), target_length, place,
+                                     "targets")}
         else:
             if isinstance(example, Chat):
                 try:

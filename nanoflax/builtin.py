@@ -157,7 +157,7 @@ def _logical_lines(text):
 
 
 def _entities(module, lines):
-    """{(line, column) of a parameter or attribute: its entity}, with columns as tokens have them."""
+    """{(line, column) of a parameter or attribute: its entity}, columns as tokens have them."""
     def at(line, column):  # ast counts bytes
         return line, len(lines[line - 1].encode()[:column].decode())
 
