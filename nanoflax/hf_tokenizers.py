@@ -301,8 +301,12 @@ class MarianTokenizer(_FromFiles):
             end = match.end()
         return ids + self._part(text[end:])
 
-    def _part(self, text):
-        pieces = self._source.encode(text, out_type=str)
+    def encode_target(self, text):
+        """Text of the language that is translated into, to ids."""
+        return self._part(well_formed(text), self._target)
+
+    def _part(self, text, model=None):
+        pieces = (model or self._source).encode(text, out_type=str)
         return [self._ids.get(piece, self.unk_id) for piece in pieces]
 
     def encode_with_template(self, text, pair=None, special=False):

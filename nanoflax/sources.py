@@ -128,11 +128,11 @@ def _split_documents(texts, split, fraction, few):
         if few:
             if part := _cut(text, fraction)[split == "validation"]:
                 yield part
-        elif _chosen(text, fraction) == (split == "validation"):
+        elif chosen(text, fraction) == (split == "validation"):
             yield text
 
 
-def _chosen(text, fraction):
+def chosen(text, fraction):
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"nanoflax split").digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
@@ -185,20 +185,27 @@ def _pydocs():
     from pydoc_data.topics import topics
 
     documents = [topics[name] for name in sorted(topics)]
-    root, seen = pathlib.Path(sysconfig.get_paths()["stdlib"]), set()
-    for path in sorted(root.rglob("*.py")):
+    seen = set()
+    for name, _, module in standard_modules("**/*.py"):
+        if sections := list(_docstrings(module, name, "", seen)):
+            documents.append("\n\n".join(sections) + "\n")
+    return documents
+
+
+def standard_modules(pattern, largest=None):
+    """Yields (name, path, ast.Module) of the running Python's own source files, in order of their
+    paths; of those under `largest` bytes alone, if given."""
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.glob(pattern)):
         parts = path.relative_to(root).with_suffix("").parts
-        if SKIPPED_MODULES & set(parts):
+        if SKIPPED_MODULES & set(parts) or largest and path.stat().st_size >= largest:
             continue
         try:
             with warnings.catch_warnings(action="ignore"):  # of old escapes in the source
                 module = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):
             continue  # a template or a foreign file, no module of this Python
-        name = ".".join(parts).removesuffix(".__init__")
-        if sections := list(_docstrings(module, name, "", seen)):
-            documents.append("\n\n".join(sections) + "\n")
-    return documents
+        yield ".".join(parts).removesuffix(".__init__"), path, module
 
 
 def _docstrings(node, heading, prefix, seen):
@@ -249,6 +256,16 @@ def _read_text(files, field, report):
 
 
 def _read_jsonl(file, path, field, report):
+    for place, value in json_lines(file, path, report):
+        text = value.get(field) if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            report.add(f"JSON lines without text in field {field!r}, left out", place)
+        else:
+            yield _clean(text, place, report)
+
+
+def json_lines(file, path, report):
+    """Yields (place, value) of a binary file of JSON lines; malformed ones are counted."""
     for number, line in enumerate(file, 1):
         place = f"{path}:{number}"
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -263,11 +280,7 @@ def _read_jsonl(file, path, field, report):
         except (ValueError, RecursionError):
             report.add("malformed JSON lines, left out", place)
             continue
-        text = value.get(field) if isinstance(value, dict) else None
-        if not isinstance(text, str):
-            report.add(f"JSON lines without text in field {field!r}, left out", place)
-        else:
-            yield _clean(text, place, report)
+        yield place, value
 
 
 def _no_warning_of_tfds(record):
@@ -275,36 +288,45 @@ def _no_warning_of_tfds(record):
 
 
 def _dataset(source):
-    """The TFDS builder of a tfds: source, prepared, and its field. TensorFlow is not imported."""
-    import absl.logging
+    """The TFDS builder of a tfds: source, prepared, and its field."""
     import tensorflow_datasets as tfds
 
-    # It warns of each folder that it looks into; what matters comes as an exception.
-    absl.logging.get_absl_logger().addFilter(_no_warning_of_tfds)
     words = source.name.removeprefix("tfds:").split(":")
     # NAME, NAME:FIELD, NAME:VERSION or NAME:VERSION:FIELD; a version starts with a digit.
     name = ":".join(words[:2] if len(words) > 1 and words[1][:1].isdigit() else words[:1])
     field = ":".join(words)[len(name) + 1:]
-    directory = source.data_dir or os.environ.get("TFDS_DATA_DIR") or None
-    hint = (f"prepare it once, where there is a network: tfds build {name} "
-            f"--file_format=array_record --data_dir={directory or tfds.core.constants.DATA_DIR}")
-    try:
-        builder = tfds.builder(name, data_dir=directory)
-        if not builder.is_prepared():
-            if not _online():
-                raise UserError(f"{source.name} is not prepared and there is no network; {hint}")
-            builder.download_and_prepare(file_format="array_record")
-    except UserError:
-        raise
-    except Exception as error:  # TFDS raises of every kind, with pages of text
-        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{source.name} is not prepared here: {message} {hint}") from error
+    builder = open_dataset(name, source.data_dir)
     features = builder.info.features
     texts = [k for k in features if isinstance(features[k], tfds.features.Text)]
     if field not in texts and (field or len(texts) != 1):
         raise UserError(f"{source.name}: name a text feature, as in tfds:{name}:FIELD; it has "
                         f"{', '.join(texts) or 'none'}")
     return builder, field or texts[0]
+
+
+def open_dataset(name, data_dir=""):
+    """The TFDS builder of NAME, with /CONFIG and :VERSION if need be, prepared. TensorFlow is not
+    imported. Raises UserError where it is not prepared and cannot be."""
+    import absl.logging
+    import tensorflow_datasets as tfds
+
+    # It warns of each folder that it looks into; what matters comes as an exception.
+    absl.logging.get_absl_logger().addFilter(_no_warning_of_tfds)
+    directory = data_dir or os.environ.get("TFDS_DATA_DIR") or None
+    hint = (f"prepare it once, where there is a network: tfds build {name} "
+            f"--file_format=array_record --data_dir={directory or tfds.core.constants.DATA_DIR}")
+    try:
+        builder = tfds.builder(name, data_dir=directory)
+        if not builder.is_prepared():
+            if not _online():
+                raise UserError(f"tfds:{name} is not prepared and there is no network; {hint}")
+            builder.download_and_prepare(file_format="array_record")
+    except UserError:
+        raise
+    except Exception as error:  # TFDS raises of every kind, with pages of text
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"tfds:{name} is not prepared here: {message} {hint}") from error
+    return builder
 
 
 def _online(seconds=3):
@@ -328,9 +350,15 @@ def _dataset_splits(source):
     """{"train": [name], "validation": [name] if it has one, "all": [names]}; {} if not of TFDS."""
     if not source.name.startswith("tfds:"):
         return {}
-    names = list(_dataset(source)[0].info.splits)
+    return dataset_splits(_dataset(source)[0])
+
+
+def dataset_splits(builder):
+    """{"train": [name], "all": [names]}, with "validation": [name] if there is such or a test."""
+    names = list(builder.info.splits)
     if "train" not in names:
-        raise UserError(f"{source.name} has no split named train, only {', '.join(names)}")
+        raise UserError(f"tfds:{builder.info.full_name} has no split named train, only "
+                        f"{', '.join(names)}")
     held_out = [name for name in ("validation", "test") if name in names][:1]
     return {"train": ["train"], "all": names} | ({"validation": held_out} if held_out else {})
 
@@ -338,11 +366,17 @@ def _dataset_splits(source):
 def _read_tfds(source, names, report):
     builder, field = _dataset(source)
     for part, name in enumerate(names):
-        try:
-            examples = builder.as_data_source(split=name)
-        except NotImplementedError as error:
-            raise UserError(f"{source.name} is prepared as {builder.info.file_format.value}: "
-                            "prepare it again with --file_format=array_record") from error
+        examples = dataset_examples(builder, name)
         for i, example in enumerate(_counted(examples, report, part, len(names))):
             if text := _clean(example[field], f"{name} example {i}", report):
                 yield text
+
+
+def dataset_examples(builder, split):
+    """The examples of one split of a TFDS builder, at random access."""
+    try:
+        return builder.as_data_source(split=split)
+    except NotImplementedError as error:
+        raise UserError(f"tfds:{builder.info.full_name} is prepared as "
+                        f"{builder.info.file_format.value}: prepare it again with "
+                        "--file_format=array_record") from error

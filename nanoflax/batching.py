@@ -1,0 +1,326 @@
+"""Examples to batches: tokens, what is trained among them, and padding to a few lengths.
+
+    examples --encode--> Rows --> ExampleBatches[step] (shuffled, for ever) or evaluation (once)
+"""
+
+import dataclasses
+
+import numpy as np
+
+from nanoflax.data import Batches
+from nanoflax.errors import UserError
+from nanoflax.examples import Chat, Classification, Pair, Tagging
+from nanoflax.report import printable
+from nanoflax.sources import Report
+from nanoflax.tokenizers import check_ids
+
+POOL = 16  # batches that are cut together from examples sorted by length
+SHORTEST = 16  # the smallest length that batches are padded to
+
+
+# Text to ids.
+
+
+def ends(tokenizer):
+    """The ids that a model wants before and after a text, such as ([CLS], [SEP]) or ((), </s>)."""
+    if not hasattr(tokenizer, "encode_with_template"):
+        return [], [tokenizer.eos_id]
+    probe = "a"
+    inner, whole = tokenizer.encode(probe), tokenizer.encode_with_template(probe)
+    at = next(i for i in range(len(whole)) if whole[i:i + len(inner)] == inner)
+    return whole[:at], whole[at + len(inner):]
+
+
+def align_tags(words, tags, tokenizer):
+    """Words and their labels as subwords -> ids, labels, weights: lists of one length.
+
+    The text is the words with a space between. The first piece of a word, which may be that space,
+    carries its label and weight 1, every other piece label 0 and weight 0. No word is without a
+    piece: one that a tokenizer reads as nothing becomes its unknown token, so weights sum to the
+    number of words.
+    """
+    ids, labels, weights = [], [], []
+    for i, (word, tag) in enumerate(zip(words, tags, strict=True)):
+        pieces = tokenizer.encode(f" {word}" if i else word)
+        if not pieces:
+            if getattr(tokenizer, "unk_id", None) is None:
+                raise UserError(f"the tokenizer reads the word {word!r} as nothing, and it has no "
+                                "unknown token to stand for it")
+            pieces = [tokenizer.unk_id]
+        ids += pieces
+        labels += [tag, *[0] * (len(pieces) - 1)]
+        weights += [1.0, *[0.0] * (len(pieces) - 1)]
+    return ids, labels, weights
+
+
+def word_tags(predictions, weights, names, n_words):
+    """What a model said of each word: the names of the predictions [T] where weights [T] are not 0;
+    "O" for the words that truncation cut off. The tags of `n_words` words."""
+    found = [names[p] for p, w in zip(predictions, weights) if w]
+    return found + ["O"] * (n_words - len(found))
+
+
+def chat_ids(tokenizer, messages):
+    """A conversation -> ids, weights: 1.0 for the replies of the assistant and the token that ends
+    each, 0.0 for all else.
+
+    By the tokenizer's chat template, or without one in this form: for each message its role, ":",
+    a newline, its content and the end-of-sequence token.
+    Raises: UserError if the template does not show where a reply begins or ends.
+    """
+    if tokenizer.chat_template is None:
+        ids, weights = [], []
+        for message in messages:
+            head, reply = _plain_turn(tokenizer, message)
+            ids += head + reply
+            weights += [0.0] * len(head) + [float(message["role"] == "assistant")] * len(reply)
+        return ids, weights
+    ids = tokenizer.apply_chat(messages, add_generation_prompt=False)
+    weights = [0.0] * len(ids)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        # What stands before a reply is what the model is given to continue when it is used.
+        head = chat_prompt(tokenizer, messages[:i]) if i else []
+        if not i or ids[:len(head)] != head:
+            raise UserError(f"the chat template does not write message {i + 1} after the prompt "
+                            "for it, so where the reply begins is not known")
+        end = _end_of_reply(tokenizer, ids, len(head))
+        weights[len(head):end] = [1.0] * (end - len(head))
+    return ids, weights
+
+
+def chat_prompt(tokenizer, messages):
+    """The ids after which a model, trained on chat_ids, answers the messages."""
+    if tokenizer.chat_template is None:
+        turns = [i for m in messages for part in _plain_turn(tokenizer, m) for i in part]
+        return turns + tokenizer.encode("assistant:\n")
+    return tokenizer.apply_chat(messages, add_generation_prompt=True)
+
+
+def _plain_turn(tokenizer, message):
+    # Encoded apart, so that no token spans the border.
+    return (tokenizer.encode(f"{message['role']}:\n"),
+            [*tokenizer.encode(message["content"]), tokenizer.eos_id])
+
+
+def _end_of_reply(tokenizer, ids, start):
+    # Words that a tokenizer does not know end nothing.
+    special = {*tokenizer.special.values()} - {tokenizer.unk_id} | {*tokenizer.stop_ids}
+    for end in range(start, len(ids)):
+        if ids[end] in special:
+            return end + 1
+    raise UserError("the chat template ends a reply with no special token, so a model could not "
+                    "learn to end")
+
+
+def show_mask(tokenizer, ids, weights):
+    """The text of the ids with what is trained (weight not 0) between ⟦ and ⟧, and the names of
+    special tokens."""
+    check_ids(ids, tokenizer.vocab_size)
+    names = {i: name for name, i in getattr(tokenizer, "special", {}).items()}
+    names.setdefault(tokenizer.eos_id, "<eos>")
+    text, run, trained = [], [], False
+
+    def flush():
+        text.append(tokenizer.decode(run))
+        run.clear()
+
+    for i, weight in zip(ids, weights, strict=True):
+        if bool(weight) != trained:
+            flush()
+            trained = bool(weight)
+            text.append("⟦" if trained else "⟧")
+        if i in names:
+            flush()
+            text.append(names[i])
+        else:
+            run.append(int(i))
+    flush()
+    return printable("".join(text) + "⟧" * trained)
+
+
+# Examples to rows.
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Encoded examples, one dict of arrays each, and how they become a batch. See `encode`."""
+
+    rows: list
+    examples: list  # what each row was made of
+    pad_id: int
+    length: int
+    target_length: int
+
+    def __len__(self):
+        return len(self.rows)
+
+    def n_tokens(self, i):
+        return sum(len(a) for name, a in self.rows[i].items()
+                   if name in ("tokens", "source", "targets"))
+
+    def lengths(self, indices):
+        """The lengths that a batch of these rows is padded to, by the name of the tokens."""
+        limits = {"tokens": self.length, "source": self.length, "targets": self.target_length}
+        rows = [self.rows[i] for i in indices if i < len(self)]
+        return {name: min(limit, _bucket(max(len(row[name]) for row in rows)))
+                for name, limit in limits.items() if name in rows[0]}
+
+    def batch(self, indices, lengths=None):
+        """[B] row numbers -> a dict of numpy arrays; a number past the end gives padding alone.
+
+        Classification: tokens [B, T] int32, padding_mask [B, T] bool (True for real tokens),
+        label [B] int32 (or [B, number of labels] float32, 0 or 1, of several), weights [B]
+        float32. Tagging: tokens, padding_mask, tags [B, T] int32, weights [B, T] float32.
+        Pair: source [B, S], source_mask [B, S], targets [B, T], weights [B, T].
+        Chat and Text: tokens [B, T], weights [B, T]. Weights are 0 for padding.
+        lengths: those to pad to, by name; default `self.lengths(indices)`.
+        """
+        lengths = lengths or self.lengths(indices)
+        nothing = {name: array[:0] if array.ndim and name != "label" else np.zeros_like(array)
+                   for name, array in self.rows[0].items()}
+        rows = [self.rows[i] if i < len(self) else nothing for i in indices]
+
+        def padded(name, length, value=0):
+            arrays = [row[name] for row in rows]
+            result = np.full((len(rows), length), value, arrays[0].dtype)
+            for line, array in zip(result, arrays):
+                line[:len(array)] = array
+            return result
+
+        def real(name):
+            sizes = np.asarray([len(row[name]) for row in rows])
+            return np.arange(lengths[name]) < sizes[:, None]
+
+        batch = {name: padded(name, length, self.pad_id) for name, length in lengths.items()}
+        if "source" in batch:
+            return batch | {"source_mask": real("source"),
+                            "weights": real("targets").astype(np.float32)}
+        if "label" in nothing:
+            return batch | {"padding_mask": real("tokens"),
+                            "label": np.stack([row["label"] for row in rows]),
+                            "weights": (np.asarray(indices) < len(self)).astype(np.float32)}
+        batch["weights"] = padded("weights", lengths["tokens"])
+        if "tags" in nothing:
+            batch |= {"padding_mask": real("tokens"), "tags": padded("tags", lengths["tokens"])}
+        return batch
+
+
+def _bucket(length):
+    """The next power of two: a compiled step for each of a few lengths."""
+    return max(SHORTEST, 1 << (length - 1).bit_length())
+
+
+def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=True,
+           target_length=None, report=None):
+    """Examples of one kind -> Rows, in order.
+
+    Args:
+      length: tokens of a row at most, with the special ones; target_length: of a Pair's target
+        (default: length).
+      labels: the class names, for Classification and Tagging (examples.TaskData.labels).
+      multi_label: a row may have several labels, or none.
+      truncate: a longer text is cut (its special tokens stay), and counted in `report`; otherwise
+        longer ones are refused.
+    Raises: UserError naming the examples that are too long, or if no row is left.
+    """
+    report, target_length = Report() if report is None else report, target_length or length
+    prefix, suffix = ends(tokenizer)
+    least = len(prefix) + len(suffix) + 1
+    if min(length, target_length) < least:
+        raise UserError(f"length {min(length, target_length)}: must be at least {least}, for the "
+                        "special tokens and one more")
+    number, too_long = {name: i for i, name in enumerate(labels)}, Report()
+    rows, kept = [], []
+    encode_target = getattr(tokenizer, "encode_target", tokenizer.encode)  # Marian has two
+
+    def cut(values, limit, place, what="texts", room=0):
+        if len(values) + room > limit:
+            (report if truncate else too_long).add(
+                f"{what} longer than {limit} tokens, {'cut' if truncate else 'refused'}", place)
+        return values[:limit - room]
+
+    def framed(ids, *limit):
+        inner = cut(ids, *limit, room=len(prefix) + len(suffix))
+        return np.asarray([*prefix, *inner, *suffix], np.int32)
+
+    for example in examples:
+        place = example.place
+        if isinstance(example, Classification):
+            label = np.int32(number[example.labels[0]]) if not multi_label else np.isin(
+                labels, example.labels).astype(np.float32)
+            row = {"tokens": framed(tokenizer.encode(example.text), length, place),
+                   "label": np.asarray(label)}
+        elif isinstance(example, Tagging):
+            columns = align_tags(example.tokens, [number[t] for t in example.tags], tokenizer)
+            pieces = cut(list(zip(*columns)), length, place, room=len(prefix) + len(suffix))
+            ids, tags, weights = zip(*[(i, 0, 0.0) for i in prefix], *pieces,
+                                     *[(i, 0, 0.0) for i in suffix])
+            row = {"tokens": np.asarray(ids, np.int32), "tags": np.asarray(tags, np.int32),
+                   "weights": np.asarray(weights, np.float32)}
+        elif isinstance(example, Pair):
+            row = {"source": framed(tokenizer.encode(example.source), length, place, "sources"),
+                   "targets": framed(encode_target(example.target), target_length, place,
+                                     "targets")}
+        else:
+            if isinstance(example, Chat):
+                try:
+                    ids, weights = chat_ids(tokenizer, example.messages)
+                except UserError as error:
+                    report.add(f"chats left out: {error}", place)
+                    continue
+            else:
+                ids = [*tokenizer.encode(example.text), tokenizer.eos_id]
+                weights = [1.0] * len(ids)
+            row = {"tokens": np.asarray(cut(ids, length, place), np.int32),
+                   "weights": np.asarray(weights[:length], np.float32)}
+            if not row["weights"].any():
+                report.add(f"chats without a reply in the first {length} tokens, left out", place)
+                continue
+        rows.append(row)
+        kept.append(example)
+    if too_long.counts:
+        raise UserError(f"{'; '.join(too_long.lines())}; raise the length, or ask to truncate them")
+    if not rows:
+        raise UserError(f"no example is left: {'; '.join(report.lines()) or 'there was none'}")
+    return Rows(rows, kept, tokenizer.pad_id, length, target_length)
+
+
+# Rows to batches.
+
+
+class ExampleBatches:
+    """batches[step] -> this process's [batch_size / process_count, ...] rows of Rows.batch.
+
+    As data.Batches: each epoch is a permutation by (seed, epoch), any step is found at once, and
+    the global batch of a step is the same for any process_count. Of every 16 batches the rows are
+    sorted by length and dealt out, so that a batch holds rows of like length and little padding.
+    """
+
+    def __init__(self, rows, batch_size, seed=0, shuffle=True, process_index=0, process_count=1):
+        own = Batches(rows, batch_size, seed, shuffle, process_index, process_count)  # checks
+        self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
+        self.part = slice(own.offset, own.offset + own.rows)
+        self._pools = Batches(rows, POOL * batch_size, seed, shuffle)
+
+    def indices(self, step):
+        """The numbers of the rows of batches[step], of all processes together, [batch_size]."""
+        pool, i = divmod(step, POOL)
+        indices = self._pools.indices(pool)
+        if self.shuffle:
+            indices.sort(key=self.rows.n_tokens)
+            i = np.random.default_rng((self.seed, pool)).permutation(POOL)[i]
+        return indices[i * self.batch_size:(i + 1) * self.batch_size]
+
+    def __getitem__(self, step):
+        indices = self.indices(step)
+        return self.rows.batch(indices[self.part], self.rows.lengths(indices))
+
+
+def evaluation(rows, batch_size, process_index=0, process_count=1):
+    """Yields batches of every row once, in order; the last is filled up with rows of weight 0."""
+    batches = ExampleBatches(rows, batch_size, 0, False, process_index, process_count)
+    for start in range(0, len(rows), batch_size):
+        indices = range(start, start + batch_size)
+        yield rows.batch(indices[batches.part], rows.lengths(indices))

@@ -1,0 +1,562 @@
+"""Task data: examples from a source named by one string, cleaned, checked, and every loss counted.
+
+A source is jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, or one that
+needs no download (nanoflax.builtin): dates:en-fr, pytags, pymodules, bible:kjv-web. Files may be
+.gz. Examples are of one of five kinds, each with its fields in a JSON line or a TSV column:
+
+    Classification   text, and label (one) or labels (several, or none)
+    Tagging          tokens, tags (O, B-TYPE, I-TYPE)
+    Pair             source, target
+    Chat             messages, each with role and content
+    Text             text
+"""
+
+import codecs
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import json
+import re
+import unicodedata
+import zlib
+
+from nanoflax import builtin
+from nanoflax.errors import UserError
+from nanoflax.sources import (Report, chosen, dataset_examples, dataset_splits, json_lines,
+                              open_dataset)
+from nanoflax.tokenizers import well_formed
+
+HELP = ("choose jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, "
+        "dates:en-fr, pytags, pymodules or bible:kjv-web")
+
+
+def _place():
+    return dataclasses.field(default="", compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    text: str
+    labels: tuple  # of str; just one, unless the task is a multi-label one
+    place: str = _place()  # file:line
+    fields = ("text", "label")
+    input = property(lambda self: self.text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tagging:
+    tokens: tuple  # words
+    tags: tuple  # one of each word
+    place: str = _place()
+    fields = ("tokens", "tags")
+    input = property(lambda self: self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    source: str
+    target: str
+    place: str = _place()
+    fields = ("source", "target")
+    input = property(lambda self: self.source)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    messages: tuple  # of dicts with role and content
+    place: str = _place()
+    fields = ("messages",)
+    input = property(lambda self: self.messages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    text: str
+    place: str = _place()
+    fields = ("text",)
+    input = property(lambda self: self.text)
+
+
+# Of well-known TFDS data sets; those of translations name their two languages in their configs.
+DATASETS = {
+    "glue/sst2": {"text": "sentence"},
+    "conll2003": {"tags": "ner"},
+    "cnn_dailymail": {"source": "article", "target": "highlights"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSource:
+    """Where examples come from, how they split and how they are cleaned.
+
+    name: see the head of this file. validation: another source, all of it the validation split.
+      Otherwise the data's own (TFDS: validation, or else test); otherwise each example whose input
+      hashes under `validation_fraction`, so that no input is in both.
+    fields: what the file calls our fields, as "text=sentence,label=stars"; for CoNLL the numbers
+      of the columns from 0, as "tokens=1,tags=3" (by default the first and the last).
+    unicode: NFC, NFKC, or "" to leave characters as they are.
+    whitespace: "trim" it at the ends of lines and text, "collapse" each run to one space, or "".
+    keep_duplicates: exact duplicates of an example stay in the training data.
+    limit: examples of a split to read at most, 0 for all: they are held in memory.
+    """
+
+    name: str
+    validation: str = ""
+    validation_fraction: float = 0.05
+    data_dir: str = ""  # of TFDS
+    fields: str = ""
+    unicode: str = "NFC"
+    whitespace: str = "trim"
+    keep_duplicates: bool = False
+    limit: int = 0
+
+    def __post_init__(self):
+        for field, choices in (("unicode", ("NFC", "NFKC", "")),
+                               ("whitespace", ("trim", "collapse", ""))):
+            if getattr(self, field) not in choices:
+                raise UserError(f"{field} {getattr(self, field)!r}: choose {choices[0]}, "
+                                f"{choices[1]} or nothing")
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction {self.validation_fraction}: must be between 0 "
+                            "and 1")
+        if self.limit < 0:
+            raise UserError(f"limit {self.limit}: must not be negative; 0 is no limit")
+        _renamed(self)
+
+    def read_as(self, name):
+        return dataclasses.replace(self, name=name, validation="")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """labels: the classes in order; for tags O, then B- and I- of each type. Of other kinds ()."""
+
+    train: list
+    validation: list
+    labels: tuple
+    report: Report
+
+    @property
+    def multi_label(self):
+        return any(len(example.labels) != 1 for example in self.train)
+
+
+def load(source, kind, labels=None):
+    """Both splits of a TaskSource (or its name) as examples of `kind` -> TaskData.
+
+    labels: those that a model already has; otherwise the training data's. Examples with others are
+    left out and counted. Raises UserError if a split has nothing usable, or the data one class.
+    """
+    source = source if isinstance(source, TaskSource) else TaskSource(source)
+    report = Report()
+    splits = _records(source, kind, report)
+    train = _collect(source, kind, splits["train"], report)
+    if source.validation:
+        other = source.read_as(source.validation)
+        validation = _collect(other, kind, _whole(_records(other, kind, report)), report)
+    elif "validation" in splits:
+        validation = _collect(source, kind, splits["validation"], report)
+    else:
+        train, validation = _split(train, source.validation_fraction)
+    if not source.keep_duplicates:
+        train = _without_duplicates(train, report)
+    train_inputs = {_digest(example.input) for example in train}
+    for example in validation:
+        if _digest(example.input) in train_inputs:
+            report.add("validation examples whose input is in the training data too, kept",
+                       example.place)
+    if kind in (Classification, Tagging):
+        labels = tuple(labels) if labels else _label_names(train, kind)
+        train, validation = (_known(part, kind, labels, report) for part in (train, validation))
+    _check(source.name, "training", kind, train, report)
+    _check(source.validation or source.name, "validation", kind, validation, report)
+    _check_classes(source.name, kind, train)
+    return TaskData(train, validation, labels or (), report)
+
+
+def read(source, kind, labels=None, report=None):
+    """All examples of a TaskSource (or its name), as new data to evaluate on -> list."""
+    source = source if isinstance(source, TaskSource) else TaskSource(source)
+    report = Report() if report is None else report
+    examples = _collect(source, kind, _whole(_records(source, kind, report)), report)
+    if labels:
+        examples = _known(examples, kind, labels, report)
+    _check(source.name, "evaluation", kind, examples, report)
+    return examples
+
+
+def _whole(splits):
+    return itertools.chain.from_iterable(splits.values())
+
+
+def _collect(source, kind, records, report):
+    make = {Classification: _classification, Tagging: _tagging, Pair: _pair, Chat: _chat,
+            Text: _text}[kind]
+
+    def clean(value, place):
+        return clean_text(value, place, report, source.unicode, source.whitespace)
+
+    made = (make(record, place, clean, report) for place, record in records)
+    return list(itertools.islice((e for e in made if e is not None), source.limit or None))
+
+
+def _split(examples, fraction):
+    parts = [], []
+    for example in examples:
+        parts[chosen(repr(example.input), fraction)].append(example)
+    if not parts[1] and len(examples) > 1:  # of a few examples a hash may choose none
+        parts[1].append(parts[0].pop())
+    return parts
+
+
+def _digest(value):
+    return hashlib.blake2b(repr(value).encode(), digest_size=16).digest()
+
+
+def _without_duplicates(examples, report):
+    seen, kept = set(), []
+    for example in examples:
+        digest = _digest([getattr(example, f.name) for f in dataclasses.fields(example)
+                          if f.compare])
+        if digest in seen:
+            report.add("exact duplicates, left out", example.place)
+        else:
+            seen.add(digest)
+            kept.append(example)
+    return kept
+
+
+def _label_names(examples, kind):
+    if kind is Tagging:
+        types = sorted({tag[2:] for example in examples for tag in example.tags if tag != "O"})
+        return ("O", *(f"{prefix}-{name}" for name in types for prefix in "BI"))
+    names = {label for example in examples for label in example.labels}
+    return tuple(sorted(names, key=lambda s: (int(s) if re.fullmatch("[0-9]+", s) else -1, s)))
+
+
+def _known(examples, kind, labels, report):
+    known, kept = set(labels), []
+    for example in examples:
+        own = example.tags if kind is Tagging else example.labels
+        unknown = next((label for label in own if label not in known), None)
+        if unknown is None:
+            kept.append(example)
+        else:
+            report.add("examples with an unknown label, left out", f"{example.place} {unknown!r}")
+    return kept
+
+
+def _check(name, split, kind, examples, report):
+    if not examples:
+        found = "; ".join(report.lines()) or "it is empty"
+        raise UserError(f"{name}: no usable {split} example with {' and '.join(kind.fields)}: "
+                        f"{found}")
+
+
+def _check_classes(name, kind, examples):
+    if kind is Tagging and all(tag == "O" for example in examples for tag in example.tags):
+        raise UserError(f"{name}: every word is tagged O ({examples[0].place} and "
+                        f"{len(examples) - 1} more); tagging needs an entity to learn")
+    if kind is Classification and len({example.labels for example in examples}) < 2:
+        raise UserError(f"{name}: every example has the label {', '.join(examples[0].labels)!r} "
+                        f"({examples[0].place} and {len(examples) - 1} more); classification "
+                        "needs two classes")
+
+
+# Cleaning.
+
+# \x1c-\x1e and \x85 are line ends to Python, so whitespace.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\ufeff]")
+_WHITESPACE = {
+    "trim": lambda text: "\n".join(line.rstrip() for line in text.splitlines()).strip(),
+    "collapse": lambda text: " ".join(text.split()),
+    "": lambda text: text,
+}
+
+
+def clean_text(text, place, report, unicode="NFC", whitespace="trim"):
+    """The cleaned text; each step that changes it is counted in the report. See TaskSource."""
+    for name, step in (
+            ("unpaired surrogates, read as U+FFFD", well_formed),
+            (f"texts normalized to {unicode}",
+             lambda text: unicodedata.normalize(unicode, text) if unicode else text),
+            ("texts with control characters, removed", lambda text: _CONTROL.sub("", text)),
+            (f"texts with whitespace to {whitespace}", _WHITESPACE[whitespace])):
+        new = step(text)
+        if new != text:
+            report.add(name, place)
+        text = new
+    return text
+
+
+# From a record, a dict by our names for the fields, to an example; None, and counted, if it is bad.
+
+
+def _sides(record, names, place, clean, report):
+    """The cleaned texts of some fields, or None."""
+    texts = []
+    for name in names:
+        text = record.get(name)
+        if not isinstance(text, str):
+            report.add(f"examples without text in {name!r}, left out", place)
+            return None
+        texts.append(clean(text, place))
+    for name, text in zip(names, texts):
+        if not text or text.isspace():
+            report.add(f"examples with an empty {name!r}, left out", place)
+            return None
+    return texts
+
+
+def _text(record, place, clean, report):
+    sides = _sides(record, Text.fields, place, clean, report)
+    return sides and Text(*sides, place)
+
+
+def _pair(record, place, clean, report):
+    sides = _sides(record, Pair.fields, place, clean, report)
+    return sides and Pair(*sides, place)
+
+
+def _classification(record, place, clean, report):
+    if record.get("labels") is not None:
+        labels = record["labels"] if isinstance(record["labels"], list) else [None]
+    else:
+        labels = [record.get("label")]
+    if any(label in (None, "") or isinstance(label, (list, dict)) for label in labels):
+        report.add("examples without a label, left out", place)
+        return None
+    sides = _sides(record, ["text"], place, clean, report)
+    names = (label.strip() if isinstance(label, str) else json.dumps(label) for label in labels)
+    return sides and Classification(*sides, tuple(dict.fromkeys(names)), place)
+
+
+def _tagging(record, place, clean, report):
+    words, tags = record.get("tokens"), record.get("tags")
+    if not all(isinstance(column, list) and all(isinstance(value, str) for value in column)
+               for column in (words, tags)):
+        report.add("examples without lists of text in 'tokens' and 'tags', left out", place)
+        return None
+    if len(words) != len(tags):
+        report.add("examples with unequal numbers of tokens and tags, left out",
+                   f"{place} {len(words)} and {len(tags)}")
+        return None
+    places = record.get("places", [place] * len(words))
+    words = [clean(word, at) for word, at in zip(words, places)]
+    if not words or not all(words):
+        report.add("examples with an empty token, left out",
+                   places[words.index("")] if words else place)
+        return None
+    before, checked = "O", []
+    for tag, at in zip(tags, places):
+        if not re.fullmatch("O|[BI]-.+", tag):
+            report.add("examples with a tag that is not BIO (O, B-X or I-X), left out",
+                       f"{at} {tag!r}")
+            return None
+        if tag[0] == "I" and before[2:] != tag[2:]:
+            report.add("I- tags that continue nothing, read as B-", f"{at} {tag!r}")
+            tag = f"B-{tag[2:]}"
+        checked.append(tag)
+        before = tag
+    return Tagging(tuple(words), tuple(checked), place)
+
+
+def _chat(record, place, clean, report):
+    messages = record.get("messages")
+    if not (isinstance(messages, list) and messages and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str) for m in messages)):
+        report.add("examples without messages of role and content, left out", place)
+        return None
+    messages = [message | {"content": clean(message["content"], place)} for message in messages]
+    if not all(message["content"] for message in messages):
+        report.add("examples with an empty message, left out", place)
+        return None
+    if all(message["role"] != "assistant" for message in messages):
+        report.add("examples without a reply of the role 'assistant', left out", place)
+        return None
+    return Chat(tuple(messages), place)
+
+
+# From a source to its records.
+
+
+def _records(source, kind, report):
+    """{"train": records} and perhaps "validation": iterables of (place, record)."""
+    scheme, _, rest = source.name.partition(":")
+    if scheme in builtin.KINDS:
+        kinds = {"Classification": Classification, "Tagging": Tagging, "Pair": Pair}
+        if kinds[builtin.KINDS[scheme]] is not kind:
+            raise UserError(f"{source.name} has {builtin.KINDS[scheme]} examples; this task needs "
+                            f"{kind.__name__} ones")
+        return builtin.records(scheme, rest)
+    readers = {"jsonl": _jsonl, "tsv": _tsv, "conll": _conll, "pairs": _pairs}
+    if scheme == "tfds" and rest:
+        return _tfds(source, rest, kind)
+    if scheme not in readers or not rest:
+        raise UserError(f"task data {source.name!r} is not known; {HELP}")
+    if {"conll": Tagging, "pairs": Pair}.get(scheme, kind) is not kind:
+        raise UserError(f"{source.name}: {scheme} files do not hold {' and '.join(kind.fields)}")
+    return {"train": readers[scheme](source, rest, kind, report)}
+
+
+def _renamed(source):
+    """The option `fields` as a dict {our name: the file's}."""
+    pairs = [pair.strip().split("=") for pair in source.fields.split(",")] if source.fields else []
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise UserError(f"fields {source.fields!r}: write our names and the file's, as in "
+                        "text=sentence,label=stars")
+    return dict(pairs)
+
+
+def _ours(kind):
+    return (*kind.fields, *(["labels"] if kind is Classification else []))
+
+
+def _binary(path, read):
+    """Yields what read(file) yields; .gz is unpacked."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            yield from read(file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _lines(path, report):
+    """Yields (place, line without its end) of a file of UTF-8."""
+    def read(file):
+        for number, line in enumerate(file, 1):
+            place = f"{path}:{number}"
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                report.add("invalid UTF-8, read as U+FFFD", f"{place}, byte {error.start}")
+                text = line.decode("utf-8", "replace")
+            yield place, text.rstrip("\r\n")
+
+    return _binary(path, read)
+
+
+def _jsonl(source, path, kind, report):
+    names = {ours: _renamed(source).get(ours, ours) for ours in _ours(kind)}
+    for place, value in _binary(path, lambda file: json_lines(file, path, report)):
+        if not isinstance(value, dict):
+            report.add("JSON lines that are no object, left out", place)
+            continue
+        yield place, {ours: value.get(theirs) for ours, theirs in names.items()}
+
+
+def _tsv(source, path, kind, report):
+    """Columns by a header if the first line names one of them, else in the order of our fields."""
+    if kind is Chat:
+        raise UserError(f"{path}: a TSV file cannot hold messages; write them as JSON lines")
+    renamed, columns, width = _renamed(source), None, None
+    theirs = {renamed.get(ours, ours): ours for ours in _ours(kind)}
+    for place, line in _lines(path, report):
+        cells = line.split("\t")
+        if columns is None:
+            header = renamed or theirs.keys() & set(cells)
+            columns = {theirs.get(cell, cell): i for i, cell in enumerate(cells)} if header else {
+                ours: i for i, ours in enumerate(kind.fields)}
+            missing = [name for name in kind.fields if name not in columns
+                       and not (name == "label" and "labels" in columns)]
+            if missing:
+                raise UserError(f"{place}: the header {cells} lacks "
+                                f"{', '.join(renamed.get(name, name) for name in missing)}; name "
+                                "the columns, as in fields=text=sentence,label=stars")
+            width = len(cells) if header else len(kind.fields)
+            if header:
+                continue
+        if not line.strip():
+            continue
+        if len(cells) != width:
+            report.add(f"lines without {width} columns between tabs, left out",
+                       f"{place} {len(cells)}")
+            continue
+        record = {ours: cells[i] for ours, i in columns.items()}
+        if "labels" in record:
+            record["labels"] = [label for label in record["labels"].split(",") if label.strip()]
+        if kind is Tagging:
+            record |= {name: record[name].split() for name in kind.fields}
+        yield place, record
+
+
+def _conll(source, path, kind, report):
+    """Sentences between empty lines: a word, other columns, and its tag, between blanks."""
+    renamed, width = _renamed(source), None
+    try:
+        word, tag = int(renamed.get("tokens", 0)), int(renamed.get("tags", -1))
+    except ValueError as error:
+        raise UserError(f"fields {source.fields!r}: of a CoNLL file give numbers of columns, as "
+                        "in tokens=0,tags=3") from error
+    rows, malformed = [], False
+
+    def sentence():
+        words, tags, places = map(list, zip(*rows))
+        return places[0], {"tokens": words, "tags": tags, "places": places}
+
+    for place, line in itertools.chain(_lines(path, report), [("", "")]):
+        cells = line.split()
+        if not cells or cells[0] == "-DOCSTART-":
+            if rows and not malformed:
+                yield sentence()
+            rows, malformed = [], False
+            continue
+        width = width or len(cells)
+        if len(cells) != width or width < 2 or not all(-width <= i < width for i in (word, tag)):
+            report.add("malformed CoNLL lines (the first line sets the number of columns), their "
+                       "sentences left out", f"{place} {len(cells)} columns")
+            malformed = True
+        else:
+            rows.append((cells[word], cells[tag], place))
+
+
+def _pairs(source, paths, kind, report):
+    paths = paths.split(",")
+    if len(paths) != 2:
+        raise UserError(f"{source.name}: name two files, as in pairs:train.en,train.fr")
+    sides = [list(_lines(path, report)) for path in paths]
+    if len(sides[0]) != len(sides[1]):
+        raise UserError(f"{source.name}: {paths[0]} has {len(sides[0])} lines and {paths[1]} "
+                        f"{len(sides[1])}; line for line they must be the same")
+    for (place, text), (_, other) in zip(*sides):
+        yield place, {"source": text, "target": other}
+
+
+def _tfds(source, name, kind):
+    import tensorflow_datasets as tfds
+
+    builder = open_dataset(name, source.data_dir)
+    features, config = builder.info.features, builder.builder_config
+    config = config.name if config else ""
+    names = {ours: ours for ours in _ours(kind)}
+    if isinstance(features, tfds.features.Translation):
+        names |= zip(Pair.fields, re.split("-|_to_", config))
+    names |= DATASETS.get(f"{builder.name}/{config}") or DATASETS.get(builder.name, {})
+    names |= _renamed(source)
+    names = {ours: theirs for ours, theirs in names.items() if theirs in features}
+    missing = [ours for ours in kind.fields if ours not in names
+               and not (ours == "label" and "labels" in names)]
+    if missing:
+        raise UserError(f"{source.name}: which of {', '.join(features)} is {' and '.join(missing)}?"
+                        f" Say so, as in fields={missing[0]}={next(iter(features))}")
+
+    def value(raw, feature):
+        if isinstance(raw, (list, tuple)) or getattr(raw, "ndim", 0):
+            return [value(item, getattr(feature, "feature", feature)) for item in raw]
+        if isinstance(feature, tfds.features.ClassLabel):
+            return feature.names[int(raw)] if raw >= 0 else None  # -1 is a hidden label
+        if isinstance(raw, bytes):
+            return raw.decode("utf-8", "replace")
+        return raw.item() if hasattr(raw, "item") else raw
+
+    def records(split):
+        for i, example in enumerate(dataset_examples(builder, split)):
+            yield f"tfds:{name} {split}:{i}", {
+                ours: value(example[theirs], features[theirs]) for ours, theirs in names.items()}
+
+    splits = dataset_splits(builder)
+    return {split: records(splits[split][0]) for split in ("train", "validation")
+            if split in splits}
