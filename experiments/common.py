@@ -222,8 +222,9 @@ def restore_model(workdir, config, tokenizer, which="best"):
                         f"{tokenizer.fingerprint[:12]}) is not the one that the checkpoint was "
                         f"trained with ({meta['tokenizer'][:12]}); put that one back")
     model = models.build(config.model)
-    if jax.tree.map(jax.numpy.shape, params) != jax.tree.map(lambda x: x.shape,
-                                                             sharding.shapes(model)):
+    own = dict(jax.tree_util.tree_leaves_with_path(params))  # adapters may be among them
+    if any(path not in own or own[path].shape != x.shape
+           for path, x in jax.tree_util.tree_leaves_with_path(sharding.shapes(model))):
         raise UserError(f"the checkpoint in --workdir={workdir} does not hold the parameters of its "
                         "config.json; it may be of an older nanoflax")
     return model, params

@@ -19,6 +19,7 @@ NORM_PLACES = ("pre", "post", "sandwich", "after")
 QK_NORMS = ("none", "head", "full")
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves", "rotary", "relative", "none")
 ROPE_SCALINGS = ("none", "linear", "llama3")
+TASKS = ("classify", "tag", "translate", "instruct", "language_model")
 HEADS = {"decoder": ("lm",), "encoder": ("none", "mlm", "classify", "tag"),
          "encoder_decoder": ("lm",), "lstm": ("lm",)}
 LSTM_ATTENTIONS = ("additive", "multiplicative")
@@ -39,6 +40,8 @@ class ModelConfig:
 
     architecture: str = "decoder"
     vocab_size: int = 0  # V; 0 takes the tokenizer's
+    init_from: str = ""  # finetune: a workdir, Transformers directory, hub name or .gguf; it decides
+    # every field but head, labels and dropout
     context: int = 256  # the longest T (and S of a source) the model is made for
     layers: int = 4  # L; of an encoder-decoder, on the encoder's side
     decoder_layers: int | None = None  # None means L
@@ -212,6 +215,18 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What finetune teaches, and how it is measured."""
+
+    kind: str = "language_model"
+    length: int = 128  # tokens of an example (of a source) at most, with the special ones
+    target_length: int = 128  # of a target, in training and when written
+    truncate: bool = True  # longer examples are cut and counted, or else refused
+    beams: int = 1  # of translate's evaluation
+    show: int = 3  # validation examples printed at the end, with what the model says
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -219,6 +234,7 @@ class Config:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     peft: PeftConfig = PeftConfig()
+    task: TaskConfig = TaskConfig()
     train: TrainConfig = TrainConfig()
 
 
@@ -391,6 +407,10 @@ def _problems(c):
     _at_least(found, "optim", o, 0, "learning_rate", "muon_learning_rate", "warmup_steps",
               "end_factor", "weight_decay", "clip", "eps")
     _at_least(found, "data", d, 0, "workers")
+    _choice(found, "task.kind", c.task.kind, TASKS)
+    _at_least(found, "task", c.task, 4, "length", "target_length")
+    _at_least(found, "task", c.task, 1, "beams")
+    _at_least(found, "task", c.task, 0, "show")
     for name, value in [("optim.b1", o.b1), ("optim.b2", o.b2), ("optim.ema", o.ema),
                         ("train.label_smoothing", t.label_smoothing)]:
         if not 0 <= value < 1:

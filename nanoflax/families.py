@@ -118,7 +118,7 @@ def canonical(config):
     """The configuration with every None filled in, and at its default what it does not use: two
     configurations of one model are equal then."""
     c, default = config, ModelConfig()
-    unused = ["dtype", "lstm_attention", "lstm_start"]
+    unused = ["dtype", "init_from", "lstm_attention", "lstm_start"]
     if c.positions != "rotary":
         unused += ["rope_theta", "rope_local_theta", "rope_fraction", "rope_scaling"]
     if c.positions != "rotary" or c.rope_scaling != "llama3":

@@ -1,21 +1,81 @@
-"""What a batch is asked to teach: (model, params, batch) to sums that the train step divides."""
+"""What a batch is asked to teach: (model, params, batch) to sums that the train step divides.
+
+Every objective returns float32 sums: (objective, cross entropy in nats, weight). rng: a PRNG key
+turns dropout on. The options are those of the losses.
+"""
+
+import jax.numpy as jnp
+import optax
 
 from nanoflax import losses
 from nanoflax.models import head_kernel
 
 
-def causal_lm(model, params, batch, rng=None, chunks=0, z_loss=0.0, label_smoothing=0.0):
+def causal_lm(model, params, batch, rng=None, **options):
     """Next-token prediction.
 
     batch: targets [B, T] int32, first [B] int32 (the token before them), weights [B, T] float32
     (0 for padding), and where packed documents are isolated segments [B, T] int32 and start [B]
-    int32, the token that each begins from. rng: a PRNG key turns dropout on.
-    Returns float32 sums: (objective, cross entropy in nats, weight).
+    int32, the token that each begins from.
     """
-    targets, weights, segments = batch["targets"], batch["weights"], batch.get("segments")
+    targets, segments = batch["targets"], batch.get("segments")
     inputs = losses.shift_right(targets, batch["first"], segments, batch.get("start"))
-    hidden, _ = model.apply({"params": params}, inputs, segments, deterministic=rng is None,
-                            rngs=None if rng is None else {"dropout": rng}, method="hidden")
+    hidden, _ = model.apply({"params": params}, inputs, segments, method="hidden",
+                            **_dropout(rng))
+    return _token_sums(model, params, hidden, targets, batch["weights"], **options)
+
+
+def seq2seq(model, params, batch, rng=None, **options):
+    """A target from its source, by teacher forcing, for an encoder-decoder.
+
+    batch: source [B, S] int32, source_mask [B, S] bool, targets [B, T] int32, weights [B, T].
+    """
+    targets = batch["targets"]
+    inputs = losses.shift_right(targets, model.config.start_id)
+    hidden, _ = model.apply({"params": params}, inputs, batch["source"], batch["source_mask"],
+                            method="hidden", **_dropout(rng))
+    return _token_sums(model, params, hidden, targets, batch["weights"], **options)
+
+
+def classify(model, params, batch, rng=None, label_smoothing=0.0, **_):
+    """The label of each text, or each of several labels by itself.
+
+    batch: tokens [B, T] int32, padding_mask [B, T] bool, label [B] int32 (or [B, labels] float32,
+    0 or 1), weights [B] float32.
+    """
+    logits = _encoded(model, params, batch, rng)
+    if batch["label"].ndim == 2:
+        nll = optax.sigmoid_binary_cross_entropy(logits, batch["label"]).mean(-1)
+        return _sums(nll, nll, batch["weights"])
+    return _sums(*losses.token_losses(logits, batch["label"], 0.0, label_smoothing),
+                 batch["weights"])
+
+
+def tag(model, params, batch, rng=None, label_smoothing=0.0, **_):
+    """The tag of each word, at its first piece.
+
+    batch: tokens [B, T] int32, padding_mask [B, T] bool, tags [B, T] int32, weights [B, T] float32,
+    0 for padding and for every piece but a word's first.
+    """
+    logits = _encoded(model, params, batch, rng)
+    return _sums(*losses.token_losses(logits, batch["tags"], 0.0, label_smoothing),
+                 batch["weights"])
+
+
+def _dropout(rng):
+    return {"deterministic": rng is None, "rngs": None if rng is None else {"dropout": rng}}
+
+
+def _encoded(model, params, batch, rng):
+    return model.apply({"params": params}, batch["tokens"], batch["padding_mask"], **_dropout(rng))
+
+
+def _sums(objective, nll, weights):
+    return jnp.sum(objective * weights), jnp.sum(nll * weights), weights.sum()
+
+
+def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0,
+                label_smoothing=0.0):
     c = model.config
     objective, nll = losses.chunked_cross_entropy(
         hidden, head_kernel(c, params), targets, weights, params.get("logit_bias"),

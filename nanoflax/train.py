@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nanoflax import hardware, sharding
+from nanoflax import hardware, peft, sharding
 from nanoflax.data import evaluation_batches, prefetch
 from nanoflax.errors import UserError
 from nanoflax.objectives import causal_lm
@@ -27,6 +27,7 @@ class TrainState(NamedTuple):
     ema: Any  # averaged params, or None
     rng: jax.Array  # [2] uint32, the run's key; a step's key is folded from it
     skipped: jax.Array  # () int32, non-finite steps in a row
+    frozen: Any = None  # parameters that are not trained (peft.split), beside params; not saved
 
 
 def init_state(model, optimizer, config, mesh, params=None):
@@ -79,13 +80,14 @@ def make_train_step(model, optimizer, config, objective=causal_lm):
     t = config.train
     options = dict(chunks=t.loss_chunks, z_loss=t.z_loss, label_smoothing=t.label_smoothing)
 
-    def sums(params, batch, rng):
-        objective_sum, nll, weight = objective(model, params, batch, rng, **options)
-        return objective_sum, (objective_sum, nll, weight)
-
-    gradient = jax.grad(sums, has_aux=True)
-
     def step(state, batch):
+        def sums(params, batch, rng):
+            if state.frozen is not None:
+                params = peft.join(params, state.frozen)
+            objective_sum, nll, weight = objective(model, params, batch, rng, **options)
+            return objective_sum, (objective_sum, nll, weight)
+
+        gradient = jax.grad(sums, has_aux=True)
         rng = jax.random.fold_in(state.rng, state.step) if model.config.dropout else None
         grads, (total, nll, weight) = accumulate(gradient, state.params, batch, rng, t.accumulate)
         weight = jnp.maximum(weight, 1)
@@ -101,7 +103,7 @@ def make_train_step(model, optimizer, config, objective=causal_lm):
         keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
         state = TrainState(state.step + 1, keep(params, state.params),
                            keep(opt_state, state.opt_state), keep(ema, state.ema), state.rng,
-                           jnp.where(good, 0, state.skipped + 1))
+                           jnp.where(good, 0, state.skipped + 1), state.frozen)
         metrics = {"loss": nll / weight, "grad_norm": norm, "tokens": weight,
                    "skipped": state.skipped}
         if t.z_loss or t.label_smoothing:
@@ -158,12 +160,21 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
     return evaluate
 
 
-def compile_step(step, state, batch, mesh):
-    """`step` compiled for a state and a batch, or their abstract shapes; the state is donated."""
+def jit_step(step, state, mesh):
+    """`step` to be compiled for each shape of batch; state (or its shapes) is donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None),
-                     compiler_options=hardware.compiler_options(mesh.devices.flat[0].platform))
-    return jitted.lower(state, batch).compile()
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None),
+                   compiler_options=hardware.compiler_options(mesh.devices.flat[0].platform))
+
+
+def compile_step(step, state, batch, mesh):
+    """`jit_step` compiled at once for a batch or its shapes."""
+    return jit_step(step, state, mesh).lower(state, batch).compile()
+
+
+def saved(state):
+    """What a checkpoint holds of a state."""
+    return {name: value for name, value in state._asdict().items() if name != "frozen"}
 
 
 class Outcome(NamedTuple):
@@ -215,7 +226,7 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
 
     def save(metric=None):
         nonlocal saved_at
-        checkpoints.save(done, state._asdict(), meta | {
+        checkpoints.save(done, saved(state), meta | {
             "step": done, "position": done * t.batch_size, "tracking": tracking._asdict()}, metric)
         saved_at = time.monotonic()
 

@@ -1,0 +1,22 @@
+"""Functions, classes, parameters, attributes and strings in the standard library's own source.
+
+Command:   python -m experiments.finetune --config=tag --workdir=runs/tags
+Hardware:  two CPU cores
+Figure:    not measured yet.
+"""
+
+from nanoflax.config import (
+    Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig)
+
+
+def get_config():
+    return Config(
+        model=ModelConfig(architecture="encoder", head="tag", layers=3, dim=128, heads=4,
+                          context=256, norm="rmsnorm", activation="silu", gated=True,
+                          positions="rotary", bias=False, dropout=0.1),
+        data=DataConfig(train="pytags", tokenizer="bpe:2048"),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=50, schedule="linear", end_factor=0.0),
+        task=TaskConfig(kind="tag", length=256),
+        train=TrainConfig(steps=500, batch_size=32, evaluate_every=250, evaluate_batches=20,
+                          checkpoint_every=250),
+    )

@@ -1,0 +1,23 @@
+"""Dates in words, English to French, by an encoder-decoder from scratch.
+
+Command:   python -m experiments.finetune --config=translate --workdir=runs/dates
+           (--config.model.architecture=lstm for the recurrent one)
+Hardware:  two CPU cores
+Figure:    not measured yet.
+"""
+
+from nanoflax.config import (
+    Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig)
+
+
+def get_config():
+    return Config(
+        model=ModelConfig(architecture="encoder_decoder", layers=2, dim=128, heads=4, context=64,
+                          norm="rmsnorm", activation="silu", gated=True, positions="rotary",
+                          bias=False, embed_scale=8.0),
+        data=DataConfig(train="dates:en-fr", tokenizer="bytes"),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, schedule="linear", end_factor=0.0),
+        task=TaskConfig(kind="translate", length=64, target_length=64),
+        train=TrainConfig(steps=600, batch_size=64, evaluate_every=200, evaluate_batches=4,
+                          checkpoint_every=200),
+    )

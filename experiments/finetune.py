@@ -1,0 +1,361 @@
+"""Teach a model a task from a file of examples, wholly or by a small adapter.
+
+    python -m experiments.finetune --config=classify --workdir=runs/topics
+    python -m experiments.finetune --config=classify --config.data.train=jsonl:train.jsonl \\
+        --config.data.validation=jsonl:dev.jsonl --config.model.init_from=SOURCE \\
+        --config.peft.kind=lora --workdir=runs/y
+
+SOURCE is a workdir, a directory of Transformers, a name on the hub or a .gguf file; without one the
+model is trained from scratch. The same command resumes. At the end the best step is measured on
+the validation examples: a printed report, result.json, predictions.jsonl, and in final/ a run that
+`sample` and `convert` open, low-rank adapters merged (and beside it in adapter/, as the peft
+library reads them).
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+
+from absl import flags
+
+from experiments import common
+from nanoflax import config as configs
+from nanoflax.errors import UserError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", None, "directory of the run", required=True)
+
+DEFAULT_CONFIG = os.path.join(common.HERE, "configs", "classify.py")
+ARCHITECTURES = {"classify": ("encoder",), "tag": ("encoder",),
+                 "translate": ("encoder_decoder", "lstm"), "instruct": ("decoder",),
+                 "language_model": ("decoder",)}
+
+
+def main():
+    config, workdir = common.parsed_config(), FLAGS.workdir
+    if config.peft.kind == "adalora":
+        raise UserError("peft.kind='adalora' is not trained by finetune yet; choose lora or dora")
+    common.setup_jax()
+
+    from nanoflax import checkpoint
+
+    with checkpoint.WorkdirLock(workdir):
+        return run(config, workdir)
+
+
+def run(config, workdir):
+    import jax
+
+    from nanoflax import (
+        batching, checkpoint, examples, hardware, models, optim, peft, plots, report, sharding,
+        train)
+
+    task, t = config.task, config.train
+    mesh = sharding.make_mesh(t.mesh)
+    kind = {"classify": examples.Classification, "tag": examples.Tagging,
+            "translate": examples.Pair, "instruct": examples.Chat,
+            "language_model": examples.Text}[task.kind]
+    data = examples.load(examples.TaskSource(
+        config.data.train, config.data.validation, config.data.validation_fraction), kind)
+    config, params, tokenizer = starting_point(config, data, workdir)
+    common.resumable(workdir, config, restart=False)  # refuses another run's workdir
+    encode = lambda part: batching.encode(  # noqa: E731
+        part, tokenizer, task.length, data.labels, kind is examples.Classification
+        and data.multi_label, task.truncate, task.target_length, data.report)
+    rows, held_out = encode(data.train), encode(data.validation)
+    print(f"{len(rows):,} training and {len(held_out):,} validation examples"
+          + (f", {len(data.labels)} labels: {', '.join(data.labels[:12])}" if data.labels else ""))
+    for line in data.report.lines():
+        print(f"  {line}")
+
+    model = models.build(config.model, t.remat)
+    params = peft.add(started(model, params, t.seed, mesh), config.peft,
+                      jax.random.PRNGKey(t.seed + 1))
+    params = jax.device_put(params, sharding.shardings(params, mesh))
+    trained, frozen = peft.split(params, peft.trainable(params, config.peft))
+    print(plots.parameter_table(params))
+    size = sum(x.size for x in jax.tree.leaves(trained))
+    whole = size + sum(x.size for x in jax.tree.leaves(frozen))
+    print(f"{size:,} of {whole:,} parameters are trained ({size / whole:.2%})")
+    optimizer, schedule = optim.make_optimizer(config.optim, t.steps)
+    state = train.init_state(model, optimizer, config, mesh, trained)._replace(frozen=frozen)
+    objective = objective_of(task.kind, tokenizer)
+    step = train.jit_step(train.make_train_step(model, optimizer, config, objective), state, mesh)
+    judge = Judge(model, config, tokenizer, data.labels, held_out, objective, mesh)
+
+    def evaluate(trained, at):
+        found, _ = judge(peft.join(trained, frozen), t.evaluate_batches)
+        return found, f"step {at}: " + numbers(found)
+
+    # Rows are at most task.length long, whatever the model's context.
+    shown = dataclasses.replace(config, model=dataclasses.replace(
+        config.model, context=min(task.length, config.model.context)))
+    peak = hardware.peak_flops(mesh.devices.flat[0])
+    peak = peak * mesh.size if peak else hardware.measure_peak_flops()
+    meta = {"tokenizer": tokenizer.fingerprint, "config": configs.to_dict(config)}
+    tracking, start = train.Tracking(), 0
+    with checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), t.keep) as saves:
+        if saves.latest() is not None:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=x.sharding), train.saved(state))
+            restored, old = saves.restore(shapes)
+            state, start = train.TrainState(**restored, frozen=state.frozen), old["step"]
+            tracking = train.Tracking(**old["tracking"])
+            print(f"resuming at step {start}")
+        else:
+            common.write_run(workdir, config, tokenizer)
+            if data.labels:
+                with open(os.path.join(workdir, "labels.json"), "w") as f:
+                    json.dump(data.labels, f)
+        if start < t.steps:
+            flops = models.flops_per_token(config.model, shown.model.context)
+            with common.displays(workdir, shown, start, flops, peak) as (log, progress):
+                state, tracking, outcome = train.fit(
+                    state, step, Batches(rows, t.batch_size, t.seed, tokenizer), config, mesh,
+                    evaluate=evaluate, checkpoints=saves, log=log, progress=progress, meta=meta,
+                    tracking=tracking, schedule=schedule)
+            if outcome.signal:
+                print(f"{outcome.reason}: saved at step {outcome.step}; the same command goes on")
+                return 128 + outcome.signal
+    best, _ = checkpoint.restore_params(
+        os.path.join(workdir, "checkpoints"), which="best", subtree="ema" if config.optim.ema
+        else "params")
+    full = peft.join(best, frozen)
+    finish(workdir, config, tokenizer, data.labels, full, judge, tracking, size)
+    return 0
+
+
+def starting_point(config, data, workdir):
+    """(the Config with its model settled, its source's params or None, the tokenizer)."""
+    from nanoflax import tokenizers
+
+    m, task, params = config.model, config.task, None
+    if m.init_from:
+        model, params, tokenizer = common.open_model(m.init_from)
+        if tokenizer is None:
+            raise UserError(f"model.init_from={m.init_from} has no tokenizer")
+        m = dataclasses.replace(model.config, init_from=m.init_from, dropout=m.dropout)
+    else:
+        own = os.path.join(workdir, "tokenizer")
+        kind, size = tokenizers.parse(config.data.tokenizer)
+        if os.path.exists(own):
+            tokenizer = tokenizers.load(own)
+        elif kind in ("bytes", "path"):
+            tokenizer = tokenizers.load(config.data.tokenizer)
+        else:
+            tokenizer = tokenizers.train_sentencepiece(texts(data.train), size, kind)
+        m = common.with_vocabulary(config, tokenizer).model
+        if m.architecture in ("encoder_decoder", "lstm"):
+            m = dataclasses.replace(m, start_id=tokenizer.bos_id)
+    if m.architecture not in ARCHITECTURES[task.kind]:
+        raise UserError(f"task.kind={task.kind!r} needs an "
+                        f"{' or '.join(ARCHITECTURES[task.kind])}, not model.architecture="
+                        f"{m.architecture!r}")
+    if task.kind in ("classify", "tag"):
+        m = dataclasses.replace(m, head=task.kind, labels=len(data.labels))
+    if max(task.length, task.target_length) > m.context:
+        raise UserError(f"task.length={task.length} and task.target_length={task.target_length} "
+                        f"must be at most the model's context of {m.context}")
+    config = dataclasses.replace(config, model=m)
+    configs.validate(config)
+    return config, params, tokenizer
+
+
+def started(model, given, seed, mesh):
+    """New parameters in float32, with those of the source in their places; says what is new."""
+    import jax
+    from flax import traverse_util
+
+    from nanoflax import sharding
+
+    new = traverse_util.flatten_dict(sharding.init(model, jax.random.PRNGKey(seed), mesh), sep="/")
+    if given is None:
+        return traverse_util.unflatten_dict(new, sep="/")
+    given = traverse_util.flatten_dict(given, sep="/")
+    fits = {path for path in new if path in given and given[path].shape == new[path].shape}
+    if fresh := sorted({path.split("/")[0] for path in new.keys() - fits}):
+        print(f"not in the source, drawn anew: {', '.join(fresh)}")
+    if left := sorted({path.split("/")[0] for path in given.keys() - fits}):
+        print(f"in the source, not needed: {', '.join(left)}")
+    return traverse_util.unflatten_dict(
+        {path: given[path].astype(x.dtype) if path in fits else x for path, x in new.items()},
+        sep="/")
+
+
+def texts(examples):
+    """Every text of examples, to train a tokenizer on."""
+    for example in examples:
+        for field in example.fields:
+            value = getattr(example, field, None)
+            if field == "tokens":
+                yield " ".join(value)
+            elif field == "messages":
+                yield from (message["content"] for message in value)
+            elif isinstance(value, str) and field != "label":
+                yield value
+
+
+def objective_of(kind, tokenizer):
+    """The objective of a task over batches of nanoflax.batching."""
+    import jax.numpy as jnp
+
+    from nanoflax import objectives
+
+    if kind in ("classify", "tag"):
+        return getattr(objectives, kind)
+    if kind == "translate":
+        return objectives.seq2seq
+    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+    def language_model(model, params, batch, rng=None, **options):
+        rows = len(batch["tokens"])
+        batch = {"targets": batch["tokens"], "weights": batch["weights"],
+                 "first": jnp.full(rows, first, jnp.int32)}
+        return objectives.causal_lm(model, params, batch, rng, **options)
+
+    return language_model
+
+
+class Batches:
+    """batching.ExampleBatches for `train.fit`, which also asks where a step's rows came from."""
+
+    def __init__(self, rows, batch_size, seed, tokenizer):
+        import jax
+
+        from nanoflax.batching import ExampleBatches
+
+        self.rows = rows
+        self.batches = ExampleBatches(rows, batch_size, seed, True, jax.process_index(),
+                                      jax.process_count())
+
+    def __getitem__(self, step):
+        return self.batches[step]
+
+    def where(self, step):
+        return ", ".join(self.rows.examples[i].place for i in self.batches.indices(step)[:4])
+
+
+class Judge:
+    """Measures parameters on rows: the loss, and what the task is measured by."""
+
+    def __init__(self, model, config, tokenizer, labels, rows, objective, mesh):
+        import jax
+
+        self.model, self.config, self.tokenizer = model, config, tokenizer
+        self.labels, self.rows, self.mesh = labels, rows, mesh
+        self._sums = jax.jit(lambda params, batch: objective(model, params, batch)[1:])
+        self._logits = jax.jit(lambda params, batch: model.apply(
+            {"params": params}, batch["tokens"], batch["padding_mask"]))
+
+    def __call__(self, params, batches=0):
+        """({"validation_loss": ..., the task's metrics}, predictions) on the first so many batches
+        of the rows, 0 for all."""
+        import numpy as np
+
+        from nanoflax import batching, sharding
+
+        B, nats, weight, logits = self.config.train.batch_size, 0.0, 0.0, []
+        for batch in itertools.islice(batching.evaluation(self.rows, B), batches or None):
+            on_mesh = sharding.put_batch(batch, self.mesh)
+            sums = self._sums(params, on_mesh)
+            nats, weight = nats + float(sums[0]), weight + float(sums[1])
+            if self.config.task.kind in ("classify", "tag"):
+                logits += [(row, w) for row, w in zip(
+                    np.asarray(self._logits(params, on_mesh)), batch["weights"])]
+        number = min(len(self.rows), B * batches) if batches else len(self.rows)
+        predictions = self._predictions(params, logits[:number], number)
+        return {"validation_loss": nats / weight} | self._metrics(
+            predictions, nats, weight), predictions
+
+    def _predictions(self, params, logits, number):
+        from nanoflax import batching, beams, sampling
+
+        kind, task, examples = self.config.task.kind, self.config.task, self.rows.examples
+        if kind == "classify":
+            multi = self.rows.rows[0]["label"].ndim
+            return [tuple(n for n, x in zip(self.labels, row) if x > 0) if multi
+                    else (self.labels[row.argmax()],) for row, _ in logits]
+        if kind == "tag":
+            return [batching.word_tags(row.argmax(-1), weights, self.labels, len(example.tokens))
+                    for (row, weights), example in zip(logits, examples)]
+        if kind != "translate":
+            return []
+        sources = [self.rows.rows[i]["source"].tolist() for i in range(number)]
+        found, B = [], self.config.train.batch_size
+        options = dict(max_new_tokens=task.target_length, eos_id=self.tokenizer.eos_id,
+                       vocab_size=self.tokenizer.vocab_size)
+        for i in range(0, number, B):
+            part = sources[i:i + B]
+            part += [part[-1]] * (B - len(part))  # no compilation for the last batch
+            new = (beams.beam_search(self.model, params, part, task.beams, **options)
+                   if task.beams > 1 else
+                   sampling.sample(self.model, params, part, temperature=0, **options))
+            found += map(self.tokenizer.decode, new)
+        return found[:number]
+
+    def _metrics(self, predictions, nats, weight):
+        from nanoflax import metrics
+
+        kind, examples = self.config.task.kind, self.rows.examples[:len(predictions)]
+        if kind == "classify":
+            self.report = metrics.classes(predictions, [e.labels for e in examples])
+            return {"accuracy": self.report["accuracy"], "macro_f1": self.report["macro"]["f1"]}
+        if kind == "tag":
+            self.report = metrics.tags(predictions, [list(e.tags) for e in examples])
+            return {"f1": self.report["micro"]["f1"], "accuracy": self.report["accuracy"]}
+        if kind == "translate":
+            targets = [e.target for e in examples]
+            self.report = metrics.translation(predictions, targets)
+            return {"exact_match": metrics.exact_match(predictions, targets),
+                    "bleu": self.report["bleu"], "chrf": self.report["chrf"],
+                    "rouge_l": metrics.rouge_l(predictions, targets)}
+        self.report = {}
+        return {"perplexity": metrics.perplexity(nats, weight)}
+
+
+def finish(workdir, config, tokenizer, labels, params, judge, tracking, trained):
+    """Measure the best step on every validation example; write and print what it can do."""
+    from nanoflax import checkpoint, metrics, peft, plots, report
+
+    found, predictions = judge(params)
+    result = found | {"step": tracking.best_step, "trained_parameters": trained,
+                      "report": judge.report}
+    with open(os.path.join(workdir, "result.json"), "w") as f:
+        json.dump(result, f, indent=1)
+    with open(os.path.join(workdir, "predictions.jsonl"), "w") as f:
+        for example, said in zip(judge.rows.examples, predictions):
+            record = {field: getattr(example, field) for field in example.fields
+                      if hasattr(example, field)}
+            if hasattr(example, "labels"):
+                record["label"] = example.labels
+            f.write(json.dumps(record | {"prediction": said}, ensure_ascii=False) + "\n")
+    for example, said in itertools.islice(zip(judge.rows.examples, predictions), config.task.show):
+        print(f"  | {report.printable(str(example.input))[:200]}\n  -> {said}")
+    if config.task.kind in ("classify", "tag"):
+        print("\n".join(metrics.table(judge.report)))
+    kind, model_config = config.peft.kind, config.model
+    if kind in ("lora", "dora"):
+        with contextlib.suppress(UserError):  # a model that no Transformers class can be
+            peft.save(os.path.join(workdir, "adapter"), model_config, params, config.peft)
+        params = peft.merge(params)
+    final = os.path.join(workdir, "final")
+    if not common.is_run(final):
+        os.makedirs(final, exist_ok=True)
+        with checkpoint.Checkpoints(os.path.join(final, "checkpoints")) as saves:
+            saves.save(0, {"params": params}, {"tokenizer": tokenizer.fingerprint, "step": 0})
+        common.write_run(final, dataclasses.replace(config, peft=configs.PeftConfig(
+            kind="none" if kind in ("lora", "dora") else kind)), tokenizer)
+    plots.plot_losses(workdir, config.train.batch_size * config.task.length)
+    print(f"best at step {tracking.best_step}: {numbers(found)}")
+    print(f"{workdir}: result.json, predictions.jsonl, loss.png, final/"
+          + (", adapter/" if os.path.isdir(os.path.join(workdir, "adapter")) else ""))
+
+
+def numbers(found):
+    return "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
+
+
+if __name__ == "__main__":
+    common.launch(main, DEFAULT_CONFIG)
