@@ -80,7 +80,7 @@ def run(config, workdir):
     whole = size + sum(x.size for x in jax.tree.leaves(frozen))
     print(f"{size:,} of {whole:,} parameters are trained ({size / whole:.2%})")
     optimizer, schedule = optim.make_optimizer(config.optim, t.steps)
-    state = train.init_state(model, optimizer, config, mesh, trained)._replace(frozen=frozen)
+    state = train.init_state(model, optimizer, config, mesh, trained)
     objective = objective_of(task.kind, tokenizer)
     step = train.jit_step(train.make_train_step(model, optimizer, config, objective), state, mesh)
     judge = Judge(model, config, tokenizer, data.labels, held_out, objective, mesh)
@@ -99,9 +99,9 @@ def run(config, workdir):
     with checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), t.keep) as saves:
         if saves.latest() is not None:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=x.sharding), train.saved(state))
+                x.shape, x.dtype, sharding=x.sharding), state._asdict())
             restored, old = saves.restore(shapes)
-            state, start = train.TrainState(**restored, frozen=state.frozen), old["step"]
+            state, start = train.TrainState(**restored), old["step"]
             tracking = train.Tracking(**old["tracking"])
             print(f"resuming at step {start}")
         else:
@@ -113,7 +113,7 @@ def run(config, workdir):
             flops = models.flops_per_token(config.model, shown.model.context)
             with common.displays(workdir, shown, start, flops, peak) as (log, progress):
                 state, tracking, outcome = train.fit(
-                    state, step, Batches(rows, t.batch_size, t.seed, tokenizer), config, mesh,
+                    state, lambda state, batch: step(state, batch, frozen), Batches(rows, t.batch_size, t.seed, tokenizer), config, mesh,
                     evaluate=evaluate, checkpoints=saves, log=log, progress=progress, meta=meta,
                     tracking=tracking, schedule=schedule)
             if outcome.signal:

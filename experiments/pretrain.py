@@ -84,7 +84,7 @@ def run(config, workdir, saved):
               f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}")
         tracking, start_step = train.Tracking(), 0
         if saves.latest() is not None:
-            state, meta = saves.restore(train.saved(shapes))
+            state, meta = saves.restore(shapes._asdict())
             common.refuse_other_data(meta, identity)
             state, tracking = train.TrainState(**state), train.Tracking(**meta["tracking"])
             start_step = meta["step"]

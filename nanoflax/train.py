@@ -27,7 +27,6 @@ class TrainState(NamedTuple):
     ema: Any  # averaged params, or None
     rng: jax.Array  # [2] uint32, the run's key; a step's key is folded from it
     skipped: jax.Array  # () int32, non-finite steps in a row
-    frozen: Any = None  # parameters that are not trained (peft.split), beside params; not saved
 
 
 def init_state(model, optimizer, config, mesh, params=None):
@@ -70,8 +69,9 @@ def abstract_batch(config, mesh):
 
 
 def make_train_step(model, optimizer, config, objective=causal_lm):
-    """The pure function (state, batch) -> (state, metrics) of a Config.
+    """The pure function (state, batch, frozen=None) -> (state, metrics) of a Config.
 
+    frozen: parameters that are not trained, beside those of the state (peft.split).
     batch: arrays [B, ...]; split into config.train.accumulate micro-batches, whose gradients are
     summed by a scan. Sums are divided once, by the weight of all B windows, so neither padding nor
     accumulation nor the mesh changes the result. A non-finite loss or gradient leaves parameters
@@ -80,10 +80,10 @@ def make_train_step(model, optimizer, config, objective=causal_lm):
     t = config.train
     options = dict(chunks=t.loss_chunks, z_loss=t.z_loss, label_smoothing=t.label_smoothing)
 
-    def step(state, batch):
+    def step(state, batch, frozen=None):
         def sums(params, batch, rng):
-            if state.frozen is not None:
-                params = peft.join(params, state.frozen)
+            if frozen is not None:
+                params = peft.join(params, frozen)
             objective_sum, nll, weight = objective(model, params, batch, rng, **options)
             return objective_sum, (objective_sum, nll, weight)
 
@@ -103,7 +103,7 @@ def make_train_step(model, optimizer, config, objective=causal_lm):
         keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
         state = TrainState(state.step + 1, keep(params, state.params),
                            keep(opt_state, state.opt_state), keep(ema, state.ema), state.rng,
-                           jnp.where(good, 0, state.skipped + 1), state.frozen)
+                           jnp.where(good, 0, state.skipped + 1))
         metrics = {"loss": nll / weight, "grad_norm": norm, "tokens": weight,
                    "skipped": state.skipped}
         if t.z_loss or t.label_smoothing:
@@ -172,11 +172,6 @@ def compile_step(step, state, batch, mesh):
     return jit_step(step, state, mesh).lower(state, batch).compile()
 
 
-def saved(state):
-    """What a checkpoint holds of a state."""
-    return {name: value for name, value in state._asdict().items() if name != "frozen"}
-
-
 class Outcome(NamedTuple):
     """How a run ended."""
 
@@ -226,7 +221,7 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
 
     def save(metric=None):
         nonlocal saved_at
-        checkpoints.save(done, saved(state), meta | {
+        checkpoints.save(done, state._asdict(), meta | {
             "step": done, "position": done * t.batch_size, "tracking": tracking._asdict()}, metric)
         saved_at = time.monotonic()
 

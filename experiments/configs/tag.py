@@ -18,5 +18,5 @@ def get_config():
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=50, schedule="linear", end_factor=0.0),
         task=TaskConfig(kind="tag", length=256),
         train=TrainConfig(steps=500, batch_size=32, evaluate_every=250, evaluate_batches=20,
-                          checkpoint_every=250),
+                          checkpoint_every=250, sample_tokens=0),
     )

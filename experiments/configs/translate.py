@@ -19,5 +19,5 @@ def get_config():
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, schedule="linear", end_factor=0.0),
         task=TaskConfig(kind="translate", length=64, target_length=64),
         train=TrainConfig(steps=600, batch_size=64, evaluate_every=200, evaluate_batches=4,
-                          checkpoint_every=200),
+                          checkpoint_every=200, sample_tokens=0),
     )

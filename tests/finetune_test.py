@@ -1,0 +1,99 @@
+"""experiments.finetune as a person runs it: files in, a report, predictions and a model out."""
+
+import json
+import random
+
+import pytest
+
+from tests.programs_test import run
+
+TINY = ["--config.model.layers=1", "--config.model.dim=32", "--config.model.heads=2",
+        "--config.model.context=32", "--config.data.tokenizer=bytes", "--config.task.length=32",
+        "--config.task.target_length=32", "--config.optim.warmup_steps=2",
+        "--config.optim.learning_rate=0.01", "--config.train.batch_size=16",
+        "--config.train.tensorboard=false"]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return f"jsonl:{path}"
+
+
+def finetune(config, workdir, train, validation, *flags):
+    return run("finetune", f"--config={config}", f"--workdir={workdir}",
+               f"--config.data.train={train}", f"--config.data.validation={validation}", *TINY,
+               *flags)
+
+
+@pytest.fixture(scope="module")
+def topics(tmp_path_factory):
+    """Files of an easy task: whether a text of letters holds a cat or a dog."""
+    rng, directory = random.Random(0), tmp_path_factory.mktemp("topics")
+
+    def record(_):
+        label = rng.choice(["cat", "dog"])
+        words = ["".join(rng.choices("abcdefgh", k=3)) for _ in range(4)]
+        words[rng.randrange(4)] = label
+        return {"text": " ".join(words), "label": label}
+
+    return [write(directory / f"{name}.jsonl", map(record, range(n)))
+            for name, n in (("train", 400), ("dev", 48))]
+
+
+def test_classes_are_learnt_reported_and_gone_on_with(topics, tmp_path):
+    flags = ["--config.train.evaluate_every=40", "--config.train.checkpoint_every=40"]
+    first = finetune("classify", tmp_path, *topics, "--config.train.steps=120", *flags)
+    assert first.returncode == 0, first.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["accuracy"] > 0.9
+    predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").open()]
+    right = sum(p["label"] == p["prediction"] for p in predictions)
+    assert len(predictions) == 48 and right / 48 == pytest.approx(result["accuracy"])
+    assert "macro average" in first.stdout and "step 120/120" in first.stderr
+    again = finetune("classify", tmp_path, *topics, "--config.train.steps=120", *flags)
+    assert "resuming at step 120" in again.stdout
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+def test_lora_trains_little_and_its_merged_model_stands_alone(topics, tmp_path):
+    options = ["--config.train.steps=8", "--config.train.evaluate_every=8"]
+    base = finetune("classify", tmp_path / "base", *topics, *options)
+    assert base.returncode == 0, base.stderr
+    tuned = finetune("classify", tmp_path / "lora", *topics, *options, "--config.peft.kind=lora",
+                     f"--config.model.init_from={tmp_path / 'base' / 'final'}",
+                     "--config.peft.rank=2", "--config.peft.trained=adapters,head")
+    assert tuned.returncode == 0, tuned.stderr
+    trained, whole = (json.loads((tmp_path / name / "result.json").read_text())
+                      for name in ("lora", "base"))
+    assert trained["trained_parameters"] < whole["trained_parameters"] / 3
+    assert trained["validation_loss"] < whole["validation_loss"]
+    from experiments import common
+    model, params, _ = common.open_model(str(tmp_path / "lora" / "final"))
+    assert "lora" not in str(params.keys()) and model.config.head == "classify"
+
+
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "lstm"])
+def test_targets_are_learnt_from_sources(architecture, tmp_path):
+    pairs = [{"source": a + b, "target": b + a} for a in "abcdefgh" for b in "abcdefgh"]
+    train, dev = write(tmp_path / "train", pairs), write(tmp_path / "dev", pairs[::4])
+    done = finetune("translate", tmp_path / "run", train, dev,
+                    f"--config.model.architecture={architecture}", "--config.train.steps=150",
+                    "--config.train.evaluate_every=150")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["exact_match"] > 0.8
+    said = run("sample", f"--workdir={tmp_path / 'run' / 'final'}", "--prompt=ce",
+               "--temperature=0")
+    assert said.returncode == 0, said.stderr
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--config.task.kind=dance"], "task.kind='dance' is not one of classify"),
+    (["--config.peft.kind=adalora"], "peft.kind='adalora' is not trained by finetune yet"),
+    (["--config.task.kind=translate"], "'source'"),
+    (["--config.model.init_from=nothing"], "nothing: neither a directory"),
+    (["--config.task.length=64"], "must be at most the model's context of 32"),
+])
+def test_misuse_gets_one_line_and_status_2(flags, words, topics, tmp_path):
+    done = finetune("classify", tmp_path / "run", *topics, *flags)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
