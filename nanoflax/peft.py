@@ -71,9 +71,9 @@ def _places(flat, c):
             places[start] = partial(_bottleneck, kernel.shape[1], c.bottleneck)
     if c.kind == "prompt":
         stacks = [name for name in ("encoder", "decoder") if f"{name}/block_0/mlp/up" in kernels]
-        if stacks == ["decoder"] and "decoder/relative_bias/embedding" in flat:
-            raise UserError("peft.kind='prompt' does not go with a decoder of relative positions: "
-                            "its distances would count the padding; use prefix")
+        if any(f"{name}/relative_bias/embedding" in flat for name in stacks[:1]):
+            raise UserError("peft.kind='prompt' does not go with relative positions: padding would "
+                            "count as distance from the prompt; use prefix")
         table = flat["embed/embedding"]
         places |= {f"{stack}/": lambda rng: {"prompt": jax.random.choice(
             rng, table, (c.virtual_tokens,)).astype(jnp.float32)} for stack in stacks[:1]}
@@ -250,7 +250,7 @@ _KNOWN = """peft_type task_type auto_mapping peft_version base_model_name_or_pat
     beta2 orth_reg_weight total_step""".split()
 _SCHEDULE = {"target_rank": "target_r", "warmup_steps": "tinit", "final_steps": "tfinal",
              "beta1": "beta1", "beta2": "beta2", "orthogonality": "orth_reg_weight"}
-_TASKS = {"lm": {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}}
+_TASKS = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}
 
 
 def save(directory, config, params, peft_config, base="", model_type=None):
@@ -286,13 +286,15 @@ def save(directory, config, params, peft_config, base="", model_type=None):
         tensors |= {f"base_model.model.{name}.{part}": x for part, x in parts.items()}
     theirs = {
         "peft_type": "ADALORA" if c.kind == "adalora" else "LORA",
-        "task_type": _TASKS.get(config.head, {}).get(config.architecture),
+        "task_type": _TASKS.get(config.architecture),
         "base_model_name_or_path": str(base), "inference_mode": True,
-        "target_modules": [modules[path][0] for path in linears], "r": c.rank,
+        "target_modules": [modules[path][0] for path in linears],
         "lora_alpha": int(c.alpha) if c.alpha == int(c.alpha) else c.alpha, "lora_dropout": 0.0,
         "bias": "none", "fan_in_fan_out": any(modules[path][1] == "same" for path in linears),
         "use_rslora": c.rank_stabilized, "use_dora": c.kind == "dora"}
-    if c.kind == "adalora":
+    if c.kind != "adalora":
+        theirs["r"] = c.rank
+    else:
         # peft wants a whole schedule, even of what has been trained.
         theirs |= {name: getattr(c, ours) for ours, name in _SCHEDULE.items()} | {
             "init_r": c.rank, "total_step": c.warmup_steps + c.final_steps + 1,
