@@ -83,8 +83,8 @@ def _places(flat, c):
     if not places:
         raise UserError(f"peft.kind={c.kind!r} needs a Transformer; this model has no blocks")
     if "unembed/" in places:
-        raise UserError(f"peft.targets={c.targets!r} includes the output head, which losses read as "
-                        "a plain matrix; train it whole with peft.trained='adapters,head'")
+        raise UserError(f"peft.targets={c.targets!r} includes the output head, which losses read "
+                        "as a plain matrix; train it whole with peft.trained='adapters,head'")
     return places
 
 
@@ -192,7 +192,8 @@ def adalora_init(params):
     """The state before the first step, zeros; params need hold no more than the adapters."""
     flat = flatten_dict(params, sep="/")
     entries = {path: x for path, x in flat.items() if re.search(r"/lora_[abe]$", path)}
-    return AdaLoraState(jax.tree.map(jnp.zeros_like, entries), jax.tree.map(jnp.zeros_like, entries))
+    zeros = partial(jax.tree.map, jnp.zeros_like)
+    return AdaLoraState(zeros(entries), zeros(entries))
 
 
 def adalora_update(state, params, grads, step, steps, peft_config):
@@ -368,10 +369,11 @@ def _from_theirs(theirs, path):
     safetensors_io.fail(path, [f"{name}={str(theirs.get(name))[:200]} is not supported"
                                for name in sorted(wrong)])
     kind = "adalora" if adalora else "dora" if theirs.get("use_dora") else "lora"
-    schedule = {ours: theirs[name] for ours, name in _SCHEDULE.items() if adalora and name in theirs}
-    c = PeftConfig(kind=kind, rank=theirs.get("init_r", 12) if adalora else theirs.get("r", 8),
-                   alpha=theirs.get("lora_alpha", 8), rank_stabilized=theirs.get("use_rslora", False),
-                   **schedule)
+    rank = theirs.get("init_r", 12) if adalora else theirs.get("r", 8)
+    c = PeftConfig(kind, rank=rank, alpha=theirs.get("lora_alpha", 8),
+                   rank_stabilized=theirs.get("use_rslora", False),
+                   **{ours: theirs[name] for ours, name in _SCHEDULE.items()
+                      if adalora and name in theirs})
     validate(c)
     return c, patterns
 

@@ -1,5 +1,5 @@
-"""Adapters: they change nothing at first, are all that is trained, fold into plain weights, and mean
-to the `peft` library what they mean here."""
+"""Adapters: they change nothing at first, are all that is trained, fold into plain weights, and
+mean to the `peft` library what they mean here."""
 
 import json
 import re
@@ -130,19 +130,21 @@ def test_merged_is_plain_and_computes_the_same(llama, kind):
         up["lora_mask"] = jnp.array([1.0, 0, 0, 1])
     merged = peft.merge(added)
     assert jax.tree.structure(merged) == jax.tree.structure(params)
+    if kind == "adalora":
+        delta = merged["decoder"]["block_1"]["mlp"]["up"]["kernel"] - up["kernel"]
+        assert np.linalg.matrix_rank(delta, 1e-4) == 2
     before = forward(model, added)
     np.testing.assert_allclose(forward(model, merged), before, atol=1e-5 * np.abs(before).max())
     assert np.abs(forward(model, params) - before).max() > 1e-2
 
 
-def test_a_bottleneck_is_its_formula_after_the_sublayer():
-    # One block without norms' help: y = h(x) + W_up relu(W_down h(x)), from the plain model's h.
+def test_a_bottleneck_is_its_formula():
     rng = np.random.default_rng(0)
     h = rng.normal(size=(2, 3, 8)).astype(np.float32)
     p = {"down": {"kernel": rng.normal(size=(8, 4)), "bias": rng.normal(size=4)},
          "up": {"kernel": rng.normal(size=(4, 8)), "bias": rng.normal(size=8)}}
-    expected = h + np.maximum(h @ p["down"]["kernel"] + p["down"]["bias"], 0) @ p["up"]["kernel"] + (
-        p["up"]["bias"])
+    inner = np.maximum(h @ p["down"]["kernel"] + p["down"]["bias"], 0)
+    expected = h + inner @ p["up"]["kernel"] + p["up"]["bias"]
     np.testing.assert_allclose(bottleneck(h, p, "relu"), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -154,8 +156,9 @@ def test_bottlenecks_stand_where_their_papers_put_them(llama, kind, names):
         assert {n for n in added["decoder"][block] if n.startswith("adapter")} == names
 
 
-@pytest.mark.parametrize("fields", [{}, {"positions": "learned"}, {"positions": "sinusoidal"},
-                                    {"window": 3}], ids=["rotary", "learned", "sinusoidal", "window"])
+@pytest.mark.parametrize("fields", [{"positions": "rotary"}, {"positions": "learned"},
+                                    {"positions": "sinusoidal"}, {"window": 3}],
+                         ids=lambda fields: "-".join(map(str, fields.values())))
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_cached_decoding_of_ragged_prompts_equals_the_full_pass(kind, fields):
     model = build(ModelConfig(**vars(LLAMA) | fields))
@@ -167,7 +170,8 @@ def test_cached_decoding_of_ragged_prompts_equals_the_full_pass(kind, fields):
     last, cache = model.prefill(params, padded, lengths, new)
     decode = jax.jit(model.decode)
     for step in range(new):
-        token = last if step == 0 else np.array([TOKENS[i, n + step - 1] for i, n in enumerate(lengths)])
+        token = TOKENS[[0, 1], lengths + step - 1]
+        assert step or np.array_equal(last, token)
         logits, cache = decode(params, token[:, None], cache)
         for i, n in enumerate(lengths):
             whole = forward(model, params, TOKENS[i:i + 1])
@@ -285,7 +289,7 @@ def test_what_is_trained_is_chosen_by_name(config, trained, expected):
 def test_biases_are_chosen_everywhere_and_only_they():
     params = sharding.shapes(build(GPT2))
     mask = flatten_dict(peft.trainable(params, PeftConfig(trained="biases")), sep="/")
-    assert {path for path in mask if mask[path]} == {path for path in mask if path.endswith("/bias")}
+    assert all(mask[path] == path.endswith("/bias") for path in mask) and any(mask.values())
     mask = peft.trainable(params, PeftConfig())
     assert all(jax.tree.leaves(mask))
     with pytest.raises(UserError, match="peft.trained='adapters' fits no parameter"):
@@ -311,7 +315,8 @@ def test_adalora_ends_with_exactly_its_budget_in_one_program(llama, compilations
         state, trained = peft.adalora_update(state, trained, grads, step, steps, c)
         return trained, opt_state, state
 
-    step, state, opt_state = jax.jit(adapt_step), peft.adalora_init(trained), optimizer.init(trained)
+    step = jax.jit(adapt_step)
+    state, opt_state = peft.adalora_init(trained), optimizer.init(trained)
     ranks, masks = [], []
     with compilations() as names:
         for i in range(1, steps + 1):
@@ -324,7 +329,8 @@ def test_adalora_ends_with_exactly_its_budget_in_one_program(llama, compilations
     assert names.count("jit(adapt_step)") == 1
     linears = 14
     # Zhang et al. 2023, equation 12, on whole numbers.
-    cubic = [int(linears * (2 + 2 * (1 - (t - 2) / (steps - 3 - 2))**3 + 1e-6)) for t in range(3, 9)]
+    left = [1 - (t - 2) / (steps - 3 - 2) for t in range(3, 9)]
+    cubic = [int(linears * (2 + 2 * x**3) + 1e-6) for x in left]
     assert ranks == [linears * 4] * 2 + cubic + [linears * 2] * 4
     assert all(np.array_equal(masks[-1][p], masks[-4][p]) for p in masks[-1])
     assert len({x.sum() for x in masks[-1].values()}) > 1  # not the same for all
@@ -430,21 +436,29 @@ def test_an_adapter_of_peft_is_the_same_here(llama, kind, tmp_path):
     hf.save(tmp_path / "model", LLAMA, params)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     targets = ["q_proj", "down_proj", "model.layers.1.mlp.up_proj"]
-    config = (AdaLoraConfig(init_r=4, target_r=2, total_step=10, lora_alpha=5, target_modules=targets)
-              if kind == "adalora" else
-              LoraConfig(r=4, lora_alpha=5, target_modules=targets, use_dora=kind == "dora",
-                         use_rslora=True, rank_pattern={"down_proj": 3}))
+    common = dict(lora_alpha=5, target_modules=targets)
+    config = (AdaLoraConfig(init_r=4, target_r=2, total_step=10, **common) if kind == "adalora" else
+              LoraConfig(r=4, use_dora=kind == "dora", use_rslora=True,
+                         rank_pattern={"down_proj": 3}, **common))
     theirs = get_peft_model(base, config).eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if "lora_" in name:
                 p += 0.1 * torch.randn_like(p)
-        logits = theirs(input_ids=torch.tensor(TOKENS).long()).logits.numpy()
+    logits = theirs(input_ids=torch.tensor(TOKENS).long()).logits
+    (logits**2).mean().backward()
     theirs.save_pretrained(tmp_path / "adapter")
     ours, _ = peft.load(tmp_path / "adapter", LLAMA, params)
-    np.testing.assert_allclose(forward(model, ours), logits, atol=1e-4)
-    assert np.abs(forward(model, params) - logits).max() > 1e-2
+    np.testing.assert_allclose(forward(model, ours), logits.detach(), atol=1e-4)
+    assert np.abs(forward(model, params) - logits.detach().numpy()).max() > 1e-2
+    grads = jax.jit(jax.grad(partial(loss_of, model)))(ours)["decoder"]["block_1"]["mlp"]["up"]
+    up = theirs.base_model.model.model.layers[1].mlp.up_proj
+    for leaf in "abe" if kind == "adalora" else "ab":
+        g = getattr(up, f"lora_{leaf.upper()}")["default"]
+        g = (g if kind == "adalora" else g.weight).grad.numpy().T
+        np.testing.assert_allclose(grads[f"lora_{leaf}"], g[0] if leaf == "e" else g,
+                                   atol=1e-5 * np.abs(g).max(), rtol=1e-3)
 
 
 def test_names_of_a_bare_encoder_and_of_transposed_kernels_are_theirs(tmp_path):
@@ -461,8 +475,8 @@ def test_names_of_a_bare_encoder_and_of_transposed_kernels_are_theirs(tmp_path):
             forward(model, added),
             theirs_of(tmp_path / name, tmp_path / f"{name}-adapter", auto=auto), atol=1e-4)
     added = add(params, "lora")
-    with pytest.raises(UserError, match=r"block_0/attention/query is a part of transformer.h.0.attn."
-                                        r"c_attn, which peft adapts as one"):
+    with pytest.raises(UserError, match=r"query is a part of transformer.h.0.attn.c_attn, which "
+                                        r"peft adapts as one"):
         peft.save(tmp_path / "x", GPT2, added, config_of("lora"))
     assert not (tmp_path / "x").exists()
 
@@ -492,12 +506,12 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj."
     ({"rank_pattern": [1]}, {}, "rank_pattern"),
     ({"init_r": "4"}, {}, "peft.rank='4' must be an integer"),
     ({"init_r": 5}, {}, "q_proj: rank_pattern keeps 4 ranks of 4, the tensors 4 of init_r=5"),
-    ({}, {FIRST + "lora_A": np.zeros((4, 9), np.float32)}, r"lora_A has shape \[4, 9\], not \[4, 32\]"),
+    ({}, {FIRST + "lora_A": np.zeros((4, 9), np.float32)}, r"has shape \[4, 9\], not \[4, 32\]"),
     ({}, {FIRST + "lora_E": None}, "q_proj has lora_A, lora_B and needs lora_A, lora_B, lora_E"),
-    ({}, {"base_model.model.lm_head.weight": np.zeros(2, np.float32)}, "lm_head.weight has no place"),
+    ({}, {"base_model.model.lm_head.weight": np.zeros(2, np.float32)}, "weight has no place"),
     ({}, {FIRST.replace("0", "7") + "lora_A": np.zeros((4, 32), np.float32)}, "has no place"),
 ])
-def test_what_is_not_supported_or_broken_is_named(llama, saved, tmp_path, settings, tensors, message):
+def test_what_is_broken_is_named(llama, saved, tmp_path, settings, tensors, message):
     theirs = json.loads((saved / peft.CONFIG).read_text()) | settings
     (tmp_path / peft.CONFIG).write_text(json.dumps(theirs))
     arrays = safetensors.numpy.load_file(saved / peft.WEIGHTS) | tensors
