@@ -62,10 +62,8 @@ def _places(flat, c):
         if c.kind in LOW_RANK and re.search(rf"(^|/)({c.targets})$", path):
             places[f"{path}/"] = partial(_low_rank, c, kernel)
         elif c.kind == "prefix" and part == "attention/key":
-            shape = c.virtual_tokens, kernel.shape[1]
-            places[path.removesuffix("key") + "prefix_"] = lambda rng, shape=shape: {
-                name: 0.02 * jax.random.normal(key, shape)
-                for name, key in zip(("key", "value"), jax.random.split(rng))}
+            start = path.removesuffix("key") + "prefix_"
+            places[start] = partial(_prefix, (c.virtual_tokens, kernel.shape[1]))
         elif name := _SUBLAYERS.get(c.kind, {}).get(part):
             start = path.removesuffix(part) + f"adapter_{name}/"
             places[start] = partial(_bottleneck, kernel.shape[1], c.bottleneck)
@@ -107,6 +105,12 @@ def _low_rank(c, kernel, rng):
     if c.kind == "dora":
         leaves["lora_magnitude"] = column_lengths(kernel.astype(jnp.float32))
     return leaves
+
+
+def _prefix(shape, rng):
+    key, value = jax.random.split(rng)
+    return {"key": 0.02 * jax.random.normal(key, shape),
+            "value": 0.02 * jax.random.normal(value, shape)}
 
 
 def _bottleneck(dim, hidden, rng):
