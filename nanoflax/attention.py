@@ -161,13 +161,17 @@ class Attention(nn.Module):
         return self.attend(q, k, v, mask, causal, bias), cache
 
     def _after_prefix(self, k, v, mask, bias, T, causal):
-        """Prefix tuning (Li and Liang 2021): trained keys and values [G, P, K] that every query
+        """Prefix tuning (Li and Liang 2021): trained keys and values [P, G K] that every query
         sees, before those of the tokens."""
-        B, _, S, _ = k.shape
-        prefix = [self.get_variable("params", name) for name in ("prefix_key", "prefix_value")]
-        P = prefix[0].shape[1]
-        k, v = (jnp.concatenate([jnp.broadcast_to(p.astype(x.dtype), (B, *p.shape)), x], 2)
-                for p, x in zip(prefix, (k, v)))
+        B, G, S, K = k.shape
+
+        def join(name, x):
+            prefix = self.get_variable("params", name).astype(x.dtype).reshape(-1, G, K)
+            prefix = jnp.broadcast_to(prefix.swapaxes(0, 1), (B, G, len(prefix), K))
+            return jnp.concatenate([prefix, x], 2)
+
+        k, v = join("prefix_key", k), join("prefix_value", v)
+        P = k.shape[2] - S
         if causal:
             seen = masking.causal(jnp.arange(T), jnp.arange(S))
             mask = seen if mask is None else mask & seen

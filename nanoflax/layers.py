@@ -89,16 +89,13 @@ def adapt(y, x, p):
     """y = x @ kernel as changed by the low-rank adapters that a Linear's parameters p hold.
 
     x: [..., D_in]; y: [..., D_out]; r the rank. LoRA (Hu et al. 2021) adds scale x a b: lora_a
-    [D_in, r], lora_b [r, D_out], lora_scale []. AdaLoRA (Zhang et al. 2023) puts lora_e * lora_mask,
-    both [r], between a and b. DoRA (Liu et al. 2024) then gives column j of the sum of kernel and
-    adapter the length lora_magnitude[j]. Returns [..., D_out] in y's dtype.
+    [D_in, r], lora_b [r, D_out], lora_scale []. AdaLoRA (Zhang et al. 2023) puts lora_e * lora_mask
+    [r] between a and b. DoRA (Liu et al. 2024) then gives column j of the sum of kernel and adapter
+    the length lora_magnitude[j]. Returns [..., D_out] in y's dtype.
     """
     scale = jax.lax.stop_gradient(p["lora_scale"])
-    h = x @ p["lora_a"].astype(x.dtype)
-    if "lora_e" in p:
-        h = h * (scale * masked(p)).astype(x.dtype)
-    else:
-        h = h * scale.astype(x.dtype)
+    scale = scale * masked(p) if "lora_e" in p else scale
+    h = x @ p["lora_a"].astype(x.dtype) * scale.astype(x.dtype)
     y = y + h @ p["lora_b"].astype(x.dtype)
     if "lora_magnitude" in p:
         # Section 4.3: the length that is divided out counts as a constant.

@@ -62,18 +62,16 @@ def _places(flat, c):
         if c.kind in LOW_RANK and re.search(rf"(^|/)({c.targets})$", path):
             places[f"{path}/"] = partial(_low_rank, c, kernel)
         elif c.kind == "prefix" and part == "attention/key":
-            shape = c.virtual_tokens, kernel.shape[1]
-            places[path.removesuffix("key") + "prefix_"] = lambda rng, shape=shape: {
-                name: 0.02 * jax.random.normal(key, shape)
-                for name, key in zip(("key", "value"), jax.random.split(rng))}
+            start = path.removesuffix("key") + "prefix_"
+            places[start] = partial(_prefix, (c.virtual_tokens, kernel.shape[1]))
         elif name := _SUBLAYERS.get(c.kind, {}).get(part):
             start = path.removesuffix(part) + f"adapter_{name}/"
             places[start] = partial(_bottleneck, kernel.shape[1], c.bottleneck)
     if c.kind == "prompt":
         stacks = [name for name in ("encoder", "decoder") if f"{name}/block_0/mlp/up" in kernels]
-        if stacks == ["decoder"] and "decoder/relative_bias/embedding" in flat:
-            raise UserError("peft.kind='prompt' does not go with a decoder of relative positions: "
-                            "its distances would count the padding; use prefix")
+        if any(f"{name}/relative_bias/embedding" in flat for name in stacks[:1]):
+            raise UserError("peft.kind='prompt' does not go with relative positions: padding would "
+                            "count as distance from the prompt; use prefix")
         table = flat["embed/embedding"]
         places |= {f"{stack}/": lambda rng: {"prompt": jax.random.choice(
             rng, table, (c.virtual_tokens,)).astype(jnp.float32)} for stack in stacks[:1]}
@@ -83,8 +81,8 @@ def _places(flat, c):
     if not places:
         raise UserError(f"peft.kind={c.kind!r} needs a Transformer; this model has no blocks")
     if "unembed/" in places:
-        raise UserError(f"peft.targets={c.targets!r} includes the output head, which losses read as "
-                        "a plain matrix; train it whole with peft.trained='adapters,head'")
+        raise UserError(f"peft.targets={c.targets!r} includes the output head, which losses read "
+                        "as a plain matrix; train it whole with peft.trained='adapters,head'")
     return places
 
 
@@ -107,6 +105,12 @@ def _low_rank(c, kernel, rng):
     if c.kind == "dora":
         leaves["lora_magnitude"] = column_lengths(kernel.astype(jnp.float32))
     return leaves
+
+
+def _prefix(shape, rng):
+    key, value = jax.random.split(rng)
+    return {"key": 0.02 * jax.random.normal(key, shape),
+            "value": 0.02 * jax.random.normal(value, shape)}
 
 
 def _bottleneck(dim, hidden, rng):
@@ -192,7 +196,8 @@ def adalora_init(params):
     """The state before the first step, zeros; params need hold no more than the adapters."""
     flat = flatten_dict(params, sep="/")
     entries = {path: x for path, x in flat.items() if re.search(r"/lora_[abe]$", path)}
-    return AdaLoraState(jax.tree.map(jnp.zeros_like, entries), jax.tree.map(jnp.zeros_like, entries))
+    zeros = partial(jax.tree.map, jnp.zeros_like)
+    return AdaLoraState(zeros(entries), zeros(entries))
 
 
 def adalora_update(state, params, grads, step, steps, peft_config):
@@ -250,7 +255,7 @@ _KNOWN = """peft_type task_type auto_mapping peft_version base_model_name_or_pat
     beta2 orth_reg_weight total_step""".split()
 _SCHEDULE = {"target_rank": "target_r", "warmup_steps": "tinit", "final_steps": "tfinal",
              "beta1": "beta1", "beta2": "beta2", "orthogonality": "orth_reg_weight"}
-_TASKS = {"lm": {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}}
+_TASKS = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}
 
 
 def save(directory, config, params, peft_config, base="", model_type=None):
@@ -286,13 +291,15 @@ def save(directory, config, params, peft_config, base="", model_type=None):
         tensors |= {f"base_model.model.{name}.{part}": x for part, x in parts.items()}
     theirs = {
         "peft_type": "ADALORA" if c.kind == "adalora" else "LORA",
-        "task_type": _TASKS.get(config.head, {}).get(config.architecture),
+        "task_type": _TASKS.get(config.architecture),
         "base_model_name_or_path": str(base), "inference_mode": True,
-        "target_modules": [modules[path][0] for path in linears], "r": c.rank,
+        "target_modules": [modules[path][0] for path in linears],
         "lora_alpha": int(c.alpha) if c.alpha == int(c.alpha) else c.alpha, "lora_dropout": 0.0,
         "bias": "none", "fan_in_fan_out": any(modules[path][1] == "same" for path in linears),
         "use_rslora": c.rank_stabilized, "use_dora": c.kind == "dora"}
-    if c.kind == "adalora":
+    if c.kind != "adalora":
+        theirs["r"] = c.rank
+    else:
         # peft wants a whole schedule, even of what has been trained.
         theirs |= {name: getattr(c, ours) for ours, name in _SCHEDULE.items()} | {
             "init_r": c.rank, "total_step": c.warmup_steps + c.final_steps + 1,
@@ -366,10 +373,11 @@ def _from_theirs(theirs, path):
     safetensors_io.fail(path, [f"{name}={str(theirs.get(name))[:200]} is not supported"
                                for name in sorted(wrong)])
     kind = "adalora" if adalora else "dora" if theirs.get("use_dora") else "lora"
-    schedule = {ours: theirs[name] for ours, name in _SCHEDULE.items() if adalora and name in theirs}
-    c = PeftConfig(kind=kind, rank=theirs.get("init_r", 12) if adalora else theirs.get("r", 8),
-                   alpha=theirs.get("lora_alpha", 8), rank_stabilized=theirs.get("use_rslora", False),
-                   **schedule)
+    rank = theirs.get("init_r", 12) if adalora else theirs.get("r", 8)
+    c = PeftConfig(kind, rank=rank, alpha=theirs.get("lora_alpha", 8),
+                   rank_stabilized=theirs.get("use_rslora", False),
+                   **{ours: theirs[name] for ours, name in _SCHEDULE.items()
+                      if adalora and name in theirs})
     validate(c)
     return c, patterns
 

@@ -8,7 +8,7 @@ import pytest
 
 from nanoflax.config import OPTIMIZERS, SCHEDULES, ModelConfig, OptimConfig
 from nanoflax.models import build
-from nanoflax.optim import decay_mask, make_optimizer, make_schedule
+from nanoflax.optim import decay_mask, layers_above, make_optimizer, make_schedule
 
 
 def params_of(**fields):
@@ -146,3 +146,32 @@ def test_muon_orthogonalises_hidden_matrices_alone():
     for path in ("unembed/kernel", "embed/embedding", "decoder/norm/scale"):  # Adam: all entries alike
         size = np.abs(updates[path])
         assert 1e-3 < size.min() and size.max() < 1.01 * size.min() < 2e-3, path
+
+
+def test_a_layer_learns_slower_than_the_one_above():
+    params = params_of(layers=3, tied=False)
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def update(layer_decay):
+        config = OptimConfig(name="sgd", warmup_steps=0, layer_decay=layer_decay)
+        optimizer, _ = make_optimizer(config, 10)
+        return by_path(optimizer.update(grads, optimizer.init(params), params)[0])
+
+    plain, decayed = update(1.0), update(0.5)
+    above = {"unembed": 0, "decoder/norm": 0, "decoder/block_2": 1, "decoder/block_1": 2,
+             "decoder/block_0": 3, "embed": 4, "decoder/position_embed": 4}
+    for path, found in decayed.items():
+        n, = (n for start, n in above.items() if path.startswith(f"{start}/"))
+        np.testing.assert_allclose(found, plain[path] * 0.5**n, rtol=1e-6)
+
+
+def test_an_encoder_stands_below_its_decoder():
+    leaf = {"x": 0}
+    blocks = lambda n: {f"block_{i}": leaf for i in range(n)}
+    params = {"embed": leaf, "encoder": blocks(2) | {"norm": leaf, "embed_norm": leaf},
+              "decoder": blocks(1) | {"norm": leaf}, "logit_bias": 0}
+    assert by_path(layers_above(params)) == {
+        "embed/x": 4, "encoder/embed_norm/x": 4, "encoder/block_0/x": 3, "encoder/block_1/x": 2,
+        "encoder/norm/x": 1, "decoder/block_0/x": 1, "decoder/norm/x": 0, "logit_bias": 0}
+    top = {"decoder": {"block_11": leaf}}  # all that is trained
+    assert by_path(layers_above(top)) == {"decoder/block_11/x": 1}
