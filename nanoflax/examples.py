@@ -152,6 +152,8 @@ def load(source, kind, labels=None):
     report = Report()
     splits = _records(source, kind, report)
     train = _collect(source, kind, splits["train"], report)
+    if not source.keep_duplicates:
+        train = _without_duplicates(train, report)
     if source.validation:
         other = source.read_as(source.validation)
         validation = _collect(other, kind, _whole(_records(other, kind, report)), report)
@@ -159,8 +161,6 @@ def load(source, kind, labels=None):
         validation = _collect(source, kind, splits["validation"], report)
     else:
         train, validation = _split(train, source.validation_fraction)
-    if not source.keep_duplicates:
-        train = _without_duplicates(train, report)
     train_inputs = {_digest(example.input) for example in train}
     for example in validation:
         if _digest(example.input) in train_inputs:
@@ -505,7 +505,10 @@ def _conll(source, path, kind, report):
             rows, malformed = [], False
             continue
         width = width or len(cells)
-        if len(cells) != width or width < 2 or not all(-width <= i < width for i in (word, tag)):
+        if not all(-width <= column < width for column in (word, tag)):
+            raise UserError(f"fields {source.fields!r}: {place} has {width} columns, from 0 to "
+                            f"{width - 1}")
+        if len(cells) != width or width < 2:
             report.add("malformed CoNLL lines (the first line sets the number of columns), their "
                        "sentences left out", f"{place} {len(cells)} columns")
             malformed = True

@@ -243,6 +243,10 @@ def test_rows_hold_what_the_examples_say():
                               ["a", "b", "c"], multi_label=True)
     assert several.batch([0, 1])["label"].tolist() == [[1, 0, 1], [0, 0, 0]]
     assert several.batch([0, 1])["label"].dtype == np.float32
+    report = sources.Report()
+    one = batching.encode([*EXAMPLES["classification"][:2], several.examples[0],
+                           Classification("y", (), "f:9")], BYTES, 9, "abc012", report=report)
+    assert len(one) == 2 and "without just one label, left out: 2 (, f:9)" in report.lines()[-1]
 
 
 def test_hf_rows_have_the_ends_their_model_wants(both):
@@ -279,7 +283,8 @@ def test_what_is_too_long_is_cut_and_counted_or_refused(kind):
     full, rows = rows_of(kind, length=400), rows_of(kind, length=24, report=report)
     names = [n for n in ("tokens", "source", "targets") if n in full.rows[0]]
     expected = sum(len(row[n]) > 24 for row in full.rows for n in names)
-    assert sum(n for k, n in report.counts.items() if "longer than 24 tokens, cut" in k) == expected
+    assert expected == sum(n for problem, n in report.counts.items()
+                           if "longer than 24 tokens, cut" in problem)
     assert expected > 0 and {p for k in report.places.values() for p in k} <= {
         e.place for e in EXAMPLES[kind]}
     for row, example in zip(rows.rows, rows.examples):
