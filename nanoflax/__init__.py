@@ -18,7 +18,8 @@ _MODULES = (
     "attention", "batching", "blocks", "builtin", "chat", "checkpoint", "config", "data",
     "examples", "gguf", "hardware", "hf_tokenizers", "hf_vocabularies", "layers", "losses",
     "manifest", "masking", "metrics", "models", "objectives", "optim", "plots", "positions",
-    "report", "safetensors_io", "sampling", "sharding", "sources", "tokenizers", "train",
+    "report", "safetensors_io", "sampling", "sharding", "sources", "task_sources", "tokenizers",
+    "train",
 )
 __all__ = [*_HOME, *_MODULES]
 
