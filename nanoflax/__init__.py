@@ -20,7 +20,7 @@ _MODULES = (
     "data", "examples", "families", "gguf", "hardware", "hf", "hf_tokenizers",
     "hf_vocabularies", "layers", "losses", "lstm", "manifest", "masking", "metrics", "models",
     "objectives", "optim", "peft", "plots", "positions", "report", "safetensors_io", "sampling",
-    "sharding", "sources", "tokenizers", "train",
+    "sharding", "sources", "task_sources", "tokenizers", "train",
 )
 __all__ = [*_HOME, *_MODULES]
 

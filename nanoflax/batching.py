@@ -9,7 +9,7 @@ import numpy as np
 
 from nanoflax.data import Batches
 from nanoflax.errors import UserError
-from nanoflax.examples import Chat, Classification, Pair, Tagging
+from nanoflax.examples import Chat, Classification, Pair, Tagging, Text
 from nanoflax.report import printable
 from nanoflax.sources import Report
 from nanoflax.tokenizers import check_ids
@@ -232,7 +232,7 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
         raise UserError(f"length {min(length, target_length)}: must be at least {least}, for the "
                         "special tokens and one more")
     number, too_long = {name: i for i, name in enumerate(labels)}, Report()
-    rows, kept = [], []
+    around = len(prefix) + len(suffix)
     encode_target = getattr(tokenizer, "encode_target", tokenizer.encode)  # Marian has two
 
     def cut(values, limit, place, what="texts", room=0):
@@ -242,44 +242,51 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
         return values[:limit - room]
 
     def framed(ids, *limit):
-        inner = cut(ids, *limit, room=len(prefix) + len(suffix))
-        return np.asarray([*prefix, *inner, *suffix], np.int32)
+        return np.asarray([*prefix, *cut(ids, *limit, room=around), *suffix], np.int32)
 
-    for example in examples:
-        place = example.place
-        if isinstance(example, Classification):
-            label = np.int32(number[example.labels[0]]) if not multi_label else np.isin(
-                labels, example.labels).astype(np.float32)
-            row = {"tokens": framed(tokenizer.encode(example.text), length, place),
-                   "label": np.asarray(label)}
-        elif isinstance(example, Tagging):
-            columns = align_tags(example.tokens, [number[t] for t in example.tags], tokenizer)
-            pieces = cut(list(zip(*columns)), length, place, room=len(prefix) + len(suffix))
-            ids, tags, weights = zip(*[(i, 0, 0.0) for i in prefix], *pieces,
-                                     *[(i, 0, 0.0) for i in suffix])
-            row = {"tokens": np.asarray(ids, np.int32), "tags": np.asarray(tags, np.int32),
-                   "weights": np.asarray(weights, np.float32)}
-        elif isinstance(example, Pair):
-            row = {"source": framed(tokenizer.encode(example.source), length, place, "sources"),
-                   "targets": framed(encode_target(example.target), target_length, place,
-                                     "targets")}
-        else:
-            if isinstance(example, Chat):
-                try:
-                    ids, weights = chat_ids(tokenizer, example.messages)
-                except UserError as error:
-                    report.add(f"chats left out: {error}", place)
-                    continue
-            else:
-                ids = [*tokenizer.encode(example.text), tokenizer.eos_id]
-                weights = [1.0] * len(ids)
-            row = {"tokens": np.asarray(cut(ids, length, place), np.int32),
-                   "weights": np.asarray(weights[:length], np.float32)}
-            if not row["weights"].any():
-                report.add(f"chats without a reply in the first {length} tokens, left out", place)
-                continue
-        rows.append(row)
-        kept.append(example)
+    def classification(example):
+        if not multi_label and len(example.labels) != 1:
+            report.add("examples without just one label, left out", example.place)
+            return None
+        label = (np.isin(labels, example.labels).astype(np.float32) if multi_label
+                 else np.asarray(number[example.labels[0]], np.int32))
+        ids = tokenizer.encode(example.text)
+        return {"tokens": framed(ids, length, example.place), "label": label}
+
+    def tagging(example):
+        ids, tags, weights = align_tags(example.tokens, [number[tag] for tag in example.tags],
+                                        tokenizer)
+        inner = slice(length - around)
+        before, after = [0] * len(prefix), [0] * len(suffix)
+        return {"tokens": framed(ids, length, example.place),
+                "tags": np.asarray([*before, *tags[inner], *after], np.int32),
+                "weights": np.asarray([*before, *weights[inner], *after], np.float32)}
+
+    def pair(example):
+        source, target = tokenizer.encode(example.source), encode_target(example.target)
+        return {"source": framed(source, length, example.place, "sources"),
+                "targets": framed(target, target_length, example.place, "targets")}
+
+    def chat(example):
+        try:
+            ids, weights = chat_ids(tokenizer, example.messages)
+        except UserError as error:
+            report.add(f"chats left out: {error}", example.place)
+            return None
+        ids, weights = cut(ids, length, example.place), weights[:length]
+        if not any(weights):
+            report.add(f"chats without a reply in the first {length} tokens, left out",
+                       example.place)
+            return None
+        return {"tokens": np.asarray(ids, np.int32), "weights": np.asarray(weights, np.float32)}
+
+    def text(example):
+        ids = cut([*tokenizer.encode(example.text), tokenizer.eos_id], length, example.place)
+        return {"tokens": np.asarray(ids, np.int32), "weights": np.ones(len(ids), np.float32)}
+
+    make = {Classification: classification, Tagging: tagging, Pair: pair, Chat: chat, Text: text}
+    made = [(make[type(example)](example), example) for example in examples]
+    rows, kept = ([both[i] for both in made if both[0] is not None] for i in (0, 1))
     if too_long.counts:
         raise UserError(f"{'; '.join(too_long.lines())}; raise the length, or ask to truncate them")
     if not rows:

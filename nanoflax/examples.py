@@ -1,131 +1,19 @@
-"""Task data: examples from a source named by one string, cleaned, checked, and every loss counted.
+"""Task data: the examples of a source, cleaned, checked and split, with every loss counted.
 
-A source is jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, or one that
-needs no download (nanoflax.builtin): dates:en-fr, pytags, pymodules, bible:kjv-web. Files may be
-.gz. Examples are of one of five kinds, each with its fields in a JSON line or a TSV column:
-
-    Classification   text, and label (one) or labels (several, or none)
-    Tagging          tokens, tags (O, B-TYPE, I-TYPE)
-    Pair             source, target
-    Chat             messages, each with role and content
-    Text             text
+For the sources and the five kinds of examples see nanoflax.task_sources.
 """
 
-import codecs
 import dataclasses
-import gzip
 import hashlib
 import itertools
 import json
 import re
 import unicodedata
-import zlib
 
-from nanoflax import builtin
 from nanoflax.errors import UserError
-from nanoflax.sources import (Report, chosen, dataset_examples, dataset_splits, json_lines,
-                              open_dataset)
+from nanoflax.sources import Report, chosen
+from nanoflax.task_sources import Chat, Classification, Pair, Tagging, TaskSource, Text, records
 from nanoflax.tokenizers import well_formed
-
-HELP = ("choose jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, "
-        "dates:en-fr, pytags, pymodules or bible:kjv-web")
-
-
-def _place():
-    return dataclasses.field(default="", compare=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Classification:
-    text: str
-    labels: tuple  # of str; just one, unless the task is a multi-label one
-    place: str = _place()  # file:line
-    fields = ("text", "label")
-    input = property(lambda self: self.text)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tagging:
-    tokens: tuple  # words
-    tags: tuple  # one of each word
-    place: str = _place()
-    fields = ("tokens", "tags")
-    input = property(lambda self: self.tokens)
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    source: str
-    target: str
-    place: str = _place()
-    fields = ("source", "target")
-    input = property(lambda self: self.source)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chat:
-    messages: tuple  # of dicts with role and content
-    place: str = _place()
-    fields = ("messages",)
-    input = property(lambda self: self.messages)
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    text: str
-    place: str = _place()
-    fields = ("text",)
-    input = property(lambda self: self.text)
-
-
-# Of well-known TFDS data sets; those of translations name their two languages in their configs.
-DATASETS = {
-    "glue/sst2": {"text": "sentence"},
-    "conll2003": {"tags": "ner"},
-    "cnn_dailymail": {"source": "article", "target": "highlights"},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskSource:
-    """Where examples come from, how they split and how they are cleaned.
-
-    name: see the head of this file. validation: another source, all of it the validation split.
-      Otherwise the data's own (TFDS: validation, or else test); otherwise each example whose input
-      hashes under `validation_fraction`, so that no input is in both.
-    fields: what the file calls our fields, as "text=sentence,label=stars"; for CoNLL the numbers
-      of the columns from 0, as "tokens=1,tags=3" (by default the first and the last).
-    unicode: NFC, NFKC, or "" to leave characters as they are.
-    whitespace: "trim" it at the ends of lines and text, "collapse" each run to one space, or "".
-    keep_duplicates: exact duplicates of an example stay in the training data.
-    limit: examples of a split to read at most, 0 for all: they are held in memory.
-    """
-
-    name: str
-    validation: str = ""
-    validation_fraction: float = 0.05
-    data_dir: str = ""  # of TFDS
-    fields: str = ""
-    unicode: str = "NFC"
-    whitespace: str = "trim"
-    keep_duplicates: bool = False
-    limit: int = 0
-
-    def __post_init__(self):
-        for field, choices in (("unicode", ("NFC", "NFKC", "")),
-                               ("whitespace", ("trim", "collapse", ""))):
-            if getattr(self, field) not in choices:
-                raise UserError(f"{field} {getattr(self, field)!r}: choose {choices[0]}, "
-                                f"{choices[1]} or nothing")
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(f"validation_fraction {self.validation_fraction}: must be between 0 "
-                            "and 1")
-        if self.limit < 0:
-            raise UserError(f"limit {self.limit}: must not be negative; 0 is no limit")
-        _renamed(self)
-
-    def read_as(self, name):
-        return dataclasses.replace(self, name=name, validation="")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,17 +38,17 @@ def load(source, kind, labels=None):
     """
     source = source if isinstance(source, TaskSource) else TaskSource(source)
     report = Report()
-    splits = _records(source, kind, report)
+    splits = records(source, kind, report)
     train = _collect(source, kind, splits["train"], report)
+    if not source.keep_duplicates:
+        train = _without_duplicates(train, report)
     if source.validation:
         other = source.read_as(source.validation)
-        validation = _collect(other, kind, _whole(_records(other, kind, report)), report)
+        validation = _collect(other, kind, _whole(records(other, kind, report)), report)
     elif "validation" in splits:
         validation = _collect(source, kind, splits["validation"], report)
     else:
         train, validation = _split(train, source.validation_fraction)
-    if not source.keep_duplicates:
-        train = _without_duplicates(train, report)
     train_inputs = {_digest(example.input) for example in train}
     for example in validation:
         if _digest(example.input) in train_inputs:
@@ -179,7 +67,7 @@ def read(source, kind, labels=None, report=None):
     """All examples of a TaskSource (or its name), as new data to evaluate on -> list."""
     source = source if isinstance(source, TaskSource) else TaskSource(source)
     report = Report() if report is None else report
-    examples = _collect(source, kind, _whole(_records(source, kind, report)), report)
+    examples = _collect(source, kind, _whole(records(source, kind, report)), report)
     if labels:
         examples = _known(examples, kind, labels, report)
     _check(source.name, "evaluation", kind, examples, report)
@@ -377,186 +265,3 @@ def _chat(record, place, clean, report):
         report.add("examples without a reply of the role 'assistant', left out", place)
         return None
     return Chat(tuple(messages), place)
-
-
-# From a source to its records.
-
-
-def _records(source, kind, report):
-    """{"train": records} and perhaps "validation": iterables of (place, record)."""
-    scheme, _, rest = source.name.partition(":")
-    if scheme in builtin.KINDS:
-        kinds = {"Classification": Classification, "Tagging": Tagging, "Pair": Pair}
-        if kinds[builtin.KINDS[scheme]] is not kind:
-            raise UserError(f"{source.name} has {builtin.KINDS[scheme]} examples; this task needs "
-                            f"{kind.__name__} ones")
-        return builtin.records(scheme, rest)
-    readers = {"jsonl": _jsonl, "tsv": _tsv, "conll": _conll, "pairs": _pairs}
-    if scheme == "tfds" and rest:
-        return _tfds(source, rest, kind)
-    if scheme not in readers or not rest:
-        raise UserError(f"task data {source.name!r} is not known; {HELP}")
-    if {"conll": Tagging, "pairs": Pair}.get(scheme, kind) is not kind:
-        raise UserError(f"{source.name}: {scheme} files do not hold {' and '.join(kind.fields)}")
-    return {"train": readers[scheme](source, rest, kind, report)}
-
-
-def _renamed(source):
-    """The option `fields` as a dict {our name: the file's}."""
-    pairs = [pair.strip().split("=") for pair in source.fields.split(",")] if source.fields else []
-    if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise UserError(f"fields {source.fields!r}: write our names and the file's, as in "
-                        "text=sentence,label=stars")
-    return dict(pairs)
-
-
-def _ours(kind):
-    return (*kind.fields, *(["labels"] if kind is Classification else []))
-
-
-def _binary(path, read):
-    """Yields what read(file) yields; .gz is unpacked."""
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            yield from read(file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def _lines(path, report):
-    """Yields (place, line without its end) of a file of UTF-8."""
-    def read(file):
-        for number, line in enumerate(file, 1):
-            place = f"{path}:{number}"
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                report.add("invalid UTF-8, read as U+FFFD", f"{place}, byte {error.start}")
-                text = line.decode("utf-8", "replace")
-            yield place, text.rstrip("\r\n")
-
-    return _binary(path, read)
-
-
-def _jsonl(source, path, kind, report):
-    names = {ours: _renamed(source).get(ours, ours) for ours in _ours(kind)}
-    for place, value in _binary(path, lambda file: json_lines(file, path, report)):
-        if not isinstance(value, dict):
-            report.add("JSON lines that are no object, left out", place)
-            continue
-        yield place, {ours: value.get(theirs) for ours, theirs in names.items()}
-
-
-def _tsv(source, path, kind, report):
-    """Columns by a header if the first line names one of them, else in the order of our fields."""
-    if kind is Chat:
-        raise UserError(f"{path}: a TSV file cannot hold messages; write them as JSON lines")
-    renamed, columns, width = _renamed(source), None, None
-    theirs = {renamed.get(ours, ours): ours for ours in _ours(kind)}
-    for place, line in _lines(path, report):
-        cells = line.split("\t")
-        if columns is None:
-            header = renamed or theirs.keys() & set(cells)
-            columns = {theirs.get(cell, cell): i for i, cell in enumerate(cells)} if header else {
-                ours: i for i, ours in enumerate(kind.fields)}
-            missing = [name for name in kind.fields if name not in columns
-                       and not (name == "label" and "labels" in columns)]
-            if missing:
-                raise UserError(f"{place}: the header {cells} lacks "
-                                f"{', '.join(renamed.get(name, name) for name in missing)}; name "
-                                "the columns, as in fields=text=sentence,label=stars")
-            width = len(cells) if header else len(kind.fields)
-            if header:
-                continue
-        if not line.strip():
-            continue
-        if len(cells) != width:
-            report.add(f"lines without {width} columns between tabs, left out",
-                       f"{place} {len(cells)}")
-            continue
-        record = {ours: cells[i] for ours, i in columns.items()}
-        if "labels" in record:
-            record["labels"] = [label for label in record["labels"].split(",") if label.strip()]
-        if kind is Tagging:
-            record |= {name: record[name].split() for name in kind.fields}
-        yield place, record
-
-
-def _conll(source, path, kind, report):
-    """Sentences between empty lines: a word, other columns, and its tag, between blanks."""
-    renamed, width = _renamed(source), None
-    try:
-        word, tag = int(renamed.get("tokens", 0)), int(renamed.get("tags", -1))
-    except ValueError as error:
-        raise UserError(f"fields {source.fields!r}: of a CoNLL file give numbers of columns, as "
-                        "in tokens=0,tags=3") from error
-    rows, malformed = [], False
-
-    def sentence():
-        words, tags, places = map(list, zip(*rows))
-        return places[0], {"tokens": words, "tags": tags, "places": places}
-
-    for place, line in itertools.chain(_lines(path, report), [("", "")]):
-        cells = line.split()
-        if not cells or cells[0] == "-DOCSTART-":
-            if rows and not malformed:
-                yield sentence()
-            rows, malformed = [], False
-            continue
-        width = width or len(cells)
-        if len(cells) != width or width < 2 or not all(-width <= i < width for i in (word, tag)):
-            report.add("malformed CoNLL lines (the first line sets the number of columns), their "
-                       "sentences left out", f"{place} {len(cells)} columns")
-            malformed = True
-        else:
-            rows.append((cells[word], cells[tag], place))
-
-
-def _pairs(source, paths, kind, report):
-    paths = paths.split(",")
-    if len(paths) != 2:
-        raise UserError(f"{source.name}: name two files, as in pairs:train.en,train.fr")
-    sides = [list(_lines(path, report)) for path in paths]
-    if len(sides[0]) != len(sides[1]):
-        raise UserError(f"{source.name}: {paths[0]} has {len(sides[0])} lines and {paths[1]} "
-                        f"{len(sides[1])}; line for line they must be the same")
-    for (place, text), (_, other) in zip(*sides):
-        yield place, {"source": text, "target": other}
-
-
-def _tfds(source, name, kind):
-    import tensorflow_datasets as tfds
-
-    builder = open_dataset(name, source.data_dir)
-    features, config = builder.info.features, builder.builder_config
-    config = config.name if config else ""
-    names = {ours: ours for ours in _ours(kind)}
-    if isinstance(features, tfds.features.Translation):
-        names |= zip(Pair.fields, re.split("-|_to_", config))
-    names |= DATASETS.get(f"{builder.name}/{config}") or DATASETS.get(builder.name, {})
-    names |= _renamed(source)
-    names = {ours: theirs for ours, theirs in names.items() if theirs in features}
-    missing = [ours for ours in kind.fields if ours not in names
-               and not (ours == "label" and "labels" in names)]
-    if missing:
-        raise UserError(f"{source.name}: which of {', '.join(features)} is {' and '.join(missing)}?"
-                        f" Say so, as in fields={missing[0]}={next(iter(features))}")
-
-    def value(raw, feature):
-        if isinstance(raw, (list, tuple)) or getattr(raw, "ndim", 0):
-            return [value(item, getattr(feature, "feature", feature)) for item in raw]
-        if isinstance(feature, tfds.features.ClassLabel):
-            return feature.names[int(raw)] if raw >= 0 else None  # -1 is a hidden label
-        if isinstance(raw, bytes):
-            return raw.decode("utf-8", "replace")
-        return raw.item() if hasattr(raw, "item") else raw
-
-    def records(split):
-        for i, example in enumerate(dataset_examples(builder, split)):
-            yield f"tfds:{name} {split}:{i}", {
-                ours: value(example[theirs], features[theirs]) for ours, theirs in names.items()}
-
-    splits = dataset_splits(builder)
-    return {split: records(splits[split][0]) for split in ("train", "validation")
-            if split in splits}

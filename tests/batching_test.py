@@ -243,6 +243,10 @@ def test_rows_hold_what_the_examples_say():
                               ["a", "b", "c"], multi_label=True)
     assert several.batch([0, 1])["label"].tolist() == [[1, 0, 1], [0, 0, 0]]
     assert several.batch([0, 1])["label"].dtype == np.float32
+    report = sources.Report()
+    one = batching.encode([*EXAMPLES["classification"][:2], several.examples[0],
+                           Classification("y", (), "f:9")], BYTES, 9, "abc012", report=report)
+    assert len(one) == 2 and "without just one label, left out: 2 (, f:9)" in report.lines()[-1]
 
 
 def test_hf_rows_have_the_ends_their_model_wants(both):
@@ -279,7 +283,8 @@ def test_what_is_too_long_is_cut_and_counted_or_refused(kind):
     full, rows = rows_of(kind, length=400), rows_of(kind, length=24, report=report)
     names = [n for n in ("tokens", "source", "targets") if n in full.rows[0]]
     expected = sum(len(row[n]) > 24 for row in full.rows for n in names)
-    assert sum(n for k, n in report.counts.items() if "longer than 24 tokens, cut" in k) == expected
+    assert expected == sum(n for problem, n in report.counts.items()
+                           if "longer than 24 tokens, cut" in problem)
     assert expected > 0 and {p for k in report.places.values() for p in k} <= {
         e.place for e in EXAMPLES[kind]}
     for row, example in zip(rows.rows, rows.examples):
@@ -341,6 +346,9 @@ def test_batches_hold_like_lengths_in_a_changing_order():
     assert set(shapes) <= {16, 32, 64, 128, 256} and shapes != sorted(shapes)
     used = sum(rows.n_tokens(i) for step in range(64) for i in batches.indices(step))
     assert used / (8 * sum(shapes)) > 0.6, "most of it is no padding"
+    orders = [np.argsort([sum(map(rows.n_tokens, batches.indices(pool * batching.POOL + i)))
+                          for i in range(batching.POOL)]).tolist() for pool in (0, 1)]
+    assert orders[0] != orders[1] and sorted(orders[0]) not in orders
     assert batches.indices(3) != batching.ExampleBatches(rows, 8, seed=2).indices(3)
     assert rows.lengths([0]) == {"tokens": 16} and max(shapes) == 256
     with pytest.raises(UserError, match="multiple"):
