@@ -262,7 +262,7 @@ def test_equal_to_transformers_there_and_back(case, tmp_path, record_property):
         table = sum(side.embed_tokens.weight.grad
                     for side in (theirs.model.encoder, theirs.model.decoder))
     grad_error = np.linalg.norm(grads - table.numpy()) / np.linalg.norm(table)
-    record_property("error", error)
+    record_property("error", float(error))
     print(f"{case}: {error:.1e} {grad_error:.1e}")
     assert np.abs(expected[shown]).std() > 0.1
     assert error < 1e-5
