@@ -256,12 +256,14 @@ def open_model(source, which="best"):
     return models.build(config), params, tokenizer
 
 
-def prompt_ids(tokenizer, text):
+def prompt_ids(tokenizer, text, architecture="decoder"):
     """The ids of a prompt as its model expects them, with the tokens that begin (and, of a source,
     end) a text."""
     if hasattr(tokenizer, "encode_with_template"):
         return tokenizer.encode_with_template(text) or [
             i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
+    if architecture != "decoder":
+        return [*tokenizer.encode(text), tokenizer.eos_id]
     return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 

@@ -71,8 +71,7 @@ def print_mapping(family, config, params):
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, (*widths, 0))))
-    print(f"{family.model_type}: {len(hf.plan(family, config))} tensors; of the blocks the first is "
-          "shown")
+    print(f"{family.model_type}: {len(hf.plan(family, config))} tensors; of the blocks, the first")
 
 
 def write_workdir(workdir, config, params, tokenizer):

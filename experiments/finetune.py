@@ -113,7 +113,8 @@ def run(config, workdir):
             flops = models.flops_per_token(config.model, shown.model.context)
             with common.displays(workdir, shown, start, flops, peak) as (log, progress):
                 state, tracking, outcome = train.fit(
-                    state, lambda state, batch: step(state, batch, frozen), Batches(rows, t.batch_size, t.seed, tokenizer), config, mesh,
+                    state, lambda state, batch: step(state, batch, frozen),
+                    Batches(rows, t.batch_size, t.seed), config, mesh,
                     evaluate=evaluate, checkpoints=saves, log=log, progress=progress, meta=meta,
                     tracking=tracking, schedule=schedule)
             if outcome.signal:
@@ -221,7 +222,7 @@ def objective_of(kind, tokenizer):
 class Batches:
     """batching.ExampleBatches for `train.fit`, which also asks where a step's rows came from."""
 
-    def __init__(self, rows, batch_size, seed, tokenizer):
+    def __init__(self, rows, batch_size, seed):
         import jax
 
         from nanoflax.batching import ExampleBatches

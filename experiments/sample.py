@@ -122,8 +122,9 @@ def generate(model, params, tokenizer, prompts, ids_of_prompts=None):
     from nanoflax import beams, report, sampling
 
     safe = report.printable if sys.stdout.isatty() else str
-    sources = ids_of_prompts or [common.prompt_ids(tokenizer, p) for p in prompts]
-    decoder = model.config.architecture == "decoder"
+    architecture = model.config.architecture
+    sources = ids_of_prompts or [common.prompt_ids(tokenizer, p, architecture) for p in prompts]
+    decoder = architecture == "decoder"
     room = model.config.context - (max(map(len, sources)) if decoder else 0)
     limit = FLAGS.max_new_tokens or max(1, min(100, room))
     ends = {*getattr(tokenizer, "stop_ids", ()), tokenizer.eos_id}

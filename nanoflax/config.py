@@ -40,8 +40,9 @@ class ModelConfig:
 
     architecture: str = "decoder"
     vocab_size: int = 0  # V; 0 takes the tokenizer's
-    init_from: str = ""  # finetune: a workdir, Transformers directory, hub name or .gguf; it decides
-    # every field but head, labels and dropout
+    # Of finetune: a workdir, Transformers directory, hub name or .gguf, which then decides every field
+    # but head, labels and dropout.
+    init_from: str = ""
     context: int = 256  # the longest T (and S of a source) the model is made for
     layers: int = 4  # L; of an encoder-decoder, on the encoder's side
     decoder_layers: int | None = None  # None means L

@@ -17,5 +17,6 @@ def get_config():
         data=DataConfig(train="pymodules", tokenizer="bpe:2048", validation_fraction=0.1),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=30, schedule="linear", end_factor=0.0),
         task=TaskConfig(kind="classify", length=128),
-        train=TrainConfig(steps=300, batch_size=32, evaluate_every=100, checkpoint_every=100, sample_tokens=0),
+        train=TrainConfig(steps=300, batch_size=32, evaluate_every=100, checkpoint_every=100,
+                          sample_tokens=0),
     )

@@ -1,7 +1,7 @@
 """Dates in words, English to French, by an encoder-decoder from scratch.
 
 Command:   python -m experiments.finetune --config=translate --workdir=runs/dates
-           (--config.model.architecture=lstm for the recurrent one)
+           (--config.model.architecture=lstm --config.model.embed_scale=50 for the recurrent one)
 Hardware:  two CPU cores
 Figure:    not measured yet.
 """
@@ -13,8 +13,8 @@ from nanoflax.config import (
 def get_config():
     return Config(
         model=ModelConfig(architecture="encoder_decoder", layers=2, dim=128, heads=4, context=64,
-                          norm="rmsnorm", activation="silu", gated=True, positions="rotary",
-                          bias=False, embed_scale=8.0),
+                          norm="rmsnorm", activation="silu", gated=True, positions="learned",
+                          bias=False),
         data=DataConfig(train="dates:en-fr", tokenizer="bytes"),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, schedule="linear", end_factor=0.0),
         task=TaskConfig(kind="translate", length=64, target_length=64),
