@@ -143,14 +143,15 @@ def test_a_prompt_may_fill_the_context_to_its_last_token():
     assert [chunks[0][0] + chunks[1][0]] == new
 
 
-def test_greedy_equals_transformers_generate():
+def test_greedy_equals_transformers_generate(tmp_path):
     torch = pytest.importorskip("torch")
+    from nanoflax import hf
     from tests.models_test import randomize, transformers_gpt2
 
-    theirs, config, convert = transformers_gpt2(context=96, tied=False)
+    theirs = transformers_gpt2(context=96, tied=False)
     randomize(theirs, 3)
-    params = jax.device_put(convert(
-        {n: p.detach().numpy() for n, p in theirs.named_parameters()}))
+    theirs.save_pretrained(tmp_path)
+    config, params = hf.load(tmp_path)
     theirs.eval()
     theirs.generation_config.eos_token_id = None
     prompts = ragged(5, 1, 21, 12, vocab=config.vocab_size)
