@@ -247,3 +247,18 @@ class LanguageModel(nn.Module):
         that a cache is a tree of scalars and of arrays [B, ...].
         """
         return self.apply({"params": params}, tokens, cache=cache)
+
+
+class SourceModel(LanguageModel):
+    """A language model of targets that follow from a source; adds `hidden` and `prefill`."""
+
+    def __call__(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
+        """Logits of the next target at every position.
+
+        targets_in: [B, T] int32, the targets shifted right; source: [B, S] int32; source_mask:
+        [B, S] bool, True at real tokens, or None for all; cache: from `prefill`, in place of the
+        source; deterministic: False turns dropout on.
+        Returns (logits [B, T, V] float32, the new cache or None).
+        """
+        x, cache = self.hidden(targets_in, source, source_mask, cache, deterministic)
+        return self.head(x), cache

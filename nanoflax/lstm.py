@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nanoflax.blocks import REMAT_POLICIES, LanguageModel
+from nanoflax.blocks import REMAT_POLICIES, SourceModel
 from nanoflax.layers import Linear
 
 
@@ -91,7 +91,7 @@ class BiLSTM(nn.Module):
         return [jnp.concatenate(pair, axis=-1) for pair in zip(*outputs)]
 
 
-class AttentionLSTM(LanguageModel):
+class AttentionLSTM(SourceModel):
     """L bidirectional LSTM layers that read a source, and L that write the target.
 
     Called as an EncoderDecoder is. Its cache is the decoder's state, the source's states and their
@@ -115,17 +115,6 @@ class AttentionLSTM(LanguageModel):
             self.query = Matrix(D, D)
             self.score = self.param("score", nn.initializers.normal(D**-0.5), (D,))
         self.combine = Matrix(3 * D, D)
-
-    def __call__(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
-        """Logits of the next target at every position.
-
-        targets_in: [B, T] int32, the targets shifted right; source: [B, S] int32; source_mask:
-        [B, S] bool, True at real tokens, or None for all; cache: from `prefill`, in place of the
-        source; deterministic: False turns dropout on.
-        Returns (logits [B, T, V] float32, the new cache or None).
-        """
-        x, cache = self.hidden(targets_in, source, source_mask, cache, deterministic)
-        return self.head(x), cache
 
     def hidden(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
         """The last states that `head` reads, [B, T, D] in the compute dtype, and the cache."""

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from nanoflax.attention import empty_cache
-from nanoflax.blocks import LanguageModel, Stack, norm
+from nanoflax.blocks import LanguageModel, SourceModel, Stack, norm
 from nanoflax.config import validate
 from nanoflax.errors import UserError
 from nanoflax.layers import Embedding, Linear, activate
@@ -112,7 +112,7 @@ class Encoder(LanguageModel):
         return self.pool(self.hidden(tokens, padding_mask, token_types))
 
 
-class EncoderDecoder(LanguageModel):
+class EncoderDecoder(SourceModel):
     """An encoder, and a decoder that also attends to its states (Vaswani et al. 2017)."""
 
     def setup(self):
@@ -120,17 +120,6 @@ class EncoderDecoder(LanguageModel):
         c = self.config
         self.encoder = Stack(c, c.layers, causal=False, remat=self.remat)
         self.decoder = Stack(c, decoder_layers(c), cross=True, remat=self.remat)
-
-    def __call__(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
-        """Logits of the next target at every position.
-
-        targets_in: [B, T] int32, the targets shifted right; source: [B, S] int32; source_mask:
-        [B, S] bool, True at real tokens, or None for all; cache: from `prefill`, in place of the
-        source; deterministic: False turns dropout on.
-        Returns (logits [B, T, V] float32, the new cache or None).
-        """
-        x, cache = self.hidden(targets_in, source, source_mask, cache, deterministic)
-        return self.head(x), cache
 
     def hidden(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
         """The last states that `head` reads, [B, T, D] in the compute dtype, and the cache."""
