@@ -227,7 +227,7 @@ class TaskConfig:
     show: int = 3  # validation examples printed at the end, with what the model says
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 

@@ -250,5 +250,6 @@ def test_objective_options_are_passed_on():
     inputs = losses.shift_right(jnp.asarray(targets), 0)
     logits, _ = model.apply({"params": params}, inputs)
     expected, nll = losses.token_losses(logits, targets, 0.01, 0.1)
-    found = objectives.causal_lm(model, params, batch, None, 4, 0.01, 0.1)
+    found = objectives.causal_lm(model, params, batch, chunks=4, z_loss=0.01,
+                                 label_smoothing=0.1)
     np.testing.assert_allclose(found[:2], (expected.sum(), nll.sum()), rtol=1e-5)

@@ -537,7 +537,7 @@ def test_bad_configurations_are_refused_by_name(llama):
         with pytest.raises(UserError, match=message):
             peft.add(params, PeftConfig(**fields), jax.random.PRNGKey(0))
     with pytest.raises(UserError, match="peft.warmup_steps=100 and peft.final_steps=100 must leave"):
-        validate(Config(ModelConfig(vocab_size=9), peft=PeftConfig("adalora"),
+        validate(Config(model=ModelConfig(vocab_size=9), peft=PeftConfig("adalora"),
                         train=TrainConfig(steps=200)))
     t5 = sharding.shapes(build(ModelConfig(**vars(BART) | {"positions": "relative"})))
     with pytest.raises(UserError, match="'prompt' does not go with relative positions"):

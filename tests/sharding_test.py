@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from nanoflax import sharding
-from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from nanoflax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from nanoflax.errors import UserError
 from nanoflax.models import build
 
@@ -40,10 +40,10 @@ def run_child(name):
 def config_of(mesh, tied):
     # SGD: under Adam a gradient of rounding noise (a key's bias) moves by its sign alone.
     return Config(
-        ModelConfig(vocab_size=48, context=16, layers=2, dim=32, heads=4, kv_heads=4, tied=tied,
-                    positions="learned" if tied else "rotary"),
-        DataConfig(), OptimConfig(name="sgd", learning_rate=0.3, warmup_steps=0, ema=0.9),
-        TrainConfig(steps=3, batch_size=16, accumulate=2, mesh=mesh, z_loss=1e-3, seed=3))
+        model=ModelConfig(vocab_size=48, context=16, layers=2, dim=32, heads=4, kv_heads=4,
+                          tied=tied, positions="learned" if tied else "rotary"),
+        optim=OptimConfig(name="sgd", learning_rate=0.3, warmup_steps=0, ema=0.9),
+        train=TrainConfig(steps=3, batch_size=16, accumulate=2, mesh=mesh, z_loss=1e-3, seed=3))
 
 
 def batch_of(i):
@@ -232,7 +232,7 @@ def test_one_device_is_a_mesh_of_one():
 ])
 def test_sizes_that_the_mesh_does_not_divide_are_named(mesh, model, train, words):
     model = ModelConfig(**dict(vocab_size=48, dim=24, heads=4) | model)
-    config = Config(model, train=TrainConfig(**dict(batch_size=16) | train))
+    config = Config(model=model, train=TrainConfig(**dict(batch_size=16) | train))
     sharding.check(config, fake_mesh(1, 1, 1))
     with pytest.raises(UserError) as caught:
         sharding.check(config, fake_mesh(*mesh))
