@@ -112,7 +112,7 @@ def define_config(path):
     """Define --config and a typed flag for every leaf of its file, with the file's values."""
     _define(flags.ArgumentParser(), "config", path, "file whose get_config() makes the Config")
     for name, kind, value in leaves(load_config(path), "config"):
-        _define(_Leaf(kind), name, value, f"{configs.type_name(kind)} (nanoflax/config.py)")
+        _define(_Leaf(kind), name, value, f"{configs.type_name(kind)} (nanoflax/config)")
 
 
 def _define(parser, name, default, text):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nanoflax import masking, positions
-from nanoflax.attention import Attention, View, empty_cache
+from nanoflax.attention import Attention, View
 from nanoflax.config import ModelConfig
 from nanoflax.layers import MLP, Embedding, Linear, Norm, bottleneck
 

@@ -1,6 +1,5 @@
 """Whole models: `build(config)` chooses a decoder, an encoder, an encoder-decoder or the LSTM."""
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 from nanoflax.attention import empty_cache

@@ -9,7 +9,6 @@ and the same loss, to the last bit. Exit status 1 and the first difference other
 """
 
 import argparse
-import os
 import pathlib
 import random
 import signal
