@@ -28,9 +28,6 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "directory of the run", required=True)
 
 DEFAULT_CONFIG = os.path.join(common.HERE, "configs", "classify.py")
-ARCHITECTURES = {"classify": ("encoder",), "tag": ("encoder",),
-                 "translate": ("encoder_decoder", "lstm"), "instruct": ("decoder",),
-                 "language_model": ("decoder",)}
 
 
 def main():
@@ -49,14 +46,10 @@ def run(config, workdir):
     import jax
 
     from nanoflax import (
-        batching, checkpoint, examples, hardware, models, optim, peft, plots, report, sharding,
-        train)
+        batching, checkpoint, examples, hardware, models, optim, peft, plots, sharding, tasks, train)
 
     task, t = config.task, config.train
-    mesh = sharding.make_mesh(t.mesh)
-    kind = {"classify": examples.Classification, "tag": examples.Tagging,
-            "translate": examples.Pair, "instruct": examples.Chat,
-            "language_model": examples.Text}[task.kind]
+    mesh, kind = sharding.make_mesh(t.mesh), tasks.TASKS[task.kind].examples
     data = examples.load(examples.TaskSource(
         config.data.train, config.data.validation, config.data.validation_fraction), kind)
     config, params, tokenizer = starting_point(config, data, workdir)
@@ -81,9 +74,9 @@ def run(config, workdir):
     print(f"{size:,} of {whole:,} parameters are trained ({size / whole:.2%})")
     optimizer, schedule = optim.make_optimizer(config.optim, t.steps)
     state = train.init_state(model, optimizer, config, mesh, trained)
-    objective = objective_of(task.kind, tokenizer)
-    step = train.jit_step(train.make_train_step(model, optimizer, config, objective), state, mesh)
-    judge = Judge(model, config, tokenizer, data.labels, held_out, objective, mesh)
+    step = train.jit_step(train.make_train_step(
+        model, optimizer, config, tasks.TASKS[task.kind].objective), state, mesh)
+    judge = tasks.Judge(model, config, tokenizer, data.labels, held_out, mesh)
 
     def evaluate(trained, at):
         found, _ = judge(peft.join(trained, frozen), t.evaluate_batches)
@@ -131,6 +124,7 @@ def run(config, workdir):
 def starting_point(config, data, workdir):
     """(the Config with its model settled, its source's params or None, the tokenizer)."""
     from nanoflax import tokenizers
+    from nanoflax.tasks import TASKS
 
     m, task, params = config.model, config.task, None
     if m.init_from:
@@ -150,10 +144,10 @@ def starting_point(config, data, workdir):
         m = common.with_vocabulary(config, tokenizer).model
         if m.architecture in ("encoder_decoder", "lstm"):
             m = dataclasses.replace(m, start_id=tokenizer.bos_id)
-    if m.architecture not in ARCHITECTURES[task.kind]:
-        raise UserError(f"task.kind={task.kind!r} needs an "
-                        f"{' or '.join(ARCHITECTURES[task.kind])}, not model.architecture="
-                        f"{m.architecture!r}")
+    suited = TASKS[task.kind].architectures
+    if m.architecture not in suited:
+        raise UserError(f"task.kind={task.kind!r} needs model.architecture to be "
+                        f"{' or '.join(suited)}, not {m.architecture!r}")
     if task.kind in ("classify", "tag"):
         m = dataclasses.replace(m, head=task.kind, labels=len(data.labels))
     if max(task.length, task.target_length) > m.context:
@@ -198,27 +192,6 @@ def texts(examples):
                 yield value
 
 
-def objective_of(kind, tokenizer):
-    """The objective of a task over batches of nanoflax.batching."""
-    import jax.numpy as jnp
-
-    from nanoflax import objectives
-
-    if kind in ("classify", "tag"):
-        return getattr(objectives, kind)
-    if kind == "translate":
-        return objectives.seq2seq
-    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-
-    def language_model(model, params, batch, rng=None, **options):
-        rows = len(batch["tokens"])
-        batch = {"targets": batch["tokens"], "weights": batch["weights"],
-                 "first": jnp.full(rows, first, jnp.int32)}
-        return objectives.causal_lm(model, params, batch, rng, **options)
-
-    return language_model
-
-
 class Batches:
     """batching.ExampleBatches for `train.fit`, which also asks where a step's rows came from."""
 
@@ -236,84 +209,6 @@ class Batches:
 
     def where(self, step):
         return ", ".join(self.rows.examples[i].place for i in self.batches.indices(step)[:4])
-
-
-class Judge:
-    """Measures parameters on rows: the loss, and what the task is measured by."""
-
-    def __init__(self, model, config, tokenizer, labels, rows, objective, mesh):
-        import jax
-
-        self.model, self.config, self.tokenizer = model, config, tokenizer
-        self.labels, self.rows, self.mesh = labels, rows, mesh
-        self._sums = jax.jit(lambda params, batch: objective(model, params, batch)[1:])
-        self._logits = jax.jit(lambda params, batch: model.apply(
-            {"params": params}, batch["tokens"], batch["padding_mask"]))
-
-    def __call__(self, params, batches=0):
-        """({"validation_loss": ..., the task's metrics}, predictions) on the first so many batches
-        of the rows, 0 for all."""
-        import numpy as np
-
-        from nanoflax import batching, sharding
-
-        B, nats, weight, logits = self.config.train.batch_size, 0.0, 0.0, []
-        for batch in itertools.islice(batching.evaluation(self.rows, B), batches or None):
-            on_mesh = sharding.put_batch(batch, self.mesh)
-            sums = self._sums(params, on_mesh)
-            nats, weight = nats + float(sums[0]), weight + float(sums[1])
-            if self.config.task.kind in ("classify", "tag"):
-                logits += [(row, w) for row, w in zip(
-                    np.asarray(self._logits(params, on_mesh)), batch["weights"])]
-        number = min(len(self.rows), B * batches) if batches else len(self.rows)
-        predictions = self._predictions(params, logits[:number], number)
-        return {"validation_loss": nats / weight} | self._metrics(
-            predictions, nats, weight), predictions
-
-    def _predictions(self, params, logits, number):
-        from nanoflax import batching, beams, sampling
-
-        kind, task, examples = self.config.task.kind, self.config.task, self.rows.examples
-        if kind == "classify":
-            multi = self.rows.rows[0]["label"].ndim
-            return [tuple(n for n, x in zip(self.labels, row) if x > 0) if multi
-                    else (self.labels[row.argmax()],) for row, _ in logits]
-        if kind == "tag":
-            return [batching.word_tags(row.argmax(-1), weights, self.labels, len(example.tokens))
-                    for (row, weights), example in zip(logits, examples)]
-        if kind != "translate":
-            return []
-        sources = [self.rows.rows[i]["source"].tolist() for i in range(number)]
-        found, B = [], self.config.train.batch_size
-        options = dict(max_new_tokens=task.target_length, eos_id=self.tokenizer.eos_id,
-                       vocab_size=self.tokenizer.vocab_size)
-        for i in range(0, number, B):
-            part = sources[i:i + B]
-            part += [part[-1]] * (B - len(part))  # no compilation for the last batch
-            new = (beams.beam_search(self.model, params, part, task.beams, **options)
-                   if task.beams > 1 else
-                   sampling.sample(self.model, params, part, temperature=0, **options))
-            found += map(self.tokenizer.decode, new)
-        return found[:number]
-
-    def _metrics(self, predictions, nats, weight):
-        from nanoflax import metrics
-
-        kind, examples = self.config.task.kind, self.rows.examples[:len(predictions)]
-        if kind == "classify":
-            self.report = metrics.classes(predictions, [e.labels for e in examples])
-            return {"accuracy": self.report["accuracy"], "macro_f1": self.report["macro"]["f1"]}
-        if kind == "tag":
-            self.report = metrics.tags(predictions, [list(e.tags) for e in examples])
-            return {"f1": self.report["micro"]["f1"], "accuracy": self.report["accuracy"]}
-        if kind == "translate":
-            targets = [e.target for e in examples]
-            self.report = metrics.translation(predictions, targets)
-            return {"exact_match": metrics.exact_match(predictions, targets),
-                    "bleu": self.report["bleu"], "chrf": self.report["chrf"],
-                    "rouge_l": metrics.rouge_l(predictions, targets)}
-        self.report = {}
-        return {"perplexity": metrics.perplexity(nats, weight)}
 
 
 def finish(workdir, config, tokenizer, labels, params, judge, tracking, trained):

@@ -174,7 +174,8 @@ class Rows:
         label [B] int32 (or [B, number of labels] float32, 0 or 1, of several), weights [B]
         float32. Tagging: tokens, padding_mask, tags [B, T] int32, weights [B, T] float32.
         Pair: source [B, S], source_mask [B, S], targets [B, T], weights [B, T].
-        Chat and Text: tokens [B, T], weights [B, T]. Weights are 0 for padding.
+        Chat and Text: first [B] int32, the token before the targets [B, T], and weights [B, T].
+        Weights are 0 for padding.
         lengths: those to pad to, by name; default `self.lengths(indices)`.
         """
         lengths = lengths or self.lengths(indices)
@@ -201,6 +202,9 @@ class Rows:
             return batch | {"padding_mask": real("tokens"),
                             "label": np.stack([row["label"] for row in rows]),
                             "weights": (np.asarray(indices) < len(self)).astype(np.float32)}
+        if "first" in nothing:
+            return batch | {"first": np.stack([row["first"] for row in rows]),
+                            "weights": padded("weights", lengths["targets"])}
         batch["weights"] = padded("weights", lengths["tokens"])
         if "tags" in nothing:
             batch |= {"padding_mask": real("tokens"), "tags": padded("tags", lengths["tokens"])}
@@ -267,6 +271,10 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
         return {"source": framed(source, length, example.place, "sources"),
                 "targets": framed(target, target_length, example.place, "targets")}
 
+    def following(ids, weights):
+        return {"first": np.asarray(ids[0], np.int32), "targets": np.asarray(ids[1:], np.int32),
+                "weights": np.asarray(weights[1:], np.float32)}
+
     def chat(example):
         try:
             ids, weights = chat_ids(tokenizer, example.messages)
@@ -274,15 +282,17 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
             report.add(f"chats left out: {error}", example.place)
             return None
         ids, weights = cut(ids, length, example.place), weights[:length]
-        if not any(weights):
+        if not any(weights[1:]):
             report.add(f"chats without a reply in the first {length} tokens, left out",
                        example.place)
             return None
-        return {"tokens": np.asarray(ids, np.int32), "weights": np.asarray(weights, np.float32)}
+        return following(ids, weights)
 
     def text(example):
-        ids = cut([*tokenizer.encode(example.text), tokenizer.eos_id], length, example.place)
-        return {"tokens": np.asarray(ids, np.int32), "weights": np.ones(len(ids), np.float32)}
+        first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        ids = [first, *tokenizer.encode(example.text), tokenizer.eos_id]
+        ids = cut(ids, length, example.place)
+        return following(ids, [1.0] * len(ids))
 
     make = {Classification: classification, Tagging: tagging, Pair: pair, Chat: chat, Text: text}
     made = [(make[type(example)](example), example) for example in examples]
@@ -291,6 +301,8 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
         raise UserError(f"{'; '.join(too_long.lines())}; raise the length, or ask to truncate them")
     if not rows:
         raise UserError(f"no example is left: {'; '.join(report.lines()) or 'there was none'}")
+    if "first" in rows[0]:  # a text of its own, not the answer to a source
+        target_length = length
     return Rows(rows, kept, tokenizer.pad_id, length, target_length)
 
 

@@ -197,8 +197,8 @@ KEYS = {"classification": {"tokens": "int32", "padding_mask": "bool", "label": "
                     "weights": "float32"},
         "pair": {"source": "int32", "source_mask": "bool", "targets": "int32",
                  "weights": "float32"},
-        "chat": {"tokens": "int32", "weights": "float32"},
-        "text": {"tokens": "int32", "weights": "float32"}}
+        "chat": {"first": "int32", "targets": "int32", "weights": "float32"},
+        "text": {"first": "int32", "targets": "int32", "weights": "float32"}}
 
 
 def rows_of(kind, tokenizer=BYTES, length=64, **options):
@@ -212,8 +212,8 @@ def test_a_batch_is_its_rows_and_padding(kind):
     assert {name: array.dtype.name for name, array in batch.items()} == KEYS[kind]
     for line, i in enumerate([7, 3]):
         for name, array in rows.rows[i].items():
-            if name == "label":
-                assert batch["label"][line] == array
+            if name in ("label", "first"):
+                assert batch[name][line] == array
                 continue
             n = len(array)
             assert batch[name][line, :n].tolist() == array.tolist()
@@ -249,6 +249,17 @@ def test_rows_hold_what_the_examples_say():
     assert len(one) == 2 and "without just one label, left out: 2 (, f:9)" in report.lines()[-1]
 
 
+def test_a_text_begins_after_its_first_token_and_a_chat_with_it(both):
+    mine, theirs = both
+    row = rows_of("text").rows[0]
+    assert row["first"] == BYTES.bos_id and row["weights"].all()
+    assert row["targets"].tolist() == [*b"some text ", BYTES.eos_id]
+    ids, weights = batching.chat_ids(mine, chat("the name", "the object"))
+    row = batching.encode([Chat(chat("the name", "the object"))], mine, 64).rows[0]
+    assert [int(row["first"]), *row["targets"]] == ids
+    assert [0, *row["weights"]] == weights
+
+
 def test_hf_rows_have_the_ends_their_model_wants(both):
     mine, theirs = both
     rows = batching.encode([Classification("the object", ("a",), "f:1")], mine, 32, ["a"])
@@ -282,7 +293,8 @@ def test_what_is_too_long_is_cut_and_counted_or_refused(kind):
     report = sources.Report()
     full, rows = rows_of(kind, length=400), rows_of(kind, length=24, report=report)
     names = [n for n in ("tokens", "source", "targets") if n in full.rows[0]]
-    expected = sum(len(row[n]) > 24 for row in full.rows for n in names)
+    before = "first" in full.rows[0]  # the token before the targets
+    expected = sum(len(row[n]) + before > 24 for row in full.rows for n in names)
     assert expected == sum(n for problem, n in report.counts.items()
                            if "longer than 24 tokens, cut" in problem)
     assert expected > 0 and {p for k in report.places.values() for p in k} <= {
@@ -290,7 +302,7 @@ def test_what_is_too_long_is_cut_and_counted_or_refused(kind):
     for row, example in zip(rows.rows, rows.examples):
         whole = full.rows[full.examples.index(example)]
         for name in names:
-            n = min(24, len(whole[name]))
+            n = min(24 - before, len(whole[name]))
             assert len(row[name]) == n
             assert row[name][:n - 1].tolist() == whole[name][:n - 1].tolist()
             if kind not in ("chat", "text"):
@@ -342,7 +354,7 @@ def test_epochs_are_permutations_at_any_step_on_any_number_of_hosts(n, half, see
 def test_batches_hold_like_lengths_in_a_changing_order():
     rows = batching.encode([Text("x" * (i * 37 % 200), f"f:{i}") for i in range(2000)], BYTES, 256)
     batches = batching.ExampleBatches(rows, 8, seed=1)
-    shapes = [batches[step]["tokens"].shape[1] for step in range(64)]
+    shapes = [batches[step]["targets"].shape[1] for step in range(64)]
     assert set(shapes) <= {16, 32, 64, 128, 256} and shapes != sorted(shapes)
     used = sum(rows.n_tokens(i) for step in range(64) for i in batches.indices(step))
     assert used / (8 * sum(shapes)) > 0.6, "most of it is no padding"
@@ -350,7 +362,7 @@ def test_batches_hold_like_lengths_in_a_changing_order():
                           for i in range(batching.POOL)]).tolist() for pool in (0, 1)]
     assert orders[0] != orders[1] and sorted(orders[0]) not in orders
     assert batches.indices(3) != batching.ExampleBatches(rows, 8, seed=2).indices(3)
-    assert rows.lengths([0]) == {"tokens": 16} and max(shapes) == 256
+    assert rows.lengths([0]) == {"targets": 16} and max(shapes) == 256
     with pytest.raises(UserError, match="multiple"):
         batching.ExampleBatches(rows, 3, process_count=2)
 
@@ -360,7 +372,7 @@ def test_batches_hold_like_lengths_in_a_changing_order():
 def test_evaluation_sees_each_row_once_in_order(kind, count):
     rows = rows_of(kind)
     hosts = [list(batching.evaluation(rows, 8, p, count)) for p in range(count)]
-    name = "source" if kind == "pair" else "tokens"
+    name = next(n for n in ("source", "tokens", "targets") if n in KEYS[kind])
     seen = [line for step in zip(*hosts) for b in step
             for line, real in zip(b[name], np.reshape(b["weights"], (len(b[name]), -1)).any(1))
             if real]
