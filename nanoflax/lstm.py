@@ -95,8 +95,7 @@ class AttentionLSTM(SourceModel):
     """L bidirectional LSTM layers that read a source, and L that write the target.
 
     Called as an EncoderDecoder is. Its cache is the decoder's state, the source's states and their
-    keys: of one size, however many tokens are written. Embeddings start at 0.02, small for an LSTM:
-    it learns several times faster with config.embed_scale at 10 to 50.
+    keys: of one size, however many tokens are written.
     """
 
     def setup(self):
@@ -115,6 +114,10 @@ class AttentionLSTM(SourceModel):
             self.query = Matrix(D, D)
             self.score = self.param("score", nn.initializers.normal(D**-0.5), (D,))
         self.combine = Matrix(3 * D, D)
+
+    def embed(self, tokens):
+        """tokens: [B, T] int32 below V -> [B, T, D]; at first of variance 1, as gates want them."""
+        return super().embed(tokens) / 0.02
 
     def hidden(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
         """The last states that `head` reads, [B, T, D] in the compute dtype, and the cache."""

@@ -18,7 +18,7 @@ from tests.models_test import randomize, scaled
 
 TINY = dict(vocab_size=29, context=32, layers=1, dim=16, heads=2, tied=False, start_id=2)
 KINDS = {"decoder": {}, "encoder_decoder": dict(positions="relative"),
-         "lstm": dict(embed_scale=5.0)}
+         "lstm": {}}
 
 
 def make(architecture, seed=0, **fields):

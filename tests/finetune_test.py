@@ -89,7 +89,7 @@ def test_the_lstm_takes_the_same_road(tmp_path):
     pairs = [{"source": a + b, "target": b} for a in "abcd" for b in "abcd"]
     data = write(tmp_path / "pairs", pairs)
     done = finetune("translate", tmp_path / "run", data, data, "--config.model.architecture=lstm",
-                    "--config.model.embed_scale=50", "--config.train.steps=40",
+                    "--config.train.steps=40",
                     "--config.train.evaluate_every=20", "--config.task.beams=2")
     assert done.returncode == 0, done.stderr
     losses = [json.loads(line).get("validation_loss")

@@ -1,7 +1,7 @@
 """Dates in words, English to French, by an encoder-decoder from scratch.
 
 Command:   python -m experiments.finetune --config=translate --workdir=runs/dates
-           (--config.model.architecture=lstm --config.model.embed_scale=50 for the recurrent one)
+           (--config.model.architecture=lstm --config.train.steps=200 for the recurrent one)
 Hardware:  two CPU cores
 Figure:    not measured yet.
 """
@@ -16,8 +16,9 @@ def get_config():
                           norm="rmsnorm", activation="silu", gated=True, positions="learned",
                           bias=False),
         data=DataConfig(train="dates:en-fr", tokenizer="bytes"),
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, schedule="linear", end_factor=0.0),
+        optim=OptimConfig(name="muon", learning_rate=2e-3, warmup_steps=20, schedule="linear",
+                          end_factor=0.0),
         task=TaskConfig(kind="translate", length=64, target_length=64),
-        train=TrainConfig(steps=600, batch_size=64, evaluate_every=200, evaluate_batches=4,
+        train=TrainConfig(steps=400, batch_size=64, evaluate_every=200, evaluate_batches=4,
                           checkpoint_every=200, sample_tokens=0),
     )
