@@ -194,8 +194,10 @@ judge_job() { # judge_job LINES
 }
 
 run_to_the_end() {
-  local workdir state lines job launched='' silent=0
-  local rehearsal=(ABSENT READY 'job: none -1' READY 'job: exited:0 -1')
+  local workdir state lines job launched='' silent=0 turn=0
+  local rehearsal=( # the answers of a dry run
+    ABSENT READY 'job: none -1' READY 'job: exited:0 -1'
+  )
   workdir=$(workdir_of "${command[@]}")
   case $workdir in
     gs://?* | /*) ;;
@@ -203,8 +205,8 @@ run_to_the_end() {
   esac
   while true; do
     [[ $silent -lt 10 ]] || die 1 "$name has not answered 10 times in a row; see what it is; the same command goes on"
-    state=$(machine_state "${rehearsal[0]}")
-    rehearsal=("${rehearsal[@]:1}")
+    state=$(machine_state "${rehearsal[turn]:-}")
+    turn=$((turn + 1))
     case $state in
       READY | ACTIVE) ;;
       ABSENT)
@@ -232,12 +234,12 @@ run_to_the_end() {
         continue
         ;;
     esac
-    if ! lines=$(ask "${rehearsal[0]}" job_lines "$workdir"); then
+    if ! lines=$(ask "${rehearsal[turn]:-}" job_lines "$workdir"); then
       silent=$((silent + 1))
       sleep "$poll"
       continue
     fi
-    rehearsal=("${rehearsal[@]:1}")
+    turn=$((turn + 1))
     silent=0
     judge_job "$lines"
     # How a command ended that someone launched before does not count; one that runs is taken over.
