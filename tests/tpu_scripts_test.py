@@ -401,12 +401,13 @@ def test_the_loop_takes_over_a_command_that_runs(cloud):
     until((cloud.path / "hangs.worker1").exists)
     other = cloud.call("tpu.sh", "launch", "pod", "--", "other", status=2)
     assert "another command is running" in other.stderr
+    cloud.calls()
     loop = subprocess.Popen(
         ["bash", SCRIPTS / "tpu.sh", "run", "pod", TYPE, "--poll=0", "--", *cloud.toy],
         env={"PATH": f"{cloud.bin}:{os.environ['PATH']}", "HOME": str(cloud.path / "home"),
              "CLOUD": str(cloud.path)}, stderr=subprocess.PIPE, text=True)
-    cloud.calls()
-    until(lambda: sum("status" in c[-2] for c in cloud.calls("gcloud") or [["", ""]]) or loop.poll())
+    log = cloud.path / "calls"
+    until(lambda: log.exists() and "$worker status" in log.read_text().partition("sh start")[2])
     cloud.call("tpu.sh", "stop", "pod")
     assert loop.wait(60) == 130, loop.stderr.read()
     assert cloud.attempts(0) == 1

@@ -14,7 +14,7 @@ mkdir -p "$job"
 PATH=$HOME/.local/bin:$PATH
 
 # The kernel drops the lock when the last process of the job is dead.
-running() { ! flock --nonblock "$job/lock" true; }
+running() { ! flock --shared --nonblock "$job/lock" true; }
 
 # gs://BUCKET/PATH is /mnt/gcs/BUCKET/PATH, where `mount_bucket` puts the bucket.
 local_path() { case $1 in gs://*) printf '/mnt/gcs/%s' "${1#gs://}" ;; *) printf '%s' "$1" ;; esac; }
@@ -48,7 +48,7 @@ case ${1:-} in
   start)
     shift
     exec 9>> "$job/lock"
-    if ! flock --nonblock 9; then
+    if ! flock --wait 5 9; then
       rm -f ~/nanoflax-env
       [[ $(printf '%q ' "$@") == "$(< "$job/command")" ]] || {
         echo "another command is running here: $(< "$job/command"); stop it first" >&2
@@ -114,7 +114,7 @@ case ${1:-} in
     touch "$job/stopped"
     group=$(< "$job/group")
     kill -TERM -- "-$group" || true
-    flock --wait 120 "$job/lock" true || kill -KILL -- "-$group"
+    flock --shared --wait 120 "$job/lock" true || kill -KILL -- "-$group"
     ;;
   results)
     # Buckets and network disks are other file systems, and outlive the machine.
