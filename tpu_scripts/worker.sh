@@ -48,7 +48,7 @@ case ${1:-} in
   start)
     shift
     exec 9>> "$job/lock"
-    if ! flock --wait 5 9; then
+    if ! flock --wait 1 9; then
       rm -f ~/nanoflax-env
       [[ $(printf '%q ' "$@") == "$(< "$job/command")" ]] || {
         echo "another command is running here: $(< "$job/command"); stop it first" >&2
