@@ -128,13 +128,13 @@ def result(workdir):
 
 
 def test_masked_tokens_are_guessed_and_the_encoder_is_gone_on_with(texts, topics, tmp_path):
-    flags = ["--config.train.steps=60", "--config.train.evaluate_every=60"]
+    flags = ["--config.train.steps=200", "--config.train.evaluate_every=200"]
     done = finetune("masked_lm", tmp_path / "mlm", texts, texts, *flags,
                     "--config.optim.name=adamw")
     assert done.returncode == 0, done.stderr
     assert "read in several rows" in done.stdout and "⟦" in done.stdout
     found = result(tmp_path / "mlm")
-    assert found["masked_accuracy"] > 0.3 and found["perplexity"] < 8  # 1/256 and 260 by chance
+    assert found["masked_accuracy"] > 0.35  # always "c": 0.26
     lines = (tmp_path / "mlm" / "predictions.jsonl").read_text().splitlines()
     assert len(lines) > 240 and all("⟦" in json.loads(x)["prediction"] for x in lines)
     other = finetune("classify", tmp_path / "classes", *topics, "--config.train.steps=5",
