@@ -46,7 +46,8 @@ def run(config, workdir):
     import jax
 
     from nanoflax import (
-        batching, checkpoint, examples, hardware, models, optim, peft, plots, sharding, tasks, train)
+        batching, checkpoint, denoising, examples, hardware, models, optim, peft, plots, sharding,
+        tasks, train)
 
     task, t = config.task, config.train
     mesh, kind = sharding.make_mesh(t.mesh), tasks.TASKS[task.kind].examples
@@ -54,9 +55,10 @@ def run(config, workdir):
         config.data.train, config.data.validation, config.data.validation_fraction), kind)
     config, params, tokenizer = starting_point(config, data, workdir)
     common.resumable(workdir, config, restart=False)  # refuses another run's workdir
+    noise = denoising.Noise(task, tokenizer) if task.kind in ("masked_lm", "denoise") else None
     encode = lambda part: batching.encode(  # noqa: E731
         part, tokenizer, task.length, data.labels, kind is examples.Classification
-        and data.multi_label, task.truncate, task.target_length, data.report)
+        and data.multi_label, task.truncate, task.target_length, data.report, noise)
     rows, held_out = encode(data.train), encode(data.validation)
     print(f"{len(rows):,} training and {len(held_out):,} validation examples"
           + (f", {len(data.labels)} labels: {', '.join(data.labels[:12])}" if data.labels else ""))
@@ -123,7 +125,7 @@ def run(config, workdir):
 
 def starting_point(config, data, workdir):
     """(the Config with its model settled, its source's params or None, the tokenizer)."""
-    from nanoflax import tokenizers
+    from nanoflax import denoising, tokenizers
     from nanoflax.tasks import TASKS
 
     m, task, params = config.model, config.task, None
@@ -131,7 +133,9 @@ def starting_point(config, data, workdir):
         model, params, tokenizer = common.open_model(m.init_from)
         if tokenizer is None:
             raise UserError(f"model.init_from={m.init_from} has no tokenizer")
-        m = dataclasses.replace(model.config, init_from=m.init_from, dropout=m.dropout)
+        tokenizer = denoising.marked(task, tokenizer)
+        m = dataclasses.replace(model.config, init_from=m.init_from, dropout=m.dropout,
+                                vocab_size=max(model.config.vocab_size, tokenizer.vocab_size))
     else:
         own = os.path.join(workdir, "tokenizer")
         kind, size = tokenizers.parse(config.data.tokenizer)
@@ -141,6 +145,7 @@ def starting_point(config, data, workdir):
             tokenizer = tokenizers.load(config.data.tokenizer)
         else:
             tokenizer = tokenizers.train_sentencepiece(texts(data.train), size, kind)
+        tokenizer = denoising.marked(task, tokenizer)
         m = common.with_vocabulary(config, tokenizer).model
         if m.architecture in ("encoder_decoder", "lstm"):
             m = dataclasses.replace(m, start_id=tokenizer.bos_id)
@@ -150,6 +155,8 @@ def starting_point(config, data, workdir):
                         f"{' or '.join(suited)}, not {m.architecture!r}")
     if task.kind in ("classify", "tag"):
         m = dataclasses.replace(m, head=task.kind, labels=len(data.labels))
+    if task.kind == "masked_lm":
+        m = dataclasses.replace(m, head="mlm")
     if max(task.length, task.target_length) > m.context:
         raise UserError(f"task.length={task.length} and task.target_length={task.target_length} "
                         f"must be at most the model's context of {m.context}")
@@ -169,6 +176,11 @@ def started(model, given, seed, mesh):
     if given is None:
         return traverse_util.unflatten_dict(new, sep="/")
     given = traverse_util.flatten_dict(given, sep="/")
+    # Tokens that the source lacks (a mask, sentinels) come after its own.
+    for path in {"embed/embedding", "unembed/kernel", "logit_bias"} & new.keys() & given.keys():
+        old = given[path]
+        if old.shape != new[path].shape:
+            given[path] = new[path].at[tuple(map(slice, old.shape))].set(old)
     fits = {path for path in new if path in given and given[path].shape == new[path].shape}
     if fresh := sorted({path.split("/")[0] for path in new.keys() - fits}):
         print(f"not in the source, drawn anew: {', '.join(fresh)}")

@@ -17,10 +17,10 @@ _HOME = {
 }
 _MODULES = (
     "attention", "batching", "beams", "blocks", "builtin", "chat", "checkpoint", "config", "data",
-    "examples", "families", "gguf", "hardware", "hf", "hf_tokenizers", "hf_vocabularies",
-    "layers", "losses", "lstm", "manifest", "masking", "metrics", "models", "objectives",
-    "optim", "peft", "plots", "positions", "report", "safetensors_io", "sampling", "sharding",
-    "sources", "task_sources", "tasks", "tokenizers", "train",
+    "denoising", "examples", "families", "gguf", "hardware", "hf", "hf_tokenizers",
+    "hf_vocabularies", "layers", "losses", "lstm", "manifest", "masking", "metrics", "models",
+    "objectives", "optim", "peft", "plots", "positions", "report", "safetensors_io", "sampling",
+    "sharding", "sources", "task_sources", "tasks", "tokenizers", "train",
 )
 __all__ = [*_HOME, *_MODULES]
 

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -152,13 +153,23 @@ class Rows:
     pad_id: int
     length: int
     target_length: int
+    noise: Callable | None = None  # (text, a Generator) -> a row, of rows that hold a text alone
 
     def __len__(self):
         return len(self.rows)
 
     def n_tokens(self, i):
         return sum(len(a) for name, a in self.rows[i].items()
-                   if name in ("tokens", "source", "targets"))
+                   if name in ("text", "tokens", "source", "targets"))
+
+    def drawn(self, draws, seed=0):
+        """The Rows of some draws, pairs (row number, epoch), under the noise of just this seed,
+        epoch and row. What is drawn once stays as it is."""
+        rows = [self.rows[i] if self.noise is None else
+                self.noise(self.rows[i]["text"], np.random.default_rng((seed, epoch, i)))
+                for i, epoch in draws]
+        return dataclasses.replace(self, rows=rows, examples=[self.examples[i] for i, _ in draws],
+                                   noise=None)
 
     def lengths(self, indices):
         """The lengths that a batch of these rows is padded to, by the name of the tokens."""
@@ -175,7 +186,8 @@ class Rows:
         float32. Tagging: tokens, padding_mask, tags [B, T] int32, weights [B, T] float32.
         Pair: source [B, S], source_mask [B, S], targets [B, T], weights [B, T].
         Chat and Text: first [B] int32, the token before the targets [B, T], and weights [B, T].
-        Weights are 0 for padding.
+        Of denoising.Noise, masks: tokens, padding_mask, targets [B, T] and weights [B, T]; other
+        noise: as a Pair. Weights are 0 for padding.
         lengths: those to pad to, by name; default `self.lengths(indices)`.
         """
         lengths = lengths or self.lengths(indices)
@@ -205,9 +217,9 @@ class Rows:
         if "first" in nothing:
             return batch | {"first": np.stack([row["first"] for row in rows]),
                             "weights": padded("weights", lengths["targets"])}
-        batch["weights"] = padded("weights", lengths["tokens"])
+        batch |= {"padding_mask": real("tokens"), "weights": padded("weights", lengths["tokens"])}
         if "tags" in nothing:
-            batch |= {"padding_mask": real("tokens"), "tags": padded("tags", lengths["tokens"])}
+            batch["tags"] = padded("tags", lengths["tokens"])
         return batch
 
 
@@ -217,16 +229,19 @@ def _bucket(length):
 
 
 def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=True,
-           target_length=None, report=None):
+           target_length=None, report=None, noise=None):
     """Examples of one kind -> Rows, in order.
+
+    A long Text becomes several rows, counted in `report`, with each of its tokens in just one.
 
     Args:
       length: tokens of a row at most, with the special ones; target_length: of a Pair's target
         (default: length).
       labels: the class names, for Classification and Tagging (examples.TaskData.labels).
       multi_label: a row may have several labels, or none.
-      truncate: a longer text is cut (its special tokens stay), and counted in `report`; otherwise
-        longer ones are refused.
+      truncate: a longer example is cut (its special tokens stay), and counted in `report`;
+        otherwise longer ones are refused.
+      noise: a denoising.Noise for Texts, whose rows are then drawn anew in each epoch.
     Raises: UserError naming the examples that are too long, or if no row is left.
     """
     report, target_length = Report() if report is None else report, target_length or length
@@ -288,14 +303,28 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
             return None
         return following(ids, weights)
 
-    def text(example):
+    def texts(example):
+        """Yields the rows of a Text, each with its part of it."""
         first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-        ids = [first, *tokenizer.encode(example.text), tokenizer.eos_id]
-        ids = cut(ids, length, example.place)
-        return following(ids, [1.0] * len(ids))
+        ids, room, before = tokenizer.encode(example.text), noise and noise.room, 0
+        if not noise:  # the token before the targets stands before each part
+            ids, room, before = [first, *ids, tokenizer.eos_id], length - 1, 1
+        parts = [ids[at - before:at + room] for at in range(before, len(ids), room)]
+        if not parts:
+            report.add("texts that are nothing to the tokenizer, left out", example.place)
+        if len(parts) > 1:
+            (report if truncate else too_long).add(
+                f"texts longer than {room + before} tokens, "
+                f"{'read in several rows' if truncate else 'refused'}", example.place)
+        for part in parts:
+            row = ({"text": np.asarray(part, np.int32)} if noise else
+                   following(part, [1.0] * len(part)))
+            yield row, example if len(parts) == 1 else dataclasses.replace(
+                example, text=tokenizer.decode(part[before:]))
 
-    make = {Classification: classification, Tagging: tagging, Pair: pair, Chat: chat, Text: text}
-    made = [(make[type(example)](example), example) for example in examples]
+    make = {Classification: classification, Tagging: tagging, Pair: pair, Chat: chat}
+    made = [both for example in examples for both in (
+        texts(example) if type(example) is Text else [(make[type(example)](example), example)])]
     rows, kept = ([both[i] for both in made if both[0] is not None] for i in (0, 1))
     if too_long.counts:
         raise UserError(f"{'; '.join(too_long.lines())}; raise the length, or ask to truncate them")
@@ -303,7 +332,8 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
         raise UserError(f"no example is left: {'; '.join(report.lines()) or 'there was none'}")
     if "first" in rows[0]:  # a text of its own, not the answer to a source
         target_length = length
-    return Rows(rows, kept, tokenizer.pad_id, length, target_length)
+    return Rows(rows, kept, tokenizer.pad_id, length,
+                noise.target_length if noise else target_length, noise)
 
 
 # Rows to batches.
@@ -323,18 +353,24 @@ class ExampleBatches:
         self.part = slice(own.offset, own.offset + own.rows)
         self._pools = Batches(rows, POOL * batch_size, seed, shuffle)
 
+    def draws(self, step):
+        """(number, epoch) of each row of batches[step], of all processes together, [batch_size]."""
+        pool, i = divmod(step, POOL)
+        first = pool * POOL * self.batch_size
+        draws = [(row, (first + k) // len(self.rows))
+                 for k, row in enumerate(self._pools.indices(pool))]
+        if self.shuffle:
+            draws.sort(key=lambda draw: self.rows.n_tokens(draw[0]))
+            i = np.random.default_rng((self.seed, pool)).permutation(POOL)[i]
+        return draws[i * self.batch_size:(i + 1) * self.batch_size]
+
     def indices(self, step):
         """The numbers of the rows of batches[step], of all processes together, [batch_size]."""
-        pool, i = divmod(step, POOL)
-        indices = self._pools.indices(pool)
-        if self.shuffle:
-            indices.sort(key=self.rows.n_tokens)
-            i = np.random.default_rng((self.seed, pool)).permutation(POOL)[i]
-        return indices[i * self.batch_size:(i + 1) * self.batch_size]
+        return [row for row, _ in self.draws(step)]
 
     def __getitem__(self, step):
-        indices = self.indices(step)
-        return self.rows.batch(indices[self.part], self.rows.lengths(indices))
+        rows, everyones = self.rows.drawn(self.draws(step), self.seed), range(self.batch_size)
+        return rows.batch(everyones[self.part], rows.lengths(everyones))
 
 
 def evaluation(rows, batch_size, process_index=0, process_count=1):

@@ -249,8 +249,17 @@ class LanguageModel(nn.Module):
         return self.apply({"params": params}, tokens, cache=cache)
 
 
+def mean_pool(states, padding_mask):
+    """A sentence's vector: the mean of its tokens' states (Reimers and Gurevych 2019).
+
+    states: [B, T, D]; padding_mask: [B, T] bool. Returns [B, D] in the states' dtype.
+    """
+    weights = padding_mask[..., None].astype(states.dtype)
+    return (states * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
+
+
 class SourceModel(LanguageModel):
-    """A language model of targets that follow from a source; adds `hidden` and `prefill`."""
+    """A language model of targets that follow from a source; adds `states`, `hidden`, `prefill`."""
 
     def __call__(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
         """Logits of the next target at every position.
@@ -262,3 +271,23 @@ class SourceModel(LanguageModel):
         """
         x, cache = self.hidden(targets_in, source, source_mask, cache, deterministic)
         return self.head(x), cache
+
+    def vector(self, source, source_mask=None):
+        """A sentence's embedding: what config.bottleneck makes of the encoder's states.
+
+        source: [B, S] int32; source_mask: [B, S] bool, or None for all. Returns [B, D], of the LSTM
+        [B, 2D], in the compute dtype.
+        """
+        return self.seen(self.states(source, source_mask), source_mask)[0][:, 0]
+
+    def seen(self, states, mask):
+        """What the decoder sees of an encoder's states [B, S, D] and their mask [B, S] bool or
+        None: just these, or by config.bottleneck a source of length 1, [B, 1, D] and [B, 1]."""
+        kind = self.config.bottleneck
+        if kind == "none":
+            return states, mask
+        if mask is None:
+            mask = jnp.ones(states.shape[:2], bool)
+        vector = mean_pool(states, mask) if kind == "mean" else states[
+            jnp.arange(len(states)), mask.argmax(1)]
+        return vector[:, None], jnp.ones((len(states), 1), bool)

@@ -19,16 +19,18 @@ from nanoflax.errors import UserError
 from nanoflax.sources import chosen, standard_modules
 from nanoflax.tokenizers import well_formed
 
-KINDS = {"dates": "Pair", "pytags": "Tagging", "pymodules": "Classification", "bible": "Pair"}
+KINDS = {"dates": "Pair", "pytags": "Tagging", "pymodules": "Classification", "pychats": "Chat",
+         "bible": "Pair"}
 
 
 def records(name, rest):
     """{"train": records, "validation": records} of a built-in set; a record is (place, dict)."""
     if bool(rest) != (name in ("dates", "bible")):
-        raise UserError(f"task data {f'{name}:{rest}'!r}: write dates:en-fr, bible:kjv-web, pytags "
-                        "or pymodules")
-    return {"dates": _dates, "bible": _bible, "pytags": lambda _: _pytags(),
-            "pymodules": lambda _: _pymodules()}[name](rest)
+        raise UserError(f"task data {f'{name}:{rest}'!r}: write dates:en-fr, bible:kjv-web, pytags, "
+                        "pymodules or pychats")
+    if rest:
+        return {"dates": _dates, "bible": _bible}[name](rest)
+    return {"pytags": _pytags, "pymodules": _pymodules, "pychats": _pychats}[name]()
 
 
 def _partition(items, fraction):
@@ -193,6 +195,33 @@ def _pymodules():
                     places.setdefault(text, f"{name}:{getattr(node, 'lineno', 1)}")
     return _partition(((text, places[text], {"text": text, "label": min(packages)})
                        for text, packages in owners.items() if text and len(packages) == 1), 0.2)
+
+
+@functools.cache
+def _pychats():
+    """The standard library's docstrings as answers: "Write the docstring of
+    `textwrap.dedent(text)`." and it. Public functions, methods and classes, each docstring once;
+    one module in twenty is for validation."""
+    def items(node, prefix, place):
+        for child in node.body:
+            if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) \
+                    or child.name.startswith("_"):
+                continue
+            name, text = f"{prefix}.{child.name}", ast.get_docstring(child) or ""
+            text = well_formed(text).strip()
+            if text and text not in seen:
+                seen.add(text)
+                arguments = "" if isinstance(child, ast.ClassDef) else f"({ast.unparse(child.args)})"
+                yield module_name, f"{place}:{child.lineno}", {"messages": [
+                    {"role": "user", "content": f"Write the docstring of `{name}{arguments}`."},
+                    {"role": "assistant", "content": text}]}
+            if isinstance(child, ast.ClassDef):
+                yield from items(child, name, place)
+
+    seen, found = set(), []
+    for module_name, path, module in standard_modules("**/*.py"):
+        found += items(module, module_name, path.name)
+    return _partition(found, 0.05)
 
 
 # Bibles, verse by verse.

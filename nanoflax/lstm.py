@@ -103,7 +103,8 @@ class AttentionLSTM(SourceModel):
         c, D = self.config, self.config.dim
         self.encoder = [BiLSTM(D, name=f"encoder_{i}") for i in range(c.layers)]
         if c.lstm_start == "encoder":
-            self.start = [Linear(2 * D, stddev=(4 * D)**-0.5, name=f"start_{i}")
+            width = 4 * D if c.bottleneck == "none" else 2 * D
+            self.start = [Linear(2 * D, stddev=width**-0.5, name=f"start_{i}")
                           for i in range(c.layers)]
         self.input = Linear(4 * D, False, D**-0.5)
         # Of each layer's kernel the first D rows read what is below, the others its own h.
@@ -151,21 +152,36 @@ class AttentionLSTM(SourceModel):
         x = self.drop(x.swapaxes(0, 1), deterministic=deterministic) * c.logit_scale
         return x, None if cache is None else cache | {"last": last, "layers": layers}
 
+    def states(self, source, source_mask=None, deterministic=True):
+        """The last encoder layer's states [B, S, 2D] of source [B, S] int32."""
+        return self._encode(source, source_mask, deterministic)[0]
+
     def read(self, source, source_mask=None, deterministic=True):
         """The cache before the first target of a source [B, S] int32."""
         mask = jnp.ones(source.shape, bool) if source_mask is None else source_mask
-        x, layers = self.embed(source), []
-        for i, encoder in enumerate(self.encoder):
-            x, h, memory = encoder(self.drop(x, deterministic=deterministic), mask)
+        x, ends = self._encode(source, mask, deterministic)
+        x, mask = self.seen(x, mask)
+        layers = []
+        for i, end in enumerate(ends):
             if self.config.lstm_start == "encoder":
-                ends = jnp.concatenate([h, memory.astype(h.dtype)], axis=-1)
-                h, memory = jnp.split(self.start[i](ends), 2, axis=-1)
+                end = end if self.config.bottleneck == "none" else x[:, 0]
+                h, memory = jnp.split(self.start[i](end), 2, axis=-1)
                 h = jnp.tanh(h)
             else:
                 h = memory = jnp.zeros_like(x[:, 0, :self.config.dim])
             layers.append((h, memory.astype(jnp.float32)))
         return {"last": jnp.zeros_like(h), "layers": layers, "keys": self.key(x), "values": x,
                 "source_mask": mask}
+
+    def _encode(self, source, source_mask, deterministic):
+        """The states [B, S, 2D] of the last layer, and of each the last h and c of both directions,
+        [B, 4D]."""
+        mask = jnp.ones(source.shape, bool) if source_mask is None else source_mask
+        x, ends = self.embed(source), []
+        for encoder in self.encoder:
+            x, h, memory = encoder(self.drop(x, deterministic=deterministic), mask)
+            ends.append(jnp.concatenate([h, memory.astype(h.dtype)], axis=-1))
+        return x, ends
 
     def prefill(self, params, tokens, lengths, new_tokens):
         """Read sources [B, S] int32, padded on the left, of lengths [B] int32.

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from nanoflax.attention import empty_cache
-from nanoflax.blocks import LanguageModel, SourceModel, Stack, norm
+from nanoflax.blocks import LanguageModel, SourceModel, Stack, mean_pool, norm  # noqa: F401
 from nanoflax.config import validate
 from nanoflax.errors import UserError
 from nanoflax.layers import Embedding, Linear, activate
@@ -122,26 +122,31 @@ class EncoderDecoder(SourceModel):
 
     def hidden(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
         """The last states that `head` reads, [B, T, D] in the compute dtype, and the cache."""
-        states = None if cache is not None else self.encode(source, source_mask, deterministic)
+        states = None
+        if cache is None:
+            states, source_mask = self.seen(self.states(source, source_mask, deterministic),
+                                            source_mask)
         x, cache = self.decoder(self.embed(targets_in), None, cache, states, source_mask,
                                 deterministic)
         return x * self.config.logit_scale, cache
 
-    def encode(self, source, source_mask=None, deterministic=True):
+    def states(self, source, source_mask=None, deterministic=True):
         """The encoder's states [B, S, D] of source [B, S] int32."""
         segments = None if source_mask is None else source_mask.astype(jnp.int32)
         return self.encoder(self.embed(source), segments, deterministic=deterministic)[0]
 
     def cross_cache(self, source, source_mask):
-        """Every decoder layer's cross-attention keys and values of a source [B, S] int32."""
-        return self.decoder.cross_cache(self.encode(source, source_mask))
+        """Every decoder layer's cross-attention keys and values of a source [B, S] int32, and their
+        mask [B, S] bool ([B, 1] with a bottleneck)."""
+        states, mask = self.seen(self.states(source, source_mask), source_mask)
+        return self.decoder.cross_cache(states), mask
 
     def prefill(self, params, tokens, lengths, new_tokens):
         """Read sources [B, S] int32, padded on the left, of lengths [B] int32.
         Returns (config.start_id for each row, a cache with room for new_tokens)."""
         B, S = tokens.shape
         mask = jnp.arange(S)[None] >= S - lengths[:, None]
-        cross = self.apply({"params": params}, tokens, mask, method="cross_cache")
+        cross, mask = self.apply({"params": params}, tokens, mask, method="cross_cache")
         cache = _empty_cache(self, decoder_layers(self.config), B, new_tokens)
         cache["layers"] = [layer | more for layer, more in zip(cache["layers"], cross)]
         return jnp.full(B, self.config.start_id, jnp.int32), cache | {"source_mask": mask}
@@ -157,15 +162,6 @@ def _empty_cache(model, layers, batch, length, start=None):
                        for _ in range(layers)],
             "index": jnp.int32(0),
             "start": jnp.zeros(batch, jnp.int32) if start is None else start}
-
-
-def mean_pool(states, padding_mask):
-    """A sentence's vector: the mean of its tokens' states (Reimers and Gurevych 2019).
-
-    states: [B, T, D]; padding_mask: [B, T] bool. Returns [B, D] in the states' dtype.
-    """
-    weights = padding_mask[..., None].astype(states.dtype)
-    return (states * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
 
 
 def head_kernel(config, params):

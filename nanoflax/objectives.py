@@ -4,6 +4,7 @@ Every objective returns float32 sums: (objective, cross entropy in nats, weight)
 turns dropout on. The options are those of the losses.
 """
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -30,11 +31,27 @@ def seq2seq(model, params, batch, rng=None, **options):
 
     batch: source [B, S] int32, source_mask [B, S] bool, targets [B, T] int32, weights [B, T].
     """
-    targets = batch["targets"]
-    inputs = losses.shift_right(targets, model.config.start_id)
-    hidden, _ = model.apply({"params": params}, inputs, batch["source"], batch["source_mask"],
-                            method="hidden", **_dropout(rng))
-    return _token_sums(model, params, hidden, targets, batch["weights"], **options)
+    return _token_sums(model, params, _states(model, params, batch, rng), batch["targets"],
+                       batch["weights"], **options)
+
+
+def masked_lm(model, params, batch, rng=None, **options):
+    """Tokens that were masked, by an encoder (Devlin et al. 2019).
+
+    batch: tokens [B, T] int32, padding_mask [B, T] bool, targets [B, T] int32, weights [B, T]
+    float32, 1 where there is something to guess.
+    """
+    return _token_sums(model, params, _states(model, params, batch, rng), batch["targets"],
+                       batch["weights"], **options)
+
+
+def guesses(model, params, batch):
+    """The likeliest token [B, T] int32 at each target of a batch of masked_lm or seq2seq (there,
+    after the true targets before it)."""
+    def row(states):  # of one row, so that there are never the logits of all
+        return model.apply({"params": params}, states[None], method="head")[0].argmax(-1)
+
+    return jax.lax.map(row, _states(model, params, batch))
 
 
 def classify(model, params, batch, rng=None, label_smoothing=0.0, **_):
@@ -64,6 +81,16 @@ def tag(model, params, batch, rng=None, label_smoothing=0.0, **_):
 
 def _dropout(rng):
     return {"deterministic": rng is None, "rngs": None if rng is None else {"dropout": rng}}
+
+
+def _states(model, params, batch, rng=None):
+    """What the head reads: of an encoder, or of a model with a source."""
+    if "source" not in batch:
+        return model.apply({"params": params}, batch["tokens"], batch["padding_mask"],
+                           method="hidden", **_dropout(rng))
+    inputs = losses.shift_right(batch["targets"], model.config.start_id)
+    return model.apply({"params": params}, inputs, batch["source"], batch["source_mask"],
+                       method="hidden", **_dropout(rng))[0]
 
 
 def _encoded(model, params, batch, rng):

@@ -1,8 +1,9 @@
 """Where task data comes from: a source named by one string, and its records with their places.
 
 A source is jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, or one that
-needs no download (nanoflax.builtin): dates:en-fr, pytags, pymodules, bible:kjv-web. Files may be
-.gz. Examples are of one of five kinds, each with its fields in a JSON line or a TSV column:
+needs no download (nanoflax.builtin): dates:en-fr, pytags, pymodules, pychats, bible:kjv-web. Files
+may be .gz. Texts also come from pydocs and text:GLOB (nanoflax.sources), and are either side of
+pairs. Examples are of one of five kinds, each with its fields in a JSON line or a TSV column:
 
     Classification   text, and label (one) or labels (several, or none)
     Tagging          tokens, tags (O, B-TYPE, I-TYPE)
@@ -20,10 +21,11 @@ import zlib
 
 from nanoflax import builtin
 from nanoflax.errors import UserError
-from nanoflax.sources import dataset_examples, dataset_splits, json_lines, open_dataset
+from nanoflax.sources import (
+    Source, dataset_examples, dataset_splits, documents, json_lines, open_dataset)
 
 HELP = ("choose jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, "
-        "dates:en-fr, pytags, pymodules or bible:kjv-web")
+        "dates:en-fr, pytags, pymodules, pychats, bible:kjv-web, or for texts pydocs or text:GLOB")
 
 
 def _place():
@@ -129,8 +131,12 @@ class TaskSource:
 def records(source, kind, report):
     """{"train": records} and perhaps "validation": iterables of (place, record)."""
     scheme, _, rest = source.name.partition(":")
+    if kind is Text and (source.name == "pydocs" or scheme == "text"):
+        return _documents(source, report)
+    if kind is Text and (scheme == "pairs" or builtin.KINDS.get(scheme) == "Pair"):
+        return {split: _sides(pairs) for split, pairs in records(source, Pair, report).items()}
     if scheme in builtin.KINDS:
-        kinds = {"Classification": Classification, "Tagging": Tagging, "Pair": Pair}
+        kinds = {"Classification": Classification, "Tagging": Tagging, "Pair": Pair, "Chat": Chat}
         if kinds[builtin.KINDS[scheme]] is not kind:
             raise UserError(f"{source.name} has {builtin.KINDS[scheme]} examples; this task needs "
                             f"{kind.__name__} ones")
@@ -143,6 +149,23 @@ def records(source, kind, report):
     if {"conll": Tagging, "pairs": Pair}.get(scheme, kind) is not kind:
         raise UserError(f"{source.name}: {scheme} files do not hold {' and '.join(kind.fields)}")
     return {"train": readers[scheme](source, rest, kind, report)}
+
+
+def _documents(source, report):
+    """The splits of a nanoflax.sources.Source, which pretraining makes too."""
+    texts = Source(source.name, validation_fraction=source.validation_fraction)
+    splits = {"train": "all"} if source.validation else {s: s for s in ("train", "validation")}
+
+    def of(split):
+        for i, text in enumerate(documents(texts, split, report), 1):
+            yield f"{source.name} {split}:{i}", {"text": text}
+
+    return {name: of(split) for name, split in splits.items()}
+
+
+def _sides(pairs):
+    for place, record in pairs:
+        yield from ((place, {"text": record[name]}) for name in Pair.fields)
 
 
 def _renamed(source):

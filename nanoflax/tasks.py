@@ -5,11 +5,14 @@
     numbers, predictions = judge(params)
 """
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nanoflax import batching, beams, metrics, objectives, sampling, sharding
@@ -24,6 +27,7 @@ class Task(NamedTuple):
     objective: Callable  # of nanoflax.objectives, over the batches of batching.Rows
     answer: Callable | None = None  # (judge, params, number of rows) -> predictions
     measure: Callable | None = None  # (predictions, examples) -> (numbers, report)
+    accuracy: str = ""  # what the share of targets that are likeliest is called, if it is told
 
 
 class Judge:
@@ -35,11 +39,22 @@ class Judge:
     def __init__(self, model, config, tokenizer, labels, rows, mesh):
         """config: a Config; labels: the class names of classify and tag; rows: a batching.Rows."""
         self.model, self.config, self.tokenizer = model, config, tokenizer
-        self.labels, self.rows, self.mesh = labels, rows, mesh
-        self.task = TASKS[config.task.kind]
+        self.labels, self.mesh, self.task = labels, mesh, TASKS[config.task.kind]
+        self.rows = rows.drawn([(i, 0) for i in range(len(rows))])  # noise that stays the same
+        if "source" in self.rows.rows[0] and self.task.examples is Text:
+            self.rows = dataclasses.replace(self.rows, examples=[
+                Pair(*(tokenizer.decode(row[name]) for name in ("source", "targets")), text.place)
+                for row, text in zip(self.rows.rows, rows.examples)])
         self.report = {}
-        self._sums = jax.jit(
-            lambda params, batch: self.task.objective(model, params, batch)[1:])
+
+        def sums(params, batch):
+            _, nll, weight = self.task.objective(model, params, batch)
+            right = weight if not self.task.accuracy else jnp.sum(
+                batch["weights"] * (objectives.guesses(model, params, batch) == batch["targets"]))
+            return nll, weight, right
+
+        self._sums = jax.jit(sums)
+        self._guesses = jax.jit(functools.partial(objectives.guesses, model))
         self._logits = jax.jit(lambda params, batch: model.apply(
             {"params": params}, batch["tokens"], batch["padding_mask"]))
 
@@ -52,13 +67,18 @@ class Judge:
         number = len(self.rows)
         if batches:
             number = min(number, batches * self.config.train.batch_size)
-        sums = np.zeros(2)
+        sums = np.zeros(3)
         for batch in self.batches(number):
             sums += [float(x) for x in self._sums(params, batch)]
-        numbers = {"validation_loss": sums[0] / max(sums[1], 1)}
-        if self.task.answer is None:
-            return numbers | {"perplexity": metrics.perplexity(*sums)}, []
-        predictions = self.task.answer(self, params, number)
+        nats, weight, right = sums
+        numbers = {"validation_loss": nats / max(weight, 1)}
+        if self.task.measure is None:
+            numbers["perplexity"] = metrics.perplexity(nats, weight)
+        if self.task.accuracy:
+            numbers[self.task.accuracy] = right / max(weight, 1)
+        predictions = self.task.answer(self, params, number) if self.task.answer else []
+        if self.task.measure is None:
+            return numbers, predictions
         figures, self.report = self.task.measure(predictions, self.rows.examples[:number])
         return numbers | figures, predictions
 
@@ -109,6 +129,18 @@ def written(judge, params, number):
     return found[:number]
 
 
+def filled(judge, params, number):
+    """Each text with the model's guesses, between ⟦ and ⟧, where it was masked."""
+    found = []
+    for batch in judge.batches(number):
+        tokens, guesses, weights, real = map(np.asarray, (
+            batch["targets"], judge._guesses(params, batch), batch["weights"],
+            batch["padding_mask"]))
+        found += [batching.show_mask(judge.tokenizer, row[mask], w[mask]) for row, w, mask in
+                  zip(np.where(weights > 0, guesses, tokens), weights, real)]
+    return found[:number]
+
+
 # Measures.
 
 
@@ -129,10 +161,18 @@ def text_scores(predictions, examples):
             "chrf": report["chrf"], "rouge_l": metrics.rouge_l(predictions, targets)}, report
 
 
+def exact(predictions, examples):
+    found = {"exact_match": metrics.exact_match(predictions, [e.target for e in examples])}
+    return found, found
+
+
 TASKS = {
     "classify": Task(Classification, ("encoder",), objectives.classify, class_names, class_scores),
     "tag": Task(Tagging, ("encoder",), objectives.tag, tag_names, tag_scores),
     "translate": Task(Pair, ("encoder_decoder", "lstm"), objectives.seq2seq, written, text_scores),
     "instruct": Task(Chat, ("decoder",), objectives.causal_lm),
     "language_model": Task(Text, ("decoder",), objectives.causal_lm),
+    "masked_lm": Task(Text, ("encoder",), objectives.masked_lm, filled, accuracy="masked_accuracy"),
+    "denoise": Task(Text, ("encoder_decoder", "lstm"), objectives.seq2seq, written, exact,
+                    "token_accuracy"),
 }

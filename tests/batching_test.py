@@ -288,7 +288,7 @@ def test_marian_targets_are_of_the_target_language(tmp_path):
     assert row["source"].tolist() != row["targets"].tolist()
 
 
-@pytest.mark.parametrize("kind", EXAMPLES)
+@pytest.mark.parametrize("kind", [kind for kind in EXAMPLES if kind != "text"])
 def test_what_is_too_long_is_cut_and_counted_or_refused(kind):
     report = sources.Report()
     full, rows = rows_of(kind, length=400), rows_of(kind, length=24, report=report)
@@ -305,13 +305,39 @@ def test_what_is_too_long_is_cut_and_counted_or_refused(kind):
             n = min(24 - before, len(whole[name]))
             assert len(row[name]) == n
             assert row[name][:n - 1].tolist() == whole[name][:n - 1].tolist()
-            if kind not in ("chat", "text"):
+            if kind != "chat":
                 assert row[name][-1] == BYTES.eos_id
     with pytest.raises(UserError, match=rf"longer than 24 tokens, refused: {expected} \(f:\d"):
         rows_of(kind, length=24, truncate=False)
     assert len(rows_of(kind, length=400, truncate=False)) == 50
     lost = report.counts["chats without a reply in the first 24 tokens, left out"]
     assert len(rows) == 50 - lost and bool(lost) == (kind == "chat")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=80), st.integers(2, 30))
+def test_a_long_text_is_read_in_several_rows(pieces, text, length):
+    for tokenizer in (BYTES, pieces):
+        report = sources.Report()
+        rows = batching.encode([Text(text, "f:1"), Text("ab", "f:2")], tokenizer, length,
+                               report=report)
+        stream = [i for t in (text, "ab") for i in [*tokenizer.encode(t), tokenizer.eos_id]]
+        assert [i for row in rows.rows for i in row["targets"].tolist()] == stream
+        before = tokenizer.bos_id  # each target follows the one before it, across rows too
+        for row in rows.rows:
+            assert row["first"] == before and row["weights"].all()
+            assert 0 < len(row["targets"]) < length
+            before = tokenizer.bos_id if row["targets"][-1] == tokenizer.eos_id else \
+                row["targets"][-1]
+        long = sum(len(tokenizer.encode(t)) + 2 > length for t in (text, "ab"))
+        (counted,) = report.counts.values() or (0,)
+        assert counted == long
+        if text.isascii():
+            assert "".join(e.text for e in rows.examples) == text + "ab"
+        if long:
+            with pytest.raises(UserError, match=f"longer than {length} tokens, refused: {long}"):
+                batching.encode([Text(text, "f:1"), Text("ab", "f:2")], tokenizer, length,
+                                truncate=False)
 
 
 def test_unusable_lengths_and_nothing_left():

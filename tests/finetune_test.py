@@ -109,3 +109,103 @@ def test_misuse_gets_one_line_and_status_2(flags, words, topics, tmp_path):
     done = finetune("classify", tmp_path / "run", *topics, *flags)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+# Texts: language models, masks and noise.
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A JSONL file of texts with little in them, most longer than a row."""
+    rng = random.Random(0)
+    return write(tmp_path_factory.mktemp("texts") / "texts.jsonl", (
+        {"text": " ".join(rng.choices(["abc", "bcd", "cde"], k=rng.randint(3, 30)))}
+        for _ in range(120)))
+
+
+def result(workdir):
+    return json.loads((workdir / "result.json").read_text())
+
+
+def test_masked_tokens_are_guessed_and_the_encoder_is_gone_on_with(texts, topics, tmp_path):
+    flags = ["--config.train.steps=200", "--config.train.evaluate_every=200"]
+    done = finetune("masked_lm", tmp_path / "mlm", texts, texts, *flags,
+                    "--config.optim.name=adamw")
+    assert done.returncode == 0, done.stderr
+    assert "read in several rows" in done.stdout and "⟦" in done.stdout
+    found = result(tmp_path / "mlm")
+    assert found["masked_accuracy"] > 0.35  # always "c": 0.26
+    lines = (tmp_path / "mlm" / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) > 240 and all("⟦" in json.loads(x)["prediction"] for x in lines)
+    other = finetune("classify", tmp_path / "classes", *topics, "--config.train.steps=5",
+                     "--config.train.evaluate_every=5",
+                     f"--config.model.init_from={tmp_path / 'mlm' / 'final'}")
+    assert other.returncode == 0, other.stderr
+    assert "drawn anew: labels, pooler\n" in other.stdout
+
+
+@pytest.mark.parametrize("noise, tokenizer, architecture, vocabulary", [
+    ("spans", "bpe:280", "encoder_decoder", 381), ("infilling", "bytes", "lstm", 260)])
+def test_a_denoiser_is_what_translate_begins_from(noise, tokenizer, architecture, vocabulary, texts,
+                                                  tmp_path):
+    options = [f"--config.data.tokenizer={tokenizer}", "--config.train.evaluate_every=4",
+               f"--config.model.architecture={architecture}", "--config.train.evaluate_batches=1"]
+    done = finetune("denoise", tmp_path / "noisy", texts, texts, *options,
+                    "--config.train.steps=8", f"--config.task.noise={noise}")
+    assert done.returncode == 0, done.stderr
+    found = result(tmp_path / "noisy")
+    assert {"exact_match", "token_accuracy", "validation_loss"} < found.keys()
+    first = json.loads((tmp_path / "noisy" / "predictions.jsonl").open().readline())
+    assert ("<extra_id_0>" if noise == "spans" else "<mask>") in first["source"]
+    pairs = [{"source": a + b, "target": b} for a in "abcd" for b in "abcd"]
+    data, final = write(tmp_path / "pairs", pairs), tmp_path / "noisy" / "final"
+    tuned = finetune("translate", tmp_path / "run", data, data, *options[:2],
+                     f"--config.model.init_from={final}", "--config.train.steps=4")
+    assert tuned.returncode == 0, tuned.stderr
+    assert "drawn anew" not in tuned.stdout and "not needed" not in tuned.stdout
+    from experiments import common
+    models = [common.open_model(str(path)) for path in (final, tmp_path / "run" / "final")]
+    (a, params, own), (b, _, same) = models
+    assert a.config.vocab_size == b.config.vocab_size == vocabulary == len(
+        params["embed"]["embedding"])
+    assert own.fingerprint == same.fingerprint
+
+
+def test_a_vocabulary_grows_under_a_model_that_had_no_marks(texts, tmp_path):
+    pairs = [{"source": "abc bcd " + a, "target": a} for a in "abcdefgh" * 9]
+    data = write(tmp_path / "pairs", pairs)
+    options = ["--config.data.tokenizer=bpe:270", "--config.train.steps=2",
+               "--config.train.evaluate_every=2", "--config.optim.warmup_steps=0",
+               "--config.optim.learning_rate=0", "--config.optim.name=adamw"]
+    base = finetune("translate", tmp_path / "base", data, data, *options)
+    assert base.returncode == 0, base.stderr
+    done = finetune("denoise", tmp_path / "noisy", texts, texts, *options,
+                    f"--config.model.init_from={tmp_path / 'base' / 'final'}")
+    assert done.returncode == 0, done.stderr
+    from experiments import common
+    old, new = (common.open_model(str(tmp_path / name / "final"))[1]["embed"]["embedding"]
+                for name in ("base", "noisy"))
+    assert (len(old), len(new)) == (270, 371) and (old == new[:270]).all()
+
+
+def test_an_autoencoder_learns_through_its_bottleneck(tmp_path):
+    words = [{"text": a + b} for a in "abcdefgh" for b in "abcdefgh"]
+    data = write(tmp_path / "words", words)
+    done = finetune("denoise", tmp_path / "run", data, data, "--config.task.noise=none",
+                    "--config.model.bottleneck=mean", "--config.model.dim=64",
+                    "--config.train.steps=150", "--config.train.evaluate_every=150",
+                    "--config.optim.name=adamw", "--config.optim.learning_rate=0.005")
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path / "run")["exact_match"] > 0.9
+
+
+@pytest.mark.parametrize("config", ["language_model", "instruct"])
+def test_decoders_take_texts_and_chats(config, texts, tmp_path):
+    chats = [{"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": c}]}
+             for c in "abcd"]
+    data = texts if config == "language_model" else write(tmp_path / "chats", chats)
+    done = finetune(config, tmp_path / "run", data, data, "--config.train.steps=4",
+                    "--config.train.evaluate_every=4")
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path / "run")["perplexity"] < 300
+    assert ("read in several rows" in done.stdout) == (config == "language_model")

@@ -2,13 +2,15 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanoflax import hf, objectives
+from nanoflax import beams, hf, objectives, sampling
 from nanoflax.config import POSITIONS, ModelConfig
+from nanoflax.errors import UserError
 from nanoflax.models import build, flops_per_token, head_kernel
 from nanoflax.sharding import init
 
@@ -162,6 +164,112 @@ def test_flops_are_six_per_matrix_weight_and_attention():
                       if path[-1].key == "kernel")
         weights += c.dim * c.vocab_size if c.tied else 0  # the embedding is the head too
         assert flops_per_token(c, 10) == 6 * weights + 12 * c.layers * c.dim * 10
+
+
+# A bottleneck: one vector is all that a decoder sees of its source.
+
+SOURCES = [dict(vocab_size=61, context=32, layers=2, dim=32, heads=4,
+                architecture="encoder_decoder", positions="rotary"),
+           dict(vocab_size=61, context=32, layers=2, dim=16, heads=1, architecture="lstm"),
+           dict(vocab_size=61, context=32, layers=2, dim=16, heads=1, architecture="lstm",
+                lstm_start="zeros", lstm_attention="multiplicative")]
+pairs = pytest.mark.parametrize("fields", SOURCES, ids=["transformer", "lstm", "lstm-zeros"])
+kinds = pytest.mark.parametrize("kind", ["mean", "first"])
+
+
+def left_padded(lengths, width):
+    mask = np.arange(width) >= width - np.array(lengths)[:, None]
+    return np.where(mask, tokens_of(1, len(lengths), width), 7).astype(np.int32), mask
+
+
+@pairs
+@pytest.mark.parametrize("kind", ["none", "mean", "first"])
+def test_the_decoder_sees_the_vector_alone(fields, kind):
+    model, params = make(**fields, bottleneck=kind)
+    targets, (source, mask) = tokens_of(2, 2, 5), left_padded([6, 4], 6)
+    E, rng = fields["dim"] * (2 if fields["architecture"] == "lstm" else 1), np.random.default_rng(0)
+    states = rng.normal(size=(2, 6, E)).astype(np.float32)
+
+    def logits(states, seed):
+        """With these encoder states in place of the encoder's, and its last h and c at random."""
+        ends = [np.random.default_rng(seed).normal(size=(2, 2 * E)).astype(np.float32)] * 2
+
+        def given(method, args, kwargs, context):
+            found = {"states": states, "_encode": (states, ends)}
+            name = context.method_name
+            return found[name] if name in found else method(*args, **kwargs)
+
+        with nn.intercept_methods(given):
+            return model.apply({"params": params}, targets, source, mask)[0]
+
+    noise = rng.normal(size=states.shape).astype(np.float32)
+    if kind == "first":
+        noise[np.arange(2), [0, 2]] = 0
+    else:
+        noise -= (noise * mask[..., None]).sum(1, keepdims=True) / mask.sum(1)[:, None, None]
+        noise = np.where(mask[..., None], noise, 9)
+    found, same = logits(states, 1), logits(states + noise, 2)
+    if kind == "none":
+        assert np.abs(found - same).max() > 0.01
+    else:
+        np.testing.assert_allclose(same, found, atol=1e-5)
+        noise[:, -1] += 1
+        noise[np.arange(2), [0, 2]] += 1
+        assert (np.abs(logits(states + noise, 1) - found).max((1, 2)) > 0.01).all()
+
+
+@pairs
+@kinds
+def test_caches_and_searches_see_the_vector_too(fields, kind):
+    model, params = make(**fields, bottleneck=kind)
+    targets, (source, mask) = tokens_of(2, 3, 6), left_padded([9, 4, 1], 9)
+    whole, _ = model.apply({"params": params}, targets, source, mask)
+    _, cache = model.prefill(params, source, np.array([9, 4, 1]), 6)
+    decode, parts = jax.jit(model.decode), []
+    for piece in (targets[:, :2], *(targets[:, i:i + 1] for i in range(2, 6))):
+        logits, cache = decode(params, piece, cache)
+        parts.append(logits)
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-5, rtol=1e-5)
+    prompts = [row[m].tolist() for row, m in zip(source, mask)]
+    greedy = sampling.sample(model, params, prompts, 6, temperature=0)
+    assert beams.beam_search(model, params, prompts, 1, 6) == greedy
+    assert all(len(row) == 6 for row in beams.beam_search(model, params, prompts, 3, 6))
+
+
+@pairs
+def test_the_vector_is_of_the_real_tokens(fields):
+    found = {}
+    for kind in ("none", "mean", "first"):
+        model, params = make(**fields, bottleneck=kind)
+        vector = partial(model.apply, {"params": params}, method="vector")
+        alone, long = tokens_of(1, 1, 4), tokens_of(2, 1, 7)
+        padding = np.full((1, 3), 5, np.int32)
+        for row in ([alone, padding], [padding, alone]):
+            both = np.concatenate([np.concatenate(row, 1), long])
+            mask = np.stack([np.concatenate([np.full(x.shape[1], x is alone) for x in row]),
+                             np.ones(7, bool)])
+            if kind != "none":
+                found[kind] = vector(both, mask)
+                np.testing.assert_allclose(found[kind], np.concatenate([vector(alone), vector(long)]),
+                                           atol=1e-5)
+        if kind == "none":
+            states = model.apply({"params": params}, long, method="states")[0]
+            expected = {"mean": states.mean(0), "first": states[0]}
+            expected_params = params
+        elif "lstm" != fields["architecture"] or fields.get("lstm_start") == "zeros":
+            for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params)):
+                np.testing.assert_array_equal(ours, theirs)
+            np.testing.assert_allclose(found[kind][1], expected[kind], atol=1e-5)
+
+
+def test_a_bottleneck_is_of_models_with_sources_and_not_of_transformers(tmp_path):
+    with pytest.raises(UserError, match="model.bottleneck='mean' is for"):
+        build(ModelConfig(**GPT2, bottleneck="mean"))
+    model, params = make(**SOURCES[0] | dict(positions="relative", norm="rmsnorm", bias=False,
+                                             activation="relu", attention_scale=1.0,
+                                             norm_eps=1e-6, bottleneck="mean"))
+    with pytest.raises(UserError, match="nearest is t5, but for model.bottleneck='mean'"):
+        hf.save(tmp_path, model.config, params)
 
 
 # Against Transformers: the loss and every gradient (tests/hf_test.py has all the families).

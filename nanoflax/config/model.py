@@ -16,6 +16,7 @@ HEADS = {"decoder": ("lm",), "encoder": ("none", "mlm", "classify", "tag"),
          "encoder_decoder": ("lm",), "lstm": ("lm",)}
 LSTM_ATTENTIONS = ("additive", "multiplicative")
 LSTM_STARTS = ("encoder", "zeros")
+BOTTLENECKS = ("none", "mean", "first")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -83,6 +84,8 @@ class ModelConfig:
     logit_scale: float = 1.0  # of the states before the head (T5: D^-1/2)
     logit_softcap: float = 0.0
     start_id: int = 0  # the token before the first target of an encoder-decoder
+    # All that the decoder sees of a source: the mean of the encoder's states, or the first of them.
+    bottleneck: str = "none"
 
     lstm_attention: str = "additive"
     lstm_start: str = "encoder"  # the decoder's first state: the encoder's last, or zeros
@@ -164,7 +167,7 @@ def problems(m):
             ("qk_norm", QK_NORMS), ("activation", ACTIVATIONS), ("pooler_activation", ACTIVATIONS),
             ("positions", POSITIONS), ("rope_scaling", ROPE_SCALINGS),
             ("head", HEADS.get(m.architecture, ())), ("lstm_attention", LSTM_ATTENTIONS),
-            ("lstm_start", LSTM_STARTS), ("dtype", DTYPES)]:
+            ("lstm_start", LSTM_STARTS), ("bottleneck", BOTTLENECKS), ("dtype", DTYPES)]:
         choice(found, f"model.{name}", getattr(m, name), choices)
     optional = [name for name in ("decoder_layers", "kv_heads", "head_dim", "mlp_dim")
                 if getattr(m, name) is not None]
@@ -199,6 +202,9 @@ def problems(m):
         found.append(f"model.parallel needs model.norm_place='pre', not {m.norm_place!r}")
     if m.rope_scaling == "llama3" and not m.rope_low < m.rope_high:
         found.append(f"model.rope_low={m.rope_low} must be less than model.rope_high={m.rope_high}")
+    if m.bottleneck != "none" and m.architecture not in ("encoder_decoder", "lstm"):
+        found.append(f"model.bottleneck={m.bottleneck!r} is for model.architecture='encoder_decoder' "
+                     f"or 'lstm', not {m.architecture!r}")
     if m.architecture == "lstm" and m.decoder_layers not in (None, m.layers):
         found.append(f"model.decoder_layers={m.decoder_layers} must equal model.layers={m.layers} "
                      "in an lstm: each layer starts where the encoder's ended")

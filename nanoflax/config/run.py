@@ -8,7 +8,8 @@ from nanoflax.config.checks import at_least, choice, type_problems
 from nanoflax.config.model import ModelConfig
 from nanoflax.errors import UserError
 
-TASKS = ("classify", "tag", "translate", "instruct", "language_model")
+TASKS = ("classify", "tag", "translate", "instruct", "language_model", "masked_lm", "denoise")
+NOISES = ("spans", "infilling", "none")
 PACKINGS = ("joined", "isolated")
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -106,8 +107,11 @@ class TaskConfig:
     kind: str = "language_model"
     length: int = 128  # tokens of an example (of a source) at most, with the special ones
     target_length: int = 128  # of a target, in training and when written
-    truncate: bool = True  # longer examples are cut and counted, or else refused
-    beams: int = 1  # of translate's evaluation
+    truncate: bool = True  # longer examples are cut (texts: split), counted; or else refused
+    beams: int = 1  # of the evaluation of translate and denoise
+    noise: str = "spans"  # of denoise: T5's spans, BART's infilling, or none, an autoencoder
+    noise_rate: float | None = None  # tokens masked or hidden; None: 0.15, of infilling 0.3
+    noise_span: float = 3.0  # tokens that are hidden together, on average
     show: int = 3  # validation examples printed at the end, with what the model says
 
 
@@ -173,7 +177,11 @@ def _problems(c):
               "end_factor", "weight_decay", "clip", "eps")
     at_least(found, "data", d, 0, "workers")
     choice(found, "task.kind", c.task.kind, TASKS)
+    choice(found, "task.noise", c.task.noise, NOISES)
     at_least(found, "task", c.task, 4, "length", "target_length")
+    at_least(found, "task", c.task, 1, "noise_span")
+    if c.task.noise_rate is not None and not 0 < c.task.noise_rate < 1:
+        found.append(f"task.noise_rate={c.task.noise_rate} must be in (0, 1)")
     at_least(found, "task", c.task, 1, "beams")
     at_least(found, "task", c.task, 0, "show")
     for name, value in [("optim.b1", o.b1), ("optim.b2", o.b2), ("optim.ema", o.ema),
