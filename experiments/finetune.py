@@ -107,7 +107,7 @@ def run(config, workdir):
             with common.displays(workdir, shown, start, flops, peak) as (log, progress):
                 state, tracking, outcome = train.fit(
                     state, lambda state, batch: step(state, batch, frozen),
-                    Batches(rows, t.batch_size, t.seed), config, mesh,
+                    Batches(rows, config), config, mesh,
                     evaluate=evaluate, checkpoints=saves, log=log, progress=progress, meta=meta,
                     tracking=tracking, schedule=schedule)
             if outcome.signal:
@@ -131,7 +131,8 @@ def starting_point(config, data, workdir):
         model, params, tokenizer = common.open_model(m.init_from)
         if tokenizer is None:
             raise UserError(f"model.init_from={m.init_from} has no tokenizer")
-        m = dataclasses.replace(model.config, init_from=m.init_from, dropout=m.dropout)
+        m = dataclasses.replace(model.config, init_from=m.init_from, dropout=m.dropout,
+                                output_delay=m.output_delay or model.config.output_delay)
     else:
         own = os.path.join(workdir, "tokenizer")
         kind, size = tokenizers.parse(config.data.tokenizer)
@@ -195,14 +196,15 @@ def texts(examples):
 class Batches:
     """batching.ExampleBatches for `train.fit`, which also asks where a step's rows came from."""
 
-    def __init__(self, rows, batch_size, seed):
+    def __init__(self, rows, config):
         import jax
 
         from nanoflax.batching import ExampleBatches
 
-        self.rows = rows
-        self.batches = ExampleBatches(rows, batch_size, seed, True, jax.process_index(),
-                                      jax.process_count())
+        self.rows, task, t = rows, config.task, config.train
+        self.batches = ExampleBatches(
+            rows, t.batch_size, t.seed, True, jax.process_index(), jax.process_count(),
+            (task.max_shift, task.shift_probability) if task.shift_probability else None)
 
     def __getitem__(self, step):
         return self.batches[step]

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nanoflax.blocks import REMAT_POLICIES, SourceModel
+from nanoflax.blocks import REMAT_POLICIES, SourceModel, empty_delay
 from nanoflax.layers import Linear
 
 
@@ -145,8 +145,9 @@ class AttentionLSTM(SourceModel):
         if self.remat != "none":
             step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat])
         (last, layers), x = jax.lax.scan(step, (state["last"], state["layers"]), (inputs, dropped))
-        x = self.drop(x.swapaxes(0, 1), deterministic=deterministic) * c.logit_scale
-        return x, None if cache is None else cache | {"last": last, "layers": layers}
+        x = self.drop(x.swapaxes(0, 1), deterministic=deterministic)
+        return self.output(x, cache=None if cache is None else
+                           cache | {"last": last, "layers": layers})
 
     def read(self, source, source_mask=None, deterministic=True):
         """The cache before the first target of a source [B, S] int32."""
@@ -162,7 +163,7 @@ class AttentionLSTM(SourceModel):
                 h = memory = jnp.zeros_like(x[:, 0, :self.config.dim])
             layers.append((h, memory.astype(jnp.float32)))
         return {"last": jnp.zeros_like(h), "layers": layers, "keys": self.key(x), "values": x,
-                "source_mask": mask}
+                "source_mask": mask, **empty_delay(self, len(x))}
 
     def prefill(self, params, tokens, lengths, new_tokens):
         """Read sources [B, S] int32, padded on the left, of lengths [B] int32.

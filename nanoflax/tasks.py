@@ -5,6 +5,7 @@
     numbers, predictions = judge(params)
 """
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -47,20 +48,30 @@ class Judge:
         """(numbers, predictions) on the first so many batches of the rows, 0 for all.
 
         numbers: {"validation_loss": nats, the task's figures}; predictions: one for each row, or
-        none where the task is measured by its loss.
+        none where the task is measured by its loss. With config.task.max_shift also the figures on
+        the same rows shifted (always the same way), as NAME_shifted.
         """
         number = len(self.rows)
         if batches:
             number = min(number, batches * self.config.train.batch_size)
+        numbers, predictions, self.report = self._measured(params, number)
+        if self.config.task.max_shift:
+            judge = copy.copy(self)
+            judge.rows = self.rows.shifted(self.config.task.max_shift, 1.0, (0,), range(number))
+            found, _, self.report["shifted"] = judge._measured(params, number)
+            numbers |= {f"{name}_shifted": value for name, value in found.items()}
+        return numbers, predictions
+
+    def _measured(self, params, number):
         sums = np.zeros(2)
         for batch in self.batches(number):
             sums += [float(x) for x in self._sums(params, batch)]
         numbers = {"validation_loss": sums[0] / max(sums[1], 1)}
         if self.task.answer is None:
-            return numbers | {"perplexity": metrics.perplexity(*sums)}, []
+            return numbers | {"perplexity": metrics.perplexity(*sums)}, [], {}
         predictions = self.task.answer(self, params, number)
-        figures, self.report = self.task.measure(predictions, self.rows.examples[:number])
-        return numbers | figures, predictions
+        figures, report = self.task.measure(predictions, self.rows.examples[:number])
+        return numbers | figures, predictions, report
 
     def batches(self, number):
         """The first rows in batches on the mesh; the last is filled up with rows of weight 0."""

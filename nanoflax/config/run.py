@@ -108,6 +108,9 @@ class TaskConfig:
     target_length: int = 128  # of a target, in training and when written
     truncate: bool = True  # longer examples are cut and counted, or else refused
     beams: int = 1  # of translate's evaluation
+    # Shift training, of translate's sources or of language_model's texts: see batching.moved.
+    max_shift: int = 0  # tokens; where it is set, shifted validation examples are measured too
+    shift_probability: float = 0.0  # of a training example
     show: int = 3  # validation examples printed at the end, with what the model says
 
 
@@ -175,7 +178,15 @@ def _problems(c):
     choice(found, "task.kind", c.task.kind, TASKS)
     at_least(found, "task", c.task, 4, "length", "target_length")
     at_least(found, "task", c.task, 1, "beams")
-    at_least(found, "task", c.task, 0, "show")
+    at_least(found, "task", c.task, 0, "show", "max_shift")
+    if c.task.max_shift and c.task.kind not in ("translate", "language_model"):
+        found.append(f"task.max_shift={c.task.max_shift} needs task.kind='translate' or "
+                     f"'language_model', not {c.task.kind!r}")
+    if not 0 <= c.task.shift_probability <= 1:
+        found.append(f"task.shift_probability={c.task.shift_probability} must be in [0, 1]")
+    if c.task.shift_probability and not c.task.max_shift:
+        found.append(f"task.shift_probability={c.task.shift_probability} needs task.max_shift of "
+                     "at least 1")
     for name, value in [("optim.b1", o.b1), ("optim.b2", o.b2), ("optim.ema", o.ema),
                         ("train.label_smoothing", t.label_smoothing)]:
         if not 0 <= value < 1:
