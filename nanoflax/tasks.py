@@ -87,15 +87,32 @@ class Judge:
             (pair for logits, weights in found for pair in zip(logits, weights)), number))
 
 
+def records(examples, predictions):
+    """Each example's fields and what a model said of it, as a dict for JSON."""
+    for example, said in zip(examples, predictions):
+        fields = {field: getattr(example, field) for field in example.fields
+                  if hasattr(example, field)}
+        if hasattr(example, "labels"):
+            fields["label"] = example.labels
+        yield fields | {"prediction": said}
+
+
 # Answers.
 
 
 def class_names(judge, params, number):
     """The name of the likeliest class of each text, or of all likelier than not of several."""
-    names, logits = judge.labels, judge.logits(params, number)
+    names, found = judge.labels, probabilities(judge, params, number)
     if judge.rows.rows[0]["label"].ndim:
-        return [tuple(name for name, x in zip(names, row) if x > 0) for row, _ in logits]
-    return [(names[row.argmax()],) for row, _ in logits]
+        return [tuple(name for name, p in zip(names, row) if p > 0.5) for row in found]
+    return [(names[row.argmax()],) for row in found]
+
+
+def probabilities(judge, params, number):
+    """The probability of each class of each text; of several labels, of each by itself."""
+    logits = np.array([row for row, _ in judge.logits(params, number)])
+    several = judge.rows.rows[0]["label"].ndim
+    return np.asarray(jax.nn.sigmoid(logits) if several else jax.nn.softmax(logits))
 
 
 def tag_names(judge, params, number):
