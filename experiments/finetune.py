@@ -56,8 +56,8 @@ def run(config, workdir):
     config, params, tokenizer = starting_point(config, data, workdir)
     common.resumable(workdir, config, restart=False)  # refuses another run's workdir
     encode = lambda part: batching.encode(  # noqa: E731
-        part, tokenizer, task.length, data.labels, kind is examples.Classification
-        and data.multi_label, task.truncate, task.target_length, data.report)
+        part, tokenizer, task.length, data.labels, data.multi_label, task.truncate,
+        task.target_length, data.report)
     rows, held_out = encode(data.train), encode(data.validation)
     print(f"{len(rows):,} training and {len(held_out):,} validation examples"
           + (f", {len(data.labels)} labels: {', '.join(data.labels[:12])}" if data.labels else ""))

@@ -6,7 +6,7 @@ Command:   python -m experiments.sweep --config=shift --workdir=runs/shift \\
 Hardware:  two CPU cores
 Figure:    the README's table.
 
-Every validation source is also measured with 1 to max_shift of its bytes put in, dropped or rotated
+Every validation source is also measured with one or two of its tokens put in, dropped or rotated
 (batching.moved), against the same target.
 """
 
@@ -18,6 +18,9 @@ from experiments import common
 def get_config():
     config = common.load_config("translate")
     return dataclasses.replace(
-        config, task=dataclasses.replace(config.task, max_shift=3),
+        config, task=dataclasses.replace(config.task, length=32, target_length=32, max_shift=2),
+        model=dataclasses.replace(config.model, layers=1, dim=64),
+        data=dataclasses.replace(config.data, tokenizer="bpe:400", validation_fraction=0.02),
+        optim=dataclasses.replace(config.optim, learning_rate=5e-3),
         train=dataclasses.replace(config.train, steps=400, evaluate_every=400,
                                   checkpoint_every=400))
