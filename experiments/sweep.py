@@ -7,7 +7,7 @@
         --trials=10 --config.train.steps=200
     (--optuna instead draws each trial from what the earlier ones showed: pip install -e '.[sweep]')
 
---grid KEY=VALUE,VALUE,... (or with ";" between, where values have commas); --random KEY=log:LOW:HIGH,
+--grid KEY=VALUE,VALUE,... (";" between, where values have commas); --random KEY=log:LOW:HIGH,
 uniform:LOW:HIGH, int:LOW:HIGH or VALUE,VALUE,... Of both, each point of the grid gets --trials
 draws. Other --config flags are the same in all trials.
 
@@ -36,7 +36,7 @@ flags.DEFINE_string("workdir", None, "directory of the sweep", required=True)
 flags.DEFINE_enum("program", "finetune", ["finetune", "pretrain"], "what is run")
 flags.DEFINE_multi_string("grid", [], "KEY=VALUE,VALUE,...")
 flags.DEFINE_multi_string("random", [], "KEY=log:LOW:HIGH and the like")
-flags.DEFINE_integer("trials", 0, "draws of --random (for each point of the grid), or of --optuna", 0)
+flags.DEFINE_integer("trials", 0, "draws of --random, for each point of the grid", 0)
 flags.DEFINE_string("metric", "validation_loss", "figure of result.json, or of metrics.jsonl")
 flags.DEFINE_bool("optuna", False, "draw by Optuna's tree-structured Parzen estimator")
 flags.DEFINE_integer("seed", 0, "of the draws", 0, MAX_SEED)
@@ -48,7 +48,8 @@ LESS_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 def main():
     if FLAGS.program == "pretrain" and not FLAGS["config"].present:
         raise UserError("--program=pretrain needs --config, such as pydocs_tiny")
-    grid, spaces = [read(text, False) for text in FLAGS.grid], [read(t, True) for t in FLAGS.random]
+    grid = [read(text, False) for text in FLAGS.grid]
+    spaces = [read(text, True) for text in FLAGS.random]
     if not grid and not spaces:
         raise UserError("nothing to try: give --grid KEY=VALUE,... or --random KEY=log:LOW:HIGH")
     if bool(spaces) != bool(FLAGS.trials):
@@ -89,7 +90,8 @@ def read(text, random):
         except ValueError:
             raise UserError(f"{flag}: must be {how}:LOW:HIGH, two numbers") from None
         if not low < high or how == "log" and low <= 0:
-            raise UserError(f"{flag}: LOW must be less than HIGH" + ", and above 0" * (how == "log"))
+            raise UserError(f"{flag}: LOW must be less than HIGH"
+                            + ", and above 0" * (how == "log"))
         values, ends = (how, low, high), [str(low), str(high)]
     else:
         values = ends = value.split(";" if ";" in value else ",")
@@ -112,8 +114,9 @@ def draw(spaces, i):
             continue
         how, low, high = space
         values[key] = str({
-            "int": lambda: int(rng.integers(low, high + 1)), "uniform": lambda: rng.uniform(low, high),
-            "log": lambda: float(np.exp(rng.uniform(np.log(low), np.log(high))))}[how]())
+            "int": lambda: rng.integers(low, high + 1),
+            "uniform": lambda: rng.uniform(low, high),
+            "log": lambda: np.exp(rng.uniform(np.log(low), np.log(high)))}[how]())
     return values
 
 
@@ -167,8 +170,9 @@ def trial(i, number, point, spaces, results):
         os.makedirs(workdir, exist_ok=True)
         known = {"values": values, "flags": fixed()}
         write_json(path, known)
-    print(f"trial {i + 1}/{number}: " + ", ".join(f"{k}={v}" for k, v in values.items()), flush=True)
-    code, said = run([*fixed(), *(f"--{k}={v}" for k, v in values.items()), f"--workdir={workdir}"],
+    words = [f"{key}={value}" for key, value in values.items()]
+    print(f"trial {i + 1}/{number}: {', '.join(words)}", flush=True)
+    code, said = run([*fixed(), *(f"--{word}" for word in words), f"--workdir={workdir}"],
                      os.path.join(workdir, "log.txt"))
     result = {"trial": i, "values": values}
     if code == 0:

@@ -73,7 +73,8 @@ def _batch(pairs, sizes, start_id):
         arrays["inputs"][row, :n], arrays["targets"][row, :n] = whole[:-1], whole[1:]
         arrays["weights"][row, n - len(new):n] = 1
         if source:
-            arrays["source"][row, :len(prompt)], arrays["source_mask"][row, :len(prompt)] = prompt, 1
+            arrays["source"][row, :len(prompt)] = prompt
+            arrays["source_mask"][row, :len(prompt)] = True
     return arrays
 
 

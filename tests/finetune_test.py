@@ -113,7 +113,8 @@ def test_targets_are_learnt_from_sources_and_written_by_sample(tmp_path):
                "--temperature=0")
     assert said.stdout == "ec\n", said.stderr
     assert run("sample", f"--workdir={tmp_path / 'run'}", "--prompt=ce").stdout == "ec\n"
-    new = write(tmp_path / "new", [{"source": "ab", "target": "ba"}, {"source": "ah", "target": "x"}])
+    new = write(tmp_path / "new", [{"source": "ab", "target": "ba"},
+                                   {"source": "ah", "target": "x"}])
     found = run("evaluate", f"--workdir={tmp_path / 'run'}", f"--data={new}",
                 f"--out={tmp_path / 'said.jsonl'}")
     assert json.loads(found.stdout)["exact_match"] == 0.5, found.stderr

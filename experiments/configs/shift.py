@@ -4,7 +4,7 @@ Command:   python -m experiments.sweep --config=shift --workdir=runs/shift \\
                --grid config.task.shift_probability=0,0.5 --grid config.model.output_delay=0,2 \\
                --metric=bleu_shifted
 Hardware:  two CPU cores
-Figure:    the README's table.
+Figure:    not measured yet.
 
 Every validation source is also measured with one or two of its tokens put in, dropped or rotated
 (batching.moved), against the same target.
