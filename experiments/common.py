@@ -208,11 +208,13 @@ def read_config(path):
 def restore_model(workdir, config, tokenizer, which="best"):
     """The model of a run and its parameters (their moving average, if it keeps one).
 
+    Those that finetune does not train are not in its checkpoints: they are taken again from
+    config.model.init_from.
     Raises: UserError if there is no sound checkpoint or the tokenizer is not the run's.
     """
     import jax
 
-    from nanoflax import checkpoint, models, sharding
+    from nanoflax import checkpoint, models, peft, sharding
 
     subtree = "ema" if config.optim.ema else "params"
     params, meta = checkpoint.restore_params(os.path.join(workdir, "checkpoints"), which=which,
@@ -222,12 +224,104 @@ def restore_model(workdir, config, tokenizer, which="best"):
                         f"{tokenizer.fingerprint[:12]}) is not the one that the checkpoint was "
                         f"trained with ({meta['tokenizer'][:12]}); put that one back")
     model = models.build(config.model)
-    own = dict(jax.tree_util.tree_leaves_with_path(params))  # adapters may be among them
-    if any(path not in own or own[path].shape != x.shape
-           for path, x in jax.tree_util.tree_leaves_with_path(sharding.shapes(model))):
+    paths = jax.tree_util.tree_leaves_with_path
+
+    def fits(params):
+        own = dict(paths(params))  # adapters may be among them
+        return all(path in own and own[path].shape == x.shape
+                   for path, x in paths(sharding.shapes(model)))
+
+    if not fits(params) and config.peft != configs.PeftConfig():
+        given = open_model(config.model.init_from)[1] if config.model.init_from else None
+        first = adapted(model, given, config, sharding.make_mesh("-1,1,1"))
+        params = peft.join(params, peft.split(first, peft.trainable(first, config.peft))[1])
+    if not fits(params):
         raise UserError(f"the checkpoint in --workdir={workdir} does not hold the parameters of its "
                         "config.json; it may be of an older nanoflax")
     return model, params
+
+
+def adapted(model, given, config, mesh):
+    """What finetune begins from: `started`, with the adapters that config.peft adds."""
+    import jax
+
+    from nanoflax import peft
+
+    seed = config.train.seed
+    return peft.add(started(model, given, seed, mesh), config.peft, jax.random.PRNGKey(seed + 1))
+
+
+def started(model, given, seed, mesh):
+    """New parameters in float32, with those of the source in their places; says what is new."""
+    import jax
+    from flax import traverse_util
+
+    from nanoflax import sharding
+
+    new = traverse_util.flatten_dict(sharding.init(model, jax.random.PRNGKey(seed), mesh), sep="/")
+    if given is None:
+        return traverse_util.unflatten_dict(new, sep="/")
+    given = traverse_util.flatten_dict(given, sep="/")
+    # Tokens that the source lacks (a mask, sentinels) come after its own.
+    for path in {"embed/embedding", "unembed/kernel", "logit_bias"} & new.keys() & given.keys():
+        old = given[path]
+        if old.shape != new[path].shape:
+            given[path] = new[path].at[tuple(map(slice, old.shape))].set(old)
+    fits = {path for path in new if path in given and given[path].shape == new[path].shape}
+    if fresh := sorted({path.split("/")[0] for path in new.keys() - fits}):
+        print(f"not in the source, drawn anew: {', '.join(fresh)}")
+    if left := sorted({path.split("/")[0] for path in given.keys() - fits}):
+        print(f"in the source, not needed: {', '.join(left)}")
+    return traverse_util.unflatten_dict(
+        {path: given[path].astype(x.dtype) if path in fits else x for path, x in new.items()},
+        sep="/")
+
+
+def write_labels(workdir, labels, several):
+    """labels.json, which marks a run of finetune: the classes, and whether a text may have several
+    of them (or none)."""
+    with open(os.path.join(workdir, "labels.json"), "w") as f:
+        json.dump({"labels": labels, "several": several}, f)
+
+
+def read_labels(workdir, config):
+    """(class names, whether a text may have several) of a finetune run; None of another run.
+
+    Raises: UserError if the run's task has classes and labels.json is not there or not readable.
+    """
+    path = os.path.join(workdir, "labels.json")
+    try:
+        with open(path) as f:
+            found = json.load(f)
+            return tuple(found["labels"]), bool(found["several"])
+    except FileNotFoundError:
+        if config.task.kind in ("classify", "tag"):
+            raise UserError(f"{path} does not exist: it names the classes of "
+                            f"task.kind={config.task.kind!r}; finetune wrote it") from None
+        return ((), False) if config.task.kind != "language_model" else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read: {error!r}") from error
+
+
+def whole(workdir, which="best"):
+    """Where the whole model of a run is: in final/, once finetune has ended."""
+    final = os.path.join(workdir, "final")
+    return final if which == "best" and is_run(final) else workdir
+
+
+def write_jsonl(path, records):
+    """A JSON object a line. Raises: UserError if the file cannot be written."""
+    try:
+        with open(path, "w") as f:
+            for record in records:
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def numbers(found):
+    """Figures on a line."""
+    return "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
 
 
 def is_run(path):
@@ -244,6 +338,7 @@ def open_model(source, which="best"):
     from nanoflax import gguf, hf, hf_tokenizers, models, tokenizers
 
     if is_run(source):
+        source = whole(source, which)
         config, tokenizer = read_run(source)
         return *restore_model(source, config, tokenizer, which), tokenizer
     path = hf.find(source)

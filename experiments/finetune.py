@@ -7,9 +7,10 @@
 
 SOURCE is a workdir, a directory of Transformers, a name on the hub or a .gguf file; without one the
 model is trained from scratch. The same command resumes. At the end the best step is measured on
-the validation examples: a printed report, result.json, predictions.jsonl, and in final/ a run that
-`sample` and `convert` open, low-rank adapters merged (and beside it in adapter/, as the peft
-library reads them).
+the validation examples: a printed report, result.json, predictions.jsonl, and in final/ the whole
+model, low-rank adapters merged (and beside it in adapter/, as the peft library reads them).
+`evaluate --workdir=runs/y --data=jsonl:new.jsonl` gives the same for new examples, and
+`sample --workdir=runs/y --prompt=TEXT` predicts; `convert` opens final/.
 """
 
 import contextlib
@@ -57,8 +58,8 @@ def run(config, workdir):
     common.resumable(workdir, config, restart=False)  # refuses another run's workdir
     noise = denoising.Noise(task, tokenizer) if task.kind in ("masked_lm", "denoise") else None
     encode = lambda part: batching.encode(  # noqa: E731
-        part, tokenizer, task.length, data.labels, kind is examples.Classification
-        and data.multi_label, task.truncate, task.target_length, data.report, noise)
+        part, tokenizer, task.length, data.labels, data.multi_label, task.truncate,
+        task.target_length, data.report, noise)
     rows, held_out = encode(data.train), encode(data.validation)
     print(f"{len(rows):,} training and {len(held_out):,} validation examples"
           + (f", {len(data.labels)} labels: {', '.join(data.labels[:12])}" if data.labels else ""))
@@ -66,8 +67,7 @@ def run(config, workdir):
         print(f"  {line}")
 
     model = models.build(config.model, t.remat)
-    params = peft.add(started(model, params, t.seed, mesh), config.peft,
-                      jax.random.PRNGKey(t.seed + 1))
+    params = common.adapted(model, params, config, mesh)
     params = jax.device_put(params, sharding.shardings(params, mesh))
     trained, frozen = peft.split(params, peft.trainable(params, config.peft))
     print(plots.parameter_table(params))
@@ -82,7 +82,7 @@ def run(config, workdir):
 
     def evaluate(trained, at):
         found, _ = judge(peft.join(trained, frozen), t.evaluate_batches)
-        return found, f"step {at}: " + numbers(found)
+        return found, f"step {at}: {common.numbers(found)}"
 
     # Rows are at most task.length long, whatever the model's context.
     shown = dataclasses.replace(config, model=dataclasses.replace(
@@ -101,15 +101,13 @@ def run(config, workdir):
             print(f"resuming at step {start}")
         else:
             common.write_run(workdir, config, tokenizer)
-            if data.labels:
-                with open(os.path.join(workdir, "labels.json"), "w") as f:
-                    json.dump(data.labels, f)
+            common.write_labels(workdir, data.labels, data.multi_label)
         if start < t.steps:
             flops = models.flops_per_token(config.model, shown.model.context)
             with common.displays(workdir, shown, start, flops, peak) as (log, progress):
                 state, tracking, outcome = train.fit(
                     state, lambda state, batch: step(state, batch, frozen),
-                    Batches(rows, t.batch_size, t.seed), config, mesh,
+                    Batches(rows, config), config, mesh,
                     evaluate=evaluate, checkpoints=saves, log=log, progress=progress, meta=meta,
                     tracking=tracking, schedule=schedule)
             if outcome.signal:
@@ -119,7 +117,7 @@ def run(config, workdir):
         os.path.join(workdir, "checkpoints"), which="best", subtree="ema" if config.optim.ema
         else "params")
     full = peft.join(best, frozen)
-    finish(workdir, config, tokenizer, data.labels, full, judge, tracking, size)
+    finish(workdir, config, tokenizer, data, full, judge, tracking, size)
     return 0
 
 
@@ -135,6 +133,7 @@ def starting_point(config, data, workdir):
             raise UserError(f"model.init_from={m.init_from} has no tokenizer")
         tokenizer = denoising.marked(task, tokenizer)
         m = dataclasses.replace(model.config, init_from=m.init_from, dropout=m.dropout,
+                                output_delay=m.output_delay or model.config.output_delay,
                                 vocab_size=max(model.config.vocab_size, tokenizer.vocab_size))
     else:
         own = os.path.join(workdir, "tokenizer")
@@ -165,32 +164,6 @@ def starting_point(config, data, workdir):
     return config, params, tokenizer
 
 
-def started(model, given, seed, mesh):
-    """New parameters in float32, with those of the source in their places; says what is new."""
-    import jax
-    from flax import traverse_util
-
-    from nanoflax import sharding
-
-    new = traverse_util.flatten_dict(sharding.init(model, jax.random.PRNGKey(seed), mesh), sep="/")
-    if given is None:
-        return traverse_util.unflatten_dict(new, sep="/")
-    given = traverse_util.flatten_dict(given, sep="/")
-    # Tokens that the source lacks (a mask, sentinels) come after its own.
-    for path in {"embed/embedding", "unembed/kernel", "logit_bias"} & new.keys() & given.keys():
-        old = given[path]
-        if old.shape != new[path].shape:
-            given[path] = new[path].at[tuple(map(slice, old.shape))].set(old)
-    fits = {path for path in new if path in given and given[path].shape == new[path].shape}
-    if fresh := sorted({path.split("/")[0] for path in new.keys() - fits}):
-        print(f"not in the source, drawn anew: {', '.join(fresh)}")
-    if left := sorted({path.split("/")[0] for path in given.keys() - fits}):
-        print(f"in the source, not needed: {', '.join(left)}")
-    return traverse_util.unflatten_dict(
-        {path: given[path].astype(x.dtype) if path in fits else x for path, x in new.items()},
-        sep="/")
-
-
 def texts(examples):
     """Every text of examples, to train a tokenizer on."""
     for example in examples:
@@ -207,14 +180,15 @@ def texts(examples):
 class Batches:
     """batching.ExampleBatches for `train.fit`, which also asks where a step's rows came from."""
 
-    def __init__(self, rows, batch_size, seed):
+    def __init__(self, rows, config):
         import jax
 
         from nanoflax.batching import ExampleBatches
 
-        self.rows = rows
-        self.batches = ExampleBatches(rows, batch_size, seed, True, jax.process_index(),
-                                      jax.process_count())
+        self.rows, task, t = rows, config.task, config.train
+        self.batches = ExampleBatches(
+            rows, t.batch_size, t.seed, True, jax.process_index(), jax.process_count(),
+            (task.max_shift, task.shift_probability) if task.shift_probability else None)
 
     def __getitem__(self, step):
         return self.batches[step]
@@ -223,22 +197,17 @@ class Batches:
         return ", ".join(self.rows.examples[i].place for i in self.batches.indices(step)[:4])
 
 
-def finish(workdir, config, tokenizer, labels, params, judge, tracking, trained):
+def finish(workdir, config, tokenizer, data, params, judge, tracking, trained):
     """Measure the best step on every validation example; write and print what it can do."""
-    from nanoflax import checkpoint, metrics, peft, plots, report
+    from nanoflax import checkpoint, metrics, peft, plots, report, tasks
 
     found, predictions = judge(params)
     result = found | {"step": tracking.best_step, "trained_parameters": trained,
                       "report": judge.report}
     with open(os.path.join(workdir, "result.json"), "w") as f:
         json.dump(result, f, indent=1)
-    with open(os.path.join(workdir, "predictions.jsonl"), "w") as f:
-        for example, said in zip(judge.rows.examples, predictions):
-            record = {field: getattr(example, field) for field in example.fields
-                      if hasattr(example, field)}
-            if hasattr(example, "labels"):
-                record["label"] = example.labels
-            f.write(json.dumps(record | {"prediction": said}, ensure_ascii=False) + "\n")
+    common.write_jsonl(os.path.join(workdir, "predictions.jsonl"),
+                       tasks.records(judge.rows.examples, predictions))
     for example, said in itertools.islice(zip(judge.rows.examples, predictions), config.task.show):
         print(f"  | {report.printable(str(example.input))[:200]}\n  -> {said}")
     if config.task.kind in ("classify", "tag"):
@@ -253,16 +222,13 @@ def finish(workdir, config, tokenizer, labels, params, judge, tracking, trained)
         os.makedirs(final, exist_ok=True)
         with checkpoint.Checkpoints(os.path.join(final, "checkpoints")) as saves:
             saves.save(0, {"params": params}, {"tokenizer": tokenizer.fingerprint, "step": 0})
+        common.write_labels(final, data.labels, data.multi_label)
         common.write_run(final, dataclasses.replace(config, peft=configs.PeftConfig(
             kind="none" if kind in ("lora", "dora") else kind)), tokenizer)
     plots.plot_losses(workdir, config.train.batch_size * config.task.length)
-    print(f"best at step {tracking.best_step}: {numbers(found)}")
+    print(f"best at step {tracking.best_step}: {common.numbers(found)}")
     print(f"{workdir}: result.json, predictions.jsonl, loss.png, final/"
           + (", adapter/" if os.path.isdir(os.path.join(workdir, "adapter")) else ""))
-
-
-def numbers(found):
-    return "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@
     python -m experiments.sample --workdir=runs/x --interactive
 
 Text appears as it is generated. With no prompt, a document is begun. An encoder-decoder reads the
-prompt as its source.
+prompt as its source. A run of finetune does its task with each prompt: classes and their
+probabilities, the tag of each word (as separated by spaces), a translation (by default as the run's
+evaluation writes), the reply to a message.
 """
 
 import itertools
+import os
 import sys
 
 from absl import flags
@@ -60,10 +63,60 @@ def main():
         raise UserError("--chat: the tokenizer of this model has no chat template")
     if FLAGS.chat:
         return chat(model, params, tokenizer)
+    write = lambda texts: generate(model, params, tokenizer, texts)  # noqa: E731
+    if FLAGS.workdir:
+        config = common.read_config(os.path.join(FLAGS.workdir, "config.json"))
+        if (labels := common.read_labels(FLAGS.workdir, config)) is not None:
+            write = of_task(config, model, params, tokenizer, *labels) or write
+            if not prompts and not FLAGS.interactive and config.task.kind != "language_model":
+                raise UserError(f"--prompt is missing: the text that task.kind="
+                                f"{config.task.kind!r} is about")
     if FLAGS.interactive:
-        return interact(model, params, tokenizer)
-    generate(model, params, tokenizer, prompts or [""])
+        return interact(write)
+    write(prompts or [""])
     return 0
+
+
+def of_task(config, model, params, tokenizer, labels, several):
+    """A function of prompts that does the task of a finetune run with them and prints the result;
+    None if that is to continue them."""
+    from nanoflax import batching
+
+    task = config.task
+    if task.kind in ("classify", "tag"):
+        return lambda texts: predict(config, model, params, tokenizer, labels, several, texts)
+    if task.kind == "instruct":
+        return lambda texts: generate(model, params, tokenizer, [""] * len(texts), [
+            batching.chat_prompt(tokenizer, [{"role": "user", "content": text}])
+            for text in texts])
+    if task.kind == "translate":
+        if not FLAGS["temperature"].present:
+            FLAGS.temperature = 0.0
+            if not FLAGS["beams"].present and task.beams > 1:
+                FLAGS.beams = task.beams
+    return None
+
+
+def predict(config, model, params, tokenizer, labels, several, texts):
+    """Print the classes of each text with their probabilities, best first, or its words' tags."""
+    from nanoflax import batching, sharding, sources, tasks
+    from nanoflax.examples import Classification, Tagging
+
+    task, report = config.task, sources.Report()
+    made = [Classification(text, labels[:1], "--prompt") if task.kind == "classify" else
+            Tagging(tuple(text.split()), ("O",) * len(text.split()), "--prompt") for text in texts]
+    rows = batching.encode(made, tokenizer, task.length, labels, several, report=report)
+    for line in report.lines():
+        print(line, file=sys.stderr)
+    judge = tasks.Judge(model, config, tokenizer, labels, rows, sharding.make_mesh("-1,1,1"))
+    if task.kind == "classify":
+        results = [[f"{labels[i]}\t{row[i]:.4f}" for i in (-row).argsort()]
+                   for row in tasks.probabilities(judge, params, len(rows))]
+    else:
+        results = [[f"{word}\t{tag}" for word, tag in zip(example.tokens, tags)] for example, tags
+                   in zip(made, tasks.tag_names(judge, params, len(rows)))]
+    for i, lines in enumerate(results):
+        print("\n".join([f"--- {i + 1}"] * (len(texts) > 1) + lines))
 
 
 def read_prompts(path):
@@ -77,11 +130,11 @@ def read_prompts(path):
     return prompts
 
 
-def interact(model, params, tokenizer):
-    """Read a prompt, write its continuation, until an empty line or the end of input."""
+def interact(write):
+    """Read a prompt, `write` what belongs to it, until an empty line or the end of input."""
     for prompt in typed():
         try:
-            generate(model, params, tokenizer, [prompt])
+            write([prompt])
         except UserError as error:
             print(error, file=sys.stderr)
     return 0

@@ -154,6 +154,7 @@ class Rows:
     length: int
     target_length: int
     noise: Callable | None = None  # (text, a Generator) -> a row, of rows that hold a text alone
+    ends: tuple = (0, 0)  # ids at the two ends of a source or text that `shifted` leaves there
 
     def __len__(self):
         return len(self.rows)
@@ -221,6 +222,52 @@ class Rows:
         if "tags" in nothing:
             batch["tags"] = padded("tags", lengths["tokens"])
         return batch
+
+
+    def shifted(self, max_shift, probability, seed, indices=None):
+        """Rows (these `indices`, default all) whose source or text is `moved`, each with this
+        probability, drawn from (*seed, its number): a text's targets follow what it has become, and
+        tokens put in are no targets; a source's target stays as it is."""
+        indices = range(len(self)) if indices is None else indices
+        name = "source" if "source" in self.rows[0] else "targets"
+        limit = self.length if name == "source" else self.target_length
+        before, after = self.ends
+
+        def one(i):
+            row, rng = self.rows[i], np.random.default_rng((*seed, i))
+            n = len(row[name]) - before - after
+            if n < 1 or rng.random() >= probability:
+                return row
+            place, new = moved(n, max_shift, rng)
+            place, new = place[:limit - before - after], new[:limit - before - after]
+            whole = np.r_[:before, before + place, before + n:len(row[name])]
+            row = row | {name: row[name][whole]}
+            if name == "targets":
+                new = np.r_[np.zeros(before), new, np.zeros(after)]
+                row["weights"] = np.where(new, 0, row["weights"][whole]).astype(np.float32)
+            return row
+
+        return dataclasses.replace(self, rows=[one(i) for i in indices],
+                                   examples=[self.examples[i] for i in indices])
+
+
+def moved(n, max_shift, rng):
+    """Where each of n tokens stood, once up to max_shift of them are moved.
+
+    One of three, with 1 to max_shift tokens: copies of any put in at one place; a window dropped
+    (never all); or the whole rotated, either way. rng: a numpy Generator.
+    Returns ([n'] int places before, [n'] bool, True for tokens put in).
+    """
+    place, new = np.arange(n), np.zeros(n, bool)
+    shift, how = rng.integers(1, max_shift + 1), rng.integers(3)
+    if how == 0:
+        at = rng.integers(n + 1)
+        return np.insert(place, at, rng.integers(n, size=shift)), np.insert(new, at, [True] * shift)
+    if how == 1:
+        shift = min(shift, n - 1)
+        window = np.s_[(at := rng.integers(n - shift + 1)):at + shift]
+        return np.delete(place, window), np.delete(new, window)
+    return np.roll(place, shift * rng.choice([-1, 1])), new
 
 
 def _bucket(length):
@@ -330,10 +377,12 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
         raise UserError(f"{'; '.join(too_long.lines())}; raise the length, or ask to truncate them")
     if not rows:
         raise UserError(f"no example is left: {'; '.join(report.lines()) or 'there was none'}")
+    edges = len(prefix), len(suffix)
     if "first" in rows[0]:  # a text of its own, not the answer to a source
-        target_length = length
-    return Rows(rows, kept, tokenizer.pad_id, length,
-                noise.target_length if noise else target_length, noise)
+        target_length, edges = length, (0, 1)
+    if noise:
+        target_length = noise.target_length
+    return Rows(rows, kept, tokenizer.pad_id, length, target_length, noise, edges)
 
 
 # Rows to batches.
@@ -345,11 +394,14 @@ class ExampleBatches:
     As data.Batches: each epoch is a permutation by (seed, epoch), any step is found at once, and
     the global batch of a step is the same for any process_count. Of every 16 batches the rows are
     sorted by length and dealt out, so that a batch holds rows of like length and little padding.
+    shift: (max_shift, probability) of Rows.shifted, drawn anew at every step, or None.
     """
 
-    def __init__(self, rows, batch_size, seed=0, shuffle=True, process_index=0, process_count=1):
+    def __init__(self, rows, batch_size, seed=0, shuffle=True, process_index=0, process_count=1,
+                 shift=None):
         own = Batches(rows, batch_size, seed, shuffle, process_index, process_count)  # checks
         self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
+        self.shift = shift
         self.part = slice(own.offset, own.offset + own.rows)
         self._pools = Batches(rows, POOL * batch_size, seed, shuffle)
 
@@ -370,6 +422,8 @@ class ExampleBatches:
 
     def __getitem__(self, step):
         rows, everyones = self.rows.drawn(self.draws(step), self.seed), range(self.batch_size)
+        if self.shift:
+            rows = rows.shifted(*self.shift, (self.seed, step))
         return rows.batch(everyones[self.part], rows.lengths(everyones))
 
 

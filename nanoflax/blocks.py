@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from nanoflax import masking, positions
 from nanoflax.attention import Attention, View
 from nanoflax.config import ModelConfig
-from nanoflax.layers import MLP, Embedding, Linear, Norm, bottleneck
+from nanoflax.layers import MLP, Embedding, Linear, Norm, activate, bottleneck
 
 REMAT_POLICIES = {
     "blocks": jax.checkpoint_policies.nothing_saveable,
@@ -215,11 +215,36 @@ class LanguageModel(nn.Module):
                 self.unembed = Linear(c.vocab_size, bias=False)
             if c.head_bias:
                 self.logit_bias = self.param("logit_bias", nn.initializers.zeros, (c.vocab_size,))
+        if c.output_delay:
+            self.delay = Linear(c.dim, bias=False, stddev=0.0)  # at first it changes nothing
         self.drop = nn.Dropout(c.dropout)
 
     def embed(self, tokens):
         """tokens: [B, T] int32 below V -> [B, T, D] in the compute dtype."""
         return self.embedding(tokens) * self.config.embed_scale
+
+    def output(self, x, segments=None, cache=None):
+        """The last states x [B, T, D] as `head` reads them, and the cache or None.
+
+        With config.output_delay = n, GELU(W h) of the state h n steps before is added to each: of
+        its own document by segments [B, T], if given. The cache holds the last n states; what lies
+        before the first is zeros, and adds nothing.
+        """
+        n, T = self.config.output_delay, x.shape[1]
+        x *= self.config.logit_scale
+        if not n:
+            return x, cache
+        line = (cache or empty_delay(self, len(x)))["delay"]
+        padding = jnp.arange(T) < line["padding"][:, None]
+        states = jnp.concatenate([line["states"], jnp.where(padding[..., None], 0, x)], 1)
+        before = states[:, :T]
+        if segments is not None:
+            own = jnp.pad(segments, [(0, 0), (n, 0)], constant_values=-1)[:, :T] == segments
+            before = jnp.where(own[..., None], before, 0)
+        if cache is not None:
+            cache = cache | {"delay": {"states": states[:, T:],
+                                       "padding": jnp.maximum(line["padding"] - T, 0)}}
+        return x + activate("gelu", self.delay(before)), cache
 
     def head(self, x):
         """The logits [B, T, V] float32 of `hidden`'s states x [B, T, D]."""
@@ -256,6 +281,15 @@ def mean_pool(states, padding_mask):
     """
     weights = padding_mask[..., None].astype(states.dtype)
     return (states * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
+
+
+def empty_delay(model, batch, padding=None):
+    """What a cache holds of the output delay before the first token: {} if there is none.
+    padding: [B] int32, how many tokens of each row are not real ones."""
+    c = model.config
+    return {} if not c.output_delay else {"delay": {
+        "states": jnp.zeros((batch, c.output_delay, c.dim), model.compute_dtype),
+        "padding": jnp.zeros(batch, jnp.int32) if padding is None else padding}}
 
 
 class SourceModel(LanguageModel):

@@ -27,7 +27,8 @@ class TaskData:
 
     @property
     def multi_label(self):
-        return any(len(example.labels) != 1 for example in self.train)
+        return any(isinstance(example, Classification) and len(example.labels) != 1
+                   for example in self.train)
 
 
 def load(source, kind, labels=None):

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nanoflax.blocks import REMAT_POLICIES, SourceModel
+from nanoflax.blocks import REMAT_POLICIES, SourceModel, empty_delay
 from nanoflax.layers import Linear
 
 
@@ -149,8 +149,9 @@ class AttentionLSTM(SourceModel):
         if self.remat != "none":
             step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat])
         (last, layers), x = jax.lax.scan(step, (state["last"], state["layers"]), (inputs, dropped))
-        x = self.drop(x.swapaxes(0, 1), deterministic=deterministic) * c.logit_scale
-        return x, None if cache is None else cache | {"last": last, "layers": layers}
+        x = self.drop(x.swapaxes(0, 1), deterministic=deterministic)
+        return self.output(x, cache=None if cache is None else
+                           cache | {"last": last, "layers": layers})
 
     def states(self, source, source_mask=None, deterministic=True):
         """The last encoder layer's states [B, S, 2D] of source [B, S] int32."""
@@ -171,7 +172,7 @@ class AttentionLSTM(SourceModel):
                 h = memory = jnp.zeros_like(x[:, 0, :self.config.dim])
             layers.append((h, memory.astype(jnp.float32)))
         return {"last": jnp.zeros_like(h), "layers": layers, "keys": self.key(x), "values": x,
-                "source_mask": mask}
+                "source_mask": mask, **empty_delay(self, len(x))}
 
     def _encode(self, source, source_mask, deterministic):
         """The states [B, S, 2D] of the last layer, and of each the last h and c of both directions,

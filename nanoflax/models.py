@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 
 from nanoflax.attention import empty_cache
-from nanoflax.blocks import LanguageModel, SourceModel, Stack, mean_pool, norm  # noqa: F401
+from nanoflax.blocks import (  # noqa: F401
+    LanguageModel, SourceModel, Stack, empty_delay, mean_pool, norm)
 from nanoflax.config import validate
 from nanoflax.errors import UserError
 from nanoflax.layers import Embedding, Linear, activate
@@ -36,7 +37,7 @@ class Decoder(LanguageModel):
     def hidden(self, tokens, segments=None, cache=None, deterministic=True):
         """The last states that `head` reads, [B, T, D] in the compute dtype, and the cache."""
         x, cache = self.decoder(self.embed(tokens), segments, cache, deterministic=deterministic)
-        return x * self.config.logit_scale, cache
+        return self.output(x, segments, cache)
 
     def empty_cache(self, batch, length, start=None):
         """A cache of `length` slots. start: [B] int32, the padding before each row's first token."""
@@ -128,7 +129,7 @@ class EncoderDecoder(SourceModel):
                                             source_mask)
         x, cache = self.decoder(self.embed(targets_in), None, cache, states, source_mask,
                                 deterministic)
-        return x * self.config.logit_scale, cache
+        return self.output(x, cache=cache)
 
     def states(self, source, source_mask=None, deterministic=True):
         """The encoder's states [B, S, D] of source [B, S] int32."""
@@ -161,7 +162,8 @@ def _empty_cache(model, layers, batch, length, start=None):
     return {"layers": [empty_cache(model.config, batch, length, model.compute_dtype)
                        for _ in range(layers)],
             "index": jnp.int32(0),
-            "start": jnp.zeros(batch, jnp.int32) if start is None else start}
+            "start": jnp.zeros(batch, jnp.int32) if start is None else start,
+            **empty_delay(model, batch, start)}
 
 
 def head_kernel(config, params):
@@ -193,6 +195,7 @@ def flops_per_token(config, length=None):
     """
     c, T = config, length or config.context
     head = 6 * c.dim * c.vocab_size if c.head in ("lm", "mlm") else 0
+    head += 6 * c.dim**2 * (c.output_delay > 0)
     if c.architecture == "lstm":  # in units of D^2: encoder, decoder, and keys, query, output
         matrices = (24 * c.layers - 8) + (8 * c.layers + 4) + (6 if c.lstm_attention == "additive"
                                                                else 5)

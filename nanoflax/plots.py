@@ -92,6 +92,40 @@ def _title(training, validation):
     return text
 
 
+def plot_sweep(path, points, metric):
+    """Draws a metric against each value that a sweep tried, as a PNG at `path`, which it returns.
+
+    points: (values, figure) of each trial, the best first; values: {key: text}. A key whose values
+    are numbers gets an axis of them, logarithmic where they span a factor of ten.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    keys = list(points[0][0])
+    figure = Figure(figsize=(4 * len(keys) + 1, 4), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    for key, axes in zip(keys, panels):
+        xs, ys = [values[key] for values, _ in points], [y for _, y in points]
+        try:
+            xs = [float(x) for x in xs]
+            if min(xs) > 0 and max(xs) >= 10 * min(xs):
+                axes.set_xscale("log")
+        except ValueError:  # names, side by side
+            pass
+        axes.plot(xs, ys, "o", color="tab:blue", alpha=0.7)
+        axes.plot(xs[:1], ys[:1], "*", color="tab:green", markersize=15, markeredgecolor="white",
+                  label=f"best: {ys[0]:.4f}")
+        axes.set_xlabel(key.removeprefix("config."))
+        axes.grid(alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(metric.replace("_", " "))
+    panels[0].legend(frameon=False)
+    canvas.print_png(buffer := io.BytesIO())
+    write_whole(pathlib.Path(path), buffer.getvalue())
+    return path
+
+
 def parameter_table(params):
     """The number and bytes of parameters by module, as text; equal blocks folded."""
     modules = {}

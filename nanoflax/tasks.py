@@ -5,6 +5,7 @@
     numbers, predictions = judge(params)
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -62,11 +63,21 @@ class Judge:
         """(numbers, predictions) on the first so many batches of the rows, 0 for all.
 
         numbers: {"validation_loss": nats, the task's figures}; predictions: one for each row, or
-        none where the task is measured by its loss.
+        none where the task is measured by its loss. With config.task.max_shift also the figures on
+        the same rows shifted (always the same way), as NAME_shifted.
         """
         number = len(self.rows)
         if batches:
             number = min(number, batches * self.config.train.batch_size)
+        numbers, predictions, self.report = self._measured(params, number)
+        if self.config.task.max_shift:
+            judge = copy.copy(self)
+            judge.rows = self.rows.shifted(self.config.task.max_shift, 1.0, (0,), range(number))
+            found, _, self.report["shifted"] = judge._measured(params, number)
+            numbers |= {f"{name}_shifted": value for name, value in found.items()}
+        return numbers, predictions
+
+    def _measured(self, params, number):
         sums = np.zeros(3)
         for batch in self.batches(number):
             sums += [float(x) for x in self._sums(params, batch)]
@@ -78,9 +89,9 @@ class Judge:
             numbers[self.task.accuracy] = right / max(weight, 1)
         predictions = self.task.answer(self, params, number) if self.task.answer else []
         if self.task.measure is None:
-            return numbers, predictions
-        figures, self.report = self.task.measure(predictions, self.rows.examples[:number])
-        return numbers | figures, predictions
+            return numbers, predictions, {}
+        figures, report = self.task.measure(predictions, self.rows.examples[:number])
+        return numbers | figures, predictions, report
 
     def batches(self, number):
         """The first rows in batches on the mesh; the last is filled up with rows of weight 0."""
@@ -96,15 +107,32 @@ class Judge:
             (pair for logits, weights in found for pair in zip(logits, weights)), number))
 
 
+def records(examples, predictions):
+    """Each example's fields and what a model said of it, as a dict for JSON."""
+    for example, said in zip(examples, predictions):
+        fields = {field: getattr(example, field) for field in example.fields
+                  if hasattr(example, field)}
+        if hasattr(example, "labels"):
+            fields["label"] = example.labels
+        yield fields | {"prediction": said}
+
+
 # Answers.
 
 
 def class_names(judge, params, number):
     """The name of the likeliest class of each text, or of all likelier than not of several."""
-    names, logits = judge.labels, judge.logits(params, number)
+    names, found = judge.labels, probabilities(judge, params, number)
     if judge.rows.rows[0]["label"].ndim:
-        return [tuple(name for name, x in zip(names, row) if x > 0) for row, _ in logits]
-    return [(names[row.argmax()],) for row, _ in logits]
+        return [tuple(name for name, p in zip(names, row) if p > 0.5) for row in found]
+    return [(names[row.argmax()],) for row in found]
+
+
+def probabilities(judge, params, number):
+    """The probability of each class of each text; of several labels, of each by itself."""
+    logits = np.array([row for row, _ in judge.logits(params, number)])
+    several = judge.rows.rows[0]["label"].ndim
+    return np.asarray(jax.nn.sigmoid(logits) if several else jax.nn.softmax(logits))
 
 
 def tag_names(judge, params, number):

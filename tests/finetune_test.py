@@ -53,6 +53,35 @@ def test_classes_are_learnt_reported_and_gone_on_with(topics, tmp_path):
     again = finetune("classify", tmp_path, *topics, "--config.train.steps=120", *flags)
     assert "resuming at step 120" in again.stdout
     assert json.loads((tmp_path / "result.json").read_text()) == result
+    evaluated(tmp_path, topics[1], result, predictions)
+    texts = ["--prompt=abc cat def", "--prompt=hgf fed dog"]
+    said = run("sample", f"--workdir={tmp_path}", *texts)
+    assert said.returncode == 0, said.stderr
+    parts = [part.split("\n")[1:3] for part in said.stdout.split("--- ")[1:]]
+    assert [lines[0].split("\t")[0] for lines in parts] == ["cat", "dog"]
+    for lines in parts:
+        shares = [float(line.split("\t")[1]) for line in lines]
+        assert sum(shares) == pytest.approx(1, abs=2e-4) and shares[0] > 0.5
+    none = run("sample", f"--workdir={tmp_path}")
+    assert none.returncode == 2 and "--prompt is missing" in none.stderr
+    wrong = run("evaluate", f"--workdir={tmp_path}", "--data=dates:en-fr")
+    assert wrong.returncode == 2 and "dates:en-fr" in wrong.stderr
+    (tmp_path / "final" / "labels.json").unlink()
+    lost = run("evaluate", f"--workdir={tmp_path / 'final'}", f"--data={topics[1]}")
+    assert lost.returncode == 2 and "labels.json does not exist" in lost.stderr
+
+
+def evaluated(workdir, data, result, predictions):
+    """The run's own figures and predictions are those that evaluate finds, here and in final/."""
+    for home, flags in ((workdir, []), (workdir / "final", [f"--data={data}"])):
+        out = workdir / "said.jsonl"
+        done = run("evaluate", f"--workdir={home}", f"--out={out}", *flags)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["report"] == result["report"] and found["examples"] == len(predictions)
+        for name in ("validation_loss", "accuracy", "macro_f1"):
+            assert found[name] == pytest.approx(result[name], rel=1e-5)
+        assert [json.loads(line) for line in out.open()] == predictions
 
 
 def test_lora_trains_little_and_its_merged_model_stands_alone(topics, tmp_path):
@@ -83,6 +112,50 @@ def test_targets_are_learnt_from_sources_and_written_by_sample(tmp_path):
     said = run("sample", f"--workdir={tmp_path / 'run' / 'final'}", "--prompt=ce",
                "--temperature=0")
     assert said.stdout == "ec\n", said.stderr
+    assert run("sample", f"--workdir={tmp_path / 'run'}", "--prompt=ce").stdout == "ec\n"
+    new = write(tmp_path / "new", [{"source": "ab", "target": "ba"},
+                                   {"source": "ah", "target": "x"}])
+    found = run("evaluate", f"--workdir={tmp_path / 'run'}", f"--data={new}",
+                f"--out={tmp_path / 'said.jsonl'}")
+    assert json.loads(found.stdout)["exact_match"] == 0.5, found.stderr
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").open()]
+    assert [s["prediction"] for s in said] == ["ba", "ha"]
+    (tmp_path / "c.jsonl").write_text(json.dumps(
+        {"prompt": "ab", "candidates": ["ab", "ba", "ca"], "answer": "ba"}) + "\n")
+    ranked = json.loads(run("evaluate", f"--workdir={tmp_path / 'run'}",
+                            f"--candidates={tmp_path / 'c.jsonl'}").stdout)
+    assert ranked["accuracy"] == ranked["mean_reciprocal_rank"] == 1
+    best = ranked["rankings"][0]["candidates"][0]
+    assert best["text"] == "ba" and best["tokens"] == 3 and -0.7 < best["log_likelihood"] < 0
+
+
+def test_words_are_tagged_messages_answered_and_an_unfinished_adapter_is_opened(tmp_path):
+    records = [{"tokens": [a, "in", b], "tags": ["O", "O", f"B-{b[0]}"]}
+               for a in ("x", "yy", "z") for b in ("Paris", "Rome", "Riga")]
+    data = write(tmp_path / "tags", records)
+    done = finetune("tag", tmp_path / "tag", data, data, "--config.train.steps=60",
+                    "--config.train.evaluate_every=60")
+    assert done.returncode == 0, done.stderr
+    said = run("sample", f"--workdir={tmp_path / 'tag'}", "--prompt=yy in Rome")
+    assert said.stdout == "yy\tO\nin\tO\nRome\tB-R\n", said.stderr
+    chats = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": a + a}]}
+             for a in "abc"]
+    data, flags = write(tmp_path / "chats", chats), [
+        "--config.task.kind=instruct", "--config.model.architecture=decoder",
+        "--config.model.head=lm", "--config.train.evaluate_every=50", "--config.model.context=64"]
+    done = finetune("classify", tmp_path / "chat", data, data, *flags, "--config.train.steps=100")
+    assert done.returncode == 0, done.stderr
+    said = run("sample", f"--workdir={tmp_path / 'chat'}", "--prompt=b", "--temperature=0")
+    assert said.stdout == "bb\n", said.stderr
+    # Until final/ is there, the frozen parameters are taken from the source again.
+    done = finetune("classify", tmp_path / "lora", data, data, *flags, "--config.train.steps=5",
+                    "--config.peft.kind=lora", f"--config.model.init_from={tmp_path / 'chat'}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "lora" / "result.json").read_text())
+    (tmp_path / "lora" / "final").rename(tmp_path / "elsewhere")
+    found = run("evaluate", f"--workdir={tmp_path / 'lora'}")
+    assert json.loads(found.stdout)["validation_loss"] == pytest.approx(
+        result["validation_loss"], rel=1e-4), found.stderr
 
 
 def test_the_lstm_takes_the_same_road(tmp_path):

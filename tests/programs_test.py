@@ -138,6 +138,33 @@ def test_evaluate_prints_json(trained, corpus, tmp_path):
     assert other["tokens"] == 19 and "invalid UTF-8" in other["report"][0]
 
 
+def test_candidates_are_ranked_and_bad_lines_named(trained, tmp_path):
+    workdir, _ = trained
+    questions = [{"prompt": "the model", "candidates": [" reads", " qqqqq"], "answer": " reads"},
+                 {"prompt": "the", "candidates": [" xx", " a", " model"], "answer": 2},
+                 {"prompt": "a", "candidates": ["\u00e9"]}]
+    path, out = tmp_path / "c.jsonl", tmp_path / "out.jsonl"
+    path.write_text("\n".join(map(json.dumps, questions)))
+    flags = [f"--workdir={workdir}", f"--candidates={path}"]
+    both = [json.loads(run("evaluate", *flags, *more).stdout) for more in ([], [f"--out={out}"])]
+    rankings = [json.loads(line) for line in out.open()]
+    assert both[0] == both[1] | {"rankings": rankings} and both[0]["answers"] == 2
+    assert both[0]["mean_reciprocal_rank"] == sum(1 / r["rank"] for r in rankings[:2]) / 2
+    assert both[0]["accuracy"] == sum(r["rank"] == 1 for r in rankings[:2]) / 2
+    for ranking, q in zip(rankings, questions):
+        rows = ranking["candidates"]
+        assert sorted(r["text"] for r in rows) == sorted(q["candidates"])
+        totals = [r["log_likelihood"] for r in rows]
+        assert totals == sorted(totals, reverse=True) and max(totals) < 0
+        assert all(r["per_token"] * r["tokens"] == pytest.approx(r["log_likelihood"])
+                   == r["per_byte"] * len(r["text"].encode()) for r in rows)
+    path.write_text('{"prompt": "a", "candidates": ["b"], "answer": 1}\n{"prompt": "a"}\n[')
+    done = run("evaluate", *flags)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    for words in ("c.jsonl:1 has the answer 1", "c.jsonl:2 must have", "c.jsonl:3 is not JSON"):
+        assert words in done.stderr
+
+
 def test_sample_continues_prompts_stops_and_talks(trained, tmp_path):
     workdir, _ = trained
     flags = [f"--workdir={workdir}", "--max_new_tokens=12", "--temperature=0"]
@@ -190,6 +217,9 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
     ("sample", ["--workdir=nowhere"], "nowhere"),
     ("sample", ["--workdir=nowhere", f"--seed={10**20}"], "--seed"),
     ("evaluate", ["--workdir=nowhere"], "nowhere"),
+    ("evaluate", [], "either --workdir"),
+    ("evaluate", ["--model=x"], "--model needs --candidates"),
+    ("evaluate", ["--model=x", "--candidates=nowhere.jsonl"], "nowhere.jsonl"),
     ("benchmark", ["race"], "train or decode"),
 ])
 def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):

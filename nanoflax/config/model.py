@@ -28,7 +28,7 @@ class ModelConfig:
     architecture: str = "decoder"
     vocab_size: int = 0  # V; 0 takes the tokenizer's
     # Of finetune: a workdir, Transformers directory, hub name or .gguf, which then decides every field
-    # but head, labels and dropout.
+    # but head, labels, dropout and, where it is set, output_delay.
     init_from: str = ""
     context: int = 256  # the longest T (and S of a source) the model is made for
     layers: int = 4  # L; of an encoder-decoder, on the encoder's side
@@ -86,6 +86,7 @@ class ModelConfig:
     start_id: int = 0  # the token before the first target of an encoder-decoder
     # All that the decoder sees of a source: the mean of the encoder's states, or the first of them.
     bottleneck: str = "none"
+    output_delay: int = 0  # n: to each last state is added GELU(W h) of that n steps before; 0: none
 
     lstm_attention: str = "additive"
     lstm_start: str = "encoder"  # the decoder's first state: the encoder's last, or zeros
@@ -174,7 +175,7 @@ def problems(m):
     at_least(found, "model", m, 1, "context", "layers", "dim", "heads", "labels", "rope_context",
               "relative_buckets", "relative_distance", *optional)
     at_least(found, "model", m, 0, "window", "attention_softcap", "logit_softcap", "token_types",
-              "position_offset", "start_id")
+              "position_offset", "start_id", "output_delay")
     if m.vocab_size < 0:
         found.append(f"model.vocab_size={m.vocab_size} must be positive, or 0 for the tokenizer's")
     if not 0 <= m.dropout < 1:
@@ -208,6 +209,9 @@ def problems(m):
     if m.architecture == "lstm" and m.decoder_layers not in (None, m.layers):
         found.append(f"model.decoder_layers={m.decoder_layers} must equal model.layers={m.layers} "
                      "in an lstm: each layer starts where the encoder's ended")
+    if m.output_delay and m.head != "lm":
+        found.append(f"model.output_delay={m.output_delay} needs model.head='lm', not {m.head!r}: "
+                     "without an order of writing, no state is before another")
     if m.vocab_size and m.start_id >= m.vocab_size:
         found.append(f"model.start_id={m.start_id} must be below model.vocab_size={m.vocab_size}")
     return found

@@ -112,6 +112,9 @@ class TaskConfig:
     noise: str = "spans"  # of denoise: T5's spans, BART's infilling, or none, an autoencoder
     noise_rate: float | None = None  # tokens masked or hidden; None: 0.15, of infilling 0.3
     noise_span: float = 3.0  # tokens that are hidden together, on average
+    # Shift training, of translate's sources or of language_model's texts: see batching.moved.
+    max_shift: int = 0  # tokens; where it is set, shifted validation examples are measured too
+    shift_probability: float = 0.0  # of a training example
     show: int = 3  # validation examples printed at the end, with what the model says
 
 
@@ -183,7 +186,15 @@ def _problems(c):
     if c.task.noise_rate is not None and not 0 < c.task.noise_rate < 1:
         found.append(f"task.noise_rate={c.task.noise_rate} must be in (0, 1)")
     at_least(found, "task", c.task, 1, "beams")
-    at_least(found, "task", c.task, 0, "show")
+    at_least(found, "task", c.task, 0, "show", "max_shift")
+    if c.task.max_shift and c.task.kind not in ("translate", "language_model"):
+        found.append(f"task.max_shift={c.task.max_shift} needs task.kind='translate' or "
+                     f"'language_model', not {c.task.kind!r}")
+    if not 0 <= c.task.shift_probability <= 1:
+        found.append(f"task.shift_probability={c.task.shift_probability} must be in [0, 1]")
+    if c.task.shift_probability and not c.task.max_shift:
+        found.append(f"task.shift_probability={c.task.shift_probability} needs task.max_shift of "
+                     "at least 1")
     for name, value in [("optim.b1", o.b1), ("optim.b2", o.b2), ("optim.ema", o.ema),
                         ("train.label_smoothing", t.label_smoothing)]:
         if not 0 <= value < 1:

@@ -1,0 +1,26 @@
+"""Shift training: dates in words, English to French, measured on clean and on shifted sources.
+
+Command:   python -m experiments.sweep --config=shift --workdir=runs/shift \\
+               --grid config.task.shift_probability=0,0.5 --grid config.model.output_delay=0,2 \\
+               --metric=bleu_shifted
+Hardware:  two CPU cores
+Figure:    not measured yet.
+
+Every validation source is also measured with one or two of its tokens put in, dropped or rotated
+(batching.moved), against the same target.
+"""
+
+import dataclasses
+
+from experiments import common
+
+
+def get_config():
+    config = common.load_config("translate")
+    return dataclasses.replace(
+        config, task=dataclasses.replace(config.task, length=32, target_length=32, max_shift=2),
+        model=dataclasses.replace(config.model, layers=1, dim=64),
+        data=dataclasses.replace(config.data, tokenizer="bpe:400", validation_fraction=0.02),
+        optim=dataclasses.replace(config.optim, learning_rate=5e-3),
+        train=dataclasses.replace(config.train, steps=400, evaluate_every=400,
+                                  checkpoint_every=400))

@@ -1,0 +1,272 @@
+"""Try settings of pretrain or finetune: every one of a grid, at random, or as Optuna suggests.
+
+    python -m experiments.sweep --config=classify --workdir=runs/sweep \\
+        --grid config.optim.learning_rate=1e-3,3e-3 --grid config.model.layers=1,2
+    python -m experiments.sweep --program=pretrain --config=pydocs_tiny --workdir=runs/sweep \\
+        --random config.optim.learning_rate=log:1e-4:1e-2 --random config.model.layers=int:2:6 \\
+        --trials=10 --config.train.steps=200
+    (--optuna instead draws each trial from what the earlier ones showed: pip install -e '.[sweep]')
+
+--grid KEY=VALUE,VALUE,... (";" between, where values have commas); --random KEY=log:LOW:HIGH,
+uniform:LOW:HIGH, int:LOW:HIGH or VALUE,VALUE,... Of both, each point of the grid gets --trials
+draws. Other --config flags are the same in all trials.
+
+Each trial is a run in its own trial-NNN/ of the workdir, what it prints in log.txt there. The same
+command goes on with an interrupted sweep: a trial that ended well is not run again, a broken one
+resumes. Then a table, best first, and sweep.png; results.jsonl has a line for each trial. A trial
+that fails is reported, and the exit status is 1.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+from absl import flags
+
+from experiments import common
+from nanoflax.config import MAX_SEED
+from nanoflax.errors import UserError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", None, "directory of the sweep", required=True)
+flags.DEFINE_enum("program", "finetune", ["finetune", "pretrain"], "what is run")
+flags.DEFINE_multi_string("grid", [], "KEY=VALUE,VALUE,...")
+flags.DEFINE_multi_string("random", [], "KEY=log:LOW:HIGH and the like")
+flags.DEFINE_integer("trials", 0, "draws of --random, for each point of the grid", 0)
+flags.DEFINE_string("metric", "validation_loss", "figure of result.json, or of metrics.jsonl")
+flags.DEFINE_bool("optuna", False, "draw by Optuna's tree-structured Parzen estimator")
+flags.DEFINE_integer("seed", 0, "of the draws", 0, MAX_SEED)
+
+DEFAULT_CONFIG = os.path.join(common.HERE, "configs", "classify.py")
+LESS_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
+
+
+def main():
+    if FLAGS.program == "pretrain" and not FLAGS["config"].present:
+        raise UserError("--program=pretrain needs --config, such as pydocs_tiny")
+    grid = [read(text, False) for text in FLAGS.grid]
+    spaces = [read(text, True) for text in FLAGS.random]
+    if not grid and not spaces:
+        raise UserError("nothing to try: give --grid KEY=VALUE,... or --random KEY=log:LOW:HIGH")
+    if bool(spaces) != bool(FLAGS.trials):
+        raise UserError(f"--trials={FLAGS.trials} must be at least 1 with --random, and 0 without")
+    if FLAGS.optuna and (grid or not spaces):
+        raise UserError("--optuna draws from --random, and takes no --grid")
+    if FLAGS.optuna:
+        try:
+            import optuna  # noqa: F401
+        except ImportError:
+            raise UserError("--optuna needs the package optuna: pip install -e '.[sweep]'") from None
+    keys = [key for key, _ in grid + spaces]
+    if len({*keys}) < len(keys):
+        raise UserError(f"{max(keys, key=keys.count)} is given twice")
+    os.makedirs(FLAGS.workdir, exist_ok=True)
+    points = [dict(zip([key for key, _ in grid], point))
+              for point in itertools.product(*(values for _, values in grid))]
+    results, number = [], len(points) * (FLAGS.trials or 1)
+    for i in range(number):
+        point = points[i // (FLAGS.trials or 1)]
+        results.append(trial(i, number, point, spaces, results))
+        common.write_jsonl(os.path.join(FLAGS.workdir, "results.jsonl"), results)
+    return finish(results, keys)
+
+
+def read(text, random):
+    """(key, [values] of --grid or of a choice, or (how, low, high)), each read as its field's type.
+    """
+    flag = f"--{'random' if random else 'grid'} {text}"
+    key, equals, value = text.partition("=")
+    if not equals or key not in FLAGS or not key.startswith("config."):
+        raise UserError(f"{flag}: {key!r} is no field of the configuration; write "
+                        "config.SECTION.FIELD=...")
+    how, *ends = value.split(":")
+    if random and how in ("log", "uniform", "int"):
+        try:
+            low, high = (int(end) if how == "int" else float(end) for end in ends)
+        except ValueError:
+            raise UserError(f"{flag}: must be {how}:LOW:HIGH, two numbers") from None
+        if not low < high or how == "log" and low <= 0:
+            raise UserError(f"{flag}: LOW must be less than HIGH"
+                            + ", and above 0" * (how == "log"))
+        values, ends = (how, low, high), [str(low), str(high)]
+    else:
+        values = ends = value.split(";" if ";" in value else ",")
+    for end in ends:
+        try:
+            FLAGS[key].parser.parse(end)
+        except ValueError as error:
+            raise UserError(f"{flag}: {end!r} is no value of {key}: {error}") from error
+    return key, values
+
+
+def draw(spaces, i):
+    """Values of a trial drawn from (--seed, its number)."""
+    import numpy as np
+
+    rng, values = np.random.default_rng((FLAGS.seed, i)), {}
+    for key, space in spaces:
+        if isinstance(space, list):
+            values[key] = space[rng.integers(len(space))]
+            continue
+        how, low, high = space
+        values[key] = str({
+            "int": lambda: rng.integers(low, high + 1),
+            "uniform": lambda: rng.uniform(low, high),
+            "log": lambda: np.exp(rng.uniform(np.log(low), np.log(high)))}[how]())
+    return values
+
+
+def suggested(spaces, i, results):
+    """Values of a trial that Optuna draws, shown the results so far: by (--seed, its number), so
+    that a sweep gone on with draws what it would have drawn."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    kinds, read = {}, {"int": int}
+    for key, space in spaces:
+        if isinstance(space, list):
+            kinds[key] = optuna.distributions.CategoricalDistribution(space)
+        elif space[0] == "int":
+            kinds[key] = optuna.distributions.IntDistribution(*space[1:])
+        else:
+            kinds[key] = optuna.distributions.FloatDistribution(*space[1:], log=space[0] == "log")
+    study = optuna.create_study(
+        sampler=optuna.samplers.TPESampler(seed=(FLAGS.seed + i) % (MAX_SEED + 1)),
+        direction="minimize" if less_is_better() else "maximize")
+    for result in results:
+        if result["status"] == "finished":
+            study.add_trial(optuna.trial.create_trial(
+                params={key: value if isinstance(space, list) else
+                        read.get(space[0], float)(value)
+                        for (key, space), value in zip(spaces, result["values"].values())},
+                distributions=kinds, value=result[FLAGS.metric]))
+    return {key: str(value) for key, value in study.ask(kinds).params.items()}
+
+
+def trial(i, number, point, spaces, results):
+    """Run a trial, or go on with it, unless it has ended well. Returns its line of results.jsonl."""
+    workdir = os.path.join(FLAGS.workdir, f"trial-{i:03d}")
+    path = os.path.join(workdir, "trial.json")
+    if os.path.exists(path):
+        try:
+            with open(path) as f:
+                known = json.load(f)
+            values, done = known["values"], known.get("result")
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} cannot be read: {error!r}") from error
+        same = FLAGS.optuna or values == point | draw(spaces, i)
+        if not same or known["flags"] != fixed():
+            raise UserError(f"--workdir={FLAGS.workdir} holds another sweep ({path}: {values}, "
+                            f"{' '.join(known['flags'])}); choose another --workdir")
+        if done and FLAGS.metric in done:
+            return done
+    else:
+        drawn = suggested(spaces, i, results) if FLAGS.optuna else draw(spaces, i)
+        values, known = point | drawn, {}
+        os.makedirs(workdir, exist_ok=True)
+        known = {"values": values, "flags": fixed()}
+        write_json(path, known)
+    words = [f"{key}={value}" for key, value in values.items()]
+    print(f"trial {i + 1}/{number}: {', '.join(words)}", flush=True)
+    code, said = run([*fixed(), *(f"--{word}" for word in words), f"--workdir={workdir}"],
+                     os.path.join(workdir, "log.txt"))
+    result = {"trial": i, "values": values}
+    if code == 0:
+        figures = measured(workdir)
+        if FLAGS.metric not in figures:
+            raise UserError(f"--metric={FLAGS.metric} is not measured by trial {i}; there is "
+                            + ", ".join(figures))
+        result |= {"status": "finished"} | figures
+        write_json(path, known | {"result": result})
+        print(f"  {FLAGS.metric} {result[FLAGS.metric]:.4f}", flush=True)
+    else:
+        result |= {"status": "failed", "error": said or f"exit status {code}"}
+        print(f"  failed with status {code}: {result['error']}", flush=True)
+    return result
+
+
+def fixed():
+    """The flags that all trials share."""
+    def text(value):
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    return [f"--config={FLAGS['config'].value}", *(
+        f"--{name}={text(FLAGS[name].value)}" for name in sorted(FLAGS)
+        if name.startswith("config.") and FLAGS[name].present)]
+
+
+def run(arguments, log):
+    """(exit status, the last line of its stderr) of a trial. A signal goes to the trial, which
+    saves; then the sweep ends with its status."""
+    with open(log, "a+") as f:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"experiments.{FLAGS.program}", *arguments], stdout=f, stderr=f,
+            start_new_session=True)  # or Ctrl-C would reach it twice
+        old = {number: signal.signal(number, lambda number, _: process.send_signal(number))
+               for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+        if code in (130, 143):
+            print("interrupted: the same command goes on")
+            sys.exit(code)
+        f.seek(0)
+        lines = [line.strip() for line in f if line.strip()]
+    return code, lines[-1] if lines else ""
+
+
+def measured(workdir):
+    """The figures of a run: of finetune its result.json, of pretrain its best evaluation."""
+    from nanoflax.report import read_metrics
+
+    path = os.path.join(workdir, "result.json")
+    if os.path.exists(path):
+        with open(path) as f:
+            found = json.load(f)
+    else:
+        found = min((r for r in read_metrics(os.path.join(workdir, "metrics.jsonl"))
+                     if "validation_loss" in r), key=lambda r: r["validation_loss"])
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+
+
+def less_is_better():
+    return any(word in FLAGS.metric for word in LESS_IS_BETTER)
+
+
+def finish(results, keys):
+    """Print the table, draw the picture; the exit status."""
+    from nanoflax import plots
+
+    sign = 1 if less_is_better() else -1
+    good = sorted((r for r in results if r["status"] == "finished"),
+                  key=lambda r: sign * r[FLAGS.metric])
+    failed = [r for r in results if r["status"] == "failed"]
+    rows = [("trial", *keys, FLAGS.metric)]
+    rows += [(str(r["trial"]), *(r["values"][key] for key in keys), f"{r[FLAGS.metric]:.4f}")
+             for r in good]
+    rows += [(str(r["trial"]), *(r["values"][key] for key in keys), "failed") for r in failed]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(f"{value:<{width}}" for value, width in zip(row, widths)).rstrip())
+    for r in failed:
+        print(f"trial {r['trial']} failed: {r['error']}", file=sys.stderr)
+    if good:
+        points = [(r["values"], r[FLAGS.metric]) for r in good]
+        print(plots.plot_sweep(os.path.join(FLAGS.workdir, "sweep.png"), points, FLAGS.metric))
+    return 1 if failed else 0
+
+
+def write_json(path, value):
+    from nanoflax.report import write_whole
+
+    write_whole(pathlib.Path(path), json.dumps(value, indent=1).encode())
+
+
+if __name__ == "__main__":
+    common.launch(main, DEFAULT_CONFIG)
