@@ -32,8 +32,6 @@ DEFAULT_CONFIG = os.path.join(common.HERE, "configs", "classify.py")
 
 def main():
     config, workdir = common.parsed_config(), FLAGS.workdir
-    if config.peft.kind == "adalora":
-        raise UserError("peft.kind='adalora' is not trained by finetune yet; choose lora or dora")
     common.setup_jax()
 
     from nanoflax import checkpoint
@@ -49,6 +47,7 @@ def run(config, workdir):
         batching, checkpoint, examples, hardware, models, optim, peft, plots, sharding, tasks, train)
 
     task, t = config.task, config.train
+    common.check_metric(config, tasks.TASKS[task.kind].metrics)
     mesh, kind = sharding.make_mesh(t.mesh), tasks.TASKS[task.kind].examples
     data = examples.load(examples.TaskSource(
         config.data.train, config.data.validation, config.data.validation_fraction), kind)
@@ -73,6 +72,8 @@ def run(config, workdir):
     whole = size + sum(x.size for x in jax.tree.leaves(frozen))
     print(f"{size:,} of {whole:,} parameters are trained ({size / whole:.2%})")
     optimizer, schedule = optim.make_optimizer(config.optim, t.steps)
+    if config.peft.kind == "adalora":
+        optimizer = peft.adalora(optimizer, config.peft, t.steps)
     state = train.init_state(model, optimizer, config, mesh, trained)
     step = train.jit_step(train.make_train_step(
         model, optimizer, config, tasks.TASKS[task.kind].objective), state, mesh)
@@ -95,7 +96,7 @@ def run(config, workdir):
                 x.shape, x.dtype, sharding=x.sharding), state._asdict())
             restored, old = saves.restore(shapes)
             state, start = train.TrainState(**restored), old["step"]
-            tracking = train.Tracking(**old["tracking"])
+            tracking = train.Tracking.read(old["tracking"])
             print(f"resuming at step {start}")
         else:
             common.write_run(workdir, config, tokenizer)
@@ -113,11 +114,11 @@ def run(config, workdir):
             if outcome.signal:
                 print(f"{outcome.reason}: saved at step {outcome.step}; the same command goes on")
                 return 128 + outcome.signal
-    best, _ = checkpoint.restore_params(
+    best, saved = checkpoint.restore_params(
         os.path.join(workdir, "checkpoints"), which="best", subtree="ema" if config.optim.ema
         else "params")
     full = peft.join(best, frozen)
-    finish(workdir, config, tokenizer, data.labels, full, judge, tracking, size)
+    finish(workdir, config, tokenizer, data.labels, full, judge, saved["step"], size)
     return 0
 
 
@@ -211,12 +212,12 @@ class Batches:
         return ", ".join(self.rows.examples[i].place for i in self.batches.indices(step)[:4])
 
 
-def finish(workdir, config, tokenizer, labels, params, judge, tracking, trained):
+def finish(workdir, config, tokenizer, labels, params, judge, step, trained):
     """Measure the best step on every validation example; write and print what it can do."""
     from nanoflax import checkpoint, metrics, peft, plots, report
 
     found, predictions = judge(params)
-    result = found | {"step": tracking.best_step, "trained_parameters": trained,
+    result = found | {"step": step, "trained_parameters": trained,
                       "report": judge.report}
     with open(os.path.join(workdir, "result.json"), "w") as f:
         json.dump(result, f, indent=1)
@@ -232,7 +233,7 @@ def finish(workdir, config, tokenizer, labels, params, judge, tracking, trained)
     if config.task.kind in ("classify", "tag"):
         print("\n".join(metrics.table(judge.report)))
     kind, model_config = config.peft.kind, config.model
-    if kind in ("lora", "dora"):
+    if kind in peft.LOW_RANK:
         with contextlib.suppress(UserError):  # a model that no Transformers class can be
             peft.save(os.path.join(workdir, "adapter"), model_config, params, config.peft)
         params = peft.merge(params)
@@ -242,9 +243,9 @@ def finish(workdir, config, tokenizer, labels, params, judge, tracking, trained)
         with checkpoint.Checkpoints(os.path.join(final, "checkpoints")) as saves:
             saves.save(0, {"params": params}, {"tokenizer": tokenizer.fingerprint, "step": 0})
         common.write_run(final, dataclasses.replace(config, peft=configs.PeftConfig(
-            kind="none" if kind in ("lora", "dora") else kind)), tokenizer)
+            kind="none" if kind in peft.LOW_RANK else kind)), tokenizer)
     plots.plot_losses(workdir, config.train.batch_size * config.task.length)
-    print(f"best at step {tracking.best_step}: {numbers(found)}")
+    print(f"best at step {step}: {numbers(found)}")
     print(f"{workdir}: result.json, predictions.jsonl, loss.png, final/"
           + (", adapter/" if os.path.isdir(os.path.join(workdir, "adapter")) else ""))
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nanoflax import families, hf, safetensors_io
@@ -192,10 +193,41 @@ class AdaLoraState(NamedTuple):
     uncertainty: dict
 
 
+def adalora(optimizer, peft_config, steps):
+    """An optax transformation: `optimizer` with the penalty's gradient added, then adalora_update.
+
+    Its update takes `step`, () int32 from 1, beside the mean gradients of the loss.
+    """
+    c, optimizer = peft_config, optax.with_extra_args_support(optimizer)
+
+    def init(params):
+        return {"optimizer": optimizer.init(params), "ranks": adalora_init(params)}
+
+    def update(grads, state, params, *, step, **_):
+        slopes = jax.grad(orthogonality)(params)
+        grads = jax.tree.map(lambda g, slope: g + c.orthogonality * slope, grads, slopes)
+        updates, inner = optimizer.update(grads, state["optimizer"], params)
+        moved = optax.apply_updates(params, updates)
+        ranks, masked = adalora_update(state["ranks"], moved, grads, step, steps, c)
+        # What was not masked keeps its update to the bit, what was becomes exactly 0.
+        updates = jax.tree.map(lambda u, p, m, new: jnp.where(new == m, u, new - p),
+                               updates, params, moved, masked)
+        return updates, {"optimizer": inner, "ranks": ranks}
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def adalora_init(params):
-    """The state before the first step, zeros; params need hold no more than the adapters."""
+    """The state before the first step, zeros; params need hold no more than the adapters.
+
+    Raises: UserError if a part of an adapter, or all of them, is absent.
+    """
     flat = flatten_dict(params, sep="/")
     entries = {path: x for path, x in flat.items() if re.search(r"/lora_[abe]$", path)}
+    whole = {path.rpartition("/")[0] + "/lora_" + end for path in entries for end in "abe"}
+    if not entries or entries.keys() != whole:
+        raise UserError("peft.trained must include the whole of AdaLoRA's adapters, so that ranks "
+                        "can be weighed")
     zeros = partial(jax.tree.map, jnp.zeros_like)
     return AdaLoraState(zeros(entries), zeros(entries))
 
@@ -220,8 +252,10 @@ def adalora_update(state, params, grads, step, steps, peft_config):
     order = jnp.argsort(jnp.argsort(-jnp.concatenate(scores)))
     keep = (order < adalora_budget(step, steps, order.size, len(linears), c)).astype(jnp.float32)
     sizes = np.cumsum([len(s) for s in scores])
+    left = sum(flat[f"{p}lora_mask"].sum() for p in linears)
+    final = (step > steps - c.final_steps) & (left == len(linears) * c.target_rank)
     for p, mask in zip(linears, jnp.split(keep, sizes[:-1])):
-        mask = jnp.where(step > steps - c.final_steps, flat[f"{p}lora_mask"], mask)
+        mask = jnp.where(final, flat[f"{p}lora_mask"], mask)
         flat |= {f"{p}lora_mask": mask, f"{p}lora_e": flat[f"{p}lora_e"] * mask}
     return AdaLoraState(mean, spread), unflatten_dict(flat, sep="/")
 

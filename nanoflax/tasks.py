@@ -24,6 +24,7 @@ class Task(NamedTuple):
     objective: Callable  # of nanoflax.objectives, over the batches of batching.Rows
     answer: Callable | None = None  # (judge, params, number of rows) -> predictions
     measure: Callable | None = None  # (predictions, examples) -> (numbers, report)
+    metrics: tuple = ("perplexity",)  # what a Judge finds beside validation_loss
 
 
 class Judge:
@@ -130,9 +131,12 @@ def text_scores(predictions, examples):
 
 
 TASKS = {
-    "classify": Task(Classification, ("encoder",), objectives.classify, class_names, class_scores),
-    "tag": Task(Tagging, ("encoder",), objectives.tag, tag_names, tag_scores),
-    "translate": Task(Pair, ("encoder_decoder", "lstm"), objectives.seq2seq, written, text_scores),
+    "classify": Task(Classification, ("encoder",), objectives.classify, class_names, class_scores,
+                     ("accuracy", "macro_f1")),
+    "tag": Task(Tagging, ("encoder",), objectives.tag, tag_names, tag_scores,
+                ("f1", "accuracy")),
+    "translate": Task(Pair, ("encoder_decoder", "lstm"), objectives.seq2seq, written, text_scores,
+                      ("exact_match", "bleu", "chrf", "rouge_l")),
     "instruct": Task(Chat, ("decoder",), objectives.causal_lm),
     "language_model": Task(Text, ("decoder",), objectives.causal_lm),
 }

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from flax.traverse_util import flatten_dict
 
 from tests.programs_test import run
 
@@ -72,6 +73,34 @@ def test_lora_trains_little_and_its_merged_model_stands_alone(topics, tmp_path):
     assert "lora" not in str(params.keys()) and model.config.head == "classify"
 
 
+def test_adalora_ends_with_its_budget_by_a_chosen_metric(topics, tmp_path):
+    flags = ["--config.train.steps=24", "--config.train.evaluate_every=6", "--config.peft.rank=3",
+             "--config.peft.target_rank=2", "--config.peft.warmup_steps=2",
+             "--config.peft.final_steps=10", "--config.peft.kind=adalora",
+             "--config.peft.trained=adapters,head", "--config.train.metric=accuracy"]
+    run = tmp_path / "run"
+    done = finetune("classify", run, *topics, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "before step 14 AdaLoRA has more ranks than its budget" in done.stderr
+    result = json.loads((run / "result.json").read_text())
+    seen = {r["step"]: r for line in (run / "metrics.jsonl").open()
+            if "accuracy" in (r := json.loads(line))}
+    assert seen.keys() == {6, 12, 18, 24} and result["step"] in (18, 24)
+    best = max(seen[18]["accuracy"], seen[24]["accuracy"])
+    assert result["accuracy"] == best == seen[result["step"]]["accuracy"]
+    from nanoflax import checkpoint
+    params, meta = checkpoint.restore_params(run / "checkpoints", which="best")
+    assert meta["tracking"]["best"] == -best
+    masks = [x for path, x in flatten_dict(params).items() if path[-1] == "lora_mask"]
+    assert sum(float(x.sum()) for x in masks) == 2 * len(masks) == 14
+    from experiments import common
+    _, merged, _ = common.open_model(str(run / "final"))
+    assert not any("lora" in path[-1] for path in flatten_dict(merged))
+    other = finetune("classify", run, *topics, *flags[:-1])
+    assert other.returncode == 2
+    assert "train.metric: 'accuracy' -> 'validation_loss'" in other.stderr
+
+
 def test_targets_are_learnt_from_sources_and_written_by_sample(tmp_path):
     pairs = [{"source": a + b, "target": b + a} for a in "abcdefgh" for b in "abcdefgh"]
     train, dev = write(tmp_path / "train", pairs), write(tmp_path / "dev", pairs[::4])
@@ -100,7 +129,9 @@ def test_the_lstm_takes_the_same_road(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--config.task.kind=dance"], "task.kind='dance' is not one of classify"),
-    (["--config.peft.kind=adalora"], "peft.kind='adalora' is not trained by finetune yet"),
+    (["--config.train.metric=f2"], "train.metric='f2' is not one of validation_loss, perplexity"),
+    (["--config.train.metric=bleu"],
+     "train.metric='bleu' is not measured here; choose one of validation_loss, accuracy, macro_f1"),
     (["--config.task.kind=translate"], "'source'"),
     (["--config.model.init_from=nothing"], "nothing: neither a directory"),
     (["--config.task.length=64"], "must be at most the model's context of 32"),

@@ -9,6 +9,10 @@ from nanoflax.config.model import ModelConfig
 from nanoflax.errors import UserError
 
 TASKS = ("classify", "tag", "translate", "instruct", "language_model")
+# What an evaluation may measure, and whether more of it is better.
+METRICS = {"validation_loss": False, "perplexity": False, "bits_per_byte": False, "accuracy": True,
+           "macro_f1": True, "f1": True, "exact_match": True, "bleu": True, "chrf": True,
+           "rouge_l": True}
 PACKINGS = ("joined", "isolated")
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -88,7 +92,8 @@ class TrainConfig:
     max_skipped: int = 10  # non-finite steps in a row that stop the run
     evaluate_every: int = 200
     evaluate_batches: int = 0  # of the validation split, from its start; 0 means all
-    patience: int = 0  # evaluations without a better loss before stopping; 0 means never
+    metric: str = "validation_loss"  # or another of METRICS: it decides which step is the best
+    patience: int = 0  # evaluations without a better metric before stopping; 0 means never
     checkpoint_every: int = 200
     checkpoint_seconds: float = 0.0  # or whenever so much time has passed; 0 means never
     keep: int = 2  # newest checkpoints kept, besides the best
@@ -165,6 +170,7 @@ def _problems(c):
     choice(found, "optim.name", o.name, OPTIMIZERS)
     choice(found, "optim.schedule", o.schedule, SCHEDULES)
     choice(found, "train.remat", t.remat, REMATS)
+    choice(found, "train.metric", t.metric, METRICS)
     at_least(found, "train", t, 1, "steps", "batch_size", "accumulate", "evaluate_every",
               "checkpoint_every", "keep", "max_skipped")
     at_least(found, "train", t, 0, "seed", "z_loss", "loss_chunks", "evaluate_batches",
@@ -192,6 +198,9 @@ def _problems(c):
     if p.kind == "adalora" and p.warmup_steps + p.final_steps >= t.steps:
         found.append(f"peft.warmup_steps={p.warmup_steps} and peft.final_steps={p.final_steps} must "
                      f"leave some of train.steps={t.steps} in which ranks go")
+    if p.kind == "adalora" and o.ema:
+        found.append(f"optim.ema={o.ema} does not go with peft.kind='adalora': the average would "
+                     "have more ranks than the budget")
     if not 0 < o.layer_decay <= 1:
         found.append(f"optim.layer_decay={o.layer_decay} must be in (0, 1]")
     if o.warmup_steps >= t.steps > 1:
