@@ -131,8 +131,8 @@ def text_scores(predictions, examples):
 
 
 TASKS = {
-    "classify": Task(Classification, ("encoder",), objectives.classify, class_names, class_scores,
-                     ("accuracy", "macro_f1")),
+    "classify": Task(Classification, ("encoder", "decoder"), objectives.classify, class_names,
+                     class_scores, ("accuracy", "macro_f1")),
     "tag": Task(Tagging, ("encoder",), objectives.tag, tag_names, tag_scores,
                 ("f1", "accuracy")),
     "translate": Task(Pair, ("encoder_decoder", "lstm"), objectives.seq2seq, written, text_scores,
