@@ -61,6 +61,13 @@ def run(config, workdir):
           + (f", {len(data.labels)} labels: {', '.join(data.labels[:12])}" if data.labels else ""))
     for line in data.report.lines():
         print(f"  {line}")
+    if task.class_weights:
+        rows = batching.weigh_classes(rows, data.labels, task.class_weights)
+        print("class weights: " + ", ".join(
+            f"{name} {weight:.3g}" for name, weight in zip(data.labels, rows.class_weights)))
+    if example := batching.show_row(rows, tokenizer):
+        print("an example; what is trained stands in ⟦⟧:\n  | " + "\n  | ".join(
+            example.splitlines()))
 
     model = models.build(config.model, t.remat)
     params = peft.add(started(model, params, t.seed, mesh), config.peft,

@@ -9,9 +9,10 @@ from nanoflax.config.model import (
     LSTM_ATTENTIONS, LSTM_STARTS, POSITIONS, PRESETS, ModelConfig, preset)
 from nanoflax.config.run import (
     MAX_SEED, METRICS, OPTIMIZERS, PEFT_KINDS, SCHEDULES, Config, DataConfig, OptimConfig,
-    PeftConfig, TaskConfig, TrainConfig, validate)
+    PeftConfig, TaskConfig, TrainConfig, read_class_weights, validate)
 
 __all__ = [
     "LSTM_ATTENTIONS", "LSTM_STARTS", "MAX_SEED", "METRICS", "OPTIMIZERS", "PEFT_KINDS",
     "POSITIONS", "PRESETS", "SCHEDULES", "Config", "DataConfig", "ModelConfig", "OptimConfig", "PeftConfig",
-    "TaskConfig", "TrainConfig", "diff", "from_dict", "preset", "to_dict", "type_name", "validate"]
+    "TaskConfig", "TrainConfig", "diff", "from_dict", "preset",
+    "read_class_weights", "to_dict", "type_name", "validate"]

@@ -113,6 +113,8 @@ class TaskConfig:
     target_length: int = 128  # of a target, in training and when written
     truncate: bool = True  # longer examples are cut and counted, or else refused
     beams: int = 1  # of translate's evaluation
+    # In training, of classify and tag: balanced, or name=2,other=0.5 (1 for names not there).
+    class_weights: str = ""
     show: int = 3  # validation examples printed at the end, with what the model says
 
 
@@ -163,6 +165,32 @@ def _peft_problems(p):
     return found
 
 
+def read_class_weights(text):
+    """{class name: weight} of a task.class_weights that names them. Raises: ValueError."""
+    weights = {}
+    for part in text.split(","):
+        name, _, weight = part.rpartition("=")
+        weights[name.strip()] = float(weight)
+        if not name.strip() or not 0 < weights[name.strip()] < float("inf"):
+            raise ValueError(part)
+    return weights
+
+
+def _class_weight_problems(task):
+    if not task.class_weights:
+        return []
+    if task.kind not in ("classify", "tag"):
+        return [f"task.class_weights={task.class_weights!r} needs task.kind='classify' or 'tag', "
+                f"not {task.kind!r}"]
+    try:
+        if task.class_weights != "balanced":
+            read_class_weights(task.class_weights)
+    except ValueError:
+        return [f"task.class_weights={task.class_weights!r} must be empty, balanced, or positive "
+                "weights as name=2,other=0.5"]
+    return []
+
+
 def _problems(c):
     found = models.problems(c.model) + _peft_problems(c.peft)
     d, o, p, t = c.data, c.optim, c.peft, c.train
@@ -182,6 +210,7 @@ def _problems(c):
     at_least(found, "task", c.task, 4, "length", "target_length")
     at_least(found, "task", c.task, 1, "beams")
     at_least(found, "task", c.task, 0, "show")
+    found += _class_weight_problems(c.task)
     for name, value in [("optim.b1", o.b1), ("optim.b2", o.b2), ("optim.ema", o.ema),
                         ("train.label_smoothing", t.label_smoothing)]:
         if not 0 <= value < 1:
