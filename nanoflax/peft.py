@@ -296,9 +296,10 @@ def save(directory, config, params, peft_config, base="", model_type=None):
     """Write the low-rank adapters among params as `peft` opens them over the model of `hf.save`.
 
     config: the ModelConfig; base: the name or directory of that model, for peft's Auto classes;
-    model_type: its family, as in `hf.save`.
+    model_type: its family, as in `hf.save`. What else peft_config.trained names, such as a head,
+    goes along as their modules_to_save.
     Raises: UserError for other adapters, those of Linears that are one in Transformers (GPT-2's
-    c_attn), and what `hf.save` refuses.
+    c_attn), a part of a module that is trained without the rest, and what `hf.save` refuses.
     """
     c, flat = peft_config, flatten_dict(params, sep="/")
     modules = _modules(config, model_type)
@@ -323,9 +324,12 @@ def save(directory, config, params, peft_config, base="", model_type=None):
         if c.kind == "dora":
             parts["lora_magnitude_vector"] = leaf("magnitude")
         tensors |= {f"base_model.model.{name}.{part}": x for part, x in parts.items()}
+    whole = _whole_modules(config, model_type, flat, flatten_dict(trainable(params, c), sep="/"))
+    tensors |= {f"base_model.model.{name}": x for name, x in whole.items()}
     theirs = {
         "peft_type": "ADALORA" if c.kind == "adalora" else "LORA",
-        "task_type": _TASKS.get(config.architecture),
+        "task_type": _TASKS.get(config.architecture) if config.head == "lm" else None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
         "base_model_name_or_path": str(base), "inference_mode": True,
         "target_modules": [modules[path][0] for path in linears],
         "lora_alpha": int(c.alpha) if c.alpha == int(c.alpha) else c.alpha, "lora_dropout": 0.0,
@@ -344,6 +348,29 @@ def save(directory, config, params, peft_config, base="", model_type=None):
         pathlib.Path(directory, CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from error
+
+
+def _whole_modules(config, model_type, flat, trained):
+    """What is trained beside adapters, {their name: array}, of modules trained as a whole."""
+    found, tensors, parts = [], {}, {}
+    family = families.of_config(config, model_type)
+    for row in hf.plan(family, config):
+        name = row.name.removeprefix(family.base) if config.head == "none" else row.name
+        parts.setdefault(name.rpartition(".")[0], []).append(row._replace(name=name))
+    for name, rows in parts.items():
+        paths = [path for row in rows for path, _ in row.ours]
+        kept = [path for path in paths if not trained[path]]
+        if len(kept) == len(paths):
+            continue
+        if kept or any(row.layout not in ("kernel", "same") for row in rows):
+            found.append(f"peft saves {name} as a whole, and peft.trained has a part of it")
+        if any(f"{path.removesuffix('kernel')}lora_a" in flat for path in paths):
+            found.append(f"peft cannot both adapt {name} and save it as a whole")
+        tensors |= {row.name: np.asarray(flat[path].T if row.layout == "kernel" else flat[path])
+                    for row in rows for path, _ in row.ours}
+    if found:
+        raise UserError("; ".join(found[:4]))
+    return tensors
 
 
 def load(directory, config, params, model_type=None):

@@ -461,6 +461,28 @@ def test_an_adapter_of_peft_is_the_same_here(llama, kind, tmp_path):
                                    atol=1e-5 * np.abs(g).max(), rtol=1e-3)
 
 
+@pytest.mark.parametrize("config, kind", [(BERT, "lora"), (LLAMA, "adalora")])
+def test_a_trained_head_goes_along(config, kind, tmp_path):
+    config = ModelConfig(**vars(config) | {"head": "classify", "labels": 3, "activation": "gelu",
+                                           "norm_eps": 1e-12})
+    c, model = config_of(kind, trained="adapters,head"), build(config)
+    params = sharding.init(model, jax.random.PRNGKey(0))
+    added = randomized(peft.add(params, c, jax.random.PRNGKey(3)),
+                       r".*(lora_[abe]|labels/.*|pooler/.*)")
+    hf.save(tmp_path / "model", config, params)
+    peft.save(tmp_path / "adapter", config, added, c)
+    found = [theirs_of(tmp_path / "model", tmp_path / "adapter", tokens=row[None],
+                       auto="AutoModelForSequenceClassification") for row in TOKENS]
+    np.testing.assert_allclose(forward(model, added), np.concatenate(found), atol=1e-4)
+    head = flatten_dict(added)[("labels", "kernel")] - params["labels"]["kernel"]
+    assert np.abs(head).max() > 0.1
+    for trained, message in [("adapters,biases", "peft saves .* as a whole, and peft.trained has"),
+                             ("adapters,.*query/.*", "peft cannot both adapt")]:
+        if config.bias or "query" in trained:
+            with pytest.raises(UserError, match=message):
+                peft.save(tmp_path / "x", config, added, config_of(kind, trained=trained))
+
+
 def test_names_of_a_bare_encoder_and_of_transposed_kernels_are_theirs(tmp_path):
     bert = ModelConfig(**vars(BERT) | {"head": "none", "activation": "gelu"})
     bert = ModelConfig(**vars(bert) | {"norm_eps": 1e-12})
