@@ -392,6 +392,14 @@ def resumable(workdir, config, restart):
     return saved
 
 
+def check_metric(config, measured):
+    """Raises: UserError if train.metric is neither validation_loss nor among `measured`."""
+    known = ("validation_loss", *measured)
+    if config.train.metric not in known:
+        raise UserError(f"train.metric={config.train.metric!r} is not measured here; choose one of "
+                        f"{', '.join(known)}")
+
+
 def refuse_other_data(meta, identity):
     """Raises: UserError if a checkpoint was trained with another tokenizer or other text."""
     for key, what in [("tokenizer", "tokenizer/ of the workdir"),

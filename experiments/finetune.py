@@ -13,7 +13,6 @@ model, low-rank adapters merged (and beside it in adapter/, as the peft library 
 `sample --workdir=runs/y --prompt=TEXT` predicts; `convert` opens final/.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -33,8 +32,6 @@ DEFAULT_CONFIG = os.path.join(common.HERE, "configs", "classify.py")
 
 def main():
     config, workdir = common.parsed_config(), FLAGS.workdir
-    if config.peft.kind == "adalora":
-        raise UserError("peft.kind='adalora' is not trained by finetune yet; choose lora or dora")
     common.setup_jax()
 
     from nanoflax import checkpoint
@@ -51,6 +48,7 @@ def run(config, workdir):
         tasks, train)
 
     task, t = config.task, config.train
+    common.check_metric(config, tasks.TASKS[task.kind].metrics)
     mesh, kind = sharding.make_mesh(t.mesh), tasks.TASKS[task.kind].examples
     data = examples.load(examples.TaskSource(
         config.data.train, config.data.validation, config.data.validation_fraction), kind)
@@ -65,6 +63,13 @@ def run(config, workdir):
           + (f", {len(data.labels)} labels: {', '.join(data.labels[:12])}" if data.labels else ""))
     for line in data.report.lines():
         print(f"  {line}")
+    if task.class_weights:
+        rows = batching.weigh_classes(rows, data.labels, task.class_weights)
+        print("class weights: " + ", ".join(
+            f"{name} {weight:.3g}" for name, weight in zip(data.labels, rows.class_weights)))
+    if example := batching.show_row(rows, tokenizer):
+        print("an example; what is trained stands in ⟦⟧:\n  | " + "\n  | ".join(
+            example.splitlines()))
 
     model = models.build(config.model, t.remat)
     params = common.adapted(model, params, config, mesh)
@@ -75,6 +80,8 @@ def run(config, workdir):
     whole = size + sum(x.size for x in jax.tree.leaves(frozen))
     print(f"{size:,} of {whole:,} parameters are trained ({size / whole:.2%})")
     optimizer, schedule = optim.make_optimizer(config.optim, t.steps)
+    if config.peft.kind == "adalora":
+        optimizer = peft.adalora(optimizer, config.peft, t.steps)
     state = train.init_state(model, optimizer, config, mesh, trained)
     step = train.jit_step(train.make_train_step(
         model, optimizer, config, tasks.TASKS[task.kind].objective), state, mesh)
@@ -97,7 +104,7 @@ def run(config, workdir):
                 x.shape, x.dtype, sharding=x.sharding), state._asdict())
             restored, old = saves.restore(shapes)
             state, start = train.TrainState(**restored), old["step"]
-            tracking = train.Tracking(**old["tracking"])
+            tracking = train.Tracking.read(old["tracking"])
             print(f"resuming at step {start}")
         else:
             common.write_run(workdir, config, tokenizer)
@@ -113,11 +120,11 @@ def run(config, workdir):
             if outcome.signal:
                 print(f"{outcome.reason}: saved at step {outcome.step}; the same command goes on")
                 return 128 + outcome.signal
-    best, _ = checkpoint.restore_params(
+    best, saved = checkpoint.restore_params(
         os.path.join(workdir, "checkpoints"), which="best", subtree="ema" if config.optim.ema
         else "params")
     full = peft.join(best, frozen)
-    finish(workdir, config, tokenizer, data, full, judge, tracking, size)
+    finish(workdir, config, tokenizer, data, full, judge, saved["step"], size)
     return 0
 
 
@@ -197,12 +204,12 @@ class Batches:
         return ", ".join(self.rows.examples[i].place for i in self.batches.indices(step)[:4])
 
 
-def finish(workdir, config, tokenizer, data, params, judge, tracking, trained):
+def finish(workdir, config, tokenizer, data, params, judge, step, trained):
     """Measure the best step on every validation example; write and print what it can do."""
     from nanoflax import checkpoint, metrics, peft, plots, report, tasks
 
     found, predictions = judge(params)
-    result = found | {"step": tracking.best_step, "trained_parameters": trained,
+    result = found | {"step": step, "trained_parameters": trained,
                       "report": judge.report}
     with open(os.path.join(workdir, "result.json"), "w") as f:
         json.dump(result, f, indent=1)
@@ -213,9 +220,11 @@ def finish(workdir, config, tokenizer, data, params, judge, tracking, trained):
     if config.task.kind in ("classify", "tag"):
         print("\n".join(metrics.table(judge.report)))
     kind, model_config = config.peft.kind, config.model
-    if kind in ("lora", "dora"):
-        with contextlib.suppress(UserError):  # a model that no Transformers class can be
+    if kind in peft.LOW_RANK:
+        try:
             peft.save(os.path.join(workdir, "adapter"), model_config, params, config.peft)
+        except UserError as error:  # such as a model that no class of Transformers is
+            print(f"no adapter/ for the peft library: {error}")
         params = peft.merge(params)
     final = os.path.join(workdir, "final")
     if not common.is_run(final):
@@ -224,9 +233,9 @@ def finish(workdir, config, tokenizer, data, params, judge, tracking, trained):
             saves.save(0, {"params": params}, {"tokenizer": tokenizer.fingerprint, "step": 0})
         common.write_labels(final, data.labels, data.multi_label)
         common.write_run(final, dataclasses.replace(config, peft=configs.PeftConfig(
-            kind="none" if kind in ("lora", "dora") else kind)), tokenizer)
+            kind="none" if kind in peft.LOW_RANK else kind)), tokenizer)
     plots.plot_losses(workdir, config.train.batch_size * config.task.length)
-    print(f"best at step {tracking.best_step}: {common.numbers(found)}")
+    print(f"best at step {step}: {common.numbers(found)}")
     print(f"{workdir}: result.json, predictions.jsonl, loss.png, final/"
           + (", adapter/" if os.path.isdir(os.path.join(workdir, "adapter")) else ""))
 

@@ -27,6 +27,7 @@ flags.DEFINE_bool("restart_from_weights", False,
 
 def main():
     config = common.parsed_config()
+    common.check_metric(config, () if config.train.evaluate_batches else ("bits_per_byte",))
     name = os.path.basename(FLAGS.config).removesuffix(".py")
     workdir = FLAGS.workdir or os.path.join("runs", name)
     saved = common.resumable(workdir, config, FLAGS.restart_from_weights)
@@ -86,7 +87,7 @@ def run(config, workdir, saved):
         if saves.latest() is not None:
             state, meta = saves.restore(shapes._asdict())
             common.refuse_other_data(meta, identity)
-            state, tracking = train.TrainState(**state), train.Tracking(**meta["tracking"])
+            state, tracking = train.TrainState(**state), train.Tracking.read(meta["tracking"])
             start_step = meta["step"]
             print(f"resuming at step {start_step}")
         else:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from nanoflax.config import read_class_weights
 from nanoflax.data import Batches
 from nanoflax.errors import UserError
 from nanoflax.examples import Chat, Classification, Pair, Tagging, Text
@@ -155,6 +156,7 @@ class Rows:
     target_length: int
     noise: Callable | None = None  # (text, a Generator) -> a row, of rows that hold a text alone
     ends: tuple = (0, 0)  # ids at the two ends of a source or text that `shifted` leaves there
+    class_weights: np.ndarray | None = None  # [labels] float32, factors of the weights by class
 
     def __len__(self):
         return len(self.rows)
@@ -212,16 +214,20 @@ class Rows:
             return batch | {"source_mask": real("source"),
                             "weights": real("targets").astype(np.float32)}
         if "label" in nothing:
-            return batch | {"padding_mask": real("tokens"),
-                            "label": np.stack([row["label"] for row in rows]),
-                            "weights": (np.asarray(indices) < len(self)).astype(np.float32)}
+            label = np.stack([row["label"] for row in rows])
+            return batch | {"padding_mask": real("tokens"), "label": label,
+                            "weights": (np.asarray(indices) < len(self)) * self._weights_of(label)}
         if "first" in nothing:
             return batch | {"first": np.stack([row["first"] for row in rows]),
                             "weights": padded("weights", lengths["targets"])}
         batch |= {"padding_mask": real("tokens"), "weights": padded("weights", lengths["tokens"])}
         if "tags" in nothing:
             batch["tags"] = padded("tags", lengths["tokens"])
+            batch["weights"] *= self._weights_of(batch["tags"])
         return batch
+
+    def _weights_of(self, classes):
+        return np.float32(1) if self.class_weights is None else self.class_weights[classes]
 
 
     def shifted(self, max_shift, probability, seed, indices=None):
@@ -383,6 +389,41 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
     if noise:
         target_length = noise.target_length
     return Rows(rows, kept, tokenizer.pad_id, length, target_length, noise, edges)
+
+
+def weigh_classes(rows, labels, class_weights):
+    """The Rows with weights by class, for training: the mean of their losses is then that of
+    torch's CrossEntropyLoss(weight).
+
+    labels: the class names; class_weights: as in TaskConfig. "balanced" gives a class n / (classes
+    times its count), of n examples or words, as scikit-learn does.
+    Raises: UserError for names that are no classes, and for several labels.
+    """
+    name = "tags" if "tags" in rows.rows[0] else "label"
+    if rows.rows[0][name].dtype != np.int32:
+        raise UserError(f"task.class_weights={class_weights!r} does not go with several labels")
+    if class_weights == "balanced":
+        found = np.concatenate([np.atleast_1d(row[name])[np.atleast_1d(row.get("weights", 1)) > 0]
+                                for row in rows.rows])
+        counts = np.bincount(found, minlength=len(labels))
+        weights = len(found) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+    else:
+        given = read_class_weights(class_weights)
+        if unknown := given.keys() - set(labels):
+            raise UserError(f"task.class_weights names {', '.join(sorted(unknown))}; the classes "
+                            f"are {', '.join(labels)}")
+        weights = [given.get(label, 1) for label in labels]
+    return dataclasses.replace(rows, class_weights=np.asarray(weights, np.float32))
+
+
+def show_row(rows, tokenizer):
+    """The first of the Rows as show_mask has it, or None where all of its tokens are trained."""
+    row = rows.rows[0]
+    if "weights" not in row or row["weights"].all():
+        return None
+    if "first" in row:
+        return show_mask(tokenizer, [int(row["first"]), *row["targets"]], [0, *row["weights"]])
+    return show_mask(tokenizer, row["tokens"], row["weights"])
 
 
 # Rows to batches.

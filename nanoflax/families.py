@@ -5,6 +5,7 @@ To add one: a `Family` in FAMILIES, and its configurations in tests/hf_test.py.
 """
 
 import dataclasses
+import re
 import typing
 
 from nanoflax.config import ModelConfig, validate
@@ -134,7 +135,8 @@ def canonical(config):
         unused += ["global_layers", "rope_local_theta"]
     if c.head not in ("classify", "tag"):
         unused += ["labels"]
-    if not (c.pooler or c.head == "classify"):
+    pooler = c.pooler or c.head == "classify" and c.architecture == "encoder"
+    if not pooler:
         unused += ["pooler_activation"]
     if c.head not in ("lm", "mlm"):
         unused += ["tied", "head_bias", "logit_softcap", "logit_scale"]
@@ -147,7 +149,7 @@ def canonical(config):
         biases["norm_bias"] = False
     return dataclasses.replace(
         c, kv_heads=c.G, head_dim=c.K, mlp_dim=c.F, bias=True, **biases, window=window,
-        pooler=c.pooler or c.head == "classify", attention_scale=c.attention_scale or c.K**-0.5,
+        pooler=pooler, attention_scale=c.attention_scale or c.K**-0.5,
         **{name: getattr(default, name) for name in unused})
 
 
@@ -695,6 +697,19 @@ _MARIAN = dataclasses.replace(
     write=lambda c: _BART.write(c) | {"pad_token_id": c.start_id},
     ignored=r"model\.(en|de)coder\.embed_positions\.weight")
 
+
+
+def _with_classifier(family):
+    """A decoder's family, and its class with a Linear over labels on the last token's state."""
+    causal, = family.classes["lm"]
+    name = re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", causal)
+    name = name.replace("Gemma3For", "Gemma3TextFor")
+    return dataclasses.replace(
+        family, classes=family.classes | {"classify": (name,)},
+        keys=family.keys | {"labels": "score"}, read=lambda hf: family.read(hf) | _labels(hf))
+
+
 FAMILIES = {family.model_type: family for family in (
-    _GPT2, _OPT, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _OLMO2, _NEOX,
+    *map(_with_classifier, (_GPT2, _OPT, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _OLMO2,
+                            _NEOX)),
     _BERT, _ROBERTA, _DISTILBERT, _T5, _BART, _MARIAN)}

@@ -56,6 +56,25 @@ class Decoder(LanguageModel):
         return tokens[:, -1], cache
 
 
+class DecoderClassifier(Decoder):
+    """A decoder with a Linear over labels on the last real token's state, in place of the language
+    model's head (Radford et al. 2018; Transformers' ...ForSequenceClassification)."""
+
+    def setup(self):
+        super().setup()
+        self.labels = Linear(self.config.labels, bias=False)
+
+    def __call__(self, tokens, padding_mask=None, deterministic=True):
+        """tokens: [B, T] int32, padded on the right; padding_mask: [B, T] bool, True at real tokens,
+        or None for all. Returns logits [B, labels] float32."""
+        # What comes after a token cannot reach it, so attention needs no mask.
+        x, _ = self.hidden(tokens, deterministic=deterministic)
+        last = (jnp.full(len(tokens), -1) if padding_mask is None else
+                padding_mask.sum(-1) - 1)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        return self.labels(self.drop(x, deterministic=deterministic)).astype(jnp.float32)
+
+
 class Encoder(LanguageModel):
     """A bidirectional Transformer with, by config.head, nothing on it (states), the masked language
     model's head, or a Linear over labels for each sequence (classify) or token (tag)."""
@@ -183,7 +202,10 @@ def build(config, remat="none"):
     validate(config)
     if config.vocab_size < 1:
         raise UserError("model.vocab_size=0 must be set before a model is built")
-    return MODELS[config.architecture](config, remat)
+    model = MODELS[config.architecture]
+    if model is Decoder and config.head == "classify":
+        model = DecoderClassifier
+    return model(config, remat)
 
 
 def flops_per_token(config, length=None):

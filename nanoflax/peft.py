@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nanoflax import families, hf, safetensors_io
@@ -192,10 +193,41 @@ class AdaLoraState(NamedTuple):
     uncertainty: dict
 
 
+def adalora(optimizer, peft_config, steps):
+    """An optax transformation: `optimizer` with the penalty's gradient added, then adalora_update.
+
+    Its update takes `step`, () int32 from 1, beside the mean gradients of the loss.
+    """
+    c, optimizer = peft_config, optax.with_extra_args_support(optimizer)
+
+    def init(params):
+        return {"optimizer": optimizer.init(params), "ranks": adalora_init(params)}
+
+    def update(grads, state, params, *, step, **_):
+        slopes = jax.grad(orthogonality)(params)
+        grads = jax.tree.map(lambda g, slope: g + c.orthogonality * slope, grads, slopes)
+        updates, inner = optimizer.update(grads, state["optimizer"], params)
+        moved = optax.apply_updates(params, updates)
+        ranks, masked = adalora_update(state["ranks"], moved, grads, step, steps, c)
+        # What was not masked keeps its update to the bit, what was becomes exactly 0.
+        updates = jax.tree.map(lambda u, p, m, new: jnp.where(new == m, u, new - p),
+                               updates, params, moved, masked)
+        return updates, {"optimizer": inner, "ranks": ranks}
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def adalora_init(params):
-    """The state before the first step, zeros; params need hold no more than the adapters."""
+    """The state before the first step, zeros; params need hold no more than the adapters.
+
+    Raises: UserError if a part of an adapter, or all of them, is absent.
+    """
     flat = flatten_dict(params, sep="/")
     entries = {path: x for path, x in flat.items() if re.search(r"/lora_[abe]$", path)}
+    whole = {path.rpartition("/")[0] + "/lora_" + end for path in entries for end in "abe"}
+    if not entries or entries.keys() != whole:
+        raise UserError("peft.trained must include the whole of AdaLoRA's adapters, so that ranks "
+                        "can be weighed")
     zeros = partial(jax.tree.map, jnp.zeros_like)
     return AdaLoraState(zeros(entries), zeros(entries))
 
@@ -220,8 +252,10 @@ def adalora_update(state, params, grads, step, steps, peft_config):
     order = jnp.argsort(jnp.argsort(-jnp.concatenate(scores)))
     keep = (order < adalora_budget(step, steps, order.size, len(linears), c)).astype(jnp.float32)
     sizes = np.cumsum([len(s) for s in scores])
+    left = sum(flat[f"{p}lora_mask"].sum() for p in linears)
+    final = (step > steps - c.final_steps) & (left == len(linears) * c.target_rank)
     for p, mask in zip(linears, jnp.split(keep, sizes[:-1])):
-        mask = jnp.where(step > steps - c.final_steps, flat[f"{p}lora_mask"], mask)
+        mask = jnp.where(final, flat[f"{p}lora_mask"], mask)
         flat |= {f"{p}lora_mask": mask, f"{p}lora_e": flat[f"{p}lora_e"] * mask}
     return AdaLoraState(mean, spread), unflatten_dict(flat, sep="/")
 
@@ -262,9 +296,10 @@ def save(directory, config, params, peft_config, base="", model_type=None):
     """Write the low-rank adapters among params as `peft` opens them over the model of `hf.save`.
 
     config: the ModelConfig; base: the name or directory of that model, for peft's Auto classes;
-    model_type: its family, as in `hf.save`.
+    model_type: its family, as in `hf.save`. What else peft_config.trained names, such as a head,
+    goes along as their modules_to_save.
     Raises: UserError for other adapters, those of Linears that are one in Transformers (GPT-2's
-    c_attn), and what `hf.save` refuses.
+    c_attn), a part of a module that is trained without the rest, and what `hf.save` refuses.
     """
     c, flat = peft_config, flatten_dict(params, sep="/")
     modules = _modules(config, model_type)
@@ -289,9 +324,12 @@ def save(directory, config, params, peft_config, base="", model_type=None):
         if c.kind == "dora":
             parts["lora_magnitude_vector"] = leaf("magnitude")
         tensors |= {f"base_model.model.{name}.{part}": x for part, x in parts.items()}
+    whole = _whole_modules(config, model_type, flat, flatten_dict(trainable(params, c), sep="/"))
+    tensors |= {f"base_model.model.{name}": x for name, x in whole.items()}
     theirs = {
         "peft_type": "ADALORA" if c.kind == "adalora" else "LORA",
-        "task_type": _TASKS.get(config.architecture),
+        "task_type": _TASKS.get(config.architecture) if config.head == "lm" else None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
         "base_model_name_or_path": str(base), "inference_mode": True,
         "target_modules": [modules[path][0] for path in linears],
         "lora_alpha": int(c.alpha) if c.alpha == int(c.alpha) else c.alpha, "lora_dropout": 0.0,
@@ -310,6 +348,29 @@ def save(directory, config, params, peft_config, base="", model_type=None):
         pathlib.Path(directory, CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from error
+
+
+def _whole_modules(config, model_type, flat, trained):
+    """What is trained beside adapters, {their name: array}, of modules trained as a whole."""
+    found, tensors, parts = [], {}, {}
+    family = families.of_config(config, model_type)
+    for row in hf.plan(family, config):
+        name = row.name.removeprefix(family.base) if config.head == "none" else row.name
+        parts.setdefault(name.rpartition(".")[0], []).append(row._replace(name=name))
+    for name, rows in parts.items():
+        paths = [path for row in rows for path, _ in row.ours]
+        kept = [path for path in paths if not trained[path]]
+        if len(kept) == len(paths):
+            continue
+        if kept or any(row.layout not in ("kernel", "same") for row in rows):
+            found.append(f"peft saves {name} as a whole, and peft.trained has a part of it")
+        if any(f"{path.removesuffix('kernel')}lora_a" in flat for path in paths):
+            found.append(f"peft cannot both adapt {name} and save it as a whole")
+        tensors |= {row.name: np.asarray(flat[path].T if row.layout == "kernel" else flat[path])
+                    for row in rows for path, _ in row.ours}
+    if found:
+        raise UserError("; ".join(found[:4]))
+    return tensors
 
 
 def load(directory, config, params, model_type=None):

@@ -28,6 +28,7 @@ class Task(NamedTuple):
     objective: Callable  # of nanoflax.objectives, over the batches of batching.Rows
     answer: Callable | None = None  # (judge, params, number of rows) -> predictions
     measure: Callable | None = None  # (predictions, examples) -> (numbers, report)
+    metrics: tuple = ("perplexity",)  # what a Judge finds beside validation_loss
     accuracy: str = ""  # what the share of targets that are likeliest is called, if it is told
 
 
@@ -195,12 +196,16 @@ def exact(predictions, examples):
 
 
 TASKS = {
-    "classify": Task(Classification, ("encoder",), objectives.classify, class_names, class_scores),
-    "tag": Task(Tagging, ("encoder",), objectives.tag, tag_names, tag_scores),
-    "translate": Task(Pair, ("encoder_decoder", "lstm"), objectives.seq2seq, written, text_scores),
+    "classify": Task(Classification, ("encoder", "decoder"), objectives.classify, class_names,
+                     class_scores, ("accuracy", "macro_f1")),
+    "tag": Task(Tagging, ("encoder",), objectives.tag, tag_names, tag_scores,
+                ("f1", "accuracy")),
+    "translate": Task(Pair, ("encoder_decoder", "lstm"), objectives.seq2seq, written, text_scores,
+                      ("exact_match", "bleu", "chrf", "rouge_l")),
     "instruct": Task(Chat, ("decoder",), objectives.causal_lm),
     "language_model": Task(Text, ("decoder",), objectives.causal_lm),
-    "masked_lm": Task(Text, ("encoder",), objectives.masked_lm, filled, accuracy="masked_accuracy"),
+    "masked_lm": Task(Text, ("encoder",), objectives.masked_lm, filled, None,
+                      ("perplexity", "masked_accuracy"), "masked_accuracy"),
     "denoise": Task(Text, ("encoder_decoder", "lstm"), objectives.seq2seq, written, exact,
-                    "token_accuracy"),
+                    ("exact_match", "token_accuracy"), "token_accuracy"),
 }

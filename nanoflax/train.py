@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from nanoflax import hardware, peft, sharding
+from nanoflax.config import METRICS
 from nanoflax.data import evaluation_batches, prefetch
 from nanoflax.errors import UserError
 from nanoflax.objectives import causal_lm
@@ -78,6 +79,7 @@ def make_train_step(model, optimizer, config, objective=causal_lm):
     and optimizer as they were.
     """
     t = config.train
+    optimizer = optax.with_extra_args_support(optimizer)
     options = dict(chunks=t.loss_chunks, z_loss=t.z_loss, label_smoothing=t.label_smoothing)
 
     def step(state, batch, frozen=None):
@@ -94,7 +96,8 @@ def make_train_step(model, optimizer, config, objective=causal_lm):
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(total) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params,
+                                              step=state.step + 1)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
@@ -183,9 +186,14 @@ class Outcome(NamedTuple):
 class Tracking(NamedTuple):
     """What evaluations have shown so far; it is checkpointed beside the state."""
 
-    best_loss: float = float("inf")
+    best: float = float("inf")  # of train.metric; negative where more is better
     best_step: int = 0
     waited: int = 0  # evaluations since the best
+
+    @classmethod
+    def read(cls, saved):
+        """From a checkpoint's `_asdict`; at first `best` was called best_loss."""
+        return cls(saved.get("best", saved.get("best_loss")), saved["best_step"], saved["waited"])
 
 
 def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progress, meta,
@@ -193,14 +201,16 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
     """Run compiled `step` from state.step to config.train.steps; save, evaluate, stop in time.
 
     batches[i]: the host's part of the batch of step i, a dict of [B_host, ...] numpy arrays;
-    evaluate(params, step): -> (metrics dict with validation_loss, text to show); checkpoints: a
-    Checkpoints; log, progress: of `report`; meta: dict saved with every checkpoint.
+    evaluate(params, step): -> (metrics dict with config.train.metric, text to show); checkpoints:
+    a Checkpoints; log, progress: of `report`; meta: dict saved with every checkpoint. AdaLoRA's
+    best step is one of those with no more ranks than its budget: the last final_steps.
     Returns (state, tracking, Outcome). SIGTERM and SIGINT save and return; a second one interrupts.
     Raises: UserError after config.train.max_skipped non-finite steps in a row, naming the batch.
     """
     t = config.train
     # Queued steps of several fake CPU devices can wait for each other for ever on few cores.
     eager = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+    counted = t.steps - config.peft.final_steps if config.peft.kind == "adalora" else 0
     begin, saved_at, waiting = int(state.step), time.monotonic(), []
     done = begin
 
@@ -245,11 +255,15 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
                     found, text = evaluate(state.params if state.ema is None else state.ema, done)
                 log.log(done, **found)
                 progress.write(text)
-                metric = found["validation_loss"]
-                if metric < tracking.best_loss:
-                    tracking, due = Tracking(metric, done, 0), True
+                if done < counted:
+                    progress.write(f"  not for the best step: before step {counted} AdaLoRA has "
+                                   "more ranks than its budget")
                 else:
-                    tracking = tracking._replace(waited=tracking.waited + 1)
+                    metric = found[t.metric] * (-1 if METRICS[t.metric] else 1)
+                    better = metric < tracking.best
+                    tracking = (Tracking(metric, done, 0) if better else
+                                tracking._replace(waited=tracking.waited + 1))
+                    due |= better
                 if 0 < t.patience <= tracking.waited:
                     reason, last = "early stop", True
             if due or last:

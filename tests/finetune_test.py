@@ -2,8 +2,12 @@
 
 import json
 import random
+import re
 
+import jax
+import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from tests.programs_test import run
 
@@ -99,6 +103,87 @@ def test_lora_trains_little_and_its_merged_model_stands_alone(topics, tmp_path):
     from experiments import common
     model, params, _ = common.open_model(str(tmp_path / "lora" / "final"))
     assert "lora" not in str(params.keys()) and model.config.head == "classify"
+    _, first, _ = common.open_model(str(tmp_path / "base" / "final"))
+    adapted = re.compile("(query|key|value|out|up|gate|down)/kernel|labels|pooler")
+    first, params = (flatten_dict(tree, sep="/") for tree in (first, params))
+    for path, x in first.items():
+        assert np.array_equal(x, params[path]) != bool(adapted.search(path)), path
+    from nanoflax import checkpoint
+    parts = [checkpoint.restore_params(tmp_path / "lora" / "checkpoints", subtree=name)[0]
+             for name in ("params", "opt_state")]
+    count = [sum(np.size(x) for x in jax.tree.leaves(part)) for part in parts]
+    assert count[0] == trained["trained_parameters"] and count[1] < 2 * count[0] + 10
+
+
+WRONG = {
+    "unknown.jsonl": [{"text": "a", "label": "bird"}, {"text": "b"}],
+    "one.jsonl": [{"text": "a", "label": "cat"}, {"text": "b", "label": "cat"}],
+    "empty.jsonl": [{"source": "", "target": "x"}, {"source": "x", "target": " "}],
+    "long.jsonl": [{"text": "cat " * 40, "label": "cat"}, {"text": "dog", "label": "dog"}],
+}
+
+
+@pytest.mark.parametrize("config, train, validation, words", [
+    ("classify", "jsonl:unknown.jsonl", "", ["unknown.jsonl", "without a label", "unknown.jsonl:2"]),
+    ("classify", "", "jsonl:unknown.jsonl", ["unknown label", "unknown.jsonl:1 'bird'"]),
+    ("classify", "jsonl:one.jsonl", "", ["every example has the label 'cat'", "one.jsonl:1"]),
+    ("classify", "jsonl:long.jsonl", "", ["longer than 32 tokens, refused", "long.jsonl:1"]),
+    ("translate", "jsonl:empty.jsonl", "jsonl:empty.jsonl",
+     ["empty 'source'", "empty.jsonl:1", "empty 'target'", "empty.jsonl:2"]),
+    ("translate", "pairs:three,two", "", ["three", "two", "3", "2"]),
+    ("tag", "conll:bad.conll", "", ["bad.conll:2"]),
+])
+def test_bad_data_is_named_with_its_line(config, train, validation, words, topics, tmp_path):
+    for name, records in WRONG.items():
+        write(tmp_path / name, records)
+    (tmp_path / "three").write_text("a\nb\nc\n")
+    (tmp_path / "two").write_text("a\nb\n")
+    (tmp_path / "bad.conll").write_text("word B-X\nbroken\n\n")
+    place = lambda source, other: re.sub(  # noqa: E731
+        "(?<=[:,])", f"{tmp_path}/", source) if source else other
+    done = finetune(config, tmp_path / "run", place(train, topics[0]),
+                    place(validation, topics[1]), "--config.task.truncate=false")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_what_is_cut_is_counted_and_classes_weigh(topics, tmp_path):
+    data = write(tmp_path / "long.jsonl", [
+        {"text": f"{word} {i} " * n, "label": word} for i, (word, n) in
+        enumerate([("cat", 20), ("dog", 1), ("dog", 2)] * 4)])
+    done = finetune("classify", tmp_path / "run", data, topics[1], "--config.train.steps=3",
+                    "--config.model.architecture=decoder", "--config.task.class_weights=balanced")
+    assert done.returncode == 0, done.stderr
+    assert "texts longer than 32 tokens, cut: 4" in done.stdout
+    assert "class weights: cat 1.5, dog 0.75" in done.stdout
+
+
+def test_adalora_ends_with_its_budget_by_a_chosen_metric(topics, tmp_path):
+    flags = ["--config.train.steps=24", "--config.train.evaluate_every=6", "--config.peft.rank=3",
+             "--config.peft.target_rank=2", "--config.peft.warmup_steps=2",
+             "--config.peft.final_steps=10", "--config.peft.kind=adalora",
+             "--config.peft.trained=adapters,head", "--config.train.metric=accuracy"]
+    run = tmp_path / "run"
+    done = finetune("classify", run, *topics, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "before step 14 AdaLoRA has more ranks than its budget" in done.stderr
+    result = json.loads((run / "result.json").read_text())
+    seen = {r["step"]: r for line in (run / "metrics.jsonl").open()
+            if "accuracy" in (r := json.loads(line))}
+    assert seen.keys() == {6, 12, 18, 24} and result["step"] in (18, 24)
+    best = max(seen[18]["accuracy"], seen[24]["accuracy"])
+    assert result["accuracy"] == best == seen[result["step"]]["accuracy"]
+    from nanoflax import checkpoint
+    params, meta = checkpoint.restore_params(run / "checkpoints", which="best")
+    assert meta["tracking"]["best"] == -best
+    masks = [x for path, x in flatten_dict(params).items() if path[-1] == "lora_mask"]
+    assert sum(float(x.sum()) for x in masks) == 2 * len(masks) == 14
+    from experiments import common
+    _, merged, _ = common.open_model(str(run / "final"))
+    assert not any("lora" in path[-1] for path in flatten_dict(merged))
+    other = finetune("classify", run, *topics, *flags[:-1])
+    assert other.returncode == 2
+    assert "train.metric: 'accuracy' -> 'validation_loss'" in other.stderr
 
 
 def test_targets_are_learnt_from_sources_and_written_by_sample(tmp_path):
@@ -173,7 +258,9 @@ def test_the_lstm_takes_the_same_road(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--config.task.kind=dance"], "task.kind='dance' is not one of classify"),
-    (["--config.peft.kind=adalora"], "peft.kind='adalora' is not trained by finetune yet"),
+    (["--config.train.metric=f2"], "train.metric='f2' is not one of validation_loss, perplexity"),
+    (["--config.train.metric=bleu"],
+     "train.metric='bleu' is not measured here; choose one of validation_loss, accuracy, macro_f1"),
     (["--config.task.kind=translate"], "'source'"),
     (["--config.model.init_from=nothing"], "nothing: neither a directory"),
     (["--config.task.length=64"], "must be at most the model's context of 32"),

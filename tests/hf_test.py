@@ -113,6 +113,11 @@ CASES = {
         use_parallel_residual=False, rotary_pct=1.0, hidden_act="gelu_new")),
     "neox-no-bias": ("GPTNeoXForCausalLM", NEOX | dict(
         attention_bias=False, rotary_pct=0.5, tie_word_embeddings=True, num_attention_heads=2)),
+    **{f"{name.lower()}-classify": (f"{name}ForSequenceClassification", fields | dict(
+        num_labels=3, pad_token_id=0)) for name, fields in [
+            ("GPT2", GPT2), ("OPT", OPT), ("Llama", LLAMA), ("Mistral", LLAMA), ("Qwen2", LLAMA),
+            ("Qwen3", HEAD8), ("Gemma2", HEAD8), ("Gemma3Text", HEAD8), ("Olmo2", LLAMA),
+            ("GPTNeoX", NEOX)]},
     "bert": ("BertModel", BERT),
     "bert-mlm": ("BertForMaskedLM", BERT | dict(hidden_act="gelu_new")),
     "bert-mlm-untied": ("BertForMaskedLM", BERT | dict(
@@ -224,7 +229,9 @@ def ours_of(model, params, ids, mask, types, targets, weights):
     def loss(table):
         p = {"params": params | {"embed": {"embedding": table}}}
         kind = model.config.architecture
-        if kind == "decoder":
+        if model.config.head == "classify" and kind == "decoder":
+            out = model.apply(p, ids, mask)
+        elif kind == "decoder":
             out = model.apply(p, ids, mask.astype(jnp.int32))[0]
         elif kind == "encoder":
             out = model.apply(p, ids, mask, types)
@@ -278,6 +285,7 @@ def test_equal_to_transformers_there_and_back(case, tmp_path, record_property):
     again, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True,
                                                attn_implementation="eager")
     assert not any(info.values()), info
+    again.config.pad_token_id = theirs.config.pad_token_id  # which a tokenizer brings along
     found = theirs_of(again.eval(), kind, case, ids, mask, types, targets).detach().numpy()
     np.testing.assert_allclose(found[shown], expected[shown], rtol=1e-5, atol=1e-5)
     # And that directory is the same model here.

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nanoflax import hf, peft, sharding
+from nanoflax import checkpoint, hf, peft, sharding, train
 from nanoflax.config import (OPTIMIZERS, PEFT_KINDS, Config, ModelConfig, OptimConfig, PeftConfig,
                              TrainConfig, validate)
 from nanoflax.errors import UserError
@@ -461,6 +461,28 @@ def test_an_adapter_of_peft_is_the_same_here(llama, kind, tmp_path):
                                    atol=1e-5 * np.abs(g).max(), rtol=1e-3)
 
 
+@pytest.mark.parametrize("config, kind", [(BERT, "lora"), (LLAMA, "adalora")])
+def test_a_trained_head_goes_along(config, kind, tmp_path):
+    config = ModelConfig(**vars(config) | {"head": "classify", "labels": 3, "activation": "gelu",
+                                           "norm_eps": 1e-12})
+    c, model = config_of(kind, trained="adapters,head"), build(config)
+    params = sharding.init(model, jax.random.PRNGKey(0))
+    added = randomized(peft.add(params, c, jax.random.PRNGKey(3)),
+                       r".*(lora_[abe]|labels/.*|pooler/.*)")
+    hf.save(tmp_path / "model", config, params)
+    peft.save(tmp_path / "adapter", config, added, c)
+    found = [theirs_of(tmp_path / "model", tmp_path / "adapter", tokens=row[None],
+                       auto="AutoModelForSequenceClassification") for row in TOKENS]
+    np.testing.assert_allclose(forward(model, added), np.concatenate(found), atol=1e-4)
+    head = flatten_dict(added)[("labels", "kernel")] - params["labels"]["kernel"]
+    assert np.abs(head).max() > 0.1
+    for trained, message in [("adapters,biases", "peft saves .* as a whole, and peft.trained has"),
+                             ("adapters,.*query/.*", "peft cannot both adapt")]:
+        if config.bias or "query" in trained:
+            with pytest.raises(UserError, match=message):
+                peft.save(tmp_path / "x", config, added, config_of(kind, trained=trained))
+
+
 def test_names_of_a_bare_encoder_and_of_transposed_kernels_are_theirs(tmp_path):
     bert = ModelConfig(**vars(BERT) | {"head": "none", "activation": "gelu"})
     bert = ModelConfig(**vars(bert) | {"norm_eps": 1e-12})
@@ -551,3 +573,78 @@ def test_bad_configurations_are_refused_by_name(llama):
     with pytest.raises(UserError, match="peft.kind='prefix' cannot be written"):
         peft.save("x", LLAMA, add(params, "prefix"), config_of("prefix"))
     assert add(params, "none") is params
+
+
+def train_adalora(steps, state=None, broken=()):
+    """The train step of the program on random windows: (state, opt_state's ranks by step)."""
+    c = config_of("adalora", warmup_steps=1, final_steps=2, orthogonality=0.1)
+    config = Config(model=LLAMA, peft=c, optim=OptimConfig(learning_rate=0.05, warmup_steps=0),
+                    train=TrainConfig(steps=8, batch_size=2, accumulate=2, sample_tokens=0))
+    validate(config)
+    model, mesh = build(LLAMA), sharding.make_mesh("1,1,1", jax.devices()[:1])
+    added = peft.add(sharding.init(model, jax.random.PRNGKey(0)), c, jax.random.PRNGKey(3))
+    trained, frozen = peft.split(added, peft.trainable(added, c))
+    optimizer = peft.adalora(make_optimizer(config.optim, 8)[0], c, 8)
+    if state is None:
+        state = train.init_state(model, optimizer, config, mesh, trained)
+    step = train.jit_step(train.make_train_step(model, optimizer, config), state, mesh)
+    ranks = []
+    for i in range(int(state.step), steps):
+        rng = np.random.default_rng(i)
+        batch = {"targets": rng.integers(0, V, (2, T)).astype(np.int32),
+                 "first": np.zeros(2, np.int32),
+                 "weights": np.full((2, T), np.nan if i in broken else 1, np.float32)}
+        state, _ = step(state, batch, frozen)
+        masks = [x for path, x in flatten_dict(state.params, sep="/").items() if "mask" in path]
+        ranks.append(int(sum(x.sum() for x in masks)))
+    return state, ranks, step
+
+
+def test_the_train_step_reallocates_ranks_and_resumes_to_the_bit(tmp_path):
+    whole, ranks, step = train_adalora(8)
+    assert ranks[0] == 14 * 4 and ranks[-3:] == [14 * 2] * 3 and ranks[2] > ranks[4]
+    assert step._cache_size() == 1
+    flat = flatten_dict(whole.params, sep="/")
+    for path, x in flat.items():
+        if path.endswith("lora_mask"):
+            assert not np.any(np.where(x == 0, flat[path.replace("mask", "e")], 0))
+    half, _, _ = train_adalora(4)
+    with checkpoint.Checkpoints(tmp_path) as saves:
+        saves.save(4, half._asdict(), {})
+        saves.wait()
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
+                                                             sharding=x.sharding), half._asdict())
+        back, _ = saves.restore(shapes)
+    again, _, _ = train_adalora(8, train.TrainState(**back))
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
+
+
+def test_a_skipped_step_does_not_cost_the_budget():
+    state, ranks, _ = train_adalora(8, broken=(3, 4, 5))  # the last ones in which ranks go
+    assert ranks[5] == ranks[2] > 28 and ranks[6:] == [28, 28] and int(state.step) == 8
+
+
+def test_the_penalty_is_a_part_of_the_gradient():
+    """One step of plain descent on loss and penalty, worked out apart from the transformation."""
+    c = config_of("adalora", warmup_steps=3, final_steps=2, orthogonality=0.7)
+    p = {"x": {k: v for k, v in add({"x": {"kernel": jnp.ones((4, 4))}}, "adalora", targets="x")[
+        "x"].items() if k != "kernel"}}
+    grads = jax.tree.map(jnp.ones_like, p)
+    wrapped = peft.adalora(optax.sgd(0.1), c, 9)
+    updates, _ = wrapped.update(grads, wrapped.init(p), p, step=jnp.int32(1))
+    for end in "ab":
+        w = np.asarray(p["x"][f"lora_{end}"], np.float64)
+        w = w.T if end == "a" else w
+        gap = w @ w.T - np.eye(len(w))
+        slope = 2 * gap @ w / np.linalg.norm(gap) / 2  # the mean of two
+        slope = slope.T if end == "a" else slope
+        np.testing.assert_allclose(updates["x"][f"lora_{end}"], -0.1 * (1 + 0.7 * slope), rtol=1e-4)
+
+
+def test_adalora_needs_its_whole_adapters_and_no_average(llama):
+    c = config_of("adalora", trained=".*lora_a")
+    added = peft.add(llama[1], c, jax.random.PRNGKey(0))
+    with pytest.raises(UserError, match="peft.trained must include the whole"):
+        peft.adalora(optax.sgd(1), c, 9).init(peft.split(added, peft.trainable(added, c))[0])
+    with pytest.raises(UserError, match="optim.ema=0.9 does not go with peft.kind='adalora'"):
+        validate(Config(peft=PeftConfig("adalora"), optim=OptimConfig(ema=0.9)))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nanoflax import optim, sharding, train
-from nanoflax.config import OPTIMIZERS, Config, ModelConfig, OptimConfig, TrainConfig
+from nanoflax.config import OPTIMIZERS, Config, ModelConfig, OptimConfig, PeftConfig, TrainConfig
 from nanoflax.errors import UserError
 from nanoflax.models import build
 
@@ -20,7 +20,8 @@ B, T, V = 8, 12, 23
 
 def config_of(model=None, optimizer=None, **fields):
     return Config(
-        ModelConfig(**dict(vocab_size=V, context=T, layers=1, dim=16, heads=2) | (model or {})),
+        model=ModelConfig(**dict(vocab_size=V, context=T, layers=1, dim=16, heads=2)
+                          | (model or {})),
         optim=OptimConfig(**dict(name="sgd", learning_rate=0.1, warmup_steps=0, b1=0.9)
                           | (optimizer or {})),
         train=TrainConfig(**dict(steps=4, batch_size=B) | fields))
@@ -254,6 +255,7 @@ class Run:
     def __init__(self, validation=()):
         self.validation, self.evaluated, self.seen = list(validation), [], []
         self.saved, self.logged, self.waited, self.losses = [], [], False, []
+        self.name = "validation_loss"
 
     def __getitem__(self, step):
         return batch_of(step)
@@ -272,7 +274,7 @@ class Run:
 
     def evaluate(self, params, step):
         self.evaluated.append(step)
-        return {"validation_loss": self.validation.pop(0) if self.validation else 1.0}, "text"
+        return {self.name: self.validation.pop(0) if self.validation else 1.0}, "text"
 
     def save(self, step, state, meta, metric=None):
         assert int(state["step"]) == step == meta["step"]
@@ -336,6 +338,34 @@ def test_early_stopping_waits_its_patience_and_names_the_best():
     assert [(step, metric) for step, _, _, metric in loop.saved] == \
         [(5, 3.0), (10, 2.0), (20, 1.5), (30, 1.7)]
     assert loop.saved[-1][2] == tracking._asdict()
+
+
+def test_the_best_step_is_of_the_chosen_metric():
+    loop = Run(validation=[0.5, 0.9, 0.7, 0.9])
+    loop.name = "accuracy"
+    _, tracking, _ = loop.fit(config_of(steps=4, evaluate_every=1, checkpoint_every=1000,
+                                        metric="accuracy"))
+    assert tracking == train.Tracking(-0.9, 2, 2)
+    assert [(step, metric) for step, _, _, metric in loop.saved] == [(1, -0.5), (2, -0.9), (4, -0.9)]
+    loop = Run(validation=[0.5, 0.9, 0.7, 0.9])
+    loop.name = "accuracy"
+    assert loop.fit(config_of(steps=4, evaluate_every=1, patience=1, metric="accuracy"))[2] == (
+        "early stop", 3, 0)
+
+
+def test_adaloras_best_step_has_the_ranks_of_its_budget():
+    loop = Run(validation=[1.0, 2.0, 4.0, 3.0])
+    config = dataclasses.replace(
+        config_of(steps=8, evaluate_every=2, checkpoint_every=1000, patience=1),
+        peft=PeftConfig("adalora", final_steps=2, warmup_steps=1))
+    _, tracking, outcome = loop.fit(config)
+    assert outcome.step == 8 and tracking == train.Tracking(3.0, 8, 0)
+    assert [(step, metric) for step, _, _, metric in loop.saved] == [(6, 4.0), (8, 3.0)]
+
+
+def test_what_earlier_checkpoints_tracked_is_read():
+    assert train.Tracking.read({"best_loss": 0.5, "best_step": 2, "waited": 1}) == (0.5, 2, 1)
+    assert train.Tracking.read(train.Tracking(-0.5, 3, 2)._asdict()) == (-0.5, 3, 2)
 
 
 def test_too_many_non_finite_steps_stop_and_name_the_batch():

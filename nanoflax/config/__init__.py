@@ -8,10 +8,11 @@ from nanoflax.config.checks import diff, from_dict, to_dict, type_name
 from nanoflax.config.model import (
     LSTM_ATTENTIONS, LSTM_STARTS, POSITIONS, PRESETS, ModelConfig, preset)
 from nanoflax.config.run import (
-    MAX_SEED, OPTIMIZERS, PEFT_KINDS, SCHEDULES, Config, DataConfig, OptimConfig, PeftConfig,
-    TaskConfig, TrainConfig, validate)
+    MAX_SEED, METRICS, OPTIMIZERS, PEFT_KINDS, SCHEDULES, Config, DataConfig, OptimConfig,
+    PeftConfig, TaskConfig, TrainConfig, read_class_weights, validate)
 
 __all__ = [
-    "LSTM_ATTENTIONS", "LSTM_STARTS", "MAX_SEED", "OPTIMIZERS", "PEFT_KINDS", "POSITIONS",
-    "PRESETS", "SCHEDULES", "Config", "DataConfig", "ModelConfig", "OptimConfig", "PeftConfig",
-    "TaskConfig", "TrainConfig", "diff", "from_dict", "preset", "to_dict", "type_name", "validate"]
+    "LSTM_ATTENTIONS", "LSTM_STARTS", "MAX_SEED", "METRICS", "OPTIMIZERS", "PEFT_KINDS",
+    "POSITIONS", "PRESETS", "SCHEDULES", "Config", "DataConfig", "ModelConfig", "OptimConfig", "PeftConfig",
+    "TaskConfig", "TrainConfig", "diff", "from_dict", "preset",
+    "read_class_weights", "to_dict", "type_name", "validate"]

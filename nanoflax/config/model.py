@@ -12,7 +12,7 @@ NORM_PLACES = ("pre", "post", "sandwich", "after")
 QK_NORMS = ("none", "head", "full")
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves", "rotary", "relative", "none")
 ROPE_SCALINGS = ("none", "linear", "llama3")
-HEADS = {"decoder": ("lm",), "encoder": ("none", "mlm", "classify", "tag"),
+HEADS = {"decoder": ("lm", "classify"), "encoder": ("none", "mlm", "classify", "tag"),
          "encoder_decoder": ("lm",), "lstm": ("lm",)}
 LSTM_ATTENTIONS = ("additive", "multiplicative")
 LSTM_STARTS = ("encoder", "zeros")
@@ -73,9 +73,9 @@ class ModelConfig:
     mlp_bias: bool | None = None
     norm_bias: bool | None = None
 
-    head: str = "lm"  # an encoder's: none, mlm, classify or tag
+    head: str = "lm"  # or a decoder's classify; an encoder's: none, mlm, classify or tag
     labels: int = 2  # of classify and tag
-    pooler: bool = False  # a Linear and activation on the first state; classify has it always
+    pooler: bool = False  # a Linear and activation on the first state; an encoder's classify has it
     pooler_activation: str = "tanh"
     token_types: int = 0  # kinds of input segment (BERT: 2)
     tied: bool = True  # the output head is the embedding, transposed

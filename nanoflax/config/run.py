@@ -10,6 +10,10 @@ from nanoflax.errors import UserError
 
 TASKS = ("classify", "tag", "translate", "instruct", "language_model", "masked_lm", "denoise")
 NOISES = ("spans", "infilling", "none")
+# What an evaluation may measure, and whether more of it is better.
+METRICS = {"validation_loss": False, "perplexity": False, "bits_per_byte": False, "accuracy": True,
+           "masked_accuracy": True, "token_accuracy": True, "macro_f1": True, "f1": True,
+           "exact_match": True, "bleu": True, "chrf": True, "rouge_l": True}
 PACKINGS = ("joined", "isolated")
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -89,7 +93,8 @@ class TrainConfig:
     max_skipped: int = 10  # non-finite steps in a row that stop the run
     evaluate_every: int = 200
     evaluate_batches: int = 0  # of the validation split, from its start; 0 means all
-    patience: int = 0  # evaluations without a better loss before stopping; 0 means never
+    metric: str = "validation_loss"  # or another of METRICS: it decides which step is the best
+    patience: int = 0  # evaluations without a better metric before stopping; 0 means never
     checkpoint_every: int = 200
     checkpoint_seconds: float = 0.0  # or whenever so much time has passed; 0 means never
     keep: int = 2  # newest checkpoints kept, besides the best
@@ -115,6 +120,8 @@ class TaskConfig:
     # Shift training, of translate's sources or of language_model's texts: see batching.moved.
     max_shift: int = 0  # tokens; where it is set, shifted validation examples are measured too
     shift_probability: float = 0.0  # of a training example
+    # In training, of classify and tag: balanced, or name=2,other=0.5 (1 for names not there).
+    class_weights: str = ""
     show: int = 3  # validation examples printed at the end, with what the model says
 
 
@@ -165,6 +172,32 @@ def _peft_problems(p):
     return found
 
 
+def read_class_weights(text):
+    """{class name: weight} of a task.class_weights that names them. Raises: ValueError."""
+    weights = {}
+    for part in text.split(","):
+        name, _, weight = part.rpartition("=")
+        weights[name.strip()] = float(weight)
+        if not name.strip() or not 0 < weights[name.strip()] < float("inf"):
+            raise ValueError(part)
+    return weights
+
+
+def _class_weight_problems(task):
+    if not task.class_weights:
+        return []
+    if task.kind not in ("classify", "tag"):
+        return [f"task.class_weights={task.class_weights!r} needs task.kind='classify' or 'tag', "
+                f"not {task.kind!r}"]
+    try:
+        if task.class_weights != "balanced":
+            read_class_weights(task.class_weights)
+    except ValueError:
+        return [f"task.class_weights={task.class_weights!r} must be empty, balanced, or positive "
+                "weights as name=2,other=0.5"]
+    return []
+
+
 def _problems(c):
     found = models.problems(c.model) + _peft_problems(c.peft)
     d, o, p, t = c.data, c.optim, c.peft, c.train
@@ -172,6 +205,7 @@ def _problems(c):
     choice(found, "optim.name", o.name, OPTIMIZERS)
     choice(found, "optim.schedule", o.schedule, SCHEDULES)
     choice(found, "train.remat", t.remat, REMATS)
+    choice(found, "train.metric", t.metric, METRICS)
     at_least(found, "train", t, 1, "steps", "batch_size", "accumulate", "evaluate_every",
               "checkpoint_every", "keep", "max_skipped")
     at_least(found, "train", t, 0, "seed", "z_loss", "loss_chunks", "evaluate_batches",
@@ -195,6 +229,7 @@ def _problems(c):
     if c.task.shift_probability and not c.task.max_shift:
         found.append(f"task.shift_probability={c.task.shift_probability} needs task.max_shift of "
                      "at least 1")
+    found += _class_weight_problems(c.task)
     for name, value in [("optim.b1", o.b1), ("optim.b2", o.b2), ("optim.ema", o.ema),
                         ("train.label_smoothing", t.label_smoothing)]:
         if not 0 <= value < 1:
@@ -211,6 +246,9 @@ def _problems(c):
     if p.kind == "adalora" and p.warmup_steps + p.final_steps >= t.steps:
         found.append(f"peft.warmup_steps={p.warmup_steps} and peft.final_steps={p.final_steps} must "
                      f"leave some of train.steps={t.steps} in which ranks go")
+    if p.kind == "adalora" and o.ema:
+        found.append(f"optim.ema={o.ema} does not go with peft.kind='adalora': the average would "
+                     "have more ranks than the budget")
     if not 0 < o.layer_decay <= 1:
         found.append(f"optim.layer_decay={o.layer_decay} must be in (0, 1]")
     if o.warmup_steps >= t.steps > 1:
