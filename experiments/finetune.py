@@ -206,7 +206,9 @@ class Batches:
 
 def finish(workdir, config, tokenizer, data, params, judge, step, trained):
     """Measure the best step on every validation example; write and print what it can do."""
-    from nanoflax import checkpoint, metrics, peft, plots, report, tasks
+    import numpy as np
+
+    from nanoflax import checkpoint, metrics, models, peft, plots, report, tasks
 
     found, predictions = judge(params)
     result = found | {"step": step, "trained_parameters": trained,
@@ -219,6 +221,14 @@ def finish(workdir, config, tokenizer, data, params, judge, step, trained):
         print(f"  | {report.printable(str(example.input))[:200]}\n  -> {said}")
     if config.task.kind in ("classify", "tag"):
         print("\n".join(metrics.table(judge.report)))
+    if config.task.kind == "translate":
+        row = judge.rows.rows[0]
+        pieces = ([tokenizer.decode([i]) or "·" for i in row[side].tolist()]
+                  for side in ("source", "targets"))
+        plots.plot_alignment(
+            os.path.join(workdir, "attention.png"),
+            np.asarray(models.alignment(judge.model, params, row["source"], row["targets"])),
+            *pieces)
     kind, model_config = config.peft.kind, config.model
     if kind in peft.LOW_RANK:
         try:
@@ -236,8 +246,9 @@ def finish(workdir, config, tokenizer, data, params, judge, step, trained):
             kind="none" if kind in peft.LOW_RANK else kind)), tokenizer)
     plots.plot_losses(workdir, config.train.batch_size * config.task.length)
     print(f"best at step {step}: {common.numbers(found)}")
-    print(f"{workdir}: result.json, predictions.jsonl, loss.png, final/"
-          + (", adapter/" if os.path.isdir(os.path.join(workdir, "adapter")) else ""))
+    wrote = ("result.json", "predictions.jsonl", "loss.png", "attention.png", "final", "adapter")
+    print(f"{workdir}: " + ", ".join(
+        name for name in wrote if os.path.exists(os.path.join(workdir, name))))
 
 
 if __name__ == "__main__":

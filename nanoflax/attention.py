@@ -57,6 +57,18 @@ def heads_first(q, k, v, mask=None, causal=False, bias=None, scale=None, softcap
 CAUSAL_BLOCKS = 2
 
 
+def attention_weights(q, k, mask=None, scale=None, softcap=0.0):
+    """The weights [B, H, T, S] float32 of `heads_first` without its causal mask: to be looked at."""
+    B, H, T, K = q.shape
+    k = jnp.repeat(k, H // k.shape[1], axis=1)
+    scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+    scores *= K**-0.5 if scale is None else scale
+    scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores)
+
+
 def _block(x, a, b):
     """Rows a .. b and columns 0 .. b of a mask or bias [..., T or 1, S]."""
     return (x[..., a:b, :] if x.shape[-2] > 1 else x)[..., :b]

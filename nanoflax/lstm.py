@@ -48,7 +48,7 @@ def attend(query, keys, values, mask, score=None):
 
     query: [B, D]; keys: [B, S, D]; values: [B, S, E]; mask: [B, S] bool; score: [D], for additive
     scores score . tanh(query + key) (Bahdanau et al. 2015), or None for multiplicative ones,
-    query . key (Luong et al. 2015). Returns [B, E] in values' dtype.
+    query . key (Luong et al. 2015). Returns ([B, E] in values' dtype, the weights [B, S] float32).
     """
     if score is None:
         scores = jnp.einsum("bd,bsd->bs", query, keys, preferred_element_type=jnp.float32)
@@ -56,7 +56,8 @@ def attend(query, keys, values, mask, score=None):
         scores = jnp.einsum("bsd,d->bs", jnp.tanh(query[:, None] + keys), score,
                             preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    return jnp.einsum("bs,bse->be", jax.nn.softmax(scores).astype(values.dtype), values)
+    weights = jax.nn.softmax(scores)
+    return jnp.einsum("bs,bse->be", weights.astype(values.dtype), values), weights
 
 
 class Matrix(nn.Module):
@@ -122,6 +123,13 @@ class AttentionLSTM(SourceModel):
 
     def hidden(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
         """The last states that `head` reads, [B, T, D] in the compute dtype, and the cache."""
+        return self._decoded(targets_in, source, source_mask, cache, deterministic)[:2]
+
+    def alignment(self, targets_in, source, source_mask=None):
+        """The weights of attention [B, T, S] float32 with which each target was foretold."""
+        return self._decoded(targets_in, source, source_mask)[2]
+
+    def _decoded(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
         c, (B, T) = self.config, targets_in.shape
         state = self.read(source, source_mask, deterministic) if cache is None else cache
         x = self.drop(self.embed(targets_in), deterministic=deterministic)
@@ -142,16 +150,18 @@ class AttentionLSTM(SourceModel):
                 x, memory = lstm_cell(gates, memory)
                 new.append((x, memory))
                 inputs = 0  # the embeddings are the first layer's alone
-            context = attend(x if query is None else x @ query, keys, values, mask, score)
+            context, seen = attend(x if query is None else x @ query, keys, values, mask, score)
             x = jnp.tanh(jnp.concatenate([x, context], -1) @ combine)
-            return (x, new), x
+            return (x, new), (x, seen)
 
         if self.remat != "none":
             step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat])
-        (last, layers), x = jax.lax.scan(step, (state["last"], state["layers"]), (inputs, dropped))
+        (last, layers), (x, seen) = jax.lax.scan(step, (state["last"], state["layers"]),
+                                                 (inputs, dropped))
         x = self.drop(x.swapaxes(0, 1), deterministic=deterministic)
-        return self.output(x, cache=None if cache is None else
-                           cache | {"last": last, "layers": layers})
+        x, cache = self.output(x, cache=None if cache is None else
+                               cache | {"last": last, "layers": layers})
+        return x, cache, seen.swapaxes(0, 1)
 
     def states(self, source, source_mask=None, deterministic=True):
         """The last encoder layer's states [B, S, 2D] of source [B, S] int32."""

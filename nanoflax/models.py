@@ -1,13 +1,16 @@
 """Whole models: `build(config)` chooses a decoder, an encoder, an encoder-decoder or the LSTM."""
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-from nanoflax.attention import empty_cache
+from nanoflax.attention import Attention, attention_weights, empty_cache
 from nanoflax.blocks import (  # noqa: F401
     LanguageModel, SourceModel, Stack, empty_delay, mean_pool, norm)
 from nanoflax.config import validate
 from nanoflax.errors import UserError
 from nanoflax.layers import Embedding, Linear, activate
+from nanoflax.losses import shift_right
 from nanoflax.lstm import AttentionLSTM
 
 
@@ -170,6 +173,30 @@ class EncoderDecoder(SourceModel):
         cache = _empty_cache(self, decoder_layers(self.config), B, new_tokens)
         cache["layers"] = [layer | more for layer, more in zip(cache["layers"], cross)]
         return jnp.full(B, self.config.start_id, jnp.int32), cache | {"source_mask": mask}
+
+
+def alignment(model, params, source, targets):
+    """What an encoder-decoder or LSTM looks at as it writes: weights [T, S] float32, rows sum to 1.
+
+    source: [S] and targets: [T], lists of ids. Of a Transformer the mean over the heads of that
+    layer which looks at the fewest tokens (the least entropy).
+    """
+    source, targets = jnp.asarray([source]), jnp.asarray([targets])
+    inputs = shift_right(targets, model.config.start_id)
+    if model.config.architecture == "lstm":
+        return model.apply({"params": params}, inputs, source, method="alignment")[0]
+    layers, c = [], model.config
+
+    def look(cross, arguments, named, context):
+        if isinstance(context.module, Attention) and context.method_name == "cross":
+            x, keys, _, mask = arguments
+            layers.append(attention_weights(context.module.queries(x), keys, mask,
+                                            c.attention_scale, c.attention_softcap)[0].mean(0))
+        return cross(*arguments, **named)
+
+    with nn.intercept_methods(look):
+        model.apply({"params": params}, inputs, source)
+    return min(layers, key=lambda w: float(jax.scipy.special.entr(w).sum()))
 
 
 def decoder_layers(config):

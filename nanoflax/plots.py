@@ -126,6 +126,36 @@ def plot_sweep(path, points, metric):
     return path
 
 
+def plot_alignment(path, weights, source, targets):
+    """Draws what each target looked at as a PNG at `path`, which it returns.
+
+    weights: [T, S], between 0 and 1; source, targets: the texts of S and T tokens.
+    """
+    from matplotlib import font_manager, ft2font
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
+
+    def name(text):  # letters that the font lacks would be boxes
+        text = text.replace(" ", "␣").replace("$", r"\$")
+        drawn = all(c.isprintable() and font.get_char_index(ord(c)) for c in text)
+        return text if drawn else ascii(text)[1:-1]
+
+    (T, S), side = weights.shape, 0.22
+    figure = Figure(figsize=(2 + side * S, 1.5 + side * T), dpi=120, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(S), map(name, source), rotation=90, fontsize=7)
+    axes.set_yticks(range(T), map(name, targets), fontsize=7)
+    axes.set_xlabel("source")
+    axes.set_ylabel("target")
+    figure.colorbar(image, label="attention", shrink=0.7)
+    canvas.print_png(buffer := io.BytesIO())
+    write_whole(pathlib.Path(path), buffer.getvalue())
+    return path
+
+
 def parameter_table(params):
     """The number and bytes of parameters by module, as text; equal blocks folded."""
     modules = {}

@@ -89,7 +89,7 @@ def test_attention_equals_its_formulas():
     query, keys, values, score = (rng.normal(size=s) for s in [(B, D), (B, S, D), (B, S, 6), (D,)])
     mask = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 0, 0, 0, 0]], bool)
     for vector in (None, score):
-        found = lstm.attend(*map(jnp.float32, (query, keys, values)), mask, vector)
+        found, _ = lstm.attend(*map(jnp.float32, (query, keys, values)), mask, vector)
         for b in range(B):
             weights = []
             for s in range(S):
@@ -128,7 +128,7 @@ def test_the_decoder_equals_torch_cells_step_by_step(kind):
             state.append((torch.tanh(h), c))
         else:
             state.append((torch.zeros(1, D), torch.zeros(1, D)))
-    output, expected = torch.zeros(1, D), []
+    output, expected, seen = torch.zeros(1, D), [], []
     for token in targets[0]:
         x = torch.cat([p["embed"]["embedding"][int(token)][None] / 0.02, output], -1)
         for i in range(2):
@@ -138,11 +138,14 @@ def test_the_decoder_equals_torch_cells_step_by_step(kind):
             scores = torch.tanh(x @ p["query"]["kernel"] + states @ p["key"]["kernel"]) @ p["score"]
         else:
             scores = (states @ p["key"]["kernel"]) @ x[0]
-        context = torch.softmax(scores, 0) @ states
+        seen.append(torch.softmax(scores, 0))
+        context = seen[-1] @ states
         output = torch.tanh(torch.cat([x, context[None]], -1) @ p["combine"]["kernel"])
         expected.append(output @ p["embed"]["embedding"].T)
     np.testing.assert_allclose(logits_of(model, params, targets, source)[0],
                                torch.cat(expected).detach(), atol=1e-5)
+    found = model.apply({"params": params}, targets, source, method="alignment")[0]
+    np.testing.assert_allclose(found, torch.stack(seen).detach(), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(k.values()))

@@ -11,7 +11,7 @@ import pytest
 from nanoflax import beams, hf, objectives, sampling
 from nanoflax.config import POSITIONS, ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.models import build, flops_per_token, head_kernel
+from nanoflax.models import alignment, build, flops_per_token, head_kernel
 from nanoflax.sharding import init
 
 GPT2 = dict(vocab_size=61, context=64, layers=2, dim=32, heads=4)
@@ -348,3 +348,23 @@ def test_logits_loss_and_gradients_equal_transformers(family, changes, tmp_path)
                                   jax.tree.leaves(expected)):
         error = np.linalg.norm(ours - want) / max(np.linalg.norm(want), floor)
         assert error < 1e-4, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_alignment_is_a_layers_mean_cross_attention(family, tmp_path):
+    torch = pytest.importorskip("torch")
+    from tests.beams_test import theirs_of
+    theirs = theirs_of(family, 3).eval()
+    randomize(theirs, 3, std=0.2)
+    theirs.set_attn_implementation("eager")
+    theirs.save_pretrained(tmp_path)
+    config, params = hf.load(str(tmp_path))
+    source, targets = tokens_of(0, 9), tokens_of(1, 6)
+    inputs = np.concatenate([[config.start_id], targets[:-1]])
+    with torch.no_grad():
+        layers = theirs(input_ids=torch.tensor(source)[None].long(), output_attentions=True,
+                        decoder_input_ids=torch.tensor(inputs)[None].long()).cross_attentions
+    means = [layer[0].mean(0).numpy() for layer in layers]
+    expected = min(means, key=lambda w: -(w * np.log(w)).sum())
+    found = alignment(build(config), params, source.tolist(), targets.tolist())
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -55,3 +55,17 @@ def test_parameter_table_folds_equal_blocks():
         "scale                                                     1     4B",
         "total                                                36,192  145kB",
     ]
+
+
+def test_an_alignment_is_drawn_where_it_is(tmp_path):
+    from PIL import Image
+    weights = np.zeros((3, 5), np.float32)
+    weights[1, 4] = 1  # one dark cell, in the middle row, on the right
+    path = plots.plot_alignment(tmp_path / "a.png", weights, ["a", " ", "$x", "年", "\ufffd"],
+                                ["b", "\n", "é"])
+    with Image.open(path) as image:
+        dark = np.asarray(image.convert("RGB")).astype(int) @ (1, 1, 1) < 200
+        blue = dark & (np.asarray(image.convert("RGB"))[..., 2] > 90)
+    rows, columns = np.nonzero(blue[:, :int(blue.shape[1] * 0.75)])
+    assert len(rows) > 50 and abs(rows.mean() / len(blue) - 0.4) < 0.2
+    assert columns.mean() / blue.shape[1] > 0.4

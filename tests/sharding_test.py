@@ -102,6 +102,40 @@ def test_eight_devices_give_the_numbers_of_one():
         assert max(errors["metrics"], errors["params"], errors["ema"]) < 1e-5, (mesh, errors)
 
 
+def adapters_against_one_device():
+    from nanoflax import optim, peft, train
+    from nanoflax.config import PeftConfig
+
+    def tuned(mesh_shape, devices, kind):
+        config, c = config_of(mesh_shape, False), PeftConfig(kind=kind, rank=3, bottleneck=6)
+        mesh, model = sharding.make_mesh(mesh_shape, devices), build(config.model)
+        params = peft.add(sharding.init(model, jax.random.PRNGKey(0), mesh), c,
+                          jax.random.PRNGKey(1))
+        params = jax.device_put(params, sharding.shardings(params, mesh))
+        trained, frozen = peft.split(params, peft.trainable(params, c))
+        optimizer, _ = optim.make_optimizer(config.optim, config.train.steps)
+        state = train.init_state(model, optimizer, config, mesh, trained)
+        before = jax.tree.map(np.asarray, state.params)
+        step = train.jit_step(train.make_train_step(model, optimizer, config), state, mesh)
+        for i in range(config.train.steps):
+            state, metrics = step(state, sharding.put_batch(batch_of(i), mesh), frozen)
+            metrics = [float(metrics[name]) for name in ("loss", "grad_norm")]
+        return metrics, state.params, difference(before, state.params)
+
+    out = {}
+    for kind in ("lora", "dora", "houlsby", "prefix"):
+        one, many = tuned("1,1,1", jax.devices()[:1], kind), tuned("2,2,2", jax.devices(), kind)
+        out[kind] = {"metrics": float(np.abs(np.subtract(one[0], many[0])).max()),
+                     "params": difference(one[1], many[1]), "moved": many[2]}
+    return out
+
+
+def test_adapters_on_a_mesh_give_the_numbers_of_one_device():
+    for kind, errors in run_child("adapters_against_one_device").items():
+        assert errors["moved"] > 1e-3, (kind, errors)
+        assert max(errors["metrics"], errors["params"]) < 1e-5, (kind, errors)
+
+
 def shards_of_each_leaf():
     """Shapes of one device's part of parameters and optimizer state, however they were made."""
     import dataclasses
