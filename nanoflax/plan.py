@@ -128,14 +128,14 @@ def compiled(config, topology):
             "reserved": arguments + found.temp_size_in_bytes}
 
 
-def candidate_meshes(count, dim):
-    """Shapes worth a look for `count` devices: all of data or fsdp, and tensor 2, 4 or 8.
+THIN = 128  # a part of D below this is thin: a guess between 16 and 256; a TPU's tiles are of 128
 
-    Also fsdp no more than keeps 128 of D in a part: XLA reduces thinner gradients whole, and keeps
-    all of them until the update.
-    """
+
+def candidate_meshes(count, dim):
+    """Shapes worth a look for `count` devices: all of data or fsdp, as much of fsdp as leaves no thin
+    parts, and tensor 2, 4 or 8."""
     shapes = [(count, 1, 1), (1, count, 1)]
-    wide = math.gcd(count, max(1, dim // 128))
+    wide = math.gcd(count, max(1, dim // THIN))
     shapes += [(count // wide, wide, 1)]
     shapes += [(1, count // t, t) for t in (2, 4, 8) if count % t == 0 and count > t]
     return list(dict.fromkeys(shapes))
@@ -201,10 +201,14 @@ def _gradient(local):
 def gradient_bytes(config, mesh):
     """(bytes of the gradients on a chip, the most that gradients and activations take together)."""
     traced, names = _gradient(share(config, mesh))
-    fsdp = mesh.shape["fsdp"]
-    parts = [fsdp if "fsdp" in sharding.spec_of(name, v.aval.shape) else 1
-             for name, v in zip(names, traced.invars)]
-    gathered = {v for v, n in zip(traced.invars, parts) if n > 1}
+    specs = [sharding.spec_of(name, v.aval.shape) for name, v in zip(names, traced.invars)]
+    gathered = {v for v, spec in zip(traced.invars, specs)
+                if "fsdp" in spec and mesh.shape["fsdp"] > 1}
+    # Seen of the TPU compiler: what would leave thin parts of D (16; not 256) it reduces whole, and
+    # keeps until the update. The embeddings' gradients are split by other means.
+    thin = config.model.dim // mesh.shape["fsdp"] < THIN
+    parts = [mesh.shape["fsdp"] if "fsdp" in spec and not (thin and "block_" in name) else 1
+             for name, spec in zip(names, specs)]
     grads, most = _peak(traced, gathered, dict(zip(traced.outvars, parts)))
     if config.train.accumulate > 1:  # the sum so far, float32
         total = sum(math.prod(v.aval.shape) * 4 // n for v, n in zip(traced.invars, parts))
