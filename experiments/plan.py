@@ -1,11 +1,12 @@
 """What a training run needs, before a machine is rented: memory, work, traffic and time at best.
 
     python -m experiments.plan --config=llama_8b --topology=v5e:16x16
-    python -m experiments.plan --config=gpt2_124m --devices=8 --chip=h100 --meshes=8,1,1 --meshes=1,8,1
+    python -m experiments.plan --config=gpt2_124m --devices=8 --chip=h100 --meshes=1,8,1
 
-Nothing is trained, and no accelerator is needed. With libtpu (pip install -e '.[tpu-plan]') the step
-is compiled for the TPU slice on the best mesh, in some minutes, and the compiler's own memory stands
-beside the estimate; --nocompile leaves that out. Exit status: 0, or 2 for something to put right.
+Nothing is trained, and no accelerator is needed. With libtpu (pip install -e '.[tpu-plan]') the
+step is compiled for the TPU slice on the best mesh, in some minutes, and the compiler's own memory
+stands beside the estimate; --nocompile leaves that out. Exit status: 0, or 2 for something to put
+right.
 """
 
 import dataclasses

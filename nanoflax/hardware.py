@@ -46,7 +46,7 @@ CHIPS = {
     "v5e": Chip("TPU v5 lite", 16 * 2**30, 819e9, 200e9, _FLAT),
     "v5p": Chip("TPU v5", 95 * 2**30, 2765e9, 600e9, _CUBES),
     "v6e": Chip("TPU v6 lite", 32 * 2**30, 1638e9, 400e9, _FLAT),
-    # NVIDIA's data sheets of the SXM modules, A100 with 80 GB; the network is half of NVLink's total.
+    # NVIDIA's data sheets, SXM modules, A100 with 80 GB; the network is half of NVLink's total.
     "a100": Chip("A100", 80e9, 2039e9, 300e9),
     "h100": Chip("H100", 80e9, 3350e9, 450e9),
     "h200": Chip("H200", 141e9, 4800e9, 450e9),

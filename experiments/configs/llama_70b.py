@@ -4,7 +4,7 @@ Command:   python -m experiments.pretrain --config=llama_70b --workdir=runs/llam
 Hardware:  a TPU v5p-512 slice, which has 256 chips (--topology=v5p:4x8x8)
 Data:      tfds:NAME must be prepared first, and data.tokenizer name a tokenizer of 128,256 pieces
            or fewer, such as a directory in the place of bpe:128000
-Figure:    projected by experiments.plan: at least 5.3 s a step and 23.5 GiB a
+Figure:    projected by experiments.plan: at least 5.3 s a step and 35.9 GiB a
            chip, at most 75% MFU (blocks are computed twice). Not trained.
 """
 
@@ -17,7 +17,7 @@ def get_config():
         data=DataConfig(train="tfds:openwebtext", tokenizer="bpe:128000",
                         validation_fraction=0.0005),
         optim=OptimConfig(name="adamw", learning_rate=1.5e-4, warmup_steps=2000, schedule="cosine"),
-        train=TrainConfig(steps=300_000, batch_size=256, mesh="4,64,1", remat="blocks", loss_chunks=8,
+        train=TrainConfig(steps=300_000, batch_size=256, mesh="8,32,1", remat="blocks", loss_chunks=8,
                           evaluate_every=1000, evaluate_batches=50, checkpoint_every=1000,
                           sample_tokens=0),
     )
