@@ -225,7 +225,7 @@ def test_a_plan_as_text_and_json(tmp_path):
         best[k] for k in ("weights", "optimizer", "batch", "gradients", "activations"))
     assert "take --config.train.mesh=" + ",".join(map(str, best["mesh"].values())) in done.stdout
     assert "projection" in done.stdout
-    assert len(found["meshes"]) == 5 and not found["refused"]
+    assert len(found["meshes"]) == 4 and not found["refused"]
 
 
 def test_what_does_not_fit_is_said(tmp_path):
