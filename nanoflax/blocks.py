@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nanoflax import masking, positions
+from nanoflax import masking, positions, sharding
 from nanoflax.attention import Attention, View
 from nanoflax.config import ModelConfig
 from nanoflax.layers import MLP, Embedding, Linear, Norm, activate, bottleneck
@@ -221,7 +221,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens):
         """tokens: [B, T] int32 below V -> [B, T, D] in the compute dtype."""
-        return self.embedding(tokens) * self.config.embed_scale
+        return sharding.split_batch(self.embedding(tokens)) * self.config.embed_scale
 
     def output(self, x, segments=None, cache=None):
         """The last states x [B, T, D] as `head` reads them, and the cache or None.

@@ -1,7 +1,11 @@
 """What the machines can do: peak rates by device, and this one's measured."""
 
+import math
 import re
 import time
+from typing import NamedTuple
+
+from nanoflax.errors import UserError
 
 # Dense bfloat16 FLOP/s of one JAX device (float16 where the chip has no bfloat16), first match
 # wins. NVIDIA and AMD: data sheets, half of a figure "with sparsity". TPU: the system architecture
@@ -16,6 +20,53 @@ _PEAK_FLOPS = (
     ("L4", 121e12), ("V100", 125e12), ("T4", 65e12), ("A6000", 154.8e12), ("RTX 4090", 165.2e12),
     ("RTX 3090", 71e12), ("MI300X", 1307e12), ("MI250X", 191.5e12),
 )
+
+
+class Chip(NamedTuple):
+    """A chip's name to JAX, and what `plan` counts with beside its peak FLOP/s."""
+
+    kind: str  # its device_kind
+    memory: float  # bytes
+    bandwidth: float  # of the memory, bytes/s
+    network: float  # bytes/s that it receives when all its links are busy
+    topologies: tuple = ()  # slices that can be had of a TPU; 8 GPUs at most are joined so
+
+    @property
+    def flops(self):
+        return next(flops for name, flops in _PEAK_FLOPS if name == self.kind)
+
+
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16",
+          "8x16x16", "16x16x16")
+CHIPS = {
+    # cloud.google.com/tpu/docs/v4, v5e, v5p, v6e; the network is half of the "bidirectional" figure,
+    # and v4's, six links of 50 GB/s, from Jouppi et al. 2023, table 4.
+    "v4": Chip("TPU v4", 32 * 2**30, 1200e9, 300e9, _CUBES),
+    "v5e": Chip("TPU v5 lite", 16 * 2**30, 819e9, 200e9, _FLAT),
+    "v5p": Chip("TPU v5", 95 * 2**30, 2765e9, 600e9, _CUBES),
+    "v6e": Chip("TPU v6 lite", 32 * 2**30, 1638e9, 400e9, _FLAT),
+    # NVIDIA's data sheets, SXM modules, A100 with 80 GB; the network is half of NVLink's total.
+    "a100": Chip("A100", 80e9, 2039e9, 300e9),
+    "h100": Chip("H100", 80e9, 3350e9, 450e9),
+    "h200": Chip("H200", 141e9, 4800e9, 450e9),
+}
+
+
+def slice_of(topology):
+    """(Chip, number of chips) of a TPU slice's name, such as v5e:16x16.
+
+    Raises: UserError with the names that are known.
+    """
+    name, _, shape = topology.partition(":")
+    chip = CHIPS.get(name)
+    if chip is None or shape not in chip.topologies:
+        known = {n: c.topologies for n, c in CHIPS.items() if c.topologies}
+        if name in known:
+            known = {name: known[name]}
+        raise UserError(f"--topology={topology} is not known; known: " + ", ".join(
+            f"{n}:{shape}" for n, shapes in known.items() for shape in shapes))
+    return chip, math.prod(map(int, shape.split("x")))
 
 
 def peak_flops(device):

@@ -28,12 +28,11 @@ RULES = (
 )
 
 
-def make_mesh(shape="-1,1,1", devices=None):
-    """A mesh over all devices. shape: sizes along data, fsdp, tensor; one -1 takes the rest.
+def mesh_sizes(shape, count):
+    """The sizes along AXES of a mesh of `count` devices. shape: such as "2,-1,1"; -1 is the rest.
 
     Raises: UserError if the sizes cannot be read or do not use every device.
     """
-    devices = jax.devices() if devices is None else devices
     try:
         sizes = [int(n) for n in str(shape).split(",")]
     except ValueError:
@@ -42,12 +41,26 @@ def make_mesh(shape="-1,1,1", devices=None):
         raise UserError(f"train.mesh={shape!r} must be three sizes for {', '.join(AXES)}, "
                         "such as 1,8,1, at most one of them -1")
     rest = math.prod(n for n in sizes if n > 0)
-    sizes = [len(devices) // rest if n == -1 else n for n in sizes]
-    if math.prod(sizes) != len(devices):
-        raise UserError(f"train.mesh={shape!r} does not use the {len(devices)} devices present; "
-                        f"the sizes must multiply to {len(devices)}")
-    return jax.make_mesh(tuple(sizes), AXES, devices=devices,
+    sizes = [count // rest if n == -1 else n for n in sizes]
+    if math.prod(sizes) != count:
+        raise UserError(f"train.mesh={shape!r} does not use the {count} devices present; "
+                        f"the sizes must multiply to {count}")
+    return tuple(sizes)
+
+
+def make_mesh(shape="-1,1,1", devices=None):
+    """A mesh over all devices. shape: sizes along data, fsdp, tensor; one -1 takes the rest.
+
+    Raises: UserError if the sizes cannot be read or do not use every device.
+    """
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(mesh_sizes(shape, len(devices)), AXES, devices=devices,
                          axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(sizes):
+    """A mesh of no devices, to plan with. sizes: along AXES."""
+    return jax.sharding.AbstractMesh(sizes, AXES)
 
 
 def spec_of(path, shape):
@@ -109,6 +122,18 @@ def put_batch(arrays, mesh):
     """A host's part of a batch (numpy arrays [B_host, ...]) as global arrays, split over the mesh."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(
         batch(mesh, np.ndim(x)), np.asarray(x)), arrays)
+
+
+def split_batch(x):
+    """Activations x [B, ...], on the mesh that the step is traced for split along B as the batch is.
+
+    Left to itself XLA may follow the embedding's split of D instead, and give every device all B.
+    """
+    mesh = current()
+    axes = tuple(axis for axis in BATCH[0] if mesh is not None and axis in mesh.shape)
+    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(axes, *[P.UNCONSTRAINED] * (x.ndim - 1)))
 
 
 def current(mesh=None):

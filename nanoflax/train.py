@@ -166,7 +166,12 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
 def jit_step(step, state, mesh):
     """`step` to be compiled for each shape of batch; state (or its shapes) is donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None),
+
+    def on_mesh(*args):  # for sharding.split_batch
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(*args)
+
+    return jax.jit(on_mesh, donate_argnums=0, out_shardings=(shardings, None),
                    compiler_options=hardware.compiler_options(mesh.devices.flat[0].platform))
 
 

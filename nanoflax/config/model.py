@@ -148,6 +148,16 @@ PRESETS = {
     # Llama 3.2 1B (Meta, 2024), without its rotary scaling.
     "llama-1b": _with(_LLAMA, vocab_size=128256, context=8192, layers=16, dim=2048, heads=32,
                       kv_heads=8, head_dim=64, mlp_dim=8192, rope_theta=500_000.0, tied=True),
+    # Llama 3 8B and 70B (Grattafiori et al. 2024, table 3).
+    "llama-8b": _with(_LLAMA, vocab_size=128256, context=8192, layers=32, dim=4096, heads=32,
+                      kv_heads=8, mlp_dim=14336, rope_theta=500_000.0),
+    "llama-70b": _with(_LLAMA, vocab_size=128256, context=8192, layers=80, dim=8192, heads=64,
+                       kv_heads=8, mlp_dim=28672, rope_theta=500_000.0),
+    # T5 11B (Raffel et al. 2020, section 3.7), its vocabulary padded to 32128 as published.
+    "t5-11b": ModelConfig(
+        architecture="encoder_decoder", vocab_size=32128, context=512, layers=24, dim=1024,
+        heads=128, head_dim=128, mlp_dim=65536, activation="relu", norm="rmsnorm", norm_eps=1e-6,
+        positions="relative", bias=False, attention_scale=1.0, logit_scale=1024**-0.5),
 }
 
 

@@ -1,0 +1,23 @@
+"""Llama 3.2 1B from scratch, at 4,096 tokens a chip.
+
+Command:   python -m experiments.pretrain --config=llama_1b --workdir=runs/llama_1b
+Hardware:  a TPU v5e-16 slice (--topology=v5e:4x4)
+Data:      tfds:NAME must be prepared first, and data.tokenizer name a tokenizer of 128,256 pieces
+           or fewer, such as a directory in the place of bpe:128000
+Figure:    projected by experiments.plan: at least 0.25 s a step and 4.8 GiB a
+           chip on v5e:4x4, at most 75% MFU (blocks are computed twice). Not trained.
+"""
+
+from nanoflax.config import Config, DataConfig, OptimConfig, TrainConfig, preset
+
+
+def get_config():
+    return Config(
+        model=preset("llama-1b", context=4096),
+        data=DataConfig(train="tfds:openwebtext", tokenizer="bpe:128000",
+                        validation_fraction=0.0005),
+        optim=OptimConfig(name="adamw", learning_rate=3e-4, warmup_steps=2000, schedule="cosine"),
+        train=TrainConfig(steps=300_000, batch_size=16, mesh="2,8,1", remat="blocks", loss_chunks=8,
+                          evaluate_every=1000, evaluate_batches=50, checkpoint_every=1000,
+                          sample_tokens=0),
+    )

@@ -1,0 +1,23 @@
+"""Llama 3 70B from scratch, at 4,096 tokens a chip.
+
+Command:   python -m experiments.pretrain --config=llama_70b --workdir=runs/llama_70b
+Hardware:  a TPU v5p-512 slice, which has 256 chips (--topology=v5p:4x8x8)
+Data:      tfds:NAME must be prepared first, and data.tokenizer name a tokenizer of 128,256 pieces
+           or fewer, such as a directory in the place of bpe:128000
+Figure:    projected by experiments.plan: at least 5.3 s a step and 35.9 GiB a
+           chip, at most 75% MFU (blocks are computed twice). Not trained.
+"""
+
+from nanoflax.config import Config, DataConfig, OptimConfig, TrainConfig, preset
+
+
+def get_config():
+    return Config(
+        model=preset("llama-70b", context=4096),
+        data=DataConfig(train="tfds:openwebtext", tokenizer="bpe:128000",
+                        validation_fraction=0.0005),
+        optim=OptimConfig(name="adamw", learning_rate=1.5e-4, warmup_steps=2000, schedule="cosine"),
+        train=TrainConfig(steps=300_000, batch_size=256, mesh="8,32,1", remat="blocks", loss_chunks=8,
+                          evaluate_every=1000, evaluate_batches=50, checkpoint_every=1000,
+                          sample_tokens=0),
+    )

@@ -1,0 +1,375 @@
+"""What a training step needs, before a machine is rented: bytes, FLOPs, traffic, time at best.
+
+Weights and optimizer state are exact, from shapes and the table of `sharding`. Gradients and
+activations are an estimate: what one chip's share of the model keeps when its gradient is traced,
+with elementwise work fused into the products around it. Time is a roofline, a bound from below.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from nanoflax import losses, models, objectives, optim, sharding, train
+from nanoflax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A training step of a Config on a mesh. All bytes are of one chip."""
+
+    mesh: dict
+    parameters: int  # of the model, over all chips
+    weights: int  # bytes
+    optimizer: int  # bytes of optimizer state, and of the moving average
+    batch: int  # bytes
+    gradients: int  # bytes
+    activations: int  # bytes, at their most, with what a product needs beside them
+    cache: int  # bytes of keys and values, were the batch sampled to its whole length
+    flops_per_token: float
+    tokens: int  # in a step, over all chips
+    collectives: dict  # kind -> bytes that a chip receives in a step
+    memory_traffic: float  # bytes read and written in a step, at least
+
+    @property
+    def memory(self):
+        """Bytes that a step needs on a chip."""
+        return self.weights + self.optimizer + self.batch + self.gradients + self.activations
+
+
+class Roofline(NamedTuple):
+    """The least time of a step, in seconds, by what bounds it."""
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def seconds(self):
+        return max(self)
+
+    @property
+    def bound(self):
+        return self._fields[self.index(max(self))]
+
+
+def make(config, mesh):
+    """The Plan of a Config on a mesh (an AbstractMesh will do). Computes and compiles nothing.
+
+    Raises: UserError if the mesh does not divide the model or the batch.
+    """
+    sharding.check(config, mesh)
+    model = models.build(config.model, config.train.remat)
+    optimizer, _ = optim.make_optimizer(config.optim, config.train.steps)
+    state = train.abstract_state(model, optimizer, config, mesh)
+    batch = _batch(config)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    grads, most = gradient_bytes(config, mesh)
+    weights, rest = chip_bytes(state.params), chip_bytes((state.opt_state, state.ema))
+    traffic = (2 * (weights + rest)  # the update reads and writes both
+               + config.train.accumulate * (3 * _passes_bytes(config, mesh) + 2 * (most - grads)))
+    return Plan(
+        dict(mesh.shape), sum(x.size for x in jax.tree.leaves(state.params)), weights, rest,
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) // ways, grads, most - grads,
+        cache_bytes(config, mesh), models.flops_per_token(config.model),
+        config.train.batch_size * config.model.context, collectives(config, mesh, state.params),
+        traffic)
+
+
+def roofline(plan, chip, remat="none"):
+    """The Roofline of a Plan on a hardware.Chip. remat: blocks are computed a second time."""
+    chips = math.prod(plan.mesh.values())
+    again = 4 / 3 if remat == "blocks" else 1
+    return Roofline(plan.flops_per_token * plan.tokens * again / chips / chip.flops,
+                    plan.memory_traffic / chip.bandwidth,
+                    sum(plan.collectives.values()) / chip.network)
+
+
+def projected_mfu(plan, chip, remat="none"):
+    """The share of peak FLOP/s that a step taking no longer than its roofline would reach."""
+    chips = math.prod(plan.mesh.values())
+    return (plan.flops_per_token * plan.tokens / chips / chip.flops
+            / roofline(plan, chip, remat).seconds)
+
+
+def chip_bytes(tree):
+    """Bytes of one device's part of a tree of arrays or shapes with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+               for x in jax.tree.leaves(tree))
+
+
+def compiled(config, topology):
+    """The compiler's own figures for the step on a TPU slice, in bytes of one chip.
+
+    Needs libtpu and no TPU; takes minutes. Returns {arguments, temporary, code: bytes, reserved:
+    the first two, live: the most of them in use at once}.
+    Raises: UserError if the compiler finds the step too large, with its words.
+    """
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = sharding.make_mesh(config.train.mesh, devices)
+    model = models.build(config.model, config.train.remat)
+    optimizer, _ = optim.make_optimizer(config.optim, config.train.steps)
+    state, batch = train.abstract_state(model, optimizer, config, mesh), _batch(config)
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch(mesh, x.ndim))
+             for name, x in batch.items()}
+    step = train.make_train_step(model, optimizer, config, _objective(config.model))
+    try:
+        found = train.compile_step(step, state, batch, mesh).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"the compiler refuses the step: {str(error)[:300]}") from error
+    arguments = (found.argument_size_in_bytes + found.output_size_in_bytes
+                 - found.alias_size_in_bytes)
+    return {"arguments": arguments, "temporary": found.temp_size_in_bytes,
+            "code": found.generated_code_size_in_bytes, "live": found.peak_memory_in_bytes,
+            "reserved": arguments + found.temp_size_in_bytes}
+
+
+THIN = 256  # a part of D below this is thin to the TPU compiler: 16 and 128 were seen to be, not 256
+
+
+def candidate_meshes(count, dim):
+    """Shapes worth a look for `count` devices: all of data or fsdp, as much of fsdp as leaves no
+    thin parts, and tensor 2, 4 or 8."""
+    shapes = [(count, 1, 1), (1, count, 1)]
+    wide = math.gcd(count, max(1, dim // THIN))
+    shapes += [(count // wide, wide, 1)]
+    shapes += [(1, count // t, t) for t in (2, 4, 8) if count % t == 0 and count > t]
+    return list(dict.fromkeys(shapes))
+
+
+# One chip's share.
+
+def share(config, mesh):
+    """The Config of what one chip computes in a micro-batch: a part of the rows, heads, F and V."""
+    m, t, split = config.model, config.train, mesh.shape["tensor"]
+    rows = t.batch_size // t.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
+    if m.architecture == "decoder":  # the pieces that the whole micro-batch is cut into
+        t = dataclasses.replace(t, loss_chunks=t.loss_chunks or losses.chunks_of(
+            t.batch_size // t.accumulate, m.context, m.vocab_size))
+    if m.architecture != "lstm":
+        m = dataclasses.replace(m, heads=m.heads // split, kv_heads=m.G // split, head_dim=m.K,
+                                mlp_dim=m.F // split, vocab_size=m.vocab_size // split)
+    return dataclasses.replace(config, model=m,
+                               train=dataclasses.replace(t, batch_size=rows, accumulate=1))
+
+
+def _batch(config):
+    """The shapes of a batch, by what the architecture learns from."""
+    m, B, T = config.model, config.train.batch_size, config.model.context
+    tokens, flags = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T), bool)
+    weights = jax.ShapeDtypeStruct((B, T), jnp.float32)
+    if m.architecture == "decoder":
+        return train.abstract_batch(config, sharding.abstract_mesh((1, 1, 1)))
+    if m.architecture in ("encoder_decoder", "lstm"):
+        return {"source": tokens, "source_mask": flags, "targets": tokens, "weights": weights}
+    row = jax.ShapeDtypeStruct((B,), jnp.int32)
+    batch = {"tokens": tokens, "padding_mask": flags}
+    if m.head == "classify":
+        return batch | {"label": row, "weights": jax.ShapeDtypeStruct((B,), jnp.float32)}
+    if m.head == "tag":
+        return batch | {"tags": tokens, "weights": weights}
+    raise UserError(f"model.head={m.head!r} has no training step to plan; decoders, "
+                    "encoder-decoders, and the heads classify and tag have")
+
+
+def _objective(m):
+    if m.architecture == "encoder":
+        return {"classify": objectives.classify, "tag": objectives.tag}[m.head]
+    return objectives.causal_lm if m.architecture == "decoder" else objectives.seq2seq
+
+
+@functools.cache  # meshes often have the same share
+def _gradient(local):
+    """The jaxpr of the gradient of a share's loss, and the paths of its parameters."""
+    model = models.build(local.model, local.train.remat)
+    objective = _objective(local.model)
+    t, params = local.train, sharding.shapes(model)
+    rng = jax.random.PRNGKey(0) if local.model.dropout else None
+
+    def loss(params, batch):
+        return objective(model, params, batch, rng, chunks=t.loss_chunks, z_loss=t.z_loss,
+                         label_smoothing=t.label_smoothing)[0]
+
+    names = [optim.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return jax.make_jaxpr(jax.grad(loss))(params, _batch(local)).jaxpr, names
+
+
+def gradient_bytes(config, mesh):
+    """(bytes of the gradients on a chip, the most that gradients and activations take together)."""
+    traced, names = _gradient(share(config, mesh))
+    specs = [sharding.spec_of(name, v.aval.shape) for name, v in zip(names, traced.invars)]
+    gathered = {v for v, spec in zip(traced.invars, specs)
+                if "fsdp" in spec and mesh.shape["fsdp"] > 1}
+    # Gradients that would be cut into thin parts the TPU compiler reduces whole, and keeps until the
+    # update. The embeddings' are split by other means.
+    thin = config.model.dim // mesh.shape["fsdp"] < THIN
+    parts = [mesh.shape["fsdp"] if "fsdp" in spec and not (thin and "block_" in name) else 1
+             for name, spec in zip(names, specs)]
+    grads, most = _peak(traced, gathered, dict(zip(traced.outvars, parts)))
+    if config.train.accumulate > 1:  # the sum so far, float32
+        total = sum(math.prod(v.aval.shape) * 4 // n for v, n in zip(traced.invars, parts))
+        return total, total + most
+    return grads, most
+
+
+# Products and what moves data are computed by themselves; the rest is fused into its readers.
+_UNFUSED = ("dot_general", "gather", "scatter", "reduce", "cum", "arg", "sort", "concatenate",
+            "dynamic_update_slice", "scan", "while", "cond", "random", "threefry", "top_k")
+
+
+class _Buffer:
+    """An array in memory, from the operation that makes it to the last that reads it."""
+
+    def __init__(self, size, born, fused=False):
+        self.size, self.born, self.last = 0 if fused else size, born, born
+        self.worth = size  # of reading it again, which may cost a recomputation
+
+
+def _peak(jaxpr, gathered, parts, carries=()):
+    """(bytes of the results, the most bytes alive at once) of a jaxpr whose inputs lie elsewhere.
+
+    gathered: inputs that are put together from the chips' parts, in two bytes a number, wherever
+    they are used; parts: into how many each result is split over the chips as soon as it is made;
+    carries: results that are written in place.
+    """
+    buffers, extra, loops = [], [], set()  # extra[i]: bytes that operation i alone needs
+    nothing = (frozenset(), frozenset())
+
+    def size(v):
+        return math.prod(v.aval.shape) * v.aval.dtype.itemsize
+
+    def fuses(eqn, sources, out_bytes):
+        if eqn.primitive.name.startswith(_UNFUSED):
+            return False
+        return (sum(b.worth for b in sources) <= 1.2 * out_bytes
+                or any(v in carries for v in eqn.outvars))
+
+    def run(jaxpr, values):
+        """values: variable -> (the buffers that it is computed from, the gathered inputs)."""
+        def get(v):
+            return nothing if isinstance(v, jax.extend.core.Literal) else values.get(v, nothing)
+
+        for eqn in jaxpr.eqns:
+            name, ins = eqn.primitive.name, [get(v) for v in eqn.invars]
+            inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
+            inner = getattr(inner, "jaxpr", inner)
+            if inner is not None and name not in ("scan", "while"):
+                values.update(zip(eqn.outvars, run(inner, dict(zip(inner.invars, ins)))))
+                continue
+            sources = frozenset().union(*(s for s, _ in ins))
+            inputs = frozenset().union(*(g for _, g in ins))
+            if fuses(eqn, sources, sum(map(size, eqn.outvars))):
+                values.update((v, (sources, inputs)) for v in eqn.outvars)
+                continue
+            for b in sources:
+                b.last = len(extra)
+            # The TPU compiler writes products of heads, [B, H, T, S] float32, only after the
+            # softmax around them, as bfloat16.
+            fused = (name == "dot_general" and eqn.params["dimension_numbers"][1][0]
+                     and eqn.outvars[0].aval.dtype != eqn.invars[0].aval.dtype)
+            for v in eqn.outvars:
+                buffers.append(_Buffer(size(v), len(extra), fused))
+                values[v] = (frozenset(buffers[-1:]), frozenset())
+            need = sum(n for _, n in inputs) if name in ("dot_general", "scan") else 0
+            if name == "scan":  # it splits what it carries by itself
+                loops.add(len(extra))
+                carried = inner.outvars[:eqn.params["num_carry"]]
+                need += _peak(inner, (), {}, carried)[1]
+            extra.append(need)
+        return [get(v) for v in jaxpr.outvars]
+
+    outs = run(jaxpr, {v: (frozenset(), frozenset([(v, math.prod(v.aval.shape) * 2)]))
+                       for v in gathered})
+    results, whole = set(), dict(enumerate(extra))
+    for v, (sources, _) in zip(jaxpr.outvars, outs):
+        for b in sources - results if v not in carries else ():
+            b.last, n = len(extra), parts.get(v, 1)
+            part = b.size // n
+            if not (n > 1 and b.born in loops):
+                whole[b.born] = max(whole[b.born], extra[b.born] + b.size - part)
+            b.size = part
+            results.add(b)
+    change = [0] * (len(extra) + 2)
+    for b in buffers:
+        change[b.born] += b.size
+        change[b.last + 1] -= b.size
+    alive, most = 0, 0
+    for i, change in enumerate(change[:-1]):
+        alive += change
+        most = max(most, alive + whole.get(i, 0))
+    return sum(b.size for b in results), most
+
+
+def cache_bytes(config, mesh):
+    """Bytes of the decode cache of a chip's rows at the whole context; 0 without a decoder."""
+    local = share(config, mesh)
+    if local.model.architecture == "encoder":
+        return 0
+    model, B, T = models.build(local.model), local.train.batch_size, local.model.context
+
+    def caches(params):
+        rows, lengths = jnp.zeros((B, T), jnp.int32), jnp.full(B, T)
+        if local.model.architecture == "decoder":
+            return model.empty_cache(B, T)
+        return model.prefill(params, rows, lengths, T)[1]
+
+    return sum(x.size * x.dtype.itemsize
+               for x in jax.tree.leaves(jax.eval_shape(caches, sharding.shapes(model))))
+
+
+# Traffic.
+
+def _passes_bytes(config, mesh):
+    """Bytes of the weights of a chip's share in the compute dtype: read once in every pass."""
+    model = models.build(share(config, mesh).model)
+    return sum(x.size for x in jax.tree.leaves(sharding.shapes(model))) \
+        * model.compute_dtype.itemsize
+
+
+def collectives(config, mesh, params):
+    """Bytes that a chip receives in a step, by the kind of collective; kinds with none are absent.
+
+    params: the shapes of the parameters. Over n chips an all-gather or reduce-scatter of s bytes
+    brings each (n - 1) / n s, an all-reduce twice that, in rings (Chan et al. 2007).
+    """
+    m, t, sizes = config.model, config.train, mesh.shape
+    data, fsdp, tensor = sizes["data"], sizes["fsdp"], sizes["tensor"]
+    item = models.build(m).compute_dtype.itemsize
+    out = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce", "all-to-all"), 0)
+
+    def ring(n, size):
+        return (n - 1) / n * size
+
+    rows = t.batch_size // (data * fsdp)
+    chunks = share(config, mesh).train.loss_chunks or 1
+    head = "embed/embedding" if m.tied else "unembed/kernel"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = optim.path_of(path)
+        spec = sharding.spec_of(name, leaf.shape)
+        size = leaf.size // (tensor if "tensor" in spec else 1)
+        if "fsdp" not in spec or fsdp == 1:  # its gradient is needed whole
+            out["all-reduce"] += 2 * ring(data * fsdp, size * item) * t.accumulate
+            continue
+        if name == head:  # the loss gathers it and sums its gradient for each piece of the tokens
+            turns = t.accumulate * chunks
+            out["all-gather"] += ring(fsdp, size * item) * turns
+            out["all-reduce"] += 2 * ring(data * fsdp, size * 4) * turns
+            continue
+        if name != "embed/embedding":  # forward and backward
+            out["all-gather"] += 2 * ring(fsdp, size * item) * t.accumulate
+        out["reduce-scatter"] += ring(fsdp, size * item) * t.accumulate
+        out["all-reduce"] += 2 * ring(data, size * item / fsdp) * t.accumulate
+    x = rows * m.context * m.dim * item  # the states of a chip's rows, of all micro-batches
+    if fsdp > 1:  # the embedding is looked up, and its gradient added, a part of D on each chip
+        out["all-to-all"] += 2 * ring(fsdp, x)
+    # A block's output and its input's gradient are sums over the heads, and over F.
+    sums = 2 * m.layers
+    if m.architecture == "encoder_decoder":
+        sums += 3 * models.decoder_layers(m)
+    again = 1.5 if t.remat == "blocks" else 1
+    out["all-reduce"] += 2 * ring(tensor, x) * (sums * (1 + again) + 2)
+    return {kind: round(size) for kind, size in out.items() if size}
