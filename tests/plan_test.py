@@ -16,7 +16,6 @@ from experiments import common
 from nanoflax import config as configs
 from nanoflax import hardware, plan, sharding
 from nanoflax.config import Config, ModelConfig, OptimConfig, TrainConfig, preset
-from nanoflax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CHILD = """
