@@ -283,14 +283,20 @@ def texts(tmp_path_factory):
         for _ in range(120)))
 
 
+@pytest.fixture(scope="module")
+def few(texts, tmp_path_factory):
+    """The first three of them: what is written takes the time of a test."""
+    path = tmp_path_factory.mktemp("few") / "few.jsonl"
+    return write(path, map(json.loads, open(texts.removeprefix("jsonl:")).readlines()[:3]))
+
+
 def result(workdir):
     return json.loads((workdir / "result.json").read_text())
 
 
 def test_masked_tokens_are_guessed_and_the_encoder_is_gone_on_with(texts, topics, tmp_path):
-    flags = ["--config.train.steps=200", "--config.train.evaluate_every=200"]
-    done = finetune("masked_lm", tmp_path / "mlm", texts, texts, *flags,
-                    "--config.optim.name=adamw")
+    done = finetune("masked_lm", tmp_path / "mlm", texts, texts, "--config.train.steps=150",
+                    "--config.train.evaluate_every=150", "--config.optim.name=muon")
     assert done.returncode == 0, done.stderr
     assert "read in several rows" in done.stdout and "⟦" in done.stdout
     found = result(tmp_path / "mlm")
@@ -307,10 +313,10 @@ def test_masked_tokens_are_guessed_and_the_encoder_is_gone_on_with(texts, topics
 @pytest.mark.parametrize("noise, tokenizer, architecture, vocabulary", [
     ("spans", "bpe:280", "encoder_decoder", 381), ("infilling", "bytes", "lstm", 260)])
 def test_a_denoiser_is_what_translate_begins_from(noise, tokenizer, architecture, vocabulary, texts,
-                                                  tmp_path):
+                                                  few, tmp_path):
     options = [f"--config.data.tokenizer={tokenizer}", "--config.train.evaluate_every=4",
                f"--config.model.architecture={architecture}", "--config.train.evaluate_batches=1"]
-    done = finetune("denoise", tmp_path / "noisy", texts, texts, *options,
+    done = finetune("denoise", tmp_path / "noisy", texts, few, *options,
                     "--config.train.steps=8", f"--config.task.noise={noise}")
     assert done.returncode == 0, done.stderr
     found = result(tmp_path / "noisy")
@@ -331,15 +337,15 @@ def test_a_denoiser_is_what_translate_begins_from(noise, tokenizer, architecture
     assert own.fingerprint == same.fingerprint
 
 
-def test_a_vocabulary_grows_under_a_model_that_had_no_marks(texts, tmp_path):
-    pairs = [{"source": "abc bcd " + a, "target": a} for a in "abcdefgh" * 9]
+def test_a_vocabulary_grows_under_a_model_that_had_no_marks(texts, few, tmp_path):
+    pairs = [{"source": "abc bcd " + a, "target": a} for a in "abcdefgh"]
     data = write(tmp_path / "pairs", pairs)
     options = ["--config.data.tokenizer=bpe:270", "--config.train.steps=2",
                "--config.train.evaluate_every=2", "--config.optim.warmup_steps=0",
                "--config.optim.learning_rate=0", "--config.optim.name=adamw"]
     base = finetune("translate", tmp_path / "base", data, data, *options)
     assert base.returncode == 0, base.stderr
-    done = finetune("denoise", tmp_path / "noisy", texts, texts, *options,
+    done = finetune("denoise", tmp_path / "noisy", texts, few, *options,
                     f"--config.model.init_from={tmp_path / 'base' / 'final'}")
     assert done.returncode == 0, done.stderr
     from experiments import common
@@ -354,7 +360,7 @@ def test_an_autoencoder_learns_through_its_bottleneck(tmp_path):
     done = finetune("denoise", tmp_path / "run", data, data, "--config.task.noise=none",
                     "--config.model.bottleneck=mean", "--config.model.dim=64",
                     "--config.train.steps=150", "--config.train.evaluate_every=150",
-                    "--config.optim.name=adamw", "--config.optim.learning_rate=0.005")
+                    "--config.optim.name=muon", "--config.optim.learning_rate=0.005")
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "run")["exact_match"] > 0.9
 
