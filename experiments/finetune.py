@@ -110,7 +110,8 @@ def run(config, workdir):
             common.write_run(workdir, config, tokenizer)
             common.write_labels(workdir, data.labels, data.multi_label)
         if start < t.steps:
-            flops = models.flops_per_token(config.model, shown.model.context)
+            # What is frozen has no gradient: the formula would count too much.
+            flops = None if frozen else models.flops_per_token(config.model, shown.model.context)
             with common.displays(workdir, shown, start, flops, peak) as (log, progress):
                 state, tracking, outcome = train.fit(
                     state, lambda state, batch: step(state, batch, frozen),

@@ -17,10 +17,4 @@ from experiments import common
 
 def get_config():
     config = common.load_config("translate")
-    return dataclasses.replace(
-        config, task=dataclasses.replace(config.task, length=32, target_length=32, max_shift=2),
-        model=dataclasses.replace(config.model, layers=1, dim=64),
-        data=dataclasses.replace(config.data, tokenizer="bpe:400", validation_fraction=0.02),
-        optim=dataclasses.replace(config.optim, learning_rate=5e-3),
-        train=dataclasses.replace(config.train, steps=400, evaluate_every=400,
-                                  checkpoint_every=400))
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, max_shift=2))

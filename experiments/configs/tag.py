@@ -15,8 +15,9 @@ def get_config():
                           context=256, norm="rmsnorm", activation="silu", gated=True,
                           positions="rotary", bias=False, dropout=0.1),
         data=DataConfig(train="pytags", tokenizer="bpe:2048"),
-        optim=OptimConfig(learning_rate=3e-3, warmup_steps=50, schedule="linear", end_factor=0.0),
+        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=20, schedule="linear",
+                          end_factor=0.0),
         task=TaskConfig(kind="tag", length=256),
-        train=TrainConfig(steps=500, batch_size=32, evaluate_every=250, evaluate_batches=20,
-                          checkpoint_every=250, sample_tokens=0),
+        train=TrainConfig(steps=400, batch_size=32, evaluate_every=200, evaluate_batches=20,
+                          checkpoint_every=200, sample_tokens=0),
     )
