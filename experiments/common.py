@@ -252,16 +252,19 @@ def adapted(model, given, config, mesh):
 
 
 def started(model, given, seed, mesh):
-    """New parameters in float32, with those of the source in their places; says what is new."""
+    """New parameters in float32, with those of the source in their places; says what is new.
+
+    Raises: UserError for a source with adapters that cannot be merged.
+    """
     import jax
     from flax import traverse_util
 
-    from nanoflax import sharding
+    from nanoflax import peft, sharding
 
     new = traverse_util.flatten_dict(sharding.init(model, jax.random.PRNGKey(seed), mesh), sep="/")
     if given is None:
         return traverse_util.unflatten_dict(new, sep="/")
-    given = traverse_util.flatten_dict(given, sep="/")
+    given = traverse_util.flatten_dict(peft.merge(given), sep="/")
     # Tokens that the source lacks (a mask, sentinels) come after its own.
     for path in {"embed/embedding", "unembed/kernel", "logit_bias"} & new.keys() & given.keys():
         old = given[path]
@@ -269,12 +272,19 @@ def started(model, given, seed, mesh):
             given[path] = new[path].at[tuple(map(slice, old.shape))].set(old)
     fits = {path for path in new if path in given and given[path].shape == new[path].shape}
     if fresh := sorted({path.split("/")[0] for path in new.keys() - fits}):
-        print(f"not in the source, drawn anew: {', '.join(fresh)}")
+        print(f"not in the source, drawn anew: {', '.join(fresh)}", file=sys.stderr)
     if left := sorted({path.split("/")[0] for path in given.keys() - fits}):
-        print(f"in the source, not needed: {', '.join(left)}")
+        print(f"in the source, not needed: {', '.join(left)}", file=sys.stderr)
     return traverse_util.unflatten_dict(
         {path: given[path].astype(x.dtype) if path in fits else x for path, x in new.items()},
         sep="/")
+
+
+def examples_of(data):
+    """The TaskSource of a DataConfig."""
+    from nanoflax.examples import TaskSource
+
+    return TaskSource(data.train, data.validation, data.validation_fraction, fields=data.fields)
 
 
 def write_labels(workdir, labels, several):
@@ -407,7 +417,8 @@ def refuse_other_data(meta, identity):
         if meta[key] != identity[key]:
             raise UserError(f"the {what} is not the one that the checkpoint was trained with "
                             f"(fingerprint {identity[key][:12]}, not {meta[key][:12]}); restore "
-                            "it, choose another --workdir, or --restart_from_weights")
+                            "it or choose another --workdir (pretrain also takes "
+                            "--restart_from_weights)")
 
 
 def set_aside(workdir):

@@ -78,21 +78,19 @@ def on_text(config, tokenizer):
 
 def on_examples(config, tokenizer, labels, several):
     """What finetune says of its validation examples, of these; the table goes to stderr."""
-    from nanoflax import batching, examples, metrics, sharding, sources, tasks
+    from nanoflax import examples, metrics, sharding, sources, tasks
 
     if FLAGS.split != "all":
         raise UserError(f"--split={FLAGS.split} is of text; examples are all read")
     task, report = config.task, sources.Report()
     kind = tasks.TASKS[task.kind].examples
     if FLAGS.data:
-        found = examples.read(FLAGS.data, kind, labels, report)
+        source = examples.TaskSource(FLAGS.data, fields=config.data.fields)
+        found = examples.read(source, kind, labels, report)
     else:
-        d = config.data
-        loaded = examples.load(examples.TaskSource(d.train, d.validation, d.validation_fraction),
-                               kind, labels or None)
+        loaded = examples.load(common.examples_of(config.data), kind, labels or None)
         found, report = loaded.validation, loaded.report
-    rows = batching.encode(found, tokenizer, task.length, labels, several, task.truncate,
-                           task.target_length, report)
+    rows = tasks.encode(found, config, tokenizer, labels, several, report)
     model, params, _ = common.open_model(FLAGS.workdir, FLAGS.checkpoint)
     judge = tasks.Judge(model, config, tokenizer, labels, rows, sharding.make_mesh("-1,1,1"))
     numbers, predictions = judge(params)

@@ -14,9 +14,11 @@ model, low-rank adapters merged (and beside it in adapter/, as the peft library 
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
+import shutil
 
 from absl import flags
 
@@ -44,20 +46,20 @@ def run(config, workdir):
     import jax
 
     from nanoflax import (
-        batching, checkpoint, denoising, examples, hardware, models, optim, peft, plots, sharding,
-        tasks, train)
+        batching, checkpoint, examples, hardware, models, optim, peft, plots, sharding, tasks,
+        train)
 
     task, t = config.task, config.train
     common.check_metric(config, tasks.TASKS[task.kind].metrics)
     mesh, kind = sharding.make_mesh(t.mesh), tasks.TASKS[task.kind].examples
-    data = examples.load(examples.TaskSource(
-        config.data.train, config.data.validation, config.data.validation_fraction), kind)
+    if jax.process_count() > 1:
+        raise UserError("finetune runs on one host; pretrain runs on several")
+    data = examples.load(common.examples_of(config.data), kind)
     config, params, tokenizer = starting_point(config, data, workdir)
+    sharding.check(config, mesh)
     common.resumable(workdir, config, restart=False)  # refuses another run's workdir
-    noise = denoising.Noise(task, tokenizer) if task.kind in ("masked_lm", "denoise") else None
-    encode = lambda part: batching.encode(  # noqa: E731
-        part, tokenizer, task.length, data.labels, data.multi_label, task.truncate,
-        task.target_length, data.report, noise)
+    encode = lambda part: tasks.encode(  # noqa: E731
+        part, config, tokenizer, data.labels, data.multi_label, data.report)
     rows, held_out = encode(data.train), encode(data.validation)
     print(f"{len(rows):,} training and {len(held_out):,} validation examples"
           + (f", {len(data.labels)} labels: {', '.join(data.labels[:12])}" if data.labels else ""))
@@ -96,20 +98,22 @@ def run(config, workdir):
         config.model, context=min(task.length, config.model.context)))
     peak = hardware.peak_flops(mesh.devices.flat[0])
     peak = peak * mesh.size if peak else hardware.measure_peak_flops()
-    meta = {"tokenizer": tokenizer.fingerprint, "config": configs.to_dict(config)}
+    meta = {"tokenizer": tokenizer.fingerprint, "config": configs.to_dict(config),
+            "data": fingerprint(data.train), "validation": fingerprint(data.validation)}
     tracking, start = train.Tracking(), 0
     with checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), t.keep) as saves:
         if saves.latest() is not None:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
                 x.shape, x.dtype, sharding=x.sharding), state._asdict())
             restored, old = saves.restore(shapes)
+            common.refuse_other_data(meta | old, meta)
             state, start = train.TrainState(**restored), old["step"]
             tracking = train.Tracking.read(old["tracking"])
             print(f"resuming at step {start}")
         else:
             common.write_run(workdir, config, tokenizer)
             common.write_labels(workdir, data.labels, data.multi_label)
-        if start < t.steps:
+        if start < t.steps and not 0 < t.patience <= tracking.waited:  # it has stopped early
             # What is frozen has no gradient: the formula would count too much.
             flops = None if frozen else models.flops_per_token(config.model, shown.model.context)
             with common.displays(workdir, shown, start, flops, peak) as (log, progress):
@@ -162,14 +166,25 @@ def starting_point(config, data, workdir):
                         f"{' or '.join(suited)}, not {m.architecture!r}")
     if task.kind in ("classify", "tag"):
         m = dataclasses.replace(m, head=task.kind, labels=len(data.labels))
-    if task.kind == "masked_lm":
-        m = dataclasses.replace(m, head="mlm")
+    heads = {"masked_lm": "mlm", "instruct": "lm", "language_model": "lm"}
+    m = dataclasses.replace(m, head=heads.get(task.kind, m.head))
+    p = config.peft
+    if m.init_from and p.kind != "none" and not p.trained and (
+            m.head != model.config.head or m.output_delay and not model.config.output_delay):
+        # What is new was never trained: frozen it would stay random.
+        config = dataclasses.replace(config, peft=dataclasses.replace(p, trained="adapters,head"))
     if max(task.length, task.target_length) > m.context:
         raise UserError(f"task.length={task.length} and task.target_length={task.target_length} "
                         f"must be at most the model's context of {m.context}")
     config = dataclasses.replace(config, model=m)
     configs.validate(config)
     return config, params, tokenizer
+
+
+def fingerprint(examples):
+    """A hash of examples: a run that goes on with others would not be the same run."""
+    text = "\n".join(map(repr, examples))
+    return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
 
 
 def texts(examples):
@@ -222,14 +237,6 @@ def finish(workdir, config, tokenizer, data, params, judge, step, trained):
         print(f"  | {report.printable(str(example.input))[:200]}\n  -> {said}")
     if config.task.kind in ("classify", "tag"):
         print("\n".join(metrics.table(judge.report)))
-    if config.task.kind == "translate":
-        row = judge.rows.rows[0]
-        pieces = ([tokenizer.decode([i]) or "·" for i in row[side].tolist()]
-                  for side in ("source", "targets"))
-        plots.plot_alignment(
-            os.path.join(workdir, "attention.png"),
-            np.asarray(models.alignment(judge.model, params, row["source"], row["targets"])),
-            *pieces)
     kind, model_config = config.peft.kind, config.model
     if kind in peft.LOW_RANK:
         try:
@@ -237,14 +244,24 @@ def finish(workdir, config, tokenizer, data, params, judge, step, trained):
         except UserError as error:  # such as a model that no class of Transformers is
             print(f"no adapter/ for the peft library: {error}")
         params = peft.merge(params)
-    final = os.path.join(workdir, "final")
-    if not common.is_run(final):
-        os.makedirs(final, exist_ok=True)
-        with checkpoint.Checkpoints(os.path.join(final, "checkpoints")) as saves:
-            saves.save(0, {"params": params}, {"tokenizer": tokenizer.fingerprint, "step": 0})
-        common.write_labels(final, data.labels, data.multi_label)
-        common.write_run(final, dataclasses.replace(config, peft=configs.PeftConfig(
+    # At once, or not at all: what is half written would be taken for the model.
+    final, part = (os.path.join(workdir, name) for name in ("final", ".final"))
+    shutil.rmtree(part, ignore_errors=True)
+    os.makedirs(part)
+    with checkpoint.Checkpoints(os.path.join(part, "checkpoints")) as saves:
+        saves.save(0, {"params": params}, {"tokenizer": tokenizer.fingerprint, "step": 0})
+    common.write_labels(part, data.labels, data.multi_label)
+    common.write_run(part, dataclasses.replace(
+        config, optim=dataclasses.replace(config.optim, ema=0.0), peft=configs.PeftConfig(
             kind="none" if kind in peft.LOW_RANK else kind)), tokenizer)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(part, final)
+    if config.task.kind == "translate" and config.model.bottleneck == "none":
+        row = judge.rows.rows[0]
+        weights = models.alignment(models.build(config.model), params, row["source"], row["targets"])
+        plots.plot_alignment(os.path.join(workdir, "attention.png"), np.asarray(weights), *(
+            [tokenizer.decode([i]) or "·" for i in row[side].tolist()]
+            for side in ("source", "targets")))
     plots.plot_losses(workdir, config.train.batch_size * config.task.length)
     print(f"best at step {step}: {common.numbers(found)}")
     wrote = ("result.json", "predictions.jsonl", "loss.png", "attention.png", "final", "adapter")

@@ -97,6 +97,9 @@ def run(config, workdir, saved):
         if start_step >= config.train.steps:
             print(f"the run is complete: {start_step} steps")
             return 0
+        if 0 < config.train.patience <= tracking.waited:
+            print(f"the run stopped early at step {start_step}; a larger train.patience goes on")
+            return 0
         batches = data.Batches(windows, config.train.batch_size, config.train.seed, True,
                                jax.process_index(), jax.process_count())
         peak = hardware.peak_flops(mesh.devices.flat[0])

@@ -89,7 +89,11 @@ def of_task(config, model, params, tokenizer, labels, several):
         return lambda texts: generate(model, params, tokenizer, [""] * len(texts), [
             batching.chat_prompt(tokenizer, [{"role": "user", "content": text}])
             for text in texts])
+    if task.kind in ("masked_lm", "denoise"):
+        return lambda texts: restore(config, model, params, tokenizer, texts)
     if task.kind == "translate":
+        if not FLAGS["max_new_tokens"].present:
+            FLAGS.max_new_tokens = task.target_length
         if not FLAGS["temperature"].present:
             FLAGS.temperature = 0.0
             if not FLAGS["beams"].present and task.beams > 1:
@@ -117,6 +121,16 @@ def predict(config, model, params, tokenizer, labels, several, texts):
                    in zip(made, tasks.tag_names(judge, params, len(rows)))]
     for i, lines in enumerate(results):
         print("\n".join([f"--- {i + 1}"] * (len(texts) > 1) + lines))
+
+
+def restore(config, model, params, tokenizer, texts):
+    """Print what the model makes of each text under the noise of its task."""
+    from nanoflax import sharding, tasks
+    from nanoflax.examples import Text
+
+    rows = tasks.encode([Text(text, "--prompt") for text in texts], config, tokenizer)
+    judge = tasks.Judge(model, config, tokenizer, (), rows, sharding.make_mesh("-1,1,1"))
+    print("\n".join(judge.task.answer(judge, params, len(rows))))
 
 
 def read_prompts(path):

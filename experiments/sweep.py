@@ -158,7 +158,8 @@ def trial(i, number, point, spaces, results):
             values, done = known["values"], known.get("result")
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} cannot be read: {error!r}") from error
-        same = FLAGS.optuna or values == point | draw(spaces, i)
+        same = (list(values) == [key for key, _ in spaces] if FLAGS.optuna else
+                values == point | draw(spaces, i))
         if not same or known["flags"] != fixed():
             raise UserError(f"--workdir={FLAGS.workdir} holds another sweep ({path}: {values}, "
                             f"{' '.join(known['flags'])}); choose another --workdir")
@@ -205,17 +206,23 @@ def run(arguments, log):
     with open(log, "a+") as f:
         process = subprocess.Popen(
             [sys.executable, "-m", f"experiments.{FLAGS.program}", *arguments], stdout=f, stderr=f,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},  # or an error might not come last
             start_new_session=True)  # or Ctrl-C would reach it twice
-        old = {number: signal.signal(number, lambda number, _: process.send_signal(number))
-               for number in (signal.SIGINT, signal.SIGTERM)}
+        caught = []
+
+        def forward(number, _):
+            caught.append(number)
+            process.send_signal(number)
+
+        old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             code = process.wait()
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
-        if code in (130, 143):
+        if caught or code in (130, 143):
             print("interrupted: the same command goes on")
-            sys.exit(code)
+            sys.exit(128 + caught[0] if caught else code)
         f.seek(0)
         lines = [line.strip() for line in f if line.strip()]
     return code, lines[-1] if lines else ""

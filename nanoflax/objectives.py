@@ -4,6 +4,8 @@ Every objective returns float32 sums: (objective, cross entropy in nats, weight)
 turns dropout on. The options are those of the losses.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -104,6 +106,8 @@ def _sums(objective, nll, weights):
 def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0,
                 label_smoothing=0.0):
     c = model.config
+    if chunks:  # a batch of examples may be shorter than the context that they divide
+        chunks = math.gcd(chunks, targets.shape[1])
     objective, nll = losses.chunked_cross_entropy(
         hidden, head_kernel(c, params), targets, weights, params.get("logit_bias"),
         chunks or losses.chunks_of(*targets.shape, c.vocab_size), z_loss, label_smoothing,

@@ -29,7 +29,9 @@ from nanoflax.layers import column_lengths, low_rank
 LOW_RANK = ("lora", "dora", "adalora")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of the peft library
 _ADAPTER = re.compile(r"(.*/)?(lora_\w+|adapter_\w+/.+|prefix_\w+|prompt)")
-_HEAD = r"(unembed|logit_bias|transform|norm_transform|pooler|labels)(/.*)?"
+_HEAD = r"(unembed|logit_bias|transform|norm_transform|pooler|labels|delay)(/.*)?"
+# What an LSTM reads inside a scan, where no adapter is applied.
+_MATRIX = r"(query|combine|decoder_\d+|encoder_\d+/(forward|backward))/kernel"
 
 
 def add(params, peft_config, rng):
@@ -55,7 +57,7 @@ def add(params, peft_config, rng):
 def _places(flat, c):
     """Where adapters go, and how they are made: {start of their paths: key -> {end: leaf}}."""
     kernels = {path.removesuffix("/kernel"): x for path, x in flat.items()
-               if path.endswith("/kernel")}
+               if path.endswith("/kernel") and not re.fullmatch(_MATRIX, path)}
     places = {}
     for path, kernel in kernels.items():
         block, _, part = path.rpartition("/block_")

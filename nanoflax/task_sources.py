@@ -22,7 +22,7 @@ import zlib
 from nanoflax import builtin
 from nanoflax.errors import UserError
 from nanoflax.sources import (
-    Source, dataset_examples, dataset_splits, documents, json_lines, open_dataset)
+    Source, chosen, dataset_examples, dataset_splits, documents, json_lines, open_dataset)
 
 HELP = ("choose jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, "
         "dates:en-fr, pytags, pymodules, pychats, bible:kjv-web, or for texts pydocs or text:GLOB")
@@ -134,7 +134,10 @@ def records(source, kind, report):
     if kind is Text and (source.name == "pydocs" or scheme == "text"):
         return _documents(source, report)
     if kind is Text and (scheme == "pairs" or builtin.KINDS.get(scheme) == "Pair"):
-        return {split: _sides(pairs) for split, pairs in records(source, Pair, report).items()}
+        found = records(source, Pair, report)
+        if "validation" not in found and not source.validation:
+            found = _split(source, found["train"])
+        return {split: _sides(pairs) for split, pairs in found.items()}
     if scheme in builtin.KINDS:
         kinds = {"Classification": Classification, "Tagging": Tagging, "Pair": Pair, "Chat": Chat}
         if kinds[builtin.KINDS[scheme]] is not kind:
@@ -161,6 +164,16 @@ def _documents(source, report):
             yield f"{source.name} {split}:{i}", {"text": text}
 
     return {name: of(split) for name, split in splits.items()}
+
+
+def _split(source, pairs):
+    """Pairs by the hash of their sources: as translate splits them, so that denoising trains on no
+    target that it is to be measured by."""
+    parts = {"train": [], "validation": []}
+    for place, record in pairs:
+        held_out = chosen(repr(record["source"].strip()), source.validation_fraction)
+        parts["validation" if held_out else "train"].append((place, record))
+    return parts
 
 
 def _sides(pairs):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanoflax import batching, beams, metrics, objectives, sampling, sharding
+from nanoflax import batching, beams, denoising, metrics, objectives, sampling, sharding
 from nanoflax.examples import Chat, Classification, Pair, Tagging, Text
 
 
@@ -32,6 +32,15 @@ class Task(NamedTuple):
     accuracy: str = ""  # what the share of targets that are likeliest is called, if it is told
 
 
+def encode(examples, config, tokenizer, labels=(), several=False, report=None):
+    """Examples as the batching.Rows of a Config's task, its noise among them."""
+    task, noise = config.task, None
+    if task.kind in ("masked_lm", "denoise"):
+        noise = denoising.Noise(task, denoising.marked(task, tokenizer))
+    return batching.encode(examples, tokenizer, task.length, labels, several, task.truncate,
+                           task.target_length, report, noise)
+
+
 class Judge:
     """Measures parameters on rows: their loss, and what the task is measured by.
 
@@ -40,7 +49,8 @@ class Judge:
 
     def __init__(self, model, config, tokenizer, labels, rows, mesh):
         """config: a Config; labels: the class names of classify and tag; rows: a batching.Rows."""
-        self.model, self.config, self.tokenizer = model, config, tokenizer
+        self.model, self.config = model, config
+        self.tokenizer = denoising.marked(config.task, tokenizer)
         self.labels, self.mesh, self.task = labels, mesh, TASKS[config.task.kind]
         self.rows = rows.drawn([(i, 0) for i in range(len(rows))])  # noise that stays the same
         if "source" in self.rows.rows[0] and self.task.examples is Text:

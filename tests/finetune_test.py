@@ -57,6 +57,15 @@ def test_classes_are_learnt_reported_and_gone_on_with(topics, tmp_path):
     again = finetune("classify", tmp_path, *topics, "--config.train.steps=120", *flags)
     assert "resuming at step 120" in again.stdout
     assert json.loads((tmp_path / "result.json").read_text()) == result
+    other = finetune("classify", tmp_path, *topics[::-1], "--config.train.steps=120", *flags)
+    assert other.returncode == 2 and "another configuration" in other.stderr
+    lines = open(topics[0].removeprefix("jsonl:")).readlines()
+    try:
+        open(topics[0].removeprefix("jsonl:"), "w").writelines(lines[1:])
+        other = finetune("classify", tmp_path, *topics, "--config.train.steps=120", *flags)
+    finally:
+        open(topics[0].removeprefix("jsonl:"), "w").writelines(lines)
+    assert other.returncode == 2 and "is not the one that" in other.stderr, other.stderr
     evaluated(tmp_path, topics[1], result, predictions)
     texts = ["--prompt=abc cat def", "--prompt=hgf fed dog"]
     said = run("sample", f"--workdir={tmp_path}", *texts)
@@ -303,11 +312,15 @@ def test_masked_tokens_are_guessed_and_the_encoder_is_gone_on_with(texts, topics
     assert found["masked_accuracy"] > 0.35  # always "c": 0.26
     lines = (tmp_path / "mlm" / "predictions.jsonl").read_text().splitlines()
     assert len(lines) > 240 and all("⟦" in json.loads(x)["prediction"] for x in lines)
+    again = run("evaluate", f"--workdir={tmp_path / 'mlm'}")
+    assert json.loads(again.stdout)["masked_accuracy"] == pytest.approx(found["masked_accuracy"])
+    said = run("sample", f"--workdir={tmp_path / 'mlm'}", "--prompt=abc bcd abc")
+    assert "⟦" in said.stdout, said.stderr
     other = finetune("classify", tmp_path / "classes", *topics, "--config.train.steps=5",
                      "--config.train.evaluate_every=5",
                      f"--config.model.init_from={tmp_path / 'mlm' / 'final'}")
     assert other.returncode == 0, other.stderr
-    assert "drawn anew: labels, pooler\n" in other.stdout
+    assert "drawn anew: labels, pooler\n" in other.stderr
 
 
 @pytest.mark.parametrize("noise, tokenizer, architecture, vocabulary", [
@@ -328,7 +341,7 @@ def test_a_denoiser_is_what_translate_begins_from(noise, tokenizer, architecture
     tuned = finetune("translate", tmp_path / "run", data, data, *options[:2],
                      f"--config.model.init_from={final}", "--config.train.steps=4")
     assert tuned.returncode == 0, tuned.stderr
-    assert "drawn anew" not in tuned.stdout and "not needed" not in tuned.stdout
+    assert "drawn anew" not in tuned.stderr and "not needed" not in tuned.stderr
     from experiments import common
     models = [common.open_model(str(path)) for path in (final, tmp_path / "run" / "final")]
     (a, params, own), (b, _, same) = models
@@ -360,9 +373,16 @@ def test_an_autoencoder_learns_through_its_bottleneck(tmp_path):
     done = finetune("denoise", tmp_path / "run", data, data, "--config.task.noise=none",
                     "--config.model.bottleneck=mean", "--config.model.dim=64",
                     "--config.train.steps=150", "--config.train.evaluate_every=150",
-                    "--config.optim.name=muon", "--config.optim.learning_rate=0.005")
+                    "--config.optim.name=muon", "--config.optim.learning_rate=0.005",
+                    "--config.optim.ema=0.9")
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "run")["exact_match"] > 0.9
+    said = run("sample", f"--workdir={tmp_path / 'run'}", "--prompt=ce")
+    assert said.stdout == "ce\n", said.stderr
+    pairs = write(tmp_path / "pairs", [{"source": a, "target": a} for a in "abcdefgh"])
+    other = finetune("translate", tmp_path / "other", pairs, pairs, "--config.train.steps=3",
+                     f"--config.model.init_from={tmp_path / 'run'}")
+    assert other.returncode == 0, other.stderr
 
 
 @pytest.mark.parametrize("config", ["language_model", "instruct"])

@@ -350,8 +350,8 @@ def test_unsupported_configurations_are_refused_by_name(saved):
     changed_config(d, model_type="mamba")
     message = refused(d)
     assert "'mamba'" in message and all(name in message for name in families.FAMILIES)
-    changed_config(d, model_type="llama", architectures=["LlamaForSequenceClassification"])
-    assert "LlamaForSequenceClassification" in refused(d) and "LlamaForCausalLM" in refused(d)
+    changed_config(d, model_type="llama", architectures=["LlamaForTokenClassification"])
+    assert "LlamaForTokenClassification" in refused(d) and "LlamaForCausalLM" in refused(d)
     # All of them at once.
     changed_config(d, architectures=["LlamaForCausalLM"], hidden_size="32", hidden_act="xielu",
                    num_attention_heads=..., rms_norm_eps=True, num_hidden_layers=10**9)

@@ -123,7 +123,7 @@ def adapters_against_one_device():
         return metrics, state.params, difference(before, state.params)
 
     out = {}
-    for kind in ("lora", "dora", "houlsby", "prefix"):
+    for kind in ("dora", "houlsby"):
         one, many = tuned("1,1,1", jax.devices()[:1], kind), tuned("2,2,2", jax.devices(), kind)
         out[kind] = {"metrics": float(np.abs(np.subtract(one[0], many[0])).max()),
                      "params": difference(one[1], many[1]), "moved": many[2]}

@@ -13,6 +13,7 @@ from nanoflax.config.run import (
 
 __all__ = [
     "LSTM_ATTENTIONS", "LSTM_STARTS", "MAX_SEED", "METRICS", "OPTIMIZERS", "PEFT_KINDS",
-    "POSITIONS", "PRESETS", "SCHEDULES", "Config", "DataConfig", "ModelConfig", "OptimConfig", "PeftConfig",
+    "POSITIONS", "PRESETS", "SCHEDULES", "Config", "DataConfig", "ModelConfig", "OptimConfig",
+    "PeftConfig",
     "TaskConfig", "TrainConfig", "diff", "from_dict", "preset",
     "read_class_weights", "to_dict", "type_name", "validate"]

@@ -26,10 +26,11 @@ MAX_SEED = 2**32 - 1  # of larger ones JAX would read the low half
 class DataConfig:
     """Where text comes from and how it becomes windows of tokens."""
 
-    train: str = "pydocs"  # pydocs | text:GLOB | tfds:NAME[:FIELD]
+    train: str = "pydocs"  # pydocs | text:GLOB | tfds:NAME[:FIELD]; of finetune: see task_sources
     validation: str = ""  # another source; empty takes the source's own split, or a hash split
     validation_fraction: float = 0.05  # of the documents, by a hash of each
     field: str = "text"  # of a JSON line
+    fields: str = ""  # of finetune: what the data calls our fields, as text=sentence,label=stars
     tokenizer: str = "bpe:2048"  # bytes | bpe:V | unigram:V | a .model file | a tokenizer directory
     packing: str = "joined"  # or isolated: documents of a window cannot see each other
     workers: int = 0  # tokenizing processes; 0 means one per core
@@ -230,6 +231,8 @@ def _problems(c):
         found.append(f"task.shift_probability={c.task.shift_probability} needs task.max_shift of "
                      "at least 1")
     found += _class_weight_problems(c.task)
+    if t.z_loss and c.task.kind in ("classify", "tag"):
+        found.append(f"train.z_loss={t.z_loss} does not go with task.kind={c.task.kind!r}")
     for name, value in [("optim.b1", o.b1), ("optim.b2", o.b2), ("optim.ema", o.ema),
                         ("train.label_smoothing", t.label_smoothing)]:
         if not 0 <= value < 1:
