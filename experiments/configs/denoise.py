@@ -5,6 +5,7 @@ Command:   python -m experiments.finetune --config=denoise --workdir=runs/denois
            --config.model.init_from=runs/denoise/final; texts of your own as in `masked_lm`)
            An autoencoder, whose decoder sees one vector alone, by --config.task.noise=none
            --config.model.bottleneck=mean --config.data.train=dates:en-fr
+           --config.data.tokenizer=bytes
 Hardware:  two CPU cores
 Figure:    not measured yet.
 """

