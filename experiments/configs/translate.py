@@ -1,10 +1,9 @@
 """Dates in words, English to French, by an encoder-decoder from scratch.
 
 Command:   python -m experiments.finetune --config=translate --workdir=runs/dates
-           (--config.model.architecture=lstm --config.train.steps=200 for the recurrent one)
-Hardware:  two CPU cores, about three minutes beside other work
-Figure:    99.7% of 1,105 unseen dates exactly right, BLEU 99.9. The recurrent one: all of the first
-           256 right after 200 steps.
+           (--config.model.architecture=lstm --config.optim.learning_rate=3e-3 for the recurrent one)
+Hardware:  two CPU cores, 2 min 30 s; the recurrent one 3 min 15 s
+Figure:    99.3% of 1,105 unseen dates exactly right; the recurrent one: all of them.
 """
 
 from nanoflax.config import (
