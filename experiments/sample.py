@@ -80,14 +80,14 @@ def main():
 def of_task(config, model, params, tokenizer, labels, several):
     """A function of prompts that does the task of a finetune run with them and prints the result;
     None if that is to continue them."""
-    from nanoflax import batching
+    from nanoflax import encoding
 
     task = config.task
     if task.kind in ("classify", "tag"):
         return lambda texts: predict(config, model, params, tokenizer, labels, several, texts)
     if task.kind == "instruct":
         return lambda texts: generate(model, params, tokenizer, [""] * len(texts), [
-            batching.chat_prompt(tokenizer, [{"role": "user", "content": text}])
+            encoding.chat_prompt(tokenizer, [{"role": "user", "content": text}])
             for text in texts])
     if task.kind in ("masked_lm", "denoise"):
         return lambda texts: restore(config, model, params, tokenizer, texts)

@@ -17,7 +17,7 @@ _HOME = {
 }
 _MODULES = (
     "attention", "batching", "beams", "blocks", "builtin", "chat", "checkpoint", "config", "data",
-    "denoising", "examples", "families", "gguf", "hardware", "hf", "hf_tokenizers",
+    "denoising", "encoding", "examples", "families", "gguf", "hardware", "hf", "hf_tokenizers",
     "hf_vocabularies", "layers", "losses", "lstm", "manifest", "masking", "metrics", "models",
     "objectives", "optim", "peft", "plan", "plots", "positions", "report", "safetensors_io",
     "sampling", "scoring", "sharding", "sources", "task_sources", "tasks", "tokenizers", "train",

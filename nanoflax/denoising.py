@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 
-from nanoflax.batching import ends
+from nanoflax.encoding import ends
 
 SENTINELS = 100  # as many as T5 has
 

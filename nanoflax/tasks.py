@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanoflax import batching, beams, denoising, metrics, objectives, sampling, sharding
+from nanoflax import batching, beams, denoising, encoding, metrics, objectives, sampling, sharding
 from nanoflax.examples import Chat, Classification, Pair, Tagging, Text
 
 
@@ -148,7 +148,7 @@ def probabilities(judge, params, number):
 
 def tag_names(judge, params, number):
     """The tag of each word of each sentence."""
-    return [batching.word_tags(row.argmax(-1), weights, judge.labels, len(example.tokens))
+    return [encoding.word_tags(row.argmax(-1), weights, judge.labels, len(example.tokens))
             for (row, weights), example in zip(judge.logits(params, number), judge.rows.examples)]
 
 
@@ -175,7 +175,7 @@ def filled(judge, params, number):
         tokens, guesses, weights, real = map(np.asarray, (
             batch["targets"], judge._guesses(params, batch), batch["weights"],
             batch["padding_mask"]))
-        found += [batching.show_mask(judge.tokenizer, row[mask], w[mask]) for row, w, mask in
+        found += [encoding.show_mask(judge.tokenizer, row[mask], w[mask]) for row, w, mask in
                   zip(np.where(weights > 0, guesses, tokens), weights, real)]
     return found[:number]
 

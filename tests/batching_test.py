@@ -8,7 +8,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoflax import batching, hf_tokenizers, sources, tokenizers
+from nanoflax import batching, encoding, hf_tokenizers, sources, tokenizers
 from nanoflax.errors import UserError
 from nanoflax.examples import Chat, Classification, Pair, Tagging, Text
 from tests.hf_tokenizers_test import CORPUS, SPECIALS, packaged, sentencepiece_model, trained
@@ -51,7 +51,7 @@ def chat(*contents, roles=("user", "assistant")):
 def test_labels_stay_with_their_words(pieces, words, data):
     for tokenizer in (BYTES, pieces):
         tags = [data.draw(st.integers(0, 5)) for _ in words]
-        ids, labels, weights = batching.align_tags(words, tags, tokenizer)
+        ids, labels, weights = encoding.align_tags(words, tags, tokenizer)
         assert tokenizer.decode(ids) == " ".join(words)
         assert [label for label, w in zip(labels, weights) if w] == tags
         assert set(weights) <= {0.0, 1.0} and not any(
@@ -60,7 +60,7 @@ def test_labels_stay_with_their_words(pieces, words, data):
         for k, start in enumerate(starts):  # a label stands where its word begins
             assert tokenizer.decode(ids[start:]) == " " * (k > 0) + " ".join(words[k:])
         names = list("abcdef")
-        assert batching.word_tags(labels, weights, names, len(words)) == [names[t] for t in tags]
+        assert encoding.word_tags(labels, weights, names, len(words)) == [names[t] for t in tags]
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,7 +68,7 @@ def test_labels_stay_with_their_words(pieces, words, data):
     "The the lazy Namespaces object's x 42 ... é 日本 q".split())))
 def test_labels_are_where_transformers_has_the_words(both, words):
     mine, theirs = both
-    ids, labels, weights = batching.align_tags(words, range(1, len(words) + 1), mine)
+    ids, labels, weights = encoding.align_tags(words, range(1, len(words) + 1), mine)
     expected = theirs(words, is_split_into_words=True, add_special_tokens=False)
     owners = expected.word_ids()
     if mine.encode("a b") == mine.encode("a") + mine.encode("b"):  # no piece holds a space
@@ -96,10 +96,10 @@ def test_a_word_that_is_nothing_to_the_tokenizer_keeps_its_label(both):
     class Forgetful:
         unk_id, encode, decode = 7, staticmethod(lambda text: []), None
 
-    assert batching.align_tags(["\u200b"], [3], Forgetful) == ([7], [3], [1.0])
+    assert encoding.align_tags(["\u200b"], [3], Forgetful) == ([7], [3], [1.0])
     Forgetful.unk_id = None
     with pytest.raises(UserError, match="u200b.*nothing"):
-        batching.align_tags(["\u200b"], [3], Forgetful)
+        encoding.align_tags(["\u200b"], [3], Forgetful)
 
 
 # Chats.
@@ -110,7 +110,7 @@ def test_a_word_that_is_nothing_to_the_tokenizer_keeps_its_label(both):
     ({"role": "system", "content": "Be brief."}, *chat("x <|im_end|>", "y </s> z"))])
 def test_the_mask_is_the_one_transformers_makes(both, messages):
     mine, theirs = both
-    ids, weights = batching.chat_ids(mine, messages)
+    ids, weights = encoding.chat_ids(mine, messages)
     harmless = [m | {"content": m["content"].replace("<|im_end|>", "-").replace("</s>", "-")}
                 for m in messages]
     expected = theirs.apply_chat_template(harmless, return_dict=True,
@@ -124,14 +124,14 @@ def test_the_mask_is_the_one_transformers_makes(both, messages):
     trained_ids = [i for i, w in zip(ids, weights) if w and i != end]
     expected = "".join(mine.decode(mine.encode(m["content"])) for m in replies)
     assert "".join(mine.decode(trained_ids).split()) == "".join(expected.split())
-    prompt = batching.chat_prompt(mine, messages[:-1])
+    prompt = encoding.chat_prompt(mine, messages[:-1])
     if messages[-1]["role"] == "assistant":
         assert ids[:len(prompt)] == prompt and weights[len(prompt)] == 1
 
 
 def test_an_unknown_word_does_not_end_a_reply(both):
     mine, _ = both
-    ids, weights = batching.chat_ids(mine, chat("a", "b 日本 c"))
+    ids, weights = encoding.chat_ids(mine, chat("a", "b 日本 c"))
     reply = [i for i, w in zip(ids, weights) if w]
     assert reply.index(mine.special["<|im_end|>"]) == len(reply) - 1
     assert reply[-2] == mine.encode("日本 c")[-1]
@@ -146,7 +146,7 @@ def test_templates_that_hide_the_reply_are_refused_and_counted(both, template, m
     mine = hf_tokenizers.from_files(both[0].files, "copy")
     mine.chat_template = template
     with pytest.raises(UserError, match=match):
-        batching.chat_ids(mine, chat("a", "b"))
+        encoding.chat_ids(mine, chat("a", "b"))
     report = sources.Report()
     with pytest.raises(UserError, match=f"no example is left.*{match}.*file:9"):
         batching.encode([Chat(chat("a", "b"), "file:9")], mine, 32, report=report)
@@ -154,25 +154,25 @@ def test_templates_that_hide_the_reply_are_refused_and_counted(both, template, m
 
 def test_a_reply_that_opens_the_chat_has_no_prompt(both):
     with pytest.raises(UserError, match="message 1"):
-        batching.chat_ids(both[0], chat("hello", roles=("assistant", "user")))
+        encoding.chat_ids(both[0], chat("hello", roles=("assistant", "user")))
 
 
 def test_chats_without_a_template(pieces):
     for tokenizer in (BYTES, pieces):
         messages = chat("user:\nq", "a<eos>", "q2", "b")
-        ids, weights = batching.chat_ids(tokenizer, messages)
-        shown = batching.show_mask(tokenizer, ids, weights)
+        ids, weights = encoding.chat_ids(tokenizer, messages)
+        shown = encoding.show_mask(tokenizer, ids, weights)
         assert shown == ("user:\nuser:\nq<eos>assistant:\n⟦a<eos><eos>⟧"
                          "user:\nq2<eos>assistant:\n⟦b<eos>⟧")
         for n in (1, 3):
-            prompt = batching.chat_prompt(tokenizer, messages[:n])
+            prompt = encoding.chat_prompt(tokenizer, messages[:n])
             assert ids[:len(prompt)] == prompt
             assert weights[len(prompt) - 1] == 0 and weights[len(prompt)] == 1
 
 
 def test_a_mask_is_shown_with_special_tokens(both):
     mine, _ = both
-    shown = batching.show_mask(mine, *batching.chat_ids(mine, chat("what the", "a \x1b the")))
+    shown = encoding.show_mask(mine, *encoding.chat_ids(mine, chat("what the", "a \x1b the")))
     assert shown.count("⟦") == shown.count("⟧") == 1 and "\x1b" not in shown
     inside = shown.partition("⟦")[2].partition("⟧")[0]
     assert inside.endswith("<|im_end|>") and "the" in inside and "what" not in inside
@@ -254,7 +254,7 @@ def test_a_text_begins_after_its_first_token_and_a_chat_with_it(both):
     row = rows_of("text").rows[0]
     assert row["first"] == BYTES.bos_id and row["weights"].all()
     assert row["targets"].tolist() == [*b"some text ", BYTES.eos_id]
-    ids, weights = batching.chat_ids(mine, chat("the name", "the object"))
+    ids, weights = encoding.chat_ids(mine, chat("the name", "the object"))
     row = batching.encode([Chat(chat("the name", "the object"))], mine, 64).rows[0]
     assert [int(row["first"]), *row["targets"]] == ids
     assert [0, *row["weights"]] == weights
@@ -350,7 +350,7 @@ def test_unusable_lengths_and_nothing_left():
 def test_words_cut_off_are_tagged_o():
     rows = rows_of("tagging", length=10)
     row, example = rows.rows[6], rows.examples[6]
-    tags = batching.word_tags(row["tags"], row["weights"], LABELS["tagging"], len(example.tags))
+    tags = encoding.word_tags(row["tags"], row["weights"], LABELS["tagging"], len(example.tags))
     kept = int(row["weights"].sum())
     assert tags == [*example.tags[:kept], *["O"] * (len(example.tags) - kept)] and kept == 3
 

@@ -6,7 +6,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoflax import batching, denoising, sources, tokenizers
+from nanoflax import batching, denoising, encoding, sources, tokenizers
 from nanoflax.config import TaskConfig
 from nanoflax.errors import UserError
 from nanoflax.examples import Text
@@ -163,7 +163,7 @@ def test_marks_are_the_tokenizer_s_own_or_beyond_it(tmp_path):
     text = "the names"
     ids = [600, *marked.encode(text), 599, 500, marked.eos_id]
     assert marked.decode(ids) == f"<extra_id_0>{text}<extra_id_1><mask>"
-    assert batching.show_mask(marked, ids, [0] * len(ids)).endswith("<mask><eos>")
+    assert encoding.show_mask(marked, ids, [0] * len(ids)).endswith("<mask><eos>")
     names = [f"<extra_id_{i}>" for i in range(100)]
     own = hf(tmp_path, mask_token="[M]", additional_special_tokens=names)
     marked = denoising.Marked(own, sentinels=True)
