@@ -117,6 +117,10 @@ def run(config, workdir):
             # What is frozen has no gradient: the formula would count too much.
             flops = None if frozen else models.flops_per_token(config.model, shown.model.context)
             with common.displays(workdir, shown, start, flops, peak) as (log, progress):
+                if start == 0 and config.model.init_from:  # what the source knows already
+                    found, line = evaluate(state.params, 0)
+                    log.log(0, **found)
+                    progress.write(line)
                 state, tracking, outcome = train.fit(
                     state, lambda state, batch: step(state, batch, frozen),
                     Batches(rows, config), config, mesh,
