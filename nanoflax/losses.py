@@ -1,9 +1,13 @@
 """Losses over tokens, as sums: the caller divides by the global count of target tokens."""
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from nanoflax import sharding
 
 
 def shift_right(targets, first, segments=None, start=None):
@@ -72,22 +76,26 @@ def chunked_cross_entropy(hidden, kernel, targets, weights, bias=None, chunks=1,
 
 def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoothing, softcap,
              gradients):
+    # On a mesh each device sums the kernel's gradient over its own tokens, [b, t, D, V], and only
+    # the last sum over b and t, the mesh's splits of B and T, is a collective: not one a chunk.
     B, T, D = hidden.shape
-    kernel = kernel.astype(hidden.dtype)
+    b, t = sharding.ways(B, T)
+    chunks = math.gcd(chunks, T // t)
+    kernel = sharding.constrain(kernel.astype(hidden.dtype), P(None, "tensor"))
 
     def piece(carry, xs):
         loss, nll, dw, db = carry
-        h, t, m = xs
-        logits = jnp.einsum("btd,dv->btv", h, kernel, preferred_element_type=jnp.float32)
+        h, targets, m = xs
+        logits = jnp.einsum("ijbtd,dv->ijbtv", h, kernel, preferred_element_type=jnp.float32)
         if bias is not None:
             logits += bias
         if softcap:
             logits = softcap * jnp.tanh(logits / softcap)
-        objective, plain, log_z = _token_losses(logits, t, z_loss, label_smoothing)
-        loss, nll = loss + (objective * m).sum(), nll + (plain * m).sum()
+        objective, plain, log_z = _token_losses(logits, targets, z_loss, label_smoothing)
+        loss, nll = loss + (objective * m).sum((2, 3)), nll + (plain * m).sum((2, 3))
         if not gradients:
             return (loss, nll, dw, db), None
-        hit = jnp.arange(logits.shape[-1]) == t[..., None]
+        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
         probability = jnp.exp(logits - log_z[..., None])
         dlogits = m[..., None] * (probability * (1 + 2 * z_loss * log_z)[..., None]
                                   - (1 - label_smoothing) * hit
@@ -95,24 +103,30 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
         if softcap:
             dlogits *= 1 - (logits / softcap) ** 2
         if bias is not None:
-            db += dlogits.sum((0, 1))
+            db += dlogits.sum((2, 3))
         dlogits = dlogits.astype(h.dtype)
-        dh = jnp.einsum("btv,dv->btd", dlogits, kernel)
-        dk = jnp.einsum("btd,btv->dv", h, dlogits, preferred_element_type=jnp.float32)
+        dh = jnp.einsum("ijbtv,dv->ijbtd", dlogits, kernel)
+        dk = jnp.einsum("ijbtd,ijbtv->ijdv", h, dlogits, preferred_element_type=jnp.float32)
         return (loss, nll, dw + dk, db), dh
 
-    pieces = jax.tree.map(
-        lambda x: x.reshape(B, chunks, T // chunks, *x.shape[2:]).swapaxes(0, 1),
-        (hidden, targets, weights))
-    dw = jnp.zeros(kernel.shape if gradients else (), jnp.float32)
-    db = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-    carry = (jnp.float32(0), jnp.float32(0), dw, db)
+    def split(x):  # [B, T, ...] -> [chunks, b, t, B / b, T / t / chunks, ...]
+        x = x.reshape(b, B // b, t, chunks, -1, *x.shape[2:])
+        return x.transpose(3, 0, 2, 1, 4, *range(5, x.ndim))
+
+    pieces = jax.tree.map(split, (hidden, targets, weights))
+    zeros = lambda *shape: sharding.constrain(  # noqa: E731
+        jnp.zeros((b, t, *shape), jnp.float32), P(sharding.BATCH[0], "context"))
+    dw = zeros(*kernel.shape) if gradients else None
+    db = None if bias is None else zeros(*bias.shape)
+    carry = (zeros(), zeros(), dw, db)
     if chunks == 1:
         carry, dh = piece(carry, jax.tree.map(lambda x: x[0], pieces))
+        dh = jax.tree.map(lambda x: x[None], dh)
     else:
         carry, dh = jax.lax.scan(piece, carry, pieces)
-        dh = dh.swapaxes(0, 1).reshape(B, T, D) if gradients else None
-    loss, nll, dw, db = carry
+    if gradients:
+        dh = dh.transpose(1, 3, 2, 0, 4, 5).reshape(B, T, D)
+    loss, nll, dw, db = jax.tree.map(lambda x: x.sum((0, 1)), carry)
     return (loss, nll), (dh, dw, db)
 
 

@@ -345,7 +345,6 @@ def collectives(config, mesh, params):
         return (n - 1) / n * size
 
     rows = t.batch_size // (data * fsdp)
-    chunks = share(config, mesh).train.loss_chunks or 1
     head = "embed/embedding" if m.tied else "unembed/kernel"
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = optim.path_of(path)
@@ -354,10 +353,9 @@ def collectives(config, mesh, params):
         if "fsdp" not in spec or fsdp == 1:  # its gradient is needed whole
             out["all-reduce"] += 2 * ring(data * fsdp, size * item) * t.accumulate
             continue
-        if name == head:  # the loss gathers it and sums its gradient for each piece of the tokens
-            turns = t.accumulate * chunks
-            out["all-gather"] += ring(fsdp, size * item) * turns
-            out["all-reduce"] += 2 * ring(data * fsdp, size * 4) * turns
+        if name == head:  # gathered once for the loss, its gradient a float32 sum of all tokens'
+            out["all-gather"] += ring(fsdp, size * item) * t.accumulate
+            out["all-reduce"] += 2 * ring(data * fsdp, size * 4) * t.accumulate
             continue
         if name != "embed/embedding":  # forward and backward
             out["all-gather"] += 2 * ring(fsdp, size * item) * t.accumulate

@@ -124,16 +124,37 @@ def put_batch(arrays, mesh):
         batch(mesh, np.ndim(x)), np.asarray(x)), arrays)
 
 
+def ways(B, T):
+    """How many parts the mesh that the step is traced for splits B and T of a batch into; 1 where
+    it splits nothing, or not evenly."""
+    mesh = current()
+    sizes = [1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in axes)
+             for axes in (BATCH[0], ("context",))]
+    return tuple(1 if length % n else n for length, n in zip((B, T), sizes))
+
+
+def constrain(x, spec):
+    """x split as spec says over the mesh that the step is traced for: by the axes that it has, where
+    they divide x. Dimensions that spec leaves out are for XLA to choose."""
+    mesh = current()
+    if mesh is None:
+        return x
+
+    def present(axes, size):
+        axes = tuple(a for a in ((axes,) if isinstance(axes, str) else axes or ()) if a in mesh.shape)
+        return () if size % math.prod(mesh.shape[a] for a in axes) else axes
+
+    split = map(present, spec, x.shape)
+    return jax.lax.with_sharding_constraint(
+        x, P(*split, *[P.UNCONSTRAINED] * (x.ndim - len(spec))))
+
+
 def split_batch(x):
     """Activations x [B, ...], on the mesh that the step is traced for split along B as the batch is.
 
     Left to itself XLA may follow the embedding's split of D instead, and give every device all B.
     """
-    mesh = current()
-    axes = tuple(axis for axis in BATCH[0] if mesh is not None and axis in mesh.shape)
-    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
-        return x
-    return jax.lax.with_sharding_constraint(x, P(axes, *[P.UNCONSTRAINED] * (x.ndim - 1)))
+    return constrain(x, BATCH)
 
 
 def current(mesh=None):

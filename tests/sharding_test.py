@@ -1,8 +1,10 @@
 """The mesh and its one table: eight fake devices give the numbers of one, and hold their parts."""
 
 import json
+import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -100,6 +102,42 @@ def test_eight_devices_give_the_numbers_of_one():
     for mesh, errors in found.items():
         assert errors["moved"] > 0.01, mesh
         assert max(errors["metrics"], errors["params"], errors["ema"]) < 1e-5, (mesh, errors)
+
+
+def collectives_of_the_chunked_loss():
+    from nanoflax.losses import chunked_cross_entropy
+
+    B, T, D, V = 16, 16, 32, 48
+    mesh = sharding.make_mesh("2,2,2", jax.devices())
+    rng = np.random.default_rng(0)
+    hidden, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(B, T, D), (D, V)])
+    targets, weights = jnp.asarray(rng.integers(0, V, (B, T))), jnp.full((B, T), 1 / (B * T))
+    specs = [sharding.batch(mesh, 3), jax.NamedSharding(mesh, P("fsdp", "tensor")),
+             sharding.batch(mesh, 2), sharding.batch(mesh, 2)]
+
+    def loss(hidden, kernel, targets, weights, chunks=4):
+        return chunked_cross_entropy(hidden, kernel, targets, weights, None, chunks)[0]
+
+    def on_mesh(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.value_and_grad(loss, (0, 1))(*args)
+
+    whole = jax.value_and_grad(loss, (0, 1))(hidden, kernel, targets, weights, 1)
+    placed = [jax.device_put(x, s) for x, s in zip((hidden, kernel, targets, weights), specs)]
+    split = jax.jit(on_mesh, out_shardings=(None, tuple(specs[:2]))).lower(*placed).compile()
+    loop = re.search(r"body=(%[\w.]+)", split.as_text())[1]
+    body = split.as_text().split(f"\n{loop} ")[1].split("\n}")[0]
+    sizes = [math.prod(map(int, shape.split(","))) for shape in
+             re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-|reduce-scatter)", body)]
+    return {"error": difference(split(*placed), whole), "largest": max(sizes, default=0),
+            "local": B // 4 * T // 4 * D}
+
+
+def test_the_loop_of_the_chunked_loss_never_reduces_the_head():
+    found = run_child("collectives_of_the_chunked_loss")
+    assert found["error"] < 1e-5
+    # What is left is the tensor axis's own: a chunk's states, and its rows' sums of exponentials.
+    assert 0 < found["largest"] <= found["local"]
 
 
 def adapters_against_one_device():
