@@ -206,7 +206,8 @@ def read_config(path):
 
 
 def restore_model(workdir, config, tokenizer, which="best"):
-    """The model of a run and its parameters (their moving average, if it keeps one).
+    """The model of a run and its parameters (their moving average, if it keeps one), without the
+    padding of its vocabulary.
 
     Those that finetune does not train are not in its checkpoints: they are taken again from
     config.model.init_from.
@@ -238,7 +239,8 @@ def restore_model(workdir, config, tokenizer, which="best"):
     if not fits(params):
         raise UserError(f"the checkpoint in --workdir={workdir} does not hold the parameters of its "
                         "config.json; it may be of an older nanoflax")
-    return model, params
+    model_config, params = models.without_padding(config.model, params)
+    return models.build(model_config), params
 
 
 def adapted(model, given, config, mesh):
@@ -259,16 +261,17 @@ def started(model, given, seed, mesh):
     import jax
     from flax import traverse_util
 
-    from nanoflax import peft, sharding
+    from nanoflax import models, peft, sharding
 
     new = traverse_util.flatten_dict(sharding.init(model, jax.random.PRNGKey(seed), mesh), sep="/")
     if given is None:
         return traverse_util.unflatten_dict(new, sep="/")
     given = traverse_util.flatten_dict(peft.merge(given), sep="/")
-    # Tokens that the source lacks (a mask, sentinels) come after its own.
-    for path in {"embed/embedding", "unembed/kernel", "logit_bias"} & new.keys() & given.keys():
+    # Tokens that the source lacks (a mask, sentinels, padding) come after its own.
+    for path in models.VOCABULARY & new.keys() & given.keys():
         old = given[path]
         if old.shape != new[path].shape:
+            old = jax.device_put(old, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
             given[path] = new[path].at[tuple(map(slice, old.shape))].set(old)
     fits = {path for path in new if path in given and given[path].shape == new[path].shape}
     if fresh := sorted({path.split("/")[0] for path in new.keys() - fits}):
@@ -389,8 +392,7 @@ def resumable(workdir, config, restart):
         return None
     saved = read_config(path)
     old, new = configs.to_dict(saved), configs.to_dict(config)
-    if new["model"]["vocab_size"] == 0:
-        new["model"]["vocab_size"] = old["model"]["vocab_size"]
+    new["model"] |= configs.to_dict(settled(config.model, saved))  # on another mesh too
     for section, names in FREE.items():
         for name in names:
             old[section].pop(name), new[section].pop(name)
@@ -400,6 +402,15 @@ def resumable(workdir, config, restart):
                         f"({'; '.join(changed)}); choose another --workdir, or "
                         "--restart_from_weights to begin a new run from its weights")
     return saved
+
+
+def settled(model, saved):
+    """The ModelConfig with the padded vocabulary that a saved Config has, if it asks for that
+    vocabulary or for the tokenizer's."""
+    old = saved.model
+    if model.vocab_padding or model.vocab_size not in (0, old.vocab_size - old.vocab_padding):
+        return model
+    return dataclasses.replace(model, vocab_size=old.vocab_size, vocab_padding=old.vocab_padding)
 
 
 def check_metric(config, measured):
@@ -487,11 +498,18 @@ def get_tokenizer(config, directory):
     return tokenizers.train_sentencepiece(sources.documents(source_of(config), "train"), size, kind)
 
 
-def with_vocabulary(config, tokenizer):
-    """The Config with model.vocab_size settled. Raises: UserError if it is too small."""
-    size = config.model.vocab_size or tokenizer.vocab_size
-    if size < tokenizer.vocab_size:
+def with_vocabulary(model, tokenizer, mesh, saved=None):
+    """The ModelConfig with model.vocab_size settled: as in the saved Config of a run, or the
+    tokenizer's (if not set), padded where the mesh needs it.
+
+    Raises: UserError if it is too small.
+    """
+    from nanoflax import sharding
+
+    model = settled(model, saved) if saved else model
+    if not model.vocab_size:
+        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    if (size := model.vocab_size - model.vocab_padding) < tokenizer.vocab_size:
         raise UserError(f"model.vocab_size={size} is less than the tokenizer's "
                         f"{tokenizer.vocab_size}; set it to 0 or at least that")
-    model = dataclasses.replace(config.model, vocab_size=size)
-    return dataclasses.replace(config, model=model)
+    return model if saved else sharding.padded(model, mesh)

@@ -55,7 +55,10 @@ def run(config, workdir):
     if jax.process_count() > 1:
         raise UserError("finetune runs on one host; pretrain runs on several")
     data = examples.load(common.examples_of(config.data), kind)
-    config, params, tokenizer = starting_point(config, data, workdir)
+    if t.label_smoothing and data.multi_label:
+        raise UserError(f"train.label_smoothing={t.label_smoothing} does not go with several labels: "
+                        "each is a question of its own; set it to 0")
+    config, params, tokenizer = starting_point(config, data, workdir, mesh)
     sharding.check(config, mesh)
     common.resumable(workdir, config, restart=False)  # refuses another run's workdir
     encode = lambda part: tasks.encode(  # noqa: E731
@@ -131,13 +134,13 @@ def run(config, workdir):
                 return 128 + outcome.signal
     best, saved = checkpoint.restore_params(
         os.path.join(workdir, "checkpoints"), which="best", subtree="ema" if config.optim.ema
-        else "params")
+        else "params", shardings=lambda shapes: sharding.shardings(shapes, mesh))
     full = peft.join(best, frozen)
     finish(workdir, config, tokenizer, data, full, judge, saved["step"], size)
     return 0
 
 
-def starting_point(config, data, workdir):
+def starting_point(config, data, workdir, mesh):
     """(the Config with its model settled, its source's params or None, the tokenizer)."""
     from nanoflax import denoising, tokenizers
     from nanoflax.tasks import TASKS
@@ -161,9 +164,11 @@ def starting_point(config, data, workdir):
         else:
             tokenizer = tokenizers.train_sentencepiece(texts(data.train), size, kind)
         tokenizer = denoising.marked(task, tokenizer)
-        m = common.with_vocabulary(config, tokenizer).model
         if m.architecture in ("encoder_decoder", "lstm"):
             m = dataclasses.replace(m, start_id=tokenizer.bos_id)
+    path = os.path.join(workdir, "config.json")
+    m = common.with_vocabulary(m, tokenizer, mesh,
+                               common.read_config(path) if os.path.exists(path) else None)
     suited = TASKS[task.kind].architectures
     if m.architecture not in suited:
         raise UserError(f"task.kind={task.kind!r} needs model.architecture to be "

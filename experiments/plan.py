@@ -47,14 +47,18 @@ def main():
         ",".join(map(str, s)) for s in plan.candidate_meshes(count, config.model.dim))]
     sizes = list(dict.fromkeys(sharding.mesh_sizes(shape, count) for shape in shapes))
     rows, refused = [], []
+
+    def on(mesh):  # with the vocabulary that a run there has
+        return dataclasses.replace(config, model=sharding.padded(config.model, mesh))
+
     for size in sizes:
         mesh = sharding.abstract_mesh(size)
         try:
-            sharding.check(config, mesh)
+            sharding.check(on(mesh), mesh)
         except UserError as error:
             refused.append(f"{','.join(map(str, size))}: {error}")
             continue
-        rows.append(report(plan, config, mesh, chip))
+        rows.append(report(plan, on(mesh), mesh, chip))
     if not rows or FLAGS.meshes and refused:
         raise UserError("no plan for the mesh " + "; ".join(refused))
     rows.sort(key=lambda row: (not row["fits"], row["projection"]["seconds"]))
@@ -63,7 +67,9 @@ def main():
     print(text(found, config, count), flush=True)
     if FLAGS.topology and FLAGS.compile and importlib.util.find_spec("libtpu"):
         best = rows[0]
-        train = dataclasses.replace(config.train, mesh=",".join(map(str, best["mesh"].values())))
+        sizes = tuple(best["mesh"].values())
+        config = on(sharding.abstract_mesh(sizes))
+        train = dataclasses.replace(config.train, mesh=",".join(map(str, sizes)))
         print(f"compiling for {FLAGS.topology} ...", flush=True)
         best["compiler"] = plan.compiled(dataclasses.replace(config, train=train), FLAGS.topology)
         print(compiler_text(best, chip))

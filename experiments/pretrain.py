@@ -10,6 +10,7 @@ right, 130 Ctrl-C and 143 SIGTERM, after saving: run the command again to go on.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -48,18 +49,19 @@ def run(config, workdir, saved):
         checkpoint, data, hardware, models, optim, plots, report, sampling, sharding, sources,
         train)
 
-    params = None
+    params, before = None, saved
     if FLAGS.restart_from_weights and saved:
         params, _ = checkpoint.restore_params(os.path.join(workdir, "checkpoints"))
         print(f"the run before is kept in {common.set_aside(workdir)}")
         saved = None
     mesh = sharding.make_mesh(config.train.mesh)
-    sharding.check(config, mesh)
+    sharding.check(dataclasses.replace(config, model=sharding.padded(config.model, mesh)), mesh)
     source = common.source_of(config.data)
     sources.identity(source)  # refuses what is not there
     tokenizer = common.get_tokenizer(config.data, os.path.join(workdir, "tokenizer"))
-    config = common.with_vocabulary(config, tokenizer)
-    sharding.check(config, mesh)  # the vocabulary too
+    config = dataclasses.replace(config, model=common.with_vocabulary(
+        config.model, tokenizer, mesh, before))
+    sharding.check(config, mesh)  # the vocabulary of a run that goes on, too
     model = models.build(config.model, config.train.remat)
     optimizer, schedule = optim.make_optimizer(config.optim, config.train.steps)
     shapes = train.abstract_state(model, optimizer, config, mesh)

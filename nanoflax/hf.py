@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from nanoflax import families, gguf, hf_tokenizers, positions, safetensors_io, sharding
 from nanoflax.errors import UserError
-from nanoflax.models import build
+from nanoflax.models import build, without_padding
 
 _MAX_CONFIG = 10_000_000  # bytes
 _FLOATS = ("float32", "float16", "bfloat16")
@@ -68,9 +68,11 @@ def save(directory, config, params, tokenizer=None, model_type=None,
 
     params: of `nanoflax.build(config)`, written in their dtypes one at a time; tokenizer: its files
     and the ids of its special tokens go along; model_type: the family, default the first whose
-    configuration can say what this one does. Returns the family.
+    configuration can say what this one does. Rows of config.vocab_padding are left out.
+    Returns the family.
     Raises: UserError if none can, if params are not the configuration's, or nothing can be written.
     """
+    config, params = without_padding(config, params)
     family = families.of_config(config, model_type)
     params = traverse_util.flatten_dict(params, sep="/")
     shapes = _shapes(config)

@@ -1,8 +1,11 @@
 """Whole models: `build(config)` chooses a decoder, an encoder, an encoder-decoder or the LSTM."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from nanoflax.attention import Attention, attention_weights, empty_cache
 from nanoflax.blocks import (  # noqa: F401
@@ -212,11 +215,23 @@ def _empty_cache(model, layers, batch, length, start=None):
             **empty_delay(model, batch, start)}
 
 
+def without_padding(config, params):
+    """(ModelConfig, params) of a model without the rows of its config.vocab_padding."""
+    if not config.vocab_padding:
+        return config, params
+    V, flat = config.vocab_size - config.vocab_padding, traverse_util.flatten_dict(params, sep="/")
+    for path in VOCABULARY & flat.keys():
+        flat[path] = flat[path][:V] if path == "embed/embedding" else flat[path][..., :V]
+    return (dataclasses.replace(config, vocab_size=V, vocab_padding=0),
+            traverse_util.unflatten_dict(flat, sep="/"))
+
+
 def head_kernel(config, params):
     """The output projection [D, V] of a model's parameters."""
     return params["embed"]["embedding"].T if config.tied else params["unembed"]["kernel"]
 
 
+VOCABULARY = {"embed/embedding", "unembed/kernel", "logit_bias"}  # with a dimension V
 MODELS = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder,
           "lstm": AttentionLSTM}
 

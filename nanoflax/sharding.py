@@ -4,6 +4,7 @@ Axes: `data` splits the batch; `fsdp` splits the batch and the parameters (ZeRO-
 heads and hidden units (Shoeybi et al. 2019). XLA derives the collectives; layers name no axis.
 """
 
+import dataclasses
 import math
 import re
 
@@ -93,6 +94,15 @@ def shardings(tree, mesh):
         raise UserError("the mesh does not divide: " + "; ".join(found[:4])
                         + (f"; and {len(found) - 4} more" if len(found) > 4 else ""))
     return out
+
+
+def padded(config, mesh):
+    """The ModelConfig with as much vocab_padding as the mesh needs, its vocabulary then a multiple
+    of 128, so that a run may go on over other meshes."""
+    tensor = mesh.shape["tensor"]
+    more = -config.vocab_size % math.lcm(128, tensor) if config.vocab_size % tensor else 0
+    return dataclasses.replace(config, vocab_size=config.vocab_size + more,
+                               vocab_padding=config.vocab_padding + more)
 
 
 def check(config, mesh):

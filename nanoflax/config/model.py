@@ -27,6 +27,9 @@ class ModelConfig:
 
     architecture: str = "decoder"
     vocab_size: int = 0  # V; 0 takes the tokenizer's
+    # Of V, the last ids, which no token has: a mesh needs them. Ordinary logits in the loss, never
+    # targets; a run is opened, and exported, without them.
+    vocab_padding: int = 0
     # Of finetune: a workdir, Transformers directory, hub name or .gguf, which then decides every field
     # but head, labels, dropout and, where it is set, output_delay.
     init_from: str = ""
@@ -188,6 +191,9 @@ def problems(m):
               "position_offset", "start_id", "output_delay")
     if m.vocab_size < 0:
         found.append(f"model.vocab_size={m.vocab_size} must be positive, or 0 for the tokenizer's")
+    if not 0 <= m.vocab_padding < max(m.vocab_size, 1):
+        found.append(f"model.vocab_padding={m.vocab_padding} must be from 0 to below "
+                     f"model.vocab_size={m.vocab_size}")
     if not 0 <= m.dropout < 1:
         found.append(f"model.dropout={m.dropout} must be in [0, 1)")
     if not 0 < m.rope_fraction <= 1:
@@ -222,6 +228,7 @@ def problems(m):
     if m.output_delay and m.head != "lm":
         found.append(f"model.output_delay={m.output_delay} needs model.head='lm', not {m.head!r}: "
                      "without an order of writing, no state is before another")
-    if m.vocab_size and m.start_id >= m.vocab_size:
-        found.append(f"model.start_id={m.start_id} must be below model.vocab_size={m.vocab_size}")
+    if m.vocab_size and m.start_id >= m.vocab_size - m.vocab_padding:
+        found.append(f"model.start_id={m.start_id} must be below model.vocab_size="
+                     f"{m.vocab_size - m.vocab_padding}")
     return found
