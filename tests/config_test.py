@@ -79,6 +79,12 @@ def test_presets_are_valid(name):
     (dict(train__keep=0), "train.keep=0 must be at least 1"),
     (dict(train__patience=-1), "train.patience=-1 must be at least 0"),
     (dict(train__label_smoothing=1.0), "train.label_smoothing=1.0 must be in [0, 1)"),
+    (dict(task__kind="classify", task__noise_rate=0.3),
+     "task.noise_rate=0.3 is not read with task.kind='classify'"),
+    (dict(task__noise="infilling"), "task.noise='infilling' is not read with task.kind='language_m"),
+    (dict(task__kind="masked_lm", task__noise_span=2.0), "task.noise_span=2.0 is not read with"),
+    (dict(task__kind="denoise", task__noise="none", task__noise_rate=0.3),
+     "task.noise_rate=0.3 is not read with task.noise='none'"),
     (dict(train__loss_chunks=3), "train.loss_chunks=3 does not divide model.context=256"),
     (dict(train__sample_tokens=256), "train.sample_tokens=256 must be less than model.context"),
 ], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
@@ -86,6 +92,13 @@ def test_bad_values_are_named(changes, words):
     with pytest.raises(UserError) as caught:
         cfg.validate(changed(**changes))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("task", [
+    dict(kind="masked_lm", noise_rate=0.3), dict(kind="denoise", noise="none"),
+    dict(kind="denoise", noise="infilling", noise_rate=0.2, noise_span=2.0)])
+def test_noise_is_for_the_tasks_that_read_it(task):
+    cfg.validate(changed(**{f"task__{name}": value for name, value in task.items()}))
 
 
 def test_every_problem_is_told_at_once():

@@ -184,6 +184,18 @@ def read_class_weights(text):
     return weights
 
 
+def _noise_problems(task):
+    """The fields of noise that are set and that nothing reads."""
+    reader, read = f"task.kind={task.kind!r}", {"masked_lm": ("noise_rate",),
+                                                "denoise": ("noise", "noise_rate", "noise_span")}
+    read = read.get(task.kind, ())
+    if task.kind == "denoise" and task.noise == "none":
+        reader, read = "task.noise='none'", ("noise",)
+    return [f"task.{name}={getattr(task, name)!r} is not read with {reader}"
+            for name in ("noise", "noise_rate", "noise_span")
+            if name not in read and getattr(task, name) != getattr(TaskConfig, name)]
+
+
 def _class_weight_problems(task):
     if not task.class_weights:
         return []
@@ -230,7 +242,7 @@ def _problems(c):
     if c.task.shift_probability and not c.task.max_shift:
         found.append(f"task.shift_probability={c.task.shift_probability} needs task.max_shift of "
                      "at least 1")
-    found += _class_weight_problems(c.task)
+    found += _noise_problems(c.task) + _class_weight_problems(c.task)
     if t.z_loss and c.task.kind in ("classify", "tag"):
         found.append(f"train.z_loss={t.z_loss} does not go with task.kind={c.task.kind!r}")
     for name, value in [("optim.b1", o.b1), ("optim.b2", o.b2), ("optim.ema", o.ema),
