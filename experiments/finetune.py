@@ -116,7 +116,8 @@ def run(config, workdir):
         else:
             common.write_run(workdir, config, tokenizer)
             common.write_labels(workdir, data.labels, data.multi_label)
-        if start < t.steps and not 0 < t.patience <= tracking.waited:  # it has stopped early
+        stopped = start >= t.steps or 0 < t.patience <= tracking.waited  # the latter: early
+        if tracking.owed or not stopped:
             # What is frozen has no gradient: the formula would count too much.
             flops = None if frozen else models.flops_per_token(config.model, shown.model.context)
             with common.displays(workdir, shown, start, flops, peak) as (log, progress):

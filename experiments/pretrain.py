@@ -96,7 +96,7 @@ def run(config, workdir, saved):
             if common.writes():
                 common.write_run(workdir, config, tokenizer)
             state = train.init_state(model, optimizer, config, mesh, params)
-        if start_step >= config.train.steps:
+        if start_step >= config.train.steps and not tracking.owed:
             print(f"the run is complete: {start_step} steps")
             return 0
         if 0 < config.train.patience <= tracking.waited:

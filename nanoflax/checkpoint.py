@@ -147,7 +147,8 @@ class Checkpoints:
     def save(self, step, state, meta, metric=None):
         """Starts saving `state` (a tree of arrays) and `meta` (JSON) and returns.
 
-        The caller may donate or change both at once. Waits first for the save before this one.
+        The caller may donate or change both at once. Waits first for the save before this one. A
+        step that is saved already only gets the metric, if it has none.
 
         Returns:
           False if the step is saved already, else True.
@@ -156,13 +157,17 @@ class Checkpoints:
         """
         self.wait()
         found = self.steps()
+        metric = float(metric) if metric is not None and math.isfinite(metric) else None
         if step in found:
+            if metric is not None and self._metrics.get(step) is None:
+                self._metrics[step] = metric
+                if jax.process_index() == 0:
+                    manifest.set_metric(self.directory / str(step), metric)
             return False
         if found and step < found[-1]:
             raise UserError(f"{self.directory}: cannot save step {step} before step {found[-1]}")
         meta = json.loads(json.dumps(meta))
-        finite = metric is not None and math.isfinite(metric)
-        self._metrics[step] = float(metric) if finite else None
+        self._metrics[step] = metric
         self._saving = step
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(jax.tree.map(_own, state)), meta=ocp.args.JsonSave(meta))

@@ -19,8 +19,14 @@ def write(path, metric):
         name = file.relative_to(path).as_posix()
         if name not in WRITTEN_LATER:
             files[name] = [file.stat().st_size, _crc32(file)]
-    body = {"metric": metric, "files": files}
-    (path / NAME).write_text(json.dumps({"crc32": _crc32_of(body), **body}))
+    _write(path / NAME, {"metric": metric, "files": files})
+
+
+def set_metric(path, metric):
+    """Gives a sound step a metric, at once or not at all."""
+    if body := _read(path):
+        _write(path / f"{NAME}.tmp", body | {"metric": metric})
+        (path / f"{NAME}.tmp").rename(path / NAME)
 
 
 def metric(path):
@@ -46,6 +52,10 @@ def damage(path):
         except OSError as error:
             return f"{name}: {error.strerror}"
     return None
+
+
+def _write(file, body):
+    file.write_text(json.dumps({"crc32": _crc32_of(body), **body}))
 
 
 def _crc32(file):

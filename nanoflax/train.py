@@ -194,11 +194,13 @@ class Tracking(NamedTuple):
     best: float = float("inf")  # of train.metric; negative where more is better
     best_step: int = 0
     waited: int = 0  # evaluations since the best
+    owed: bool = False  # a signal came before the evaluation of this step
 
     @classmethod
     def read(cls, saved):
-        """From a checkpoint's `_asdict`; at first `best` was called best_loss."""
-        return cls(saved.get("best", saved.get("best_loss")), saved["best_step"], saved["waited"])
+        """From a checkpoint's `_asdict`; at first `best` was called best_loss, and nothing owed."""
+        return cls(saved.get("best", saved.get("best_loss")), saved["best_step"], saved["waited"],
+                   saved.get("owed", False))
 
 
 def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progress, meta,
@@ -208,7 +210,8 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
     batches[i]: the host's part of the batch of step i, a dict of [B_host, ...] numpy arrays;
     evaluate(params, step): -> (metrics dict with config.train.metric, text to show); checkpoints:
     a Checkpoints; log, progress: of `report`; meta: dict saved with every checkpoint. AdaLoRA's
-    best step is one of those with no more ranks than its budget: the last final_steps.
+    best step is one of those with no more ranks than its budget: the last final_steps. An evaluation
+    that a signal came before is done first when the run goes on.
     Returns (state, tracking, Outcome). SIGTERM and SIGINT save and return; a second one interrupts.
     Raises: UserError after config.train.max_skipped non-finite steps in a row, naming the batch.
     """
@@ -243,17 +246,20 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
     reason, caught = "finished", 0
     with Signals() as signals, contextlib.closing(
             prefetch(batches[i] for i in range(begin, t.steps))) as queue:
-        for batch in queue:
-            state, metrics = step(state, sharding.put_batch(batch, mesh))
-            done += 1
-            waiting.append((done, metrics))
-            if eager or len(waiting) > 1 or done == begin + 1:
-                settle()
-            last = done == t.steps or signals.caught
+        for batch in itertools.chain([None] * tracking.owed, queue):
+            if batch is not None:
+                state, metrics = step(state, sharding.put_batch(batch, mesh))
+                done += 1
+                waiting.append((done, metrics))
+                if eager or len(waiting) > 1 or done == begin + 1:
+                    settle()
+            caught = signals.caught
+            last = done == t.steps or caught
             due = (done % t.checkpoint_every == 0
                    or 0 < t.checkpoint_seconds < time.monotonic() - saved_at)
-            metric = None
-            if (done % t.evaluate_every == 0 or done == t.steps) and not signals.caught:
+            metric, evaluates = None, done % t.evaluate_every == 0 or done == t.steps
+            tracking = tracking._replace(owed=bool(evaluates and caught))
+            if evaluates and not caught:
                 while waiting:
                     settle()
                 with progress.pause():
@@ -276,7 +282,6 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
                     settle()
                 save(metric)
             if last:
-                caught = signals.caught
                 break
     checkpoints.wait()
     return state, tracking, Outcome(signal.Signals(caught).name if caught else reason, done, caught)

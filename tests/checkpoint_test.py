@@ -191,6 +191,21 @@ def test_the_newest_and_the_best_are_kept_also_after_reopening(tmp_path):
 # Damage.
 
 
+def test_a_step_that_is_there_gets_its_metric_later(tmp_path):
+    state = make_state()
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        for step, metric in ((1, 2.0), (2, None)):
+            checkpoints.save(step, state, {}, metric)
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        for metric in (None, float("nan"), 1.0, 3.0):  # the first finite one
+            assert checkpoints.save(2, state, {}, metric) is False
+        assert checkpoints.best() == 2
+    assert manifest.metric(tmp_path / "2") == 1.0 and manifest.damage(tmp_path / "2") is None
+    assert not list((tmp_path / "2").glob("*.tmp"))
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best() == 2
+
+
 def flip(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 4

@@ -364,8 +364,10 @@ def test_adaloras_best_step_has_the_ranks_of_its_budget():
 
 
 def test_what_earlier_checkpoints_tracked_is_read():
-    assert train.Tracking.read({"best_loss": 0.5, "best_step": 2, "waited": 1}) == (0.5, 2, 1)
-    assert train.Tracking.read(train.Tracking(-0.5, 3, 2)._asdict()) == (-0.5, 3, 2)
+    assert train.Tracking.read(
+        {"best_loss": 0.5, "best_step": 2, "waited": 1}) == train.Tracking(0.5, 2, 1, False)
+    for tracking in (train.Tracking(-0.5, 3, 2), train.Tracking(-0.5, 3, 2, True)):
+        assert train.Tracking.read(tracking._asdict()) == tracking
 
 
 def test_too_many_non_finite_steps_stop_and_name_the_batch():
@@ -406,6 +408,33 @@ def test_a_signal_saves_and_returns(number):
     assert [s for s, *_ in loop.saved] == [5] and loop.waited and not loop.evaluated
     assert [s for s, _ in loop.logged] == [1, 2, 3, 4, 5]
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("at", [4, 8])
+def test_an_evaluation_that_a_signal_came_before_is_done_first(at):
+    config = config_of(steps=8, evaluate_every=2, checkpoint_every=1000)
+    found = {2: 3.0, 4: 1.0, 6: 2.0, 8: 0.5 if at == 8 else 2.5}
+    whole = Run(validation=list(found.values()))
+    expected = whole.fit(config)[1]
+    assert expected.best_step == at and not expected.owed
+    before = Run(validation=list(found.values()))
+
+    def step(state, batch):
+        if int(state.step) == at - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before.step(state, batch)
+
+    _, tracking, outcome = before.fit(config, step=step)
+    assert outcome.step == at and before.evaluated == [s for s in found if s < at]
+    assert tracking.owed and before.saved[-1][0::3] == (at, None)
+    after = Run(validation=[value for s, value in found.items() if s >= at])
+    _, tracking, outcome = after.fit(config, start=at,
+                                     tracking=train.Tracking.read(before.saved[-1][2]))
+    assert tracking == expected and outcome == train.Outcome("finished", 8)
+    assert before.evaluated + after.evaluated == whole.evaluated
+    assert before.seen + after.seen == whole.seen
+    assert after.saved[0][0::3] == (at, found[at])  # a checkpoint there gets its metric
+    assert [s for s, v in after.logged if "validation_loss" in v] == after.evaluated
 
 
 def test_a_second_signal_interrupts():
