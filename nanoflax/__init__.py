@@ -19,8 +19,9 @@ _MODULES = (
     "attention", "batching", "beams", "blocks", "builtin", "chat", "checkpoint", "config", "data",
     "denoising", "encoding", "examples", "families", "gguf", "hardware", "hf", "hf_tokenizers",
     "hf_vocabularies", "layers", "losses", "lstm", "manifest", "masking", "metrics", "models",
-    "objectives", "optim", "peft", "plan", "plots", "positions", "report", "safetensors_io",
-    "sampling", "scoring", "sharding", "sources", "task_sources", "tasks", "tokenizers", "train",
+    "objectives", "optim", "peft", "peft_format", "plan", "plots", "positions", "report",
+    "safetensors_io", "sampling", "scoring", "sharding", "sources", "task_sources", "tasks",
+    "tokenizers", "train",
 )
 __all__ = [*_HOME, *_MODULES]
 

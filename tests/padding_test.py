@@ -10,8 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from experiments import common
-from nanoflax import hf, sharding
-from nanoflax.config import Config, ModelConfig, validate
+from nanoflax import hf, peft, sharding
+from nanoflax.config import Config, ModelConfig, PeftConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.models import build, without_padding
 from tests.programs_test import SMALL, run
@@ -74,6 +74,18 @@ def test_what_is_exported_has_no_padding(tied, tmp_path):
     cut_config, cut = without_padding(config, params)
     assert back_config.vocab_size == cut_config.vocab_size
     jax.tree.map(np.testing.assert_array_equal, back, cut)
+
+
+def test_an_adapter_with_its_head_has_no_padding(tmp_path):
+    config = ModelConfig(vocab_size=40, vocab_padding=3, dim=16, layers=1, heads=2, norm="rmsnorm",
+                         activation="silu", gated=True, positions="rotary", bias=False, tied=False)
+    c, base = PeftConfig("lora", trained="adapters,head"), sharding.init(
+        build(config), jax.random.PRNGKey(0))
+    tuned = peft.add(base, c, jax.random.PRNGKey(1))
+    tuned["unembed"] = {"kernel": base["unembed"]["kernel"] + 0.1}
+    peft.save(tmp_path, config, tuned, c)
+    back, _ = peft.load(tmp_path, *without_padding(config, base))
+    jax.tree.map(np.testing.assert_array_equal, back, without_padding(config, tuned)[1])
 
 
 def test_the_size_of_a_run_is_its_own_on_any_mesh():

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nanoflax import checkpoint, hf, peft, sharding, train
+from nanoflax import checkpoint, hf, peft, peft_format, sharding, train
 from nanoflax.config import (OPTIMIZERS, PEFT_KINDS, Config, ModelConfig, OptimConfig, PeftConfig,
                              TrainConfig, validate)
 from nanoflax.errors import UserError
@@ -476,11 +476,45 @@ def test_a_trained_head_goes_along(config, kind, tmp_path):
     np.testing.assert_allclose(forward(model, added), np.concatenate(found), atol=1e-4)
     head = flatten_dict(added)[("labels", "kernel")] - params["labels"]["kernel"]
     assert np.abs(head).max() > 0.1
+    back, c2 = peft.load(tmp_path / "adapter", config, params)
+    np.testing.assert_allclose(forward(model, back), forward(model, added), atol=1e-6)
+    assert peft.trainable(back, c2) == peft.trainable(added, c)
     for trained, message in [("adapters,biases", "peft saves .* as a whole, and peft.trained has"),
                              ("adapters,.*query/.*", "peft cannot both adapt")]:
         if config.bias or "query" in trained:
             with pytest.raises(UserError, match=message):
                 peft.save(tmp_path / "x", config, added, config_of(kind, trained=trained))
+
+
+@pytest.mark.parametrize("config, auto, module, targets", [
+    (BERT, "AutoModelForSequenceClassification", "classifier", ["query", "value"]),
+    (LLAMA, "AutoModelForCausalLM", "lm_head", ["q_proj"]),
+    (LLAMA, "AutoModelForCausalLM", "layers.1.mlp", ["q_proj"])])
+def test_what_peft_trained_whole_is_the_same_here(config, auto, module, targets, tmp_path):
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    config = ModelConfig(**vars(config) | ({"head": "classify", "labels": 3, "activation": "gelu",
+                                            "norm_eps": 1e-12} if config is BERT else {}))
+    model, params = build(config), sharding.init(build(config), jax.random.PRNGKey(0))
+    hf.save(tmp_path / "model", config, params)
+    base = getattr(transformers, auto).from_pretrained(tmp_path / "model")
+    theirs = get_peft_model(base, LoraConfig(
+        r=4, target_modules=targets, modules_to_save=[module, "absent"])).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                p += 0.1 * torch.randn_like(p)
+    theirs.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        logits = [theirs(input_ids=torch.tensor(row[None]).long()).logits for row in TOKENS]
+    ours, c = peft.load(tmp_path / "adapter", config, params)
+    np.testing.assert_allclose(forward(model, ours), np.concatenate(logits), atol=1e-4)
+    flat, moved = flatten_dict(params, sep="/"), flatten_dict(ours, sep="/")
+    changed = {path for path in flat if not np.array_equal(flat[path], moved[path])}
+    trained = {path for path, x in flatten_dict(peft.trainable(ours, c), sep="/").items() if x}
+    assert changed and changed == {path for path in trained if "lora_" not in path}
 
 
 def test_names_of_a_bare_encoder_and_of_transposed_kernels_are_theirs(tmp_path):
@@ -522,8 +556,12 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj."
 
 @pytest.mark.parametrize("settings, tensors, message", [
     ({"peft_type": "IA3"}, {}, "peft_type=IA3 is not supported"),
-    ({"bias": "all", "modules_to_save": ["lm_head"]}, {},
-     r"bias=all is not supported; modules_to_save=\['lm_head'\] is not supported"),
+    ({"bias": "all", "modules_to_save": "lm_head"}, {},
+     "bias=all is not supported; modules_to_save=lm_head is not supported"),
+    ({"modules_to_save": ["up_proj", "embed_tokens"]}, {}, "embed_tokens.weight is missing: modules_"),
+    ({"modules_to_save": ["embed_tokens"]},
+     {"base_model.model.model.embed_tokens.weight": np.zeros((2, 32), np.float32)},
+     r"embed_tokens.weight has shape \[2, 32\], not"),
     ({"init_lora_weights": "pissa"}, {}, "init_lora_weights=pissa"),
     ({"rank_pattern": [1]}, {}, "rank_pattern"),
     ({"init_r": "4"}, {}, "peft.rank='4' must be an integer"),
@@ -534,11 +572,11 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj."
     ({}, {FIRST.replace("0", "7") + "lora_A": np.zeros((4, 32), np.float32)}, "has no place"),
 ])
 def test_what_is_broken_is_named(llama, saved, tmp_path, settings, tensors, message):
-    theirs = json.loads((saved / peft.CONFIG).read_text()) | settings
-    (tmp_path / peft.CONFIG).write_text(json.dumps(theirs))
-    arrays = safetensors.numpy.load_file(saved / peft.WEIGHTS) | tensors
+    theirs = json.loads((saved / peft_format.CONFIG).read_text()) | settings
+    (tmp_path / peft_format.CONFIG).write_text(json.dumps(theirs))
+    arrays = safetensors.numpy.load_file(saved / peft_format.WEIGHTS) | tensors
     safetensors.numpy.save_file({k: x for k, x in arrays.items() if x is not None},
-                                tmp_path / peft.WEIGHTS)
+                                tmp_path / peft_format.WEIGHTS)
     with pytest.raises(UserError, match=message):
         peft.load(tmp_path, LLAMA, llama[1])
 
