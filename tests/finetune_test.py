@@ -280,6 +280,15 @@ def test_misuse_gets_one_line_and_status_2(flags, words, topics, tmp_path):
     assert done.stderr.count("\n") == 1, done.stderr
 
 
+def test_label_smoothing_of_several_labels_is_refused(tmp_path):
+    data = write(tmp_path / "several.jsonl", [{"text": f"a {i}", "labels": ["cat", "dog"][:i % 3]}
+                                              for i in range(8)])
+    done = finetune("classify", tmp_path / "run", data, data, "--config.train.label_smoothing=0.1",
+                    "--config.train.steps=4")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "train.label_smoothing=0.1 does not go with several labels" in done.stderr
+
+
 # Texts: language models, masks and noise.
 
 
