@@ -174,13 +174,13 @@ def _linears(modules):
 
 def _from_theirs(theirs, path):
     """(PeftConfig, rank_pattern) of an adapter_config.json."""
-    patterns = theirs.get("rank_pattern") or {}
+    patterns, whole = theirs.get("rank_pattern") or {}, theirs.get("modules_to_save") or []
     adalora, init = theirs.get("peft_type") == "ADALORA", theirs.get("init_lora_weights")
     wrong = {name for name, value in theirs.items() if value and name not in _KNOWN}
     wrong |= {name for name, fine in [
         ("peft_type", adalora or theirs.get("peft_type") == "LORA"),
         ("bias", theirs.get("bias", "none") == "none"),
-        ("modules_to_save", isinstance(theirs.get("modules_to_save") or [], list)),
+        ("modules_to_save", isinstance(whole, list) and all(isinstance(x, str) for x in whole)),
         ("init_lora_weights", init in (None, True, False, "gaussian")),  # others change the kernels
         ("rank_pattern", isinstance(patterns, dict) and all(
             isinstance(x, list) and all(type(keep) is bool for keep in x) if adalora else

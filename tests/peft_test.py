@@ -558,6 +558,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj."
     ({"peft_type": "IA3"}, {}, "peft_type=IA3 is not supported"),
     ({"bias": "all", "modules_to_save": "lm_head"}, {},
      "bias=all is not supported; modules_to_save=lm_head is not supported"),
+    ({"modules_to_save": [1]}, {}, r"modules_to_save=\[1\] is not supported"),
     ({"modules_to_save": ["up_proj", "embed_tokens"]}, {}, "embed_tokens.weight is missing: modules_"),
     ({"modules_to_save": ["embed_tokens"]},
      {"base_model.model.model.embed_tokens.weight": np.zeros((2, 32), np.float32)},
