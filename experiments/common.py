@@ -6,13 +6,16 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
+import traceback
 import types
 import typing
 
 from absl import app, flags, logging
 
 from nanoflax import config as configs
+from nanoflax import distributed
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -25,7 +28,8 @@ def launch(main, default_config=None, arguments=False):
     default_config: the file of --config for a program that takes one; every leaf of it becomes a
     typed flag, such as --config.model.dim=256. arguments: the program takes words that are no
     flags, and finds them in FLAGS.arguments. Exit status: what main returns (0), 2 for anything
-    the user can put right, 130 for Ctrl-C outside training.
+    the user can put right, 130 for Ctrl-C outside training, 1 for what is wrong in the program or
+    with another process of the run.
     """
     def parse(argv):
         try:
@@ -49,7 +53,10 @@ def launch(main, default_config=None, arguments=False):
             fail(error)
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
-            sys.exit(130)
+            distributed.leave(130)
+        except Exception:
+            traceback.print_exc()
+            distributed.leave(1)
 
     use_huge_pages()
     logging.set_verbosity(logging.WARNING)  # JAX tells there which backends it did not find
@@ -70,7 +77,7 @@ def use_huge_pages():
 
 def fail(error):
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+    distributed.leave(2)
 
 
 def config_path(argv):
@@ -183,6 +190,30 @@ def setup_jax():
 
     jax.config.update("jax_compilation_cache_dir", os.path.join(default_cache_dir(), "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def define_hosts():
+    """The flags of a program that several processes run together, for `join`."""
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where several processes train "
+                        "together; on Cloud TPU and under Slurm and Open MPI JAX finds it")
+    flags.DEFINE_integer("processes", None, "how many there are")
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+    flags.DEFINE_integer("join_seconds", 300, "until all of them must have answered", 1)
+    flags.DEFINE_integer("heartbeat_seconds", 50, "of silence after which a process counts as dead",
+                         1)
+
+
+def join(config, **others):
+    """Make one run of its processes, if there are several: all of this Config, and of `others`.
+
+    Raises: UserError if they do not find each other or differ, before anything is compiled.
+    """
+    distributed.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id,
+                           FLAGS.join_seconds, FLAGS.heartbeat_seconds)
+    values = configs.to_dict(config)
+    for name in ("workers", "cache"):  # of its own machine
+        values["data"].pop(name)
+    distributed.check_same("their configurations", {"config": values} | others)
 
 
 def read_run(workdir):
@@ -474,6 +505,23 @@ def source_of(config, name=None):
                        config.validation_fraction)
 
 
+def trained_once(train, directory):
+    """The tokenizer of train(); of several processes the first trains, the others read it."""
+    import jax
+
+    from nanoflax import tokenizers
+
+    if jax.process_count() == 1:
+        return train()
+    part = f"{directory}.part"
+    distributed.first(lambda: train().save(part))
+    tokenizer = tokenizers.load(part)
+    distributed.gather("read")
+    if writes():
+        shutil.rmtree(part)
+    return tokenizer
+
+
 def get_tokenizer(config, directory):
     """The run's own tokenizer if it has one, else the one that data.tokenizer names or asks to
     train on the training split."""
@@ -484,7 +532,8 @@ def get_tokenizer(config, directory):
         return tokenizers.load(directory)
     if kind in ("bytes", "path"):
         return tokenizers.load(config.tokenizer)
-    return tokenizers.train_sentencepiece(sources.documents(source_of(config), "train"), size, kind)
+    return trained_once(lambda: tokenizers.train_sentencepiece(
+        sources.documents(source_of(config), "train"), size, kind), directory)
 
 
 def with_vocabulary(config, tokenizer):

@@ -118,10 +118,33 @@ def batch(mesh, rank):
     return NamedSharding(mesh, P(*BATCH, *[None] * (rank - 1)))
 
 
+def rows(mesh, batch_size):
+    """The rows of a batch that this process's devices hold, ascending: those that it must read.
+
+    Processes may share rows (where `tensor` goes across them), and their rows need not be next to
+    each other (where the mesh does not follow the order of processes).
+    """
+    found = batch(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for part, in found for row in range(*part.indices(batch_size))})
+
+
 def put_batch(arrays, mesh):
-    """A host's part of a batch (numpy arrays [B_host, ...]) as global arrays, split over the mesh."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(
-        batch(mesh, np.ndim(x)), np.asarray(x)), arrays)
+    """This process's `rows` of a batch, numpy arrays, as global arrays split over the mesh."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = rows(mesh, ways)  # of as many equal ones
+
+    def put(x):
+        size = len(x) // len(parts)  # rows of a part
+
+        def read(index):
+            start, stop, _ = index[0].indices(ways * size)
+            here = parts.index(start // size) * size
+            return x[here:here + stop - start][:, *index[1:]]
+
+        return jax.make_array_from_callback(
+            (ways * size, *x.shape[1:]), batch(mesh, x.ndim), read)
+
+    return jax.tree.map(lambda x: put(np.asarray(x)), arrays)
 
 
 def ways(B, T):
