@@ -276,10 +276,13 @@ def adapted(model, given, config, mesh):
     """What finetune begins from: `started`, with the adapters that config.peft adds."""
     import jax
 
-    from nanoflax import peft
+    from nanoflax import peft, sharding
 
     seed = config.train.seed
-    return peft.add(started(model, given, seed, mesh), config.peft, jax.random.PRNGKey(seed + 1))
+    add = lambda params: peft.add(params, config.peft, jax.random.PRNGKey(seed + 1))  # noqa: E731
+    params = started(model, given, seed, mesh)
+    return jax.jit(add, donate_argnums=0, out_shardings=sharding.shardings(
+        jax.eval_shape(add, params), mesh))(params)
 
 
 def started(model, given, seed, mesh):
@@ -288,6 +291,7 @@ def started(model, given, seed, mesh):
     Raises: UserError for a source with adapters that cannot be merged.
     """
     import jax
+    import numpy as np
     from flax import traverse_util
 
     from nanoflax import peft, sharding
@@ -300,15 +304,17 @@ def started(model, given, seed, mesh):
     for path in {"embed/embedding", "unembed/kernel", "logit_bias"} & new.keys() & given.keys():
         old = given[path]
         if old.shape != new[path].shape:
-            given[path] = new[path].at[tuple(map(slice, old.shape))].set(old)
+            given[path] = np.array(sharding.fetch(new[path]))
+            given[path][tuple(map(slice, old.shape))] = old
     fits = {path for path in new if path in given and given[path].shape == new[path].shape}
-    if fresh := sorted({path.split("/")[0] for path in new.keys() - fits}):
+    fresh = sorted({path.split("/")[0] for path in new.keys() - fits})
+    if fresh and writes():
         print(f"not in the source, drawn anew: {', '.join(fresh)}", file=sys.stderr)
-    if left := sorted({path.split("/")[0] for path in given.keys() - fits}):
+    left = sorted({path.split("/")[0] for path in given.keys() - fits})
+    if left and writes():
         print(f"in the source, not needed: {', '.join(left)}", file=sys.stderr)
-    return traverse_util.unflatten_dict(
-        {path: given[path].astype(x.dtype) if path in fits else x for path, x in new.items()},
-        sep="/")
+    new |= sharding.put({path: given[path].astype(new[path].dtype) for path in fits}, mesh)
+    return traverse_util.unflatten_dict(new, sep="/")
 
 
 def examples_of(data):
@@ -407,7 +413,7 @@ def prompt_ids(tokenizer, text, architecture="decoder"):
 FREE = {"data": ("workers", "cache"),
         "train": ("loss_chunks", "remat", "max_skipped", "evaluate_every", "evaluate_batches",
                   "patience", "checkpoint_every", "checkpoint_seconds", "keep", "sample_prompt",
-                  "sample_tokens", "mesh", "tensorboard", "wandb")}
+                  "sample_tokens", "mesh", "watchdog_seconds", "tensorboard", "wandb")}
 
 
 def resumable(workdir, config, restart):

@@ -41,15 +41,29 @@ def initialize(coordinator="", processes=None, process_id=None, timeout=300, hea
         raise UserError(f"--process_id={process_id} must be from 0 to --processes={processes} - 1")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    deadline = threading.Timer(timeout, _unanswered, [coordinator, timeout])
+    deadline.daemon = True
+    deadline.start()  # at its own deadline JAX would abort
     try:
         jax.distributed.initialize(coordinator or None, processes, process_id,
-                                   initialization_timeout=timeout,
+                                   initialization_timeout=timeout + 60,
                                    heartbeat_timeout_seconds=heartbeat)
+    except RuntimeError as error:
+        raise UserError(f"--coordinator={coordinator}: {error}") from error
     except ValueError as error:
         if coordinator:
             raise UserError(f"--coordinator={coordinator} needs --processes and --process_id "
                             f"where neither Slurm nor Open MPI gives them: {error}") from error
         # JAX found no cluster.
+    finally:
+        deadline.cancel()
+
+
+def _unanswered(coordinator, timeout):
+    print(f"{os.path.basename(sys.argv[0])}: not all processes of the run have answered within "
+          f"{timeout} s (--join_seconds); is --coordinator={coordinator or 'that of the cluster'} "
+          "the address of process 0, and does each of them run?", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def gather(value):

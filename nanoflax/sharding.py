@@ -172,6 +172,24 @@ def constrain(x, spec):
         x, P(*split, *[P.UNCONSTRAINED] * (x.ndim - len(spec))))
 
 
+def put(tree, mesh):
+    """Parameters that every process holds whole (numpy or its own arrays), over the mesh."""
+    def one(x, sharding):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree, shardings(tree, mesh))
+
+
+def fetch(x):
+    """An array, of whichever processes, whole as numpy on all of them; all must call it."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
 def split_batch(x):
     """Activations x [B, ...], on the mesh that the step is traced for split along B as the batch is.
 
