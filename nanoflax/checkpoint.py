@@ -36,6 +36,8 @@ from etils import epath
 from nanoflax import distributed, manifest
 from nanoflax.errors import UserError
 
+VISIBLE = 30  # seconds until all hosts see a new file on a network file system
+
 _DISK_ERRORS = [os.strerror(code) for code in (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)]
 
@@ -288,7 +290,7 @@ class WorkdirLock:
         holder = distributed.first(lambda: self._take(directory))
         path, begin = pathlib.Path(directory).expanduser() / ".lock", time.monotonic()
         while not (seen := path.exists() and path.read_text() == holder):
-            if time.monotonic() - begin > 30:  # network file systems need some seconds
+            if time.monotonic() - begin > VISIBLE:
                 break
             time.sleep(0.1)
         if others := [i for i, saw in enumerate(distributed.gather(seen)) if not saw]:
