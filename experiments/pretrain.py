@@ -73,6 +73,7 @@ def run(config, workdir):
     model = models.build(config.model, config.train.remat)
     optimizer, schedule = optim.make_optimizer(config.optim, config.train.steps)
     shapes = train.abstract_state(model, optimizer, config, mesh)
+    sharding.check_memory(shapes, mesh)
     with (concurrent.futures.ThreadPoolExecutor(1) as background,  # compile while text is read
           checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep) as saves):
         step = background.submit(train.compile_step, train.make_train_step(

@@ -49,12 +49,11 @@ def initialize(coordinator="", processes=None, process_id=None, timeout=300, hea
                                    initialization_timeout=timeout + 60,
                                    heartbeat_timeout_seconds=heartbeat)
     except RuntimeError as error:
-        raise UserError(f"--coordinator={coordinator}: {error}") from error
-    except ValueError as error:
+        raise UserError(f"the processes of the run could not be joined: {error}") from error
+    except (ValueError, OSError) as error:  # JAX found no cluster, or a TPU without its metadata
         if coordinator:
             raise UserError(f"--coordinator={coordinator} needs --processes and --process_id "
                             f"where neither Slurm nor Open MPI gives them: {error}") from error
-        # JAX found no cluster.
     finally:
         deadline.cancel()
 

@@ -113,6 +113,20 @@ def check(config, mesh):
         raise UserError("; ".join(found))
 
 
+def check_memory(tree, mesh):
+    """Refuse a tree of arrays or shapes with shardings that the devices cannot hold.
+
+    Raises: UserError with both sizes; a device that does not tell its own (a CPU) holds all.
+    """
+    limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    need = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+               for x in jax.tree.leaves(tree))
+    if need > limit:
+        raise UserError(f"parameters and optimizer take {need / 2**30:.1f} GiB of each device on "
+                        f"the mesh {dict(mesh.shape)}, and a device has {limit / 2**30:.1f} GiB; "
+                        "give train.mesh more fsdp or tensor, or take more devices")
+
+
 def batch(mesh, rank):
     """The NamedSharding of an array [B, ...] of a batch."""
     return NamedSharding(mesh, P(*BATCH, *[None] * (rank - 1)))
