@@ -144,19 +144,19 @@ def rows(mesh, batch_size):
 
 def put_batch(arrays, mesh):
     """This process's `rows` of a batch, numpy arrays, as global arrays split over the mesh."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    parts = rows(mesh, ways)  # of as many equal ones
+    count = math.prod(mesh.shape[axis] for axis in BATCH[0])
+    parts = rows(mesh, count)  # of as many equal ones
 
     def put(x):
         size = len(x) // len(parts)  # rows of a part
 
         def read(index):
-            start, stop, _ = index[0].indices(ways * size)
+            start, stop, _ = index[0].indices(count * size)
             here = parts.index(start // size) * size
             return x[here:here + stop - start][:, *index[1:]]
 
         return jax.make_array_from_callback(
-            (ways * size, *x.shape[1:]), batch(mesh, x.ndim), read)
+            (count * size, *x.shape[1:]), batch(mesh, x.ndim), read)
 
     return jax.tree.map(lambda x: put(np.asarray(x)), arrays)
 

@@ -188,7 +188,7 @@ def test_two_finetune_as_one_does(home):
         "-m", "experiments.finetune", "--config=classify", f"--workdir={home / workdir}",
         *(f"--config.{flag}" for flag in (
             f"data.train=jsonl:{home}/topics.jsonl", "data.tokenizer=bpe:280", "model.layers=1",
-            "model.dim=32", "model.heads=4", "model.context=32", "task.length=32",
+            "model.dim=32", "model.heads=4", "model.context=32", "task.length=32", "task.target_length=32",
             "optim.warmup_steps=2", "train.steps=6", "train.batch_size=16", "peft.kind=lora",
             "peft.trained=all", "train.evaluate_every=3", "train.checkpoint_every=3",
             "train.tensorboard=false", "train.mesh=2,2,2"))]
