@@ -188,13 +188,14 @@ def test_two_finetune_as_one_does(home):
         "-m", "experiments.finetune", "--config=classify", f"--workdir={home / workdir}",
         *(f"--config.{flag}" for flag in (
             f"data.train=jsonl:{home}/topics.jsonl", "data.tokenizer=bpe:280", "model.layers=1",
-            "model.dim=32", "model.heads=4", "model.context=32", "task.length=32", "task.target_length=32",
-            "optim.warmup_steps=2", "train.steps=6", "train.batch_size=16", "peft.kind=lora",
-            "peft.trained=all", "train.evaluate_every=3", "train.checkpoint_every=3",
-            "train.tensorboard=false", "train.mesh=2,2,2"))]
-    alone = Process(arguments("tuned-1"), home, "tuned-1", 8)
-    said = finish([alone])
-    assert finish(start(arguments("tuned-2"), home, "tuned")).replace("tuned-2", "tuned-1") == said
+            "model.dim=32", "model.heads=4", "model.context=32", "task.length=32",
+            "task.target_length=32", "optim.warmup_steps=2", "train.steps=6", "train.batch_size=16",
+            "train.evaluate_every=3", "train.checkpoint_every=3", "train.tensorboard=false",
+            "train.mesh=2,2,2", "peft.kind=lora", "peft.trained=all"))]
+    finish([Process(arguments("tuned-1"), home, "tuned-1", 8)])
+    said = finish(start(arguments("tuned-2"), home, "tuned-2"))
+    assert "best at step" in said
+    assert "best" not in (home / "tuned-2-1.out").read_text()
     for a, b in zip(losses(home / "tuned-1"), losses(home / "tuned-2"), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
     one, two = ((home / name / "predictions.jsonl").read_text() for name in ("tuned-1", "tuned-2"))
@@ -247,7 +248,8 @@ def test_a_coordinator_that_does_not_answer(home):
     (("here", 2, 0), "--coordinator=here must be HOST:PORT"),
     (("h:1", 2, 2), "--process_id=2 must be from 0 to --processes=2 - 1"),
     (("localhost:1", None, None), "needs --processes and --process_id")])
-def test_flags_that_do_not_fit_together(arguments, words):
+def test_flags_that_do_not_fit_together(arguments, words, monkeypatch):
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
     with pytest.raises(UserError, match=words):
         distributed.initialize(*arguments)
 
