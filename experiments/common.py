@@ -6,13 +6,16 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
+import traceback
 import types
 import typing
 
 from absl import app, flags, logging
 
 from nanoflax import config as configs
+from nanoflax import distributed
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -25,7 +28,8 @@ def launch(main, default_config=None, arguments=False):
     default_config: the file of --config for a program that takes one; every leaf of it becomes a
     typed flag, such as --config.model.dim=256. arguments: the program takes words that are no
     flags, and finds them in FLAGS.arguments. Exit status: what main returns (0), 2 for anything
-    the user can put right, 130 for Ctrl-C outside training.
+    the user can put right, 130 for Ctrl-C outside training, 1 for what is wrong in the program or
+    with another process of the run.
     """
     def parse(argv):
         try:
@@ -49,7 +53,10 @@ def launch(main, default_config=None, arguments=False):
             fail(error)
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
-            sys.exit(130)
+            distributed.leave(130)
+        except Exception:
+            traceback.print_exc()
+            distributed.leave(1)
 
     use_huge_pages()
     logging.set_verbosity(logging.WARNING)  # JAX tells there which backends it did not find
@@ -70,7 +77,7 @@ def use_huge_pages():
 
 def fail(error):
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+    distributed.leave(2)
 
 
 def config_path(argv):
@@ -185,6 +192,30 @@ def setup_jax():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def define_hosts():
+    """The flags of a program that several processes run together, for `join`."""
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where several processes train "
+                        "together; on Cloud TPU and under Slurm and Open MPI JAX finds it")
+    flags.DEFINE_integer("processes", None, "how many there are")
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+    flags.DEFINE_integer("join_seconds", 300, "until all of them must have answered", 1)
+    flags.DEFINE_integer("heartbeat_seconds", 50, "of silence after which a process counts as dead",
+                         1)
+
+
+def join(config, **others):
+    """Make one run of its processes, if there are several: all of this Config, and of `others`.
+
+    Raises: UserError if they do not find each other or differ, before anything is compiled.
+    """
+    distributed.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id,
+                           FLAGS.join_seconds, FLAGS.heartbeat_seconds)
+    values = configs.to_dict(config)
+    for name in ("workers", "cache"):  # of its own machine
+        values["data"].pop(name)
+    distributed.check_same("their configurations", {"config": values} | others)
+
+
 def read_run(workdir):
     """The Config and tokenizer of a run. Raises: UserError if workdir holds no run."""
     from nanoflax import tokenizers
@@ -247,10 +278,13 @@ def adapted(model, given, config, mesh):
     """What finetune begins from: `started`, with the adapters that config.peft adds."""
     import jax
 
-    from nanoflax import peft
+    from nanoflax import peft, sharding
 
     seed = config.train.seed
-    return peft.add(started(model, given, seed, mesh), config.peft, jax.random.PRNGKey(seed + 1))
+    add = lambda params: peft.add(params, config.peft, jax.random.PRNGKey(seed + 1))  # noqa: E731
+    params = started(model, given, seed, mesh)
+    return jax.jit(add, donate_argnums=0, out_shardings=sharding.shardings(
+        jax.eval_shape(add, params), mesh))(params)
 
 
 def started(model, given, seed, mesh):
@@ -259,6 +293,7 @@ def started(model, given, seed, mesh):
     Raises: UserError for a source with adapters that cannot be merged.
     """
     import jax
+    import numpy as np
     from flax import traverse_util
 
     from nanoflax import models, peft, sharding
@@ -271,16 +306,17 @@ def started(model, given, seed, mesh):
     for path in models.VOCABULARY & new.keys() & given.keys():
         old = given[path]
         if old.shape != new[path].shape:
-            old = jax.device_put(old, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-            given[path] = new[path].at[tuple(map(slice, old.shape))].set(old)
+            given[path] = np.array(sharding.fetch(new[path]))
+            given[path][tuple(map(slice, old.shape))] = old
     fits = {path for path in new if path in given and given[path].shape == new[path].shape}
-    if fresh := sorted({path.split("/")[0] for path in new.keys() - fits}):
+    fresh = sorted({path.split("/")[0] for path in new.keys() - fits})
+    if fresh and writes():
         print(f"not in the source, drawn anew: {', '.join(fresh)}", file=sys.stderr)
-    if left := sorted({path.split("/")[0] for path in given.keys() - fits}):
+    left = sorted({path.split("/")[0] for path in given.keys() - fits})
+    if left and writes():
         print(f"in the source, not needed: {', '.join(left)}", file=sys.stderr)
-    return traverse_util.unflatten_dict(
-        {path: given[path].astype(x.dtype) if path in fits else x for path, x in new.items()},
-        sep="/")
+    new |= sharding.put({path: given[path].astype(new[path].dtype) for path in fits}, mesh)
+    return traverse_util.unflatten_dict(new, sep="/")
 
 
 def examples_of(data):
@@ -379,7 +415,7 @@ def prompt_ids(tokenizer, text, architecture="decoder"):
 FREE = {"data": ("workers", "cache"),
         "train": ("loss_chunks", "remat", "max_skipped", "evaluate_every", "evaluate_batches",
                   "patience", "checkpoint_every", "checkpoint_seconds", "keep", "sample_prompt",
-                  "sample_tokens", "mesh", "tensorboard", "wandb")}
+                  "sample_tokens", "mesh", "watchdog_seconds", "tensorboard", "wandb")}
 
 
 def resumable(workdir, config, restart):
@@ -485,6 +521,23 @@ def source_of(config, name=None):
                        config.validation_fraction)
 
 
+def trained_once(train, directory):
+    """The tokenizer of train(); of several processes the first trains, the others read it."""
+    import jax
+
+    from nanoflax import tokenizers
+
+    if jax.process_count() == 1:
+        return train()
+    part = f"{directory}.part"
+    distributed.first(lambda: train().save(part))
+    tokenizer = tokenizers.load(part)
+    distributed.gather("read")
+    if writes():
+        shutil.rmtree(part)
+    return tokenizer
+
+
 def get_tokenizer(config, directory):
     """The run's own tokenizer if it has one, else the one that data.tokenizer names or asks to
     train on the training split."""
@@ -495,7 +548,8 @@ def get_tokenizer(config, directory):
         return tokenizers.load(directory)
     if kind in ("bytes", "path"):
         return tokenizers.load(config.tokenizer)
-    return tokenizers.train_sentencepiece(sources.documents(source_of(config), "train"), size, kind)
+    return trained_once(lambda: tokenizers.train_sentencepiece(
+        sources.documents(source_of(config), "train"), size, kind), directory)
 
 
 def with_vocabulary(model, tokenizer, mesh, saved=None):

@@ -10,9 +10,11 @@ model is trained from scratch. The same command resumes. At the end the best ste
 the validation examples: a printed report, result.json, predictions.jsonl, and in final/ the whole
 model, low-rank adapters merged (and beside it in adapter/, as the peft library reads them).
 `evaluate --workdir=runs/y --data=jsonl:new.jsonl` gives the same for new examples, and
-`sample --workdir=runs/y --prompt=TEXT` predicts; `convert` opens final/.
+`sample --workdir=runs/y --prompt=TEXT` predicts; `convert` opens final/. Exit status, and several
+hosts: as of pretrain.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -28,6 +30,7 @@ from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "directory of the run", required=True)
+common.define_hosts()
 
 DEFAULT_CONFIG = os.path.join(common.HERE, "configs", "classify.py")
 
@@ -35,10 +38,12 @@ DEFAULT_CONFIG = os.path.join(common.HERE, "configs", "classify.py")
 def main():
     config, workdir = common.parsed_config(), FLAGS.workdir
     common.setup_jax()
+    common.join(config)
 
     from nanoflax import checkpoint
 
-    with checkpoint.WorkdirLock(workdir):
+    with (checkpoint.WorkdirLock(workdir),
+          contextlib.nullcontext() if common.writes() else contextlib.redirect_stdout(None)):
         return run(config, workdir)
 
 
@@ -46,21 +51,20 @@ def run(config, workdir):
     import jax
 
     from nanoflax import (
-        batching, checkpoint, examples, hardware, models, optim, peft, plots, sharding, tasks,
-        train)
+        batching, checkpoint, distributed, examples, hardware, models, optim, peft, plots, sharding,
+        tasks, train)
 
     task, t = config.task, config.train
     common.check_metric(config, tasks.TASKS[task.kind].metrics)
     mesh, kind = sharding.make_mesh(t.mesh), tasks.TASKS[task.kind].examples
-    if jax.process_count() > 1:
-        raise UserError("finetune runs on one host; pretrain runs on several")
     data = examples.load(common.examples_of(config.data), kind)
     if t.label_smoothing and data.multi_label:
         raise UserError(f"train.label_smoothing={t.label_smoothing} does not go with several labels: "
                         "each is a question of its own; set it to 0")
     config, params, tokenizer = starting_point(config, data, workdir, mesh)
     sharding.check(config, mesh)
-    common.resumable(workdir, config, restart=False)  # refuses another run's workdir
+    distributed.first(lambda: common.resumable(  # refuses another run's workdir
+        workdir, config, restart=False) is not None)
     encode = lambda part: tasks.encode(  # noqa: E731
         part, config, tokenizer, data.labels, data.multi_label, data.report)
     rows, held_out = encode(data.train), encode(data.validation)
@@ -78,7 +82,6 @@ def run(config, workdir):
 
     model = models.build(config.model, t.remat)
     params = common.adapted(model, params, config, mesh)
-    params = jax.device_put(params, sharding.shardings(params, mesh))
     trained, frozen = peft.split(params, peft.trainable(params, config.peft))
     print(plots.parameter_table(params))
     size = sum(x.size for x in jax.tree.leaves(trained))
@@ -103,6 +106,7 @@ def run(config, workdir):
     peak = peak * mesh.size if peak else hardware.measure_peak_flops()
     meta = {"tokenizer": tokenizer.fingerprint, "config": configs.to_dict(config),
             "data": fingerprint(data.train), "validation": fingerprint(data.validation)}
+    distributed.check_same("their data", {k: meta[k] for k in meta if k != "config"})
     tracking, start = train.Tracking(), 0
     with checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), t.keep) as saves:
         if saves.latest() is not None:
@@ -113,7 +117,7 @@ def run(config, workdir):
             state, start = train.TrainState(**restored), old["step"]
             tracking = train.Tracking.read(old["tracking"])
             print(f"resuming at step {start}")
-        else:
+        elif common.writes():
             common.write_run(workdir, config, tokenizer)
             common.write_labels(workdir, data.labels, data.multi_label)
         stopped = start >= t.steps or 0 < t.patience <= tracking.waited  # the latter: early
@@ -127,7 +131,7 @@ def run(config, workdir):
                     progress.write(line)
                 state, tracking, outcome = train.fit(
                     state, lambda state, batch: step(state, batch, frozen),
-                    Batches(rows, config), config, mesh,
+                    Batches(rows, config, mesh), config, mesh,
                     evaluate=evaluate, checkpoints=saves, log=log, progress=progress, meta=meta,
                     tracking=tracking, schedule=schedule)
             if outcome.signal:
@@ -136,8 +140,7 @@ def run(config, workdir):
     best, saved = checkpoint.restore_params(
         os.path.join(workdir, "checkpoints"), which="best", subtree="ema" if config.optim.ema
         else "params", shardings=lambda shapes: sharding.shardings(shapes, mesh))
-    full = peft.join(best, frozen)
-    finish(workdir, config, tokenizer, data, full, judge, saved["step"], size)
+    finish(workdir, config, tokenizer, data, best, frozen, judge, saved["step"])
     return 0
 
 
@@ -163,7 +166,8 @@ def starting_point(config, data, workdir, mesh):
         elif kind in ("bytes", "path"):
             tokenizer = tokenizers.load(config.data.tokenizer)
         else:
-            tokenizer = tokenizers.train_sentencepiece(texts(data.train), size, kind)
+            tokenizer = common.trained_once(lambda: tokenizers.train_sentencepiece(
+                texts(data.train), size, kind), own)
         tokenizer = denoising.marked(task, tokenizer)
         if m.architecture in ("encoder_decoder", "lstm"):
             m = dataclasses.replace(m, start_id=tokenizer.bos_id)
@@ -213,14 +217,13 @@ def texts(examples):
 class Batches:
     """batching.ExampleBatches for `train.fit`, which also asks where a step's rows came from."""
 
-    def __init__(self, rows, config):
-        import jax
-
+    def __init__(self, rows, config, mesh):
+        from nanoflax import sharding
         from nanoflax.batching import ExampleBatches
 
         self.rows, task, t = rows, config.task, config.train
         self.batches = ExampleBatches(
-            rows, t.batch_size, t.seed, True, jax.process_index(), jax.process_count(),
+            rows, t.batch_size, t.seed, True, sharding.rows(mesh, t.batch_size),
             (task.max_shift, task.shift_probability) if task.shift_probability else None)
 
     def __getitem__(self, step):
@@ -230,43 +233,56 @@ class Batches:
         return ", ".join(self.rows.examples[i].place for i in self.batches.indices(step)[:4])
 
 
-def finish(workdir, config, tokenizer, data, params, judge, step, trained):
-    """Measure the best step on every validation example; write and print what it can do."""
+def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
+    """Measure the best step on every validation example; write and print what it can do.
+
+    best: its trained parameters; frozen: the others.
+    """
+    import jax
     import numpy as np
 
-    from nanoflax import checkpoint, metrics, models, peft, plots, report, tasks
+    from nanoflax import (
+        checkpoint, distributed, metrics, models, peft, plots, report, sharding, tasks)
 
+    params = peft.join(best, frozen)
     found, predictions = judge(params)
-    result = found | {"step": step, "trained_parameters": trained,
-                      "report": judge.report}
-    with open(os.path.join(workdir, "result.json"), "w") as f:
-        json.dump(result, f, indent=1)
-    common.write_jsonl(os.path.join(workdir, "predictions.jsonl"),
-                       tasks.records(judge.rows.examples, predictions))
+    result = found | {"step": step, "report": judge.report,
+                      "trained_parameters": sum(x.size for x in jax.tree.leaves(best))}
+    if common.writes():
+        with open(os.path.join(workdir, "result.json"), "w") as f:
+            json.dump(result, f, indent=1)
+        common.write_jsonl(os.path.join(workdir, "predictions.jsonl"),
+                           tasks.records(judge.rows.examples, predictions))
     for example, said in itertools.islice(zip(judge.rows.examples, predictions), config.task.show):
         print(f"  | {report.printable(str(example.input))[:200]}\n  -> {said}")
     if config.task.kind in ("classify", "tag"):
         print("\n".join(metrics.table(judge.report)))
     kind, model_config = config.peft.kind, config.model
     if kind in peft.LOW_RANK:
+        adapters = peft.join(jax.tree.map(sharding.fetch, best), frozen)
         try:
-            peft.save(os.path.join(workdir, "adapter"), model_config, params, config.peft)
+            if common.writes():
+                peft.save(os.path.join(workdir, "adapter"), model_config, adapters, config.peft)
         except UserError as error:  # such as a model that no class of Transformers is
             print(f"no adapter/ for the peft library: {error}")
         params = peft.merge(params)
     # At once, or not at all: what is half written would be taken for the model.
     final, part = (os.path.join(workdir, name) for name in ("final", ".final"))
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
+    distributed.first(lambda: shutil.rmtree(part, ignore_errors=True))
     with checkpoint.Checkpoints(os.path.join(part, "checkpoints")) as saves:
         saves.save(0, {"params": params}, {"tokenizer": tokenizer.fingerprint, "step": 0})
+    aligned = config.task.kind == "translate" and config.model.bottleneck == "none"
+    if aligned:
+        params = jax.tree.map(sharding.fetch, params)
+    if not common.writes():
+        return
     common.write_labels(part, data.labels, data.multi_label)
     common.write_run(part, dataclasses.replace(
         config, optim=dataclasses.replace(config.optim, ema=0.0), peft=configs.PeftConfig(
             kind="none" if kind in peft.LOW_RANK else kind)), tokenizer)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(part, final)
-    if config.task.kind == "translate" and config.model.bottleneck == "none":
+    if aligned:
         row = judge.rows.rows[0]
         weights = models.alignment(models.build(config.model), params, row["source"], row["targets"])
         plots.plot_alignment(os.path.join(workdir, "attention.png"), np.asarray(weights), *(

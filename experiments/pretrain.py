@@ -6,6 +6,12 @@
 
 The same command again resumes. Exit status: 0 finished (early stopping too), 2 something to put
 right, 130 Ctrl-C and 143 SIGTERM, after saving: run the command again to go on.
+
+On several hosts run it on each, with a workdir that they share: Cloud TPU, Slurm (srun) and Open MPI
+are found; else, for process I of N, --coordinator=HOST:PORT --processes=N --process_id=I, with the
+address of process 0. If one dies or hangs, the others end within train.watchdog_seconds with status
+1, or by SIGABRT from JAX, and their stacks: run the command again on all to go on, or on any other
+number of hosts.
 """
 
 import concurrent.futures
@@ -22,6 +28,7 @@ from nanoflax import config as configs
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "directory of the run; empty means runs/NAME of the config")
+common.define_hosts()
 flags.DEFINE_bool("restart_from_weights", False,
                   "begin a new run in workdir from its saved weights; the old one is kept beside")
 
@@ -31,31 +38,35 @@ def main():
     common.check_metric(config, () if config.train.evaluate_batches else ("bits_per_byte",))
     name = os.path.basename(FLAGS.config).removesuffix(".py")
     workdir = FLAGS.workdir or os.path.join("runs", name)
-    saved = common.resumable(workdir, config, FLAGS.restart_from_weights)
+    common.setup_jax()
+    common.join(config, restart_from_weights=FLAGS.restart_from_weights)
 
     from nanoflax import checkpoint
 
-    common.setup_jax()
     with (checkpoint.WorkdirLock(workdir),
           contextlib.nullcontext() if common.writes() else contextlib.redirect_stdout(None)):
-        return run(config, workdir, saved)
+        return run(config, workdir)
 
 
-def run(config, workdir, saved):
-    """Train in workdir; saved: the configuration that it already holds, or None."""
+def run(config, workdir):
+    """Train in workdir."""
     import jax
 
     from nanoflax import (
-        checkpoint, data, hardware, models, optim, plots, report, sampling, sharding, sources,
-        train)
+        checkpoint, data, distributed, hardware, models, optim, plots, report, sampling, sharding,
+        sources, train)
 
-    params, before = None, saved
-    if FLAGS.restart_from_weights and saved:
-        params, _ = checkpoint.restore_params(os.path.join(workdir, "checkpoints"))
-        print(f"the run before is kept in {common.set_aside(workdir)}")
-        saved = None
-    mesh = sharding.make_mesh(config.train.mesh)
+    found = distributed.first(lambda: (old := common.resumable(
+        workdir, config, FLAGS.restart_from_weights)) and configs.to_dict(old))
+    before = found and configs.from_dict(configs.Config, found)
+    mesh, params = sharding.make_mesh(config.train.mesh), None
     sharding.check(dataclasses.replace(config, model=sharding.padded(config.model, mesh)), mesh)
+    if FLAGS.restart_from_weights and before:
+        params, _ = checkpoint.restore_params(
+            os.path.join(workdir, "checkpoints"),
+            shardings=lambda shapes: sharding.shardings(shapes, mesh))
+        distributed.gather("restored")
+        print(f"the run before is kept in {distributed.first(lambda: common.set_aside(workdir))}")
     source = common.source_of(config.data)
     sources.identity(source)  # refuses what is not there
     tokenizer = common.get_tokenizer(config.data, os.path.join(workdir, "tokenizer"))
@@ -65,6 +76,7 @@ def run(config, workdir, saved):
     model = models.build(config.model, config.train.remat)
     optimizer, schedule = optim.make_optimizer(config.optim, config.train.steps)
     shapes = train.abstract_state(model, optimizer, config, mesh)
+    sharding.check_memory(shapes, mesh)
     with (concurrent.futures.ThreadPoolExecutor(1) as background,  # compile while text is read
           checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep) as saves):
         step = background.submit(train.compile_step, train.make_train_step(
@@ -81,6 +93,7 @@ def run(config, workdir, saved):
                                           config.data.packing == "isolated") for s in stores)
         identity = {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint,
                     "validation": stores[1].fingerprint, "config": configs.to_dict(config)}
+        distributed.check_same("their data", {k: identity[k] for k in identity if k != "config"})
         flops = models.flops_per_token(config.model)
         print(plots.parameter_table(shapes.params))
         print(f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
@@ -103,7 +116,7 @@ def run(config, workdir, saved):
             print(f"the run stopped early at step {start_step}; a larger train.patience goes on")
             return 0
         batches = data.Batches(windows, config.train.batch_size, config.train.seed, True,
-                               jax.process_index(), jax.process_count())
+                               sharding.rows(mesh, config.train.batch_size))
         peak = hardware.peak_flops(mesh.devices.flat[0])
         peak = peak * mesh.size if peak else hardware.measure_peak_flops()
         score = train.make_evaluation(model, config, mesh)

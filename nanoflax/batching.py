@@ -306,21 +306,20 @@ def show_row(rows, tokenizer):
 
 
 class ExampleBatches:
-    """batches[step] -> this process's [batch_size / process_count, ...] rows of Rows.batch.
+    """batches[step] -> Rows.batch of a step, or this process's part of it.
 
     As data.Batches: each epoch is a permutation by (seed, epoch), any step is found at once, and
-    the global batch of a step is the same for any process_count. Of every 16 batches the rows are
-    sorted by length and dealt out, so that a batch holds rows of like length and little padding.
+    the batch that all processes have together is the same for any number of them. Of every 16
+    batches the rows are sorted by length and dealt out, so that a batch holds rows of like length
+    and little padding.
+    own: the rows of every batch that this process reads (sharding.rows), None for all.
     shift: (max_shift, probability) of Rows.shifted, drawn anew at every step, or None.
     """
 
-    def __init__(self, rows, batch_size, seed=0, shuffle=True, process_index=0, process_count=1,
-                 shift=None):
-        own = Batches(rows, batch_size, seed, shuffle, process_index, process_count)  # checks
-        self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
-        self.shift = shift
-        self.part = slice(own.offset, own.offset + own.rows)
+    def __init__(self, rows, batch_size, seed=0, shuffle=True, own=None, shift=None):
         self._pools = Batches(rows, POOL * batch_size, seed, shuffle)
+        self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
+        self.own, self.shift = range(batch_size) if own is None else own, shift
 
     def draws(self, step):
         """(number, epoch) of each row of batches[step], of all processes together, [batch_size]."""
@@ -338,15 +337,18 @@ class ExampleBatches:
         return [row for row, _ in self.draws(step)]
 
     def __getitem__(self, step):
-        rows, everyones = self.rows.drawn(self.draws(step), self.seed), range(self.batch_size)
+        rows = self.rows.drawn(self.draws(step), self.seed)
         if self.shift:
             rows = rows.shifted(*self.shift, (self.seed, step))
-        return rows.batch(everyones[self.part], rows.lengths(everyones))
+        return rows.batch(self.own, rows.lengths(range(self.batch_size)))
 
 
-def evaluation(rows, batch_size, process_index=0, process_count=1):
-    """Yields batches of every row once, in order; the last is filled up with rows of weight 0."""
-    batches = ExampleBatches(rows, batch_size, 0, False, process_index, process_count)
+def evaluation(rows, batch_size, own=None):
+    """Yields batches of every row once, in order; the last is filled up with rows of weight 0.
+
+    own: as in ExampleBatches.
+    """
+    own = range(batch_size) if own is None else own
     for start in range(0, len(rows), batch_size):
         indices = range(start, start + batch_size)
-        yield rows.batch(indices[batches.part], rows.lengths(indices))
+        yield rows.batch([indices[i] for i in own], rows.lengths(indices))

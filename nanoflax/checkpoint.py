@@ -11,6 +11,9 @@ orbax writes a step under a temporary name and renames it when it is whole. The 
 just before that rename, by the same background thread, so no committed step is without one: a kill
 leaves either a step that can be proven or a temporary directory, which the next writer removes.
 Nothing is synced to the disk, so a power cut may damage the newest step; the manifest tells.
+
+Of several processes all write their own parts, so the directory lies on a file system that they
+share; process 0 commits, writes manifests, and decides for all which step is read.
 """
 
 import errno
@@ -23,15 +26,17 @@ import pathlib
 import shutil
 import socket
 import sys
+import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
-from nanoflax import manifest
+from nanoflax import distributed, manifest
 from nanoflax.errors import UserError
+
+VISIBLE = 30  # seconds until all hosts see a new file on a network file system
 
 _DISK_ERRORS = [os.strerror(code) for code in (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)]
@@ -73,13 +78,14 @@ def restore_params(directory, step=None, which="latest", shardings=None, subtree
     No other array is read. `shardings` is a sharding, a tree of them, or a function from the tree
     of ShapeDtypeStructs to either; None means the default device. Lists and dicts come back as
     they were, tuples as lists. A damaged step is named through `log` and the one before it used.
+    Of several processes all call it at once.
 
     Returns:
       (the subtree, meta).
     Raises:
       UserError: no usable step, `step` absent or damaged, no such subtree.
     """
-    step = _choose(directory, step, which, log)
+    step = distributed.first(lambda: _choose(directory, step, which, log))
     saved = _saved_tree(directory, step)
     if subtree not in saved:
         raise UserError(f"{directory}: step {step} has no {subtree!r}, only {sorted(saved)}")
@@ -117,6 +123,7 @@ class Checkpoints:
         if jax.process_index() == 0:  # by hand: orbax's own cleaning ends some time later
             for path in self.directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(path, ignore_errors=True)
+        distributed.gather("opened")
         self._metrics = {step: manifest.metric(self.directory / str(step)) for step in self.steps()}
         self._saving = None
         registry = ocp.DefaultCheckpointHandlerRegistry()
@@ -156,7 +163,7 @@ class Checkpoints:
           UserError: the disk refused this save or the one before it, or a later step exists.
         """
         self.wait()
-        found = self.steps()
+        found = distributed.first(self.steps)
         metric = float(metric) if metric is not None and math.isfinite(metric) else None
         if step in found:
             if metric is not None and self._metrics.get(step) is None:
@@ -205,8 +212,8 @@ class Checkpoints:
         return steps(self.directory)
 
     def latest(self):
-        """The newest committed step, or None."""
-        return max(self.steps(), default=None)
+        """The newest committed step, or None; all processes ask at once."""
+        return max(distributed.first(self.steps), default=None)
 
     def best(self):
         """The committed step of the lowest metric (of equals the newest), or None."""
@@ -236,28 +243,33 @@ class Checkpoints:
 
     def _sound_step(self, step):
         """As `_choose`, decided and damage moved aside by process 0 for all of them."""
-        chosen, error, moved = -1, None, []
-        if jax.process_index() == 0:
+        def choose():
+            chosen, problem, moved = None, None, []
             try:
                 chosen = _choose(self.directory, step, "latest", self._log, moved.append)
-            except UserError as e:
-                error = e
+            except UserError as error:
+                problem = str(error)
             for damaged in moved:
                 _move_aside(self.directory, damaged, self._log)
-        if jax.process_count() > 1:
-            chosen, moved = multihost_utils.broadcast_one_to_all(np.int32([chosen, len(moved)]))
+            return chosen, problem, moved
+
+        chosen, problem, moved = distributed.first(choose)
         if moved:
             self._manager.close()
             self._open()
-        if chosen < 0:
-            raise error or UserError(f"{self.directory}: no usable checkpoint (see process 0)")
-        return int(chosen)
+        if problem:
+            raise UserError(problem)
+        return chosen
 
     def _abandon(self, error):
-        """Turns a failed save into a UserError and leaves nothing of it on the disk."""
+        """Turns a failed save into a UserError and leaves nothing of it on the disk.
+
+        Of several processes the others may know of no failure: this one leaves, and they with it.
+        """
         step = self._saving
-        self._manager.close()
-        self._open()
+        if jax.process_count() == 1:
+            self._manager.close()
+            self._open()
         reason = next((text for text in _DISK_ERRORS if text in str(error)), repr(error)[:200])
         raise UserError(f"{self.directory}: step {step} could not be saved: {reason}") from error
 
@@ -268,18 +280,29 @@ class Checkpoints:
 
 
 class WorkdirLock:
-    """One process per workdir: an flock, which the kernel drops when its holder dies.
+    """One run per workdir: an flock, which the kernel drops when its holder dies.
 
-    Use as a context manager, or `release()` it. Only process 0 of a run takes it.
+    Use as a context manager, or `release()` it. Process 0 of a run takes it, for all; the others
+    look into it, to see that their workdir is the same directory.
 
     Raises:
-      UserError: another process holds it (its pid and host are named), or it cannot be written.
+      UserError: another process holds it (its pid and host are named), it cannot be written, or
+        the processes share no workdir.
     """
 
     def __init__(self, directory):
         self._file = None
-        if jax.process_index() != 0:
-            return
+        holder = distributed.first(lambda: self._take(directory))
+        path, begin = pathlib.Path(directory).expanduser() / ".lock", time.monotonic()
+        while not (seen := path.exists() and path.read_text() == holder):
+            if time.monotonic() - begin > VISIBLE:
+                break
+            time.sleep(0.1)
+        if others := [i for i, saw in enumerate(distributed.gather(seen)) if not saw]:
+            raise UserError(f"workdir {directory} of process {others[0]} is not that of process 0: "
+                            "hosts need one that they share, for the checkpoints")
+
+    def _take(self, directory):
         path = _writable(directory) / ".lock"
         try:
             file = open(path, "a+")
@@ -292,11 +315,13 @@ class WorkdirLock:
         except OSError as error:
             raise UserError(f"{path} cannot be locked: {error.strerror}") from error
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        holder = f"process {os.getpid()} on {socket.gethostname()}\n"
+        file.write(holder)
         file.flush()
         self._file = file
         # A forked worker that outlives a killed parent must not go on holding its lock.
         os.register_at_fork(after_in_child=self.release)
+        return holder
 
     def release(self):
         if self._file is not None:

@@ -332,28 +332,26 @@ def _small_permutation(n, seed, epoch):
 
 
 class Batches:
-    """batches[step] -> this process's [batch_size / process_count, ...] rows of Windows.batch.
+    """batches[step] -> Windows.batch of a step, or this process's rows of it.
 
     The position in the data is one integer, step * batch_size windows. Each epoch is a permutation
-    of all windows, seeded by (seed, epoch); a batch may straddle two epochs. The global batch of a
-    step is the same for any process_count; a process takes its contiguous rows of it.
+    of all windows, seeded by (seed, epoch); a batch may straddle two epochs. rows: those of every
+    batch that this process reads (sharding.rows), None for all [batch_size]; the batch that all
+    processes have together is the same for any number of them.
     """
 
-    def __init__(self, windows, batch_size, seed=0, shuffle=True, process_index=0,
-                 process_count=1):
-        if batch_size < 1 or batch_size % process_count:
-            raise UserError(f"batch_size {batch_size}: must be a positive multiple of the number "
-                            f"of processes, {process_count}")
+    def __init__(self, windows, batch_size, seed=0, shuffle=True, rows=None):
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: must be at least 1")
         if seed < 0:
             raise UserError(f"seed {seed}: must not be negative")
         self.windows, self.batch_size, self.seed, self.shuffle = windows, batch_size, seed, shuffle
-        self.rows = batch_size // process_count
-        self.offset = process_index * self.rows
+        self.rows = range(batch_size) if rows is None else rows
 
     def indices(self, step):
-        """The numbers of the windows of batches[step], [rows]."""
-        position, n = step * self.batch_size + self.offset, len(self.windows)
-        places = [divmod(p, n) for p in range(position, position + self.rows)]
+        """The numbers of the windows of batches[step], in the order of `rows`."""
+        position, n = step * self.batch_size, len(self.windows)
+        places = [divmod(position + row, n) for row in self.rows]
         if not self.shuffle:
             return [i for _, i in places]
         return [_shuffled(i, n, self.seed, epoch) for epoch, i in places]
@@ -362,21 +360,24 @@ class Batches:
         return self.windows.batch(self.indices(step))
 
     def where(self, step):
-        """What batches[step] holds, to name a bad batch: [(window, first document, last one)]."""
-        result = []
-        for i in self.indices(step):
+        """What all processes read at a step, to name a bad batch: [(window, first document, last
+        one)]."""
+        result, whole = [], Batches(self.windows, self.batch_size, self.seed, self.shuffle)
+        for i in whole.indices(step):
             last = min((i + 1) * self.windows.length, self.windows.store.n_tokens) - 1
             ends = self.windows.document([i * self.windows.length, last])
             result.append((i, *map(int, ends)))
         return result
 
 
-def evaluation_batches(windows, batch_size, process_index=0, process_count=1):
-    """Yields batches of every window once, in order; the last is filled up with weight 0."""
-    rows = Batches(windows, batch_size, 0, False, process_index, process_count).rows
+def evaluation_batches(windows, batch_size, rows=None):
+    """Yields batches of every window once, in order; the last is filled up with weight 0.
+
+    rows: as in Batches.
+    """
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     for start in range(0, len(windows), batch_size):
-        first = start + process_index * rows
-        yield windows.batch(np.arange(first, first + rows))
+        yield windows.batch(start + rows)
 
 
 def prefetch(iterator, n=2):

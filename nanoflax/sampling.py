@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanoflax import hardware
+from nanoflax import hardware, sharding
 from nanoflax.errors import UserError
 
 
@@ -177,7 +177,7 @@ def sample(model, params, prompts, max_new_tokens=64, temperature=1.0, top_k=Non
     filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty)
     new = compiled(_sample)(model, params, tokens, lengths, _key(rng), filters, max_new_tokens,
                             eos_id, vocab_size)
-    return [cut(row, eos_id) for row in np.asarray(new).tolist()]
+    return [cut(row, eos_id) for row in sharding.fetch(new).tolist()]
 
 
 def stream(model, params, prompts, max_new_tokens=64, temperature=1.0, top_k=None, top_p=None,

@@ -123,15 +123,52 @@ def check(config, mesh):
         raise UserError("; ".join(found))
 
 
+def check_memory(tree, mesh):
+    """Refuse a tree of arrays or shapes with shardings that the devices cannot hold.
+
+    Raises: UserError with both sizes; a device that does not tell its own (a CPU) holds all.
+    """
+    limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    need = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+               for x in jax.tree.leaves(tree))
+    if need > limit:
+        raise UserError(f"parameters and optimizer take {need / 2**30:.1f} GiB of each device on "
+                        f"the mesh {dict(mesh.shape)}, and a device has {limit / 2**30:.1f} GiB; "
+                        "give train.mesh more fsdp or tensor, or take more devices")
+
+
 def batch(mesh, rank):
     """The NamedSharding of an array [B, ...] of a batch."""
     return NamedSharding(mesh, P(*BATCH, *[None] * (rank - 1)))
 
 
+def rows(mesh, batch_size):
+    """The rows of a batch that this process's devices hold, ascending: those that it must read.
+
+    Processes may share rows (where `tensor` goes across them), and their rows need not be next to
+    each other (where the mesh does not follow the order of processes).
+    """
+    found = batch(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for part, in found for row in range(*part.indices(batch_size))})
+
+
 def put_batch(arrays, mesh):
-    """A host's part of a batch (numpy arrays [B_host, ...]) as global arrays, split over the mesh."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(
-        batch(mesh, np.ndim(x)), np.asarray(x)), arrays)
+    """This process's `rows` of a batch, numpy arrays, as global arrays split over the mesh."""
+    count = math.prod(mesh.shape[axis] for axis in BATCH[0])
+    parts = rows(mesh, count)  # of as many equal ones
+
+    def put(x):
+        size = len(x) // len(parts)  # rows of a part
+
+        def read(index):
+            start, stop, _ = index[0].indices(count * size)
+            here = parts.index(start // size) * size
+            return x[here:here + stop - start][:, *index[1:]]
+
+        return jax.make_array_from_callback(
+            (count * size, *x.shape[1:]), batch(mesh, x.ndim), read)
+
+    return jax.tree.map(lambda x: put(np.asarray(x)), arrays)
 
 
 def ways(B, T):
@@ -157,6 +194,24 @@ def constrain(x, spec):
     split = map(present, spec, x.shape)
     return jax.lax.with_sharding_constraint(
         x, P(*split, *[P.UNCONSTRAINED] * (x.ndim - len(spec))))
+
+
+def put(tree, mesh):
+    """Parameters that every process holds whole (numpy or its own arrays), over the mesh."""
+    def one(x, sharding):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree, shardings(tree, mesh))
+
+
+def fetch(x):
+    """An array, of whichever processes, whole as numpy on all of them; all must call it."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def split_batch(x):

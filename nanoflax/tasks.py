@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanoflax import batching, beams, denoising, encoding, metrics, objectives, sampling, sharding
+from nanoflax import (
+    batching, beams, denoising, distributed, encoding, metrics, objectives, sampling, sharding)
 from nanoflax.examples import Chat, Classification, Pair, Tagging, Text
 
 
@@ -44,7 +45,8 @@ def encode(examples, config, tokenizer, labels=(), several=False, report=None):
 class Judge:
     """Measures parameters on rows: their loss, and what the task is measured by.
 
-    After a call, `report` holds every figure in a form for JSON.
+    After a call, `report` holds every figure in a form for JSON. Of several processes all call it,
+    and all find the same.
     """
 
     def __init__(self, model, config, tokenizer, labels, rows, mesh):
@@ -107,12 +109,14 @@ class Judge:
     def batches(self, number):
         """The first rows in batches on the mesh; the last is filled up with rows of weight 0."""
         B = self.config.train.batch_size
-        for batch in itertools.islice(batching.evaluation(self.rows, B), -(-number // B)):
+        own = sharding.rows(self.mesh, B)
+        for batch in itertools.islice(batching.evaluation(self.rows, B, own), -(-number // B)):
             yield sharding.put_batch(batch, self.mesh)
+            distributed.alive()
 
     def logits(self, params, number):
         """The logits and the weights of each of the first rows."""
-        found = ((np.asarray(self._logits(params, batch)), np.asarray(batch["weights"]))
+        found = (map(sharding.fetch, (self._logits(params, batch), batch["weights"]))
                  for batch in self.batches(number))
         return list(itertools.islice(
             (pair for logits, weights in found for pair in zip(logits, weights)), number))
@@ -165,6 +169,7 @@ def written(judge, params, number):
                if task.beams > 1 else
                sampling.sample(judge.model, params, part, temperature=0, **options))
         found += map(tokenizer.decode, new)
+        distributed.alive()
     return found[:number]
 
 
@@ -172,7 +177,7 @@ def filled(judge, params, number):
     """Each text with the model's guesses, between ⟦ and ⟧, where it was masked."""
     found = []
     for batch in judge.batches(number):
-        tokens, guesses, weights, real = map(np.asarray, (
+        tokens, guesses, weights, real = map(sharding.fetch, (
             batch["targets"], judge._guesses(params, batch), batch["weights"],
             batch["padding_mask"]))
         found += [encoding.show_mask(judge.tokenizer, row[mask], w[mask]) for row, w, mask in

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nanoflax import hardware, peft, sharding
+from nanoflax import distributed, hardware, peft, sharding
 from nanoflax.config import METRICS
 from nanoflax.data import evaluation_batches, prefetch
 from nanoflax.errors import UserError
@@ -145,8 +145,8 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
         return nll, weight
 
     def evaluate(params, windows):
-        batches = evaluation_batches(windows, config.train.batch_size, jax.process_index(),
-                                     jax.process_count())
+        B = config.train.batch_size
+        batches = evaluation_batches(windows, B, sharding.rows(mesh, B))
         nats = tokens = 0.0  # float64: a sum over millions of tokens
         waiting = []
         with contextlib.closing(
@@ -156,6 +156,7 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
                 if len(waiting) > 1 or mesh.size > 1:
                     nll, weight = waiting.pop(0)
                     nats, tokens = nats + float(nll), tokens + float(weight)
+                    distributed.alive()
         for nll, weight in waiting:
             nats, tokens = nats + float(nll), tokens + float(weight)
         return nats, tokens
@@ -207,12 +208,14 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
         tracking=Tracking(), schedule=None):
     """Run compiled `step` from state.step to config.train.steps; save, evaluate, stop in time.
 
-    batches[i]: the host's part of the batch of step i, a dict of [B_host, ...] numpy arrays;
+    batches[i]: this process's rows of the batch of step i, a dict of numpy arrays;
     evaluate(params, step): -> (metrics dict with config.train.metric, text to show); checkpoints:
     a Checkpoints; log, progress: of `report`; meta: dict saved with every checkpoint. AdaLoRA's
     best step is one of those with no more ranks than its budget: the last final_steps. An evaluation
     that a signal came before is done first when the run goes on.
     Returns (state, tracking, Outcome). SIGTERM and SIGINT save and return; a second one interrupts.
+    Of several processes all do the same at the same step: a signal to one is one to all, and the
+    clock and the metrics are those of process 0.
     Raises: UserError after config.train.max_skipped non-finite steps in a row, naming the batch.
     """
     t = config.train
@@ -232,6 +235,7 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
         if progress.tokens_per_second is not None:
             values["tokens_per_second"] = progress.tokens_per_second
         log.log(at, **values)
+        distributed.alive()
         if values["skipped"] >= t.max_skipped:
             raise UserError(f"{values['skipped']} steps in a row had a non-finite loss or "
                             f"gradient; the last, step {at}, read {batches.where(at - 1)}; "
@@ -244,8 +248,10 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
         saved_at = time.monotonic()
 
     reason, caught = "finished", 0
-    with Signals() as signals, contextlib.closing(
-            prefetch(batches[i] for i in range(begin, t.steps))) as queue:
+    distributed.gather("ready")  # compiled
+    with (Signals() as signals, distributed.watchdog(t.watchdog_seconds), contextlib.closing(
+            prefetch(batches[i] for i in range(begin, t.steps))) as queue):
+        votes = distributed.Votes(begin)
         for batch in itertools.chain([None] * tracking.owed, queue):
             if batch is not None:
                 state, metrics = step(state, sharding.put_batch(batch, mesh))
@@ -253,10 +259,11 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
                 waiting.append((done, metrics))
                 if eager or len(waiting) > 1 or done == begin + 1:
                     settle()
-            caught = signals.caught
+            told = votes(done, [int(signals.caught),
+                                0 < t.checkpoint_seconds < time.monotonic() - saved_at])
+            caught = next((number for number, _ in told if number), 0)
             last = done == t.steps or caught
-            due = (done % t.checkpoint_every == 0
-                   or 0 < t.checkpoint_seconds < time.monotonic() - saved_at)
+            due = done % t.checkpoint_every == 0 or bool(told) and told[0][1]
             metric, evaluates = None, done % t.evaluate_every == 0 or done == t.steps
             tracking = tracking._replace(owed=bool(evaluates and caught))
             if evaluates and not caught:
@@ -264,6 +271,8 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
                     settle()
                 with progress.pause():
                     found, text = evaluate(state.params if state.ema is None else state.ema, done)
+                found = distributed.gather({k: float(v) for k, v in found.items()})[0]
+                distributed.alive()
                 log.log(done, **found)
                 progress.write(text)
                 if done < counted:

@@ -399,11 +399,13 @@ def test_each_epoch_is_a_permutation(tmp_path_factory, n, rows, seed, shuffle):
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     if shuffle and n > 20:
         assert epochs[0] != epochs[1] and epochs[0] != list(range(n))
-    halves = [data.Batches(batches.windows, 2 * rows, seed, shuffle, p, 2) for p in (0, 1)]
-    for step in (0, 1, 7):  # any step alone, whatever came before it and on how many hosts
-        both = [half[step] for half in halves]
-        for name, array in batches[step].items():
-            np.testing.assert_array_equal(np.concatenate([b[name] for b in both]), array)
+    for own in (range(rows), range(0, 2 * rows, 2), [2 * rows - 1]):  # of one host
+        part = data.Batches(batches.windows, 2 * rows, seed, shuffle, own)
+        for step in (0, 1, 7):  # any step alone, whatever came before it
+            for name, array in batches[step].items():
+                np.testing.assert_array_equal(part[step][name], array[list(own)])
+        assert part.where(7) == batches.where(7)
+    for step in (0, 1, 7):
         assert batches.indices(step) == stream[step * 2 * rows:(step + 1) * 2 * rows]
 
 
@@ -421,20 +423,19 @@ def test_batches_differ_by_seed_and_are_named(tmp_path):
     plain = data.Batches(windows, 2, shuffle=False)
     assert plain.where(0) == [(0, 0, 0), (1, 0, 1)] and plain.where(2) == [(4, 1, 2), (0, 0, 0)]
     assert windows.text(1, BYTES) == "tse"
-    for size, count in ((0, 1), (3, 2)):
-        with pytest.raises(UserError, match="multiple"):
-            data.Batches(windows, size, process_count=count)
+    with pytest.raises(UserError, match="batch_size 0: must be at least 1"):
+        data.Batches(windows, 0)
     with pytest.raises(UserError, match="length 0"):
         data.Windows(store, 0)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_evaluation_sees_each_token_once(tmp_path, count):
+@pytest.mark.parametrize("owns", [[None], [[0, 2], [1, 3]]])
+def test_evaluation_sees_each_token_once(tmp_path, owns):
     windows = data.Windows(store_of([list(range(100))], tmp_path / "s"), 8)
-    hosts = [list(data.evaluation_batches(windows, 4, p, count)) for p in range(count)]
-    assert {b["targets"].shape for host in hosts for b in host} == {(4 // count, 8)}
-    seen = [t for step in zip(*hosts) for b in step for t in b["targets"][b["weights"] > 0]]
-    assert seen == [*range(100), 257]
+    hosts = [list(data.evaluation_batches(windows, 4, own)) for own in owns]
+    assert {b["targets"].shape for host in hosts for b in host} == {(4 // len(owns), 8)}
+    seen = [t for host in hosts for b in host for t in b["targets"][b["weights"] > 0]]
+    assert sorted(seen) == [*range(100), 257]
 
 
 def test_prefetch_keeps_order_passes_errors_and_ends():

@@ -1,5 +1,6 @@
 """The mesh and its one table: eight fake devices give the numbers of one, and hold their parts."""
 
+import contextlib
 import json
 import math
 import os
@@ -309,6 +310,17 @@ def test_sizes_that_the_mesh_does_not_divide_are_named(mesh, model, train, words
     with pytest.raises(UserError) as caught:
         sharding.check(config, fake_mesh(*mesh))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("limit, refused", [(1999, True), (2000, False), (None, False)])
+def test_what_devices_cannot_hold_is_refused(limit, refused):
+    device = SimpleNamespace(memory_stats=lambda: limit and {"bytes_limit": limit})
+    mesh = SimpleNamespace(shape={"fsdp": 2}, local_devices=[device])
+    half = SimpleNamespace(shard_shape=lambda shape: (shape[0] // 2, *shape[1:]))
+    tree = {"a": SimpleNamespace(shape=(8, 100), dtype=np.dtype(np.float32), sharding=half),
+            "b": SimpleNamespace(shape=(200,), dtype=np.dtype(np.int32), sharding=half)}
+    with pytest.raises(UserError, match="fsdp") if refused else contextlib.nullcontext():
+        sharding.check_memory(tree, mesh)  # 2,000 bytes of each
 
 
 def test_shardings_name_the_leaves_that_do_not_divide():

@@ -102,6 +102,7 @@ class TrainConfig:
     sample_prompt: str = ""  # continued at each evaluation and at the end
     sample_tokens: int = 64
     mesh: str = "-1,1,1"  # devices along data, fsdp, tensor; -1 takes the rest
+    watchdog_seconds: float = 600.0  # without a step end a run of several processes; 0 means never
     tensorboard: bool = True
     wandb: str = ""  # project name; empty means none
 
@@ -222,7 +223,7 @@ def _problems(c):
     at_least(found, "train", t, 1, "steps", "batch_size", "accumulate", "evaluate_every",
               "checkpoint_every", "keep", "max_skipped")
     at_least(found, "train", t, 0, "seed", "z_loss", "loss_chunks", "evaluate_batches",
-              "patience", "checkpoint_seconds", "sample_tokens")
+              "patience", "checkpoint_seconds", "sample_tokens", "watchdog_seconds")
     at_least(found, "optim", o, 0, "learning_rate", "muon_learning_rate", "warmup_steps",
               "end_factor", "weight_decay", "clip", "eps")
     at_least(found, "data", d, 0, "workers")
