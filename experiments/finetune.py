@@ -242,7 +242,7 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
     import numpy as np
 
     from nanoflax import (
-        checkpoint, distributed, metrics, models, peft, plots, report, sharding, tasks)
+        checkpoint, distributed, metrics, models, peft, peft_format, plots, report, sharding, tasks)
 
     params = peft.join(best, frozen)
     found, predictions = judge(params)
@@ -262,7 +262,7 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
         adapters = peft.join(jax.tree.map(sharding.fetch, best), frozen)
         try:
             if common.writes():
-                peft.save(os.path.join(workdir, "adapter"), model_config, adapters, config.peft)
+                peft_format.save(os.path.join(workdir, "adapter"), model_config, adapters, config.peft)
         except UserError as error:  # such as a model that no class of Transformers is
             print(f"no adapter/ for the peft library: {error}")
         params = peft.merge(params)

@@ -1,6 +1,6 @@
 """Cheap adaptation, as transforms of the parameter tree: add adapters, choose what is trained, fold
 adapters into plain weights. The layers apply what their parameters hold: layers.adapt, blocks.Block
-and Stack, attention.Attention. `save` and `load` are those of peft_format.
+and Stack, attention.Attention. The peft library's files are peft_format's.
 
     params = peft.add(params, config.peft, rng)
     trained, frozen = peft.split(params, peft.trainable(params, config.peft))
@@ -276,11 +276,3 @@ def orthogonality(params):
              for path, x in flat.items() if re.search(r"/lora_[ab]$", path)
              for w in [x.T if path.endswith("a") else x]]
     return sum(norms) / len(norms)
-
-
-def __getattr__(name):
-    if name not in ("save", "load"):
-        raise AttributeError(f"module 'nanoflax.peft' has no attribute {name!r}")
-    from nanoflax import peft_format  # which imports this file
-
-    return getattr(peft_format, name)

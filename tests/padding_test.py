@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from experiments import common
-from nanoflax import hf, peft, sharding
+from nanoflax import hf, peft, peft_format, sharding
 from nanoflax.config import Config, ModelConfig, PeftConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.models import build, without_padding
@@ -83,8 +83,8 @@ def test_an_adapter_with_its_head_has_no_padding(tmp_path):
         build(config), jax.random.PRNGKey(0))
     tuned = peft.add(base, c, jax.random.PRNGKey(1))
     tuned["unembed"] = {"kernel": base["unembed"]["kernel"] + 0.1}
-    peft.save(tmp_path, config, tuned, c)
-    back, _ = peft.load(tmp_path, *without_padding(config, base))
+    peft_format.save(tmp_path, config, tuned, c)
+    back, _ = peft_format.load(tmp_path, *without_padding(config, base))
     jax.tree.map(np.testing.assert_array_equal, back, without_padding(config, tuned)[1])
 
 
