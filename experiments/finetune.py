@@ -149,6 +149,7 @@ def starting_point(config, data, workdir):
             raise UserError(f"model.init_from={m.init_from} has no tokenizer")
         tokenizer = denoising.marked(task, tokenizer)
         m = dataclasses.replace(model.config, init_from=m.init_from, dropout=m.dropout,
+                                attention_backend=m.attention_backend,
                                 output_delay=m.output_delay or model.config.output_delay,
                                 vocab_size=max(model.config.vocab_size, tokenizer.vocab_size))
     else:

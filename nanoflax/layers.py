@@ -34,8 +34,9 @@ def _matmul_forward(x, w):
 
 def _matmul_backward(saved, dy):
     x, w = saved
-    rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    dw = (grads.T @ rows).T if w.shape[0] > w.shape[1] else rows.T @ grads
+    rows = tuple(range(x.ndim - 1))  # not merged by a reshape: a mesh may split several of them
+    product = partial(jax.lax.dot_general, dimension_numbers=((rows, rows), ((), ())))
+    dw = product(dy, x).T if w.shape[0] > w.shape[1] else product(x, dy)
     return dy @ w.T, dw.astype(w.dtype)
 
 

@@ -139,10 +139,11 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
 
     Compiled once; every window counts once, whatever the batch size.
     """
-    @jax.jit
-    def step(params, batch):
+    def sums(params, batch):
         _, nll, weight = objective(model, params, batch, chunks=config.train.loss_chunks)
         return nll, weight
+
+    step = jax.jit(sharding.traced_on(mesh, sums))
 
     def evaluate(params, windows):
         batches = evaluation_batches(windows, config.train.batch_size, jax.process_index(),
@@ -166,12 +167,7 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
 def jit_step(step, state, mesh):
     """`step` to be compiled for each shape of batch; state (or its shapes) is donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-
-    def on_mesh(*args):  # for sharding.split_batch
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step(*args)
-
-    return jax.jit(on_mesh, donate_argnums=0, out_shardings=(shardings, None),
+    return jax.jit(sharding.traced_on(mesh, step), donate_argnums=0, out_shardings=(shardings, None),
                    compiler_options=hardware.compiler_options(mesh.devices.flat[0].platform))
 
 
