@@ -56,7 +56,9 @@ def run(config, workdir):
         raise UserError("finetune runs on one host; pretrain runs on several")
     data = examples.load(common.examples_of(config.data), kind)
     config, params, tokenizer = starting_point(config, data, workdir)
-    sharding.check(config, mesh)
+    sharding.check(config, mesh, {
+        "task.length": task.length, "task.target_length": task.target_length,
+        "the shortest batch": batching.SHORTEST})
     common.resumable(workdir, config, restart=False)  # refuses another run's workdir
     encode = lambda part: tasks.encode(  # noqa: E731
         part, config, tokenizer, data.labels, data.multi_label, data.report)
@@ -81,6 +83,11 @@ def run(config, workdir):
     size = sum(x.size for x in jax.tree.leaves(trained))
     whole = size + sum(x.size for x in jax.tree.leaves(frozen))
     print(f"{size:,} of {whole:,} parameters are trained ({size / whole:.2%})")
+    shapes = {name: jax.ShapeDtypeStruct((t.batch_size, *x.shape[1:]), x.dtype)
+              for name, x in Batches(rows, config)[0].items()}
+    if attention := train.attention_backends(model, params, shapes, mesh,
+                                             tasks.TASKS[task.kind].objective):
+        print(f"attention {attention}")
     optimizer, schedule = optim.make_optimizer(config.optim, t.steps)
     if config.peft.kind == "adalora":
         optimizer = peft.adalora(optimizer, config.peft, t.steps)

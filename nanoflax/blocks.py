@@ -163,7 +163,8 @@ class Stack(nn.Module):
                     source_mask=None if source_mask is None else masking.padding(source_mask))
         if c.positions == "learned":
             row = jnp.maximum(place, 0) if P else place
-            x += self.position_embed(row + c.position_offset).astype(x.dtype)
+            table = sharding.gather(self.position_embed.embedding)
+            x += table[row + c.position_offset].astype(x.dtype)
         elif c.positions.startswith("sinusoidal"):
             halves = c.positions == "sinusoidal_halves"
             x += positions.sinusoidal(place, c.dim, halves).astype(x.dtype)

@@ -43,10 +43,9 @@ RULES = (
     (r"adapter_\w+/up/kernel", P(None, "fsdp")),
     (r"(transform|pooler|delay)/kernel", P("fsdp", "tensor")),  # [D, D]
     (r"labels/kernel", P("fsdp", None)),  # [D, labels]
-    # An LSTM's, which are gathered before its scan: split units would wait for each other at every
-    # token.
+    # An LSTM's, put together before its scan: split units would wait for each other at every token.
     (r"(forward|backward|\w*input|start_\d+|decoder_\d+|key|query|combine)/kernel",
-     P(("fsdp", "tensor"), None)),
+     P("fsdp", None)),
 )
 MAX_WHOLE = 0.02  # of all numbers may lie whole in matrices on every device of fsdp and tensor ...
 SMALL = 2**20  # ... or this many
@@ -196,17 +195,15 @@ def check(config, mesh, lengths=None):
         found.append(f"train.batch_size={t.batch_size} over train.accumulate={t.accumulate} gives "
                      f"micro-batches of {micro}, not divisible by data x fsdp = {ways}")
     lstm, context = m.architecture == "lstm", mesh.shape["context"]
-    sizes = [("model.vocab_size", m.vocab_size, ("tensor",))]
-    sizes += [("model.dim", m.dim, ("fsdp", "tensor") if lstm else ("fsdp",))]
+    sizes = [("model.vocab_size", m.vocab_size, "tensor"), ("model.dim", m.dim, "fsdp")]
     if not lstm:
-        sizes += [("model.heads", m.heads, ("tensor",)), ("model.kv_heads", m.G, ("tensor",)),
-                  ("model.mlp_dim", m.F, ("tensor",))]
-        sizes += [(name, size, ("context",))
+        sizes += [("model.heads", m.heads, "tensor"), ("model.kv_heads", m.G, "tensor"),
+                  ("model.mlp_dim", m.F, "tensor")]
+        sizes += [(name, size, "context")
                   for name, size in (lengths or {"model.context": m.context}).items()]
-    for name, size, axes in sizes:
-        if size % _ways(axes, mesh):
-            found.append(f"{name}={size} is not divisible by "
-                         + " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes))
+    for name, size, axis in sizes:
+        if size % mesh.shape[axis]:
+            found.append(f"{name}={size} is not divisible by {axis}={mesh.shape[axis]}")
     if lstm and context > 1:
         found.append(f"context={context} does not go with model.architecture='lstm', which reads "
                      "its tokens one after another")

@@ -7,12 +7,14 @@ import time
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from nanoflax import hardware, peft, sharding
+from nanoflax.attention import Attention
 from nanoflax.config import METRICS
 from nanoflax.data import evaluation_batches, prefetch
 from nanoflax.errors import UserError
@@ -174,6 +176,27 @@ def jit_step(step, state, mesh):
 def compile_step(step, state, batch, mesh):
     """`jit_step` compiled at once for a batch or its shapes."""
     return jit_step(step, state, mesh).lower(state, batch).compile()
+
+
+def attention_backends(model, params, batch, mesh, objective=causal_lm):
+    """What computes the attention of a step on the mesh, in words: "" of a model without any.
+
+    params, batch: arrays or their shapes. Nothing is compiled.
+    Raises: UserError if config.attention_backend names a kernel that cannot serve.
+    """
+    found = []
+
+    def look(method, arguments, named, context):
+        result = method(*arguments, **named)
+        if isinstance(context.module, Attention) and context.method_name == "backend":
+            name, why = result
+            found.append(f"{name} ({why})" if why else name)
+        return result
+
+    with nn.intercept_methods(look):
+        jax.eval_shape(sharding.traced_on(mesh, lambda params, batch: objective(
+            model, params, batch)), params, batch)
+    return ", ".join(dict.fromkeys(found))
 
 
 class Outcome(NamedTuple):

@@ -21,23 +21,24 @@ from nanoflax.models import build
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CHILD = """
-import json, sys
-from tests import mesh_test
-print(json.dumps(getattr(mesh_test, sys.argv[1])(*sys.argv[2:])))
+import importlib, json, sys
+module = importlib.import_module("tests." + sys.argv[1])
+print(json.dumps(getattr(module, sys.argv[2])(*sys.argv[3:])))
 """
 
 
-def run_child(*arguments):
+def run_child(*arguments, file="mesh_test"):
+    """What a function of a test file gives in a process of eight devices."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     flags += " --xla_backend_optimization_level=0"  # of code that runs once
-    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], cwd=ROOT, text=True,
+    done = subprocess.run([sys.executable, "-c", CHILD, file, *arguments], cwd=ROOT, text=True,
                           timeout=900, capture_output=True, env=os.environ | {"XLA_FLAGS": flags})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 B, T, V = 8, 16, 520
-MESHES = ("8,1,1", "1,8,1", "2,2,2", "2,1,1,4", "1,2,2,2")
+MESHES = ("8,1,1", "1,8,1", "2,2,2", "1,2,2,2")
 
 
 def model_of(**changes):
@@ -55,7 +56,7 @@ MODELS = {
     "encoder_decoder": model_of(architecture="encoder_decoder", positions="relative"),
     "lstm": model_of(architecture="lstm", dim=32),
 }
-ADAPTERS = ("lora", "dora", "adalora", "houlsby", "prefix", "prompt")
+ADAPTERS = ("lora", "adalora", "houlsby", "prefix")
 
 
 def batch_of(name):

@@ -371,8 +371,6 @@ def test_the_mesh_of_several_slices_is_the_hybrid_one(monkeypatch):
     ((1, 1, 4), dict(vocab_size=49), {}, "model.vocab_size=49 is not divisible by tensor=4"),
     ((1, 5, 1), {}, dict(batch_size=10), "model.dim=24 is not divisible by fsdp=5"),
     ((1, 1, 1, 3), {}, {}, "model.context=256 is not divisible by context=3"),
-    ((1, 2, 3), dict(architecture="lstm", vocab_size=48, dim=32), {},
-     "model.dim=32 is not divisible by fsdp=2 x tensor=3"),
     ((1, 1, 1, 2), dict(architecture="lstm"), {},
      "context=2 does not go with model.architecture='lstm'"),
 ])
@@ -458,8 +456,8 @@ def test_shardings_name_the_leaves_that_do_not_divide():
     ("block_0/attention/value/lora_b", (2, 4), P(None, "tensor")),
     ("block_0/adapter_mlp/up/kernel", (2, 4), P(None, "fsdp")),
     ("block_0/attention/prefix_key", (2, 4), P(None, "tensor")),
-    ("encoder_0/forward_input/kernel", (4, 16), P(("fsdp", "tensor"), None)),
-    ("query/kernel", (4, 4), P(("fsdp", "tensor"), None)),  # an LSTM's
+    ("encoder_0/forward_input/kernel", (4, 16), P("fsdp", None)),
+    ("query/kernel", (4, 4), P("fsdp", None)),  # an LSTM's
     ("block_0/mlp/up/kernel", (), P()),  # an optimizer's scalar in the place of a matrix
     ("block_0/mlp/up/kernel/scale", (4, 4), P()),
 ])
