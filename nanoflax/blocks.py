@@ -275,7 +275,7 @@ class LanguageModel(nn.Module):
         """The dtype of activations: `auto` is float32 on CPU, where bfloat16 gains nothing."""
         if self.config.dtype != "auto":
             return jnp.dtype(self.config.dtype)
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if sharding.platform() == "cpu" else "bfloat16")
 
     def decode(self, params, tokens, cache):
         """One step of generation: tokens [B, T] int32 extend the cache.

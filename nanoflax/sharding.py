@@ -120,9 +120,12 @@ def hybrid(sizes, devices):
         tuple(n // m for n, m in zip(sizes, outer)), outer, devices, process_is_granule=by_process)
 
 
-def abstract_mesh(sizes):
-    """A mesh of no devices, to plan with. sizes: along AXES."""
-    return jax.sharding.AbstractMesh(sizes, AXES)
+def abstract_mesh(sizes, platform=None):
+    """A mesh of no devices, to plan with. sizes: along AXES, the last ones 1 where left out;
+    platform: of the devices there will be, such as tpu."""
+    device = platform and jax.sharding.AbstractDevice("any", None, platform)
+    return jax.sharding.AbstractMesh((*sizes, *[1] * (len(AXES) - len(sizes))), AXES,
+                                     abstract_device=device)
 
 
 def spec_of(path, shape):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -315,7 +314,5 @@ def test_what_is_chosen_is_named_and_a_cache_is_plain(monkeypatch):
 
 def test_platform_is_that_of_the_mesh():
     assert sharding.platform() == jax.default_backend()
-    device = SimpleNamespace(platform="tpu", device_kind="TPU v5", num_cores=1)
-    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh((1, 1, 1), "tpu")):
         assert sharding.platform() == "tpu"

@@ -101,7 +101,7 @@ class TrainConfig:
     keep: int = 2  # newest checkpoints kept, besides the best
     sample_prompt: str = ""  # continued at each evaluation and at the end
     sample_tokens: int = 64
-    mesh: str = "-1,1,1"  # devices along data, fsdp, tensor; -1 takes the rest
+    mesh: str = "-1,1,1"  # devices along data, fsdp, tensor[, context]; -1 takes the rest
     tensorboard: bool = True
     wandb: str = ""  # project name; empty means none
 
