@@ -161,8 +161,8 @@ def shardings(tree, mesh):
     found, whole = [], {}
 
     def of(path, leaf):
-        name = f"{jax.tree_util.keystr(path, simple=True, separator='/')} {leaf.shape}"
-        spec = spec_of(name.split(" ")[0], leaf.shape)
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        name, spec = f"{path} {leaf.shape}", spec_of(path, leaf.shape)
         used = [axis for entry in spec for axis in _axes(entry)]
         if len(set(used)) < len(used):
             found.append(f"{name}: its rule {spec} names an axis twice")
@@ -170,7 +170,7 @@ def shardings(tree, mesh):
         for entry, size in zip(spec, leaf.shape):
             if size % _ways(entry, mesh):
                 found.append(f"{name}: {size} is not divisible by " + " x ".join(
-                    f"{axis}={mesh.shape[axis]}" for axis in _axes(entry)))
+                    f"{axis}={mesh.shape[axis]}" for axis in _on(entry, mesh)))
         if leaf.ndim > 1 and all(_ways(entry, mesh) == 1 for entry in spec):
             whole[name] = leaf.size
         return NamedSharding(mesh, P(*(_on(entry, mesh) for entry in spec)))

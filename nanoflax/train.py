@@ -141,11 +141,11 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
 
     Compiled once; every window counts once, whatever the batch size.
     """
-    def sums(params, batch):
+    @jax.jit
+    @partial(sharding.traced_on, mesh)
+    def step(params, batch):
         _, nll, weight = objective(model, params, batch, chunks=config.train.loss_chunks)
         return nll, weight
-
-    step = jax.jit(sharding.traced_on(mesh, sums))
 
     def evaluate(params, windows):
         batches = evaluation_batches(windows, config.train.batch_size, jax.process_index(),

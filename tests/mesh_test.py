@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -222,7 +223,61 @@ def groups(text):
     return ids.reshape(-1, math.prod(int(n) for name, n in axes if name in chosen)).tolist()
 
 
-# Decoding.
+# Evaluation and decoding.
+
+def evaluated():
+    """What an evaluation and a Judge find on one device and on a mesh, and what they are split by."""
+    from nanoflax import tasks, train
+    from nanoflax.config import Config, TaskConfig, TrainConfig
+
+    class Windows:
+        def __len__(self):
+            return 12
+
+        def batch(self, indices):
+            full = batch_of("packed")
+            return {name: x[indices % B] for name, x in full.items()} | {
+                "weights": full["weights"][indices % B] * (indices < 12)[:, None]}
+
+    class Rows(SimpleNamespace):
+        def __len__(self):
+            return 8
+
+    batch, out, ways = batch_of("mlm"), {}, []
+    rows = Rows(rows=[{name: x[i] for name, x in batch.items()} for i in range(8)],
+                examples=[None] * 8, drawn=lambda draws: rows,
+                batch=lambda indices, lengths: {name: x[indices] for name, x in batch.items()},
+                lengths=lambda indices: None)
+
+    def objective(*arguments, **options):
+        ways.append(sharding.ways(B, T))
+        return objectives.causal_lm(*arguments, **options)
+
+    for shape in ("1,1,1", "1,2,2,2"):
+        mesh = sharding.make_mesh(shape, jax.devices()[:1 if shape == "1,1,1" else 8])
+        config = Config(model=MODELS["packed"], train=TrainConfig(batch_size=B),
+                        task=TaskConfig(kind="masked_lm"))
+        put = lambda params: jax.device_put(params, sharding.shardings(params, mesh))  # noqa: E731
+        model, judged = build(MODELS["packed"]), build(MODELS["mlm"])
+        evaluate = train.make_evaluation(model, config, mesh, objective)
+        found = list(evaluate(put(sharding.init(model, jax.random.PRNGKey(0))), Windows()))
+        tokenizer = SimpleNamespace(pad_id=0, mask_id=1)
+        judge = tasks.Judge(judged, config, tokenizer, (), rows, mesh)
+        params = put(jax.tree.map(lambda x: 6 * x, sharding.init(judged, jax.random.PRNGKey(0))))
+        guesses = judge._guesses(params, sharding.put_batch(batch, mesh))
+        out[shape] = {"sums": found + [float(x) for x in judge._sums(
+            params, sharding.put_batch(batch, mesh))], "guesses": np.asarray(guesses).tolist()}
+    return out | {"ways": ways}
+
+
+def test_evaluation_is_split_and_finds_the_same():
+    found = run_child("evaluated")
+    one, mesh = found["1,1,1"], found["1,2,2,2"]
+    np.testing.assert_allclose(mesh["sums"], one["sums"], rtol=1e-6)
+    assert mesh["guesses"] == one["guesses"]
+    assert len({t for row in one["guesses"] for t in row}) > 5
+    assert found["ways"] == [[1, 1], [2, 2]]
+
 
 def decoded():
     """Tokens of each architecture on one device and on a mesh, drawn and searched for."""
