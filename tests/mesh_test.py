@@ -41,8 +41,9 @@ MESHES = ("8,1,1", "1,8,1", "2,2,2", "1,2,2,2")
 
 
 def model_of(**changes):
-    return ModelConfig(**dict(vocab_size=V, context=T, layers=1, dim=24, heads=4, kv_heads=2,
-                              head_dim=6, mlp_dim=56, positions="rotary", tied=False) | changes)
+    # Sizes such that no half of a matrix has the shape of another.
+    return ModelConfig(**dict(vocab_size=V, context=T, layers=1, dim=24, heads=6, kv_heads=2,
+                              head_dim=10, mlp_dim=56, positions="rotary", tied=False) | changes)
 
 
 ENCODER = dict(architecture="encoder", positions="learned")
@@ -302,6 +303,6 @@ def decoded():
 
 def test_decoding_on_a_mesh_gives_the_same_tokens():
     found = run_child("decoded")
-    assert found.pop("cache") == [[2, 1, 12, 6]] * 2  # [8, 2, 12, 6] over data x fsdp and tensor
+    assert found.pop("cache") == [[2, 1, 12, 10]] * 2  # [8, 2, 12, 10] over data x fsdp and tensor
     for name, (one, mesh) in found.items():
         assert one == mesh and len({t for row in one[0] for t in row}) > 5, name
