@@ -228,7 +228,7 @@ def groups(text):
 
 def evaluated():
     """What an evaluation and a Judge find on one device and on a mesh, and what they are split by."""
-    from nanoflax import tasks, train
+    from nanoflax import tasks, tokenizers, train
     from nanoflax.config import Config, TaskConfig, TrainConfig
 
     class Windows:
@@ -262,8 +262,7 @@ def evaluated():
         model, judged = build(MODELS["packed"]), build(MODELS["mlm"])
         evaluate = train.make_evaluation(model, config, mesh, objective)
         found = list(evaluate(put(sharding.init(model, jax.random.PRNGKey(0))), Windows()))
-        tokenizer = SimpleNamespace(pad_id=0, mask_id=1)
-        judge = tasks.Judge(judged, config, tokenizer, (), rows, mesh)
+        judge = tasks.Judge(judged, config, tokenizers.load("bytes"), (), rows, mesh)
         params = put(jax.tree.map(lambda x: 6 * x, sharding.init(judged, jax.random.PRNGKey(0))))
         guesses = judge._guesses(params, sharding.put_batch(batch, mesh))
         out[shape] = {"sums": found + [float(x) for x in judge._sums(
@@ -296,8 +295,10 @@ def decoded():
             return [drawn, streamed, beam_search(model, params, prompts[:2], 2, 6)]
 
         out[name] = [tokens(params), tokens(split)]
-    cache = jax.jit(sharding.traced_on(mesh, lambda: build(MODELS["packed"]).empty_cache(8, 12)))()
-    out["cache"] = [x.addressable_shards[0].data.shape for x in jax.tree.leaves(cache["layers"])]
+    zero = jax.device_put(np.float32(0), jax.NamedSharding(mesh, jax.P()))
+    cache = jax.jit(sharding.traced_on(mesh, lambda zero: jax.tree.map(
+        lambda x: x + zero, build(MODELS["packed"]).empty_cache(8, 12)["layers"])))(zero)
+    out["cache"] = [x.addressable_shards[0].data.shape for x in jax.tree.leaves(cache)]
     return out
 
 
