@@ -59,10 +59,12 @@ def run(config, workdir):
     mesh, kind = sharding.make_mesh(t.mesh), tasks.TASKS[task.kind].examples
     data = examples.load(common.examples_of(config.data), kind)
     if t.label_smoothing and data.multi_label:
-        raise UserError(f"train.label_smoothing={t.label_smoothing} does not go with several labels: "
-                        "each is a question of its own; set it to 0")
+        raise UserError(f"train.label_smoothing={t.label_smoothing} does not go with several "
+                        "labels: each is a question of its own; set it to 0")
     config, params, tokenizer = starting_point(config, data, workdir, mesh)
-    sharding.check(config, mesh)
+    sharding.check(config, mesh, {
+        "task.length": task.length, "task.target_length": task.target_length,
+        "the shortest batch": batching.SHORTEST})
     distributed.first(lambda: common.resumable(  # refuses another run's workdir
         workdir, config, restart=False) is not None)
     encode = lambda part: tasks.encode(  # noqa: E731
@@ -87,6 +89,11 @@ def run(config, workdir):
     size = sum(x.size for x in jax.tree.leaves(trained))
     whole = size + sum(x.size for x in jax.tree.leaves(frozen))
     print(f"{size:,} of {whole:,} parameters are trained ({size / whole:.2%})")
+    shapes = {name: jax.ShapeDtypeStruct((t.batch_size, *x.shape[1:]), x.dtype)
+              for name, x in Batches(rows, config, mesh)[0].items()}
+    if attention := train.attention_backends(model, params, shapes, mesh,
+                                             tasks.TASKS[task.kind].objective):
+        print(f"attention {attention}")
     optimizer, schedule = optim.make_optimizer(config.optim, t.steps)
     if config.peft.kind == "adalora":
         optimizer = peft.adalora(optimizer, config.peft, t.steps)
@@ -156,6 +163,7 @@ def starting_point(config, data, workdir, mesh):
             raise UserError(f"model.init_from={m.init_from} has no tokenizer")
         tokenizer = denoising.marked(task, tokenizer)
         m = dataclasses.replace(model.config, init_from=m.init_from, dropout=m.dropout,
+                                attention_backend=m.attention_backend,
                                 output_delay=m.output_delay or model.config.output_delay,
                                 vocab_size=max(model.config.vocab_size, tokenizer.vocab_size))
     else:

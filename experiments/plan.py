@@ -26,7 +26,7 @@ ROOM = 0.9  # of a chip's memory: the estimate may be a tenth too low
 flags.DEFINE_string("topology", "", "a TPU slice, such as v5e:16x16")
 flags.DEFINE_integer("devices", 0, "or so many GPUs", 0)
 flags.DEFINE_enum("chip", "h100", GPUS, "of --devices")
-flags.DEFINE_multi_string("meshes", [], "sizes along data,fsdp,tensor, once for each mesh; none "
+flags.DEFINE_multi_string("meshes", [], "sizes along data,fsdp,tensor[,context], once for each; none "
                           "means that of the config and the usual ones")
 flags.DEFINE_string("json", "", "file to write the plan into")
 flags.DEFINE_bool("compile", True, "ask the TPU compiler too, where it is installed")
@@ -52,11 +52,11 @@ def main():
         return dataclasses.replace(config, model=sharding.padded(config.model, mesh))
 
     for size in sizes:
-        mesh = sharding.abstract_mesh(size)
+        mesh = sharding.abstract_mesh(size, "tpu" if FLAGS.topology else "gpu")
         try:
             sharding.check(on(mesh), mesh)
         except UserError as error:
-            refused.append(f"{','.join(map(str, size))}: {error}")
+            refused.append(f"{sharding.mesh_name(size)}: {error}")
             continue
         rows.append(report(plan, on(mesh), mesh, chip))
     if not rows or FLAGS.meshes and refused:
@@ -67,9 +67,8 @@ def main():
     print(text(found, config, count), flush=True)
     if FLAGS.topology and FLAGS.compile and importlib.util.find_spec("libtpu"):
         best = rows[0]
-        sizes = tuple(best["mesh"].values())
-        config = on(sharding.abstract_mesh(sizes))
-        train = dataclasses.replace(config.train, mesh=",".join(map(str, sizes)))
+        config = on(sharding.abstract_mesh(tuple(best["mesh"].values())))
+        train = dataclasses.replace(config.train, mesh=mesh_name(best))
         print(f"compiling for {FLAGS.topology} ...", flush=True)
         best["compiler"] = plan.compiled(dataclasses.replace(config, train=train), FLAGS.topology)
         print(compiler_text(best, chip))
@@ -100,6 +99,12 @@ def report(plan, config, mesh, chip):
             "mfu": plan.projected_mfu(found, chip, config.train.remat)}}
 
 
+def mesh_name(row):
+    from nanoflax import sharding
+
+    return sharding.mesh_name(tuple(row["mesh"].values()))
+
+
 def text(found, config, count):
     from nanoflax.report import count as short
 
@@ -114,15 +119,14 @@ def text(found, config, count):
     for row in found["meshes"]:
         p = row["projection"]
         lines.append(
-            f"{','.join(map(str, row['mesh'].values())):>10} {row['weights'] / gib:8.2f} "
+            f"{mesh_name(row):>10} {row['weights'] / gib:8.2f} "
             f"{row['optimizer'] / gib:9.2f} {row['gradients'] / gib:9.2f} "
             f"{row['activations'] / gib:11.2f} {row['memory'] / gib:7.2f} "
             f"{row['memory'] / chip['memory']:7.0%}  {p['compute']:8.3f} {p['memory']:8.3f} "
             f"{p['network']:8.3f}  " + (f"{p['mfu']:.0%} ({p['bound']} bound)" if row["fits"]
                                         else "does not fit"))
     lines += [f"not possible: {line}" for line in found["refused"]]
-    name = ",".join(map(str, best["mesh"].values()))
-    lines += ["", f"take --config.train.mesh={name}" if best["fits"] else "nothing fits: more chips, "
+    lines += ["", f"take --config.train.mesh={mesh_name(best)}" if best["fits"] else "nothing fits: more chips, "
               "--config.train.remat=blocks, a smaller batch or --config.train.accumulate",
               "a chip receives in a step: " + (", ".join(
                   f"{kind} {size / 1e9:.2f} GB" for kind, size in best["collectives"].items())

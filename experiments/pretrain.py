@@ -77,10 +77,12 @@ def run(config, workdir):
     optimizer, schedule = optim.make_optimizer(config.optim, config.train.steps)
     shapes = train.abstract_state(model, optimizer, config, mesh)
     sharding.check_memory(shapes, mesh)
+    batch = train.abstract_batch(config, mesh)
+    attention = train.attention_backends(model, shapes.params, batch, mesh)
     with (concurrent.futures.ThreadPoolExecutor(1) as background,  # compile while text is read
           checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep) as saves):
         step = background.submit(train.compile_step, train.make_train_step(
-            model, optimizer, config), shapes, train.abstract_batch(config, mesh), mesh)
+            model, optimizer, config), shapes, batch, mesh)
         stores = [data.prepare(source, tokenizer, split, config.data.cache or None,
                                config.data.workers or None, progress=common.writes())
                   for split in ("train", "validation")]
@@ -97,7 +99,8 @@ def run(config, workdir):
         flops = models.flops_per_token(config.model)
         print(plots.parameter_table(shapes.params))
         print(f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
-              f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}")
+              f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}; "
+              f"attention {attention}")
         tracking, start_step = train.Tracking(), 0
         if saves.latest() is not None:
             state, meta = saves.restore(shapes._asdict())

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nanoflax import masking
+from nanoflax import backends, masking, sharding
 from nanoflax.config import ModelConfig
 from nanoflax.layers import Linear, Norm
 from nanoflax.positions import rotate
@@ -42,8 +42,9 @@ def heads_first(q, k, v, mask=None, causal=False, bias=None, scale=None, softcap
     mask, bias = grouped(mask), grouped(bias)
     if not causal:
         return _softmax_attention(q, k, v, mask, bias, softcap).reshape(B, H, T, K)
-    # Blocks of queries, so that most of what the causal mask hides is never computed.
-    size = -(-T // CAUSAL_BLOCKS) if T >= 128 else T
+    # Blocks of queries, so that most of what the causal mask hides is never computed. Where context
+    # splits T, a block would lie on few of the devices.
+    size = -(-T // CAUSAL_BLOCKS) if T >= 128 and sharding.axis_size("context") == 1 else T
     blocks = []
     for a in range(0, T, size):
         b = min(a + size, T)
@@ -120,7 +121,7 @@ _softmax_attention.defvjp(_forward, _backward)
 def empty_cache(config, batch, length, dtype):
     """The keys and values of one layer before any token: zeros, {key, value: [B, G, S, K]}."""
     shape = (batch, config.G, length, config.K)
-    return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+    return {name: sharding.split_cache(jnp.zeros(shape, dtype)) for name in ("key", "value")}
 
 
 def write_cache(cache, k, v, index):
@@ -134,6 +135,7 @@ class View(NamedTuple):
     """What the tokens of a layer see, the same for every layer of a kind."""
 
     mask: Any = None  # bool, to [B, H, T, S]
+    facts: Any = None  # backends.Facts that say the same as the mask, or None where none can
     bias: Any = None  # [1, H, T, S] float32, of relative positions
     angles: Any = None  # of rotary positions
     index: Any = None  # the cache slot of the first token
@@ -166,11 +168,11 @@ class Attention(nn.Module):
         if cache is not None:
             cache = write_cache(cache, k, v, view.index)
             k, v = cache["key"], cache["value"]
-        mask, causal, bias = view.mask, self.causal and cache is None, view.bias
+        mask, causal, bias, facts = view.mask, self.causal and cache is None, view.bias, view.facts
         if self.has_variable("params", "prefix_key"):
             k, v, mask, bias = self._after_prefix(k, v, mask, bias, x.shape[1], causal)
-            causal = False
-        return self.attend(q, k, v, mask, causal, bias), cache
+            causal, facts = False, None
+        return self.attend(q, k, v, mask, causal, bias, facts, cache is not None), cache
 
     def _after_prefix(self, k, v, mask, bias, T, causal):
         """Prefix tuning (Li and Liang 2021): trained keys and values [P, G K] that every query
@@ -193,9 +195,11 @@ class Attention(nn.Module):
             bias = jnp.pad(bias, [(0, 0)] * 3 + [(P, 0)])
         return k, v, mask, bias
 
-    def cross(self, x, keys, values, mask):
-        """x: [B, T, D] looks at a source's keys and values [B, G, S, K]. Returns [B, T, D]."""
-        return self.attend(self.queries(x), keys, values, mask, False)
+    def cross(self, x, keys, values, mask, cached=False):
+        """x: [B, T, D] looks at a source's keys and values [B, G, S, K], mask [B, 1, 1, S] bool or
+        None. Returns [B, T, D]."""
+        facts = backends.Facts(valid=None if mask is None else mask[:, 0, 0])
+        return self.attend(self.queries(x), keys, values, mask, False, None, facts, cached)
 
     def queries(self, x, angles=None):
         """x: [B, T, D] -> [B, H, T, K]."""
@@ -217,8 +221,23 @@ class Attention(nn.Module):
             y = getattr(self, norm)(y)
         return (y if angles is None else rotate(y, angles)).swapaxes(1, 2)
 
-    def attend(self, q, k, v, mask, causal, bias=None):
-        """q: [B, H, T, K]; k, v: [B, G, S, K]. Returns the heads' outputs, projected: [B, T, D]."""
-        c = self.config
-        y = heads_first(q, k, v, mask, causal, bias, c.attention_scale, c.attention_softcap)
+    def attend(self, q, k, v, mask, causal, bias=None, facts=None, cached=False):
+        """q: [B, H, T, K]; k, v: [B, G, S, K]; facts: what the mask says, as a backends.Facts, or
+        None. With a cache always plain. Returns the heads' outputs, projected: [B, T, D]."""
+        c, name = self.config, "plain"
+        if not cached:
+            name, _ = self.backend(q, k, causal, bias, facts)
+        if name == "plain":
+            y = heads_first(q, sharding.gather_time(k), sharding.gather_time(v), mask, causal, bias,
+                            c.attention_scale, c.attention_softcap)
+        else:
+            y = backends.BACKENDS[name].attend(q, k, v, causal, facts, c.attention_scale,
+                                               c.attention_softcap)
         return self.out(y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], c.heads * c.K))
+
+    def backend(self, q, k, causal, bias, facts):
+        """`backends.choose` for a call of `attend` without a cache."""
+        c = self.config
+        return backends.choose(c.attention_backend, backends.Call(
+            sharding.platform(), q.shape, k.shape, q.dtype, causal, facts, bias is not None,
+            c.attention_softcap))

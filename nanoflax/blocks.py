@@ -1,12 +1,15 @@
 """A Transformer block, the stack of blocks that is the body of every Transformer, and what all
 language models share: the embedding, the head and the decode interface."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from nanoflax import masking, positions, sharding
 from nanoflax.attention import Attention, View
+from nanoflax.backends import Facts
 from nanoflax.config import ModelConfig
 from nanoflax.layers import MLP, Embedding, Linear, Norm, activate, bottleneck
 
@@ -48,6 +51,7 @@ class Block(nn.Module):
 
     def __call__(self, x, view, cache=None, deterministic=True):
         """x: [B, T, D]; view: a View; cache: this layer's, or None. Returns ([B, T, D], cache)."""
+        x = sharding.split_batch(x)
         h, cache = self.attention(self._before("attention", x), view, cache)
         if self.config.parallel:
             h = self._adapt("attention", h)
@@ -57,7 +61,8 @@ class Block(nn.Module):
         if self.cross:
             keys, values = (self.cross_keys_values(view.source) if cache is None else
                             (cache["cross_key"], cache["cross_value"]))
-            h = self.cross_attention.cross(self._before("cross", x), keys, values, view.source_mask)
+            h = self.cross_attention.cross(self._before("cross", x), keys, values, view.source_mask,
+                                           cached=cache is not None)
             x = self._after("cross", x, h, deterministic)
         return self._after("mlp", x, self.mlp(self._before("mlp", x)), deterministic), cache
 
@@ -115,8 +120,8 @@ class Stack(nn.Module):
 
     def __call__(self, x, segments=None, cache=None, source=None, source_mask=None,
                  deterministic=True):
-        """x: [B, T, D] embeddings; segments: [B, T] int32, tokens see their own segment alone (0
-        may be padding), or None; cache: whose slots the tokens extend, or None; source: [B, S, D],
+        """x: [B, T, D] embeddings; segments: [B, T] int32 or None: tokens see their own segment
+        alone (0 may be padding), but of an encoder all those that are not 0; cache: whose slots the tokens extend, or None; source: [B, S, D],
         an encoder's states, and source_mask: [B, S] bool, for cross-attention.
         Returns ([B, T, D], the new cache or None).
 
@@ -140,7 +145,7 @@ class Stack(nn.Module):
             keys = jnp.arange(layers[0]["key"].shape[2], dtype=jnp.int32)[None] - P
             place = jnp.maximum(slots - start[:, None], jnp.minimum(slots, 0) if P else 0)
             source_mask = cache.get("source_mask")
-        everyones = masking.padding(keys < 0) if P else False
+        everyones, facts = masking.padding(keys < 0) if P else False, None
         if cache is not None:
             real = masking.padding(keys >= start[:, None])
             mask = masking.causal(slots, keys) & (real | everyones)
@@ -149,12 +154,17 @@ class Stack(nn.Module):
             if P:
                 place = jnp.concatenate([jnp.broadcast_to(slots[:, :P], (len(x), P)), place], 1)
                 segments = jnp.pad(segments, [(0, 0), (P, 0)], constant_values=1)
-            mask = masking.segments(segments, segments) | everyones
-        view = View(mask, index=index, source=source,
+            mask = (masking.segments(segments, segments) | everyones if self.causal else
+                    masking.padding(segments > 0))
+        if cache is None and not P:
+            facts = Facts(segments) if self.causal or segments is None else Facts(
+                valid=segments > 0)
+        view = View(mask, facts, index=index, source=source,
                     source_mask=None if source_mask is None else masking.padding(source_mask))
         if c.positions == "learned":
             row = jnp.maximum(place, 0) if P else place
-            x += self.position_embed(row + c.position_offset).astype(x.dtype)
+            table = sharding.gather(self.position_embed.embedding)
+            x += table[row + c.position_offset].astype(x.dtype)
         elif c.positions.startswith("sinusoidal"):
             halves = c.positions == "sinusoidal_halves"
             x += positions.sinusoidal(place, c.dim, halves).astype(x.dtype)
@@ -195,6 +205,8 @@ class Stack(nn.Module):
         if local:
             window = masking.window(slots, keys, c.window) | everyones
             view = view._replace(mask=window if view.mask is None else view.mask & window)
+            if view.facts is not None:
+                view = view._replace(facts=dataclasses.replace(view.facts, window=c.window))
         return view
 
 
@@ -221,7 +233,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens):
         """tokens: [B, T] int32 below V -> [B, T, D] in the compute dtype."""
-        return sharding.split_batch(self.embedding(tokens)) * self.config.embed_scale
+        return sharding.split_rows(self.embedding(tokens)) * self.config.embed_scale
 
     def output(self, x, segments=None, cache=None):
         """The last states x [B, T, D] as `head` reads them, and the cache or None.
@@ -263,7 +275,7 @@ class LanguageModel(nn.Module):
         """The dtype of activations: `auto` is float32 on CPU, where bfloat16 gains nothing."""
         if self.config.dtype != "auto":
             return jnp.dtype(self.config.dtype)
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if sharding.platform() == "cpu" else "bfloat16")
 
     def decode(self, params, tokens, cache):
         """One step of generation: tokens [B, T] int32 extend the cache.

@@ -119,7 +119,7 @@ def canonical(config):
     """The configuration with every None filled in, and at its default what it does not use: two
     configurations of one model are equal then."""
     c, default = config, ModelConfig()
-    unused = ["dtype", "init_from", "lstm_attention", "lstm_start"]
+    unused = ["dtype", "attention_backend", "init_from", "lstm_attention", "lstm_start"]
     if c.positions != "rotary":
         unused += ["rope_theta", "rope_local_theta", "rope_fraction", "rope_scaling"]
     if c.positions != "rotary" or c.rope_scaling != "llama3":

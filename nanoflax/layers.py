@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nanoflax import sharding
+
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -34,9 +36,13 @@ def _matmul_forward(x, w):
 
 def _matmul_backward(saved, dy):
     x, w = saved
-    rows, grads = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    dw = (grads.T @ rows).T if w.shape[0] > w.shape[1] else rows.T @ grads
-    return dy @ w.T, dw.astype(w.dtype)
+    dx = dy @ w.T
+    if sharding.axis_size("context") == 1:  # which else splits a second dimension of the rows
+        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    rows = tuple(range(x.ndim - 1))
+    product = partial(jax.lax.dot_general, dimension_numbers=((rows, rows), ((), ())))
+    dw = product(dy, x).T if w.shape[0] > w.shape[1] else product(x, dy)
+    return dx, dw.astype(w.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

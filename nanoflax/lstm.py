@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nanoflax import sharding
 from nanoflax.blocks import REMAT_POLICIES, SourceModel, empty_delay
 from nanoflax.layers import Linear
 
@@ -74,6 +75,10 @@ class Matrix(nn.Module):
             self.bias = self.param("bias", lambda _: jnp.repeat(jnp.array([0., 1, 0, 0]),
                                                                 self.columns // 4))
 
+    def whole(self, dtype):
+        """The kernel in a dtype, put together once, before the scan."""
+        return sharding.gather(self.kernel.astype(dtype))
+
 
 class BiLSTM(nn.Module):
     """An LSTM in each direction. x: [B, S, ...] and mask [B, S] bool to (states [B, S, 2D], the
@@ -87,8 +92,8 @@ class BiLSTM(nn.Module):
         for name in ("forward", "backward"):
             cell = Matrix(self.dim, 4 * self.dim, gates=True, name=name)
             gates = Linear(4 * self.dim, False, x.shape[-1]**-0.5, name=f"{name}_input")(x)
-            outputs.append(lstm(gates + cell.bias.astype(x.dtype), cell.kernel.astype(x.dtype),
-                                mask, reverse=name == "backward"))
+            outputs.append(lstm(gates + cell.bias.astype(x.dtype), cell.whole(x.dtype), mask,
+                                reverse=name == "backward"))
         return [jnp.concatenate(pair, axis=-1) for pair in zip(*outputs)]
 
 
@@ -135,11 +140,11 @@ class AttentionLSTM(SourceModel):
         x = self.drop(self.embed(targets_in), deterministic=deterministic)
         inputs = self.input(x).swapaxes(0, 1)
         dropped = self.drop(jnp.ones((T, c.layers, B, c.dim), x.dtype), deterministic=deterministic)
-        weights = [(cell.kernel.astype(x.dtype), cell.bias.astype(x.dtype))
+        weights = [(cell.whole(x.dtype), cell.bias.astype(x.dtype))
                    for cell in self.decoder]
-        combine, query, score = self.combine.kernel.astype(x.dtype), None, None
+        combine, query, score = self.combine.whole(x.dtype), None, None
         if c.lstm_attention == "additive":
-            query, score = self.query.kernel.astype(x.dtype), self.score.astype(x.dtype)
+            query, score = self.query.whole(x.dtype), self.score.astype(x.dtype)
         keys, values, mask = state["keys"], state["values"], state["source_mask"]
 
         def step(carry, now):

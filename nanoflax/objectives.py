@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nanoflax import losses
+from nanoflax import losses, sharding
 from nanoflax.models import head_kernel
 
 
@@ -50,10 +50,15 @@ def masked_lm(model, params, batch, rng=None, **options):
 def guesses(model, params, batch):
     """The likeliest token [B, T] int32 at each target of a batch of masked_lm or seq2seq (there,
     after the true targets before it)."""
-    def row(states):  # of one row, so that there are never the logits of all
-        return model.apply({"params": params}, states[None], method="head")[0].argmax(-1)
+    def guess(states):  # of a piece of T, so that there are never the logits of all
+        return model.apply({"params": params}, states.reshape(B, -1, D), method="head").argmax(-1)
 
-    return jax.lax.map(row, _states(model, params, batch))
+    states = _states(model, params, batch)
+    B, T, D = states.shape
+    t = sharding.ways(B, T)[1]  # a piece has its share of every device's part of T
+    chunks = math.gcd(losses.chunks_of(B, T, model.config.vocab_size), T // t)
+    found = jax.lax.map(guess, jnp.moveaxis(states.reshape(B, t, chunks, -1, D), 2, 0))
+    return jnp.moveaxis(found.reshape(chunks, B, t, -1), 0, 2).reshape(B, T)
 
 
 def classify(model, params, batch, rng=None, label_smoothing=0.0, **_):

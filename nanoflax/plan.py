@@ -67,14 +67,14 @@ def make(config, mesh):
     optimizer, _ = optim.make_optimizer(config.optim, config.train.steps)
     state = train.abstract_state(model, optimizer, config, mesh)
     batch = _batch(config)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
     grads, most = gradient_bytes(config, mesh)
     weights, rest = chip_bytes(state.params), chip_bytes((state.opt_state, state.ema))
     traffic = (2 * (weights + rest)  # the update reads and writes both
                + config.train.accumulate * (3 * _passes_bytes(config, mesh) + 2 * (most - grads)))
     return Plan(
         dict(mesh.shape), sum(x.size for x in jax.tree.leaves(state.params)), weights, rest,
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) // ways, grads, most - grads,
+        sum(math.prod(sharding.batch(mesh, x.ndim).shard_shape(x.shape)) * x.dtype.itemsize
+            for x in batch.values()), grads, most - grads,
         cache_bytes(config, mesh), models.flops_per_token(config.model),
         config.train.batch_size * config.model.context, collectives(config, mesh, state.params),
         traffic)
@@ -144,12 +144,13 @@ def candidate_meshes(count, dim):
 # One chip's share.
 
 def share(config, mesh):
-    """The Config of what one chip computes in a micro-batch: a part of the rows, heads, F and V."""
+    """The Config of what one chip computes in a micro-batch: a part of the rows, T, heads, F, V."""
     m, t, split = config.model, config.train, mesh.shape["tensor"]
     rows = t.batch_size // t.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
     if m.architecture == "decoder":  # the pieces that the whole micro-batch is cut into
         t = dataclasses.replace(t, loss_chunks=t.loss_chunks or losses.chunks_of(
             t.batch_size // t.accumulate, m.context, m.vocab_size))
+    m = dataclasses.replace(m, context=m.context // mesh.shape["context"])
     if m.architecture != "lstm":
         m = dataclasses.replace(m, heads=m.heads // split, kv_heads=m.G // split, head_dim=m.K,
                                 mlp_dim=m.F // split, vocab_size=m.vocab_size // split)
@@ -182,8 +183,20 @@ def _objective(m):
     return objectives.causal_lm if m.architecture == "decoder" else objectives.seq2seq
 
 
+def _others_keys(config, mesh):
+    """Bytes that a chip's share does not show: its queries meet the keys of all of context."""
+    local, t = share(config, mesh), config.train
+    m, more = local.model, config.model.context - local.model.context
+    attentions = m.layers
+    if m.architecture == "encoder_decoder":
+        attentions += 2 * models.decoder_layers(m)
+    numbers = m.heads * m.context + 2 * m.G * m.K  # for each key: its weights, and itself
+    return (local.train.batch_size * more * numbers * models.build(m).compute_dtype.itemsize
+            * (1 if t.remat == "blocks" else attentions))
+
+
 @functools.cache  # meshes often have the same share
-def _gradient(local):
+def _gradient(local, platform):
     """The jaxpr of the gradient of a share's loss, and the paths of its parameters."""
     model = models.build(local.model, local.train.remat)
     objective = _objective(local.model)
@@ -195,12 +208,17 @@ def _gradient(local):
                          label_smoothing=t.label_smoothing)[0]
 
     names = [optim.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    return jax.make_jaxpr(jax.grad(loss))(params, _batch(local)).jaxpr, names
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh((1, 1, 1), platform)):
+        return jax.make_jaxpr(jax.grad(loss))(params, _batch(local)).jaxpr, names
 
 
 def gradient_bytes(config, mesh):
     """(bytes of the gradients on a chip, the most that gradients and activations take together)."""
-    traced, names = _gradient(share(config, mesh))
+    device = mesh.abstract_mesh.abstract_device if isinstance(mesh, jax.sharding.Mesh) else (
+        mesh.abstract_device)
+    # cuDNN's kernel cannot be traced without a GPU.
+    platform = "tpu" if device is not None and device.platform == "tpu" else "cpu"
+    traced, names = _gradient(share(config, mesh), platform)
     specs = [sharding.spec_of(name, v.aval.shape) for name, v in zip(names, traced.invars)]
     gathered = {v for v, spec in zip(traced.invars, specs)
                 if "fsdp" in spec and mesh.shape["fsdp"] > 1}
@@ -210,6 +228,7 @@ def gradient_bytes(config, mesh):
     parts = [mesh.shape["fsdp"] if "fsdp" in spec and not (thin and "block_" in name) else 1
              for name, spec in zip(names, specs)]
     grads, most = _peak(traced, gathered, dict(zip(traced.outvars, parts)))
+    most += _others_keys(config, mesh)
     if config.train.accumulate > 1:  # the sum so far, float32
         total = sum(math.prod(v.aval.shape) * 4 // n for v, n in zip(traced.invars, parts))
         return total, total + most
@@ -218,7 +237,8 @@ def gradient_bytes(config, mesh):
 
 # Products and what moves data are computed by themselves; the rest is fused into its readers.
 _UNFUSED = ("dot_general", "gather", "scatter", "reduce", "cum", "arg", "sort", "concatenate",
-            "dynamic_update_slice", "scan", "while", "cond", "random", "threefry", "top_k")
+            "dynamic_update_slice", "scan", "while", "cond", "random", "threefry", "top_k",
+            "pallas_call")
 
 
 class _Buffer:
@@ -257,7 +277,7 @@ def _peak(jaxpr, gathered, parts, carries=()):
             name, ins = eqn.primitive.name, [get(v) for v in eqn.invars]
             inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
             inner = getattr(inner, "jaxpr", inner)
-            if inner is not None and name not in ("scan", "while"):
+            if inner is not None and name not in ("scan", "while", "pallas_call"):
                 values.update(zip(eqn.outvars, run(inner, dict(zip(inner.invars, ins)))))
                 continue
             sources = frozenset().union(*(s for s, _ in ins))
@@ -306,10 +326,10 @@ def _peak(jaxpr, gathered, parts, carries=()):
 
 def cache_bytes(config, mesh):
     """Bytes of the decode cache of a chip's rows at the whole context; 0 without a decoder."""
-    local = share(config, mesh)
+    local, T = share(config, mesh), config.model.context  # which context does not split
     if local.model.architecture == "encoder":
         return 0
-    model, B, T = models.build(local.model), local.train.batch_size, local.model.context
+    model, B = models.build(dataclasses.replace(local.model, context=T)), local.train.batch_size
 
     def caches(params):
         rows, lengths = jnp.zeros((B, T), jnp.int32), jnp.full(B, T)
@@ -337,7 +357,7 @@ def collectives(config, mesh, params):
     brings each (n - 1) / n s, an all-reduce twice that, in rings (Chan et al. 2007).
     """
     m, t, sizes = config.model, config.train, mesh.shape
-    data, fsdp, tensor = sizes["data"], sizes["fsdp"], sizes["tensor"]
+    data, fsdp, tensor, context = (sizes[axis] for axis in sharding.AXES)
     item = models.build(m).compute_dtype.itemsize
     out = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce", "all-to-all"), 0)
 
@@ -351,17 +371,17 @@ def collectives(config, mesh, params):
         spec = sharding.spec_of(name, leaf.shape)
         size = leaf.size // (tensor if "tensor" in spec else 1)
         if "fsdp" not in spec or fsdp == 1:  # its gradient is needed whole
-            out["all-reduce"] += 2 * ring(data * fsdp, size * item) * t.accumulate
+            out["all-reduce"] += 2 * ring(data * fsdp * context, size * item) * t.accumulate
             continue
         if name == head:  # gathered once for the loss, its gradient a float32 sum of all tokens'
             out["all-gather"] += ring(fsdp, size * item) * t.accumulate
-            out["all-reduce"] += 2 * ring(data * fsdp, size * 4) * t.accumulate
+            out["all-reduce"] += 2 * ring(data * fsdp * context, size * 4) * t.accumulate
             continue
         if name != "embed/embedding":  # forward and backward
             out["all-gather"] += 2 * ring(fsdp, size * item) * t.accumulate
         out["reduce-scatter"] += ring(fsdp, size * item) * t.accumulate
-        out["all-reduce"] += 2 * ring(data, size * item / fsdp) * t.accumulate
-    x = rows * m.context * m.dim * item  # the states of a chip's rows, of all micro-batches
+        out["all-reduce"] += 2 * ring(data * context, size * item / fsdp) * t.accumulate
+    x = rows * m.context // context * m.dim * item  # the states of a chip's rows, of all micro-batches
     if fsdp > 1:  # the embedding is looked up, and its gradient added, a part of D on each chip
         out["all-to-all"] += 2 * ring(fsdp, x)
     # A block's output and its input's gradient are sums over the heads, and over F.
@@ -369,5 +389,12 @@ def collectives(config, mesh, params):
     if m.architecture == "encoder_decoder":
         sums += 3 * models.decoder_layers(m)
     again = 1.5 if t.remat == "blocks" else 1
+    # Of each attention the keys and values, and their gradients on the way back.
+    attentions = m.layers
+    if m.architecture == "encoder_decoder":
+        attentions += 2 * models.decoder_layers(m)
+    keys = attentions * 2 * rows * m.context * m.G // tensor * m.K * item
+    out["all-gather"] += ring(context, keys) * (2 if t.remat == "blocks" else 1)
+    out["reduce-scatter"] += ring(context, keys)
     out["all-reduce"] += 2 * ring(tensor, x) * (sums * (1 + again) + 2)
     return {kind: round(size) for kind, size in out.items() if size}

@@ -144,11 +144,11 @@ def decoding_params(model, params, rows):
 
 
 @functools.cache
-def compiled(function, donate=()):
-    """jax.jit of a sampling function, with the options of the platform that runs it."""
+def compiled(function, donate=(), mesh=None):
+    """jax.jit of a sampling function for parameters on a mesh, with the options of the platform."""
     static = {"model", "rows", "beams", "steps", "new_tokens", "early_stopping", "eos_id",
               "vocab_size"}
-    return jax.jit(function, donate_argnames=donate,
+    return jax.jit(sharding.traced_on(mesh, function), donate_argnames=donate,
                    static_argnames=static & inspect.signature(function).parameters.keys(),
                    compiler_options=hardware.compiler_options(jax.default_backend()))
 
@@ -175,8 +175,8 @@ def sample(model, params, prompts, max_new_tokens=64, temperature=1.0, top_k=Non
     check_prompts(model.config, prompts, max_new_tokens)
     tokens, lengths = pad_left(prompts)
     filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty)
-    new = compiled(_sample)(model, params, tokens, lengths, _key(rng), filters, max_new_tokens,
-                            eos_id, vocab_size)
+    new = compiled(_sample, mesh=sharding.mesh_of(params))(
+        model, params, tokens, lengths, _key(rng), filters, max_new_tokens, eos_id, vocab_size)
     return [cut(row, eos_id) for row in sharding.fetch(new).tolist()]
 
 
@@ -190,13 +190,12 @@ def stream(model, params, prompts, max_new_tokens=64, temperature=1.0, top_k=Non
     tokens, lengths = pad_left(prompts)
     filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty)
     chunks = -(-max_new_tokens // chunk)
-    rows = len(prompts)
-    params, model = compiled(decoding_params)(model, params, rows), untied(model, rows)
-    state = compiled(start)(model, params, tokens, lengths, chunks * chunk, _key(rng), filters)
+    rows, on = len(prompts), functools.partial(compiled, mesh=sharding.mesh_of(params))
+    params, model = on(decoding_params)(model, params, rows), untied(model, rows)
+    state = on(start)(model, params, tokens, lengths, chunks * chunk, _key(rng), filters)
     ended = np.zeros(len(prompts), bool)
     for i in range(chunks):
-        state, new = compiled(advance, "state")(model, params, state, filters, chunk, eos_id,
-                                                vocab_size)
+        state, new = on(advance, "state")(model, params, state, filters, chunk, eos_id, vocab_size)
         rows = np.asarray(new)[:, :max_new_tokens - i * chunk].tolist()
         yield [cut(row, eos_id) for row in rows]  # a finished row repeats eos_id: nothing is left
         ended |= np.array([eos_id is not None and eos_id in row for row in rows])

@@ -67,10 +67,12 @@ class Judge:
                 batch["weights"] * (objectives.guesses(model, params, batch) == batch["targets"]))
             return nll, weight, right
 
-        self._sums = jax.jit(sums)
-        self._guesses = jax.jit(functools.partial(objectives.guesses, model))
-        self._logits = jax.jit(lambda params, batch: model.apply(
-            {"params": params}, batch["tokens"], batch["padding_mask"]))
+        def logits(params, batch):
+            return model.apply({"params": params}, batch["tokens"], batch["padding_mask"])
+
+        guesses = functools.partial(objectives.guesses, model)
+        self._sums, self._guesses, self._logits = (
+            jax.jit(sharding.traced_on(mesh, f)) for f in (sums, guesses, logits))
 
     def __call__(self, params, batches=0):
         """(numbers, predictions) on the first so many batches of the rows, 0 for all.

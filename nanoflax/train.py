@@ -7,12 +7,14 @@ import time
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from nanoflax import distributed, hardware, peft, sharding
+from nanoflax.attention import Attention
 from nanoflax.config import METRICS
 from nanoflax.data import evaluation_batches, prefetch
 from nanoflax.errors import UserError
@@ -140,6 +142,7 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
     Compiled once; every window counts once, whatever the batch size.
     """
     @jax.jit
+    @partial(sharding.traced_on, mesh)
     def step(params, batch):
         _, nll, weight = objective(model, params, batch, chunks=config.train.loss_chunks)
         return nll, weight
@@ -167,18 +170,34 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
 def jit_step(step, state, mesh):
     """`step` to be compiled for each shape of batch; state (or its shapes) is donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-
-    def on_mesh(*args):  # for sharding.split_batch
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step(*args)
-
-    return jax.jit(on_mesh, donate_argnums=0, out_shardings=(shardings, None),
+    return jax.jit(sharding.traced_on(mesh, step), donate_argnums=0, out_shardings=(shardings, None),
                    compiler_options=hardware.compiler_options(mesh.devices.flat[0].platform))
 
 
 def compile_step(step, state, batch, mesh):
     """`jit_step` compiled at once for a batch or its shapes."""
     return jit_step(step, state, mesh).lower(state, batch).compile()
+
+
+def attention_backends(model, params, batch, mesh, objective=causal_lm):
+    """What computes the attention of a step on the mesh, in words: "" of a model without any.
+
+    params, batch: arrays or their shapes. Nothing is compiled.
+    Raises: UserError if config.attention_backend names a kernel that cannot serve.
+    """
+    found = []
+
+    def look(method, arguments, named, context):
+        result = method(*arguments, **named)
+        if isinstance(context.module, Attention) and context.method_name == "backend":
+            name, why = result
+            found.append(f"{name} ({why})" if why else name)
+        return result
+
+    with nn.intercept_methods(look):
+        jax.eval_shape(sharding.traced_on(mesh, lambda params, batch: objective(
+            model, params, batch)), params, batch)
+    return ", ".join(dict.fromkeys(found))
 
 
 class Outcome(NamedTuple):

@@ -87,6 +87,21 @@ def test_traffic_by_hand():
     assert of("1,1,8")["all-reduce"] == 2 * 7 / 8 * 4 * (8 * states * (4 * L + 2))
 
 
+def test_context_divides_the_sequence_and_gathers_keys_and_values():
+    def of(mesh):
+        return plan.make(small(mesh), abstract(small(mesh)))
+
+    one, found = of("1,1,8"), of("1,1,1,8")
+    assert found.batch == 16 * (4 * (4 + 4) + 4)  # of 32 tokens 4, and the first
+    assert found.cache == 8 * one.cache - 7 * (4 + 4 * 16)  # heads are split no more
+    keys = L * 2 * 16 * 32 * D * 4  # and values, of all rows and layers
+    assert found.collectives == {"all-gather": 7 / 8 * keys, "reduce-scatter": 7 / 8 * keys,
+                                 "all-reduce": 2 * 7 / 8 * 4 * PARAMETERS}
+    whole = plan.make(small("1,1,1"), abstract(small("1,1,1"), 1)).activations
+    # An eighth of everything, but for the keys, which are whole in every layer.
+    assert whole / 8 < found.activations < whole / 8 + keys + L * 16 * 8 * 32 * 32 * 4 / 8
+
+
 def test_what_gradients_and_activations_take():
     """A chain of products, counted by hand: x [4, 8] through w1, tanh and w2 [8, 8]."""
     import jax.numpy as jnp

@@ -263,20 +263,18 @@ def test_everything_is_born_in_its_shards():
 
 # What follows needs no devices.
 
-def fake_mesh(data, fsdp, tensor):
-    return SimpleNamespace(shape={"data": data, "fsdp": fsdp, "tensor": tensor})
-
-
 @pytest.mark.parametrize("shape, words", [
     *((shape, "must be three sizes for data, fsdp, tensor")
-      for shape in ("", "8", "1,1", "1,1,1,1", "a,1,1", "0,1,1", "1,-2,1")),
+      for shape in ("", "8", "1,1", "1,1,1,1,1", "a,1,1", "0,1,1", "1,-2,1")),
     ("-1,-1,1", "at most one of them -1"),
-    ("3,1,1", "train.mesh='3,1,1' does not use the 1 devices present"),
-    ("-1,2,1", "does not use the 1 devices present"),
+    ("8,2,1", "needs 16 devices, and 8 are present"),
+    ("-1,16,1", "needs 16 devices, and 8 are present"),
+    ("2,2,1", "does not use the 8 devices present; the sizes must multiply to 8"),
+    ("-1,3,1", "does not use the 8 devices present"),
 ])
 def test_bad_mesh_shapes_are_refused(shape, words):
     with pytest.raises(UserError) as caught:
-        sharding.make_mesh(shape, jax.devices()[:1])
+        sharding.mesh_sizes(shape, 8)
     assert words in str(caught.value) and repr(shape) in str(caught.value)
 
 
@@ -290,7 +288,78 @@ def test_init_can_be_traced_without_a_mesh():
 
 def test_one_device_is_a_mesh_of_one():
     mesh = sharding.make_mesh("-1,1,1", jax.devices()[:1])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
+
+
+@pytest.mark.parametrize("shape, sizes, name", [
+    ("2,-1,1", (2, 4, 1, 1), "2,4,1"), ("2,2,2", (2, 2, 2, 1), "2,2,2"),
+    ("1,2,1,-1", (1, 2, 1, 4), "1,2,1,4"), ("-1,1,1,8", (1, 1, 1, 8), "1,1,1,8")])
+def test_three_or_four_sizes(shape, sizes, name):
+    assert sharding.mesh_sizes(shape, 8) == sizes
+    assert sharding.mesh_name(sizes) == name and sharding.mesh_sizes(name, 8) == sizes
+
+
+class Device(SimpleNamespace):
+    """Stands for a device of a machine that is not here."""
+
+    __hash__ = object.__hash__
+
+
+def devices_of(slices, each, platform="gpu"):
+    """Devices of several slices, dealt out in turn, as nothing promises another order."""
+    return [Device(id=i, process_index=i % slices, slice_index=i % slices, platform=platform,
+                   device_kind="none") for i in range(slices * each)]
+
+
+@pytest.mark.parametrize("sizes, across", [
+    ((4, 2, 1, 1), "data"), ((2, 2, 2, 1), "data"), ((2, 1, 1, 4), "data"),
+    ((1, 4, 2, 1), "fsdp"), ((1, 2, 1, 4), "fsdp")])
+def test_slices_are_apart_along_data_or_else_fsdp(sizes, across):
+    devices = devices_of(2, 4)
+    array = sharding.hybrid(sizes, devices)
+    assert array.shape == sizes and {d.id for d in array.flat} == set(range(8))
+    at = np.vectorize(lambda d: d.slice_index)(array)
+    axis = sharding.AXES.index(across)
+    half = np.arange(sizes[axis]) // (sizes[axis] // 2)
+    np.testing.assert_array_equal(at, np.broadcast_to(
+        half.reshape([-1 if i == axis else 1 for i in range(4)]), sizes))
+
+
+def test_slices_along_data_and_fsdp_together():
+    array = sharding.hybrid((2, 4, 1, 1), devices_of(4, 2))
+    assert [[d.slice_index for d in row] for row in array[:, :, 0, 0]] == [[0, 0, 1, 1], [2, 2, 3, 3]]
+
+
+def test_tensor_across_slices_is_refused_with_the_mesh():
+    with pytest.raises(UserError, match=r"train.mesh='1,1,8' must split 2 slices or nodes along "
+                                        "data, then fsdp"):
+        sharding.hybrid((1, 1, 8, 1), devices_of(2, 4))
+
+
+def test_what_a_fast_network_joins():
+    tpus = devices_of(3, 2, "tpu")
+    assert sharding.granules(tpus) == (3, False)
+    for d in tpus:
+        del d.slice_index
+    assert sharding.granules(tpus) == (1, True)  # of one slice, whatever its hosts
+    for d in tpus:
+        d.platform = "gpu"
+    assert sharding.granules(tpus) == (3, True)  # nodes of two GPUs, each with a process
+    assert sharding.granules(tpus[:3]) == (1, True)  # a process for each: nothing tells the nodes
+    assert sharding.granules(jax.devices())[0] == 1
+
+
+def test_the_mesh_of_several_slices_is_the_hybrid_one(monkeypatch):
+    asked = []
+
+    def hybrid(sizes, devices):
+        asked.append(sizes)
+        return np.array(devices).reshape(sizes)
+
+    monkeypatch.setattr(sharding, "granules", lambda devices: (2, False))
+    monkeypatch.setattr(sharding, "hybrid", hybrid)
+    mesh = sharding.make_mesh("1,1,1", jax.devices()[:1])
+    assert asked == [(1, 1, 1, 1)] and mesh.axis_names == sharding.AXES
 
 
 @pytest.mark.parametrize("mesh, model, train, words", [
@@ -302,13 +371,16 @@ def test_one_device_is_a_mesh_of_one():
     ((1, 1, 4), dict(mlp_dim=30), {}, "model.mlp_dim=30 is not divisible by tensor=4"),
     ((1, 1, 4), dict(vocab_size=49), {}, "model.vocab_size=49 is not divisible by tensor=4"),
     ((1, 5, 1), {}, dict(batch_size=10), "model.dim=24 is not divisible by fsdp=5"),
+    ((1, 1, 1, 3), {}, {}, "model.context=256 is not divisible by context=3"),
+    ((1, 1, 1, 2), dict(architecture="lstm"), {},
+     "context=2 does not go with model.architecture='lstm'"),
 ])
 def test_sizes_that_the_mesh_does_not_divide_are_named(mesh, model, train, words):
     model = ModelConfig(**dict(vocab_size=48, dim=24, heads=4) | model)
     config = Config(model=model, train=TrainConfig(**dict(batch_size=16) | train))
-    sharding.check(config, fake_mesh(1, 1, 1))
+    sharding.check(config, sharding.abstract_mesh((1, 1, 1, 1)))
     with pytest.raises(UserError) as caught:
-        sharding.check(config, fake_mesh(*mesh))
+        sharding.check(config, sharding.abstract_mesh((*mesh, 1)[:4]))
     assert words in str(caught.value)
 
 
@@ -323,8 +395,57 @@ def test_what_devices_cannot_hold_is_refused(limit, refused):
         sharding.check_memory(tree, mesh)  # 2,000 bytes of each
 
 
+def test_all_problems_stand_in_one_line():
+    model = ModelConfig(vocab_size=49, dim=24, heads=6, context=100)
+    config = Config(model=model, train=TrainConfig(batch_size=6))
+    with pytest.raises(UserError) as caught:
+        sharding.check(config, sharding.abstract_mesh((1, 4, 4, 8)), {"task.length": 36})
+    for words in ("batch_size=6", "model.vocab_size=49", "model.heads=6",
+                  "task.length=36 is not divisible by context=8"):
+        assert words in str(caught.value)
+    assert "\n" not in str(caught.value) and "model.context" not in str(caught.value)
+
+
+def test_an_lstm_has_no_heads_to_divide():
+    model = ModelConfig(architecture="lstm", vocab_size=48, dim=32, heads=1)
+    sharding.check(Config(model=model), sharding.abstract_mesh((1, 2, 4, 1)))
+
+
+def large(**shapes):
+    return {name: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
+            for name, shape in shapes.items()}
+
+
+def test_what_no_rule_splits_must_be_little():
+    tree = {"mlp": large(up=(4096, 16384), down=(16384, 4096)),
+            "new": large(a=(2048, 1024), b=(2048, 512)), "norm": {"scale": large(s=(4096,))["s"]}}
+    whole = "new/a/kernel (2048, 1024), new/b/kernel (2048, 512)"  # 3 of 137 million
+    for sizes in ((1, 8, 1, 1), (1, 1, 4, 1), (4, 2, 2, 1)):
+        with pytest.raises(UserError) as caught:
+            sharding.shardings(tree, sharding.abstract_mesh(sizes))
+        assert "2% of all numbers would be whole on every device, more than 2%: " + whole in str(
+            caught.value)
+    sharding.shardings(tree, sharding.abstract_mesh((8, 1, 1, 1)))  # there all is whole
+    tree["new"].pop("b")
+    sharding.shardings(tree, sharding.abstract_mesh((1, 8, 1, 1)))  # 1.5%
+
+
+def test_a_rule_with_an_axis_twice_is_refused(monkeypatch):
+    monkeypatch.setattr(sharding, "RULES", ((r"up/kernel", P("fsdp", ("tensor", "fsdp"))),))
+    with pytest.raises(UserError, match=r"mlp/up/kernel \(8, 8\): its rule .* names an axis twice"):
+        sharding.shardings({"mlp": large(up=(8, 8))}, sharding.abstract_mesh((1, 2, 2, 1)))
+
+
+def test_a_batch_that_context_does_not_divide_is_refused():
+    mesh = sharding.make_mesh("1,1,1", jax.devices()[:1])
+    sharding.put_batch({"targets": np.zeros((2, 5), np.int32), "label": np.zeros((2, 3))}, mesh)
+    with pytest.raises(UserError, match="targets of length 5 is not divisible by context=2"):
+        sharding.put_batch({"targets": np.zeros((2, 5), np.int32)},
+                           sharding.abstract_mesh((1, 1, 1, 2)))
+
+
 def test_shardings_name_the_leaves_that_do_not_divide():
-    mesh = jax.sharding.AbstractMesh((1, 1, 4), sharding.AXES)
+    mesh = sharding.abstract_mesh((1, 1, 4, 1))
     tree = {"embed": {"embedding": jax.ShapeDtypeStruct((50, 8), jnp.float32)},
             "norm": {"scale": jax.ShapeDtypeStruct((7,), jnp.float32)}}
     with pytest.raises(UserError) as caught:
@@ -336,10 +457,19 @@ def test_shardings_name_the_leaves_that_do_not_divide():
 @pytest.mark.parametrize("path, shape, spec", [
     ("embed/embedding", (8, 4), P("tensor", "fsdp")),
     ("opt_state/0/mu/embed/embedding", (8, 4), P("tensor", "fsdp")),
-    ("position_embed/embedding", (8, 4), P()),  # not a row of the table: whole
+    ("position_embed/embedding", (8, 4), P(None, "fsdp")),
+    ("type_embed/embedding", (8, 4), P()),  # not a row of the table: whole
     ("block_11/attention/query/kernel", (4, 4), P("fsdp", "tensor")),
     ("block_0/attention/out/kernel", (4, 4), P("tensor", "fsdp")),
+    ("block_0/cross_attention/value/bias", (4,), P("tensor")),
     ("block_0/mlp/down/bias", (4,), P()),
+    ("block_0/mlp/down/lora_a", (8, 2), P("tensor", None)),
+    ("block_0/mlp/down/lora_b", (2, 4), P(None, "fsdp")),
+    ("block_0/attention/value/lora_b", (2, 4), P(None, "tensor")),
+    ("block_0/adapter_mlp/up/kernel", (2, 4), P(None, "fsdp")),
+    ("block_0/attention/prefix_key", (2, 4), P(None, "tensor")),
+    ("encoder_0/forward_input/kernel", (4, 16), P("fsdp", None)),
+    ("query/kernel", (4, 4), P("fsdp", None)),  # an LSTM's
     ("block_0/mlp/up/kernel", (), P()),  # an optimizer's scalar in the place of a matrix
     ("block_0/mlp/up/kernel/scale", (4, 4), P()),
 ])

@@ -18,6 +18,7 @@ LSTM_ATTENTIONS = ("additive", "multiplicative")
 LSTM_STARTS = ("encoder", "zeros")
 BOTTLENECKS = ("none", "mean", "first")
 DTYPES = ("auto", "float32", "bfloat16")
+ATTENTION_BACKENDS = ("auto", "plain", "cudnn", "splash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ModelConfig:
     # targets; a run is opened, and exported, without them.
     vocab_padding: int = 0
     # Of finetune: a workdir, Transformers directory, hub name or .gguf, which then decides every field
-    # but head, labels, dropout and, where it is set, output_delay.
+    # but head, labels, dropout, attention_backend and, where it is set, output_delay.
     init_from: str = ""
     context: int = 256  # the longest T (and S of a source) the model is made for
     layers: int = 4  # L; of an encoder-decoder, on the encoder's side
@@ -96,6 +97,8 @@ class ModelConfig:
 
     dropout: float = 0.0
     dtype: str = "auto"  # of activations: float32 on CPU, bfloat16 elsewhere; parameters: float32
+    # Of attention: plain, cudnn (GPU), splash (TPU); auto: the platform's, wherever it is exact.
+    attention_backend: str = "auto"
 
     @property
     def G(self):
@@ -181,7 +184,8 @@ def problems(m):
             ("qk_norm", QK_NORMS), ("activation", ACTIVATIONS), ("pooler_activation", ACTIVATIONS),
             ("positions", POSITIONS), ("rope_scaling", ROPE_SCALINGS),
             ("head", HEADS.get(m.architecture, ())), ("lstm_attention", LSTM_ATTENTIONS),
-            ("lstm_start", LSTM_STARTS), ("bottleneck", BOTTLENECKS), ("dtype", DTYPES)]:
+            ("lstm_start", LSTM_STARTS), ("bottleneck", BOTTLENECKS), ("dtype", DTYPES),
+            ("attention_backend", ATTENTION_BACKENDS)]:
         choice(found, f"model.{name}", getattr(m, name), choices)
     optional = [name for name in ("decoder_layers", "kv_heads", "head_dim", "mlp_dim")
                 if getattr(m, name) is not None]

@@ -101,7 +101,7 @@ class TrainConfig:
     keep: int = 2  # newest checkpoints kept, besides the best
     sample_prompt: str = ""  # continued at each evaluation and at the end
     sample_tokens: int = 64
-    mesh: str = "-1,1,1"  # devices along data, fsdp, tensor; -1 takes the rest
+    mesh: str = "-1,1,1"  # devices along data, fsdp, tensor[, context]; -1 takes the rest
     watchdog_seconds: float = 600.0  # without a step end a run of several processes; 0 means never
     tensorboard: bool = True
     wandb: str = ""  # project name; empty means none
