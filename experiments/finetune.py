@@ -46,8 +46,8 @@ def run(config, workdir):
     import jax
 
     from nanoflax import (
-        batching, checkpoint, examples, hardware, models, optim, peft, plots, sharding, tasks,
-        train)
+        batching, checkpoint, examples, hardware, models, optim, peft, plots, sharding, stacking,
+        tasks, train)
 
     task, t = config.task, config.train
     common.check_metric(config, tasks.TASKS[task.kind].metrics)
@@ -77,6 +77,8 @@ def run(config, workdir):
     params = common.adapted(model, params, config, mesh)
     params = jax.device_put(params, sharding.shardings(params, mesh))
     trained, frozen = peft.split(params, peft.trainable(params, config.peft))
+    if t.scan_layers:
+        frozen = stacking.stack(frozen)
     print(plots.parameter_table(params))
     size = sum(x.size for x in jax.tree.leaves(trained))
     whole = size + sum(x.size for x in jax.tree.leaves(frozen))
@@ -132,7 +134,7 @@ def run(config, workdir):
     best, saved = checkpoint.restore_params(
         os.path.join(workdir, "checkpoints"), which="best", subtree="ema" if config.optim.ema
         else "params")
-    full = peft.join(best, frozen)
+    full = peft.join(best, stacking.unstack(frozen))
     finish(workdir, config, tokenizer, data, full, judge, saved["step"], size)
     return 0
 

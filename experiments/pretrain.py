@@ -46,7 +46,7 @@ def run(config, workdir, saved):
 
     from nanoflax import (
         checkpoint, data, hardware, models, optim, plots, report, sampling, sharding, sources,
-        train)
+        stacking, train)
 
     params = None
     if FLAGS.restart_from_weights and saved:
@@ -80,7 +80,7 @@ def run(config, workdir, saved):
         identity = {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint,
                     "validation": stores[1].fingerprint, "config": configs.to_dict(config)}
         flops = models.flops_per_token(config.model)
-        print(plots.parameter_table(shapes.params))
+        print(plots.parameter_table(stacking.unstack(shapes.params)))
         print(f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
               f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}")
         tracking, start_step = train.Tracking(), 0

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from nanoflax import stacking
 from nanoflax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -64,10 +65,12 @@ def abstract_mesh(sizes):
 
 
 def spec_of(path, shape):
-    """The PartitionSpec of an array: the first rule that its path ends with and its rank fits."""
+    """The PartitionSpec of an array: the first rule that its path ends with and its rank fits.
+    Of stacked blocks [L, ...] no axis splits L."""
+    layers = (None,) * bool(stacking.STACKED.search(path))
     for pattern, spec in RULES:
-        if len(spec) == len(shape) and re.search(rf"(^|/){pattern}$", path):
-            return spec
+        if len(layers) + len(spec) == len(shape) and re.search(rf"(^|/){pattern}$", path):
+            return P(*layers, *spec)
     return P()
 
 
