@@ -30,9 +30,8 @@ def stack(tree):
     def one(holder):
         if not _per_block(holder):
             return holder
-        names = [f"block_{i}" for i in range(sum(map(_is_block, holder)))]
-        blocks = [holder.get(name, {}) for name in names]
-        if len({jax.tree.structure(block) for block in blocks}) > 1:
+        blocks = [holder.get(f"block_{i}") for i in range(sum(map(_is_block, holder)))]
+        if None in blocks or len(set(map(jax.tree.structure, blocks))) > 1:
             raise UserError("train.scan_layers needs every block to hold, and to train, the same "
                             "parameters; these differ from block to block: set it to false")
         rest = {name: x for name, x in holder.items() if not _is_block(name)}
@@ -43,15 +42,19 @@ def stack(tree):
 
 def unstack(tree):
     """The inverse of `stack`, to the bit; what is not stacked stays as it is."""
-    def one(holder):
+    # Where an optimizer holds nothing of the blocks, another part of the tree knows how many.
+    depth = {str(path[-1:]): leaf.shape[0]
+             for path, holder in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_stacked)
+             if _is_stacked(holder) for leaf in jax.tree.leaves(holder["blocks"])[:1]}
+
+    def one(path, holder):
         if not _is_stacked(holder):
             return holder
-        leaves = jax.tree.leaves(holder["blocks"])
         blocks = {f"block_{i}": jax.tree.map(lambda x, i=i: _part(x, i), holder["blocks"])
-                  for i in range(leaves[0].shape[0] if leaves else 0)}
+                  for i in range(depth.get(str(path[-1:]), 0))}
         return {name: x for name, x in holder.items() if name != "blocks"} | blocks
 
-    return jax.tree.map(one, tree, is_leaf=_is_stacked)
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_stacked)
 
 
 def is_stacked(tree):
