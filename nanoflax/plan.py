@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from nanoflax import losses, models, objectives, optim, sharding, train
+from nanoflax import losses, models, objectives, optim, sharding, stacking, train
 from nanoflax.errors import UserError
 
 
@@ -188,6 +188,8 @@ def _gradient(local):
     model = models.build(local.model, local.train.remat)
     objective = _objective(local.model)
     t, params = local.train, sharding.shapes(model)
+    if t.scan_layers:
+        params = stacking.stack(params)
     rng = jax.random.PRNGKey(0) if local.model.dropout else None
 
     def loss(params, batch):
@@ -207,7 +209,7 @@ def gradient_bytes(config, mesh):
     # Gradients that would be cut into thin parts the TPU compiler reduces whole, and keeps until the
     # update. The embeddings' are split by other means.
     thin = config.model.dim // mesh.shape["fsdp"] < THIN
-    parts = [mesh.shape["fsdp"] if "fsdp" in spec and not (thin and "block_" in name) else 1
+    parts = [mesh.shape["fsdp"] if "fsdp" in spec and not (thin and "/block" in name) else 1
              for name, spec in zip(names, specs)]
     grads, most = _peak(traced, gathered, dict(zip(traced.outvars, parts)))
     if config.train.accumulate > 1:  # the sum so far, float32
@@ -257,6 +259,8 @@ def _peak(jaxpr, gathered, parts, carries=()):
             name, ins = eqn.primitive.name, [get(v) for v in eqn.invars]
             inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
             inner = getattr(inner, "jaxpr", inner)
+            if name == "cond":  # of the kinds of layers: they need the same
+                inner, ins = eqn.params["branches"][0].jaxpr, ins[1:]
             if inner is not None and name not in ("scan", "while"):
                 values.update(zip(eqn.outvars, run(inner, dict(zip(inner.invars, ins)))))
                 continue
@@ -274,12 +278,18 @@ def _peak(jaxpr, gathered, parts, carries=()):
             for v in eqn.outvars:
                 buffers.append(_Buffer(size(v), len(extra), fused))
                 values[v] = (frozenset(buffers[-1:]), frozenset())
-            need = sum(n for _, n in inputs) if name in ("dot_general", "scan") else 0
-            if name == "scan":  # it splits what it carries by itself
+            if name == "scan":  # it splits what it carries and what it stacks by itself
                 loops.add(len(extra))
-                carried = inner.outvars[:eqn.params["num_carry"]]
-                need += _peak(inner, (), {}, carried)[1]
-            extra.append(need)
+                carry, once = eqn.params["num_carry"], eqn.params["num_consts"]
+                first = once + carry  # of what it takes a layer of at a time
+                layer = {v for v, (_, whole) in zip(inner.invars[first:], ins[first:]) if whole}
+                cut = {v: parts[out] for v, out in zip(inner.outvars[carry:], eqn.outvars[carry:])
+                       if out in parts}
+                inputs = frozenset().union(*(g for _, g in ins[:first]))
+                need = _peak(inner, layer, cut, inner.outvars[:carry])[1]
+                extra.append(need + sum(n for _, n in inputs))
+            else:
+                extra.append(sum(n for _, n in inputs) if name == "dot_general" else 0)
         return [get(v) for v in jaxpr.outvars]
 
     outs = run(jaxpr, {v: (frozenset(), frozenset([(v, math.prod(v.aval.shape) * 2)]))
