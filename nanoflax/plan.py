@@ -212,6 +212,11 @@ def gradient_bytes(config, mesh):
     parts = [mesh.shape["fsdp"] if "fsdp" in spec and not (thin and "/block" in name) else 1
              for name, spec in zip(names, specs)]
     grads, most = _peak(traced, gathered, dict(zip(traced.outvars, parts)))
+    # The compiler casts stacked kernels [L, D, F] before the loops, not a layer at a time in them.
+    item = models.build(config.model).compute_dtype.itemsize
+    most += sum(v.aval.size * item // (mesh.shape["fsdp"] if "fsdp" in spec else 1)
+                for name, v, spec in zip(names, traced.invars, specs)
+                if stacking.STACKED.search(name) and v.aval.ndim == 3 and item < 4)
     if config.train.accumulate > 1:  # the sum so far, float32
         total = sum(math.prod(v.aval.shape) * 4 // n for v, n in zip(traced.invars, parts))
         return total, total + most
@@ -238,13 +243,15 @@ def _peak(jaxpr, gathered, parts, carries=()):
     they are used; parts: into how many each result is split over the chips as soon as it is made;
     carries: results that are written in place.
     """
-    buffers, extra, loops = [], [], set()  # extra[i]: bytes that operation i alone needs
+    buffers, extra, stacked = [], [], set()  # extra[i]: bytes that operation i alone needs
     nothing = (frozenset(), frozenset())
 
     def size(v):
         return math.prod(v.aval.shape) * v.aval.dtype.itemsize
 
     def fuses(eqn, sources, out_bytes):
+        if eqn.primitive.name == "reduce_sum" and out_bytes == sum(map(size, eqn.invars)):
+            return True  # over dimensions of 1: the chips' parts of the batch
         if eqn.primitive.name.startswith(_UNFUSED):
             return False
         return (sum(b.worth for b in sources) <= 1.2 * out_bytes
@@ -275,11 +282,12 @@ def _peak(jaxpr, gathered, parts, carries=()):
             # softmax around them, as bfloat16.
             fused = (name == "dot_general" and eqn.params["dimension_numbers"][1][0]
                      and eqn.outvars[0].aval.dtype != eqn.invars[0].aval.dtype)
-            for v in eqn.outvars:
+            for i, v in enumerate(eqn.outvars):
                 buffers.append(_Buffer(size(v), len(extra), fused))
                 values[v] = (frozenset(buffers[-1:]), frozenset())
-            if name == "scan":  # it splits what it carries and what it stacks by itself
-                loops.add(len(extra))
+                if name == "scan" and i >= eqn.params["num_carry"]:
+                    stacked.add(buffers[-1])
+            if name == "scan":  # it splits what it stacks by itself
                 carry, once = eqn.params["num_carry"], eqn.params["num_consts"]
                 first = once + carry  # of what it takes a layer of at a time
                 layer = {v for v, (_, whole) in zip(inner.invars[first:], ins[first:]) if whole}
@@ -299,7 +307,7 @@ def _peak(jaxpr, gathered, parts, carries=()):
         for b in sources - results if v not in carries else ():
             b.last, n = len(extra), parts.get(v, 1)
             part = b.size // n
-            if not (n > 1 and b.born in loops):
+            if not (n > 1 and b in stacked):
                 whole[b.born] = max(whole[b.born], extra[b.born] + b.size - part)
             b.size = part
             results.add(b)

@@ -327,5 +327,5 @@ def test_eight_devices_give_the_numbers_of_one():
     found = json.loads(done.stdout.splitlines()[-1])
     for mesh, errors in found.items():
         assert errors["moved"] > 0.05 and max(errors["metrics"], errors["params"]) < 1e-5, errors
-    assert found["2,2,2"]["whole"] == [2, 96, 32] and found["2,2,2"]["part"] == [2, 48, 16]
-    assert found["1,8,1"]["part"] == [2, 96, 4]
+    assert found["2,2,2"]["whole"] == [3, 96, 32] and found["2,2,2"]["part"] == [3, 48, 16]
+    assert found["1,8,1"]["part"] == [3, 96, 4]
