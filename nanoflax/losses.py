@@ -126,8 +126,7 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
         carry, dh = jax.lax.scan(piece, carry, pieces)
     if gradients:
         dh = dh.transpose(1, 3, 2, 0, 4, 5).reshape(B, T, D)
-    dw = sharding.sum_parts(carry[2], P("fsdp", "tensor")) if gradients else None
-    loss, nll, db = jax.tree.map(lambda x: x.sum((0, 1)), (*carry[:2], carry[3]))
+    loss, nll, dw, db = jax.tree.map(lambda x: x.sum((0, 1)), carry)
     return (loss, nll), (dh, dw, db)
 
 

@@ -160,18 +160,6 @@ def split_batch(x):
     return constrain(x, BATCH)
 
 
-def sum_parts(x, spec):
-    """The sum over b and t of parts x [b, t, ...], split as spec says.
-
-    First among the devices of `fsdp`, each of which keeps its part, then of the parts along `data`:
-    in one step XLA sums the whole on every device, and keeps it until the update.
-    """
-    mesh = current()
-    fsdp = 1 if mesh is None or len(x) == 1 else mesh.shape.get("fsdp", 1)
-    x = x.reshape(-1, fsdp, *x.shape[1:]).sum((1, 2))
-    return constrain(constrain(x, P("data", *spec)).sum(0), spec)
-
-
 def current(mesh=None):
     """The mesh, or if None the (abstract) one of `jax.set_mesh`; None for a single device."""
     if mesh is None:
