@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark train --shape=small        # also --shape=vocabulary, gpt2
     python -m experiments.benchmark decode --batch_size=1      # GPT-2 124M, random weights
+    python -m experiments.benchmark compile --layers=32        # train.scan_layers beside the loop
 
 Each side lives in its own process and they take turns, round after round, so that a machine whose
 speed drifts treats both alike: read the paired ratio, not the seconds. The limits are this
@@ -31,6 +32,7 @@ flags.DEFINE_enum("shape", "small", list(SHAPES), "of the model that train runs"
 flags.DEFINE_integer("batch_size", 0, "rows; 0 means the shape's, or 1 for decode", 0)
 flags.DEFINE_integer("new_tokens", 64, "tokens that decode generates in a round", 1)
 flags.DEFINE_integer("steps", 3, "training steps in a round", 1)
+flags.DEFINE_integer("layers", 32, "of the model that compile compiles", 1)
 flags.DEFINE_integer("rounds", 7, "turns that each side takes", 1)
 flags.DEFINE_bool("alone", False, "leave PyTorch out")
 flags.DEFINE_string("side", "", "(internal) the process of one side: nanoflax, torch or machine")
@@ -39,9 +41,11 @@ PROMPT = 16  # tokens before decode's new ones
 
 
 def main():
-    if len(FLAGS.arguments) != 1 or FLAGS.arguments[0] not in ("train", "decode"):
-        raise UserError("benchmark needs one argument: train or decode")
+    if len(FLAGS.arguments) != 1 or FLAGS.arguments[0] not in ("train", "decode", "compile"):
+        raise UserError("benchmark needs one argument: train, decode or compile")
     job, = FLAGS.arguments
+    if job == "compile":
+        return compile_times()
     if FLAGS.side:
         return serve({"nanoflax": nanoflax_side, "torch": torch_side,
                       "machine": machine_side}[FLAGS.side](job))
@@ -128,28 +132,56 @@ def nanoflax_side(job):
     return about | {"device": f"{device.device_kind} x {jax.device_count()}"}, run
 
 
-def nanoflax_train(device):
-    import jax
+def prepared(model_config, **options):
+    """What a training step is made of: (model, mesh, state, batch, the step to be compiled)."""
     import numpy as np
 
     import nanoflax
-    from nanoflax import hardware, models, optim, sharding, train
+    from nanoflax import optim, sharding, train
     from nanoflax.config import Config, OptimConfig, TrainConfig
 
-    layers, dim, heads, T, V, B = shape()
-    model_config = ModelConfig(vocab_size=V, context=T, layers=layers, dim=dim, heads=heads)
     config = Config(model=model_config, optim=OptimConfig(schedule="constant", warmup_steps=0),
-                    train=TrainConfig(batch_size=B))
+                    train=TrainConfig(**options))
     mesh = sharding.make_mesh("-1,1,1")
     sharding.check(config, mesh)
     model = nanoflax.build(config.model)
     optimizer, _ = optim.make_optimizer(config.optim, 1000)
     state = train.init_state(model, optimizer, config, mesh)
-    rng = np.random.default_rng(0)
+    B, T = config.train.batch_size, model_config.context
     batch = sharding.put_batch({
-        "targets": rng.integers(0, V, (B, T), np.int32), "first": np.zeros(B, np.int32),
-        "weights": np.ones((B, T), np.float32)}, mesh)
-    step = train.compile_step(train.make_train_step(model, optimizer, config), state, batch, mesh)
+        "targets": np.random.default_rng(0).integers(0, model_config.vocab_size, (B, T), np.int32),
+        "first": np.zeros(B, np.int32), "weights": np.ones((B, T), np.float32)}, mesh)
+    return model, mesh, state, batch, train.make_train_step(model, optimizer, config)
+
+
+def compile_times():
+    """Seconds until a training step of many small layers can run, with and without scan_layers."""
+    from nanoflax import train
+
+    config = ModelConfig(vocab_size=256, context=64, layers=FLAGS.layers, dim=64, heads=4)
+    seconds, losses = [], []
+    for scan in (False, True):
+        _, mesh, state, batch, step = prepared(config, batch_size=8, scan_layers=scan)
+        begin = time.perf_counter()
+        step = train.compile_step(step, state, batch, mesh)
+        seconds.append(time.perf_counter() - begin)
+        state, _ = step(state, batch)
+        losses.append(float(step(state, batch)[1]["loss"]))
+    print(f"compile: a step of {FLAGS.layers} blocks, traced, lowered and compiled\n"
+          f"  loop         {seconds[0]:7.2f} s\n  scan_layers  {seconds[1]:7.2f} s: "
+          f"{seconds[0] / seconds[1]:.1f} times as fast\n  losses of the second step: "
+          f"{losses[0]:.6f} and {losses[1]:.6f}")
+
+
+def nanoflax_train(device):
+    import jax
+
+    from nanoflax import hardware, models, train
+
+    layers, dim, heads, T, V, B = shape()
+    config = ModelConfig(vocab_size=V, context=T, layers=layers, dim=dim, heads=heads)
+    model, mesh, state, batch, step = prepared(config, batch_size=B)
+    step = train.compile_step(step, state, batch, mesh)
 
     def run():
         nonlocal state
@@ -161,7 +193,7 @@ def nanoflax_train(device):
     peak = hardware.peak_flops(device)
     return {"what": f"GPT-2 with L={layers} D={dim} T={T} V={V} B={B}, "
                     f"{model.compute_dtype}, AdamW, clipping",
-            "tokens": tokens, "work": tokens * models.flops_per_token(config.model),
+            "tokens": tokens, "work": tokens * models.flops_per_token(config),
             "limit": "flops", "peak": peak and peak * mesh.size,
             "formula": "6 FLOPs per weight of a product and token, 12 L H K T for attention"}, run
 

@@ -413,9 +413,10 @@ def prompt_ids(tokenizer, text, architecture="decoder"):
 
 # Fields that may change between a run and its resumption: they do not touch the trajectory.
 FREE = {"data": ("workers", "cache"), "model": ("attention_backend",),
-        "train": ("loss_chunks", "remat", "max_skipped", "evaluate_every", "evaluate_batches",
-                  "patience", "checkpoint_every", "checkpoint_seconds", "keep", "sample_prompt",
-                  "sample_tokens", "mesh", "watchdog_seconds", "tensorboard", "wandb")}
+        "train": ("loss_chunks", "remat", "scan_layers", "max_skipped", "evaluate_every",
+                  "evaluate_batches", "patience", "checkpoint_every", "checkpoint_seconds", "keep",
+                  "sample_prompt", "sample_tokens", "mesh", "watchdog_seconds", "tensorboard",
+                  "wandb")}
 
 
 def resumable(workdir, config, restart):

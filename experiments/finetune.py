@@ -52,7 +52,7 @@ def run(config, workdir):
 
     from nanoflax import (
         batching, checkpoint, distributed, examples, hardware, models, optim, peft, plots, sharding,
-        tasks, train)
+        stacking, tasks, train)
 
     task, t = config.task, config.train
     common.check_metric(config, tasks.TASKS[task.kind].metrics)
@@ -85,6 +85,8 @@ def run(config, workdir):
     model = models.build(config.model, t.remat)
     params = common.adapted(model, params, config, mesh)
     trained, frozen = peft.split(params, peft.trainable(params, config.peft))
+    if t.scan_layers:
+        frozen = stacking.stack(frozen)
     print(plots.parameter_table(params))
     size = sum(x.size for x in jax.tree.leaves(trained))
     whole = size + sum(x.size for x in jax.tree.leaves(frozen))
@@ -147,7 +149,7 @@ def run(config, workdir):
     best, saved = checkpoint.restore_params(
         os.path.join(workdir, "checkpoints"), which="best", subtree="ema" if config.optim.ema
         else "params", shardings=lambda shapes: sharding.shardings(shapes, mesh))
-    finish(workdir, config, tokenizer, data, best, frozen, judge, saved["step"])
+    finish(workdir, config, tokenizer, data, best, stacking.unstack(frozen), judge, saved["step"])
     return 0
 
 

@@ -54,7 +54,7 @@ def run(config, workdir):
 
     from nanoflax import (
         checkpoint, data, distributed, hardware, models, optim, plots, report, sampling, sharding,
-        sources, train)
+        sources, stacking, train)
 
     found = distributed.first(lambda: (old := common.resumable(
         workdir, config, FLAGS.restart_from_weights)) and configs.to_dict(old))
@@ -97,7 +97,7 @@ def run(config, workdir):
                     "validation": stores[1].fingerprint, "config": configs.to_dict(config)}
         distributed.check_same("their data", {k: identity[k] for k in identity if k != "config"})
         flops = models.flops_per_token(config.model)
-        print(plots.parameter_table(shapes.params))
+        print(plots.parameter_table(stacking.unstack(shapes.params)))
         print(f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
               f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}; "
               f"attention {attention}")

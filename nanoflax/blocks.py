@@ -16,6 +16,7 @@ from nanoflax.layers import MLP, Embedding, Linear, Norm, activate, bottleneck
 REMAT_POLICIES = {
     "blocks": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 
@@ -93,7 +94,11 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Positions, blocks and the last norm: the body of an encoder or a decoder."""
+    """Positions, blocks and the last norm: the body of an encoder or a decoder.
+
+    The blocks run one by one, or if the parameters hold them stacked (see `stacking`) as one, in a
+    scan: the same numbers, but for dropout's keys.
+    """
 
     config: ModelConfig
     layers: int
@@ -173,13 +178,16 @@ class Stack(nn.Module):
         if c.embed_norm:
             x = self.embed_norm(x)
         x = self.drop(x, deterministic=deterministic)
-        views, new = {}, []
-        for i, (block, layer) in enumerate(zip(self.blocks, layers)):
-            local = c.is_local(i)
-            if local not in views:
-                views[local] = self._view(view, local, slots, keys, place, everyones)
-            x, layer = block(x, views[local], layer, deterministic)
-            new.append(layer)
+        local = [c.is_local(i) for i in range(self.layers)]
+        views = {kind: self._view(view, kind, slots, keys, place, everyones)
+                 for kind in sorted(set(local))}
+        if self.has_variable("params", "blocks"):
+            x, new = self._scan(x, views, local, layers, deterministic)
+        else:
+            new = []
+            for block, kind, layer in zip(self.blocks, local, layers):
+                x, layer = block(x, views[kind], layer, deterministic)
+                new.append(layer)
         if cache is not None:
             cache = cache | {"layers": new, "index": index + T}
         x = x[:, P:] if prompted else x
@@ -188,8 +196,40 @@ class Stack(nn.Module):
     def cross_cache(self, source):
         """The cross-attention keys and values of every layer for a source [B, S, D]: computed once,
         to lie in the cache. Returns a list of {cross_key, cross_value: [B, G, S, K]}."""
-        return [dict(zip(("cross_key", "cross_value"), block.cross_keys_values(source)))
-                for block in self.blocks]
+        if self.has_variable("params", "blocks"):
+            block = Block(self.config, self.causal, self.cross, parent=None)
+            stacked = jax.lax.map(lambda params: block.apply(
+                {"params": params}, source, method="cross_keys_values"), self._stacked())
+            found = _layers(stacked, self.layers)
+        else:
+            found = [block.cross_keys_values(source) for block in self.blocks]
+        return [dict(zip(("cross_key", "cross_value"), pair)) for pair in found]
+
+    def _scan(self, x, views, local, caches, deterministic):
+        """x: [B, T, D]; views: by kind of layer; local, caches: of each layer.
+        Returns ([B, T, D], the new caches)."""
+        block = Block(self.config, self.causal, self.cross, parent=None)
+        rng = self.make_rng("dropout") if self.config.dropout and not deterministic else None
+
+        def body(x, layer):
+            i, kind, params, cache = layer
+            rngs = {} if rng is None else {"dropout": jax.random.fold_in(rng, i)}
+
+            def run(view):
+                return lambda: block.apply({"params": params}, x, view, cache, deterministic,
+                                           rngs=rngs)
+
+            return jax.lax.switch(kind, [run(view) for view in views.values()])
+
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        kinds = jnp.array([list(views).index(kind) for kind in local])
+        cache = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+        x, cache = jax.lax.scan(body, x, (jnp.arange(self.layers), kinds, self._stacked(), cache))
+        return x, _layers(cache, self.layers)
+
+    def _stacked(self):
+        return self.get_variable("params", "blocks")
 
     def _relative_bias(self, slots, keys):
         c = self.config
@@ -208,6 +248,11 @@ class Stack(nn.Module):
             if view.facts is not None:
                 view = view._replace(facts=dataclasses.replace(view.facts, window=c.window))
         return view
+
+
+def _layers(tree, count):
+    """The trees of each layer, of a tree of leaves [L, ...]."""
+    return [jax.tree.map(lambda x: x[i], tree) for i in range(count)]
 
 
 class LanguageModel(nn.Module):

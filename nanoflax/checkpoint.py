@@ -33,7 +33,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from nanoflax import distributed, manifest
+from nanoflax import distributed, manifest, stacking
 from nanoflax.errors import UserError
 
 VISIBLE = 30  # seconds until all hosts see a new file on a network file system
@@ -77,8 +77,8 @@ def restore_params(directory, step=None, which="latest", shardings=None, subtree
 
     No other array is read. `shardings` is a sharding, a tree of them, or a function from the tree
     of ShapeDtypeStructs to either; None means the default device. Lists and dicts come back as
-    they were, tuples as lists. A damaged step is named through `log` and the one before it used.
-    Of several processes all call it at once.
+    they were, tuples as lists, stacked blocks as a tree per block. A damaged step is named through
+    `log` and the one before it used. Of several processes all call it at once.
 
     Returns:
       (the subtree, meta).
@@ -97,7 +97,7 @@ def restore_params(directory, step=None, which="latest", shardings=None, subtree
     else:
         target = jax.tree.map(_placed, target, shardings)
     state = _read_arrays(directory, step, {subtree: target}, partial_restore=True)
-    return state[subtree], _read_meta(directory, step)
+    return stacking.unstack(state[subtree]), _read_meta(directory, step)
 
 
 class Checkpoints:
@@ -228,6 +228,7 @@ class Checkpoints:
         """Restores onto the shardings of `abstract_state`, a tree of jax.ShapeDtypeStruct.
 
         Without `step` the newest sound one; damaged ones are named, and moved to `damaged-<step>`.
+        It does not matter whether the run that saved it stacked its blocks.
 
         Returns:
           (state, meta).
@@ -237,6 +238,13 @@ class Checkpoints:
         """
         self.wait()
         step = self._sound_step(step)
+        stacked = stacking.is_stacked(abstract_state)
+        if stacking.is_stacked(_saved_tree(self.directory, step)) != stacked:
+            to, back = stacking.stack, stacking.unstack
+            to, back = (to, back) if stacked else (back, to)
+            state, meta = self.restore(back(abstract_state), step)
+            places = jax.tree.map(lambda x: x.sharding, abstract_state)
+            return jax.jit(to, out_shardings=places)(state), meta
         _compare(self.directory, step, abstract_state)
         target = jax.tree.map(lambda x: _placed(x, getattr(x, "sharding", None)), abstract_state)
         return _read_arrays(self.directory, step, target), _read_meta(self.directory, step)

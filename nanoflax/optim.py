@@ -4,7 +4,10 @@ import re
 from functools import partial
 
 import jax
+import numpy as np
 import optax
+
+from nanoflax import stacking
 
 
 def make_schedule(config, steps, peak):
@@ -43,16 +46,22 @@ def decay_mask(params):
 def layers_above(params):
     """How many layers stand above each parameter, a tree of int: 0 for the head and the last norm,
     1 for the last block, the most for the embeddings. An encoder's blocks stand below a decoder's.
+    Of stacked blocks an array of L ints, that broadcasts to the leaf.
     """
-    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    blocks = [m.groups() for m in map(_BLOCK.match, paths) if m]
+    def index(block, leaf):
+        stacked = np.arange(leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
+        return stacked if block["i"] is None else int(block["i"])
+
+    paths = [(path_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    blocks = [(m["stack"], np.max(index(m, x))) for path, x in paths if (m := _BLOCK.match(path))]
     count = {stack: max((int(i) + 1 for name, i in blocks if name == stack), default=0)
              for stack in ("encoder", "decoder")}
 
-    def above(path, _):
+    def above(path, leaf):
         path = path_of(path)
         if m := _BLOCK.match(path):
-            return count[m[1]] - int(m[2]) + (count["decoder"] if m[1] == "encoder" else 0)
+            under = count["decoder"] if m["stack"] == "encoder" else 0
+            return count[m["stack"]] - index(m, leaf) + under
         if re.search(r"(?<!un)embed|relative_bias|prompt", path):
             return 1 + sum(count.values())
         return count["decoder"] if path.startswith("encoder/") else 0
@@ -60,7 +69,7 @@ def layers_above(params):
     return jax.tree_util.tree_map_with_path(above, params)
 
 
-_BLOCK = re.compile(r"(encoder|decoder)/block_(\d+)/")
+_BLOCK = re.compile(r"(?P<stack>encoder|decoder)/(blocks|block_(?P<i>\d+))/")
 
 
 def path_of(path):
@@ -103,6 +112,7 @@ def make_optimizer(config, steps):
     else:
         tx = optax.chain(optax.add_decayed_weights(c.weight_decay, decay_mask),
                          optax.sgd(schedule, momentum=c.b1, nesterov=True))
+    tx = stacking.over_layers(tx)
     if c.layer_decay != 1:
         tx = optax.chain(tx, layerwise_decay(c.layer_decay))
     if c.clip:

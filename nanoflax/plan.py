@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from nanoflax import losses, models, objectives, optim, sharding, train
+from nanoflax import losses, models, objectives, optim, sharding, stacking, train
 from nanoflax.errors import UserError
 
 
@@ -201,6 +201,8 @@ def _gradient(local, platform):
     model = models.build(local.model, local.train.remat)
     objective = _objective(local.model)
     t, params = local.train, sharding.shapes(model)
+    if t.scan_layers:
+        params = stacking.stack(params)
     rng = jax.random.PRNGKey(0) if local.model.dropout else None
 
     def loss(params, batch):
@@ -225,10 +227,15 @@ def gradient_bytes(config, mesh):
     # Gradients that would be cut into thin parts the TPU compiler reduces whole, and keeps until the
     # update. The embeddings' are split by other means.
     thin = config.model.dim // mesh.shape["fsdp"] < THIN
-    parts = [mesh.shape["fsdp"] if "fsdp" in spec and not (thin and "block_" in name) else 1
+    parts = [mesh.shape["fsdp"] if "fsdp" in spec and not (thin and "/block" in name) else 1
              for name, spec in zip(names, specs)]
     grads, most = _peak(traced, gathered, dict(zip(traced.outvars, parts)))
     most += _others_keys(config, mesh)
+    # The compiler casts stacked kernels [L, D, F] before the loops, not a layer at a time in them.
+    item = models.build(config.model).compute_dtype.itemsize
+    most += sum(v.aval.size * item // (mesh.shape["fsdp"] if "fsdp" in spec else 1)
+                 for name, v, spec in zip(names, traced.invars, specs)
+                 if stacking.STACKED.search(name) and v.aval.ndim == 3 and item < 4)
     if config.train.accumulate > 1:  # the sum so far, float32
         total = sum(math.prod(v.aval.shape) * 4 // n for v, n in zip(traced.invars, parts))
         return total, total + most
@@ -256,13 +263,15 @@ def _peak(jaxpr, gathered, parts, carries=()):
     they are used; parts: into how many each result is split over the chips as soon as it is made;
     carries: results that are written in place.
     """
-    buffers, extra, loops = [], [], set()  # extra[i]: bytes that operation i alone needs
+    buffers, extra, stacked = [], [], set()  # extra[i]: bytes that operation i alone needs
     nothing = (frozenset(), frozenset())
 
     def size(v):
         return math.prod(v.aval.shape) * v.aval.dtype.itemsize
 
     def fuses(eqn, sources, out_bytes):
+        if eqn.primitive.name == "reduce_sum" and out_bytes == sum(map(size, eqn.invars)):
+            return True  # over dimensions of 1: the chips' parts of the batch
         if eqn.primitive.name.startswith(_UNFUSED):
             return False
         return (sum(b.worth for b in sources) <= 1.2 * out_bytes
@@ -277,6 +286,8 @@ def _peak(jaxpr, gathered, parts, carries=()):
             name, ins = eqn.primitive.name, [get(v) for v in eqn.invars]
             inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
             inner = getattr(inner, "jaxpr", inner)
+            if name == "cond":  # of the kinds of layers: they need the same
+                inner, ins = eqn.params["branches"][0].jaxpr, ins[1:]
             if inner is not None and name not in ("scan", "while", "pallas_call"):
                 values.update(zip(eqn.outvars, run(inner, dict(zip(inner.invars, ins)))))
                 continue
@@ -291,15 +302,22 @@ def _peak(jaxpr, gathered, parts, carries=()):
             # softmax around them, as bfloat16.
             fused = (name == "dot_general" and eqn.params["dimension_numbers"][1][0]
                      and eqn.outvars[0].aval.dtype != eqn.invars[0].aval.dtype)
-            for v in eqn.outvars:
+            for i, v in enumerate(eqn.outvars):
                 buffers.append(_Buffer(size(v), len(extra), fused))
                 values[v] = (frozenset(buffers[-1:]), frozenset())
-            need = sum(n for _, n in inputs) if name in ("dot_general", "scan") else 0
-            if name == "scan":  # it splits what it carries by itself
-                loops.add(len(extra))
-                carried = inner.outvars[:eqn.params["num_carry"]]
-                need += _peak(inner, (), {}, carried)[1]
-            extra.append(need)
+                if name == "scan" and i >= eqn.params["num_carry"]:
+                    stacked.add(buffers[-1])
+            if name == "scan":  # it splits what it stacks by itself
+                carry, once = eqn.params["num_carry"], eqn.params["num_consts"]
+                first = once + carry  # of what it takes a layer of at a time
+                layer = {v for v, (_, whole) in zip(inner.invars[first:], ins[first:]) if whole}
+                cut = {v: parts[out] for v, out in zip(inner.outvars[carry:], eqn.outvars[carry:])
+                       if out in parts}
+                inputs = frozenset().union(*(g for _, g in ins[:first]))
+                need = _peak(inner, layer, cut, inner.outvars[:carry])[1]
+                extra.append(need + sum(n for _, n in inputs))
+            else:
+                extra.append(sum(n for _, n in inputs) if name == "dot_general" else 0)
         return [get(v) for v in jaxpr.outvars]
 
     outs = run(jaxpr, {v: (frozenset(), frozenset([(v, math.prod(v.aval.shape) * 2)]))
@@ -309,7 +327,7 @@ def _peak(jaxpr, gathered, parts, carries=()):
         for b in sources - results if v not in carries else ():
             b.last, n = len(extra), parts.get(v, 1)
             part = b.size // n
-            if not (n > 1 and b.born in loops):
+            if not (n > 1 and b in stacked):
                 whole[b.born] = max(whole[b.born], extra[b.born] + b.size - part)
             b.size = part
             results.add(b)

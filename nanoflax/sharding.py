@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from nanoflax import stacking
 from nanoflax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -130,10 +131,12 @@ def abstract_mesh(sizes, platform=None):
 
 
 def spec_of(path, shape):
-    """The PartitionSpec of an array: the first rule that its path ends with and its rank fits."""
+    """The PartitionSpec of an array: the first rule that its path ends with and its rank fits.
+    Of stacked blocks [L, ...] no axis splits L."""
+    layers = (None,) * bool(stacking.STACKED.search(path))
     for pattern, spec in RULES:
-        if len(spec) == len(shape) and re.search(rf"(^|/){pattern}$", path):
-            return spec
+        if len(layers) + len(spec) == len(shape) and re.search(rf"(^|/){pattern}$", path):
+            return P(*layers, *spec)
     return P()
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nanoflax import distributed, hardware, peft, sharding
+from nanoflax import distributed, hardware, peft, sharding, stacking
 from nanoflax.attention import Attention
 from nanoflax.config import METRICS
 from nanoflax.data import evaluation_batches, prefetch
@@ -33,10 +33,15 @@ class TrainState(NamedTuple):
 
 
 def init_state(model, optimizer, config, mesh, params=None):
-    """A TrainState born sharded over the mesh, from config.train.seed or from given params."""
+    """A TrainState born sharded over the mesh, from config.train.seed or from given params (a tree
+    per block); its blocks are stacked if config.train.scan_layers."""
     rng = jax.random.PRNGKey(config.train.seed)
     if params is None:
         params = sharding.init(model, rng, mesh)
+
+    if config.train.scan_layers:
+        stacked = jax.eval_shape(stacking.stack, params)
+        params = jax.jit(stacking.stack, out_shardings=sharding.shardings(stacked, mesh))(params)
 
     def rest(params):
         copy = jax.tree.map(jnp.copy, params) if config.optim.ema else None
@@ -52,6 +57,8 @@ def abstract_state(model, optimizer, config, mesh):
     def make():
         rng = jax.random.PRNGKey(config.train.seed)
         params = sharding.draw(model, rng)
+        if config.train.scan_layers:
+            params = stacking.stack(params)
         return TrainState(jnp.int32(0), params, optimizer.init(params),
                           params if config.optim.ema else None, rng, jnp.int32(0))
 

@@ -18,7 +18,7 @@ def get_config():
                         validation_fraction=0.0005),
         optim=OptimConfig(name="adamw", learning_rate=1.5e-4, warmup_steps=2000, schedule="cosine"),
         train=TrainConfig(steps=300_000, batch_size=256, mesh="8,32,1", remat="blocks",
-                          loss_chunks=8,
+                          scan_layers=True, loss_chunks=8,
                           evaluate_every=1000, evaluate_batches=50, checkpoint_every=1000,
                           sample_tokens=0),
     )

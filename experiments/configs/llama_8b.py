@@ -4,7 +4,7 @@ Command:   python -m experiments.pretrain --config=llama_8b --workdir=runs/llama
 Hardware:  a TPU v5e-256 or v6e-256 slice (--topology=v5e:16x16 or v6e:16x16)
 Data:      tfds:NAME must be prepared first, and data.tokenizer name a tokenizer of 128,256 pieces
            or fewer, such as a directory in the place of bpe:128000
-Figure:    projected by experiments.plan: at least 1.4 s a step and 9.9 GiB a
+Figure:    projected by experiments.plan: at least 1.4 s a step and 11.1 GiB a
            chip on v5e:16x16, at most 75% MFU (blocks are computed twice). Not trained.
 """
 
@@ -18,7 +18,7 @@ def get_config():
                         validation_fraction=0.0005),
         optim=OptimConfig(name="adamw", learning_rate=3e-4, warmup_steps=2000, schedule="cosine"),
         train=TrainConfig(steps=300_000, batch_size=256, mesh="16,16,1", remat="blocks",
-                          loss_chunks=8,
+                          scan_layers=True, loss_chunks=8,
                           evaluate_every=1000, evaluate_batches=50, checkpoint_every=1000,
                           sample_tokens=0),
     )

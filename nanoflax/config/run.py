@@ -17,7 +17,7 @@ METRICS = {"validation_loss": False, "perplexity": False, "bits_per_byte": False
 PACKINGS = ("joined", "isolated")
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
-REMATS = ("none", "dots", "blocks")
+REMATS = ("none", "dots", "offload", "blocks")
 PEFT_KINDS = ("none", "lora", "dora", "adalora", "houlsby", "pfeiffer", "prompt", "prefix")
 MAX_SEED = 2**32 - 1  # of larger ones JAX would read the low half
 
@@ -90,7 +90,10 @@ class TrainConfig:
     z_loss: float = 0.0  # weight of log(Z)^2 (PaLM, section 5)
     label_smoothing: float = 0.0
     loss_chunks: int = 0  # pieces of T in the loss; 0 chooses so that a piece of logits is small
-    remat: str = "none"  # recompute in the backward pass: none | dots (keep products) | blocks
+    # What the backward pass computes again: none | dots (all but products) | offload (the same, the
+    # products waiting in the host's memory) | blocks (all).
+    remat: str = "none"
+    scan_layers: bool = False  # one block compiled and scanned over L, for deep models: see stacking
     max_skipped: int = 10  # non-finite steps in a row that stop the run
     evaluate_every: int = 200
     evaluate_batches: int = 0  # of the validation split, from its start; 0 means all
@@ -265,6 +268,11 @@ def _problems(c):
     if p.kind == "adalora" and o.ema:
         found.append(f"optim.ema={o.ema} does not go with peft.kind='adalora': the average would "
                      "have more ranks than the budget")
+    if t.scan_layers and p.kind == "adalora":
+        found.append("train.scan_layers=true does not go with peft.kind='adalora', which weighs the "
+                     "matrices of all blocks against each other")
+    if t.scan_layers and c.model.architecture == "lstm":
+        found.append("train.scan_layers=true needs blocks, and model.architecture='lstm' has none")
     if not 0 < o.layer_decay <= 1:
         found.append(f"optim.layer_decay={o.layer_decay} must be in (0, 1]")
     if o.warmup_steps >= t.steps > 1:
