@@ -303,7 +303,7 @@ def started(model, given, seed, mesh):
         return traverse_util.unflatten_dict(new, sep="/")
     given = traverse_util.flatten_dict(peft.merge(given), sep="/")
     # Tokens that the source lacks (a mask, sentinels, padding) come after its own.
-    for path in models.VOCABULARY & new.keys() & given.keys():
+    for path in sorted(models.VOCABULARY & new.keys() & given.keys()):  # so on all processes
         old = given[path]
         if old.shape != new[path].shape:
             given[path] = np.array(sharding.fetch(new[path]))

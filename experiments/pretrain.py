@@ -7,11 +7,11 @@
 The same command again resumes. Exit status: 0 finished (early stopping too), 2 something to put
 right, 130 Ctrl-C and 143 SIGTERM, after saving: run the command again to go on.
 
-On several hosts run it on each, with a workdir that they share: Cloud TPU, Slurm (srun) and Open MPI
-are found; else, for process I of N, --coordinator=HOST:PORT --processes=N --process_id=I, with the
-address of process 0. If one dies or hangs, the others end within train.watchdog_seconds with status
-1, or by SIGABRT from JAX, and their stacks: run the command again on all to go on, or on any other
-number of hosts.
+On several hosts run it on each, with a workdir that they share. JAX finds the others on Cloud TPU
+and under Slurm (srun) and Open MPI; else add --coordinator=HOST:PORT --processes=N --process_id=I,
+with the address of process 0. If one dies or hangs, the others end with their stacks and status 1,
+or by SIGABRT from JAX, within train.watchdog_seconds or --heartbeat_seconds: run the command again
+on all of them, or on any other number of hosts, to go on.
 """
 
 import concurrent.futures

@@ -112,7 +112,7 @@ def check_same(what, value):
     lines = [f"process {i} has {', '.join(diff(found[0], other))}"
              for i, other in enumerate(found) if other != found[0]]
     if lines:
-        raise UserError(f"the processes differ in {what}, from process 0 as told first: "
+        raise UserError(f"the processes differ in {what} (that of process 0 -> its own): "
                         + "; ".join(lines[:8]))
 
 

@@ -36,7 +36,8 @@ class Process:
 
     def __init__(self, arguments, home, name, devices, cwd=ROOT, **variables):
         self.paths = [home / f"{name}.{stream}" for stream in ("out", "err")]
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        flags = os.environ.get("XLA_FLAGS", "")
+        flags += f" --xla_force_host_platform_device_count={devices}"
         env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | {
             name: str(value) for name, value in variables.items()}
         with open(self.paths[0], "w") as out, open(self.paths[1], "w") as err:
@@ -361,9 +362,9 @@ def agreement(directory, index):
 def members(home):
     """What the two processes of a run found."""
     port = free_port()  # as srun starts them
-    pair = [Process(["-c", MEMBER, str(home)], home, f"member-{i}", 4, SLURM_JOB_ID=7, SLURM_NTASKS=2,
-                    SLURM_STEP_NODELIST="localhost", SLURM_PROCID=i, SLURM_LOCALID=i,
-                    JAX_COORDINATOR_PORT=port) for i in range(2)]
+    pair = [Process(["-c", MEMBER, str(home)], home, f"member-{i}", 4, SLURM_JOB_ID=7,
+                    SLURM_NTASKS=2, SLURM_STEP_NODELIST="localhost", SLURM_PROCID=i,
+                    SLURM_LOCALID=i, JAX_COORDINATOR_PORT=port) for i in range(2)]
     found = [process.wait() for process in pair]
     assert [status for status, _, _ in found] == [0, 0], [error[-3000:] for _, _, error in found]
     return [json.loads(out.splitlines()[-1]) for _, out, _ in found]
