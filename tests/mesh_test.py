@@ -126,7 +126,7 @@ def on_meshes():
                 if "tensor" in jax.tree.leaves(tuple(place.spec)) and x.ndim > 1]
             out[f"{case} {shape}"] = {
                 "loss": float(whole[0]), "error": difference(found, whole),
-                "gradient": float(np.abs(jax.tree.leaves(whole[1])[0]).max()),
+                "gradient": max(float(np.abs(g).max()) for g in jax.tree.leaves(whole[1])),
                 # What XLA does with a few ids or an adapter's small matrices is its own affair.
                 "kinds": sorted({kind for kind, _, shapes in moved
                                  if sum(map(math.prod, shapes)) > LITTLE}),
@@ -169,7 +169,7 @@ CASES = [f"{case} {mesh}" for case in (*MODELS, *ADAPTERS) for mesh in MESHES
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_are_those_of_one_device(found, case):
     assert found[case]["error"] < 1e-5
-    assert found[case]["loss"] > 0.1 and found[case]["gradient"] > 1e-4
+    assert found[case]["loss"] > 0.1 and found[case]["gradient"] > 1e-3
 
 
 @pytest.mark.parametrize("case", CASES)
