@@ -76,16 +76,20 @@ def chunked_cross_entropy(hidden, kernel, targets, weights, bias=None, chunks=1,
 
 def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoothing, softcap,
              gradients):
-    # On a mesh each device sums the kernel's gradient over its own tokens, [b, t, D, V], and only
-    # the last sum over b and t, the mesh's splits of B and T, is a collective: not one a chunk.
+    # On a mesh fsdp splits the vocabulary here, if it can, not the rows: its devices put their states
+    # together, and each sums the gradient of its own part [D, V / fsdp]. Over b and t, the splits of
+    # B and T that are left, it is reduced once at the end, not once a chunk.
     B, T, D = hidden.shape
-    b, t = sharding.ways(B, T)
+    fits = kernel.shape[1] % sharding.axis_size("tensor", "fsdp") == 0
+    rows, words = (("data",), ("tensor", "fsdp")) if fits else (("data", "fsdp"), ("tensor",))
+    b, t = sharding.ways(B, T, rows)
     chunks = math.gcd(chunks, T // t)
-    kernel = sharding.constrain(kernel.astype(hidden.dtype), P(None, "tensor"))
+    together = P(rows, "context", None, None)
+    kernel = sharding.constrain(kernel.astype(hidden.dtype), P(None, words))
 
     def piece(carry, xs):
         loss, nll, dw, db = carry
-        h, targets, m = xs
+        h, targets, m = (sharding.constrain(x, together) for x in xs)
         logits = jnp.einsum("ijbtd,dv->ijbtv", h, kernel, preferred_element_type=jnp.float32)
         if bias is not None:
             logits += bias
@@ -105,7 +109,8 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
         if bias is not None:
             db += dlogits.sum((2, 3))
         dlogits = dlogits.astype(h.dtype)
-        dh = jnp.einsum("ijbtv,dv->ijbtd", dlogits, kernel)
+        dh = sharding.constrain(jnp.einsum("ijbtv,dv->ijbtd", dlogits, kernel),
+                                P(rows, "context", "fsdp" if fits else None))
         dk = jnp.einsum("ijbtd,ijbtv->ijdv", h, dlogits, preferred_element_type=jnp.float32)
         return (loss, nll, dw + dk, db), dh
 
@@ -115,7 +120,8 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
 
     pieces = jax.tree.map(split, (hidden, targets, weights))
     zeros = lambda *shape: sharding.constrain(  # noqa: E731
-        jnp.zeros((b, t, *shape), jnp.float32), P(sharding.BATCH[0], "context"))
+        jnp.zeros((b, t, *shape), jnp.float32),
+        P(rows, "context", *[None] * (len(shape) - 1), *[words] * bool(shape)))
     dw = zeros(*kernel.shape) if gradients else None
     db = None if bias is None else zeros(*bias.shape)
     carry = (zeros(), zeros(), dw, db)

@@ -338,9 +338,10 @@ def axis_size(*axes):
     return 1 if mesh is None else _ways(axes, mesh)
 
 
-def ways(B, T):
-    """How many parts that mesh splits B and T of a batch into; 1 where it does not divide them."""
-    sizes = [axis_size(*_axes(entry)) for entry in BATCH]
+def ways(B, T, rows=BATCH[0]):
+    """How many parts that mesh splits B and T of a batch into, B along the axes `rows`; 1 where it
+    does not divide them."""
+    sizes = axis_size(*rows), axis_size(*_axes(BATCH[1]))
     return tuple(1 if length % n else n for length, n in zip((B, T), sizes))
 
 

