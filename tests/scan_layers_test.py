@@ -108,7 +108,7 @@ def test_outputs_and_gradients_are_those_of_the_loop(name):
                                                                   else "encoder"]["block_1"]["mlp"]))
 
 
-@pytest.mark.parametrize("remat", ["dots", "blocks"])
+@pytest.mark.parametrize("remat", ["dots", "offload", "blocks"])
 def test_recomputing_changes_nothing(remat):
     for name in ("gemma", "t5"):
         model, params = make(name)
