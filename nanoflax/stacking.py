@@ -1,11 +1,12 @@
 """Deep models: the parameters of the blocks of a stack, stacked along a leading dimension L.
 
 Everywhere else parameters are a tree per block, {"decoder": {"block_0": .., "block_1": .., ..}}.
-With train.scan_layers a training state (parameters, optimizer state, moving average) holds them as
-{"decoder": {"blocks": ..}}, each leaf [L, ...], and its step compiles one block scanned over L, not L
-blocks. Who reads either needs no flag: a model runs what its parameters hold (blocks.Stack), the
-optimizer takes a layer for a layer (`over_layers`), the table of `sharding` covers both, a
-checkpoint of one is restored into the other, and `checkpoint.restore_params` gives a tree per block.
+With train.scan_layers a training state (parameters, optimizer state, moving average) holds them
+as {"decoder": {"blocks": ..}}, each leaf [L, ...], and its step compiles one block scanned over L,
+not L blocks. Who reads either needs no flag: a model runs what its parameters hold (blocks.Stack),
+the optimizer takes a layer for a layer (`over_layers`), the table of `sharding` covers both, a
+checkpoint of one is restored into the other, and `checkpoint.restore_params` gives a tree per
+block.
 """
 
 import re

@@ -108,7 +108,7 @@ def test_outputs_and_gradients_are_those_of_the_loop(name):
                                                                   else "encoder"]["block_1"]["mlp"]))
 
 
-@pytest.mark.parametrize("remat", ["dots", "blocks"])
+@pytest.mark.parametrize("remat", ["dots", "offload", "blocks"])
 def test_recomputing_changes_nothing(remat):
     for name in ("gemma", "t5"):
         model, params = make(name)
@@ -158,9 +158,11 @@ def test_dropout_is_repeatable_and_differs_from_layer_to_layer():
 def test_a_stacked_model_compiles_one_block_however_deep():
     def size(layers):
         model = build(ModelConfig(**LLAMA | dict(layers=layers)))
-        shapes = stack(sharding.shapes(model))
-        return len(jax.jit(jax.grad(lambda p: model.apply({"params": p}, tokens_of(0, 1, 8))[0].sum()
-                                    )).lower(shapes).as_text())
+
+        def loss(params):
+            return model.apply({"params": params}, tokens_of(0, 1, 8))[0].sum()
+
+        return len(jax.jit(jax.grad(loss)).lower(stack(sharding.shapes(model))).as_text())
 
     assert size(32) < 1.01 * size(4)
 
