@@ -383,6 +383,7 @@ def collectives(config, mesh, params):
         return (n - 1) / n * size
 
     rows = t.batch_size // (data * fsdp)
+    tokens = rows * m.context // context  # of a chip, of all micro-batches
     head = "embed/embedding" if m.tied else "unembed/kernel"
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = optim.path_of(path)
@@ -391,15 +392,21 @@ def collectives(config, mesh, params):
         if "fsdp" not in spec or fsdp == 1:  # its gradient is needed whole
             out["all-reduce"] += 2 * ring(data * fsdp * context, size * item) * t.accumulate
             continue
-        if name == head:  # gathered once for the loss, its gradient a float32 sum of all tokens'
-            out["all-gather"] += ring(fsdp, size * item) * t.accumulate
-            out["all-reduce"] += 2 * ring(data * fsdp * context, size * 4) * t.accumulate
+        if name == head:  # its gradient is a float32 sum of all tokens'
+            if m.vocab_size % (tensor * fsdp):  # gathered once for the loss
+                out["all-gather"] += ring(fsdp, size * item) * t.accumulate
+                out["all-reduce"] += 2 * ring(data * fsdp * context, size * 4) * t.accumulate
+            else:  # a part of V for a part of D; instead all tokens' states, targets and weights
+                out["all-to-all"] += ring(fsdp, size / fsdp * (item + 4)) * t.accumulate
+                out["all-gather"] += ring(fsdp, fsdp * tokens * (m.dim * item + 8))
+                out["reduce-scatter"] += ring(fsdp, fsdp * tokens * m.dim * item)
+                out["all-reduce"] += 2 * ring(data * context, size / fsdp * 4) * t.accumulate
             continue
         if name != "embed/embedding":  # forward and backward
             out["all-gather"] += 2 * ring(fsdp, size * item) * t.accumulate
         out["reduce-scatter"] += ring(fsdp, size * item) * t.accumulate
         out["all-reduce"] += 2 * ring(data * context, size * item / fsdp) * t.accumulate
-    x = rows * m.context // context * m.dim * item  # the states of a chip's rows, of all micro-batches
+    x = tokens * m.dim * item  # their states
     if fsdp > 1:  # the embedding is looked up, and its gradient added, a part of D on each chip
         out["all-to-all"] += 2 * ring(fsdp, x)
     # A block's output and its input's gradient are sums over the heads, and over F.
