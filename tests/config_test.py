@@ -70,7 +70,7 @@ def test_presets_are_valid(name):
     (dict(optim__ema=1.0), "optim.ema=1.0 must be in [0, 1)"),
     (dict(optim__decay_fraction=0.0), "optim.decay_fraction=0.0 must be in (0, 1]"),
     (dict(optim__warmup_steps=1000), "optim.warmup_steps=1000 must be less than train.steps=1000"),
-    (dict(train__remat="all"), "train.remat='all' is not one of none, dots, blocks"),
+    (dict(train__remat="all"), "train.remat='all' is not one of none, dots, offload, blocks"),
     (dict(train__steps=0), "train.steps=0 must be at least 1"),
     (dict(train__batch_size=0), "train.batch_size=0 must be at least 1"),
     (dict(train__accumulate=0), "train.accumulate=0 must be at least 1"),
