@@ -272,7 +272,8 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
         adapters = peft.join(jax.tree.map(sharding.fetch, best), frozen)
         try:
             if common.writes():
-                peft_format.save(os.path.join(workdir, "adapter"), model_config, adapters, config.peft)
+                peft_format.save(os.path.join(workdir, "adapter"), model_config, adapters,
+                                 config.peft)
         except UserError as error:  # such as a model that no class of Transformers is
             print(f"no adapter/ for the peft library: {error}")
         params = peft.merge(params)

@@ -26,8 +26,8 @@ ROOM = 0.9  # of a chip's memory: the estimate may be a tenth too low
 flags.DEFINE_string("topology", "", "a TPU slice, such as v5e:16x16")
 flags.DEFINE_integer("devices", 0, "or so many GPUs", 0)
 flags.DEFINE_enum("chip", "h100", GPUS, "of --devices")
-flags.DEFINE_multi_string("meshes", [], "sizes along data,fsdp,tensor[,context], once for each; none "
-                          "means that of the config and the usual ones")
+flags.DEFINE_multi_string("meshes", [], "sizes along data,fsdp,tensor[,context], once for "
+                          "each; none means that of the config and the usual ones")
 flags.DEFINE_string("json", "", "file to write the plan into")
 flags.DEFINE_bool("compile", True, "ask the TPU compiler too, where it is installed")
 
@@ -126,8 +126,9 @@ def text(found, config, count):
             f"{p['network']:8.3f}  " + (f"{p['mfu']:.0%} ({p['bound']} bound)" if row["fits"]
                                         else "does not fit"))
     lines += [f"not possible: {line}" for line in found["refused"]]
-    lines += ["", f"take --config.train.mesh={mesh_name(best)}" if best["fits"] else "nothing fits: more chips, "
-              "--config.train.remat=blocks, a smaller batch or --config.train.accumulate",
+    lines += ["", f"take --config.train.mesh={mesh_name(best)}" if best["fits"] else
+              "nothing fits: more chips, --config.train.remat=blocks, a smaller batch or "
+              "--config.train.accumulate",
               "a chip receives in a step: " + (", ".join(
                   f"{kind} {size / 1e9:.2f} GB" for kind, size in best["collectives"].items())
                   or "nothing"),

@@ -16,12 +16,12 @@ _HOME = {
     "sample": "sampling",
 }
 _MODULES = (
-    "attention", "batching", "beams", "blocks", "builtin", "chat", "checkpoint", "config", "data",
-    "denoising", "encoding", "examples", "families", "gguf", "hardware", "hf", "hf_tokenizers",
-    "hf_vocabularies", "layers", "losses", "lstm", "manifest", "masking", "metrics", "models",
-    "objectives", "optim", "peft", "peft_format", "plan", "plots", "positions", "report",
-    "safetensors_io", "sampling", "scoring", "sharding", "sources", "task_sources", "tasks",
-    "tokenizers", "train",
+    "attention", "backends", "batching", "beams", "blocks", "builtin", "chat", "checkpoint",
+    "config", "data", "denoising", "distributed", "encoding", "examples", "families", "gguf",
+    "hardware", "hf", "hf_tokenizers", "hf_vocabularies", "layers", "losses", "lstm", "manifest",
+    "masking", "metrics", "models", "objectives", "optim", "peft", "peft_format", "plan", "plots",
+    "positions", "report", "safetensors_io", "sampling", "scoring", "sharding", "sources",
+    "stacking", "task_sources", "tasks", "tokenizers", "train",
 )
 __all__ = [*_HOME, *_MODULES]
 

@@ -126,8 +126,9 @@ class Stack(nn.Module):
     def __call__(self, x, segments=None, cache=None, source=None, source_mask=None,
                  deterministic=True):
         """x: [B, T, D] embeddings; segments: [B, T] int32 or None: tokens see their own segment
-        alone (0 may be padding), but of an encoder all those that are not 0; cache: whose slots the tokens extend, or None; source: [B, S, D],
-        an encoder's states, and source_mask: [B, S] bool, for cross-attention.
+        alone (0 may be padding), but of an encoder all those that are not 0; cache: whose slots the
+        tokens extend, or None; source: [B, S, D], an encoder's states, and source_mask: [B, S]
+        bool, for cross-attention.
         Returns ([B, T, D], the new cache or None).
 
         Prompt tuning (Lester et al. 2021): P vectors that the parameters hold stand before position

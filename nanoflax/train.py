@@ -177,8 +177,9 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
 def jit_step(step, state, mesh):
     """`step` to be compiled for each shape of batch; state (or its shapes) is donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(sharding.traced_on(mesh, step), donate_argnums=0, out_shardings=(shardings, None),
-                   compiler_options=hardware.compiler_options(mesh.devices.flat[0].platform))
+    options = hardware.compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(sharding.traced_on(mesh, step), donate_argnums=0,
+                   out_shardings=(shardings, None), compiler_options=options)
 
 
 def compile_step(step, state, batch, mesh):

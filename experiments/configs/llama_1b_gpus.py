@@ -4,7 +4,7 @@ Command:   python -m experiments.pretrain --config=llama_1b_gpus --workdir=runs/
 Hardware:  eight GPUs of 80 GB (--devices=8 --chip=h100)
 Data:      tfds:NAME must be prepared first, and data.tokenizer name a tokenizer of 128,256 pieces
            or fewer, such as a directory in the place of bpe:128000
-Figure:    projected by experiments.plan: at least 0.40 s a step and 19.3 GiB a
+Figure:    projected by experiments.plan: at least 0.40 s a step and 20.2 GiB a
            GPU, at most 75% MFU (blocks are computed twice). Not trained.
 """
 
