@@ -49,8 +49,9 @@ def layers_above(params):
     Of stacked blocks an array of L ints, that broadcasts to the leaf.
     """
     def index(block, leaf):
-        stacked = np.arange(leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
-        return stacked if block["i"] is None else int(block["i"])
+        if block["i"] is not None:
+            return int(block["i"])
+        return np.arange(leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
 
     paths = [(path_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
     blocks = [(m["stack"], np.max(index(m, x))) for path, x in paths if (m := _BLOCK.match(path))]

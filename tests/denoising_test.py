@@ -258,7 +258,7 @@ def test_noise_follows_from_seed_epoch_and_row(task):
     other = batching.ExampleBatches(rows, 4, seed=2)
     assert all(seen[draw] != line[:len(seen[draw])].tolist() for draw, line in zip(
         other.draws(0), other[0][name]) if len(rows.rows[draw[0]]["text"]) > 20)
-    halves = [batching.ExampleBatches(rows, 4, 1, True, p, 2) for p in (0, 1)]
+    halves = [batching.ExampleBatches(rows, 4, 1, True, own) for own in ([0, 1], [2, 3])]
     for key, array in batches[9].items():
         np.testing.assert_array_equal(np.concatenate([half[9][key] for half in halves]), array)
 

@@ -239,7 +239,7 @@ def test_a_plan_as_text_and_json(tmp_path):
     best = found["meshes"][0]
     assert best["fits"] and best["memory"] == sum(
         best[k] for k in ("weights", "optimizer", "batch", "gradients", "activations"))
-    assert "take --config.train.mesh=" + ",".join(map(str, best["mesh"].values())) in done.stdout
+    assert "take --config.train.mesh=" + sharding.mesh_name(tuple(best["mesh"].values())) in done.stdout
     assert "projection" in done.stdout
     assert len(found["meshes"]) == 4 and not found["refused"]
 

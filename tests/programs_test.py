@@ -220,7 +220,7 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
     ("evaluate", [], "either --workdir"),
     ("evaluate", ["--model=x"], "--model needs --candidates"),
     ("evaluate", ["--model=x", "--candidates=nowhere.jsonl"], "nowhere.jsonl"),
-    ("benchmark", ["race"], "train or decode"),
+    ("benchmark", ["race"], "train, decode or compile"),
 ])
 def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):
     if program == "pretrain" and not any("workdir" in f for f in flags):

@@ -263,10 +263,10 @@ def test_targets_follow_the_inputs_of_a_moved_text():
 
 def test_batches_move_anew_at_each_step_and_the_same_after_a_resumption_on_any_hosts():
     rows = batching.encode(PAIRS, BYTES, 16)
-    make_ = lambda *host: batching.ExampleBatches(  # noqa: E731
-        rows, 8, 3, True, *host, shift=(3, 0.7))
+    make_ = lambda *own: batching.ExampleBatches(  # noqa: E731
+        rows, 8, 3, True, *own, shift=(3, 0.7))
     batches, plain = make_(), batching.ExampleBatches(rows, 8, 3)
-    later, halves = make_(), [make_(p, 2) for p in (0, 1)]
+    later, halves = make_(), [make_(range(4)), make_(range(4, 8))]
     for step in (5, 0, 17):
         for name, array in batches[step].items():
             np.testing.assert_array_equal(array, later[step][name])
