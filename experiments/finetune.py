@@ -40,9 +40,9 @@ def main():
     common.setup_jax()
     common.join(config)
 
-    from nanoflax import checkpoint
+    from nanoflax.workdir import WorkdirLock
 
-    with (checkpoint.WorkdirLock(workdir),
+    with (WorkdirLock(workdir),
           contextlib.nullcontext() if common.writes() else contextlib.redirect_stdout(None)):
         return run(config, workdir)
 

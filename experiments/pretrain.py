@@ -41,9 +41,9 @@ def main():
     common.setup_jax()
     common.join(config, restart_from_weights=FLAGS.restart_from_weights)
 
-    from nanoflax import checkpoint
+    from nanoflax.workdir import WorkdirLock
 
-    with (checkpoint.WorkdirLock(workdir),
+    with (WorkdirLock(workdir),
           contextlib.nullcontext() if common.writes() else contextlib.redirect_stdout(None)):
         return run(config, workdir)
 

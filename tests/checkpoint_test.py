@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from nanoflax import checkpoint, manifest
-from nanoflax.checkpoint import Checkpoints, WorkdirLock
+from nanoflax.checkpoint import Checkpoints
 from nanoflax.errors import UserError
+from nanoflax.workdir import WorkdirLock
 
 ROOT = str(pathlib.Path(__file__).resolve().parents[1])
 
@@ -414,7 +415,7 @@ def test_a_full_disk(tmp_path):
 def test_one_process_per_workdir_and_the_lock_dies_with_it(tmp_path):
     code = """
         import os, sys, time
-        from nanoflax.checkpoint import WorkdirLock
+        from nanoflax.workdir import WorkdirLock
         lock = WorkdirLock(sys.argv[1])
         worker = os.fork()
         if worker: print(worker, flush=True)

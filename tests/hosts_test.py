@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanoflax import checkpoint, distributed
+from nanoflax import checkpoint, distributed, workdir
 from nanoflax.errors import UserError
 from tests import kills
 
@@ -348,8 +348,8 @@ def agreement(directory, index):
             told.append(votes(step, [index, step]))
         return told
 
-    checkpoint.VISIBLE = 1
-    shared = checkpoint.WorkdirLock(directory / "shared")
+    workdir.VISIBLE = 1
+    shared = workdir.WorkdirLock(directory / "shared")
     return {
         "gathered": distributed.gather([index, 0.1 + 0.2 * index, float("inf")]),
         "first": distributed.first(lambda: index),
@@ -357,7 +357,7 @@ def agreement(directory, index):
         "differ": message(lambda: distributed.check_same("x", {"a": {"b": index, "c": 1}})),
         "same": message(lambda: distributed.check_same("x", {"a": {"b": (1, 2)}})),
         "votes": vote(), "locks": shared._file is not None,
-        "not shared": message(lambda: checkpoint.WorkdirLock(directory / f"own-{index}"))}
+        "not shared": message(lambda: workdir.WorkdirLock(directory / f"own-{index}"))}
 
 
 @pytest.fixture(scope="module")
