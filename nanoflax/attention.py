@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nanoflax import backends, masking, sharding
+from nanoflax import backends, masking, placement
 from nanoflax.config import ModelConfig
 from nanoflax.layers import Linear, Norm
 from nanoflax.positions import rotate
@@ -44,7 +44,7 @@ def heads_first(q, k, v, mask=None, causal=False, bias=None, scale=None, softcap
         return _softmax_attention(q, k, v, mask, bias, softcap).reshape(B, H, T, K)
     # Blocks of queries, so that most of what the causal mask hides is never computed. Where context
     # splits T, a block would lie on few of the devices.
-    size = -(-T // CAUSAL_BLOCKS) if T >= 128 and sharding.axis_size("context") == 1 else T
+    size = -(-T // CAUSAL_BLOCKS) if T >= 128 and placement.axis_size("context") == 1 else T
     blocks = []
     for a in range(0, T, size):
         b = min(a + size, T)
@@ -121,7 +121,7 @@ _softmax_attention.defvjp(_forward, _backward)
 def empty_cache(config, batch, length, dtype):
     """The keys and values of one layer before any token: zeros, {key, value: [B, G, S, K]}."""
     shape = (batch, config.G, length, config.K)
-    return {name: sharding.split_cache(jnp.zeros(shape, dtype)) for name in ("key", "value")}
+    return {name: placement.split_cache(jnp.zeros(shape, dtype)) for name in ("key", "value")}
 
 
 def write_cache(cache, k, v, index):
@@ -228,7 +228,7 @@ class Attention(nn.Module):
         if not cached:
             name, _ = self.backend(q, k, causal, bias, facts)
         if name == "plain":
-            y = heads_first(q, sharding.gather_time(k), sharding.gather_time(v), mask, causal, bias,
+            y = heads_first(q, placement.gather_time(k), placement.gather_time(v), mask, causal, bias,
                             c.attention_scale, c.attention_softcap)
         else:
             y = backends.BACKENDS[name].attend(q, k, v, causal, facts, c.attention_scale,
@@ -239,5 +239,5 @@ class Attention(nn.Module):
         """`backends.choose` for a call of `attend` without a cache."""
         c = self.config
         return backends.choose(c.attention_backend, backends.Call(
-            sharding.platform(), q.shape, k.shape, q.dtype, causal, facts, bias is not None,
+            placement.platform(), q.shape, k.shape, q.dtype, causal, facts, bias is not None,
             c.attention_softcap))

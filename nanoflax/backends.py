@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nanoflax import sharding
+from nanoflax import placement
 from nanoflax.errors import UserError
 
 
@@ -59,7 +59,7 @@ def choose(wanted, call):
         name = next((n for n, b in BACKENDS.items() if b.platform == call.platform), "plain")
     if name == "plain":
         return name, ""
-    row, context = BACKENDS[name], sharding.axis_size("context")
+    row, context = BACKENDS[name], placement.axis_size("context")
     refusals = {f"it runs on {row.platform}, not {call.platform}": row.platform != call.platform,
                 f"context={context} splits the sequence": context > 1,
                 "attention has a bias of relative positions": call.bias,
@@ -118,7 +118,7 @@ def cudnn(q, k, v, causal, facts, scale=None, softcap=0.0):
 
 
 def _splash_refusals(call):
-    (B, _, T, _), S, rows = call.q, call.k[2], sharding.axis_size("data", "fsdp")
+    (B, _, T, _), S, rows = call.q, call.k[2], placement.axis_size("data", "fsdp")
     return {
         f"lengths of {T} and {S} are not multiples of 128": T % 128 > 0 or S % 128 > 0,
         f"{B} rows are not divisible by data x fsdp = {rows}": B % rows > 0,
@@ -152,7 +152,7 @@ def splash(q, k, v, causal, facts, scale=None, softcap=0.0, interpret=False):
         return jax.vmap(kernel)(q, k, v, ids)
 
     q = q * (K**-0.5 if scale is None else scale)
-    return sharding.on_each(local, (q, k, v), ids)
+    return placement.on_each(local, (q, k, v), ids)
 
 
 BACKENDS = {"cudnn": Backend("gpu", _cudnn_refusals, cudnn),

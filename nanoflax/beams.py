@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanoflax import sharding
+from nanoflax import placement, sharding
 from nanoflax.errors import UserError
 from nanoflax.sampling import (
     check_prompts, compiled, cut, decoding_params, only_below, pad_left, untied)
@@ -116,7 +116,7 @@ def beam_search(model, params, prompts, beams=4, max_new_tokens=64, length_penal
     check_prompts(model.config, prompts, max_new_tokens)
     tokens, lengths = pad_left(prompts)
     early_stopping = early_stopping if early_stopping == "never" else bool(early_stopping)
-    best, scores = map(sharding.fetch, compiled(_search, mesh=sharding.mesh_of(params))(
+    best, scores = map(sharding.fetch, compiled(_search, mesh=placement.mesh_of(params))(
         model, params, tokens, lengths, jnp.float32(length_penalty), beams, max_new_tokens,
         early_stopping, eos_id, vocab_size))
     pairs = [[(cut(row.tolist(), eos_id), float(score)) for row, score in zip(*prompt)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nanoflax import masking, positions, sharding
+from nanoflax import masking, placement, positions
 from nanoflax.attention import Attention, View
 from nanoflax.backends import Facts
 from nanoflax.config import ModelConfig
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
     def __call__(self, x, view, cache=None, deterministic=True):
         """x: [B, T, D]; view: a View; cache: this layer's, or None. Returns ([B, T, D], cache)."""
-        x = sharding.split_batch(x)
+        x = placement.split_batch(x)
         h, cache = self.attention(self._before("attention", x), view, cache)
         if self.config.parallel:
             h = self._adapt("attention", h)
@@ -169,7 +169,7 @@ class Stack(nn.Module):
                     source_mask=None if source_mask is None else masking.padding(source_mask))
         if c.positions == "learned":
             row = jnp.maximum(place, 0) if P else place
-            table = sharding.gather(self.position_embed.embedding)
+            table = placement.gather(self.position_embed.embedding)
             x += table[row + c.position_offset].astype(x.dtype)
         elif c.positions.startswith("sinusoidal"):
             halves = c.positions == "sinusoidal_halves"
@@ -279,7 +279,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens):
         """tokens: [B, T] int32 below V -> [B, T, D] in the compute dtype."""
-        return sharding.split_rows(self.embedding(tokens)) * self.config.embed_scale
+        return placement.split_rows(self.embedding(tokens)) * self.config.embed_scale
 
     def output(self, x, segments=None, cache=None):
         """The last states x [B, T, D] as `head` reads them, and the cache or None.
@@ -321,7 +321,7 @@ class LanguageModel(nn.Module):
         """The dtype of activations: `auto` is float32 on CPU, where bfloat16 gains nothing."""
         if self.config.dtype != "auto":
             return jnp.dtype(self.config.dtype)
-        return jnp.dtype("float32" if sharding.platform() == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if placement.platform() == "cpu" else "bfloat16")
 
     def decode(self, params, tokens, cache):
         """One step of generation: tokens [B, T] int32 extend the cache.

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from nanoflax import families, gguf, hf_tokenizers, positions, safetensors_io, sharding
+from nanoflax import families, gguf, hf_tokenizers, placement, positions, safetensors_io, sharding
 from nanoflax.errors import UserError
 from nanoflax.models import build, without_padding
 
@@ -186,7 +186,7 @@ def _join(parts, layout, K):
 
 def _read_all(config, rows, tensors, dtype, mesh):
     params = {}
-    if mesh is None and sharding.current() is not None:
+    if mesh is None and placement.current() is not None:
         mesh = jax.sharding.get_mesh()
     if mesh is not None:
         places = sharding.shardings(sharding.shapes(build(config)), mesh)

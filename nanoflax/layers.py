@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nanoflax import sharding
+from nanoflax import placement
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -37,7 +37,7 @@ def _matmul_forward(x, w):
 def _matmul_backward(saved, dy):
     x, w = saved
     dx = dy @ w.T
-    if sharding.axis_size("context") == 1:  # which else splits a second dimension of the rows
+    if placement.axis_size("context") == 1:  # which else splits a second dimension of the rows
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     rows = tuple(range(x.ndim - 1))
     product = partial(jax.lax.dot_general, dimension_numbers=((rows, rows), ((), ())))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from nanoflax import sharding
+from nanoflax import placement
 
 
 def shift_right(targets, first, segments=None, start=None):
@@ -80,16 +80,16 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
     # together, and each sums the gradient of its own part [D, V / fsdp]. Over b and t, the splits of
     # B and T that are left, it is reduced once at the end, not once a chunk.
     B, T, D = hidden.shape
-    fits = kernel.shape[1] % sharding.axis_size("tensor", "fsdp") == 0
+    fits = kernel.shape[1] % placement.axis_size("tensor", "fsdp") == 0
     rows, words = (("data",), ("tensor", "fsdp")) if fits else (("data", "fsdp"), ("tensor",))
-    b, t = sharding.ways(B, T, rows)
+    b, t = placement.ways(B, T, rows)
     chunks = math.gcd(chunks, T // t)
     together = P(rows, "context", None, None)
-    kernel = sharding.constrain(kernel.astype(hidden.dtype), P(None, words))
+    kernel = placement.constrain(kernel.astype(hidden.dtype), P(None, words))
 
     def piece(carry, xs):
         loss, nll, dw, db = carry
-        h, targets, m = (sharding.constrain(x, together) for x in xs)
+        h, targets, m = (placement.constrain(x, together) for x in xs)
         logits = jnp.einsum("ijbtd,dv->ijbtv", h, kernel, preferred_element_type=jnp.float32)
         if bias is not None:
             logits += bias
@@ -109,7 +109,7 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
         if bias is not None:
             db += dlogits.sum((2, 3))
         dlogits = dlogits.astype(h.dtype)
-        dh = sharding.constrain(jnp.einsum("ijbtv,dv->ijbtd", dlogits, kernel),
+        dh = placement.constrain(jnp.einsum("ijbtv,dv->ijbtd", dlogits, kernel),
                                 P(rows, "context", "fsdp" if fits else None))
         dk = jnp.einsum("ijbtd,ijbtv->ijdv", h, dlogits, preferred_element_type=jnp.float32)
         return (loss, nll, dw + dk, db), dh
@@ -119,7 +119,7 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
         return x.transpose(3, 0, 2, 1, 4, *range(5, x.ndim))
 
     pieces = jax.tree.map(split, (hidden, targets, weights))
-    zeros = lambda *shape: sharding.constrain(  # noqa: E731
+    zeros = lambda *shape: placement.constrain(  # noqa: E731
         jnp.zeros((b, t, *shape), jnp.float32),
         P(rows, "context", *[None] * (len(shape) - 1), *[words] * bool(shape)))
     dw = zeros(*kernel.shape) if gradients else None

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nanoflax import sharding
+from nanoflax import placement
 from nanoflax.blocks import REMAT_POLICIES, SourceModel, empty_delay
 from nanoflax.layers import Linear
 
@@ -77,7 +77,7 @@ class Matrix(nn.Module):
 
     def whole(self, dtype):
         """The kernel in a dtype, put together once, before the scan."""
-        return sharding.gather(self.kernel.astype(dtype))
+        return placement.gather(self.kernel.astype(dtype))
 
 
 class BiLSTM(nn.Module):

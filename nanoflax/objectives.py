@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nanoflax import losses, sharding
+from nanoflax import losses, placement
 from nanoflax.models import head_kernel
 
 
@@ -55,7 +55,7 @@ def guesses(model, params, batch):
 
     states = _states(model, params, batch)
     B, T, D = states.shape
-    t = sharding.ways(B, T)[1]  # a piece has its share of every device's part of T
+    t = placement.ways(B, T)[1]  # a piece has its share of every device's part of T
     chunks = math.gcd(losses.chunks_of(B, T, model.config.vocab_size), T // t)
     found = jax.lax.map(guess, jnp.moveaxis(states.reshape(B, t, chunks, -1, D), 2, 0))
     return jnp.moveaxis(found.reshape(chunks, B, t, -1), 0, 2).reshape(B, T)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanoflax import hardware, sharding
+from nanoflax import hardware, placement, sharding
 from nanoflax.errors import UserError
 
 
@@ -148,7 +148,7 @@ def compiled(function, donate=(), mesh=None):
     """jax.jit of a sampling function for parameters on a mesh, with the options of the platform."""
     static = {"model", "rows", "beams", "steps", "new_tokens", "early_stopping", "eos_id",
               "vocab_size"}
-    return jax.jit(sharding.traced_on(mesh, function), donate_argnames=donate,
+    return jax.jit(placement.traced_on(mesh, function), donate_argnames=donate,
                    static_argnames=static & inspect.signature(function).parameters.keys(),
                    compiler_options=hardware.compiler_options(jax.default_backend()))
 
@@ -175,7 +175,7 @@ def sample(model, params, prompts, max_new_tokens=64, temperature=1.0, top_k=Non
     check_prompts(model.config, prompts, max_new_tokens)
     tokens, lengths = pad_left(prompts)
     filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty)
-    new = compiled(_sample, mesh=sharding.mesh_of(params))(
+    new = compiled(_sample, mesh=placement.mesh_of(params))(
         model, params, tokens, lengths, _key(rng), filters, max_new_tokens, eos_id, vocab_size)
     return [cut(row, eos_id) for row in sharding.fetch(new).tolist()]
 
@@ -190,7 +190,7 @@ def stream(model, params, prompts, max_new_tokens=64, temperature=1.0, top_k=Non
     tokens, lengths = pad_left(prompts)
     filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty)
     chunks = -(-max_new_tokens // chunk)
-    rows, on = len(prompts), functools.partial(compiled, mesh=sharding.mesh_of(params))
+    rows, on = len(prompts), functools.partial(compiled, mesh=placement.mesh_of(params))
     params, model = on(decoding_params)(model, params, rows), untied(model, rows)
     state = on(start)(model, params, tokens, lengths, chunks * chunk, _key(rng), filters)
     ended = np.zeros(len(prompts), bool)

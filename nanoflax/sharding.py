@@ -6,7 +6,6 @@ collectives; layers name no axis.
 """
 
 import dataclasses
-import functools
 import math
 import re
 
@@ -16,13 +15,10 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from nanoflax import stacking
+from nanoflax import placement, stacking
 from nanoflax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "context")
-BATCH = P(("data", "fsdp"), "context")  # of what a batch holds and activations: [B, T, ...]
-LOOKED_UP = P("data", "context", "fsdp")  # rows of the embedding [B, T, D], before `split_batch`
-CACHE = P(("data", "fsdp"), "tensor")  # of keys and values in a cache: [B, G, S, K]
 
 # The end of a parameter's path, and the axis of each of its dimensions. Optimizer state and moving
 # averages repeat the parameters' paths, so the table covers them too. What no row names is whole.
@@ -140,21 +136,6 @@ def spec_of(path, shape):
     return P()
 
 
-def _axes(entry):
-    """The names in an entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else entry
-
-
-def _ways(entry, mesh):
-    """Into how many parts a mesh splits a dimension of this entry."""
-    return math.prod(mesh.shape.get(axis, 1) for axis in _axes(entry))
-
-
-def _on(entry, mesh):
-    """The entry with the axes that a mesh has, or None."""
-    return tuple(axis for axis in _axes(entry) if axis in mesh.shape) or None
-
-
 def shardings(tree, mesh):
     """The NamedSharding of every leaf of a tree of parameters or training state.
 
@@ -167,21 +148,21 @@ def shardings(tree, mesh):
     def of(path, leaf):
         path = jax.tree_util.keystr(path, simple=True, separator="/")
         name, spec = f"{path} {leaf.shape}", spec_of(path, leaf.shape)
-        used = [axis for entry in spec for axis in _axes(entry)]
+        used = [axis for entry in spec for axis in placement.axes_of(entry)]
         if len(set(used)) < len(used):
             found.append(f"{name}: its rule {spec} names an axis twice")
             return None
         for entry, size in zip(spec, leaf.shape):
-            if size % _ways(entry, mesh):
+            if size % placement.parts_of(entry, mesh):
                 found.append(f"{name}: {size} is not divisible by " + " x ".join(
-                    f"{axis}={mesh.shape[axis]}" for axis in _on(entry, mesh)))
-        if leaf.ndim > 1 and all(_ways(entry, mesh) == 1 for entry in spec):
+                    f"{axis}={mesh.shape[axis]}" for axis in placement.axes_on(entry, mesh)))
+        if leaf.ndim > 1 and all(placement.parts_of(entry, mesh) == 1 for entry in spec):
             whole[name] = leaf.size
-        return NamedSharding(mesh, P(*(_on(entry, mesh) for entry in spec)))
+        return NamedSharding(mesh, P(*(placement.axes_on(entry, mesh) for entry in spec)))
 
     out = jax.tree_util.tree_map_with_path(of, tree)
     total = sum(leaf.size for leaf in jax.tree.leaves(tree))
-    if (_ways(("fsdp", "tensor"), mesh) > 1
+    if (placement.parts_of(("fsdp", "tensor"), mesh) > 1
             and sum(whole.values()) > max(SMALL, MAX_WHOLE * total)):
         most = sorted(whole, key=whole.get, reverse=True)
         found.append(f"{sum(whole.values()) / total:.0%} of all numbers would be whole on every "
@@ -243,7 +224,7 @@ def check_memory(tree, mesh):
 
 def batch(mesh, rank):
     """The NamedSharding of an array [B, ...] of a batch, whose second dimension is T."""
-    return NamedSharding(mesh, P(*BATCH[:rank]))
+    return NamedSharding(mesh, P(*placement.BATCH[:rank]))
 
 
 def rows(mesh, batch_size):
@@ -265,7 +246,7 @@ def put_batch(arrays, mesh):
         if rank[name] > 1 and x.shape[1] % mesh.shape.get("context", 1):
             raise UserError(f"{name} of length {x.shape[1]} is not divisible by "
                             f"context={mesh.shape['context']}")
-    count = _ways(BATCH[0], mesh)
+    count = placement.parts_of(placement.BATCH[0], mesh)
     parts = rows(mesh, count)  # of as many equal ones
 
     def put(name, x):
@@ -300,125 +281,6 @@ def fetch(x):
     return np.asarray(x)
 
 
-# What is traced for a mesh.
-
-
-def traced_on(mesh, function):
-    """`function`, which finds the mesh (None: none) with `current` whenever it is traced."""
-    if mesh is None:
-        return function
-
-    @functools.wraps(function)
-    def on_mesh(*args, **kwargs):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args, **kwargs)
-
-    return on_mesh
-
-
-def current(mesh=None):
-    """The mesh, or if None the (abstract) one of `jax.set_mesh`; None for a single device."""
-    if mesh is None:
-        mesh = jax.sharding.get_abstract_mesh()  # may be asked for while tracing too
-        return mesh if mesh.size > 1 else None
-    return mesh
-
-
-def mesh_of(tree):
-    """The mesh that arrays lie on, or None for a single device."""
-    for x in jax.tree.leaves(tree):
-        if isinstance(place := getattr(x, "sharding", None), NamedSharding) and place.mesh.size > 1:
-            return place.mesh
-    return None
-
-
-def axis_size(*axes):
-    """Into how many parts the mesh that is traced for splits along these axes; 1 without one."""
-    mesh = current()
-    return 1 if mesh is None else _ways(axes, mesh)
-
-
-def ways(B, T, rows=BATCH[0]):
-    """How many parts that mesh splits B and T of a batch into, B along the axes `rows`; 1 where it
-    does not divide them."""
-    sizes = axis_size(*rows), axis_size(*_axes(BATCH[1]))
-    return tuple(1 if length % n else n for length, n in zip((B, T), sizes))
-
-
-def platform():
-    """The platform of the mesh that is traced for, or JAX's own."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
-def on_each(function, heads, rows):
-    """function(*heads, rows) where each device has its part: of arrays [B, H, ...] the rows and
-    heads, of a tree of [B, ...] the rows. For kernels that XLA cannot split. Returns [B, H, ...]."""
-    mesh = current()
-    if mesh is None:
-        return function(*heads, rows)
-    spec = [P(*(_on(entry, mesh) for entry in CACHE))]
-    return jax.shard_map(function, mesh=mesh, in_specs=(*spec * len(heads), P(spec[0][0])),
-                         out_specs=spec[0], check_vma=False)(*heads, rows)
-
-
-def constrain(x, spec):
-    """x split as spec says over the mesh that is traced for. Left to XLA: dimensions beyond spec,
-    those that their axes do not divide, and those whose axes the mesh does not have."""
-    mesh, free = current(), P.UNCONSTRAINED
-    if mesh is None:
-        return x
-
-    def place(entry, size):
-        if entry is None:
-            return None
-        return free if size % _ways(entry, mesh) else _on(entry, mesh) or free
-
-    places = [place(*pair) for pair in zip(spec, x.shape)]
-    if all(p is free for p in places):
-        return x
-    return jax.lax.with_sharding_constraint(x, P(*places, *[free] * (x.ndim - len(places))))
-
-
-def split_batch(x):
-    """Activations x [B, T, ...], split along B and T as the batch is."""
-    return constrain(x, BATCH)
-
-
-def split_rows(x):
-    """Rows x [B, T, D] of the embedding, split as the batch is.
-
-    First as fsdp splits the embedding: then one exchange along fsdp is left to do. XLA by itself
-    may put all of x together on every device.
-    """
-    return split_batch(constrain(x, LOOKED_UP))
-
-
-def split_cache(x):
-    """Keys or values [B, G, S, K] of a cache, split along B and the heads."""
-    return constrain(x, CACHE)
-
-
-def gather(x):
-    """A weight, put together on every device."""
-    return x if axis_size("fsdp", "tensor") == 1 else constrain(x, P(*[None] * x.ndim))
-
-
-def gather_time(x):
-    """Keys or values [B, G, S, K] whole along S, where context splits the queries. Their gradient
-    is split again."""
-    return x if axis_size("context") == 1 else _gather_time(x)
-
-
-@jax.custom_vjp
-def _gather_time(x):
-    return constrain(x, P(*CACHE, None))
-
-
-_gather_time.defvjp(lambda x: (_gather_time(x), None),
-                    lambda _, dx: (constrain(dx, P(*CACHE, "context")),))
-
-
 def shapes(model):
     """The parameters of a model as a tree of jax.ShapeDtypeStruct; nothing is allocated."""
     return jax.eval_shape(lambda: draw(model, jax.random.PRNGKey(0)))
@@ -437,7 +299,7 @@ def init(model, rng, mesh=None):
     With a mesh, or under `jax.set_mesh`, each is born in its shards, never whole.
     Raises: UserError if the mesh does not divide them.
     """
-    mesh, make = current(mesh), lambda rng: draw(model, rng)
+    mesh, make = placement.current(mesh), lambda rng: draw(model, rng)
     if mesh is None:
         return jax.jit(make)(rng)
     return jax.jit(make, out_shardings=shardings(shapes(model), mesh))(rng)

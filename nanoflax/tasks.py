@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanoflax import (
-    batching, beams, denoising, distributed, encoding, metrics, objectives, sampling, sharding)
+    batching, beams, denoising, distributed, encoding, metrics, objectives, placement, sampling,
+    sharding)
 from nanoflax.examples import Chat, Classification, Pair, Tagging, Text
 
 
@@ -72,7 +73,7 @@ class Judge:
 
         guesses = functools.partial(objectives.guesses, model)
         self._sums, self._guesses, self._logits = (
-            jax.jit(sharding.traced_on(mesh, f)) for f in (sums, guesses, logits))
+            jax.jit(placement.traced_on(mesh, f)) for f in (sums, guesses, logits))
 
     def __call__(self, params, batches=0):
         """(numbers, predictions) on the first so many batches of the rows, 0 for all.

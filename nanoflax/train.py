@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nanoflax import distributed, hardware, peft, sharding, stacking
+from nanoflax import distributed, hardware, peft, placement, sharding, stacking
 from nanoflax.attention import Attention
 from nanoflax.config import METRICS
 from nanoflax.data import evaluation_batches, prefetch
@@ -149,7 +149,7 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
     Compiled once; every window counts once, whatever the batch size.
     """
     @jax.jit
-    @partial(sharding.traced_on, mesh)
+    @partial(placement.traced_on, mesh)
     def step(params, batch):
         _, nll, weight = objective(model, params, batch, chunks=config.train.loss_chunks)
         return nll, weight
@@ -178,7 +178,7 @@ def jit_step(step, state, mesh):
     """`step` to be compiled for each shape of batch; state (or its shapes) is donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
     options = hardware.compiler_options(mesh.devices.flat[0].platform)
-    return jax.jit(sharding.traced_on(mesh, step), donate_argnums=0,
+    return jax.jit(placement.traced_on(mesh, step), donate_argnums=0,
                    out_shardings=(shardings, None), compiler_options=options)
 
 
@@ -203,7 +203,7 @@ def attention_backends(model, params, batch, mesh, objective=causal_lm):
         return result
 
     with nn.intercept_methods(look):
-        jax.eval_shape(sharding.traced_on(mesh, lambda params, batch: objective(
+        jax.eval_shape(placement.traced_on(mesh, lambda params, batch: objective(
             model, params, batch)), params, batch)
     return ", ".join(dict.fromkeys(found))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanoflax import backends, masking, objectives, sharding, train
+from nanoflax import backends, masking, objectives, placement, sharding, train
 from nanoflax.attention import heads_first
 from nanoflax.backends import Call, Facts, choose
 from nanoflax.config import ModelConfig
@@ -263,7 +263,7 @@ def on_a_tpu(patch):
     def by_facts(q, k, v, causal, facts, scale, softcap):
         return plain(q, k, v, causal, facts, scale, softcap)
 
-    patch(sharding, "platform", lambda: "tpu")
+    patch(placement, "platform", lambda: "tpu")
     patch(backends, "BACKENDS", {"splash": backends.BACKENDS["splash"]._replace(attend=by_facts)})
 
 
@@ -287,9 +287,9 @@ def splash_on_a_mesh():
         y, pull = jax.vjp(lambda *x: attend(*x, True, Facts(segments), None, 0.0), q, k, v)
         return y, pull(dy)
 
-    places = [jax.NamedSharding(mesh, sharding.CACHE)] * 4 + [sharding.batch(mesh, 2)]
+    places = [jax.NamedSharding(mesh, placement.CACHE)] * 4 + [sharding.batch(mesh, 2)]
     arguments = jax.device_put((q, k, v, dy, segments), tuple(places))
-    split = jax.jit(sharding.traced_on(mesh, functools.partial(numbers, interpreted)))
+    split = jax.jit(placement.traced_on(mesh, functools.partial(numbers, interpreted)))
     split = split.lower(*arguments).compile()
     found = split(*arguments)
     same(jax.device_get(found), jax.jit(functools.partial(numbers, plain))(
@@ -322,6 +322,6 @@ def test_what_is_chosen_is_named_and_a_cache_is_plain(monkeypatch):
 
 
 def test_platform_is_that_of_the_mesh():
-    assert sharding.platform() == jax.default_backend()
+    assert placement.platform() == jax.default_backend()
     with jax.sharding.use_abstract_mesh(sharding.abstract_mesh((1, 1, 1), "tpu")):
-        assert sharding.platform() == "tpu"
+        assert placement.platform() == "tpu"

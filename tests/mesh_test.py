@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanoflax import objectives, peft, sampling, sharding
+from nanoflax import objectives, peft, placement, sampling, sharding
 from nanoflax.config import ModelConfig, PeftConfig
 from nanoflax.models import build
 
@@ -117,7 +117,7 @@ def on_meshes():
             mesh = sharding.make_mesh(shape)
             places = sharding.shardings(params, mesh)
             arguments = jax.device_put(params, places), sharding.put_batch(batch, mesh)
-            compiled = jax.jit(sharding.traced_on(mesh, step),
+            compiled = jax.jit(placement.traced_on(mesh, step),
                                out_shardings=(None, places)).lower(*arguments).compile()
             found = jax.device_get(compiled(*arguments))
             moved = collectives(compiled.as_text(), mesh)
@@ -251,7 +251,7 @@ def evaluated():
                 lengths=lambda indices: None)
 
     def objective(*arguments, **options):
-        ways.append(sharding.ways(B, T))
+        ways.append(placement.ways(B, T))
         return objectives.causal_lm(*arguments, **options)
 
     for shape in ("1,1,1", "1,2,2,2"):
@@ -296,7 +296,7 @@ def decoded():
 
         out[name] = [tokens(params), tokens(split)]
     zero = jax.device_put(np.float32(0), jax.NamedSharding(mesh, jax.P()))
-    cache = jax.jit(sharding.traced_on(mesh, lambda zero: jax.tree.map(
+    cache = jax.jit(placement.traced_on(mesh, lambda zero: jax.tree.map(
         lambda x: x + zero, build(MODELS["packed"]).empty_cache(8, 12)["layers"])))(zero)
     out["cache"] = [x.addressable_shards[0].data.shape for x in jax.tree.leaves(cache)]
     return out
