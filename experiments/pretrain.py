@@ -79,10 +79,11 @@ def run(config, workdir):
     sharding.check_memory(shapes, mesh)
     batch = train.abstract_batch(config, mesh)
     attention = train.attention_backends(model, shapes.params, batch, mesh)
-    with (concurrent.futures.ThreadPoolExecutor(1) as background,  # compile while text is read
-          checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep) as saves):
-        step = background.submit(train.compile_step, train.make_train_step(
-            model, optimizer, config), shapes, batch, mesh)
+    background = concurrent.futures.ThreadPoolExecutor(1)  # compile while text is read
+    step = background.submit(train.compile_step, train.make_train_step(
+        model, optimizer, config), shapes, batch, mesh)
+    background.shutdown(wait=False)  # an error that comes meanwhile is told at once
+    with checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep) as saves:
         stores = [data.prepare(source, tokenizer, split, config.data.cache or None,
                                config.data.workers or None, progress=common.writes())
                   for split in ("train", "validation")]

@@ -223,9 +223,10 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, mask, causal, bias=None, facts=None, cached=False):
         """q: [B, H, T, K]; k, v: [B, G, S, K]; facts: what the mask says, as a backends.Facts, or
-        None. With a cache always plain. Returns the heads' outputs, projected: [B, T, D]."""
+        None. With a cache, and for init, always plain. Returns the heads' outputs, projected:
+        [B, T, D]."""
         c, name = self.config, "plain"
-        if not cached:
+        if not cached and not self.is_initializing():
             name, _ = self.backend(q, k, causal, bias, facts)
         if name == "plain":
             y = heads_first(q, placement.gather_time(k), placement.gather_time(v), mask, causal, bias,

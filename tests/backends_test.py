@@ -303,10 +303,10 @@ def test_splash_on_a_mesh_equals_plain_each_device_its_rows_and_heads():
     assert not any(moved) and shapes == [[1, 1, 128, K], [1, 2, 128, K]]  # of keys and of queries
 
 
-def test_what_is_chosen_is_named_and_a_cache_is_plain(monkeypatch):
+def test_what_is_chosen_is_named_and_a_cache_and_init_are_plain(monkeypatch):
     config = dataclasses.replace(MODELS["decoder"], attention_backend="splash")
     model = build(config)
-    params = sharding.init(build(MODELS["decoder"]), jax.random.PRNGKey(0))
+    params = sharding.init(model, jax.random.PRNGKey(0))
     mesh = sharding.make_mesh("1,1,1", jax.devices()[:1])
     batch = batch_of("decoder")
     with pytest.raises(UserError, match="model.attention_backend='splash' cannot serve: it runs on "

@@ -3,8 +3,17 @@
 Command:   python -m experiments.sweep --config=shift --workdir=runs/shift \\
                --grid config.task.shift_probability=0,0.5 --grid config.model.output_delay=0,2 \\
                --metric=bleu_shifted
-Hardware:  two CPU cores
-Figure:    not measured yet.
+Hardware:  two CPU cores, 18 minutes of processor time for the four
+Figure:    of 1,105 unseen dates, BLEU (and the share exactly right); one seed each:
+
+               trained with                    clean          shifted
+               nothing                         99.8 (99.3%)   65.2 (34.5%)
+               an output delay of 2            100.0 (100%)   50.8 (27.9%)
+               shifted inputs, half of them    99.5 (98.8%)   91.3 (79.6%)
+               both                            99.9 (99.6%)   92.5 (81.7%)
+
+           Shifting inputs is what helps; a delay alone learns the clean task best and the shifted
+           one worst.
 
 Every validation source is also measured with one or two of its tokens put in, dropped or rotated
 (batching.moved), against the same target.
