@@ -499,8 +499,9 @@ def writes():
 
 
 @contextlib.contextmanager
-def displays(workdir, config, start_step, flops_per_token, peak_flops):
-    """The (log, progress) of `train.fit`; silent ones on processes that do not write."""
+def displays(workdir, config, start_step, tokens_per_step, flops_per_token=None, peak_flops=None):
+    """The (log, progress) of `train.fit`; silent ones on processes that do not write. With the last
+    two (of all devices together) progress shows the MFU."""
     from nanoflax import report
 
     if not writes():
@@ -509,8 +510,8 @@ def displays(workdir, config, start_step, flops_per_token, peak_flops):
     t = config.train
     with (report.MetricsLog(workdir, t.tensorboard, t.wandb or None, start_step,
                             configs.to_dict(config)) as log,
-          report.Progress(t.steps, start_step, t.batch_size * config.model.context,
-                          flops_per_token, peak_flops) as progress):
+          report.Progress(t.steps, start_step, tokens_per_step, flops_per_token,
+                          peak_flops) as progress):
         yield log, progress
 
 

@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import shutil
+import statistics
 
 from absl import flags
 
@@ -51,7 +52,7 @@ def run(config, workdir):
     import jax
 
     from nanoflax import (
-        batching, checkpoint, distributed, examples, hardware, models, optim, peft, plots, sharding,
+        batching, checkpoint, distributed, examples, models, optim, peft, plots, sharding,
         stacking, tasks, train)
 
     task, t = config.task, config.train
@@ -108,11 +109,7 @@ def run(config, workdir):
         found, _ = judge(peft.join(trained, frozen), t.evaluate_batches)
         return found, f"step {at}: {common.numbers(found)}"
 
-    # Rows are at most task.length long, whatever the model's context.
-    shown = dataclasses.replace(config, model=dataclasses.replace(
-        config.model, context=min(task.length, config.model.context)))
-    peak = hardware.peak_flops(mesh.devices.flat[0])
-    peak = peak * mesh.size if peak else hardware.measure_peak_flops()
+    tokens = t.batch_size * statistics.mean(map(rows.n_tokens, range(len(rows))))  # no padding
     meta = {"tokenizer": tokenizer.fingerprint, "config": configs.to_dict(config),
             "data": fingerprint(data.train), "validation": fingerprint(data.validation)}
     distributed.check_same("their data", {k: meta[k] for k in meta if k != "config"})
@@ -131,9 +128,7 @@ def run(config, workdir):
             common.write_labels(workdir, data.labels, data.multi_label)
         stopped = start >= t.steps or 0 < t.patience <= tracking.waited  # the latter: early
         if tracking.owed or not stopped:
-            # What is frozen has no gradient: the formula would count too much.
-            flops = None if frozen else models.flops_per_token(config.model, shown.model.context)
-            with common.displays(workdir, shown, start, flops, peak) as (log, progress):
+            with common.displays(workdir, config, start, tokens) as (log, progress):
                 if start == 0 and config.model.init_from:  # what the source knows already
                     found, line = evaluate(state.params, 0)
                     log.log(0, **found)
@@ -299,7 +294,7 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
         plots.plot_alignment(os.path.join(workdir, "attention.png"), np.asarray(weights), *(
             [tokenizer.decode([i]) or "·" for i in row[side].tolist()]
             for side in ("source", "targets")))
-    plots.plot_losses(workdir, config.train.batch_size * config.task.length)
+    plots.plot_losses(workdir)
     print(f"best at step {step}: {common.numbers(found)}")
     wrote = ("result.json", "predictions.jsonl", "loss.png", "attention.png", "final", "adapter")
     print(f"{workdir}: " + ", ".join(

@@ -143,7 +143,8 @@ def run(config, workdir):
             sample = "\n  | ".join(continuation(params).splitlines())
             return found, f"step {at}: {numbers}" + (f"\n  | {sample}" if sample else "")
 
-        with common.displays(workdir, config, start_step, flops, peak) as (log, progress):
+        tokens = config.train.batch_size * config.model.context
+        with common.displays(workdir, config, start_step, tokens, flops, peak) as (log, progress):
             state, tracking, outcome = train.fit(
                 state, step.result(), batches, config, mesh, evaluate=evaluate,
                 checkpoints=saves, log=log, progress=progress, meta=identity, tracking=tracking,

@@ -117,7 +117,7 @@ def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsy
     config = configs.Config(train=configs.TrainConfig(steps=1))
     for index, files in ((1, set()), (0, {"metrics.jsonl", "tensorboard"})):
         monkeypatch.setattr(jax, "process_index", lambda: index)
-        with common.displays(tmp_path, config, 0, 10.0, None) as (log, progress):
+        with common.displays(tmp_path, config, 0, 10.0) as (log, progress):
             progress.update(1, 5.0)  # all that train.fit does with them
             log.log(1, loss=5.0, tokens_per_second=progress.tokens_per_second or 0)
             with progress.pause():
