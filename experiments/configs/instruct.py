@@ -5,7 +5,10 @@ Command:   python -m experiments.finetune --config=instruct --workdir=runs/instr
            (SOURCE may be SmolLM2-135M-Instruct, which a package carries: see the README. Without
            one, from scratch. --config.data.train=jsonl:FILE reads messages of your own.)
 Hardware:  two CPU cores
-Figure:    not measured yet.
+Figure:    SmolLM2-135M-Instruct with LoRA (1.78% of the parameters, 9.8 MB) by 60 steps of 4
+           (train.evaluate_every=30, evaluate_batches=12, optim.warmup_steps=5): perplexity of
+           held-out replies 28.0 before, 19.3 after 30 steps (10 minutes), 18.7 after 60, 16 min 47 s
+           in all. From scratch not measured.
 """
 
 from nanoflax.config import (
