@@ -319,11 +319,16 @@ def started(model, given, seed, mesh):
     return traverse_util.unflatten_dict(new, sep="/")
 
 
-def examples_of(data):
-    """The TaskSource of a DataConfig."""
+def examples_of(data, name=None):
+    """The TaskSource of a DataConfig (or of another source string, read and cleaned the same way).
+    """
     from nanoflax.examples import TaskSource
 
-    return TaskSource(data.train, data.validation, data.validation_fraction, fields=data.fields)
+    fields = data.fields or ("" if data.field == "text" else f"text={data.field}")
+    return TaskSource(name or data.train, "" if name else data.validation,
+                      data.validation_fraction, fields=fields, unicode=data.unicode,
+                      whitespace=data.whitespace, keep_duplicates=data.keep_duplicates,
+                      limit=data.limit)
 
 
 def write_labels(workdir, labels, several):
@@ -380,16 +385,21 @@ def is_run(path):
 
 def open_model(source, which="best"):
     """(model, params, tokenizer or None) of a run's workdir, a directory of Transformers, a name on
-    the hub or a .gguf file.
+    the hub, a .gguf file, or a directory of the peft library: low-rank adapters, which are folded
+    into the model that it names.
 
     Raises: UserError for what cannot be opened, or a tokenizer that the embedding is too small for.
     """
-    from nanoflax import gguf, hf, hf_tokenizers, models, tokenizers
+    from nanoflax import gguf, hf, hf_tokenizers, models, peft, peft_format, tokenizers
 
     if is_run(source):
         source = whole(source, which)
         config, tokenizer = read_run(source)
         return *restore_model(source, config, tokenizer, which), tokenizer
+    if base := peft_format.base_of(source):
+        model, params, tokenizer = open_model(base, which)
+        params, _ = peft_format.load(source, model.config, params)
+        return model, peft.merge(params), tokenizer
     path = hf.find(source)
     config, params = hf.load(path)
     if path.suffix == ".gguf":
@@ -435,9 +445,11 @@ def resumable(workdir, config, restart):
             old[section].pop(name), new[section].pop(name)
     changed = configs.diff(old, new)
     if changed and not restart:
+        begin = ("--restart_from_weights" if "restart_from_weights" in FLAGS
+                 else f"--config.model.init_from={workdir} and another --workdir")
         raise UserError(f"--workdir={workdir} holds a run with another configuration "
-                        f"({'; '.join(changed)}); choose another --workdir, or "
-                        "--restart_from_weights to begin a new run from its weights")
+                        f"({'; '.join(changed)}); choose another --workdir, or begin a new run from "
+                        f"its weights with {begin}")
     return saved
 
 

@@ -41,7 +41,7 @@ def main():
     if FLAGS.dtype:
         params = jax.tree.map(lambda x: x.astype(FLAGS.dtype), params)
     if common.is_run(source) or FLAGS.to_transformers:
-        family = hf.save(target, model.config, params, tokenizer)
+        family = hf.save(target, model.config, params, tokenizer, labels=labels_of(source))
         print_mapping(family, model.config, params)
         print(f"{target}: open it with transformers.AutoModel.from_pretrained, or "
               f"python -m experiments.sample --model={target}")
@@ -53,6 +53,15 @@ def main():
             print_mapping(families.of_config(model.config), model.config, params)
         print(f"{target}: python -m experiments.sample --workdir={target}")
     return 0
+
+
+def labels_of(source):
+    """The class names of a run of finetune; of any other model ()."""
+    if not common.is_run(source):
+        return ()
+    source = common.whole(source, FLAGS.checkpoint)
+    config = common.read_config(os.path.join(source, "config.json"))
+    return (common.read_labels(source, config) or ((), False))[0]
 
 
 def print_mapping(family, config, params):

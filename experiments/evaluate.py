@@ -3,6 +3,7 @@
     python -m experiments.evaluate --workdir=runs/pydocs_tiny --data='text:notes/*.md'
     python -m experiments.evaluate --workdir=runs/x --data=tfds:tiny_shakespeare --split=validation
     python -m experiments.evaluate --workdir=runs/topics --data=jsonl:new.jsonl --out=said.jsonl
+    python -m experiments.evaluate --workdir=runs/tags --data=tfds:conll2003 --split=test
     python -m experiments.evaluate --model=SOURCE --candidates=FILE.jsonl --out=ranked.jsonl
 
 Prints one JSON object. Of a run of pretrain: loss, perplexity and bits per byte of text, whose
@@ -33,7 +34,7 @@ flags.DEFINE_string("model", "", "with --candidates, instead of --workdir: a dir
 flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which of its checkpoints")
 flags.DEFINE_string("data", "", "of pretrain pydocs | text:GLOB | tfds:NAME[:FIELD], of finetune a "
                     "source of examples; empty is the run's own validation split")
-flags.DEFINE_enum("split", "all", ["all", "train", "validation"], "which part of --data, of text")
+flags.DEFINE_enum("split", "all", ["all", "train", "validation", "test"], "which part of --data")
 flags.DEFINE_string("candidates", "", "a .jsonl file of candidates to rank")
 flags.DEFINE_string("out", "", "a .jsonl file for predictions or rankings")
 
@@ -62,6 +63,8 @@ def on_text(config, tokenizer):
 
     if FLAGS.out:
         raise UserError("--out needs --candidates or a run of finetune: text has no predictions")
+    if FLAGS.split == "test":
+        raise UserError("--split=test is of examples; text has train, validation and all")
     store = data.prepare(common.source_of(config.data, FLAGS.data), tokenizer,
                          FLAGS.split if FLAGS.data else "validation", config.data.cache or None)
     windows = data.Windows(store, config.model.context, config.data.packing == "isolated")
@@ -80,13 +83,11 @@ def on_examples(config, tokenizer, labels, several):
     """What finetune says of its validation examples, of these; the table goes to stderr."""
     from nanoflax import examples, metrics, sharding, sources, tasks
 
-    if FLAGS.split != "all":
-        raise UserError(f"--split={FLAGS.split} is of text; examples are all read")
     task, report = config.task, sources.Report()
     kind = tasks.TASKS[task.kind].examples
     if FLAGS.data:
-        source = examples.TaskSource(FLAGS.data, fields=config.data.fields)
-        found = examples.read(source, kind, labels, report)
+        source = common.examples_of(config.data, FLAGS.data)
+        found = examples.read(source, kind, labels, report, FLAGS.split)
     else:
         loaded = examples.load(common.examples_of(config.data), kind, labels or None)
         found, report = loaded.validation, loaded.report
@@ -98,7 +99,7 @@ def on_examples(config, tokenizer, labels, several):
         if not predictions:
             raise UserError(f"--out: task.kind={task.kind!r} is measured by its loss, and has no "
                             "predictions")
-        common.write_jsonl(FLAGS.out, tasks.records(rows.examples, predictions))
+        common.write_jsonl(FLAGS.out, tasks.records(judge.rows.examples, predictions))
     if task.kind in ("classify", "tag"):
         print("\n".join(metrics.table(judge.report)), file=sys.stderr)
     return {"data": FLAGS.data or f"{config.data.train} (validation)", "examples": len(rows),
@@ -145,11 +146,14 @@ def ranked(path):
 
 def candidate_ids(tokenizer, prompt, text, architecture):
     """(the prompt's ids, the candidate's): of a decoder as the two read together, if the prompt's
-    are the same there; of an encoder-decoder the candidate with the token that ends it."""
+    are the same there; of an encoder-decoder the candidate with the tokens that frame it."""
+    from nanoflax import encoding
+
     ids = common.prompt_ids(tokenizer, prompt, architecture)
-    if architecture != "decoder":
+    if architecture != "decoder":  # as batching.encode frames the targets of training
         encode = getattr(tokenizer, "encode_target", tokenizer.encode)
-        return ids, [*encode(text), tokenizer.eos_id]
+        before, after = encoding.ends(tokenizer)
+        return ids, [*before, *encode(text), *after]
     whole = common.prompt_ids(tokenizer, prompt + text, architecture)
     same = len(whole) > len(ids) and whole[:len(ids)] == ids
     return ids, whole[len(ids):] if same else tokenizer.encode(text)
@@ -160,6 +164,8 @@ def read_candidates(path):
 
     Raises: UserError naming every line that is none.
     """
+    from nanoflax.tokenizers import well_formed
+
     questions, found = [], []
     try:
         with open(path, encoding="utf-8") as f:
@@ -186,7 +192,8 @@ def read_candidates(path):
             found.append(f"{path}:{i} has the answer {answer!r}, which is neither a candidate nor "
                          f"the number of one (0 to {len(texts) - 1})")
             continue
-        questions.append({"prompt": q["prompt"], "candidates": texts, "answer": answer})
+        questions.append({"prompt": well_formed(q["prompt"]),
+                          "candidates": [well_formed(text) for text in texts], "answer": answer})
     if found:
         raise UserError("; ".join(found[:8]) + (f"; {len(found) - 8} more" if found[8:] else ""))
     if not questions:

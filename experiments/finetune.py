@@ -63,9 +63,7 @@ def run(config, workdir):
         raise UserError(f"train.label_smoothing={t.label_smoothing} does not go with several "
                         "labels: each is a question of its own; set it to 0")
     config, params, tokenizer = starting_point(config, data, workdir, mesh)
-    sharding.check(config, mesh, {
-        "task.length": task.length, "task.target_length": task.target_length,
-        "the shortest batch": batching.SHORTEST})
+    sharding.check(config, mesh, lengths(task) | {"the shortest batch": batching.SHORTEST})
     distributed.first(lambda: common.resumable(  # refuses another run's workdir
         workdir, config, restart=False) is not None)
     encode = lambda part: tasks.encode(  # noqa: E731
@@ -192,12 +190,19 @@ def starting_point(config, data, workdir, mesh):
             m.head != model.config.head or m.output_delay and not model.config.output_delay):
         # What is new was never trained: frozen it would stay random.
         config = dataclasses.replace(config, peft=dataclasses.replace(p, trained="adapters,head"))
-    if max(task.length, task.target_length) > m.context:
-        raise UserError(f"task.length={task.length} and task.target_length={task.target_length} "
-                        f"must be at most the model's context of {m.context}")
+    if long := [f"{name}={n}" for name, n in lengths(task).items() if n > m.context]:
+        raise UserError(f"{' and '.join(long)} must be at most the model's context of {m.context}")
     config = dataclasses.replace(config, model=m)
     configs.validate(config)
     return config, params, tokenizer
+
+
+def lengths(task):
+    """The fields of a TaskConfig that say how long its rows may be."""
+    found = {"task.length": task.length}
+    if task.kind in ("translate", "denoise"):
+        found["task.target_length"] = task.target_length
+    return found
 
 
 def fingerprint(examples):
@@ -268,7 +273,7 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
         try:
             if common.writes():
                 peft_format.save(os.path.join(workdir, "adapter"), model_config, adapters,
-                                 config.peft)
+                                 config.peft, base=model_config.init_from)
         except UserError as error:  # such as a model that no class of Transformers is
             print(f"no adapter/ for the peft library: {error}")
         params = peft.merge(params)

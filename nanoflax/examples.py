@@ -8,12 +8,10 @@ import hashlib
 import itertools
 import json
 import re
-import unicodedata
 
 from nanoflax.errors import UserError
 from nanoflax.sources import Report, chosen
 from nanoflax.task_sources import Chat, Classification, Pair, Tagging, TaskSource, Text, records
-from nanoflax.tokenizers import well_formed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +43,7 @@ def load(source, kind, labels=None):
         train = _without_duplicates(train, report)
     if source.validation:
         other = source.read_as(source.validation)
-        validation = _collect(other, kind, _whole(records(other, kind, report)), report)
+        validation = _collect(other, kind, _part(records(other, kind, report, "all"), other), report)
     elif "validation" in splits:
         validation = _collect(source, kind, splits["validation"], report)
     else:
@@ -64,27 +62,36 @@ def load(source, kind, labels=None):
     return TaskData(train, validation, labels or (), report)
 
 
-def read(source, kind, labels=None, report=None):
-    """All examples of a TaskSource (or its name), as new data to evaluate on -> list."""
+def read(source, kind, labels=None, report=None, split="all"):
+    """The examples of a TaskSource (or its name), as new data to evaluate on -> list.
+
+    split: all of them, or train, validation or (of TFDS) test. Raises UserError if there is none.
+    """
     source = source if isinstance(source, TaskSource) else TaskSource(source)
     report = Report() if report is None else report
-    examples = _collect(source, kind, _whole(records(source, kind, report)), report)
+    examples = _collect(source, kind, _part(records(source, kind, report, split), source, split),
+                        report)
     if labels:
         examples = _known(examples, kind, labels, report)
     _check(source.name, "evaluation", kind, examples, report)
     return examples
 
 
-def _whole(splits):
-    return itertools.chain.from_iterable(splits.values())
+def _part(splits, source, split="all"):
+    if split == "all":
+        return itertools.chain.from_iterable(splits.values())
+    if split not in splits:
+        raise UserError(f"{source.name} has no split {split!r} of its own, only "
+                        f"{', '.join(splits)}; all reads everything")
+    return splits[split]
 
 
 def _collect(source, kind, records, report):
     make = {Classification: _classification, Tagging: _tagging, Pair: _pair, Chat: _chat,
             Text: _text}[kind]
 
-    def clean(value, place):
-        return clean_text(value, place, report, source.unicode, source.whitespace)
+    def clean(text, place):
+        return source.clean(text, place, report)
 
     made = (make(record, place, clean, report) for place, record in records)
     return list(itertools.islice((e for e in made if e is not None), source.limit or None))
@@ -151,32 +158,6 @@ def _check_classes(name, kind, examples):
         raise UserError(f"{name}: every example has the label {', '.join(examples[0].labels)!r} "
                         f"({examples[0].place} and {len(examples) - 1} more); classification "
                         "needs two classes")
-
-
-# Cleaning.
-
-# \x1c-\x1e and \x85 are line ends to Python, so whitespace.
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\ufeff]")
-_WHITESPACE = {
-    "trim": lambda text: "\n".join(line.rstrip() for line in text.splitlines()).strip(),
-    "collapse": lambda text: " ".join(text.split()),
-    "": lambda text: text,
-}
-
-
-def clean_text(text, place, report, unicode="NFC", whitespace="trim"):
-    """The cleaned text; each step that changes it is counted in the report. See TaskSource."""
-    for name, step in (
-            ("unpaired surrogates, read as U+FFFD", well_formed),
-            (f"texts normalized to {unicode}",
-             lambda text: unicodedata.normalize(unicode, text) if unicode else text),
-            ("texts with control characters, removed", lambda text: _CONTROL.sub("", text)),
-            (f"texts with whitespace to {whitespace}", _WHITESPACE[whitespace])):
-        new = step(text)
-        if new != text:
-            report.add(name, place)
-        text = new
-    return text
 
 
 # From a record, a dict by our names for the fields, to an example; None, and counted, if it is bad.

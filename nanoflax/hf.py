@@ -63,13 +63,13 @@ def load(source, dtype=None, mesh=None):
 
 
 def save(directory, config, params, tokenizer=None, model_type=None,
-         max_shard_bytes=5_000_000_000):
+         max_shard_bytes=5_000_000_000, labels=()):
     """Write a directory that Transformers' AutoModel...from_pretrained opens.
 
     params: of `nanoflax.build(config)`, written in their dtypes one at a time; tokenizer: its files
     and the ids of its special tokens go along; model_type: the family, default the first whose
-    configuration can say what this one does. Rows of config.vocab_padding are left out.
-    Returns the family.
+    configuration can say what this one does; labels: the names of the classes. Rows of
+    config.vocab_padding are left out. Returns the family.
     Raises: UserError if none can, if params are not the configuration's, or nothing can be written.
     """
     config, params = without_padding(config, params)
@@ -94,6 +94,9 @@ def save(directory, config, params, tokenizer=None, model_type=None,
                  for name, other in family.same(config).items() if other in rows}
     safetensors_io.save(directory, map(tensor, rows.values()), max_shard_bytes)
     hf = families.from_config(family, config)
+    if labels:
+        hf |= {"id2label": {str(i): name for i, name in enumerate(labels)},
+               "label2id": {name: i for i, name in enumerate(labels)}}
     hf["torch_dtype"] = str(params["embed/embedding"].dtype)
     ids = {"bos_token_id": None, "eos_token_id": None}
     if tokenizer is not None:

@@ -132,10 +132,6 @@ class Encoder(LanguageModel):
         """The first state through the pooler's Linear and activation: [B, T, D] -> [B, D]."""
         return activate(self.config.pooler_activation, self.pooler(x[:, 0]))
 
-    def pooled(self, tokens, padding_mask=None, token_types=None):
-        """`pool` of the states of tokens [B, T] int32. Returns [B, D]."""
-        return self.pool(self.hidden(tokens, padding_mask, token_types))
-
 
 class EncoderDecoder(SourceModel):
     """An encoder, and a decoder that also attends to its states (Vaswani et al. 2017)."""

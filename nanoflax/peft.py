@@ -122,7 +122,7 @@ def trainable(params, peft_config):
     """Which parameters are trained, by peft_config.trained: a tree of bool.
 
     The scale and mask of low-rank adapters belong to the adapters; no gradient reaches them.
-    Raises: UserError for a part of it that no parameter fits.
+    Raises: UserError for a part of it that no parameter fits, or adapters that are not trained.
     """
     flat = flatten_dict(params, sep="/")
     default = "all" if peft_config.kind == "none" else "adapters"
@@ -134,6 +134,9 @@ def trainable(params, peft_config):
         if not found:
             raise UserError(f"peft.trained={part!r} fits no parameter of this model")
         chosen |= found
+    if peft_config.kind != "none" and not any(re.fullmatch(_ADAPTER, path) for path in chosen):
+        raise UserError(f"peft.trained={peft_config.trained!r} leaves the adapters of "
+                        f"peft.kind={peft_config.kind!r} out: add adapters, or set peft.kind=none")
     return unflatten_dict({path: path in chosen for path in flat}, sep="/")
 
 

@@ -105,6 +105,22 @@ def _whole_modules(config, model_type, flat, trained):
     return tensors
 
 
+def base_of(directory):
+    """The model that adapters of the `peft` library belong to, as they name it; None if a directory
+    holds none.
+
+    Raises: UserError if they name none.
+    """
+    path = pathlib.Path(directory) / CONFIG
+    if not path.exists():
+        return None
+    base = safetensors_io.read_json(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path}: base_model_name_or_path={base!r} must name the model that the "
+                        "adapters belong to")
+    return base
+
+
 def load(directory, config, params, model_type=None):
     """LoRA, DoRA or AdaLoRA of the `peft` library, put among the parameters of their model, and its
     modules_to_save in the places of the model's own.

@@ -17,12 +17,14 @@ import dataclasses
 import gzip
 import itertools
 import re
+import unicodedata
 import zlib
 
 from nanoflax import builtin
 from nanoflax.errors import UserError
 from nanoflax.sources import (
-    Source, chosen, dataset_examples, dataset_splits, documents, json_lines, open_dataset)
+    Report, Source, chosen, dataset_examples, dataset_splits, documents, json_lines, open_dataset)
+from nanoflax.tokenizers import well_formed
 
 HELP = ("choose jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, "
         "dates:en-fr, pytags, pymodules, pychats, bible:kjv-web, or for texts pydocs or text:GLOB")
@@ -75,6 +77,14 @@ class Text:
     input = property(lambda self: self.text)
 
 
+# \x1c-\x1e and \x85 are line ends to Python, so whitespace.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\ufeff]")
+_WHITESPACE = {
+    "trim": lambda text: "\n".join(line.rstrip() for line in text.splitlines()).strip(),
+    "collapse": lambda text: " ".join(text.split()),
+    "": lambda text: text,
+}
+
 # Of well-known TFDS data sets; those of translations name their two languages in their configs.
 DATASETS = {
     "glue/sst2": {"text": "sentence"},
@@ -124,18 +134,35 @@ class TaskSource:
     def read_as(self, name):
         return dataclasses.replace(self, name=name, validation="")
 
+    def clean(self, text, place, report):
+        """The cleaned text; each step that changes it is counted in the report."""
+        for name, step in (
+                ("unpaired surrogates, read as U+FFFD", well_formed),
+                (f"texts normalized to {self.unicode}", lambda text: unicodedata.normalize(
+                    self.unicode, text) if self.unicode else text),
+                ("texts with control characters, removed", lambda text: _CONTROL.sub("", text)),
+                (f"texts with whitespace to {self.whitespace}", _WHITESPACE[self.whitespace])):
+            new = step(text)
+            if new != text:
+                report.add(name, place)
+            text = new
+        return text
+
 
 # From a source to its records.
 
 
-def records(source, kind, report):
-    """{"train": records} and perhaps "validation": iterables of (place, record)."""
+def records(source, kind, report, split=None):
+    """{"train": records} and perhaps "validation": iterables of (place, record).
+
+    split: what is to be read, if it is not the two for training: one of them, test, or all.
+    """
     scheme, _, rest = source.name.partition(":")
     if kind is Text and (source.name == "pydocs" or scheme == "text"):
-        return _documents(source, report)
+        return _documents(source, report, split)
     if kind is Text and (scheme == "pairs" or builtin.KINDS.get(scheme) == "Pair"):
-        found = records(source, Pair, report)
-        if "validation" not in found and not source.validation:
+        found = records(source, Pair, report, split)
+        if "validation" not in found and not source.validation and split != "all":
             found = _split(source, found["train"])
         return {split: _sides(pairs) for split, pairs in found.items()}
     if scheme in builtin.KINDS:
@@ -146,7 +173,7 @@ def records(source, kind, report):
         return builtin.records(scheme, rest)
     readers = {"jsonl": _jsonl, "tsv": _tsv, "conll": _conll, "pairs": _pairs}
     if scheme == "tfds" and rest:
-        return _tfds(source, rest, kind)
+        return _tfds(source, rest, kind, split)
     if scheme not in readers or not rest:
         raise UserError(f"task data {source.name!r} is not known; {HELP}")
     if {"conll": Tagging, "pairs": Pair}.get(scheme, kind) is not kind:
@@ -154,16 +181,20 @@ def records(source, kind, report):
     return {"train": readers[scheme](source, rest, kind, report)}
 
 
-def _documents(source, report):
+def _documents(source, report, split):
     """The splits of a nanoflax.sources.Source, which pretraining makes too."""
-    texts = Source(source.name, validation_fraction=source.validation_fraction)
-    splits = {"train": "all"} if source.validation else {s: s for s in ("train", "validation")}
+    texts = Source(source.name, _renamed(source).get("text", "text"),
+                   validation_fraction=source.validation_fraction)
 
-    def of(split):
+    def of(split, report):
         for i, text in enumerate(documents(texts, split, report), 1):
             yield f"{source.name} {split}:{i}", {"text": text}
 
-    return {name: of(split) for name, split in splits.items()}
+    if split in ("all", "train", "validation"):
+        return {split: of(split, report)}
+    if source.validation:
+        return {"train": of("all", report)}
+    return {"train": of("train", report), "validation": of("validation", Report())}  # counted once
 
 
 def _split(source, pairs):
@@ -171,7 +202,8 @@ def _split(source, pairs):
     target that it is to be measured by."""
     parts = {"train": [], "validation": []}
     for place, record in pairs:
-        held_out = chosen(repr(record["source"].strip()), source.validation_fraction)
+        text = source.clean(record["source"], place, Report())  # counted later
+        held_out = chosen(repr(text), source.validation_fraction)
         parts["validation" if held_out else "train"].append((place, record))
     return parts
 
@@ -238,8 +270,8 @@ def _tsv(source, path, kind, report):
         cells = line.split("\t")
         if columns is None:
             header = renamed or theirs.keys() & set(cells)
-            columns = {theirs.get(cell, cell): i for i, cell in enumerate(cells)} if header else {
-                ours: i for i, ours in enumerate(kind.fields)}
+            columns = {theirs[cell]: i for i, cell in enumerate(cells) if cell in theirs} if (
+                header) else {ours: i for i, ours in enumerate(kind.fields)}
             missing = [name for name in kind.fields if name not in columns
                        and not (name == "label" and "labels" in columns)]
             if missing:
@@ -308,7 +340,7 @@ def _pairs(source, paths, kind, report):
         yield place, {"source": text, "target": other}
 
 
-def _tfds(source, name, kind):
+def _tfds(source, name, kind, only):
     import tensorflow_datasets as tfds
 
     builder = open_dataset(name, source.data_dir)
@@ -341,5 +373,7 @@ def _tfds(source, name, kind):
                 ours: value(example[theirs], features[theirs]) for ours, theirs in names.items()}
 
     splits = dataset_splits(builder)
+    if only:  # by its own names
+        return {name: of(name) for name in splits["all"] if only in (name, "all")}
     return {split: of(splits[split][0]) for split in ("train", "validation")
             if split in splits}

@@ -29,7 +29,7 @@ class Task(NamedTuple):
     architectures: tuple  # that can learn it
     objective: Callable  # of nanoflax.objectives, over the batches of batching.Rows
     answer: Callable | None = None  # (judge, params, number of rows) -> predictions
-    measure: Callable | None = None  # (predictions, examples) -> (numbers, report)
+    measure: Callable | None = None  # (predictions, examples, TaskConfig) -> (numbers, report)
     metrics: tuple = ("perplexity",)  # what a Judge finds beside validation_loss
     accuracy: str = ""  # what the share of targets that are likeliest is called, if it is told
 
@@ -106,7 +106,8 @@ class Judge:
         predictions = self.task.answer(self, params, number) if self.task.answer else []
         if self.task.measure is None:
             return numbers, predictions, {}
-        figures, report = self.task.measure(predictions, self.rows.examples[:number])
+        figures, report = self.task.measure(predictions, self.rows.examples[:number],
+                                            self.config.task)
         return numbers | figures, predictions, report
 
     def batches(self, number):
@@ -191,24 +192,24 @@ def filled(judge, params, number):
 # Measures.
 
 
-def class_scores(predictions, examples):
+def class_scores(predictions, examples, _):
     report = metrics.classes(predictions, [example.labels for example in examples])
     return {"accuracy": report["accuracy"], "macro_f1": report["macro"]["f1"]}, report
 
 
-def tag_scores(predictions, examples):
+def tag_scores(predictions, examples, _):
     report = metrics.tags(predictions, [list(example.tags) for example in examples])
     return {"f1": report["micro"]["f1"], "accuracy": report["accuracy"]}, report
 
 
-def text_scores(predictions, examples):
+def text_scores(predictions, examples, task):
     targets = [example.target for example in examples]
-    report = metrics.translation(predictions, targets)
+    report = metrics.translation(predictions, targets, task.bleu_tokenize)
     return {"exact_match": metrics.exact_match(predictions, targets), "bleu": report["bleu"],
             "chrf": report["chrf"], "rouge_l": metrics.rouge_l(predictions, targets)}, report
 
 
-def exact(predictions, examples):
+def exact(predictions, examples, _):
     found = {"exact_match": metrics.exact_match(predictions, [e.target for e in examples])}
     return found, found
 

@@ -314,10 +314,11 @@ def test_duplicates_and_shared_inputs_are_counted(tmp_path):
 @given(st.text(), st.sampled_from(["NFC", "NFKC", ""]), st.sampled_from(["trim", "collapse", ""]))
 def test_cleaning_is_counted_when_and_only_when_it_changes(text, unicode, whitespace):
     report = sources.Report()
-    clean = examples.clean_text(text, "here", report, unicode, whitespace)
+    source = TaskSource("jsonl:x", unicode=unicode, whitespace=whitespace)
+    clean = source.clean(text, "here", report)
     assert bool(report.counts) >= (clean != text)
     again = sources.Report()
-    assert examples.clean_text(clean, "here", again, unicode, whitespace) == clean
+    assert source.clean(clean, "here", again) == clean
     clean.encode()
     if unicode and not whitespace:
         assert unicodedata.is_normalized(unicode, clean)
@@ -341,6 +342,27 @@ def test_each_step_of_cleaning(tmp_path):
         (1, [f"{tmp_path}/x.jsonl:{n}"]) for n in (1, 2, 3, 4)]
     found, _ = read(TaskSource(source, unicode="NFKC", whitespace="collapse"), Text)
     assert [e.text for e in found] == ["é", "ab", "a b", "\ufffd", "fine"]
+
+
+def test_texts_to_measure_are_whole_and_damage_is_counted_once(tmp_path):
+    for i in range(3):
+        text = b"%d to be or not to be, that is the question \xff" % i
+        (tmp_path / f"{i}.txt").write_bytes(text * 9)
+    source = TaskSource(f"text:{tmp_path}/*.txt", validation_fraction=0.5)
+    found, problems = read(source, Text)
+    assert len(found) == 3 and len({e.text[1:].replace(e.text[0], "") for e in found}) == 1
+    data = examples.load(source, Text)
+    damage = "invalid UTF-8, read as U+FFFD"
+    assert problems[damage][0] == data.report.counts[damage] == 3
+    (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+    found, _ = read(TaskSource(f"text:{tmp_path}/a.jsonl", fields="text=body"), Text)
+    assert [e.text for e in found] == ["one", "two"]
+
+
+def test_a_named_column_is_read_whatever_the_others_are_called(tmp_path):
+    (tmp_path / "x.tsv").write_text("sentence\tlabel\ttext\ngood\tyes\tid 1\n")
+    found, _ = read(TaskSource(f"tsv:{tmp_path}/x.tsv", fields="text=sentence"), Classification)
+    assert found == [Classification("good", ("yes",))]
 
 
 # TFDS.
@@ -410,7 +432,12 @@ def test_well_known_tfds_data_sets_need_no_field_map(tmp_path):
         assert data.train[0].place.startswith(f"tfds:{name} train:")
     hidden = TaskSource("tfds:glue/sst2", data_dir=str(tmp_path))
     _, problems = read(hidden, Classification)  # of its test split all labels are hidden
-    assert [n for n, _ in problems.values()] == [1] and "without a label" in str(problems)
+    assert [n for n, _ in problems.values()] == [2] and "without a label" in str(problems)
+    assert read(hidden, Classification, split="validation") == (sentiment[1], {})
+    ted = TaskSource("tfds:ted_hrlr_translate/pt_to_en", data_dir=str(tmp_path))
+    assert read(ted, Pair)[0] == pairs[0] + pairs[1] and read(ted, Pair, split="test")[0] == pairs[1]
+    with pytest.raises(UserError, match="no split .validation. of its own"):
+        read(ted, Pair, split="validation")
     with pytest.raises(UserError, match="which of .*sentence.* is source and target"):
         examples.load(TaskSource("tfds:glue/sst2", data_dir=str(tmp_path)), Pair)
     found, _ = read(TaskSource("tfds:glue/sst2", data_dir=str(tmp_path),
@@ -548,7 +575,7 @@ def test_bibles_without_their_packages_name_the_extra(monkeypatch):
 
 def test_texts_of_pairs_hold_out_what_translate_holds_out(tmp_path):
     for name in "xy":
-        (tmp_path / name).write_text("".join(f"{name} {i} \n" for i in range(400)))
+        (tmp_path / name).write_text("".join(f"{name} e\u0301 {i} \n" for i in range(400)))
     source = examples.TaskSource(f"pairs:{tmp_path / 'x'},{tmp_path / 'y'}")
     pairs, texts = examples.load(source, Pair), examples.load(source, Text)
     assert len(pairs.validation) > 5

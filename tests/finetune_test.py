@@ -165,6 +165,10 @@ def test_what_is_cut_is_counted_and_classes_weigh(topics, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "texts longer than 32 tokens, cut: 4" in done.stdout
     assert "class weights: cat 1.5, dog 0.75" in done.stdout
+    done = run("convert", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'theirs'}")
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert theirs["id2label"] == {"0": "cat", "1": "dog"}
 
 
 def test_adalora_ends_with_its_budget_by_a_chosen_metric(topics, tmp_path):
@@ -272,7 +276,11 @@ def test_the_lstm_takes_the_same_road(tmp_path):
      "train.metric='bleu' is not measured here; choose one of validation_loss, accuracy, macro_f1"),
     (["--config.task.kind=translate"], "'source'"),
     (["--config.model.init_from=nothing"], "nothing: neither a directory"),
-    (["--config.task.length=64"], "must be at most the model's context of 32"),
+    (["--config.task.length=64"], "task.length=64 must be at most the model's context of 32"),
+    (["--config.peft.kind=lora", "--config.peft.trained=head"],
+     "peft.trained='head' leaves the adapters of peft.kind='lora' out"),
+    (["--config.data.unicode=NFD"], "unicode 'NFD': choose NFC"),
+    (["--config.task.kind=translate", "--config.task.bleu_tokenize=mecab"], "is not one of 13a"),
 ])
 def test_misuse_gets_one_line_and_status_2(flags, words, topics, tmp_path):
     done = finetune("classify", tmp_path / "run", *topics, *flags)

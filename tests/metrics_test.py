@@ -7,8 +7,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nanoflax import metrics
+from nanoflax import metrics, tasks
+from nanoflax.config import TaskConfig
 from nanoflax.errors import UserError
+from nanoflax.examples import Pair
 
 TAGS = ["O", "B-A", "I-A", "B-B", "I-B", "B-C-D", "I-C-D"]
 WORDS = ["the", "cat", "sat", "on", "The", "mat,", "don't", "été", "it's", "2,000", "日本"]
@@ -123,6 +125,10 @@ def test_bleu_and_chrf_are_sacrebleus_with_their_signatures():
     assert 0 < result["bleu"] < 100 == round(metrics.translation(true, true)["bleu"], 6)
     chinese = metrics.translation(["2019年3月1日"], ["2019年3月2日"], tokenize="zh")
     assert "tok:zh" in chinese["bleu_signature"] and 0 < chinese["bleu"] < 100
+    pairs = [Pair("2 January 2020", "二〇二〇年一月二日")] * 3
+    scores = [tasks.text_scores([p.target for p in pairs], pairs, TaskConfig(bleu_tokenize=how))
+              for how in ("zh", "char", "13a")]
+    assert [round(found["bleu"]) for found, _ in scores] == [100, 100, 0]
     with pytest.raises(UserError, match="tokenize 'none of these': choose .*13a"):
         metrics.translation(predicted, true, tokenize="none of these")
 

@@ -14,7 +14,8 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nanoflax import checkpoint, hf, peft, peft_format, sharding, train
+from experiments import common
+from nanoflax import checkpoint, hf, peft, peft_format, sharding, tokenizers, train
 from nanoflax.config import (OPTIMIZERS, PEFT_KINDS, Config, ModelConfig, OptimConfig, PeftConfig,
                              TrainConfig, validate)
 from nanoflax.errors import UserError
@@ -410,7 +411,7 @@ def masked_for(kind, params):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "adalora"])
-def test_an_adapter_is_the_same_to_transformers_and_peft(llama, kind, tmp_path):
+def test_an_adapter_is_the_same_to_transformers_and_peft(llama, kind, tmp_path, monkeypatch):
     model, params = llama
     c = config_of(kind, rank_stabilized=kind == "dora", alpha=6.0)
     added = masked_for(kind, randomized(peft.add(params, c, jax.random.PRNGKey(3))))
@@ -425,6 +426,9 @@ def test_an_adapter_is_the_same_to_transformers_and_peft(llama, kind, tmp_path):
         ("target_rank", "beta1", "final_steps") if kind == "adalora" else ())
     assert [getattr(c2, n) for n in same] == [getattr(c, n) for n in same]
     assert jax.tree.structure(back) == jax.tree.structure(added)
+    monkeypatch.setattr(tokenizers, "load", lambda _: SimpleNamespace(vocab_size=LLAMA.vocab_size))
+    _, folded, _ = common.open_model(str(tmp_path / "adapter"))  # with the model that it names
+    np.testing.assert_allclose(forward(model, folded), logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "adalora"])

@@ -2,11 +2,11 @@
 
 Command:   pip install nanoflax[corpora]
            python -m experiments.finetune --config=bible --workdir=runs/bible
-           after denoising pretraining on the two texts, which shares the tokenizer:
+           after denoising pretraining on the two texts:
            python -m experiments.finetune --config=bible --workdir=runs/verses \\
                --config.task.kind=denoise --config.task.noise=infilling
            python -m experiments.finetune --config=bible --workdir=runs/bible2 \\
-               --config.model.init_from=runs/verses/final --config.data.tokenizer=runs/verses/tokenizer
+               --config.model.init_from=runs/verses/final
 Hardware:  two CPU cores
 Figure:    not measured yet; BLEU of the source itself is 50.9.
 """

@@ -21,7 +21,7 @@ def get_config():
                           activation="silu", gated=True, positions="rotary", bias=False),
         data=DataConfig(train="pychats", tokenizer="bpe:2048"),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=10, schedule="linear", end_factor=0.0),
-        task=TaskConfig(kind="instruct", length=256, target_length=256),
+        task=TaskConfig(kind="instruct", length=256),
         train=TrainConfig(steps=200, batch_size=8, evaluate_every=50, evaluate_batches=10,
                           checkpoint_every=50, sample_tokens=0),
     )

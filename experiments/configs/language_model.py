@@ -18,7 +18,7 @@ def get_config():
                           activation="silu", gated=True, positions="rotary", bias=False),
         data=DataConfig(train="pydocs", tokenizer="bpe:2048"),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=20, schedule="linear", end_factor=0.0),
-        task=TaskConfig(kind="language_model", length=256, target_length=256),
+        task=TaskConfig(kind="language_model", length=256),
         train=TrainConfig(steps=200, batch_size=16, evaluate_every=100, evaluate_batches=10,
                           checkpoint_every=100, sample_tokens=0),
     )

@@ -15,6 +15,7 @@ METRICS = {"validation_loss": False, "perplexity": False, "bits_per_byte": False
            "masked_accuracy": True, "token_accuracy": True, "macro_f1": True, "f1": True,
            "exact_match": True, "bleu": True, "chrf": True, "rouge_l": True}
 PACKINGS = ("joined", "isolated")
+BLEU_TOKENIZERS = ("13a", "intl", "zh", "char", "none")  # those that need no other package
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 REMATS = ("none", "dots", "offload", "blocks")
@@ -31,6 +32,10 @@ class DataConfig:
     validation_fraction: float = 0.05  # of the documents, by a hash of each
     field: str = "text"  # of a JSON line
     fields: str = ""  # of finetune: what the data calls our fields, as text=sentence,label=stars
+    limit: int = 0  # of finetune: examples of a split, which it holds in memory; 0 means all
+    unicode: str = "NFC"  # of finetune: or NFKC, or empty to leave characters as they are
+    whitespace: str = "trim"  # of finetune: at the ends of lines and texts, or collapse, or empty
+    keep_duplicates: bool = False  # of finetune: exact ones of a training example
     tokenizer: str = "bpe:2048"  # bytes | bpe:V | unigram:V | a .model file | a tokenizer directory
     packing: str = "joined"  # or isolated: documents of a window cannot see each other
     workers: int = 0  # tokenizing processes; 0 means one per core
@@ -119,6 +124,7 @@ class TaskConfig:
     target_length: int = 128  # of a target, in training and when written
     truncate: bool = True  # longer examples are cut (texts: split), counted; or else refused
     beams: int = 1  # of the evaluation of translate and denoise
+    bleu_tokenize: str = "13a"  # sacrebleu's; of languages without spaces zh or char, or BLEU is 0
     noise: str = "spans"  # of denoise: T5's spans, BART's infilling, or none, an autoencoder
     noise_rate: float | None = None  # tokens masked or hidden; None: 0.15, of infilling 0.3
     noise_span: float = 3.0  # tokens that are hidden together, on average
@@ -237,6 +243,7 @@ def _problems(c):
     if c.task.noise_rate is not None and not 0 < c.task.noise_rate < 1:
         found.append(f"task.noise_rate={c.task.noise_rate} must be in (0, 1)")
     at_least(found, "task", c.task, 1, "beams")
+    choice(found, "task.bleu_tokenize", c.task.bleu_tokenize, BLEU_TOKENIZERS)
     at_least(found, "task", c.task, 0, "show", "max_shift")
     if c.task.max_shift and c.task.kind not in ("translate", "language_model"):
         found.append(f"task.max_shift={c.task.max_shift} needs task.kind='translate' or "
