@@ -11,6 +11,7 @@ machine's own: a float32 matrix product, and reading memory. Without torch and t
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -52,9 +53,12 @@ def main():
     names = ["nanoflax", "machine"] + ([] if FLAGS.alone or not has_torch() else ["torch"])
     sides = {name: subprocess.Popen(
         [sys.executable, "-m", "experiments.benchmark", *sys.argv[1:], f"--side={name}"],
+        env=os.environ | ({} if name == "nanoflax" else {"JAX_PLATFORMS": "cpu"}),  # as they are
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in names}
     try:
         about = {name: ask(side) for name, side in sides.items()}  # ready, compiled and warm
+        if not about["nanoflax"]["cpu"] and "torch" in names:  # PyTorch here is on the CPU
+            names.remove("torch")
         results = {name: [] for name in names}
         for i in range(FLAGS.rounds):
             for name in names if i % 2 else reversed(names):
@@ -82,6 +86,9 @@ def summarise(job, about, results):
                         for t, n in zip(results["torch"], results["nanoflax"]))
         print(f"  nanoflax is {statistics.median(ratios):.2f} times as fast (paired, "
               f"{ratios[0]:.2f} to {ratios[-1]:.2f} over {len(ratios)} rounds)")
+    if not about["cpu"] and not about["peak"]:
+        print("  the limit of this device is not known")
+        return
     rates = [about["work"] / n["seconds"] / (about["peak"] or m[about["limit"]])
              for n, m in zip(results["nanoflax"], results["machine"])]
     limit = {"flops": "matrix-product rate", "bytes": "memory bandwidth"}[about["limit"]]
@@ -129,7 +136,9 @@ def nanoflax_side(job):
     device = jax.devices()[0]
     about, run = (nanoflax_train if job == "train" else nanoflax_decode)(device)
     run()
-    return about | {"device": f"{device.device_kind} x {jax.device_count()}"}, run
+    count = jax.device_count() if job == "train" else 1
+    return about | {"device": f"{device.device_kind} x {count}",
+                    "cpu": device.platform == "cpu"}, run
 
 
 def prepared(model_config, **options):
@@ -202,6 +211,7 @@ def nanoflax_decode(device):
     import numpy as np
 
     import nanoflax
+    from nanoflax import hardware
 
     B, config = FLAGS.batch_size or 1, preset("gpt2")
     model = nanoflax.build(config)
@@ -212,7 +222,7 @@ def nanoflax_decode(device):
                     f"{model.compute_dtype}",
             "tokens": B * FLAGS.new_tokens,
             "work": size * model.compute_dtype.itemsize * FLAGS.new_tokens,
-            "limit": "bytes", "peak": None,
+            "limit": "bytes", "peak": hardware.bandwidth(device),
             "formula": "every weight but the position table read once for each token of a row"}, \
         lambda: nanoflax.sample(model, params, prompts, FLAGS.new_tokens, temperature=0) and None
 

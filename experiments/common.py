@@ -37,6 +37,9 @@ def launch(main, default_config=None, arguments=False):
                 path = config_path(argv)
                 define_config(default_config if path is None else path)
             rest = FLAGS(argv)
+            for name in ("workdir", "model", "from", "to", "out", "json", "config.model.init_from"):
+                if name in FLAGS and FLAGS[name].value:  # as a shell does not after "="
+                    FLAGS[name].value = os.path.expanduser(FLAGS[name].value)
             if arguments:
                 flags.DEFINE_multi_string("arguments", rest[1:], "", flag_values=FLAGS)
                 FLAGS.arguments = rest[1:]
@@ -429,14 +432,19 @@ FREE = {"data": ("workers", "cache"), "model": ("attention_backend",),
                   "wandb")}
 
 
-def resumable(workdir, config, restart):
-    """The Config that a run in workdir has, None if there is none.
+def resumable(workdir, config, restart=False):
+    """(the Config of the run in workdir or None, whether to begin a new one from its weights).
 
-    Raises: UserError with a diff if it is not this one in what determines the numbers.
+    restart: that is asked for; what it began before is gone on with by the same command.
+    Raises: UserError with a diff if the run is not this one in what determines the numbers, or if
+    there is no run to begin from.
     """
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
-        return None
+        if restart:
+            raise UserError(f"--restart_from_weights: --workdir={workdir} holds no run to begin "
+                            "from")
+        return None, False
     saved = read_config(path)
     old, new = configs.to_dict(saved), configs.to_dict(config)
     new["model"] |= configs.to_dict(settled(config.model, saved))  # on another mesh too
@@ -450,7 +458,8 @@ def resumable(workdir, config, restart):
         raise UserError(f"--workdir={workdir} holds a run with another configuration "
                         f"({'; '.join(changed)}); choose another --workdir, or begin a new run from "
                         f"its weights with {begin}")
-    return saved
+    began = not changed and os.path.exists(os.path.join(workdir, "previous-1"))
+    return saved, restart and not began
 
 
 def settled(model, saved):

@@ -64,8 +64,7 @@ def run(config, workdir):
                         "labels: each is a question of its own; set it to 0")
     config, params, tokenizer = starting_point(config, data, workdir, mesh)
     sharding.check(config, mesh, lengths(task) | {"the shortest batch": batching.SHORTEST})
-    distributed.first(lambda: common.resumable(  # refuses another run's workdir
-        workdir, config, restart=False) is not None)
+    distributed.first(lambda: common.resumable(workdir, config)[1])  # refuses another run's workdir
     encode = lambda part: tasks.encode(  # noqa: E731
         part, config, tokenizer, data.labels, data.multi_label, data.report)
     rows, held_out = encode(data.train), encode(data.validation)
@@ -99,6 +98,7 @@ def run(config, workdir):
     if config.peft.kind == "adalora":
         optimizer = peft.adalora(optimizer, config.peft, t.steps)
     state = train.init_state(model, optimizer, config, mesh, trained)
+    sharding.check_memory((state, frozen), mesh)
     step = train.jit_step(train.make_train_step(
         model, optimizer, config, tasks.TASKS[task.kind].objective), state, mesh)
     judge = tasks.Judge(model, config, tokenizer, data.labels, held_out, mesh)
@@ -119,7 +119,7 @@ def run(config, workdir):
             restored, old = saves.restore(shapes)
             common.refuse_other_data(meta | old, meta)
             state, start = train.TrainState(**restored), old["step"]
-            tracking = train.Tracking.read(old["tracking"])
+            tracking = train.Tracking.read(old["tracking"], start, saves.metric(start))
             print(f"resuming at step {start}")
         elif common.writes():
             common.write_run(workdir, config, tokenizer)

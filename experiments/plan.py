@@ -45,26 +45,31 @@ def main():
                    else (hardware.CHIPS[FLAGS.chip], FLAGS.devices))
     shapes = FLAGS.meshes or [config.train.mesh, *(
         ",".join(map(str, s)) for s in plan.candidate_meshes(count, config.model.dim))]
-    sizes = list(dict.fromkeys(sharding.mesh_sizes(shape, count) for shape in shapes))
-    rows, refused = [], []
+    rows, refused, seen = [], [], set()
+    if FLAGS.json:
+        write(FLAGS.json, {})  # refuses what cannot be written, before minutes of work
 
     def on(mesh):  # with the vocabulary that a run there has
         return dataclasses.replace(config, model=sharding.padded(config.model, mesh))
 
-    for size in sizes:
-        mesh = sharding.abstract_mesh(size, "tpu" if FLAGS.topology else "gpu")
+    for shape in shapes:
         try:
-            sharding.check(on(mesh), mesh)
+            size = sharding.mesh_sizes(shape, count)
+            if size in seen:
+                continue
+            seen.add(size)
+            mesh = sharding.abstract_mesh(size, "tpu" if FLAGS.topology else "gpu")
+            rows.append(report(plan, on(mesh), mesh, chip))
         except UserError as error:
-            refused.append(f"{sharding.mesh_name(size)}: {error}")
-            continue
-        rows.append(report(plan, on(mesh), mesh, chip))
+            refused.append(f"{shape}: {error}")
     if not rows or FLAGS.meshes and refused:
         raise UserError("no plan for the mesh " + "; ".join(refused))
     rows.sort(key=lambda row: (not row["fits"], row["projection"]["seconds"]))
     found = {"config": FLAGS.config, "machine": FLAGS.topology or f"{FLAGS.chip} x {count}",
              "chip": chip._asdict() | {"flops": chip.flops}, "meshes": rows, "refused": refused}
     print(text(found, config, count), flush=True)
+    if FLAGS.json:
+        write(FLAGS.json, found)
     if FLAGS.topology and FLAGS.compile and importlib.util.find_spec("libtpu"):
         best = rows[0]
         config = on(sharding.abstract_mesh(tuple(best["mesh"].values())))
@@ -72,9 +77,16 @@ def main():
         print(f"compiling for {FLAGS.topology} ...", flush=True)
         best["compiler"] = plan.compiled(dataclasses.replace(config, train=train), FLAGS.topology)
         print(compiler_text(best, chip))
-    if FLAGS.json:
-        with open(FLAGS.json, "w") as f:
+        if FLAGS.json:
+            write(FLAGS.json, found)
+
+
+def write(path, found):
+    try:
+        with open(path, "w") as f:
             json.dump(found, f, indent=1)
+    except OSError as error:
+        raise UserError(f"--json={path} cannot be written: {error.strerror}") from error
 
 
 def resolved(config):
@@ -133,6 +145,8 @@ def text(found, config, count):
                   f"{kind} {size / 1e9:.2f} GB" for kind, size in best["collectives"].items())
                   or "nothing"),
               f"keys and values, were the batch sampled: {best['cache'] / gib:.2f} GiB a chip"]
+    if config.model.architecture in ("encoder_decoder", "lstm"):
+        lines.append(f"sources and targets are both taken to be {config.model.context} tokens long")
     if not chip["topologies"] and count > 8:
         lines.append("the network's time is for GPUs joined by NVLink; between nodes it is slower")
     return "\n".join(lines)

@@ -25,6 +25,7 @@ from absl import flags
 
 from experiments import common
 from nanoflax import config as configs
+from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "directory of the run; empty means runs/NAME of the config")
@@ -56,24 +57,35 @@ def run(config, workdir):
         checkpoint, data, distributed, hardware, models, optim, plots, report, sampling, sharding,
         sources, stacking, train)
 
-    found = distributed.first(lambda: (old := common.resumable(
-        workdir, config, FLAGS.restart_from_weights)) and configs.to_dict(old))
+    def look():
+        old, anew = common.resumable(workdir, config, FLAGS.restart_from_weights)
+        return old and configs.to_dict(old), anew
+
+    found, anew = distributed.first(look)
     before = found and configs.from_dict(configs.Config, found)
     mesh, params = sharding.make_mesh(config.train.mesh), None
     sharding.check(dataclasses.replace(config, model=sharding.padded(config.model, mesh)), mesh)
-    if FLAGS.restart_from_weights and before:
+    if anew:
         params, _ = checkpoint.restore_params(
             os.path.join(workdir, "checkpoints"),
             shardings=lambda shapes: sharding.shardings(shapes, mesh))
-        distributed.gather("restored")
-        print(f"the run before is kept in {distributed.first(lambda: common.set_aside(workdir))}")
     source = common.source_of(config.data)
     sources.identity(source)  # refuses what is not there
     tokenizer = common.get_tokenizer(config.data, os.path.join(workdir, "tokenizer"))
     config = dataclasses.replace(config, model=common.with_vocabulary(
         config.model, tokenizer, mesh, before))
     sharding.check(config, mesh)  # the vocabulary of a run that goes on, too
+    prompt = [tokenizer.bos_id, *tokenizer.encode(config.train.sample_prompt)]
+    if config.train.sample_tokens:
+        sampling.check_prompts(config.model, [prompt], config.train.sample_tokens)
     model = models.build(config.model, config.train.remat)
+    if anew:
+        if wrong := configs.diff(*({jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
+                                    for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+                                   for tree in (params, sharding.shapes(model)))):
+            raise UserError(f"the weights in --workdir={workdir} are not this model's: "
+                            + "; ".join(wrong[:4]))
+        print(f"the run before is kept in {distributed.first(lambda: common.set_aside(workdir))}")
     optimizer, schedule = optim.make_optimizer(config.optim, config.train.steps)
     shapes = train.abstract_state(model, optimizer, config, mesh)
     sharding.check_memory(shapes, mesh)
@@ -106,13 +118,16 @@ def run(config, workdir):
         if saves.latest() is not None:
             state, meta = saves.restore(shapes._asdict())
             common.refuse_other_data(meta, identity)
-            state, tracking = train.TrainState(**state), train.Tracking.read(meta["tracking"])
-            start_step = meta["step"]
+            state, start_step = train.TrainState(**state), meta["step"]
+            tracking = train.Tracking.read(meta["tracking"], start_step, saves.metric(start_step))
             print(f"resuming at step {start_step}")
         else:
             if common.writes():
                 common.write_run(workdir, config, tokenizer)
             state = train.init_state(model, optimizer, config, mesh, params)
+            if anew:  # at once: these weights are nowhere else in this run
+                saves.save(0, state._asdict(), identity | {
+                    "step": 0, "position": 0, "tracking": tracking._asdict()})
         if start_step >= config.train.steps and not tracking.owed:
             print(f"the run is complete: {start_step} steps")
             return 0
@@ -121,14 +136,15 @@ def run(config, workdir):
             return 0
         batches = data.Batches(windows, config.train.batch_size, config.train.seed, True,
                                sharding.rows(mesh, config.train.batch_size))
-        peak = hardware.peak_flops(mesh.devices.flat[0])
-        peak = peak * mesh.size if peak else hardware.measure_peak_flops()
+        device = mesh.devices.flat[0]
+        peak = (peak := hardware.peak_flops(device)) and peak * mesh.size
+        if device.platform == "cpu":
+            peak = hardware.measure_peak_flops()
         score = train.make_evaluation(model, config, mesh)
 
         def continuation(params):
             if not config.train.sample_tokens:
                 return ""
-            prompt = [tokenizer.bos_id, *tokenizer.encode(config.train.sample_prompt)]
             new, = sampling.sample(model, params, [prompt], config.train.sample_tokens,
                                    temperature=0.8, top_k=40, rng=jax.random.PRNGKey(0),
                                    eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)

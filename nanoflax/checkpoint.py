@@ -211,6 +211,10 @@ class Checkpoints:
         """The newest committed step, or None; all processes ask at once."""
         return max(distributed.first(self.steps), default=None)
 
+    def metric(self, step):
+        """The metric that a step was saved with or got later, or None."""
+        return self._metrics.get(step)
+
     def best(self):
         """The committed step of the lowest metric (of equals the newest), or None."""
         return _best({s: self._metrics.get(s) for s in self.steps()})

@@ -77,6 +77,12 @@ def peak_flops(device):
     return None
 
 
+def bandwidth(device):
+    """The vendor's bytes/s of a jax device's memory; None when not known."""
+    return next((chip.bandwidth for chip in CHIPS.values() if chip.flops == peak_flops(device)
+                 and re.search(rf"\b{chip.kind}\b", device.device_kind)), None)
+
+
 def compiler_options(platform):
     """XLA's options for a step or a decode loop on a platform, or None.
 

@@ -68,7 +68,7 @@ def make(config, mesh):
     state = train.abstract_state(model, optimizer, config, mesh)
     batch = _batch(config)
     grads, most = gradient_bytes(config, mesh)
-    weights, rest = chip_bytes(state.params), chip_bytes((state.opt_state, state.ema))
+    weights, rest = map(sharding.chip_bytes, (state.params, (state.opt_state, state.ema)))
     traffic = (2 * (weights + rest)  # the update reads and writes both
                + config.train.accumulate * (3 * _passes_bytes(config, mesh) + 2 * (most - grads)))
     return Plan(
@@ -94,12 +94,6 @@ def projected_mfu(plan, chip, remat="none"):
     chips = math.prod(plan.mesh.values())
     return (plan.flops_per_token * plan.tokens / chips / chip.flops
             / roofline(plan, chip, remat).seconds)
-
-
-def chip_bytes(tree):
-    """Bytes of one device's part of a tree of arrays or shapes with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-               for x in jax.tree.leaves(tree))
 
 
 def compiled(config, topology):
@@ -163,7 +157,7 @@ def _batch(config):
     m, B, T = config.model, config.train.batch_size, config.model.context
     tokens, flags = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T), bool)
     weights = jax.ShapeDtypeStruct((B, T), jnp.float32)
-    if m.architecture == "decoder":
+    if m.architecture == "decoder" and m.head == "lm":
         return train.abstract_batch(config, sharding.abstract_mesh((1, 1, 1)))
     if m.architecture in ("encoder_decoder", "lstm"):
         return {"source": tokens, "source_mask": flags, "targets": tokens, "weights": weights}
@@ -171,16 +165,17 @@ def _batch(config):
     batch = {"tokens": tokens, "padding_mask": flags}
     if m.head == "classify":
         return batch | {"label": row, "weights": jax.ShapeDtypeStruct((B,), jnp.float32)}
-    if m.head == "tag":
-        return batch | {"tags": tokens, "weights": weights}
+    if m.head in ("tag", "mlm"):
+        return batch | {"tags" if m.head == "tag" else "targets": tokens, "weights": weights}
     raise UserError(f"model.head={m.head!r} has no training step to plan; decoders, "
-                    "encoder-decoders, and the heads classify and tag have")
+                    "encoder-decoders, and the heads classify, tag and mlm have")
 
 
 def _objective(m):
-    if m.architecture == "encoder":
-        return {"classify": objectives.classify, "tag": objectives.tag}[m.head]
-    return objectives.causal_lm if m.architecture == "decoder" else objectives.seq2seq
+    if m.architecture in ("encoder_decoder", "lstm"):
+        return objectives.seq2seq
+    return {"lm": objectives.causal_lm, "classify": objectives.classify, "tag": objectives.tag,
+            "mlm": objectives.masked_lm}[m.head]
 
 
 def _others_keys(config, mesh):
@@ -343,11 +338,12 @@ def _peak(jaxpr, gathered, parts, carries=()):
 
 
 def cache_bytes(config, mesh):
-    """Bytes of the decode cache of a chip's rows at the whole context; 0 without a decoder."""
+    """Bytes of the decode cache of a chip's rows at the whole context; 0 if nothing is decoded."""
     local, T = share(config, mesh), config.model.context  # which context does not split
-    if local.model.architecture == "encoder":
+    if local.model.head != "lm":
         return 0
-    model, B = models.build(dataclasses.replace(local.model, context=T)), local.train.batch_size
+    model = models.build(dataclasses.replace(local.model, context=T))
+    B = local.train.batch_size * config.train.accumulate
 
     def caches(params):
         rows, lengths = jnp.zeros((B, T), jnp.int32), jnp.full(B, T)
@@ -384,7 +380,9 @@ def collectives(config, mesh, params):
 
     rows = t.batch_size // (data * fsdp)
     tokens = rows * m.context // context  # of a chip, of all micro-batches
-    head = "embed/embedding" if m.tied else "unembed/kernel"
+    head = None  # of a vocabulary
+    if m.head in ("lm", "mlm"):
+        head = "embed/embedding" if m.tied else "unembed/kernel"
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = optim.path_of(path)
         spec = sharding.spec_of(name, leaf.shape)

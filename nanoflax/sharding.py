@@ -89,8 +89,10 @@ def make_mesh(shape="-1,1,1", devices=None):
     sizes = mesh_sizes(shape, len(devices))
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     if granules(devices)[0] > 1:
-        return jax.sharding.Mesh(hybrid(sizes, devices), AXES, axis_types=types)
-    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=types)
+        placed = hybrid(sizes, devices)
+    else:  # on a torus an axis need not be whole axes of it
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, AXES, axis_types=types)
 
 
 def granules(devices):
@@ -115,7 +117,8 @@ def hybrid(sizes, devices):
                         "data, then fsdp: tensor and context need the fast network of one")
     outer = (data, fsdp, 1, 1)
     return mesh_utils.create_hybrid_device_mesh(
-        tuple(n // m for n, m in zip(sizes, outer)), outer, devices, process_is_granule=by_process)
+        tuple(n // m for n, m in zip(sizes, outer)), outer, devices, process_is_granule=by_process,
+        allow_split_physical_axes=True)
 
 
 def abstract_mesh(sizes, platform=None):
@@ -128,11 +131,12 @@ def abstract_mesh(sizes, platform=None):
 
 def spec_of(path, shape):
     """The PartitionSpec of an array: the first rule that its path ends with and its rank fits.
-    Of stacked blocks [L, ...] no axis splits L."""
+    Of stacked blocks [L, ...] no axis splits L, and none a dimension of 1 (Adafactor's places)."""
     layers = (None,) * bool(stacking.STACKED.search(path))
     for pattern, spec in RULES:
         if len(layers) + len(spec) == len(shape) and re.search(rf"(^|/){pattern}$", path):
-            return P(*layers, *spec)
+            return P(*layers, *(None if n == 1 else entry
+                                for entry, n in zip(spec, shape[len(layers):])))
     return P()
 
 
@@ -208,14 +212,19 @@ def check(config, mesh, lengths=None):
         raise UserError("; ".join(found))
 
 
+def chip_bytes(tree):
+    """Bytes of one device's part of a tree of arrays or shapes with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+               for x in jax.tree.leaves(tree))
+
+
 def check_memory(tree, mesh):
     """Refuse a tree of arrays or shapes with shardings that the devices cannot hold.
 
     Raises: UserError with both sizes; a device that does not tell its own (a CPU) holds all.
     """
     limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    need = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-               for x in jax.tree.leaves(tree))
+    need = chip_bytes(tree)
     if need > limit:
         raise UserError(f"parameters and optimizer take {need / 2**30:.1f} GiB of each device on "
                         f"the mesh {dict(mesh.shape)}, and a device has {limit / 2**30:.1f} GiB; "

@@ -225,10 +225,20 @@ class Tracking(NamedTuple):
     owed: bool = False  # a signal came before the evaluation of this step
 
     @classmethod
-    def read(cls, saved):
-        """From a checkpoint's `_asdict`; at first `best` was called best_loss, and nothing owed."""
-        return cls(saved.get("best", saved.get("best_loss")), saved["best_step"], saved["waited"],
-                   saved.get("owed", False))
+    def read(cls, saved, step=0, metric=None):
+        """From the `_asdict` in a checkpoint of a step; at first `best` was called best_loss, and
+        nothing owed. metric: that of the step, where what was owed has been done since."""
+        found = cls(saved.get("best", saved.get("best_loss")), saved["best_step"], saved["waited"],
+                    saved.get("owed", False))
+        if found.owed and metric is not None:
+            found = found.after(metric, step)
+        return found
+
+    def after(self, metric, step):
+        """With the evaluation of a step."""
+        if metric < self.best:
+            return Tracking(metric, step)
+        return self._replace(waited=self.waited + 1, owed=False)
 
 
 def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progress, meta,
@@ -307,10 +317,8 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
                                    "more ranks than its budget")
                 else:
                     metric = found[t.metric] * (-1 if METRICS[t.metric] else 1)
-                    better = metric < tracking.best
-                    tracking = (Tracking(metric, done, 0) if better else
-                                tracking._replace(waited=tracking.waited + 1))
-                    due |= better
+                    tracking = tracking.after(metric, done)
+                    due |= tracking.best_step == done
                 if 0 < t.patience <= tracking.waited:
                     reason, last = "early stop", True
             if due or last:

@@ -84,6 +84,15 @@ def test_a_new_run_from_the_weights_keeps_the_old_one(corpus, tmp_path):
                if '"loss"' in line] for path in (old / "metrics.jsonl",
                                                  tmp_path / "w" / "metrics.jsonl")]
     assert losses[1][0] < losses[0][0] - 0.3
+    again = pretrain(tmp_path / "w", corpus, "--config.train.steps=10", "--config.optim.b1=0.5",
+                     "--restart_from_weights")  # goes on with what it began
+    assert again.returncode == 0 and "the run is complete: 10 steps" in again.stdout
+    for home, changed, words in (
+            ("w", ["--config.model.dim=16"], "are not this model's: "),
+            ("elsewhere", [], "holds no run to begin from")):
+        refused = pretrain(tmp_path / home, corpus, "--restart_from_weights", *changed)
+        assert refused.returncode == 2 and words in refused.stderr, refused.stderr
+        assert not (tmp_path / "w" / "previous-2").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -237,7 +246,7 @@ def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):
 def test_a_config_that_cannot_be_read_is_named(text, words, tmp_path):
     path = tmp_path / "config.json"
     path.mkdir() if text is None else path.write_text(text)
-    resumable = lambda workdir: common.resumable(workdir, configs.Config(), False)  # noqa: E731
+    resumable = lambda workdir: common.resumable(workdir, configs.Config())  # noqa: E731
     for read in (common.read_run, resumable):
         with pytest.raises(UserError) as caught:
             read(tmp_path)

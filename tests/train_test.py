@@ -368,6 +368,9 @@ def test_what_earlier_checkpoints_tracked_is_read():
         {"best_loss": 0.5, "best_step": 2, "waited": 1}) == train.Tracking(0.5, 2, 1, False)
     for tracking in (train.Tracking(-0.5, 3, 2), train.Tracking(-0.5, 3, 2, True)):
         assert train.Tracking.read(tracking._asdict()) == tracking
+    owed = train.Tracking(1.0, 3, 2, owed=True)._asdict()  # and done since, as its metric says
+    assert train.Tracking.read(owed, 5, 0.5) == train.Tracking(0.5, 5)
+    assert train.Tracking.read(owed, 5, 2.0) == train.Tracking(1.0, 3, 3)
 
 
 def test_too_many_non_finite_steps_stop_and_name_the_batch():

@@ -57,13 +57,15 @@ case ${1:-} in
       echo "already running" >&2
       exit 0
     fi
-    arguments=()
+    arguments=() previous=
     for argument; do
       path=
+      case $previous=$argument in --workdir=/* | -workdir=/*) echo "$argument" >> "$job/workdirs" ;; esac
+      previous=$argument
       case $argument in
         gs://?*) path=$argument ;;
-        --*=gs://?*) path=${argument#*=} ;;
-        --workdir=/*) echo "${argument#*=}" >> "$job/workdirs" ;;
+        -*=gs://?*) path=${argument#*=} ;;
+        --workdir=/* | -workdir=/*) echo "${argument#*=}" >> "$job/workdirs" ;;
       esac
       if [[ $path ]]; then
         mount_bucket "$path"

@@ -7,8 +7,10 @@ Command:   pip install nanoflax[corpora]
                --config.task.kind=denoise --config.task.noise=infilling
            python -m experiments.finetune --config=bible --workdir=runs/bible2 \\
                --config.model.init_from=runs/verses/final
-Hardware:  two CPU cores
-Figure:    not measured yet; BLEU of the source itself is 50.9.
+Hardware:  two CPU cores, 35 minutes for the 1,000 steps (50 minutes of processor time, beside other
+           work)
+Figure:    BLEU 63.4 (chrF 77.3, 5.7% exactly right) on 1,467 verses; that of the source itself,
+           which is hard to beat, since much is unchanged, is 50.9.
 """
 
 from nanoflax.config import (
@@ -24,6 +26,6 @@ def get_config():
         optim=OptimConfig(name="muon", learning_rate=2e-3, warmup_steps=50, schedule="linear",
                           end_factor=0.0),
         task=TaskConfig(kind="translate", length=96, target_length=96),
-        train=TrainConfig(steps=2000, batch_size=32, label_smoothing=0.1, evaluate_every=500,
+        train=TrainConfig(steps=1000, batch_size=32, label_smoothing=0.1, evaluate_every=500,
                           evaluate_batches=8, checkpoint_every=500, sample_tokens=0),
     )
