@@ -490,6 +490,20 @@ def refuse_other_data(meta, identity):
                             "--restart_from_weights)")
 
 
+def refuse_other_weights(workdir, params, shapes):
+    """Raises: UserError with the differences if a run's parameters have not these shapes."""
+    import jax
+
+    from nanoflax.optim import path_of
+
+    old, new = ({path_of(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+                for tree in (params, shapes))
+    if wrong := [f"{path} is {old.get(path, 'absent')}, not {new.get(path, 'there')}"
+                 for path in sorted(old.keys() | new.keys()) if old.get(path) != new.get(path)]:
+        raise UserError(f"the weights in --workdir={workdir} are not this model's: "
+                        + "; ".join(wrong[:4]))
+
+
 def set_aside(workdir):
     """Move a run into a directory of its own inside workdir; returns that directory."""
     number = 1

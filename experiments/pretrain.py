@@ -25,7 +25,6 @@ from absl import flags
 
 from experiments import common
 from nanoflax import config as configs
-from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "directory of the run; empty means runs/NAME of the config")
@@ -80,11 +79,8 @@ def run(config, workdir):
         sampling.check_prompts(config.model, [prompt], config.train.sample_tokens)
     model = models.build(config.model, config.train.remat)
     if anew:
-        if wrong := configs.diff(*({jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
-                                    for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-                                   for tree in (params, sharding.shapes(model)))):
-            raise UserError(f"the weights in --workdir={workdir} are not this model's: "
-                            + "; ".join(wrong[:4]))
+        common.refuse_other_weights(workdir, params, sharding.shapes(model))
+        distributed.gather("restored")
         print(f"the run before is kept in {distributed.first(lambda: common.set_aside(workdir))}")
     optimizer, schedule = optim.make_optimizer(config.optim, config.train.steps)
     shapes = train.abstract_state(model, optimizer, config, mesh)
@@ -137,9 +133,10 @@ def run(config, workdir):
         batches = data.Batches(windows, config.train.batch_size, config.train.seed, True,
                                sharding.rows(mesh, config.train.batch_size))
         device = mesh.devices.flat[0]
-        peak = (peak := hardware.peak_flops(device)) and peak * mesh.size
         if device.platform == "cpu":
             peak = hardware.measure_peak_flops()
+        elif peak := hardware.peak_flops(device):
+            peak *= mesh.size
         score = train.make_evaluation(model, config, mesh)
 
         def continuation(params):
