@@ -323,15 +323,15 @@ def started(model, given, seed, mesh):
 
 
 def examples_of(data, name=None):
-    """The TaskSource of a DataConfig (or of another source string, read and cleaned the same way).
-    """
+    """The TaskSource of a DataConfig (or of another source string, read and cleaned the same way,
+    the whole of it)."""
     from nanoflax.examples import TaskSource
 
     fields = data.fields or ("" if data.field == "text" else f"text={data.field}")
     return TaskSource(name or data.train, "" if name else data.validation,
                       data.validation_fraction, fields=fields, unicode=data.unicode,
                       whitespace=data.whitespace, keep_duplicates=data.keep_duplicates,
-                      limit=data.limit)
+                      limit=0 if name else data.limit)
 
 
 def write_labels(workdir, labels, several):
