@@ -60,6 +60,7 @@ def main():
 
 def on_text(config, tokenizer):
     from nanoflax import data, sharding, train
+    from nanoflax.windows import Windows
 
     if FLAGS.out:
         raise UserError("--out needs --candidates or a run of finetune: text has no predictions")
@@ -67,7 +68,7 @@ def on_text(config, tokenizer):
         raise UserError("--split=test is of examples; text has train, validation and all")
     store = data.prepare(common.source_of(config.data, FLAGS.data), tokenizer,
                          FLAGS.split if FLAGS.data else "validation", config.data.cache or None)
-    windows = data.Windows(store, config.model.context, config.data.packing == "isolated")
+    windows = Windows(store, config.model.context, config.data.packing == "isolated")
     model, params = common.restore_model(FLAGS.workdir, config, tokenizer, FLAGS.checkpoint)
     evaluate = train.make_evaluation(model, config, sharding.make_mesh("-1,1,1"))
     nats, tokens = evaluate(params, windows)

@@ -55,6 +55,7 @@ def run(config, workdir):
     from nanoflax import (
         checkpoint, data, distributed, hardware, models, optim, plots, report, sampling, sharding,
         sources, stacking, train)
+    from nanoflax.windows import Batches, Windows
 
     def look():
         old, anew = common.resumable(workdir, config, FLAGS.restart_from_weights)
@@ -100,8 +101,8 @@ def run(config, workdir):
                   f"text, {report.count(store.n_tokens)} tokens")
             for line in store.report:
                 print(f"  {line}")
-        windows, held_out = (data.Windows(s, config.model.context,
-                                          config.data.packing == "isolated") for s in stores)
+        windows, held_out = (Windows(s, config.model.context, config.data.packing == "isolated")
+                             for s in stores)
         identity = {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint,
                     "validation": stores[1].fingerprint, "config": configs.to_dict(config)}
         distributed.check_same("their data", {k: identity[k] for k in identity if k != "config"})
@@ -130,7 +131,7 @@ def run(config, workdir):
         if 0 < config.train.patience <= tracking.waited:
             print(f"the run stopped early at step {start_step}; a larger train.patience goes on")
             return 0
-        batches = data.Batches(windows, config.train.batch_size, config.train.seed, True,
+        batches = Batches(windows, config.train.batch_size, config.train.seed, True,
                                sharding.rows(mesh, config.train.batch_size))
         device = mesh.devices.flat[0]
         if device.platform == "cpu":

@@ -18,10 +18,11 @@ _HOME = {
 _MODULES = (
     "attention", "backends", "batching", "beams", "blocks", "builtin", "chat", "checkpoint",
     "config", "data", "denoising", "distributed", "encoding", "examples", "families", "gguf",
-    "hardware", "hf", "hf_tokenizers", "hf_vocabularies", "layers", "losses", "lstm", "manifest",
+    "hardware", "hf", "hf_tokenizers", "hf_vocabularies", "layers", "liveness", "losses", "lstm", "manifest",
     "masking", "metrics", "models", "objectives", "optim", "peft", "peft_format", "placement",
     "plan", "plots", "positions", "report", "safetensors_io", "sampling", "scoring", "sharding",
-    "sources", "stacking", "task_sources", "tasks", "tokenizers", "train", "workdir",
+    "sources", "stacking", "task_sources", "tasks", "tokenizers", "train", "windows",
+    "workdir",
 )
 __all__ = [*_HOME, *_MODULES]
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import numpy as np
 
 from nanoflax.config import read_class_weights
-from nanoflax.data import Batches
 from nanoflax.encoding import align_tags, chat_ids, ends, show_mask
 from nanoflax.errors import UserError
 from nanoflax.examples import Chat, Classification, Pair, Tagging, Text
 from nanoflax.sources import Report
+from nanoflax.windows import Batches
 
 POOL = 16  # batches that are cut together from examples sorted by length
 SHORTEST = 16  # the smallest length that batches are padded to
@@ -308,7 +308,7 @@ def show_row(rows, tokenizer):
 class ExampleBatches:
     """batches[step] -> Rows.batch of a step, or this process's part of it.
 
-    As data.Batches: each epoch is a permutation by (seed, epoch), any step is found at once, and
+    As windows.Batches: each epoch is a permutation by (seed, epoch), any step is found at once, and
     the batch that all processes have together is the same for any number of them. Of every 16
     batches the rows are sorted by length and dealt out, so that a batch holds rows of like length
     and little padding.

@@ -16,9 +16,9 @@ import optax
 from nanoflax import distributed, hardware, peft, placement, sharding, stacking
 from nanoflax.attention import Attention
 from nanoflax.config import METRICS
-from nanoflax.data import evaluation_batches, prefetch
 from nanoflax.errors import UserError
 from nanoflax.objectives import causal_lm
+from nanoflax.windows import evaluation_batches, prefetch
 
 
 class TrainState(NamedTuple):
@@ -68,7 +68,7 @@ def abstract_state(model, optimizer, config, mesh):
 
 
 def abstract_batch(config, mesh):
-    """The shapes, dtypes and shardings of a batch of `data.Batches`, for `compile_step`."""
+    """The shapes, dtypes and shardings of a batch of `windows.Batches`, for `compile_step`."""
     B, T = config.train.batch_size, config.model.context
     arrays = {"targets": ((B, T), jnp.int32), "first": ((B,), jnp.int32),
               "weights": ((B, T), jnp.float32)}

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from nanoflax import data, report, sources, tokenizers
 from nanoflax.errors import UserError
+from nanoflax.windows import SMALL_EPOCH, Batches, Windows, evaluation_batches, prefetch
 from tests.report_test import run_in_terminal
 
 BYTES = tokenizers.ByteTokenizer()
@@ -372,7 +373,7 @@ def test_ids_beyond_the_vocabulary_are_refused(corpus, tmp_path):
        st.integers(1, 12))
 def test_windows_are_the_stream(tmp_path_factory, documents, length):
     store = store_of(documents, tmp_path_factory.mktemp("store"))
-    windows = data.Windows(store, length, isolated=True)
+    windows = Windows(store, length, isolated=True)
     stream = [(i, d) for d, ids in enumerate(documents) for i in [*ids, 257]]
     assert len(windows) == -(-len(stream) // length)
     for w in range(len(windows)):
@@ -392,7 +393,7 @@ def test_windows_are_the_stream(tmp_path_factory, documents, length):
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 2**40), st.booleans())
 def test_each_epoch_is_a_permutation(tmp_path_factory, n, rows, seed, shuffle):
     store = store_of([[1] * (3 * n - 2)], tmp_path_factory.mktemp("store"))
-    batches = data.Batches(data.Windows(store, 3), 2 * rows, seed, shuffle)
+    batches = Batches(Windows(store, 3), 2 * rows, seed, shuffle)
     assert len(batches.windows) == n
     stream = [i for step in range(3 * n + 8) for i in batches.indices(step)]
     epochs = [stream[e * n:(e + 1) * n] for e in range(3)]
@@ -400,7 +401,7 @@ def test_each_epoch_is_a_permutation(tmp_path_factory, n, rows, seed, shuffle):
     if shuffle and n > 20:
         assert epochs[0] != epochs[1] and epochs[0] != list(range(n))
     for own in (range(rows), range(0, 2 * rows, 2), [2 * rows - 1]):  # of one host
-        part = data.Batches(batches.windows, 2 * rows, seed, shuffle, own)
+        part = Batches(batches.windows, 2 * rows, seed, shuffle, own)
         for step in (0, 1, 7):  # any step alone, whatever came before it
             for name, array in batches[step].items():
                 np.testing.assert_array_equal(part[step][name], array[list(own)])
@@ -410,29 +411,29 @@ def test_each_epoch_is_a_permutation(tmp_path_factory, n, rows, seed, shuffle):
 
 
 def test_a_large_epoch_is_a_permutation_too(tmp_path):
-    n = data.SMALL_EPOCH + 100
-    batches = data.Batches(data.Windows(store_of([[1] * (n - 1)], tmp_path / "s"), 1), n, 3)
+    n = SMALL_EPOCH + 100
+    batches = Batches(Windows(store_of([[1] * (n - 1)], tmp_path / "s"), 1), n, 3)
     first, second = batches.indices(0), batches.indices(1)
     assert sorted(first) == sorted(second) == list(range(n)) and first != second
 
 
 def test_batches_differ_by_seed_and_are_named(tmp_path):
     store = store_of([list(b"first"), list(b"second one"), list(b"3")], tmp_path / "s")
-    windows = data.Windows(store, 4)
-    assert data.Batches(windows, 4, 1).indices(0) != data.Batches(windows, 4, 2).indices(0)
-    plain = data.Batches(windows, 2, shuffle=False)
+    windows = Windows(store, 4)
+    assert Batches(windows, 4, 1).indices(0) != Batches(windows, 4, 2).indices(0)
+    plain = Batches(windows, 2, shuffle=False)
     assert plain.where(0) == [(0, 0, 0), (1, 0, 1)] and plain.where(2) == [(4, 1, 2), (0, 0, 0)]
     assert windows.text(1, BYTES) == "tse"
     with pytest.raises(UserError, match="batch_size 0: must be at least 1"):
-        data.Batches(windows, 0)
+        Batches(windows, 0)
     with pytest.raises(UserError, match="length 0"):
-        data.Windows(store, 0)
+        Windows(store, 0)
 
 
 @pytest.mark.parametrize("owns", [[None], [[0, 2], [1, 3]]])
 def test_evaluation_sees_each_token_once(tmp_path, owns):
-    windows = data.Windows(store_of([list(range(100))], tmp_path / "s"), 8)
-    hosts = [list(data.evaluation_batches(windows, 4, own)) for own in owns]
+    windows = Windows(store_of([list(range(100))], tmp_path / "s"), 8)
+    hosts = [list(evaluation_batches(windows, 4, own)) for own in owns]
     assert {b["targets"].shape for host in hosts for b in host} == {(4 // len(owns), 8)}
     seen = [t for host in hosts for b in host for t in b["targets"][b["weights"] > 0]]
     assert sorted(seen) == [*range(100), 257]
@@ -443,13 +444,13 @@ def test_prefetch_keeps_order_passes_errors_and_ends():
         yield from range(5)
         raise KeyError("lost")
 
-    assert list(data.prefetch(range(100), 3)) == list(range(100))
-    got = data.prefetch(failing())
+    assert list(prefetch(range(100), 3)) == list(range(100))
+    got = prefetch(failing())
     assert [next(got) for _ in range(5)] == list(range(5))
     with pytest.raises(KeyError, match="lost"):
         next(got)
     before = threading.active_count()
-    endless = data.prefetch(itertools.count())
+    endless = prefetch(itertools.count())
     assert next(endless) == 0 and threading.active_count() == before + 1
     endless.close()
     assert threading.active_count() == before

@@ -10,9 +10,9 @@ from hypothesis.extra import numpy as hnp
 
 from nanoflax import losses, objectives
 from nanoflax.config import POSITIONS, ModelConfig
-from nanoflax.data import Windows
 from nanoflax.models import build
 from nanoflax.sharding import init
+from nanoflax.windows import Windows
 
 B, T, D, V = 2, 6, 8, 11
 

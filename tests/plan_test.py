@@ -14,7 +14,7 @@ import pytest
 
 from experiments import common
 from nanoflax import config as configs
-from nanoflax import hardware, plan, sharding
+from nanoflax import hardware, liveness, plan, sharding
 from nanoflax.config import Config, ModelConfig, OptimConfig, TrainConfig, preset
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -111,12 +111,12 @@ def test_what_gradients_and_activations_take():
 
     x, w = jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((8, 8), jnp.float32)
     traced = jax.make_jaxpr(jax.grad(loss))([w, w], x).jaxpr
-    grads, most = plan._peak(traced, (), {})
+    grads, most = liveness.peak(traced, (), {})
     assert grads == 2 * 4 * 64
     # The last product makes dw1 [8, 8] beside dw2, and reads dy w2^T (1 - tanh^2) [4, 8].
     assert most == 2 * 4 * 64 + 4 * 32
     split = {v: 8 for v in traced.outvars}
-    assert plan._peak(traced, (), split)[0] == grads // 8
+    assert liveness.peak(traced, (), split)[0] == grads // 8
 
 
 def test_roofline_by_hand():

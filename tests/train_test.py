@@ -214,7 +214,7 @@ def test_training_lowers_the_loss_and_evaluation_sees_it():
 
 
 class FakeWindows:
-    """Windows 0 .. n, as data.Windows gives them: beyond the last is padding."""
+    """Windows 0 .. n, as windows.Windows gives them: beyond the last is padding."""
 
     def __init__(self, n):
         self.rows = batch_of(7, rows=n)
