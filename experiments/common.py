@@ -400,6 +400,8 @@ def open_model(source, which="best"):
         config, tokenizer = read_run(source)
         return *restore_model(source, config, tokenizer, which), tokenizer
     if base := peft_format.base_of(source):
+        if peft_format.base_of(base):
+            raise UserError(f"{source} belongs to {base}, which holds adapters too; merge those first")
         model, params, tokenizer = open_model(base, which)
         params, _ = peft_format.load(source, model.config, params)
         return model, peft.merge(params), tokenizer
@@ -488,20 +490,6 @@ def refuse_other_data(meta, identity):
                             f"(fingerprint {identity[key][:12]}, not {meta[key][:12]}); restore "
                             "it or choose another --workdir (pretrain also takes "
                             "--restart_from_weights)")
-
-
-def refuse_other_weights(workdir, params, shapes):
-    """Raises: UserError with the differences if a run's parameters have not these shapes."""
-    import jax
-
-    from nanoflax.optim import path_of
-
-    old, new = ({path_of(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-                for tree in (params, shapes))
-    if wrong := [f"{path} is {old.get(path, 'absent')}, not {new.get(path, 'there')}"
-                 for path in sorted(old.keys() | new.keys()) if old.get(path) != new.get(path)]:
-        raise UserError(f"the weights in --workdir={workdir} are not this model's: "
-                        + "; ".join(wrong[:4]))
 
 
 def set_aside(workdir):

@@ -47,7 +47,7 @@ def main():
         ",".join(map(str, s)) for s in plan.candidate_meshes(count, config.model.dim))]
     rows, refused, seen = [], [], set()
     if FLAGS.json:
-        write(FLAGS.json, {})  # refuses what cannot be written, before minutes of work
+        write(FLAGS.json)  # refuses what cannot be written, before minutes of work
 
     def on(mesh):  # with the vocabulary that a run there has
         return dataclasses.replace(config, model=sharding.padded(config.model, mesh))
@@ -81,10 +81,12 @@ def main():
             write(FLAGS.json, found)
 
 
-def write(path, found):
+def write(path, found=None):
+    """A plan as JSON; without one only see that it could be written, and leave what is there."""
     try:
-        with open(path, "w") as f:
-            json.dump(found, f, indent=1)
+        with open(path, "w" if found else "a") as f:
+            if found:
+                json.dump(found, f, indent=1)
     except OSError as error:
         raise UserError(f"--json={path} cannot be written: {error.strerror}") from error
 

@@ -80,7 +80,7 @@ def run(config, workdir):
         sampling.check_prompts(config.model, [prompt], config.train.sample_tokens)
     model = models.build(config.model, config.train.remat)
     if anew:
-        common.refuse_other_weights(workdir, params, sharding.shapes(model))
+        checkpoint.compare(f"the run in --workdir={workdir}", params, sharding.shapes(model))
         distributed.gather("restored")
         print(f"the run before is kept in {distributed.first(lambda: common.set_aside(workdir))}")
     optimizer, schedule = optim.make_optimizer(config.optim, config.train.steps)

@@ -245,7 +245,8 @@ class Checkpoints:
             state, meta = self.restore(back(abstract_state), step)
             places = jax.tree.map(lambda x: x.sharding, abstract_state)
             return jax.jit(to, out_shardings=places)(state), meta
-        _compare(self.directory, step, abstract_state)
+        compare(f"{self.directory}: step {step}", _saved_tree(self.directory, step),
+                abstract_state)
         target = jax.tree.map(lambda x: _placed(x, getattr(x, "sharding", None)), abstract_state)
         return _read_arrays(self.directory, step, target), _read_meta(self.directory, step)
 
@@ -322,20 +323,20 @@ def _read_meta(directory, step):
     return ocp.JsonCheckpointHandler().restore(_state_path(directory, step).parent / "meta")
 
 
-def _compare(directory, step, wanted):
-    """Raises UserError where saved and wanted paths, shapes or dtypes differ: orbax would cast."""
+def compare(what, saved, wanted):
+    """Raises UserError where paths, shapes or dtypes of two trees differ: orbax would cast."""
     def leaves(tree):
         flat = ocp.tree.to_flat_dict(tree, keep_empty_nodes=True)
         return {".".join(path): f"{np.dtype(x.dtype).name}{list(x.shape)}"
                 if hasattr(x, "shape") else "nothing" for path, x in flat.items()}
 
-    saved, wanted = leaves(_saved_tree(directory, step)), leaves(wanted)
+    saved, wanted = leaves(saved), leaves(wanted)
     pairs = {path: (saved.get(path, "absent"), wanted.get(path, "absent"))
              for path in sorted(saved.keys() | wanted.keys())}
     lines = [f"{path} is {a}, not {b}" for path, (a, b) in pairs.items() if a != b]
     if lines:
         more = f"; and {len(lines) - 10} more" if len(lines) > 10 else ""
-        raise UserError(f"{directory}: step {step} does not fit: {'; '.join(lines[:10])}{more}")
+        raise UserError(f"{what} does not fit: {'; '.join(lines[:10])}{more}")
 
 
 def _best(metrics):
