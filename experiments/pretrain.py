@@ -133,8 +133,9 @@ def run(config, workdir):
             return 0
         batches = Batches(windows, config.train.batch_size, config.train.seed, True,
                                sharding.rows(mesh, config.train.batch_size))
+        step = step.result()
         device = mesh.devices.flat[0]
-        if device.platform == "cpu":
+        if device.platform == "cpu":  # not beside the compiler
             peak = hardware.measure_peak_flops()
         elif peak := hardware.peak_flops(device):
             peak *= mesh.size
@@ -160,7 +161,7 @@ def run(config, workdir):
         tokens = config.train.batch_size * config.model.context
         with common.displays(workdir, config, start_step, tokens, flops, peak) as (log, progress):
             state, tracking, outcome = train.fit(
-                state, step.result(), batches, config, mesh, evaluate=evaluate,
+                state, step, batches, config, mesh, evaluate=evaluate,
                 checkpoints=saves, log=log, progress=progress, meta=identity, tracking=tracking,
                 schedule=schedule)
     if common.writes():

@@ -219,11 +219,6 @@ class Checkpoints:
         """The committed step of the lowest metric (of equals the newest), or None."""
         return _best({s: self._metrics.get(s) for s in self.steps()})
 
-    def read_meta(self, step=None):
-        """The `meta` of the step that `restore(step=step)` would use; raises as it does."""
-        self.wait()
-        return _read_meta(self.directory, self._sound_step(step))
-
     def restore(self, abstract_state, step=None):
         """Restores onto the shardings of `abstract_state`, a tree of jax.ShapeDtypeStruct.
 
