@@ -88,9 +88,11 @@ def run(config, workdir):
     sharding.check_memory(shapes, mesh)
     batch = train.abstract_batch(config, mesh)
     attention = train.attention_backends(model, shapes.params, batch, mesh)
-    background = concurrent.futures.ThreadPoolExecutor(1)  # compile while text is read
+    background = concurrent.futures.ThreadPoolExecutor(2)  # compile while text is read
     step = background.submit(train.compile_step, train.make_train_step(
         model, optimizer, config), shapes, batch, mesh)
+    init = None if found else background.submit(
+        train.compile_init, model, optimizer, config, mesh)
     background.shutdown(wait=False)  # an error that comes meanwhile is told at once
     with checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep) as saves:
         stores = [data.prepare(source, tokenizer, split, config.data.cache or None,
@@ -121,7 +123,8 @@ def run(config, workdir):
         else:
             if common.writes():
                 common.write_run(workdir, config, tokenizer)
-            state = train.init_state(model, optimizer, config, mesh, params)
+            state = (init.result()() if init else
+                     train.init_state(model, optimizer, config, mesh, params))
             if anew:  # at once: these weights are nowhere else in this run
                 saves.save(0, state._asdict(), identity | {
                     "step": 0, "position": 0, "tracking": tracking._asdict()})

@@ -118,4 +118,4 @@ def make_optimizer(config, steps):
         tx = optax.chain(tx, layerwise_decay(c.layer_decay))
     if c.clip:
         tx = optax.chain(optax.clip_by_global_norm(c.clip), tx)
-    return tx, schedule
+    return tx, jax.jit(schedule)  # each of its operations would be compiled else

@@ -32,37 +32,38 @@ class TrainState(NamedTuple):
     skipped: jax.Array  # () int32, non-finite steps in a row
 
 
-def init_state(model, optimizer, config, mesh, params=None):
-    """A TrainState born sharded over the mesh, from config.train.seed or from given params (a tree
-    per block); its blocks are stacked if config.train.scan_layers."""
-    rng = jax.random.PRNGKey(config.train.seed)
+def new_state(model, optimizer, config, rng, params=None):
+    """What `compile_init` compiles: the TrainState of step 0. rng: a PRNG key; params: given ones
+    (a tree per block), or None to draw them. Blocks are stacked if config.train.scan_layers."""
     if params is None:
-        params = sharding.init(model, rng, mesh)
-
+        params = sharding.draw(model, rng)
     if config.train.scan_layers:
-        stacked = jax.eval_shape(stacking.stack, params)
-        params = jax.jit(stacking.stack, out_shardings=sharding.shardings(stacked, mesh))(params)
+        params = stacking.stack(params)
+    copy = jax.tree.map(jnp.copy, params) if config.optim.ema else None
+    return TrainState(jnp.int32(0), params, optimizer.init(params), copy, jnp.copy(rng),
+                      jnp.int32(0))
 
-    def rest(params):
-        copy = jax.tree.map(jnp.copy, params) if config.optim.ema else None
-        return TrainState(jnp.int32(0), params, optimizer.init(params), copy,
-                          jnp.copy(rng), jnp.int32(0))
 
-    shardings = sharding.shardings(jax.eval_shape(rest, params), mesh)
-    return jax.jit(rest, out_shardings=shardings, donate_argnums=0)(params)
+def compile_init(model, optimizer, config, mesh, params=None):
+    """A function without arguments that gives the `new_state` of config.train.seed, born sharded
+    over the mesh; it may be called once, as it donates params."""
+    make = partial(new_state, model, optimizer, config)
+    arguments = jax.random.PRNGKey(config.train.seed), params
+    shardings = sharding.shardings(jax.eval_shape(make, *arguments), mesh)
+    donated = () if config.train.scan_layers else 1  # no stacked block fits a given one's buffer
+    made = jax.jit(make, out_shardings=shardings, donate_argnums=donated)
+    return partial(made.lower(*arguments).compile(), *arguments)
+
+
+def init_state(model, optimizer, config, mesh, params=None):
+    """`compile_init`, called at once."""
+    return compile_init(model, optimizer, config, mesh, params)()
 
 
 def abstract_state(model, optimizer, config, mesh):
     """The shapes, dtypes and shardings of `init_state`, computing nothing: what a restore fills."""
-    def make():
-        rng = jax.random.PRNGKey(config.train.seed)
-        params = sharding.draw(model, rng)
-        if config.train.scan_layers:
-            params = stacking.stack(params)
-        return TrainState(jnp.int32(0), params, optimizer.init(params),
-                          params if config.optim.ema else None, rng, jnp.int32(0))
-
-    shapes = jax.eval_shape(make)
+    shapes = jax.eval_shape(
+        lambda: new_state(model, optimizer, config, jax.random.PRNGKey(config.train.seed)))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                         shapes, sharding.shardings(shapes, mesh))
 
