@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
+import glob
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -37,7 +40,8 @@ def launch(main, default_config=None, arguments=False):
                 path = config_path(argv)
                 define_config(default_config if path is None else path)
             rest = FLAGS(argv)
-            for name in ("workdir", "model", "from", "to", "out", "json", "config.model.init_from"):
+            for name in ("workdir", "model", "from", "to", "out", "json", "prompt_file",
+                         "candidates", "config.model.init_from", "config.data.cache"):
                 if name in FLAGS and FLAGS[name].value:  # as a shell does not after "="
                     FLAGS[name].value = os.path.expanduser(FLAGS[name].value)
             if arguments:
@@ -54,12 +58,15 @@ def launch(main, default_config=None, arguments=False):
             sys.exit(main() or 0)
         except UserError as error:
             fail(error)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+                fail(f"{error.filename or 'a file that is written'}: {error.strerror}")
+            crash()
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             distributed.leave(130)
         except Exception:
-            traceback.print_exc()
-            distributed.leave(1)
+            crash()
 
     use_huge_pages()
     logging.set_verbosity(logging.WARNING)  # JAX tells there which backends it did not find
@@ -78,6 +85,11 @@ def use_huge_pages():
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def crash():
+    traceback.print_exc()
+    distributed.leave(1)
+
+
 def fail(error):
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
     distributed.leave(2)
@@ -85,12 +97,13 @@ def fail(error):
 
 def config_path(argv):
     """The value of --config, read before the flags that its file defines can be."""
-    for i, arg in enumerate(argv):
+    found = None  # the last one, as of any flag
+    for arg, following in itertools.zip_longest(argv, argv[1:]):
         if re.match(r"--?config=", arg):
-            return arg.split("=", 1)[1]
-        if arg in ("--config", "-config") and i + 1 < len(argv):
-            return argv[i + 1]
-    return None
+            found = arg.split("=", 1)[1]
+        elif arg in ("--config", "-config"):
+            found = following
+    return found
 
 
 def load_config(path):
@@ -369,7 +382,7 @@ def whole(workdir, which="best"):
 def write_jsonl(path, records):
     """A JSON object a line. Raises: UserError if the file cannot be written."""
     try:
-        with open(path, "w") as f:
+        with open(path, "w", encoding="utf-8") as f:
             for record in records:
                 f.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
@@ -435,18 +448,29 @@ FREE = {"data": ("workers", "cache"), "model": ("attention_backend",),
 
 
 def resumable(workdir, config, restart=False):
-    """(the Config of the run in workdir or None, whether to begin a new one from its weights).
+    """(the Config of the run in workdir or None, the directory of the run whose weights a new one
+    begins with or None).
 
     restart: that is asked for; what it began before is gone on with by the same command.
     Raises: UserError with a diff if the run is not this one in what determines the numbers, or if
     there is no run to begin from.
     """
-    path = os.path.join(workdir, "config.json")
+    from nanoflax import checkpoint
+
+    path, kept = os.path.join(workdir, "config.json"), previous(workdir)
+    if kept and not checkpoint.steps(os.path.join(workdir, "checkpoints")):
+        if not restart:
+            raise UserError(f"--workdir={workdir}: a new run from the weights of {kept[-1]} was "
+                            "begun and has saved nothing yet; begin it again with "
+                            "--restart_from_weights")
+        set_aside(workdir)  # the rest of it
+        saved = read_config(os.path.join(kept[-1], "config.json"))
+        return refuse_other_tokenizer(saved, config), kept[-1]
     if not os.path.exists(path):
         if restart:
             raise UserError(f"--restart_from_weights: --workdir={workdir} holds no run to begin "
                             "from")
-        return None, False
+        return None, None
     saved = read_config(path)
     old, new = configs.to_dict(saved), configs.to_dict(config)
     new["model"] |= configs.to_dict(settled(config.model, saved))  # on another mesh too
@@ -460,8 +484,24 @@ def resumable(workdir, config, restart=False):
         raise UserError(f"--workdir={workdir} holds a run with another configuration "
                         f"({'; '.join(changed)}); choose another --workdir, or begin a new run from "
                         f"its weights with {begin}")
-    began = not changed and os.path.exists(os.path.join(workdir, "previous-1"))
-    return saved, restart and not began
+    if not restart or kept and not changed:  # the latter: this command began it
+        return saved, None
+    return refuse_other_tokenizer(saved, config), workdir
+
+
+def refuse_other_tokenizer(saved, config):
+    """The saved Config. Raises: UserError if the other one has another tokenizer."""
+    old, new = saved.data.tokenizer, config.data.tokenizer
+    if old != new:
+        raise UserError(f"--config.data.tokenizer={new}: --restart_from_weights keeps the tokenizer "
+                        f"of the weights, {old}")
+    return saved
+
+
+def previous(workdir):
+    """The directories of the runs that were set aside in workdir, the newest last."""
+    found = glob.glob(os.path.join(glob.escape(workdir), "previous-*", "checkpoints"))
+    return sorted(map(os.path.dirname, found), key=lambda path: int(path.rsplit("-", 1)[1]))
 
 
 def settled(model, saved):
@@ -493,21 +533,31 @@ def refuse_other_data(meta, identity):
 
 
 def set_aside(workdir):
-    """Move a run into a directory of its own inside workdir; returns that directory."""
-    number = 1
-    while os.path.exists(target := os.path.join(workdir, f"previous-{number}")):
-        number += 1
-    os.makedirs(target)
-    for name in ("config.json", "tokenizer", "metrics.jsonl", "checkpoints", "tensorboard",
-                 "loss.png", "wandb"):
-        if os.path.exists(path := os.path.join(workdir, name)):
-            os.rename(path, os.path.join(target, name))
-    return target
+    """Move a run into a directory of its own inside workdir; returns that directory.
+
+    checkpoints/ goes first and config.json last: who finds the one moved and not the other goes on.
+    """
+    from nanoflax import checkpoint
+
+    kept = previous(workdir)
+    if not kept or checkpoint.steps(os.path.join(workdir, "checkpoints")):
+        kept.append(os.path.join(workdir, f"previous-{len(kept) + 1}"))
+        os.makedirs(kept[-1], exist_ok=True)
+    if not os.path.exists(os.path.join(kept[-1], "config.json")):
+        for name in ("checkpoints", "tokenizer", "metrics.jsonl", "tensorboard", "loss.png", "wandb",
+                     "config.json"):
+            if os.path.exists(path := os.path.join(workdir, name)):
+                os.rename(path, os.path.join(kept[-1], name))
+    return kept[-1]
 
 
 def write_run(workdir, config, tokenizer):
     """config.json and tokenizer/ of a new run; config.json last, so that it marks a whole run."""
-    tokenizer.save(os.path.join(workdir, "tokenizer"))
+    final, part = (os.path.join(workdir, name) for name in ("tokenizer", ".tokenizer.tmp"))
+    shutil.rmtree(part, ignore_errors=True)
+    tokenizer.save(part)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(part, final)
     temporary = os.path.join(workdir, ".config.json.tmp")
     with open(temporary, "w") as f:
         json.dump(configs.to_dict(config), f, indent=1)
@@ -563,18 +613,25 @@ def trained_once(train, directory):
     return tokenizer
 
 
-def get_tokenizer(config, directory):
-    """The run's own tokenizer if it has one, else the one that data.tokenizer names or asks to
-    train on the training split."""
-    from nanoflax import sources, tokenizers
+def get_tokenizer(config, directory, texts):
+    """The tokenizer of the run in directory if there is one, else the one that data.tokenizer names
+    or asks to train on texts(), an iterable of str."""
+    from nanoflax import tokenizers
 
     kind, size = tokenizers.parse(config.tokenizer)
-    if os.path.exists(directory):
-        return tokenizers.load(directory)
+    own = os.path.join(directory, "tokenizer")
+    if os.path.exists(os.path.join(directory, "config.json")):
+        return tokenizers.load(own)
     if kind in ("bytes", "path"):
         return tokenizers.load(config.tokenizer)
-    return trained_once(lambda: tokenizers.train_sentencepiece(
-        sources.documents(source_of(config), "train"), size, kind), directory)
+    return trained_once(lambda: tokenizers.train_sentencepiece(texts(), size, kind), own)
+
+
+def check_wandb(config):
+    """Raises: UserError if train.wandb asks for what is not installed."""
+    if config.train.wandb and not importlib.util.find_spec("wandb"):
+        raise UserError(f"train.wandb={config.train.wandb} needs Weights & Biases: "
+                        "pip install nanoflax[wandb]")
 
 
 def with_vocabulary(model, tokenizer, mesh, saved=None):

@@ -18,6 +18,7 @@ bytes accuracy_normalised) and the mean reciprocal rank. A space between prompt 
 part of one of them. Of an encoder-decoder, the prompt is the source.
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -47,6 +48,9 @@ def main():
                         "into a run by experiments.convert")
     if FLAGS.candidates and FLAGS.data:
         raise UserError("give either --data or --candidates")
+    if FLAGS["split"].present and not FLAGS.data:
+        raise UserError(f"--split={FLAGS.split} is of --data, which is missing; for the run's own "
+                        "source name it")
     common.setup_jax()
     if FLAGS.candidates:
         result = ranked(FLAGS.candidates)
@@ -70,8 +74,10 @@ def on_text(config, tokenizer):
                          FLAGS.split if FLAGS.data else "validation", config.data.cache or None)
     windows = Windows(store, config.model.context, config.data.packing == "isolated")
     model, params = common.restore_model(FLAGS.workdir, config, tokenizer, FLAGS.checkpoint)
-    evaluate = train.make_evaluation(model, config, sharding.make_mesh("-1,1,1"))
-    nats, tokens = evaluate(params, windows)
+    config = dataclasses.replace(  # all windows
+        config, train=dataclasses.replace(config.train, evaluate_batches=0))
+    mesh = sharding.make_mesh("-1,1,1")
+    nats, tokens = train.make_evaluation(model, config, mesh)(sharding.put(params, mesh), windows)
     return {
         "data": FLAGS.data or f"{config.data.train} (validation)",
         "loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700)),
@@ -94,8 +100,9 @@ def on_examples(config, tokenizer, labels, several):
         found, report = loaded.validation, loaded.report
     rows = tasks.encode(found, config, tokenizer, labels, several, report)
     model, params, _ = common.open_model(FLAGS.workdir, FLAGS.checkpoint)
-    judge = tasks.Judge(model, config, tokenizer, labels, rows, sharding.make_mesh("-1,1,1"))
-    numbers, predictions = judge(params)
+    mesh = sharding.make_mesh("-1,1,1")
+    judge = tasks.Judge(model, config, tokenizer, labels, rows, mesh)
+    numbers, predictions = judge(sharding.put(params, mesh))
     if FLAGS.out:
         if not predictions:
             raise UserError(f"--out: task.kind={task.kind!r} is measured by its loss, and has no "
@@ -116,7 +123,9 @@ def ranked(path):
     model, params, tokenizer = common.open_model(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
     pairs = [candidate_ids(tokenizer, q["prompt"], text, model.config.architecture)
              for q in questions for text in q["candidates"]]
-    totals = iter(scoring.log_likelihoods(model, params, *zip(*pairs)))
+    names = [f"{q['place']} candidate {i}" for q in questions
+             for i in range(len(q["candidates"]))]
+    totals = iter(scoring.log_likelihoods(model, params, *zip(*pairs), names=names))
     sizes = iter(len(new) for _, new in pairs)
     places, normalised, out = [], [], []
     for q in questions:
@@ -193,7 +202,7 @@ def read_candidates(path):
             found.append(f"{path}:{i} has the answer {answer!r}, which is neither a candidate nor "
                          f"the number of one (0 to {len(texts) - 1})")
             continue
-        questions.append({"prompt": well_formed(q["prompt"]),
+        questions.append({"place": f"{path}:{i}", "prompt": well_formed(q["prompt"]),
                           "candidates": [well_formed(text) for text in texts], "answer": answer})
     if found:
         raise UserError("; ".join(found[:8]) + (f"; {len(found) - 8} more" if found[8:] else ""))

@@ -57,6 +57,8 @@ def run(config, workdir):
 
     task, t = config.task, config.train
     common.check_metric(config, tasks.TASKS[task.kind].metrics)
+    common.check_wandb(config)
+    check_used(config)
     mesh, kind = sharding.make_mesh(t.mesh), tasks.TASKS[task.kind].examples
     data = examples.load(common.examples_of(config.data), kind)
     if t.label_smoothing and data.multi_label:
@@ -122,8 +124,8 @@ def run(config, workdir):
             tracking = train.Tracking.read(old["tracking"], start, saves.metric(start))
             print(f"resuming at step {start}")
         elif common.writes():
-            common.write_run(workdir, config, tokenizer)
             common.write_labels(workdir, data.labels, data.multi_label)
+            common.write_run(workdir, config, tokenizer)
         stopped = start >= t.steps or 0 < t.patience <= tracking.waited  # the latter: early
         if tracking.owed or not stopped:
             with common.displays(workdir, config, start, tokens) as (log, progress):
@@ -139,6 +141,9 @@ def run(config, workdir):
             if outcome.signal:
                 print(f"{outcome.reason}: saved at step {outcome.step}; the same command goes on")
                 return 128 + outcome.signal
+            if outcome.step < t.steps:
+                print(f"{outcome.reason} at step {outcome.step}: no better train.metric="
+                      f"{t.metric} in train.patience={t.patience} evaluations")
     best, saved = checkpoint.restore_params(
         os.path.join(workdir, "checkpoints"), which="best", subtree="ema" if config.optim.ema
         else "params", shardings=lambda shapes: sharding.shardings(shapes, mesh))
@@ -146,32 +151,42 @@ def run(config, workdir):
     return 0
 
 
+def check_used(config):
+    """Raises: UserError for what would change nothing, or train nothing of use."""
+    if config.train.sample_prompt:
+        raise UserError(f"train.sample_prompt={config.train.sample_prompt!r} is of pretrain")
+    if config.data.packing != "joined":
+        raise UserError(f"data.packing={config.data.packing!r} is of pretrain: here each example is "
+                        "a row of its own")
+    p = config.peft
+    if p.kind != "none" and not (config.model.init_from or p.trained):
+        raise UserError(f"peft.kind={p.kind!r} without model.init_from would adapt a model that "
+                        "stays as it was drawn; say what is trained with it in peft.trained")
+
+
 def starting_point(config, data, workdir, mesh):
     """(the Config with its model settled, its source's params or None, the tokenizer)."""
-    from nanoflax import denoising, tokenizers
+    from nanoflax import denoising
     from nanoflax.tasks import TASKS
 
-    m, task, params = config.model, config.task, None
+    m, task, params, other = config.model, config.task, None, False
     if m.init_from:
         model, params, tokenizer = common.open_model(m.init_from)
         if tokenizer is None:
             raise UserError(f"model.init_from={m.init_from} has no tokenizer")
+        if model.config.head == task.kind and os.path.exists(
+                os.path.join(m.init_from, "labels.json")):
+            other = common.read_labels(m.init_from, config)[0] != data.labels
+        if other:  # as many classes, perhaps, but not the same
+            params = {name: x for name, x in params.items() if name != "labels"}
         tokenizer = denoising.marked(task, tokenizer)
         m = dataclasses.replace(model.config, init_from=m.init_from, dropout=m.dropout,
                                 attention_backend=m.attention_backend,
                                 output_delay=m.output_delay or model.config.output_delay,
                                 vocab_size=max(model.config.vocab_size, tokenizer.vocab_size))
     else:
-        own = os.path.join(workdir, "tokenizer")
-        kind, size = tokenizers.parse(config.data.tokenizer)
-        if os.path.exists(own):
-            tokenizer = tokenizers.load(own)
-        elif kind in ("bytes", "path"):
-            tokenizer = tokenizers.load(config.data.tokenizer)
-        else:
-            tokenizer = common.trained_once(lambda: tokenizers.train_sentencepiece(
-                texts(data.train), size, kind), own)
-        tokenizer = denoising.marked(task, tokenizer)
+        tokenizer = denoising.marked(task, common.get_tokenizer(
+            config.data, workdir, lambda: texts(data.train)))
         if m.architecture in ("encoder_decoder", "lstm"):
             m = dataclasses.replace(m, start_id=tokenizer.bos_id)
     path = os.path.join(workdir, "config.json")
@@ -187,7 +202,8 @@ def starting_point(config, data, workdir, mesh):
     m = dataclasses.replace(m, head=heads.get(task.kind, m.head))
     p = config.peft
     if m.init_from and p.kind != "none" and not p.trained and (
-            m.head != model.config.head or m.output_delay and not model.config.output_delay):
+            other or m.head != model.config.head or m.labels != model.config.labels
+            or m.output_delay and not model.config.output_delay):
         # What is new was never trained: frozen it would stay random.
         config = dataclasses.replace(config, peft=dataclasses.replace(p, trained="adapters,head"))
     if long := [f"{name}={n}" for name, n in lengths(task).items() if n > m.context]:
@@ -260,11 +276,13 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
                       "trained_parameters": sum(x.size for x in jax.tree.leaves(best))}
     if common.writes():
         with open(os.path.join(workdir, "result.json"), "w") as f:
-            json.dump(result, f, indent=1)
-        common.write_jsonl(os.path.join(workdir, "predictions.jsonl"),
-                           tasks.records(judge.rows.examples, predictions))
+            json.dump(report.strict(result), f, indent=1, allow_nan=False)
+        if predictions:
+            common.write_jsonl(os.path.join(workdir, "predictions.jsonl"),
+                               tasks.records(judge.rows.examples, predictions))
     for example, said in itertools.islice(zip(judge.rows.examples, predictions), config.task.show):
-        print(f"  | {report.printable(str(example.input))[:200]}\n  -> {said}")
+        print(f"  | {report.printable(str(example.input))[:200]}\n"
+              f"  -> {report.printable(str(said))}")
     if config.task.kind in ("classify", "tag"):
         print("\n".join(metrics.table(judge.report)))
     kind, model_config = config.peft.kind, config.model
@@ -301,6 +319,8 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
             for side in ("source", "targets")))
     plots.plot_losses(workdir)
     print(f"best at step {step}: {common.numbers(found)}")
+    if copied := judge.report.get("bleu_of_source"):
+        print(f"bleu of the sources themselves: {copied:.4f}")
     wrote = ("result.json", "predictions.jsonl", "loss.png", "attention.png", "final", "adapter")
     print(f"{workdir}: " + ", ".join(
         name for name in wrote if os.path.exists(os.path.join(workdir, name))))

@@ -25,6 +25,7 @@ from absl import flags
 
 from experiments import common
 from nanoflax import config as configs
+from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "directory of the run; empty means runs/NAME of the config")
@@ -36,6 +37,8 @@ flags.DEFINE_bool("restart_from_weights", False,
 def main():
     config = common.parsed_config()
     common.check_metric(config, () if config.train.evaluate_batches else ("bits_per_byte",))
+    common.check_wandb(config)
+    check_used(config)
     name = os.path.basename(FLAGS.config).removesuffix(".py")
     workdir = FLAGS.workdir or os.path.join("runs", name)
     common.setup_jax()
@@ -48,6 +51,24 @@ def main():
         return run(config, workdir)
 
 
+# What finetune alone reads.
+OF_FINETUNE = {"model": ("architecture", "head", "init_from"),
+               "data": ("fields", "limit", "unicode", "whitespace", "keep_duplicates"),
+               "peft": tuple(configs.to_dict(configs.PeftConfig())),
+               "task": tuple(configs.to_dict(configs.TaskConfig()))}
+
+
+def check_used(config):
+    """Raises: UserError for a model that is no decoder with its own head, and for fields that are
+    not read here."""
+    given, ours = configs.to_dict(config), configs.to_dict(configs.Config(model=configs.ModelConfig()))
+    found = [f"{section}.{name}={given[section][name]!r}" for section, names in OF_FINETUNE.items()
+             for name in names if given[section][name] != ours[section][name]]
+    if found:
+        raise UserError(f"{', '.join(found)}: pretrain trains a decoder from scratch, on text; for "
+                        "anything else there is experiments.finetune")
+
+
 def run(config, workdir):
     """Train in workdir."""
     import jax
@@ -58,20 +79,21 @@ def run(config, workdir):
     from nanoflax.windows import Batches, Windows
 
     def look():
-        old, anew = common.resumable(workdir, config, FLAGS.restart_from_weights)
-        return old and configs.to_dict(old), anew
+        old, weights = common.resumable(workdir, config, FLAGS.restart_from_weights)
+        return old and configs.to_dict(old), weights
 
-    found, anew = distributed.first(look)
+    found, weights = distributed.first(look)
     before = found and configs.from_dict(configs.Config, found)
     mesh, params = sharding.make_mesh(config.train.mesh), None
     sharding.check(dataclasses.replace(config, model=sharding.padded(config.model, mesh)), mesh)
-    if anew:
+    if weights:
         params, _ = checkpoint.restore_params(
-            os.path.join(workdir, "checkpoints"),
+            os.path.join(weights, "checkpoints"),
             shardings=lambda shapes: sharding.shardings(shapes, mesh))
     source = common.source_of(config.data)
     sources.identity(source)  # refuses what is not there
-    tokenizer = common.get_tokenizer(config.data, os.path.join(workdir, "tokenizer"))
+    tokenizer = common.get_tokenizer(config.data, weights or workdir,
+                                     lambda: sources.documents(source, "train"))
     config = dataclasses.replace(config, model=common.with_vocabulary(
         config.model, tokenizer, mesh, before))
     sharding.check(config, mesh)  # the vocabulary of a run that goes on, too
@@ -79,10 +101,8 @@ def run(config, workdir):
     if config.train.sample_tokens:
         sampling.check_prompts(config.model, [prompt], config.train.sample_tokens)
     model = models.build(config.model, config.train.remat)
-    if anew:
-        checkpoint.compare(f"the run in --workdir={workdir}", params, sharding.shapes(model))
-        distributed.gather("restored")
-        print(f"the run before is kept in {distributed.first(lambda: common.set_aside(workdir))}")
+    if weights:
+        checkpoint.compare(f"the run in {weights}", params, sharding.shapes(model))
     optimizer, schedule = optim.make_optimizer(config.optim, config.train.steps)
     shapes = train.abstract_state(model, optimizer, config, mesh)
     sharding.check_memory(shapes, mesh)
@@ -94,25 +114,28 @@ def run(config, workdir):
     init = None if found else background.submit(
         train.compile_init, model, optimizer, config, mesh)
     background.shutdown(wait=False)  # an error that comes meanwhile is told at once
+    stores = [data.prepare(source, tokenizer, split, config.data.cache or None,
+                           config.data.workers or None, progress=common.writes())
+              for split in ("train", "validation")]
+    for split, store in zip(("training", "validation"), stores):
+        print(f"{split}: {store.n_documents:,} documents, {report.count(store.n_bytes)}B of "
+              f"text, {report.count(store.n_tokens)} tokens")
+        for line in store.report:
+            print(f"  {line}")
+    windows, held_out = (Windows(s, config.model.context, config.data.packing == "isolated")
+                         for s in stores)
+    identity = {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint,
+                "validation": stores[1].fingerprint, "config": configs.to_dict(config)}
+    distributed.check_same("their data", {k: identity[k] for k in identity if k != "config"})
+    flops = models.flops_per_token(config.model)
+    print(plots.parameter_table(stacking.unstack(shapes.params)))
+    print(f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
+          f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}; "
+          f"attention {attention}")
+    if weights:
+        distributed.gather("restored")
+        print(f"the run before is kept in {distributed.first(lambda: common.set_aside(workdir))}")
     with checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep) as saves:
-        stores = [data.prepare(source, tokenizer, split, config.data.cache or None,
-                               config.data.workers or None, progress=common.writes())
-                  for split in ("train", "validation")]
-        for split, store in zip(("training", "validation"), stores):
-            print(f"{split}: {store.n_documents:,} documents, {report.count(store.n_bytes)}B of "
-                  f"text, {report.count(store.n_tokens)} tokens")
-            for line in store.report:
-                print(f"  {line}")
-        windows, held_out = (Windows(s, config.model.context, config.data.packing == "isolated")
-                             for s in stores)
-        identity = {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint,
-                    "validation": stores[1].fingerprint, "config": configs.to_dict(config)}
-        distributed.check_same("their data", {k: identity[k] for k in identity if k != "config"})
-        flops = models.flops_per_token(config.model)
-        print(plots.parameter_table(stacking.unstack(shapes.params)))
-        print(f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
-              f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}; "
-              f"attention {attention}")
         tracking, start_step = train.Tracking(), 0
         if saves.latest() is not None:
             state, meta = saves.restore(shapes._asdict())
@@ -125,14 +148,16 @@ def run(config, workdir):
                 common.write_run(workdir, config, tokenizer)
             state = (init.result()() if init else
                      train.init_state(model, optimizer, config, mesh, params))
-            if anew:  # at once: these weights are nowhere else in this run
+            if weights:  # at once: these weights are nowhere else in this run
                 saves.save(0, state._asdict(), identity | {
                     "step": 0, "position": 0, "tracking": tracking._asdict()})
         if start_step >= config.train.steps and not tracking.owed:
             print(f"the run is complete: {start_step} steps")
+            draw(workdir, config)
             return 0
         if 0 < config.train.patience <= tracking.waited:
             print(f"the run stopped early at step {start_step}; a larger train.patience goes on")
+            draw(workdir, config)
             return 0
         batches = Batches(windows, config.train.batch_size, config.train.seed, True,
                                sharding.rows(mesh, config.train.batch_size))
@@ -172,11 +197,19 @@ def run(config, workdir):
     return 128 + outcome.signal if outcome.signal else 0
 
 
+def draw(workdir, config):
+    """Draw the loss curve, on process 0; returns its path."""
+    from nanoflax import plots
+
+    if common.writes():
+        return plots.plot_losses(workdir, config.train.batch_size * config.model.context)
+
+
 def summarise(workdir, config, tracking, outcome):
     """Draw the loss curve and say how the run ended."""
-    from nanoflax import plots, report
+    from nanoflax import report
 
-    plot = plots.plot_losses(workdir, config.train.batch_size * config.model.context)
+    plot = draw(workdir, config)
     if outcome.signal:
         print(f"{outcome.reason}: saved at step {outcome.step}; the same command goes on")
         return

@@ -47,7 +47,12 @@ flags.DEFINE_integer("seed", 0, "of the random draws", 0, MAX_SEED)
 
 
 def main():
-    prompts = list(FLAGS.prompt)
+    from nanoflax import sources, tokenizers
+
+    if FLAGS.interactive and (FLAGS.prompt or FLAGS.prompt_file) or FLAGS.chat and (
+            FLAGS.interactive or FLAGS.prompt or FLAGS.prompt_file):
+        raise UserError("give one of --chat, --interactive, and --prompt with --prompt_file")
+    prompts = list(map(tokenizers.well_formed, FLAGS.prompt))
     if FLAGS.prompt_file:
         prompts += read_prompts(FLAGS.prompt_file)
     if "" in prompts:
@@ -67,7 +72,10 @@ def main():
     if FLAGS.workdir:
         config = common.read_config(os.path.join(FLAGS.workdir, "config.json"))
         if (labels := common.read_labels(FLAGS.workdir, config)) is not None:
-            write = of_task(config, model, params, tokenizer, *labels) or write
+            do, source = of_task(config, model, params, tokenizer, *labels) or write, (
+                common.examples_of(config.data))
+            write = lambda texts: do([  # noqa: E731  cleaned as those it was trained on
+                source.clean(text, "--prompt", sources.Report()) for text in texts])
             if not prompts and not FLAGS.interactive and config.task.kind != "language_model":
                 raise UserError(f"--prompt is missing: the text that task.kind="
                                 f"{config.task.kind!r} is about")
@@ -112,7 +120,9 @@ def predict(config, model, params, tokenizer, labels, several, texts):
     rows = batching.encode(made, tokenizer, task.length, labels, several, report=report)
     for line in report.lines():
         print(line, file=sys.stderr)
-    judge = tasks.Judge(model, config, tokenizer, labels, rows, sharding.make_mesh("-1,1,1"))
+    mesh = sharding.make_mesh("-1,1,1")
+    judge = tasks.Judge(model, config, tokenizer, labels, rows, mesh)
+    params = sharding.put(params, mesh)
     if task.kind == "classify":
         results = [[f"{labels[i]}\t{row[i]:.4f}" for i in (-row).argsort()]
                    for row in tasks.probabilities(judge, params, len(rows))]
@@ -129,8 +139,10 @@ def restore(config, model, params, tokenizer, texts):
     from nanoflax.examples import Text
 
     rows = tasks.encode([Text(text, "--prompt") for text in texts], config, tokenizer)
-    judge = tasks.Judge(model, config, tokenizer, (), rows, sharding.make_mesh("-1,1,1"))
-    print("\n".join(judge.task.answer(judge, params, len(rows))))
+    mesh = sharding.make_mesh("-1,1,1")
+    judge = tasks.Judge(model, config, tokenizer, (), rows, mesh)
+    print("\n".join(map(printed(), judge.task.answer(
+        judge, sharding.put(params, mesh), len(rows)))))
 
 
 def read_prompts(path):
@@ -170,6 +182,8 @@ def chat(model, params, tokenizer):
 
 def typed():
     """The lines that a person types, until an empty one or the end of input."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             line = input("> ")
@@ -186,9 +200,9 @@ def generate(model, params, tokenizer, prompts, ids_of_prompts=None):
     Returns the continuations."""
     import jax
 
-    from nanoflax import beams, report, sampling
+    from nanoflax import beams, sampling
 
-    safe = report.printable if sys.stdout.isatty() else str
+    safe = printed()
     architecture = model.config.architecture
     sources = ids_of_prompts or [common.prompt_ids(tokenizer, p, architecture) for p in prompts]
     decoder = architecture == "decoder"
@@ -232,6 +246,13 @@ def generate(model, params, tokenizer, prompts, ids_of_prompts=None):
     print("" if live else "\n".join(f"--- {i + 1}\n{safe(prompt * decoder + text)}"
                                     for i, (prompt, text) in enumerate(zip(prompts, texts))))
     return texts
+
+
+def printed():
+    """What text goes through on its way out: control characters cannot drive a terminal."""
+    from nanoflax import report
+
+    return report.printable if sys.stdout.isatty() else str
 
 
 def visible(text, stops, ended):

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import threading
 import uuid
 
@@ -191,6 +192,7 @@ def _start_worker(tokenizer):
 
     global _tokenizer
     _tokenizer = tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells
     parent = multiprocessing.parent_process()  # a killed parent must not leave workers behind
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

@@ -194,11 +194,12 @@ def _classification(record, place, clean, report):
         labels = record["labels"] if isinstance(record["labels"], list) else [None]
     else:
         labels = [record.get("label")]
+    labels = [clean(label, place).strip() if isinstance(label, str) else label for label in labels]
     if any(label in (None, "") or isinstance(label, (list, dict)) for label in labels):
         report.add("examples without a label, left out", place)
         return None
     sides = _sides(record, ["text"], place, clean, report)
-    names = (label.strip() if isinstance(label, str) else json.dumps(label) for label in labels)
+    names = (label if isinstance(label, str) else json.dumps(label) for label in labels)
     return sides and Classification(*sides, tuple(dict.fromkeys(names)), place)
 
 
@@ -220,6 +221,7 @@ def _tagging(record, place, clean, report):
         return None
     before, checked = "O", []
     for tag, at in zip(tags, places):
+        tag = clean(tag, at).strip()
         if not re.fullmatch("O|[BI]-.+", tag):
             report.add("examples with a tag that is not BIO (O, B-X or I-X), left out",
                        f"{at} {tag!r}")

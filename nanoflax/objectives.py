@@ -47,11 +47,12 @@ def masked_lm(model, params, batch, rng=None, **options):
                        batch["weights"], **options)
 
 
-def guesses(model, params, batch):
-    """The likeliest token [B, T] int32 at each target of a batch of masked_lm or seq2seq (there,
-    after the true targets before it)."""
+def guesses(model, params, batch, vocab_size=None):
+    """The likeliest token [B, T] int32, below vocab_size if given, at each target of a batch of
+    masked_lm or seq2seq (there, after the true targets before it)."""
     def guess(states):  # of a piece of T, so that there are never the logits of all
-        return model.apply({"params": params}, states.reshape(B, -1, D), method="head").argmax(-1)
+        logits = model.apply({"params": params}, states.reshape(B, -1, D), method="head")
+        return logits[..., :vocab_size].argmax(-1)
 
     states = _states(model, params, batch)
     B, T, D = states.shape

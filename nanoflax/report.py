@@ -50,7 +50,7 @@ class MetricsLog:
         step = int(step)
         values = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
         try:
-            self._file.write(json.dumps({"step": step} | _strict(values), allow_nan=False) + "\n")
+            self._file.write(json.dumps({"step": step} | strict(values), allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise self._unwritable(error) from error
@@ -119,9 +119,13 @@ def write_whole(path, data):
     os.replace(temporary, path)
 
 
-def _strict(values):
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in values.items()}
+def strict(value):
+    """A value for JSON, each number in it that JSON does not have as its name: "nan", "inf"."""
+    if isinstance(value, dict):
+        return {k: strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(strict, value))
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _TensorBoard:

@@ -15,11 +15,12 @@ from nanoflax.models import head_kernel
 from nanoflax.sampling import bucket
 
 
-def log_likelihoods(model, params, prompts, continuations, batch_size=16):
+def log_likelihoods(model, params, prompts, continuations, batch_size=16, names=None):
     """log p(continuation | prompt), summed over its tokens, in nats.
 
     prompts, continuations: lists of as many lists of ids, none empty; the prompts of an
     encoder-decoder or LSTM are sources. Padded to powers of two, and compiled once for each.
+    names: what errors call each pair; default pair 0, pair 1, ...
     Returns [N] float64 (each of float32 precision).
     Raises: UserError naming every pair that the model's context has no room for.
     """
@@ -27,13 +28,14 @@ def log_likelihoods(model, params, prompts, continuations, batch_size=16):
     if c.head != "lm":
         raise UserError(f"an {c.architecture} with model.head={c.head!r} gives texts no "
                         "likelihood; give a decoder or an encoder-decoder")
-    found = [f"pair {i}: {len(p)} and {len(t)} tokens, while the model's context is {c.context}"
-             for i, (p, t) in enumerate(zip(prompts, continuations, strict=True))
+    names = names or [f"pair {i}" for i in range(len(prompts))]
+    found = [f"{name}: {len(p)} and {len(t)} tokens, while the model's context is {c.context}"
+             for name, p, t in zip(names, prompts, continuations, strict=True)
              if (len(p) + len(t) - 1 if decoder else max(len(p), len(t))) > c.context]
-    found += [f"pair {i} has an empty side"
-              for i, pair in enumerate(zip(prompts, continuations)) if not all(map(len, pair))]
+    found += [f"{name} has an empty side"
+              for name, *pair in zip(names, prompts, continuations) if not all(map(len, pair))]
     if found:
-        raise UserError("; ".join(found[:8]))
+        raise UserError("; ".join(found[:8]) + (f"; {len(found) - 8} more" if found[8:] else ""))
     pairs = list(zip(prompts, continuations))
 
     def lengths(i):

@@ -246,6 +246,11 @@ def rows(mesh, batch_size):
     return sorted({row for part, in found for row in range(*part.indices(batch_size))})
 
 
+def whole_batch(batch_size, mesh):
+    """The least batch size of at least this that the mesh divides."""
+    return batch_size + -batch_size % placement.parts_of(placement.BATCH[0], mesh)
+
+
 def put_batch(arrays, mesh):
     """This process's `rows` of a batch (a dict of numpy arrays), as global arrays split over the
     mesh. Raises: UserError for a length that context does not divide."""

@@ -172,6 +172,7 @@ def records(source, kind, report, split=None):
                             f"{kind.__name__} ones")
         return builtin.records(scheme, rest)
     readers = {"jsonl": _jsonl, "tsv": _tsv, "conll": _conll, "pairs": _pairs}
+    _renamed(source, kind)
     if scheme == "tfds" and rest:
         return _tfds(source, rest, kind, split)
     if scheme not in readers or not rest:
@@ -213,12 +214,15 @@ def _sides(pairs):
         yield from ((place, {"text": record[name]}) for name in Pair.fields)
 
 
-def _renamed(source):
-    """The option `fields` as a dict {our name: the file's}."""
+def _renamed(source, kind=None):
+    """The option `fields` as a dict {our name: the file's}; of a kind of examples, if given."""
     pairs = [pair.strip().split("=") for pair in source.fields.split(",")] if source.fields else []
     if not all(len(pair) == 2 and all(pair) for pair in pairs):
         raise UserError(f"fields {source.fields!r}: write our names and the file's, as in "
                         "text=sentence,label=stars")
+    if kind and (unknown := [ours for ours, _ in pairs if ours not in _ours(kind)]):
+        raise UserError(f"fields {source.fields!r}: {unknown[0]!r} is none of our names, which are "
+                        f"{', '.join(_ours(kind))} here")
     return dict(pairs)
 
 
@@ -281,7 +285,7 @@ def _tsv(source, path, kind, report):
             width = len(cells) if header else len(kind.fields)
             if header:
                 continue
-        if not line.strip():
+        if not line:
             continue
         if len(cells) != width:
             report.add(f"lines without {width} columns between tabs, left out",

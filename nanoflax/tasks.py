@@ -1,13 +1,12 @@
 """What a model can be taught: for each task its examples, models, objective, answers and measures.
 
     task = TASKS["classify"]
-    judge = Judge(model, config, tokenizer, labels, rows)
+    judge = Judge(model, config, tokenizer, labels, rows, mesh)
     numbers, predictions = judge(params)
 """
 
 import copy
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -58,20 +57,22 @@ class Judge:
         self.rows = rows.drawn([(i, 0) for i in range(len(rows))])  # noise that stays the same
         if "source" in self.rows.rows[0] and self.task.examples is Text:
             self.rows = dataclasses.replace(self.rows, examples=[
-                Pair(*(tokenizer.decode(row[name]) for name in ("source", "targets")), text.place)
-                for row, text in zip(self.rows.rows, rows.examples)])
+                Pair(*(self.tokenizer.decode(row[name]) for name in ("source", "targets")),
+                     text.place) for row, text in zip(self.rows.rows, rows.examples)])
         self.report = {}
 
         def sums(params, batch):
             _, nll, weight = self.task.objective(model, params, batch)
             right = weight if not self.task.accuracy else jnp.sum(
-                batch["weights"] * (objectives.guesses(model, params, batch) == batch["targets"]))
+                batch["weights"] * (guesses(params, batch) == batch["targets"]))
             return nll, weight, right
 
         def logits(params, batch):
             return model.apply({"params": params}, batch["tokens"], batch["padding_mask"])
 
-        guesses = functools.partial(objectives.guesses, model)
+        def guesses(params, batch):
+            return objectives.guesses(model, params, batch, self.tokenizer.vocab_size)
+
         self._sums, self._guesses, self._logits = (
             jax.jit(placement.traced_on(mesh, f)) for f in (sums, guesses, logits))
 
@@ -100,7 +101,7 @@ class Judge:
         nats, weight, right = sums
         numbers = {"validation_loss": nats / max(weight, 1)}
         if self.task.measure is None:
-            numbers["perplexity"] = metrics.perplexity(nats, weight)
+            numbers["perplexity"] = metrics.perplexity(nats, max(weight, 1))
         if self.task.accuracy:
             numbers[self.task.accuracy] = right / max(weight, 1)
         predictions = self.task.answer(self, params, number) if self.task.answer else []
@@ -112,7 +113,7 @@ class Judge:
 
     def batches(self, number):
         """The first rows in batches on the mesh; the last is filled up with rows of weight 0."""
-        B = self.config.train.batch_size
+        B = sharding.whole_batch(self.config.train.batch_size, self.mesh)
         own = sharding.rows(self.mesh, B)
         for batch in itertools.islice(batching.evaluation(self.rows, B, own), -(-number // B)):
             yield sharding.put_batch(batch, self.mesh)
@@ -205,6 +206,8 @@ def tag_scores(predictions, examples, _):
 def text_scores(predictions, examples, task):
     targets = [example.target for example in examples]
     report = metrics.translation(predictions, targets, task.bleu_tokenize)
+    copied = metrics.translation([e.source for e in examples], targets, task.bleu_tokenize)
+    report["bleu_of_source"] = copied["bleu"]
     return {"exact_match": metrics.exact_match(predictions, targets), "bleu": report["bleu"],
             "chrf": report["chrf"], "rouge_l": metrics.rouge_l(predictions, targets)}, report
 

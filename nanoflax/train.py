@@ -156,7 +156,7 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
         return nll, weight
 
     def evaluate(params, windows):
-        B = config.train.batch_size
+        B = sharding.whole_batch(config.train.batch_size, mesh)
         batches = evaluation_batches(windows, B, sharding.rows(mesh, B))
         nats = tokens = 0.0  # float64: a sum over millions of tokens
         waiting = []

@@ -54,6 +54,10 @@ class WorkdirLock:
         try:
             file = open(path, "a+")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            holder = f"process {os.getpid()} on {socket.gethostname()}\n"
+            file.write(holder)
+            file.flush()
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -61,10 +65,6 @@ class WorkdirLock:
                             " or choose another --workdir") from error
         except OSError as error:
             raise UserError(f"{path} cannot be locked: {error.strerror}") from error
-        file.truncate(0)
-        holder = f"process {os.getpid()} on {socket.gethostname()}\n"
-        file.write(holder)
-        file.flush()
         self._file = file
         # A forked worker that outlives a killed parent must not go on holding its lock.
         os.register_at_fork(after_in_child=self.release)

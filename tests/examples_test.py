@@ -83,8 +83,10 @@ def test_tsv_with_and_without_a_header(tmp_path):
     found, problems = read(f"tsv:{path}", Classification)
     assert found == [Classification('a "quoted', ("yes",)), Classification("last", ("no",))]
     assert problems == {"lines without 2 columns between tabs, left out": (1, [f"{path}:3 3"])}
-    path.write_text("one\nA\tB\n")
-    assert read(f"tsv:{path}", Pair)[0] == [Pair("A", "B")]
+    path.write_text("one\nA\tB\n \t\n")
+    found, problems = read(f"tsv:{path}", Pair)
+    assert found == [Pair("A", "B")]
+    assert problems["examples with an empty 'source', left out"] == (1, [f"{path}:3"])
     path.write_text("target\tid\tsource\nB\t1\tA\n")
     assert read(f"tsv:{path}", Pair)[0] == [Pair("A", "B")]
     path.write_text("text\tlabels\nA\tx, y\nB\t\n")
@@ -162,6 +164,7 @@ def test_bad_examples_are_counted_with_their_lines(tmp_path):
     for kind, bad, good in [
             (Classification,
              {"without a label": [{"text": "x"}, {"text": "x", "label": None},
+                                  {"text": "x", "label": " \x00"},
                                   {"text": "x", "label": ""}, {"text": "x", "labels": [None]},
                                   {"text": "x", "labels": "y"}, {"text": "x", "label": ["y"]}],
               "without text in 'text'": [{"label": "y"}, {"text": 3, "label": "y"}],
@@ -236,6 +239,14 @@ def test_unusable_options_are_named(option, value):
         TaskSource("pytags", **{option: value})
 
 
+def test_a_field_that_is_not_ours_is_named(tmp_path):
+    (tmp_path / "x").write_text("a O\n")
+    for name, kind, fields, ours in (("jsonl", Text, "txt=b", "text"),
+                                     ("conll", Tagging, "tags=1,token=0", "tokens, tags")):
+        with pytest.raises(UserError, match=f"is none of our names, which are {ours} here"):
+            examples.load(TaskSource(f"{name}:{tmp_path}/x", fields=fields), kind)
+
+
 def test_one_class_is_refused(tmp_path):
     source = jsonl(tmp_path / "x.jsonl", [{"text": str(i), "label": "same"} for i in range(9)])
     with pytest.raises(UserError, match=r"'same' \(.*x.jsonl:\d and \d more.*two classes"):
@@ -243,6 +254,15 @@ def test_one_class_is_refused(tmp_path):
     source = jsonl(tmp_path / "y.jsonl", [{"tokens": [str(i)], "tags": ["O"]} for i in range(9)])
     with pytest.raises(UserError, match=r"tagged O \(.*y.jsonl:\d"):
         examples.load(source, Tagging)
+
+
+def test_labels_and_tags_are_cleaned_as_texts_are(tmp_path):
+    path = tmp_path / "x.jsonl"
+    found, _ = read(jsonl(path, [{"text": "a", "label": "caf\u00e9"},
+                                 {"text": "b", "label": " cafe\u0301 "}]), Classification)
+    assert {e.labels for e in found} == {("caf\u00e9",)}
+    (tagged,), _ = read(jsonl(path, [{"tokens": ["a", "b"], "tags": ["B-X", "I-X "]}]), Tagging)
+    assert tagged.tags == ("B-X", "I-X")
 
 
 def test_labels_are_the_training_datas_or_those_given(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests.programs_test import run
+from tests.programs_test import fake, run
 
 TINY = ["--config.model.layers=1", "--config.model.dim=32", "--config.model.heads=2",
         "--config.model.context=32", "--config.data.tokenizer=bytes", "--config.task.length=32",
@@ -68,7 +68,7 @@ def test_classes_are_learnt_reported_and_gone_on_with(topics, tmp_path):
     assert other.returncode == 2 and "is not the one that" in other.stderr, other.stderr
     evaluated(tmp_path, topics[1], result, predictions)
     texts = ["--prompt=abc cat def", "--prompt=hgf fed dog"]
-    said = run("sample", f"--workdir={tmp_path}", *texts)
+    said = run("sample", f"--workdir={tmp_path}", *texts, env=fake(2))
     assert said.returncode == 0, said.stderr
     parts = [part.split("\n")[1:3] for part in said.stdout.split("--- ")[1:]]
     assert [lines[0].split("\t")[0] for lines in parts] == ["cat", "dog"]
@@ -86,9 +86,9 @@ def test_classes_are_learnt_reported_and_gone_on_with(topics, tmp_path):
 
 def evaluated(workdir, data, result, predictions):
     """The run's own figures and predictions are those that evaluate finds, here and in final/."""
-    for home, flags in ((workdir, []), (workdir / "final", [f"--data={data}"])):
+    for devices, home, flags in ((1, workdir, []), (3, workdir / "final", [f"--data={data}"])):
         out = workdir / "said.jsonl"
-        done = run("evaluate", f"--workdir={home}", f"--out={out}", *flags)
+        done = run("evaluate", f"--workdir={home}", f"--out={out}", *flags, env=fake(devices))
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         assert found["report"] == result["report"] and found["examples"] == len(predictions)
@@ -279,6 +279,8 @@ def test_the_lstm_takes_the_same_road(tmp_path):
     (["--config.task.length=64"], "task.length=64 must be at most the model's context of 32"),
     (["--config.peft.kind=lora", "--config.peft.trained=head"],
      "peft.trained='head' leaves the adapters of peft.kind='lora' out"),
+    (["--config.peft.kind=lora"], "peft.kind='lora' without model.init_from"),
+    (["--config.data.packing=isolated"], "data.packing='isolated' is of pretrain"),
     (["--config.data.unicode=NFD"], "unicode 'NFD': choose NFC"),
     (["--config.task.kind=translate", "--config.task.bleu_tokenize=mecab"], "is not one of 13a"),
 ])
@@ -353,6 +355,11 @@ def test_a_denoiser_is_what_translate_begins_from(noise, tokenizer, architecture
     assert {"exact_match", "token_accuracy", "validation_loss"} < found.keys()
     first = json.loads((tmp_path / "noisy" / "predictions.jsonl").open().readline())
     assert ("<extra_id_0>" if noise == "spans" else "<mask>") in first["source"]
+    same = run("evaluate", f"--workdir={tmp_path / 'noisy'}")
+    assert same.returncode == 0, same.stderr
+    assert json.loads(same.stdout)["token_accuracy"] == pytest.approx(found["token_accuracy"])
+    said = run("sample", f"--workdir={tmp_path / 'noisy'}", "--prompt=abc bcd cde", env=fake(3))
+    assert said.returncode == 0, said.stderr
     pairs = [{"source": a + b, "target": b} for a in "abcd" for b in "abcd"]
     data, final = write(tmp_path / "pairs", pairs), tmp_path / "noisy" / "final"
     tuned = finetune("translate", tmp_path / "run", data, data, *options[:2],

@@ -110,4 +110,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    sys.exit(1 if main(options.kills, options.steps, options.seed)[1] else 0)
+    done, difference, left = main(options.kills, options.steps, options.seed)
+    sys.exit(1 if done < options.kills or difference or left else 0)

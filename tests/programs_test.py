@@ -1,10 +1,12 @@
 """The programs as a person runs them: train, stop, resume, sample, evaluate, and misuse."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +31,11 @@ SMALL = ["--config.model.layers=1", "--config.model.dim=32", "--config.model.hea
 def run(program, *flags, **options):
     return subprocess.run([sys.executable, "-m", f"experiments.{program}", *map(str, flags)],
                           cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+def fake(devices):
+    """The environment of a program that finds so many fake devices."""
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
 
 
 def pretrain(workdir, corpus, *flags, **options):
@@ -93,6 +100,85 @@ def test_a_new_run_from_the_weights_keeps_the_old_one(corpus, tmp_path):
         refused = pretrain(tmp_path / home, corpus, "--restart_from_weights", *changed)
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr
         assert not (tmp_path / "w" / "previous-2").exists()
+
+
+def test_a_restart_that_is_refused_changes_nothing(corpus, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "w")
+    (tmp_path / "blank.txt").write_text(" \n")
+    before = sorted(os.listdir(tmp_path / "w"))
+    for flags, words in (([f"--config.data.train=text:{tmp_path}/blank.txt"], "has no text"),
+                         (["--config.data.tokenizer=bpe:300"], "keeps the tokenizer")):
+        refused = pretrain(tmp_path / "w", corpus, "--restart_from_weights", *flags)
+        assert refused.returncode == 2 and words in refused.stderr, refused.stderr
+        assert sorted(os.listdir(tmp_path / "w")) == before
+
+
+def test_a_restart_may_be_killed_anywhere(tmp_path, monkeypatch):
+    """set_aside is cut off before each of its renames, and after the last; then it is gone on with."""
+    config = configs.Config()
+    other = dataclasses.replace(config, train=configs.TrainConfig(steps=7))
+    rename, killed, cut = os.rename, 0, 0
+    while killed == cut:
+        workdir = tmp_path / str(cut)
+        (workdir / "checkpoints" / "5").mkdir(parents=True)
+        (workdir / "tokenizer").mkdir()
+        (workdir / "config.json").write_text(json.dumps(configs.to_dict(config)))
+        done = itertools.count()
+
+        def until(a, b):
+            if next(done) == cut:
+                raise KeyboardInterrupt
+            rename(a, b)
+
+        assert common.resumable(str(workdir), other, True)[1] == str(workdir)
+        monkeypatch.setattr(os, "rename", until)
+        try:
+            common.set_aside(str(workdir))
+        except KeyboardInterrupt:
+            killed += 1
+        monkeypatch.setattr(os, "rename", rename)
+        if cut == 0:  # the old run goes on
+            assert common.resumable(str(workdir), config) == (config, None)
+        else:
+            with pytest.raises(UserError, match="begin it again with --restart_from_weights"):
+                common.resumable(str(workdir), other)
+            saved, weights = common.resumable(str(workdir), other, True)
+            assert saved == config and weights == str(workdir / "previous-1")
+            assert sorted(os.listdir(weights)) == ["checkpoints", "config.json", "tokenizer"]
+            assert common.set_aside(str(workdir)) == weights
+        cut += 1
+    assert cut == 4
+
+
+def test_a_tokenizer_without_a_run_is_not_trusted(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("")
+    found = common.get_tokenizer(configs.DataConfig(tokenizer="bytes"), str(tmp_path), list)
+    assert found.decode(found.encode("é")) == "é"
+    common.write_run(str(tmp_path), configs.Config(), found)
+    again = common.get_tokenizer(configs.DataConfig(tokenizer="bpe:300"), str(tmp_path), list)
+    assert again.fingerprint == found.fingerprint
+
+
+def test_a_disk_without_room_is_one_line(tmp_path):
+    done = subprocess.run(["bash", "-c", f"ulimit -f 0; exec {sys.executable} -m experiments.pretrain "
+                           f"--workdir={tmp_path / 'w'} --config.data.cache={tmp_path / 'c'}"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "File too large" in done.stderr
+
+
+def test_evaluate_reads_all_whatever_the_run_measured(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "w")
+    config = json.loads((tmp_path / "w" / "config.json").read_text())
+    config["train"]["evaluate_batches"] = 1
+    (tmp_path / "w" / "config.json").write_text(json.dumps(config))
+    found = [run("evaluate", f"--workdir={w}", env=fake(devices))
+             for w, devices in ((trained[0], 1), (tmp_path / "w", 3))]
+    whole, limited = (json.loads(done.stdout) for done in found)
+    assert whole["tokens"] == limited["tokens"]
+    for name in ("loss", "bits_per_byte"):
+        assert limited[name] == pytest.approx(whole[name], rel=1e-5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -227,7 +313,13 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
     ("sample", ["--workdir=nowhere", f"--seed={10**20}"], "--seed"),
     ("evaluate", ["--workdir=nowhere"], "nowhere"),
     ("evaluate", [], "either --workdir"),
+    ("pretrain", ["--config.model.init_from=gpt2", "--config.peft.kind=lora"],
+     "model.init_from='gpt2', peft.kind='lora': pretrain trains a decoder from scratch"),
+    ("pretrain", ["--config.model.architecture=lstm"], "model.architecture='lstm': pretrain"),
+    ("pretrain", ["--config=pydocs_tiny", "--config=nowhere"], "--config=nowhere does not exist"),
     ("evaluate", ["--model=x"], "--model needs --candidates"),
+    ("evaluate", ["--workdir=x", "--split=train"], "--split=train is of --data"),
+    ("sample", ["--workdir=x", "--interactive", "--prompt=a"], "give one of --chat"),
     ("evaluate", ["--model=x", "--candidates=nowhere.jsonl"], "nowhere.jsonl"),
     ("benchmark", ["race"], "train, decode or compile"),
 ])

@@ -280,6 +280,9 @@ def _problems(c):
                      "matrices of all blocks against each other")
     if t.scan_layers and c.model.architecture == "lstm":
         found.append("train.scan_layers=true needs blocks, and model.architecture='lstm' has none")
+    if o.layer_decay != 1 and c.model.architecture == "lstm":
+        found.append(f"optim.layer_decay={o.layer_decay} needs blocks, and "
+                     "model.architecture='lstm' has none")
     if not 0 < o.layer_decay <= 1:
         found.append(f"optim.layer_decay={o.layer_decay} must be in (0, 1]")
     if o.warmup_steps >= t.steps > 1:
