@@ -541,7 +541,8 @@ def set_aside(workdir):
 
     kept = previous(workdir)
     if not kept or checkpoint.steps(os.path.join(workdir, "checkpoints")):
-        kept.append(os.path.join(workdir, f"previous-{len(kept) + 1}"))
+        last = int(kept[-1].rsplit("-", 1)[1]) if kept else 0
+        kept.append(os.path.join(workdir, f"previous-{last + 1}"))
         os.makedirs(kept[-1], exist_ok=True)
     if not os.path.exists(os.path.join(kept[-1], "config.json")):
         for name in ("checkpoints", "tokenizer", "metrics.jsonl", "tensorboard", "loss.png", "wandb",

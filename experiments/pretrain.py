@@ -61,7 +61,7 @@ OF_FINETUNE = {"model": ("architecture", "head", "init_from"),
 def check_used(config):
     """Raises: UserError for a model that is no decoder with its own head, and for fields that are
     not read here."""
-    given, ours = configs.to_dict(config), configs.to_dict(configs.Config(model=configs.ModelConfig()))
+    given, ours = map(configs.to_dict, (config, configs.Config(model=configs.ModelConfig())))
     found = [f"{section}.{name}={given[section][name]!r}" for section, names in OF_FINETUNE.items()
              for name in names if given[section][name] != ours[section][name]]
     if found:

@@ -47,7 +47,7 @@ flags.DEFINE_integer("seed", 0, "of the random draws", 0, MAX_SEED)
 
 
 def main():
-    from nanoflax import sources, tokenizers
+    from nanoflax import tokenizers
 
     if FLAGS.interactive and (FLAGS.prompt or FLAGS.prompt_file) or FLAGS.chat and (
             FLAGS.interactive or FLAGS.prompt or FLAGS.prompt_file):
@@ -72,10 +72,9 @@ def main():
     if FLAGS.workdir:
         config = common.read_config(os.path.join(FLAGS.workdir, "config.json"))
         if (labels := common.read_labels(FLAGS.workdir, config)) is not None:
-            do, source = of_task(config, model, params, tokenizer, *labels) or write, (
-                common.examples_of(config.data))
-            write = lambda texts: do([  # noqa: E731  cleaned as those it was trained on
-                source.clean(text, "--prompt", sources.Report()) for text in texts])
+            do = of_task(config, model, params, tokenizer, *labels) or write
+            if config.task.kind != "language_model":
+                write = lambda texts: do(cleaned(config, texts))  # noqa: E731
             if not prompts and not FLAGS.interactive and config.task.kind != "language_model":
                 raise UserError(f"--prompt is missing: the text that task.kind="
                                 f"{config.task.kind!r} is about")
@@ -107,6 +106,18 @@ def of_task(config, model, params, tokenizer, labels, several):
             if not FLAGS["beams"].present and task.beams > 1:
                 FLAGS.beams = task.beams
     return None
+
+
+def cleaned(config, texts):
+    """Texts as those are that the run was trained on. Raises: UserError if nothing is left of one.
+    """
+    from nanoflax import sources
+
+    source = common.examples_of(config.data)
+    found = [source.clean(text, "--prompt", sources.Report()) for text in texts]
+    if not all(found):
+        raise UserError("--prompt is empty when it is cleaned as the run's data was")
+    return found
 
 
 def predict(config, model, params, tokenizer, labels, several, texts):

@@ -137,15 +137,20 @@ def test_a_restart_may_be_killed_anywhere(tmp_path, monkeypatch):
         except KeyboardInterrupt:
             killed += 1
         monkeypatch.setattr(os, "rename", rename)
+        (workdir / "previous-1").rename(workdir / "previous-4")  # the others were removed
         if cut == 0:  # the old run goes on
             assert common.resumable(str(workdir), config) == (config, None)
         else:
             with pytest.raises(UserError, match="begin it again with --restart_from_weights"):
                 common.resumable(str(workdir), other)
             saved, weights = common.resumable(str(workdir), other, True)
-            assert saved == config and weights == str(workdir / "previous-1")
+            assert saved == config and weights == str(workdir / "previous-4")
             assert sorted(os.listdir(weights)) == ["checkpoints", "config.json", "tokenizer"]
             assert common.set_aside(str(workdir)) == weights
+            (workdir / "checkpoints" / "0").mkdir(parents=True)
+            (workdir / "config.json").write_text("new")
+            assert common.set_aside(str(workdir)) == str(workdir / "previous-5")
+            assert (workdir / "previous-5" / "config.json").read_text() == "new"
         cut += 1
     assert cut == 4
 

