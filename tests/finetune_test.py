@@ -126,6 +126,20 @@ def test_lora_trains_little_and_its_merged_model_stands_alone(topics, tmp_path):
     assert count[0] == trained["trained_parameters"] and count[1] < 2 * count[0] + 10
 
 
+def test_a_head_of_other_classes_is_drawn_anew_and_trained(topics, tmp_path):
+    options = ["--config.train.steps=3", "--config.train.evaluate_every=3"]
+    base = finetune("classify", tmp_path / "base", *topics, *options)
+    assert base.returncode == 0, base.stderr
+    data = write(tmp_path / "other", [{"text": f"a {i}", "label": ["sun", "moon"][i % 2]}
+                                      for i in range(20)])
+    tuned = finetune("classify", tmp_path / "lora", data, data, *options, "--config.peft.kind=lora",
+                     f"--config.model.init_from={tmp_path / 'base' / 'final'}")
+    assert tuned.returncode == 0 and "drawn anew: labels" in tuned.stderr, tuned.stderr
+    from nanoflax import checkpoint
+    trained, _ = checkpoint.restore_params(tmp_path / "lora" / "checkpoints")
+    assert "kernel" in trained["labels"]
+
+
 WRONG = {
     "unknown.jsonl": [{"text": "a", "label": "bird"}, {"text": "b"}],
     "one.jsonl": [{"text": "a", "label": "cat"}, {"text": "b", "label": "cat"}],

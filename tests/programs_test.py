@@ -165,6 +165,14 @@ def test_a_tokenizer_without_a_run_is_not_trusted(tmp_path):
     assert again.fingerprint == found.fingerprint
 
 
+def test_wandb_that_is_not_there_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = configs.Config(train=configs.TrainConfig(wandb="project"))
+    with pytest.raises(UserError, match=r"train.wandb=project needs .* nanoflax\[wandb\]"):
+        common.check_wandb(config)
+    common.check_wandb(configs.Config())
+
+
 def test_a_disk_without_room_is_one_line(tmp_path):
     done = subprocess.run(["bash", "-c", f"ulimit -f 0; exec {sys.executable} -m experiments.pretrain "
                            f"--workdir={tmp_path / 'w'} --config.data.cache={tmp_path / 'c'}"],

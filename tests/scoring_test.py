@@ -1,12 +1,14 @@
 """Log-likelihoods of candidates: Transformers', every sequence there is, and few compilations."""
 
 import itertools
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from nanoflax import hf, scoring
+from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from tests.beams_test import KINDS, make, ragged
 
@@ -78,3 +80,10 @@ def test_a_softcap_and_a_bias_count():
     logp = jax.nn.log_softmax(logits)[len(prompt) - 1:-1]
     found, = scoring.log_likelihoods(model, params, [prompt], [new])
     assert found == pytest.approx(float(logp[np.arange(6), new].sum()), rel=1e-5)
+
+
+def test_errors_call_pairs_by_their_names():
+    model = types.SimpleNamespace(config=ModelConfig(vocab_size=8, context=4))
+    with pytest.raises(UserError, match="^q:3 candidate 1: 4 and 2 tokens.*4; q:4 has an empty side$"):
+        scoring.log_likelihoods(model, {}, [[1], [1] * 4, [1]], [[2], [2, 3], []],
+                                names=["q:1", "q:3 candidate 1", "q:4"])
