@@ -19,7 +19,8 @@ import time
 
 from absl import flags
 
-from experiments import common
+from experiments.flags import launch
+from nanoflax import runs
 from nanoflax.config import ModelConfig, preset
 from nanoflax.errors import UserError
 
@@ -132,7 +133,7 @@ def shape():
 def nanoflax_side(job):
     import jax
 
-    common.setup_jax()
+    runs.setup_jax()
     device = jax.devices()[0]
     about, run = (nanoflax_train if job == "train" else nanoflax_decode)(device)
     run()
@@ -146,18 +147,18 @@ def prepared(model_config, **options):
     import numpy as np
 
     import nanoflax
-    from nanoflax import optim, sharding, train
+    from nanoflax import parallel, train
     from nanoflax.config import Config, OptimConfig, TrainConfig
 
     config = Config(model=model_config, optim=OptimConfig(schedule="constant", warmup_steps=0),
                     train=TrainConfig(**options))
-    mesh = sharding.make_mesh("-1,1,1")
-    sharding.check(config, mesh)
+    mesh = parallel.make_mesh("-1,1,1")
+    parallel.check_mesh(config, mesh)
     model = nanoflax.build(config.model)
-    optimizer, _ = optim.make_optimizer(config.optim, 1000)
+    optimizer, _ = train.make_optimizer(config.optim, 1000)
     state = train.init_state(model, optimizer, config, mesh)
     B, T = config.train.batch_size, model_config.context
-    batch = sharding.put_batch({
+    batch = parallel.put_batch({
         "targets": np.random.default_rng(0).integers(0, model_config.vocab_size, (B, T), np.int32),
         "first": np.zeros(B, np.int32), "weights": np.ones((B, T), np.float32)}, mesh)
     return model, mesh, state, batch, train.make_train_step(model, optimizer, config)
@@ -184,7 +185,7 @@ def compile_times():
 def nanoflax_train(device):
     import jax
 
-    from nanoflax import hardware, models, train
+    from nanoflax import nn, parallel, train
 
     layers, dim, heads, T, V, B = shape()
     config = ModelConfig(vocab_size=V, context=T, layers=layers, dim=dim, heads=heads)
@@ -198,10 +199,10 @@ def nanoflax_train(device):
         jax.block_until_ready(metrics)
 
     tokens = FLAGS.steps * B * T
-    peak = hardware.peak_flops(device)
+    peak = parallel.peak_flops(device)
     return {"what": f"GPT-2 with L={layers} D={dim} T={T} V={V} B={B}, "
                     f"{model.compute_dtype}, AdamW, clipping",
-            "tokens": tokens, "work": tokens * models.flops_per_token(config),
+            "tokens": tokens, "work": tokens * nn.flops_per_token(config),
             "limit": "flops", "peak": peak and peak * mesh.size,
             "formula": "6 FLOPs per weight of a product and token, 12 L H K T for attention"}, run
 
@@ -211,7 +212,7 @@ def nanoflax_decode(device):
     import numpy as np
 
     import nanoflax
-    from nanoflax import hardware
+    from nanoflax import parallel
 
     B, config = FLAGS.batch_size or 1, preset("gpt2")
     model = nanoflax.build(config)
@@ -222,7 +223,7 @@ def nanoflax_decode(device):
                     f"{model.compute_dtype}",
             "tokens": B * FLAGS.new_tokens,
             "work": size * model.compute_dtype.itemsize * FLAGS.new_tokens,
-            "limit": "bytes", "peak": hardware.bandwidth(device),
+            "limit": "bytes", "peak": parallel.bandwidth(device),
             "formula": "every weight but the position table read once for each token of a row"}, \
         lambda: nanoflax.sample(model, params, prompts, FLAGS.new_tokens, temperature=0) and None
 
@@ -264,16 +265,16 @@ def torch_side(job):
 
 def machine_side(job):
     """The machine's limits, measured each round: FLOP/s of a product, bytes/s of reading."""
-    from nanoflax import hardware
+    from nanoflax import parallel
 
     def run():
         if job == "train":
-            return {"flops": hardware.measure_peak_flops(2048, 0.5)}
-        return {"bytes": hardware.measure_bandwidth()}
+            return {"flops": parallel.measure_peak_flops(2048, 0.5)}
+        return {"bytes": parallel.measure_bandwidth()}
 
     run()
     return {}, run
 
 
 if __name__ == "__main__":
-    common.launch(main, arguments=True)
+    launch(main, arguments=True)

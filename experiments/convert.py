@@ -13,8 +13,9 @@ import os
 
 from absl import flags
 
-from experiments import common
+from experiments.flags import launch
 from nanoflax import config as configs
+from nanoflax import runs
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -31,16 +32,16 @@ def main():
     source, target = FLAGS["from"].value, FLAGS.to
     if os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
         raise UserError(f"--to={target} exists and is not an empty directory; choose another")
-    common.setup_jax()
+    runs.setup_jax()
 
     import jax
 
-    from nanoflax import families, hf, plots
+    from nanoflax import hf, report
 
-    model, params, tokenizer = common.open_model(source, FLAGS.checkpoint)
+    model, params, tokenizer = runs.open_model(source, FLAGS.checkpoint)
     if FLAGS.dtype:
         params = jax.tree.map(lambda x: x.astype(FLAGS.dtype), params)
-    if common.is_run(source) or FLAGS.to_transformers:
+    if runs.is_run(source) or FLAGS.to_transformers:
         family = hf.save(target, model.config, params, tokenizer, labels=labels_of(source))
         print_mapping(family, model.config, params)
         print(f"{target}: open it with transformers.AutoModel.from_pretrained, or "
@@ -48,20 +49,20 @@ def main():
     else:
         write_workdir(target, model.config, params, tokenizer)
         if source.endswith(".gguf"):
-            print(plots.parameter_table(params))
+            print(report.parameter_table(params))
         else:
-            print_mapping(families.of_config(model.config), model.config, params)
+            print_mapping(hf.of_config(model.config), model.config, params)
         print(f"{target}: python -m experiments.sample --workdir={target}")
     return 0
 
 
 def labels_of(source):
     """The class names of a run of finetune; of any other model ()."""
-    if not common.is_run(source):
+    if not runs.is_run(source):
         return ()
-    source = common.whole(source, FLAGS.checkpoint)
-    config = common.read_config(os.path.join(source, "config.json"))
-    return (common.read_labels(source, config) or ((), False))[0]
+    source = runs.whole(source, FLAGS.checkpoint)
+    config = runs.read_config(os.path.join(source, "config.json"))
+    return (runs.read_labels(source, config) or ((), False))[0]
 
 
 def print_mapping(family, config, params):
@@ -85,16 +86,16 @@ def print_mapping(family, config, params):
 
 def write_workdir(workdir, config, params, tokenizer):
     """A run of no steps that holds imported weights."""
-    from nanoflax import checkpoint
+    from nanoflax import runs
 
     if tokenizer is None:
         raise UserError(f"--from={FLAGS['from'].value} has no tokenizer that nanoflax reads")
     run = configs.Config(model=config)
     os.makedirs(workdir, exist_ok=True)
-    with checkpoint.Checkpoints(os.path.join(workdir, "checkpoints")) as saves:
+    with runs.Checkpoints(os.path.join(workdir, "checkpoints")) as saves:
         saves.save(0, {"params": params}, {"tokenizer": tokenizer.fingerprint, "step": 0})
-    common.write_run(workdir, run, tokenizer)
+    runs.write_run(workdir, run, tokenizer)
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

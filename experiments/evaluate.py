@@ -25,7 +25,8 @@ import sys
 
 from absl import flags
 
-from experiments import common
+from experiments.flags import launch
+from nanoflax import runs
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -51,33 +52,33 @@ def main():
     if FLAGS["split"].present and not FLAGS.data:
         raise UserError(f"--split={FLAGS.split} is of --data, which is missing; for the run's own "
                         "source name it")
-    common.setup_jax()
+    runs.setup_jax()
     if FLAGS.candidates:
         result = ranked(FLAGS.candidates)
     else:
-        config, tokenizer = common.read_run(FLAGS.workdir)
-        labels = common.read_labels(FLAGS.workdir, config)
+        config, tokenizer = runs.read_run(FLAGS.workdir)
+        labels = runs.read_labels(FLAGS.workdir, config)
         result = (on_text(config, tokenizer) if labels is None else
                   on_examples(config, tokenizer, *labels))
     print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
 def on_text(config, tokenizer):
-    from nanoflax import data, sharding, train
-    from nanoflax.windows import Windows
+    from nanoflax import data, parallel, train
+    from nanoflax.data import Windows
 
     if FLAGS.out:
         raise UserError("--out needs --candidates or a run of finetune: text has no predictions")
     if FLAGS.split == "test":
         raise UserError("--split=test is of examples; text has train, validation and all")
-    store = data.prepare(common.source_of(config.data, FLAGS.data), tokenizer,
+    store = data.prepare(data.source_of(config.data, FLAGS.data), tokenizer,
                          FLAGS.split if FLAGS.data else "validation", config.data.cache or None)
     windows = Windows(store, config.model.context, config.data.packing == "isolated")
-    model, params = common.restore_model(FLAGS.workdir, config, tokenizer, FLAGS.checkpoint)
+    model, params = runs.restore_model(FLAGS.workdir, config, tokenizer, FLAGS.checkpoint)
     config = dataclasses.replace(  # all windows
         config, train=dataclasses.replace(config.train, evaluate_batches=0))
-    mesh = sharding.make_mesh("-1,1,1")
-    nats, tokens = train.make_evaluation(model, config, mesh)(sharding.put(params, mesh), windows)
+    mesh = parallel.make_mesh("-1,1,1")
+    nats, tokens = train.make_evaluation(model, config, mesh)(parallel.put(params, mesh), windows)
     return {
         "data": FLAGS.data or f"{config.data.train} (validation)",
         "loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700)),
@@ -88,28 +89,28 @@ def on_text(config, tokenizer):
 
 def on_examples(config, tokenizer, labels, several):
     """What finetune says of its validation examples, of these; the table goes to stderr."""
-    from nanoflax import examples, metrics, sharding, sources, tasks
+    from nanoflax import data, parallel, tasks
 
-    task, report = config.task, sources.Report()
+    task, report = config.task, data.Report()
     kind = tasks.TASKS[task.kind].examples
     if FLAGS.data:
-        source = common.examples_of(config.data, FLAGS.data)
-        found = examples.read(source, kind, labels, report, FLAGS.split)
+        source = tasks.examples_of(config.data, FLAGS.data)
+        found = tasks.read(source, kind, labels, report, FLAGS.split)
     else:
-        loaded = examples.load(common.examples_of(config.data), kind, labels or None)
+        loaded = tasks.load(tasks.examples_of(config.data), kind, labels or None)
         found, report = loaded.validation, loaded.report
-    rows = tasks.encode(found, config, tokenizer, labels, several, report)
-    model, params, _ = common.open_model(FLAGS.workdir, FLAGS.checkpoint)
-    mesh = sharding.make_mesh("-1,1,1")
-    judge = tasks.Judge(model, config, tokenizer, labels, rows, mesh)
-    numbers, predictions = judge(sharding.put(params, mesh))
+    rows = tasks.encode_for_task(found, config, tokenizer, labels, several, report)
+    model, params, _ = runs.open_model(FLAGS.workdir, FLAGS.checkpoint)
+    mesh = parallel.make_mesh("-1,1,1")
+    judge = tasks.Evaluator(model, config, tokenizer, labels, rows, mesh)
+    numbers, predictions = judge(parallel.put(params, mesh))
     if FLAGS.out:
         if not predictions:
             raise UserError(f"--out: task.kind={task.kind!r} is measured by its loss, and has no "
                             "predictions")
-        common.write_jsonl(FLAGS.out, tasks.records(judge.rows.examples, predictions))
+        runs.write_jsonl(FLAGS.out, tasks.prediction_records(judge.rows.examples, predictions))
     if task.kind in ("classify", "tag"):
-        print("\n".join(metrics.table(judge.report)), file=sys.stderr)
+        print("\n".join(tasks.metrics_table(judge.report)), file=sys.stderr)
     return {"data": FLAGS.data or f"{config.data.train} (validation)", "examples": len(rows),
             **numbers, "report": judge.report, "data_report": report.lines()}
 
@@ -117,15 +118,15 @@ def on_examples(config, tokenizer, labels, several):
 def ranked(path):
     """Candidates by their log-likelihoods: the figures, and the rankings where no --out takes them.
     """
-    from nanoflax import scoring
+    from nanoflax import generate
 
     questions = read_candidates(path)
-    model, params, tokenizer = common.open_model(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
+    model, params, tokenizer = runs.open_model(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
     pairs = [candidate_ids(tokenizer, q["prompt"], text, model.config.architecture)
              for q in questions for text in q["candidates"]]
     names = [f"{q['place']} candidate {i}" for q in questions
              for i in range(len(q["candidates"]))]
-    totals = iter(scoring.log_likelihoods(model, params, *zip(*pairs), names=names))
+    totals = iter(generate.log_likelihoods(model, params, *zip(*pairs), names=names))
     sizes = iter(len(new) for _, new in pairs)
     places, normalised, out = [], [], []
     for q in questions:
@@ -135,8 +136,8 @@ def ranked(path):
         record = {"prompt": q["prompt"], "candidates": sorted(
             rows, key=lambda row: -row["log_likelihood"])}
         if q["answer"] is not None:
-            places.append(scoring.rank([row["log_likelihood"] for row in rows], q["answer"]))
-            normalised.append(scoring.rank([row["per_byte"] for row in rows], q["answer"]))
+            places.append(generate.rank([row["log_likelihood"] for row in rows], q["answer"]))
+            normalised.append(generate.rank([row["per_byte"] for row in rows], q["answer"]))
             record |= {"answer": q["candidates"][q["answer"]], "rank": places[-1],
                        "rank_normalised": normalised[-1]}
         out.append(record)
@@ -150,21 +151,21 @@ def ranked(path):
                    "mean_reciprocal_rank_normalised": mean([1 / p for p in normalised])}
     if not FLAGS.out:
         return result | {"rankings": out}
-    common.write_jsonl(FLAGS.out, out)
+    runs.write_jsonl(FLAGS.out, out)
     return result
 
 
 def candidate_ids(tokenizer, prompt, text, architecture):
     """(the prompt's ids, the candidate's): of a decoder as the two read together, if the prompt's
     are the same there; of an encoder-decoder the candidate with the tokens that frame it."""
-    from nanoflax import encoding
+    from nanoflax import tokenizers
 
-    ids = common.prompt_ids(tokenizer, prompt, architecture)
+    ids = tokenizers.prompt_ids(tokenizer, prompt, architecture)
     if architecture != "decoder":  # as batching.encode frames the targets of training
         encode = getattr(tokenizer, "encode_target", tokenizer.encode)
-        before, after = encoding.ends(tokenizer)
+        before, after = tokenizers.ends(tokenizer)
         return ids, [*before, *encode(text), *after]
-    whole = common.prompt_ids(tokenizer, prompt + text, architecture)
+    whole = tokenizers.prompt_ids(tokenizer, prompt + text, architecture)
     same = len(whole) > len(ids) and whole[:len(ids)] == ids
     return ids, whole[len(ids):] if same else tokenizer.encode(text)
 
@@ -212,4 +213,4 @@ def read_candidates(path):
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

@@ -25,49 +25,48 @@ import statistics
 
 from absl import flags
 
-from experiments import common
+from experiments.flags import HERE, define_hosts, join, launch, parsed_config
 from nanoflax import config as configs
+from nanoflax import parallel, runs
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "directory of the run", required=True)
-common.define_hosts()
+define_hosts()
 
-DEFAULT_CONFIG = os.path.join(common.HERE, "configs", "classify.py")
+DEFAULT_CONFIG = os.path.join(HERE, "configs", "classify.py")
 
 
 def main():
-    config, workdir = common.parsed_config(), FLAGS.workdir
-    common.setup_jax()
-    common.join(config)
+    config, workdir = parsed_config(), FLAGS.workdir
+    runs.setup_jax()
+    join(config)
 
-    from nanoflax.workdir import WorkdirLock
+    from nanoflax.runs import WorkdirLock
 
     with (WorkdirLock(workdir),
-          contextlib.nullcontext() if common.writes() else contextlib.redirect_stdout(None)):
+          contextlib.nullcontext() if parallel.is_main_process() else contextlib.redirect_stdout(None)):
         return run(config, workdir)
 
 
 def run(config, workdir):
     import jax
 
-    from nanoflax import (
-        batching, checkpoint, distributed, examples, models, optim, peft, plots, sharding,
-        stacking, tasks, train)
+    from nanoflax import nn, parallel, peft, report, runs, tasks, train
 
     task, t = config.task, config.train
-    common.check_metric(config, tasks.TASKS[task.kind].metrics)
-    common.check_wandb(config)
+    runs.check_metric(config, tasks.TASKS[task.kind].metrics)
+    runs.check_wandb(config)
     check_used(config)
-    mesh, kind = sharding.make_mesh(t.mesh), tasks.TASKS[task.kind].examples
-    data = examples.load(common.examples_of(config.data), kind)
+    mesh, kind = parallel.make_mesh(t.mesh), tasks.TASKS[task.kind].examples
+    data = tasks.load(tasks.examples_of(config.data), kind)
     if t.label_smoothing and data.multi_label:
         raise UserError(f"train.label_smoothing={t.label_smoothing} does not go with several "
                         "labels: each is a question of its own; set it to 0")
     config, params, tokenizer = starting_point(config, data, workdir, mesh)
-    sharding.check(config, mesh, lengths(task) | {"the shortest batch": batching.SHORTEST})
-    distributed.first(lambda: common.resumable(workdir, config)[1])  # refuses another run's workdir
-    encode = lambda part: tasks.encode(  # noqa: E731
+    parallel.check_mesh(config, mesh, lengths(task) | {"the shortest batch": tasks.SHORTEST})
+    parallel.first(lambda: runs.resumable(workdir, config)[1])  # refuses another run's workdir
+    encode = lambda part: tasks.encode_for_task(  # noqa: E731
         part, config, tokenizer, data.labels, data.multi_label, data.report)
     rows, held_out = encode(data.train), encode(data.validation)
     print(f"{len(rows):,} training and {len(held_out):,} validation examples"
@@ -75,19 +74,19 @@ def run(config, workdir):
     for line in data.report.lines():
         print(f"  {line}")
     if task.class_weights:
-        rows = batching.weigh_classes(rows, data.labels, task.class_weights)
+        rows = tasks.weigh_classes(rows, data.labels, task.class_weights)
         print("class weights: " + ", ".join(
             f"{name} {weight:.3g}" for name, weight in zip(data.labels, rows.class_weights)))
-    if example := batching.show_row(rows, tokenizer):
+    if example := tasks.show_row(rows, tokenizer):
         print("an example; what is trained stands in ⟦⟧:\n  | " + "\n  | ".join(
             example.splitlines()))
 
-    model = models.build(config.model, t.remat)
-    params = common.adapted(model, params, config, mesh)
+    model = nn.build(config.model, t.remat)
+    params = runs.initialize_with_adapters(model, params, config, mesh)
     trained, frozen = peft.split(params, peft.trainable(params, config.peft))
     if t.scan_layers:
-        frozen = stacking.stack(frozen)
-    print(plots.parameter_table(params))
+        frozen = parallel.stack(frozen)
+    print(report.parameter_table(params))
     size = sum(x.size for x in jax.tree.leaves(trained))
     whole = size + sum(x.size for x in jax.tree.leaves(frozen))
     print(f"{size:,} of {whole:,} parameters are trained ({size / whole:.2%})")
@@ -96,39 +95,39 @@ def run(config, workdir):
     if attention := train.attention_backends(model, params, shapes, mesh,
                                              tasks.TASKS[task.kind].objective):
         print(f"attention {attention}")
-    optimizer, schedule = optim.make_optimizer(config.optim, t.steps)
+    optimizer, schedule = train.make_optimizer(config.optim, t.steps)
     if config.peft.kind == "adalora":
-        optimizer = peft.adalora(optimizer, config.peft, t.steps)
+        optimizer = peft.adalora_optimizer(optimizer, config.peft, t.steps)
     state = train.init_state(model, optimizer, config, mesh, trained)
-    sharding.check_memory((state, frozen), mesh)
+    parallel.check_memory((state, frozen), mesh)
     step = train.jit_step(train.make_train_step(
         model, optimizer, config, tasks.TASKS[task.kind].objective), state, mesh)
-    judge = tasks.Judge(model, config, tokenizer, data.labels, held_out, mesh)
+    judge = tasks.Evaluator(model, config, tokenizer, data.labels, held_out, mesh)
 
     def evaluate(trained, at):
         found, _ = judge(peft.join(trained, frozen), t.evaluate_batches)
-        return found, f"step {at}: {common.numbers(found)}"
+        return found, f"step {at}: {report.numbers(found)}"
 
     tokens = t.batch_size * statistics.mean(map(rows.n_tokens, range(len(rows))))  # no padding
     meta = {"tokenizer": tokenizer.fingerprint, "config": configs.to_dict(config),
             "data": fingerprint(data.train), "validation": fingerprint(data.validation)}
-    distributed.check_same("their data", {k: meta[k] for k in meta if k != "config"})
+    parallel.check_same("their data", {k: meta[k] for k in meta if k != "config"})
     tracking, start = train.Tracking(), 0
-    with checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), t.keep) as saves:
+    with runs.Checkpoints(os.path.join(workdir, "checkpoints"), t.keep) as saves:
         if saves.latest() is not None:
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
                 x.shape, x.dtype, sharding=x.sharding), state._asdict())
             restored, old = saves.restore(shapes)
-            common.refuse_other_data(meta | old, meta)
+            runs.refuse_other_data(meta | old, meta)
             state, start = train.TrainState(**restored), old["step"]
             tracking = train.Tracking.read(old["tracking"], start, saves.metric(start))
             print(f"resuming at step {start}")
-        elif common.writes():
-            common.write_labels(workdir, data.labels, data.multi_label)
-            common.write_run(workdir, config, tokenizer)
+        elif parallel.is_main_process():
+            runs.write_labels(workdir, data.labels, data.multi_label)
+            runs.write_run(workdir, config, tokenizer)
         stopped = start >= t.steps or 0 < t.patience <= tracking.waited  # the latter: early
         if tracking.owed or not stopped:
-            with common.displays(workdir, config, start, tokens) as (log, progress):
+            with runs.displays(workdir, config, start, tokens) as (log, progress):
                 if start == 0 and config.model.init_from:  # what the source knows already
                     found, line = evaluate(state.params, 0)
                     log.log(0, **found)
@@ -144,10 +143,10 @@ def run(config, workdir):
             if outcome.step < t.steps:
                 print(f"{outcome.reason} at step {outcome.step}: no better train.metric="
                       f"{t.metric} in train.patience={t.patience} evaluations")
-    best, saved = checkpoint.restore_params(
+    best, saved = runs.restore_params(
         os.path.join(workdir, "checkpoints"), which="best", subtree="ema" if config.optim.ema
-        else "params", shardings=lambda shapes: sharding.shardings(shapes, mesh))
-    finish(workdir, config, tokenizer, data, best, stacking.unstack(frozen), judge, saved["step"])
+        else "params", shardings=lambda shapes: parallel.shardings(shapes, mesh))
+    finish(workdir, config, tokenizer, data, best, parallel.unstack(frozen), judge, saved["step"])
     return 0
 
 
@@ -166,32 +165,32 @@ def check_used(config):
 
 def starting_point(config, data, workdir, mesh):
     """(the Config with its model settled, its source's params or None, the tokenizer)."""
-    from nanoflax import denoising
+    from nanoflax import tasks
     from nanoflax.tasks import TASKS
 
     m, task, params, other = config.model, config.task, None, False
     if m.init_from:
-        model, params, tokenizer = common.open_model(m.init_from)
+        model, params, tokenizer = runs.open_model(m.init_from)
         if tokenizer is None:
             raise UserError(f"model.init_from={m.init_from} has no tokenizer")
         if model.config.head == task.kind and os.path.exists(
                 os.path.join(m.init_from, "labels.json")):
-            other = common.read_labels(m.init_from, config)[0] != data.labels
+            other = runs.read_labels(m.init_from, config)[0] != data.labels
         if other:  # as many classes, perhaps, but not the same
             params = {name: x for name, x in params.items() if name != "labels"}
-        tokenizer = denoising.marked(task, tokenizer)
+        tokenizer = tasks.with_sentinels(task, tokenizer)
         m = dataclasses.replace(model.config, init_from=m.init_from, dropout=m.dropout,
                                 attention_backend=m.attention_backend,
                                 output_delay=m.output_delay or model.config.output_delay,
                                 vocab_size=max(model.config.vocab_size, tokenizer.vocab_size))
     else:
-        tokenizer = denoising.marked(task, common.get_tokenizer(
+        tokenizer = tasks.with_sentinels(task, runs.get_tokenizer(
             config.data, workdir, lambda: texts(data.train)))
         if m.architecture in ("encoder_decoder", "lstm"):
             m = dataclasses.replace(m, start_id=tokenizer.bos_id)
     path = os.path.join(workdir, "config.json")
-    m = common.with_vocabulary(m, tokenizer, mesh,
-                               common.read_config(path) if os.path.exists(path) else None)
+    m = runs.with_vocabulary(m, tokenizer, mesh,
+                               runs.read_config(path) if os.path.exists(path) else None)
     suited = TASKS[task.kind].architectures
     if m.architecture not in suited:
         raise UserError(f"task.kind={task.kind!r} needs model.architecture to be "
@@ -244,12 +243,12 @@ class Batches:
     """batching.ExampleBatches for `train.fit`, which also asks where a step's rows came from."""
 
     def __init__(self, rows, config, mesh):
-        from nanoflax import sharding
-        from nanoflax.batching import ExampleBatches
+        from nanoflax import parallel
+        from nanoflax.tasks import ExampleBatches
 
         self.rows, task, t = rows, config.task, config.train
         self.batches = ExampleBatches(
-            rows, t.batch_size, t.seed, True, sharding.rows(mesh, t.batch_size),
+            rows, t.batch_size, t.seed, True, parallel.own_rows(mesh, t.batch_size),
             (task.max_shift, task.shift_probability) if task.shift_probability else None)
 
     def __getitem__(self, step):
@@ -267,58 +266,57 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
     import jax
     import numpy as np
 
-    from nanoflax import (
-        checkpoint, distributed, metrics, models, peft, peft_format, plots, report, sharding, tasks)
+    from nanoflax import hf, nn, parallel, peft, report, runs, tasks
 
     params = peft.join(best, frozen)
     found, predictions = judge(params)
     result = found | {"step": step, "report": judge.report,
                       "trained_parameters": sum(x.size for x in jax.tree.leaves(best))}
-    if common.writes():
+    if parallel.is_main_process():
         with open(os.path.join(workdir, "result.json"), "w") as f:
             json.dump(report.strict(result), f, indent=1, allow_nan=False)
         if predictions:
-            common.write_jsonl(os.path.join(workdir, "predictions.jsonl"),
-                               tasks.records(judge.rows.examples, predictions))
+            runs.write_jsonl(os.path.join(workdir, "predictions.jsonl"),
+                               tasks.prediction_records(judge.rows.examples, predictions))
     for example, said in itertools.islice(zip(judge.rows.examples, predictions), config.task.show):
         print(f"  | {report.printable(str(example.input))[:200]}\n"
               f"  -> {report.printable(str(said))}")
     if config.task.kind in ("classify", "tag"):
-        print("\n".join(metrics.table(judge.report)))
+        print("\n".join(tasks.metrics_table(judge.report)))
     kind, model_config = config.peft.kind, config.model
     if kind in peft.LOW_RANK:
-        adapters = peft.join(jax.tree.map(sharding.fetch, best), frozen)
+        adapters = peft.join(jax.tree.map(parallel.fetch, best), frozen)
         try:
-            if common.writes():
-                peft_format.save(os.path.join(workdir, "adapter"), model_config, adapters,
+            if parallel.is_main_process():
+                hf.save(os.path.join(workdir, "adapter"), model_config, adapters,
                                  config.peft, base=model_config.init_from)
         except UserError as error:  # such as a model that no class of Transformers is
             print(f"no adapter/ for the peft library: {error}")
         params = peft.merge(params)
     # At once, or not at all: what is half written would be taken for the model.
     final, part = (os.path.join(workdir, name) for name in ("final", ".final"))
-    distributed.first(lambda: shutil.rmtree(part, ignore_errors=True))
-    with checkpoint.Checkpoints(os.path.join(part, "checkpoints")) as saves:
+    parallel.first(lambda: shutil.rmtree(part, ignore_errors=True))
+    with runs.Checkpoints(os.path.join(part, "checkpoints")) as saves:
         saves.save(0, {"params": params}, {"tokenizer": tokenizer.fingerprint, "step": 0})
     aligned = config.task.kind == "translate" and config.model.bottleneck == "none"
     if aligned:
-        params = jax.tree.map(sharding.fetch, params)
-    if not common.writes():
+        params = jax.tree.map(parallel.fetch, params)
+    if not parallel.is_main_process():
         return
-    common.write_labels(part, data.labels, data.multi_label)
-    common.write_run(part, dataclasses.replace(
+    runs.write_labels(part, data.labels, data.multi_label)
+    runs.write_run(part, dataclasses.replace(
         config, optim=dataclasses.replace(config.optim, ema=0.0), peft=configs.PeftConfig(
             kind="none" if kind in peft.LOW_RANK else kind)), tokenizer)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(part, final)
     if aligned:
         row = judge.rows.rows[0]
-        weights = models.alignment(models.build(config.model), params, row["source"], row["targets"])
-        plots.plot_alignment(os.path.join(workdir, "attention.png"), np.asarray(weights), *(
+        weights = nn.alignment(nn.build(config.model), params, row["source"], row["targets"])
+        report.plot_alignment(os.path.join(workdir, "attention.png"), np.asarray(weights), *(
             [tokenizer.decode([i]) or "·" for i in row[side].tolist()]
             for side in ("source", "targets")))
-    plots.plot_losses(workdir)
-    print(f"best at step {step}: {common.numbers(found)}")
+    report.plot_losses(workdir)
+    print(f"best at step {step}: {report.numbers(found)}")
     if copied := judge.report.get("bleu_of_source"):
         print(f"bleu of the sources themselves: {copied:.4f}")
     wrote = ("result.json", "predictions.jsonl", "loss.png", "attention.png", "final", "adapter")
@@ -327,4 +325,4 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
 
 
 if __name__ == "__main__":
-    common.launch(main, DEFAULT_CONFIG)
+    launch(main, DEFAULT_CONFIG)

@@ -16,7 +16,7 @@ import os
 
 from absl import flags
 
-from experiments import common
+from experiments.flags import launch, parsed_config
 from nanoflax import tokenizers
 from nanoflax.errors import UserError
 
@@ -33,33 +33,34 @@ flags.DEFINE_bool("compile", True, "ask the TPU compiler too, where it is instal
 
 
 def main():
-    config = resolved(common.parsed_config())
+    config = resolved(parsed_config())
     # Set before JAX starts: no chip is opened, and other processes may be using libtpu too.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1",
                    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    from nanoflax import hardware, plan, sharding
+    from nanoflax import parallel, planning
+    from nanoflax.planning import step_cost
 
     if bool(FLAGS.topology) == bool(FLAGS.devices):
         raise UserError("plan needs one of --topology=v5e:16x16 and --devices=8")
-    chip, count = (hardware.slice_of(FLAGS.topology) if FLAGS.topology
-                   else (hardware.CHIPS[FLAGS.chip], FLAGS.devices))
+    chip, count = (parallel.slice_of(FLAGS.topology) if FLAGS.topology
+                   else (parallel.CHIPS[FLAGS.chip], FLAGS.devices))
     shapes = FLAGS.meshes or [config.train.mesh, *(
-        ",".join(map(str, s)) for s in plan.candidate_meshes(count, config.model.dim))]
+        ",".join(map(str, s)) for s in planning.candidate_meshes(count, config.model.dim))]
     rows, refused, seen = [], [], set()
     if FLAGS.json:
         write(FLAGS.json)  # refuses what cannot be written, before minutes of work
 
     def on(mesh):  # with the vocabulary that a run there has
-        return dataclasses.replace(config, model=sharding.padded(config.model, mesh))
+        return dataclasses.replace(config, model=parallel.padded(config.model, mesh))
 
     for shape in shapes:
         try:
-            size = sharding.mesh_sizes(shape, count)
+            size = parallel.mesh_sizes(shape, count)
             if size in seen:
                 continue
             seen.add(size)
-            mesh = sharding.abstract_mesh(size, "tpu" if FLAGS.topology else "gpu")
-            rows.append(report(plan, on(mesh), mesh, chip))
+            mesh = parallel.abstract_mesh(size, "tpu" if FLAGS.topology else "gpu")
+            rows.append(report(step_cost, on(mesh), mesh, chip))
         except UserError as error:
             refused.append(f"{shape}: {error}")
     if not rows or FLAGS.meshes and refused:
@@ -72,10 +73,10 @@ def main():
         write(FLAGS.json, found)
     if FLAGS.topology and FLAGS.compile and importlib.util.find_spec("libtpu"):
         best = rows[0]
-        config = on(sharding.abstract_mesh(tuple(best["mesh"].values())))
+        config = on(parallel.abstract_mesh(tuple(best["mesh"].values())))
         train = dataclasses.replace(config.train, mesh=mesh_name(best))
         print(f"compiling for {FLAGS.topology} ...", flush=True)
-        best["compiler"] = plan.compiled(dataclasses.replace(config, train=train), FLAGS.topology)
+        best["compiler"] = planning.compiled(dataclasses.replace(config, train=train), FLAGS.topology)
         print(compiler_text(best, chip))
         if FLAGS.json:
             write(FLAGS.json, found)
@@ -114,9 +115,9 @@ def report(plan, config, mesh, chip):
 
 
 def mesh_name(row):
-    from nanoflax import sharding
+    from nanoflax import parallel
 
-    return sharding.mesh_name(tuple(row["mesh"].values()))
+    return parallel.mesh_name(tuple(row["mesh"].values()))
 
 
 def text(found, config, count):
@@ -163,4 +164,4 @@ def compiler_text(row, chip):
 
 
 if __name__ == "__main__":
-    common.launch(main, "gpt2_124m")
+    launch(main, "gpt2_124m")

@@ -23,31 +23,32 @@ import os
 
 from absl import flags
 
-from experiments import common
+from experiments.flags import define_hosts, join, launch, parsed_config
 from nanoflax import config as configs
+from nanoflax import parallel, runs
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "directory of the run; empty means runs/NAME of the config")
-common.define_hosts()
+define_hosts()
 flags.DEFINE_bool("restart_from_weights", False,
                   "begin a new run in workdir from its saved weights; the old one is kept beside")
 
 
 def main():
-    config = common.parsed_config()
-    common.check_metric(config, () if config.train.evaluate_batches else ("bits_per_byte",))
-    common.check_wandb(config)
+    config = parsed_config()
+    runs.check_metric(config, () if config.train.evaluate_batches else ("bits_per_byte",))
+    runs.check_wandb(config)
     check_used(config)
     name = os.path.basename(FLAGS.config).removesuffix(".py")
     workdir = FLAGS.workdir or os.path.join("runs", name)
-    common.setup_jax()
-    common.join(config, restart_from_weights=FLAGS.restart_from_weights)
+    runs.setup_jax()
+    join(config, restart_from_weights=FLAGS.restart_from_weights)
 
-    from nanoflax.workdir import WorkdirLock
+    from nanoflax.runs import WorkdirLock
 
     with (WorkdirLock(workdir),
-          contextlib.nullcontext() if common.writes() else contextlib.redirect_stdout(None)):
+          contextlib.nullcontext() if parallel.is_main_process() else contextlib.redirect_stdout(None)):
         return run(config, workdir)
 
 
@@ -73,39 +74,37 @@ def run(config, workdir):
     """Train in workdir."""
     import jax
 
-    from nanoflax import (
-        checkpoint, data, distributed, hardware, models, optim, plots, report, sampling, sharding,
-        sources, stacking, train)
-    from nanoflax.windows import Batches, Windows
+    from nanoflax import data, generate, nn, parallel, report, runs, train
+    from nanoflax.data import Batches, Windows
 
     def look():
-        old, weights = common.resumable(workdir, config, FLAGS.restart_from_weights)
+        old, weights = runs.resumable(workdir, config, FLAGS.restart_from_weights)
         return old and configs.to_dict(old), weights
 
-    found, weights = distributed.first(look)
+    found, weights = parallel.first(look)
     before = found and configs.from_dict(configs.Config, found)
-    mesh, params = sharding.make_mesh(config.train.mesh), None
-    sharding.check(dataclasses.replace(config, model=sharding.padded(config.model, mesh)), mesh)
+    mesh, params = parallel.make_mesh(config.train.mesh), None
+    parallel.check_mesh(dataclasses.replace(config, model=parallel.padded(config.model, mesh)), mesh)
     if weights:
-        params, _ = checkpoint.restore_params(
+        params, _ = runs.restore_params(
             os.path.join(weights, "checkpoints"),
-            shardings=lambda shapes: sharding.shardings(shapes, mesh))
-    source = common.source_of(config.data)
-    sources.identity(source)  # refuses what is not there
-    tokenizer = common.get_tokenizer(config.data, weights or workdir,
-                                     lambda: sources.documents(source, "train"))
-    config = dataclasses.replace(config, model=common.with_vocabulary(
+            shardings=lambda shapes: parallel.shardings(shapes, mesh))
+    source = data.source_of(config.data)
+    data.identity(source)  # refuses what is not there
+    tokenizer = runs.get_tokenizer(config.data, weights or workdir,
+                                     lambda: data.documents(source, "train"))
+    config = dataclasses.replace(config, model=runs.with_vocabulary(
         config.model, tokenizer, mesh, before))
-    sharding.check(config, mesh)  # the vocabulary of a run that goes on, too
+    parallel.check_mesh(config, mesh)  # the vocabulary of a run that goes on, too
     prompt = [tokenizer.bos_id, *tokenizer.encode(config.train.sample_prompt)]
     if config.train.sample_tokens:
-        sampling.check_prompts(config.model, [prompt], config.train.sample_tokens)
-    model = models.build(config.model, config.train.remat)
+        generate.check_prompts(config.model, [prompt], config.train.sample_tokens)
+    model = nn.build(config.model, config.train.remat)
     if weights:
-        checkpoint.compare(f"the run in {weights}", params, sharding.shapes(model))
-    optimizer, schedule = optim.make_optimizer(config.optim, config.train.steps)
+        runs.compare(f"the run in {weights}", params, parallel.shapes(model))
+    optimizer, schedule = train.make_optimizer(config.optim, config.train.steps)
     shapes = train.abstract_state(model, optimizer, config, mesh)
-    sharding.check_memory(shapes, mesh)
+    parallel.check_memory(shapes, mesh)
     batch = train.abstract_batch(config, mesh)
     attention = train.attention_backends(model, shapes.params, batch, mesh)
     background = concurrent.futures.ThreadPoolExecutor(2)  # compile while text is read
@@ -115,7 +114,7 @@ def run(config, workdir):
         train.compile_init, model, optimizer, config, mesh)
     background.shutdown(wait=False)  # an error that comes meanwhile is told at once
     stores = [data.prepare(source, tokenizer, split, config.data.cache or None,
-                           config.data.workers or None, progress=common.writes())
+                           config.data.workers or None, progress=parallel.is_main_process())
               for split in ("train", "validation")]
     for split, store in zip(("training", "validation"), stores):
         print(f"{split}: {store.n_documents:,} documents, {report.count(store.n_bytes)}B of "
@@ -126,26 +125,26 @@ def run(config, workdir):
                          for s in stores)
     identity = {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint,
                 "validation": stores[1].fingerprint, "config": configs.to_dict(config)}
-    distributed.check_same("their data", {k: identity[k] for k in identity if k != "config"})
-    flops = models.flops_per_token(config.model)
-    print(plots.parameter_table(stacking.unstack(shapes.params)))
+    parallel.check_same("their data", {k: identity[k] for k in identity if k != "config"})
+    flops = nn.flops_per_token(config.model)
+    print(report.parameter_table(parallel.unstack(shapes.params)))
     print(f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
           f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}; "
           f"attention {attention}")
     if weights:
-        distributed.gather("restored")
-        print(f"the run before is kept in {distributed.first(lambda: common.set_aside(workdir))}")
-    with checkpoint.Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep) as saves:
+        parallel.gather("restored")
+        print(f"the run before is kept in {parallel.first(lambda: runs.set_aside(workdir))}")
+    with runs.Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep) as saves:
         tracking, start_step = train.Tracking(), 0
         if saves.latest() is not None:
             state, meta = saves.restore(shapes._asdict())
-            common.refuse_other_data(meta, identity)
+            runs.refuse_other_data(meta, identity)
             state, start_step = train.TrainState(**state), meta["step"]
             tracking = train.Tracking.read(meta["tracking"], start_step, saves.metric(start_step))
             print(f"resuming at step {start_step}")
         else:
-            if common.writes():
-                common.write_run(workdir, config, tokenizer)
+            if parallel.is_main_process():
+                runs.write_run(workdir, config, tokenizer)
             state = (init.result()() if init else
                      train.init_state(model, optimizer, config, mesh, params))
             if weights:  # at once: these weights are nowhere else in this run
@@ -160,19 +159,19 @@ def run(config, workdir):
             draw(workdir, config)
             return 0
         batches = Batches(windows, config.train.batch_size, config.train.seed, True,
-                               sharding.rows(mesh, config.train.batch_size))
+                               parallel.own_rows(mesh, config.train.batch_size))
         step = step.result()
         device = mesh.devices.flat[0]
         if device.platform == "cpu":  # not beside the compiler
-            peak = hardware.measure_peak_flops()
-        elif peak := hardware.peak_flops(device):
+            peak = parallel.measure_peak_flops()
+        elif peak := parallel.peak_flops(device):
             peak *= mesh.size
         score = train.make_evaluation(model, config, mesh)
 
         def continuation(params):
             if not config.train.sample_tokens:
                 return ""
-            new, = sampling.sample(model, params, [prompt], config.train.sample_tokens,
+            new, = generate.sample(model, params, [prompt], config.train.sample_tokens,
                                    temperature=0.8, top_k=40, rng=jax.random.PRNGKey(0),
                                    eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
             return config.train.sample_prompt + tokenizer.decode(new)
@@ -187,22 +186,22 @@ def run(config, workdir):
             return found, f"step {at}: {numbers}" + (f"\n  | {sample}" if sample else "")
 
         tokens = config.train.batch_size * config.model.context
-        with common.displays(workdir, config, start_step, tokens, flops, peak) as (log, progress):
+        with runs.displays(workdir, config, start_step, tokens, flops, peak) as (log, progress):
             state, tracking, outcome = train.fit(
                 state, step, batches, config, mesh, evaluate=evaluate,
                 checkpoints=saves, log=log, progress=progress, meta=identity, tracking=tracking,
                 schedule=schedule)
-    if common.writes():
+    if parallel.is_main_process():
         summarise(workdir, config, tracking, outcome)
     return 128 + outcome.signal if outcome.signal else 0
 
 
 def draw(workdir, config):
     """Draw the loss curve, on process 0; returns its path."""
-    from nanoflax import plots
+    from nanoflax import report
 
-    if common.writes():
-        return plots.plot_losses(workdir, config.train.batch_size * config.model.context)
+    if parallel.is_main_process():
+        return report.plot_losses(workdir, config.train.batch_size * config.model.context)
 
 
 def summarise(workdir, config, tracking, outcome):
@@ -222,4 +221,4 @@ def summarise(workdir, config, tracking, outcome):
 
 
 if __name__ == "__main__":
-    common.launch(main, "pydocs_tiny")
+    launch(main, "pydocs_tiny")

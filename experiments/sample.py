@@ -19,7 +19,8 @@ import sys
 
 from absl import flags
 
-from experiments import common
+from experiments.flags import launch
+from nanoflax import runs, tasks, tokenizers
 from nanoflax.config import MAX_SEED
 from nanoflax.errors import UserError
 
@@ -59,19 +60,19 @@ def main():
         raise UserError("--prompt is empty; leave the flag out to begin a document")
     if bool(FLAGS.workdir) == bool(FLAGS.model):
         raise UserError("give either --workdir, of a run, or --model, of a published model")
-    if FLAGS.workdir and not common.is_run(FLAGS.workdir):
+    if FLAGS.workdir and not runs.is_run(FLAGS.workdir):
         raise UserError(f"--workdir={FLAGS.workdir} holds no run (no checkpoints/); give the "
                         "directory that pretrain wrote")
-    common.setup_jax()
-    model, params, tokenizer = common.open_model(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
+    runs.setup_jax()
+    model, params, tokenizer = runs.open_model(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
     if FLAGS.chat and not tokenizer.chat_template:
         raise UserError("--chat: the tokenizer of this model has no chat template")
     if FLAGS.chat:
         return chat(model, params, tokenizer)
     write = lambda texts: generate(model, params, tokenizer, texts)  # noqa: E731
     if FLAGS.workdir:
-        config = common.read_config(os.path.join(FLAGS.workdir, "config.json"))
-        if (labels := common.read_labels(FLAGS.workdir, config)) is not None:
+        config = runs.read_config(os.path.join(FLAGS.workdir, "config.json"))
+        if (labels := runs.read_labels(FLAGS.workdir, config)) is not None:
             do = of_task(config, model, params, tokenizer, *labels) or write
             if config.task.kind != "language_model":
                 write = lambda texts: do(cleaned(config, texts))  # noqa: E731
@@ -87,14 +88,14 @@ def main():
 def of_task(config, model, params, tokenizer, labels, several):
     """A function of prompts that does the task of a finetune run with them and prints the result;
     None if that is to continue them."""
-    from nanoflax import encoding
+    from nanoflax import tokenizers
 
     task = config.task
     if task.kind in ("classify", "tag"):
         return lambda texts: predict(config, model, params, tokenizer, labels, several, texts)
     if task.kind == "instruct":
         return lambda texts: generate(model, params, tokenizer, [""] * len(texts), [
-            encoding.chat_prompt(tokenizer, [{"role": "user", "content": text}])
+            tokenizers.chat_prompt(tokenizer, [{"role": "user", "content": text}])
             for text in texts])
     if task.kind in ("masked_lm", "denoise"):
         return lambda texts: restore(config, model, params, tokenizer, texts)
@@ -111,10 +112,10 @@ def of_task(config, model, params, tokenizer, labels, several):
 def cleaned(config, texts):
     """Texts as those are that the run was trained on. Raises: UserError if nothing is left of one.
     """
-    from nanoflax import sources
+    from nanoflax import data
 
-    source = common.examples_of(config.data)
-    found = [source.clean(text, "--prompt", sources.Report()) for text in texts]
+    source = tasks.examples_of(config.data)
+    found = [source.clean(text, "--prompt", data.Report()) for text in texts]
     if not all(found):
         raise UserError("--prompt is empty when it is cleaned as the run's data was")
     return found
@@ -122,18 +123,18 @@ def cleaned(config, texts):
 
 def predict(config, model, params, tokenizer, labels, several, texts):
     """Print the classes of each text with their probabilities, best first, or its words' tags."""
-    from nanoflax import batching, sharding, sources, tasks
-    from nanoflax.examples import Classification, Tagging
+    from nanoflax import data, parallel, tasks
+    from nanoflax.tasks import Classification, Tagging
 
-    task, report = config.task, sources.Report()
+    task, report = config.task, data.Report()
     made = [Classification(text, labels[:1], "--prompt") if task.kind == "classify" else
             Tagging(tuple(text.split()), ("O",) * len(text.split()), "--prompt") for text in texts]
-    rows = batching.encode(made, tokenizer, task.length, labels, several, report=report)
+    rows = tasks.encode(made, tokenizer, task.length, labels, several, report=report)
     for line in report.lines():
         print(line, file=sys.stderr)
-    mesh = sharding.make_mesh("-1,1,1")
-    judge = tasks.Judge(model, config, tokenizer, labels, rows, mesh)
-    params = sharding.put(params, mesh)
+    mesh = parallel.make_mesh("-1,1,1")
+    judge = tasks.Evaluator(model, config, tokenizer, labels, rows, mesh)
+    params = parallel.put(params, mesh)
     if task.kind == "classify":
         results = [[f"{labels[i]}\t{row[i]:.4f}" for i in (-row).argsort()]
                    for row in tasks.probabilities(judge, params, len(rows))]
@@ -146,14 +147,14 @@ def predict(config, model, params, tokenizer, labels, several, texts):
 
 def restore(config, model, params, tokenizer, texts):
     """Print what the model makes of each text under the noise of its task."""
-    from nanoflax import sharding, tasks
-    from nanoflax.examples import Text
+    from nanoflax import parallel, tasks
+    from nanoflax.tasks import Text
 
-    rows = tasks.encode([Text(text, "--prompt") for text in texts], config, tokenizer)
-    mesh = sharding.make_mesh("-1,1,1")
-    judge = tasks.Judge(model, config, tokenizer, (), rows, mesh)
+    rows = tasks.encode_for_task([Text(text, "--prompt") for text in texts], config, tokenizer)
+    mesh = parallel.make_mesh("-1,1,1")
+    judge = tasks.Evaluator(model, config, tokenizer, (), rows, mesh)
     print("\n".join(map(printed(), judge.task.answer(
-        judge, sharding.put(params, mesh), len(rows)))))
+        judge, parallel.put(params, mesh), len(rows)))))
 
 
 def read_prompts(path):
@@ -211,11 +212,11 @@ def generate(model, params, tokenizer, prompts, ids_of_prompts=None):
     Returns the continuations."""
     import jax
 
-    from nanoflax import beams, sampling
+    from nanoflax.generate import beam_search, stream
 
     safe = printed()
     architecture = model.config.architecture
-    sources = ids_of_prompts or [common.prompt_ids(tokenizer, p, architecture) for p in prompts]
+    sources = ids_of_prompts or [tokenizers.prompt_ids(tokenizer, p, architecture) for p in prompts]
     decoder = architecture == "decoder"
     room = model.config.context - (max(map(len, sources)) if decoder else 0)
     limit = FLAGS.max_new_tokens or max(1, min(100, room))
@@ -235,11 +236,11 @@ def generate(model, params, tokenizer, prompts, ids_of_prompts=None):
         print(safe(prompts[0]), end="", flush=True)
     stopped = [False] * len(prompts)
     if FLAGS.beams:
-        pieces = [beams.beam_search(
+        pieces = [beam_search(
             model, params, sources, FLAGS.beams, limit, FLAGS.length_penalty, tokenizer.eos_id,
             vocab_size=tokenizer.vocab_size)]
     else:
-        pieces = sampling.stream(
+        pieces = stream(
             model, params, sources, limit, FLAGS.temperature, FLAGS.top_k or None,
             FLAGS.top_p if FLAGS.top_p != 1 else None, FLAGS.min_p or None,
             FLAGS.repetition_penalty if FLAGS.repetition_penalty != 1 else None,
@@ -283,4 +284,4 @@ def visible(text, stops, ended):
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

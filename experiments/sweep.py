@@ -27,7 +27,8 @@ import sys
 
 from absl import flags
 
-from experiments import common
+from experiments.flags import HERE, launch
+from nanoflax import runs
 from nanoflax.config import MAX_SEED
 from nanoflax.errors import UserError
 
@@ -41,7 +42,7 @@ flags.DEFINE_string("metric", "validation_loss", "figure of result.json, or of m
 flags.DEFINE_bool("optuna", False, "draw by Optuna's tree-structured Parzen estimator")
 flags.DEFINE_integer("seed", 0, "of the draws", 0, MAX_SEED)
 
-DEFAULT_CONFIG = os.path.join(common.HERE, "configs", "classify.py")
+DEFAULT_CONFIG = os.path.join(HERE, "configs", "classify.py")
 LESS_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 
 
@@ -71,7 +72,7 @@ def main():
     for i in range(number):
         point = points[i // (FLAGS.trials or 1)]
         results.append(trial(i, number, point, spaces, results))
-        common.write_jsonl(os.path.join(FLAGS.workdir, "results.jsonl"), results)
+        runs.write_jsonl(os.path.join(FLAGS.workdir, "results.jsonl"), results)
     return finish(results, keys)
 
 
@@ -248,7 +249,7 @@ def less_is_better():
 
 def finish(results, keys):
     """Print the table, draw the picture; the exit status."""
-    from nanoflax import plots
+    from nanoflax import report
 
     sign = 1 if less_is_better() else -1
     good = sorted((r for r in results if r["status"] == "finished"),
@@ -265,7 +266,7 @@ def finish(results, keys):
         print(f"trial {r['trial']} failed: {r['error']}", file=sys.stderr)
     if good:
         points = [(r["values"], r[FLAGS.metric]) for r in good]
-        print(plots.plot_sweep(os.path.join(FLAGS.workdir, "sweep.png"), points, FLAGS.metric))
+        print(report.plot_sweep(os.path.join(FLAGS.workdir, "sweep.png"), points, FLAGS.metric))
     return 1 if failed else 0
 
 
@@ -276,4 +277,4 @@ def write_json(path, value):
 
 
 if __name__ == "__main__":
-    common.launch(main, DEFAULT_CONFIG)
+    launch(main, DEFAULT_CONFIG)

@@ -1,39 +1,51 @@
 """nanoflax: language models from scratch in JAX, from the first embedding to generated text.
 
-Names are imported on first use, so `import nanoflax` costs nothing: the tokenizing worker
-processes import it without JAX.
+Names and rooms are imported on first use: `import nanoflax` starts no JAX, so that worker processes
+and `--help` stay quick. Type checkers read the same names below TYPE_CHECKING.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nanoflax import (
+        config,
+        data,
+        generate,
+        hf,
+        nn,
+        parallel,
+        peft,
+        planning,
+        report,
+        runs,
+        tasks,
+        tokenizers,
+        train,
+    )
+    from nanoflax.config import ModelConfig
+    from nanoflax.generate import beam_search, sample
+    from nanoflax.nn import build
+    from nanoflax.parallel import init
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "beam_search": "beams",
-    "ModelConfig": "config",
-    "build": "models",
-    "init": "sharding",
-    "sample": "sampling",
-}
-_MODULES = (
-    "attention", "backends", "batching", "beams", "blocks", "builtin", "chat", "checkpoint",
-    "config", "data", "denoising", "distributed", "encoding", "examples", "families", "gguf",
-    "hardware", "hf", "hf_tokenizers", "hf_vocabularies", "layers", "liveness", "losses", "lstm", "manifest",
-    "masking", "metrics", "models", "objectives", "optim", "peft", "peft_format", "placement",
-    "plan", "plots", "positions", "report", "safetensors_io", "sampling", "scoring", "sharding",
-    "sources", "stacking", "task_sources", "tasks", "tokenizers", "train", "windows",
-    "workdir",
-)
-__all__ = [*_HOME, *_MODULES]
+_ROOM_OF = {"ModelConfig": "config", "beam_search": "generate", "sample": "generate", "build": "nn",
+            "init": "parallel"}
+_ROOMS = ("config", "data", "generate", "hf", "nn", "parallel", "peft", "planning", "report",
+          "runs", "tasks", "tokenizers", "train")
+__all__ = [
+    "ModelConfig", "beam_search", "build", "config", "data", "generate", "hf", "init", "nn",
+    "parallel", "peft", "planning", "report", "runs", "sample", "tasks", "tokenizers", "train"]
 
 
 def __getattr__(name):
-    if name in _HOME:
-        return getattr(importlib.import_module(f"nanoflax.{_HOME[name]}"), name)
-    if name in _MODULES:
+    if name in _ROOM_OF:
+        return getattr(importlib.import_module(f"nanoflax.{_ROOM_OF[name]}"), name)
+    if name in _ROOMS:
         return importlib.import_module(f"nanoflax.{name}")
     raise AttributeError(f"module 'nanoflax' has no attribute {name!r}")
 
 
 def __dir__():
-    return [*globals(), *__all__]
+    return sorted([*globals(), *__all__])

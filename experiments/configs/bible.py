@@ -20,8 +20,7 @@ Figure:    on 1,467 verses, one seed each; the source itself, which is hard to b
            BLEU is 64.7 with it and 59.2 without (at the end 68.2 and 67.3 on these).
 """
 
-from nanoflax.config import (
-    Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig)
+from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
 
 
 def get_config():

@@ -19,8 +19,7 @@ Figure:    78.3% of the 456 validation docstrings, from scratch. From MiniLM (gt
            houlsby with peft.bottleneck=32.)
 """
 
-from nanoflax.config import (
-    Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig)
+from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
 
 
 def get_config():

@@ -10,8 +10,7 @@ Hardware:  two CPU cores, 11 minutes
 Figure:    29.4% of the targets' tokens likeliest, given those before (0.5% of them whole).
 """
 
-from nanoflax.config import (
-    Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig)
+from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
 
 
 def get_config():

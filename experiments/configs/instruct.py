@@ -11,8 +11,7 @@ Figure:    SmolLM2-135M-Instruct with LoRA (1.78% of the parameters, 9.8 MB) by 
            in all. From scratch not measured.
 """
 
-from nanoflax.config import (
-    Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig)
+from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
 
 
 def get_config():

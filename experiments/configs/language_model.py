@@ -9,8 +9,7 @@ Figure:    from scratch a perplexity of 167 a token: the rate is one to go on wi
            the same text further.
 """
 
-from nanoflax.config import (
-    Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig)
+from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
 
 
 def get_config():

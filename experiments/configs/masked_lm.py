@@ -7,8 +7,7 @@ Hardware:  two CPU cores, 18 minutes beside other work (1,044 s of processor tim
 Figure:    30.2% of the masked tokens guessed right, perplexity 52.9.
 """
 
-from nanoflax.config import (
-    Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig)
+from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
 
 
 def get_config():

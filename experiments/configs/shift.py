@@ -21,9 +21,9 @@ Every validation source is also measured with one or two of its tokens put in, d
 
 import dataclasses
 
-from experiments import common
+from experiments.flags import load_config
 
 
 def get_config():
-    config = common.load_config("translate")
+    config = load_config("translate")
     return dataclasses.replace(config, task=dataclasses.replace(config.task, max_shift=2))

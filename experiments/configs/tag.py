@@ -6,8 +6,7 @@ Figure:    entity F1 0.973 on the 3,542 entities of the validation files; functi
            classes 1.0, attributes 0.997, parameters 0.981, strings 0.924.
 """
 
-from nanoflax.config import (
-    Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig)
+from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
 
 
 def get_config():

@@ -6,10 +6,28 @@ problem in one go, `to_dict` and `from_dict` carry it through JSON.
 
 from nanoflax.config.checks import diff, from_dict, to_dict, type_name
 from nanoflax.config.model import (
-    LSTM_ATTENTIONS, LSTM_STARTS, POSITIONS, PRESETS, ModelConfig, preset)
+    LSTM_ATTENTIONS,
+    LSTM_STARTS,
+    POSITIONS,
+    PRESETS,
+    ModelConfig,
+    preset,
+)
 from nanoflax.config.run import (
-    MAX_SEED, METRICS, OPTIMIZERS, PEFT_KINDS, SCHEDULES, Config, DataConfig, OptimConfig,
-    PeftConfig, TaskConfig, TrainConfig, read_class_weights, validate)
+    MAX_SEED,
+    METRICS,
+    OPTIMIZERS,
+    PEFT_KINDS,
+    SCHEDULES,
+    Config,
+    DataConfig,
+    OptimConfig,
+    PeftConfig,
+    TaskConfig,
+    TrainConfig,
+    read_class_weights,
+    validate,
+)
 
 __all__ = [
     "LSTM_ATTENTIONS", "LSTM_STARTS", "MAX_SEED", "METRICS", "OPTIMIZERS", "PEFT_KINDS",

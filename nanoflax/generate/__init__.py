@@ -1,0 +1,7 @@
+"""Text out of a model: sampling by a compiled scan, beam search, log-likelihoods of given texts."""
+
+from nanoflax.generate.beams import beam_search
+from nanoflax.generate.sampling import check_prompts, sample, stream
+from nanoflax.generate.scoring import log_likelihoods, rank
+
+__all__ = ["beam_search", "check_prompts", "log_likelihoods", "rank", "sample", "stream"]

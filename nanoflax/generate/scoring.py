@@ -1,0 +1,96 @@
+"""Ranking: how likely a model finds each of several continuations of a prompt.
+
+    totals = log_likelihoods(model, params, prompts, continuations)     # of ids
+    place = rank(totals, answer)
+"""
+
+from functools import partial
+
+import jax
+import numpy as np
+
+from nanoflax import nn
+from nanoflax.errors import UserError
+from nanoflax.generate.sampling import bucket
+from nanoflax.nn import head_kernel
+
+
+def log_likelihoods(model, params, prompts, continuations, batch_size=16, names=None):
+    """log p(continuation | prompt), summed over its tokens, in nats.
+
+    prompts, continuations: lists of as many lists of ids, none empty; the prompts of an
+    encoder-decoder or LSTM are sources. Padded to powers of two, and compiled once for each.
+    names: what errors call each pair; default pair 0, pair 1, ...
+    Returns [N] float64 (each of float32 precision).
+    Raises: UserError naming every pair that the model's context has no room for.
+    """
+    c, decoder = model.config, model.config.architecture == "decoder"
+    if c.head != "lm":
+        raise UserError(f"an {c.architecture} with model.head={c.head!r} gives texts no "
+                        "likelihood; give a decoder or an encoder-decoder")
+    names = names or [f"pair {i}" for i in range(len(prompts))]
+    found = [f"{name}: {len(p)} and {len(t)} tokens, while the model's context is {c.context}"
+             for name, p, t in zip(names, prompts, continuations, strict=True)
+             if (len(p) + len(t) - 1 if decoder else max(len(p), len(t))) > c.context]
+    found += [f"{name} has an empty side"
+              for name, *pair in zip(names, prompts, continuations) if not all(map(len, pair))]
+    if found:
+        raise UserError("; ".join(found[:8]) + (f"; {len(found) - 8} more" if found[8:] else ""))
+    pairs = list(zip(prompts, continuations))
+
+    def lengths(i):
+        """What a pair is padded to: of a decoder the two together, but for the last token."""
+        sizes = [sum(map(len, pairs[i])) - 1] if decoder else [len(ids) for ids in pairs[i]]
+        return [min(bucket(n), c.context) for n in sizes]
+
+    groups, totals = {}, np.zeros(len(pairs))
+    for i in range(len(pairs)):
+        groups.setdefault(tuple(lengths(i)), []).append(i)
+    for sizes, members in groups.items():
+        for at in range(0, len(members), batch_size):
+            part = members[at:at + batch_size]
+            part += part[-1:] * (batch_size - len(part))  # no compilation for the last batch
+            batch = _batch([pairs[i] for i in part], sizes, None if decoder else c.start_id)
+            totals[part] = _scores(model, params, batch)
+    return totals
+
+
+def rank(scores, answer):
+    """The place, from 1, of `answer` (an index) among candidates by their scores [N], best first;
+    of equal ones the first given leads. 1 / rank is what the mean reciprocal rank averages."""
+    return 1 + np.argsort(-np.asarray(scores), kind="stable").tolist().index(answer)
+
+
+def _batch(pairs, sizes, start_id):
+    """Padded on the right: inputs, targets, weights [B, T], and of a source tokens and mask."""
+    *source, T = sizes
+    arrays = {"inputs": np.zeros((len(pairs), T), np.int32)}
+    arrays |= {"targets": arrays["inputs"].copy(), "weights": arrays["inputs"].astype(np.float32)}
+    for S in source:
+        arrays |= {"source": np.zeros((len(pairs), S), np.int32),
+                   "source_mask": np.zeros((len(pairs), S), bool)}
+    for row, (prompt, new) in enumerate(pairs):
+        whole = [start_id, *new] if source else [*prompt, *new]
+        n = len(whole) - 1
+        arrays["inputs"][row, :n], arrays["targets"][row, :n] = whole[:-1], whole[1:]
+        arrays["weights"][row, n - len(new):n] = 1
+        if source:
+            arrays["source"][row, :len(prompt)] = prompt
+            arrays["source_mask"][row, :len(prompt)] = True
+    return arrays
+
+
+@partial(jax.jit, static_argnums=0)
+def _scores(model, params, batch):
+    c, T = model.config, batch["inputs"].shape[1]
+    source = {name: batch[name] for name in ("source", "source_mask") if name in batch}
+    hidden, _ = model.apply({"params": params}, batch["inputs"], **source, method="hidden")
+    kernel, chunks = head_kernel(c, params), nn.chunks_of(1, T, c.vocab_size, least=16)
+
+    def row(xs):  # at a time, so that all logits are never held
+        hidden, targets, weights = (x[None] for x in xs)
+        return -nn.chunked_cross_entropy(
+            hidden, kernel, targets, weights, params.get("logit_bias"), chunks, 0.0, 0.0,
+            c.logit_softcap)[1]
+
+    return jax.lax.map(row, (hidden, batch["targets"], batch["weights"]))

@@ -1,0 +1,24 @@
+"""The models: masks, positions, attention, layers, blocks, the four architectures, and losses."""
+
+from nanoflax.nn.attention import Attention, dot_product_attention
+from nanoflax.nn.blocks import Block, Stack
+from nanoflax.nn.language_model import LanguageModel, SourceModel, mean_pool
+from nanoflax.nn.layers import MLP, Embedding, Linear, Norm, column_lengths, low_rank
+from nanoflax.nn.losses import chunked_cross_entropy, chunks_of, shift_right, token_losses
+from nanoflax.nn.lstm import AttentionLSTM
+from nanoflax.nn.models import (
+    VOCABULARY,
+    Decoder,
+    DecoderClassifier,
+    Encoder,
+    EncoderDecoder,
+    alignment,
+    build,
+    decoder_layers,
+    flops_per_token,
+    head_kernel,
+    without_padding,
+)
+from nanoflax.nn.positions import base_rates, rotary_rates
+
+__all__ = ["MLP", "VOCABULARY", "Attention", "AttentionLSTM", "Block", "Decoder", "DecoderClassifier", "Embedding", "Encoder", "EncoderDecoder", "LanguageModel", "Linear", "Norm", "SourceModel", "Stack", "alignment", "base_rates", "build", "chunked_cross_entropy", "chunks_of", "column_lengths", "decoder_layers", "dot_product_attention", "flops_per_token", "head_kernel", "low_rank", "mean_pool", "rotary_rates", "shift_right", "token_losses", "without_padding"]

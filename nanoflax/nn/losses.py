@@ -1,0 +1,149 @@
+"""Losses over tokens, as sums: the caller divides by the global count of target tokens."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from nanoflax import parallel
+
+
+def shift_right(targets, first, segments=None, start=None):
+    """The inputs that predict `targets`: the same tokens one place later. The only shift there is.
+
+    targets: [B, T] int32; first: [B] int32 or a scalar, the token before targets[:, 0]. With
+    segments [B, T] int32 (packed, isolated documents) every further document begins from `start`
+    ([B] int32 or a scalar, default `first`), not from its neighbour. Returns [B, T] int32.
+    """
+    def column(x):
+        return jnp.broadcast_to(jnp.asarray(x, targets.dtype), targets.shape[:1])[:, None]
+
+    inputs = jnp.concatenate([column(first), targets[:, :-1]], axis=1)
+    if segments is not None:
+        begins = segments[:, 1:] != segments[:, :-1]
+        start = column(first if start is None else start)
+        inputs = inputs.at[:, 1:].set(jnp.where(begins, start, inputs[:, 1:]))
+    return inputs
+
+
+def token_losses(logits, targets, z_loss=0.0, label_smoothing=0.0):
+    """Cross entropy of each token in nats, with its options.
+
+    logits: [..., V]; targets: [...] int32. z_loss adds z_loss * log(Z)^2 (Chowdhery et al. 2022,
+    section 5); label_smoothing mixes the targets with the uniform distribution (Szegedy et al.
+    2016, section 7). Returns ([...] float32 objective, [...] float32 plain cross entropy).
+    """
+    objective, nll, _ = _token_losses(logits.astype(jnp.float32), targets, z_loss, label_smoothing)
+    return objective, nll
+
+
+def _token_losses(logits, targets, z_loss, label_smoothing):
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    objective = nll
+    if label_smoothing:
+        objective = ((1 - label_smoothing) * nll
+                     + label_smoothing * (log_z - logits.mean(axis=-1)))
+    if z_loss:
+        objective = objective + z_loss * log_z**2
+    return objective, nll, log_z
+
+
+def chunks_of(B, T, V, budget=2**22, least=512):
+    """How many pieces of T to take the loss of [B, T] targets in: a divisor of T that keeps the
+    logits of a piece near `budget` floats (a cache's worth), but its rows at `least` or more."""
+    wanted = min(-(-B * T * V // budget), max(1, B * T // least))
+    return max(n for n in range(1, T + 1) if T % n == 0 and n <= max(wanted, 1))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def chunked_cross_entropy(hidden, kernel, targets, weights, bias=None, chunks=1, z_loss=0.0,
+                          label_smoothing=0.0, softcap=0.0):
+    """Weighted sum of token losses from hidden states, without ever holding all logits.
+
+    hidden: [B, T, D]; kernel: [D, V], the output head; targets: [B, T] int32; weights: [B, T]
+    float32; bias: [V] of the head, or None; softcap: logits become cap tanh(logit / cap), 0 for
+    none. Works on `chunks` pieces of T in turn; when differentiated, the gradients are taken in
+    the forward pass, so the logits of a piece are computed once (as in Liger Kernel, Hsu et al.
+    2024). Returns (sum of objectives, sum of plain cross entropies), float32 scalars; the second
+    carries no gradient.
+    """
+    options = (chunks, z_loss, label_smoothing, softcap)
+    return _chunked(hidden, kernel, targets, weights, bias, *options, gradients=False)[0]
+
+
+def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoothing, softcap,
+             gradients):
+    # On a mesh fsdp splits the vocabulary here, if it can, not the rows: its devices put their states
+    # together, and each sums the gradient of its own part [D, V / fsdp]. Over b and t, the splits of
+    # B and T that are left, it is reduced once at the end, not once a chunk.
+    B, T, D = hidden.shape
+    fits = kernel.shape[1] % parallel.axis_size("tensor", "fsdp") == 0
+    rows, words = (("data",), ("tensor", "fsdp")) if fits else (("data", "fsdp"), ("tensor",))
+    b, t = parallel.ways(B, T, rows)
+    chunks = math.gcd(chunks, T // t)
+    together = P(rows, "context", None, None)
+    kernel = parallel.constrain(kernel.astype(hidden.dtype), P(None, words))
+
+    def piece(carry, xs):
+        loss, nll, dw, db = carry
+        h, targets, m = (parallel.constrain(x, together) for x in xs)
+        logits = jnp.einsum("ijbtd,dv->ijbtv", h, kernel, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits += bias
+        if softcap:
+            logits = softcap * jnp.tanh(logits / softcap)
+        objective, plain, log_z = _token_losses(logits, targets, z_loss, label_smoothing)
+        loss, nll = loss + (objective * m).sum((2, 3)), nll + (plain * m).sum((2, 3))
+        if not gradients:
+            return (loss, nll, dw, db), None
+        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+        probability = jnp.exp(logits - log_z[..., None])
+        dlogits = m[..., None] * (probability * (1 + 2 * z_loss * log_z)[..., None]
+                                  - (1 - label_smoothing) * hit
+                                  - label_smoothing / logits.shape[-1])
+        if softcap:
+            dlogits *= 1 - (logits / softcap) ** 2
+        if bias is not None:
+            db += dlogits.sum((2, 3))
+        dlogits = dlogits.astype(h.dtype)
+        dh = parallel.constrain(jnp.einsum("ijbtv,dv->ijbtd", dlogits, kernel),
+                                P(rows, "context", "fsdp" if fits else None))
+        dk = jnp.einsum("ijbtd,ijbtv->ijdv", h, dlogits, preferred_element_type=jnp.float32)
+        return (loss, nll, dw + dk, db), dh
+
+    def split(x):  # [B, T, ...] -> [chunks, b, t, B / b, T / t / chunks, ...]
+        x = x.reshape(b, B // b, t, chunks, -1, *x.shape[2:])
+        return x.transpose(3, 0, 2, 1, 4, *range(5, x.ndim))
+
+    pieces = jax.tree.map(split, (hidden, targets, weights))
+    zeros = lambda *shape: parallel.constrain(  # noqa: E731
+        jnp.zeros((b, t, *shape), jnp.float32),
+        P(rows, "context", *[None] * (len(shape) - 1), *[words] * bool(shape)))
+    dw = zeros(*kernel.shape) if gradients else None
+    db = None if bias is None else zeros(*bias.shape)
+    carry = (zeros(), zeros(), dw, db)
+    if chunks == 1:
+        carry, dh = piece(carry, jax.tree.map(lambda x: x[0], pieces))
+        dh = jax.tree.map(lambda x: x[None], dh)
+    else:
+        carry, dh = jax.lax.scan(piece, carry, pieces)
+    if gradients:
+        dh = dh.transpose(1, 3, 2, 0, 4, 5).reshape(B, T, D)
+    loss, nll, dw, db = jax.tree.map(lambda x: x.sum((0, 1)), carry)
+    return (loss, nll), (dh, dw, db)
+
+
+def _chunked_forward(hidden, kernel, targets, weights, bias, *options):
+    sums, (dh, dw, db) = _chunked(hidden, kernel, targets, weights, bias, *options, gradients=True)
+    return sums, (dh, dw.astype(kernel.dtype), db if bias is None else db.astype(bias.dtype))
+
+
+def _chunked_backward(chunks, z_loss, label_smoothing, softcap, saved, cotangents):
+    dh, dw, db = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), saved)
+    return dh, dw, None, None, db
+
+
+chunked_cross_entropy.defvjp(_chunked_forward, _chunked_backward)

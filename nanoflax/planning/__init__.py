@@ -1,0 +1,5 @@
+"""What a training step costs in memory, arithmetic and traffic, before a machine is rented."""
+
+from nanoflax.planning.step_cost import candidate_meshes, compiled
+
+__all__ = ["candidate_meshes", "compiled"]

@@ -1,0 +1,181 @@
+"""The log of a run: metrics.jsonl, TensorBoard and Weights & Biases."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import queue
+import sys
+import threading
+import time
+
+from nanoflax.errors import UserError
+
+# ---------------------------------------------------------------------------------- metrics files
+
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class MetricsLog:
+    """Writes metrics to `workdir/metrics.jsonl`, TensorBoard and, if asked, Weights & Biases.
+
+    `metrics.jsonl` is the record of the run: one strict JSON object a line, flushed line by line,
+    floats exact, a non-finite one as the string "nan", "inf" or "-inf". `resume_step` is the step
+    of the checkpoint that the run goes on from: later lines, which a killed run left, are removed,
+    so each step stands once. At 0 the run starts anew and no line is kept.
+    """
+
+    def __init__(self, workdir, tensorboard=True, wandb=None, resume_step=0, config=None):
+        workdir = pathlib.Path(workdir)
+        self.path = workdir / "metrics.jsonl"
+        self._wandb = _start_wandb(workdir, wandb, config) if wandb else None
+        self._tensorboard = None
+        if tensorboard:
+            self._tensorboard = _TensorBoard(workdir / "tensorboard", resume_step)
+        try:
+            _truncate(self.path, resume_step)
+            self._file = open(self.path, "a", encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def log(self, step, **values):
+        """Adds one line. Values are numbers, arrays of one number, or strings."""
+        step = int(step)
+        values = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
+        try:
+            self._file.write(json.dumps({"step": step} | strict(values), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if self._tensorboard:
+            self._tensorboard.add(step, values)
+        if self._wandb:
+            self._wandb.log({"step": step} | values)
+
+    def close(self):
+        with contextlib.suppress(OSError):  # of a full disk: log() has already said so
+            self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _unwritable(self, error):
+        return UserError(f"cannot write {self.path}: {error.strerror}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def read_metrics(path):
+    """The records of a metrics.jsonl as dicts, without the partial last line that a kill leaves."""
+    return [record for record, _ in _records(pathlib.Path(path))]
+
+
+def _records(path):
+    """Yields (record, line as it stands) for every whole line."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                return
+            raise UserError(f"{path}, line {number}: not a metrics record") from error
+        yield {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v
+               for k, v in record.items()}, line
+
+
+def _truncate(path, resume_step):
+    """Keeps the whole lines up to `resume_step`, in one atomic replacement."""
+    if not path.exists():
+        return
+    kept = b""
+    if resume_step > 0:
+        kept = b"".join(line.rstrip(b"\n") + b"\n" for record, line in _records(path)
+                        if record["step"] <= resume_step)
+    if kept != path.read_bytes():
+        write_whole(path, kept)
+
+
+def write_whole(path, data):
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def strict(value):
+    """A value for JSON, each number in it that JSON does not have as its name: "nan", "inf"."""
+    if isinstance(value, dict):
+        return {k: strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(strict, value))
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _TensorBoard:
+    """Event files, written by a thread that starts (and imports the library) with the first line.
+
+    A failure here is told once and never stops the run.
+    """
+
+    def __init__(self, directory, resume_step):
+        self._directory, self._resume_step = directory, resume_step
+        self._queue = queue.SimpleQueue()
+        self._thread = None
+
+    def add(self, step, values):
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        if self._thread.is_alive():
+            self._queue.put((step, time.time(), values))
+
+    def close(self):
+        if self._thread:
+            self._queue.put(None)
+            self._thread.join()
+
+    def _run(self):
+        try:
+            from tensorboardX import SummaryWriter
+            # TensorBoard hides what earlier files hold at purge_step and after. The suffix keeps
+            # two starts within a second from writing the same file.
+            with SummaryWriter(str(self._directory), purge_step=self._resume_step + 1,
+                               flush_secs=10, filename_suffix=f".{time.time_ns()}") as writer:
+                for step, when, values in iter(self._queue.get, None):
+                    for name, value in values.items():
+                        if not isinstance(value, str) and math.isfinite(value):
+                            writer.add_scalar(name, value, step, walltime=when)
+        except Exception as error:
+            print(f"TensorBoard events stop here: {error!r}", file=sys.stderr)
+
+
+def _start_wandb(workdir, project, config):
+    """A Weights & Biases run, the same one after a resume: its id is kept in the workdir."""
+    try:
+        from wandb import Error, Settings, init
+    except ImportError as error:
+        raise UserError("Weights & Biases is not installed: pip install nanoflax[wandb]") from error
+    id_file = workdir / "wandb" / "run_id"
+    try:
+        if not id_file.exists():
+            id_file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(id_file, os.urandom(8).hex().encode())
+        run = init(project=project, dir=workdir, id=id_file.read_text(), resume="allow",
+                   config=config, settings=Settings(console="off", silent=True))
+    except (Error, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"Weights & Biases did not start ({reason}); "
+                        "WANDB_MODE=offline needs no account") from error
+    run.define_metric("*", step_metric="step")  # its own counter cannot go back on a resume
+    return run

@@ -1,0 +1,202 @@
+"""What is drawn of a run: its loss curve, and the table of its parameters."""
+
+import io
+import math
+import pathlib
+import re
+
+from nanoflax.report.metrics_log import read_metrics, write_whole
+from nanoflax.report.text import count
+
+
+def plot_losses(workdir, tokens_per_step=None):
+    """Draws `workdir/metrics.jsonl` as `workdir/loss.png`; returns its path, None without data.
+
+    Reads `loss`, `validation_loss` and `bits_per_byte`; a step whose loss is not finite, or whose
+    record says `skipped`, is marked. `tokens_per_step` adds an axis of tokens.
+    """
+    workdir = pathlib.Path(workdir)
+    path = workdir / "metrics.jsonl"
+    records = read_metrics(path) if path.exists() else []
+    skipped = [r["step"] for r in records
+               if "loss" in r and (r.get("skipped") or not math.isfinite(r["loss"]))]
+    training = [(r["step"], r["loss"]) for r in records
+                if "loss" in r and math.isfinite(r["loss"]) and not r.get("skipped")]
+    validation = [r for r in records if math.isfinite(r.get("validation_loss", math.nan))]
+    if not training and not validation:
+        return None
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    if training:
+        _draw_training(axes, *zip(*training))
+    if skipped:
+        axes.plot(skipped, [0.02] * len(skipped), "x", color="tab:red", markersize=5,
+                  transform=axes.get_xaxis_transform(), label=f"skipped steps ({len(skipped)})")
+    if validation:
+        _draw_validation(axes, validation)
+    axes.xaxis.set_major_formatter(lambda x, _: count(x))
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlim(left=0)
+    if tokens_per_step:
+        top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step,
+                                                     lambda x: x / tokens_per_step))
+        top.set_xlabel("tokens")
+        top.xaxis.set_major_formatter(lambda x, _: count(x))
+    axes.set_title(_title(training, validation), fontsize=11)
+    axes.legend(frameon=False)
+    canvas.print_png(buffer := io.BytesIO())
+    write_whole(workdir / "loss.png", buffer.getvalue())
+    return workdir / "loss.png"
+
+
+def _draw_training(axes, steps, losses):
+    import numpy as np
+    losses, width = np.array(losses), max(1, len(losses) // 100)
+    # Divided by the number of terms, the mean over a window stays true at both ends.
+    window = np.ones(2 * width + 1)
+    smooth = (np.convolve(losses, window)[width:-width]
+              / np.convolve(np.ones_like(losses), window)[width:-width])
+    thin = slice(None, None, 1 + len(losses) // 5000)
+    axes.plot(steps[thin], losses[thin], color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(steps[thin], smooth[thin], color="tab:blue", linewidth=1.6, label="training")
+    low, high = min(smooth), max(smooth)
+    axes.set_ylim(low - 0.12 * (high - low) - 0.01, high + 0.08 * (high - low) + 0.01)
+
+
+def _draw_validation(axes, records):
+    steps, losses = zip(*((r["step"], r["validation_loss"]) for r in records))
+    axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, linewidth=1,
+              label="validation")
+    best = min(records, key=lambda r: r["validation_loss"])
+    axes.plot(best["step"], best["validation_loss"], "*", color="tab:green", markersize=13,
+              markeredgecolor="white", label=f"best: {best['validation_loss']:.4f} "
+              f"at step {best['step']}", zorder=3)
+    low, high = axes.get_ylim()
+    margin = 0.05 * (high - low)
+    axes.set_ylim(min(low, min(losses) - margin), max(high, max(losses) + margin))
+
+
+def _title(training, validation):
+    if not validation:
+        step, loss = training[-1]
+        return f"step {step}: training loss {loss:.4f} nats per token"
+    last = validation[-1]
+    text = f"step {last['step']}: validation loss {last['validation_loss']:.4f} nats per token"
+    if "bits_per_byte" in last:
+        text += f", {last['bits_per_byte']:.3f} bits per byte"
+    return text
+
+
+def plot_sweep(path, points, metric):
+    """Draws a metric against each value that a sweep tried, as a PNG at `path`, which it returns.
+
+    points: (values, figure) of each trial, the best first; values: {key: text}. A key whose values
+    are numbers gets an axis of them, logarithmic where they span a factor of ten.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    keys = list(points[0][0])
+    figure = Figure(figsize=(4 * len(keys) + 1, 4), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    for key, axes in zip(keys, panels):
+        xs, ys = [values[key] for values, _ in points], [y for _, y in points]
+        try:
+            xs = [float(x) for x in xs]
+            if min(xs) > 0 and max(xs) >= 10 * min(xs):
+                axes.set_xscale("log")
+        except ValueError:  # names, side by side
+            pass
+        axes.plot(xs, ys, "o", color="tab:blue", alpha=0.7)
+        axes.plot(xs[:1], ys[:1], "*", color="tab:green", markersize=15, markeredgecolor="white",
+                  label=f"best: {ys[0]:.4f}")
+        axes.set_xlabel(key.removeprefix("config."))
+        axes.grid(alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(metric.replace("_", " "))
+    panels[0].legend(frameon=False)
+    canvas.print_png(buffer := io.BytesIO())
+    write_whole(pathlib.Path(path), buffer.getvalue())
+    return path
+
+
+def plot_alignment(path, weights, source, targets):
+    """Draws what each target looked at as a PNG at `path`, which it returns.
+
+    weights: [T, S], between 0 and 1; source, targets: the texts of S and T tokens.
+    """
+    from matplotlib import font_manager, ft2font
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
+
+    def name(text):  # letters that the font lacks would be boxes
+        text = text.replace(" ", "␣").replace("$", r"\$")
+        drawn = all(c.isprintable() and font.get_char_index(ord(c)) for c in text)
+        return text if drawn else ascii(text)[1:-1]
+
+    (T, S), side = weights.shape, 0.22
+    figure = Figure(figsize=(2 + side * S, 1.5 + side * T), dpi=120, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(S), map(name, source), rotation=90, fontsize=7)
+    axes.set_yticks(range(T), map(name, targets), fontsize=7)
+    axes.set_xlabel("source")
+    axes.set_ylabel("target")
+    figure.colorbar(image, label="attention", shrink=0.7)
+    canvas.print_png(buffer := io.BytesIO())
+    write_whole(pathlib.Path(path), buffer.getvalue())
+    return path
+
+
+def parameter_table(params):
+    """The number and bytes of parameters by module, as text; equal blocks folded."""
+    modules = {}
+    for name, branch in params.items():
+        stack = name in ("encoder", "decoder")
+        modules |= {f"{name}/{k}": v for k, v in branch.items()} if stack else {name: branch}
+    groups = []  # [name, its stem, last name, how many, parameters each, bytes each]
+    for name in sorted(modules, key=_natural):
+        leaves = list(_leaves(modules[name]))
+        size = sum(math.prod(leaf.shape) for leaf in leaves)
+        memory = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        stem = re.sub(r"\d+$", "", name)
+        if groups and stem != name and groups[-1][1] == stem and groups[-1][4:] == [size, memory]:
+            groups[-1][2:4] = name, groups[-1][3] + 1
+        else:
+            groups.append([name, stem, name, 1, size, memory])
+    rows = [("module", "", "parameters", "bytes")]
+    for first, _, last, number, size, memory in groups:
+        repeated = number > 1
+        rows.append((f"{first} .. {last}" if repeated else first,
+                     f"{number} x {size:,}" if repeated else "",
+                     f"{number * size:,}", _bytes(number * memory)))
+    rows.append(("total", "", f"{sum(g[3] * g[4] for g in groups):,}",
+                 _bytes(sum(g[3] * g[5] for g in groups))))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}"
+                     for a, b, c, d in rows)
+
+
+def _natural(name):
+    """A sorting key that puts block_2 before block_10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part)
+            for part in re.split(r"(\d+)", name) if part]
+
+
+def _leaves(tree):
+    if not isinstance(tree, dict):
+        return [tree]
+    return [leaf for branch in tree.values() for leaf in _leaves(branch)]
+
+
+def _bytes(n):
+    return count(n).replace("B", "G") + "B"

@@ -1,0 +1,189 @@
+"""What a person follows a run by: metrics files and progress.
+
+Nothing here touches the training state. The libraries that log and draw are imported where they
+are used: tensorboardX alone takes seconds, and the first loss should not wait for it.
+"""
+
+import collections
+import contextlib
+import math
+import os
+import sys
+import time
+
+from nanoflax.report.text import count, duration, printable
+
+# --------------------------------------------------------------------------------------- progress
+
+
+class Bar:
+    """A live bar on a terminal, plain lines now and then elsewhere. Use as a context manager.
+
+    A subclass has `title()`, the text before the bar, and `status()`, the one after it, and calls
+    `advance`. The bar never hides the cursor, so that even SIGKILL leaves a sane terminal.
+    """
+
+    quiet = 0.0         # seconds before the first plain line
+    line_every = 10.0   # seconds between plain lines
+    draw_every = 0.2    # seconds between frames of the bar
+
+    def __init__(self, total, done=0, stream=None, clock=time.monotonic):
+        self.total, self.done = total, done
+        self._stream = sys.stderr if stream is None else stream
+        self._clock, self._begin = clock, clock()
+        self._drawn_at, self._undrawn = -math.inf, False
+        self._bar = _bar(self._stream, total, done) if _terminal(self._stream) else None
+
+    def __enter__(self):
+        if self._bar:
+            self._bar.start()
+            self._draw()
+        return self
+
+    def __exit__(self, *_):
+        if self._bar or self._undrawn:
+            self._draw()
+        with contextlib.suppress(OSError):
+            if self._bar:
+                self._bar.stop()
+
+    def advance(self, done):
+        """Reports that `done` of `total` are done."""
+        self.done, self._undrawn = done, True
+        due = self._drawn_at + (self.draw_every if self._bar else self.line_every)
+        if self._clock() >= due or done >= self.total:
+            self._draw()
+
+    def write(self, text):
+        """Prints lines above the bar; on a terminal without control characters."""
+        with contextlib.suppress(OSError):
+            if self._bar:
+                from rich.text import Text
+                self._bar.console.print(Text(printable(text)), soft_wrap=True)
+            else:
+                print(text, file=self._stream, flush=True)
+
+    def _draw(self):
+        with contextlib.suppress(OSError):  # a terminal that has gone away does not end the run
+            if self._bar:
+                self._bar.update(self._bar.task_ids[0], completed=self.done, title=self.title(),
+                                 status=self.status())
+                self._bar.refresh()
+            elif self._clock() - self._begin >= self.quiet:
+                print(f"{self.title()}  {self.status()}", file=self._stream, flush=True)
+        self._drawn_at, self._undrawn = self._clock(), False
+
+
+class Progress(Bar):
+    """The bar of a training run.
+
+    `flops_per_token` and `peak_flops` (of all devices together) give the MFU; either may be None.
+    Rates are over the last `window` seconds of training: neither the first update, which compiles,
+    nor what happens inside `pause()` counts.
+    """
+
+    window = 20.0       # seconds that rates look back
+
+    def __init__(self, total_steps, start_step=0, tokens_per_step=1, flops_per_token=None,
+                 peak_flops=None, stream=None, clock=time.monotonic):
+        super().__init__(total_steps, start_step, stream, clock)
+        self.loss, self.tokens_per_step = None, tokens_per_step
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self._paused, self._note = 0.0, "compiling"
+        self._first = None                    # (time, training time) at the end of the first update
+        self._marks = collections.deque()     # (training time, step), the last `window` seconds
+
+    def update(self, step, loss):
+        """Reports that `step` steps are done and the loss of the last."""
+        now = self._clock()
+        self.loss, self._note = float(loss), None
+        self._marks.append((now - self._paused, int(step)))
+        self._first = self._first or (now, now - self._paused)
+        while len(self._marks) > 2 and self._marks[1][0] <= now - self._paused - self.window:
+            self._marks.popleft()
+        self.advance(int(step))
+
+    @contextlib.contextmanager
+    def pause(self, note="evaluating"):
+        """Around what is not training: its time stays out of the rates."""
+        begin, before, self._note = self._clock(), self._note, note
+        if self._bar:
+            self._draw()
+        try:
+            yield
+        finally:
+            self._note = before
+            self._paused += self._clock() - begin
+
+    @property
+    def tokens_per_second(self):
+        """Over the window; None until two updates have come."""
+        seconds = self._marks[-1][0] - self._marks[0][0] if self._marks else 0.0
+        steps = self._marks[-1][1] - self._marks[0][1] if self._marks else 0
+        return steps * self.tokens_per_step / seconds if seconds > 0 and steps > 0 else None
+
+    @property
+    def mfu(self):
+        """Model FLOPs utilisation, between 0 and 1; None when not known."""
+        if None in (self.tokens_per_second, self.flops_per_token, self.peak_flops):
+            return None
+        return self.tokens_per_second * self.flops_per_token / self.peak_flops
+
+    def seconds_left(self):
+        """Until the last step, pauses included at the rate seen so far; None when not known."""
+        if self.tokens_per_second is None:
+            return None
+        wall, training = (a - b for a, b in zip((self._clock(), self._marks[-1][0]), self._first))
+        steps_per_second = self.tokens_per_second / self.tokens_per_step
+        return (self.total - self.done) / steps_per_second * max(1.0, wall / training)
+
+    def title(self):
+        return f"step {self.done}/{self.total}"
+
+    def status(self):
+        """Such as `loss 2.3456  12.3k tokens/s  MFU 41%  3:21 left`."""
+        parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
+        if self.tokens_per_second is not None:
+            parts.append(f"{count(self.tokens_per_second)} tokens/s")
+        if self.mfu is not None:
+            parts.append(f"MFU {100 * self.mfu:.0f}%")
+        if self._note:
+            parts.append(self._note)
+        elif self.done >= self.total:
+            parts.append(f"in {duration(self._clock() - self._begin)}")
+        elif self.seconds_left() is not None:
+            parts.append(f"{duration(self.seconds_left())} left")
+        return "  ".join(parts)
+
+
+class Silent:
+    """Stands for a MetricsLog and a Progress where nothing is to be written."""
+
+    tokens_per_second = None
+
+    def _nothing(self, *_, **__):
+        return contextlib.nullcontext()
+
+    log = update = write = pause = _nothing
+
+
+def _terminal(stream):
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _bar(stream, total, done):
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as RichProgress
+
+    class VisibleCursor(Console):
+        def show_cursor(self, show=True):
+            return False
+
+    # No refreshing thread: frames are drawn by advance(), never against the training loop.
+    bar = RichProgress(TextColumn("{task.fields[title]}", markup=False), BarColumn(bar_width=None),
+                       TextColumn("{task.fields[status]}", markup=False), auto_refresh=False,
+                       expand=True, console=VisibleCursor(file=stream, force_terminal=True),
+                       redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty())
+    bar.add_task("", total=total, completed=done, title="", status="")
+    return bar

@@ -1,0 +1,14 @@
+"""What a model can be fine-tuned for: examples, their rows and batches, objectives, metrics."""
+
+from nanoflax.tasks.batches import ExampleBatches
+from nanoflax.tasks.encoding import encode, show_row, weigh_classes
+from nanoflax.tasks.evaluator import Evaluator, encode_for_task, prediction_records
+from nanoflax.tasks.examples import examples_of, load, read
+from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
+from nanoflax.tasks.metrics import metrics_table
+from nanoflax.tasks.noise import with_sentinels
+from nanoflax.tasks.rows import SHORTEST
+from nanoflax.tasks.sources import TaskSource
+from nanoflax.tasks.table import TASKS, probabilities, tag_names
+
+__all__ = ["SHORTEST", "TASKS", "Chat", "Classification", "Evaluator", "ExampleBatches", "Pair", "Tagging", "TaskSource", "Text", "encode", "encode_for_task", "examples_of", "load", "metrics_table", "prediction_records", "probabilities", "read", "show_row", "tag_names", "weigh_classes", "with_sentinels"]

@@ -1,0 +1,120 @@
+"""Measure a model on the examples of a task."""
+
+import copy
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanoflax import parallel, train
+from nanoflax.tasks import encoding, metrics, noise
+from nanoflax.tasks.batches import evaluation
+from nanoflax.tasks.kinds import Pair, Text
+from nanoflax.tasks.noise import Noise, with_sentinels
+from nanoflax.tasks.table import TASKS
+
+
+def encode_for_task(examples, config, tokenizer, labels=(), several=False, report=None):
+    """Examples as the batching.Rows of a Config's task, its noise among them."""
+    task, noise = config.task, None
+    if task.kind in ("masked_lm", "denoise"):
+        noise = Noise(task, with_sentinels(task, tokenizer))
+    return encoding.encode(examples, tokenizer, task.length, labels, several, task.truncate,
+                           task.target_length, report, noise)
+
+
+class Evaluator:
+    """Measures parameters on rows: their loss, and what the task is measured by.
+
+    After a call, `report` holds every figure in a form for JSON. Of several processes all call it,
+    and all find the same.
+    """
+
+    def __init__(self, model, config, tokenizer, labels, rows, mesh):
+        """config: a Config; labels: the class names of classify and tag; rows: a batching.Rows."""
+        self.model, self.config = model, config
+        self.tokenizer = noise.with_sentinels(config.task, tokenizer)
+        self.labels, self.mesh, self.task = labels, mesh, TASKS[config.task.kind]
+        self.rows = rows.drawn([(i, 0) for i in range(len(rows))])  # noise that stays the same
+        if "source" in self.rows.rows[0] and self.task.examples is Text:
+            self.rows = dataclasses.replace(self.rows, examples=[
+                Pair(*(self.tokenizer.decode(row[name]) for name in ("source", "targets")),
+                     text.place) for row, text in zip(self.rows.rows, rows.examples)])
+        self.report = {}
+
+        def sums(params, batch):
+            _, nll, weight = self.task.objective(model, params, batch)
+            right = weight if not self.task.accuracy else jnp.sum(
+                batch["weights"] * (guesses(params, batch) == batch["targets"]))
+            return nll, weight, right
+
+        def logits(params, batch):
+            return model.apply({"params": params}, batch["tokens"], batch["padding_mask"])
+
+        def guesses(params, batch):
+            return train.guesses(model, params, batch, self.tokenizer.vocab_size)
+
+        self._sums, self._guesses, self._logits = (
+            jax.jit(parallel.traced_on(mesh, f)) for f in (sums, guesses, logits))
+
+    def __call__(self, params, batches=0):
+        """(numbers, predictions) on the first so many batches of the rows, 0 for all.
+
+        numbers: {"validation_loss": nats, the task's figures}; predictions: one for each row, or
+        none where the task is measured by its loss. With config.task.max_shift also the figures on
+        the same rows shifted (always the same way), as NAME_shifted.
+        """
+        number = len(self.rows)
+        if batches:
+            number = min(number, batches * self.config.train.batch_size)
+        numbers, predictions, self.report = self._measured(params, number)
+        if self.config.task.max_shift:
+            judge = copy.copy(self)
+            judge.rows = self.rows.shifted(self.config.task.max_shift, 1.0, (0,), range(number))
+            found, _, self.report["shifted"] = judge._measured(params, number)
+            numbers |= {f"{name}_shifted": value for name, value in found.items()}
+        return numbers, predictions
+
+    def _measured(self, params, number):
+        sums = np.zeros(3)
+        for batch in self.batches(number):
+            sums += [float(x) for x in self._sums(params, batch)]
+        nats, weight, right = sums
+        numbers = {"validation_loss": nats / max(weight, 1)}
+        if self.task.measure is None:
+            numbers["perplexity"] = metrics.perplexity(nats, max(weight, 1))
+        if self.task.accuracy:
+            numbers[self.task.accuracy] = right / max(weight, 1)
+        predictions = self.task.answer(self, params, number) if self.task.answer else []
+        if self.task.measure is None:
+            return numbers, predictions, {}
+        figures, report = self.task.measure(predictions, self.rows.examples[:number],
+                                            self.config.task)
+        return numbers | figures, predictions, report
+
+    def batches(self, number):
+        """The first rows in batches on the mesh; the last is filled up with rows of weight 0."""
+        B = parallel.divisible_batch_size(self.config.train.batch_size, self.mesh)
+        own = parallel.own_rows(self.mesh, B)
+        for batch in itertools.islice(evaluation(self.rows, B, own), -(-number // B)):
+            yield parallel.put_batch(batch, self.mesh)
+            parallel.alive()
+
+    def logits(self, params, number):
+        """The logits and the weights of each of the first rows."""
+        found = (map(parallel.fetch, (self._logits(params, batch), batch["weights"]))
+                 for batch in self.batches(number))
+        return list(itertools.islice(
+            (pair for logits, weights in found for pair in zip(logits, weights)), number))
+
+
+def prediction_records(examples, predictions):
+    """Each example's fields and what a model said of it, as a dict for JSON."""
+    for example, said in zip(examples, predictions):
+        fields = {field: getattr(example, field) for field in example.fields
+                  if hasattr(example, field)}
+        if hasattr(example, "labels"):
+            fields["label"] = example.labels
+        yield fields | {"prediction": said}

@@ -1,0 +1,50 @@
+"""The kinds of examples."""
+
+import dataclasses
+
+
+def _place():
+    return dataclasses.field(default="", compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    text: str
+    labels: tuple  # of str; just one, unless the task is a multi-label one
+    place: str = _place()  # file:line
+    fields = ("text", "label")
+    input = property(lambda self: self.text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tagging:
+    tokens: tuple  # words
+    tags: tuple  # one of each word
+    place: str = _place()
+    fields = ("tokens", "tags")
+    input = property(lambda self: self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    source: str
+    target: str
+    place: str = _place()
+    fields = ("source", "target")
+    input = property(lambda self: self.source)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    messages: tuple  # of dicts with role and content
+    place: str = _place()
+    fields = ("messages",)
+    input = property(lambda self: self.messages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    text: str
+    place: str = _place()
+    fields = ("text",)
+    input = property(lambda self: self.text)

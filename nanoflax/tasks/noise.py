@@ -1,0 +1,191 @@
+"""Text made noisy, for a model to make it whole again: masked tokens, hidden spans, infilling.
+
+The noise is a function of ids and a NumPy Generator; `Noise` makes the rows of a task with it.
+"""
+
+import itertools
+
+import numpy as np
+
+from nanoflax.tokenizers import ends
+
+SENTINELS = 100  # as many as T5 has
+
+
+# The marks that stand for what is hidden.
+
+
+class TokenizerWithSentinels:
+    """A tokenizer with a mask and sentinels: its own (BERT's [MASK], T5's <extra_id_0> to _99), or
+    ids beyond its vocabulary, for which the model then needs embeddings.
+
+    Attributes: mask_id; sentinels, ids in the order of the spans that they stand for, descending;
+    ordinary, the ids of the tokenizer that are no special tokens; vocab_size and special, which
+    count the marks. All else is the tokenizer's, files and fingerprint too: the marks follow from
+    these.
+    """
+
+    def __init__(self, tokenizer, sentinels=False):
+        self._tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+        self.special = dict(getattr(tokenizer, "special", {}))
+        self.mask_id = getattr(tokenizer, "mask_id", None)
+        if self.mask_id is None:
+            self.mask_id = self._add("<mask>")
+        names = [f"<extra_id_{i}>" for i in range(SENTINELS)]
+        if sentinels and names[0] not in self.special:
+            for name in reversed(names):
+                self._add(name)
+        self.sentinels = [self.special[name] for name in names if name in self.special]
+        self._names = {i: name for name, i in self.special.items()
+                       if i == self.mask_id or i in self.sentinels}
+        self._names.setdefault(self.mask_id, "<mask>")
+        roles = (getattr(tokenizer, f"{role}_id", None) for role in ("pad", "eos", "bos", "sep"))
+        special = [self.mask_id, *self.special.values(), *(i for i in roles if i is not None)]
+        self.ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), special)
+
+    def _add(self, name):
+        self.special[name] = self.vocab_size
+        self.vocab_size += 1
+        return self.special[name]
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids):
+        """The text, with the marks by their names."""
+        return "".join(
+            "".join(self._names[i] for i in run) if marks else self._tokenizer.decode(list(run))
+            for marks, run in itertools.groupby(map(int, ids), key=self._names.__contains__))
+
+
+def with_sentinels(task, tokenizer):
+    """The tokenizer with the marks that a TaskConfig's noise needs, if it needs any."""
+    if task.kind == "masked_lm" or task.kind == "denoise" and task.noise != "none":
+        return TokenizerWithSentinels(tokenizer, sentinels=(task.kind, task.noise) == ("denoise", "spans"))
+    return tokenizer
+
+
+# Noise.
+
+
+def mask_tokens(ids, rng, rate, mask_id, ordinary):
+    """BERT's noise (Devlin et al. 2019, section 3.1): a share `rate` of the tokens, one at least, is
+    to be guessed; 80% of these become mask_id, 10% a random token, and 10% stay as they are.
+
+    ids: [T] int32; ordinary: ascending ids, which alone are guessed and drawn at random.
+    Returns (ids [T] int32, what is to be guessed [T] bool).
+    """
+    places = np.flatnonzero(np.isin(ids, ordinary))
+    number = min(len(places), max(1, round(rate * len(places))))
+    chosen = rng.choice(places, number, replace=False)
+    fate, noisy = rng.random(number), ids.copy()
+    noisy[chosen[fate < 0.8]] = mask_id
+    redrawn = chosen[fate >= 0.9]
+    noisy[redrawn] = rng.choice(ordinary, len(redrawn))
+    return noisy, np.isin(np.arange(len(ids)), chosen)
+
+
+def span_sizes(n, rate, mean_span):
+    """Of n tokens: how many span corruption hides, and in how many spans."""
+    hidden = min(max(round(n * rate), 1), n - 1)
+    return (hidden, min(max(round(hidden / mean_span), 1), hidden, n - hidden)) if n > 1 else (0, 0)
+
+
+def span_corruption(ids, rng, rate, mean_span, sentinels):
+    """T5's noise (Raffel et al. 2020, section 3.1.4): spans of tokens are hidden, each behind a
+    sentinel of its own in the source; the target is the sentinels, each before what it hides.
+
+    The spans are those of T5's random_spans_noise_mask: the hidden tokens and the others are cut at
+    random into as many pieces, which alternate; so a text begins with what is seen.
+    ids: [n] int32. Returns (source, target), int32.
+    """
+    hidden, spans = span_sizes(len(ids), rate, mean_span)
+    if not spans:
+        return ids, ids[:0]
+
+    def cut(total):
+        return np.diff([0, *np.sort(rng.choice(total - 1, spans - 1, replace=False)) + 1, total])
+
+    lengths = np.stack([cut(len(ids) - hidden), cut(hidden)], axis=1).reshape(-1)
+    pieces = np.split(ids, np.cumsum(lengths)[:-1])
+    source, target = [], []
+    for mark, seen, unseen in zip(sentinels[:spans], pieces[::2], pieces[1::2], strict=True):
+        source += [*seen, mark]
+        target += [mark, *unseen]
+    return np.asarray(source, np.int32), np.asarray(target, np.int32)
+
+
+def infilling(ids, rng, rate, mean_span, mask_id):
+    """BART's noise (Lewis et al. 2020, section 2.2): spans whose lengths are drawn from a Poisson
+    distribution, until a share `rate` of the tokens is hidden, each become one mask; so does
+    nothing at all, a span of length 0.
+
+    ids: [n] int32. Returns the source, [n] int32 at most.
+    """
+    budget = round(len(ids) * rate)
+    lengths = rng.poisson(mean_span, budget)
+    lengths = lengths[:np.searchsorted(np.cumsum(lengths), budget) + 1]
+    lengths[-1:] += budget - lengths.sum()
+    slots = len(ids) - lengths.sum() + len(lengths)  # of the source: tokens that stay, and masks
+    masks = np.isin(np.arange(slots), rng.choice(slots, len(lengths), replace=False))
+    steps = np.ones(slots, int)
+    steps[masks] = rng.permutation(lengths)
+    at = np.minimum(np.cumsum(steps) - steps, len(ids) - 1)  # which token each slot stands before
+    return np.where(masks, mask_id, ids[at]).astype(np.int32)
+
+
+def permuted_sentences(ids, rng, closing):
+    """The sentences in random order (Lewis et al. 2020). closing: ids that end a sentence."""
+    after = np.flatnonzero(np.isin(ids[:-1], closing)) + 1
+    sentences = np.split(ids, after)
+    return np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])
+
+
+# Rows.
+
+
+class Noise:
+    """noise(ids, rng) -> a row of batching.Rows, with what a TaskConfig asks for.
+
+    ids: [n] int32 of a text without special tokens, n at most `room`; target_length: the row's
+    targets are no longer.
+    """
+
+    def __init__(self, task, tokenizer):
+        """tokenizer: Marked, or for task.noise="none" any."""
+        self.task, self.tokenizer = task, tokenizer
+        self.prefix, self.suffix = ends(tokenizer)
+        self.kind = "masks" if task.kind == "masked_lm" else task.noise
+        self.rate = task.noise_rate or (0.3 if self.kind == "infilling" else 0.15)
+        self.target_length = task.length if self.kind == "masks" else task.target_length
+        around = len(self.prefix) + len(self.suffix)
+        self.room = min(task.length, self.target_length) - around
+        if self.kind == "spans":
+            self.room = 1
+            while self._fits(self.room + 1, task.length - around, task.target_length - around):
+                self.room += 1
+        elif self.kind == "infilling":
+            self.closing = [i for i in tokenizer.ordinary.tolist()
+                            if tokenizer.decode([i]).rstrip()[-1:] in (".", "!", "?")]
+
+    def _fits(self, n, source, target):
+        hidden, spans = span_sizes(n, self.rate, self.task.noise_span)
+        return (n - hidden + spans <= source and hidden + spans <= target
+                and spans <= len(self.tokenizer.sentinels))
+
+    def __call__(self, ids, rng):
+        t, rate, span = self.tokenizer, self.rate, self.task.noise_span
+        if self.kind == "masks":
+            whole = self._framed(ids)
+            tokens, chosen = mask_tokens(whole, rng, rate, t.mask_id, t.ordinary)
+            return {"tokens": tokens, "targets": whole, "weights": chosen.astype(np.float32)}
+        source = target = ids
+        if self.kind == "spans":
+            source, target = span_corruption(ids, rng, rate, span, t.sentinels)
+        elif self.kind == "infilling":
+            source = infilling(permuted_sentences(ids, rng, self.closing), rng, rate, span,
+                               t.mask_id)
+        return {"source": self._framed(source), "targets": self._framed(target)}
+
+    def _framed(self, ids):
+        return np.asarray([*self.prefix, *ids, *self.suffix], np.int32)

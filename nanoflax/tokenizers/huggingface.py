@@ -1,0 +1,393 @@
+"""Tokenizers of the Hugging Face world, with the interface of nanoflax.tokenizers.
+
+One class, HFTokenizer, serves tokenizer.json, GPT-2's vocab.json with merges.txt, BERT's vocab.txt,
+SentencePiece models and the vocabulary of a GGUF file: each is put into the form of tokenizer.json
+and run by the `tokenizers` library. Marian, with its two SentencePiece models, has its own.
+
+A user's text is never read as a special token. The library alone does not promise that: a Unigram
+model, or WordPiece over words, finds "</s>" in its vocabulary. So each special token is respelled
+as a random string, which no text can hold; to read special tokens is to put that spelling in.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+import secrets
+
+from nanoflax.errors import UserError
+from nanoflax.tokenizers import chat_template, vocabularies
+from nanoflax.tokenizers.base import SPACE, check_ids, well_formed
+
+VOCABULARIES = ("tokenizer.json", "source.spm", "tokenizer.model", "spiece.model", "vocab.json",
+                "vocab.txt")
+FILES = (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json", "tokenizer_config.json",
+         "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+FIELDS = ("content", "special", "lstrip", "rstrip", "single_word", "normalized")
+
+
+def load_huggingface(directory):
+    """The tokenizer of a Hugging Face directory. Raises: UserError (missing or damaged files)."""
+    directory = pathlib.Path(directory)
+    try:
+        files = {name: (directory / name).read_bytes() for name in FILES
+                 if (directory / name).is_file()}
+    except OSError as error:
+        raise UserError(f"tokenizer {directory}: {error.strerror}: {error.filename}") from error
+    return from_files(files, str(directory))
+
+
+def from_files(files, name):
+    """An HFTokenizer or MarianTokenizer from {file name: bytes}; `name` is for messages."""
+    kind = next((v for v in VOCABULARIES if v in files), None)
+    if kind is None:
+        raise UserError(f"tokenizer {name} holds none of {', '.join(VOCABULARIES)}")
+    partner = {"source.spm": "target.spm", "vocab.json": "merges.txt"}.get(kind)
+    if partner and partner not in files:
+        raise UserError(f"tokenizer {name} holds {kind} but no {partner}")
+    try:
+        return (MarianTokenizer if kind == "source.spm" else HFTokenizer)(files, name)
+    except UserError:
+        raise
+    except BaseException as error:  # the library's own errors are plain, and its panics not even
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = f"it lacks {reason}" if isinstance(error, KeyError) else reason
+        raise UserError(f"tokenizer {name}: {kind} or a file beside it is damaged: "
+                        f"{reason[:200]}") from error
+
+
+def from_gguf(metadata, name="GGUF"):
+    """The HFTokenizer of a GGUF file's metadata (a dict with its keys "tokenizer...").
+
+    tokenizer.ggml.model "gpt2" is byte-level BPE, cut into words as tokenizer.ggml.pre says;
+    "llama" is SentencePiece BPE. Control tokens are the special ones.
+    Raises: UserError (another model or pre, missing or damaged lists).
+    """
+    spec, config = vocabularies.from_gguf(metadata, name)
+    files = {"tokenizer.json": spec, "tokenizer_config.json": config}
+    return from_files({file: json.dumps(value).encode() for file, value in files.items()}, name)
+
+
+def exported(tokenizer):
+    """A tokenizer in files that Transformers reads: itself, or for one of nanoflax.tokenizers
+    an HFTokenizer that gives every text the same ids (but U+2581, which becomes a space)."""
+    if isinstance(tokenizer, _FromFiles):
+        return tokenizer
+    spec = vocabularies.from_ours(tokenizer)
+    names = {token["id"]: token["content"] for token in spec["added_tokens"]}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {f"{role}_token": names[i] for role, i in [
+        ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id)]
+        if i in names}
+    files = {"tokenizer.json": spec, "tokenizer_config.json": config}
+    return from_files({file: json.dumps(value).encode() for file, value in files.items()},
+                      "made of nanoflax's")
+
+
+class _FromFiles:
+    """What HFTokenizer and MarianTokenizer share: their files, kept byte for byte."""
+
+    chat_template = None
+
+    def __init__(self, files, name):
+        self.files, self.name = files, name
+        self._config = _json(files, "tokenizer_config.json", name)
+        self._generation = _json(files, "generation_config.json", name)
+        maps = _json(files, "special_tokens_map.json", name) | self._config
+        named = {role: maps[f"{role}_token"] for role in ROLES
+                 if maps.get(f"{role}_token") is not None}
+        further = []
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            tokens = maps.get(key) or []
+            further += tokens.values() if isinstance(tokens, dict) else tokens
+        self._named = [_fields(token, name) for token in [*named.values(), *further]]
+        # {"eos": "</s>", ...}
+        self._roles = {role: token["content"] for role, token in zip(named, self._named)}
+
+    def _set_ids(self, token_to_id):
+        for role in ROLES:
+            i = token_to_id(self._roles[role]) if role in self._roles else None
+            if i is None:
+                i = next(iter(self._generated(role)), None)
+            setattr(self, f"{role}_id", i)
+        for role, *others in (("eos", "sep"), ("bos", "cls", "eos"), ("pad", "eos")):
+            ids = (getattr(self, f"{r}_id") for r in (role, *others))
+            setattr(self, f"{role}_id", next((i for i in ids if i is not None), None))
+        if self.eos_id is None:
+            raise UserError(f"tokenizer {self.name} has no end-of-sequence token")
+        self.stop_ids = tuple(dict.fromkeys([self.eos_id, *self._generated("eos")]))
+        digest = hashlib.blake2b(digest_size=16)
+        for file in (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json"):
+            digest.update(hashlib.blake2b(self.files.get(file, b"")).digest())
+        settings = {k: v for k, v in self._config.items() if k != "chat_template"}
+        digest.update(json.dumps([settings, self._roles, self._named, self.stop_ids],
+                                 sort_keys=True).encode())
+        self.fingerprint = digest.hexdigest()
+
+    def _generated(self, role):
+        ids = self._generation.get(f"{role}_token_id")
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        for i in ids:
+            if not isinstance(i, int) or not 0 <= i < self.vocab_size:
+                raise UserError(f"tokenizer {self.name}: generation_config.json: {role}_token_id "
+                                f"is {i!r}, with {self.vocab_size} tokens")
+        return ids
+
+    def __reduce__(self):
+        return from_files, (self.files, self.name)
+
+    def save(self, directory):
+        """Write the files as they were loaded. Raises: UserError."""
+        directory = pathlib.Path(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for name, content in self.files.items():
+                (directory / name).write_bytes(content)
+        except OSError as error:
+            raise UserError(f"tokenizer cannot be saved in {directory}: {error.strerror}"
+                            ) from error
+
+
+class HFTokenizer(_FromFiles):
+    """A tokenizer that the `tokenizers` library runs; see `load` and `from_gguf`.
+
+    Attributes: vocab_size (largest id + 1), bos_id, eos_id, pad_id (each falls back on another:
+    BERT's bos is [CLS]), unk_id, sep_id, cls_id, mask_id (None where there is none), stop_ids (all
+    that end an answer), special (the special strings and their ids), chat_template, fingerprint.
+    """
+
+    def __init__(self, files, name):
+        from tokenizers import Tokenizer
+
+        super().__init__(files, name)
+        spec = self._spec()
+        _add_special_tokens(spec, self._config, _json(files, "added_tokens.json", name),
+                            self._named, self._roles)
+        if "tokenizer.json" not in files:  # which has the ends of its own
+            vocabularies.set_ends(spec, self._config, self._roles)
+        nonce = secrets.token_hex(16)
+        specials = [token["content"] for token in spec["added_tokens"] if token["special"]]
+        # Of one length, so that no spelling followed by text is another.
+        self._spelling = {token: f"{nonce}{i:06d}" for i, token in enumerate(specials)}
+        self._special = _any_of(specials)
+        self._tokenizer = Tokenizer.from_str(json.dumps(_respelled(spec, self._spelling)))
+        wrong = [t["content"] for t in spec["added_tokens"] if t["id"] != self._id(t["content"])]
+        if wrong:
+            raise UserError(f"tokenizer {name}: the ids of {', '.join(wrong[:5])} leave a gap "
+                            "after the vocabulary, or belong to another token")
+        self.special = {token: self._id(token) for token in specials}
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+        self._set_ids(self._id)
+        self.chat_template = self._chat_template()
+
+    def _id(self, token):
+        return self._tokenizer.token_to_id(self._spelling.get(token, token))
+
+    def _spec(self):
+        files, config = self.files, self._config
+        kind = next(v for v in VOCABULARIES if v in files)
+        name = config.get("tokenizer_class") or ""
+        if kind == "tokenizer.json":
+            spec = _json(files, kind, self.name)
+            if not isinstance(spec.get("model"), dict):
+                raise UserError(f"tokenizer {self.name}: tokenizer.json holds no model")
+            return spec | {"truncation": None, "padding": None}
+        known = {"vocab.json": "GPT2|Roberta|Bart|Qwen2", "vocab.txt": "Bert|DistilBert|Electra",
+                 "tokenizer.model": "Llama|Gemma|T5", "spiece.model": "T5"}[kind]
+        if name and not re.fullmatch(rf"({known})Tokenizer(Fast)?|PreTrainedTokenizerFast", name):
+            raise UserError(f"tokenizer {self.name}: {name} from {kind} is not supported "
+                            f"({known.replace('|', ', ')} are); save it as tokenizer.json with "
+                            "Transformers first")
+        if kind == "vocab.json":
+            return vocabularies.from_merges(
+                _json(files, kind, self.name), files["merges.txt"].decode(), self._roles, config)
+        if kind == "vocab.txt":
+            return vocabularies.from_wordpieces(files[kind].decode(), self._roles, config)
+        return vocabularies.from_sentencepiece(files[kind], self._roles, config)
+
+    def _chat_template(self):
+        template = self._config.get("chat_template")
+        if "chat_template.jinja" in self.files:
+            template = self.files["chat_template.jinja"].decode()
+        if isinstance(template, list):  # several with names
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        if not isinstance(template, str | None):
+            raise UserError(f"tokenizer {self.name}: its chat template must be text")
+        return template
+
+    def encode(self, text, special=False):
+        """Text to ids, nothing added. special: special tokens written in the text are read."""
+        return self._encode(self._spell(text) if special else text)
+
+    def encode_with_template(self, text, pair=None, special=False):
+        """Ids with what the model wants around a text or two: [CLS] x [SEP], or x </s>."""
+        if special:
+            text, pair = self._spell(text), None if pair is None else self._spell(pair)
+        return self._encode(text, pair, add_special_tokens=True)
+
+    def decode(self, ids):
+        """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
+        check_ids(ids, self.vocab_size)
+        return self._tokenizer.decode([int(i) for i in ids])
+
+    def apply_chat(self, messages, add_generation_prompt=True, **variables):
+        """The ids of a conversation, as its chat template writes it.
+
+        Args:
+          messages: list of {"role": str, "content": str, ...}.
+          add_generation_prompt: end with what begins the assistant's answer.
+          variables: what else the template reads (tools, enable_thinking, ...).
+        Special tokens in a content stay text; where contents hold none, the ids are those of the
+        whole rendering, as in Transformers. See chat.render for what a template can still spoil.
+        Raises: UserError if there is no template or it fails.
+        """
+        if self.chat_template is None:
+            raise UserError(f"tokenizer {self.name} has no chat template; give it plain text")
+        names = {f"{role}_token": token for role, token in self._roles.items()}
+        text, restore = chat_template.render(
+            self.chat_template, messages,
+            names | {"tools": None, "documents": None} | variables
+            | {"add_generation_prompt": add_generation_prompt}, self._spelling)
+        return self._encode(restore(self._spell(text)))
+
+    def _spell(self, text):
+        return self._special.sub(lambda match: self._spelling[match[0]], text)
+
+    def _encode(self, text, pair=None, add_special_tokens=False):
+        try:
+            return self._tokenizer.encode(
+                well_formed(text), None if pair is None else well_formed(pair),
+                add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # such as a WordPiece model without its unknown token
+            raise UserError(f"tokenizer {self.name} cannot encode: {error}") from error
+
+
+class MarianTokenizer(_FromFiles):
+    """Marian: SentencePiece for either language (source.spm, target.spm), ids from vocab.json.
+
+    Transformers also normalizes punctuation where sacremoses is installed; this does not.
+    """
+
+    def __init__(self, files, name):
+        import sentencepiece
+
+        super().__init__(files, name)
+        self._ids = _json(files, "vocab.json", name)
+        if self._config.get("separate_vocabs"):
+            raise UserError(f"tokenizer {name}: separate_vocabs is not supported")
+        self._roles = {"eos": "</s>", "pad": "<pad>", "unk": "<unk>"} | self._roles
+        missing = [t for t in self._roles.values() if t not in self._ids]
+        if missing:
+            raise UserError(f"tokenizer {name}: vocab.json lacks {', '.join(missing)}")
+        self._source, self._target = (
+            sentencepiece.SentencePieceProcessor(model_proto=files[f"{side}.spm"])
+            for side in ("source", "target"))
+        self._pieces = {i: piece for piece, i in self._ids.items()}
+        self.vocab_size = 1 + max(self._pieces)
+        self._set_ids(self._ids.get)
+        self.special = {t: self._ids[t] for t in self._roles.values()}
+        # A language code, such as ">>fr<<", says what to translate into.
+        codes = [piece for piece in self._ids if re.fullmatch(r">>.*<<", piece)]
+        self._special = _any_of([*self.special, *codes])
+
+    def encode(self, text, special=False):
+        """Source text to ids. special: special tokens and language codes in it are read."""
+        text, ids, end = well_formed(text), [], 0
+        for match in self._special.finditer(text) if special else ():
+            ids += [*self._part(text[end:match.start()]), self._ids[match[0]]]
+            end = match.end()
+        return ids + self._part(text[end:])
+
+    def encode_target(self, text):
+        """Text of the language that is translated into, to ids."""
+        return self._part(well_formed(text), self._target)
+
+    def _part(self, text, model=None):
+        pieces = (model or self._source).encode(text, out_type=str)
+        return [self._ids.get(piece, self.unk_id) for piece in pieces]
+
+    def encode_with_template(self, text, pair=None, special=False):
+        """Ids with the end of sequence that the encoder wants."""
+        return [*self.encode(text, special), *(self.encode(pair, special) if pair else ()),
+                self.eos_id]
+
+    def decode(self, ids):
+        """Target ids to text; special tokens give none."""
+        check_ids(ids, self.vocab_size)
+        pieces = [self._pieces.get(int(i), "") for i in ids if i not in self.special.values()]
+        return self._target.decode_pieces(pieces).replace(SPACE, " ").strip()
+
+
+def _json(files, file, name):
+    if file not in files:
+        return {}
+    try:
+        value = json.loads(files[file])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"tokenizer {name}: {file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"tokenizer {name}: {file} must hold an object")
+    return value
+
+
+def _fields(token, name):
+    """A token of a settings file, "</s>" or {"content": "</s>", ...}, as a dict."""
+    fields = {"content": token} if isinstance(token, str) else token
+    if not isinstance(fields, dict) or not fields.get("content") \
+            or not isinstance(fields["content"], str):
+        raise UserError(f"tokenizer {name}: a special token must be text, not {token!r}")
+    return {key: fields[key] for key in FIELDS if key in fields}
+
+
+def _any_of(strings):
+    """A pattern for the longest of the strings at each place."""
+    longest = sorted(strings, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest)) or r"(?!)")
+
+
+def _add_special_tokens(spec, config, added, named, roles):
+    """Put into spec["added_tokens"] what the files beside it name, as Transformers does."""
+    tokens = {token["content"]: token for token in spec.get("added_tokens") or []}
+    vocabulary = spec["model"]["vocab"]
+    if isinstance(vocabulary, list):
+        vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
+    free = max([*vocabulary.values(), *(token["id"] for token in tokens.values())], default=-1) + 1
+
+    def add(i, content, **more):
+        nonlocal free
+        if content not in tokens:
+            i = vocabulary.get(content, free if i is None else i)
+            tokens[content] = vocabularies.added_token(content, i, **more)
+            free = max(free, i + 1)
+
+    listed = config.get("added_tokens_decoder") or {}
+    for i in sorted(listed, key=int):
+        add(int(i), **{key: listed[i][key] for key in FIELDS if key in listed[i]})
+    for content in sorted(added, key=added.get):
+        add(added[content], content, special=False)
+    for token in [*named, *({"content": content} for content in roles.values())]:
+        add(None, **token)
+        tokens[token["content"]]["special"] = True
+    spec["added_tokens"] = sorted(tokens.values(), key=lambda token: token["id"])
+
+
+def _respelled(spec, spelling):
+    """The spec with other names for the special tokens, and no merge that makes one."""
+    def new(token):
+        return spelling.get(token, token)
+
+    model = dict(spec["model"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {new(token): i for token, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[new(token), score] for token, score in model["vocab"]]
+    if model.get("merges"):
+        pairs = (tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"])
+        model["merges"] = [p for p in pairs if not {*p, "".join(p)} & spelling.keys()]
+    if model.get("unk_token"):
+        model["unk_token"] = new(model["unk_token"])
+    added = [token | {"content": new(token["content"])} for token in spec["added_tokens"]]
+    return spec | {"model": model, "added_tokens": added}

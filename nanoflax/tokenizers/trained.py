@@ -1,0 +1,161 @@
+"""Tokenizers trained here: bytes, and SentencePiece on the corpus."""
+
+import functools
+import hashlib
+import io
+import json
+import pathlib
+import re
+
+from nanoflax.errors import UserError
+from nanoflax.tokenizers.base import SPACE, check_ids, well_formed
+
+TRAINING_CHUNK = 1000  # characters
+TRAINING_TEXT = 200_000_000  # characters: minutes, and a few gigabytes of memory
+
+
+class ByteTokenizer:
+    """Ids 0-255 are the bytes of the text in UTF-8; four special tokens follow."""
+
+    chat_template = None
+    vocab_size, pad_id, eos_id, mask_id, sep_id = 260, 256, 257, 258, 259
+    bos_id = eos_id
+    fingerprint = hashlib.blake2b(b"nanoflax bytes 260", digest_size=16).hexdigest()
+
+    def encode(self, text):
+        return list(well_formed(text).encode())
+
+    def decode(self, ids):
+        """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
+        check_ids(ids, self.vocab_size)
+        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+    def save(self, directory):
+        _write(directory, {"kind": "bytes", "fingerprint": self.fingerprint})
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model, given as its serialized bytes.
+
+    A model from elsewhere tokenizes as its makers' does, and may normalize the text. Where spaces
+    survive and bytes are pieces, as in the models trained here, one repair makes it exact:
+    SentencePiece cannot tell U+2581 from a space, so that character goes in as its three bytes.
+    """
+
+    chat_template = None
+
+    def __init__(self, model, name="model"):
+        import sentencepiece
+
+        self.model = model
+        self.fingerprint = hashlib.blake2b(model, digest_size=16).hexdigest()
+        try:
+            self._processor = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.vocab_size = sp.vocab_size()
+        except RuntimeError as error:
+            raise UserError(f"tokenizer {name} is not a SentencePiece model") from error
+        self.eos_id = sp.eos_id()
+        if self.eos_id < 0:
+            raise UserError(f"tokenizer {name} has no end-of-sequence token, which training needs")
+        self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else self.eos_id
+        self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
+        probe = " a  b\n "
+        space = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        exact = sp.decode(sp.encode(probe)) == probe and all(sp.is_byte(i) for i in space)
+        self._space_ids = space if exact else None
+
+    def __reduce__(self):  # a processor does not travel to worker processes; its model does
+        return SentencePieceTokenizer, (self.model,)
+
+    def encode(self, text):
+        text = well_formed(text)
+        if self._space_ids is None or SPACE not in text:
+            return self._processor.encode(text)
+        first, *rest = self._processor.encode(text.split(SPACE))
+        return functools.reduce(lambda ids, part: ids + self._space_ids + part, rest, first)
+
+    def decode(self, ids):
+        """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
+        check_ids(ids, self.vocab_size)
+        unknown = self._processor.unk_id()  # would be written as " ⁇ "
+        return self._processor.decode([int(i) for i in ids if i != unknown])
+
+    def save(self, directory):
+        _write(directory, {"kind": "sentencepiece", "fingerprint": self.fingerprint}, self.model)
+
+
+def _write(directory, description, model=None):
+    directory = pathlib.Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if model is not None:
+            (directory / "tokenizer.model").write_bytes(model)
+        (directory / "tokenizer.json").write_text(json.dumps(description) + "\n")
+    except OSError as error:
+        raise UserError(f"tokenizer cannot be saved in {directory}: {error.strerror}") from error
+
+
+def _training_chunks(texts):
+    # Runs of whole lines, newlines inside: a piece may then hold a newline (".\n\n"), which
+    # takes 5% fewer tokens than lines without them. SentencePiece strips the last newline.
+    total = 0
+    for text in texts:
+        if total >= TRAINING_TEXT:
+            return
+        total += len(text)
+        chunk = ""
+        for line in well_formed(text).splitlines(keepends=True):
+            chunk += line
+            if len(chunk) >= TRAINING_CHUNK:
+                yield chunk
+                chunk = ""
+        if chunk.strip():
+            yield chunk
+
+
+def train_sentencepiece(texts, vocab_size, model_type="bpe"):
+    """Train a SentencePieceTokenizer on an iterable of str; every string round-trips.
+
+    Of a large corpus the first TRAINING_TEXT characters are read. Exact because nothing is
+    normalized and an unseen character becomes its bytes. Pieces 0, 1, 2 are <pad>, <unk> and
+    <eos>, then 256 bytes. Raises UserError when texts are empty or the vocabulary is smaller than
+    the pieces it must have or larger than the texts can fill.
+    """
+    import sentencepiece
+
+    if model_type not in ("bpe", "unigram"):
+        raise UserError(f"tokenizer type {model_type!r}: choose bpe or unigram")
+    failure, output = [], io.BytesIO()
+
+    def chunks():
+        try:  # SentencePiece would turn any exception of the iterator into a RuntimeError
+            yield from _training_chunks(texts)
+        except Exception as error:
+            failure.append(error)
+
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=chunks(), model_writer=output, model_type=model_type,
+            vocab_size=vocab_size, byte_fallback=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True, max_sentence_length=2**30,
+            pad_id=0, unk_id=1, eos_id=2, bos_id=-1,
+            pad_piece="<pad>", unk_piece="<unk>", eos_piece="<eos>",
+            # Unigram: fewer candidates than the default million give fewer tokens, sooner.
+            seed_sentencepiece_size=10 * vocab_size, minloglevel=4)
+    except (RuntimeError, OSError) as error:
+        if failure:
+            raise failure[0] from None
+        message = str(error)
+        if "sentences_.empty()" in message:
+            raise UserError("tokenizer: there is no text to train it on") from error
+        if most := re.search(r"set it to a value <= (\d+)", message):
+            raise UserError(f"tokenizer {model_type}:{vocab_size}: the corpus is too small for "
+                            f"this vocabulary; at most {model_type}:{most[1]}") from error
+        if least := re.search(r"(\d+) vs (\d+)", message):
+            raise UserError(f"tokenizer {model_type}:{vocab_size}: the bytes and the corpus's "
+                            f"characters alone need {model_type}:{least[2]}") from error
+        raise UserError(f"tokenizer {model_type}:{vocab_size}: {message}") from error
+    if failure:
+        raise failure[0]
+    return SentencePieceTokenizer(output.getvalue(), name=f"{model_type}:{vocab_size}")

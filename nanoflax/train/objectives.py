@@ -1,0 +1,121 @@
+"""What a batch is asked to teach: (model, params, batch) to sums that the train step divides.
+
+Every objective returns float32 sums: (objective, cross entropy in nats, weight). rng: a PRNG key
+turns dropout on. The options are those of the losses.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nanoflax import nn, parallel
+from nanoflax.nn import head_kernel
+
+
+def causal_lm(model, params, batch, rng=None, **options):
+    """Next-token prediction.
+
+    batch: targets [B, T] int32, first [B] int32 (the token before them), weights [B, T] float32
+    (0 for padding), and where packed documents are isolated segments [B, T] int32 and start [B]
+    int32, the token that each begins from.
+    """
+    targets, segments = batch["targets"], batch.get("segments")
+    inputs = nn.shift_right(targets, batch["first"], segments, batch.get("start"))
+    hidden, _ = model.apply({"params": params}, inputs, segments, method="hidden",
+                            **_dropout(rng))
+    return _token_sums(model, params, hidden, targets, batch["weights"], **options)
+
+
+def seq2seq(model, params, batch, rng=None, **options):
+    """A target from its source, by teacher forcing, for an encoder-decoder.
+
+    batch: source [B, S] int32, source_mask [B, S] bool, targets [B, T] int32, weights [B, T].
+    """
+    return _token_sums(model, params, _states(model, params, batch, rng), batch["targets"],
+                       batch["weights"], **options)
+
+
+def masked_lm(model, params, batch, rng=None, **options):
+    """Tokens that were masked, by an encoder (Devlin et al. 2019).
+
+    batch: tokens [B, T] int32, padding_mask [B, T] bool, targets [B, T] int32, weights [B, T]
+    float32, 1 where there is something to guess.
+    """
+    return _token_sums(model, params, _states(model, params, batch, rng), batch["targets"],
+                       batch["weights"], **options)
+
+
+def guesses(model, params, batch, vocab_size=None):
+    """The likeliest token [B, T] int32, below vocab_size if given, at each target of a batch of
+    masked_lm or seq2seq (there, after the true targets before it)."""
+    def guess(states):  # of a piece of T, so that there are never the logits of all
+        logits = model.apply({"params": params}, states.reshape(B, -1, D), method="head")
+        return logits[..., :vocab_size].argmax(-1)
+
+    states = _states(model, params, batch)
+    B, T, D = states.shape
+    t = parallel.ways(B, T)[1]  # a piece has its share of every device's part of T
+    chunks = math.gcd(nn.chunks_of(B, T, model.config.vocab_size), T // t)
+    found = jax.lax.map(guess, jnp.moveaxis(states.reshape(B, t, chunks, -1, D), 2, 0))
+    return jnp.moveaxis(found.reshape(chunks, B, t, -1), 0, 2).reshape(B, T)
+
+
+def classify(model, params, batch, rng=None, label_smoothing=0.0, **_):
+    """The label of each text, or each of several labels by itself.
+
+    batch: tokens [B, T] int32, padding_mask [B, T] bool, label [B] int32 (or [B, labels] float32,
+    0 or 1), weights [B] float32.
+    """
+    logits = _encoded(model, params, batch, rng)
+    if batch["label"].ndim == 2:
+        nll = optax.sigmoid_binary_cross_entropy(logits, batch["label"]).mean(-1)
+        return _sums(nll, nll, batch["weights"])
+    return _sums(*nn.token_losses(logits, batch["label"], 0.0, label_smoothing),
+                 batch["weights"])
+
+
+def tag(model, params, batch, rng=None, label_smoothing=0.0, **_):
+    """The tag of each word, at its first piece.
+
+    batch: tokens [B, T] int32, padding_mask [B, T] bool, tags [B, T] int32, weights [B, T] float32,
+    0 for padding and for every piece but a word's first.
+    """
+    logits = _encoded(model, params, batch, rng)
+    return _sums(*nn.token_losses(logits, batch["tags"], 0.0, label_smoothing),
+                 batch["weights"])
+
+
+def _dropout(rng):
+    return {"deterministic": rng is None, "rngs": None if rng is None else {"dropout": rng}}
+
+
+def _states(model, params, batch, rng=None):
+    """What the head reads: of an encoder, or of a model with a source."""
+    if "source" not in batch:
+        return model.apply({"params": params}, batch["tokens"], batch["padding_mask"],
+                           method="hidden", **_dropout(rng))
+    inputs = nn.shift_right(batch["targets"], model.config.start_id)
+    return model.apply({"params": params}, inputs, batch["source"], batch["source_mask"],
+                       method="hidden", **_dropout(rng))[0]
+
+
+def _encoded(model, params, batch, rng):
+    return model.apply({"params": params}, batch["tokens"], batch["padding_mask"], **_dropout(rng))
+
+
+def _sums(objective, nll, weights):
+    return jnp.sum(objective * weights), jnp.sum(nll * weights), weights.sum()
+
+
+def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0,
+                label_smoothing=0.0):
+    c = model.config
+    if chunks:  # a batch of examples may be shorter than the context that they divide
+        chunks = math.gcd(chunks, targets.shape[1])
+    objective, nll = nn.chunked_cross_entropy(
+        hidden, head_kernel(c, params), targets, weights, params.get("logit_bias"),
+        chunks or nn.chunks_of(*targets.shape, c.vocab_size), z_loss, label_smoothing,
+        c.logit_softcap)
+    return objective, nll, weights.sum()

@@ -1,0 +1,121 @@
+"""Optimizers and schedules: optax chains chosen by an OptimConfig."""
+
+import re
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+
+from nanoflax import parallel
+
+
+def make_schedule(config, steps, peak):
+    """Learning rate by step: linear warmup to `peak`, then the schedule to end_factor * peak.
+
+    cosine, linear, constant, or wsd: constant, then linear over the last decay_fraction of the
+    steps (warmup-stable-decay, Hu et al. 2024).
+    """
+    warmup, end = config.warmup_steps, config.end_factor * peak
+    rest = max(steps - warmup, 1)
+    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, config.end_factor)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, end, rest)
+    elif config.schedule == "wsd":
+        decay = max(1, min(rest, round(steps * config.decay_fraction)))
+        after = optax.linear_schedule(peak, end, decay, transition_begin=rest - decay)
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def is_kernel(path, leaf):
+    """Whether a parameter is a matrix between hidden states: neither embedding, head nor vector."""
+    names = [getattr(p, "key", None) for p in path]
+    return leaf.ndim == 2 and names[-1] == "kernel" and "unembed" not in names
+
+
+def decay_mask(params):
+    """True for the parameters that weight decay pulls on: matrices, but no embedding."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.ndim >= 2 and getattr(path[-1], "key", None) != "embedding", params)
+
+
+def layers_above(params):
+    """How many layers stand above each parameter, a tree of int: 0 for the head and the last norm,
+    1 for the last block, the most for the embeddings. An encoder's blocks stand below a decoder's.
+    Of stacked blocks an array of L ints, that broadcasts to the leaf.
+    """
+    def index(block, leaf):
+        if block["i"] is not None:
+            return int(block["i"])
+        return np.arange(leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
+
+    paths = [(path_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    blocks = [(m["stack"], np.max(index(m, x))) for path, x in paths if (m := _BLOCK.match(path))]
+    count = {stack: max((int(i) + 1 for name, i in blocks if name == stack), default=0)
+             for stack in ("encoder", "decoder")}
+
+    def above(path, leaf):
+        path = path_of(path)
+        if m := _BLOCK.match(path):
+            under = count["decoder"] if m["stack"] == "encoder" else 0
+            return count[m["stack"]] - index(m, leaf) + under
+        if re.search(r"(?<!un)embed|relative_bias|prompt", path):
+            return 1 + sum(count.values())
+        return count["decoder"] if path.startswith("encoder/") else 0
+
+    return jax.tree_util.tree_map_with_path(above, params)
+
+
+_BLOCK = re.compile(r"(?P<stack>encoder|decoder)/(blocks|block_(?P<i>\d+))/")
+
+
+def path_of(path):
+    """A path of JAX's as text, such as `decoder/norm/scale`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def layerwise_decay(decay):
+    """An optax transformation, last in a chain: updates times decay^n under n layers (Howard and
+    Ruder 2018). A tied embedding is an embedding, not a head."""
+    return optax.stateless(lambda updates, _: jax.tree.map(
+        lambda u, n: u * decay**n, updates, layers_above(updates)))
+
+
+def make_optimizer(config, steps):
+    """The optax transformation of an OptimConfig over a run of `steps`.
+
+    Muon (Jordan 2024) orthogonalises the hidden matrices and leaves the rest to AdamW, here with
+    Nesterov momentum (NAdam).
+    Returns (optax.GradientTransformation, schedule of the learning rate).
+    """
+    c, schedule = config, make_schedule(config, steps, config.learning_rate)
+    decay = {"weight_decay": c.weight_decay}
+    if c.name == "adamw":
+        tx = optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, **decay)
+    elif c.name == "muon":
+        # Its own AdamW would decay all of the rest or none: not the head alone.
+        tx = optax.partition({
+            True: optax.contrib.muon(make_schedule(c, steps, c.muon_learning_rate), beta=0.95,
+                                     **decay),
+            False: optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, nesterov=True,
+                               **decay)}, partial(jax.tree_util.tree_map_with_path, is_kernel))
+    elif c.name == "lion":
+        tx = optax.lion(schedule, c.b1, c.b2, mask=decay_mask, **decay)
+    elif c.name == "adafactor":
+        # Its own weight decay is not scaled by the learning rate.
+        tx = optax.chain(optax.adafactor(multiply_by_parameter_scale=False),
+                         optax.add_decayed_weights(-c.weight_decay, decay_mask),
+                         optax.scale_by_schedule(schedule))
+    else:
+        tx = optax.chain(optax.add_decayed_weights(c.weight_decay, decay_mask),
+                         optax.sgd(schedule, momentum=c.b1, nesterov=True))
+    tx = parallel.over_layers(tx)
+    if c.layer_decay != 1:
+        tx = optax.chain(tx, layerwise_decay(c.layer_decay))
+    if c.clip:
+        tx = optax.chain(optax.clip_by_global_norm(c.clip), tx)
+    return tx, jax.jit(schedule)  # each of its operations would be compiled else

@@ -1,0 +1,67 @@
+"""The training state: a value of arrays, born sharded."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nanoflax import parallel
+
+
+class TrainState(NamedTuple):
+    """Everything that one step hands to the next. All of it is checkpointed."""
+
+    step: jax.Array  # () int32, steps taken, skipped ones too
+    params: Any  # nested dict of float32
+    opt_state: Any
+    ema: Any  # averaged params, or None
+    rng: jax.Array  # [2] uint32, the run's key; a step's key is folded from it
+    skipped: jax.Array  # () int32, non-finite steps in a row
+
+
+def new_state(model, optimizer, config, rng, params=None):
+    """What `compile_init` compiles: the TrainState of step 0. rng: a PRNG key; params: given ones
+    (a tree per block), or None to draw them. Blocks are stacked if config.train.scan_layers."""
+    if params is None:
+        params = parallel.draw(model, rng)
+    if config.train.scan_layers:
+        params = parallel.stack(params)
+    copy = jax.tree.map(jnp.copy, params) if config.optim.ema else None
+    return TrainState(jnp.int32(0), params, optimizer.init(params), copy, jnp.copy(rng),
+                      jnp.int32(0))
+
+
+def compile_init(model, optimizer, config, mesh, params=None):
+    """A function without arguments that gives the `new_state` of config.train.seed, born sharded
+    over the mesh; it may be called once, as it donates params."""
+    make = partial(new_state, model, optimizer, config)
+    arguments = jax.random.PRNGKey(config.train.seed), params
+    shardings = parallel.shardings(jax.eval_shape(make, *arguments), mesh)
+    donated = () if config.train.scan_layers else 1  # no stacked block fits a given one's buffer
+    made = jax.jit(make, out_shardings=shardings, donate_argnums=donated)
+    return partial(made.lower(*arguments).compile(), *arguments)
+
+
+def init_state(model, optimizer, config, mesh, params=None):
+    """`compile_init`, called at once."""
+    return compile_init(model, optimizer, config, mesh, params)()
+
+
+def abstract_state(model, optimizer, config, mesh):
+    """The shapes, dtypes and shardings of `init_state`, computing nothing: what a restore fills."""
+    shapes = jax.eval_shape(
+        lambda: new_state(model, optimizer, config, jax.random.PRNGKey(config.train.seed)))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                        shapes, parallel.shardings(shapes, mesh))
+
+
+def abstract_batch(config, mesh):
+    """The shapes, dtypes and shardings of a batch of `windows.Batches`, for `compile_step`."""
+    B, T = config.train.batch_size, config.model.context
+    arrays = {"targets": ((B, T), jnp.int32), "first": ((B,), jnp.int32),
+              "weights": ((B, T), jnp.float32)}
+    if config.data.packing == "isolated":
+        arrays |= {"segments": ((B, T), jnp.int32), "start": ((B,), jnp.int32)}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.batch_sharding(mesh, len(shape)))
+            for name, (shape, dtype) in arrays.items()}

@@ -1,0 +1,146 @@
+"""Training: the state as a value, one compiled step, and the loop around it."""
+
+import contextlib
+import itertools
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from nanoflax import parallel, peft
+from nanoflax.data import evaluation_batches, prefetch
+from nanoflax.nn import Attention
+from nanoflax.train.objectives import causal_lm
+from nanoflax.train.state import TrainState
+
+
+def make_train_step(model, optimizer, config, objective=causal_lm):
+    """The pure function (state, batch, frozen=None) -> (state, metrics) of a Config.
+
+    frozen: parameters that are not trained, beside those of the state (peft.split).
+    batch: arrays [B, ...]; split into config.train.accumulate micro-batches, whose gradients are
+    summed by a scan. Sums are divided once, by the weight of all B windows, so neither padding nor
+    accumulation nor the mesh changes the result. A non-finite loss or gradient leaves parameters
+    and optimizer as they were.
+    """
+    t = config.train
+    optimizer = optax.with_extra_args_support(optimizer)
+    options = dict(chunks=t.loss_chunks, z_loss=t.z_loss, label_smoothing=t.label_smoothing)
+
+    def step(state, batch, frozen=None):
+        def sums(params, batch, rng):
+            if frozen is not None:
+                params = peft.join(params, frozen)
+            objective_sum, nll, weight = objective(model, params, batch, rng, **options)
+            return objective_sum, (objective_sum, nll, weight)
+
+        gradient = jax.grad(sums, has_aux=True)
+        rng = jax.random.fold_in(state.rng, state.step) if model.config.dropout else None
+        grads, (total, nll, weight) = accumulate(gradient, state.params, batch, rng, t.accumulate)
+        weight = jnp.where(weight > 0, weight, 1)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(total) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params,
+                                              step=state.step + 1)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            decay = jnp.minimum(config.optim.ema, (1 + state.step) / (10 + state.step))
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+        keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
+        state = TrainState(state.step + 1, keep(params, state.params),
+                           keep(opt_state, state.opt_state), keep(ema, state.ema), state.rng,
+                           jnp.where(good, 0, state.skipped + 1))
+        metrics = {"loss": nll / weight, "grad_norm": norm, "tokens": weight,
+                   "skipped": state.skipped}
+        if t.z_loss or t.label_smoothing:
+            metrics["objective"] = total / weight
+        return state, metrics
+
+    return step
+
+
+def accumulate(gradient, params, batch, rng, pieces):
+    """Sums of `gradient(params, micro_batch, rng)` over `pieces` micro-batches, one at a time."""
+    if pieces == 1:
+        return gradient(params, batch, rng)
+    # The leading dimension stays the one that the mesh splits.
+    split = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(total, xs):
+        i, micro = xs
+        key = None if rng is None else jax.random.fold_in(rng, i)
+        return jax.tree.map(jnp.add, total, gradient(params, micro, key)), None
+
+    first = jax.tree.map(lambda x: x[0], split)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+                         jax.eval_shape(gradient, params, first, rng))
+    return jax.lax.scan(body, zeros, (jnp.arange(pieces), split))[0]
+
+
+def make_evaluation(model, config, mesh, objective=causal_lm):
+    """A function (params, windows) -> (cross entropy in nats, target tokens), summed over windows.
+
+    Compiled once; every window counts once, whatever the batch size.
+    """
+    @jax.jit
+    @partial(parallel.traced_on, mesh)
+    def step(params, batch):
+        _, nll, weight = objective(model, params, batch, chunks=config.train.loss_chunks)
+        return nll, weight
+
+    def evaluate(params, windows):
+        B = parallel.divisible_batch_size(config.train.batch_size, mesh)
+        batches = evaluation_batches(windows, B, parallel.own_rows(mesh, B))
+        nats = tokens = 0.0  # float64: a sum over millions of tokens
+        waiting = []
+        with contextlib.closing(
+                prefetch(itertools.islice(batches, config.train.evaluate_batches or None))) as queue:
+            for batch in queue:
+                waiting.append(step(params, parallel.put_batch(batch, mesh)))
+                if len(waiting) > 1 or mesh.size > 1:
+                    nll, weight = waiting.pop(0)
+                    nats, tokens = nats + float(nll), tokens + float(weight)
+                    parallel.alive()
+        for nll, weight in waiting:
+            nats, tokens = nats + float(nll), tokens + float(weight)
+        return nats, tokens
+
+    return evaluate
+
+
+def jit_step(step, state, mesh):
+    """`step` to be compiled for each shape of batch; state (or its shapes) is donated."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    options = parallel.compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(parallel.traced_on(mesh, step), donate_argnums=0,
+                   out_shardings=(shardings, None), compiler_options=options)
+
+
+def compile_step(step, state, batch, mesh):
+    """`jit_step` compiled at once for a batch or its shapes."""
+    return jit_step(step, state, mesh).lower(state, batch).compile()
+
+
+def attention_backends(model, params, batch, mesh, objective=causal_lm):
+    """What computes the attention of a step on the mesh, in words: "" of a model without any.
+
+    params, batch: arrays or their shapes. Nothing is compiled.
+    Raises: UserError if config.attention_backend names a kernel that cannot serve.
+    """
+    found = []
+
+    def look(method, arguments, named, context):
+        result = method(*arguments, **named)
+        if isinstance(context.module, Attention) and context.method_name == "backend":
+            name, why = result
+            found.append(f"{name} ({why})" if why else name)
+        return result
+
+    with nn.intercept_methods(look):
+        jax.eval_shape(parallel.traced_on(mesh, lambda params, batch: objective(
+            model, params, batch)), params, batch)
+    return ", ".join(dict.fromkeys(found))

@@ -1,0 +1,283 @@
+"""Sampling: Transformers' filters and greedy text, the right distribution, few compilations."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from nanoflax import generate
+from nanoflax.config import ModelConfig
+from nanoflax.errors import UserError
+from nanoflax.generate import sample, sampling, stream
+from nanoflax.nn import build
+
+
+def make(sharpness=4.0, **fields):
+    """A model whose greedy text wanders: large random weights and a head that is not tied."""
+    model = build(ModelConfig(**dict(vocab_size=29, context=64, layers=2, dim=32, heads=4,
+                                     tied=False) | fields))
+    rng = np.random.default_rng(1)
+
+    def fill(path, x):
+        kind = path[-1].key
+        std = {"embedding": 1, "kernel": 1.5 / x.shape[0]**0.5}.get(kind, 0.1)
+        std = sharpness / x.shape[0]**0.5 if path[0].key == "unembed" else std
+        return jnp.asarray((kind == "scale") + std * rng.normal(size=x.shape), jnp.float32)
+
+    shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0), np.zeros((1, 1), np.int32))
+    return model, jax.tree_util.tree_map_with_path(fill, shapes["params"])
+
+
+def ragged(*lengths, vocab=29):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, vocab, n).tolist() for n in lengths]
+
+
+# Filters.
+
+def transformers_filtered(logits, seen, temperature=None, top_k=None, top_p=None, min_p=None,
+                          repetition_penalty=None):
+    """Transformers' processors in the order of its `generate`."""
+    torch = pytest.importorskip("torch")
+    hf = pytest.importorskip("transformers")
+    processors = [cls(value) for cls, value in [
+        (hf.RepetitionPenaltyLogitsProcessor, repetition_penalty),
+        (hf.TemperatureLogitsWarper, temperature), (hf.TopKLogitsWarper, top_k),
+        (hf.TopPLogitsWarper, top_p), (hf.MinPLogitsWarper, min_p)] if value is not None]
+    scores = torch.tensor(np.asarray(logits))
+    for processor in processors:
+        scores = processor(torch.tensor(seen), scores)
+    return scores.numpy()
+
+
+COMBINATIONS = [dict(zip(("temperature", "top_k", "top_p", "min_p", "repetition_penalty"), values))
+                for values in itertools.product((1.0, 0.6), (None, 1, 5, 99), (None, 0.3, 0.9),
+                                                (None, 0.2), (None, 1.7))]
+
+
+def test_filters_equal_transformers_in_every_combination():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(16, 40)).astype(np.float32) * 3
+    seen_ids = rng.integers(0, 40, (16, 6))
+    seen = np.zeros((16, 40), bool)
+    np.put_along_axis(seen, seen_ids, True, axis=1)
+    choose, key = jax.jit(sampling.choose), jax.random.PRNGKey(3)
+    for options in COMBINATIONS:
+        expected = transformers_filtered(logits, seen_ids, **options)
+        filters = sampling.make_filters(**options)
+        if filters.repetition_penalty is None:
+            found = np.asarray(jax.jit(sampling.filtered)(logits, filters))
+            np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected), str(options))
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+        # The same key draws the same tokens from Transformers' scores.
+        np.testing.assert_array_equal(choose(logits, key, filters, seen),
+                                      jax.random.categorical(key, expected), str(options))
+
+
+def test_repetition_penalty_moves_only_what_was_seen_towards_less():
+    logits = jnp.array([[2.0, -1.0, 1.5, -0.6]])
+    seen = jnp.array([[True, True, False, False]])
+    filters = sampling.make_filters(temperature=0, repetition_penalty=2.0)
+    assert sampling.choose(logits, jax.random.PRNGKey(0), filters, seen).tolist() == [2]
+    all_negative = jnp.array([[-1.0, -1.4, -1.9, -3.0]])
+    assert sampling.choose(all_negative, jax.random.PRNGKey(0), filters, seen).tolist() == [2]
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(temperature=-0.1), "temperature=-0.1 must be at least 0"),
+    (dict(temperature=float("nan")), "temperature=nan must be at least 0"),
+    (dict(top_k=0), "top_k=0 must be at least 1"),
+    (dict(top_p=0.0), "top_p=0.0 must be in (0, 1]"),
+    (dict(top_p=1.5), "top_p=1.5 must be in (0, 1]"),
+    (dict(min_p=-0.1), "min_p=-0.1 must be in [0, 1]"),
+    (dict(repetition_penalty=0.0), "repetition_penalty=0.0 must be positive"),
+    (dict(prompts=[]), "prompts is empty"),
+    (dict(prompts=[[1], []]), "prompt 1 is empty"),
+    (dict(prompts=[[1, 29]]), "prompt 0 holds token id 29, outside the model's vocabulary of 29"),
+    (dict(prompts=[[1, -2]]), "prompt 0 holds token id -2"),
+    (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+    (dict(prompts=[[1] * 60], max_new_tokens=5),
+     "prompt 0 has 60 tokens; with max_new_tokens=5 that exceeds the model's context of 64"),
+], ids=str)
+def test_bad_requests_are_refused_before_anything_runs(options, words):
+    model = build(ModelConfig(vocab_size=29, context=64, layers=1, dim=8, heads=2))
+    options = {"prompts": [[1]], "max_new_tokens": 2} | options
+    for generate in (sample, lambda *a, **k: list(stream(*a, **k))):
+        with pytest.raises(UserError) as caught:
+            generate(model, None, **options)  # no parameters: none are read
+        assert words in str(caught.value)
+
+
+# Generation.
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_a_ragged_batch_equals_prompts_one_by_one(positions):
+    model, params = make(positions=positions, kv_heads=2)
+    prompts = ragged(3, 17, 1, 9)
+    together = generate.sample(model, params, prompts, 20, temperature=0)
+    assert together == [generate.sample(model, params, [p], 20, temperature=0)[0] for p in prompts]
+    assert len({tuple(row) for row in together}) == 4
+
+
+def test_greedy_takes_the_largest_logit_of_the_full_pass():
+    model, params = make()
+    prompts = ragged(2, 7)
+    forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens)[0])
+    for prompt, new in zip(prompts, generate.sample(model, params, prompts, 12, temperature=0)):
+        whole = prompt + new
+        padded = np.zeros((1, 24), np.int32)  # causal: what follows changes nothing
+        padded[0, :len(whole)] = whole
+        logits = forward(padded)[0]
+        for t in range(len(prompt), len(whole)):
+            assert whole[t] == logits[t - 1].argmax()
+
+
+def test_a_prompt_may_fill_the_context_to_its_last_token():
+    model, params = make()
+    prompt = ragged(60)
+    new = generate.sample(model, params, prompt, 4, temperature=0)
+    chunks = list(generate.stream(model, params, prompt, 4, temperature=0, chunk=3))
+    assert [len(chunk[0]) for chunk in chunks] == [3, 1]
+    assert [chunks[0][0] + chunks[1][0]] == new
+
+
+def test_greedy_equals_transformers_generate(tmp_path):
+    torch = pytest.importorskip("torch")
+    from nanoflax import hf
+    from tests.nn.models_test import randomize, transformers_gpt2
+
+    theirs = transformers_gpt2(context=96, tied=False)
+    randomize(theirs, 3)
+    theirs.save_pretrained(tmp_path)
+    config, params = hf.load(tmp_path)
+    theirs.eval()
+    theirs.generation_config.eos_token_id = None
+    prompts = ragged(5, 1, 21, 12, vocab=config.vocab_size)
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                              max_new_tokens=48, pad_token_id=0)
+        expected.append(out[0, len(prompt):].tolist())
+    found = generate.sample(build(config), params, prompts, 48, temperature=0)
+    assert found == expected
+    assert all(len(set(row)) > 5 for row in found)  # not a model that repeats one token
+
+
+def chance(counts, probabilities):
+    """The chi-square probability of counts so far from the expected ones."""
+    p = np.float64(probabilities)
+    return stats.chisquare(counts, counts.sum() * p / p.sum()).pvalue
+
+
+def test_draws_follow_the_softmax_and_steps_are_independent():
+    model, params = make(1.0, vocab_size=7, layers=1)
+    n, prompt = 4096, [3, 1]
+    rows = np.array(generate.sample(model, params, [prompt] * n, 2, temperature=1.5,
+                                    rng=jax.random.PRNGKey(5)))
+    forward = jax.jit(lambda t: jax.nn.softmax(model.apply({"params": params}, t)[0][:, -1] / 1.5))
+    first = np.asarray(forward(np.array([prompt])))[0]
+    assert chance(np.bincount(rows[:, 0], minlength=7), first) > 1e-3
+    # The second token, given each first one.
+    second = np.asarray(forward(np.array([[*prompt, t] for t in range(7)])))
+    for t in range(7):
+        counts = np.bincount(rows[rows[:, 0] == t, 1], minlength=7)
+        assert counts.sum() > 50 and chance(counts, second[t]) > 1e-4
+
+
+def test_the_key_decides_the_draw():
+    model, params = make(1.0)
+    draw = lambda seed: generate.sample(model, params, ragged(4), 20, rng=jax.random.PRNGKey(seed))
+    assert draw(1) == draw(1) != draw(2)
+
+
+def greedy_with_an_end(model, params, prompts):
+    """Greedy tokens, and an end of sequence that one row meets and another meets later or never."""
+    rows = generate.sample(model, params, prompts, 24, temperature=0)
+    for eos in sorted(set(rows[0][1:20])):
+        if rows[0].index(eos) > 0 and eos not in rows[1][:20]:
+            return rows, eos
+    raise AssertionError("this seed has no such token")
+
+
+def test_finished_rows_are_cut_and_frozen_and_do_not_disturb_others():
+    model, params = make()
+    prompts = ragged(4, 6)
+    rows, eos = greedy_with_an_end(model, params, prompts)
+    cut = generate.sample(model, params, prompts, 24, temperature=0, eos_id=eos)
+    assert cut == [row[:row.index(eos)] if eos in row else row for row in rows]
+    assert len(cut[0]) < len(cut[1])
+    # Before cutting: the end, and nothing but the end after it.
+    tokens, lengths = sampling.pad_left(prompts)
+    raw = sampling.compiled(sampling._sample)(model, params, tokens, lengths, jax.random.PRNGKey(0),
+                           sampling.make_filters(0), 24, eos, None)
+    assert (np.asarray(raw)[0, len(cut[0]):] == eos).all()
+
+
+@pytest.mark.parametrize("options", [
+    dict(temperature=0), dict(temperature=0.9, top_k=9, top_p=0.9, min_p=0.01),
+    dict(temperature=0.8, repetition_penalty=1.3)], ids=str)
+@pytest.mark.parametrize("with_end", [False, True])
+def test_stream_equals_sample(options, with_end):
+    model, params = make()
+    prompts = ragged(3, 11)
+    end = greedy_with_an_end(model, params, prompts)[1] if with_end else None
+    options = options | dict(max_new_tokens=21, rng=jax.random.PRNGKey(4), eos_id=end)
+    chunks = list(generate.stream(model, params, prompts, chunk=4, **options))
+    assert all(len(row) <= 4 for chunk in chunks for row in chunk)
+    joined = [sum(rows, []) for rows in zip(*chunks)]
+    assert joined == generate.sample(model, params, prompts, **options)
+
+
+def test_stream_stops_when_every_row_has_ended():
+    model, params = make()
+    prompts = ragged(4, 6)[:1]
+    end = generate.sample(model, params, prompts, 1, temperature=0)[0][0]
+    assert list(generate.stream(model, params, prompts, 40, temperature=0, eos_id=end, chunk=4)) \
+        == [[[]]]
+
+
+def test_ids_of_a_padded_vocabulary_are_never_drawn():
+    model, params = make()
+    rows = generate.sample(model, params, ragged(3, 3, 3, 3), 40, temperature=5.0, vocab_size=20)
+    assert max(map(max, rows)) < 20
+    assert max(map(max, generate.sample(model, params, ragged(3, 3, 3, 3), 40,
+                                        temperature=5.0))) >= 20
+
+
+def test_repetition_penalty_counts_the_prompt_and_what_was_drawn():
+    # So strong that no token comes twice, whatever the padding of the prompt holds.
+    model, params = make()
+    prompts = ragged(5, 9)
+    for prompt, row in zip(prompts, generate.sample(model, params, prompts, 15, temperature=0,
+                                                    repetition_penalty=1e6)):
+        assert len(set(row)) == len(row) and not set(row) & set(prompt)
+    # Padding (id 0) is not part of a prompt: a penalty of its own making would forbid it.
+    tokens, lengths = sampling.pad_left([[5, 6]])
+    state = jax.jit(sampling.start, static_argnums=(0, 4))(
+        model, params, tokens, lengths, 20, jax.random.PRNGKey(0),
+        sampling.make_filters(repetition_penalty=2.0))
+    assert np.flatnonzero(state.seen[0]).tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("n, expected", [(1, 16), (15, 16), (16, 16), (17, 32), (32, 32), (33, 64),
+                                         (1000, 1024)])
+def test_buckets_are_powers_of_two(n, expected):
+    assert sampling.bucket(n) == expected
+
+
+def test_twenty_prompt_lengths_compile_once_per_bucket(compilations):
+    model, params = make(layers=1, dim=8, heads=2)
+    lengths = range(2, 42, 2)
+    before = sampling.compiled(sampling._sample)._cache_size()
+    with compilations() as names:
+        for n in lengths:
+            generate.sample(model, params, ragged(n), 4, temperature=0.5 + n / 100, top_k=n,
+                            rng=jax.random.PRNGKey(n))
+    buckets = {sampling.bucket(n) for n in lengths}
+    assert len(lengths) == 20 and len(buckets) == 3
+    assert sampling.compiled(sampling._sample)._cache_size() - before == 3
+    assert sum("_sample" in name for name in names) == 3

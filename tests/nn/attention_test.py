@@ -1,0 +1,157 @@
+"""Attention and the layers against PyTorch, on the same numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanoflax.config import ModelConfig
+from nanoflax.nn import layers
+from nanoflax.nn.attention import dot_product_attention, empty_cache, write_cache
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("H, G", [(4, 4), (4, 2), (4, 1), (6, 3)])
+@pytest.mark.parametrize("mask_heads", [None, 1, "H"])
+def test_attention_equals_torch(H, G, mask_heads):
+    torch = pytest.importorskip("torch")
+    B, T, S, K = 2, 5, 7, 8
+    q, k, v = normal(0, B, T, H, K), normal(1, B, S, G, K), normal(2, B, S, G, K)
+    out_gradient, mask = normal(3, B, T, H, K), None
+    if mask_heads:
+        mask = np.random.default_rng(4).random((B, H if mask_heads == "H" else 1, T, S)) < 0.6
+        mask[..., 0] = True  # torch gives NaN where a query sees nothing
+    tq, tk, tv = (torch.tensor(x).transpose(1, 2).requires_grad_() for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        tq, tk, tv, None if mask is None else torch.tensor(mask), enable_gqa=True).transpose(1, 2)
+    expected.backward(torch.tensor(out_gradient))
+    found, pull = jax.vjp(lambda *x: dot_product_attention(*x, mask), q, k, v)
+    np.testing.assert_allclose(found, expected.detach(), atol=1e-5)
+    for ours, theirs in zip(pull(out_gradient), (tq, tk, tv)):
+        np.testing.assert_allclose(ours, theirs.grad.transpose(1, 2), atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_gets_the_mean_and_finite_gradients():
+    q, k, v = normal(0, 1, 2, 2, 4), normal(1, 1, 3, 2, 4), normal(2, 1, 3, 2, 4)
+    mask = np.zeros((1, 1, 2, 3), bool)
+    np.testing.assert_allclose(dot_product_attention(q, k, v, mask),
+                               np.broadcast_to(v.mean(1, keepdims=True), q.shape), atol=1e-6)
+    grads = jax.grad(lambda *x: dot_product_attention(*x, mask).sum(), (0, 1, 2))(q, k, v)
+    assert all(np.isfinite(g).all() for g in grads)
+
+
+def test_hidden_keys_change_nothing_at_all():
+    q, k, v = normal(0, 1, 2, 2, 4), normal(1, 1, 5, 2, 4), normal(2, 1, 5, 2, 4)
+    mask = (np.arange(5) < 3)[None, None, None]
+    before = dot_product_attention(q, k, v, mask)
+    k[:, 3:], v[:, 3:] = 1e4, -1e4
+    np.testing.assert_array_equal(before, dot_product_attention(q, k, v, mask))
+
+
+def test_bfloat16_attention_is_close_and_keeps_its_dtype():
+    q, k, v = normal(0, 2, 6, 4, 8), normal(1, 2, 6, 2, 8), normal(2, 2, 6, 2, 8)
+    half = dot_product_attention(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), dot_product_attention(q, k, v), atol=0.03)
+
+
+def test_write_cache_writes_by_index_and_nothing_else():
+    config = ModelConfig(vocab_size=8, dim=16, heads=4, kv_heads=2)
+    cache = write_cache(empty_cache(config, 2, 6, jnp.float32), jnp.ones((2, 2, 2, 4)),
+                        2 * jnp.ones((2, 2, 2, 4)), jnp.int32(3))
+    expected = np.zeros((2, 2, 6, 4), np.float32)
+    expected[:, :, 3:5] = 1
+    np.testing.assert_array_equal(cache["key"], expected)
+    np.testing.assert_array_equal(cache["value"], 2 * expected)
+
+
+@pytest.mark.parametrize("d_in, d_out", [(8, 24), (24, 8)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_matmul_and_its_gradient_are_the_plain_ones(d_in, d_out, dtype):
+    x, w = jnp.asarray(normal(0, 2, 3, d_in), dtype), jnp.asarray(normal(1, d_in, d_out), dtype)
+    dy = jnp.asarray(normal(2, 2, 3, d_out), dtype)
+    y, pull = jax.vjp(layers.matmul, x, w)
+    y_plain, pull_plain = jax.vjp(lambda x, w: x @ w, x, w)
+    np.testing.assert_array_equal(y, y_plain)
+    tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == jnp.float32 else dict(rtol=0.01, atol=0.02)
+    for ours, plain in zip(pull(dy), pull_plain(dy)):
+        assert ours.dtype == plain.dtype and ours.shape == plain.shape
+        np.testing.assert_allclose(ours.astype(jnp.float32), plain.astype(jnp.float32), **tolerance)
+
+
+@pytest.mark.parametrize("kind, bias", [("layernorm", True), ("layernorm", False),
+                                        ("rmsnorm", False)])
+def test_norms_equal_torch(kind, bias):
+    torch = pytest.importorskip("torch")
+    D, eps = 12, 1e-3  # an eps large enough to be seen
+    theirs = (torch.nn.RMSNorm(D, eps) if kind == "rmsnorm"
+              else torch.nn.LayerNorm(D, eps, bias=bias))
+    params = {"scale": normal(0, D)} | ({"bias": normal(1, D)} if bias else {})
+    with torch.no_grad():
+        for name, value in params.items():
+            getattr(theirs, name.replace("scale", "weight")).copy_(torch.tensor(value))
+    x, dy = 3 + normal(2, 2, 4, D), normal(3, 2, 4, D)
+    tx = torch.tensor(x).requires_grad_()
+    expected = theirs(tx)
+    expected.backward(torch.tensor(dy))
+    norm = layers.Norm(kind, eps, bias)
+    found, pull = jax.vjp(lambda p, x: norm.apply({"params": p}, x), params, x)
+    np.testing.assert_allclose(found, expected.detach(), atol=1e-5)
+    grads, dx = pull(dy)
+    np.testing.assert_allclose(dx, tx.grad, atol=1e-5)
+    np.testing.assert_allclose(grads["scale"], theirs.weight.grad, atol=1e-5)
+    # Statistics are in float32, whatever comes in.
+    half = norm.apply({"params": params}, jnp.asarray(x, jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), found, atol=0.06)
+
+
+@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+def test_activations_equal_torch(name):
+    F = pytest.importorskip("torch").nn.functional
+    import torch
+
+    theirs = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+              "silu": F.silu, "relu": F.relu, "tanh": torch.tanh}[name]
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    np.testing.assert_allclose(layers.ACTIVATIONS[name](x), theirs(torch.tensor(x)), atol=2e-6)
+
+
+def test_exact_and_tanh_gelu_differ():
+    x = jnp.linspace(-3, 3, 50)
+    difference = layers.ACTIVATIONS["gelu"](x) - layers.ACTIVATIONS["gelu_tanh"](x)
+    assert 1e-4 < jnp.abs(difference).max() < 1e-2
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_mlp_is_its_formula(gated):
+    mlp = layers.MLP(24, "silu", gated, True, 0.02)
+    x = normal(0, 2, 3, 8)
+    params = mlp.init(jax.random.PRNGKey(0), x)["params"]
+    params = jax.tree.map(lambda p: normal(p.size, *p.shape), params)
+    linear = lambda name, x: x @ params[name]["kernel"] + params[name]["bias"]
+    silu = lambda x: x / (1 + np.exp(-x))
+    hidden = silu(linear("gate", x)) * linear("up", x) if gated else silu(linear("up", x))
+    np.testing.assert_allclose(mlp.apply({"params": params}, x), linear("down", hidden), rtol=1e-4,
+                               atol=1e-4)
+    assert ("gate" in params) == gated
+
+
+def test_linear_keeps_float32_parameters_and_computes_in_its_inputs_dtype():
+    linear = layers.Linear(3)
+    x = jnp.ones((2, 4), jnp.bfloat16)
+    params = linear.init(jax.random.PRNGKey(0), x)["params"]
+    assert {p.dtype.name for p in jax.tree.leaves(params)} == {"float32"}
+    assert linear.apply({"params": params}, x).dtype == jnp.bfloat16
+    assert set(layers.Linear(3, bias=False).init(jax.random.PRNGKey(0), x)["params"]) == {"kernel"}
+
+
+def test_embedding_looks_up_rows():
+    embedding = layers.Embedding(5, 4, jnp.bfloat16)
+    ids = jnp.array([[4, 0], [2, 2]])
+    table = embedding.init(jax.random.PRNGKey(0), ids)["params"]["embedding"]
+    found = embedding.apply({"params": {"embedding": table}}, ids)
+    np.testing.assert_array_equal(found, table.astype(jnp.bfloat16)[np.array(ids)])

@@ -1,0 +1,163 @@
+"""Tokenizers: every string comes back, no text is read as a special token."""
+
+import pickle
+import subprocess
+import sys
+from pydoc_data.topics import topics
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from nanoflax import tokenizers
+from nanoflax.errors import UserError
+from nanoflax.tokenizers import trained
+
+CORPUS = ["def f(x):\n    return x + 1  # add one\n\n", *list(topics.values())[:12]]
+TRAINED = {kind: tokenizers.train_sentencepiece(CORPUS, 512, kind) for kind in ("bpe", "unigram")}
+ALL = [trained.ByteTokenizer(), *TRAINED.values()]
+each = pytest.mark.parametrize("tokenizer", ALL, ids=["bytes", *TRAINED])
+HARD = ["", " ", "   ", "\n", "\n\n  \n", "\t\t", "\r\n", "\0", "a\0b", "▁", " ▁ ▁▁x", "😀",
+        "\u0301", "\ufeffx", "\u2028", "⁇", " ⁇ ", "▅", "<eos>", "<pad>", "<unk>", "<0x0A>", "</s>",
+        "\ue000"]
+
+
+@each
+@pytest.mark.parametrize("text", HARD)
+def test_hard_strings_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id} & set(ids)
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+@each
+@settings(max_examples=150, deadline=None)
+@given(st.text() | st.text(alphabet=" ▁\n\t\0ae\u0301<>0xAeos/"))
+@example("▁ ▁")
+def test_any_string_round_trips(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@each
+def test_special_tokens_give_no_text_and_broken_utf8_is_replaced(tokenizer):
+    ids = tokenizer.encode("one two")
+    special = [tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id]
+    special += [1] if tokenizer is not ALL[0] else [258, 259]
+    assert tokenizer.decode([*special, *ids, *special]) == "one two"
+    assert set(tokenizer.decode(tokenizer.encode("😀")[:2])) == {"\ufffd"}
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+@each
+@pytest.mark.parametrize("bad", [-1, 100_000])
+def test_an_id_beyond_the_vocabulary_is_refused(tokenizer, bad):
+    with pytest.raises(UserError, match=str(bad)):
+        tokenizer.decode([bad])
+
+
+@each
+def test_save_load_and_pickle_keep_the_encoding(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "new" / "tokenizer")
+    text = "".join(CORPUS[:3])
+    for other in (tokenizers.load(tmp_path / "new" / "tokenizer"),
+                  pickle.loads(pickle.dumps(tokenizer))):
+        assert other.fingerprint == tokenizer.fingerprint
+        assert other.encode(text) == tokenizer.encode(text)
+        assert (other.eos_id, other.pad_id) == (tokenizer.eos_id, tokenizer.pad_id)
+    assert len({t.fingerprint for t in ALL}) == len(ALL)
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_trained_pieces(kind):
+    tokenizer = TRAINED[kind]
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 2, 2)
+    assert tokenizer.vocab_size == 512
+    text = "".join(CORPUS[:2])
+    assert len(tokenizer.encode(text)) < 0.7 * len(text)
+    assert len(tokenizer.encode(".\n\n")) == 1, "a piece holds its newlines"
+    assert len(tokenizer.encode("    ")) <= 2, "a piece may be indentation alone"
+
+
+def test_a_model_file_is_loaded_and_its_own_rules_are_kept(tmp_path):
+    import sentencepiece
+
+    prefix = tmp_path / "theirs"
+    sentencepiece.SentencePieceTrainer.train(  # like Llama's: a dummy prefix, its own bos
+        sentence_iterator=iter(CORPUS), model_prefix=str(prefix), vocab_size=512,
+        model_type="bpe", byte_fallback=True, minloglevel=4, character_coverage=1.0)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    ours = tokenizers.load(f"{prefix}.model")
+    for text in ["The cat sat", "a▁b", "x"]:
+        assert ours.encode(text) == theirs.encode(text)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (1, 2, 2)
+
+
+def test_a_model_without_byte_pieces_is_left_as_it_is(tmp_path):
+    import sentencepiece
+
+    prefix = tmp_path / "theirs"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(prefix), vocab_size=512,
+        model_type="bpe", minloglevel=4, normalization_rule_name="identity",
+        add_dummy_prefix=False, remove_extra_whitespaces=False)
+    ours = tokenizers.load(f"{prefix}.model")
+    assert ours.encode("a▁b") == ours.encode("a b") and 0 not in ours.encode("a▁b")
+
+
+def test_specs():
+    assert tokenizers.parse("bytes") == ("bytes", None)
+    assert tokenizers.parse("bpe:2048") == ("bpe", 2048)
+    assert tokenizers.parse("unigram:8192") == ("unigram", 8192)
+    for bad in ("", "byte", "bpe", "bpe:", "bpe:-5", "bpe:many", "wordpiece:100", "bytes:3"):
+        with pytest.raises(UserError, match="bpe:"):
+            tokenizers.parse(bad)
+    with pytest.raises(UserError, match="trained"):
+        tokenizers.load("bpe:2048")
+
+
+def test_damaged_tokenizers_are_refused(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        tokenizers.load(tmp_path / "none.model")
+    with pytest.raises(UserError, match="tokenizer.json"):
+        tokenizers.load(tmp_path)
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        tokenizers.load(tmp_path / "bad.model")
+    TRAINED["bpe"].save(tmp_path / "t")
+    (tmp_path / "t" / "tokenizer.model").write_bytes(TRAINED["unigram"].model)
+    with pytest.raises(UserError, match="damaged"):
+        tokenizers.load(tmp_path / "t")
+    (tmp_path / "t" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.json"):
+        tokenizers.load(tmp_path / "t")
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_vocabulary_that_the_corpus_cannot_give(kind):
+    with pytest.raises(UserError, match=rf"at most {kind}:(\d+)") as error:
+        tokenizers.train_sentencepiece(CORPUS, 50_000, kind)
+    most = int(str(error.value).rpartition(":")[2])
+    if kind == "bpe":  # for unigram the bound depends on the candidates, and is a guess
+        assert tokenizers.train_sentencepiece(CORPUS, most, kind).vocab_size == most
+    with pytest.raises(UserError, match="need"):
+        tokenizers.train_sentencepiece(CORPUS, 200, kind)
+    with pytest.raises(UserError, match="no text"):
+        tokenizers.train_sentencepiece([], 300, kind)
+
+
+@pytest.mark.parametrize("texts", [[], CORPUS])
+def test_an_error_of_the_corpus_is_not_swallowed(texts):
+    def corpus():
+        yield from texts
+        raise UserError("the file is damaged")
+
+    with pytest.raises(UserError, match="the file is damaged"):
+        tokenizers.train_sentencepiece(corpus(), 300, "bpe")
+
+
+def test_importing_is_light():
+    code = ("import sys, nanoflax.tokenizers, nanoflax.data; "
+            "print([m for m in ('jax', 'sentencepiece', 'grain', 'rich', 'tensorflow_datasets') "
+            "if m in sys.modules])")
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
