@@ -45,17 +45,22 @@ PROMPT = 16  # tokens before decode's new ones
 def main():
     if len(FLAGS.arguments) != 1 or FLAGS.arguments[0] not in ("train", "decode", "compile"):
         raise UserError("benchmark needs one argument: train, decode or compile")
-    job, = FLAGS.arguments
+    (job,) = FLAGS.arguments
     if job == "compile":
         return compile_times()
     if FLAGS.side:
-        return serve({"nanoflax": nanoflax_side, "torch": torch_side,
-                      "machine": machine_side}[FLAGS.side](job))
+        return serve({"nanoflax": nanoflax_side, "torch": torch_side, "machine": machine_side}[FLAGS.side](job))
     names = ["nanoflax", "machine"] + ([] if FLAGS.alone or not has_torch() else ["torch"])
-    sides = {name: subprocess.Popen(
-        [sys.executable, "-m", "experiments.benchmark", *sys.argv[1:], f"--side={name}"],
-        env=os.environ | ({} if name == "nanoflax" else {"JAX_PLATFORMS": "cpu"}),  # as they are
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in names}
+    sides = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "experiments.benchmark", *sys.argv[1:], f"--side={name}"],
+            env=os.environ | ({} if name == "nanoflax" else {"JAX_PLATFORMS": "cpu"}),  # as they are
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    }
     try:
         about = {name: ask(side) for name, side in sides.items()}  # ready, compiled and warm
         if not about["nanoflax"]["cpu"] and "torch" in names:  # PyTorch here is on the CPU
@@ -64,9 +69,12 @@ def main():
         for i in range(FLAGS.rounds):
             for name in names if i % 2 else reversed(names):
                 results[name].append(ask(sides[name], "go"))
-            print(f"round {i + 1}/{FLAGS.rounds}: " + "  ".join(
-                f"{n} {results[n][-1]['seconds']:.3f} s" for n in names if n != "machine"),
-                file=sys.stderr, flush=True)
+            print(
+                f"round {i + 1}/{FLAGS.rounds}: "
+                + "  ".join(f"{n} {results[n][-1]['seconds']:.3f} s" for n in names if n != "machine"),
+                file=sys.stderr,
+                flush=True,
+            )
     finally:
         for side in sides.values():
             side.kill()
@@ -80,24 +88,28 @@ def summarise(job, about, results):
     for name in ("nanoflax", "torch"):
         if name in results:
             seconds = middle(results[name])
-            print(f"  {name:9} median {seconds:8.3f} s a round  "
-                  f"{about['tokens'] / seconds:10,.0f} tokens/s")
+            print(f"  {name:9} median {seconds:8.3f} s a round  {about['tokens'] / seconds:10,.0f} tokens/s")
     if "torch" in results:
-        ratios = sorted(t["seconds"] / n["seconds"]
-                        for t, n in zip(results["torch"], results["nanoflax"]))
-        print(f"  nanoflax is {statistics.median(ratios):.2f} times as fast (paired, "
-              f"{ratios[0]:.2f} to {ratios[-1]:.2f} over {len(ratios)} rounds)")
+        ratios = sorted(t["seconds"] / n["seconds"] for t, n in zip(results["torch"], results["nanoflax"]))
+        print(
+            f"  nanoflax is {statistics.median(ratios):.2f} times as fast (paired, "
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f} over {len(ratios)} rounds)"
+        )
     if not about["cpu"] and not about["peak"]:
         print("  the limit of this device is not known")
         return
-    rates = [about["work"] / n["seconds"] / (about["peak"] or m[about["limit"]])
-             for n, m in zip(results["nanoflax"], results["machine"])]
+    rates = [
+        about["work"] / n["seconds"] / (about["peak"] or m[about["limit"]])
+        for n, m in zip(results["nanoflax"], results["machine"])
+    ]
     limit = {"flops": "matrix-product rate", "bytes": "memory bandwidth"}[about["limit"]]
     top = about["peak"] or middle(results["machine"], about["limit"])
     unit = {"flops": "GFLOP/s", "bytes": "GB/s"}[about["limit"]]
-    print(f"  {about['work'] / middle(results['nanoflax']) / 1e9:,.1f} {unit}: "
-          f"{statistics.median(rates):.0%} of the {'stated' if about['peak'] else 'measured'} "
-          f"{limit}, {top / 1e9:,.1f} {unit}\n  ({about['formula']})")
+    print(
+        f"  {about['work'] / middle(results['nanoflax']) / 1e9:,.1f} {unit}: "
+        f"{statistics.median(rates):.0%} of the {'stated' if about['peak'] else 'measured'} "
+        f"{limit}, {top / 1e9:,.1f} {unit}\n  ({about['formula']})"
+    )
 
 
 def ask(side, word=None):
@@ -122,6 +134,7 @@ def serve(side):
 
 def has_torch():
     import importlib.util
+
     return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
@@ -138,8 +151,7 @@ def nanoflax_side(job):
     about, run = (nanoflax_train if job == "train" else nanoflax_decode)(device)
     run()
     count = jax.device_count() if job == "train" else 1
-    return about | {"device": f"{device.device_kind} x {count}",
-                    "cpu": device.platform == "cpu"}, run
+    return about | {"device": f"{device.device_kind} x {count}", "cpu": device.platform == "cpu"}, run
 
 
 def prepared(model_config, **options):
@@ -150,17 +162,23 @@ def prepared(model_config, **options):
     from nanoflax import parallel, train
     from nanoflax.config import Config, OptimConfig, TrainConfig
 
-    config = Config(model=model_config, optim=OptimConfig(schedule="constant", warmup_steps=0),
-                    train=TrainConfig(**options))
+    config = Config(
+        model=model_config, optim=OptimConfig(schedule="constant", warmup_steps=0), train=TrainConfig(**options)
+    )
     mesh = parallel.make_mesh("-1,1,1")
     parallel.check_mesh(config, mesh)
     model = nanoflax.build(config.model)
     optimizer, _ = train.make_optimizer(config.optim, 1000)
     state = train.init_state(model, optimizer, config, mesh)
     B, T = config.train.batch_size, model_config.context
-    batch = parallel.put_batch({
-        "targets": np.random.default_rng(0).integers(0, model_config.vocab_size, (B, T), np.int32),
-        "first": np.zeros(B, np.int32), "weights": np.ones((B, T), np.float32)}, mesh)
+    batch = parallel.put_batch(
+        {
+            "targets": np.random.default_rng(0).integers(0, model_config.vocab_size, (B, T), np.int32),
+            "first": np.zeros(B, np.int32),
+            "weights": np.ones((B, T), np.float32),
+        },
+        mesh,
+    )
     return model, mesh, state, batch, train.make_train_step(model, optimizer, config)
 
 
@@ -177,8 +195,10 @@ def compile_times():
         step = train.compile_step(step, state, batch, mesh)
         seconds.append(time.perf_counter() - begin)
         state, _ = step(state, batch)
-        print(f"  {name:12}{seconds[-1]:8.2f} s; loss of the second step "
-              f"{float(step(state, batch)[1]['loss']):.6f}", flush=True)
+        print(
+            f"  {name:12}{seconds[-1]:8.2f} s; loss of the second step {float(step(state, batch)[1]['loss']):.6f}",
+            flush=True,
+        )
     print(f"  scan_layers is {seconds[1] / seconds[0]:.1f} times as fast")
 
 
@@ -200,11 +220,14 @@ def nanoflax_train(device):
 
     tokens = FLAGS.steps * B * T
     peak = parallel.peak_flops(device)
-    return {"what": f"GPT-2 with L={layers} D={dim} T={T} V={V} B={B}, "
-                    f"{model.compute_dtype}, AdamW, clipping",
-            "tokens": tokens, "work": tokens * nn.flops_per_token(config),
-            "limit": "flops", "peak": peak and peak * mesh.size,
-            "formula": "6 FLOPs per weight of a product and token, 12 L H K T for attention"}, run
+    return {
+        "what": f"GPT-2 with L={layers} D={dim} T={T} V={V} B={B}, {model.compute_dtype}, AdamW, clipping",
+        "tokens": tokens,
+        "work": tokens * nn.flops_per_token(config),
+        "limit": "flops",
+        "peak": peak and peak * mesh.size,
+        "formula": "6 FLOPs per weight of a product and token, 12 L H K T for attention",
+    }, run
 
 
 def nanoflax_decode(device):
@@ -219,13 +242,14 @@ def nanoflax_decode(device):
     params = nanoflax.init(model, jax.random.PRNGKey(0))
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (B, PROMPT)).tolist()
     size = sum(p.size for p in jax.tree.leaves(params)) - config.context * config.dim
-    return {"what": f"GPT-2 124M, greedy, B={B}, {PROMPT} + {FLAGS.new_tokens} tokens, "
-                    f"{model.compute_dtype}",
-            "tokens": B * FLAGS.new_tokens,
-            "work": size * model.compute_dtype.itemsize * FLAGS.new_tokens,
-            "limit": "bytes", "peak": parallel.bandwidth(device),
-            "formula": "every weight but the position table read once for each token of a row"}, \
-        lambda: nanoflax.sample(model, params, prompts, FLAGS.new_tokens, temperature=0) and None
+    return {
+        "what": f"GPT-2 124M, greedy, B={B}, {PROMPT} + {FLAGS.new_tokens} tokens, {model.compute_dtype}",
+        "tokens": B * FLAGS.new_tokens,
+        "work": size * model.compute_dtype.itemsize * FLAGS.new_tokens,
+        "limit": "bytes",
+        "peak": parallel.bandwidth(device),
+        "formula": "every weight but the position table read once for each token of a row",
+    }, lambda: nanoflax.sample(model, params, prompts, FLAGS.new_tokens, temperature=0) and None
 
 
 def torch_side(job):
@@ -242,13 +266,19 @@ def torch_side(job):
 
         def run():
             with torch.no_grad():
-                model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
-                               max_new_tokens=FLAGS.new_tokens, min_new_tokens=FLAGS.new_tokens,
-                               pad_token_id=0)
+                model.generate(
+                    prompts,
+                    attention_mask=torch.ones_like(prompts),
+                    do_sample=False,
+                    max_new_tokens=FLAGS.new_tokens,
+                    min_new_tokens=FLAGS.new_tokens,
+                    pad_token_id=0,
+                )
     else:
         layers, dim, heads, T, V, B = shape()
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_layer=layers, n_embd=dim,
-                                           n_head=heads, **off)).train()
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=V, n_positions=T, n_layer=layers, n_embd=dim, n_head=heads, **off)
+        ).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         tokens = torch.randint(0, V, (B, T))
 

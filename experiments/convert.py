@@ -19,11 +19,9 @@ from nanoflax import runs
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("from", None, "workdir, Transformers directory, hub name or .gguf",
-                    required=True)
+flags.DEFINE_string("from", None, "workdir, Transformers directory, hub name or .gguf", required=True)
 flags.DEFINE_string("to", None, "directory to write; must not exist or be empty", required=True)
-flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"],
-                  "of the weights written; default: as they are")
+flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "of the weights written; default: as they are")
 flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which one of a run")
 flags.DEFINE_bool("to_transformers", False, "write a Transformers directory whatever --from is")
 
@@ -44,8 +42,10 @@ def main():
     if runs.is_run(source) or FLAGS.to_transformers:
         family = hf.save(target, model.config, params, tokenizer, labels=labels_of(source))
         print_mapping(family, model.config, params)
-        print(f"{target}: open it with transformers.AutoModel.from_pretrained, or "
-              f"python -m experiments.sample --model={target}")
+        print(
+            f"{target}: open it with transformers.AutoModel.from_pretrained, or "
+            f"python -m experiments.sample --model={target}"
+        )
     else:
         write_workdir(target, model.config, params, tokenizer)
         if source.endswith(".gguf"):
@@ -76,8 +76,7 @@ def print_mapping(family, config, params):
     for row in hf.plan(family, config):
         names = " + ".join(path for path, _ in row.ours)
         if "block_" not in names or "block_0/" in names:
-            rows.append((row.name, names, "x".join(map(str, row.shape)),
-                         str(ours[row.ours[0][0]].dtype)))
+            rows.append((row.name, names, "x".join(map(str, row.shape)), str(ours[row.ours[0][0]].dtype)))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, (*widths, 0))))

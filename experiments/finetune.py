@@ -44,8 +44,10 @@ def main():
 
     from nanoflax.runs import WorkdirLock
 
-    with (WorkdirLock(workdir),
-          contextlib.nullcontext() if parallel.is_main_process() else contextlib.redirect_stdout(None)):
+    with (
+        WorkdirLock(workdir),
+        contextlib.nullcontext() if parallel.is_main_process() else contextlib.redirect_stdout(None),
+    ):
         return run(config, workdir)
 
 
@@ -61,25 +63,31 @@ def run(config, workdir):
     mesh, kind = parallel.make_mesh(t.mesh), tasks.TASKS[task.kind].examples
     data = tasks.load(tasks.examples_of(config.data), kind)
     if t.label_smoothing and data.multi_label:
-        raise UserError(f"train.label_smoothing={t.label_smoothing} does not go with several "
-                        "labels: each is a question of its own; set it to 0")
+        raise UserError(
+            f"train.label_smoothing={t.label_smoothing} does not go with several "
+            "labels: each is a question of its own; set it to 0"
+        )
     config, params, tokenizer = starting_point(config, data, workdir, mesh)
     parallel.check_mesh(config, mesh, lengths(task) | {"the shortest batch": tasks.SHORTEST})
     parallel.first(lambda: runs.resumable(workdir, config)[1])  # refuses another run's workdir
     encode = lambda part: tasks.encode_for_task(  # noqa: E731
-        part, config, tokenizer, data.labels, data.multi_label, data.report)
+        part, config, tokenizer, data.labels, data.multi_label, data.report
+    )
     rows, held_out = encode(data.train), encode(data.validation)
-    print(f"{len(rows):,} training and {len(held_out):,} validation examples"
-          + (f", {len(data.labels)} labels: {', '.join(data.labels[:12])}" if data.labels else ""))
+    print(
+        f"{len(rows):,} training and {len(held_out):,} validation examples"
+        + (f", {len(data.labels)} labels: {', '.join(data.labels[:12])}" if data.labels else "")
+    )
     for line in data.report.lines():
         print(f"  {line}")
     if task.class_weights:
         rows = tasks.weigh_classes(rows, data.labels, task.class_weights)
-        print("class weights: " + ", ".join(
-            f"{name} {weight:.3g}" for name, weight in zip(data.labels, rows.class_weights)))
+        print(
+            "class weights: "
+            + ", ".join(f"{name} {weight:.3g}" for name, weight in zip(data.labels, rows.class_weights))
+        )
     if example := tasks.show_row(rows, tokenizer):
-        print("an example; what is trained stands in ⟦⟧:\n  | " + "\n  | ".join(
-            example.splitlines()))
+        print("an example; what is trained stands in ⟦⟧:\n  | " + "\n  | ".join(example.splitlines()))
 
     model = nn.build(config.model, t.remat)
     params = runs.initialize_with_adapters(model, params, config, mesh)
@@ -90,18 +98,20 @@ def run(config, workdir):
     size = sum(x.size for x in jax.tree.leaves(trained))
     whole = size + sum(x.size for x in jax.tree.leaves(frozen))
     print(f"{size:,} of {whole:,} parameters are trained ({size / whole:.2%})")
-    shapes = {name: jax.ShapeDtypeStruct((t.batch_size, *x.shape[1:]), x.dtype)
-              for name, x in Batches(rows, config, mesh)[0].items()}
-    if attention := train.attention_backends(model, params, shapes, mesh,
-                                             tasks.TASKS[task.kind].objective):
+    shapes = {
+        name: jax.ShapeDtypeStruct((t.batch_size, *x.shape[1:]), x.dtype)
+        for name, x in Batches(rows, config, mesh)[0].items()
+    }
+    if attention := train.attention_backends(model, params, shapes, mesh, tasks.TASKS[task.kind].objective):
         print(f"attention {attention}")
     optimizer, schedule = train.make_optimizer(config.optim, t.steps)
     if config.peft.kind == "adalora":
         optimizer = peft.adalora_optimizer(optimizer, config.peft, t.steps)
     state = train.init_state(model, optimizer, config, mesh, trained)
     parallel.check_memory((state, frozen), mesh)
-    step = train.jit_step(train.make_train_step(
-        model, optimizer, config, tasks.TASKS[task.kind].objective), state, mesh)
+    step = train.jit_step(
+        train.make_train_step(model, optimizer, config, tasks.TASKS[task.kind].objective), state, mesh
+    )
     judge = tasks.Evaluator(model, config, tokenizer, data.labels, held_out, mesh)
 
     def evaluate(trained, at):
@@ -109,14 +119,19 @@ def run(config, workdir):
         return found, f"step {at}: {report.numbers(found)}"
 
     tokens = t.batch_size * statistics.mean(map(rows.n_tokens, range(len(rows))))  # no padding
-    meta = {"tokenizer": tokenizer.fingerprint, "config": configs.to_dict(config),
-            "data": fingerprint(data.train), "validation": fingerprint(data.validation)}
+    meta = {
+        "tokenizer": tokenizer.fingerprint,
+        "config": configs.to_dict(config),
+        "data": fingerprint(data.train),
+        "validation": fingerprint(data.validation),
+    }
     parallel.check_same("their data", {k: meta[k] for k in meta if k != "config"})
     tracking, start = train.Tracking(), 0
     with runs.Checkpoints(os.path.join(workdir, "checkpoints"), t.keep) as saves:
         if saves.latest() is not None:
-            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=x.sharding), state._asdict())
+            shapes = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state._asdict()
+            )
             restored, old = saves.restore(shapes)
             runs.refuse_other_data(meta | old, meta)
             state, start = train.TrainState(**restored), old["step"]
@@ -133,19 +148,33 @@ def run(config, workdir):
                     log.log(0, **found)
                     progress.write(line)
                 state, tracking, outcome = train.fit(
-                    state, lambda state, batch: step(state, batch, frozen),
-                    Batches(rows, config, mesh), config, mesh,
-                    evaluate=evaluate, checkpoints=saves, log=log, progress=progress, meta=meta,
-                    tracking=tracking, schedule=schedule)
+                    state,
+                    lambda state, batch: step(state, batch, frozen),
+                    Batches(rows, config, mesh),
+                    config,
+                    mesh,
+                    evaluate=evaluate,
+                    checkpoints=saves,
+                    log=log,
+                    progress=progress,
+                    meta=meta,
+                    tracking=tracking,
+                    schedule=schedule,
+                )
             if outcome.signal:
                 print(f"{outcome.reason}: saved at step {outcome.step}; the same command goes on")
                 return 128 + outcome.signal
             if outcome.step < t.steps:
-                print(f"{outcome.reason} at step {outcome.step}: no better train.metric="
-                      f"{t.metric} in train.patience={t.patience} evaluations")
+                print(
+                    f"{outcome.reason} at step {outcome.step}: no better train.metric="
+                    f"{t.metric} in train.patience={t.patience} evaluations"
+                )
     best, saved = runs.restore_params(
-        os.path.join(workdir, "checkpoints"), which="best", subtree="ema" if config.optim.ema
-        else "params", shardings=lambda shapes: parallel.shardings(shapes, mesh))
+        os.path.join(workdir, "checkpoints"),
+        which="best",
+        subtree="ema" if config.optim.ema else "params",
+        shardings=lambda shapes: parallel.shardings(shapes, mesh),
+    )
     finish(workdir, config, tokenizer, data, best, parallel.unstack(frozen), judge, saved["step"])
     return 0
 
@@ -155,12 +184,13 @@ def check_used(config):
     if config.train.sample_prompt:
         raise UserError(f"train.sample_prompt={config.train.sample_prompt!r} is of pretrain")
     if config.data.packing != "joined":
-        raise UserError(f"data.packing={config.data.packing!r} is of pretrain: here each example is "
-                        "a row of its own")
+        raise UserError(f"data.packing={config.data.packing!r} is of pretrain: here each example is a row of its own")
     p = config.peft
     if p.kind != "none" and not (config.model.init_from or p.trained):
-        raise UserError(f"peft.kind={p.kind!r} without model.init_from would adapt a model that "
-                        "stays as it was drawn; say what is trained with it in peft.trained")
+        raise UserError(
+            f"peft.kind={p.kind!r} without model.init_from would adapt a model that "
+            "stays as it was drawn; say what is trained with it in peft.trained"
+        )
 
 
 def starting_point(config, data, workdir, mesh):
@@ -173,36 +203,47 @@ def starting_point(config, data, workdir, mesh):
         model, params, tokenizer = runs.open_model(m.init_from)
         if tokenizer is None:
             raise UserError(f"model.init_from={m.init_from} has no tokenizer")
-        if model.config.head == task.kind and os.path.exists(
-                os.path.join(m.init_from, "labels.json")):
+        if model.config.head == task.kind and os.path.exists(os.path.join(m.init_from, "labels.json")):
             other = runs.read_labels(m.init_from, config)[0] != data.labels
         if other:  # as many classes, perhaps, but not the same
             params = {name: x for name, x in params.items() if name != "labels"}
         tokenizer = tasks.with_sentinels(task, tokenizer)
-        m = dataclasses.replace(model.config, init_from=m.init_from, dropout=m.dropout,
-                                attention_backend=m.attention_backend,
-                                output_delay=m.output_delay or model.config.output_delay,
-                                vocab_size=max(model.config.vocab_size, tokenizer.vocab_size))
+        m = dataclasses.replace(
+            model.config,
+            init_from=m.init_from,
+            dropout=m.dropout,
+            attention_backend=m.attention_backend,
+            output_delay=m.output_delay or model.config.output_delay,
+            vocab_size=max(model.config.vocab_size, tokenizer.vocab_size),
+        )
     else:
-        tokenizer = tasks.with_sentinels(task, runs.get_tokenizer(
-            config.data, workdir, lambda: texts(data.train)))
+        tokenizer = tasks.with_sentinels(task, runs.get_tokenizer(config.data, workdir, lambda: texts(data.train)))
         if m.architecture in ("encoder_decoder", "lstm"):
             m = dataclasses.replace(m, start_id=tokenizer.bos_id)
     path = os.path.join(workdir, "config.json")
-    m = runs.with_vocabulary(m, tokenizer, mesh,
-                               runs.read_config(path) if os.path.exists(path) else None)
+    m = runs.with_vocabulary(m, tokenizer, mesh, runs.read_config(path) if os.path.exists(path) else None)
     suited = TASKS[task.kind].architectures
     if m.architecture not in suited:
-        raise UserError(f"task.kind={task.kind!r} needs model.architecture to be "
-                        f"{' or '.join(suited)}, not {m.architecture!r}")
+        raise UserError(
+            f"task.kind={task.kind!r} needs model.architecture to be {' or '.join(suited)}, not {m.architecture!r}"
+        )
     if task.kind in ("classify", "tag"):
         m = dataclasses.replace(m, head=task.kind, labels=len(data.labels))
     heads = {"masked_lm": "mlm", "instruct": "lm", "language_model": "lm"}
     m = dataclasses.replace(m, head=heads.get(task.kind, m.head))
     p = config.peft
-    if m.init_from and p.kind != "none" and not p.trained and (
-            other or m.head != model.config.head or m.labels != model.config.labels
-            or m.output_delay and not model.config.output_delay):
+    if (
+        m.init_from
+        and p.kind != "none"
+        and not p.trained
+        and (
+            other
+            or m.head != model.config.head
+            or m.labels != model.config.labels
+            or m.output_delay
+            and not model.config.output_delay
+        )
+    ):
         # What is new was never trained: frozen it would stay random.
         config = dataclasses.replace(config, peft=dataclasses.replace(p, trained="adapters,head"))
     if long := [f"{name}={n}" for name, n in lengths(task).items() if n > m.context]:
@@ -248,8 +289,13 @@ class Batches:
 
         self.rows, task, t = rows, config.task, config.train
         self.batches = ExampleBatches(
-            rows, t.batch_size, t.seed, True, parallel.own_rows(mesh, t.batch_size),
-            (task.max_shift, task.shift_probability) if task.shift_probability else None)
+            rows,
+            t.batch_size,
+            t.seed,
+            True,
+            parallel.own_rows(mesh, t.batch_size),
+            (task.max_shift, task.shift_probability) if task.shift_probability else None,
+        )
 
     def __getitem__(self, step):
         return self.batches[step]
@@ -270,17 +316,20 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
 
     params = peft.join(best, frozen)
     found, predictions = judge(params)
-    result = found | {"step": step, "report": judge.report,
-                      "trained_parameters": sum(x.size for x in jax.tree.leaves(best))}
+    result = found | {
+        "step": step,
+        "report": judge.report,
+        "trained_parameters": sum(x.size for x in jax.tree.leaves(best)),
+    }
     if parallel.is_main_process():
         with open(os.path.join(workdir, "result.json"), "w") as f:
             json.dump(report.strict(result), f, indent=1, allow_nan=False)
         if predictions:
-            runs.write_jsonl(os.path.join(workdir, "predictions.jsonl"),
-                               tasks.prediction_records(judge.rows.examples, predictions))
+            runs.write_jsonl(
+                os.path.join(workdir, "predictions.jsonl"), tasks.prediction_records(judge.rows.examples, predictions)
+            )
     for example, said in itertools.islice(zip(judge.rows.examples, predictions), config.task.show):
-        print(f"  | {report.printable(str(example.input))[:200]}\n"
-              f"  -> {report.printable(str(said))}")
+        print(f"  | {report.printable(str(example.input))[:200]}\n  -> {report.printable(str(said))}")
     if config.task.kind in ("classify", "tag"):
         print("\n".join(tasks.metrics_table(judge.report)))
     kind, model_config = config.peft.kind, config.model
@@ -288,8 +337,9 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
         adapters = peft.join(jax.tree.map(parallel.fetch, best), frozen)
         try:
             if parallel.is_main_process():
-                hf.save(os.path.join(workdir, "adapter"), model_config, adapters,
-                                 config.peft, base=model_config.init_from)
+                hf.save(
+                    os.path.join(workdir, "adapter"), model_config, adapters, config.peft, base=model_config.init_from
+                )
         except UserError as error:  # such as a model that no class of Transformers is
             print(f"no adapter/ for the peft library: {error}")
         params = peft.merge(params)
@@ -304,24 +354,31 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
     if not parallel.is_main_process():
         return
     runs.write_labels(part, data.labels, data.multi_label)
-    runs.write_run(part, dataclasses.replace(
-        config, optim=dataclasses.replace(config.optim, ema=0.0), peft=configs.PeftConfig(
-            kind="none" if kind in peft.LOW_RANK else kind)), tokenizer)
+    runs.write_run(
+        part,
+        dataclasses.replace(
+            config,
+            optim=dataclasses.replace(config.optim, ema=0.0),
+            peft=configs.PeftConfig(kind="none" if kind in peft.LOW_RANK else kind),
+        ),
+        tokenizer,
+    )
     shutil.rmtree(final, ignore_errors=True)
     os.rename(part, final)
     if aligned:
         row = judge.rows.rows[0]
         weights = nn.alignment(nn.build(config.model), params, row["source"], row["targets"])
-        report.plot_alignment(os.path.join(workdir, "attention.png"), np.asarray(weights), *(
-            [tokenizer.decode([i]) or "·" for i in row[side].tolist()]
-            for side in ("source", "targets")))
+        report.plot_alignment(
+            os.path.join(workdir, "attention.png"),
+            np.asarray(weights),
+            *([tokenizer.decode([i]) or "·" for i in row[side].tolist()] for side in ("source", "targets")),
+        )
     report.plot_losses(workdir)
     print(f"best at step {step}: {report.numbers(found)}")
     if copied := judge.report.get("bleu_of_source"):
         print(f"bleu of the sources themselves: {copied:.4f}")
     wrote = ("result.json", "predictions.jsonl", "loss.png", "attention.png", "final", "adapter")
-    print(f"{workdir}: " + ", ".join(
-        name for name in wrote if os.path.exists(os.path.join(workdir, name))))
+    print(f"{workdir}: " + ", ".join(name for name in wrote if os.path.exists(os.path.join(workdir, name))))
 
 
 if __name__ == "__main__":

@@ -30,14 +30,25 @@ def launch(main, default_config=None, arguments=False):
     the user can put right, 130 for Ctrl-C outside training, 1 for what is wrong in the program or
     with another process of the run.
     """
+
     def parse(argv):
         try:
             if default_config:
                 path = config_path(argv)
                 define_config(default_config if path is None else path)
             rest = FLAGS(argv)
-            for name in ("workdir", "model", "from", "to", "out", "json", "prompt_file",
-                         "candidates", "config.model.init_from", "config.data.cache"):
+            for name in (
+                "workdir",
+                "model",
+                "from",
+                "to",
+                "out",
+                "json",
+                "prompt_file",
+                "candidates",
+                "config.model.init_from",
+                "config.data.cache",
+            ):
                 if name in FLAGS and FLAGS[name].value:  # as a shell does not after "="
                     FLAGS[name].value = os.path.expanduser(FLAGS[name].value)
             if arguments:
@@ -107,8 +118,9 @@ def load_config(path):
     shipped = os.path.join(HERE, "configs", os.path.basename(path).removesuffix(".py") + ".py")
     where = path if os.path.isfile(path) else shipped
     if not os.path.isfile(where):
-        known = sorted(f[:-3] for f in os.listdir(os.path.join(HERE, "configs"))
-                       if f.endswith(".py") and not f.startswith("_"))
+        known = sorted(
+            f[:-3] for f in os.listdir(os.path.join(HERE, "configs")) if f.endswith(".py") and not f.startswith("_")
+        )
         raise UserError(f"--config={path} does not exist; shipped: {', '.join(known)}")
     if not where.endswith(".py"):
         raise UserError(f"--config={path} must be a Python file, named .py")
@@ -122,8 +134,9 @@ def load_config(path):
     except Exception as error:  # whatever is wrong in a person's own file
         raise UserError(f"--config={path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, configs.Config):
-        raise UserError(f"--config={path}: get_config() must return a nanoflax.config.Config, "
-                        f"not {type(config).__name__}")
+        raise UserError(
+            f"--config={path}: get_config() must return a nanoflax.config.Config, not {type(config).__name__}"
+        )
     return config
 
 
@@ -136,18 +149,17 @@ def define_config(path):
 
 def _define(parser, name, default, text):
     parser.syntactic_help = ""
-    flags.DEFINE(parser, name, default, text, serializer=flags.ArgumentSerializer(),
-                 module_name=sys.argv[0])
+    flags.DEFINE(parser, name, default, text, serializer=flags.ArgumentSerializer(), module_name=sys.argv[0])
 
 
 def parsed_config():
     """The Config after all flags, validated."""
+
     def fill(cls, prefix):
         values = {}
         for name, kind in typing.get_type_hints(cls).items():
             key = f"{prefix}.{name}"
-            values[name] = (fill(kind, key) if dataclasses.is_dataclass(kind)
-                            else FLAGS[key].value)
+            values[name] = fill(kind, key) if dataclasses.is_dataclass(kind) else FLAGS[key].value
         return cls(**values)
 
     config = fill(configs.Config, "config")
@@ -196,13 +208,16 @@ def _read(kind, text):
 
 def define_hosts():
     """The flags of a program that several processes run together, for `join`."""
-    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where several processes train "
-                        "together; on Cloud TPU and under Slurm and Open MPI JAX finds it")
+    flags.DEFINE_string(
+        "coordinator",
+        "",
+        "HOST:PORT of process 0, where several processes train "
+        "together; on Cloud TPU and under Slurm and Open MPI JAX finds it",
+    )
     flags.DEFINE_integer("processes", None, "how many there are")
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
     flags.DEFINE_integer("join_seconds", 300, "until all of them must have answered", 1)
-    flags.DEFINE_integer("heartbeat_seconds", 50, "of silence after which a process counts as dead",
-                         1)
+    flags.DEFINE_integer("heartbeat_seconds", 50, "of silence after which a process counts as dead", 1)
 
 
 def join(config, **others):
@@ -210,8 +225,9 @@ def join(config, **others):
 
     Raises: UserError if they do not find each other or differ, before anything is compiled.
     """
-    parallel.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id,
-                           FLAGS.join_seconds, FLAGS.heartbeat_seconds)
+    parallel.initialize(
+        FLAGS.coordinator, FLAGS.processes, FLAGS.process_id, FLAGS.join_seconds, FLAGS.heartbeat_seconds
+    )
     values = configs.to_dict(config)
     for name in ("workers", "cache"):  # of its own machine
         values["data"].pop(name)

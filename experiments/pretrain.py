@@ -31,8 +31,9 @@ from nanoflax.errors import UserError
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "directory of the run; empty means runs/NAME of the config")
 define_hosts()
-flags.DEFINE_bool("restart_from_weights", False,
-                  "begin a new run in workdir from its saved weights; the old one is kept beside")
+flags.DEFINE_bool(
+    "restart_from_weights", False, "begin a new run in workdir from its saved weights; the old one is kept beside"
+)
 
 
 def main():
@@ -47,27 +48,37 @@ def main():
 
     from nanoflax.runs import WorkdirLock
 
-    with (WorkdirLock(workdir),
-          contextlib.nullcontext() if parallel.is_main_process() else contextlib.redirect_stdout(None)):
+    with (
+        WorkdirLock(workdir),
+        contextlib.nullcontext() if parallel.is_main_process() else contextlib.redirect_stdout(None),
+    ):
         return run(config, workdir)
 
 
 # What finetune alone reads.
-OF_FINETUNE = {"model": ("architecture", "head", "init_from"),
-               "data": ("fields", "limit", "unicode", "whitespace", "keep_duplicates"),
-               "peft": tuple(configs.to_dict(configs.PeftConfig())),
-               "task": tuple(configs.to_dict(configs.TaskConfig()))}
+OF_FINETUNE = {
+    "model": ("architecture", "head", "init_from"),
+    "data": ("fields", "limit", "unicode", "whitespace", "keep_duplicates"),
+    "peft": tuple(configs.to_dict(configs.PeftConfig())),
+    "task": tuple(configs.to_dict(configs.TaskConfig())),
+}
 
 
 def check_used(config):
     """Raises: UserError for a model that is no decoder with its own head, and for fields that are
     not read here."""
     given, ours = map(configs.to_dict, (config, configs.Config(model=configs.ModelConfig())))
-    found = [f"{section}.{name}={given[section][name]!r}" for section, names in OF_FINETUNE.items()
-             for name in names if given[section][name] != ours[section][name]]
+    found = [
+        f"{section}.{name}={given[section][name]!r}"
+        for section, names in OF_FINETUNE.items()
+        for name in names
+        if given[section][name] != ours[section][name]
+    ]
     if found:
-        raise UserError(f"{', '.join(found)}: pretrain trains a decoder from scratch, on text; for "
-                        "anything else there is experiments.finetune")
+        raise UserError(
+            f"{', '.join(found)}: pretrain trains a decoder from scratch, on text; for "
+            "anything else there is experiments.finetune"
+        )
 
 
 def run(config, workdir):
@@ -87,14 +98,12 @@ def run(config, workdir):
     parallel.check_mesh(dataclasses.replace(config, model=parallel.padded(config.model, mesh)), mesh)
     if weights:
         params, _ = runs.restore_params(
-            os.path.join(weights, "checkpoints"),
-            shardings=lambda shapes: parallel.shardings(shapes, mesh))
+            os.path.join(weights, "checkpoints"), shardings=lambda shapes: parallel.shardings(shapes, mesh)
+        )
     source = data.source_of(config.data)
     data.identity(source)  # refuses what is not there
-    tokenizer = runs.get_tokenizer(config.data, weights or workdir,
-                                     lambda: data.documents(source, "train"))
-    config = dataclasses.replace(config, model=runs.with_vocabulary(
-        config.model, tokenizer, mesh, before))
+    tokenizer = runs.get_tokenizer(config.data, weights or workdir, lambda: data.documents(source, "train"))
+    config = dataclasses.replace(config, model=runs.with_vocabulary(config.model, tokenizer, mesh, before))
     parallel.check_mesh(config, mesh)  # the vocabulary of a run that goes on, too
     prompt = [tokenizer.bos_id, *tokenizer.encode(config.train.sample_prompt)]
     if config.train.sample_tokens:
@@ -108,29 +117,42 @@ def run(config, workdir):
     batch = train.abstract_batch(config, mesh)
     attention = train.attention_backends(model, shapes.params, batch, mesh)
     background = concurrent.futures.ThreadPoolExecutor(2)  # compile while text is read
-    step = background.submit(train.compile_step, train.make_train_step(
-        model, optimizer, config), shapes, batch, mesh)
-    init = None if found else background.submit(
-        train.compile_init, model, optimizer, config, mesh)
+    step = background.submit(train.compile_step, train.make_train_step(model, optimizer, config), shapes, batch, mesh)
+    init = None if found else background.submit(train.compile_init, model, optimizer, config, mesh)
     background.shutdown(wait=False)  # an error that comes meanwhile is told at once
-    stores = [data.prepare(source, tokenizer, split, config.data.cache or None,
-                           config.data.workers or None, progress=parallel.is_main_process())
-              for split in ("train", "validation")]
+    stores = [
+        data.prepare(
+            source,
+            tokenizer,
+            split,
+            config.data.cache or None,
+            config.data.workers or None,
+            progress=parallel.is_main_process(),
+        )
+        for split in ("train", "validation")
+    ]
     for split, store in zip(("training", "validation"), stores):
-        print(f"{split}: {store.n_documents:,} documents, {report.count(store.n_bytes)}B of "
-              f"text, {report.count(store.n_tokens)} tokens")
+        print(
+            f"{split}: {store.n_documents:,} documents, {report.count(store.n_bytes)}B of "
+            f"text, {report.count(store.n_tokens)} tokens"
+        )
         for line in store.report:
             print(f"  {line}")
-    windows, held_out = (Windows(s, config.model.context, config.data.packing == "isolated")
-                         for s in stores)
-    identity = {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint,
-                "validation": stores[1].fingerprint, "config": configs.to_dict(config)}
+    windows, held_out = (Windows(s, config.model.context, config.data.packing == "isolated") for s in stores)
+    identity = {
+        "tokenizer": tokenizer.fingerprint,
+        "data": stores[0].fingerprint,
+        "validation": stores[1].fingerprint,
+        "config": configs.to_dict(config),
+    }
     parallel.check_same("their data", {k: identity[k] for k in identity if k != "config"})
     flops = nn.flops_per_token(config.model)
     print(report.parameter_table(parallel.unstack(shapes.params)))
-    print(f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
-          f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}; "
-          f"attention {attention}")
+    print(
+        f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
+        f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}; "
+        f"attention {attention}"
+    )
     if weights:
         parallel.gather("restored")
         print(f"the run before is kept in {parallel.first(lambda: runs.set_aside(workdir))}")
@@ -145,11 +167,9 @@ def run(config, workdir):
         else:
             if parallel.is_main_process():
                 runs.write_run(workdir, config, tokenizer)
-            state = (init.result()() if init else
-                     train.init_state(model, optimizer, config, mesh, params))
+            state = init.result()() if init else train.init_state(model, optimizer, config, mesh, params)
             if weights:  # at once: these weights are nowhere else in this run
-                saves.save(0, state._asdict(), identity | {
-                    "step": 0, "position": 0, "tracking": tracking._asdict()})
+                saves.save(0, state._asdict(), identity | {"step": 0, "position": 0, "tracking": tracking._asdict()})
         if start_step >= config.train.steps and not tracking.owed:
             print(f"the run is complete: {start_step} steps")
             draw(workdir, config)
@@ -158,8 +178,9 @@ def run(config, workdir):
             print(f"the run stopped early at step {start_step}; a larger train.patience goes on")
             draw(workdir, config)
             return 0
-        batches = Batches(windows, config.train.batch_size, config.train.seed, True,
-                               parallel.own_rows(mesh, config.train.batch_size))
+        batches = Batches(
+            windows, config.train.batch_size, config.train.seed, True, parallel.own_rows(mesh, config.train.batch_size)
+        )
         step = step.result()
         device = mesh.devices.flat[0]
         if device.platform == "cpu":  # not beside the compiler
@@ -171,9 +192,17 @@ def run(config, workdir):
         def continuation(params):
             if not config.train.sample_tokens:
                 return ""
-            new, = generate.sample(model, params, [prompt], config.train.sample_tokens,
-                                   temperature=0.8, top_k=40, rng=jax.random.PRNGKey(0),
-                                   eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
+            (new,) = generate.sample(
+                model,
+                params,
+                [prompt],
+                config.train.sample_tokens,
+                temperature=0.8,
+                top_k=40,
+                rng=jax.random.PRNGKey(0),
+                eos_id=tokenizer.eos_id,
+                vocab_size=tokenizer.vocab_size,
+            )
             return config.train.sample_prompt + tokenizer.decode(new)
 
         def evaluate(params, at):
@@ -188,9 +217,19 @@ def run(config, workdir):
         tokens = config.train.batch_size * config.model.context
         with runs.displays(workdir, config, start_step, tokens, flops, peak) as (log, progress):
             state, tracking, outcome = train.fit(
-                state, step, batches, config, mesh, evaluate=evaluate,
-                checkpoints=saves, log=log, progress=progress, meta=identity, tracking=tracking,
-                schedule=schedule)
+                state,
+                step,
+                batches,
+                config,
+                mesh,
+                evaluate=evaluate,
+                checkpoints=saves,
+                log=log,
+                progress=progress,
+                meta=identity,
+                tracking=tracking,
+                schedule=schedule,
+            )
     if parallel.is_main_process():
         summarise(workdir, config, tracking, outcome)
     return 128 + outcome.signal if outcome.signal else 0
@@ -212,12 +251,22 @@ def summarise(workdir, config, tracking, outcome):
     if outcome.signal:
         print(f"{outcome.reason}: saved at step {outcome.step}; the same command goes on")
         return
-    best = next((r for r in report.read_metrics(os.path.join(workdir, "metrics.jsonl"))
-                 if r["step"] == tracking.best_step and "validation_loss" in r), {})
-    print(f"{outcome.reason} at step {outcome.step}; best at step {tracking.best_step}: "
-          + json.dumps({k: round(v, 4) for k, v in best.items()}))
-    print(f"loss curve: {plot}\nsample it:  python -m experiments.sample --workdir={workdir} "
-          '--prompt="The function returns"')
+    best = next(
+        (
+            r
+            for r in report.read_metrics(os.path.join(workdir, "metrics.jsonl"))
+            if r["step"] == tracking.best_step and "validation_loss" in r
+        ),
+        {},
+    )
+    print(
+        f"{outcome.reason} at step {outcome.step}; best at step {tracking.best_step}: "
+        + json.dumps({k: round(v, 4) for k, v in best.items()})
+    )
+    print(
+        f"loss curve: {plot}\nsample it:  python -m experiments.sample --workdir={workdir} "
+        '--prompt="The function returns"'
+    )
 
 
 if __name__ == "__main__":

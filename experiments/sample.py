@@ -26,8 +26,7 @@ from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "directory of a run")
-flags.DEFINE_string("model", "", "instead of --workdir: a directory of Transformers, a name on the "
-                    "hub or a .gguf file")
+flags.DEFINE_string("model", "", "instead of --workdir: a directory of Transformers, a name on the hub or a .gguf file")
 flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "which of its checkpoints")
 flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
 flags.DEFINE_string("prompt_file", "", "file with a prompt on each line")
@@ -36,8 +35,9 @@ flags.DEFINE_bool("chat", False, "talk with the model through its chat template"
 flags.DEFINE_string("system", "", "of --chat: the system's message")
 flags.DEFINE_integer("beams", 0, "search with so many beams instead of drawing; 0 draws", 0)
 flags.DEFINE_float("length_penalty", 1.0, "of --beams: above 0 favours longer texts")
-flags.DEFINE_integer("max_new_tokens", None, "at most so many tokens; default 100, or fewer if the "
-                     "model's context has no room", 1)
+flags.DEFINE_integer(
+    "max_new_tokens", None, "at most so many tokens; default 100, or fewer if the model's context has no room", 1
+)
 flags.DEFINE_float("temperature", 0.8, "0 is greedy")
 flags.DEFINE_integer("top_k", 40, "draw among so many tokens; 0 means all")
 flags.DEFINE_float("top_p", 1.0, "draw among the fewest tokens with so much probability")
@@ -50,8 +50,12 @@ flags.DEFINE_integer("seed", 0, "of the random draws", 0, MAX_SEED)
 def main():
     from nanoflax import tokenizers
 
-    if FLAGS.interactive and (FLAGS.prompt or FLAGS.prompt_file) or FLAGS.chat and (
-            FLAGS.interactive or FLAGS.prompt or FLAGS.prompt_file):
+    if (
+        FLAGS.interactive
+        and (FLAGS.prompt or FLAGS.prompt_file)
+        or FLAGS.chat
+        and (FLAGS.interactive or FLAGS.prompt or FLAGS.prompt_file)
+    ):
         raise UserError("give one of --chat, --interactive, and --prompt with --prompt_file")
     prompts = list(map(tokenizers.well_formed, FLAGS.prompt))
     if FLAGS.prompt_file:
@@ -61,8 +65,9 @@ def main():
     if bool(FLAGS.workdir) == bool(FLAGS.model):
         raise UserError("give either --workdir, of a run, or --model, of a published model")
     if FLAGS.workdir and not runs.is_run(FLAGS.workdir):
-        raise UserError(f"--workdir={FLAGS.workdir} holds no run (no checkpoints/); give the "
-                        "directory that pretrain wrote")
+        raise UserError(
+            f"--workdir={FLAGS.workdir} holds no run (no checkpoints/); give the directory that pretrain wrote"
+        )
     runs.setup_jax()
     model, params, tokenizer = runs.open_model(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
     if FLAGS.chat and not tokenizer.chat_template:
@@ -77,8 +82,7 @@ def main():
             if config.task.kind != "language_model":
                 write = lambda texts: do(cleaned(config, texts))  # noqa: E731
             if not prompts and not FLAGS.interactive and config.task.kind != "language_model":
-                raise UserError(f"--prompt is missing: the text that task.kind="
-                                f"{config.task.kind!r} is about")
+                raise UserError(f"--prompt is missing: the text that task.kind={config.task.kind!r} is about")
     if FLAGS.interactive:
         return interact(write)
     write(prompts or [""])
@@ -94,9 +98,13 @@ def of_task(config, model, params, tokenizer, labels, several):
     if task.kind in ("classify", "tag"):
         return lambda texts: predict(config, model, params, tokenizer, labels, several, texts)
     if task.kind == "instruct":
-        return lambda texts: generate(model, params, tokenizer, [""] * len(texts), [
-            tokenizers.chat_prompt(tokenizer, [{"role": "user", "content": text}])
-            for text in texts])
+        return lambda texts: generate(
+            model,
+            params,
+            tokenizer,
+            [""] * len(texts),
+            [tokenizers.chat_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts],
+        )
     if task.kind in ("masked_lm", "denoise"):
         return lambda texts: restore(config, model, params, tokenizer, texts)
     if task.kind == "translate":
@@ -110,8 +118,7 @@ def of_task(config, model, params, tokenizer, labels, several):
 
 
 def cleaned(config, texts):
-    """Texts as those are that the run was trained on. Raises: UserError if nothing is left of one.
-    """
+    """Texts as those are that the run was trained on. Raises: UserError if nothing is left of one."""
     from nanoflax import data
 
     source = tasks.examples_of(config.data)
@@ -127,8 +134,12 @@ def predict(config, model, params, tokenizer, labels, several, texts):
     from nanoflax.tasks import Classification, Tagging
 
     task, report = config.task, data.Report()
-    made = [Classification(text, labels[:1], "--prompt") if task.kind == "classify" else
-            Tagging(tuple(text.split()), ("O",) * len(text.split()), "--prompt") for text in texts]
+    made = [
+        Classification(text, labels[:1], "--prompt")
+        if task.kind == "classify"
+        else Tagging(tuple(text.split()), ("O",) * len(text.split()), "--prompt")
+        for text in texts
+    ]
     rows = tasks.encode(made, tokenizer, task.length, labels, several, report=report)
     for line in report.lines():
         print(line, file=sys.stderr)
@@ -136,11 +147,15 @@ def predict(config, model, params, tokenizer, labels, several, texts):
     judge = tasks.Evaluator(model, config, tokenizer, labels, rows, mesh)
     params = parallel.put(params, mesh)
     if task.kind == "classify":
-        results = [[f"{labels[i]}\t{row[i]:.4f}" for i in (-row).argsort()]
-                   for row in tasks.probabilities(judge, params, len(rows))]
+        results = [
+            [f"{labels[i]}\t{row[i]:.4f}" for i in (-row).argsort()]
+            for row in tasks.probabilities(judge, params, len(rows))
+        ]
     else:
-        results = [[f"{word}\t{tag}" for word, tag in zip(example.tokens, tags)] for example, tags
-                   in zip(made, tasks.tag_names(judge, params, len(rows)))]
+        results = [
+            [f"{word}\t{tag}" for word, tag in zip(example.tokens, tags)]
+            for example, tags in zip(made, tasks.tag_names(judge, params, len(rows)))
+        ]
     for i, lines in enumerate(results):
         print("\n".join([f"--- {i + 1}"] * (len(texts) > 1) + lines))
 
@@ -153,8 +168,7 @@ def restore(config, model, params, tokenizer, texts):
     rows = tasks.encode_for_task([Text(text, "--prompt") for text in texts], config, tokenizer)
     mesh = parallel.make_mesh("-1,1,1")
     judge = tasks.Evaluator(model, config, tokenizer, (), rows, mesh)
-    print("\n".join(map(printed(), judge.task.answer(
-        judge, parallel.put(params, mesh), len(rows)))))
+    print("\n".join(map(printed(), judge.task.answer(judge, parallel.put(params, mesh), len(rows)))))
 
 
 def read_prompts(path):
@@ -184,7 +198,7 @@ def chat(model, params, tokenizer):
     for text in typed():
         turn = [*messages, {"role": "user", "content": text}]
         try:
-            reply, = generate(model, params, tokenizer, [""], [tokenizer.apply_chat(turn)])
+            (reply,) = generate(model, params, tokenizer, [""], [tokenizer.apply_chat(turn)])
         except UserError as error:
             print(error, file=sys.stderr)
             continue
@@ -228,7 +242,7 @@ def generate(model, params, tokenizer, prompts, ids_of_prompts=None):
     def show(i, ended):
         text, stopped = visible(tokenizer.decode(ids[i]), stops, ended)
         if live:
-            print(safe(text[len(texts[i]):]), end="", flush=True)
+            print(safe(text[len(texts[i]) :]), end="", flush=True)
         texts[i] = text
         return stopped
 
@@ -236,15 +250,33 @@ def generate(model, params, tokenizer, prompts, ids_of_prompts=None):
         print(safe(prompts[0]), end="", flush=True)
     stopped = [False] * len(prompts)
     if FLAGS.beams:
-        pieces = [beam_search(
-            model, params, sources, FLAGS.beams, limit, FLAGS.length_penalty, tokenizer.eos_id,
-            vocab_size=tokenizer.vocab_size)]
+        pieces = [
+            beam_search(
+                model,
+                params,
+                sources,
+                FLAGS.beams,
+                limit,
+                FLAGS.length_penalty,
+                tokenizer.eos_id,
+                vocab_size=tokenizer.vocab_size,
+            )
+        ]
     else:
         pieces = stream(
-            model, params, sources, limit, FLAGS.temperature, FLAGS.top_k or None,
-            FLAGS.top_p if FLAGS.top_p != 1 else None, FLAGS.min_p or None,
+            model,
+            params,
+            sources,
+            limit,
+            FLAGS.temperature,
+            FLAGS.top_k or None,
+            FLAGS.top_p if FLAGS.top_p != 1 else None,
+            FLAGS.min_p or None,
             FLAGS.repetition_penalty if FLAGS.repetition_penalty != 1 else None,
-            jax.random.PRNGKey(FLAGS.seed), tokenizer.eos_id, tokenizer.vocab_size)
+            jax.random.PRNGKey(FLAGS.seed),
+            tokenizer.eos_id,
+            tokenizer.vocab_size,
+        )
     for new in pieces:
         for i, tokens in enumerate(new):
             if not stopped[i]:
@@ -255,8 +287,13 @@ def generate(model, params, tokenizer, prompts, ids_of_prompts=None):
             break
     for i in range(len(prompts)):
         show(i, ended=True)
-    print("" if live else "\n".join(f"--- {i + 1}\n{safe(prompt * decoder + text)}"
-                                    for i, (prompt, text) in enumerate(zip(prompts, texts))))
+    print(
+        ""
+        if live
+        else "\n".join(
+            f"--- {i + 1}\n{safe(prompt * decoder + text)}" for i, (prompt, text) in enumerate(zip(prompts, texts))
+        )
+    )
     return texts
 
 
@@ -274,13 +311,12 @@ def visible(text, stops, ended):
     """
     found = [at for stop in stops if (at := text.find(stop)) >= 0]
     if found:
-        return text[:min(found)], True
+        return text[: min(found)], True
     if ended:
         return text, False
     text = text.rstrip("\ufffd")
-    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
-               default=0)
-    return text[:len(text) - held], False
+    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text[: len(text) - held], False
 
 
 if __name__ == "__main__":

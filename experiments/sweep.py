@@ -66,8 +66,9 @@ def main():
     if len({*keys}) < len(keys):
         raise UserError(f"{max(keys, key=keys.count)} is given twice")
     os.makedirs(FLAGS.workdir, exist_ok=True)
-    points = [dict(zip([key for key, _ in grid], point))
-              for point in itertools.product(*(values for _, values in grid))]
+    points = [
+        dict(zip([key for key, _ in grid], point)) for point in itertools.product(*(values for _, values in grid))
+    ]
     results, number = [], len(points) * (FLAGS.trials or 1)
     for i in range(number):
         point = points[i // (FLAGS.trials or 1)]
@@ -77,13 +78,11 @@ def main():
 
 
 def read(text, random):
-    """(key, [values] of --grid or of a choice, or (how, low, high)), each read as its field's type.
-    """
+    """(key, [values] of --grid or of a choice, or (how, low, high)), each read as its field's type."""
     flag = f"--{'random' if random else 'grid'} {text}"
     key, equals, value = text.partition("=")
     if not equals or key not in FLAGS or not key.startswith("config."):
-        raise UserError(f"{flag}: {key!r} is no field of the configuration; write "
-                        "config.SECTION.FIELD=...")
+        raise UserError(f"{flag}: {key!r} is no field of the configuration; write config.SECTION.FIELD=...")
     how, *ends = value.split(":")
     if random and how in ("log", "uniform", "int"):
         try:
@@ -91,8 +90,7 @@ def read(text, random):
         except ValueError:
             raise UserError(f"{flag}: must be {how}:LOW:HIGH, two numbers") from None
         if not low < high or how == "log" and low <= 0:
-            raise UserError(f"{flag}: LOW must be less than HIGH"
-                            + ", and above 0" * (how == "log"))
+            raise UserError(f"{flag}: LOW must be less than HIGH" + ", and above 0" * (how == "log"))
         values, ends = (how, low, high), [str(low), str(high)]
     else:
         values = ends = value.split(";" if ";" in value else ",")
@@ -114,10 +112,13 @@ def draw(spaces, i):
             values[key] = space[rng.integers(len(space))]
             continue
         how, low, high = space
-        values[key] = str({
-            "int": lambda: rng.integers(low, high + 1),
-            "uniform": lambda: rng.uniform(low, high),
-            "log": lambda: np.exp(rng.uniform(np.log(low), np.log(high)))}[how]())
+        values[key] = str(
+            {
+                "int": lambda: rng.integers(low, high + 1),
+                "uniform": lambda: rng.uniform(low, high),
+                "log": lambda: np.exp(rng.uniform(np.log(low), np.log(high))),
+            }[how]()
+        )
     return values
 
 
@@ -137,14 +138,20 @@ def suggested(spaces, i, results):
             kinds[key] = optuna.distributions.FloatDistribution(*space[1:], log=space[0] == "log")
     study = optuna.create_study(
         sampler=optuna.samplers.TPESampler(seed=(FLAGS.seed + i) % (MAX_SEED + 1)),
-        direction="minimize" if less_is_better() else "maximize")
+        direction="minimize" if less_is_better() else "maximize",
+    )
     for result in results:
         if result["status"] == "finished":
-            study.add_trial(optuna.trial.create_trial(
-                params={key: value if isinstance(space, list) else
-                        read.get(space[0], float)(value)
-                        for (key, space), value in zip(spaces, result["values"].values())},
-                distributions=kinds, value=result[FLAGS.metric]))
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params={
+                        key: value if isinstance(space, list) else read.get(space[0], float)(value)
+                        for (key, space), value in zip(spaces, result["values"].values())
+                    },
+                    distributions=kinds,
+                    value=result[FLAGS.metric],
+                )
+            )
     return {key: str(value) for key, value in study.ask(kinds).params.items()}
 
 
@@ -159,11 +166,12 @@ def trial(i, number, point, spaces, results):
             values, done = known["values"], known.get("result")
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} cannot be read: {error!r}") from error
-        same = (list(values) == [key for key, _ in spaces] if FLAGS.optuna else
-                values == point | draw(spaces, i))
+        same = list(values) == [key for key, _ in spaces] if FLAGS.optuna else values == point | draw(spaces, i)
         if not same or known["flags"] != fixed():
-            raise UserError(f"--workdir={FLAGS.workdir} holds another sweep ({path}: {values}, "
-                            f"{' '.join(known['flags'])}); choose another --workdir")
+            raise UserError(
+                f"--workdir={FLAGS.workdir} holds another sweep ({path}: {values}, "
+                f"{' '.join(known['flags'])}); choose another --workdir"
+            )
         if done and FLAGS.metric in done:
             return done
     else:
@@ -174,14 +182,14 @@ def trial(i, number, point, spaces, results):
         write_json(path, known)
     words = [f"{key}={value}" for key, value in values.items()]
     print(f"trial {i + 1}/{number}: {', '.join(words)}", flush=True)
-    code, said = run([*fixed(), *(f"--{word}" for word in words), f"--workdir={workdir}"],
-                     os.path.join(workdir, "log.txt"))
+    code, said = run(
+        [*fixed(), *(f"--{word}" for word in words), f"--workdir={workdir}"], os.path.join(workdir, "log.txt")
+    )
     result = {"trial": i, "values": values}
     if code == 0:
         figures = measured(workdir)
         if FLAGS.metric not in figures:
-            raise UserError(f"--metric={FLAGS.metric} is not measured by trial {i}; there is "
-                            + ", ".join(figures))
+            raise UserError(f"--metric={FLAGS.metric} is not measured by trial {i}; there is " + ", ".join(figures))
         result |= {"status": "finished"} | figures
         write_json(path, known | {"result": result})
         print(f"  {FLAGS.metric} {result[FLAGS.metric]:.4f}", flush=True)
@@ -193,12 +201,18 @@ def trial(i, number, point, spaces, results):
 
 def fixed():
     """The flags that all trials share."""
+
     def text(value):
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
-    return [f"--config={FLAGS['config'].value}", *(
-        f"--{name}={text(FLAGS[name].value)}" for name in sorted(FLAGS)
-        if name.startswith("config.") and FLAGS[name].present)]
+    return [
+        f"--config={FLAGS['config'].value}",
+        *(
+            f"--{name}={text(FLAGS[name].value)}"
+            for name in sorted(FLAGS)
+            if name.startswith("config.") and FLAGS[name].present
+        ),
+    ]
 
 
 def run(arguments, log):
@@ -206,9 +220,12 @@ def run(arguments, log):
     saves; then the sweep ends with its status."""
     with open(log, "a+") as f:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"experiments.{FLAGS.program}", *arguments], stdout=f, stderr=f,
+            [sys.executable, "-m", f"experiments.{FLAGS.program}", *arguments],
+            stdout=f,
+            stderr=f,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},  # or an error might not come last
-            start_new_session=True)  # or Ctrl-C would reach it twice
+            start_new_session=True,
+        )  # or Ctrl-C would reach it twice
         caught = []
 
         def forward(number, _):
@@ -238,8 +255,10 @@ def measured(workdir):
         with open(path) as f:
             found = json.load(f)
     else:
-        found = min((r for r in read_metrics(os.path.join(workdir, "metrics.jsonl"))
-                     if "validation_loss" in r), key=lambda r: r["validation_loss"])
+        found = min(
+            (r for r in read_metrics(os.path.join(workdir, "metrics.jsonl")) if "validation_loss" in r),
+            key=lambda r: r["validation_loss"],
+        )
     return {name: value for name, value in found.items() if isinstance(value, (int, float))}
 
 
@@ -252,12 +271,10 @@ def finish(results, keys):
     from nanoflax import report
 
     sign = 1 if less_is_better() else -1
-    good = sorted((r for r in results if r["status"] == "finished"),
-                  key=lambda r: sign * r[FLAGS.metric])
+    good = sorted((r for r in results if r["status"] == "finished"), key=lambda r: sign * r[FLAGS.metric])
     failed = [r for r in results if r["status"] == "failed"]
     rows = [("trial", *keys, FLAGS.metric)]
-    rows += [(str(r["trial"]), *(r["values"][key] for key in keys), f"{r[FLAGS.metric]:.4f}")
-             for r in good]
+    rows += [(str(r["trial"]), *(r["values"][key] for key in keys), f"{r[FLAGS.metric]:.4f}") for r in good]
     rows += [(str(r["trial"]), *(r["values"][key] for key in keys), "failed") for r in failed]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:

@@ -30,13 +30,42 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOM_OF = {"ModelConfig": "config", "beam_search": "generate", "sample": "generate", "build": "nn",
-            "init": "parallel"}
-_ROOMS = ("config", "data", "generate", "hf", "nn", "parallel", "peft", "planning", "report",
-          "runs", "tasks", "tokenizers", "train")
+_ROOM_OF = {"ModelConfig": "config", "beam_search": "generate", "sample": "generate", "build": "nn", "init": "parallel"}
+_ROOMS = (
+    "config",
+    "data",
+    "generate",
+    "hf",
+    "nn",
+    "parallel",
+    "peft",
+    "planning",
+    "report",
+    "runs",
+    "tasks",
+    "tokenizers",
+    "train",
+)
 __all__ = [
-    "ModelConfig", "beam_search", "build", "config", "data", "generate", "hf", "init", "nn",
-    "parallel", "peft", "planning", "report", "runs", "sample", "tasks", "tokenizers", "train"]
+    "ModelConfig",
+    "beam_search",
+    "build",
+    "config",
+    "data",
+    "generate",
+    "hf",
+    "init",
+    "nn",
+    "parallel",
+    "peft",
+    "planning",
+    "report",
+    "runs",
+    "sample",
+    "tasks",
+    "tokenizers",
+    "train",
+]
 
 
 def __getattr__(name):

@@ -24,14 +24,22 @@ WORDS = "the model reads a token and then it writes another one after that until
 def command(directory, workdir, steps):
     """A small run with everything on that could make a resumed one differ."""
     model = ["layers=2", "dim=32", "heads=2", "context=32", "dropout=0.1"]
-    data = [f"train=text:{directory}/*.txt", "tokenizer=bytes", "packing=isolated",
-            f"cache={directory}/cache"]
+    data = [f"train=text:{directory}/*.txt", "tokenizer=bytes", "packing=isolated", f"cache={directory}/cache"]
     optim = ["name=adamw", "learning_rate=0.003", "warmup_steps=5", "ema=0.9"]
-    train = [f"steps={steps}", "batch_size=8", "accumulate=2", "evaluate_every=25",
-             "checkpoint_every=7", "sample_tokens=8", "tensorboard=false"]
-    flags = [f"--config.{section}.{flag}" for section, given in
-             [("model", model), ("data", data), ("optim", optim), ("train", train)]
-             for flag in given]
+    train = [
+        f"steps={steps}",
+        "batch_size=8",
+        "accumulate=2",
+        "evaluate_every=25",
+        "checkpoint_every=7",
+        "sample_tokens=8",
+        "tensorboard=false",
+    ]
+    flags = [
+        f"--config.{section}.{flag}"
+        for section, given in [("model", model), ("data", data), ("optim", optim), ("train", train)]
+        for flag in given
+    ]
     return [sys.executable, "-m", "experiments.pretrain", f"--workdir={workdir}", *flags]
 
 
@@ -46,8 +54,7 @@ def run_with_kills(arguments, workdir, kills, rng, log):
     metrics, done = workdir / "metrics.jsonl", 0
     while True:
         lines = count_lines(metrics)
-        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done < kills:
             if rng.random() < 0.75:  # else die while starting, restoring or compiling
                 while count_lines(metrics) <= lines and process.poll() is None:
@@ -90,17 +97,21 @@ def main(kills, steps, seed, log=print):
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
         write_corpus(directory, rng)
-        subprocess.run(command(directory, directory / "whole", steps), cwd=ROOT, check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        done = run_with_kills(command(directory, directory / "killed", steps),
-                              directory / "killed", kills, rng, log)
-        difference = compare(directory / "whole" / "metrics.jsonl",
-                             directory / "killed" / "metrics.jsonl")
-        left = [p.name for p in (directory / "killed" / "checkpoints").iterdir()
-                if not p.name.isdigit()]
-    log(f"{done} kills, {steps} steps: "
+        subprocess.run(
+            command(directory, directory / "whole", steps),
+            cwd=ROOT,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        done = run_with_kills(command(directory, directory / "killed", steps), directory / "killed", kills, rng, log)
+        difference = compare(directory / "whole" / "metrics.jsonl", directory / "killed" / "metrics.jsonl")
+        left = [p.name for p in (directory / "killed" / "checkpoints").iterdir() if not p.name.isdigit()]
+    log(
+        f"{done} kills, {steps} steps: "
         + (f"DIFFERENT: {difference}" if difference else "the same losses to the last bit")
-        + (f"; left behind: {left}" if left else ""))
+        + (f"; left behind: {left}" if left else "")
+    )
     return done, difference, left
 
 

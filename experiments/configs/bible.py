@@ -25,13 +25,30 @@ from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskCo
 
 def get_config():
     return Config(
-        model=ModelConfig(architecture="encoder_decoder", layers=3, dim=256, heads=4, context=96,
-                          norm="rmsnorm", activation="silu", gated=True, positions="rotary",
-                          bias=False, tied=True, dropout=0.1),
+        model=ModelConfig(
+            architecture="encoder_decoder",
+            layers=3,
+            dim=256,
+            heads=4,
+            context=96,
+            norm="rmsnorm",
+            activation="silu",
+            gated=True,
+            positions="rotary",
+            bias=False,
+            tied=True,
+            dropout=0.1,
+        ),
         data=DataConfig(train="bible:kjv-web", tokenizer="bpe:4096"),
-        optim=OptimConfig(name="muon", learning_rate=2e-3, warmup_steps=50, schedule="linear",
-                          end_factor=0.0),
+        optim=OptimConfig(name="muon", learning_rate=2e-3, warmup_steps=50, schedule="linear", end_factor=0.0),
         task=TaskConfig(kind="translate", length=96, target_length=96),
-        train=TrainConfig(steps=1000, batch_size=32, label_smoothing=0.1, evaluate_every=500,
-                          evaluate_batches=8, checkpoint_every=500, sample_tokens=0),
+        train=TrainConfig(
+            steps=1000,
+            batch_size=32,
+            label_smoothing=0.1,
+            evaluate_every=500,
+            evaluate_batches=8,
+            checkpoint_every=500,
+            sample_tokens=0,
+        ),
     )

@@ -15,13 +15,22 @@ from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskCo
 
 def get_config():
     return Config(
-        model=ModelConfig(architecture="encoder_decoder", layers=3, dim=192, heads=6, context=128,
-                          norm="rmsnorm", activation="silu", gated=True, positions="rotary",
-                          bias=False),
+        model=ModelConfig(
+            architecture="encoder_decoder",
+            layers=3,
+            dim=192,
+            heads=6,
+            context=128,
+            norm="rmsnorm",
+            activation="silu",
+            gated=True,
+            positions="rotary",
+            bias=False,
+        ),
         data=DataConfig(train="pydocs", tokenizer="bpe:2048"),
-        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=20, schedule="linear",
-                          end_factor=0.05),
+        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=20, schedule="linear", end_factor=0.05),
         task=TaskConfig(kind="denoise", length=128, target_length=64),
-        train=TrainConfig(steps=600, batch_size=32, evaluate_every=200, evaluate_batches=4,
-                          checkpoint_every=200, sample_tokens=0),
+        train=TrainConfig(
+            steps=600, batch_size=32, evaluate_every=200, evaluate_batches=4, checkpoint_every=200, sample_tokens=0
+        ),
     )

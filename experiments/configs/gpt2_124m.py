@@ -13,11 +13,18 @@ from nanoflax.config import Config, DataConfig, OptimConfig, TrainConfig, preset
 def get_config():
     return Config(
         model=preset("gpt2", vocab_size=32_000),
-        data=DataConfig(train="tfds:openwebtext", tokenizer="bpe:32000",
-                        validation_fraction=0.0005),
-        optim=OptimConfig(name="adamw", learning_rate=6e-4, warmup_steps=2000, schedule="cosine",
-                          weight_decay=0.1),
-        train=TrainConfig(steps=600_000, batch_size=480, accumulate=5, evaluate_every=1000,
-                          evaluate_batches=50, checkpoint_every=1000, keep=3, mesh="-1,1,1",
-                          sample_prompt="Once upon a time", sample_tokens=128),
+        data=DataConfig(train="tfds:openwebtext", tokenizer="bpe:32000", validation_fraction=0.0005),
+        optim=OptimConfig(name="adamw", learning_rate=6e-4, warmup_steps=2000, schedule="cosine", weight_decay=0.1),
+        train=TrainConfig(
+            steps=600_000,
+            batch_size=480,
+            accumulate=5,
+            evaluate_every=1000,
+            evaluate_batches=50,
+            checkpoint_every=1000,
+            keep=3,
+            mesh="-1,1,1",
+            sample_prompt="Once upon a time",
+            sample_tokens=128,
+        ),
     )

@@ -14,11 +14,21 @@ from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskCo
 
 def get_config():
     return Config(
-        model=ModelConfig(layers=4, dim=256, heads=4, context=256, norm="rmsnorm",
-                          activation="silu", gated=True, positions="rotary", bias=False),
+        model=ModelConfig(
+            layers=4,
+            dim=256,
+            heads=4,
+            context=256,
+            norm="rmsnorm",
+            activation="silu",
+            gated=True,
+            positions="rotary",
+            bias=False,
+        ),
         data=DataConfig(train="pydocs", tokenizer="bpe:2048"),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=20, schedule="linear", end_factor=0.0),
         task=TaskConfig(kind="language_model", length=256),
-        train=TrainConfig(steps=200, batch_size=16, evaluate_every=100, evaluate_batches=10,
-                          checkpoint_every=100, sample_tokens=0),
+        train=TrainConfig(
+            steps=200, batch_size=16, evaluate_every=100, evaluate_batches=10, checkpoint_every=100, sample_tokens=0
+        ),
     )

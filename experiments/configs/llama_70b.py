@@ -15,11 +15,18 @@ from nanoflax.config import Config, DataConfig, OptimConfig, TrainConfig, preset
 def get_config():
     return Config(
         model=preset("llama-70b", context=4096),
-        data=DataConfig(train="tfds:openwebtext", tokenizer="bpe:128000",
-                        validation_fraction=0.0005),
+        data=DataConfig(train="tfds:openwebtext", tokenizer="bpe:128000", validation_fraction=0.0005),
         optim=OptimConfig(name="adamw", learning_rate=1.5e-4, warmup_steps=2000, schedule="cosine"),
-        train=TrainConfig(steps=300_000, batch_size=256, mesh="8,32,1", remat="blocks",
-                          scan_layers=True, loss_chunks=8,
-                          evaluate_every=1000, evaluate_batches=50, checkpoint_every=1000,
-                          sample_tokens=0),
+        train=TrainConfig(
+            steps=300_000,
+            batch_size=256,
+            mesh="8,32,1",
+            remat="blocks",
+            scan_layers=True,
+            loss_chunks=8,
+            evaluate_every=1000,
+            evaluate_batches=50,
+            checkpoint_every=1000,
+            sample_tokens=0,
+        ),
     )

@@ -11,11 +11,22 @@ from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainC
 
 def get_config():
     return Config(
-        model=ModelConfig(layers=6, dim=256, heads=4, context=256, norm="rmsnorm", dropout=0.1,
-                          activation="silu", gated=True, positions="rotary", bias=False, tied=True),
+        model=ModelConfig(
+            layers=6,
+            dim=256,
+            heads=4,
+            context=256,
+            norm="rmsnorm",
+            dropout=0.1,
+            activation="silu",
+            gated=True,
+            positions="rotary",
+            bias=False,
+            tied=True,
+        ),
         data=DataConfig(train="pydocs", tokenizer="bpe:4096"),
-        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=20, schedule="linear",
-                          end_factor=0.02),
-        train=TrainConfig(steps=500, batch_size=16, evaluate_every=100, checkpoint_every=100,
-                          sample_prompt="The function returns"),
+        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=20, schedule="linear", end_factor=0.02),
+        train=TrainConfig(
+            steps=500, batch_size=16, evaluate_every=100, checkpoint_every=100, sample_prompt="The function returns"
+        ),
     )

@@ -11,11 +11,21 @@ from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainC
 
 def get_config():
     return Config(
-        model=ModelConfig(layers=4, dim=256, heads=4, context=256, norm="rmsnorm",
-                          activation="silu", gated=True, positions="rotary", bias=False, tied=True),
+        model=ModelConfig(
+            layers=4,
+            dim=256,
+            heads=4,
+            context=256,
+            norm="rmsnorm",
+            activation="silu",
+            gated=True,
+            positions="rotary",
+            bias=False,
+            tied=True,
+        ),
         data=DataConfig(train="pydocs", tokenizer="bpe:2048"),
-        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=10, schedule="linear",
-                          end_factor=0.05),
-        train=TrainConfig(steps=100, batch_size=16, evaluate_every=50, checkpoint_every=50,
-                          sample_prompt="The function returns"),
+        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=10, schedule="linear", end_factor=0.05),
+        train=TrainConfig(
+            steps=100, batch_size=16, evaluate_every=50, checkpoint_every=50, sample_prompt="The function returns"
+        ),
     )

@@ -15,10 +15,20 @@ def get_config():
     return Config(
         model=preset("t5-11b"),
         data=DataConfig(train="text:corpus/*.txt", tokenizer="bpe:32000"),
-        optim=OptimConfig(name="adafactor", learning_rate=1e-2, warmup_steps=10_000,
-                          schedule="cosine", weight_decay=0.0),
+        optim=OptimConfig(
+            name="adafactor", learning_rate=1e-2, warmup_steps=10_000, schedule="cosine", weight_decay=0.0
+        ),
         task=TaskConfig(kind="denoise", length=512, target_length=128),
-        train=TrainConfig(steps=500_000, batch_size=2048, mesh="8,4,8", remat="blocks",
-                          scan_layers=True, loss_chunks=8, evaluate_every=1000,
-                          evaluate_batches=16, checkpoint_every=1000, sample_tokens=0),
+        train=TrainConfig(
+            steps=500_000,
+            batch_size=2048,
+            mesh="8,4,8",
+            remat="blocks",
+            scan_layers=True,
+            loss_chunks=8,
+            evaluate_every=1000,
+            evaluate_batches=16,
+            checkpoint_every=1000,
+            sample_tokens=0,
+        ),
     )

@@ -11,13 +11,24 @@ from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskCo
 
 def get_config():
     return Config(
-        model=ModelConfig(architecture="encoder", head="tag", layers=3, dim=128, heads=4,
-                          context=256, norm="rmsnorm", activation="silu", gated=True,
-                          positions="rotary", bias=False, dropout=0.1),
+        model=ModelConfig(
+            architecture="encoder",
+            head="tag",
+            layers=3,
+            dim=128,
+            heads=4,
+            context=256,
+            norm="rmsnorm",
+            activation="silu",
+            gated=True,
+            positions="rotary",
+            bias=False,
+            dropout=0.1,
+        ),
         data=DataConfig(train="pytags", tokenizer="bpe:2048"),
-        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=20, schedule="linear",
-                          end_factor=0.0),
+        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=20, schedule="linear", end_factor=0.0),
         task=TaskConfig(kind="tag", length=256),
-        train=TrainConfig(steps=400, batch_size=32, evaluate_every=200, evaluate_batches=20,
-                          checkpoint_every=200, sample_tokens=0),
+        train=TrainConfig(
+            steps=400, batch_size=32, evaluate_every=200, evaluate_batches=20, checkpoint_every=200, sample_tokens=0
+        ),
     )

@@ -12,8 +12,13 @@ def get_config():
     return Config(
         model=preset("nano-5m", context=256, dropout=0.1),
         data=DataConfig(train="tfds:tiny_shakespeare", tokenizer="bytes"),
-        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=50, schedule="linear",
-                          end_factor=0.05),
-        train=TrainConfig(steps=2000, batch_size=16, evaluate_every=250, checkpoint_every=250,
-                          sample_prompt="ROMEO:", sample_tokens=200),
+        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=50, schedule="linear", end_factor=0.05),
+        train=TrainConfig(
+            steps=2000,
+            batch_size=16,
+            evaluate_every=250,
+            checkpoint_every=250,
+            sample_prompt="ROMEO:",
+            sample_tokens=200,
+        ),
     )

@@ -11,13 +11,22 @@ from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskCo
 
 def get_config():
     return Config(
-        model=ModelConfig(architecture="encoder_decoder", layers=2, dim=128, heads=4, context=64,
-                          norm="rmsnorm", activation="silu", gated=True, positions="learned",
-                          bias=False),
+        model=ModelConfig(
+            architecture="encoder_decoder",
+            layers=2,
+            dim=128,
+            heads=4,
+            context=64,
+            norm="rmsnorm",
+            activation="silu",
+            gated=True,
+            positions="learned",
+            bias=False,
+        ),
         data=DataConfig(train="dates:en-fr", tokenizer="bytes"),
-        optim=OptimConfig(name="muon", learning_rate=2e-3, warmup_steps=20, schedule="linear",
-                          end_factor=0.0),
+        optim=OptimConfig(name="muon", learning_rate=2e-3, warmup_steps=20, schedule="linear", end_factor=0.0),
         task=TaskConfig(kind="translate", length=64, target_length=64),
-        train=TrainConfig(steps=400, batch_size=64, evaluate_every=200, evaluate_batches=4,
-                          checkpoint_every=200, sample_tokens=0),
+        train=TrainConfig(
+            steps=400, batch_size=64, evaluate_every=200, evaluate_batches=4, checkpoint_every=200, sample_tokens=0
+        ),
     )

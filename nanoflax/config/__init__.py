@@ -5,14 +5,7 @@ problem in one go, `to_dict` and `from_dict` carry it through JSON.
 """
 
 from nanoflax.config.checks import diff, from_dict, to_dict, type_name
-from nanoflax.config.model import (
-    LSTM_ATTENTIONS,
-    LSTM_STARTS,
-    POSITIONS,
-    PRESETS,
-    ModelConfig,
-    preset,
-)
+from nanoflax.config.model import LSTM_ATTENTIONS, LSTM_STARTS, POSITIONS, PRESETS, ModelConfig, preset
 from nanoflax.config.run import (
     MAX_SEED,
     METRICS,
@@ -30,8 +23,6 @@ from nanoflax.config.run import (
 )
 
 __all__ = [
-    "LSTM_ATTENTIONS", "LSTM_STARTS", "MAX_SEED", "METRICS", "OPTIMIZERS", "PEFT_KINDS",
-    "POSITIONS", "PRESETS", "SCHEDULES", "Config", "DataConfig", "ModelConfig", "OptimConfig",
-    "PeftConfig",
-    "TaskConfig", "TrainConfig", "diff", "from_dict", "preset",
-    "read_class_weights", "to_dict", "type_name", "validate"]
+    "Config", "DataConfig", "LSTM_ATTENTIONS", "LSTM_STARTS", "MAX_SEED", "METRICS", "ModelConfig", "OPTIMIZERS",
+    "OptimConfig", "PEFT_KINDS", "POSITIONS", "PRESETS", "PeftConfig", "SCHEDULES", "TaskConfig", "TrainConfig",
+    "diff", "from_dict", "preset", "read_class_weights", "to_dict", "type_name", "validate"]  # fmt: skip

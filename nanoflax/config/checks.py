@@ -35,8 +35,7 @@ def type_name(kind):
         return " or ".join(map(type_name, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         return f"a list, each {type_name(typing.get_args(kind)[0])}"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text",
-             types.NoneType: "none"}
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
     return names.get(kind) or f"a {kind.__name__}"
 
 

@@ -12,8 +12,12 @@ NORM_PLACES = ("pre", "post", "sandwich", "after")
 QK_NORMS = ("none", "head", "full")
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves", "rotary", "relative", "none")
 ROPE_SCALINGS = ("none", "linear", "llama3")
-HEADS = {"decoder": ("lm", "classify"), "encoder": ("none", "mlm", "classify", "tag"),
-         "encoder_decoder": ("lm",), "lstm": ("lm",)}
+HEADS = {
+    "decoder": ("lm", "classify"),
+    "encoder": ("none", "mlm", "classify", "tag"),
+    "encoder_decoder": ("lm",),
+    "lstm": ("lm",),
+}
 LSTM_ATTENTIONS = ("additive", "multiplicative")
 LSTM_STARTS = ("encoder", "zeros")
 BOTTLENECKS = ("none", "mean", "first")
@@ -130,8 +134,7 @@ class ModelConfig:
 
 
 _GPT2 = ModelConfig(vocab_size=50257, context=1024, dropout=0.0)
-_LLAMA = ModelConfig(norm="rmsnorm", activation="silu", gated=True, positions="rotary",
-                     bias=False, tied=False)
+_LLAMA = ModelConfig(norm="rmsnorm", activation="silu", gated=True, positions="rotary", bias=False, tied=False)
 
 
 def _with(base, **changes):
@@ -164,7 +167,7 @@ PRESETS = {
         architecture="encoder_decoder", vocab_size=32128, context=512, layers=24, dim=1024,
         heads=128, head_dim=128, mlp_dim=65536, activation="relu", norm="rmsnorm", norm_eps=1e-6,
         positions="relative", bias=False, attention_scale=1.0, logit_scale=1024**-0.5),
-}
+}  # fmt: skip
 
 
 def preset(name, **changes):
@@ -180,38 +183,75 @@ def preset(name, **changes):
 def problems(m):
     found = []
     for name, choices in [
-            ("architecture", ARCHITECTURES), ("norm", NORMS), ("norm_place", NORM_PLACES),
-            ("qk_norm", QK_NORMS), ("activation", ACTIVATIONS), ("pooler_activation", ACTIVATIONS),
-            ("positions", POSITIONS), ("rope_scaling", ROPE_SCALINGS),
-            ("head", HEADS.get(m.architecture, ())), ("lstm_attention", LSTM_ATTENTIONS),
-            ("lstm_start", LSTM_STARTS), ("bottleneck", BOTTLENECKS), ("dtype", DTYPES),
-            ("attention_backend", ATTENTION_BACKENDS)]:
+        ("architecture", ARCHITECTURES),
+        ("norm", NORMS),
+        ("norm_place", NORM_PLACES),
+        ("qk_norm", QK_NORMS),
+        ("activation", ACTIVATIONS),
+        ("pooler_activation", ACTIVATIONS),
+        ("positions", POSITIONS),
+        ("rope_scaling", ROPE_SCALINGS),
+        ("head", HEADS.get(m.architecture, ())),
+        ("lstm_attention", LSTM_ATTENTIONS),
+        ("lstm_start", LSTM_STARTS),
+        ("bottleneck", BOTTLENECKS),
+        ("dtype", DTYPES),
+        ("attention_backend", ATTENTION_BACKENDS),
+    ]:
         choice(found, f"model.{name}", getattr(m, name), choices)
-    optional = [name for name in ("decoder_layers", "kv_heads", "head_dim", "mlp_dim")
-                if getattr(m, name) is not None]
-    at_least(found, "model", m, 1, "context", "layers", "dim", "heads", "labels", "rope_context",
-              "relative_buckets", "relative_distance", *optional)
-    at_least(found, "model", m, 0, "window", "attention_softcap", "logit_softcap", "token_types",
-              "position_offset", "start_id", "output_delay")
+    optional = [name for name in ("decoder_layers", "kv_heads", "head_dim", "mlp_dim") if getattr(m, name) is not None]
+    at_least(
+        found,
+        "model",
+        m,
+        1,
+        "context",
+        "layers",
+        "dim",
+        "heads",
+        "labels",
+        "rope_context",
+        "relative_buckets",
+        "relative_distance",
+        *optional,
+    )
+    at_least(
+        found,
+        "model",
+        m,
+        0,
+        "window",
+        "attention_softcap",
+        "logit_softcap",
+        "token_types",
+        "position_offset",
+        "start_id",
+        "output_delay",
+    )
     if m.vocab_size < 0:
         found.append(f"model.vocab_size={m.vocab_size} must be positive, or 0 for the tokenizer's")
     if not 0 <= m.vocab_padding < max(m.vocab_size, 1):
-        found.append(f"model.vocab_padding={m.vocab_padding} must be from 0 to below "
-                     f"model.vocab_size={m.vocab_size}")
+        found.append(f"model.vocab_padding={m.vocab_padding} must be from 0 to below model.vocab_size={m.vocab_size}")
     if not 0 <= m.dropout < 1:
         found.append(f"model.dropout={m.dropout} must be in [0, 1)")
     if not 0 < m.rope_fraction <= 1:
         found.append(f"model.rope_fraction={m.rope_fraction} must be in (0, 1]")
-    for name in ("norm_eps", "rope_theta", "rope_local_theta", "rope_factor", "rope_low",
-                 "rope_high", "attention_scale"):
+    for name in (
+        "norm_eps",
+        "rope_theta",
+        "rope_local_theta",
+        "rope_factor",
+        "rope_low",
+        "rope_high",
+        "attention_scale",
+    ):
         value = getattr(m, name)
         if value is not None and not value > 0:  # NaN is not
             found.append(f"model.{name}={value} must be positive")
     if found:
         return found
     if m.head_dim is None and m.dim % m.heads:
-        found.append(f"model.heads={m.heads} does not divide model.dim={m.dim}; "
-                     "change one or set model.head_dim")
+        found.append(f"model.heads={m.heads} does not divide model.dim={m.dim}; change one or set model.head_dim")
     if m.heads % m.G:
         found.append(f"model.kv_heads={m.G} does not divide model.heads={m.heads}")
     if m.positions == "rotary" and (m.rotary_dim % 2 or m.rotary_dim < 2):
@@ -224,15 +264,20 @@ def problems(m):
     if m.rope_scaling == "llama3" and not m.rope_low < m.rope_high:
         found.append(f"model.rope_low={m.rope_low} must be less than model.rope_high={m.rope_high}")
     if m.bottleneck != "none" and m.architecture not in ("encoder_decoder", "lstm"):
-        found.append(f"model.bottleneck={m.bottleneck!r} is for model.architecture='encoder_decoder' "
-                     f"or 'lstm', not {m.architecture!r}")
+        found.append(
+            f"model.bottleneck={m.bottleneck!r} is for model.architecture='encoder_decoder' "
+            f"or 'lstm', not {m.architecture!r}"
+        )
     if m.architecture == "lstm" and m.decoder_layers not in (None, m.layers):
-        found.append(f"model.decoder_layers={m.decoder_layers} must equal model.layers={m.layers} "
-                     "in an lstm: each layer starts where the encoder's ended")
+        found.append(
+            f"model.decoder_layers={m.decoder_layers} must equal model.layers={m.layers} "
+            "in an lstm: each layer starts where the encoder's ended"
+        )
     if m.output_delay and m.head != "lm":
-        found.append(f"model.output_delay={m.output_delay} needs model.head='lm', not {m.head!r}: "
-                     "without an order of writing, no state is before another")
+        found.append(
+            f"model.output_delay={m.output_delay} needs model.head='lm', not {m.head!r}: "
+            "without an order of writing, no state is before another"
+        )
     if m.vocab_size and m.start_id >= m.vocab_size - m.vocab_padding:
-        found.append(f"model.start_id={m.start_id} must be below model.vocab_size="
-                     f"{m.vocab_size - m.vocab_padding}")
+        found.append(f"model.start_id={m.start_id} must be below model.vocab_size={m.vocab_size - m.vocab_padding}")
     return found

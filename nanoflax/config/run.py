@@ -11,9 +11,20 @@ from nanoflax.errors import UserError
 TASKS = ("classify", "tag", "translate", "instruct", "language_model", "masked_lm", "denoise")
 NOISES = ("spans", "infilling", "none")
 # What an evaluation may measure, and whether more of it is better.
-METRICS = {"validation_loss": False, "perplexity": False, "bits_per_byte": False, "accuracy": True,
-           "masked_accuracy": True, "token_accuracy": True, "macro_f1": True, "f1": True,
-           "exact_match": True, "bleu": True, "chrf": True, "rouge_l": True}
+METRICS = {
+    "validation_loss": False,
+    "perplexity": False,
+    "bits_per_byte": False,
+    "accuracy": True,
+    "masked_accuracy": True,
+    "token_accuracy": True,
+    "macro_f1": True,
+    "f1": True,
+    "exact_match": True,
+    "bleu": True,
+    "chrf": True,
+    "rouge_l": True,
+}
 PACKINGS = ("joined", "isolated")
 BLEU_TOKENIZERS = ("13a", "intl", "zh", "char", "none")  # those that need no other package
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
@@ -153,8 +164,11 @@ def validate(config):
 
     Raises: UserError with every problem found, one per clause, before anything is allocated.
     """
-    prefix, problems = {ModelConfig: ("model.", models.problems),
-                        PeftConfig: ("peft.", _peft_problems), Config: ("", _problems)}[type(config)]
+    prefix, problems = {
+        ModelConfig: ("model.", models.problems),
+        PeftConfig: ("peft.", _peft_problems),
+        Config: ("", _problems),
+    }[type(config)]
     # What has a wrong type cannot be compared with anything, so these come alone.
     found = type_problems(config, prefix) or problems(config)
     if found:
@@ -196,28 +210,33 @@ def read_class_weights(text):
 
 def _noise_problems(task):
     """The fields of noise that are set and that nothing reads."""
-    reader, read = f"task.kind={task.kind!r}", {"masked_lm": ("noise_rate",),
-                                                "denoise": ("noise", "noise_rate", "noise_span")}
+    reader, read = (
+        f"task.kind={task.kind!r}",
+        {"masked_lm": ("noise_rate",), "denoise": ("noise", "noise_rate", "noise_span")},
+    )
     read = read.get(task.kind, ())
     if task.kind == "denoise" and task.noise == "none":
         reader, read = "task.noise='none'", ("noise",)
-    return [f"task.{name}={getattr(task, name)!r} is not read with {reader}"
-            for name in ("noise", "noise_rate", "noise_span")
-            if name not in read and getattr(task, name) != getattr(TaskConfig, name)]
+    return [
+        f"task.{name}={getattr(task, name)!r} is not read with {reader}"
+        for name in ("noise", "noise_rate", "noise_span")
+        if name not in read and getattr(task, name) != getattr(TaskConfig, name)
+    ]
 
 
 def _class_weight_problems(task):
     if not task.class_weights:
         return []
     if task.kind not in ("classify", "tag"):
-        return [f"task.class_weights={task.class_weights!r} needs task.kind='classify' or 'tag', "
-                f"not {task.kind!r}"]
+        return [f"task.class_weights={task.class_weights!r} needs task.kind='classify' or 'tag', not {task.kind!r}"]
     try:
         if task.class_weights != "balanced":
             read_class_weights(task.class_weights)
     except ValueError:
-        return [f"task.class_weights={task.class_weights!r} must be empty, balanced, or positive "
-                "weights as name=2,other=0.5"]
+        return [
+            f"task.class_weights={task.class_weights!r} must be empty, balanced, or positive "
+            "weights as name=2,other=0.5"
+        ]
     return []
 
 
@@ -229,12 +248,46 @@ def _problems(c):
     choice(found, "optim.schedule", o.schedule, SCHEDULES)
     choice(found, "train.remat", t.remat, REMATS)
     choice(found, "train.metric", t.metric, METRICS)
-    at_least(found, "train", t, 1, "steps", "batch_size", "accumulate", "evaluate_every",
-              "checkpoint_every", "keep", "max_skipped")
-    at_least(found, "train", t, 0, "seed", "z_loss", "loss_chunks", "evaluate_batches",
-              "patience", "checkpoint_seconds", "sample_tokens", "watchdog_seconds")
-    at_least(found, "optim", o, 0, "learning_rate", "muon_learning_rate", "warmup_steps",
-              "end_factor", "weight_decay", "clip", "eps")
+    at_least(
+        found,
+        "train",
+        t,
+        1,
+        "steps",
+        "batch_size",
+        "accumulate",
+        "evaluate_every",
+        "checkpoint_every",
+        "keep",
+        "max_skipped",
+    )
+    at_least(
+        found,
+        "train",
+        t,
+        0,
+        "seed",
+        "z_loss",
+        "loss_chunks",
+        "evaluate_batches",
+        "patience",
+        "checkpoint_seconds",
+        "sample_tokens",
+        "watchdog_seconds",
+    )
+    at_least(
+        found,
+        "optim",
+        o,
+        0,
+        "learning_rate",
+        "muon_learning_rate",
+        "warmup_steps",
+        "end_factor",
+        "weight_decay",
+        "clip",
+        "eps",
+    )
     at_least(found, "data", d, 0, "workers")
     choice(found, "task.kind", c.task.kind, TASKS)
     choice(found, "task.noise", c.task.noise, NOISES)
@@ -246,18 +299,22 @@ def _problems(c):
     choice(found, "task.bleu_tokenize", c.task.bleu_tokenize, BLEU_TOKENIZERS)
     at_least(found, "task", c.task, 0, "show", "max_shift")
     if c.task.max_shift and c.task.kind not in ("translate", "language_model"):
-        found.append(f"task.max_shift={c.task.max_shift} needs task.kind='translate' or "
-                     f"'language_model', not {c.task.kind!r}")
+        found.append(
+            f"task.max_shift={c.task.max_shift} needs task.kind='translate' or 'language_model', not {c.task.kind!r}"
+        )
     if not 0 <= c.task.shift_probability <= 1:
         found.append(f"task.shift_probability={c.task.shift_probability} must be in [0, 1]")
     if c.task.shift_probability and not c.task.max_shift:
-        found.append(f"task.shift_probability={c.task.shift_probability} needs task.max_shift of "
-                     "at least 1")
+        found.append(f"task.shift_probability={c.task.shift_probability} needs task.max_shift of at least 1")
     found += _noise_problems(c.task) + _class_weight_problems(c.task)
     if t.z_loss and c.task.kind in ("classify", "tag"):
         found.append(f"train.z_loss={t.z_loss} does not go with task.kind={c.task.kind!r}")
-    for name, value in [("optim.b1", o.b1), ("optim.b2", o.b2), ("optim.ema", o.ema),
-                        ("train.label_smoothing", t.label_smoothing)]:
+    for name, value in [
+        ("optim.b1", o.b1),
+        ("optim.b2", o.b2),
+        ("optim.ema", o.ema),
+        ("train.label_smoothing", t.label_smoothing),
+    ]:
         if not 0 <= value < 1:
             found.append(f"{name}={value} must be in [0, 1)")
     if not 0 < d.validation_fraction < 1:
@@ -267,31 +324,31 @@ def _problems(c):
     if not 0 < o.decay_fraction <= 1:
         found.append(f"optim.decay_fraction={o.decay_fraction} must be in (0, 1]")
     if t.accumulate >= 1 and t.batch_size % t.accumulate:
-        found.append(f"train.accumulate={t.accumulate} does not divide "
-                     f"train.batch_size={t.batch_size}")
+        found.append(f"train.accumulate={t.accumulate} does not divide train.batch_size={t.batch_size}")
     if p.kind == "adalora" and p.warmup_steps + p.final_steps >= t.steps:
-        found.append(f"peft.warmup_steps={p.warmup_steps} and peft.final_steps={p.final_steps} must "
-                     f"leave some of train.steps={t.steps} in which ranks go")
+        found.append(
+            f"peft.warmup_steps={p.warmup_steps} and peft.final_steps={p.final_steps} must "
+            f"leave some of train.steps={t.steps} in which ranks go"
+        )
     if p.kind == "adalora" and o.ema:
-        found.append(f"optim.ema={o.ema} does not go with peft.kind='adalora': the average would "
-                     "have more ranks than the budget")
+        found.append(
+            f"optim.ema={o.ema} does not go with peft.kind='adalora': the average would have more ranks than the budget"
+        )
     if t.scan_layers and p.kind == "adalora":
-        found.append("train.scan_layers=true does not go with peft.kind='adalora', which weighs the "
-                     "matrices of all blocks against each other")
+        found.append(
+            "train.scan_layers=true does not go with peft.kind='adalora', which weighs the "
+            "matrices of all blocks against each other"
+        )
     if t.scan_layers and c.model.architecture == "lstm":
         found.append("train.scan_layers=true needs blocks, and model.architecture='lstm' has none")
     if o.layer_decay != 1 and c.model.architecture == "lstm":
-        found.append(f"optim.layer_decay={o.layer_decay} needs blocks, and "
-                     "model.architecture='lstm' has none")
+        found.append(f"optim.layer_decay={o.layer_decay} needs blocks, and model.architecture='lstm' has none")
     if not 0 < o.layer_decay <= 1:
         found.append(f"optim.layer_decay={o.layer_decay} must be in (0, 1]")
     if o.warmup_steps >= t.steps > 1:
-        found.append(f"optim.warmup_steps={o.warmup_steps} must be less than "
-                     f"train.steps={t.steps}")
+        found.append(f"optim.warmup_steps={o.warmup_steps} must be less than train.steps={t.steps}")
     if t.loss_chunks > 0 and c.model.context % t.loss_chunks:
-        found.append(f"train.loss_chunks={t.loss_chunks} does not divide "
-                     f"model.context={c.model.context}; 0 chooses")
+        found.append(f"train.loss_chunks={t.loss_chunks} does not divide model.context={c.model.context}; 0 chooses")
     if t.sample_tokens >= c.model.context:
-        found.append(f"train.sample_tokens={t.sample_tokens} must be less than "
-                     f"model.context={c.model.context}")
+        found.append(f"train.sample_tokens={t.sample_tokens} must be less than model.context={c.model.context}")
     return found

@@ -20,8 +20,18 @@ import zlib
 
 from nanoflax.errors import UserError
 
-SKIPPED_MODULES = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "pydoc_data",
-                   "site-packages", "dist-packages", "__pycache__"}
+SKIPPED_MODULES = {
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 
 
 class Report:
@@ -42,9 +52,11 @@ class Report:
 
     def lines(self):
         """One line for each problem, for people."""
-        return [f"{problem}: {count} ({', '.join(self.places[problem])}"
-                f"{', ...' if count > len(self.places[problem]) else ''})"
-                for problem, count in self.counts.items()]
+        return [
+            f"{problem}: {count} ({', '.join(self.places[problem])}"
+            f"{', ...' if count > len(self.places[problem]) else ''})"
+            for problem, count in self.counts.items()
+        ]
 
 
 def chosen(text, fraction):
@@ -100,8 +112,10 @@ def open_dataset(name, data_dir=""):
     # It warns of each folder that it looks into; what matters comes as an exception.
     absl.logging.get_absl_logger().addFilter(_no_warning_of_tfds)
     directory = data_dir or os.environ.get("TFDS_DATA_DIR") or None
-    hint = (f"prepare it once, where there is a network: tfds build {name} "
-            f"--file_format=array_record --data_dir={directory or tfds.core.constants.DATA_DIR}")
+    hint = (
+        f"prepare it once, where there is a network: tfds build {name} "
+        f"--file_format=array_record --data_dir={directory or tfds.core.constants.DATA_DIR}"
+    )
     try:
         builder = tfds.builder(name, data_dir=directory)
         if not builder.is_prepared():
@@ -137,8 +151,7 @@ def dataset_splits(builder):
     """{"train": [name], "all": [names]}, with "validation": [name] if there is such or a test."""
     names = list(builder.info.splits)
     if "train" not in names:
-        raise UserError(f"tfds:{builder.info.full_name} has no split named train, only "
-                        f"{', '.join(names)}")
+        raise UserError(f"tfds:{builder.info.full_name} has no split named train, only {', '.join(names)}")
     held_out = [name for name in ("validation", "test") if name in names][:1]
     return {"train": ["train"], "all": names} | ({"validation": held_out} if held_out else {})
 
@@ -148,9 +161,11 @@ def dataset_examples(builder, split):
     try:
         return builder.as_data_source(split=split)
     except NotImplementedError as error:
-        raise UserError(f"tfds:{builder.info.full_name} is prepared as "
-                        f"{builder.info.file_format.value}: prepare it again with "
-                        "--file_format=array_record") from error
+        raise UserError(
+            f"tfds:{builder.info.full_name} is prepared as "
+            f"{builder.info.file_format.value}: prepare it again with "
+            "--file_format=array_record"
+        ) from error
 
 
 def read_binary(path, read):
@@ -164,6 +179,7 @@ def read_binary(path, read):
 
 def text_lines(path, report):
     """Yields (place, line without its end) of a file of UTF-8."""
+
     def read(file):
         for number, line in enumerate(file, 1):
             place = f"{path}:{number}"

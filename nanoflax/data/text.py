@@ -52,8 +52,7 @@ class Source:
             if name != "pydocs" and not (kind in ("text", "tfds") and rest):
                 raise UserError(f"data source {name!r} is not known; {HELP}")
         if not 0 < self.validation_fraction < 1:
-            raise UserError(f"validation_fraction {self.validation_fraction}: must be between 0 "
-                            "and 1")
+            raise UserError(f"validation_fraction {self.validation_fraction}: must be between 0 and 1")
 
 
 # Sources of documents.
@@ -69,20 +68,19 @@ def documents(source, split="train", report=None):
     if split not in ("train", "validation", "all"):
         raise UserError(f"split {split!r}: choose train, validation or all")
     if split == "validation" and source.validation:
-        return documents(dataclasses.replace(source, name=source.validation, validation=""),
-                         "all", report)
+        return documents(dataclasses.replace(source, name=source.validation, validation=""), "all", report)
     own = _dataset_splits(source)
     whole = split == "all" or source.validation or "validation" in own
     names = own.get(split if whole else "train")
     if whole:
         return _read(source, names, report)
-    few = FEW_DOCUMENTS > sum(
-        1 for _ in itertools.islice(_read(source, names, Report()), FEW_DOCUMENTS))
+    few = FEW_DOCUMENTS > sum(1 for _ in itertools.islice(_read(source, names, Report()), FEW_DOCUMENTS))
     return _split_documents(_read(source, names, report), split, source.validation_fraction, few)
 
 
 def identity(source):
     """What tells, without reading the text, that a source is still the same, as JSON values."""
+
     def of(name):
         if name.startswith("text:"):
             files = _files(dataclasses.replace(source, name=name))
@@ -178,8 +176,10 @@ def _files(source):
     files = [p for p in matches if _suffix(p) in (".txt", ".md", ".jsonl")]
     if not files:
         what = f"{len(matches)} files, none of them" if matches else "no file, so no"
-        raise UserError(f"data source {source.name!r} matches {what} .txt, .md or .jsonl (or .gz "
-                        "of these); a whole folder is text:FOLDER/**/*.txt")
+        raise UserError(
+            f"data source {source.name!r} matches {what} .txt, .md or .jsonl (or .gz "
+            "of these); a whole folder is text:FOLDER/**/*.txt"
+        )
     return files
 
 
@@ -191,8 +191,7 @@ def _read_text(files, field, report):
     size, before = sum(map(os.path.getsize, files)) or 1, 0
     for path in files:
         try:
-            with (open(path, "rb") as raw,
-                  gzip.open(raw) if path.endswith(".gz") else raw as file):
+            with open(path, "rb") as raw, gzip.open(raw) if path.endswith(".gz") else raw as file:
                 if _suffix(path) == ".jsonl":
                     texts = _read_jsonl(file, path, field, report)
                 else:
@@ -222,13 +221,14 @@ def _dataset(source):
     words = source.name.removeprefix("tfds:").split(":")
     # NAME, NAME:FIELD, NAME:VERSION or NAME:VERSION:FIELD; a version starts with a digit.
     name = ":".join(words[:2] if len(words) > 1 and words[1][:1].isdigit() else words[:1])
-    field = ":".join(words)[len(name) + 1:]
+    field = ":".join(words)[len(name) + 1 :]
     builder = open_dataset(name, source.data_dir)
     features = builder.info.features
     texts = [k for k in features if isinstance(features[k], tfds.features.Text)]
     if field not in texts and (field or len(texts) != 1):
-        raise UserError(f"{source.name}: name a text feature, as in tfds:{name}:FIELD; it has "
-                        f"{', '.join(texts) or 'none'}")
+        raise UserError(
+            f"{source.name}: name a text feature, as in tfds:{name}:FIELD; it has {', '.join(texts) or 'none'}"
+        )
     return builder, field or texts[0]
 
 
@@ -251,5 +251,4 @@ def _read_tfds(source, names, report):
 def source_of(config, name=None):
     """The Source of a DataConfig (or of another source string, read the same way)."""
 
-    return Source(name or config.train, config.field, "" if name else config.validation,
-                       config.validation_fraction)
+    return Source(name or config.train, config.field, "" if name else config.validation, config.validation_fraction)

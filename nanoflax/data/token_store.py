@@ -99,8 +99,9 @@ def prepare(source, tokenizer, split="train", cache_dir=None, workers=None, prog
             finally:
                 shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"cache directory {cache} cannot be written: {error.strerror}; choose "
-                        "another with $NANOFLAX_CACHE") from error
+        raise UserError(
+            f"cache directory {cache} cannot be written: {error.strerror}; choose another with $NANOFLAX_CACHE"
+        ) from error
     return TokenStore.open(cache / key)
 
 
@@ -135,18 +136,23 @@ def _build(directory, source, tokenizer, split, workers, progress):
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     n_tokens = n_documents = n_bytes = 0
     chunks = _chunks(documents(source, split, report))
-    with (open(directory / "tokens.bin", "wb") as tokens_file,
-          open(directory / "offsets.bin", "wb") as offsets_file,
-          _Tokenizing(f"{source.name} {split}") if progress else contextlib.nullcontext() as bar,
-          contextlib.closing(_encode_all(chunks, tokenizer, workers)) as encoded):
+    with (
+        open(directory / "tokens.bin", "wb") as tokens_file,
+        open(directory / "offsets.bin", "wb") as offsets_file,
+        _Tokenizing(f"{source.name} {split}") if progress else contextlib.nullcontext() as bar,
+        contextlib.closing(_encode_all(chunks, tokenizer, workers)) as encoded,
+    ):
         offsets_file.write(np.int64(0).tobytes())
         for ids, lengths, size in encoded:
             if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-                raise UserError(f"the tokenizer gave token id {ids.max()}, beyond its vocabulary "
-                                f"of {tokenizer.vocab_size}")
+                raise UserError(
+                    f"the tokenizer gave token id {ids.max()}, beyond its vocabulary of {tokenizer.vocab_size}"
+                )
             ends = n_tokens + np.cumsum(lengths, dtype=np.int64)
-            for file, hashed, data in ((tokens_file, digest, ids.astype(dtype).tobytes()),
-                                       (offsets_file, lengths_digest, ends.tobytes())):
+            for file, hashed, data in (
+                (tokens_file, digest, ids.astype(dtype).tobytes()),
+                (offsets_file, lengths_digest, ends.tobytes()),
+            ):
                 file.write(data)
                 hashed.update(data)
             n_tokens, n_documents, n_bytes = int(ends[-1]), n_documents + len(ends), n_bytes + size
@@ -159,10 +165,18 @@ def _build(directory, source, tokenizer, split, workers, progress):
         found = "; ".join(report.lines()) or "the source has no such document"
         raise UserError(f"data source {source.name!r} has no text for its {split} split: {found}")
     digest.update(lengths_digest.digest())
-    meta = {"source": dataclasses.asdict(source), "split": split, "dtype": dtype.name,
-            "n_tokens": n_tokens, "n_documents": n_documents, "n_bytes": n_bytes,
-            "fingerprint": digest.hexdigest()[:32], "tokenizer": tokenizer.fingerprint,
-            "bos_id": tokenizer.bos_id, "report": report.lines()}
+    meta = {
+        "source": dataclasses.asdict(source),
+        "split": split,
+        "dtype": dtype.name,
+        "n_tokens": n_tokens,
+        "n_documents": n_documents,
+        "n_bytes": n_bytes,
+        "fingerprint": digest.hexdigest()[:32],
+        "tokenizer": tokenizer.fingerprint,
+        "bos_id": tokenizer.bos_id,
+        "report": report.lines(),
+    }
     (directory / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     for path in (*directory.iterdir(), directory):
         _sync(path)
@@ -184,8 +198,7 @@ def _chunks(texts):
 def _encode(tokenizer, texts):
     """-> ids [sum of lengths] int64, lengths [documents], the text's size in bytes."""
     documents = [np.asarray([*tokenizer.encode(text), tokenizer.eos_id]) for text in texts]
-    return (np.concatenate(documents), [len(ids) for ids in documents],
-            sum(len(text.encode()) for text in texts))
+    return (np.concatenate(documents), [len(ids) for ids in documents], sum(len(text.encode()) for text in texts))
 
 
 def _start_worker(tokenizer):
@@ -214,8 +227,7 @@ def _encode_all(chunks, tokenizer, workers):
 
     context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
     try:
-        with concurrent.futures.ProcessPoolExecutor(
-                workers, context, _start_worker, (tokenizer,)) as pool:
+        with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer,)) as pool:
             pending = collections.deque()
             for chunk in chunks:
                 pending.append(pool.submit(_encode_in_worker, chunk))
@@ -224,8 +236,10 @@ def _encode_all(chunks, tokenizer, workers):
             while pending:
                 yield pending.popleft().result()
     except concurrent.futures.process.BrokenProcessPool as error:
-        raise UserError("a tokenizing process died: there was too little memory, or the program "
-                        "has no `if __name__ == '__main__':`; workers=1 needs neither") from error
+        raise UserError(
+            "a tokenizing process died: there was too little memory, or the program "
+            "has no `if __name__ == '__main__':`; workers=1 needs neither"
+        ) from error
 
 
 class _Tokenizing(Bar):

@@ -4,7 +4,6 @@ Every step is a value that its inputs determine: the same seed and step give the
 the number of hosts.
 """
 
-
 import numpy as np
 
 from nanoflax.errors import UserError
@@ -43,9 +42,11 @@ class Windows:
         real = positions < n
         positions = np.minimum(positions, n - 1)
         before = tokens[np.clip(starts - 1, 0, n - 1)].astype(np.int32)
-        batch = {"targets": np.where(real, tokens[positions], 0).astype(np.int32),
-                 "first": np.where(starts == 0, self.bos_id, before).astype(np.int32),
-                 "weights": real.astype(np.float32)}
+        batch = {
+            "targets": np.where(real, tokens[positions], 0).astype(np.int32),
+            "first": np.where(starts == 0, self.bos_id, before).astype(np.int32),
+            "weights": real.astype(np.float32),
+        }
         if self.isolated:
             document = self.document(positions)
             batch["segments"] = np.where(real, document - document[:, :1] + 1, 0).astype(np.int32)
@@ -61,4 +62,4 @@ class Windows:
 
     def text(self, index, tokenizer):
         start = index * self.length
-        return tokenizer.decode(self.store.tokens[start:start + self.length].tolist())
+        return tokenizer.decode(self.store.tokens[start : start + self.length].tolist())

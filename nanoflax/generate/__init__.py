@@ -4,4 +4,5 @@ from nanoflax.generate.beams import beam_search
 from nanoflax.generate.sampling import check_prompts, sample, stream
 from nanoflax.generate.scoring import log_likelihoods, rank
 
-__all__ = ["beam_search", "check_prompts", "log_likelihoods", "rank", "sample", "stream"]
+__all__ = [
+    "beam_search", "check_prompts", "log_likelihoods", "rank", "sample", "stream"]  # fmt: skip

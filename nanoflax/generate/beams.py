@@ -9,15 +9,7 @@ import numpy as np
 
 from nanoflax import parallel
 from nanoflax.errors import UserError
-from nanoflax.generate.sampling import (
-    check_prompts,
-    compiled,
-    cut,
-    decoding_params,
-    only_below,
-    pad_left,
-    untied,
-)
+from nanoflax.generate.sampling import check_prompts, compiled, cut, decoding_params, only_below, pad_left, untied
 
 
 class Beams(NamedTuple):
@@ -57,7 +49,7 @@ def advance(model, params, s, penalty, early_stopping, eos_id=None, vocab_size=N
 
     # A closed search takes no hypothesis any more.
     finishes = ended & (jnp.arange(token.shape[1]) < W) & s.open[:, None]
-    finished = jnp.where(finishes, scores / step.astype(jnp.float32)**penalty, -jnp.inf)
+    finished = jnp.where(finishes, scores / step.astype(jnp.float32) ** penalty, -jnp.inf)
     best_scores, chosen = jax.lax.top_k(jnp.concatenate([s.best_scores, finished], 1), W)
     best = _take(jnp.concatenate([s.best, tokens], 1), chosen)
 
@@ -65,8 +57,7 @@ def advance(model, params, s, penalty, early_stopping, eos_id=None, vocab_size=N
     parent, tokens = jnp.take_along_axis(parent, chosen, 1), _take(tokens, chosen)
     rows = (jnp.arange(B)[:, None] * W + parent).reshape(-1)
     # What a step hands on untouched (a source's keys) is the same in all beams of a prompt.
-    cache = jax.tree.map(lambda new, old: new if new is old or new.ndim == 0 else new[rows],
-                         cache, s.cache)
+    cache = jax.tree.map(lambda new, old: new if new is old or new.ndim == 0 else new[rows], cache, s.cache)
 
     # Could the best beam still beat the worst hypothesis?
     length = jnp.where((early_stopping == "never") & (penalty > 0), N, step).astype(jnp.float32)
@@ -74,12 +65,10 @@ def advance(model, params, s, penalty, early_stopping, eos_id=None, vocab_size=N
     goes_on = s.open & (scores[:, 0] / length**penalty > worst)
     if early_stopping is True:
         goes_on &= worst == -jnp.inf  # not W hypotheses yet
-    return Beams(step, cache, tokens[:, :, s.step].reshape(-1), tokens, scores, best, best_scores,
-                 goes_on)
+    return Beams(step, cache, tokens[:, :, s.step].reshape(-1), tokens, scores, best, best_scores, goes_on)
 
 
-def _search(model, params, tokens, lengths, penalty, beams, steps, early_stopping, eos_id,
-            vocab_size):
+def _search(model, params, tokens, lengths, penalty, beams, steps, early_stopping, eos_id, vocab_size):
     rows = len(tokens) * beams
     model, params = untied(model, rows), decoding_params(model, params, rows)
     token, cache = model.prefill(params, tokens, lengths, steps)
@@ -87,16 +76,36 @@ def _search(model, params, tokens, lengths, penalty, beams, steps, early_stoppin
     B, W, N = len(token), beams, steps
     scores = jnp.full((B, W), -jnp.inf)  # one beam at first, or all would be the same
     none = jnp.full((B, W, N), 0 if eos_id is None else eos_id, jnp.int32)
-    state = Beams(jnp.int32(0), jax.tree.map(repeat, cache), repeat(token), none,
-                  scores.at[:, 0].set(0), none, scores, jnp.ones(B, bool))
+    state = Beams(
+        jnp.int32(0),
+        jax.tree.map(repeat, cache),
+        repeat(token),
+        none,
+        scores.at[:, 0].set(0),
+        none,
+        scores,
+        jnp.ones(B, bool),
+    )
     state = jax.lax.while_loop(
         lambda s: (s.step < N) & s.open.any(),
-        lambda s: advance(model, params, s, penalty, early_stopping, eos_id, vocab_size), state)
+        lambda s: advance(model, params, s, penalty, early_stopping, eos_id, vocab_size),
+        state,
+    )
     return state.best, state.best_scores
 
 
-def beam_search(model, params, prompts, beams=4, max_new_tokens=64, length_penalty=1.0, eos_id=None,
-                early_stopping=False, n_best=None, vocab_size=None):
+def beam_search(
+    model,
+    params,
+    prompts,
+    beams=4,
+    max_new_tokens=64,
+    length_penalty=1.0,
+    eos_id=None,
+    early_stopping=False,
+    n_best=None,
+    vocab_size=None,
+):
     """The most probable continuation of each prompt that a beam search finds.
 
     prompts: a list of lists of token ids, of any lengths; for an encoder-decoder, the sources. A
@@ -110,24 +119,41 @@ def beam_search(model, params, prompts, beams=4, max_new_tokens=64, length_penal
     for each prompt of its n best (tokens, score) pairs, best first; fewer where there are fewer.
     Raises: UserError for what `sample` refuses, and naming every argument out of its range.
     """
-    found = [f"{name}={value!r} must be {right}" for name, value, good, right in [
-        ("beams", beams, beams >= 1, "at least 1"),
-        ("length_penalty", length_penalty, math.isfinite(length_penalty), "finite"),
-        ("early_stopping", early_stopping, early_stopping in (True, False, "never"),
-         "True, False or 'never'"),
-        ("n_best", n_best, n_best is None or 1 <= n_best <= beams, f"from 1 to beams={beams}"),
-        ("vocab_size", vocab_size, vocab_size is None or vocab_size >= 1, "at least 1"),
-    ] if not good]
+    found = [
+        f"{name}={value!r} must be {right}"
+        for name, value, good, right in [
+            ("beams", beams, beams >= 1, "at least 1"),
+            ("length_penalty", length_penalty, math.isfinite(length_penalty), "finite"),
+            ("early_stopping", early_stopping, early_stopping in (True, False, "never"), "True, False or 'never'"),
+            ("n_best", n_best, n_best is None or 1 <= n_best <= beams, f"from 1 to beams={beams}"),
+            ("vocab_size", vocab_size, vocab_size is None or vocab_size >= 1, "at least 1"),
+        ]
+        if not good
+    ]
     if found:
         raise UserError("; ".join(found))
     check_prompts(model.config, prompts, max_new_tokens)
     tokens, lengths = pad_left(prompts)
     early_stopping = early_stopping if early_stopping == "never" else bool(early_stopping)
-    best, scores = map(parallel.fetch, compiled(_search, mesh=parallel.mesh_of(params))(
-        model, params, tokens, lengths, jnp.float32(length_penalty), beams, max_new_tokens,
-        early_stopping, eos_id, vocab_size))
-    pairs = [[(cut(row.tolist(), eos_id), float(score)) for row, score in zip(*prompt)
-              if score != -np.inf] for prompt in zip(best, scores)]
+    best, scores = map(
+        parallel.fetch,
+        compiled(_search, mesh=parallel.mesh_of(params))(
+            model,
+            params,
+            tokens,
+            lengths,
+            jnp.float32(length_penalty),
+            beams,
+            max_new_tokens,
+            early_stopping,
+            eos_id,
+            vocab_size,
+        ),
+    )
+    pairs = [
+        [(cut(row.tolist(), eos_id), float(score)) for row, score in zip(*prompt) if score != -np.inf]
+        for prompt in zip(best, scores)
+    ]
     return [prompt[0][0] for prompt in pairs] if n_best is None else [p[:n_best] for p in pairs]
 
 

@@ -50,8 +50,7 @@ def choose(logits, rng, filters, seen=None):
     """
     f = filters
     if f.repetition_penalty is not None:
-        penalised = jnp.where(logits > 0, logits / f.repetition_penalty,
-                              logits * f.repetition_penalty)
+        penalised = jnp.where(logits > 0, logits / f.repetition_penalty, logits * f.repetition_penalty)
         logits = jnp.where(seen, penalised, logits)
     if f.temperature is None:
         return logits.argmax(-1).astype(jnp.int32)
@@ -110,6 +109,7 @@ def advance(model, params, state, filters, steps, eos_id=None, vocab_size=None):
     vocab_size: ids from there on (a padded vocabulary's) are never drawn.
     Returns (Generation, tokens [B, steps] int32).
     """
+
     def step(state, _):
         logits, cache = model.decode(params, state.token[:, None], state.cache)
         logits = only_below(vocab_size, logits[:, -1])
@@ -146,11 +146,13 @@ def decoding_params(model, params, rows):
 @functools.cache
 def compiled(function, donate=(), mesh=None):
     """jax.jit of a sampling function for parameters on a mesh, with the options of the platform."""
-    static = {"model", "rows", "beams", "steps", "new_tokens", "early_stopping", "eos_id",
-              "vocab_size"}
-    return jax.jit(parallel.traced_on(mesh, function), donate_argnames=donate,
-                   static_argnames=static & inspect.signature(function).parameters.keys(),
-                   compiler_options=parallel.compiler_options(jax.default_backend()))
+    static = {"model", "rows", "beams", "steps", "new_tokens", "early_stopping", "eos_id", "vocab_size"}
+    return jax.jit(
+        parallel.traced_on(mesh, function),
+        donate_argnames=donate,
+        static_argnames=static & inspect.signature(function).parameters.keys(),
+        compiler_options=parallel.compiler_options(jax.default_backend()),
+    )
 
 
 def _sample(model, params, tokens, lengths, rng, filters, steps, eos_id, vocab_size):
@@ -160,9 +162,20 @@ def _sample(model, params, tokens, lengths, rng, filters, steps, eos_id, vocab_s
     return advance(model, params, state, filters, steps, eos_id, vocab_size)[1]
 
 
-
-def sample(model, params, prompts, max_new_tokens=64, temperature=1.0, top_k=None, top_p=None,
-           min_p=None, repetition_penalty=None, rng=None, eos_id=None, vocab_size=None):
+def sample(
+    model,
+    params,
+    prompts,
+    max_new_tokens=64,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    repetition_penalty=None,
+    rng=None,
+    eos_id=None,
+    vocab_size=None,
+):
     """Continue each prompt.
 
     prompts: a list of lists of token ids, of any lengths; temperature 0 is greedy; rng: a PRNG key
@@ -176,12 +189,26 @@ def sample(model, params, prompts, max_new_tokens=64, temperature=1.0, top_k=Non
     tokens, lengths = pad_left(prompts)
     filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty)
     new = compiled(_sample, mesh=parallel.mesh_of(params))(
-        model, params, tokens, lengths, _key(rng), filters, max_new_tokens, eos_id, vocab_size)
+        model, params, tokens, lengths, _key(rng), filters, max_new_tokens, eos_id, vocab_size
+    )
     return [cut(row, eos_id) for row in parallel.fetch(new).tolist()]
 
 
-def stream(model, params, prompts, max_new_tokens=64, temperature=1.0, top_k=None, top_p=None,
-           min_p=None, repetition_penalty=None, rng=None, eos_id=None, vocab_size=None, chunk=8):
+def stream(
+    model,
+    params,
+    prompts,
+    max_new_tokens=64,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    repetition_penalty=None,
+    rng=None,
+    eos_id=None,
+    vocab_size=None,
+    chunk=8,
+):
     """`sample`, giving tokens as they come: yields lists of up to `chunk` new tokens per prompt.
 
     The tokens are those of `sample` with the same key. Ends when every row has met eos_id.
@@ -196,7 +223,7 @@ def stream(model, params, prompts, max_new_tokens=64, temperature=1.0, top_k=Non
     ended = np.zeros(len(prompts), bool)
     for i in range(chunks):
         state, new = on(advance, "state")(model, params, state, filters, chunk, eos_id, vocab_size)
-        rows = np.asarray(new)[:, :max_new_tokens - i * chunk].tolist()
+        rows = np.asarray(new)[:, : max_new_tokens - i * chunk].tolist()
         yield [cut(row, eos_id) for row in rows]  # a finished row repeats eos_id: nothing is left
         ended |= np.array([eos_id is not None and eos_id in row for row in rows])
         if ended.all():
@@ -206,28 +233,30 @@ def stream(model, params, prompts, max_new_tokens=64, temperature=1.0, top_k=Non
 def check_prompts(config, prompts, max_new_tokens):
     """Raises: UserError for prompts that the model cannot continue by max_new_tokens."""
     if config.head != "lm":
-        raise UserError(f"an {config.architecture} with model.head={config.head!r} writes no text; "
-                        "give a decoder or an encoder-decoder")
+        raise UserError(
+            f"an {config.architecture} with model.head={config.head!r} writes no text; "
+            "give a decoder or an encoder-decoder"
+        )
     if not prompts:
         raise UserError("prompts is empty; give at least one")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise UserError(f"prompt {i} is empty; give at least one token, "
-                            "such as the one a document starts with")
+            raise UserError(f"prompt {i} is empty; give at least one token, such as the one a document starts with")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             bad = next(t for t in prompt if not 0 <= t < config.vocab_size)
-            raise UserError(f"prompt {i} holds token id {bad}, outside the model's vocabulary of "
-                            f"{config.vocab_size}")
+            raise UserError(f"prompt {i} holds token id {bad}, outside the model's vocabulary of {config.vocab_size}")
         if config.architecture == "decoder" and len(prompt) + max_new_tokens > config.context:
             raise UserError(
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that "
-                f"exceeds the model's context of {config.context}; shorten one of them")
+                f"exceeds the model's context of {config.context}; shorten one of them"
+            )
         if max(len(prompt), max_new_tokens) > config.context:
             raise UserError(
                 f"prompt {i} has {len(prompt)} tokens, max_new_tokens={max_new_tokens}: neither "
-                f"may exceed the model's context of {config.context}")
+                f"may exceed the model's context of {config.context}"
+            )
 
 
 def make_filters(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None):
@@ -236,18 +265,22 @@ def make_filters(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition
     Raises: UserError for a value out of its range.
     """
     for name, value, good, right in [
-            ("temperature", temperature, temperature >= 0, "at least 0"),
-            ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
-            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]"),
-            ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", repetition_penalty,
-             repetition_penalty is None or repetition_penalty > 0, "positive")]:
+        ("temperature", temperature, temperature >= 0, "at least 0"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "in (0, 1]"),
+        ("min_p", min_p, min_p is None or 0 <= min_p <= 1, "in [0, 1]"),
+        ("repetition_penalty", repetition_penalty, repetition_penalty is None or repetition_penalty > 0, "positive"),
+    ]:
         if not good:
             raise UserError(f"{name}={value} must be {right}")
     real = lambda x: None if x is None else jnp.float32(x)
-    return Filters(None if temperature == 0 else jnp.float32(temperature),
-                   None if top_k is None else jnp.int32(top_k),
-                   real(top_p), real(min_p or None), real(repetition_penalty))
+    return Filters(
+        None if temperature == 0 else jnp.float32(temperature),
+        None if top_k is None else jnp.int32(top_k),
+        real(top_p),
+        real(min_p or None),
+        real(repetition_penalty),
+    )
 
 
 def pad_left(prompts, pad=0):
@@ -255,13 +288,13 @@ def pad_left(prompts, pad=0):
     lengths = np.array([len(p) for p in prompts], np.int32)
     tokens = np.full((len(prompts), bucket(int(lengths.max()))), pad, np.int32)
     for row, prompt in zip(tokens, prompts):
-        row[len(row) - len(prompt):] = prompt
+        row[len(row) - len(prompt) :] = prompt
     return tokens, lengths
 
 
 def cut(row, eos_id):
     """The tokens of a list before its first eos_id."""
-    return row[:row.index(eos_id)] if eos_id is not None and eos_id in row else row
+    return row[: row.index(eos_id)] if eos_id is not None and eos_id in row else row
 
 
 def _key(rng):

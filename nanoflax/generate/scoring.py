@@ -1,7 +1,7 @@
 """Ranking: how likely a model finds each of several continuations of a prompt.
 
-    totals = log_likelihoods(model, params, prompts, continuations)     # of ids
-    place = rank(totals, answer)
+totals = log_likelihoods(model, params, prompts, continuations)     # of ids
+place = rank(totals, answer)
 """
 
 from functools import partial
@@ -26,14 +26,19 @@ def log_likelihoods(model, params, prompts, continuations, batch_size=16, names=
     """
     c, decoder = model.config, model.config.architecture == "decoder"
     if c.head != "lm":
-        raise UserError(f"an {c.architecture} with model.head={c.head!r} gives texts no "
-                        "likelihood; give a decoder or an encoder-decoder")
+        raise UserError(
+            f"an {c.architecture} with model.head={c.head!r} gives texts no "
+            "likelihood; give a decoder or an encoder-decoder"
+        )
     names = names or [f"pair {i}" for i in range(len(prompts))]
-    found = [f"{name}: {len(p)} and {len(t)} tokens, while the model's context is {c.context}"
-             for name, p, t in zip(names, prompts, continuations, strict=True)
-             if (len(p) + len(t) - 1 if decoder else max(len(p), len(t))) > c.context]
-    found += [f"{name} has an empty side"
-              for name, *pair in zip(names, prompts, continuations) if not all(map(len, pair))]
+    found = [
+        f"{name}: {len(p)} and {len(t)} tokens, while the model's context is {c.context}"
+        for name, p, t in zip(names, prompts, continuations, strict=True)
+        if (len(p) + len(t) - 1 if decoder else max(len(p), len(t))) > c.context
+    ]
+    found += [
+        f"{name} has an empty side" for name, *pair in zip(names, prompts, continuations) if not all(map(len, pair))
+    ]
     if found:
         raise UserError("; ".join(found[:8]) + (f"; {len(found) - 8} more" if found[8:] else ""))
     pairs = list(zip(prompts, continuations))
@@ -48,7 +53,7 @@ def log_likelihoods(model, params, prompts, continuations, batch_size=16, names=
         groups.setdefault(tuple(lengths(i)), []).append(i)
     for sizes, members in groups.items():
         for at in range(0, len(members), batch_size):
-            part = members[at:at + batch_size]
+            part = members[at : at + batch_size]
             part += part[-1:] * (batch_size - len(part))  # no compilation for the last batch
             batch = _batch([pairs[i] for i in part], sizes, None if decoder else c.start_id)
             totals[part] = _scores(model, params, batch)
@@ -67,16 +72,15 @@ def _batch(pairs, sizes, start_id):
     arrays = {"inputs": np.zeros((len(pairs), T), np.int32)}
     arrays |= {"targets": arrays["inputs"].copy(), "weights": arrays["inputs"].astype(np.float32)}
     for S in source:
-        arrays |= {"source": np.zeros((len(pairs), S), np.int32),
-                   "source_mask": np.zeros((len(pairs), S), bool)}
+        arrays |= {"source": np.zeros((len(pairs), S), np.int32), "source_mask": np.zeros((len(pairs), S), bool)}
     for row, (prompt, new) in enumerate(pairs):
         whole = [start_id, *new] if source else [*prompt, *new]
         n = len(whole) - 1
         arrays["inputs"][row, :n], arrays["targets"][row, :n] = whole[:-1], whole[1:]
-        arrays["weights"][row, n - len(new):n] = 1
+        arrays["weights"][row, n - len(new) : n] = 1
         if source:
-            arrays["source"][row, :len(prompt)] = prompt
-            arrays["source_mask"][row, :len(prompt)] = True
+            arrays["source"][row, : len(prompt)] = prompt
+            arrays["source_mask"][row, : len(prompt)] = True
     return arrays
 
 
@@ -90,7 +94,7 @@ def _scores(model, params, batch):
     def row(xs):  # at a time, so that all logits are never held
         hidden, targets, weights = (x[None] for x in xs)
         return -nn.chunked_cross_entropy(
-            hidden, kernel, targets, weights, params.get("logit_bias"), chunks, 0.0, 0.0,
-            c.logit_softcap)[1]
+            hidden, kernel, targets, weights, params.get("logit_bias"), chunks, 0.0, 0.0, c.logit_softcap
+        )[1]
 
     return jax.lax.map(row, (hidden, batch["targets"], batch["weights"]))

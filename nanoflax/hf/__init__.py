@@ -5,4 +5,5 @@ from nanoflax.hf.families import of_config
 from nanoflax.hf.gguf import open_gguf
 from nanoflax.hf.models import find, plan
 
-__all__ = ["base_of", "find", "load", "of_config", "open_gguf", "plan", "save"]
+__all__ = [
+    "base_of", "find", "load", "of_config", "open_gguf", "plan", "save"]  # fmt: skip

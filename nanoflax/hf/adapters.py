@@ -22,8 +22,14 @@ _KNOWN = """peft_type task_type auto_mapping peft_version base_model_name_or_pat
     use_rslora use_dora init_lora_weights layers_to_transform layers_pattern rank_pattern
     modules_to_save megatron_core qalora_group_size ensure_weight_tying target_r init_r tinit tfinal
     deltaT beta1 beta2 orth_reg_weight total_step""".split()
-_SCHEDULE = {"target_rank": "target_r", "warmup_steps": "tinit", "final_steps": "tfinal",
-             "beta1": "beta1", "beta2": "beta2", "orthogonality": "orth_reg_weight"}
+_SCHEDULE = {
+    "target_rank": "target_r",
+    "warmup_steps": "tinit",
+    "final_steps": "tfinal",
+    "beta1": "beta1",
+    "beta2": "beta2",
+    "orthogonality": "orth_reg_weight",
+}
 _TASKS = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}
 
 
@@ -41,11 +47,15 @@ def save(directory, config, params, peft_config, base="", model_type=None):
     modules = _linears(_modules(config, model_type))
     linears = [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
     if c.kind not in LOW_RANK or not linears:
-        raise UserError(f"peft.kind={c.kind!r} cannot be written for the peft library; "
-                        f"{', '.join(LOW_RANK)} can")
-    safetensors_io.fail(directory, [
-        f"{path} is a part of {modules[path][0]}, which peft adapts as one; leave it out of "
-        "peft.targets" for path in linears if modules[path][1] not in ("kernel", "same")])
+        raise UserError(f"peft.kind={c.kind!r} cannot be written for the peft library; {', '.join(LOW_RANK)} can")
+    safetensors_io.fail(
+        directory,
+        [
+            f"{path} is a part of {modules[path][0]}, which peft adapts as one; leave it out of peft.targets"
+            for path in linears
+            if modules[path][1] not in ("kernel", "same")
+        ],
+    )
     tensors, pattern = {}, {}
     for path in linears:
         name = modules[path][0]
@@ -66,20 +76,28 @@ def save(directory, config, params, peft_config, base="", model_type=None):
         "peft_type": "ADALORA" if c.kind == "adalora" else "LORA",
         "task_type": _TASKS.get(config.architecture) if config.head == "lm" else None,
         "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
-        "base_model_name_or_path": str(base), "inference_mode": True,
+        "base_model_name_or_path": str(base),
+        "inference_mode": True,
         "target_modules": [modules[path][0] for path in linears],
-        "lora_alpha": int(c.alpha) if c.alpha == int(c.alpha) else c.alpha, "lora_dropout": 0.0,
-        "bias": "none", "fan_in_fan_out": any(modules[path][1] == "same" for path in linears),
-        "use_rslora": c.rank_stabilized, "use_dora": c.kind == "dora"}
+        "lora_alpha": int(c.alpha) if c.alpha == int(c.alpha) else c.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(modules[path][1] == "same" for path in linears),
+        "use_rslora": c.rank_stabilized,
+        "use_dora": c.kind == "dora",
+    }
     if c.kind != "adalora":
         theirs["r"] = c.rank
     else:
         # peft wants a whole schedule, even of what has been trained.
         theirs |= {name: getattr(c, ours) for ours, name in _SCHEDULE.items()} | {
-            "init_r": c.rank, "total_step": c.warmup_steps + c.final_steps + 1,
-            "rank_pattern": pattern}
-    safetensors_io.save_safetensors(directory, [(name, x.shape, x.dtype, x) for name, x in tensors.items()],
-                        single=WEIGHTS)
+            "init_r": c.rank,
+            "total_step": c.warmup_steps + c.final_steps + 1,
+            "rank_pattern": pattern,
+        }
+    safetensors_io.save_safetensors(
+        directory, [(name, x.shape, x.dtype, x) for name, x in tensors.items()], single=WEIGHTS
+    )
     try:
         pathlib.Path(directory, CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
     except OSError as error:
@@ -98,8 +116,11 @@ def _whole_modules(config, model_type, flat, trained):
             found.append(f"peft saves {name} as a whole, and peft.trained has a part of it")
         if any(f"{path.removesuffix('kernel')}lora_a" in flat for path in paths):
             found.append(f"peft cannot both adapt {name} and save it as a whole")
-        tensors |= {row.name: np.asarray(flat[path].T if row.layout == "kernel" else flat[path])
-                    for row in rows for path, _ in row.ours}
+        tensors |= {
+            row.name: np.asarray(flat[path].T if row.layout == "kernel" else flat[path])
+            for row in rows
+            for path, _ in row.ours
+        }
     if found:
         raise UserError("; ".join(found[:4]))
     return tensors
@@ -116,8 +137,7 @@ def base_of(directory):
         return None
     base = safetensors_io.read_json(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise UserError(f"{path}: base_model_name_or_path={base!r} must name the model that the "
-                        "adapters belong to")
+        raise UserError(f"{path}: base_model_name_or_path={base!r} must name the model that the adapters belong to")
     return base
 
 
@@ -134,16 +154,19 @@ def load(directory, config, params, model_type=None):
     c, patterns = _from_theirs(theirs, path)
     flat, found, parts, new = flatten_dict(params, sep="/"), [], {}, {}
     modules = _modules(config, model_type)
-    ours = {name: place for place, (name, layout) in _linears(modules).items()
-            if layout in ("kernel", "same")}
+    ours = {name: place for place, (name, layout) in _linears(modules).items() if layout in ("kernel", "same")}
     ends = "|".join(map(re.escape, theirs.get("modules_to_save") or ()))
-    whole = {row.name: row for name, rows in modules.items() for row in rows
-             if ends and re.search(rf"({ends})(\.|$)", name) and row.layout in ("kernel", "same")}
+    whole = {
+        row.name: row
+        for name, rows in modules.items()
+        for row in rows
+        if ends and re.search(rf"({ends})(\.|$)", name) and row.layout in ("kernel", "same")
+    }
     for name, tensor in safetensors_io.open_safetensors(directory, single=WEIGHTS).items():
         m = _TENSOR.fullmatch(name)
         row = whole.pop(name.removeprefix(_BASE), None)
         if row is not None and tensor.shape == row.shape:
-            x, (path, _), = tensor.read(), row.ours[0]
+            x, (path, _) = tensor.read(), row.ours[0]
             new[path] = jnp.asarray(x.T if row.layout == "kernel" else x, jnp.float32)
         elif row is not None:
             found.append(f"{name} has shape {list(tensor.shape)}, not {list(row.shape)}")
@@ -183,9 +206,13 @@ def _modules(config, model_type):
 
 def _linears(modules):
     """Path of a Linear of ours -> (the name of theirs, how its kernel lies there)."""
-    return {path.removesuffix("/kernel"): (name, row.layout)
-            for name, rows in modules.items() for row in rows for path, _ in row.ours
-            if path.endswith("/kernel")}
+    return {
+        path.removesuffix("/kernel"): (name, row.layout)
+        for name, rows in modules.items()
+        for row in rows
+        for path, _ in row.ours
+        if path.endswith("/kernel")
+    }
 
 
 def _from_theirs(theirs, path):
@@ -193,41 +220,53 @@ def _from_theirs(theirs, path):
     patterns, whole = theirs.get("rank_pattern") or {}, theirs.get("modules_to_save") or []
     adalora, init = theirs.get("peft_type") == "ADALORA", theirs.get("init_lora_weights")
     wrong = {name for name, value in theirs.items() if value and name not in _KNOWN}
-    wrong |= {name for name, fine in [
-        ("peft_type", adalora or theirs.get("peft_type") == "LORA"),
-        ("bias", theirs.get("bias", "none") == "none"),
-        ("modules_to_save", isinstance(whole, list) and all(isinstance(x, str) for x in whole)),
-        ("init_lora_weights", init in (None, True, False, "gaussian")),  # others change the kernels
-        ("rank_pattern", isinstance(patterns, dict) and all(
-            isinstance(x, list) and all(type(keep) is bool for keep in x) if adalora else
-            type(x) is int for x in patterns.values()))] if not fine}
-    safetensors_io.fail(path, [f"{name}={str(theirs.get(name))[:200]} is not supported"
-                               for name in sorted(wrong)])
+    wrong |= {
+        name
+        for name, fine in [
+            ("peft_type", adalora or theirs.get("peft_type") == "LORA"),
+            ("bias", theirs.get("bias", "none") == "none"),
+            ("modules_to_save", isinstance(whole, list) and all(isinstance(x, str) for x in whole)),
+            ("init_lora_weights", init in (None, True, False, "gaussian")),  # others change the kernels
+            (
+                "rank_pattern",
+                isinstance(patterns, dict)
+                and all(
+                    isinstance(x, list) and all(type(keep) is bool for keep in x) if adalora else type(x) is int
+                    for x in patterns.values()
+                ),
+            ),
+        ]
+        if not fine
+    }
+    safetensors_io.fail(path, [f"{name}={str(theirs.get(name))[:200]} is not supported" for name in sorted(wrong)])
     kind = "adalora" if adalora else "dora" if theirs.get("use_dora") else "lora"
     rank = theirs.get("init_r", 12) if adalora else theirs.get("r", 8)
-    c = PeftConfig(kind, rank=rank, alpha=theirs.get("lora_alpha", 8),
-                   rank_stabilized=theirs.get("use_rslora", False),
-                   **{ours: theirs[name] for ours, name in _SCHEDULE.items()
-                      if adalora and name in theirs})
+    c = PeftConfig(
+        kind,
+        rank=rank,
+        alpha=theirs.get("lora_alpha", 8),
+        rank_stabilized=theirs.get("use_rslora", False),
+        **{ours: theirs[name] for ours, name in _SCHEDULE.items() if adalora and name in theirs},
+    )
     validate(c)
     return c, patterns
 
 
 def _problems(c, name, tensors, kernel, patterns):
     """What is wrong with the tensors {part: Tensor} of a module whose kernel has this shape."""
-    wanted = {"lora_A", "lora_B", *{"dora": ["lora_magnitude_vector"], "adalora": ["lora_E"]}.get(
-        c.kind, [])}
+    wanted = {"lora_A", "lora_B", *{"dora": ["lora_magnitude_vector"], "adalora": ["lora_E"]}.get(c.kind, [])}
     if tensors.keys() != wanted:
         return [f"{name} has {', '.join(sorted(tensors))} and needs {', '.join(sorted(wanted))}"]
     r, (D_in, D_out) = next(iter(tensors["lora_A"].shape), 0), kernel
-    shapes = {"lora_A": (r, D_in), "lora_B": (D_out, r), "lora_E": (r, 1),
-              "lora_magnitude_vector": (D_out,)}
-    found = [f"{x.name} has shape {list(x.shape)}, not {list(shapes[part])}"
-             for part, x in tensors.items() if x.shape != shapes[part]]
+    shapes = {"lora_A": (r, D_in), "lora_B": (D_out, r), "lora_E": (r, 1), "lora_magnitude_vector": (D_out,)}
+    found = [
+        f"{x.name} has shape {list(x.shape)}, not {list(shapes[part])}"
+        for part, x in tensors.items()
+        if x.shape != shapes[part]
+    ]
     kept = patterns.get(f"{name}.lora_E", [True] * c.rank)
     if c.kind == "adalora" and (len(kept), sum(kept)) != (c.rank, r):
-        found.append(f"{name}: rank_pattern keeps {sum(kept)} ranks of {len(kept)}, the tensors "
-                     f"{r} of init_r={c.rank}")
+        found.append(f"{name}: rank_pattern keeps {sum(kept)} ranks of {len(kept)}, the tensors {r} of init_r={c.rank}")
     return found
 
 
@@ -237,8 +276,13 @@ def _leaves(c, arrays, kept):
     if c.kind == "adalora":
         mask = np.ones(c.rank, bool) if kept is None else np.array(kept)
         place = np.eye(c.rank)[mask]  # [kept, rank]
-        return {"lora_scale": c.alpha / c.rank, "lora_a": a @ place, "lora_b": place.T @ b,
-                "lora_e": arrays["lora_E"][:, 0] @ place, "lora_mask": mask}
-    scale = c.alpha / len(b)**(0.5 if c.rank_stabilized else 1)
+        return {
+            "lora_scale": c.alpha / c.rank,
+            "lora_a": a @ place,
+            "lora_b": place.T @ b,
+            "lora_e": arrays["lora_E"][:, 0] @ place,
+            "lora_mask": mask,
+        }
+    scale = c.alpha / len(b) ** (0.5 if c.rank_stabilized else 1)
     magnitude = {"lora_magnitude": arrays["lora_magnitude_vector"]} if c.kind == "dora" else {}
     return {"lora_scale": scale, "lora_a": a, "lora_b": b} | magnitude

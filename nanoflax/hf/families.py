@@ -25,27 +25,28 @@ def of_config(config, model_type=None):
             found[name] = [str(error)]
         if not found[name]:
             return family
-    nearest = min(found, key=lambda name: (found[name][0] in ("architecture", "head"),
-                                           len(found[name])))
-    fields = ", ".join(f"model.{name}={getattr(config, name)!r}" if name in _TYPES else name
-                       for name in found[nearest])
-    raise UserError(f"Transformers has no such model among {', '.join(found)}; the nearest is "
-                    f"{nearest}, but for {fields}")
+    nearest = min(found, key=lambda name: (found[name][0] in ("architecture", "head"), len(found[name])))
+    fields = ", ".join(f"model.{name}={getattr(config, name)!r}" if name in _TYPES else name for name in found[nearest])
+    raise UserError(
+        f"Transformers has no such model among {', '.join(found)}; the nearest is {nearest}, but for {fields}"
+    )
 
 
 def of_type(model_type):
     """The family of a model_type. Raises: UserError naming all of them."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"model_type={model_type!r} is not supported; supported are "
-                        + ", ".join(FAMILIES))
+        raise UserError(f"model_type={model_type!r} is not supported; supported are " + ", ".join(FAMILIES))
     return FAMILIES[model_type]
 
 
 # What rows share.
 
+
 def _under(ours, theirs, parts):
-    return {f"{ours}/{a}": (f"{theirs}.{b}" if isinstance(b, str) else (f"{theirs}.{b[0]}", *b[1:]))
-            for a, b in parts.items()}
+    return {
+        f"{ours}/{a}": (f"{theirs}.{b}" if isinstance(b, str) else (f"{theirs}.{b[0]}", *b[1:]))
+        for a, b in parts.items()
+    }
 
 
 def _read_rope(hf):
@@ -55,11 +56,15 @@ def _read_rope(hf):
     kind = rope.get("rope_type", rope.get("type", "default"))
     local_kind = local.get("rope_type", "default")
     if kind not in ("default", "linear", "llama3") or local_kind != "default":
-        raise UserError(f"rope_type={kind!r} with {local_kind!r} in layers "
-                        "with a window is not supported; supported are default, linear and llama3, "
-                        "with default")
-    ours = {"rope_theta": rope.get("rope_theta", hf["rope_theta"]),
-            "rope_scaling": "none" if kind == "default" else kind}
+        raise UserError(
+            f"rope_type={kind!r} with {local_kind!r} in layers "
+            "with a window is not supported; supported are default, linear and llama3, "
+            "with default"
+        )
+    ours = {
+        "rope_theta": rope.get("rope_theta", hf["rope_theta"]),
+        "rope_scaling": "none" if kind == "default" else kind,
+    }
     if "rope_local_base_freq" in hf:
         ours["rope_local_theta"] = local.get("rope_theta", hf["rope_local_base_freq"])
     if "rotary_pct" in hf:
@@ -69,8 +74,11 @@ def _read_rope(hf):
     if kind != "default":
         ours["rope_factor"] = rope["factor"]
     if kind == "llama3":
-        ours |= {"rope_low": rope["low_freq_factor"], "rope_high": rope["high_freq_factor"],
-                 "rope_context": rope["original_max_position_embeddings"]}
+        ours |= {
+            "rope_low": rope["low_freq_factor"],
+            "rope_high": rope["high_freq_factor"],
+            "rope_context": rope["original_max_position_embeddings"],
+        }
     return ours
 
 
@@ -78,29 +86,30 @@ def _write_rope(c):
     """In the form that every version of Transformers reads."""
     scaling = {"rope_type": c.rope_scaling, "factor": c.rope_factor}
     if c.rope_scaling == "llama3":
-        scaling |= {"low_freq_factor": c.rope_low, "high_freq_factor": c.rope_high,
-                    "original_max_position_embeddings": c.rope_context}
-    return {"rope_theta": c.rope_theta,
-            "rope_scaling": None if c.rope_scaling == "none" else scaling}
+        scaling |= {
+            "low_freq_factor": c.rope_low,
+            "high_freq_factor": c.rope_high,
+            "original_max_position_embeddings": c.rope_context,
+        }
+    return {"rope_theta": c.rope_theta, "rope_scaling": None if c.rope_scaling == "none" else scaling}
 
 
 def _read_window(hf, is_local):
     """Layers with a window and without. is_local: what a layer is where no layer_types says so."""
     layers, window = hf["num_hidden_layers"], hf["sliding_window"] or 0
-    types = hf.get("layer_types") or [
-        "sliding_attention" if is_local(i) else "full_attention" for i in range(layers)]
+    types = hf.get("layer_types") or ["sliding_attention" if is_local(i) else "full_attention" for i in range(layers)]
     if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
-        raise UserError(f"layer_types must be {layers} times sliding_attention or full_attention, "
-                        f"not {types!r}")
+        raise UserError(f"layer_types must be {layers} times sliding_attention or full_attention, not {types!r}")
     whole = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
     window = window if len(whole) < layers else 0
     return {"window": window, "global_layers": whole if window else ()}
 
 
 def _write_window(c):
-    return {"sliding_window": c.window or None,
-            "layer_types": ["sliding_attention" if c.is_local(i) else "full_attention"
-                            for i in range(c.layers)]}
+    return {
+        "sliding_window": c.window or None,
+        "layer_types": ["sliding_attention" if c.is_local(i) else "full_attention" for i in range(c.layers)],
+    }
 
 
 def _labels(hf):
@@ -132,69 +141,82 @@ _LLAMA = Family(
     write=_write_rope,
     same=lambda c: {"lm_head.weight": "model.embed_tokens.weight"} if c.tied else {},
     ignored=r".*rotary_emb\.inv_freq",
-    base="model.")
+    base="model.")  # fmt: skip
 
 
-def _like_llama(model_type, name, without=(), keys=None, preset=None, defaults=None, fields=None,
-                **changes):
+def _like_llama(model_type, name, without=(), keys=None, preset=None, defaults=None, fields=None, **changes):
     """A family with Llama's names, but for what is given; `without` fields of Llama's."""
     kept = {a: b for a, b in _LLAMA.fields.items() if a not in without}
     return dataclasses.replace(
-        _LLAMA, model_type=model_type, classes={"lm": (f"{name}ForCausalLM",)},
+        _LLAMA,
+        model_type=model_type,
+        classes={"lm": (f"{name}ForCausalLM",)},
         keys=_LLAMA.keys | _under("decoder/block_{i}", "model.layers.{i}", keys or {}),
-        fields=kept | (fields or {}), preset=_LLAMA.preset | (preset or {}),
-        defaults=_LLAMA.defaults | (defaults or {}), **changes)
+        fields=kept | (fields or {}),
+        preset=_LLAMA.preset | (preset or {}),
+        defaults=_LLAMA.defaults | (defaults or {}),
+        **changes,
+    )
 
 
 _MISTRAL = _like_llama(
     "mistral", "Mistral", without=("attention_bias", "mlp_bias"),
     defaults={"sliding_window": 4096, "num_key_value_heads": 8},
     read=lambda hf: _read_rope(hf) | {"window": hf["sliding_window"] or 0},
-    write=lambda c: _write_rope(c) | {"sliding_window": c.window or None})
+    write=lambda c: _write_rope(c) | {"sliding_window": c.window or None})  # fmt: skip
 
 
 def _read_qwen(hf):
     window = hf["sliding_window"] if hf["use_sliding_window"] else None
-    return _read_rope(hf) | _read_window(hf | {"sliding_window": window},
-                                         lambda i: i >= hf["max_window_layers"])
+    return _read_rope(hf) | _read_window(hf | {"sliding_window": window}, lambda i: i >= hf["max_window_layers"])
 
 
 def _write_qwen(c):
     first = next((i for i in range(c.layers) if c.is_local(i)), c.layers)
-    return _write_rope(c) | _write_window(c) | {
-        "use_sliding_window": c.window > 0, "max_window_layers": first}
+    return _write_rope(c) | _write_window(c) | {"use_sliding_window": c.window > 0, "max_window_layers": first}
 
 
 _QWEN2 = _like_llama(
     "qwen2", "Qwen2", without=("attention_bias", "mlp_bias", "head_dim"),
     preset=dict(qkv_bias=True),
     defaults={"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
-    read=_read_qwen, write=_write_qwen)
+    read=_read_qwen, write=_write_qwen)  # fmt: skip
 _QWEN3 = _like_llama(
     "qwen3", "Qwen3", without=("mlp_bias",), preset=dict(qk_norm="head"),
     defaults=_QWEN2.defaults | {"head_dim": 128},
-    read=lambda hf: _read_qwen(hf) | {"out_bias": hf["attention_bias"]}, write=_write_qwen)
+    read=lambda hf: _read_qwen(hf) | {"out_bias": hf["attention_bias"]}, write=_write_qwen)  # fmt: skip
 _OLMO2 = _like_llama(
     "olmo2", "Olmo2", without=("mlp_bias", "head_dim"),
     keys={"norm_attention": "post_attention_layernorm", "norm_mlp": "post_feedforward_layernorm"},
-    preset=dict(norm_place="after", qk_norm="full"), defaults={"rms_norm_eps": 1e-5})
+    preset=dict(norm_place="after", qk_norm="full"), defaults={"rms_norm_eps": 1e-5})  # fmt: skip
 
 
 def _read_gemma(hf):
     period = hf.get("sliding_window_pattern", hf.get("_sliding_window_pattern", hf["period"]))
-    return _read_rope(hf) | _read_window(hf, lambda i: (i + 1) % period) | {
-        "out_bias": hf["attention_bias"], "embed_scale": hf["hidden_size"]**0.5,
-        "attention_scale": hf["query_pre_attn_scalar"]**-0.5,
-        "attention_softcap": hf["attn_logit_softcapping"] or 0.0,
-        "logit_softcap": hf["final_logit_softcapping"] or 0.0}
+    return (
+        _read_rope(hf)
+        | _read_window(hf, lambda i: (i + 1) % period)
+        | {
+            "out_bias": hf["attention_bias"],
+            "embed_scale": hf["hidden_size"] ** 0.5,
+            "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
+            "attention_softcap": hf["attn_logit_softcapping"] or 0.0,
+            "logit_softcap": hf["final_logit_softcapping"] or 0.0,
+        }
+    )
 
 
 def _write_gemma(c):
     scalar = c.attention_scale**-2
-    return _write_rope(c) | _write_window(c) | {
-        "query_pre_attn_scalar": round(scalar),
-        "attn_logit_softcapping": c.attention_softcap or None,
-        "final_logit_softcapping": c.logit_softcap or None}
+    return (
+        _write_rope(c)
+        | _write_window(c)
+        | {
+            "query_pre_attn_scalar": round(scalar),
+            "attn_logit_softcapping": c.attention_softcap or None,
+            "final_logit_softcapping": c.logit_softcap or None,
+        }
+    )
 
 
 _GEMMA2 = _like_llama(
@@ -208,7 +230,7 @@ _GEMMA2 = _like_llama(
               "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
               "final_logit_softcapping": 30.0},
     only={"use_bidirectional_attention": (False,)},
-    read=_read_gemma, write=_write_gemma)
+    read=_read_gemma, write=_write_gemma)  # fmt: skip
 _GEMMA3 = dataclasses.replace(
     _GEMMA2, model_type="gemma3_text", classes={"lm": ("Gemma3ForCausalLM",)},
     preset=_GEMMA2.preset | dict(qk_norm="head"),
@@ -216,7 +238,7 @@ _GEMMA3 = dataclasses.replace(
         "attn_logit_softcapping": None, "final_logit_softcapping": None, "period": 6,
         "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
     only=_GEMMA2.only | {"attn_logit_softcapping": (None,)},  # Transformers would not apply it
-    write=lambda c: _write_gemma(c) | {"rope_local_base_freq": c.rope_local_theta or c.rope_theta})
+    write=lambda c: _write_gemma(c) | {"rope_local_base_freq": c.rope_local_theta or c.rope_theta})  # fmt: skip
 
 _GPT2 = Family(
     model_type="gpt2",
@@ -242,7 +264,7 @@ _GPT2 = Family(
     write=lambda c: {"embd_pdrop": c.dropout, "attn_pdrop": 0.0},
     same=lambda c: {"lm_head.weight": "transformer.wte.weight"} if c.tied else {},
     ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
-    base="transformer.")
+    base="transformer.")  # fmt: skip
 
 _OPT = Family(
     model_type="opt",
@@ -268,7 +290,7 @@ _OPT = Family(
                      "out_bias": hf["enable_bias"], "mlp_bias": hf["enable_bias"]},
     write=lambda c: {"do_layer_norm_before": c.norm_place == "pre"},
     same=lambda c: {"lm_head.weight": "model.decoder.embed_tokens.weight"} if c.tied else {},
-    base="model.")
+    base="model.")  # fmt: skip
 
 _NEOX = Family(
     model_type="gpt_neox",
@@ -298,7 +320,7 @@ _NEOX = Family(
         "rotary_pct": c.rope_fraction, "rotary_emb_base": c.rope_theta},
     same=lambda c: {"embed_out.weight": "gpt_neox.embed_in.weight"} if c.tied else {},
     ignored=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
-    base="gpt_neox.")
+    base="gpt_neox.")  # fmt: skip
 
 # Encoders.
 
@@ -339,17 +361,18 @@ _BERT = Family(
                     "cls.predictions.decoder.bias": "cls.predictions.bias"} if c.tied else {
                         "cls.predictions.bias": "cls.predictions.decoder.bias"},
     ignored=r"bert\.embeddings\.position_ids|bert\.pooler\..*|cls\.seq_relationship\..*",
-    base="bert.")
+    base="bert.")  # fmt: skip
 
 
 def _read_roberta(hf):
     # The row of padding and those before it are no position; the table's size counts them.
     offset = hf["pad_token_id"] + 1
     if "RobertaForMaskedLM" in (hf.get("architectures") or []) and hf["hidden_act"] != "gelu":
-        raise UserError(f"hidden_act={hf['hidden_act']!r} with RobertaForMaskedLM is not "
-                        "supported: its head has gelu whatever the blocks have")
-    return _labels(hf) | {"position_offset": offset,
-                          "context": hf["max_position_embeddings"] - offset}
+        raise UserError(
+            f"hidden_act={hf['hidden_act']!r} with RobertaForMaskedLM is not "
+            "supported: its head has gelu whatever the blocks have"
+        )
+    return _labels(hf) | {"position_offset": offset, "context": hf["max_position_embeddings"] - offset}
 
 
 _ROBERTA = dataclasses.replace(
@@ -372,7 +395,7 @@ _ROBERTA = dataclasses.replace(
                     "lm_head.decoder.bias": "lm_head.bias"} if c.tied else {
                         "lm_head.bias": "lm_head.decoder.bias"},
     ignored=r"roberta\.embeddings\.position_ids|roberta\.pooler\..*",
-    base="roberta.")
+    base="roberta.")  # fmt: skip
 
 _DISTILBERT = Family(
     model_type="distilbert",
@@ -400,35 +423,44 @@ _DISTILBERT = Family(
     write=lambda c: {"attention_dropout": 0.0, "seq_classif_dropout": c.dropout},
     same=lambda c: {"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"}
     if c.tied else {},
-    base="distilbert.")
+    base="distilbert.")  # fmt: skip
 
 # Encoder-decoders.
 
 _T5_BLOCK = {
     "norm_attention": "0.layer_norm", "attention/query": "0.SelfAttention.q",
     "attention/key": "0.SelfAttention.k", "attention/value": "0.SelfAttention.v",
-    "attention/out": "0.SelfAttention.o"}
+    "attention/out": "0.SelfAttention.o"}  # fmt: skip
 
 
 def _read_t5(hf):
     *gated, name = hf["feed_forward_proj"].split("-")
     if gated not in ([], ["gated"]) or name not in ACTIVATIONS:
-        raise UserError(f"feed_forward_proj={hf['feed_forward_proj']!r} is not supported; it must "
-                        "be an activation, or gated- and one")
+        raise UserError(
+            f"feed_forward_proj={hf['feed_forward_proj']!r} is not supported; it must "
+            "be an activation, or gated- and one"
+        )
     scaled = hf.get("scale_decoder_outputs", hf["tie_word_embeddings"])
     start = hf.get("decoder_start_token_id")
-    return {"gated": bool(gated), "logit_scale": hf["d_model"]**-0.5 if scaled else 1.0,
-            # "gated-gelu" there means the approximation by tanh, "gelu" does not.
-            "activation": "gelu_tanh" if gated and name == "gelu" else ACTIVATIONS[name],
-            "start_id": (hf.get("pad_token_id") or 0) if start is None else start}
+    return {
+        "gated": bool(gated),
+        "logit_scale": hf["d_model"] ** -0.5 if scaled else 1.0,
+        # "gated-gelu" there means the approximation by tanh, "gelu" does not.
+        "activation": "gelu_tanh" if gated and name == "gelu" else ACTIVATIONS[name],
+        "start_id": (hf.get("pad_token_id") or 0) if start is None else start,
+    }
 
 
 def _write_t5(c):
     name = _THEIR_ACTIVATIONS[c.activation]
     if c.gated:
         name = "gated-" + {"gelu_pytorch_tanh": "gelu", "gelu": "gelu_python"}.get(name, name)
-    return {"feed_forward_proj": name, "scale_decoder_outputs": c.logit_scale != 1,
-            "decoder_start_token_id": c.start_id, "is_encoder_decoder": True}
+    return {
+        "feed_forward_proj": name,
+        "scale_decoder_outputs": c.logit_scale != 1,
+        "decoder_start_token_id": c.start_id,
+        "is_encoder_decoder": True,
+    }
 
 
 _T5 = Family(
@@ -468,7 +500,7 @@ _T5 = Family(
                     "decoder.embed_tokens.weight": "shared.weight",
                     **({"lm_head.weight": "shared.weight"} if c.tied else {})},
     # Files of the first T5 have this, which no version of the model reads.
-    ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")
+    ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")  # fmt: skip
 
 _BART_BLOCK = {
     "norm_attention": "self_attn_layer_norm", "norm_mlp": "final_layer_norm",
@@ -476,7 +508,7 @@ _BART_BLOCK = {
     "attention/value": "self_attn.v_proj", "attention/out": "self_attn.out_proj",
     "norm_cross": "encoder_attn_layer_norm", "cross_attention/query": "encoder_attn.q_proj",
     "cross_attention/key": "encoder_attn.k_proj", "cross_attention/value": "encoder_attn.v_proj",
-    "cross_attention/out": "encoder_attn.out_proj", "mlp/up": "fc1", "mlp/down": "fc2"}
+    "cross_attention/out": "encoder_attn.out_proj", "mlp/up": "fc1", "mlp/down": "fc2"}  # fmt: skip
 
 _BART = Family(
     model_type="bart",
@@ -506,7 +538,7 @@ _BART = Family(
     same=lambda c: {"model.encoder.embed_tokens.weight": "model.shared.weight",
                     "model.decoder.embed_tokens.weight": "model.shared.weight",
                     **({"lm_head.weight": "model.shared.weight"} if c.tied else {})},
-    base="model.")
+    base="model.")  # fmt: skip
 
 _MARIAN = dataclasses.replace(
     _BART, model_type="marian", classes={"lm": ("MarianMTModel",)},
@@ -515,21 +547,23 @@ _MARIAN = dataclasses.replace(
                        "static_position_embeddings": (True,),
                        "share_encoder_decoder_embeddings": (True,)},
     write=lambda c: _BART.write(c) | {"pad_token_id": c.start_id},
-    ignored=r"model\.(en|de)coder\.embed_positions\.weight")
-
+    ignored=r"model\.(en|de)coder\.embed_positions\.weight")  # fmt: skip
 
 
 def _with_classifier(family):
     """A decoder's family, and its class with a Linear over labels on the last token's state."""
-    causal, = family.classes["lm"]
+    (causal,) = family.classes["lm"]
     name = re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", causal)
     name = name.replace("Gemma3For", "Gemma3TextFor")
     return dataclasses.replace(
-        family, classes=family.classes | {"classify": (name,)},
-        keys=family.keys | {"labels": "score"}, read=lambda hf: family.read(hf) | _labels(hf))
+        family,
+        classes=family.classes | {"classify": (name,)},
+        keys=family.keys | {"labels": "score"},
+        read=lambda hf: family.read(hf) | _labels(hf),
+    )
 
 
 FAMILIES = {family.model_type: family for family in (
     *map(_with_classifier, (_GPT2, _OPT, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _OLMO2,
                             _NEOX)),
-    _BERT, _ROBERTA, _DISTILBERT, _T5, _BART, _MARIAN)}
+    _BERT, _ROBERTA, _DISTILBERT, _T5, _BART, _MARIAN)}  # fmt: skip

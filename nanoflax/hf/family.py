@@ -7,9 +7,17 @@ from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
 
 # Theirs to ours; of several names for one, the last is written.
-ACTIVATIONS = {"gelu_python": "gelu", "gelu": "gelu", "gelu_new": "gelu_tanh",
-               "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu",
-               "silu": "silu", "relu": "relu", "tanh": "tanh"}
+ACTIVATIONS = {
+    "gelu_python": "gelu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "swish": "silu",
+    "silu": "silu",
+    "relu": "relu",
+    "tanh": "tanh",
+}
 _THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
 _TYPES = typing.get_type_hints(ModelConfig)
 _MAX_SIZE = 2**31
@@ -51,7 +59,8 @@ def to_config(family, hf, head, max_layers=_MAX_SIZE):
         wrong = field not in hf and f"{field} is missing"
         if not wrong and name.endswith("activation"):
             wrong = (not isinstance(value, str) or value not in ACTIVATIONS) and (
-                f"{field}={value!r} is not one of {', '.join(ACTIVATIONS)}")
+                f"{field}={value!r} is not one of {', '.join(ACTIVATIONS)}"
+            )
             value = value if wrong else ACTIVATIONS[value]
         elif not wrong:
             limit = max_layers if name.endswith("layers") else _MAX_SIZE
@@ -63,8 +72,7 @@ def to_config(family, hf, head, max_layers=_MAX_SIZE):
         value = hf.get(field)
         allowed = (hf.get(allowed),) if isinstance(allowed, str) else allowed
         if value is not None and value not in allowed:
-            found.append(f"{field}={value!r} is not supported; it must be "
-                         + " or ".join(map(repr, allowed)))
+            found.append(f"{field}={value!r} is not supported; it must be " + " or ".join(map(repr, allowed)))
     if not found:
         try:
             config = ModelConfig(**ours | family.read(hf))
@@ -143,9 +151,17 @@ def canonical(config):
     if c.norm == "rmsnorm":
         biases["norm_bias"] = False
     return dataclasses.replace(
-        c, kv_heads=c.G, head_dim=c.K, mlp_dim=c.F, bias=True, **biases, window=window,
-        pooler=pooler, attention_scale=c.attention_scale or c.K**-0.5,
-        **{name: getattr(default, name) for name in unused})
+        c,
+        kv_heads=c.G,
+        head_dim=c.K,
+        mlp_dim=c.F,
+        bias=True,
+        **biases,
+        window=window,
+        pooler=pooler,
+        attention_scale=c.attention_scale or c.K**-0.5,
+        **{name: getattr(default, name) for name in unused},
+    )
 
 
 def differences(family, config):
@@ -159,8 +175,12 @@ def differences(family, config):
     kept = {name: getattr(c, name) for name in family.present if c.head in ("none", "lm")}
     back = to_config(family, from_config(family, config), c.head)
     back = canonical(dataclasses.replace(back, **kept, tied=c.tied))
-    return [name for name in _TYPES if name != "dropout"  # no part of what the model computes
-            and not _close(getattr(c, name), getattr(back, name))]
+    return [
+        name
+        for name in _TYPES
+        if name != "dropout"  # no part of what the model computes
+        and not _close(getattr(c, name), getattr(back, name))
+    ]
 
 
 def _close(a, b):
@@ -181,6 +201,7 @@ def head_of(family, architectures):
     bare = [name for name in names if isinstance(name, str) and name.endswith("Model")]
     if names and not bare:
         known = ", ".join(name for classes in family.classes.values() for name in classes)
-        raise UserError(f"architectures={names!r} of model_type {family.model_type!r} is not "
-                        f"supported; supported are {known}")
+        raise UserError(
+            f"architectures={names!r} of model_type {family.model_type!r} is not supported; supported are {known}"
+        )
     return next(iter(family.classes))

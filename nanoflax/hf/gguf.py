@@ -21,8 +21,19 @@ from nanoflax.hf import families
 from nanoflax.hf.family import to_config
 from nanoflax.hf.safetensors_io import Tensor, fail, impossible
 
-_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
-            10: "<u8", 11: "<i8", 12: "<f8"}
+_SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 _STRING, _ARRAY = 8, 9
 _MAX_DEPTH = 4  # of arrays in arrays; files in use have none
 _CHUNK = 4096  # blocks at a time: bounds the memory of the intermediate steps
@@ -30,7 +41,7 @@ _PLAIN = {0: ("F32", np.float32), 1: ("F16", np.float16), 30: ("BF16", ml_dtypes
 _UNSUPPORTED = {9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS",
                 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
                 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
-                35: "TQ2_0", 39: "MXFP4"}
+                35: "TQ2_0", 39: "MXFP4"}  # fmt: skip
 
 
 def _nibbles(q):  # the low halves of all bytes, then the high halves
@@ -104,7 +115,7 @@ _BLOCKS = {
                        ("q", "u1", 128)], _q5_k),
     14: ("Q6_K", 256, [("q", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), ("d", "<f2")],
          _q6_k),
-}
+}  # fmt: skip
 SUPPORTED = [name for name, *_ in (*_PLAIN.values(), *_BLOCKS.values())]
 
 
@@ -125,7 +136,7 @@ class QuantizedTensor:
         flat = records.reshape(-1)
         values = np.empty((flat.size, self.shape[-1] // max(self.blocks.shape[-1], 1)), np.float32)
         for i in range(0, flat.size, _CHUNK):
-            values[i:i + _CHUNK] = self.dequantize(flat[i:i + _CHUNK])
+            values[i : i + _CHUNK] = self.dequantize(flat[i : i + _CHUNK])
         rows = values.reshape(*records.shape[:-1], self.shape[-1])
         return np.ascontiguousarray(rows[..., *slices[leading:]])
 
@@ -201,8 +212,7 @@ def open_gguf(path):
             reader.refuse("it does not begin with GGUF")
         version = reader.number("<I", "the version")
         if version not in (2, 3):
-            reader.refuse(f"GGUF version {version} (big-endian files also read so); "
-                          "versions 2 and 3 can be read")
+            reader.refuse(f"GGUF version {version} (big-endian files also read so); versions 2 and 3 can be read")
         tensor_count = reader.count(24, "the number of tensors")
         metadata = {}
         for _ in range(reader.count(13, "the number of metadata")):
@@ -243,12 +253,12 @@ def _tensors(path, infos, header_size, size, alignment):
             _, values, record, dequantize = _BLOCKS[kind]
             dtype = np.dtype(record)
         else:
-            problems.append(f"{name!r} is of type {_UNSUPPORTED.get(kind, kind)}; supported are "
-                            + ", ".join(SUPPORTED))
+            problems.append(
+                f"{name!r} is of type {_UNSUPPORTED.get(kind, kind)}; supported are " + ", ".join(SUPPORTED)
+            )
             continue
         if values > 1 and (not shape or shape[-1] % values):
-            problems.append(f"{name!r} of shape {list(shape)} has no rows of whole blocks of "
-                            f"{values} values")
+            problems.append(f"{name!r} of shape {list(shape)} has no rows of whole blocks of {values} values")
             continue
         stored = (*shape[:-1], shape[-1] // values) if shape else ()
         nbytes = math.prod(stored) * dtype.itemsize
@@ -261,8 +271,7 @@ def _tensors(path, infos, header_size, size, alignment):
     position = 0
     for begin, end, name in sorted(ends) if len(ends) == len(infos) else ():
         if begin != aligned(position):
-            problems.append(f"{name!r} begins at byte {begin} of the data, but the tensor before "
-                            f"it ends at {position}")
+            problems.append(f"{name!r} begins at byte {begin} of the data, but the tensor before it ends at {position}")
         position = end
     if position and size < data + position or size > data + aligned(position):
         problems.append(f"the tensors need {position} bytes of data and the file has {size - data}")
@@ -280,35 +289,42 @@ _GGUF_KEYS = {"embed": "token_embd", "decoder/norm": "output_norm", "unembed": "
         "attention/key": ("blk.{i}.attn_k", "interleaved"),
         "attention/value": "blk.{i}.attn_v", "attention/out": "blk.{i}.attn_output",
         "mlp/up": "blk.{i}.ffn_up", "mlp/gate": "blk.{i}.ffn_gate",
-        "mlp/down": "blk.{i}.ffn_down"}.items()}
+        "mlp/down": "blk.{i}.ffn_down"}.items()}  # fmt: skip
 _GGUF_FIELDS = {"max_position_embeddings": "context_length", "hidden_size": "embedding_length",
                 "num_hidden_layers": "block_count", "intermediate_size": "feed_forward_length",
                 "num_attention_heads": "attention.head_count",
                 "num_key_value_heads": "attention.head_count_kv",
                 "head_dim": "attention.key_length",
-                "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}
+                "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}  # fmt: skip
 
 
 def _open_gguf(path):
     metadata, tensors = open_gguf(path)
     kind = metadata.get("general.architecture")
     if kind != "llama":
-        raise UserError(f"{path}: general.architecture={kind!r} is not supported; supported is "
-                        "llama (Llama, Mistral, SmolLM2 and their like)")
-    hf = {field: metadata[f"llama.{name}"] for field, name in _GGUF_FIELDS.items()
-          if f"llama.{name}" in metadata}
+        raise UserError(
+            f"{path}: general.architecture={kind!r} is not supported; supported is "
+            "llama (Llama, Mistral, SmolLM2 and their like)"
+        )
+    hf = {field: metadata[f"llama.{name}"] for field, name in _GGUF_FIELDS.items() if f"llama.{name}" in metadata}
     if "token_embd.weight" in tensors:
         hf["vocab_size"] = tensors["token_embd.weight"].shape[0]
     hf["tie_word_embeddings"] = "output.weight" not in tensors
     if metadata.get("llama.rope.scaling.type", "none") != "none":
-        hf["rope_scaling"] = {"rope_type": metadata["llama.rope.scaling.type"],
-                              "factor": metadata.get("llama.rope.scaling.factor")}
+        hf["rope_scaling"] = {
+            "rope_type": metadata["llama.rope.scaling.type"],
+            "factor": metadata.get("llama.rope.scaling.factor"),
+        }
     slowed = tensors.pop("rope_freqs.weight", None)  # what divides each rate, for Llama 3.1's
     if slowed is not None:
         slowed = slowed.read()
-        hf["rope_scaling"] = {"rope_type": "llama3", "factor": float(slowed.max()),
-                              "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                              "original_max_position_embeddings": 8192}
+        hf["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": float(slowed.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
     family = dataclasses.replace(families.of_type("llama"), keys=_GGUF_KEYS)
     config = to_config(family, hf, "lm", len(tensors) + 1)
     if slowed is not None:
@@ -317,6 +333,5 @@ def _open_gguf(path):
             raise UserError(f"{path}: rope_freqs.weight is not the scaling of Llama 3.1 to 3.3")
     rotated = metadata.get("llama.rope.dimension_count", config.K)
     if rotated != config.K:
-        raise UserError(f"{path}: llama.rope.dimension_count={rotated} must be the head's size, "
-                        f"{config.K}")
+        raise UserError(f"{path}: llama.rope.dimension_count={rotated} must be the head's size, {config.K}")
     return family, config, tensors

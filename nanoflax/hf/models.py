@@ -65,8 +65,7 @@ def load(source, dtype=None, mesh=None):
     return config, _read_all(config, rows, tensors, dtype, mesh)
 
 
-def save(directory, config, params, tokenizer=None, model_type=None,
-         max_shard_bytes=5_000_000_000, labels=()):
+def save(directory, config, params, tokenizer=None, model_type=None, max_shard_bytes=5_000_000_000, labels=()):
     """Write a directory that Transformers' AutoModel...from_pretrained opens.
 
     params: of `nanoflax.build(config)`, written in their dtypes one at a time; tokenizer: its files
@@ -79,34 +78,49 @@ def save(directory, config, params, tokenizer=None, model_type=None,
     family = families.of_config(config, model_type)
     params = traverse_util.flatten_dict(params, sep="/")
     shapes = _shapes(config)
-    safetensors_io.fail("params", [
-        *(f"{p} is missing" for p in sorted(shapes.keys() - params.keys())),
-        *(f"{p} is not in the model" for p in sorted(params.keys() - shapes.keys())),
-        *(f"{p} has shape {list(params[p].shape)}, not {list(shapes[p])}"
-          for p in sorted(shapes.keys() & params.keys()) if params[p].shape != shapes[p])])
+    safetensors_io.fail(
+        "params",
+        [
+            *(f"{p} is missing" for p in sorted(shapes.keys() - params.keys())),
+            *(f"{p} is not in the model" for p in sorted(params.keys() - shapes.keys())),
+            *(
+                f"{p} has shape {list(params[p].shape)}, not {list(shapes[p])}"
+                for p in sorted(shapes.keys() & params.keys())
+                if params[p].shape != shapes[p]
+            ),
+        ],
+    )
 
     def tensor(row):
         parts = [params[path] for path, _ in row.ours]
         name = row.name.removeprefix(family.base) if config.head == "none" else row.name
-        return (name, row.shape, np.dtype(parts[0].dtype),
-                lambda: _join([np.asarray(x) for x in parts], row.layout, config.K))
+        return (
+            name,
+            row.shape,
+            np.dtype(parts[0].dtype),
+            lambda: _join([np.asarray(x) for x in parts], row.layout, config.K),
+        )
 
     rows = {row.name: row for row in plan(family, config)}
     if not config.tied:  # then Transformers ties nothing: what is one tensor here is two there
-        rows |= {name: rows[other]._replace(name=name)
-                 for name, other in family.same(config).items() if other in rows}
+        rows |= {name: rows[other]._replace(name=name) for name, other in family.same(config).items() if other in rows}
     safetensors_io.save_safetensors(directory, map(tensor, rows.values()), max_shard_bytes)
     hf = from_config(family, config)
     if labels:
-        hf |= {"id2label": {str(i): name for i, name in enumerate(labels)},
-               "label2id": {name: i for i, name in enumerate(labels)}}
+        hf |= {
+            "id2label": {str(i): name for i, name in enumerate(labels)},
+            "label2id": {name: i for i, name in enumerate(labels)},
+        }
     hf["torch_dtype"] = str(params["embed/embedding"].dtype)
     ids = {"bos_token_id": None, "eos_token_id": None}
     if tokenizer is not None:
         tokenizer = tokenizers.exported(tokenizer)
         stops = list(getattr(tokenizer, "stop_ids", ())) or [tokenizer.eos_id]
-        ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id,
-               "eos_token_id": stops if len(stops) > 1 else stops[0]}
+        ids = {
+            "bos_token_id": tokenizer.bos_id,
+            "pad_token_id": tokenizer.pad_id,
+            "eos_token_id": stops if len(stops) > 1 else stops[0],
+        }
     if config.architecture == "encoder_decoder":
         ids |= {"decoder_start_token_id": config.start_id, "forced_eos_token_id": None}
     directory = pathlib.Path(directory)
@@ -199,6 +213,7 @@ def _read_all(config, rows, tensors, dtype, mesh):
         places = traverse_util.flatten_dict(places, sep="/")
     for row in rows:
         for part, (path, shape) in enumerate(row.ours):
+
             def read(index, row=row, part=part):
                 x = _read(tensors[row.name], row, part, index, config.K)
                 return x if dtype is None else x.astype(dtype)
@@ -221,8 +236,7 @@ def _check(family, config, rows, tensors, path, dtype):
         elif tensor.shape != row.shape:
             found.append(f"{row.name} has shape {list(tensor.shape)}, not {list(row.shape)}")
         elif dtype is None and tensor.dtype.name not in _FLOATS:
-            found.append(f"{row.name} has dtype {tensor.dtype}, not {', '.join(_FLOATS)}; "
-                         "pass dtype")
+            found.append(f"{row.name} has dtype {tensor.dtype}, not {', '.join(_FLOATS)}; pass dtype")
     for name in sorted(tensors.keys() - expected):
         if re.fullmatch(family.ignored, name):
             _log.info("%s: %s is not part of %s", path, name, family.classes[config.head][0])
@@ -238,21 +252,24 @@ def find(source):
     if path.is_dir() or path.suffix == ".gguf":
         return path
     if not _HUB_NAME.fullmatch(str(source)):
-        raise UserError(f"{source}: neither a directory, nor a .gguf file, nor a hub name such as "
-                        "owner/name")
+        raise UserError(f"{source}: neither a directory, nor a .gguf file, nor a hub name such as owner/name")
     try:
         import huggingface_hub
     except ImportError as error:
-        raise UserError(f"{source} is not a directory here; to fetch it from the hub, "
-                        "pip install huggingface_hub") from error
+        raise UserError(
+            f"{source} is not a directory here; to fetch it from the hub, pip install huggingface_hub"
+        ) from error
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(
-            str(source), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.spm",
-                                         "*.jinja"]))
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                str(source), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.jinja"]
+            )
+        )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{source} is neither a directory here nor in the hub's local cache, and "
-                        f"the hub does not give it: {reason}") from error
+        raise UserError(
+            f"{source} is neither a directory here nor in the hub's local cache, and the hub does not give it: {reason}"
+        ) from error
 
 
 def _open_directory(directory):

@@ -27,12 +27,28 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_JSON = 100_000_000  # bytes; also the limit of the safetensors library
 _MAX_LISTED = 20  # problems in one message
-DTYPES = {tag: np.dtype(dtype) for tag, dtype in {
-    "BOOL": np.bool_, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64,
-    "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64,
-    "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64,
-    "C64": np.complex64, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
-    "F8_E8M0": ml_dtypes.float8_e8m0fnu}.items()}
+DTYPES = {
+    tag: np.dtype(dtype)
+    for tag, dtype in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "U16": np.uint16,
+        "U32": np.uint32,
+        "U64": np.uint64,
+        "I8": np.int8,
+        "I16": np.int16,
+        "I32": np.int32,
+        "I64": np.int64,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "C64": np.complex64,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    }.items()
+}
 _TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 
 
@@ -109,10 +125,12 @@ def open_safetensors(directory, single=SINGLE):
             continue
         tensors |= found
         if listed is not None:
-            problems += [f"{shard}: {name!r} is in the index but not in the file"
-                         for name in sorted(listed - found.keys())]
-            problems += [f"{shard}: {name!r} is in the file but not in the index"
-                         for name in sorted(found.keys() - listed)]
+            problems += [
+                f"{shard}: {name!r} is in the index but not in the file" for name in sorted(listed - found.keys())
+            ]
+            problems += [
+                f"{shard}: {name!r} is in the file but not in the index" for name in sorted(found.keys() - listed)
+            ]
     fail(directory, problems)
     return tensors
 
@@ -132,9 +150,11 @@ def _nothing_to_open(directory, single):
         return f"{directory} has no {single}"
     if not pickles:
         return f"{directory} has neither {SINGLE} nor {INDEX}"
-    return (f"{directory}: {', '.join(pickles)}: a pickle can run code when it is opened; if you "
-            "trust it, convert it with Transformers: AutoModel.from_pretrained(directory)"
-            ".save_pretrained(new_directory, safe_serialization=True)")
+    return (
+        f"{directory}: {', '.join(pickles)}: a pickle can run code when it is opened; if you "
+        "trust it, convert it with Transformers: AutoModel.from_pretrained(directory)"
+        ".save_pretrained(new_directory, safe_serialization=True)"
+    )
 
 
 def read_json(path):
@@ -145,6 +165,7 @@ def read_json(path):
 
 def _read_json(path, file, size):
     """The JSON object in the next `size` bytes; each name once in each object."""
+
     def once(pairs):
         table = dict(pairs)
         if len(table) < len(pairs):
@@ -191,21 +212,22 @@ def _read_header(path, problems):
     for name, entry in header.items():
         match entry:
             case {"dtype": str(tag), "shape": list(shape), "data_offsets": [begin, end]} if all(
-                    type(n) is int and n >= 0 for n in (*shape, begin, end)):
+                type(n) is int and n >= 0 for n in (*shape, begin, end)
+            ):
                 pass
             case _:
-                problems.append(f"{path.name}: {name!r} needs dtype, shape and data_offsets in "
-                                f"whole numbers from 0, not {str(entry)[:200]}")
+                problems.append(
+                    f"{path.name}: {name!r} needs dtype, shape and data_offsets in "
+                    f"whole numbers from 0, not {str(entry)[:200]}"
+                )
                 continue
         ranges.append((begin, end, name))
         if tag not in DTYPES:
-            problems.append(f"{path.name}: {name!r} has dtype {tag!r}; known are "
-                            + ", ".join(DTYPES))
+            problems.append(f"{path.name}: {name!r} has dtype {tag!r}; known are " + ", ".join(DTYPES))
         elif impossible(shape, DTYPES[tag].itemsize):
             problems.append(f"{path.name}: {name!r} has an impossible shape, {str(shape)[:200]}")
         elif (nbytes := math.prod(shape) * DTYPES[tag].itemsize) != end - begin:
-            problems.append(f"{path.name}: {name!r} of shape {shape} needs {nbytes} bytes, not "
-                            f"{end - begin}")
+            problems.append(f"{path.name}: {name!r} of shape {shape} needs {nbytes} bytes, not {end - begin}")
         else:
             tensors[name] = Tensor(name, tuple(shape), DTYPES[tag], path, 8 + length + begin)
     if len(ranges) == len(header):
@@ -223,8 +245,7 @@ def _wrong_ranges(ranges, size):
     position = 0
     for begin, end, name in sorted(ranges):
         if begin != position:
-            yield (f"{name!r} begins at byte {begin} of the data, but the tensor before it ends "
-                   f"at {position}")
+            yield (f"{name!r} begins at byte {begin} of the data, but the tensor before it ends at {position}")
         position = end
     if position != size:
         yield f"the tensors need {position} bytes of data and the file has {size}"
@@ -248,12 +269,17 @@ def save_safetensors(directory, tensors, max_shard_bytes=5_000_000_000, single=S
       ValueError: a name given twice, or an array that is not of its shape and dtype.
     """
     directory = pathlib.Path(directory)
-    tensors = [(name, tuple(shape), np.dtype(dtype), source)
-               for name, shape, dtype, source in tensors]
+    tensors = [(name, tuple(shape), np.dtype(dtype), source) for name, shape, dtype, source in tensors]
     if len({name for name, *_ in tensors} - {"__metadata__"}) < len(tensors):
         raise ValueError("two tensors of one name, or one that is called __metadata__")
-    fail(directory, [f"{name} has dtype {dtype}; safetensors has {', '.join(DTYPES)}"
-                     for name, _, dtype, _ in tensors if dtype not in _TAGS])
+    fail(
+        directory,
+        [
+            f"{name} has dtype {dtype}; safetensors has {', '.join(DTYPES)}"
+            for name, _, dtype, _ in tensors
+            if dtype not in _TAGS
+        ],
+    )
     shards, room = [[]], max_shard_bytes
     for tensor in tensors:
         if shards[-1] and _nbytes(tensor) > room:
@@ -270,8 +296,10 @@ def save_safetensors(directory, tensors, max_shard_bytes=5_000_000_000, single=S
             for name, shard in zip(names, shards):
                 _write_file(pathlib.Path(new, name), shard)
             if len(shards) > 1:
-                index = {"metadata": {"total_size": sum(map(_nbytes, tensors))},
-                         "weight_map": {t[0]: n for n, shard in zip(names, shards) for t in shard}}
+                index = {
+                    "metadata": {"total_size": sum(map(_nbytes, tensors))},
+                    "weight_map": {t[0]: n for n, shard in zip(names, shards) for t in shard},
+                }
                 pathlib.Path(new, INDEX).write_text(json.dumps(index, indent=1) + "\n")
                 names.append(INDEX)
             _move_in(pathlib.Path(new), names, directory)
@@ -301,8 +329,7 @@ def _write_file(path, tensors):
         for name, shape, dtype, source in tensors:
             array = np.asarray(source() if callable(source) else source)
             if (array.shape, array.dtype) != (shape, dtype):
-                raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, announced as "
-                                 f"{dtype}{list(shape)}")
+                raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, announced as {dtype}{list(shape)}")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
             array = source = None  # freed before the next one is made
         file.flush()
@@ -312,8 +339,11 @@ def _write_file(path, tensors):
 def _move_in(new, names, directory):
     """Moves the named files in, in place of the weights there; undone when one cannot be moved."""
     # One file replaces one in a single step. Shards of two models must never lie side by side.
-    old = [n for n in sorted(os.listdir(directory)) if _WEIGHTS.fullmatch(n) and [n] != names
-           and _WEIGHTS.fullmatch(names[0])]
+    old = [
+        n
+        for n in sorted(os.listdir(directory))
+        if _WEIGHTS.fullmatch(n) and [n] != names and _WEIGHTS.fullmatch(names[0])
+    ]
     aside = pathlib.Path(tempfile.mkdtemp(prefix="replaced-", dir=directory))
     moves = [(directory / name, aside / name) for name in old]
     moves += [(new / name, directory / name) for name in names]

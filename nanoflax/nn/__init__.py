@@ -21,4 +21,9 @@ from nanoflax.nn.models import (
 )
 from nanoflax.nn.positions import base_rates, rotary_rates
 
-__all__ = ["MLP", "VOCABULARY", "Attention", "AttentionLSTM", "Block", "Decoder", "DecoderClassifier", "Embedding", "Encoder", "EncoderDecoder", "LanguageModel", "Linear", "Norm", "SourceModel", "Stack", "alignment", "base_rates", "build", "chunked_cross_entropy", "chunks_of", "column_lengths", "decoder_layers", "dot_product_attention", "flops_per_token", "head_kernel", "low_rank", "mean_pool", "rotary_rates", "shift_right", "token_losses", "without_padding"]
+__all__ = [
+    "Attention", "AttentionLSTM", "Block", "Decoder", "DecoderClassifier", "Embedding", "Encoder",
+    "EncoderDecoder", "LanguageModel", "Linear", "MLP", "Norm", "SourceModel", "Stack", "VOCABULARY", "alignment",
+    "base_rates", "build", "chunked_cross_entropy", "chunks_of", "column_lengths", "decoder_layers",
+    "dot_product_attention", "flops_per_token", "head_kernel", "low_rank", "mean_pool", "rotary_rates",
+    "shift_right", "token_losses", "without_padding"]  # fmt: skip

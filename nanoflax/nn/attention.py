@@ -24,8 +24,7 @@ def dot_product_attention(q, k, v, mask=None, causal=False, bias=None, scale=Non
     for none. A query that may see nothing gets the mean of the values, never NaN.
     Returns [B, T, H, K] in q's dtype.
     """
-    y = heads_first(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask, causal, bias, scale,
-                    softcap)
+    y = heads_first(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask, causal, bias, scale, softcap)
     return y.swapaxes(1, 2)
 
 
@@ -37,8 +36,7 @@ def heads_first(q, k, v, mask=None, causal=False, bias=None, scale=None, softcap
     q = (q * (K**-0.5 if scale is None else scale)).reshape(B, G, H // G, T, K)
 
     def grouped(x):  # [b, h, t, s] -> [b, G, N, t, s], where h is H or 1
-        return x if x is None else x[:, :, None] if x.shape[1] == 1 else x.reshape(
-            x.shape[0], G, H // G, *x.shape[2:])
+        return x if x is None else x[:, :, None] if x.shape[1] == 1 else x.reshape(x.shape[0], G, H // G, *x.shape[2:])
 
     mask, bias = grouped(mask), grouped(bias)
     if not causal:
@@ -51,8 +49,11 @@ def heads_first(q, k, v, mask=None, causal=False, bias=None, scale=None, softcap
         b = min(a + size, T)
         seen = jnp.arange(b)[None] <= jnp.arange(a, b)[:, None]
         seen = seen if mask is None else seen & _block(mask, a, b)
-        blocks.append(_softmax_attention(q[..., a:b, :], k[:, :, :b], v[:, :, :b], seen,
-                                         None if bias is None else _block(bias, a, b), softcap))
+        blocks.append(
+            _softmax_attention(
+                q[..., a:b, :], k[:, :, :b], v[:, :, :b], seen, None if bias is None else _block(bias, a, b), softcap
+            )
+        )
     return jnp.concatenate(blocks, axis=-2).reshape(B, H, T, K)
 
 
@@ -128,8 +129,10 @@ def empty_cache(config, batch, length, dtype):
 def write_cache(cache, k, v, index):
     """Write k, v [B, G, T, K] at slots index .. index + T of a layer's cache."""
     at = (0, 0, index, 0)
-    return cache | {name: jax.lax.dynamic_update_slice(cache[name], x.astype(cache[name].dtype), at)
-                    for name, x in [("key", k), ("value", v)]}
+    return cache | {
+        name: jax.lax.dynamic_update_slice(cache[name], x.astype(cache[name].dtype), at)
+        for name, x in [("key", k), ("value", v)]
+    }
 
 
 class AttentionInputs(NamedTuple):
@@ -209,8 +212,7 @@ class Attention(nn.Module):
     def keys_values(self, x, angles=None):
         """x: [B, S, D] -> keys and values, each [B, G, S, K]."""
         G = self.config.G
-        return (self._heads(x, self.key, G, "key_norm", angles),
-                self._heads(x, self.value, G, None, None))
+        return (self._heads(x, self.key, G, "key_norm", angles), self._heads(x, self.value, G, None, None))
 
     def _heads(self, x, linear, heads, norm, angles):
         normed = norm if norm and self.config.qk_norm != "none" else None
@@ -230,16 +232,26 @@ class Attention(nn.Module):
         if not cached and not self.is_initializing():
             name, _ = self.backend(q, k, causal, bias, facts)
         if name == "plain":
-            y = heads_first(q, parallel.gather_time(k), parallel.gather_time(v), mask, causal, bias,
-                            c.attention_scale, c.attention_softcap)
+            y = heads_first(
+                q,
+                parallel.gather_time(k),
+                parallel.gather_time(v),
+                mask,
+                causal,
+                bias,
+                c.attention_scale,
+                c.attention_softcap,
+            )
         else:
-            y = kernels.BACKENDS[name].attend(q, k, v, causal, facts, c.attention_scale,
-                                               c.attention_softcap)
+            y = kernels.BACKENDS[name].attend(q, k, v, causal, facts, c.attention_scale, c.attention_softcap)
         return self.out(y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], c.heads * c.K))
 
     def backend(self, q, k, causal, bias, facts):
         """`backends.choose` for a call of `attend` without a cache."""
         c = self.config
-        return kernels.choose(c.attention_backend, kernels.Call(
-            parallel.platform(), q.shape, k.shape, q.dtype, causal, facts, bias is not None,
-            c.attention_softcap))
+        return kernels.choose(
+            c.attention_backend,
+            kernels.Call(
+                parallel.platform(), q.shape, k.shape, q.dtype, causal, facts, bias is not None, c.attention_softcap
+            ),
+        )

@@ -61,10 +61,12 @@ class Block(nn.Module):
             return x + self.drop(h, deterministic=deterministic), cache
         x = self._after("attention", x, h, deterministic)
         if self.cross:
-            keys, values = (self.cross_keys_values(view.source) if cache is None else
-                            (cache["cross_key"], cache["cross_value"]))
-            h = self.cross_attention.cross(self._before("cross", x), keys, values, view.source_mask,
-                                           cached=cache is not None)
+            keys, values = (
+                self.cross_keys_values(view.source) if cache is None else (cache["cross_key"], cache["cross_value"])
+            )
+            h = self.cross_attention.cross(
+                self._before("cross", x), keys, values, view.source_mask, cached=cache is not None
+            )
             x = self._after("cross", x, h, deterministic)
         return self._after("mlp", x, self.mlp(self._before("mlp", x)), deterministic), cache
 
@@ -118,14 +120,12 @@ class Stack(nn.Module):
         block = Block
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], static_argnums=(4,))
-        self.blocks = [block(c, self.causal, self.cross, name=f"block_{i}")
-                       for i in range(self.layers)]
+        self.blocks = [block(c, self.causal, self.cross, name=f"block_{i}") for i in range(self.layers)]
         if c.norm_place != "post":
             self.norm = norm(c)
         self.drop = nn.Dropout(c.dropout)
 
-    def __call__(self, x, segments=None, cache=None, source=None, source_mask=None,
-                 deterministic=True):
+    def __call__(self, x, segments=None, cache=None, source=None, source_mask=None, deterministic=True):
         """x: [B, T, D] embeddings; segments: [B, T] int32 or None: tokens see their own segment
         alone (0 may be padding), but of an encoder all those that are not 0; cache: whose slots the
         tokens extend, or None; source: [B, S, D], an encoder's states, and source_mask: [B, S]
@@ -161,13 +161,16 @@ class Stack(nn.Module):
             if P:
                 place = jnp.concatenate([jnp.broadcast_to(slots[:, :P], (len(x), P)), place], 1)
                 segments = jnp.pad(segments, [(0, 0), (P, 0)], constant_values=1)
-            mask = (masking.segments(segments, segments) | everyones if self.causal else
-                    masking.padding(segments > 0))
+            mask = masking.segments(segments, segments) | everyones if self.causal else masking.padding(segments > 0)
         if cache is None and not P:
-            facts = MaskSpec(segments) if self.causal or segments is None else MaskSpec(
-                valid=segments > 0)
-        view = AttentionInputs(mask, facts, index=index, source=source,
-                    source_mask=None if source_mask is None else masking.padding(source_mask))
+            facts = MaskSpec(segments) if self.causal or segments is None else MaskSpec(valid=segments > 0)
+        view = AttentionInputs(
+            mask,
+            facts,
+            index=index,
+            source=source,
+            source_mask=None if source_mask is None else masking.padding(source_mask),
+        )
         if c.positions == "learned":
             row = jnp.maximum(place, 0) if P else place
             table = parallel.replicate(self.position_embed.embedding)
@@ -181,8 +184,7 @@ class Stack(nn.Module):
             x = self.embed_norm(x)
         x = self.drop(x, deterministic=deterministic)
         local = [c.is_local(i) for i in range(self.layers)]
-        views = {kind: self._view(view, kind, slots, keys, place, everyones)
-                 for kind in sorted(set(local))}
+        views = {kind: self._view(view, kind, slots, keys, place, everyones) for kind in sorted(set(local))}
         if self.has_variable("params", "blocks"):
             x, new = self._scan(x, views, local, layers, deterministic)
         else:
@@ -200,8 +202,9 @@ class Stack(nn.Module):
         to lie in the cache. Returns a list of {cross_key, cross_value: [B, G, S, K]}."""
         if self.has_variable("params", "blocks"):
             block = Block(self.config, self.causal, self.cross, parent=None)
-            stacked = jax.lax.map(lambda params: block.apply(
-                {"params": params}, source, method="cross_keys_values"), self._stacked())
+            stacked = jax.lax.map(
+                lambda params: block.apply({"params": params}, source, method="cross_keys_values"), self._stacked()
+            )
             found = _layers(stacked, self.layers)
         else:
             found = [block.cross_keys_values(source) for block in self.blocks]
@@ -218,8 +221,7 @@ class Stack(nn.Module):
             rngs = {} if rng is None else {"dropout": jax.random.fold_in(rng, i)}
 
             def run(view):
-                return lambda: block.apply({"params": params}, x, view, cache, deterministic,
-                                           rngs=rngs)
+                return lambda: block.apply({"params": params}, x, view, cache, deterministic, rngs=rngs)
 
             return jax.lax.switch(kind, [run(view) for view in views.values()])
 
@@ -235,8 +237,9 @@ class Stack(nn.Module):
 
     def _relative_bias(self, slots, keys):
         c = self.config
-        buckets = positions.relative_buckets(keys[None] - slots[:, None], c.relative_buckets,
-                                             c.relative_distance, self.causal)
+        buckets = positions.relative_buckets(
+            keys[None] - slots[:, None], c.relative_buckets, c.relative_distance, self.causal
+        )
         return self.relative_bias(buckets).astype(jnp.float32).transpose(2, 0, 1)[None]
 
     def _view(self, view, local, slots, keys, place, everyones):

@@ -17,8 +17,7 @@ from nanoflax import parallel
 from nanoflax.errors import UserError
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("segments", "valid"),
-         meta_fields=("window",))
+@partial(jax.tree_util.register_dataclass, data_fields=("segments", "valid"), meta_fields=("window",))
 @dataclasses.dataclass(frozen=True)
 class MaskSpec:
     """All that a mask says besides causality, in words that a kernel understands."""
@@ -60,16 +59,17 @@ def choose(wanted, call):
     if name == "plain":
         return name, ""
     row, context = BACKENDS[name], parallel.axis_size("context")
-    refusals = {f"it runs on {row.platform}, not {call.platform}": row.platform != call.platform,
-                f"context={context} splits the sequence": context > 1,
-                "attention has a bias of relative positions": call.bias,
-                "prompt and prefix tuning mask by an array": call.facts is None}
+    refusals = {
+        f"it runs on {row.platform}, not {call.platform}": row.platform != call.platform,
+        f"context={context} splits the sequence": context > 1,
+        "attention has a bias of relative positions": call.bias,
+        "prompt and prefix tuning mask by an array": call.facts is None,
+    }
     if call.facts is not None:
         refusals |= row.refusals(call)
     why = ", ".join(reason for reason, holds in refusals.items() if holds)
     if why and wanted != "auto":
-        raise UserError(f"model.attention_backend={wanted!r} cannot serve: {why}; "
-                        "auto takes it wherever it can")
+        raise UserError(f"model.attention_backend={wanted!r} cannot serve: {why}; auto takes it wherever it can")
     return ("plain", f"not {name}: {why}") if why else (name, "")
 
 
@@ -80,8 +80,8 @@ def _cudnn_refusals(call):
     facts, K, capability = call.facts, call.q[-1], _compute_capability()
     most = 256 if capability >= 9 else 128
     return {
-        f"it takes bfloat16 and float16, not {jnp.dtype(call.dtype).name}":
-            jnp.dtype(call.dtype).name not in ("bfloat16", "float16"),
+        f"it takes bfloat16 and float16, not {jnp.dtype(call.dtype).name}": jnp.dtype(call.dtype).name
+        not in ("bfloat16", "float16"),
         f"heads of {K} are not a multiple of 8 up to {most}": K % 8 > 0 or K > most,
         "the GPU is older than Ampere": capability < 8,
         "scores have a softcap": call.softcap > 0,
@@ -109,9 +109,18 @@ def cudnn(q, k, v, causal, facts, scale=None, softcap=0.0):
         order = jnp.argsort(~facts.valid, axis=1, stable=True)[:, :, None, None]
         k, v = (jnp.take_along_axis(x, order, axis=1) for x in (k, v))
         lengths = jnp.maximum(facts.valid.sum(1), 1).astype(jnp.int32)
-    return seq(jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=causal, key_value_seq_lengths=lengths,
-        local_window_size=(facts.window - 1, 0) if facts.window else None, implementation="cudnn"))
+    return seq(
+        jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            is_causal=causal,
+            key_value_seq_lengths=lengths,
+            local_window_size=(facts.window - 1, 0) if facts.window else None,
+            implementation="cudnn",
+        )
+    )
 
 
 # Splash, JAX's attention kernel for TPUs.
@@ -139,21 +148,27 @@ def splash(q, k, v, causal, facts, scale=None, softcap=0.0, interpret=False):
     elif facts.valid is not None:
         valid = facts.valid.astype(jnp.int32)
         ids = lib.SegmentIds(jnp.ones((len(q), T), jnp.int32), valid)
-    see = lib.LocalMask((T, S), (facts.window - 1 if facts.window else None, 0 if causal else None),
-                        0) if causal or facts.window else lib.FullMask((T, S))
+    see = (
+        lib.LocalMask((T, S), (facts.window - 1 if facts.window else None, 0 if causal else None), 0)
+        if causal or facts.window
+        else lib.FullMask((T, S))
+    )
     t, s = (next(n for n in (512, 256, 128) if size % n == 0) for size in (T, S))
-    blocks = lib.BlockSizes(block_q=t, block_kv=s, block_q_dkv=t, block_kv_dkv=s, block_q_dq=t,
-                            block_kv_dq=s)
+    blocks = lib.BlockSizes(block_q=t, block_kv=s, block_q_dkv=t, block_kv_dkv=s, block_q_dq=t, block_kv_dq=s)
 
     def local(q, k, v, ids):
         kernel = lib.make_splash_mha(
-            lib.MultiHeadMask([see] * q.shape[1]), block_sizes=blocks, head_shards=1,
-            q_seq_shards=1, attn_logits_soft_cap=softcap or None, interpret=interpret)
+            lib.MultiHeadMask([see] * q.shape[1]),
+            block_sizes=blocks,
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=softcap or None,
+            interpret=interpret,
+        )
         return jax.vmap(kernel)(q, k, v, ids)
 
     q = q * (K**-0.5 if scale is None else scale)
     return parallel.on_each(local, (q, k, v), ids)
 
 
-BACKENDS = {"cudnn": Backend("gpu", _cudnn_refusals, cudnn),
-            "splash": Backend("tpu", _splash_refusals, splash)}
+BACKENDS = {"cudnn": Backend("gpu", _cudnn_refusals, cudnn), "splash": Backend("tpu", _splash_refusals, splash)}

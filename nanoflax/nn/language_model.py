@@ -1,6 +1,5 @@
 """What every language model shares: embeddings in, the output head, the encoded source."""
 
-
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -53,16 +52,16 @@ class LanguageModel(nn.Module):
             own = jnp.pad(segments, [(0, 0), (n, 0)], constant_values=-1)[:, :T] == segments
             before = jnp.where(own[..., None], before, 0)
         if cache is not None:
-            cache = cache | {"delay": {"states": states[:, T:],
-                                       "padding": jnp.maximum(line["padding"] - T, 0)}}
+            cache = cache | {"delay": {"states": states[:, T:], "padding": jnp.maximum(line["padding"] - T, 0)}}
         return x + activate("gelu", self.delay(before)), cache
 
     def head(self, x):
         """The logits [B, T, V] float32 of `hidden`'s states x [B, T, D]."""
         c = self.config
         if c.tied:
-            logits = jnp.einsum("btd,vd->btv", x, self.embedding.embedding.astype(x.dtype),
-                                preferred_element_type=jnp.float32)
+            logits = jnp.einsum(
+                "btd,vd->btv", x, self.embedding.embedding.astype(x.dtype), preferred_element_type=jnp.float32
+            )
         else:
             logits = self.unembed(x).astype(jnp.float32)
         if c.head_bias:
@@ -98,9 +97,16 @@ def empty_delay(model, batch, padding=None):
     """What a cache holds of the output delay before the first token: {} if there is none.
     padding: [B] int32, how many tokens of each row are not real ones."""
     c = model.config
-    return {} if not c.output_delay else {"delay": {
-        "states": jnp.zeros((batch, c.output_delay, c.dim), model.compute_dtype),
-        "padding": jnp.zeros(batch, jnp.int32) if padding is None else padding}}
+    return (
+        {}
+        if not c.output_delay
+        else {
+            "delay": {
+                "states": jnp.zeros((batch, c.output_delay, c.dim), model.compute_dtype),
+                "padding": jnp.zeros(batch, jnp.int32) if padding is None else padding,
+            }
+        }
+    )
 
 
 class SourceModel(LanguageModel):
@@ -133,6 +139,5 @@ class SourceModel(LanguageModel):
             return states, mask
         if mask is None:
             mask = jnp.ones(states.shape[:2], bool)
-        vector = mean_pool(states, mask) if kind == "mean" else states[
-            jnp.arange(len(states)), mask.argmax(1)]
+        vector = mean_pool(states, mask) if kind == "mean" else states[jnp.arange(len(states)), mask.argmax(1)]
         return vector[:, None], jnp.ones((len(states), 1), bool)

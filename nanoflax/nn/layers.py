@@ -148,8 +148,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.normal(self.stddev),
-                            (x.shape[-1], self.features))
+        kernel = self.param("kernel", nn.initializers.normal(self.stddev), (x.shape[-1], self.features))
         y = matmul(x, kernel.astype(x.dtype))
         if self.has_variable("params", "lora_a"):
             y = adapt(y, x, self.variables["params"])
@@ -166,8 +165,7 @@ class Embedding(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02),
-                                    (self.size, self.dim))
+        self.embedding = self.param("embedding", nn.initializers.normal(0.02), (self.size, self.dim))
 
     def __call__(self, ids):
         return self.embedding.astype(self.dtype)[ids]

@@ -17,6 +17,7 @@ def shift_right(targets, first, segments=None, start=None):
     segments [B, T] int32 (packed, isolated documents) every further document begins from `start`
     ([B] int32 or a scalar, default `first`), not from its neighbour. Returns [B, T] int32.
     """
+
     def column(x):
         return jnp.broadcast_to(jnp.asarray(x, targets.dtype), targets.shape[:1])[:, None]
 
@@ -44,8 +45,7 @@ def _token_losses(logits, targets, z_loss, label_smoothing):
     nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     objective = nll
     if label_smoothing:
-        objective = ((1 - label_smoothing) * nll
-                     + label_smoothing * (log_z - logits.mean(axis=-1)))
+        objective = (1 - label_smoothing) * nll + label_smoothing * (log_z - logits.mean(axis=-1))
     if z_loss:
         objective = objective + z_loss * log_z**2
     return objective, nll, log_z
@@ -59,8 +59,9 @@ def chunks_of(B, T, V, budget=2**22, least=512):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def chunked_cross_entropy(hidden, kernel, targets, weights, bias=None, chunks=1, z_loss=0.0,
-                          label_smoothing=0.0, softcap=0.0):
+def chunked_cross_entropy(
+    hidden, kernel, targets, weights, bias=None, chunks=1, z_loss=0.0, label_smoothing=0.0, softcap=0.0
+):
     """Weighted sum of token losses from hidden states, without ever holding all logits.
 
     hidden: [B, T, D]; kernel: [D, V], the output head; targets: [B, T] int32; weights: [B, T]
@@ -74,8 +75,7 @@ def chunked_cross_entropy(hidden, kernel, targets, weights, bias=None, chunks=1,
     return _chunked(hidden, kernel, targets, weights, bias, *options, gradients=False)[0]
 
 
-def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoothing, softcap,
-             gradients):
+def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoothing, softcap, gradients):
     # On a mesh fsdp splits the vocabulary here, if it can, not the rows: its devices put their states
     # together, and each sums the gradient of its own part [D, V / fsdp]. Over b and t, the splits of
     # B and T that are left, it is reduced once at the end, not once a chunk.
@@ -101,16 +101,19 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
             return (loss, nll, dw, db), None
         hit = jnp.arange(logits.shape[-1]) == targets[..., None]
         probability = jnp.exp(logits - log_z[..., None])
-        dlogits = m[..., None] * (probability * (1 + 2 * z_loss * log_z)[..., None]
-                                  - (1 - label_smoothing) * hit
-                                  - label_smoothing / logits.shape[-1])
+        dlogits = m[..., None] * (
+            probability * (1 + 2 * z_loss * log_z)[..., None]
+            - (1 - label_smoothing) * hit
+            - label_smoothing / logits.shape[-1]
+        )
         if softcap:
             dlogits *= 1 - (logits / softcap) ** 2
         if bias is not None:
             db += dlogits.sum((2, 3))
         dlogits = dlogits.astype(h.dtype)
-        dh = parallel.constrain(jnp.einsum("ijbtv,dv->ijbtd", dlogits, kernel),
-                                P(rows, "context", "fsdp" if fits else None))
+        dh = parallel.constrain(
+            jnp.einsum("ijbtv,dv->ijbtd", dlogits, kernel), P(rows, "context", "fsdp" if fits else None)
+        )
         dk = jnp.einsum("ijbtd,ijbtv->ijdv", h, dlogits, preferred_element_type=jnp.float32)
         return (loss, nll, dw + dk, db), dh
 
@@ -120,8 +123,8 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
 
     pieces = jax.tree.map(split, (hidden, targets, weights))
     zeros = lambda *shape: parallel.constrain(  # noqa: E731
-        jnp.zeros((b, t, *shape), jnp.float32),
-        P(rows, "context", *[None] * (len(shape) - 1), *[words] * bool(shape)))
+        jnp.zeros((b, t, *shape), jnp.float32), P(rows, "context", *[None] * (len(shape) - 1), *[words] * bool(shape))
+    )
     dw = zeros(*kernel.shape) if gradients else None
     db = None if bias is None else zeros(*bias.shape)
     carry = (zeros(), zeros(), dw, db)

@@ -33,6 +33,7 @@ def lstm(x, kernel, mask, reverse=False):
     bool, True at real tokens; reverse: from the last token to the first.
     Returns (h of every token [B, S, D], the last h [B, D], the last c [B, D] float32).
     """
+
     def step(state, now):
         (h, c), (x, real) = state, now
         new = lstm_cell(x + h @ kernel, c)
@@ -55,8 +56,7 @@ def attend(query, keys, values, mask, score=None):
     if score is None:
         scores = jnp.einsum("bd,bsd->bs", query, keys, preferred_element_type=jnp.float32)
     else:
-        scores = jnp.einsum("bsd,d->bs", jnp.tanh(query[:, None] + keys), score,
-                            preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bsd,d->bs", jnp.tanh(query[:, None] + keys), score, preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores)
     return jnp.einsum("bs,bse->be", weights.astype(values.dtype), values), weights
@@ -70,11 +70,9 @@ class Matrix(nn.Module):
     gates: bool = False  # of an LSTM: has a bias, 1 for the forget gates (Jozefowicz et al. 2015)
 
     def setup(self):
-        self.kernel = self.param("kernel", nn.initializers.normal(self.rows**-0.5),
-                                 (self.rows, self.columns))
+        self.kernel = self.param("kernel", nn.initializers.normal(self.rows**-0.5), (self.rows, self.columns))
         if self.gates:
-            self.bias = self.param("bias", lambda _: jnp.repeat(jnp.array([0., 1, 0, 0]),
-                                                                self.columns // 4))
+            self.bias = self.param("bias", lambda _: jnp.repeat(jnp.array([0.0, 1, 0, 0]), self.columns // 4))
 
     def whole(self, dtype):
         """The kernel in a dtype, put together once, before the scan."""
@@ -92,9 +90,10 @@ class BiLSTM(nn.Module):
         outputs = []
         for name in ("forward", "backward"):
             cell = Matrix(self.dim, 4 * self.dim, gates=True, name=name)
-            gates = Linear(4 * self.dim, False, x.shape[-1]**-0.5, name=f"{name}_input")(x)
-            outputs.append(lstm(gates + cell.bias.astype(x.dtype), cell.whole(x.dtype), mask,
-                                reverse=name == "backward"))
+            gates = Linear(4 * self.dim, False, x.shape[-1] ** -0.5, name=f"{name}_input")(x)
+            outputs.append(
+                lstm(gates + cell.bias.astype(x.dtype), cell.whole(x.dtype), mask, reverse=name == "backward")
+            )
         return [jnp.concatenate(pair, axis=-1) for pair in zip(*outputs)]
 
 
@@ -111,13 +110,11 @@ class AttentionLSTM(SourceModel):
         self.encoder = [BiLSTM(D, name=f"encoder_{i}") for i in range(c.layers)]
         if c.lstm_start == "encoder":
             width = 4 * D if c.bottleneck == "none" else 2 * D
-            self.start = [Linear(2 * D, stddev=width**-0.5, name=f"start_{i}")
-                          for i in range(c.layers)]
+            self.start = [Linear(2 * D, stddev=width**-0.5, name=f"start_{i}") for i in range(c.layers)]
         self.input = Linear(4 * D, False, D**-0.5)
         # Of each layer's kernel the first D rows read what is below, the others its own h.
-        self.decoder = [Matrix(2 * D, 4 * D, gates=True, name=f"decoder_{i}")
-                        for i in range(c.layers)]
-        self.key = Linear(D, False, (2 * D)**-0.5)
+        self.decoder = [Matrix(2 * D, 4 * D, gates=True, name=f"decoder_{i}") for i in range(c.layers)]
+        self.key = Linear(D, False, (2 * D) ** -0.5)
         if c.lstm_attention == "additive":
             self.query = Matrix(D, D)
             self.score = self.param("score", nn.initializers.normal(D**-0.5), (D,))
@@ -141,8 +138,7 @@ class AttentionLSTM(SourceModel):
         x = self.drop(self.embed(targets_in), deterministic=deterministic)
         inputs = self.input(x).swapaxes(0, 1)
         dropped = self.drop(jnp.ones((T, c.layers, B, c.dim), x.dtype), deterministic=deterministic)
-        weights = [(cell.whole(x.dtype), cell.bias.astype(x.dtype))
-                   for cell in self.decoder]
+        weights = [(cell.whole(x.dtype), cell.bias.astype(x.dtype)) for cell in self.decoder]
         combine, query, score = self.combine.whole(x.dtype), None, None
         if c.lstm_attention == "additive":
             query, score = self.query.whole(x.dtype), self.score.astype(x.dtype)
@@ -162,11 +158,9 @@ class AttentionLSTM(SourceModel):
 
         if self.remat != "none":
             step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat])
-        (last, layers), (x, seen) = jax.lax.scan(step, (state["last"], state["layers"]),
-                                                 (inputs, dropped))
+        (last, layers), (x, seen) = jax.lax.scan(step, (state["last"], state["layers"]), (inputs, dropped))
         x = self.drop(x.swapaxes(0, 1), deterministic=deterministic)
-        x, cache = self.output(x, cache=None if cache is None else
-                               cache | {"last": last, "layers": layers})
+        x, cache = self.output(x, cache=None if cache is None else cache | {"last": last, "layers": layers})
         return x, cache, seen.swapaxes(0, 1)
 
     def states(self, source, source_mask=None, deterministic=True):
@@ -185,10 +179,16 @@ class AttentionLSTM(SourceModel):
                 h, memory = jnp.split(self.start[i](end), 2, axis=-1)
                 h = jnp.tanh(h)
             else:
-                h = memory = jnp.zeros_like(x[:, 0, :self.config.dim])
+                h = memory = jnp.zeros_like(x[:, 0, : self.config.dim])
             layers.append((h, memory.astype(jnp.float32)))
-        return {"last": jnp.zeros_like(h), "layers": layers, "keys": self.key(x), "values": x,
-                "source_mask": mask, **empty_delay(self, len(x))}
+        return {
+            "last": jnp.zeros_like(h),
+            "layers": layers,
+            "keys": self.key(x),
+            "values": x,
+            "source_mask": mask,
+            **empty_delay(self, len(x)),
+        }
 
     def _encode(self, source, source_mask, deterministic):
         """The states [B, S, 2D] of the last layer, and of each the last h and c of both directions,

@@ -75,8 +75,7 @@ class DecoderClassifier(Decoder):
         or None for all. Returns logits [B, labels] float32."""
         # What comes after a token cannot reach it, so attention needs no mask.
         x, _ = self.hidden(tokens, deterministic=deterministic)
-        last = (jnp.full(len(tokens), -1) if padding_mask is None else
-                padding_mask.sum(-1) - 1)
+        last = jnp.full(len(tokens), -1) if padding_mask is None else padding_mask.sum(-1) - 1
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         return self.labels(self.drop(x, deterministic=deterministic)).astype(jnp.float32)
 
@@ -146,10 +145,8 @@ class EncoderDecoder(SourceModel):
         """The last states that `head` reads, [B, T, D] in the compute dtype, and the cache."""
         states = None
         if cache is None:
-            states, source_mask = self.seen(self.states(source, source_mask, deterministic),
-                                            source_mask)
-        x, cache = self.decoder(self.embed(targets_in), None, cache, states, source_mask,
-                                deterministic)
+            states, source_mask = self.seen(self.states(source, source_mask, deterministic), source_mask)
+        x, cache = self.decoder(self.embed(targets_in), None, cache, states, source_mask, deterministic)
         return self.output(x, cache=cache)
 
     def states(self, source, source_mask=None, deterministic=True):
@@ -189,8 +186,11 @@ def alignment(model, params, source, targets):
     def look(cross, arguments, named, context):
         if isinstance(context.module, Attention) and context.method_name == "cross":
             x, keys, _, mask = arguments
-            layers.append(attention_weights(context.module.queries(x), keys, mask,
-                                            c.attention_scale, c.attention_softcap)[0].mean(0))
+            layers.append(
+                attention_weights(context.module.queries(x), keys, mask, c.attention_scale, c.attention_softcap)[
+                    0
+                ].mean(0)
+            )
         return cross(*arguments, **named)
 
     with nn.intercept_methods(look):
@@ -204,11 +204,12 @@ def decoder_layers(config):
 
 
 def _empty_cache(model, layers, batch, length, start=None):
-    return {"layers": [empty_cache(model.config, batch, length, model.compute_dtype)
-                       for _ in range(layers)],
-            "index": jnp.int32(0),
-            "start": jnp.zeros(batch, jnp.int32) if start is None else start,
-            **empty_delay(model, batch, start)}
+    return {
+        "layers": [empty_cache(model.config, batch, length, model.compute_dtype) for _ in range(layers)],
+        "index": jnp.int32(0),
+        "start": jnp.zeros(batch, jnp.int32) if start is None else start,
+        **empty_delay(model, batch, start),
+    }
 
 
 def without_padding(config, params):
@@ -218,8 +219,7 @@ def without_padding(config, params):
     V, flat = config.vocab_size - config.vocab_padding, traverse_util.flatten_dict(params, sep="/")
     for path in VOCABULARY & flat.keys():
         flat[path] = flat[path][:V] if path == "embed/embedding" else flat[path][..., :V]
-    return (dataclasses.replace(config, vocab_size=V, vocab_padding=0),
-            traverse_util.unflatten_dict(flat, sep="/"))
+    return (dataclasses.replace(config, vocab_size=V, vocab_padding=0), traverse_util.unflatten_dict(flat, sep="/"))
 
 
 def head_kernel(config, params):
@@ -228,8 +228,7 @@ def head_kernel(config, params):
 
 
 VOCABULARY = {"embed/embedding", "unembed/kernel", "logit_bias"}  # with a dimension V
-MODELS = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder,
-          "lstm": AttentionLSTM}
+MODELS = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder, "lstm": AttentionLSTM}
 
 
 def build(config, remat="none"):
@@ -257,8 +256,7 @@ def flops_per_token(config, length=None):
     head = 6 * c.dim * c.vocab_size if c.head in ("lm", "mlm") else 0
     head += 6 * c.dim**2 * (c.output_delay > 0)
     if c.architecture == "lstm":  # in units of D^2: encoder, decoder, and keys, query, output
-        matrices = (24 * c.layers - 8) + (8 * c.layers + 4) + (6 if c.lstm_attention == "additive"
-                                                               else 5)
+        matrices = (24 * c.layers - 8) + (8 * c.layers + 4) + (6 if c.lstm_attention == "additive" else 5)
         return 6 * c.dim**2 * matrices + 18 * c.dim * T + head
     attention = c.dim * c.K * (2 * c.heads + 2 * c.G)
     mlp = c.dim * c.F * (3 if c.gated else 2)

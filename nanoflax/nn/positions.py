@@ -10,8 +10,7 @@ def restarting(segments):
     segments: [B, T] int32, constant within a document. Returns [B, T] int32 positions from 0.
     """
     index = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    starts = jnp.concatenate(
-        [jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 

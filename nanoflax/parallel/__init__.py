@@ -52,4 +52,11 @@ from nanoflax.parallel.mesh import AXES, abstract_mesh, make_mesh, mesh_name, me
 from nanoflax.parallel.rules import check_mesh, padded, shardings, spec_of
 from nanoflax.parallel.stacking import STACKED, is_stacked, over_layers, stack, unstack
 
-__all__ = ["AXES", "CHIPS", "STACKED", "HostPoll", "abstract_mesh", "alive", "axis_size", "bandwidth", "batch_sharding", "check_memory", "check_mesh", "check_same", "chip_bytes", "compiler_options", "constrain", "current", "divisible_batch_size", "draw", "fetch", "first", "gather", "gather_time", "init", "initialize", "is_main_process", "is_stacked", "leave", "make_mesh", "measure_bandwidth", "measure_peak_flops", "mesh_name", "mesh_of", "mesh_sizes", "on_each", "over_layers", "own_rows", "padded", "peak_flops", "platform", "put", "put_batch", "replicate", "shapes", "shardings", "slice_of", "spec_of", "split_batch", "split_cache", "split_rows", "stack", "traced_on", "unstack", "watchdog", "ways"]
+__all__ = [
+    "AXES", "CHIPS", "HostPoll", "STACKED", "abstract_mesh", "alive", "axis_size", "bandwidth", "batch_sharding",
+    "check_memory", "check_mesh", "check_same", "chip_bytes", "compiler_options", "constrain", "current",
+    "divisible_batch_size", "draw", "fetch", "first", "gather", "gather_time", "init", "initialize",
+    "is_main_process", "is_stacked", "leave", "make_mesh", "measure_bandwidth", "measure_peak_flops", "mesh_name",
+    "mesh_of", "mesh_sizes", "on_each", "over_layers", "own_rows", "padded", "peak_flops", "platform", "put",
+    "put_batch", "replicate", "shapes", "shardings", "slice_of", "spec_of", "split_batch", "split_cache",
+    "split_rows", "stack", "traced_on", "unstack", "watchdog", "ways"]  # fmt: skip

@@ -15,8 +15,7 @@ from nanoflax.parallel.rules import shardings
 
 def chip_bytes(tree):
     """Bytes of one device's part of a tree of arrays or shapes with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-               for x in jax.tree.leaves(tree))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def check_memory(tree, mesh):
@@ -27,9 +26,11 @@ def check_memory(tree, mesh):
     limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
     need = chip_bytes(tree)
     if need > limit:
-        raise UserError(f"parameters and optimizer take {need / 2**30:.1f} GiB of each device on "
-                        f"the mesh {dict(mesh.shape)}, and a device has {limit / 2**30:.1f} GiB; "
-                        "give train.mesh more fsdp or tensor, or take more devices")
+        raise UserError(
+            f"parameters and optimizer take {need / 2**30:.1f} GiB of each device on "
+            f"the mesh {dict(mesh.shape)}, and a device has {limit / 2**30:.1f} GiB; "
+            "give train.mesh more fsdp or tensor, or take more devices"
+        )
 
 
 def batch_sharding(mesh, rank):
@@ -44,7 +45,7 @@ def own_rows(mesh, batch_size):
     each other (where the mesh does not follow the order of processes).
     """
     found = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for part, in found for row in range(*part.indices(batch_size))})
+    return sorted({row for (part,) in found for row in range(*part.indices(batch_size))})
 
 
 def divisible_batch_size(batch_size, mesh):
@@ -59,8 +60,7 @@ def put_batch(arrays, mesh):
     rank = {name: 1 if name == "label" else x.ndim for name, x in arrays.items()}  # [B, labels] too
     for name, x in arrays.items():
         if rank[name] > 1 and x.shape[1] % mesh.shape.get("context", 1):
-            raise UserError(f"{name} of length {x.shape[1]} is not divisible by "
-                            f"context={mesh.shape['context']}")
+            raise UserError(f"{name} of length {x.shape[1]} is not divisible by context={mesh.shape['context']}")
     count = constraints.parts_of(constraints.BATCH[0], mesh)
     parts = own_rows(mesh, count)  # of as many equal ones
 
@@ -70,16 +70,16 @@ def put_batch(arrays, mesh):
         def read(index):
             start, stop, _ = index[0].indices(count * size)
             here = parts.index(start // size) * size
-            return x[here:here + stop - start][:, *index[1:]]
+            return x[here : here + stop - start][:, *index[1:]]
 
-        return jax.make_array_from_callback(
-            (count * size, *x.shape[1:]), batch_sharding(mesh, rank[name]), read)
+        return jax.make_array_from_callback((count * size, *x.shape[1:]), batch_sharding(mesh, rank[name]), read)
 
     return {name: put(name, x) for name, x in arrays.items()}
 
 
 def put(tree, mesh):
     """Parameters that every process holds whole (numpy or its own arrays), over the mesh."""
+
     def one(x, sharding):
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

@@ -86,8 +86,9 @@ def on_each(function, heads, rows):
     if mesh is None:
         return function(*heads, rows)
     spec = [P(*(axes_on(entry, mesh) for entry in CACHE))]
-    return jax.shard_map(function, mesh=mesh, in_specs=(*spec * len(heads), P(spec[0][0])),
-                         out_specs=spec[0], check_vma=False)(*heads, rows)
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=(*spec * len(heads), P(spec[0][0])), out_specs=spec[0], check_vma=False
+    )(*heads, rows)
 
 
 def constrain(x, spec):
@@ -143,5 +144,4 @@ def _gather_time(x):
     return constrain(x, P(*CACHE, None))
 
 
-_gather_time.defvjp(lambda x: (_gather_time(x), None),
-                    lambda _, dx: (constrain(dx, P(*CACHE, "context")),))
+_gather_time.defvjp(lambda x: (_gather_time(x), None), lambda _, dx: (constrain(dx, P(*CACHE, "context")),))

@@ -19,7 +19,7 @@ _PEAK_FLOPS = (
     ("A100", 312e12), ("A10G", 70e12), ("A10", 125e12), ("L40S", 362e12), ("L40", 181e12),
     ("L4", 121e12), ("V100", 125e12), ("T4", 65e12), ("A6000", 154.8e12), ("RTX 4090", 165.2e12),
     ("RTX 3090", 71e12), ("MI300X", 1307e12), ("MI250X", 191.5e12),
-)
+)  # fmt: skip
 
 
 class Chip(NamedTuple):
@@ -37,8 +37,7 @@ class Chip(NamedTuple):
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16",
-          "8x16x16", "16x16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 CHIPS = {
     # cloud.google.com/tpu/docs/v4, v5e, v5p, v6e; the network is half of the "bidirectional" figure,
     # and v4's, six links of 50 GB/s, from Jouppi et al. 2023, table 4.
@@ -50,7 +49,7 @@ CHIPS = {
     "a100": Chip("A100", 80e9, 2039e9, 300e9),
     "h100": Chip("H100", 80e9, 3350e9, 450e9),
     "h200": Chip("H200", 141e9, 4800e9, 450e9),
-}
+}  # fmt: skip
 
 
 def slice_of(topology):
@@ -64,8 +63,10 @@ def slice_of(topology):
         known = {n: c.topologies for n, c in CHIPS.items() if c.topologies}
         if name in known:
             known = {name: known[name]}
-        raise UserError(f"--topology={topology} is not known; known: " + ", ".join(
-            f"{n}:{shape}" for n, shapes in known.items() for shape in shapes))
+        raise UserError(
+            f"--topology={topology} is not known; known: "
+            + ", ".join(f"{n}:{shape}" for n, shapes in known.items() for shape in shapes)
+        )
     return chip, math.prod(map(int, shape.split("x")))
 
 
@@ -79,8 +80,14 @@ def peak_flops(device):
 
 def bandwidth(device):
     """The vendor's bytes/s of a jax device's memory; None when not known."""
-    return next((chip.bandwidth for chip in CHIPS.values() if chip.flops == peak_flops(device)
-                 and re.search(rf"\b{chip.kind}\b", device.device_kind)), None)
+    return next(
+        (
+            chip.bandwidth
+            for chip in CHIPS.values()
+            if chip.flops == peak_flops(device) and re.search(rf"\b{chip.kind}\b", device.device_kind)
+        ),
+        None,
+    )
 
 
 def compiler_options(platform):
@@ -98,6 +105,7 @@ def measure_bandwidth(bytes_=2**28, tries=5):
     import os
 
     import numpy as np
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts = np.array_split(np.ones(bytes_ // 4, np.float32), cores)
     with concurrent.futures.ThreadPoolExecutor(cores) as pool:
@@ -116,6 +124,7 @@ def measure_peak_flops(size=1024, seconds=0.05):
     """
     import jax
     import jax.numpy as jnp
+
     device = jax.local_devices(backend="cpu")[0]
     x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
     product = jax.jit(jnp.matmul)
@@ -125,4 +134,4 @@ def measure_peak_flops(size=1024, seconds=0.05):
         start = time.perf_counter()
         product(x, x).block_until_ready()
         times.append(time.perf_counter() - start)
-    return 2 * size ** 3 / min(times)
+    return 2 * size**3 / min(times)

@@ -45,23 +45,33 @@ def initialize(coordinator="", processes=None, process_id=None, timeout=300, hea
     deadline.daemon = True
     deadline.start()  # at its own deadline JAX would abort
     try:
-        jax.distributed.initialize(coordinator or None, processes, process_id,
-                                   initialization_timeout=timeout + 60,
-                                   heartbeat_timeout_seconds=heartbeat)
+        jax.distributed.initialize(
+            coordinator or None,
+            processes,
+            process_id,
+            initialization_timeout=timeout + 60,
+            heartbeat_timeout_seconds=heartbeat,
+        )
     except RuntimeError as error:
         raise UserError(f"the processes of the run could not be joined: {error}") from error
     except (ValueError, OSError) as error:  # JAX found no cluster, or a TPU without its metadata
         if coordinator:
-            raise UserError(f"--coordinator={coordinator} needs --processes and --process_id "
-                            f"where neither Slurm nor Open MPI gives them: {error}") from error
+            raise UserError(
+                f"--coordinator={coordinator} needs --processes and --process_id "
+                f"where neither Slurm nor Open MPI gives them: {error}"
+            ) from error
     finally:
         deadline.cancel()
 
 
 def _unanswered(coordinator, timeout):
-    print(f"{os.path.basename(sys.argv[0])}: not all processes of the run have answered within "
-          f"{timeout} s (--join_seconds); is --coordinator={coordinator or 'that of the cluster'} "
-          "the address of process 0, and does each of them run?", file=sys.stderr, flush=True)
+    print(
+        f"{os.path.basename(sys.argv[0])}: not all processes of the run have answered within "
+        f"{timeout} s (--join_seconds); is --coordinator={coordinator or 'that of the cluster'} "
+        "the address of process 0, and does each of them run?",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(2)
 
 
@@ -109,11 +119,11 @@ def first(function):
 def check_same(what, value):
     """Raises: UserError on all processes, with the differences, if a dict differs between them."""
     found = gather(value)
-    lines = [f"process {i} has {', '.join(diff(found[0], other))}"
-             for i, other in enumerate(found) if other != found[0]]
+    lines = [
+        f"process {i} has {', '.join(diff(found[0], other))}" for i, other in enumerate(found) if other != found[0]
+    ]
     if lines:
-        raise UserError(f"the processes differ in {what} (that of process 0 -> its own): "
-                        + "; ".join(lines[:8]))
+        raise UserError(f"the processes differ in {what} (that of process 0 -> its own): " + "; ".join(lines[:8]))
 
 
 class HostPoll:

@@ -21,16 +21,19 @@ def mesh_sizes(shape, count):
     except ValueError:
         sizes = []
     if len(sizes) not in (3, 4) or sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
-        raise UserError(f"train.mesh={shape!r} must be three sizes for data, fsdp, tensor, such as "
-                        "1,8,1, or a fourth for context, at most one of them -1")
+        raise UserError(
+            f"train.mesh={shape!r} must be three sizes for data, fsdp, tensor, such as "
+            "1,8,1, or a fourth for context, at most one of them -1"
+        )
     sizes += [1] * (len(AXES) - len(sizes))
     rest = math.prod(n for n in sizes if n > 0)
     sizes = [count // rest if n == -1 else n for n in sizes]
     if rest > count:
         raise UserError(f"train.mesh={shape!r} needs {rest} devices, and {count} are present")
     if math.prod(sizes) != count:
-        raise UserError(f"train.mesh={shape!r} does not use the {count} devices present; "
-                        f"the sizes must multiply to {count}")
+        raise UserError(
+            f"train.mesh={shape!r} does not use the {count} devices present; the sizes must multiply to {count}"
+        )
     return tuple(sizes)
 
 
@@ -74,17 +77,22 @@ def hybrid(sizes, devices):
     data = math.gcd(sizes[0], count)
     fsdp = count // data
     if sizes[1] % fsdp:
-        raise UserError(f"train.mesh={mesh_name(sizes)!r} must split {count} slices or nodes along "
-                        "data, then fsdp: tensor and context need the fast network of one")
+        raise UserError(
+            f"train.mesh={mesh_name(sizes)!r} must split {count} slices or nodes along "
+            "data, then fsdp: tensor and context need the fast network of one"
+        )
     outer = (data, fsdp, 1, 1)
     return mesh_utils.create_hybrid_device_mesh(
-        tuple(n // m for n, m in zip(sizes, outer)), outer, devices, process_is_granule=by_process,
-        allow_split_physical_axes=True)
+        tuple(n // m for n, m in zip(sizes, outer)),
+        outer,
+        devices,
+        process_is_granule=by_process,
+        allow_split_physical_axes=True,
+    )
 
 
 def abstract_mesh(sizes, platform=None):
     """A mesh of no devices, to plan with. sizes: along AXES, the last ones 1 where left out;
     platform: of the devices there will be, such as tpu."""
     device = platform and jax.sharding.AbstractDevice("any", None, platform)
-    return jax.sharding.AbstractMesh((*sizes, *[1] * (len(AXES) - len(sizes))), AXES,
-                                     abstract_device=device)
+    return jax.sharding.AbstractMesh((*sizes, *[1] * (len(AXES) - len(sizes))), AXES, abstract_device=device)

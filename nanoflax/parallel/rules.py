@@ -40,7 +40,7 @@ RULES = (
     # An LSTM's, put together before its scan: split units would wait for each other at every token.
     (r"(forward|backward|\w*input|start_\d+|decoder_\d+|key|query|combine)/kernel",
      P("fsdp", None)),
-)
+)  # fmt: skip
 MAX_REPLICATED_FRACTION = 0.02  # of all numbers may lie whole in matrices on every device of fsdp and tensor ...
 MAX_REPLICATED_NUMBERS = 2**20  # ... or this many
 
@@ -51,8 +51,7 @@ def spec_of(path, shape):
     layers = (None,) * bool(stacking.STACKED.search(path))
     for pattern, spec in RULES:
         if len(layers) + len(spec) == len(shape) and re.search(rf"(^|/){pattern}$", path):
-            return P(*layers, *(None if n == 1 else entry
-                                for entry, n in zip(spec, shape[len(layers):])))
+            return P(*layers, *(None if n == 1 else entry for entry, n in zip(spec, shape[len(layers) :])))
     return P()
 
 
@@ -74,22 +73,30 @@ def shardings(tree, mesh):
             return None
         for entry, size in zip(spec, leaf.shape):
             if size % constraints.parts_of(entry, mesh):
-                found.append(f"{name}: {size} is not divisible by " + " x ".join(
-                    f"{axis}={mesh.shape[axis]}" for axis in constraints.axes_on(entry, mesh)))
+                found.append(
+                    f"{name}: {size} is not divisible by "
+                    + " x ".join(f"{axis}={mesh.shape[axis]}" for axis in constraints.axes_on(entry, mesh))
+                )
         if leaf.ndim > 1 and all(constraints.parts_of(entry, mesh) == 1 for entry in spec):
             whole[name] = leaf.size
         return NamedSharding(mesh, P(*(constraints.axes_on(entry, mesh) for entry in spec)))
 
     out = jax.tree_util.tree_map_with_path(of, tree)
     total = sum(leaf.size for leaf in jax.tree.leaves(tree))
-    if (constraints.parts_of(("fsdp", "tensor"), mesh) > 1
-            and sum(whole.values()) > max(MAX_REPLICATED_NUMBERS, MAX_REPLICATED_FRACTION * total)):
+    if constraints.parts_of(("fsdp", "tensor"), mesh) > 1 and sum(whole.values()) > max(
+        MAX_REPLICATED_NUMBERS, MAX_REPLICATED_FRACTION * total
+    ):
         most = sorted(whole, key=whole.get, reverse=True)
-        found.append(f"{sum(whole.values()) / total:.0%} of all numbers would be whole on every "
-                     f"device, more than {MAX_REPLICATED_FRACTION:.0%}: " + ", ".join(most[:4]))
+        found.append(
+            f"{sum(whole.values()) / total:.0%} of all numbers would be whole on every "
+            f"device, more than {MAX_REPLICATED_FRACTION:.0%}: " + ", ".join(most[:4])
+        )
     if found:
-        raise UserError("the mesh does not divide: " + "; ".join(found[:4])
-                        + (f"; and {len(found) - 4} more" if len(found) > 4 else ""))
+        raise UserError(
+            "the mesh does not divide: "
+            + "; ".join(found[:4])
+            + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
+        )
     return out
 
 
@@ -98,8 +105,7 @@ def padded(config, mesh):
     of 128, so that a run may go on over other meshes."""
     tensor = mesh.shape["tensor"]
     more = -config.vocab_size % math.lcm(128, tensor) if config.vocab_size % tensor else 0
-    return dataclasses.replace(config, vocab_size=config.vocab_size + more,
-                               vocab_padding=config.vocab_padding + more)
+    return dataclasses.replace(config, vocab_size=config.vocab_size + more, vocab_padding=config.vocab_padding + more)
 
 
 def check_mesh(config, mesh, lengths=None):
@@ -109,20 +115,25 @@ def check_mesh(config, mesh, lengths=None):
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     micro = t.batch_size // t.accumulate
     if micro % ways:
-        found.append(f"train.batch_size={t.batch_size} over train.accumulate={t.accumulate} gives "
-                     f"micro-batches of {micro}, not divisible by data x fsdp = {ways}")
+        found.append(
+            f"train.batch_size={t.batch_size} over train.accumulate={t.accumulate} gives "
+            f"micro-batches of {micro}, not divisible by data x fsdp = {ways}"
+        )
     lstm, context = m.architecture == "lstm", mesh.shape["context"]
     sizes = [("model.vocab_size", m.vocab_size, "tensor"), ("model.dim", m.dim, "fsdp")]
     if not lstm:
-        sizes += [("model.heads", m.heads, "tensor"), ("model.kv_heads", m.G, "tensor"),
-                  ("model.mlp_dim", m.F, "tensor")]
-        sizes += [(name, size, "context")
-                  for name, size in (lengths or {"model.context": m.context}).items()]
+        sizes += [
+            ("model.heads", m.heads, "tensor"),
+            ("model.kv_heads", m.G, "tensor"),
+            ("model.mlp_dim", m.F, "tensor"),
+        ]
+        sizes += [(name, size, "context") for name, size in (lengths or {"model.context": m.context}).items()]
     for name, size, axis in sizes:
         if size % mesh.shape[axis]:
             found.append(f"{name}={size} is not divisible by {axis}={mesh.shape[axis]}")
     if lstm and context > 1:
-        found.append(f"context={context} does not go with model.architecture='lstm', which reads "
-                     "its tokens one after another")
+        found.append(
+            f"context={context} does not go with model.architecture='lstm', which reads its tokens one after another"
+        )
     if found:
         raise UserError("; ".join(found))

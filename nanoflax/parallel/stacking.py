@@ -29,13 +29,16 @@ def stack(tree):
     (which keep their shardings).
     Raises: UserError if the blocks of a stack are not alike, as when only some of them are trained.
     """
+
     def one(holder):
         if not _per_block(holder):
             return holder
         blocks = [holder.get(f"block_{i}") for i in range(sum(map(_is_block, holder)))]
         if None in blocks or len(set(map(jax.tree.structure, blocks))) > 1:
-            raise UserError("train.scan_layers needs every block to hold, and to train, the same "
-                            "parameters; these differ from block to block: set it to false")
+            raise UserError(
+                "train.scan_layers needs every block to hold, and to train, the same "
+                "parameters; these differ from block to block: set it to false"
+            )
         rest = {name: x for name, x in holder.items() if not _is_block(name)}
         return rest | {"blocks": jax.tree.map(_join, *blocks)}
 
@@ -45,15 +48,20 @@ def stack(tree):
 def unstack(tree):
     """The inverse of `stack`, to the bit; what is not stacked stays as it is."""
     # Where an optimizer holds nothing of the blocks, another part of the tree knows how many.
-    depth = {str(path[-1:]): leaf.shape[0]
-             for path, holder in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_stacked)
-             if _is_stacked(holder) for leaf in jax.tree.leaves(holder["blocks"])[:1]}
+    depth = {
+        str(path[-1:]): leaf.shape[0]
+        for path, holder in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_stacked)
+        if _is_stacked(holder)
+        for leaf in jax.tree.leaves(holder["blocks"])[:1]
+    }
 
     def one(path, holder):
         if not _is_stacked(holder):
             return holder
-        blocks = {f"block_{i}": jax.tree.map(lambda x, i=i: _part(x, i), holder["blocks"])
-                  for i in range(depth.get(str(path[-1:]), 0))}
+        blocks = {
+            f"block_{i}": jax.tree.map(lambda x, i=i: _part(x, i), holder["blocks"])
+            for i in range(depth.get(str(path[-1:]), 0))
+        }
         return {name: x for name, x in holder.items() if name != "blocks"} | blocks
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_stacked)
@@ -70,14 +78,18 @@ def over_layers(optimizer):
     optimizer = optax.with_extra_args_support(optimizer)
 
     def axes(tree):
-        return jax.tree_util.tree_map_with_path(lambda path, _: 0 if STACKED.search(
-            jax.tree_util.keystr(path, simple=True, separator="/")) else None, tree)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: 0 if STACKED.search(jax.tree_util.keystr(path, simple=True, separator="/")) else None, tree
+        )
 
     def init(params):
         if not is_stacked(params):
             return optimizer.init(params)
-        layer = jax.tree.map(lambda x, axis: jax.ShapeDtypeStruct(
-            x.shape if axis is None else x.shape[1:], x.dtype), params, axes(params))
+        layer = jax.tree.map(
+            lambda x, axis: jax.ShapeDtypeStruct(x.shape if axis is None else x.shape[1:], x.dtype),
+            params,
+            axes(params),
+        )
         state = axes(jax.eval_shape(optimizer.init, layer))
         return jax.vmap(optimizer.init, (axes(params),), state)(params)
 
@@ -85,8 +97,9 @@ def over_layers(optimizer):
         if not is_stacked(updates):
             return optimizer.update(updates, state, params, **extra)
         places = axes(updates), axes(state)
-        return jax.vmap(lambda *trees: optimizer.update(*trees, **extra),
-                        (*places, axes(params)), places)(updates, state, params)
+        return jax.vmap(lambda *trees: optimizer.update(*trees, **extra), (*places, axes(params)), places)(
+            updates, state, params
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -107,15 +120,15 @@ def _join(*layers):
     x = layers[0]
     if not isinstance(x, jax.ShapeDtypeStruct):
         return jnp.stack(layers)
-    return jax.ShapeDtypeStruct((len(layers), *x.shape), x.dtype, sharding=_resharded(
-        x.sharding, lambda spec: (None, *spec)))
+    return jax.ShapeDtypeStruct(
+        (len(layers), *x.shape), x.dtype, sharding=_resharded(x.sharding, lambda spec: (None, *spec))
+    )
 
 
 def _part(x, i):
     if not isinstance(x, jax.ShapeDtypeStruct):
         return x[i]
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=_resharded(
-        x.sharding, lambda spec: spec[1:]))
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=_resharded(x.sharding, lambda spec: spec[1:]))
 
 
 def _resharded(sharding, change):

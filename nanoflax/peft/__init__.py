@@ -3,4 +3,5 @@
 from nanoflax.peft.adalora import adalora_optimizer
 from nanoflax.peft.adapters import LOW_RANK, add, join, merge, split, trainable
 
-__all__ = ["LOW_RANK", "adalora_optimizer", "add", "join", "merge", "split", "trainable"]
+__all__ = [
+    "LOW_RANK", "adalora_optimizer", "add", "join", "merge", "split", "trainable"]  # fmt: skip

@@ -40,8 +40,7 @@ def adalora_optimizer(optimizer, peft_config, steps):
         moved = optax.apply_updates(params, updates)
         ranks, masked = adalora_update(state["ranks"], moved, grads, step, steps, c)
         # What was not masked keeps its update to the bit, what was becomes exactly 0.
-        updates = jax.tree.map(lambda u, p, m, new: jnp.where(new == m, u, new - p),
-                               updates, params, moved, masked)
+        updates = jax.tree.map(lambda u, p, m, new: jnp.where(new == m, u, new - p), updates, params, moved, masked)
         return updates, {"optimizer": inner, "ranks": ranks}
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -56,8 +55,7 @@ def adalora_init(params):
     entries = {path: x for path, x in flat.items() if re.search(r"/lora_[abe]$", path)}
     whole = {path.rpartition("/")[0] + "/lora_" + end for path in entries for end in "abe"}
     if not entries or entries.keys() != whole:
-        raise UserError("peft.trained must include the whole of AdaLoRA's adapters, so that ranks "
-                        "can be weighed")
+        raise UserError("peft.trained must include the whole of AdaLoRA's adapters, so that ranks can be weighed")
     zeros = partial(jax.tree.map, jnp.zeros_like)
     return AdaLoraState(zeros(entries), zeros(entries))
 
@@ -73,12 +71,12 @@ def adalora_update(state, params, grads, step, steps, peft_config):
     c, flat, slopes = peft_config, flatten_dict(params, sep="/"), flatten_dict(grads, sep="/")
     now = {path: jnp.abs(flat[path] * slopes[path]) for path in state.sensitivity}  # equation 8
     mean = {path: c.beta1 * state.sensitivity[path] + (1 - c.beta1) * x for path, x in now.items()}
-    spread = {path: c.beta2 * state.uncertainty[path] + (1 - c.beta2) * jnp.abs(x - mean[path])
-              for path, x in now.items()}
+    spread = {
+        path: c.beta2 * state.uncertainty[path] + (1 - c.beta2) * jnp.abs(x - mean[path]) for path, x in now.items()
+    }
     score = {path: mean[path] * spread[path] for path in now}  # equations 9 to 11
     linears = sorted(path.removesuffix("lora_e") for path in now if path.endswith("/lora_e"))
-    scores = [score[f"{p}lora_e"] + score[f"{p}lora_a"].mean(0) + score[f"{p}lora_b"].mean(1)
-              for p in linears]
+    scores = [score[f"{p}lora_e"] + score[f"{p}lora_a"].mean(0) + score[f"{p}lora_b"].mean(1) for p in linears]
     order = jnp.argsort(jnp.argsort(-jnp.concatenate(scores)))
     keep = (order < adalora_budget(step, steps, order.size, len(linears), c)).astype(jnp.float32)
     sizes = np.cumsum([len(s) for s in scores])
@@ -94,7 +92,7 @@ def adalora_budget(step, steps, ranks, linears, peft_config):
     """How many of `ranks` in all stay at a step, () int32: all, a cubic fall, the target."""
     c, target = peft_config, linears * peft_config.target_rank
     left = (steps - c.final_steps - step) / (steps - c.final_steps - c.warmup_steps)
-    return jnp.floor((ranks - target) * jnp.clip(left, 0, 1)**3 + target).astype(jnp.int32)
+    return jnp.floor((ranks - target) * jnp.clip(left, 0, 1) ** 3 + target).astype(jnp.int32)
 
 
 def orthogonality(params):
@@ -104,7 +102,10 @@ def orthogonality(params):
     weigh more in a larger model.
     """
     flat = flatten_dict(params, sep="/")
-    norms = [jnp.sqrt(((w @ w.T - jnp.eye(len(w)))**2).sum() + 1e-12)
-             for path, x in flat.items() if re.search(r"/lora_[ab]$", path)
-             for w in [x.T if path.endswith("a") else x]]
+    norms = [
+        jnp.sqrt(((w @ w.T - jnp.eye(len(w))) ** 2).sum() + 1e-12)
+        for path, x in flat.items()
+        if re.search(r"/lora_[ab]$", path)
+        for w in [x.T if path.endswith("a") else x]
+    ]
     return sum(norms) / len(norms)

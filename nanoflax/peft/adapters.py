@@ -49,8 +49,11 @@ def add(params, peft_config, rng):
 
 def _places(flat, c):
     """Where adapters go, and how they are made: {start of their paths: key -> {end: leaf}}."""
-    kernels = {path.removesuffix("/kernel"): x for path, x in flat.items()
-               if path.endswith("/kernel") and not re.fullmatch(_MATRIX, path)}
+    kernels = {
+        path.removesuffix("/kernel"): x
+        for path, x in flat.items()
+        if path.endswith("/kernel") and not re.fullmatch(_MATRIX, path)
+    }
     places = {}
     for path, kernel in kernels.items():
         block, _, part = path.rpartition("/block_")
@@ -66,19 +69,25 @@ def _places(flat, c):
     if c.kind == "prompt":
         stacks = [name for name in ("encoder", "decoder") if f"{name}/block_0/mlp/up" in kernels]
         if any(f"{name}/relative_bias/embedding" in flat for name in stacks[:1]):
-            raise UserError("peft.kind='prompt' does not go with relative positions: padding would "
-                            "count as distance from the prompt; use prefix")
+            raise UserError(
+                "peft.kind='prompt' does not go with relative positions: padding would "
+                "count as distance from the prompt; use prefix"
+            )
         table = flat["embed/embedding"]
-        places |= {f"{stack}/": lambda rng: {"prompt": jax.random.choice(
-            rng, table, (c.virtual_tokens,)).astype(jnp.float32)} for stack in stacks[:1]}
+        places |= {
+            f"{stack}/": lambda rng: {"prompt": jax.random.choice(rng, table, (c.virtual_tokens,)).astype(jnp.float32)}
+            for stack in stacks[:1]
+        }
     if not places and c.kind in LOW_RANK:
         known = sorted({re.sub(r"block_\d+", "block_*", path) for path in kernels})
         raise UserError(f"peft.targets={c.targets!r} is the end of none of {', '.join(known)}")
     if not places:
         raise UserError(f"peft.kind={c.kind!r} needs a Transformer; this model has no blocks")
     if "unembed/" in places:
-        raise UserError(f"peft.targets={c.targets!r} includes the output head, which losses read "
-                        "as a plain matrix; train it whole with peft.trained='adapters,head'")
+        raise UserError(
+            f"peft.targets={c.targets!r} includes the output head, which losses read "
+            "as a plain matrix; train it whole with peft.trained='adapters,head'"
+        )
     return places
 
 
@@ -89,15 +98,20 @@ _SUBLAYERS = {"houlsby": _HOULSBY, "pfeiffer": _PFEIFFER}
 
 def _low_rank(c, kernel, rng):
     D_in, D_out = kernel.shape
-    leaves = {"lora_scale": jnp.float32(c.alpha / c.rank**(0.5 if c.rank_stabilized else 1))}
+    leaves = {"lora_scale": jnp.float32(c.alpha / c.rank ** (0.5 if c.rank_stabilized else 1))}
     if c.kind == "adalora":
         a, b = jax.random.split(rng)
-        return leaves | {"lora_a": 0.02 * jax.random.normal(a, (D_in, c.rank)),
-                         "lora_b": 0.02 * jax.random.normal(b, (c.rank, D_out)),
-                         "lora_e": jnp.zeros(c.rank), "lora_mask": jnp.ones(c.rank)}
+        return leaves | {
+            "lora_a": 0.02 * jax.random.normal(a, (D_in, c.rank)),
+            "lora_b": 0.02 * jax.random.normal(b, (c.rank, D_out)),
+            "lora_e": jnp.zeros(c.rank),
+            "lora_mask": jnp.ones(c.rank),
+        }
     bound = D_in**-0.5
-    leaves |= {"lora_a": jax.random.uniform(rng, (D_in, c.rank), minval=-bound, maxval=bound),
-               "lora_b": jnp.zeros((c.rank, D_out))}
+    leaves |= {
+        "lora_a": jax.random.uniform(rng, (D_in, c.rank), minval=-bound, maxval=bound),
+        "lora_b": jnp.zeros((c.rank, D_out)),
+    }
     if c.kind == "dora":
         leaves["lora_magnitude"] = column_lengths(kernel.astype(jnp.float32))
     return leaves
@@ -105,14 +119,16 @@ def _low_rank(c, kernel, rng):
 
 def _prefix(shape, rng):
     key, value = jax.random.split(rng)
-    return {"key": 0.02 * jax.random.normal(key, shape),
-            "value": 0.02 * jax.random.normal(value, shape)}
+    return {"key": 0.02 * jax.random.normal(key, shape), "value": 0.02 * jax.random.normal(value, shape)}
 
 
 def _bottleneck(dim, hidden, rng):
-    return {"down/kernel": 0.02 * jax.random.normal(rng, (dim, hidden)),
-            "down/bias": jnp.zeros(hidden),
-            "up/kernel": jnp.zeros((hidden, dim)), "up/bias": jnp.zeros(dim)}
+    return {
+        "down/kernel": 0.02 * jax.random.normal(rng, (dim, hidden)),
+        "down/bias": jnp.zeros(hidden),
+        "up/kernel": jnp.zeros((hidden, dim)),
+        "up/bias": jnp.zeros(dim),
+    }
 
 
 def trainable(params, peft_config):
@@ -125,15 +141,20 @@ def trainable(params, peft_config):
     default = "all" if peft_config.kind == "none" else "adapters"
     chosen = set()
     for part in (peft_config.trained or default).split(","):
-        pattern = {"all": r".*", "adapters": _ADAPTER, "head": _HEAD, "biases": r"(.*/)?\w*bias"
-                   }.get(part) or _last_blocks(flat, part) or rf"(.*/)?({part})(/.*)?"
+        pattern = (
+            {"all": r".*", "adapters": _ADAPTER, "head": _HEAD, "biases": r"(.*/)?\w*bias"}.get(part)
+            or _last_blocks(flat, part)
+            or rf"(.*/)?({part})(/.*)?"
+        )
         found = {path for path in flat if re.fullmatch(pattern, path)}
         if not found:
             raise UserError(f"peft.trained={part!r} fits no parameter of this model")
         chosen |= found
     if peft_config.kind != "none" and not any(re.fullmatch(_ADAPTER, path) for path in chosen):
-        raise UserError(f"peft.trained={peft_config.trained!r} leaves the adapters of "
-                        f"peft.kind={peft_config.kind!r} out: add adapters, or set peft.kind=none")
+        raise UserError(
+            f"peft.trained={peft_config.trained!r} leaves the adapters of "
+            f"peft.kind={peft_config.kind!r} out: add adapters, or set peft.kind=none"
+        )
     return unflatten_dict({path: path in chosen for path in flat}, sep="/")
 
 
@@ -151,8 +172,9 @@ def _last_blocks(flat, part):
 def split(params, mask):
     """(the parameters where a tree of bool is true, the others): nested dicts without holes."""
     flat, mask = flatten_dict(params), flatten_dict(mask)
-    return tuple(unflatten_dict({path: x for path, x in flat.items() if mask[path] == wanted})
-                 for wanted in (True, False))
+    return tuple(
+        unflatten_dict({path: x for path, x in flat.items() if mask[path] == wanted}) for wanted in (True, False)
+    )
 
 
 def join(trained, frozen):
@@ -168,8 +190,11 @@ def merge(params):
     flat = flatten_dict(params, sep="/")
     linears = [path.removesuffix("lora_a") for path in flat if path.endswith("/lora_a")]
     for start in linears:
-        p = {path.removeprefix(start): flat[path] for path in list(flat)
-             if path.startswith(f"{start}lora_") or path == f"{start}kernel"}
+        p = {
+            path.removeprefix(start): flat[path]
+            for path in list(flat)
+            if path.startswith(f"{start}lora_") or path == f"{start}kernel"
+        }
         w = p["kernel"].astype(jnp.float32) + low_rank(p)
         if "lora_magnitude" in p:
             w = w * (p["lora_magnitude"] / column_lengths(w))

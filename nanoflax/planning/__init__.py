@@ -2,4 +2,5 @@
 
 from nanoflax.planning.step_cost import candidate_meshes, compiled
 
-__all__ = ["candidate_meshes", "compiled"]
+__all__ = [
+    "candidate_meshes", "compiled"]  # fmt: skip

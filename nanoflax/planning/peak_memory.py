@@ -8,9 +8,24 @@ import math
 import jax
 
 # Products and what moves data are computed by themselves; the rest is fused into its readers.
-_UNFUSED = ("dot_general", "gather", "scatter", "reduce", "cum", "arg", "sort", "concatenate",
-            "dynamic_update_slice", "scan", "while", "cond", "random", "threefry", "top_k",
-            "pallas_call")
+_UNFUSED = (
+    "dot_general",
+    "gather",
+    "scatter",
+    "reduce",
+    "cum",
+    "arg",
+    "sort",
+    "concatenate",
+    "dynamic_update_slice",
+    "scan",
+    "while",
+    "cond",
+    "random",
+    "threefry",
+    "top_k",
+    "pallas_call",
+)
 
 
 class _Buffer:
@@ -39,11 +54,11 @@ def peak(jaxpr, gathered, parts, carries=()):
             return True  # over dimensions of 1: the chips' parts of the batch
         if eqn.primitive.name.startswith(_UNFUSED):
             return False
-        return (sum(b.worth for b in sources) <= 1.2 * out_bytes
-                or any(v in carries for v in eqn.outvars))
+        return sum(b.worth for b in sources) <= 1.2 * out_bytes or any(v in carries for v in eqn.outvars)
 
     def run(jaxpr, values):
         """values: variable -> (the buffers that it is computed from, the gathered inputs)."""
+
         def get(v):
             return nothing if isinstance(v, jax.extend.core.Literal) else values.get(v, nothing)
 
@@ -65,8 +80,11 @@ def peak(jaxpr, gathered, parts, carries=()):
                 b.last = len(extra)
             # The TPU compiler writes products of heads, [B, H, T, S] float32, only after the
             # softmax around them, as bfloat16.
-            fused = (name == "dot_general" and eqn.params["dimension_numbers"][1][0]
-                     and eqn.outvars[0].aval.dtype != eqn.invars[0].aval.dtype)
+            fused = (
+                name == "dot_general"
+                and eqn.params["dimension_numbers"][1][0]
+                and eqn.outvars[0].aval.dtype != eqn.invars[0].aval.dtype
+            )
             for i, v in enumerate(eqn.outvars):
                 buffers.append(_Buffer(size(v), len(extra), fused))
                 values[v] = (frozenset(buffers[-1:]), frozenset())
@@ -76,8 +94,7 @@ def peak(jaxpr, gathered, parts, carries=()):
                 carry, once = eqn.params["num_carry"], eqn.params["num_consts"]
                 first = once + carry  # of what it takes a layer of at a time
                 layer = {v for v, (_, whole) in zip(inner.invars[first:], ins[first:]) if whole}
-                cut = {v: parts[out] for v, out in zip(inner.outvars[carry:], eqn.outvars[carry:])
-                       if out in parts}
+                cut = {v: parts[out] for v, out in zip(inner.outvars[carry:], eqn.outvars[carry:]) if out in parts}
                 inputs = frozenset().union(*(g for _, g in ins[:first]))
                 need = peak(inner, layer, cut, inner.outvars[:carry])[1]
                 extra.append(need + sum(n for _, n in inputs))
@@ -85,8 +102,7 @@ def peak(jaxpr, gathered, parts, carries=()):
                 extra.append(sum(n for _, n in inputs) if name == "dot_general" else 0)
         return [get(v) for v in jaxpr.outvars]
 
-    outs = run(jaxpr, {v: (frozenset(), frozenset([(v, math.prod(v.aval.shape) * 2)]))
-                       for v in gathered})
+    outs = run(jaxpr, {v: (frozenset(), frozenset([(v, math.prod(v.aval.shape) * 2)])) for v in gathered})
     results, whole = set(), dict(enumerate(extra))
     for v, (sources, _) in zip(jaxpr.outvars, outs):
         for b in sources - results if v not in carries else ():

@@ -70,31 +70,44 @@ def make_plan(config, mesh):
     batch = _batch(config)
     grads, most = gradient_bytes(config, mesh)
     weights, rest = map(parallel.chip_bytes, (state.params, (state.opt_state, state.ema)))
-    traffic = (2 * (weights + rest)  # the update reads and writes both
-               + config.train.accumulate * (3 * _passes_bytes(config, mesh) + 2 * (most - grads)))
+    traffic = (
+        2 * (weights + rest)  # the update reads and writes both
+        + config.train.accumulate * (3 * _passes_bytes(config, mesh) + 2 * (most - grads))
+    )
     return Plan(
-        dict(mesh.shape), sum(x.size for x in jax.tree.leaves(state.params)), weights, rest,
-        sum(math.prod(parallel.batch_sharding(mesh, x.ndim).shard_shape(x.shape)) * x.dtype.itemsize
-            for x in batch.values()), grads, most - grads,
-        cache_bytes(config, mesh), nn.flops_per_token(config.model),
-        config.train.batch_size * config.model.context, collectives(config, mesh, state.params),
-        traffic)
+        dict(mesh.shape),
+        sum(x.size for x in jax.tree.leaves(state.params)),
+        weights,
+        rest,
+        sum(
+            math.prod(parallel.batch_sharding(mesh, x.ndim).shard_shape(x.shape)) * x.dtype.itemsize
+            for x in batch.values()
+        ),
+        grads,
+        most - grads,
+        cache_bytes(config, mesh),
+        nn.flops_per_token(config.model),
+        config.train.batch_size * config.model.context,
+        collectives(config, mesh, state.params),
+        traffic,
+    )
 
 
 def roofline(plan, chip, remat="none"):
     """The Roofline of a Plan on a hardware.Chip. remat: blocks are computed a second time."""
     chips = math.prod(plan.mesh.values())
     again = 4 / 3 if remat == "blocks" else 1
-    return Roofline(plan.flops_per_token * plan.tokens * again / chips / chip.flops,
-                    plan.memory_traffic / chip.bandwidth,
-                    sum(plan.collectives.values()) / chip.network)
+    return Roofline(
+        plan.flops_per_token * plan.tokens * again / chips / chip.flops,
+        plan.memory_traffic / chip.bandwidth,
+        sum(plan.collectives.values()) / chip.network,
+    )
 
 
 def projected_mfu(plan, chip, remat="none"):
     """The share of peak FLOP/s that a step taking no longer than its roofline would reach."""
     chips = math.prod(plan.mesh.values())
-    return (plan.flops_per_token * plan.tokens / chips / chip.flops
-            / roofline(plan, chip, remat).seconds)
+    return plan.flops_per_token * plan.tokens / chips / chip.flops / roofline(plan, chip, remat).seconds
 
 
 def compiled(config, topology):
@@ -109,18 +122,23 @@ def compiled(config, topology):
     model = nn.build(config.model, config.train.remat)
     optimizer, _ = train.make_optimizer(config.optim, config.train.steps)
     state, batch = train.abstract_state(model, optimizer, config, mesh), _batch(config)
-    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.batch_sharding(mesh, x.ndim))
-             for name, x in batch.items()}
+    batch = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.batch_sharding(mesh, x.ndim))
+        for name, x in batch.items()
+    }
     step = train.make_train_step(model, optimizer, config, _objective(config.model))
     try:
         found = train.compile_step(step, state, batch, mesh).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"the compiler refuses the step: {str(error)[:300]}") from error
-    arguments = (found.argument_size_in_bytes + found.output_size_in_bytes
-                 - found.alias_size_in_bytes)
-    return {"arguments": arguments, "temporary": found.temp_size_in_bytes,
-            "code": found.generated_code_size_in_bytes, "live": found.peak_memory_in_bytes,
-            "reserved": arguments + found.temp_size_in_bytes}
+    arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return {
+        "arguments": arguments,
+        "temporary": found.temp_size_in_bytes,
+        "code": found.generated_code_size_in_bytes,
+        "live": found.peak_memory_in_bytes,
+        "reserved": arguments + found.temp_size_in_bytes,
+    }
 
 
 THIN = 256  # a part of D below this is thin to the TPU compiler: 16 and 128 were seen to be, not 256
@@ -138,19 +156,26 @@ def candidate_meshes(count, dim):
 
 # One chip's share.
 
+
 def share(config, mesh):
     """The Config of what one chip computes in a micro-batch: a part of the rows, T, heads, F, V."""
     m, t, split = config.model, config.train, mesh.shape["tensor"]
     rows = t.batch_size // t.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
     if m.architecture == "decoder":  # the pieces that the whole micro-batch is cut into
-        t = dataclasses.replace(t, loss_chunks=t.loss_chunks or nn.chunks_of(
-            t.batch_size // t.accumulate, m.context, m.vocab_size))
+        t = dataclasses.replace(
+            t, loss_chunks=t.loss_chunks or nn.chunks_of(t.batch_size // t.accumulate, m.context, m.vocab_size)
+        )
     m = dataclasses.replace(m, context=m.context // mesh.shape["context"])
     if m.architecture != "lstm":
-        m = dataclasses.replace(m, heads=m.heads // split, kv_heads=m.G // split, head_dim=m.K,
-                                mlp_dim=m.F // split, vocab_size=m.vocab_size // split)
-    return dataclasses.replace(config, model=m,
-                               train=dataclasses.replace(t, batch_size=rows, accumulate=1))
+        m = dataclasses.replace(
+            m,
+            heads=m.heads // split,
+            kv_heads=m.G // split,
+            head_dim=m.K,
+            mlp_dim=m.F // split,
+            vocab_size=m.vocab_size // split,
+        )
+    return dataclasses.replace(config, model=m, train=dataclasses.replace(t, batch_size=rows, accumulate=1))
 
 
 def _batch(config):
@@ -168,15 +193,16 @@ def _batch(config):
         return batch | {"label": row, "weights": jax.ShapeDtypeStruct((B,), jnp.float32)}
     if m.head in ("tag", "mlm"):
         return batch | {"tags" if m.head == "tag" else "targets": tokens, "weights": weights}
-    raise UserError(f"model.head={m.head!r} has no training step to plan; decoders, "
-                    "encoder-decoders, and the heads classify, tag and mlm have")
+    raise UserError(
+        f"model.head={m.head!r} has no training step to plan; decoders, "
+        "encoder-decoders, and the heads classify, tag and mlm have"
+    )
 
 
 def _objective(m):
     if m.architecture in ("encoder_decoder", "lstm"):
         return train.seq2seq
-    return {"lm": train.causal_lm, "classify": train.classify, "tag": train.tag,
-            "mlm": train.masked_lm}[m.head]
+    return {"lm": train.causal_lm, "classify": train.classify, "tag": train.tag, "mlm": train.masked_lm}[m.head]
 
 
 def _others_keys(config, mesh):
@@ -187,8 +213,13 @@ def _others_keys(config, mesh):
     if m.architecture == "encoder_decoder":
         attentions += 2 * nn.decoder_layers(m)
     numbers = m.heads * m.context + 2 * m.G * m.K  # for each key: its weights, and itself
-    return (local.train.batch_size * more * numbers * nn.build(m).compute_dtype.itemsize
-            * (1 if t.remat == "blocks" else attentions))
+    return (
+        local.train.batch_size
+        * more
+        * numbers
+        * nn.build(m).compute_dtype.itemsize
+        * (1 if t.remat == "blocks" else attentions)
+    )
 
 
 @functools.cache  # meshes often have the same share
@@ -202,8 +233,9 @@ def _gradient(local, platform):
     rng = jax.random.PRNGKey(0) if local.model.dropout else None
 
     def loss(params, batch):
-        return objective(model, params, batch, rng, chunks=t.loss_chunks, z_loss=t.z_loss,
-                         label_smoothing=t.label_smoothing)[0]
+        return objective(
+            model, params, batch, rng, chunks=t.loss_chunks, z_loss=t.z_loss, label_smoothing=t.label_smoothing
+        )[0]
 
     names = [train.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     with jax.sharding.use_abstract_mesh(parallel.abstract_mesh((1, 1, 1), platform)):
@@ -212,26 +244,28 @@ def _gradient(local, platform):
 
 def gradient_bytes(config, mesh):
     """(bytes of the gradients on a chip, the most that gradients and activations take together)."""
-    device = mesh.abstract_mesh.abstract_device if isinstance(mesh, jax.sharding.Mesh) else (
-        mesh.abstract_device)
+    device = mesh.abstract_mesh.abstract_device if isinstance(mesh, jax.sharding.Mesh) else (mesh.abstract_device)
     # cuDNN's kernel cannot be traced without a GPU.
     platform = "tpu" if device is not None and device.platform == "tpu" else "cpu"
     traced, names = _gradient(share(config, mesh), platform)
     specs = [parallel.spec_of(name, v.aval.shape) for name, v in zip(names, traced.invars)]
-    gathered = {v for v, spec in zip(traced.invars, specs)
-                if "fsdp" in spec and mesh.shape["fsdp"] > 1}
+    gathered = {v for v, spec in zip(traced.invars, specs) if "fsdp" in spec and mesh.shape["fsdp"] > 1}
     # Gradients that would be cut into thin parts the TPU compiler reduces whole, and keeps until the
     # update. The embeddings' are split by other means.
     thin = config.model.dim // mesh.shape["fsdp"] < THIN
-    parts = [mesh.shape["fsdp"] if "fsdp" in spec and not (thin and "/block" in name) else 1
-             for name, spec in zip(names, specs)]
+    parts = [
+        mesh.shape["fsdp"] if "fsdp" in spec and not (thin and "/block" in name) else 1
+        for name, spec in zip(names, specs)
+    ]
     grads, most = peak_memory.peak(traced, gathered, dict(zip(traced.outvars, parts)))
     most += _others_keys(config, mesh)
     # The compiler casts stacked kernels [L, D, F] before the loops, not a layer at a time in them.
     item = nn.build(config.model).compute_dtype.itemsize
-    most += sum(v.aval.size * item // (mesh.shape["fsdp"] if "fsdp" in spec else 1)
-                 for name, v, spec in zip(names, traced.invars, specs)
-                 if parallel.STACKED.search(name) and v.aval.ndim == 3 and item < 4)
+    most += sum(
+        v.aval.size * item // (mesh.shape["fsdp"] if "fsdp" in spec else 1)
+        for name, v, spec in zip(names, traced.invars, specs)
+        if parallel.STACKED.search(name) and v.aval.ndim == 3 and item < 4
+    )
     if config.train.accumulate > 1:  # the sum so far, float32
         total = sum(math.prod(v.aval.shape) * 4 // n for v, n in zip(traced.invars, parts))
         return total, total + most
@@ -252,17 +286,16 @@ def cache_bytes(config, mesh):
             return model.empty_cache(B, T)
         return model.prefill(params, rows, lengths, T)[1]
 
-    return sum(x.size * x.dtype.itemsize
-               for x in jax.tree.leaves(jax.eval_shape(caches, parallel.shapes(model))))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(caches, parallel.shapes(model))))
 
 
 # Traffic.
 
+
 def _passes_bytes(config, mesh):
     """Bytes of the weights of a chip's share in the compute dtype: read once in every pass."""
     model = nn.build(share(config, mesh).model)
-    return sum(x.size for x in jax.tree.leaves(parallel.shapes(model))) \
-        * model.compute_dtype.itemsize
+    return sum(x.size for x in jax.tree.leaves(parallel.shapes(model))) * model.compute_dtype.itemsize
 
 
 def collectives(config, mesh, params):

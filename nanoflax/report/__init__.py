@@ -5,4 +5,6 @@ from nanoflax.report.plots import parameter_table, plot_alignment, plot_losses, 
 from nanoflax.report.progress import Bar, Progress, Silent
 from nanoflax.report.text import count, duration, numbers, printable
 
-__all__ = ["Bar", "MetricsLog", "Progress", "Silent", "count", "duration", "numbers", "parameter_table", "plot_alignment", "plot_losses", "plot_sweep", "printable", "read_metrics", "strict", "write_whole"]
+__all__ = [
+    "Bar", "MetricsLog", "Progress", "Silent", "count", "duration", "numbers", "parameter_table",
+    "plot_alignment", "plot_losses", "plot_sweep", "printable", "read_metrics", "strict", "write_whole"]  # fmt: skip

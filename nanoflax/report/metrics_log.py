@@ -87,8 +87,7 @@ def _records(path):
             if number == len(lines) and not line.endswith(b"\n"):
                 return
             raise UserError(f"{path}, line {number}: not a metrics record") from error
-        yield {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v
-               for k, v in record.items()}, line
+        yield {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}, line
 
 
 def _truncate(path, resume_step):
@@ -97,8 +96,7 @@ def _truncate(path, resume_step):
         return
     kept = b""
     if resume_step > 0:
-        kept = b"".join(line.rstrip(b"\n") + b"\n" for record, line in _records(path)
-                        if record["step"] <= resume_step)
+        kept = b"".join(line.rstrip(b"\n") + b"\n" for record, line in _records(path) if record["step"] <= resume_step)
     if kept != path.read_bytes():
         write_whole(path, kept)
 
@@ -148,10 +146,15 @@ class _TensorBoard:
     def _run(self):
         try:
             from tensorboardX import SummaryWriter
+
             # TensorBoard hides what earlier files hold at purge_step and after. The suffix keeps
             # two starts within a second from writing the same file.
-            with SummaryWriter(str(self._directory), purge_step=self._resume_step + 1,
-                               flush_secs=10, filename_suffix=f".{time.time_ns()}") as writer:
+            with SummaryWriter(
+                str(self._directory),
+                purge_step=self._resume_step + 1,
+                flush_secs=10,
+                filename_suffix=f".{time.time_ns()}",
+            ) as writer:
                 for step, when, values in iter(self._queue.get, None):
                     for name, value in values.items():
                         if not isinstance(value, str) and math.isfinite(value):
@@ -171,11 +174,16 @@ def _start_wandb(workdir, project, config):
         if not id_file.exists():
             id_file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(id_file, os.urandom(8).hex().encode())
-        run = init(project=project, dir=workdir, id=id_file.read_text(), resume="allow",
-                   config=config, settings=Settings(console="off", silent=True))
+        run = init(
+            project=project,
+            dir=workdir,
+            id=id_file.read_text(),
+            resume="allow",
+            config=config,
+            settings=Settings(console="off", silent=True),
+        )
     except (Error, OSError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"Weights & Biases did not start ({reason}); "
-                        "WANDB_MODE=offline needs no account") from error
+        raise UserError(f"Weights & Biases did not start ({reason}); WANDB_MODE=offline needs no account") from error
     run.define_metric("*", step_metric="step")  # its own counter cannot go back on a resume
     return run

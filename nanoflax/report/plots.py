@@ -18,16 +18,17 @@ def plot_losses(workdir, tokens_per_step=None):
     workdir = pathlib.Path(workdir)
     path = workdir / "metrics.jsonl"
     records = read_metrics(path) if path.exists() else []
-    skipped = [r["step"] for r in records
-               if "loss" in r and (r.get("skipped") or not math.isfinite(r["loss"]))]
-    training = [(r["step"], r["loss"]) for r in records
-                if "loss" in r and math.isfinite(r["loss"]) and not r.get("skipped")]
+    skipped = [r["step"] for r in records if "loss" in r and (r.get("skipped") or not math.isfinite(r["loss"]))]
+    training = [
+        (r["step"], r["loss"]) for r in records if "loss" in r and math.isfinite(r["loss"]) and not r.get("skipped")
+    ]
     validation = [r for r in records if math.isfinite(r.get("validation_loss", math.nan))]
     if not training and not validation:
         return None
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
@@ -36,16 +37,22 @@ def plot_losses(workdir, tokens_per_step=None):
     if training:
         _draw_training(axes, *zip(*training))
     if skipped:
-        axes.plot(skipped, [0.02] * len(skipped), "x", color="tab:red", markersize=5,
-                  transform=axes.get_xaxis_transform(), label=f"skipped steps ({len(skipped)})")
+        axes.plot(
+            skipped,
+            [0.02] * len(skipped),
+            "x",
+            color="tab:red",
+            markersize=5,
+            transform=axes.get_xaxis_transform(),
+            label=f"skipped steps ({len(skipped)})",
+        )
     if validation:
         _draw_validation(axes, validation)
     axes.xaxis.set_major_formatter(lambda x, _: count(x))
     axes.locator_params(axis="x", integer=True)
     axes.set_xlim(left=0)
     if tokens_per_step:
-        top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step,
-                                                     lambda x: x / tokens_per_step))
+        top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
         top.set_xlabel("tokens")
         top.xaxis.set_major_formatter(lambda x, _: count(x))
     axes.set_title(_title(training, validation), fontsize=11)
@@ -57,11 +64,11 @@ def plot_losses(workdir, tokens_per_step=None):
 
 def _draw_training(axes, steps, losses):
     import numpy as np
+
     losses, width = np.array(losses), max(1, len(losses) // 100)
     # Divided by the number of terms, the mean over a window stays true at both ends.
     window = np.ones(2 * width + 1)
-    smooth = (np.convolve(losses, window)[width:-width]
-              / np.convolve(np.ones_like(losses), window)[width:-width])
+    smooth = np.convolve(losses, window)[width:-width] / np.convolve(np.ones_like(losses), window)[width:-width]
     thin = slice(None, None, 1 + len(losses) // 5000)
     axes.plot(steps[thin], losses[thin], color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(steps[thin], smooth[thin], color="tab:blue", linewidth=1.6, label="training")
@@ -71,12 +78,18 @@ def _draw_training(axes, steps, losses):
 
 def _draw_validation(axes, records):
     steps, losses = zip(*((r["step"], r["validation_loss"]) for r in records))
-    axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, linewidth=1,
-              label="validation")
+    axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, linewidth=1, label="validation")
     best = min(records, key=lambda r: r["validation_loss"])
-    axes.plot(best["step"], best["validation_loss"], "*", color="tab:green", markersize=13,
-              markeredgecolor="white", label=f"best: {best['validation_loss']:.4f} "
-              f"at step {best['step']}", zorder=3)
+    axes.plot(
+        best["step"],
+        best["validation_loss"],
+        "*",
+        color="tab:green",
+        markersize=13,
+        markeredgecolor="white",
+        label=f"best: {best['validation_loss']:.4f} at step {best['step']}",
+        zorder=3,
+    )
     low, high = axes.get_ylim()
     margin = 0.05 * (high - low)
     axes.set_ylim(min(low, min(losses) - margin), max(high, max(losses) + margin))
@@ -115,8 +128,9 @@ def plot_sweep(path, points, metric):
         except ValueError:  # names, side by side
             pass
         axes.plot(xs, ys, "o", color="tab:blue", alpha=0.7)
-        axes.plot(xs[:1], ys[:1], "*", color="tab:green", markersize=15, markeredgecolor="white",
-                  label=f"best: {ys[0]:.4f}")
+        axes.plot(
+            xs[:1], ys[:1], "*", color="tab:green", markersize=15, markeredgecolor="white", label=f"best: {ys[0]:.4f}"
+        )
         axes.set_xlabel(key.removeprefix("config."))
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
@@ -176,20 +190,22 @@ def parameter_table(params):
     rows = [("module", "", "parameters", "bytes")]
     for first, _, last, number, size, memory in groups:
         repeated = number > 1
-        rows.append((f"{first} .. {last}" if repeated else first,
-                     f"{number} x {size:,}" if repeated else "",
-                     f"{number * size:,}", _bytes(number * memory)))
-    rows.append(("total", "", f"{sum(g[3] * g[4] for g in groups):,}",
-                 _bytes(sum(g[3] * g[5] for g in groups))))
+        rows.append(
+            (
+                f"{first} .. {last}" if repeated else first,
+                f"{number} x {size:,}" if repeated else "",
+                f"{number * size:,}",
+                _bytes(number * memory),
+            )
+        )
+    rows.append(("total", "", f"{sum(g[3] * g[4] for g in groups):,}", _bytes(sum(g[3] * g[5] for g in groups))))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}"
-                     for a, b, c, d in rows)
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows)
 
 
 def _natural(name):
     """A sorting key that puts block_2 before block_10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else part)
-            for part in re.split(r"(\d+)", name) if part]
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name) if part]
 
 
 def _leaves(tree):

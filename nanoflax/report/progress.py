@@ -23,9 +23,9 @@ class Bar:
     `advance`. The bar never hides the cursor, so that even SIGKILL leaves a sane terminal.
     """
 
-    quiet = 0.0         # seconds before the first plain line
-    line_every = 10.0   # seconds between plain lines
-    draw_every = 0.2    # seconds between frames of the bar
+    quiet = 0.0  # seconds before the first plain line
+    line_every = 10.0  # seconds between plain lines
+    draw_every = 0.2  # seconds between frames of the bar
 
     def __init__(self, total, done=0, stream=None, clock=time.monotonic):
         self.total, self.done = total, done
@@ -59,6 +59,7 @@ class Bar:
         with contextlib.suppress(OSError):
             if self._bar:
                 from rich.text import Text
+
                 self._bar.console.print(Text(printable(text)), soft_wrap=True)
             else:
                 print(text, file=self._stream, flush=True)
@@ -66,8 +67,7 @@ class Bar:
     def _draw(self):
         with contextlib.suppress(OSError):  # a terminal that has gone away does not end the run
             if self._bar:
-                self._bar.update(self._bar.task_ids[0], completed=self.done, title=self.title(),
-                                 status=self.status())
+                self._bar.update(self._bar.task_ids[0], completed=self.done, title=self.title(), status=self.status())
                 self._bar.refresh()
             elif self._clock() - self._begin >= self.quiet:
                 print(f"{self.title()}  {self.status()}", file=self._stream, flush=True)
@@ -82,16 +82,24 @@ class Progress(Bar):
     nor what happens inside `pause()` counts.
     """
 
-    window = 20.0       # seconds that rates look back
+    window = 20.0  # seconds that rates look back
 
-    def __init__(self, total_steps, start_step=0, tokens_per_step=1, flops_per_token=None,
-                 peak_flops=None, stream=None, clock=time.monotonic):
+    def __init__(
+        self,
+        total_steps,
+        start_step=0,
+        tokens_per_step=1,
+        flops_per_token=None,
+        peak_flops=None,
+        stream=None,
+        clock=time.monotonic,
+    ):
         super().__init__(total_steps, start_step, stream, clock)
         self.loss, self.tokens_per_step = None, tokens_per_step
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self._paused, self._note = 0.0, "compiling"
-        self._first = None                    # (time, training time) at the end of the first update
-        self._marks = collections.deque()     # (training time, step), the last `window` seconds
+        self._first = None  # (time, training time) at the end of the first update
+        self._marks = collections.deque()  # (training time, step), the last `window` seconds
 
     def update(self, step, loss):
         """Reports that `step` steps are done and the loss of the last."""
@@ -181,9 +189,15 @@ def _bar(stream, total, done):
             return False
 
     # No refreshing thread: frames are drawn by advance(), never against the training loop.
-    bar = RichProgress(TextColumn("{task.fields[title]}", markup=False), BarColumn(bar_width=None),
-                       TextColumn("{task.fields[status]}", markup=False), auto_refresh=False,
-                       expand=True, console=VisibleCursor(file=stream, force_terminal=True),
-                       redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty())
+    bar = RichProgress(
+        TextColumn("{task.fields[title]}", markup=False),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[status]}", markup=False),
+        auto_refresh=False,
+        expand=True,
+        console=VisibleCursor(file=stream, force_terminal=True),
+        redirect_stdout=sys.stdout.isatty(),
+        redirect_stderr=sys.stderr.isatty(),
+    )
     bar.add_task("", total=total, completed=done, title="", status="")
     return bar

@@ -20,4 +20,8 @@ from nanoflax.runs.run import (
 )
 from nanoflax.runs.trainer import check_metric, check_wandb, displays, setup_jax
 
-__all__ = ["Checkpoints", "WorkdirLock", "check_metric", "check_wandb", "compare", "displays", "get_tokenizer", "initialize_with_adapters", "is_run", "open_model", "read_config", "read_labels", "read_run", "refuse_other_data", "restore_model", "restore_params", "resumable", "set_aside", "setup_jax", "whole", "with_vocabulary", "write_jsonl", "write_labels", "write_run"]
+__all__ = [
+    "Checkpoints", "WorkdirLock", "check_metric", "check_wandb", "compare", "displays", "get_tokenizer",
+    "initialize_with_adapters", "is_run", "open_model", "read_config", "read_labels", "read_run",
+    "refuse_other_data", "restore_model", "restore_params", "resumable", "set_aside", "setup_jax", "whole",
+    "with_vocabulary", "write_jsonl", "write_labels", "write_run"]  # fmt: skip

@@ -35,8 +35,9 @@ from nanoflax.errors import UserError
 from nanoflax.runs import manifest
 from nanoflax.runs.lock import writable
 
-_DISK_ERRORS = [os.strerror(code) for code in (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)]
+_DISK_ERRORS = [
+    os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+]
 
 # orbax narrates every save, and failed ones with tracebacks; what matters comes as an exception.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -68,8 +69,7 @@ def read_meta(directory, step=None, which="latest", log=print):
     return _read_meta(directory, _choose(directory, step, which, log))
 
 
-def restore_params(directory, step=None, which="latest", shardings=None, subtree="params",
-                   log=print):
+def restore_params(directory, step=None, which="latest", shardings=None, subtree="params", log=print):
     """Reads one subtree of a saved state, its structure taken from the checkpoint itself.
 
     No other array is read. `shardings` is a sharding, a tree of them, or a function from the tree
@@ -142,7 +142,7 @@ class Checkpoints:
         """orbax's PreservationPolicy; old steps go only after the new one is committed."""
         del context
         found = [c.step for c in checkpoints]
-        kept = set(sorted(found)[-self._keep:])
+        kept = set(sorted(found)[-self._keep :])
         kept.add(_best({s: self._metrics.get(s) for s in found}))
         if self._keep_every:
             kept.update(s for s in found if s % self._keep_every == 0)
@@ -173,8 +173,7 @@ class Checkpoints:
         meta = json.loads(json.dumps(meta))
         self._metrics[step] = metric
         self._saving = step
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(jax.tree.map(_own, state)), meta=ocp.args.JsonSave(meta))
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(jax.tree.map(_own, state)), meta=ocp.args.JsonSave(meta))
         try:
             self._manager.save(step, args=args, force=True)  # force: the caller decides when
         except OSError as error:
@@ -241,13 +240,13 @@ class Checkpoints:
             state, meta = self.restore(back(abstract_state), step)
             places = jax.tree.map(lambda x: x.sharding, abstract_state)
             return jax.jit(to, out_shardings=places)(state), meta
-        compare(f"{self.directory}: step {step}", _saved_tree(self.directory, step),
-                abstract_state)
+        compare(f"{self.directory}: step {step}", _saved_tree(self.directory, step), abstract_state)
         target = jax.tree.map(lambda x: _placed(x, getattr(x, "sharding", None)), abstract_state)
         return _read_arrays(self.directory, step, target), _read_meta(self.directory, step)
 
     def _sound_step(self, step):
         """As `_choose`, decided and damage moved aside by process 0 for all of them."""
+
         def choose():
             chosen, problem, moved = None, None, []
             try:
@@ -280,7 +279,7 @@ class Checkpoints:
 
     def _write_manifest(self):
         """Runs in orbax's commit thread of process 0, when all hosts' files are in place."""
-        path, = self.directory.glob(f"{self._saving}.*")
+        (path,) = self.directory.glob(f"{self._saving}.*")
         manifest.write(path, self._metrics[self._saving])
 
 
@@ -309,8 +308,8 @@ def _saved_tree(directory, step):
 
 def _read_arrays(directory, step, target, partial_restore=False):
     args = ocp.args.PyTreeRestore(
-        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-        partial_restore=partial_restore)
+        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial_restore
+    )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(_state_path(directory, step), args=args)
 
@@ -321,14 +320,18 @@ def _read_meta(directory, step):
 
 def compare(what, saved, wanted):
     """Raises UserError where paths, shapes or dtypes of two trees differ: orbax would cast."""
+
     def leaves(tree):
         flat = ocp.tree.to_flat_dict(tree, keep_empty_nodes=True)
-        return {".".join(path): f"{np.dtype(x.dtype).name}{list(x.shape)}"
-                if hasattr(x, "shape") else "nothing" for path, x in flat.items()}
+        return {
+            ".".join(path): f"{np.dtype(x.dtype).name}{list(x.shape)}" if hasattr(x, "shape") else "nothing"
+            for path, x in flat.items()
+        }
 
     saved, wanted = leaves(saved), leaves(wanted)
-    pairs = {path: (saved.get(path, "absent"), wanted.get(path, "absent"))
-             for path in sorted(saved.keys() | wanted.keys())}
+    pairs = {
+        path: (saved.get(path, "absent"), wanted.get(path, "absent")) for path in sorted(saved.keys() | wanted.keys())
+    }
     lines = [f"{path} is {a}, not {b}" for path, (a, b) in pairs.items() if a != b]
     if lines:
         more = f"; and {len(lines) - 10} more" if len(lines) > 10 else ""

@@ -46,8 +46,10 @@ class WorkdirLock:
                 break
             time.sleep(0.1)
         if others := [i for i, saw in enumerate(parallel.gather(seen)) if not saw]:
-            raise UserError(f"workdir {directory} of process {others[0]} is not that of process 0: "
-                            "hosts need one that they share, for the checkpoints")
+            raise UserError(
+                f"workdir {directory} of process {others[0]} is not that of process 0: "
+                "hosts need one that they share, for the checkpoints"
+            )
 
     def _take(self, directory):
         path = writable(directory) / ".lock"
@@ -61,8 +63,9 @@ class WorkdirLock:
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise UserError(f"workdir {directory} is in use by {holder}: wait for it or stop it,"
-                            " or choose another --workdir") from error
+            raise UserError(
+                f"workdir {directory} is in use by {holder}: wait for it or stop it, or choose another --workdir"
+            ) from error
         except OSError as error:
             raise UserError(f"{path} cannot be locked: {error.strerror}") from error
         self._file = file

@@ -23,27 +23,29 @@ def restore_model(workdir, config, tokenizer, which="best"):
     from nanoflax.runs import checkpoint
 
     subtree = "ema" if config.optim.ema else "params"
-    params, meta = checkpoint.restore_params(os.path.join(workdir, "checkpoints"), which=which,
-                                             subtree=subtree)
+    params, meta = checkpoint.restore_params(os.path.join(workdir, "checkpoints"), which=which, subtree=subtree)
     if meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"the tokenizer in --workdir={workdir} (fingerprint "
-                        f"{tokenizer.fingerprint[:12]}) is not the one that the checkpoint was "
-                        f"trained with ({meta['tokenizer'][:12]}); put that one back")
+        raise UserError(
+            f"the tokenizer in --workdir={workdir} (fingerprint "
+            f"{tokenizer.fingerprint[:12]}) is not the one that the checkpoint was "
+            f"trained with ({meta['tokenizer'][:12]}); put that one back"
+        )
     model = nn.build(config.model)
     paths = jax.tree_util.tree_leaves_with_path
 
     def fits(params):
         own = dict(paths(params))  # adapters may be among them
-        return all(path in own and own[path].shape == x.shape
-                   for path, x in paths(parallel.shapes(model)))
+        return all(path in own and own[path].shape == x.shape for path, x in paths(parallel.shapes(model)))
 
     if not fits(params) and config.peft != configs.PeftConfig():
         given = open_model(config.model.init_from)[1] if config.model.init_from else None
         first = initialize_with_adapters(model, given, config, parallel.make_mesh("-1,1,1"))
         params = peft.join(params, peft.split(first, peft.trainable(first, config.peft))[1])
     if not fits(params):
-        raise UserError(f"the checkpoint in --workdir={workdir} does not hold the parameters of its "
-                        "config.json; it may be of an older nanoflax")
+        raise UserError(
+            f"the checkpoint in --workdir={workdir} does not hold the parameters of its "
+            "config.json; it may be of an older nanoflax"
+        )
     model_config, params = nn.without_padding(config.model, params)
     return nn.build(model_config), params
 
@@ -57,8 +59,7 @@ def initialize_with_adapters(model, given, config, mesh):
     seed = config.train.seed
     add = lambda params: peft.add(params, config.peft, jax.random.PRNGKey(seed + 1))  # noqa: E731
     params = initialize_from(model, given, seed, mesh)
-    return jax.jit(add, donate_argnums=0, out_shardings=parallel.shardings(
-        jax.eval_shape(add, params), mesh))(params)
+    return jax.jit(add, donate_argnums=0, out_shardings=parallel.shardings(jax.eval_shape(add, params), mesh))(params)
 
 
 def initialize_from(model, given, seed, mesh):

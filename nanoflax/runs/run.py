@@ -19,8 +19,7 @@ def read_run(workdir):
 
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
-        raise UserError(f"--workdir={workdir} holds no run (no config.json); give the directory "
-                        "that pretrain wrote")
+        raise UserError(f"--workdir={workdir} holds no run (no config.json); give the directory that pretrain wrote")
     return read_config(path), tokenizers.load(os.path.join(workdir, "tokenizer"))
 
 
@@ -52,8 +51,9 @@ def read_labels(workdir, config):
             return tuple(found["labels"]), bool(found["several"])
     except FileNotFoundError:
         if config.task.kind in ("classify", "tag"):
-            raise UserError(f"{path} does not exist: it names the classes of "
-                            f"task.kind={config.task.kind!r}; finetune wrote it") from None
+            raise UserError(
+                f"{path} does not exist: it names the classes of task.kind={config.task.kind!r}; finetune wrote it"
+            ) from None
         return ((), False) if config.task.kind != "language_model" else None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error!r}") from error
@@ -81,11 +81,28 @@ def is_run(path):
 
 
 # Fields that may change between a run and its resumption: they do not touch the trajectory.
-FREE = {"data": ("workers", "cache"), "model": ("attention_backend",),
-        "train": ("loss_chunks", "remat", "scan_layers", "max_skipped", "evaluate_every",
-                  "evaluate_batches", "patience", "checkpoint_every", "checkpoint_seconds", "keep",
-                  "sample_prompt", "sample_tokens", "mesh", "watchdog_seconds", "tensorboard",
-                  "wandb")}
+FREE = {
+    "data": ("workers", "cache"),
+    "model": ("attention_backend",),
+    "train": (
+        "loss_chunks",
+        "remat",
+        "scan_layers",
+        "max_skipped",
+        "evaluate_every",
+        "evaluate_batches",
+        "patience",
+        "checkpoint_every",
+        "checkpoint_seconds",
+        "keep",
+        "sample_prompt",
+        "sample_tokens",
+        "mesh",
+        "watchdog_seconds",
+        "tensorboard",
+        "wandb",
+    ),
+}
 
 
 def resumable(workdir, config, restart=False):
@@ -101,16 +118,17 @@ def resumable(workdir, config, restart=False):
     path, kept = os.path.join(workdir, "config.json"), previous(workdir)
     if kept and not checkpoint.steps(os.path.join(workdir, "checkpoints")):
         if not restart:
-            raise UserError(f"--workdir={workdir}: a new run from the weights of {kept[-1]} was "
-                            "begun and has saved nothing yet; begin it again with "
-                            "--restart_from_weights")
+            raise UserError(
+                f"--workdir={workdir}: a new run from the weights of {kept[-1]} was "
+                "begun and has saved nothing yet; begin it again with "
+                "--restart_from_weights"
+            )
         set_aside(workdir)  # the rest of it
         saved = read_config(os.path.join(kept[-1], "config.json"))
         return refuse_other_tokenizer(saved, config), kept[-1]
     if not os.path.exists(path):
         if restart:
-            raise UserError(f"--restart_from_weights: --workdir={workdir} holds no run to begin "
-                            "from")
+            raise UserError(f"--restart_from_weights: --workdir={workdir} holds no run to begin from")
         return None, None
     saved = read_config(path)
     old, new = configs.to_dict(saved), configs.to_dict(config)
@@ -120,11 +138,16 @@ def resumable(workdir, config, restart=False):
             old[section].pop(name), new[section].pop(name)
     changed = configs.diff(old, new)
     if changed and not restart:
-        begin = ("--restart_from_weights" if "restart_from_weights" in FLAGS
-                 else f"--config.model.init_from={workdir} and another --workdir")
-        raise UserError(f"--workdir={workdir} holds a run with another configuration "
-                        f"({'; '.join(changed)}); choose another --workdir, or begin a new run from "
-                        f"its weights with {begin}")
+        begin = (
+            "--restart_from_weights"
+            if "restart_from_weights" in FLAGS
+            else f"--config.model.init_from={workdir} and another --workdir"
+        )
+        raise UserError(
+            f"--workdir={workdir} holds a run with another configuration "
+            f"({'; '.join(changed)}); choose another --workdir, or begin a new run from "
+            f"its weights with {begin}"
+        )
     if not restart or kept and not changed:  # the latter: this command began it
         return saved, None
     return refuse_other_tokenizer(saved, config), workdir
@@ -134,8 +157,9 @@ def refuse_other_tokenizer(saved, config):
     """The saved Config. Raises: UserError if the other one has another tokenizer."""
     old, new = saved.data.tokenizer, config.data.tokenizer
     if old != new:
-        raise UserError(f"--config.data.tokenizer={new}: --restart_from_weights keeps the tokenizer "
-                        f"of the weights, {old}")
+        raise UserError(
+            f"--config.data.tokenizer={new}: --restart_from_weights keeps the tokenizer of the weights, {old}"
+        )
     return saved
 
 
@@ -156,13 +180,18 @@ def settled(model, saved):
 
 def refuse_other_data(meta, identity):
     """Raises: UserError if a checkpoint was trained with another tokenizer or other text."""
-    for key, what in [("tokenizer", "tokenizer/ of the workdir"),
-                      ("data", "text of data.train"), ("validation", "validation text")]:
+    for key, what in [
+        ("tokenizer", "tokenizer/ of the workdir"),
+        ("data", "text of data.train"),
+        ("validation", "validation text"),
+    ]:
         if meta[key] != identity[key]:
-            raise UserError(f"the {what} is not the one that the checkpoint was trained with "
-                            f"(fingerprint {identity[key][:12]}, not {meta[key][:12]}); restore "
-                            "it or choose another --workdir (pretrain also takes "
-                            "--restart_from_weights)")
+            raise UserError(
+                f"the {what} is not the one that the checkpoint was trained with "
+                f"(fingerprint {identity[key][:12]}, not {meta[key][:12]}); restore "
+                "it or choose another --workdir (pretrain also takes "
+                "--restart_from_weights)"
+            )
 
 
 def set_aside(workdir):
@@ -178,8 +207,7 @@ def set_aside(workdir):
         kept.append(os.path.join(workdir, f"previous-{last + 1}"))
         os.makedirs(kept[-1], exist_ok=True)
     if not os.path.exists(os.path.join(kept[-1], "config.json")):
-        for name in ("checkpoints", "tokenizer", "metrics.jsonl", "tensorboard", "loss.png", "wandb",
-                     "config.json"):
+        for name in ("checkpoints", "tokenizer", "metrics.jsonl", "tensorboard", "loss.png", "wandb", "config.json"):
             if os.path.exists(path := os.path.join(workdir, name)):
                 os.rename(path, os.path.join(kept[-1], name))
     return kept[-1]
@@ -241,6 +269,7 @@ def with_vocabulary(model, tokenizer, mesh, saved=None):
     if not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     if (size := model.vocab_size - model.vocab_padding) < tokenizer.vocab_size:
-        raise UserError(f"model.vocab_size={size} is less than the tokenizer's "
-                        f"{tokenizer.vocab_size}; set it to 0 or at least that")
+        raise UserError(
+            f"model.vocab_size={size} is less than the tokenizer's {tokenizer.vocab_size}; set it to 0 or at least that"
+        )
     return model if saved else parallel.padded(model, mesh)

@@ -23,8 +23,7 @@ def check_metric(config, measured):
     """Raises: UserError if train.metric is neither validation_loss nor among `measured`."""
     known = ("validation_loss", *measured)
     if config.train.metric not in known:
-        raise UserError(f"train.metric={config.train.metric!r} is not measured here; choose one of "
-                        f"{', '.join(known)}")
+        raise UserError(f"train.metric={config.train.metric!r} is not measured here; choose one of {', '.join(known)}")
 
 
 @contextlib.contextmanager
@@ -37,15 +36,14 @@ def displays(workdir, config, start_step, tokens_per_step, flops_per_token=None,
         yield report.Silent(), report.Silent()
         return
     t = config.train
-    with (report.MetricsLog(workdir, t.tensorboard, t.wandb or None, start_step,
-                            configs.to_dict(config)) as log,
-          report.Progress(t.steps, start_step, tokens_per_step, flops_per_token,
-                          peak_flops) as progress):
+    with (
+        report.MetricsLog(workdir, t.tensorboard, t.wandb or None, start_step, configs.to_dict(config)) as log,
+        report.Progress(t.steps, start_step, tokens_per_step, flops_per_token, peak_flops) as progress,
+    ):
         yield log, progress
 
 
 def check_wandb(config):
     """Raises: UserError if train.wandb asks for what is not installed."""
     if config.train.wandb and not importlib.util.find_spec("wandb"):
-        raise UserError(f"train.wandb={config.train.wandb} needs Weights & Biases: "
-                        "pip install nanoflax[wandb]")
+        raise UserError(f"train.wandb={config.train.wandb} needs Weights & Biases: pip install nanoflax[wandb]")

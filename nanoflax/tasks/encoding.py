@@ -12,8 +12,17 @@ from nanoflax.tasks.rows import Rows
 from nanoflax.tokenizers import align_tags, chat_ids, ends, show_mask
 
 
-def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=True,
-           target_length=None, report=None, noise=None):
+def encode(
+    examples,
+    tokenizer,
+    length,
+    labels=(),
+    multi_label=False,
+    truncate=True,
+    target_length=None,
+    report=None,
+    noise=None,
+):
     """Examples of one kind -> Rows, in order.
 
     A long Text becomes several rows, counted in `report`, with each of its tokens in just one.
@@ -32,8 +41,9 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
     prefix, suffix = ends(tokenizer)
     least = len(prefix) + len(suffix) + 1
     if min(length, target_length) < least:
-        raise UserError(f"length {min(length, target_length)}: must be at least {least}, for the "
-                        "special tokens and one more")
+        raise UserError(
+            f"length {min(length, target_length)}: must be at least {least}, for the special tokens and one more"
+        )
     number, too_long = {name: i for i, name in enumerate(labels)}, Report()
     around = len(prefix) + len(suffix)
     encode_target = getattr(tokenizer, "encode_target", tokenizer.encode)  # Marian has two
@@ -41,8 +51,9 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
     def cut(values, limit, place, what="texts", room=0):
         if len(values) + room > limit:
             (report if truncate else too_long).add(
-                f"{what} longer than {limit} tokens, {'cut' if truncate else 'refused'}", place)
-        return values[:limit - room]
+                f"{what} longer than {limit} tokens, {'cut' if truncate else 'refused'}", place
+            )
+        return values[: limit - room]
 
     def framed(ids, *limit):
         return np.asarray([*prefix, *cut(ids, *limit, room=around), *suffix], np.int32)
@@ -51,28 +62,37 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
         if not multi_label and len(example.labels) != 1:
             report.add("examples without just one label, left out", example.place)
             return None
-        label = (np.isin(labels, example.labels).astype(np.float32) if multi_label
-                 else np.asarray(number[example.labels[0]], np.int32))
+        label = (
+            np.isin(labels, example.labels).astype(np.float32)
+            if multi_label
+            else np.asarray(number[example.labels[0]], np.int32)
+        )
         ids = tokenizer.encode(example.text)
         return {"tokens": framed(ids, length, example.place), "label": label}
 
     def tagging(example):
-        ids, tags, weights = align_tags(example.tokens, [number[tag] for tag in example.tags],
-                                        tokenizer)
+        ids, tags, weights = align_tags(example.tokens, [number[tag] for tag in example.tags], tokenizer)
         inner = slice(length - around)
         before, after = [0] * len(prefix), [0] * len(suffix)
-        return {"tokens": framed(ids, length, example.place),
-                "tags": np.asarray([*before, *tags[inner], *after], np.int32),
-                "weights": np.asarray([*before, *weights[inner], *after], np.float32)}
+        return {
+            "tokens": framed(ids, length, example.place),
+            "tags": np.asarray([*before, *tags[inner], *after], np.int32),
+            "weights": np.asarray([*before, *weights[inner], *after], np.float32),
+        }
 
     def pair(example):
         source, target = tokenizer.encode(example.source), encode_target(example.target)
-        return {"source": framed(source, length, example.place, "sources"),
-                "targets": framed(target, target_length, example.place, "targets")}
+        return {
+            "source": framed(source, length, example.place, "sources"),
+            "targets": framed(target, target_length, example.place, "targets"),
+        }
 
     def following(ids, weights):
-        return {"first": np.asarray(ids[0], np.int32), "targets": np.asarray(ids[1:], np.int32),
-                "weights": np.asarray(weights[1:], np.float32)}
+        return {
+            "first": np.asarray(ids[0], np.int32),
+            "targets": np.asarray(ids[1:], np.int32),
+            "weights": np.asarray(weights[1:], np.float32),
+        }
 
     def chat(example):
         try:
@@ -82,8 +102,7 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
             return None
         ids, weights = cut(ids, length, example.place), weights[:length]
         if not any(weights[1:]):
-            report.add(f"chats without a reply in the first {length} tokens, left out",
-                       example.place)
+            report.add(f"chats without a reply in the first {length} tokens, left out", example.place)
             return None
         return following(ids, weights)
 
@@ -93,22 +112,27 @@ def encode(examples, tokenizer, length, labels=(), multi_label=False, truncate=T
         ids, room, before = tokenizer.encode(example.text), noise and noise.room, 0
         if not noise:  # the token before the targets stands before each part
             ids, room, before = [first, *ids, tokenizer.eos_id], length - 1, 1
-        parts = [ids[at - before:at + room] for at in range(before, len(ids), room)]
+        parts = [ids[at - before : at + room] for at in range(before, len(ids), room)]
         if not parts:
             report.add("texts that are nothing to the tokenizer, left out", example.place)
         if len(parts) > 1:
             (report if truncate else too_long).add(
-                f"texts longer than {room + before} tokens, "
-                f"{'read in several rows' if truncate else 'refused'}", example.place)
+                f"texts longer than {room + before} tokens, {'read in several rows' if truncate else 'refused'}",
+                example.place,
+            )
         for part in parts:
-            row = ({"text": np.asarray(part, np.int32)} if noise else
-                   following(part, [1.0] * len(part)))
-            yield row, example if len(parts) == 1 else dataclasses.replace(
-                example, text=tokenizer.decode(part[before:]))
+            row = {"text": np.asarray(part, np.int32)} if noise else following(part, [1.0] * len(part))
+            yield (
+                row,
+                example if len(parts) == 1 else dataclasses.replace(example, text=tokenizer.decode(part[before:])),
+            )
 
     make = {Classification: classification, Tagging: tagging, Pair: pair, Chat: chat}
-    made = [both for example in examples for both in (
-        texts(example) if type(example) is Text else [(make[type(example)](example), example)])]
+    made = [
+        both
+        for example in examples
+        for both in (texts(example) if type(example) is Text else [(make[type(example)](example), example)])
+    ]
     rows, kept = ([both[i] for both in made if both[0] is not None] for i in (0, 1))
     if too_long.counts:
         raise UserError(f"{'; '.join(too_long.lines())}; raise the length, or ask to truncate them")
@@ -134,15 +158,17 @@ def weigh_classes(rows, labels, class_weights):
     if rows.rows[0][name].dtype != np.int32:
         raise UserError(f"task.class_weights={class_weights!r} does not go with several labels")
     if class_weights == "balanced":
-        found = np.concatenate([np.atleast_1d(row[name])[np.atleast_1d(row.get("weights", 1)) > 0]
-                                for row in rows.rows])
+        found = np.concatenate(
+            [np.atleast_1d(row[name])[np.atleast_1d(row.get("weights", 1)) > 0] for row in rows.rows]
+        )
         counts = np.bincount(found, minlength=len(labels))
         weights = len(found) / (np.count_nonzero(counts) * np.maximum(counts, 1))
     else:
         given = read_class_weights(class_weights)
         if unknown := given.keys() - set(labels):
-            raise UserError(f"task.class_weights names {', '.join(sorted(unknown))}; the classes "
-                            f"are {', '.join(labels)}")
+            raise UserError(
+                f"task.class_weights names {', '.join(sorted(unknown))}; the classes are {', '.join(labels)}"
+            )
         weights = [given.get(label, 1) for label in labels]
     return dataclasses.replace(rows, class_weights=np.asarray(weights, np.float32))
 

@@ -21,8 +21,9 @@ def encode_for_task(examples, config, tokenizer, labels=(), several=False, repor
     task, noise = config.task, None
     if task.kind in ("masked_lm", "denoise"):
         noise = Noise(task, with_sentinels(task, tokenizer))
-    return encoding.encode(examples, tokenizer, task.length, labels, several, task.truncate,
-                           task.target_length, report, noise)
+    return encoding.encode(
+        examples, tokenizer, task.length, labels, several, task.truncate, task.target_length, report, noise
+    )
 
 
 class Evaluator:
@@ -39,15 +40,22 @@ class Evaluator:
         self.labels, self.mesh, self.task = labels, mesh, TASKS[config.task.kind]
         self.rows = rows.drawn([(i, 0) for i in range(len(rows))])  # noise that stays the same
         if "source" in self.rows.rows[0] and self.task.examples is Text:
-            self.rows = dataclasses.replace(self.rows, examples=[
-                Pair(*(self.tokenizer.decode(row[name]) for name in ("source", "targets")),
-                     text.place) for row, text in zip(self.rows.rows, rows.examples)])
+            self.rows = dataclasses.replace(
+                self.rows,
+                examples=[
+                    Pair(*(self.tokenizer.decode(row[name]) for name in ("source", "targets")), text.place)
+                    for row, text in zip(self.rows.rows, rows.examples)
+                ],
+            )
         self.report = {}
 
         def sums(params, batch):
             _, nll, weight = self.task.objective(model, params, batch)
-            right = weight if not self.task.accuracy else jnp.sum(
-                batch["weights"] * (guesses(params, batch) == batch["targets"]))
+            right = (
+                weight
+                if not self.task.accuracy
+                else jnp.sum(batch["weights"] * (guesses(params, batch) == batch["targets"]))
+            )
             return nll, weight, right
 
         def logits(params, batch):
@@ -57,7 +65,8 @@ class Evaluator:
             return train.guesses(model, params, batch, self.tokenizer.vocab_size)
 
         self._sums, self._guesses, self._logits = (
-            jax.jit(parallel.traced_on(mesh, f)) for f in (sums, guesses, logits))
+            jax.jit(parallel.traced_on(mesh, f)) for f in (sums, guesses, logits)
+        )
 
     def __call__(self, params, batches=0):
         """(numbers, predictions) on the first so many batches of the rows, 0 for all.
@@ -90,8 +99,7 @@ class Evaluator:
         predictions = self.task.answer(self, params, number) if self.task.answer else []
         if self.task.measure is None:
             return numbers, predictions, {}
-        figures, report = self.task.measure(predictions, self.rows.examples[:number],
-                                            self.config.task)
+        figures, report = self.task.measure(predictions, self.rows.examples[:number], self.config.task)
         return numbers | figures, predictions, report
 
     def batches(self, number):
@@ -104,17 +112,14 @@ class Evaluator:
 
     def logits(self, params, number):
         """The logits and the weights of each of the first rows."""
-        found = (map(parallel.fetch, (self._logits(params, batch), batch["weights"]))
-                 for batch in self.batches(number))
-        return list(itertools.islice(
-            (pair for logits, weights in found for pair in zip(logits, weights)), number))
+        found = (map(parallel.fetch, (self._logits(params, batch), batch["weights"])) for batch in self.batches(number))
+        return list(itertools.islice((pair for logits, weights in found for pair in zip(logits, weights)), number))
 
 
 def prediction_records(examples, predictions):
     """Each example's fields and what a model said of it, as a dict for JSON."""
     for example, said in zip(examples, predictions):
-        fields = {field: getattr(example, field) for field in example.fields
-                  if hasattr(example, field)}
+        fields = {field: getattr(example, field) for field in example.fields if hasattr(example, field)}
         if hasattr(example, "labels"):
             fields["label"] = example.labels
         yield fields | {"prediction": said}

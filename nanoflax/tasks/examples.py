@@ -26,8 +26,7 @@ class TaskData:
 
     @property
     def multi_label(self):
-        return any(isinstance(example, Classification) and len(example.labels) != 1
-                   for example in self.train)
+        return any(isinstance(example, Classification) and len(example.labels) != 1 for example in self.train)
 
 
 def load(source, kind, labels=None):
@@ -52,8 +51,7 @@ def load(source, kind, labels=None):
     train_inputs = {_digest(example.input) for example in train}
     for example in validation:
         if _digest(example.input) in train_inputs:
-            report.add("validation examples whose input is in the training data too, kept",
-                       example.place)
+            report.add("validation examples whose input is in the training data too, kept", example.place)
     if kind in (Classification, Tagging):
         labels = tuple(labels) if labels else _label_names(train, kind)
         train, validation = (_known(part, kind, labels, report) for part in (train, validation))
@@ -70,8 +68,7 @@ def read(source, kind, labels=None, report=None, split="all"):
     """
     source = source if isinstance(source, TaskSource) else TaskSource(source)
     report = Report() if report is None else report
-    examples = _collect(source, kind, _part(records(source, kind, report, split), source, split),
-                        report)
+    examples = _collect(source, kind, _part(records(source, kind, report, split), source, split), report)
     if labels:
         examples = _known(examples, kind, labels, report)
     _check(source.name, "evaluation", kind, examples, report)
@@ -82,14 +79,14 @@ def _part(splits, source, split="all"):
     if split == "all":
         return itertools.chain.from_iterable(splits.values())
     if split not in splits:
-        raise UserError(f"{source.name} has no split {split!r} of its own, only "
-                        f"{', '.join(splits)}; all reads everything")
+        raise UserError(
+            f"{source.name} has no split {split!r} of its own, only {', '.join(splits)}; all reads everything"
+        )
     return splits[split]
 
 
 def _collect(source, kind, records, report):
-    make = {Classification: _classification, Tagging: _tagging, Pair: _pair, Chat: _chat,
-            Text: _text}[kind]
+    make = {Classification: _classification, Tagging: _tagging, Pair: _pair, Chat: _chat, Text: _text}[kind]
 
     def clean(text, place):
         return source.clean(text, place, report)
@@ -114,8 +111,7 @@ def _digest(value):
 def _without_duplicates(examples, report):
     seen, kept = set(), []
     for example in examples:
-        digest = _digest([getattr(example, f.name) for f in dataclasses.fields(example)
-                          if f.compare])
+        digest = _digest([getattr(example, f.name) for f in dataclasses.fields(example) if f.compare])
         if digest in seen:
             report.add("exact duplicates, left out", example.place)
         else:
@@ -147,18 +143,21 @@ def _known(examples, kind, labels, report):
 def _check(name, split, kind, examples, report):
     if not examples:
         found = "; ".join(report.lines()) or "it is empty"
-        raise UserError(f"{name}: no usable {split} example with {' and '.join(kind.fields)}: "
-                        f"{found}")
+        raise UserError(f"{name}: no usable {split} example with {' and '.join(kind.fields)}: {found}")
 
 
 def _check_classes(name, kind, examples):
     if kind is Tagging and all(tag == "O" for example in examples for tag in example.tags):
-        raise UserError(f"{name}: every word is tagged O ({examples[0].place} and "
-                        f"{len(examples) - 1} more); tagging needs an entity to learn")
+        raise UserError(
+            f"{name}: every word is tagged O ({examples[0].place} and "
+            f"{len(examples) - 1} more); tagging needs an entity to learn"
+        )
     if kind is Classification and len({example.labels for example in examples}) < 2:
-        raise UserError(f"{name}: every example has the label {', '.join(examples[0].labels)!r} "
-                        f"({examples[0].place} and {len(examples) - 1} more); classification "
-                        "needs two classes")
+        raise UserError(
+            f"{name}: every example has the label {', '.join(examples[0].labels)!r} "
+            f"({examples[0].place} and {len(examples) - 1} more); classification "
+            "needs two classes"
+        )
 
 
 # From a record, a dict by our names for the fields, to an example; None, and counted, if it is bad.
@@ -206,26 +205,26 @@ def _classification(record, place, clean, report):
 
 def _tagging(record, place, clean, report):
     words, tags = record.get("tokens"), record.get("tags")
-    if not all(isinstance(column, list) and all(isinstance(value, str) for value in column)
-               for column in (words, tags)):
+    if not all(
+        isinstance(column, list) and all(isinstance(value, str) for value in column) for column in (words, tags)
+    ):
         report.add("examples without lists of text in 'tokens' and 'tags', left out", place)
         return None
     if len(words) != len(tags):
-        report.add("examples with unequal numbers of tokens and tags, left out",
-                   f"{place} {len(words)} and {len(tags)}")
+        report.add(
+            "examples with unequal numbers of tokens and tags, left out", f"{place} {len(words)} and {len(tags)}"
+        )
         return None
     places = record.get("places", [place] * len(words))
     words = [clean(word, at) for word, at in zip(words, places)]
     if not words or not all(words):
-        report.add("examples with an empty token, left out",
-                   places[words.index("")] if words else place)
+        report.add("examples with an empty token, left out", places[words.index("")] if words else place)
         return None
     before, checked = "O", []
     for tag, at in zip(tags, places):
         tag = clean(tag, at).strip()
         if not re.fullmatch("O|[BI]-.+", tag):
-            report.add("examples with a tag that is not BIO (O, B-X or I-X), left out",
-                       f"{at} {tag!r}")
+            report.add("examples with a tag that is not BIO (O, B-X or I-X), left out", f"{at} {tag!r}")
             return None
         if tag[0] == "I" and before[2:] != tag[2:]:
             report.add("I- tags that continue nothing, read as B-", f"{at} {tag!r}")
@@ -237,9 +236,14 @@ def _tagging(record, place, clean, report):
 
 def _chat(record, place, clean, report):
     messages = record.get("messages")
-    if not (isinstance(messages, list) and messages and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str) for m in messages)):
+    if not (
+        isinstance(messages, list)
+        and messages
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+    ):
         report.add("examples without messages of role and content, left out", place)
         return None
     messages = [message | {"content": clean(message["content"], place)} for message in messages]
@@ -258,7 +262,13 @@ def examples_of(data, name=None):
     from nanoflax.tasks.sources import TaskSource
 
     fields = data.fields or ("" if data.field == "text" else f"text={data.field}")
-    return TaskSource(name or data.train, "" if name else data.validation,
-                      data.validation_fraction, fields=fields, unicode=data.unicode,
-                      whitespace=data.whitespace, keep_duplicates=data.keep_duplicates,
-                      limit=0 if name else data.limit)
+    return TaskSource(
+        name or data.train,
+        "" if name else data.validation,
+        data.validation_fraction,
+        fields=fields,
+        unicode=data.unicode,
+        whitespace=data.whitespace,
+        keep_duplicates=data.keep_duplicates,
+        limit=0 if name else data.limit,
+    )

@@ -27,8 +27,9 @@ def exact_match(predictions, references):
 
 def _same_number(predictions, references):
     if len(predictions) != len(references) or not references:
-        raise UserError(f"{len(predictions)} predictions for {len(references)} references: they "
-                        "must be as many, and not none")
+        raise UserError(
+            f"{len(predictions)} predictions for {len(references)} references: they must be as many, and not none"
+        )
 
 
 # Classes and entities: both count what was right, predicted and there, for each class.
@@ -42,8 +43,7 @@ def classes(predictions, references):
     where they divide by 0.
     """
     _same_number(predictions, references)
-    predicted, true = ([{x} if isinstance(x, str) else set(x) for x in side]
-                       for side in (predictions, references))
+    predicted, true = ([{x} if isinstance(x, str) else set(x) for x in side] for side in (predictions, references))
     return {"accuracy": exact_match(predicted, true)} | _scores(predicted, true, lambda x: x)
 
 
@@ -59,8 +59,7 @@ def tags(predictions, references, strict=False):
             raise UserError(f"sentence {i}: {len(p)} predicted tags for {len(r)} words")
     words = [tag for tags in references for tag in tags]
     found = exact_match([tag for tags in predictions for tag in tags], words)
-    predicted, true = ([set(entities(tags, strict)) for tags in side]
-                       for side in (predictions, references))
+    predicted, true = ([set(entities(tags, strict)) for tags in side] for side in (predictions, references))
     return {"accuracy": found} | _scores(predicted, true, lambda entity: entity[0])
 
 
@@ -92,28 +91,41 @@ def _scores(predicted, true, class_of):
 
     def mean(weights):
         total = sum(weights.values()) or 1
-        return {key: sum(weights[name] * by_class[name][key] for name in names) / total
-                for key in ("precision", "recall", "f1")} | {"support": there.total()}
+        return {
+            key: sum(weights[name] * by_class[name][key] for name in names) / total
+            for key in ("precision", "recall", "f1")
+        } | {"support": there.total()}
 
-    return {"micro": _score(right.total(), guessed.total(), there.total()),
-            "macro": mean(dict.fromkeys(names, 1)), "weighted": mean(there), "classes": by_class}
+    return {
+        "micro": _score(right.total(), guessed.total(), there.total()),
+        "macro": mean(dict.fromkeys(names, 1)),
+        "weighted": mean(there),
+        "classes": by_class,
+    }
 
 
 def _score(right, guessed, there):
-    return {"precision": right / guessed if guessed else 0.0,
-            "recall": right / there if there else 0.0,
-            "f1": 2 * right / (guessed + there) if guessed + there else 0.0, "support": there}
+    return {
+        "precision": right / guessed if guessed else 0.0,
+        "recall": right / there if there else 0.0,
+        "f1": 2 * right / (guessed + there) if guessed + there else 0.0,
+        "support": there,
+    }
 
 
 def metrics_table(result):
     """The lines of a report of `classes` or `tags`, for people."""
-    rows = [*result["classes"].items(),
-            *((f"{name} average", result[name]) for name in ("micro", "macro", "weighted"))]
+    rows = [*result["classes"].items(), *((f"{name} average", result[name]) for name in ("micro", "macro", "weighted"))]
     width = max(len(name) for name, _ in rows)
     head = f"{'':{width}}  precision  recall      F1  support"
-    return [head, *(f"{name:{width}}  {s['precision']:9.4f}  {s['recall']:6.4f}  {s['f1']:6.4f}"
-                    f"  {s['support']:7d}" for name, s in rows),
-            f"accuracy {result['accuracy']:.4f}"]
+    return [
+        head,
+        *(
+            f"{name:{width}}  {s['precision']:9.4f}  {s['recall']:6.4f}  {s['f1']:6.4f}  {s['support']:7d}"
+            for name, s in rows
+        ),
+        f"accuracy {result['accuracy']:.4f}",
+    ]
 
 
 # Generated text.

@@ -36,8 +36,7 @@ class TokenizerWithSentinels:
             for name in reversed(names):
                 self._add(name)
         self.sentinels = [self.special[name] for name in names if name in self.special]
-        self._names = {i: name for name, i in self.special.items()
-                       if i == self.mask_id or i in self.sentinels}
+        self._names = {i: name for name, i in self.special.items() if i == self.mask_id or i in self.sentinels}
         self._names.setdefault(self.mask_id, "<mask>")
         roles = (getattr(tokenizer, f"{role}_id", None) for role in ("pad", "eos", "bos", "sep"))
         special = [self.mask_id, *self.special.values(), *(i for i in roles if i is not None)]
@@ -55,7 +54,8 @@ class TokenizerWithSentinels:
         """The text, with the marks by their names."""
         return "".join(
             "".join(self._names[i] for i in run) if marks else self._tokenizer.decode(list(run))
-            for marks, run in itertools.groupby(map(int, ids), key=self._names.__contains__))
+            for marks, run in itertools.groupby(map(int, ids), key=self._names.__contains__)
+        )
 
 
 def with_sentinels(task, tokenizer):
@@ -124,7 +124,7 @@ def infilling(ids, rng, rate, mean_span, mask_id):
     """
     budget = round(len(ids) * rate)
     lengths = rng.poisson(mean_span, budget)
-    lengths = lengths[:np.searchsorted(np.cumsum(lengths), budget) + 1]
+    lengths = lengths[: np.searchsorted(np.cumsum(lengths), budget) + 1]
     lengths[-1:] += budget - lengths.sum()
     slots = len(ids) - lengths.sum() + len(lengths)  # of the source: tokens that stay, and masks
     masks = np.isin(np.arange(slots), rng.choice(slots, len(lengths), replace=False))
@@ -165,13 +165,13 @@ class Noise:
             while self._fits(self.room + 1, task.length - around, task.target_length - around):
                 self.room += 1
         elif self.kind == "infilling":
-            self.closing = [i for i in tokenizer.ordinary.tolist()
-                            if tokenizer.decode([i]).rstrip()[-1:] in (".", "!", "?")]
+            self.closing = [
+                i for i in tokenizer.ordinary.tolist() if tokenizer.decode([i]).rstrip()[-1:] in (".", "!", "?")
+            ]
 
     def _fits(self, n, source, target):
         hidden, spans = span_sizes(n, self.rate, self.task.noise_span)
-        return (n - hidden + spans <= source and hidden + spans <= target
-                and spans <= len(self.tokenizer.sentinels))
+        return n - hidden + spans <= source and hidden + spans <= target and spans <= len(self.tokenizer.sentinels)
 
     def __call__(self, ids, rng):
         t, rate, span = self.tokenizer, self.rate, self.task.noise_span
@@ -183,8 +183,7 @@ class Noise:
         if self.kind == "spans":
             source, target = span_corruption(ids, rng, rate, span, t.sentinels)
         elif self.kind == "infilling":
-            source = infilling(permuted_sentences(ids, rng, self.closing), rng, rate, span,
-                               t.mask_id)
+            source = infilling(permuted_sentences(ids, rng, self.closing), rng, rate, span, t.mask_id)
         return {"source": self._framed(source), "targets": self._framed(target)}
 
     def _framed(self, ids):

@@ -1,6 +1,6 @@
 """Examples to batches: tokens, what is trained among them, and padding to a few lengths.
 
-    examples --encode--> Rows --> ExampleBatches[step] (shuffled, for ever) or evaluation (once)
+examples --encode--> Rows --> ExampleBatches[step] (shuffled, for ever) or evaluation (once)
 """
 
 import dataclasses
@@ -31,24 +31,28 @@ class Rows:
         return len(self.rows)
 
     def n_tokens(self, i):
-        return sum(len(a) for name, a in self.rows[i].items()
-                   if name in ("text", "tokens", "source", "targets"))
+        return sum(len(a) for name, a in self.rows[i].items() if name in ("text", "tokens", "source", "targets"))
 
     def drawn(self, draws, seed=0):
         """The Rows of some draws, pairs (row number, epoch), under the noise of just this seed,
         epoch and row. What is drawn once stays as it is."""
-        rows = [self.rows[i] if self.noise is None else
-                self.noise(self.rows[i]["text"], np.random.default_rng((seed, epoch, i)))
-                for i, epoch in draws]
-        return dataclasses.replace(self, rows=rows, examples=[self.examples[i] for i, _ in draws],
-                                   noise=None)
+        rows = [
+            self.rows[i]
+            if self.noise is None
+            else self.noise(self.rows[i]["text"], np.random.default_rng((seed, epoch, i)))
+            for i, epoch in draws
+        ]
+        return dataclasses.replace(self, rows=rows, examples=[self.examples[i] for i, _ in draws], noise=None)
 
     def lengths(self, indices):
         """The lengths that a batch of these rows is padded to, by the name of the tokens."""
         limits = {"tokens": self.length, "source": self.length, "targets": self.target_length}
         rows = [self.rows[i] for i in indices if i < len(self)]
-        return {name: min(limit, _bucket(max(len(row[name]) for row in rows)))
-                for name, limit in limits.items() if name in rows[0]}
+        return {
+            name: min(limit, _bucket(max(len(row[name]) for row in rows)))
+            for name, limit in limits.items()
+            if name in rows[0]
+        }
 
     def batch(self, indices, lengths=None):
         """[B] row numbers -> a dict of numpy arrays; a number past the end gives padding alone.
@@ -63,15 +67,17 @@ class Rows:
         lengths: those to pad to, by name; default `self.lengths(indices)`.
         """
         lengths = lengths or self.lengths(indices)
-        nothing = {name: array[:0] if array.ndim and name != "label" else np.zeros_like(array)
-                   for name, array in self.rows[0].items()}
+        nothing = {
+            name: array[:0] if array.ndim and name != "label" else np.zeros_like(array)
+            for name, array in self.rows[0].items()
+        }
         rows = [self.rows[i] if i < len(self) else nothing for i in indices]
 
         def padded(name, length, value=0):
             arrays = [row[name] for row in rows]
             result = np.full((len(rows), length), value, arrays[0].dtype)
             for line, array in zip(result, arrays):
-                line[:len(array)] = array
+                line[: len(array)] = array
             return result
 
         def real(name):
@@ -80,15 +86,19 @@ class Rows:
 
         batch = {name: padded(name, length, self.pad_id) for name, length in lengths.items()}
         if "source" in batch:
-            return batch | {"source_mask": real("source"),
-                            "weights": real("targets").astype(np.float32)}
+            return batch | {"source_mask": real("source"), "weights": real("targets").astype(np.float32)}
         if "label" in nothing:
             label = np.stack([row["label"] for row in rows])
-            return batch | {"padding_mask": real("tokens"), "label": label,
-                            "weights": (np.asarray(indices) < len(self)) * self._weights_of(label)}
+            return batch | {
+                "padding_mask": real("tokens"),
+                "label": label,
+                "weights": (np.asarray(indices) < len(self)) * self._weights_of(label),
+            }
         if "first" in nothing:
-            return batch | {"first": np.stack([row["first"] for row in rows]),
-                            "weights": padded("weights", lengths["targets"])}
+            return batch | {
+                "first": np.stack([row["first"] for row in rows]),
+                "weights": padded("weights", lengths["targets"]),
+            }
         batch |= {"padding_mask": real("tokens"), "weights": padded("weights", lengths["tokens"])}
         if "tags" in nothing:
             batch["tags"] = padded("tags", lengths["tokens"])
@@ -113,16 +123,15 @@ class Rows:
             if n < 1 or rng.random() >= probability:
                 return row
             place, new = moved(n, max_shift, rng)
-            place, new = place[:limit - before - after], new[:limit - before - after]
-            whole = np.r_[:before, before + place, before + n:len(row[name])]
+            place, new = place[: limit - before - after], new[: limit - before - after]
+            whole = np.r_[:before, before + place, before + n : len(row[name])]
             row = row | {name: row[name][whole]}
             if name == "targets":
                 new = np.r_[np.zeros(before), new, np.zeros(after)]
                 row["weights"] = np.where(new, 0, row["weights"][whole]).astype(np.float32)
             return row
 
-        return dataclasses.replace(self, rows=[one(i) for i in indices],
-                                   examples=[self.examples[i] for i in indices])
+        return dataclasses.replace(self, rows=[one(i) for i in indices], examples=[self.examples[i] for i in indices])
 
 
 def moved(n, max_shift, rng):
@@ -139,7 +148,7 @@ def moved(n, max_shift, rng):
         return np.insert(place, at, rng.integers(n, size=shift)), np.insert(new, at, [True] * shift)
     if how == 1:
         shift = min(shift, n - 1)
-        window = np.s_[(at := rng.integers(n - shift + 1)):at + shift]
+        window = np.s_[(at := rng.integers(n - shift + 1)) : at + shift]
         return np.delete(place, window), np.delete(new, window)
     return np.roll(place, shift * rng.choice([-1, 1])), new
 

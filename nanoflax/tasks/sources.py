@@ -34,8 +34,10 @@ from nanoflax.tasks import builtin
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
 from nanoflax.tokenizers import well_formed
 
-HELP = ("choose jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, "
-        "dates:en-fr, pytags, pymodules, pychats, bible:kjv-web, or for texts pydocs or text:GLOB")
+HELP = (
+    "choose jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, "
+    "dates:en-fr, pytags, pymodules, pychats, bible:kjv-web, or for texts pydocs or text:GLOB"
+)
 
 
 # \x1c-\x1e and \x85 are line ends to Python, so whitespace.
@@ -80,14 +82,11 @@ class TaskSource:
     limit: int = 0
 
     def __post_init__(self):
-        for field, choices in (("unicode", ("NFC", "NFKC", "")),
-                               ("whitespace", ("trim", "collapse", ""))):
+        for field, choices in (("unicode", ("NFC", "NFKC", "")), ("whitespace", ("trim", "collapse", ""))):
             if getattr(self, field) not in choices:
-                raise UserError(f"{field} {getattr(self, field)!r}: choose {choices[0]}, "
-                                f"{choices[1]} or nothing")
+                raise UserError(f"{field} {getattr(self, field)!r}: choose {choices[0]}, {choices[1]} or nothing")
         if not 0 < self.validation_fraction < 1:
-            raise UserError(f"validation_fraction {self.validation_fraction}: must be between 0 "
-                            "and 1")
+            raise UserError(f"validation_fraction {self.validation_fraction}: must be between 0 and 1")
         if self.limit < 0:
             raise UserError(f"limit {self.limit}: must not be negative; 0 is no limit")
         _renamed(self)
@@ -98,11 +97,14 @@ class TaskSource:
     def clean(self, text, place, report):
         """The cleaned text; each step that changes it is counted in the report."""
         for name, step in (
-                ("unpaired surrogates, read as U+FFFD", well_formed),
-                (f"texts normalized to {self.unicode}", lambda text: unicodedata.normalize(
-                    self.unicode, text) if self.unicode else text),
-                ("texts with control characters, removed", lambda text: _CONTROL.sub("", text)),
-                (f"texts with whitespace to {self.whitespace}", _WHITESPACE[self.whitespace])):
+            ("unpaired surrogates, read as U+FFFD", well_formed),
+            (
+                f"texts normalized to {self.unicode}",
+                lambda text: unicodedata.normalize(self.unicode, text) if self.unicode else text,
+            ),
+            ("texts with control characters, removed", lambda text: _CONTROL.sub("", text)),
+            (f"texts with whitespace to {self.whitespace}", _WHITESPACE[self.whitespace]),
+        ):
             new = step(text)
             if new != text:
                 report.add(name, place)
@@ -129,8 +131,7 @@ def records(source, kind, report, split=None):
     if scheme in builtin.KINDS:
         kinds = {"Classification": Classification, "Tagging": Tagging, "Pair": Pair, "Chat": Chat}
         if kinds[builtin.KINDS[scheme]] is not kind:
-            raise UserError(f"{source.name} has {builtin.KINDS[scheme]} examples; this task needs "
-                            f"{kind.__name__} ones")
+            raise UserError(f"{source.name} has {builtin.KINDS[scheme]} examples; this task needs {kind.__name__} ones")
         return builtin.records(scheme, rest)
     readers = {"jsonl": _jsonl, "tsv": _tsv, "conll": _conll, "pairs": _pairs}
     _renamed(source, kind)
@@ -145,8 +146,7 @@ def records(source, kind, report, split=None):
 
 def _documents(source, report, split):
     """The splits of a nanoflax.sources.Source, which pretraining makes too."""
-    texts = Source(source.name, _renamed(source).get("text", "text"),
-                   validation_fraction=source.validation_fraction)
+    texts = Source(source.name, _renamed(source).get("text", "text"), validation_fraction=source.validation_fraction)
 
     def of(split, report):
         for i, text in enumerate(documents(texts, split, report), 1):
@@ -179,11 +179,11 @@ def _renamed(source, kind=None):
     """The option `fields` as a dict {our name: the file's}; of a kind of examples, if given."""
     pairs = [pair.strip().split("=") for pair in source.fields.split(",")] if source.fields else []
     if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise UserError(f"fields {source.fields!r}: write our names and the file's, as in "
-                        "text=sentence,label=stars")
+        raise UserError(f"fields {source.fields!r}: write our names and the file's, as in text=sentence,label=stars")
     if kind and (unknown := [ours for ours, _ in pairs if ours not in _ours(kind)]):
-        raise UserError(f"fields {source.fields!r}: {unknown[0]!r} is none of our names, which are "
-                        f"{', '.join(_ours(kind))} here")
+        raise UserError(
+            f"fields {source.fields!r}: {unknown[0]!r} is none of our names, which are {', '.join(_ours(kind))} here"
+        )
     return dict(pairs)
 
 
@@ -210,22 +210,27 @@ def _tsv(source, path, kind, report):
         cells = line.split("\t")
         if columns is None:
             header = renamed or theirs.keys() & set(cells)
-            columns = {theirs[cell]: i for i, cell in enumerate(cells) if cell in theirs} if (
-                header) else {ours: i for i, ours in enumerate(kind.fields)}
-            missing = [name for name in kind.fields if name not in columns
-                       and not (name == "label" and "labels" in columns)]
+            columns = (
+                {theirs[cell]: i for i, cell in enumerate(cells) if cell in theirs}
+                if (header)
+                else {ours: i for i, ours in enumerate(kind.fields)}
+            )
+            missing = [
+                name for name in kind.fields if name not in columns and not (name == "label" and "labels" in columns)
+            ]
             if missing:
-                raise UserError(f"{place}: the header {cells} lacks "
-                                f"{', '.join(renamed.get(name, name) for name in missing)}; name "
-                                "the columns, as in fields=text=sentence,label=stars")
+                raise UserError(
+                    f"{place}: the header {cells} lacks "
+                    f"{', '.join(renamed.get(name, name) for name in missing)}; name "
+                    "the columns, as in fields=text=sentence,label=stars"
+                )
             width = len(cells) if header else len(kind.fields)
             if header:
                 continue
         if not line:
             continue
         if len(cells) != width:
-            report.add(f"lines without {width} columns between tabs, left out",
-                       f"{place} {len(cells)}")
+            report.add(f"lines without {width} columns between tabs, left out", f"{place} {len(cells)}")
             continue
         record = {ours: cells[i] for ours, i in columns.items()}
         if "labels" in record:
@@ -241,8 +246,9 @@ def _conll(source, path, kind, report):
     try:
         word, tag = int(renamed.get("tokens", 0)), int(renamed.get("tags", -1))
     except ValueError as error:
-        raise UserError(f"fields {source.fields!r}: of a CoNLL file give numbers of columns, as "
-                        "in tokens=0,tags=3") from error
+        raise UserError(
+            f"fields {source.fields!r}: of a CoNLL file give numbers of columns, as in tokens=0,tags=3"
+        ) from error
     rows, malformed = [], False
 
     def sentence():
@@ -258,11 +264,12 @@ def _conll(source, path, kind, report):
             continue
         width = width or len(cells)
         if not all(-width <= column < width for column in (word, tag)):
-            raise UserError(f"fields {source.fields!r}: {place} has {width} columns, from 0 to "
-                            f"{width - 1}")
+            raise UserError(f"fields {source.fields!r}: {place} has {width} columns, from 0 to {width - 1}")
         if len(cells) != width or width < 2:
-            report.add("malformed CoNLL lines (the first line sets the number of columns), their "
-                       "sentences left out", f"{place} {len(cells)} columns")
+            report.add(
+                "malformed CoNLL lines (the first line sets the number of columns), their sentences left out",
+                f"{place} {len(cells)} columns",
+            )
             malformed = True
         else:
             rows.append((cells[word], cells[tag], place))
@@ -274,8 +281,10 @@ def _pairs(source, paths, kind, report):
         raise UserError(f"{source.name}: name two files, as in pairs:train.en,train.fr")
     sides = [list(text_lines(path, report)) for path in paths]
     if len(sides[0]) != len(sides[1]):
-        raise UserError(f"{source.name}: {paths[0]} has {len(sides[0])} lines and {paths[1]} "
-                        f"{len(sides[1])}; line for line they must be the same")
+        raise UserError(
+            f"{source.name}: {paths[0]} has {len(sides[0])} lines and {paths[1]} "
+            f"{len(sides[1])}; line for line they must be the same"
+        )
     for (place, text), (_, other) in zip(*sides):
         yield place, {"source": text, "target": other}
 
@@ -292,11 +301,12 @@ def _tfds(source, name, kind, only):
     names |= DATASETS.get(f"{builder.name}/{config}") or DATASETS.get(builder.name, {})
     names |= _renamed(source)
     names = {ours: theirs for ours, theirs in names.items() if theirs in features}
-    missing = [ours for ours in kind.fields if ours not in names
-               and not (ours == "label" and "labels" in names)]
+    missing = [ours for ours in kind.fields if ours not in names and not (ours == "label" and "labels" in names)]
     if missing:
-        raise UserError(f"{source.name}: which of {', '.join(features)} is {' and '.join(missing)}?"
-                        f" Say so, as in fields={missing[0]}={next(iter(features))}")
+        raise UserError(
+            f"{source.name}: which of {', '.join(features)} is {' and '.join(missing)}?"
+            f" Say so, as in fields={missing[0]}={next(iter(features))}"
+        )
 
     def value(raw, feature):
         if isinstance(raw, (list, tuple)) or getattr(raw, "ndim", 0):
@@ -309,11 +319,12 @@ def _tfds(source, name, kind, only):
 
     def of(split):
         for i, example in enumerate(dataset_examples(builder, split)):
-            yield f"tfds:{name} {split}:{i}", {
-                ours: value(example[theirs], features[theirs]) for ours, theirs in names.items()}
+            yield (
+                f"tfds:{name} {split}:{i}",
+                {ours: value(example[theirs], features[theirs]) for ours, theirs in names.items()},
+            )
 
     splits = dataset_splits(builder)
     if only:  # by its own names
         return {name: of(name) for name in splits["all"] if only in (name, "all")}
-    return {split: of(splits[split][0]) for split in ("train", "validation")
-            if split in splits}
+    return {split: of(splits[split][0]) for split in ("train", "validation") if split in splits}

@@ -1,8 +1,8 @@
 """What a model can be taught: for each task its examples, models, objective, answers and measures.
 
-    task = TASKS["classify"]
-    judge = Judge(model, config, tokenizer, labels, rows, mesh)
-    numbers, predictions = judge(params)
+task = TASKS["classify"]
+judge = Judge(model, config, tokenizer, labels, rows, mesh)
+numbers, predictions = judge(params)
 """
 
 from collections.abc import Callable
@@ -48,22 +48,25 @@ def probabilities(judge, params, number):
 
 def tag_names(judge, params, number):
     """The tag of each word of each sentence."""
-    return [tokenizers.word_tags(row.argmax(-1), weights, judge.labels, len(example.tokens))
-            for (row, weights), example in zip(judge.logits(params, number), judge.rows.examples)]
+    return [
+        tokenizers.word_tags(row.argmax(-1), weights, judge.labels, len(example.tokens))
+        for (row, weights), example in zip(judge.logits(params, number), judge.rows.examples)
+    ]
 
 
 def written(judge, params, number):
     """What the model writes for each source, greedily or by config.task.beams."""
     task, B, tokenizer = judge.config.task, judge.config.train.batch_size, judge.tokenizer
-    options = dict(max_new_tokens=task.target_length, eos_id=tokenizer.eos_id,
-                   vocab_size=tokenizer.vocab_size)
+    options = dict(max_new_tokens=task.target_length, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
     sources, found = [row["source"].tolist() for row in judge.rows.rows[:number]], []
     for i in range(0, number, B):
-        part = sources[i:i + B]
+        part = sources[i : i + B]
         part += [part[-1]] * (B - len(part))  # no compilation for the last batch
-        new = (generate.beam_search(judge.model, params, part, task.beams, **options)
-               if task.beams > 1 else
-               generate.sample(judge.model, params, part, temperature=0, **options))
+        new = (
+            generate.beam_search(judge.model, params, part, task.beams, **options)
+            if task.beams > 1
+            else generate.sample(judge.model, params, part, temperature=0, **options)
+        )
         found += map(tokenizer.decode, new)
         parallel.alive()
     return found[:number]
@@ -73,11 +76,13 @@ def filled(judge, params, number):
     """Each text with the model's guesses, between ⟦ and ⟧, where it was masked."""
     found = []
     for batch in judge.batches(number):
-        tokens, guesses, weights, real = map(parallel.fetch, (
-            batch["targets"], judge._guesses(params, batch), batch["weights"],
-            batch["padding_mask"]))
-        found += [tokenizers.show_mask(judge.tokenizer, row[mask], w[mask]) for row, w, mask in
-                  zip(np.where(weights > 0, guesses, tokens), weights, real)]
+        tokens, guesses, weights, real = map(
+            parallel.fetch, (batch["targets"], judge._guesses(params, batch), batch["weights"], batch["padding_mask"])
+        )
+        found += [
+            tokenizers.show_mask(judge.tokenizer, row[mask], w[mask])
+            for row, w, mask in zip(np.where(weights > 0, guesses, tokens), weights, real)
+        ]
     return found[:number]
 
 
@@ -99,8 +104,12 @@ def text_scores(predictions, examples, task):
     report = metrics.translation(predictions, targets, task.bleu_tokenize)
     copied = metrics.translation([e.source for e in examples], targets, task.bleu_tokenize)
     report["bleu_of_source"] = copied["bleu"]
-    return {"exact_match": metrics.exact_match(predictions, targets), "bleu": report["bleu"],
-            "chrf": report["chrf"], "rouge_l": metrics.rouge_l(predictions, targets)}, report
+    return {
+        "exact_match": metrics.exact_match(predictions, targets),
+        "bleu": report["bleu"],
+        "chrf": report["chrf"],
+        "rouge_l": metrics.rouge_l(predictions, targets),
+    }, report
 
 
 def exact(predictions, examples, _):
@@ -121,4 +130,4 @@ TASKS = {
                       ("perplexity", "masked_accuracy"), "masked_accuracy"),
     "denoise": Task(Text, ("encoder_decoder", "lstm"), train.seq2seq, written, exact,
                     ("exact_match", "token_accuracy"), "token_accuracy"),
-}
+}  # fmt: skip

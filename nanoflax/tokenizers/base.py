@@ -1,6 +1,5 @@
 """What every tokenizer shares."""
 
-
 from nanoflax.errors import UserError
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character

@@ -34,8 +34,11 @@ def render(template, messages, variables, specials):
     Raises: UserError if the template does not compile, raises, or runs too long.
     """
     if not messages or not all(isinstance(message, dict) for message in messages):
-        raise UserError("a chat is a list of messages, each with a role and a content; there is "
-                        "none" if not messages else "a chat's messages must each be a dict")
+        raise UserError(
+            "a chat is a list of messages, each with a role and a content; there is none"
+            if not messages
+            else "a chat's messages must each be a dict"
+        )
     nonce, held = secrets.token_hex(16), []
     found = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
     beginnings = {s[:n] for s in specials for n in range(1, len(s))}
@@ -47,8 +50,7 @@ def render(template, messages, variables, specials):
     def marked(value):
         if isinstance(value, dict):
             # Roles are the program's, and templates compare them.
-            return {k: v if k in ("role", "type") else marked(v)
-                    for k, v in value.items() if v is not None}
+            return {k: v if k in ("role", "type") else marked(v) for k, v in value.items() if v is not None}
         if isinstance(value, (list, tuple)):
             return [marked(v) for v in value]
         if not isinstance(value, str):
@@ -59,15 +61,15 @@ def render(template, messages, variables, specials):
         return found.sub(lambda match: mark(match[0]), value[:start]) + tail + value[end:]
 
     try:
-        text = _timed(functools.partial(_compile(template).render, messages=marked(messages),
-                                        **variables))
+        text = _timed(functools.partial(_compile(template).render, messages=marked(messages), **variables))
     except Exception as error:  # whatever a stranger's program does
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the chat template fails: {reason}") from error
     pattern = re.compile(nonce + r"(\d{6})")
     if nonce in pattern.sub("", text).lower():
-        raise UserError("the chat template changes a special token inside a message; take the "
-                        "special token out of the message")
+        raise UserError(
+            "the chat template changes a special token inside a message; take the special token out of the message"
+        )
     return text, lambda text: pattern.sub(lambda match: held[int(match[1])], text)
 
 
@@ -115,11 +117,9 @@ def _compile(template):
         raise TemplateError(message)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True,
-                          extensions=[Generation, ext.loopcontrols])
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

@@ -1,7 +1,5 @@
 """Text to ids, and which of them are trained: the ends of texts, words and tags, conversations."""
 
-
-
 from nanoflax.errors import UserError
 from nanoflax.report import printable
 from nanoflax.tokenizers.base import check_ids
@@ -13,8 +11,8 @@ def ends(tokenizer):
         return [], [tokenizer.eos_id]
     probe = "a"
     inner, whole = tokenizer.encode(probe), tokenizer.encode_with_template(probe)
-    at = next(i for i in range(len(whole)) if whole[i:i + len(inner)] == inner)
-    return whole[:at], whole[at + len(inner):]
+    at = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+    return whole[:at], whole[at + len(inner) :]
 
 
 def align_tags(words, tags, tokenizer):
@@ -30,8 +28,9 @@ def align_tags(words, tags, tokenizer):
         pieces = tokenizer.encode(f" {word}" if i else word)
         if not pieces:
             if getattr(tokenizer, "unk_id", None) is None:
-                raise UserError(f"the tokenizer reads the word {word!r} as nothing, and it has no "
-                                "unknown token to stand for it")
+                raise UserError(
+                    f"the tokenizer reads the word {word!r} as nothing, and it has no unknown token to stand for it"
+                )
             pieces = [tokenizer.unk_id]
         ids += pieces
         labels += [tag, *[0] * (len(pieces) - 1)]
@@ -68,11 +67,13 @@ def chat_ids(tokenizer, messages):
             continue
         # What stands before a reply is what the model is given to continue when it is used.
         head = chat_prompt(tokenizer, messages[:i]) if i else []
-        if not i or ids[:len(head)] != head:
-            raise UserError(f"the chat template does not write message {i + 1} after the prompt "
-                            "for it, so where the reply begins is not known")
+        if not i or ids[: len(head)] != head:
+            raise UserError(
+                f"the chat template does not write message {i + 1} after the prompt "
+                "for it, so where the reply begins is not known"
+            )
         end = _end_of_reply(tokenizer, ids, len(head))
-        weights[len(head):end] = [1.0] * (end - len(head))
+        weights[len(head) : end] = [1.0] * (end - len(head))
     return ids, weights
 
 
@@ -86,8 +87,7 @@ def chat_prompt(tokenizer, messages):
 
 def _plain_turn(tokenizer, message):
     # Encoded apart, so that no token spans the border.
-    return (tokenizer.encode(f"{message['role']}:\n"),
-            [*tokenizer.encode(message["content"]), tokenizer.eos_id])
+    return (tokenizer.encode(f"{message['role']}:\n"), [*tokenizer.encode(message["content"]), tokenizer.eos_id])
 
 
 def _end_of_reply(tokenizer, ids, start):
@@ -96,8 +96,7 @@ def _end_of_reply(tokenizer, ids, start):
     for end in range(start, len(ids)):
         if ids[end] in special:
             return end + 1
-    raise UserError("the chat template ends a reply with no special token, so a model could not "
-                    "learn to end")
+    raise UserError("the chat template ends a reply with no special token, so a model could not learn to end")
 
 
 def show_mask(tokenizer, ids, weights):
@@ -130,8 +129,10 @@ def prompt_ids(tokenizer, text, architecture="decoder"):
     """The ids of a prompt as its model expects them, with the tokens that begin (and, of a source,
     end) a text."""
     if hasattr(tokenizer, "encode_with_template"):
-        return tokenizer.encode_with_template(text) or [
-            i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
+        return (
+            tokenizer.encode_with_template(text)
+            or [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
+        )
     if architecture != "decoder":
         return [*tokenizer.encode(text), tokenizer.eos_id]
     return [tokenizer.bos_id, *tokenizer.encode(text)]

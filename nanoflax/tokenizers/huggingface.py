@@ -19,10 +19,17 @@ from nanoflax.errors import UserError
 from nanoflax.tokenizers import chat_template, vocabularies
 from nanoflax.tokenizers.base import SPACE, check_ids, well_formed
 
-VOCABULARIES = ("tokenizer.json", "source.spm", "tokenizer.model", "spiece.model", "vocab.json",
-                "vocab.txt")
-FILES = (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json", "tokenizer_config.json",
-         "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+VOCABULARIES = ("tokenizer.json", "source.spm", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+FILES = (
+    *VOCABULARIES,
+    "target.spm",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 FIELDS = ("content", "special", "lstrip", "rstrip", "single_word", "normalized")
 
@@ -31,8 +38,7 @@ def load_huggingface(directory):
     """The tokenizer of a Hugging Face directory. Raises: UserError (missing or damaged files)."""
     directory = pathlib.Path(directory)
     try:
-        files = {name: (directory / name).read_bytes() for name in FILES
-                 if (directory / name).is_file()}
+        files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()}
     except OSError as error:
         raise UserError(f"tokenizer {directory}: {error.strerror}: {error.filename}") from error
     return from_files(files, str(directory))
@@ -55,8 +61,7 @@ def from_files(files, name):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = f"it lacks {reason}" if isinstance(error, KeyError) else reason
-        raise UserError(f"tokenizer {name}: {kind} or a file beside it is damaged: "
-                        f"{reason[:200]}") from error
+        raise UserError(f"tokenizer {name}: {kind} or a file beside it is damaged: {reason[:200]}") from error
 
 
 def from_gguf(metadata, name="GGUF"):
@@ -79,12 +84,13 @@ def exported(tokenizer):
     spec = vocabularies.from_ours(tokenizer)
     names = {token["id"]: token["content"] for token in spec["added_tokens"]}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {f"{role}_token": names[i] for role, i in [
-        ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id)]
-        if i in names}
+    config |= {
+        f"{role}_token": names[i]
+        for role, i in [("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id)]
+        if i in names
+    }
     files = {"tokenizer.json": spec, "tokenizer_config.json": config}
-    return from_files({file: json.dumps(value).encode() for file, value in files.items()},
-                      "made of nanoflax's")
+    return from_files({file: json.dumps(value).encode() for file, value in files.items()}, "made of nanoflax's")
 
 
 class _FromFiles:
@@ -97,8 +103,7 @@ class _FromFiles:
         self._config = _json(files, "tokenizer_config.json", name)
         self._generation = _json(files, "generation_config.json", name)
         maps = _json(files, "special_tokens_map.json", name) | self._config
-        named = {role: maps[f"{role}_token"] for role in ROLES
-                 if maps.get(f"{role}_token") is not None}
+        named = {role: maps[f"{role}_token"] for role in ROLES if maps.get(f"{role}_token") is not None}
         further = []
         for key in ("additional_special_tokens", "extra_special_tokens"):
             tokens = maps.get(key) or []
@@ -123,8 +128,7 @@ class _FromFiles:
         for file in (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json"):
             digest.update(hashlib.blake2b(self.files.get(file, b"")).digest())
         settings = {k: v for k, v in self._config.items() if k != "chat_template"}
-        digest.update(json.dumps([settings, self._roles, self._named, self.stop_ids],
-                                 sort_keys=True).encode())
+        digest.update(json.dumps([settings, self._roles, self._named, self.stop_ids], sort_keys=True).encode())
         self.fingerprint = digest.hexdigest()
 
     def _generated(self, role):
@@ -132,8 +136,10 @@ class _FromFiles:
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         for i in ids:
             if not isinstance(i, int) or not 0 <= i < self.vocab_size:
-                raise UserError(f"tokenizer {self.name}: generation_config.json: {role}_token_id "
-                                f"is {i!r}, with {self.vocab_size} tokens")
+                raise UserError(
+                    f"tokenizer {self.name}: generation_config.json: {role}_token_id "
+                    f"is {i!r}, with {self.vocab_size} tokens"
+                )
         return ids
 
     def __reduce__(self):
@@ -147,8 +153,7 @@ class _FromFiles:
             for name, content in self.files.items():
                 (directory / name).write_bytes(content)
         except OSError as error:
-            raise UserError(f"tokenizer cannot be saved in {directory}: {error.strerror}"
-                            ) from error
+            raise UserError(f"tokenizer cannot be saved in {directory}: {error.strerror}") from error
 
 
 class HFTokenizer(_FromFiles):
@@ -164,8 +169,7 @@ class HFTokenizer(_FromFiles):
 
         super().__init__(files, name)
         spec = self._spec()
-        _add_special_tokens(spec, self._config, _json(files, "added_tokens.json", name),
-                            self._named, self._roles)
+        _add_special_tokens(spec, self._config, _json(files, "added_tokens.json", name), self._named, self._roles)
         if "tokenizer.json" not in files:  # which has the ends of its own
             vocabularies.set_ends(spec, self._config, self._roles)
         nonce = secrets.token_hex(16)
@@ -176,8 +180,10 @@ class HFTokenizer(_FromFiles):
         self._tokenizer = Tokenizer.from_str(json.dumps(_respelled(spec, self._spelling)))
         wrong = [t["content"] for t in spec["added_tokens"] if t["id"] != self._id(t["content"])]
         if wrong:
-            raise UserError(f"tokenizer {name}: the ids of {', '.join(wrong[:5])} leave a gap "
-                            "after the vocabulary, or belong to another token")
+            raise UserError(
+                f"tokenizer {name}: the ids of {', '.join(wrong[:5])} leave a gap "
+                "after the vocabulary, or belong to another token"
+            )
         self.special = {token: self._id(token) for token in specials}
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
         self._set_ids(self._id)
@@ -195,15 +201,22 @@ class HFTokenizer(_FromFiles):
             if not isinstance(spec.get("model"), dict):
                 raise UserError(f"tokenizer {self.name}: tokenizer.json holds no model")
             return spec | {"truncation": None, "padding": None}
-        known = {"vocab.json": "GPT2|Roberta|Bart|Qwen2", "vocab.txt": "Bert|DistilBert|Electra",
-                 "tokenizer.model": "Llama|Gemma|T5", "spiece.model": "T5"}[kind]
+        known = {
+            "vocab.json": "GPT2|Roberta|Bart|Qwen2",
+            "vocab.txt": "Bert|DistilBert|Electra",
+            "tokenizer.model": "Llama|Gemma|T5",
+            "spiece.model": "T5",
+        }[kind]
         if name and not re.fullmatch(rf"({known})Tokenizer(Fast)?|PreTrainedTokenizerFast", name):
-            raise UserError(f"tokenizer {self.name}: {name} from {kind} is not supported "
-                            f"({known.replace('|', ', ')} are); save it as tokenizer.json with "
-                            "Transformers first")
+            raise UserError(
+                f"tokenizer {self.name}: {name} from {kind} is not supported "
+                f"({known.replace('|', ', ')} are); save it as tokenizer.json with "
+                "Transformers first"
+            )
         if kind == "vocab.json":
             return vocabularies.from_merges(
-                _json(files, kind, self.name), files["merges.txt"].decode(), self._roles, config)
+                _json(files, kind, self.name), files["merges.txt"].decode(), self._roles, config
+            )
         if kind == "vocab.txt":
             return vocabularies.from_wordpieces(files[kind].decode(), self._roles, config)
         return vocabularies.from_sentencepiece(files[kind], self._roles, config)
@@ -248,9 +261,11 @@ class HFTokenizer(_FromFiles):
             raise UserError(f"tokenizer {self.name} has no chat template; give it plain text")
         names = {f"{role}_token": token for role, token in self._roles.items()}
         text, restore = chat_template.render(
-            self.chat_template, messages,
-            names | {"tools": None, "documents": None} | variables
-            | {"add_generation_prompt": add_generation_prompt}, self._spelling)
+            self.chat_template,
+            messages,
+            names | {"tools": None, "documents": None} | variables | {"add_generation_prompt": add_generation_prompt},
+            self._spelling,
+        )
         return self._encode(restore(self._spell(text)))
 
     def _spell(self, text):
@@ -259,8 +274,8 @@ class HFTokenizer(_FromFiles):
     def _encode(self, text, pair=None, add_special_tokens=False):
         try:
             return self._tokenizer.encode(
-                well_formed(text), None if pair is None else well_formed(pair),
-                add_special_tokens=add_special_tokens).ids
+                well_formed(text), None if pair is None else well_formed(pair), add_special_tokens=add_special_tokens
+            ).ids
         except Exception as error:  # such as a WordPiece model without its unknown token
             raise UserError(f"tokenizer {self.name} cannot encode: {error}") from error
 
@@ -283,8 +298,8 @@ class MarianTokenizer(_FromFiles):
         if missing:
             raise UserError(f"tokenizer {name}: vocab.json lacks {', '.join(missing)}")
         self._source, self._target = (
-            sentencepiece.SentencePieceProcessor(model_proto=files[f"{side}.spm"])
-            for side in ("source", "target"))
+            sentencepiece.SentencePieceProcessor(model_proto=files[f"{side}.spm"]) for side in ("source", "target")
+        )
         self._pieces = {i: piece for piece, i in self._ids.items()}
         self.vocab_size = 1 + max(self._pieces)
         self._set_ids(self._ids.get)
@@ -297,7 +312,7 @@ class MarianTokenizer(_FromFiles):
         """Source text to ids. special: special tokens and language codes in it are read."""
         text, ids, end = well_formed(text), [], 0
         for match in self._special.finditer(text) if special else ():
-            ids += [*self._part(text[end:match.start()]), self._ids[match[0]]]
+            ids += [*self._part(text[end : match.start()]), self._ids[match[0]]]
             end = match.end()
         return ids + self._part(text[end:])
 
@@ -311,8 +326,7 @@ class MarianTokenizer(_FromFiles):
 
     def encode_with_template(self, text, pair=None, special=False):
         """Ids with the end of sequence that the encoder wants."""
-        return [*self.encode(text, special), *(self.encode(pair, special) if pair else ()),
-                self.eos_id]
+        return [*self.encode(text, special), *(self.encode(pair, special) if pair else ()), self.eos_id]
 
     def decode(self, ids):
         """Target ids to text; special tokens give none."""
@@ -336,8 +350,7 @@ def _json(files, file, name):
 def _fields(token, name):
     """A token of a settings file, "</s>" or {"content": "</s>", ...}, as a dict."""
     fields = {"content": token} if isinstance(token, str) else token
-    if not isinstance(fields, dict) or not fields.get("content") \
-            or not isinstance(fields["content"], str):
+    if not isinstance(fields, dict) or not fields.get("content") or not isinstance(fields["content"], str):
         raise UserError(f"tokenizer {name}: a special token must be text, not {token!r}")
     return {key: fields[key] for key in FIELDS if key in fields}
 
@@ -376,6 +389,7 @@ def _add_special_tokens(spec, config, added, named, roles):
 
 def _respelled(spec, spelling):
     """The spec with other names for the special tokens, and no merge that makes one."""
+
     def new(token):
         return spelling.get(token, token)
 

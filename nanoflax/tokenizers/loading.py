@@ -17,7 +17,7 @@ CHOICES = "bytes, bpe:SIZE, unigram:SIZE, a SentencePiece .model file or a token
 
 
 def parse(spec):
-    """"bytes", "bpe:2048", "unigram:8192" or a path -> (kind, vocabulary size or path or None).
+    """ "bytes", "bpe:2048", "unigram:8192" or a path -> (kind, vocabulary size or path or None).
 
     kind is "bytes", "bpe", "unigram" or "path". Raises UserError for anything else.
     """
@@ -73,5 +73,7 @@ def load(name_or_path):
 def check_fits(tokenizer, vocab_size):
     """Raises: UserError if a model of vocab_size embeddings has none for some of the tokens."""
     if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, and the model "
-                        f"embeddings for {vocab_size} alone; it is another model's tokenizer")
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, and the model "
+            f"embeddings for {vocab_size} alone; it is another model's tokenizer"
+        )

@@ -135,14 +135,27 @@ def train_sentencepiece(texts, vocab_size, model_type="bpe"):
 
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=chunks(), model_writer=output, model_type=model_type,
-            vocab_size=vocab_size, byte_fallback=True, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True, max_sentence_length=2**30,
-            pad_id=0, unk_id=1, eos_id=2, bos_id=-1,
-            pad_piece="<pad>", unk_piece="<unk>", eos_piece="<eos>",
+            sentence_iterator=chunks(),
+            model_writer=output,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=2**30,
+            pad_id=0,
+            unk_id=1,
+            eos_id=2,
+            bos_id=-1,
+            pad_piece="<pad>",
+            unk_piece="<unk>",
+            eos_piece="<eos>",
             # Unigram: fewer candidates than the default million give fewer tokens, sooner.
-            seed_sentencepiece_size=10 * vocab_size, minloglevel=4)
+            seed_sentencepiece_size=10 * vocab_size,
+            minloglevel=4,
+        )
     except (RuntimeError, OSError) as error:
         if failure:
             raise failure[0] from None
@@ -150,11 +163,15 @@ def train_sentencepiece(texts, vocab_size, model_type="bpe"):
         if "sentences_.empty()" in message:
             raise UserError("tokenizer: there is no text to train it on") from error
         if most := re.search(r"set it to a value <= (\d+)", message):
-            raise UserError(f"tokenizer {model_type}:{vocab_size}: the corpus is too small for "
-                            f"this vocabulary; at most {model_type}:{most[1]}") from error
+            raise UserError(
+                f"tokenizer {model_type}:{vocab_size}: the corpus is too small for "
+                f"this vocabulary; at most {model_type}:{most[1]}"
+            ) from error
         if least := re.search(r"(\d+) vs (\d+)", message):
-            raise UserError(f"tokenizer {model_type}:{vocab_size}: the bytes and the corpus's "
-                            f"characters alone need {model_type}:{least[2]}") from error
+            raise UserError(
+                f"tokenizer {model_type}:{vocab_size}: the bytes and the corpus's "
+                f"characters alone need {model_type}:{least[2]}"
+            ) from error
         raise UserError(f"tokenizer {model_type}:{vocab_size}: {message}") from error
     if failure:
         raise failure[0]

@@ -13,24 +13,29 @@ from nanoflax.tokenizers.base import SPACE
 
 # How byte-level vocabularies cut text into words before merging; facts of their makers.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-          r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 GGUF_WORDS = {  # tokenizer.ggml.pre -> the expressions, applied in turn
     None: [GPT2], "default": [GPT2], "gpt-2": [GPT2], "olmo": [GPT2],
     **dict.fromkeys(["smollm", "starcoder", "refact", "command-r"], [r"\p{N}", GPT2]),
     **dict.fromkeys(["llama-bpe", "llama3", "llama-v3"], [LLAMA3]),
     **dict.fromkeys(["qwen2", "deepseek-r1-qwen"], [QWEN2]),
     "tekken": [TEKKEN],
-}
+}  # fmt: skip
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # piece types, SentencePiece and GGUF
 
 
 def from_gguf(metadata, name):
     """(spec, tokenizer_config) of a GGUF file's metadata; see hf_tokenizers.from_gguf."""
+
     def get(key, default=None):
         value = metadata.get(f"tokenizer.ggml.{key}", default)
         return value.tolist() if hasattr(value, "tolist") else value  # arrays of numbers
@@ -39,20 +44,27 @@ def from_gguf(metadata, name):
     if kind not in ("gpt2", "llama"):
         raise UserError(f"{name}: tokenizer.ggml.model is {kind!r}; gpt2 and llama are supported")
     if kind == "gpt2" and words not in GGUF_WORDS:
-        raise UserError(f"{name}: tokenizer.ggml.pre is {words!r}; supported: "
-                        f"{', '.join(sorted(filter(None, GGUF_WORDS)))}")
+        raise UserError(
+            f"{name}: tokenizer.ggml.pre is {words!r}; supported: {', '.join(sorted(filter(None, GGUF_WORDS)))}"
+        )
     wanted = {"tokens": str, "token_type": int}
     wanted |= {"merges": str} if kind == "gpt2" else {"scores": (int, float)}
     for key, types in wanted.items():
         values = get(key)
         if not isinstance(values, list) or not all(isinstance(v, types) for v in values):
-            raise UserError(f"{name}: tokenizer.ggml.{key} is missing or not a list of "
-                            f"{'text' if types is str else 'numbers'}")
+            raise UserError(
+                f"{name}: tokenizer.ggml.{key} is missing or not a list of {'text' if types is str else 'numbers'}"
+            )
         if key != "merges" and len(values) != len(tokens):
-            raise UserError(f"{name}: tokenizer.ggml.{key} has {len(values)} entries for "
-                            f"{len(tokens)} tokens")
-    ids = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id",
-           "unk": "unknown_token_id", "sep": "seperator_token_id", "mask": "mask_token_id"}
+            raise UserError(f"{name}: tokenizer.ggml.{key} has {len(values)} entries for {len(tokens)} tokens")
+    ids = {
+        "bos": "bos_token_id",
+        "eos": "eos_token_id",
+        "pad": "padding_token_id",
+        "unk": "unknown_token_id",
+        "sep": "seperator_token_id",
+        "mask": "mask_token_id",
+    }
     roles = {}
     for role, key in ids.items():
         if (i := get(key)) is not None:
@@ -65,19 +77,24 @@ def from_gguf(metadata, name):
         config["chat_template"] = metadata["tokenizer.chat_template"]
     try:
         if kind == "gpt2":
-            spec = _byte_level(dict(zip(tokens, range(len(tokens)))),
-                               [tuple(merge.split(" ")) for merge in get("merges")],
-                               GGUF_WORDS[words])
+            spec = _byte_level(
+                dict(zip(tokens, range(len(tokens)))),
+                [tuple(merge.split(" ")) for merge in get("merges")],
+                GGUF_WORDS[words],
+            )
         else:
             unknown = get("unknown_token_id", 0)
-            spec = _sentencepiece_bpe(tokens, get("scores"), get("token_type"), tokens[unknown],
-                                      get("add_space_prefix", True))
+            spec = _sentencepiece_bpe(
+                tokens, get("scores"), get("token_type"), tokens[unknown], get("add_space_prefix", True)
+            )
     except Exception as error:
-        raise UserError(f"{name}: its vocabulary is damaged: {' '.join(str(error).split())}"
-                        ) from error
+        raise UserError(f"{name}: its vocabulary is damaged: {' '.join(str(error).split())}") from error
     spec["added_tokens"] = typed_tokens(tokens, get("token_type"))
-    set_ends(spec, {"add_bos_token": get("add_bos_token", kind == "llama"),
-                    "add_eos_token": get("add_eos_token", False)}, roles)
+    set_ends(
+        spec,
+        {"add_bos_token": get("add_bos_token", kind == "llama"), "add_eos_token": get("add_eos_token", False)},
+        roles,
+    )
     return spec, config
 
 
@@ -85,8 +102,12 @@ def _spec_of(model, normalizer=None, pre_tokenizer=None, decoder=None, post_proc
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer(model)
-    parts = {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder,
-             "post_processor": post_processor}
+    parts = {
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "decoder": decoder,
+        "post_processor": post_processor,
+    }
     for part, value in parts.items():
         if value is not None:
             setattr(tokenizer, part, value)
@@ -100,17 +121,20 @@ def _byte_level(vocabulary, merges, words, prefix=False, normalizer=None, post_p
     if words == [GPT2]:  # known to ByteLevel, which alone can add the prefix before cutting
         cut = []
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not cut)
-    return _spec_of(models.BPE(vocab=vocabulary, merges=merges), normalizer,
-                    pre_tokenizers.Sequence([*cut, byte_level]), decoders.ByteLevel(),
-                    post_processor)
+    return _spec_of(
+        models.BPE(vocab=vocabulary, merges=merges),
+        normalizer,
+        pre_tokenizers.Sequence([*cut, byte_level]),
+        decoders.ByteLevel(),
+        post_processor,
+    )
 
 
 def from_merges(vocabulary, merges, roles, config):
     """vocab.json and merges.txt of GPT-2, OPT, RoBERTa, BART or Qwen2; fills in roles."""
     from tokenizers import normalizers, processors
 
-    merges = [tuple(line.split(" ")) for line in merges.split("\n")
-              if line and not line.startswith("#version")]
+    merges = [tuple(line.split(" ")) for line in merges.split("\n") if line and not line.startswith("#version")]
     name = config.get("tokenizer_class") or ""
     if "Qwen2" in name:
         roles |= {r: "<|endoftext|>" for r in ("eos", "pad", "unk") if r not in roles}
@@ -119,12 +143,24 @@ def from_merges(vocabulary, merges, roles, config):
     if not bert_like:
         roles |= {r: "<|endoftext|>" for r in ("bos", "eos", "unk") if r not in roles}
         return _byte_level(vocabulary, merges, [GPT2], bool(config.get("add_prefix_space")))
-    defaults = {"bos": "<s>", "eos": "</s>", "sep": "</s>", "cls": "<s>", "unk": "<unk>",
-                "pad": "<pad>", "mask": "<mask>"}
+    defaults = {
+        "bos": "<s>",
+        "eos": "</s>",
+        "sep": "</s>",
+        "cls": "<s>",
+        "unk": "<unk>",
+        "pad": "<pad>",
+        "mask": "<mask>",
+    }
     roles |= {role: token for role, token in defaults.items() if role not in roles}
     ends = [(roles[role], vocabulary[roles[role]]) for role in ("sep", "cls")]
-    return _byte_level(vocabulary, merges, [GPT2], bool(config.get("add_prefix_space")),
-                       post_processor=processors.RobertaProcessing(*ends))
+    return _byte_level(
+        vocabulary,
+        merges,
+        [GPT2],
+        bool(config.get("add_prefix_space")),
+        post_processor=processors.RobertaProcessing(*ends),
+    )
 
 
 def from_wordpieces(lines, roles, config):
@@ -137,11 +173,15 @@ def from_wordpieces(lines, roles, config):
     sep, cls = ((roles[role], vocabulary[roles[role]]) for role in ("sep", "cls"))
     return _spec_of(
         models.WordPiece(vocabulary, unk_token=roles["unk"]),
-        normalizers.BertNormalizer(lowercase=config.get("do_lower_case", True),
-                                   strip_accents=config.get("strip_accents"),
-                                   handle_chinese_chars=config.get("tokenize_chinese_chars", True)),
-        pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(),
-        processors.BertProcessing(sep, cls))
+        normalizers.BertNormalizer(
+            lowercase=config.get("do_lower_case", True),
+            strip_accents=config.get("strip_accents"),
+            handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        ),
+        pre_tokenizers.BertPreTokenizer(),
+        decoders.WordPiece(),
+        processors.BertProcessing(sep, cls),
+    )
 
 
 def from_ours(tokenizer):
@@ -151,8 +191,12 @@ def from_ours(tokenizer):
 
     if not hasattr(tokenizer, "model"):
         letters = bytes_to_letters()
-        names = {tokenizer.pad_id: "<pad>", tokenizer.eos_id: "<eos>", tokenizer.mask_id: "<mask>",
-                 tokenizer.sep_id: "<sep>"}
+        names = {
+            tokenizer.pad_id: "<pad>",
+            tokenizer.eos_id: "<eos>",
+            tokenizer.mask_id: "<mask>",
+            tokenizer.sep_id: "<sep>",
+        }
         vocabulary = {letters[i]: i for i in range(256)} | {n: i for i, n in names.items()}
         spec = _byte_level(vocabulary, [], [GPT2])
         spec["added_tokens"] = [added_token(n, i) for i, n in names.items()]
@@ -168,8 +212,10 @@ def from_ours(tokenizer):
     else:
         spec = _spec_of(
             models.Unigram([*zip(tokens, scores)], unknown, True),
-            normalizers.Replace(" ", SPACE), None, decoders.Sequence([
-                decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]))
+            normalizers.Replace(" ", SPACE),
+            None,
+            decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]),
+        )
     spec["added_tokens"] = typed_tokens(tokens, types)
     set_ends(spec, {"add_bos_token": True}, {"bos": tokens[tokenizer.bos_id]})
     return spec
@@ -180,8 +226,7 @@ def bytes_to_letters():
     shows, else one from U+0100 on (GPT-2)."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {
-        byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
 def from_sentencepiece(model, roles, config):
@@ -192,31 +237,29 @@ def from_sentencepiece(model, roles, config):
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     tokens, scores, types = zip(*((p.piece, p.score, p.type) for p in proto.pieces))
     trainer, normal = proto.trainer_spec, proto.normalizer_spec
-    ids = {"unk": trainer.unk_id, "bos": trainer.bos_id, "eos": trainer.eos_id,
-           "pad": trainer.pad_id}
+    ids = {"unk": trainer.unk_id, "bos": trainer.bos_id, "eos": trainer.eos_id, "pad": trainer.pad_id}
     for role, i in ids.items():
         if i >= 0:
             roles.setdefault(role, tokens[i])
     added = typed_tokens(tokens, types)
-    normalize = ([normalizers.Precompiled(normal.precompiled_charsmap)]
-                 if normal.precompiled_charsmap else [])
+    normalize = [normalizers.Precompiled(normal.precompiled_charsmap)] if normal.precompiled_charsmap else []
     if normal.remove_extra_whitespaces:
         normalize += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     if trainer.model_type == trainer.BPE:
         config.setdefault("add_bos_token", True)  # as Llama
-        spec = _sentencepiece_bpe(tokens, scores, types, tokens[trainer.unk_id],
-                                  normal.add_dummy_prefix, normalize)
+        spec = _sentencepiece_bpe(tokens, scores, types, tokens[trainer.unk_id], normal.add_dummy_prefix, normalize)
     elif trainer.model_type == trainer.UNIGRAM:
         space = {"replacement": SPACE, "prepend_scheme": "always"}
         eos = (roles["eos"], ids["eos"])
         spec = _spec_of(
             models.Unigram([*zip(tokens, scores)], trainer.unk_id, trainer.byte_fallback),
             normalizers.Sequence(normalize),
-            pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
-                                     pre_tokenizers.Metaspace(**space)]),
+            pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**space)]),
             decoders.Metaspace(**space),
-            processors.TemplateProcessing(single=["$A", eos[0]], pair=["$A", eos[0], "$B", eos[0]],
-                                          special_tokens=[eos]))
+            processors.TemplateProcessing(
+                single=["$A", eos[0]], pair=["$A", eos[0], "$B", eos[0]], special_tokens=[eos]
+            ),
+        )
         # T5's sentinels follow the vocabulary, the first last.
         end = len(tokens) + config.get("extra_ids", 100)
         added += [added_token(f"<extra_id_{end - 1 - i}>", i) for i in range(len(tokens), end)]
@@ -234,17 +277,21 @@ def _sentencepiece_bpe(tokens, scores, types, unknown, prefix, normalize=()):
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
     plain = {token: score for token, score, t in zip(tokens, scores, types) if t == NORMAL}
-    merges = [(-score, i, token) for token, score in plain.items() for i in range(1, len(token))
-              if token[:i] in plain and token[i:] in plain]
+    merges = [
+        (-score, i, token)
+        for token, score in plain.items()
+        for i in range(1, len(token))
+        if token[:i] in plain and token[i:] in plain
+    ]
     merges = [(token[:i], token[i:]) for _, i, token in sorted(merges, key=lambda m: m[:2])]
-    normalize = [*normalize, *([normalizers.Prepend(SPACE)] if prefix else []),
-                 normalizers.Replace(" ", SPACE)]
+    normalize = [*normalize, *([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)]
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     return _spec_of(
-        models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True,
-                   byte_fallback=BYTE in types), normalizers.Sequence(normalize), None,
-        decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(),
-                           decoders.Fuse(), *strip]))
+        models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in types),
+        normalizers.Sequence(normalize),
+        None,
+        decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]),
+    )
 
 
 def set_ends(spec, config, roles):
@@ -253,19 +300,33 @@ def set_ends(spec, config, roles):
 
     if {"add_bos_token", "add_eos_token"} & config.keys():
         ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        bos, eos = ([roles[role]] if config.get(f"add_{role}_token") and roles.get(role) in ids
-                    else [] for role in ("bos", "eos"))
+        bos, eos = (
+            [roles[role]] if config.get(f"add_{role}_token") and roles.get(role) in ids else []
+            for role in ("bos", "eos")
+        )
         template = processors.TemplateProcessing(
-            single=[*bos, "$A", *eos], pair=[*bos, "$A", *eos, *bos, "$B", *eos],
-            special_tokens=[(token, ids[token]) for token in {*bos, *eos}])
+            single=[*bos, "$A", *eos],
+            pair=[*bos, "$A", *eos, *bos, "$B", *eos],
+            special_tokens=[(token, ids[token]) for token in {*bos, *eos}],
+        )
         spec["post_processor"] = json.loads(template.__getstate__())
 
 
 def added_token(content, i, special=True, **more):
-    return {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": special} | more
+    return {
+        "id": i,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": special,
+    } | more
 
 
 def typed_tokens(tokens, types):
-    return [added_token(token, i, special=t == CONTROL)
-            for i, (token, t) in enumerate(zip(tokens, types)) if t in (CONTROL, USER_DEFINED)]
+    return [
+        added_token(token, i, special=t == CONTROL)
+        for i, (token, t) in enumerate(zip(tokens, types))
+        if t in (CONTROL, USER_DEFINED)
+    ]

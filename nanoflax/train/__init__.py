@@ -3,19 +3,10 @@
 from nanoflax.train.loop import Tracking, fit
 from nanoflax.train.objectives import causal_lm, classify, guesses, masked_lm, seq2seq, tag
 from nanoflax.train.optim import make_optimizer, path_of
-from nanoflax.train.state import (
-    TrainState,
-    abstract_batch,
-    abstract_state,
-    compile_init,
-    init_state,
-)
-from nanoflax.train.step import (
-    attention_backends,
-    compile_step,
-    jit_step,
-    make_evaluation,
-    make_train_step,
-)
+from nanoflax.train.state import TrainState, abstract_batch, abstract_state, compile_init, init_state
+from nanoflax.train.step import attention_backends, compile_step, jit_step, make_evaluation, make_train_step
 
-__all__ = ["Tracking", "TrainState", "abstract_batch", "abstract_state", "attention_backends", "causal_lm", "classify", "compile_init", "compile_step", "fit", "guesses", "init_state", "jit_step", "make_evaluation", "make_optimizer", "make_train_step", "masked_lm", "path_of", "seq2seq", "tag"]
+__all__ = [
+    "Tracking", "TrainState", "abstract_batch", "abstract_state", "attention_backends", "causal_lm", "classify",
+    "compile_init", "compile_step", "fit", "guesses", "init_state", "jit_step", "make_evaluation",
+    "make_optimizer", "make_train_step", "masked_lm", "path_of", "seq2seq", "tag"]  # fmt: skip

@@ -34,8 +34,9 @@ class Tracking(NamedTuple):
     def read(cls, saved, step=0, metric=None):
         """From the `_asdict` in a checkpoint of a step; at first `best` was called best_loss, and
         nothing owed. metric: that of the step, where what was owed has been done since."""
-        found = cls(saved.get("best", saved.get("best_loss")), saved["best_step"], saved["waited"],
-                    saved.get("owed", False))
+        found = cls(
+            saved.get("best", saved.get("best_loss")), saved["best_step"], saved["waited"], saved.get("owed", False)
+        )
         if found.owed and metric is not None:
             found = found.after(metric, step)
         return found
@@ -47,8 +48,21 @@ class Tracking(NamedTuple):
         return self._replace(waited=self.waited + 1, owed=False)
 
 
-def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progress, meta,
-        tracking=Tracking(), schedule=None):
+def fit(
+    state,
+    step,
+    batches,
+    config,
+    mesh,
+    *,
+    evaluate,
+    checkpoints,
+    log,
+    progress,
+    meta,
+    tracking=Tracking(),
+    schedule=None,
+):
     """Run compiled `step` from state.step to config.train.steps; save, evaluate, stop in time.
 
     batches[i]: this process's rows of the batch of step i, a dict of numpy arrays;
@@ -80,20 +94,29 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
         log.log(at, **values)
         parallel.alive()
         if values["skipped"] >= t.max_skipped:
-            raise UserError(f"{values['skipped']} steps in a row had a non-finite loss or "
-                            f"gradient; the last, step {at}, read {batches.where(at - 1)}; "
-                            "lower optim.learning_rate or look at those documents")
+            raise UserError(
+                f"{values['skipped']} steps in a row had a non-finite loss or "
+                f"gradient; the last, step {at}, read {batches.where(at - 1)}; "
+                "lower optim.learning_rate or look at those documents"
+            )
 
     def save(metric=None):
         nonlocal saved_at
-        checkpoints.save(done, state._asdict(), meta | {
-            "step": done, "position": done * t.batch_size, "tracking": tracking._asdict()}, metric)
+        checkpoints.save(
+            done,
+            state._asdict(),
+            meta | {"step": done, "position": done * t.batch_size, "tracking": tracking._asdict()},
+            metric,
+        )
         saved_at = time.monotonic()
 
     reason, caught = "finished", 0
     parallel.gather("ready")  # compiled
-    with (Signals() as signals, parallel.watchdog(t.watchdog_seconds), contextlib.closing(
-            prefetch(batches[i] for i in range(begin, t.steps))) as queue):
+    with (
+        Signals() as signals,
+        parallel.watchdog(t.watchdog_seconds),
+        contextlib.closing(prefetch(batches[i] for i in range(begin, t.steps))) as queue,
+    ):
         votes = parallel.HostPoll(begin)
         for batch in itertools.chain([None] * tracking.owed, queue):
             if batch is not None:
@@ -102,8 +125,7 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
                 waiting.append((done, metrics))
                 if eager or len(waiting) > 1 or done == begin + 1:
                     settle()
-            told = votes(done, [int(signals.caught),
-                                0 < t.checkpoint_seconds < time.monotonic() - saved_at])
+            told = votes(done, [int(signals.caught), 0 < t.checkpoint_seconds < time.monotonic() - saved_at])
             caught = next((number for number, _ in told if number), 0)
             last = done == t.steps or caught
             due = done % t.checkpoint_every == 0 or bool(told) and told[0][1]
@@ -119,8 +141,9 @@ def fit(state, step, batches, config, mesh, *, evaluate, checkpoints, log, progr
                 log.log(done, **found)
                 progress.write(text)
                 if done < counted:
-                    progress.write(f"  not for the best step: before step {counted} AdaLoRA has "
-                                   "more ranks than its budget")
+                    progress.write(
+                        f"  not for the best step: before step {counted} AdaLoRA has more ranks than its budget"
+                    )
                 else:
                     metric = found[t.metric] * (-1 if METRICS[t.metric] else 1)
                     tracking = tracking.after(metric, done)

@@ -23,8 +23,7 @@ def causal_lm(model, params, batch, rng=None, **options):
     """
     targets, segments = batch["targets"], batch.get("segments")
     inputs = nn.shift_right(targets, batch["first"], segments, batch.get("start"))
-    hidden, _ = model.apply({"params": params}, inputs, segments, method="hidden",
-                            **_dropout(rng))
+    hidden, _ = model.apply({"params": params}, inputs, segments, method="hidden", **_dropout(rng))
     return _token_sums(model, params, hidden, targets, batch["weights"], **options)
 
 
@@ -33,8 +32,7 @@ def seq2seq(model, params, batch, rng=None, **options):
 
     batch: source [B, S] int32, source_mask [B, S] bool, targets [B, T] int32, weights [B, T].
     """
-    return _token_sums(model, params, _states(model, params, batch, rng), batch["targets"],
-                       batch["weights"], **options)
+    return _token_sums(model, params, _states(model, params, batch, rng), batch["targets"], batch["weights"], **options)
 
 
 def masked_lm(model, params, batch, rng=None, **options):
@@ -43,13 +41,13 @@ def masked_lm(model, params, batch, rng=None, **options):
     batch: tokens [B, T] int32, padding_mask [B, T] bool, targets [B, T] int32, weights [B, T]
     float32, 1 where there is something to guess.
     """
-    return _token_sums(model, params, _states(model, params, batch, rng), batch["targets"],
-                       batch["weights"], **options)
+    return _token_sums(model, params, _states(model, params, batch, rng), batch["targets"], batch["weights"], **options)
 
 
 def guesses(model, params, batch, vocab_size=None):
     """The likeliest token [B, T] int32, below vocab_size if given, at each target of a batch of
     masked_lm or seq2seq (there, after the true targets before it)."""
+
     def guess(states):  # of a piece of T, so that there are never the logits of all
         logits = model.apply({"params": params}, states.reshape(B, -1, D), method="head")
         return logits[..., :vocab_size].argmax(-1)
@@ -72,8 +70,7 @@ def classify(model, params, batch, rng=None, label_smoothing=0.0, **_):
     if batch["label"].ndim == 2:
         nll = optax.sigmoid_binary_cross_entropy(logits, batch["label"]).mean(-1)
         return _sums(nll, nll, batch["weights"])
-    return _sums(*nn.token_losses(logits, batch["label"], 0.0, label_smoothing),
-                 batch["weights"])
+    return _sums(*nn.token_losses(logits, batch["label"], 0.0, label_smoothing), batch["weights"])
 
 
 def tag(model, params, batch, rng=None, label_smoothing=0.0, **_):
@@ -83,8 +80,7 @@ def tag(model, params, batch, rng=None, label_smoothing=0.0, **_):
     0 for padding and for every piece but a word's first.
     """
     logits = _encoded(model, params, batch, rng)
-    return _sums(*nn.token_losses(logits, batch["tags"], 0.0, label_smoothing),
-                 batch["weights"])
+    return _sums(*nn.token_losses(logits, batch["tags"], 0.0, label_smoothing), batch["weights"])
 
 
 def _dropout(rng):
@@ -94,11 +90,11 @@ def _dropout(rng):
 def _states(model, params, batch, rng=None):
     """What the head reads: of an encoder, or of a model with a source."""
     if "source" not in batch:
-        return model.apply({"params": params}, batch["tokens"], batch["padding_mask"],
-                           method="hidden", **_dropout(rng))
+        return model.apply({"params": params}, batch["tokens"], batch["padding_mask"], method="hidden", **_dropout(rng))
     inputs = nn.shift_right(batch["targets"], model.config.start_id)
-    return model.apply({"params": params}, inputs, batch["source"], batch["source_mask"],
-                       method="hidden", **_dropout(rng))[0]
+    return model.apply(
+        {"params": params}, inputs, batch["source"], batch["source_mask"], method="hidden", **_dropout(rng)
+    )[0]
 
 
 def _encoded(model, params, batch, rng):
@@ -109,13 +105,19 @@ def _sums(objective, nll, weights):
     return jnp.sum(objective * weights), jnp.sum(nll * weights), weights.sum()
 
 
-def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0,
-                label_smoothing=0.0):
+def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0, label_smoothing=0.0):
     c = model.config
     if chunks:  # a batch of examples may be shorter than the context that they divide
         chunks = math.gcd(chunks, targets.shape[1])
     objective, nll = nn.chunked_cross_entropy(
-        hidden, head_kernel(c, params), targets, weights, params.get("logit_bias"),
-        chunks or nn.chunks_of(*targets.shape, c.vocab_size), z_loss, label_smoothing,
-        c.logit_softcap)
+        hidden,
+        head_kernel(c, params),
+        targets,
+        weights,
+        params.get("logit_bias"),
+        chunks or nn.chunks_of(*targets.shape, c.vocab_size),
+        z_loss,
+        label_smoothing,
+        c.logit_softcap,
+    )
     return objective, nll, weights.sum()

@@ -40,7 +40,8 @@ def is_kernel(path, leaf):
 def decay_mask(params):
     """True for the parameters that weight decay pulls on: matrices, but no embedding."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim >= 2 and getattr(path[-1], "key", None) != "embedding", params)
+        lambda path, leaf: leaf.ndim >= 2 and getattr(path[-1], "key", None) != "embedding", params
+    )
 
 
 def layers_above(params):
@@ -48,6 +49,7 @@ def layers_above(params):
     1 for the last block, the most for the embeddings. An encoder's blocks stand below a decoder's.
     Of stacked blocks an array of L ints, that broadcasts to the leaf.
     """
+
     def index(block, leaf):
         if block["i"] is not None:
             return int(block["i"])
@@ -55,8 +57,9 @@ def layers_above(params):
 
     paths = [(path_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
     blocks = [(m["stack"], np.max(index(m, x))) for path, x in paths if (m := _BLOCK.match(path))]
-    count = {stack: max((int(i) + 1 for name, i in blocks if name == stack), default=0)
-             for stack in ("encoder", "decoder")}
+    count = {
+        stack: max((int(i) + 1 for name, i in blocks if name == stack), default=0) for stack in ("encoder", "decoder")
+    }
 
     def above(path, leaf):
         path = path_of(path)
@@ -81,8 +84,7 @@ def path_of(path):
 def layerwise_decay(decay):
     """An optax transformation, last in a chain: updates times decay^n under n layers (Howard and
     Ruder 2018). A tied embedding is an embedding, not a head."""
-    return optax.stateless(lambda updates, _: jax.tree.map(
-        lambda u, n: u * decay**n, updates, layers_above(updates)))
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, n: u * decay**n, updates, layers_above(updates)))
 
 
 def make_optimizer(config, steps):
@@ -98,21 +100,26 @@ def make_optimizer(config, steps):
         tx = optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, **decay)
     elif c.name == "muon":
         # Its own AdamW would decay all of the rest or none: not the head alone.
-        tx = optax.partition({
-            True: optax.contrib.muon(make_schedule(c, steps, c.muon_learning_rate), beta=0.95,
-                                     **decay),
-            False: optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, nesterov=True,
-                               **decay)}, partial(jax.tree_util.tree_map_with_path, is_kernel))
+        tx = optax.partition(
+            {
+                True: optax.contrib.muon(make_schedule(c, steps, c.muon_learning_rate), beta=0.95, **decay),
+                False: optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, nesterov=True, **decay),
+            },
+            partial(jax.tree_util.tree_map_with_path, is_kernel),
+        )
     elif c.name == "lion":
         tx = optax.lion(schedule, c.b1, c.b2, mask=decay_mask, **decay)
     elif c.name == "adafactor":
         # Its own weight decay is not scaled by the learning rate.
-        tx = optax.chain(optax.adafactor(multiply_by_parameter_scale=False),
-                         optax.add_decayed_weights(-c.weight_decay, decay_mask),
-                         optax.scale_by_schedule(schedule))
+        tx = optax.chain(
+            optax.adafactor(multiply_by_parameter_scale=False),
+            optax.add_decayed_weights(-c.weight_decay, decay_mask),
+            optax.scale_by_schedule(schedule),
+        )
     else:
-        tx = optax.chain(optax.add_decayed_weights(c.weight_decay, decay_mask),
-                         optax.sgd(schedule, momentum=c.b1, nesterov=True))
+        tx = optax.chain(
+            optax.add_decayed_weights(c.weight_decay, decay_mask), optax.sgd(schedule, momentum=c.b1, nesterov=True)
+        )
     tx = parallel.over_layers(tx)
     if c.layer_decay != 1:
         tx = optax.chain(tx, layerwise_decay(c.layer_decay))

@@ -28,8 +28,7 @@ def new_state(model, optimizer, config, rng, params=None):
     if config.train.scan_layers:
         params = parallel.stack(params)
     copy = jax.tree.map(jnp.copy, params) if config.optim.ema else None
-    return TrainState(jnp.int32(0), params, optimizer.init(params), copy, jnp.copy(rng),
-                      jnp.int32(0))
+    return TrainState(jnp.int32(0), params, optimizer.init(params), copy, jnp.copy(rng), jnp.int32(0))
 
 
 def compile_init(model, optimizer, config, mesh, params=None):
@@ -50,18 +49,19 @@ def init_state(model, optimizer, config, mesh, params=None):
 
 def abstract_state(model, optimizer, config, mesh):
     """The shapes, dtypes and shardings of `init_state`, computing nothing: what a restore fills."""
-    shapes = jax.eval_shape(
-        lambda: new_state(model, optimizer, config, jax.random.PRNGKey(config.train.seed)))
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                        shapes, parallel.shardings(shapes, mesh))
+    shapes = jax.eval_shape(lambda: new_state(model, optimizer, config, jax.random.PRNGKey(config.train.seed)))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, parallel.shardings(shapes, mesh)
+    )
 
 
 def abstract_batch(config, mesh):
     """The shapes, dtypes and shardings of a batch of `windows.Batches`, for `compile_step`."""
     B, T = config.train.batch_size, config.model.context
-    arrays = {"targets": ((B, T), jnp.int32), "first": ((B,), jnp.int32),
-              "weights": ((B, T), jnp.float32)}
+    arrays = {"targets": ((B, T), jnp.int32), "first": ((B,), jnp.int32), "weights": ((B, T), jnp.float32)}
     if config.data.packing == "isolated":
         arrays |= {"segments": ((B, T), jnp.int32), "start": ((B,), jnp.int32)}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.batch_sharding(mesh, len(shape)))
-            for name, (shape, dtype) in arrays.items()}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.batch_sharding(mesh, len(shape)))
+        for name, (shape, dtype) in arrays.items()
+    }

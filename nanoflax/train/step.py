@@ -43,19 +43,22 @@ def make_train_step(model, optimizer, config, objective=causal_lm):
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(total) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params,
-                                              step=state.step + 1)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step + 1)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
             decay = jnp.minimum(config.optim.ema, (1 + state.step) / (10 + state.step))
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
-        state = TrainState(state.step + 1, keep(params, state.params),
-                           keep(opt_state, state.opt_state), keep(ema, state.ema), state.rng,
-                           jnp.where(good, 0, state.skipped + 1))
-        metrics = {"loss": nll / weight, "grad_norm": norm, "tokens": weight,
-                   "skipped": state.skipped}
+        state = TrainState(
+            state.step + 1,
+            keep(params, state.params),
+            keep(opt_state, state.opt_state),
+            keep(ema, state.ema),
+            state.rng,
+            jnp.where(good, 0, state.skipped + 1),
+        )
+        metrics = {"loss": nll / weight, "grad_norm": norm, "tokens": weight, "skipped": state.skipped}
         if t.z_loss or t.label_smoothing:
             metrics["objective"] = total / weight
         return state, metrics
@@ -76,8 +79,7 @@ def accumulate(gradient, params, batch, rng, pieces):
         return jax.tree.map(jnp.add, total, gradient(params, micro, key)), None
 
     first = jax.tree.map(lambda x: x[0], split)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
-                         jax.eval_shape(gradient, params, first, rng))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first, rng))
     return jax.lax.scan(body, zeros, (jnp.arange(pieces), split))[0]
 
 
@@ -86,6 +88,7 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
 
     Compiled once; every window counts once, whatever the batch size.
     """
+
     @jax.jit
     @partial(parallel.traced_on, mesh)
     def step(params, batch):
@@ -97,8 +100,7 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
         batches = evaluation_batches(windows, B, parallel.own_rows(mesh, B))
         nats = tokens = 0.0  # float64: a sum over millions of tokens
         waiting = []
-        with contextlib.closing(
-                prefetch(itertools.islice(batches, config.train.evaluate_batches or None))) as queue:
+        with contextlib.closing(prefetch(itertools.islice(batches, config.train.evaluate_batches or None))) as queue:
             for batch in queue:
                 waiting.append(step(params, parallel.put_batch(batch, mesh)))
                 if len(waiting) > 1 or mesh.size > 1:
@@ -116,8 +118,9 @@ def jit_step(step, state, mesh):
     """`step` to be compiled for each shape of batch; state (or its shapes) is donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
     options = parallel.compiler_options(mesh.devices.flat[0].platform)
-    return jax.jit(parallel.traced_on(mesh, step), donate_argnums=0,
-                   out_shardings=(shardings, None), compiler_options=options)
+    return jax.jit(
+        parallel.traced_on(mesh, step), donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
+    )
 
 
 def compile_step(step, state, batch, mesh):
@@ -141,6 +144,5 @@ def attention_backends(model, params, batch, mesh, objective=causal_lm):
         return result
 
     with nn.intercept_methods(look):
-        jax.eval_shape(parallel.traced_on(mesh, lambda params, batch: objective(
-            model, params, batch)), params, batch)
+        jax.eval_shape(parallel.traced_on(mesh, lambda params, batch: objective(model, params, batch)), params, batch)
     return ", ".join(dict.fromkeys(found))

@@ -33,70 +33,82 @@ def test_presets_are_valid(name):
     cfg.validate(cfg.preset(name))
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(model__norm="batchnorm"), "model.norm='batchnorm' is not one of layernorm, rmsnorm"),
-    (dict(model__activation="elu"), "model.activation='elu' is not one of"),
-    (dict(model__positions="alibi"), "model.positions='alibi' is not one of"),
-    (dict(model__dtype="float16"), "model.dtype='float16' is not one of"),
-    (dict(model__context=0), "model.context=0 must be at least 1"),
-    (dict(model__layers=0), "model.layers=0 must be at least 1"),
-    (dict(model__dim=-8), "model.dim=-8 must be at least 1"),
-    (dict(model__heads=0), "model.heads=0 must be at least 1"),
-    (dict(model__kv_heads=0), "model.kv_heads=0 must be at least 1"),
-    (dict(model__head_dim=0), "model.head_dim=0 must be at least 1"),
-    (dict(model__mlp_dim=0), "model.mlp_dim=0 must be at least 1"),
-    (dict(model__vocab_size=-1), "model.vocab_size=-1 must be positive"),
-    (dict(model__dropout=1.0), "model.dropout=1.0 must be in [0, 1)"),
-    (dict(model__dropout=math.nan), "model.dropout=nan must be in [0, 1)"),
-    (dict(model__norm_eps=0.0), "model.norm_eps=0.0"),
-    (dict(model__rope_theta=-1.0), "model.rope_theta=-1.0"),
-    (dict(model__dim=250), "model.heads=4 does not divide model.dim=250"),
-    (dict(model__kv_heads=3), "model.kv_heads=3 does not divide model.heads=4"),
-    (dict(model__positions="rotary", model__head_dim=5), "model.head_dim=5 must be even"),
-    (dict(model__positions="sinusoidal", model__dim=5, model__heads=5),
-     "model.dim=5 must be even"),
-    (dict(data__packing="loose"), "data.packing='loose' is not one of joined, isolated"),
-    (dict(data__workers=-1), "data.workers=-1 must be at least 0"),
-    (dict(data__validation_fraction=1.0), "data.validation_fraction=1.0 must be in (0, 1)"),
-    (dict(data__validation_fraction=0.0), "data.validation_fraction=0.0 must be in (0, 1)"),
-    (dict(train__seed=2**32), "train.seed=4294967296 must be at most 4294967295"),
-    (dict(train__seed=-1), "train.seed=-1 must be at least 0"),
-    (dict(optim__name="adam"), "optim.name='adam' is not one of"),
-    (dict(optim__schedule="step"), "optim.schedule='step' is not one of"),
-    (dict(optim__learning_rate=math.nan), "optim.learning_rate=nan must be at least 0"),
-    (dict(optim__clip=-1.0), "optim.clip=-1.0 must be at least 0"),
-    (dict(optim__b1=1.0), "optim.b1=1.0 must be in [0, 1)"),
-    (dict(optim__b2=-0.1), "optim.b2=-0.1 must be in [0, 1)"),
-    (dict(optim__ema=1.0), "optim.ema=1.0 must be in [0, 1)"),
-    (dict(optim__decay_fraction=0.0), "optim.decay_fraction=0.0 must be in (0, 1]"),
-    (dict(optim__warmup_steps=1000), "optim.warmup_steps=1000 must be less than train.steps=1000"),
-    (dict(train__remat="all"), "train.remat='all' is not one of none, dots, offload, blocks"),
-    (dict(train__steps=0), "train.steps=0 must be at least 1"),
-    (dict(train__batch_size=0), "train.batch_size=0 must be at least 1"),
-    (dict(train__accumulate=0), "train.accumulate=0 must be at least 1"),
-    (dict(train__accumulate=3), "train.accumulate=3 does not divide train.batch_size=16"),
-    (dict(train__evaluate_every=0), "train.evaluate_every=0 must be at least 1"),
-    (dict(train__keep=0), "train.keep=0 must be at least 1"),
-    (dict(train__patience=-1), "train.patience=-1 must be at least 0"),
-    (dict(train__label_smoothing=1.0), "train.label_smoothing=1.0 must be in [0, 1)"),
-    (dict(task__kind="classify", task__noise_rate=0.3),
-     "task.noise_rate=0.3 is not read with task.kind='classify'"),
-    (dict(task__noise="infilling"), "task.noise='infilling' is not read with task.kind='language_m"),
-    (dict(task__kind="masked_lm", task__noise_span=2.0), "task.noise_span=2.0 is not read with"),
-    (dict(task__kind="denoise", task__noise="none", task__noise_rate=0.3),
-     "task.noise_rate=0.3 is not read with task.noise='none'"),
-    (dict(train__loss_chunks=3), "train.loss_chunks=3 does not divide model.context=256"),
-    (dict(train__sample_tokens=256), "train.sample_tokens=256 must be less than model.context"),
-], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(model__norm="batchnorm"), "model.norm='batchnorm' is not one of layernorm, rmsnorm"),
+        (dict(model__activation="elu"), "model.activation='elu' is not one of"),
+        (dict(model__positions="alibi"), "model.positions='alibi' is not one of"),
+        (dict(model__dtype="float16"), "model.dtype='float16' is not one of"),
+        (dict(model__context=0), "model.context=0 must be at least 1"),
+        (dict(model__layers=0), "model.layers=0 must be at least 1"),
+        (dict(model__dim=-8), "model.dim=-8 must be at least 1"),
+        (dict(model__heads=0), "model.heads=0 must be at least 1"),
+        (dict(model__kv_heads=0), "model.kv_heads=0 must be at least 1"),
+        (dict(model__head_dim=0), "model.head_dim=0 must be at least 1"),
+        (dict(model__mlp_dim=0), "model.mlp_dim=0 must be at least 1"),
+        (dict(model__vocab_size=-1), "model.vocab_size=-1 must be positive"),
+        (dict(model__dropout=1.0), "model.dropout=1.0 must be in [0, 1)"),
+        (dict(model__dropout=math.nan), "model.dropout=nan must be in [0, 1)"),
+        (dict(model__norm_eps=0.0), "model.norm_eps=0.0"),
+        (dict(model__rope_theta=-1.0), "model.rope_theta=-1.0"),
+        (dict(model__dim=250), "model.heads=4 does not divide model.dim=250"),
+        (dict(model__kv_heads=3), "model.kv_heads=3 does not divide model.heads=4"),
+        (dict(model__positions="rotary", model__head_dim=5), "model.head_dim=5 must be even"),
+        (dict(model__positions="sinusoidal", model__dim=5, model__heads=5), "model.dim=5 must be even"),
+        (dict(data__packing="loose"), "data.packing='loose' is not one of joined, isolated"),
+        (dict(data__workers=-1), "data.workers=-1 must be at least 0"),
+        (dict(data__validation_fraction=1.0), "data.validation_fraction=1.0 must be in (0, 1)"),
+        (dict(data__validation_fraction=0.0), "data.validation_fraction=0.0 must be in (0, 1)"),
+        (dict(train__seed=2**32), "train.seed=4294967296 must be at most 4294967295"),
+        (dict(train__seed=-1), "train.seed=-1 must be at least 0"),
+        (dict(optim__name="adam"), "optim.name='adam' is not one of"),
+        (dict(optim__schedule="step"), "optim.schedule='step' is not one of"),
+        (dict(optim__learning_rate=math.nan), "optim.learning_rate=nan must be at least 0"),
+        (dict(optim__clip=-1.0), "optim.clip=-1.0 must be at least 0"),
+        (dict(optim__b1=1.0), "optim.b1=1.0 must be in [0, 1)"),
+        (dict(optim__b2=-0.1), "optim.b2=-0.1 must be in [0, 1)"),
+        (dict(optim__ema=1.0), "optim.ema=1.0 must be in [0, 1)"),
+        (dict(optim__decay_fraction=0.0), "optim.decay_fraction=0.0 must be in (0, 1]"),
+        (dict(optim__warmup_steps=1000), "optim.warmup_steps=1000 must be less than train.steps=1000"),
+        (dict(train__remat="all"), "train.remat='all' is not one of none, dots, offload, blocks"),
+        (dict(train__steps=0), "train.steps=0 must be at least 1"),
+        (dict(train__batch_size=0), "train.batch_size=0 must be at least 1"),
+        (dict(train__accumulate=0), "train.accumulate=0 must be at least 1"),
+        (dict(train__accumulate=3), "train.accumulate=3 does not divide train.batch_size=16"),
+        (dict(train__evaluate_every=0), "train.evaluate_every=0 must be at least 1"),
+        (dict(train__keep=0), "train.keep=0 must be at least 1"),
+        (dict(train__patience=-1), "train.patience=-1 must be at least 0"),
+        (dict(train__label_smoothing=1.0), "train.label_smoothing=1.0 must be in [0, 1)"),
+        (
+            dict(task__kind="classify", task__noise_rate=0.3),
+            "task.noise_rate=0.3 is not read with task.kind='classify'",
+        ),
+        (dict(task__noise="infilling"), "task.noise='infilling' is not read with task.kind='language_m"),
+        (dict(task__kind="masked_lm", task__noise_span=2.0), "task.noise_span=2.0 is not read with"),
+        (
+            dict(task__kind="denoise", task__noise="none", task__noise_rate=0.3),
+            "task.noise_rate=0.3 is not read with task.noise='none'",
+        ),
+        (dict(train__loss_chunks=3), "train.loss_chunks=3 does not divide model.context=256"),
+        (dict(train__sample_tokens=256), "train.sample_tokens=256 must be less than model.context"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
 def test_bad_values_are_named(changes, words):
     with pytest.raises(UserError) as caught:
         cfg.validate(changed(**changes))
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("task", [
-    dict(kind="masked_lm", noise_rate=0.3), dict(kind="denoise", noise="none"),
-    dict(kind="denoise", noise="infilling", noise_rate=0.2, noise_span=2.0)])
+@pytest.mark.parametrize(
+    "task",
+    [
+        dict(kind="masked_lm", noise_rate=0.3),
+        dict(kind="denoise", noise="none"),
+        dict(kind="denoise", noise="infilling", noise_rate=0.2, noise_span=2.0),
+    ],
+)
 def test_noise_is_for_the_tasks_that_read_it(task):
     cfg.validate(changed(**{f"task__{name}": value for name, value in task.items()}))
 
@@ -109,8 +121,9 @@ def test_every_problem_is_told_at_once():
 
 
 def test_json_round_trip():
-    config = changed(model__kv_heads=2, model__bias=False, optim__eps=1e-7, train__mesh="1,8,1",
-                     data__train="text:*.md")
+    config = changed(
+        model__kv_heads=2, model__bias=False, optim__eps=1e-7, train__mesh="1,8,1", data__train="text:*.md"
+    )
     assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
 
 
@@ -118,34 +131,41 @@ def test_absent_fields_take_their_defaults():
     assert from_dict(Config, {"model": {"dim": 64}}) == changed(model__dim=64)
 
 
-@pytest.mark.parametrize("values, words", [
-    ({"model": {"dims": 3}}, "config.model.dims does not exist; did you mean config.model.dim?"),
-    ({"modle": {}}, "config.modle does not exist; did you mean config.model?"),
-])
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"model": {"dims": 3}}, "config.model.dims does not exist; did you mean config.model.dim?"),
+        ({"modle": {}}, "config.modle does not exist; did you mean config.model?"),
+    ],
+)
 def test_unknown_fields_name_the_nearest(values, words):
     with pytest.raises(UserError) as caught:
         from_dict(Config, values)
     assert str(caught.value) == words
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(model__heads=2.0), "model.heads=2.0 must be an integer"),
-    (dict(model__dim="64"), "model.dim='64' must be an integer"),
-    (dict(model__layers=True), "model.layers=True must be an integer"),
-    (dict(model__layers=None), "model.layers=None must be an integer"),
-    (dict(model__kv_heads="2"), "model.kv_heads='2' must be an integer or none"),
-    (dict(model__bias=1), "model.bias=1 must be true or false"),
-    (dict(model__norm=3), "model.norm=3 must be text"),
-    (dict(optim__eps="1e-8"), "optim.eps='1e-8' must be a number"),
-    (dict(optim__clip=False), "optim.clip=False must be a number"),
-    (dict(train__mesh=[1, 8, 1]), "train.mesh=(1, 8, 1) must be text"),
-    (dict(train__steps=[10]), "train.steps=(10,) must be an integer"),
-], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(model__heads=2.0), "model.heads=2.0 must be an integer"),
+        (dict(model__dim="64"), "model.dim='64' must be an integer"),
+        (dict(model__layers=True), "model.layers=True must be an integer"),
+        (dict(model__layers=None), "model.layers=None must be an integer"),
+        (dict(model__kv_heads="2"), "model.kv_heads='2' must be an integer or none"),
+        (dict(model__bias=1), "model.bias=1 must be true or false"),
+        (dict(model__norm=3), "model.norm=3 must be text"),
+        (dict(optim__eps="1e-8"), "optim.eps='1e-8' must be a number"),
+        (dict(optim__clip=False), "optim.clip=False must be a number"),
+        (dict(train__mesh=[1, 8, 1]), "train.mesh=(1, 8, 1) must be text"),
+        (dict(train__steps=[10]), "train.steps=(10,) must be an integer"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
 def test_wrong_types_are_named(changes, words):
     with pytest.raises(UserError) as caught:
         changed(**changes)  # from JSON
     assert str(caught.value) == f"config.{words}"
-    (key, value), = changes.items()
+    ((key, value),) = changes.items()
     section, name = key.split("__")
     value = tuple(value) if isinstance(value, list) else value
     bad = dataclasses.replace(getattr(Config(), section), **{name: value})
@@ -162,12 +182,15 @@ def test_an_integer_is_a_number_too():
     cfg.validate(changed(optim__clip=1, model__rope_theta=500_000))
 
 
-@pytest.mark.parametrize("values, words", [
-    (3, "config=3 must be the fields of a Config"),
-    ({"model": 3}, "config.model=3 must be the fields of a ModelConfig"),
-    ({"model": None}, "config.model=None must be the fields of a ModelConfig"),
-    ({3: 4}, "config.3 does not exist"),
-])
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (3, "config=3 must be the fields of a Config"),
+        ({"model": 3}, "config.model=3 must be the fields of a ModelConfig"),
+        ({"model": None}, "config.model=None must be the fields of a ModelConfig"),
+        ({3: 4}, "config.3 does not exist"),
+    ],
+)
 def test_what_is_no_configuration_is_refused(values, words):
     with pytest.raises(UserError) as caught:
         from_dict(Config, values)
@@ -186,10 +209,12 @@ def test_tuples_come_back_from_json():
     config = WithTuples((0, 2, 4), (1, 0.5))
     assert from_dict(WithTuples, json.loads(json.dumps(to_dict(config)))) == config
     assert from_dict(WithTuples, {"scales": None}) == WithTuples()
-    for values, words in [({"blocks": [0, "2"]}, "blocks=(0, '2') must be a list, each an integer"),
-                          ({"blocks": 3}, "blocks=3 must be a list"),
-                          ({"blocks": None}, "blocks=None must be a list"),
-                          ({"scales": ["x"]}, "must be a list, each a number or none")]:
+    for values, words in [
+        ({"blocks": [0, "2"]}, "blocks=(0, '2') must be a list, each an integer"),
+        ({"blocks": 3}, "blocks=3 must be a list"),
+        ({"blocks": None}, "blocks=None must be a list"),
+        ({"scales": ["x"]}, "must be a list, each a number or none"),
+    ]:
         with pytest.raises(UserError) as caught:
             from_dict(WithTuples, values)
         assert words in str(caught.value)
@@ -205,28 +230,31 @@ def test_unknown_preset_and_field_are_refused():
 def test_diff_names_each_changed_leaf():
     old, new = to_dict(Config()), to_dict(changed(model__dim=384, train__mesh="1,8,1"))
     del old["optim"]["ema"]  # a field that an older version did not have
-    assert cfg.diff(old, new) == ["model.dim: 256 -> 384", "optim.ema: None -> 0.0",
-                                  "train.mesh: '-1,1,1' -> '1,8,1'"]
+    assert cfg.diff(old, new) == ["model.dim: 256 -> 384", "optim.ema: None -> 0.0", "train.mesh: '-1,1,1' -> '1,8,1'"]
     assert cfg.diff(new, new) == []
 
 
-@pytest.mark.parametrize("name, count", [
-    # The published models' own parameters, as Transformers counts them.
-    ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
-    ("gpt2-xl", 1_557_611_200), ("llama-1b", 1_235_814_400)])
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        # The published models' own parameters, as Transformers counts them.
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+        ("llama-1b", 1_235_814_400),
+    ],
+)
 def test_presets_have_the_published_sizes(name, count):
     model = build(cfg.preset(name))
-    shapes = jax.eval_shape(
-        lambda: model.init(jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32)))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32)))
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == count
 
 
 def test_small_presets_have_the_size_in_their_name():
-    for name, low, high in [("nano-1m", 0.5e6, 1.5e6), ("nano-5m", 3e6, 6e6),
-                            ("nano-15m", 12e6, 18e6)]:
+    for name, low, high in [("nano-1m", 0.5e6, 1.5e6), ("nano-5m", 3e6, 6e6), ("nano-15m", 12e6, 18e6)]:
         model = build(cfg.preset(name, vocab_size=2048))
-        shapes = jax.eval_shape(
-            lambda: model.init(jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32)))
+        shapes = jax.eval_shape(lambda: model.init(jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32)))
         assert low < sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) < high
 
 

@@ -36,8 +36,9 @@ def store_of(documents, directory):
     offsets = np.cumsum([0] + [len(ids) + 1 for ids in documents], dtype=np.int64)
     tokens.tofile(directory / "tokens.bin")
     offsets.tofile(directory / "offsets.bin")
-    (directory / "meta.json").write_text(json.dumps(
-        {"dtype": "uint16", "n_tokens": len(tokens), "n_documents": len(documents), "bos_id": 257}))
+    (directory / "meta.json").write_text(
+        json.dumps({"dtype": "uint16", "n_tokens": len(tokens), "n_documents": len(documents), "bos_id": 257})
+    )
     return token_store.TokenStore.open(directory)
 
 
@@ -77,14 +78,21 @@ def test_text_files_are_documents_in_order(tmp_path):
 
 def test_bad_lines_are_counted_with_file_and_line(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"text": "ok"}\n{"text": \n{"body": "x"}\n[1]\n{"text": 3}\n{"text": " "}\n'
-                     b'{"text": "a\xffb"}\n{"text": "\\ud800"}\n' + b"[" * 100_000 + b"\n")
+    path.write_bytes(
+        b'{"text": "ok"}\n{"text": \n{"body": "x"}\n[1]\n{"text": 3}\n{"text": " "}\n'
+        b'{"text": "a\xffb"}\n{"text": "\\ud800"}\n' + b"[" * 100_000 + b"\n"
+    )
     report = data.Report()
     assert list(data.documents(f"text:{path}", "all", report)) == ["ok", "a\ufffdb", "\ufffd"]
     lines = "\n".join(report.lines())
     assert report.counts.total() == 8
-    for place in (f"{path}:2, {path}:9", f"{path}:3, {path}:4, {path}:5", f"{path}:6",
-                  f"{path}:7, byte 11", f"{path}:8"):
+    for place in (
+        f"{path}:2, {path}:9",
+        f"{path}:3, {path}:4, {path}:5",
+        f"{path}:6",
+        f"{path}:7, byte 11",
+        f"{path}:8",
+    ):
         assert place in lines
 
 
@@ -96,11 +104,19 @@ def test_invalid_utf8_in_a_text_file_is_replaced_and_counted(tmp_path):
     assert "x.txt, byte 3" in store.report[0] and "y.txt" in store.report[1]
 
 
-@pytest.mark.parametrize("name,match", [
-    ("pydoc", "choose pydocs"), ("text:", "choose pydocs"), ("tfds:", "choose pydocs"),
-    ("text:{}/none*.txt", "no file"), ("text:{}/*.csv", "1 files, none"), ("text:{}", "no file"),
-    ("text:{}/empty.txt", "empty documents: 1"), ("text:{}/cut.txt.gz", "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "name,match",
+    [
+        ("pydoc", "choose pydocs"),
+        ("text:", "choose pydocs"),
+        ("tfds:", "choose pydocs"),
+        ("text:{}/none*.txt", "no file"),
+        ("text:{}/*.csv", "1 files, none"),
+        ("text:{}", "no file"),
+        ("text:{}/empty.txt", "empty documents: 1"),
+        ("text:{}/cut.txt.gz", "cannot be read"),
+    ],
+)
 def test_unusable_sources_are_refused(tmp_path, name, match):
     (tmp_path / "a.csv").write_text("x")
     (tmp_path / "empty.txt").write_text("\n\n")
@@ -139,8 +155,7 @@ def test_a_cut_loses_nothing(text, fraction):
 def test_one_book_gives_both_splits(tmp_path):
     text = "".join(f"A paragraph, number {i}.\n\n" for i in range(1000))
     (tmp_path / "book.txt").write_text(text)
-    (train,), (valid,) = (list(data.documents(f"text:{tmp_path}/book.txt", split))
-                          for split in ("train", "validation"))
+    (train,), (valid,) = (list(data.documents(f"text:{tmp_path}/book.txt", split)) for split in ("train", "validation"))
     assert train + valid == text and train.endswith(".\n\n")
     assert 0.04 < len(valid) / len(text) < 0.06
 
@@ -167,8 +182,9 @@ def dataset(tmp_path_factory):
         def _info(self):
             text = tfds.features.Text()
             label = tfds.features.ClassLabel(num_classes=2)
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
-                {"text": text, "title": text, "label": label}))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({"text": text, "title": text, "label": label})
+            )
 
         def _split_generators(self, download_manager):
             return {"train": self._examples("train", 20), "test": self._examples("test", 3)}
@@ -187,8 +203,7 @@ def dataset(tmp_path_factory):
 
 def test_a_tfds_dataset_is_read_by_its_own_splits_without_tensorflow(dataset, tmp_path):
     source = data.Source("tfds:nanoflax_mini:1.0.0:text", data_dir=dataset)
-    expected = {"train": [f"train é {i}" for i in range(20)],
-                "validation": [f"test é {i}" for i in range(3)]}
+    expected = {"train": [f"train é {i}" for i in range(20)], "validation": [f"test é {i}" for i in range(3)]}
     for split, texts in expected.items():
         assert sorted(data.documents(source, split)) == sorted(texts)
         assert prepare(tmp_path, source, split).n_documents == len(texts)
@@ -203,10 +218,10 @@ def test_a_tfds_field_must_be_one_of_its_text_features(dataset):
 
 
 @pytest.mark.parametrize("name", ["tfds:tiny_shakespeare", "tfds:no_such_dataset"])
-def test_a_dataset_not_prepared_fails_at_once_without_a_network(name, tmp_path, monkeypatch,
-                                                                caplog):
+def test_a_dataset_not_prepared_fails_at_once_without_a_network(name, tmp_path, monkeypatch, caplog):
     (tmp_path / "none" / "tiny_shakespeare" / "1.0.0").mkdir(parents=True)  # TFDS warns of it
     monkeypatch.setattr(absl.logging.get_absl_logger(), "propagate", True)  # to caplog
+
     def slow(*args, **kwargs):  # a name server that never answers
         time.sleep(10)
         raise OSError
@@ -257,9 +272,10 @@ def test_a_damaged_store_is_built_again(corpus, tmp_path, file):
 def test_workers_do_not_change_the_files(corpus, tmp_path, monkeypatch):
     source, _ = corpus
     monkeypatch.setattr(token_store, "CHUNK", 300)
-    files = [[(store.directory / name).read_bytes() for name in ("tokens.bin", "offsets.bin")]
-             for store in (data.prepare(source, BYTES, "all", tmp_path / str(n), n, False)
-                           for n in (1, 2))]
+    files = [
+        [(store.directory / name).read_bytes() for name in ("tokens.bin", "offsets.bin")]
+        for store in (data.prepare(source, BYTES, "all", tmp_path / str(n), n, False) for n in (1, 2))
+    ]
     assert files[0] == files[1]
 
 
@@ -313,8 +329,11 @@ def test_lines_of_tokenizing_tell_rate_and_time_left(corpus, tmp_path, monkeypat
     data.prepare(source, BYTES, "train", tmp_path / "slow", 1)
     first, *lines, last = capsys.readouterr().err.splitlines()
     for line in (first, *lines):
-        assert re.fullmatch(rf"tokenizing {re.escape(source)} train  [\d.]+k?B, [\d.]+k? tokens"
-                            r"  [\d.]+[kMG]?B/s  \d+:\d\d left", line), line
+        assert re.fullmatch(
+            rf"tokenizing {re.escape(source)} train  [\d.]+k?B, [\d.]+k? tokens"
+            r"  [\d.]+[kMG]?B/s  \d+:\d\d left",
+            line,
+        ), line
     assert len(lines) > 5 and re.search(r"B/s  in 0:0\d$", last)
     assert f"{report.count(prepared.n_tokens)} tokens" in last
 
@@ -372,15 +391,14 @@ def test_ids_beyond_the_vocabulary_are_refused(corpus, tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 255), max_size=9), min_size=1, max_size=8),
-       st.integers(1, 12))
+@given(st.lists(st.lists(st.integers(0, 255), max_size=9), min_size=1, max_size=8), st.integers(1, 12))
 def test_windows_are_the_stream(tmp_path_factory, documents, length):
     store = store_of(documents, tmp_path_factory.mktemp("store"))
     windows = Windows(store, length, isolated=True)
     stream = [(i, d) for d, ids in enumerate(documents) for i in [*ids, 257]]
     assert len(windows) == -(-len(stream) // length)
     for w in range(len(windows)):
-        got, part = windows[w], stream[w * length:(w + 1) * length]
+        got, part = windows[w], stream[w * length : (w + 1) * length]
         rest = length - len(part)
         assert got["targets"].tolist() == [i for i, _ in part] + [0] * rest
         assert got["weights"].tolist() == [1] * len(part) + [0] * rest
@@ -388,8 +406,12 @@ def test_windows_are_the_stream(tmp_path_factory, documents, length):
         assert got["segments"].tolist() == [d - part[0][1] + 1 for _, d in part] + [0] * rest
         assert got["start"] == 257
         assert {k: v.dtype.name for k, v in got.items()} == {
-            "targets": "int32", "first": "int32", "weights": "float32", "segments": "int32",
-            "start": "int32"}
+            "targets": "int32",
+            "first": "int32",
+            "weights": "float32",
+            "segments": "int32",
+            "start": "int32",
+        }
 
 
 @settings(max_examples=40, deadline=None)
@@ -399,7 +421,7 @@ def test_each_epoch_is_a_permutation(tmp_path_factory, n, rows, seed, shuffle):
     batches = Batches(Windows(store, 3), 2 * rows, seed, shuffle)
     assert len(batches.windows) == n
     stream = [i for step in range(3 * n + 8) for i in batches.indices(step)]
-    epochs = [stream[e * n:(e + 1) * n] for e in range(3)]
+    epochs = [stream[e * n : (e + 1) * n] for e in range(3)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     if shuffle and n > 20:
         assert epochs[0] != epochs[1] and epochs[0] != list(range(n))
@@ -410,7 +432,7 @@ def test_each_epoch_is_a_permutation(tmp_path_factory, n, rows, seed, shuffle):
                 np.testing.assert_array_equal(part[step][name], array[list(own)])
         assert part.where(7) == batches.where(7)
     for step in (0, 1, 7):
-        assert batches.indices(step) == stream[step * 2 * rows:(step + 1) * 2 * rows]
+        assert batches.indices(step) == stream[step * 2 * rows : (step + 1) * 2 * rows]
 
 
 def test_a_large_epoch_is_a_permutation_too(tmp_path):

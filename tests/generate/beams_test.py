@@ -17,8 +17,7 @@ from nanoflax.parallel import init
 from tests.nn.models_test import randomize, scaled
 
 TINY = dict(vocab_size=29, context=32, layers=1, dim=16, heads=2, tied=False, start_id=2)
-KINDS = {"decoder": {}, "encoder_decoder": dict(positions="relative"),
-         "lstm": {}}
+KINDS = {"decoder": {}, "encoder_decoder": dict(positions="relative"), "lstm": {}}
 
 
 def make(architecture, seed=0, **fields):
@@ -33,21 +32,42 @@ def ragged(*lengths, vocab=29):
 
 # Transformers.
 
+
 def theirs_of(family, seed):
     transformers = pytest.importorskip("transformers")
     transformers.set_seed(seed)  # T5 starts from large weights
     common = dict(vocab_size=61, dropout=0.0)
     if family == "gpt2":
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+        )
     if family == "t5":
-        return transformers.T5ForConditionalGeneration(transformers.T5Config(
-            **common, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0,
-            decoder_start_token_id=0, tie_word_embeddings=False))
-    return transformers.BartForConditionalGeneration(transformers.BartConfig(
-        **common, max_position_embeddings=64, d_model=32, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
-        decoder_ffn_dim=64))
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                **common,
+                d_model=32,
+                d_kv=8,
+                d_ff=64,
+                num_layers=2,
+                num_heads=4,
+                dropout_rate=0.0,
+                decoder_start_token_id=0,
+                tie_word_embeddings=False,
+            )
+        )
+    return transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            **common,
+            max_position_embeddings=64,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+        )
+    )
 
 
 # With these seeds hypotheses meet these ends at many places, and every option matters.
@@ -64,19 +84,28 @@ def test_hypotheses_and_scores_equal_transformers(family, seed, eos, tmp_path):
     def expected(prompt, penalty, early_stopping):
         ids = torch.tensor([prompt])
         out = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), num_beams=4, num_return_sequences=4,
-            do_sample=False, max_new_tokens=N, length_penalty=penalty, eos_token_id=eos,
-            early_stopping=early_stopping, pad_token_id=eos, forced_eos_token_id=None,
-            forced_bos_token_id=None, no_repeat_ngram_size=0, return_dict_in_generate=True,
-            output_scores=True)
+            ids,
+            attention_mask=torch.ones_like(ids),
+            num_beams=4,
+            num_return_sequences=4,
+            do_sample=False,
+            max_new_tokens=N,
+            length_penalty=penalty,
+            eos_token_id=eos,
+            early_stopping=early_stopping,
+            pad_token_id=eos,
+            forced_eos_token_id=None,
+            forced_bos_token_id=None,
+            no_repeat_ngram_size=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
         start = len(prompt) if family == "gpt2" else 1
-        return ([sampling.cut(row[start:].tolist(), eos) for row in out.sequences],
-                out.sequences_scores.numpy())
+        return ([sampling.cut(row[start:].tolist(), eos) for row in out.sequences], out.sequences_scores.numpy())
 
     lengths, seen = set(), set()
     for early_stopping, penalty in itertools.product((True, False, "never"), (0.6, 1.0, 2.0)):
-        found = generate.beam_search(model, params, prompts, 4, N, penalty, eos, early_stopping,
-                                  n_best=4)
+        found = generate.beam_search(model, params, prompts, 4, N, penalty, eos, early_stopping, n_best=4)
         for prompt, pairs in zip(prompts, found):
             tokens, scores = expected(prompt, penalty, early_stopping)
             message = f"{early_stopping} {penalty} {prompt}"
@@ -88,6 +117,7 @@ def test_hypotheses_and_scores_equal_transformers(family, seed, eos, tmp_path):
 
 
 # Brute force.
+
 
 @pytest.mark.parametrize("architecture", KINDS)
 @pytest.mark.parametrize("eos", [1, None])
@@ -102,7 +132,7 @@ def test_a_beam_as_wide_as_the_space_finds_every_sequence_in_order(architecture,
     for prompt in prompts:
         if architecture == "decoder":
             inputs = np.concatenate([np.tile(prompt, (len(every), 1)), every], 1)[:, :-1]
-            logits = jax.jit(model.apply)({"params": params}, inputs)[0][:, len(prompt) - 1:]
+            logits = jax.jit(model.apply)({"params": params}, inputs)[0][:, len(prompt) - 1 :]
         else:
             source = np.tile(np.int32(prompt), (len(every), 1))
             logits = jax.jit(model.apply)({"params": params}, shift_right(every, 2), source)[0]
@@ -115,19 +145,17 @@ def test_a_beam_as_wide_as_the_space_finds_every_sequence_in_order(architecture,
         expected.append(sums)
     assert len(expected[0]) == (31 if eos else 81)
     for penalty in (0.6, 1.0, 2.0, 0.0, -1.0):
-        found = generate.beam_search(model, params, prompts, W, N, penalty, eos, n_best=W,
-                                  vocab_size=V)
+        found = generate.beam_search(model, params, prompts, W, N, penalty, eos, n_best=W, vocab_size=V)
         for sums, pairs in zip(expected, found):
             scores = {row: total / n**penalty for row, (total, n) in sums.items()}
             want = sorted(scores, key=lambda row: -scores[row])
-            np.testing.assert_allclose([p[1] for p in pairs], [scores[row] for row in want],
-                                       rtol=1e-4, atol=1e-5)
-            assert {tuple(p[0]) for p in pairs} == {
-                row[:-1] if row[-1] == eos else row for row in want}
+            np.testing.assert_allclose([p[1] for p in pairs], [scores[row] for row in want], rtol=1e-4, atol=1e-5)
+            assert {tuple(p[0]) for p in pairs} == {row[:-1] if row[-1] == eos else row for row in want}
             assert tuple(pairs[0][0]) == (want[0][:-1] if want[0][-1] == eos else want[0])
 
 
 # What beam search and the sampler agree on.
+
 
 @pytest.mark.parametrize("architecture", KINDS)
 def test_one_beam_is_greedy(architecture):
@@ -142,19 +170,19 @@ def test_one_beam_is_greedy(architecture):
     assert len(ended[0]) < 12
 
 
-@pytest.mark.parametrize("architecture, early_stopping", [
-    ("decoder", False), ("decoder", True), ("encoder_decoder", True), ("lstm", False)])
+@pytest.mark.parametrize(
+    "architecture, early_stopping", [("decoder", False), ("decoder", True), ("encoder_decoder", True), ("lstm", False)]
+)
 def test_a_ragged_batch_equals_prompts_one_by_one(architecture, early_stopping):
     # Also: a search that has closed does not change while its neighbours go on.
     model, params = make(architecture)
     prompts = ragged(3, 11, 1, 6)
     free = generate.beam_search(model, params, prompts, 3, 14)
     met = [token for row in free for token in row[1:9]]
-    options = dict(beams=3, max_new_tokens=14, eos_id=max(met, key=met.count), n_best=3,
-                   early_stopping=early_stopping)
+    options = dict(beams=3, max_new_tokens=14, eos_id=max(met, key=met.count), n_best=3, early_stopping=early_stopping)
     together = generate.beam_search(model, params, prompts, **options)
     for prompt, pairs in zip(prompts, together):
-        alone, = generate.beam_search(model, params, [prompt], **options)
+        (alone,) = generate.beam_search(model, params, [prompt], **options)
         assert [tokens for tokens, _ in pairs] == [tokens for tokens, _ in alone]
         np.testing.assert_allclose([s for _, s in pairs], [s for _, s in alone], rtol=1e-4)
         scores = [s for _, s in pairs]
@@ -192,8 +220,9 @@ def test_the_loop_ends_when_every_search_is_closed(early_stopping, steps):
     # The end is likely: one hypothesis at the first step, two more at the second. A penalty so
     # strong that a sequence of nine could still be the best keeps "never" going.
     model = Constant([0, 5, 0, 0])
-    found = generate.beam_search(model, {}, [[2], [3, 2]], 2, 9, 3.0 if steps == 9 else 1.0, eos_id=1,
-                              early_stopping=early_stopping)
+    found = generate.beam_search(
+        model, {}, [[2], [3, 2]], 2, 9, 3.0 if steps == 9 else 1.0, eos_id=1, early_stopping=early_stopping
+    )
     jax.effects_barrier()
     assert len(model.steps) == steps
     if steps == 2:
@@ -212,11 +241,14 @@ def test_bad_requests_are_refused_all_at_once():
     model = build(ModelConfig(**TINY))
     search = lambda **k: generate.beam_search(model, None, [[1]], **k)  # no parameters: none are read
     with pytest.raises(UserError) as caught:
-        search(beams=0, length_penalty=float("nan"), early_stopping="always", n_best=5,
-               vocab_size=0)
-    for words in ("beams=0 must be at least 1", "length_penalty=nan must be finite",
-                  "early_stopping='always' must be True, False or 'never'",
-                  "n_best=5 must be from 1 to beams=0", "vocab_size=0 must be at least 1"):
+        search(beams=0, length_penalty=float("nan"), early_stopping="always", n_best=5, vocab_size=0)
+    for words in (
+        "beams=0 must be at least 1",
+        "length_penalty=nan must be finite",
+        "early_stopping='always' must be True, False or 'never'",
+        "n_best=5 must be from 1 to beams=0",
+        "vocab_size=0 must be at least 1",
+    ):
         assert words in str(caught.value)
     with pytest.raises(UserError, match="n_best=5 must be from 1 to beams=4"):
         search(n_best=5)

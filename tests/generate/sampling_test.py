@@ -17,14 +17,13 @@ from nanoflax.nn import build
 
 def make(sharpness=4.0, **fields):
     """A model whose greedy text wanders: large random weights and a head that is not tied."""
-    model = build(ModelConfig(**dict(vocab_size=29, context=64, layers=2, dim=32, heads=4,
-                                     tied=False) | fields))
+    model = build(ModelConfig(**dict(vocab_size=29, context=64, layers=2, dim=32, heads=4, tied=False) | fields))
     rng = np.random.default_rng(1)
 
     def fill(path, x):
         kind = path[-1].key
-        std = {"embedding": 1, "kernel": 1.5 / x.shape[0]**0.5}.get(kind, 0.1)
-        std = sharpness / x.shape[0]**0.5 if path[0].key == "unembed" else std
+        std = {"embedding": 1, "kernel": 1.5 / x.shape[0] ** 0.5}.get(kind, 0.1)
+        std = sharpness / x.shape[0] ** 0.5 if path[0].key == "unembed" else std
         return jnp.asarray((kind == "scale") + std * rng.normal(size=x.shape), jnp.float32)
 
     shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0), np.zeros((1, 1), np.int32))
@@ -38,24 +37,32 @@ def ragged(*lengths, vocab=29):
 
 # Filters.
 
-def transformers_filtered(logits, seen, temperature=None, top_k=None, top_p=None, min_p=None,
-                          repetition_penalty=None):
+
+def transformers_filtered(logits, seen, temperature=None, top_k=None, top_p=None, min_p=None, repetition_penalty=None):
     """Transformers' processors in the order of its `generate`."""
     torch = pytest.importorskip("torch")
     hf = pytest.importorskip("transformers")
-    processors = [cls(value) for cls, value in [
-        (hf.RepetitionPenaltyLogitsProcessor, repetition_penalty),
-        (hf.TemperatureLogitsWarper, temperature), (hf.TopKLogitsWarper, top_k),
-        (hf.TopPLogitsWarper, top_p), (hf.MinPLogitsWarper, min_p)] if value is not None]
+    processors = [
+        cls(value)
+        for cls, value in [
+            (hf.RepetitionPenaltyLogitsProcessor, repetition_penalty),
+            (hf.TemperatureLogitsWarper, temperature),
+            (hf.TopKLogitsWarper, top_k),
+            (hf.TopPLogitsWarper, top_p),
+            (hf.MinPLogitsWarper, min_p),
+        ]
+        if value is not None
+    ]
     scores = torch.tensor(np.asarray(logits))
     for processor in processors:
         scores = processor(torch.tensor(seen), scores)
     return scores.numpy()
 
 
-COMBINATIONS = [dict(zip(("temperature", "top_k", "top_p", "min_p", "repetition_penalty"), values))
-                for values in itertools.product((1.0, 0.6), (None, 1, 5, 99), (None, 0.3, 0.9),
-                                                (None, 0.2), (None, 1.7))]
+COMBINATIONS = [
+    dict(zip(("temperature", "top_k", "top_p", "min_p", "repetition_penalty"), values))
+    for values in itertools.product((1.0, 0.6), (None, 1, 5, 99), (None, 0.3, 0.9), (None, 0.2), (None, 1.7))
+]
 
 
 def test_filters_equal_transformers_in_every_combination():
@@ -73,8 +80,9 @@ def test_filters_equal_transformers_in_every_combination():
             np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected), str(options))
             np.testing.assert_allclose(found, expected, rtol=1e-5)
         # The same key draws the same tokens from Transformers' scores.
-        np.testing.assert_array_equal(choose(logits, key, filters, seen),
-                                      jax.random.categorical(key, expected), str(options))
+        np.testing.assert_array_equal(
+            choose(logits, key, filters, seen), jax.random.categorical(key, expected), str(options)
+        )
 
 
 def test_repetition_penalty_moves_only_what_was_seen_towards_less():
@@ -86,22 +94,28 @@ def test_repetition_penalty_moves_only_what_was_seen_towards_less():
     assert sampling.choose(all_negative, jax.random.PRNGKey(0), filters, seen).tolist() == [2]
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(temperature=-0.1), "temperature=-0.1 must be at least 0"),
-    (dict(temperature=float("nan")), "temperature=nan must be at least 0"),
-    (dict(top_k=0), "top_k=0 must be at least 1"),
-    (dict(top_p=0.0), "top_p=0.0 must be in (0, 1]"),
-    (dict(top_p=1.5), "top_p=1.5 must be in (0, 1]"),
-    (dict(min_p=-0.1), "min_p=-0.1 must be in [0, 1]"),
-    (dict(repetition_penalty=0.0), "repetition_penalty=0.0 must be positive"),
-    (dict(prompts=[]), "prompts is empty"),
-    (dict(prompts=[[1], []]), "prompt 1 is empty"),
-    (dict(prompts=[[1, 29]]), "prompt 0 holds token id 29, outside the model's vocabulary of 29"),
-    (dict(prompts=[[1, -2]]), "prompt 0 holds token id -2"),
-    (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
-    (dict(prompts=[[1] * 60], max_new_tokens=5),
-     "prompt 0 has 60 tokens; with max_new_tokens=5 that exceeds the model's context of 64"),
-], ids=str)
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(temperature=-0.1), "temperature=-0.1 must be at least 0"),
+        (dict(temperature=float("nan")), "temperature=nan must be at least 0"),
+        (dict(top_k=0), "top_k=0 must be at least 1"),
+        (dict(top_p=0.0), "top_p=0.0 must be in (0, 1]"),
+        (dict(top_p=1.5), "top_p=1.5 must be in (0, 1]"),
+        (dict(min_p=-0.1), "min_p=-0.1 must be in [0, 1]"),
+        (dict(repetition_penalty=0.0), "repetition_penalty=0.0 must be positive"),
+        (dict(prompts=[]), "prompts is empty"),
+        (dict(prompts=[[1], []]), "prompt 1 is empty"),
+        (dict(prompts=[[1, 29]]), "prompt 0 holds token id 29, outside the model's vocabulary of 29"),
+        (dict(prompts=[[1, -2]]), "prompt 0 holds token id -2"),
+        (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (
+            dict(prompts=[[1] * 60], max_new_tokens=5),
+            "prompt 0 has 60 tokens; with max_new_tokens=5 that exceeds the model's context of 64",
+        ),
+    ],
+    ids=str,
+)
 def test_bad_requests_are_refused_before_anything_runs(options, words):
     model = build(ModelConfig(vocab_size=29, context=64, layers=1, dim=8, heads=2))
     options = {"prompts": [[1]], "max_new_tokens": 2} | options
@@ -112,6 +126,7 @@ def test_bad_requests_are_refused_before_anything_runs(options, words):
 
 
 # Generation.
+
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_a_ragged_batch_equals_prompts_one_by_one(positions):
@@ -129,7 +144,7 @@ def test_greedy_takes_the_largest_logit_of_the_full_pass():
     for prompt, new in zip(prompts, generate.sample(model, params, prompts, 12, temperature=0)):
         whole = prompt + new
         padded = np.zeros((1, 24), np.int32)  # causal: what follows changes nothing
-        padded[0, :len(whole)] = whole
+        padded[0, : len(whole)] = whole
         logits = forward(padded)[0]
         for t in range(len(prompt), len(whole)):
             assert whole[t] == logits[t - 1].argmax()
@@ -159,9 +174,10 @@ def test_greedy_equals_transformers_generate(tmp_path):
     expected = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                              max_new_tokens=48, pad_token_id=0)
-        expected.append(out[0, len(prompt):].tolist())
+        out = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=48, pad_token_id=0
+        )
+        expected.append(out[0, len(prompt) :].tolist())
     found = generate.sample(build(config), params, prompts, 48, temperature=0)
     assert found == expected
     assert all(len(set(row)) > 5 for row in found)  # not a model that repeats one token
@@ -176,8 +192,7 @@ def chance(counts, probabilities):
 def test_draws_follow_the_softmax_and_steps_are_independent():
     model, params = make(1.0, vocab_size=7, layers=1)
     n, prompt = 4096, [3, 1]
-    rows = np.array(generate.sample(model, params, [prompt] * n, 2, temperature=1.5,
-                                    rng=jax.random.PRNGKey(5)))
+    rows = np.array(generate.sample(model, params, [prompt] * n, 2, temperature=1.5, rng=jax.random.PRNGKey(5)))
     forward = jax.jit(lambda t: jax.nn.softmax(model.apply({"params": params}, t)[0][:, -1] / 1.5))
     first = np.asarray(forward(np.array([prompt])))[0]
     assert chance(np.bincount(rows[:, 0], minlength=7), first) > 1e-3
@@ -208,18 +223,25 @@ def test_finished_rows_are_cut_and_frozen_and_do_not_disturb_others():
     prompts = ragged(4, 6)
     rows, eos = greedy_with_an_end(model, params, prompts)
     cut = generate.sample(model, params, prompts, 24, temperature=0, eos_id=eos)
-    assert cut == [row[:row.index(eos)] if eos in row else row for row in rows]
+    assert cut == [row[: row.index(eos)] if eos in row else row for row in rows]
     assert len(cut[0]) < len(cut[1])
     # Before cutting: the end, and nothing but the end after it.
     tokens, lengths = sampling.pad_left(prompts)
-    raw = sampling.compiled(sampling._sample)(model, params, tokens, lengths, jax.random.PRNGKey(0),
-                           sampling.make_filters(0), 24, eos, None)
-    assert (np.asarray(raw)[0, len(cut[0]):] == eos).all()
+    raw = sampling.compiled(sampling._sample)(
+        model, params, tokens, lengths, jax.random.PRNGKey(0), sampling.make_filters(0), 24, eos, None
+    )
+    assert (np.asarray(raw)[0, len(cut[0]) :] == eos).all()
 
 
-@pytest.mark.parametrize("options", [
-    dict(temperature=0), dict(temperature=0.9, top_k=9, top_p=0.9, min_p=0.01),
-    dict(temperature=0.8, repetition_penalty=1.3)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(temperature=0),
+        dict(temperature=0.9, top_k=9, top_p=0.9, min_p=0.01),
+        dict(temperature=0.8, repetition_penalty=1.3),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("with_end", [False, True])
 def test_stream_equals_sample(options, with_end):
     model, params = make()
@@ -236,35 +258,31 @@ def test_stream_stops_when_every_row_has_ended():
     model, params = make()
     prompts = ragged(4, 6)[:1]
     end = generate.sample(model, params, prompts, 1, temperature=0)[0][0]
-    assert list(generate.stream(model, params, prompts, 40, temperature=0, eos_id=end, chunk=4)) \
-        == [[[]]]
+    assert list(generate.stream(model, params, prompts, 40, temperature=0, eos_id=end, chunk=4)) == [[[]]]
 
 
 def test_ids_of_a_padded_vocabulary_are_never_drawn():
     model, params = make()
     rows = generate.sample(model, params, ragged(3, 3, 3, 3), 40, temperature=5.0, vocab_size=20)
     assert max(map(max, rows)) < 20
-    assert max(map(max, generate.sample(model, params, ragged(3, 3, 3, 3), 40,
-                                        temperature=5.0))) >= 20
+    assert max(map(max, generate.sample(model, params, ragged(3, 3, 3, 3), 40, temperature=5.0))) >= 20
 
 
 def test_repetition_penalty_counts_the_prompt_and_what_was_drawn():
     # So strong that no token comes twice, whatever the padding of the prompt holds.
     model, params = make()
     prompts = ragged(5, 9)
-    for prompt, row in zip(prompts, generate.sample(model, params, prompts, 15, temperature=0,
-                                                    repetition_penalty=1e6)):
+    for prompt, row in zip(prompts, generate.sample(model, params, prompts, 15, temperature=0, repetition_penalty=1e6)):
         assert len(set(row)) == len(row) and not set(row) & set(prompt)
     # Padding (id 0) is not part of a prompt: a penalty of its own making would forbid it.
     tokens, lengths = sampling.pad_left([[5, 6]])
     state = jax.jit(sampling.start, static_argnums=(0, 4))(
-        model, params, tokens, lengths, 20, jax.random.PRNGKey(0),
-        sampling.make_filters(repetition_penalty=2.0))
+        model, params, tokens, lengths, 20, jax.random.PRNGKey(0), sampling.make_filters(repetition_penalty=2.0)
+    )
     assert np.flatnonzero(state.seen[0]).tolist() == [5, 6]
 
 
-@pytest.mark.parametrize("n, expected", [(1, 16), (15, 16), (16, 16), (17, 32), (32, 32), (33, 64),
-                                         (1000, 1024)])
+@pytest.mark.parametrize("n, expected", [(1, 16), (15, 16), (16, 16), (17, 32), (32, 32), (33, 64), (1000, 1024)])
 def test_buckets_are_powers_of_two(n, expected):
     assert sampling.bucket(n) == expected
 
@@ -275,8 +293,7 @@ def test_twenty_prompt_lengths_compile_once_per_bucket(compilations):
     before = sampling.compiled(sampling._sample)._cache_size()
     with compilations() as names:
         for n in lengths:
-            generate.sample(model, params, ragged(n), 4, temperature=0.5 + n / 100, top_k=n,
-                            rng=jax.random.PRNGKey(n))
+            generate.sample(model, params, ragged(n), 4, temperature=0.5 + n / 100, top_k=n, rng=jax.random.PRNGKey(n))
     buckets = {sampling.bucket(n) for n in lengths}
     assert len(lengths) == 20 and len(buckets) == 3
     assert sampling.compiled(sampling._sample)._cache_size() - before == 3

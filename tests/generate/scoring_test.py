@@ -17,11 +17,14 @@ def test_totals_equal_transformers(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from tests.nn.models_test import randomize
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
+
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    ).eval()
     randomize(theirs, 0, std=0.2)
     theirs.save_pretrained(tmp_path)
     from nanoflax.nn import build
+
     config, params = hf.load(str(tmp_path))
     prompts, new = ragged(3, 30, 1, 7, vocab=61), ragged(5, 2, 9, 34, vocab=61)
     expected = []
@@ -36,7 +39,7 @@ def test_totals_equal_transformers(tmp_path):
 @pytest.mark.parametrize("architecture", KINDS)
 def test_every_sequence_of_two_has_its_share_of_all_probability(architecture):
     model, params = make(architecture)
-    prompt, = ragged(5)
+    (prompt,) = ragged(5)
     every = [list(pair) for pair in itertools.product(range(29), repeat=2)]
     found = generate.log_likelihoods(model, params, [prompt] * len(every), every, batch_size=64)
     assert np.exp(found).sum() == pytest.approx(1, abs=1e-4)
@@ -51,16 +54,14 @@ def test_neither_neighbours_nor_padding_matter(architecture):
     model, params = make(architecture)
     prompts, new = ragged(3, 20, 1, 7, 16), ragged(5, 2, 9, 4, 1)
     together = generate.log_likelihoods(model, params, prompts, new)
-    alone = [generate.log_likelihoods(model, params, [p], [n], batch_size=1)[0]
-             for p, n in zip(prompts, new)]
+    alone = [generate.log_likelihoods(model, params, [p], [n], batch_size=1)[0] for p, n in zip(prompts, new)]
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_one_compilation_for_a_bucket(compilations):
     model, params = make("decoder", seed=3)
     with compilations() as names:
-        generate.log_likelihoods(model, params, ragged(*range(1, 15)), ragged(*[2] * 14),
-                                batch_size=4)
+        generate.log_likelihoods(model, params, ragged(*range(1, 15)), ragged(*[2] * 14), batch_size=4)
     assert sum("_scores" in name for name in names) == 1, names
 
 
@@ -77,13 +78,14 @@ def test_a_softcap_and_a_bias_count():
     model, params = make("decoder", head_bias=True, logit_softcap=2.0)
     prompt, new = ragged(4, 6)
     logits = model.apply({"params": params}, np.array([prompt + new]))[0][0]
-    logp = jax.nn.log_softmax(logits)[len(prompt) - 1:-1]
-    found, = generate.log_likelihoods(model, params, [prompt], [new])
+    logp = jax.nn.log_softmax(logits)[len(prompt) - 1 : -1]
+    (found,) = generate.log_likelihoods(model, params, [prompt], [new])
     assert found == pytest.approx(float(logp[np.arange(6), new].sum()), rel=1e-5)
 
 
 def test_errors_call_pairs_by_their_names():
     model = types.SimpleNamespace(config=ModelConfig(vocab_size=8, context=4))
     with pytest.raises(UserError, match="^q:3 candidate 1: 4 and 2 tokens.*4; q:4 has an empty side$"):
-        generate.log_likelihoods(model, {}, [[1], [1] * 4, [1]], [[2], [2, 3], []],
-                                names=["q:1", "q:3 candidate 1", "q:4"])
+        generate.log_likelihoods(
+            model, {}, [[1], [1] * 4, [1]], [[2], [2, 3], []], names=["q:1", "q:3 candidate 1", "q:4"]
+        )

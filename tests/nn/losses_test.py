@@ -22,9 +22,12 @@ def problem(seed=0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     weights = rng.uniform(0.2, 3, (B, T)).astype(np.float32)
     weights[0, 2:4] = 0
-    return (jnp.asarray(rng.normal(size=(B, T, D)), dtype),
-            jnp.asarray(rng.normal(size=(D, V)), jnp.float32),
-            jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32), jnp.asarray(weights))
+    return (
+        jnp.asarray(rng.normal(size=(B, T, D)), dtype),
+        jnp.asarray(rng.normal(size=(D, V)), jnp.float32),
+        jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32),
+        jnp.asarray(weights),
+    )
 
 
 def naive(hidden, kernel, targets, weights, z_loss=0.0, label_smoothing=0.0):
@@ -48,11 +51,10 @@ def test_chunked_cross_entropy_is_the_naive_one(chunks, options):
 
     @jax.jit
     def both(h, k):
-        scaled = lambda f: (lambda h, k: (lambda a, b: (3 * a, b))(*f(h, k)))  # a cotangent of 3
+        scaled = lambda f: lambda h, k: (lambda a, b: (3 * a, b))(*f(h, k))  # a cotangent of 3
         ours = lambda h, k: nn.chunked_cross_entropy(h, k, targets, weights, None, chunks, *options)
         plain = lambda h, k: naive(h, k, targets, weights, *options)
-        return (ours(h, k), *(jax.value_and_grad(scaled(f), (0, 1), has_aux=True)(h, k)
-                              for f in (ours, plain)))
+        return (ours(h, k), *(jax.value_and_grad(scaled(f), (0, 1), has_aux=True)(h, k) for f in (ours, plain)))
 
     value, (ours, dours), (plain, dplain) = both(hidden, kernel)
     np.testing.assert_allclose(ours, plain, rtol=1e-6)
@@ -66,10 +68,12 @@ def test_chunked_cross_entropy_is_the_naive_one(chunks, options):
 def test_bfloat16_hidden_states_give_float32_sums_and_kernel_gradients(chunks):
     hidden, kernel, targets, weights = problem(dtype=jnp.bfloat16)
     gradient = jax.value_and_grad(
-        lambda h, k: nn.chunked_cross_entropy(h, k, targets, weights, None, chunks)[0], (0, 1))
+        lambda h, k: nn.chunked_cross_entropy(h, k, targets, weights, None, chunks)[0], (0, 1)
+    )
     value, (dh, dk) = jax.jit(gradient)(hidden, kernel)
     exact, (eh, ek) = jax.value_and_grad(lambda h, k: naive(h, k, targets, weights)[0], (0, 1))(
-        hidden.astype(jnp.float32), kernel.astype(jnp.bfloat16).astype(jnp.float32))
+        hidden.astype(jnp.float32), kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    )
     assert (value.dtype, dh.dtype, dk.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(value, exact, rtol=1e-4)  # products are summed in float32
     np.testing.assert_allclose(dh.astype(jnp.float32), eh, atol=0.05)
@@ -78,8 +82,7 @@ def test_bfloat16_hidden_states_give_float32_sums_and_kernel_gradients(chunks):
 
 def test_the_plain_cross_entropy_carries_no_gradient():
     hidden, kernel, targets, weights = problem()
-    grads = jax.grad(lambda h, k: nn.chunked_cross_entropy(h, k, targets, weights)[1],
-                     (0, 1))(hidden, kernel)
+    grads = jax.grad(lambda h, k: nn.chunked_cross_entropy(h, k, targets, weights)[1], (0, 1))(hidden, kernel)
     assert all((g == 0).all() for g in grads)
 
 
@@ -89,13 +92,12 @@ def test_cross_entropy_equals_torch(smoothing):
     hidden, kernel, targets, weights = problem()
     logits = torch.tensor(np.asarray(hidden @ kernel)).reshape(-1, V).requires_grad_()
     each = torch.nn.functional.cross_entropy(
-        logits, torch.tensor(np.asarray(targets)).long().reshape(-1), reduction="none",
-        label_smoothing=smoothing)
+        logits, torch.tensor(np.asarray(targets)).long().reshape(-1), reduction="none", label_smoothing=smoothing
+    )
     (each * torch.tensor(np.asarray(weights)).reshape(-1)).sum().backward()
     objective, nll = nn.token_losses(hidden @ kernel, targets, 0.0, smoothing)
     np.testing.assert_allclose(objective.reshape(-1), each.detach(), rtol=1e-5)
-    gradient = jax.grad(lambda x: (nn.token_losses(x, targets, 0.0, smoothing)[0]
-                                   * weights).sum())(hidden @ kernel)
+    gradient = jax.grad(lambda x: (nn.token_losses(x, targets, 0.0, smoothing)[0] * weights).sum())(hidden @ kernel)
     np.testing.assert_allclose(gradient.reshape(-1, V), logits.grad, atol=1e-6)
 
 
@@ -128,10 +130,8 @@ def test_logits_of_a_large_vocabulary_are_never_whole(whole):
     model = build(config)
     params = jax.eval_shape(model.init, jax.random.PRNGKey(0), np.zeros((1, 1), np.int32))["params"]
     shape = lambda *s, dtype=jnp.int32: jax.ShapeDtypeStruct(s, dtype)
-    batch = {"targets": shape(8, 1024), "first": shape(8),
-             "weights": shape(8, 1024, dtype=jnp.float32)}
-    step = jax.value_and_grad(lambda p, b: train.causal_lm(model, p, b,
-                                                                chunks=int(whole))[0])
+    batch = {"targets": shape(8, 1024), "first": shape(8), "weights": shape(8, 1024, dtype=jnp.float32)}
+    step = jax.value_and_grad(lambda p, b: train.causal_lm(model, p, b, chunks=int(whole))[0])
     compiled = jax.jit(step).lower(params, batch).compile()
     logits = 8 * 1024 * 50257 * 4
     used = compiled.memory_analysis().temp_size_in_bytes
@@ -144,18 +144,15 @@ def test_logits_of_a_large_vocabulary_are_never_whole(whole):
 
 
 @settings(max_examples=50, deadline=None)
-@given(hnp.arrays(np.int32, (2, 7), elements=st.integers(0, 9)),
-       hnp.arrays(np.int32, (2,), elements=st.integers(0, 9)))
+@given(hnp.arrays(np.int32, (2, 7), elements=st.integers(0, 9)), hnp.arrays(np.int32, (2,), elements=st.integers(0, 9)))
 def test_shift_right_puts_each_target_one_place_later(targets, first):
     expected = [[f, *row[:-1]] for f, row in zip(first, targets)]
-    np.testing.assert_array_equal(nn.shift_right(jnp.asarray(targets), jnp.asarray(first)),
-                                  expected)
+    np.testing.assert_array_equal(nn.shift_right(jnp.asarray(targets), jnp.asarray(first)), expected)
     np.testing.assert_array_equal(nn.shift_right(jnp.asarray(targets), 3)[:, 0], [3, 3])
 
 
 def model_of(**fields):
-    model = build(ModelConfig(**dict(vocab_size=13, context=16, layers=2, dim=16, heads=2)
-                              | fields))
+    model = build(ModelConfig(**dict(vocab_size=13, context=16, layers=2, dim=16, heads=2) | fields))
     return model, jax.tree.map(lambda p: p * 5, init(model, jax.random.PRNGKey(0)))
 
 
@@ -179,9 +176,12 @@ def test_a_label_never_leaks_into_its_own_prediction(positions, isolated):
     @jax.jit
     def probability_mass(params):
         def loss(t, value):
-            changed = batch | {"targets": jnp.asarray(targets).at[0, t].set(value),
-                               "weights": jnp.zeros((1, 8)).at[0, t].set(1.0)}
+            changed = batch | {
+                "targets": jnp.asarray(targets).at[0, t].set(value),
+                "weights": jnp.zeros((1, 8)).at[0, t].set(1.0),
+            }
             return train.causal_lm(model, params, changed)[1]
+
         of = jax.vmap(jax.vmap(loss, (None, 0)), (0, None))
         return jnp.exp(-of(jnp.arange(8), jnp.arange(13))).sum(1)
 
@@ -217,8 +217,9 @@ def test_isolated_losses_do_not_depend_on_the_neighbours_at_all(positions):
 
 
 @settings(max_examples=50, deadline=None)
-@given(hnp.arrays(np.int32, (2, 7), elements=st.integers(1, 9)),
-       hnp.arrays(np.int32, (2, 7), elements=st.integers(0, 1)))
+@given(
+    hnp.arrays(np.int32, (2, 7), elements=st.integers(1, 9)), hnp.arrays(np.int32, (2, 7), elements=st.integers(0, 1))
+)
 def test_with_segments_a_document_is_never_entered_from_the_one_before(targets, steps):
     # Brute force: within a document the token before; at the first place of the window `first`.
     segments = np.cumsum(steps, axis=1, dtype=np.int32)
@@ -245,11 +246,9 @@ def test_objective_sums_skip_what_has_no_weight():
 def test_objective_options_are_passed_on():
     model, params = model_of()
     targets = np.random.default_rng(0).integers(0, 13, (2, 8)).astype(np.int32)
-    batch = {"targets": targets, "first": np.zeros(2, np.int32),
-             "weights": np.ones((2, 8), np.float32)}
+    batch = {"targets": targets, "first": np.zeros(2, np.int32), "weights": np.ones((2, 8), np.float32)}
     inputs = nn.shift_right(jnp.asarray(targets), 0)
     logits, _ = model.apply({"params": params}, inputs)
     expected, nll = nn.token_losses(logits, targets, 0.01, 0.1)
-    found = train.causal_lm(model, params, batch, chunks=4, z_loss=0.01,
-                                 label_smoothing=0.1)
+    found = train.causal_lm(model, params, batch, chunks=4, z_loss=0.01, label_smoothing=0.1)
     np.testing.assert_allclose(found[:2], (expected.sum(), nll.sum()), rtol=1e-5)

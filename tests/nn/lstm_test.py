@@ -16,8 +16,7 @@ from nanoflax.nn import build, flops_per_token, lstm, shift_right, token_losses
 from nanoflax.parallel import init
 
 TINY = dict(architecture="lstm", vocab_size=23, context=32, layers=2, dim=12, heads=1)
-KINDS = [dict(lstm_attention=a, lstm_start=s) for a, s in
-         itertools.product(LSTM_ATTENTIONS, LSTM_STARTS)]
+KINDS = [dict(lstm_attention=a, lstm_start=s) for a, s in itertools.product(LSTM_ATTENTIONS, LSTM_STARTS)]
 
 
 def make(seed=0, **fields):
@@ -25,9 +24,9 @@ def make(seed=0, **fields):
     model = build(ModelConfig(**TINY | fields))
     rng = np.random.default_rng(seed)
     return model, jax.tree.map(
-        lambda p: jnp.asarray((5 if p.shape[0] == 23 else 1.5) * p + 0.2 * rng.normal(size=p.shape),
-                              jnp.float32),
-        jax.device_get(init(model, jax.random.PRNGKey(seed))))
+        lambda p: jnp.asarray((5 if p.shape[0] == 23 else 1.5) * p + 0.2 * rng.normal(size=p.shape), jnp.float32),
+        jax.device_get(init(model, jax.random.PRNGKey(seed))),
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -75,7 +74,7 @@ def test_the_encoder_equals_torch_on_packed_sequences(side):
             params[name] = {"kernel": of("weight_hh").T, "bias": of("bias_ih") + of("bias_hh")}
         states, last_h, last_c = lstm.BiLSTM(D).apply({"params": params}, states, mask)
         for ours, theirs_ in ((last_h, h), (last_c, c)):
-            both = theirs_[2 * layer:2 * layer + 2].detach().numpy()
+            both = theirs_[2 * layer : 2 * layer + 2].detach().numpy()
             np.testing.assert_allclose(ours, np.concatenate([*both], -1), atol=1e-6)
     for row, n in enumerate(lengths):
         at = slice(7 - n, None) if side == "left" else slice(n)
@@ -92,8 +91,11 @@ def test_attention_equals_its_formulas():
         for b in range(B):
             weights = []
             for s in range(S):
-                e = (query[b] @ keys[b, s] if vector is None else
-                     sum(vector[d] * np.tanh(query[b, d] + keys[b, s, d]) for d in range(D)))
+                e = (
+                    query[b] @ keys[b, s]
+                    if vector is None
+                    else sum(vector[d] * np.tanh(query[b, d] + keys[b, s, d]) for d in range(D))
+                )
                 weights.append(np.exp(e) if mask[b, s] else 0)
             expected = sum(w * v for w, v in zip(weights, values[b])) / sum(weights)
             np.testing.assert_allclose(found[b], expected, atol=1e-6)
@@ -141,8 +143,7 @@ def test_the_decoder_equals_torch_cells_step_by_step(kind):
         context = seen[-1] @ states
         output = torch.tanh(torch.cat([x, context[None]], -1) @ p["combine"]["kernel"])
         expected.append(output @ p["embed"]["embedding"].T)
-    np.testing.assert_allclose(logits_of(model, params, targets, source)[0],
-                               torch.cat(expected).detach(), atol=1e-5)
+    np.testing.assert_allclose(logits_of(model, params, targets, source)[0], torch.cat(expected).detach(), atol=1e-5)
     found = model.apply({"params": params}, targets, source, method="alignment")[0]
     np.testing.assert_allclose(found, torch.stack(seen).detach(), atol=1e-5)
 
@@ -155,7 +156,7 @@ def test_cached_decoding_equals_teacher_forcing(kind):
     prefill = jax.jit(model.prefill, static_argnums=3)
     _, cache = prefill(params, source, np.array([9, 4, 1]), 8)
     decode, parts = jax.jit(model.decode), []
-    for piece in (targets[:, :3], *(targets[:, i:i + 1] for i in range(3, 8))):
+    for piece in (targets[:, :3], *(targets[:, i : i + 1] for i in range(3, 8))):
         logits, cache = decode(params, piece, cache)
         parts.append(logits)
     whole = logits_of(model, params, targets, source, mask)
@@ -166,8 +167,7 @@ def test_cached_decoding_equals_teacher_forcing(kind):
 def test_padding_on_either_side_changes_nothing(kind):
     model, params = make(**kind)
     rows, targets = [tokens_of(i, n) for i, n in enumerate((6, 3, 1))], tokens_of(5, 3, 5)
-    alone = np.concatenate([logits_of(model, params, t[None], row[None])
-                            for row, t in zip(rows, targets)])
+    alone = np.concatenate([logits_of(model, params, t[None], row[None]) for row, t in zip(rows, targets)])
     for side in ("left", "right"):
         found = logits_of(model, params, targets, *padded(rows, 9, side))
         np.testing.assert_allclose(found, alone, atol=1e-5)
@@ -181,13 +181,14 @@ def test_causality_by_gradient(kind):
 
     def mix(table):
         params_ = params | {"embed": {"embedding": table}}
-        logits, _ = model.apply({"params": params_}, jnp.arange(6, 12)[None],
-                                jnp.arange(6)[None], jnp.arange(6)[None] != 4)
+        logits, _ = model.apply(
+            {"params": params_}, jnp.arange(6, 12)[None], jnp.arange(6)[None], jnp.arange(6)[None] != 4
+        )
         return logits[0, t] @ np.random.default_rng(0).normal(size=23)
 
     reach = np.abs(jax.jit(jax.grad(mix))(params["embed"]["embedding"])).max(1)
     assert (reach[[0, 1, 2, 3, 5]] > 1e-6).all() and reach[4] == 0  # the source, its padding
-    assert (reach[6:6 + t + 1] > 1e-6).all() and (reach[6 + t + 1:] == 0).all()
+    assert (reach[6 : 6 + t + 1] > 1e-6).all() and (reach[6 + t + 1 :] == 0).all()
 
 
 def test_the_kinds_differ_and_the_first_state_is_what_it_says():
@@ -224,11 +225,11 @@ def test_dropout_is_off_by_default_and_follows_its_key():
 
     @jax.jit
     def dropped(key):
-        return model.apply({"params": params}, targets, source, deterministic=False,
-                           rngs={"dropout": jax.random.PRNGKey(key)})[0]
+        return model.apply(
+            {"params": params}, targets, source, deterministic=False, rngs={"dropout": jax.random.PRNGKey(key)}
+        )[0]
 
-    np.testing.assert_array_equal(logits_of(model, params, targets, source),
-                                  logits_of(plain, params, targets, source))
+    np.testing.assert_array_equal(logits_of(model, params, targets, source), logits_of(plain, params, targets, source))
     np.testing.assert_array_equal(dropped(1), dropped(1))
     assert np.abs(dropped(1) - dropped(2)).max() > 0.01
 
@@ -249,8 +250,7 @@ def test_it_learns_to_reverse(kind):
     # Sources of one to four digits, backwards and closed by 1; then the sampler does it alone.
     model = build(ModelConfig(**TINY | kind | dict(layers=1, dim=32, tied=False)))
     rng = np.random.default_rng(0)
-    tx = optax.chain(optax.clip_by_global_norm(1.0),
-                     optax.adam(optax.cosine_decay_schedule(1e-2, STEPS), b2=0.99))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(1e-2, STEPS), b2=0.99))
 
     def batch(n):
         rows = [rng.integers(2, 8, rng.integers(1, 5)) for _ in range(n)]
@@ -279,8 +279,7 @@ def test_it_learns_to_reverse(kind):
     params, losses = train(init(model, jax.random.PRNGKey(0)), [np.stack(x) for x in zip(*batches)])
     assert losses[-10:].mean() < 0.02 * losses[0]
     rows, _ = batch(50)
-    found = generate.sample(model, params, [row.tolist() for row in rows], 5, temperature=0,
-                            eos_id=1)
+    found = generate.sample(model, params, [row.tolist() for row in rows], 5, temperature=0, eos_id=1)
     right = sum(new == row[::-1].tolist() for new, row in zip(found, rows))
     assert right >= 47
 
@@ -289,8 +288,11 @@ def test_flops_count_every_matrix():
     for fields in (*KINDS, dict(layers=3)):
         model, params = make(**fields)
         c = model.config
-        matrices = [p for path, p in jax.tree_util.tree_leaves_with_path(params)
-                    if path[-1].key == "kernel" and "start" not in path[0].key]  # once a sequence
+        matrices = [
+            p
+            for path, p in jax.tree_util.tree_leaves_with_path(params)
+            if path[-1].key == "kernel" and "start" not in path[0].key
+        ]  # once a sequence
         weights = sum(p.size for p in matrices) + c.dim * c.vocab_size
         assert flops_per_token(c, 10) == 6 * weights + 18 * c.dim * 10
 

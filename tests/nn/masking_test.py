@@ -50,5 +50,4 @@ def test_segments_see_themselves_alone(q, k):
 def test_masks_combine_and_trace():
     seg, places = jnp.array([[1, 1, 2, 2]]), jnp.arange(4)
     mask = jax.jit(lambda: masking.causal(places, places) & masking.segments(seg, seg))()
-    np.testing.assert_array_equal(
-        mask[0, 0], [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]])
+    np.testing.assert_array_equal(mask[0, 0], [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]])

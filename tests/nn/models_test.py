@@ -15,8 +15,20 @@ from nanoflax.nn import alignment, build, flops_per_token, head_kernel
 from nanoflax.parallel import init
 
 GPT2 = dict(vocab_size=61, context=64, layers=2, dim=32, heads=4)
-LLAMA = dict(vocab_size=67, context=64, layers=2, dim=32, heads=4, kv_heads=2, norm="rmsnorm",
-             activation="silu", gated=True, positions="rotary", bias=False, tied=False)
+LLAMA = dict(
+    vocab_size=67,
+    context=64,
+    layers=2,
+    dim=32,
+    heads=4,
+    kv_heads=2,
+    norm="rmsnorm",
+    activation="silu",
+    gated=True,
+    positions="rotary",
+    bias=False,
+    tied=False,
+)
 
 
 def make(seed=0, **fields):
@@ -27,9 +39,10 @@ def make(seed=0, **fields):
 
 def scaled(params, seed=0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda p: jnp.asarray(5 * p if p.ndim > 1 else
-                                              p + 0.2 * rng.normal(size=p.shape), jnp.float32),
-                        jax.device_get(params))
+    return jax.tree.map(
+        lambda p: jnp.asarray(5 * p if p.ndim > 1 else p + 0.2 * rng.normal(size=p.shape), jnp.float32),
+        jax.device_get(params),
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -49,17 +62,15 @@ def test_causality_by_gradient(positions, kv_heads):
     model, params = make(**GPT2 | dict(positions=positions, kv_heads=kv_heads, tied=False))
 
     def logits(table):
-        return model.apply({"params": params | {"embed": {"embedding": table}}},
-                           jnp.arange(T)[None])[0][0, t]
+        return model.apply({"params": params | {"embed": {"embedding": table}}}, jnp.arange(T)[None])[0][0, t]
 
     jacobian = jax.jit(jax.jacrev(logits))(params["embed"]["embedding"])  # [V, V, D]
     reach = np.abs(jacobian).max((0, 2))
-    assert (reach[:t + 1] > 1e-6).all()
-    assert (reach[t + 1:] == 0).all()
+    assert (reach[: t + 1] > 1e-6).all()
+    assert (reach[t + 1 :] == 0).all()
 
 
-@pytest.mark.parametrize("fields", [
-    *(GPT2 | {"positions": p} for p in POSITIONS), LLAMA], ids=[*POSITIONS, "llama"])
+@pytest.mark.parametrize("fields", [*(GPT2 | {"positions": p} for p in POSITIONS), LLAMA], ids=[*POSITIONS, "llama"])
 def test_cached_decoding_equals_the_full_pass(fields):
     # Rows of 12, 9 and 5 tokens, padded on the left: prefill seven slots, then one by one.
     model, params = make(**fields)
@@ -67,14 +78,14 @@ def test_cached_decoding_equals_the_full_pass(fields):
     cache = model.empty_cache(3, 16, start=P - jnp.array(lengths))
     decode = jax.jit(model.decode)
     parts = []
-    for piece in (tokens[:, :7], *(tokens[:, i:i + 1] for i in range(7, P))):
+    for piece in (tokens[:, :7], *(tokens[:, i : i + 1] for i in range(7, P))):
         logits, cache = decode(params, piece, cache)
         parts.append(logits)
     found = np.concatenate(parts, axis=1)
     assert int(cache["index"]) == P
     for row, length in enumerate(lengths):
-        whole = logits_of(model, params, tokens[row:row + 1, P - length:])
-        np.testing.assert_allclose(found[row, P - length:], whole[0], atol=1e-5, rtol=1e-5)
+        whole = logits_of(model, params, tokens[row : row + 1, P - length :])
+        np.testing.assert_allclose(found[row, P - length :], whole[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -131,11 +142,11 @@ def test_dropout_is_off_by_default_and_follows_its_key():
 
     @jax.jit
     def dropped(key):
-        return model.apply({"params": params}, tokens, deterministic=False,
-                           rngs={"dropout": jax.random.PRNGKey(key)})[0]
+        return model.apply({"params": params}, tokens, deterministic=False, rngs={"dropout": jax.random.PRNGKey(key)})[
+            0
+        ]
 
-    np.testing.assert_array_equal(logits_of(model, params, tokens),
-                                  logits_of(plain, params, tokens))
+    np.testing.assert_array_equal(logits_of(model, params, tokens), logits_of(plain, params, tokens))
     np.testing.assert_array_equal(dropped(1), dropped(1))
     assert np.abs(dropped(1) - dropped(2)).max() > 0.01
 
@@ -160,19 +171,27 @@ def test_flops_are_six_per_matrix_weight_and_attention():
     for fields in (GPT2, LLAMA):
         model, params = make(**fields)
         c = model.config
-        weights = sum(p.size for path, p in jax.tree_util.tree_leaves_with_path(params)
-                      if path[-1].key == "kernel")
+        weights = sum(p.size for path, p in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == "kernel")
         weights += c.dim * c.vocab_size if c.tied else 0  # the embedding is the head too
         assert flops_per_token(c, 10) == 6 * weights + 12 * c.layers * c.dim * 10
 
 
 # A bottleneck: one vector is all that a decoder sees of its source.
 
-SOURCES = [dict(vocab_size=61, context=32, layers=2, dim=32, heads=4,
-                architecture="encoder_decoder", positions="rotary"),
-           dict(vocab_size=61, context=32, layers=2, dim=16, heads=1, architecture="lstm"),
-           dict(vocab_size=61, context=32, layers=2, dim=16, heads=1, architecture="lstm",
-                lstm_start="zeros", lstm_attention="multiplicative")]
+SOURCES = [
+    dict(vocab_size=61, context=32, layers=2, dim=32, heads=4, architecture="encoder_decoder", positions="rotary"),
+    dict(vocab_size=61, context=32, layers=2, dim=16, heads=1, architecture="lstm"),
+    dict(
+        vocab_size=61,
+        context=32,
+        layers=2,
+        dim=16,
+        heads=1,
+        architecture="lstm",
+        lstm_start="zeros",
+        lstm_attention="multiplicative",
+    ),
+]
 pairs = pytest.mark.parametrize("fields", SOURCES, ids=["transformer", "lstm", "lstm-zeros"])
 kinds = pytest.mark.parametrize("kind", ["mean", "first"])
 
@@ -226,7 +245,7 @@ def test_caches_and_searches_see_the_vector_too(fields, kind):
     whole, _ = model.apply({"params": params}, targets, source, mask)
     _, cache = model.prefill(params, source, np.array([9, 4, 1]), 6)
     decode, parts = jax.jit(model.decode), []
-    for piece in (targets[:, :2], *(targets[:, i:i + 1] for i in range(2, 6))):
+    for piece in (targets[:, :2], *(targets[:, i : i + 1] for i in range(2, 6))):
         logits, cache = decode(params, piece, cache)
         parts.append(logits)
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-5, rtol=1e-5)
@@ -246,12 +265,10 @@ def test_the_vector_is_of_the_real_tokens(fields):
         padding = np.full((1, 3), 5, np.int32)
         for row in ([alone, padding], [padding, alone]):
             both = np.concatenate([np.concatenate(row, 1), long])
-            mask = np.stack([np.concatenate([np.full(x.shape[1], x is alone) for x in row]),
-                             np.ones(7, bool)])
+            mask = np.stack([np.concatenate([np.full(x.shape[1], x is alone) for x in row]), np.ones(7, bool)])
             if kind != "none":
                 found[kind] = vector(both, mask)
-                np.testing.assert_allclose(found[kind], np.concatenate([vector(alone), vector(long)]),
-                                           atol=1e-5)
+                np.testing.assert_allclose(found[kind], np.concatenate([vector(alone), vector(long)]), atol=1e-5)
         if kind == "none":
             states = model.apply({"params": params}, long, method="states")[0]
             expected = {"mean": states.mean(0), "first": states[0]}
@@ -265,14 +282,24 @@ def test_the_vector_is_of_the_real_tokens(fields):
 def test_a_bottleneck_is_of_models_with_sources_and_not_of_transformers(tmp_path):
     with pytest.raises(UserError, match="model.bottleneck='mean' is for"):
         build(ModelConfig(**GPT2, bottleneck="mean"))
-    model, params = make(**SOURCES[0] | dict(positions="relative", norm="rmsnorm", bias=False,
-                                             activation="relu", attention_scale=1.0,
-                                             norm_eps=1e-6, bottleneck="mean"))
+    model, params = make(
+        **SOURCES[0]
+        | dict(
+            positions="relative",
+            norm="rmsnorm",
+            bias=False,
+            activation="relu",
+            attention_scale=1.0,
+            norm_eps=1e-6,
+            bottleneck="mean",
+        )
+    )
     with pytest.raises(UserError, match="nearest is t5, but for model.bottleneck='mean'"):
         hf.save(tmp_path, model.config, params)
 
 
 # Against Transformers: the loss and every gradient (tests/hf_test.py has all the families).
+
 
 def randomize(theirs, seed, std=0.1):
     """Weights of every kind far from their initial values, so that none can be mixed up."""
@@ -288,33 +315,58 @@ def transformers_gpt2(**changes):
     """Transformers' GPT-2 of our fields."""
     transformers = pytest.importorskip("transformers")
     c = ModelConfig(**GPT2 | changes)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.context, n_embd=c.dim, n_layer=c.layers,
-        n_head=c.heads, n_inner=c.F, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        layer_norm_epsilon=c.norm_eps, tie_word_embeddings=c.tied, attn_implementation="eager",
-        activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[c.activation]))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=c.vocab_size,
+            n_positions=c.context,
+            n_embd=c.dim,
+            n_layer=c.layers,
+            n_head=c.heads,
+            n_inner=c.F,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            layer_norm_epsilon=c.norm_eps,
+            tie_word_embeddings=c.tied,
+            attn_implementation="eager",
+            activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[c.activation],
+        )
+    )
 
 
 def transformers_llama(**changes):
     transformers = pytest.importorskip("transformers")
     c = ModelConfig(**LLAMA | changes)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=c.vocab_size, max_position_embeddings=c.context, hidden_size=c.dim,
-        num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.G,
-        head_dim=c.K, intermediate_size=c.F, rms_norm_eps=c.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        tie_word_embeddings=c.tied, attn_implementation="eager"))
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=c.vocab_size,
+            max_position_embeddings=c.context,
+            hidden_size=c.dim,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.G,
+            head_dim=c.K,
+            intermediate_size=c.F,
+            rms_norm_eps=c.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            tie_word_embeddings=c.tied,
+            attn_implementation="eager",
+        )
+    )
 
 
-@pytest.mark.parametrize("family, changes", [
-    (transformers_gpt2, {}),
-    (transformers_gpt2, dict(tied=False, activation="gelu", mlp_dim=40, norm_eps=1e-3)),
-    (transformers_gpt2, dict(dim=48, heads=2, layers=3)),
-    (transformers_llama, {}),
-    (transformers_llama, dict(kv_heads=1, tied=True, rope_theta=500.0)),
-    (transformers_llama, dict(kv_heads=None, head_dim=12, mlp_dim=56, norm_eps=1e-3)),
-], ids=["gpt2", "gpt2-untied-exact", "gpt2-3x48", "llama-grouped", "llama-multiquery-tied",
-        "llama-head-dim"])
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        (transformers_gpt2, {}),
+        (transformers_gpt2, dict(tied=False, activation="gelu", mlp_dim=40, norm_eps=1e-3)),
+        (transformers_gpt2, dict(dim=48, heads=2, layers=3)),
+        (transformers_llama, {}),
+        (transformers_llama, dict(kv_heads=1, tied=True, rope_theta=500.0)),
+        (transformers_llama, dict(kv_heads=None, head_dim=12, mlp_dim=56, norm_eps=1e-3)),
+    ],
+    ids=["gpt2", "gpt2-untied-exact", "gpt2-3x48", "llama-grouped", "llama-multiquery-tied", "llama-head-dim"],
+)
 def test_logits_loss_and_gradients_equal_transformers(family, changes, tmp_path):
     torch = pytest.importorskip("torch")
     theirs = family(**changes)
@@ -344,8 +396,7 @@ def test_logits_loss_and_gradients_equal_transformers(family, changes, tmp_path)
     _, expected = hf.load(tmp_path)
     # A key's bias has no gradient in theory, so the floor is a share of the largest one.
     floor = 1e-3 * max(np.linalg.norm(want) for want in jax.tree.leaves(expected))
-    for (path, ours), want in zip(jax.tree_util.tree_leaves_with_path(grads),
-                                  jax.tree.leaves(expected)):
+    for (path, ours), want in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected)):
         error = np.linalg.norm(ours - want) / max(np.linalg.norm(want), floor)
         assert error < 1e-4, jax.tree_util.keystr(path)
 
@@ -354,6 +405,7 @@ def test_logits_loss_and_gradients_equal_transformers(family, changes, tmp_path)
 def test_alignment_is_a_layers_mean_cross_attention(family, tmp_path):
     torch = pytest.importorskip("torch")
     from tests.generate.beams_test import theirs_of
+
     theirs = theirs_of(family, 3).eval()
     randomize(theirs, 3, std=0.2)
     theirs.set_attn_implementation("eager")
@@ -362,8 +414,11 @@ def test_alignment_is_a_layers_mean_cross_attention(family, tmp_path):
     source, targets = tokens_of(0, 9), tokens_of(1, 6)
     inputs = np.concatenate([[config.start_id], targets[:-1]])
     with torch.no_grad():
-        layers = theirs(input_ids=torch.tensor(source)[None].long(), output_attentions=True,
-                        decoder_input_ids=torch.tensor(inputs)[None].long()).cross_attentions
+        layers = theirs(
+            input_ids=torch.tensor(source)[None].long(),
+            output_attentions=True,
+            decoder_input_ids=torch.tensor(inputs)[None].long(),
+        ).cross_attentions
     means = [layer[0].mean(0).numpy() for layer in layers]
     expected = min(means, key=lambda w: -(w * np.log(w)).sum())
     found = alignment(build(config), params, source.tolist(), targets.tolist())

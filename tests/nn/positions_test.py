@@ -48,11 +48,14 @@ def test_rotary_equals_transformers_llama(theta):
     q = rng.normal(size=(B, T, H, K)).astype(np.float32)
     k = rng.normal(size=(B, T, 1, K)).astype(np.float32)
     place = rng.integers(0, 500, (B, T)).astype(np.int32)
-    config = LlamaConfig(hidden_size=H * K, num_attention_heads=H, head_dim=K,
-                         rope_parameters={"rope_type": "default", "rope_theta": theta})
+    config = LlamaConfig(
+        hidden_size=H * K,
+        num_attention_heads=H,
+        head_dim=K,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+    )
     cos, sin = llama.LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor(place).long())
-    tq, tk = llama.apply_rotary_pos_emb(torch.tensor(q).transpose(1, 2),
-                                        torch.tensor(k).transpose(1, 2), cos, sin)
+    tq, tk = llama.apply_rotary_pos_emb(torch.tensor(q).transpose(1, 2), torch.tensor(k).transpose(1, 2), cos, sin)
     angles = positions.rotary_angles(jnp.asarray(place), nn.base_rates(theta, K))
     np.testing.assert_allclose(positions.rotate(q, angles), tq.transpose(1, 2), atol=2e-4)
     np.testing.assert_allclose(positions.rotate(k, angles), tk.transpose(1, 2), atol=2e-4)

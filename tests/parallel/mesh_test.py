@@ -30,8 +30,14 @@ def run_child(*arguments, file="mesh_test"):
     """What a function of a test file gives in a process of eight devices."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     flags += " --xla_backend_optimization_level=0"  # of code that runs once
-    done = subprocess.run([sys.executable, "-c", CHILD, file, *arguments], cwd=ROOT, text=True,
-                          timeout=900, capture_output=True, env=os.environ | {"XLA_FLAGS": flags})
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, file, *arguments],
+        cwd=ROOT,
+        text=True,
+        timeout=900,
+        capture_output=True,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -42,8 +48,21 @@ MESHES = ("8,1,1", "1,8,1", "2,2,2", "1,2,2,2")
 
 def model_of(**changes):
     # Sizes such that no half of a matrix has the shape of another.
-    return ModelConfig(**dict(vocab_size=V, context=T, layers=1, dim=24, heads=6, kv_heads=2,
-                              head_dim=10, mlp_dim=56, positions="rotary", tied=False) | changes)
+    return ModelConfig(
+        **dict(
+            vocab_size=V,
+            context=T,
+            layers=1,
+            dim=24,
+            heads=6,
+            kv_heads=2,
+            head_dim=10,
+            mlp_dim=56,
+            positions="rotary",
+            tied=False,
+        )
+        | changes
+    )
 
 
 ENCODER = dict(architecture="encoder", positions="learned")
@@ -65,8 +84,7 @@ def batch_of(name):
     real = np.arange(T) < rng.integers(1, T + 1, (B, 1))
     batch = {"weights": (rng.random((B, T)) < 0.7).astype(np.float32)}
     if name in ("mlm", "classify", "tag"):
-        batch |= {"tokens": ids(B, T), "padding_mask": real, "targets": ids(B, T),
-                  "tags": ids(B, T) % 3}
+        batch |= {"tokens": ids(B, T), "padding_mask": real, "targets": ids(B, T), "tags": ids(B, T) % 3}
         if name == "classify":
             batch |= {"label": ids(B) % 2, "weights": np.ones(B, np.float32)}
         return batch
@@ -75,15 +93,18 @@ def batch_of(name):
         return batch | {"source": ids(B, T), "source_mask": real}
     batch["first"] = ids(B)
     if name == "packed":
-        batch |= {"segments": np.sort(rng.integers(1, 4, (B, T)), 1).astype(np.int32),
-                  "start": ids(B)}
+        batch |= {"segments": np.sort(rng.integers(1, 4, (B, T)), 1).astype(np.int32), "start": ids(B)}
     return batch
 
 
 def objective_of(name):
-    return {"mlm": train.masked_lm, "classify": train.classify, "tag": train.tag,
-            "encoder_decoder": train.seq2seq, "lstm": train.seq2seq}.get(
-                name, train.causal_lm)
+    return {
+        "mlm": train.masked_lm,
+        "classify": train.classify,
+        "tag": train.tag,
+        "encoder_decoder": train.seq2seq,
+        "lstm": train.seq2seq,
+    }.get(name, train.causal_lm)
 
 
 def prepared(case):
@@ -92,12 +113,14 @@ def prepared(case):
     model = build(MODELS[name])
     params = parallel.init(model, jax.random.PRNGKey(0))
     if case in ADAPTERS:
-        params = peft.add(params, PeftConfig(kind=case, rank=3, target_rank=2, bottleneck=5,
-                                             virtual_tokens=3), jax.random.PRNGKey(1))
+        params = peft.add(
+            params, PeftConfig(kind=case, rank=3, target_rank=2, bottleneck=5, virtual_tokens=3), jax.random.PRNGKey(1)
+        )
     # Larger than it begins, so that every part has its share in the loss; and no zeros.
     paths, rng = jax.tree_util.tree_leaves_with_path(params), np.random.default_rng(2)
-    params = jax.tree.unflatten(jax.tree.structure(params), [
-        x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for _, x in paths])
+    params = jax.tree.unflatten(
+        jax.tree.structure(params), [x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for _, x in paths]
+    )
 
     def loss(params, batch):
         total, _, weight = objective_of(name)(model, params, batch, chunks=2)
@@ -117,29 +140,37 @@ def on_meshes():
             mesh = parallel.make_mesh(shape)
             places = parallel.shardings(params, mesh)
             arguments = jax.device_put(params, places), parallel.put_batch(batch, mesh)
-            compiled = jax.jit(parallel.traced_on(mesh, step),
-                               out_shardings=(None, places)).lower(*arguments).compile()
+            compiled = jax.jit(parallel.traced_on(mesh, step), out_shardings=(None, places)).lower(*arguments).compile()
             found = jax.device_get(compiled(*arguments))
             moved = collectives(compiled.as_text(), mesh)
-            split = [sorted(x.shape) for x, place in zip(
-                jax.tree.leaves(params), jax.tree.leaves(places))
-                if "tensor" in jax.tree.leaves(tuple(place.spec)) and x.ndim > 1]
+            split = [
+                sorted(x.shape)
+                for x, place in zip(jax.tree.leaves(params), jax.tree.leaves(places))
+                if "tensor" in jax.tree.leaves(tuple(place.spec)) and x.ndim > 1
+            ]
             out[f"{case} {shape}"] = {
-                "loss": float(whole[0]), "error": difference(found, whole),
+                "loss": float(whole[0]),
+                "error": difference(found, whole),
                 "gradient": max(float(np.abs(g).max()) for g in jax.tree.leaves(whole[1])),
                 # What XLA does with a few ids or an adapter's small matrices is its own affair.
-                "kinds": sorted({kind for kind, _, shapes in moved
-                                 if sum(map(math.prod, shapes)) > LITTLE}),
+                "kinds": sorted({kind for kind, _, shapes in moved if sum(map(math.prod, shapes)) > LITTLE}),
                 "axes": sorted({axis for _, axes, _ in moved for axis in axes}),
-                "gathered whole": [shapes for kind, _, shapes in moved if kind == "all-gather"
-                                   and mesh.shape["tensor"] > 1 and any(
-                    sorted(n for n in shape if n > 1) in split for shape in shapes)]}
+                "gathered whole": [
+                    shapes
+                    for kind, _, shapes in moved
+                    if kind == "all-gather"
+                    and mesh.shape["tensor"] > 1
+                    and any(sorted(n for n in shape if n > 1) in split for shape in shapes)
+                ],
+            }
     return out
 
 
 def difference(a, b):
-    return max(float(np.abs(np.asarray(x) - np.asarray(y)).max())
-               for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return max(
+        float(np.abs(np.asarray(x) - np.asarray(y)).max())
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 LITTLE = 2 * B * T
@@ -151,8 +182,12 @@ KINDS = {
     "2,2,2": {"all-reduce", "all-gather", "all-to-all"},  # also sums over heads and F
     "1,2,2,2": {"all-reduce", "all-gather", "all-to-all"},  # also keys and values, gathered
 }
-AXES = {"8,1,1": {"data"}, "1,8,1": {"fsdp"}, "2,2,2": {"data", "fsdp", "tensor"},
-        "1,2,2,2": {"fsdp", "tensor", "context"}}
+AXES = {
+    "8,1,1": {"data"},
+    "1,8,1": {"fsdp"},
+    "2,2,2": {"data", "fsdp", "tensor"},
+    "1,2,2,2": {"fsdp", "tensor", "context"},
+}
 # Where only fsdp splits a matrix, XLA may bring a part to it by way of another axis.
 DETOURS = {"lstm 2,2,2": {"collective-permute"}}
 
@@ -162,8 +197,7 @@ def found():
     return run_child("on_meshes")
 
 
-CASES = [f"{case} {mesh}" for case in (*MODELS, *ADAPTERS) for mesh in MESHES
-         if (case, mesh) != ("lstm", MESHES[-1])]
+CASES = [f"{case} {mesh}" for case in (*MODELS, *ADAPTERS) for mesh in MESHES if (case, mesh) != ("lstm", MESHES[-1])]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -184,21 +218,26 @@ def collectives(hlo, mesh):
     """(kind, the axes along which it joins devices, shapes of its results) of each collective."""
     ids, out = np.arange(8).reshape(tuple(mesh.shape.values())), []
     for line in hlo.splitlines():
-        m = re.match(r"\s*(?:ROOT )?\S+ = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|"
-                     r"collective-permute)(?:-start)?\(", line)
+        m = re.match(
+            r"\s*(?:ROOT )?\S+ = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|"
+            r"collective-permute)(?:-start)?\(",
+            line,
+        )
         if not m:
             continue
-        shapes = [[int(n) for n in s.split(",") if n]
-                  for s in re.findall(r"\w+\[([\d,]*)\]", m[1])]
+        shapes = [[int(n) for n in s.split(",") if n] for s in re.findall(r"\w+\[([\d,]*)\]", m[1])]
         if m[2] == "collective-permute":
             together = groups(re.search(r"source_target_pairs=(\{\{.*?\}\})", line)[1])
         else:
-            together = groups(re.search(
-                r"replica_groups=(\{\{.*?\}\}|\[.*?\]<=\[.*?\](?:T\(.*?\))?|mesh.*?\{.*?\})",
-                line)[1])
+            together = groups(
+                re.search(r"replica_groups=(\{\{.*?\}\}|\[.*?\]<=\[.*?\](?:T\(.*?\))?|mesh.*?\{.*?\})", line)[1]
+            )
         places = [[np.argwhere(ids == i)[0] for i in group] for group in together]
-        axes = [axis for i, axis in enumerate(parallel.AXES)
-                if any(len({place[i] for place in group}) > 1 for group in places)]
+        axes = [
+            axis
+            for i, axis in enumerate(parallel.AXES)
+            if any(len({place[i] for place in group}) > 1 for group in places)
+        ]
         out.append((m[2], axes, shapes))
     return out
 
@@ -226,6 +265,7 @@ def groups(text):
 
 # Evaluation and decoding.
 
+
 def evaluated():
     """What an evaluation and a Judge find on one device and on a mesh, and what they are split by."""
     from nanoflax import tasks, tokenizers, train
@@ -238,26 +278,29 @@ def evaluated():
         def batch(self, indices):
             full = batch_of("packed")
             return {name: x[indices % B] for name, x in full.items()} | {
-                "weights": full["weights"][indices % B] * (indices < 12)[:, None]}
+                "weights": full["weights"][indices % B] * (indices < 12)[:, None]
+            }
 
     class Rows(SimpleNamespace):
         def __len__(self):
             return 8
 
     batch, out, ways = batch_of("mlm"), {}, []
-    rows = Rows(rows=[{name: x[i] for name, x in batch.items()} for i in range(8)],
-                examples=[None] * 8, drawn=lambda draws: rows,
-                batch=lambda indices, lengths: {name: x[indices] for name, x in batch.items()},
-                lengths=lambda indices: None)
+    rows = Rows(
+        rows=[{name: x[i] for name, x in batch.items()} for i in range(8)],
+        examples=[None] * 8,
+        drawn=lambda draws: rows,
+        batch=lambda indices, lengths: {name: x[indices] for name, x in batch.items()},
+        lengths=lambda indices: None,
+    )
 
     def objective(*arguments, **options):
         ways.append(parallel.ways(B, T))
         return train.causal_lm(*arguments, **options)
 
     for shape in ("1,1,1", "1,2,2,2"):
-        mesh = parallel.make_mesh(shape, jax.devices()[:1 if shape == "1,1,1" else 8])
-        config = Config(model=MODELS["packed"], train=TrainConfig(batch_size=B),
-                        task=TaskConfig(kind="masked_lm"))
+        mesh = parallel.make_mesh(shape, jax.devices()[: 1 if shape == "1,1,1" else 8])
+        config = Config(model=MODELS["packed"], train=TrainConfig(batch_size=B), task=TaskConfig(kind="masked_lm"))
         put = lambda params: jax.device_put(params, parallel.shardings(params, mesh))  # noqa: E731
         model, judged = build(MODELS["packed"]), build(MODELS["mlm"])
         evaluate = train.make_evaluation(model, config, mesh, objective)
@@ -265,8 +308,10 @@ def evaluated():
         judge = tasks.Evaluator(judged, config, tokenizers.load("bytes"), (), rows, mesh)
         params = put(jax.tree.map(lambda x: 6 * x, parallel.init(judged, jax.random.PRNGKey(0))))
         guesses = judge._guesses(params, parallel.put_batch(batch, mesh))
-        out[shape] = {"sums": found + [float(x) for x in judge._sums(
-            params, parallel.put_batch(batch, mesh))], "guesses": np.asarray(guesses).tolist()}
+        out[shape] = {
+            "sums": found + [float(x) for x in judge._sums(params, parallel.put_batch(batch, mesh))],
+            "guesses": np.asarray(guesses).tolist(),
+        }
     return out | {"ways": ways}
 
 
@@ -296,8 +341,11 @@ def decoded():
 
         out[name] = [tokens(params), tokens(split)]
     zero = jax.device_put(np.float32(0), jax.NamedSharding(mesh, jax.P()))
-    cache = jax.jit(parallel.traced_on(mesh, lambda zero: jax.tree.map(
-        lambda x: x + zero, build(MODELS["packed"]).empty_cache(8, 12)["layers"])))(zero)
+    cache = jax.jit(
+        parallel.traced_on(
+            mesh, lambda zero: jax.tree.map(lambda x: x + zero, build(MODELS["packed"]).empty_cache(8, 12)["layers"])
+        )
+    )(zero)
     out["cache"] = [x.addressable_shards[0].data.shape for x in jax.tree.leaves(cache)]
     return out
 

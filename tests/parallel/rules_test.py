@@ -35,8 +35,14 @@ print(json.dumps(getattr(rules_test, sys.argv[1])()))
 
 def run_child(name):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run([sys.executable, "-c", CHILD, name], cwd=ROOT, text=True, timeout=600,
-                          capture_output=True, env=os.environ | {"XLA_FLAGS": flags})
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, name],
+        cwd=ROOT,
+        text=True,
+        timeout=600,
+        capture_output=True,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -44,17 +50,29 @@ def run_child(name):
 def config_of(mesh, tied):
     # SGD: under Adam a gradient of rounding noise (a key's bias) moves by its sign alone.
     return Config(
-        model=ModelConfig(vocab_size=48, context=16, layers=2, dim=32, heads=4, kv_heads=4,
-                          tied=tied, positions="learned" if tied else "rotary"),
+        model=ModelConfig(
+            vocab_size=48,
+            context=16,
+            layers=2,
+            dim=32,
+            heads=4,
+            kv_heads=4,
+            tied=tied,
+            positions="learned" if tied else "rotary",
+        ),
         optim=OptimConfig(name="sgd", learning_rate=0.3, warmup_steps=0, ema=0.9),
-        train=TrainConfig(steps=3, batch_size=16, accumulate=2, mesh=mesh, z_loss=1e-3, seed=3))
+        train=TrainConfig(steps=3, batch_size=16, accumulate=2, mesh=mesh, z_loss=1e-3, seed=3),
+    )
 
 
 def batch_of(i):
     rng = np.random.default_rng(i)
     weights = (rng.random((16, 16)) < 0.7).astype(np.float32)
-    return {"targets": rng.integers(0, 48, (16, 16)).astype(np.int32), "weights": weights,
-            "first": rng.integers(0, 48, 16).astype(np.int32)}
+    return {
+        "targets": rng.integers(0, 48, (16, 16)).astype(np.int32),
+        "weights": weights,
+        "first": rng.integers(0, 48, 16).astype(np.int32),
+    }
 
 
 def train_on(config, devices):
@@ -76,21 +94,24 @@ def train_on(config, devices):
 
 
 def difference(a, b):
-    return max(float(np.abs(np.asarray(x) - np.asarray(y)).max())
-               for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return max(
+        float(np.abs(np.asarray(x) - np.asarray(y)).max())
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def meshes_against_one_device():
     out = {}
     for tied in (True, False):
         whole = train_on(config_of("1,1,1", tied), jax.devices()[:1])
-        for sizes in (("8,1,1", "1,8,1", "2,2,2", "1,2,4") if tied else ("2,2,2",)):
+        for sizes in ("8,1,1", "1,8,1", "2,2,2", "1,2,4") if tied else ("2,2,2",):
             metrics, state = train_on(config_of(sizes, tied), jax.devices())
             out[f"{sizes} tied={tied}"] = {
                 "metrics": float(np.abs(np.array(metrics) - whole[0]).max()),
                 "params": difference(state.params, whole[1].params),
                 "ema": difference(state.ema, whole[1].ema),
-                "moved": difference(state.params, train_on_nothing(mesh, tied))}
+                "moved": difference(state.params, train_on_nothing(mesh, tied)),
+            }
     return out
 
 
@@ -118,8 +139,12 @@ def collectives_of_the_head(V):
     rng = np.random.default_rng(0)
     hidden, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(B, T, D), (D, V)])
     targets, weights = jnp.asarray(rng.integers(0, V, (B, T))), jnp.full((B, T), 1 / (B * T))
-    specs = [parallel.batch_sharding(mesh, 3), jax.NamedSharding(mesh, P("fsdp", "tensor")),
-             parallel.batch_sharding(mesh, 2), parallel.batch_sharding(mesh, 2)]
+    specs = [
+        parallel.batch_sharding(mesh, 3),
+        jax.NamedSharding(mesh, P("fsdp", "tensor")),
+        parallel.batch_sharding(mesh, 2),
+        parallel.batch_sharding(mesh, 2),
+    ]
 
     def loss(hidden, kernel, targets, weights, chunks=4):
         return chunked_cross_entropy(hidden, kernel, targets, weights, None, chunks)[0]
@@ -133,10 +158,16 @@ def collectives_of_the_head(V):
     split = jax.jit(on_mesh, out_shardings=(None, tuple(specs[:2]))).lower(*placed).compile()
     loop = re.search(r"body=(%[\w.]+)", split.as_text())[1]
     body = split.as_text().split(f"\n{loop} ")[1].split("\n}")[0]
-    sizes = [math.prod(map(int, shape.split(","))) for shape in
-             re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-|reduce-scatter)", body)]
-    return {"error": difference(split(*placed), whole), "largest": max(sizes, default=0),
-            "states": B // 2 * T // 4 * D, "whole": f"{D},{V // 2}]" in split.as_text()}
+    sizes = [
+        math.prod(map(int, shape.split(",")))
+        for shape in re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-|reduce-scatter)", body)
+    ]
+    return {
+        "error": difference(split(*placed), whole),
+        "largest": max(sizes, default=0),
+        "states": B // 2 * T // 4 * D,
+        "whole": f"{D},{V // 2}]" in split.as_text(),
+    }
 
 
 def test_the_loop_of_the_chunked_loss_never_reduces_the_head():
@@ -155,8 +186,7 @@ def adapters_against_one_device():
     def tuned(mesh_shape, devices, kind):
         config, c = config_of(mesh_shape, False), PeftConfig(kind=kind, rank=3, bottleneck=6)
         mesh, model = parallel.make_mesh(mesh_shape, devices), build(config.model)
-        params = peft.add(parallel.init(model, jax.random.PRNGKey(0), mesh), c,
-                          jax.random.PRNGKey(1))
+        params = peft.add(parallel.init(model, jax.random.PRNGKey(0), mesh), c, jax.random.PRNGKey(1))
         params = jax.device_put(params, parallel.shardings(params, mesh))
         trained, frozen = peft.split(params, peft.trainable(params, c))
         optimizer, _ = train.make_optimizer(config.optim, config.train.steps)
@@ -171,8 +201,11 @@ def adapters_against_one_device():
     out = {}
     for kind in ("dora", "houlsby"):
         one, many = tuned("1,1,1", jax.devices()[:1], kind), tuned("2,2,2", jax.devices(), kind)
-        out[kind] = {"metrics": float(np.abs(np.subtract(one[0], many[0])).max()),
-                     "params": difference(one[1], many[1]), "moved": many[2]}
+        out[kind] = {
+            "metrics": float(np.abs(np.subtract(one[0], many[0])).max()),
+            "params": difference(one[1], many[1]),
+            "moved": many[2],
+        }
     return out
 
 
@@ -202,17 +235,31 @@ def shards_of_each_leaf():
     batch = parallel.put_batch(batch_of(0), mesh)
 
     def parts(tree):
-        return {jax.tree_util.keystr(path, simple=True, separator="/"):
-                [list(s.data.shape) for s in x.addressable_shards][0]
-                for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): [list(s.data.shape) for s in x.addressable_shards][
+                0
+            ]
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
 
-    return {"params": parts(state.params), "ambient": parts(ambient), "ema": parts(state.ema),
-            "opt_state": parts(state.opt_state), "batch": parts(batch),
-            "same values": difference(ambient, unsharded),
-            "abstract is like the state": jax.tree.all(jax.tree.map(
-                lambda a, x: (a.shape, a.dtype) == (x.shape, x.dtype)
-                and a.sharding.is_equivalent_to(x.sharding, x.ndim), abstract, state)),
-            "devices": len(jax.tree.leaves(ambient)[0].sharding.device_set)}
+    return {
+        "params": parts(state.params),
+        "ambient": parts(ambient),
+        "ema": parts(state.ema),
+        "opt_state": parts(state.opt_state),
+        "batch": parts(batch),
+        "same values": difference(ambient, unsharded),
+        "abstract is like the state": jax.tree.all(
+            jax.tree.map(
+                lambda a, x: (
+                    (a.shape, a.dtype) == (x.shape, x.dtype) and a.sharding.is_equivalent_to(x.sharding, x.ndim)
+                ),
+                abstract,
+                state,
+            )
+        ),
+        "devices": len(jax.tree.leaves(ambient)[0].sharding.device_set),
+    }
 
 
 def ambient_meshes():
@@ -232,8 +279,10 @@ def ambient_meshes():
         out[",".join(names)] = {
             "part": kernel.addressable_shards[0].data.shape,
             "devices": len(kernel.sharding.device_set),
-            "traced": difference(traced, plain), "eager": difference(params, plain),
-            "shapes": jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, plain)}
+            "traced": difference(traced, plain),
+            "eager": difference(params, plain),
+            "shapes": jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, plain),
+        }
     return out
 
 
@@ -250,19 +299,27 @@ def test_everything_is_born_in_its_shards():
     found = run_child("shards_of_each_leaf")
     # On (2, 2, 2), parameters are whole along data and halved along fsdp and tensor.
     expected = {
-        "embed/embedding": [24, 16], "unembed/kernel": [16, 24], "decoder/norm/scale": [32],
-        "decoder/norm/bias": [32]} | {
-        f"decoder/block_{i}/{path}": shape for i in (0, 1) for path, shape in {
+        "embed/embedding": [24, 16],
+        "unembed/kernel": [16, 24],
+        "decoder/norm/scale": [32],
+        "decoder/norm/bias": [32],
+    } | {
+        f"decoder/block_{i}/{path}": shape
+        for i in (0, 1)
+        for path, shape in {
             **{f"attention/{n}/kernel": [16, 16] for n in ("query", "key", "value", "out")},
             **{f"attention/{n}/bias": [16] for n in ("query", "key", "value")},
-            "attention/out/bias": [32], "mlp/up/kernel": [16, 64], "mlp/up/bias": [64],
-            "mlp/down/kernel": [64, 16], "mlp/down/bias": [32],
+            "attention/out/bias": [32],
+            "mlp/up/kernel": [16, 64],
+            "mlp/up/bias": [64],
+            "mlp/down/kernel": [64, 16],
+            "mlp/down/bias": [32],
             **{f"norm_{n}/{p}": [32] for n in ("attention", "mlp") for p in ("scale", "bias")},
-        }.items()}
+        }.items()
+    }
     assert found["params"] == found["ambient"] == found["ema"] == expected
     for moment in ("mu", "nu"):  # of AdamW, sharded as the parameters are
-        assert {k.split(f"{moment}/")[1]: v for k, v in found["opt_state"].items()
-                if f"{moment}/" in k} == expected
+        assert {k.split(f"{moment}/")[1]: v for k, v in found["opt_state"].items() if f"{moment}/" in k} == expected
     assert found["batch"] == {"targets": [4, 16], "weights": [4, 16], "first": [4]}
     assert found["same values"] < 1e-6 and found["abstract is like the state"]
     assert found["devices"] == 8
@@ -270,15 +327,21 @@ def test_everything_is_born_in_its_shards():
 
 # What follows needs no devices.
 
-@pytest.mark.parametrize("shape, words", [
-    *((shape, "must be three sizes for data, fsdp, tensor")
-      for shape in ("", "8", "1,1", "1,1,1,1,1", "a,1,1", "0,1,1", "1,-2,1")),
-    ("-1,-1,1", "at most one of them -1"),
-    ("8,2,1", "needs 16 devices, and 8 are present"),
-    ("-1,16,1", "needs 16 devices, and 8 are present"),
-    ("2,2,1", "does not use the 8 devices present; the sizes must multiply to 8"),
-    ("-1,3,1", "does not use the 8 devices present"),
-])
+
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        *(
+            (shape, "must be three sizes for data, fsdp, tensor")
+            for shape in ("", "8", "1,1", "1,1,1,1,1", "a,1,1", "0,1,1", "1,-2,1")
+        ),
+        ("-1,-1,1", "at most one of them -1"),
+        ("8,2,1", "needs 16 devices, and 8 are present"),
+        ("-1,16,1", "needs 16 devices, and 8 are present"),
+        ("2,2,1", "does not use the 8 devices present; the sizes must multiply to 8"),
+        ("-1,3,1", "does not use the 8 devices present"),
+    ],
+)
 def test_bad_mesh_shapes_are_refused(shape, words):
     with pytest.raises(UserError) as caught:
         parallel.mesh_sizes(shape, 8)
@@ -298,9 +361,15 @@ def test_one_device_is_a_mesh_of_one():
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
 
 
-@pytest.mark.parametrize("shape, sizes, name", [
-    ("2,-1,1", (2, 4, 1, 1), "2,4,1"), ("2,2,2", (2, 2, 2, 1), "2,2,2"),
-    ("1,2,1,-1", (1, 2, 1, 4), "1,2,1,4"), ("-1,1,1,8", (1, 1, 1, 8), "1,1,1,8")])
+@pytest.mark.parametrize(
+    "shape, sizes, name",
+    [
+        ("2,-1,1", (2, 4, 1, 1), "2,4,1"),
+        ("2,2,2", (2, 2, 2, 1), "2,2,2"),
+        ("1,2,1,-1", (1, 2, 1, 4), "1,2,1,4"),
+        ("-1,1,1,8", (1, 1, 1, 8), "1,1,1,8"),
+    ],
+)
 def test_three_or_four_sizes(shape, sizes, name):
     assert parallel.mesh_sizes(shape, 8) == sizes
     assert parallel.mesh_name(sizes) == name and parallel.mesh_sizes(name, 8) == sizes
@@ -314,13 +383,22 @@ class Device(SimpleNamespace):
 
 def devices_of(slices, each, platform="gpu"):
     """Devices of several slices, dealt out in turn, as nothing promises another order."""
-    return [Device(id=i, process_index=i % slices, slice_index=i % slices, platform=platform,
-                   device_kind="none") for i in range(slices * each)]
+    return [
+        Device(id=i, process_index=i % slices, slice_index=i % slices, platform=platform, device_kind="none")
+        for i in range(slices * each)
+    ]
 
 
-@pytest.mark.parametrize("sizes, across", [
-    ((4, 2, 1, 1), "data"), ((2, 2, 2, 1), "data"), ((2, 1, 1, 4), "data"),
-    ((1, 4, 2, 1), "fsdp"), ((1, 2, 1, 4), "fsdp")])
+@pytest.mark.parametrize(
+    "sizes, across",
+    [
+        ((4, 2, 1, 1), "data"),
+        ((2, 2, 2, 1), "data"),
+        ((2, 1, 1, 4), "data"),
+        ((1, 4, 2, 1), "fsdp"),
+        ((1, 2, 1, 4), "fsdp"),
+    ],
+)
 def test_slices_are_apart_along_data_or_else_fsdp(sizes, across):
     devices = devices_of(2, 4)
     array = mesh.hybrid(sizes, devices)
@@ -328,8 +406,7 @@ def test_slices_are_apart_along_data_or_else_fsdp(sizes, across):
     at = np.vectorize(lambda d: d.slice_index)(array)
     axis = parallel.AXES.index(across)
     half = np.arange(sizes[axis]) // (sizes[axis] // 2)
-    np.testing.assert_array_equal(at, np.broadcast_to(
-        half.reshape([-1 if i == axis else 1 for i in range(4)]), sizes))
+    np.testing.assert_array_equal(at, np.broadcast_to(half.reshape([-1 if i == axis else 1 for i in range(4)]), sizes))
 
 
 def test_slices_along_data_and_fsdp_together():
@@ -338,8 +415,11 @@ def test_slices_along_data_and_fsdp_together():
 
 
 def test_tensor_across_slices_is_refused_with_the_mesh():
-    with pytest.raises(UserError, match=r"train.mesh='1,1,8' must split 2 slices or nodes along "
-                                        "data, then fsdp"):
+    with pytest.raises(
+        UserError,
+        match=r"train.mesh='1,1,8' must split 2 slices or nodes along "
+        "data, then fsdp",
+    ):
         mesh.hybrid((1, 1, 8, 1), devices_of(2, 4))
 
 
@@ -369,19 +449,25 @@ def test_the_mesh_of_several_slices_is_the_hybrid_one(monkeypatch):
     assert asked == [(1, 1, 1, 1)] and made.axis_names == parallel.AXES
 
 
-@pytest.mark.parametrize("mesh, model, train, words", [
-    ((8, 1, 1), {}, dict(batch_size=12), "train.batch_size=12 over train.accumulate=1 gives "
-     "micro-batches of 12, not divisible by data x fsdp = 8"),
-    ((2, 2, 1), {}, dict(batch_size=8, accumulate=4), "micro-batches of 2, not divisible by"),
-    ((1, 1, 4), dict(heads=6), {}, "model.heads=6 is not divisible by tensor=4"),
-    ((1, 1, 4), dict(kv_heads=2), {}, "model.kv_heads=2 is not divisible by tensor=4"),
-    ((1, 1, 4), dict(mlp_dim=30), {}, "model.mlp_dim=30 is not divisible by tensor=4"),
-    ((1, 1, 4), dict(vocab_size=49), {}, "model.vocab_size=49 is not divisible by tensor=4"),
-    ((1, 5, 1), {}, dict(batch_size=10), "model.dim=24 is not divisible by fsdp=5"),
-    ((1, 1, 1, 3), {}, {}, "model.context=256 is not divisible by context=3"),
-    ((1, 1, 1, 2), dict(architecture="lstm"), {},
-     "context=2 does not go with model.architecture='lstm'"),
-])
+@pytest.mark.parametrize(
+    "mesh, model, train, words",
+    [
+        (
+            (8, 1, 1),
+            {},
+            dict(batch_size=12),
+            "train.batch_size=12 over train.accumulate=1 gives micro-batches of 12, not divisible by data x fsdp = 8",
+        ),
+        ((2, 2, 1), {}, dict(batch_size=8, accumulate=4), "micro-batches of 2, not divisible by"),
+        ((1, 1, 4), dict(heads=6), {}, "model.heads=6 is not divisible by tensor=4"),
+        ((1, 1, 4), dict(kv_heads=2), {}, "model.kv_heads=2 is not divisible by tensor=4"),
+        ((1, 1, 4), dict(mlp_dim=30), {}, "model.mlp_dim=30 is not divisible by tensor=4"),
+        ((1, 1, 4), dict(vocab_size=49), {}, "model.vocab_size=49 is not divisible by tensor=4"),
+        ((1, 5, 1), {}, dict(batch_size=10), "model.dim=24 is not divisible by fsdp=5"),
+        ((1, 1, 1, 3), {}, {}, "model.context=256 is not divisible by context=3"),
+        ((1, 1, 1, 2), dict(architecture="lstm"), {}, "context=2 does not go with model.architecture='lstm'"),
+    ],
+)
 def test_sizes_that_the_mesh_does_not_divide_are_named(mesh, model, train, words):
     model = ModelConfig(**dict(vocab_size=48, dim=24, heads=4) | model)
     config = Config(model=model, train=TrainConfig(**dict(batch_size=16) | train))
@@ -396,8 +482,10 @@ def test_what_devices_cannot_hold_is_refused(limit, refused):
     device = SimpleNamespace(memory_stats=lambda: limit and {"bytes_limit": limit})
     mesh = SimpleNamespace(shape={"fsdp": 2}, local_devices=[device])
     half = SimpleNamespace(shard_shape=lambda shape: (shape[0] // 2, *shape[1:]))
-    tree = {"a": SimpleNamespace(shape=(8, 100), dtype=np.dtype(np.float32), sharding=half),
-            "b": SimpleNamespace(shape=(200,), dtype=np.dtype(np.int32), sharding=half)}
+    tree = {
+        "a": SimpleNamespace(shape=(8, 100), dtype=np.dtype(np.float32), sharding=half),
+        "b": SimpleNamespace(shape=(200,), dtype=np.dtype(np.int32), sharding=half),
+    }
     with pytest.raises(UserError, match="fsdp") if refused else contextlib.nullcontext():
         parallel.check_memory(tree, mesh)  # 2,000 bytes of each
 
@@ -407,8 +495,12 @@ def test_all_problems_stand_in_one_line():
     config = Config(model=model, train=TrainConfig(batch_size=6))
     with pytest.raises(UserError) as caught:
         parallel.check_mesh(config, parallel.abstract_mesh((1, 4, 4, 8)), {"task.length": 36})
-    for words in ("batch_size=6", "model.vocab_size=49", "model.heads=6",
-                  "task.length=36 is not divisible by context=8"):
+    for words in (
+        "batch_size=6",
+        "model.vocab_size=49",
+        "model.heads=6",
+        "task.length=36 is not divisible by context=8",
+    ):
         assert words in str(caught.value)
     assert "\n" not in str(caught.value) and "model.context" not in str(caught.value)
 
@@ -419,19 +511,20 @@ def test_an_lstm_has_no_heads_to_divide():
 
 
 def large(**shapes):
-    return {name: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
-            for name, shape in shapes.items()}
+    return {name: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)} for name, shape in shapes.items()}
 
 
 def test_what_no_rule_splits_must_be_little():
-    tree = {"mlp": large(up=(4096, 16384), down=(16384, 4096)),
-            "new": large(a=(2048, 1024), b=(2048, 512)), "norm": {"scale": large(s=(4096,))["s"]}}
+    tree = {
+        "mlp": large(up=(4096, 16384), down=(16384, 4096)),
+        "new": large(a=(2048, 1024), b=(2048, 512)),
+        "norm": {"scale": large(s=(4096,))["s"]},
+    }
     whole = "new/a/kernel (2048, 1024), new/b/kernel (2048, 512)"  # 3 of 137 million
     for sizes in ((1, 8, 1, 1), (1, 1, 4, 1), (4, 2, 2, 1)):
         with pytest.raises(UserError) as caught:
             parallel.shardings(tree, parallel.abstract_mesh(sizes))
-        assert "2% of all numbers would be whole on every device, more than 2%: " + whole in str(
-            caught.value)
+        assert "2% of all numbers would be whole on every device, more than 2%: " + whole in str(caught.value)
     parallel.shardings(tree, parallel.abstract_mesh((8, 1, 1, 1)))  # there all is whole
     tree["new"].pop("b")
     parallel.shardings(tree, parallel.abstract_mesh((1, 8, 1, 1)))  # 1.5%
@@ -447,38 +540,42 @@ def test_a_batch_that_context_does_not_divide_is_refused():
     mesh = parallel.make_mesh("1,1,1", jax.devices()[:1])
     parallel.put_batch({"targets": np.zeros((2, 5), np.int32), "label": np.zeros((2, 3))}, mesh)
     with pytest.raises(UserError, match="targets of length 5 is not divisible by context=2"):
-        parallel.put_batch({"targets": np.zeros((2, 5), np.int32)},
-                           parallel.abstract_mesh((1, 1, 1, 2)))
+        parallel.put_batch({"targets": np.zeros((2, 5), np.int32)}, parallel.abstract_mesh((1, 1, 1, 2)))
 
 
 def test_shardings_name_the_leaves_that_do_not_divide():
     mesh = parallel.abstract_mesh((1, 1, 4, 1))
-    tree = {"embed": {"embedding": jax.ShapeDtypeStruct((50, 8), jnp.float32)},
-            "norm": {"scale": jax.ShapeDtypeStruct((7,), jnp.float32)}}
+    tree = {
+        "embed": {"embedding": jax.ShapeDtypeStruct((50, 8), jnp.float32)},
+        "norm": {"scale": jax.ShapeDtypeStruct((7,), jnp.float32)},
+    }
     with pytest.raises(UserError) as caught:
         parallel.shardings(tree, mesh)
     assert "embed/embedding (50, 8): 50 is not divisible by tensor=4" in str(caught.value)
     assert "norm" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path, shape, spec", [
-    ("embed/embedding", (8, 4), P("tensor", "fsdp")),
-    ("opt_state/0/mu/embed/embedding", (8, 4), P("tensor", "fsdp")),
-    ("position_embed/embedding", (8, 4), P(None, "fsdp")),
-    ("type_embed/embedding", (8, 4), P()),  # not a row of the table: whole
-    ("block_11/attention/query/kernel", (4, 4), P("fsdp", "tensor")),
-    ("block_0/attention/out/kernel", (4, 4), P("tensor", "fsdp")),
-    ("block_0/cross_attention/value/bias", (4,), P("tensor")),
-    ("block_0/mlp/down/bias", (4,), P()),
-    ("block_0/mlp/down/lora_a", (8, 2), P("tensor", None)),
-    ("block_0/mlp/down/lora_b", (2, 4), P(None, "fsdp")),
-    ("block_0/attention/value/lora_b", (2, 4), P(None, "tensor")),
-    ("block_0/adapter_mlp/up/kernel", (2, 4), P(None, "fsdp")),
-    ("block_0/attention/prefix_key", (2, 4), P(None, "tensor")),
-    ("encoder_0/forward_input/kernel", (4, 16), P("fsdp", None)),
-    ("query/kernel", (4, 4), P("fsdp", None)),  # an LSTM's
-    ("block_0/mlp/up/kernel", (), P()),  # an optimizer's scalar in the place of a matrix
-    ("block_0/mlp/up/kernel/scale", (4, 4), P()),
-])
+@pytest.mark.parametrize(
+    "path, shape, spec",
+    [
+        ("embed/embedding", (8, 4), P("tensor", "fsdp")),
+        ("opt_state/0/mu/embed/embedding", (8, 4), P("tensor", "fsdp")),
+        ("position_embed/embedding", (8, 4), P(None, "fsdp")),
+        ("type_embed/embedding", (8, 4), P()),  # not a row of the table: whole
+        ("block_11/attention/query/kernel", (4, 4), P("fsdp", "tensor")),
+        ("block_0/attention/out/kernel", (4, 4), P("tensor", "fsdp")),
+        ("block_0/cross_attention/value/bias", (4,), P("tensor")),
+        ("block_0/mlp/down/bias", (4,), P()),
+        ("block_0/mlp/down/lora_a", (8, 2), P("tensor", None)),
+        ("block_0/mlp/down/lora_b", (2, 4), P(None, "fsdp")),
+        ("block_0/attention/value/lora_b", (2, 4), P(None, "tensor")),
+        ("block_0/adapter_mlp/up/kernel", (2, 4), P(None, "fsdp")),
+        ("block_0/attention/prefix_key", (2, 4), P(None, "tensor")),
+        ("encoder_0/forward_input/kernel", (4, 16), P("fsdp", None)),
+        ("query/kernel", (4, 4), P("fsdp", None)),  # an LSTM's
+        ("block_0/mlp/up/kernel", (), P()),  # an optimizer's scalar in the place of a matrix
+        ("block_0/mlp/up/kernel/scale", (4, 4), P()),
+    ],
+)
 def test_the_first_rule_that_fits_a_path(path, shape, spec):
     assert parallel.spec_of(path, shape) == spec

@@ -29,19 +29,37 @@ MESHES = ("8,1,1", "1,8,1", "2,2,2")
 
 def run_child(name):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run([sys.executable, "-c", CHILD, name], cwd=ROOT, text=True, timeout=600,
-                          capture_output=True, env=os.environ | {"XLA_FLAGS": flags})
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, name],
+        cwd=ROOT,
+        text=True,
+        timeout=600,
+        capture_output=True,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def small(mesh, **changes):
     return Config(
-        model=ModelConfig(vocab_size=64, context=32, layers=2, dim=32, heads=8, mlp_dim=96,
-                          norm="rmsnorm", gated=True, positions="rotary", bias=False, tied=False,
-                          dtype="float32"),
+        model=ModelConfig(
+            vocab_size=64,
+            context=32,
+            layers=2,
+            dim=32,
+            heads=8,
+            mlp_dim=96,
+            norm="rmsnorm",
+            gated=True,
+            positions="rotary",
+            bias=False,
+            tied=False,
+            dtype="float32",
+        ),
         optim=OptimConfig(ema=0.9, warmup_steps=0),
-        train=TrainConfig(batch_size=16, mesh=mesh, loss_chunks=4, steps=10, **changes))
+        train=TrainConfig(batch_size=16, mesh=mesh, loss_chunks=4, steps=10, **changes),
+    )
 
 
 def abstract(config, count=8):
@@ -83,7 +101,8 @@ def test_traffic_by_hand():
         "all-gather": 7 / 8 * 4 * (2 * L * BLOCK + 8 * (states + 2 * 2 * 32)),
         "reduce-scatter": 7 / 8 * 4 * (L * BLOCK + V * D + 8 * states),
         "all-reduce": whole * NORMS,
-        "all-to-all": 7 / 8 * 4 * (2 * states + 2 * head / 8)}
+        "all-to-all": 7 / 8 * 4 * (2 * states + 2 * head / 8),
+    }
     # Four sums a block forward and backward, and those of the embedding and the head's input.
     assert of("1,1,8")["all-reduce"] == 2 * 7 / 8 * 4 * (8 * states * (4 * L + 2))
 
@@ -96,8 +115,11 @@ def test_context_divides_the_sequence_and_gathers_keys_and_values():
     assert found.batch == 16 * (4 * (4 + 4) + 4)  # of 32 tokens 4, and the first
     assert found.cache == 8 * one.cache - 7 * (4 + 4 * 16)  # heads are split no more
     keys = L * 2 * 16 * 32 * D * 4  # and values, of all rows and layers
-    assert found.collectives == {"all-gather": 7 / 8 * keys, "reduce-scatter": 7 / 8 * keys,
-                                 "all-reduce": 2 * 7 / 8 * 4 * PARAMETERS}
+    assert found.collectives == {
+        "all-gather": 7 / 8 * keys,
+        "reduce-scatter": 7 / 8 * keys,
+        "all-reduce": 2 * 7 / 8 * 4 * PARAMETERS,
+    }
     whole = step_cost.make_plan(small("1,1,1"), abstract(small("1,1,1"), 1)).activations
     # An eighth of everything, but for the keys, which are whole in every layer.
     assert whole / 8 < found.activations < whole / 8 + keys + L * 16 * 8 * 32 * 32 * 4 / 8
@@ -122,8 +144,13 @@ def test_what_gradients_and_activations_take():
 
 def test_roofline_by_hand():
     config = small("8,1,1")
-    found = dataclasses.replace(step_cost.make_plan(config, abstract(config)), flops_per_token=1e9,
-                                tokens=8000, memory_traffic=3e9, collectives={"a": 1e9, "b": 3e9})
+    found = dataclasses.replace(
+        step_cost.make_plan(config, abstract(config)),
+        flops_per_token=1e9,
+        tokens=8000,
+        memory_traffic=3e9,
+        collectives={"a": 1e9, "b": 3e9},
+    )
     chip = parallel.CHIPS["v5e"]
     assert chip.flops == 197e12
     bounds = step_cost.roofline(found, chip)
@@ -134,18 +161,31 @@ def test_roofline_by_hand():
     assert again.compute == pytest.approx(4 / 3 * bounds.compute)
 
 
-@pytest.mark.parametrize("name, parameters", [  # of the published models
-    ("llama-1b", 1_235_814_400), ("llama-8b", 8_030_261_248), ("llama-70b", 70_553_706_496),
-    ("t5-11b", 11_307_321_344)])
+@pytest.mark.parametrize(
+    "name, parameters",
+    [  # of the published models
+        ("llama-1b", 1_235_814_400),
+        ("llama-8b", 8_030_261_248),
+        ("llama-70b", 70_553_706_496),
+        ("t5-11b", 11_307_321_344),
+    ],
+)
 def test_presets_have_the_published_sizes(name, parameters):
     from nanoflax.nn import build
+
     shapes = parallel.shapes(build(preset(name)))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
 
 
-@pytest.mark.parametrize("model", [
-    dict(architecture="encoder_decoder"), dict(architecture="lstm"),
-    dict(architecture="encoder", head="tag"), dict(architecture="encoder", head="classify")])
+@pytest.mark.parametrize(
+    "model",
+    [
+        dict(architecture="encoder_decoder"),
+        dict(architecture="lstm"),
+        dict(architecture="encoder", head="tag"),
+        dict(architecture="encoder", head="classify"),
+    ],
+)
 def test_other_architectures_are_planned(model):
     config = small("2,4,1")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
@@ -154,6 +194,7 @@ def test_other_architectures_are_planned(model):
 
 
 # Beside what is real, on eight fake devices.
+
 
 def arrays():
     from nanoflax import nn, train
@@ -164,19 +205,24 @@ def arrays():
         mesh = parallel.make_mesh(mesh_shape)
         optimizer, _ = train.make_optimizer(config.optim, config.train.steps)
         state = train.init_state(nn.build(config.model), optimizer, config, mesh)
-        step = train.compile_step(train.make_train_step(
-            nn.build(config.model), optimizer, config), state,
-            train.abstract_batch(config, mesh), mesh)
+        step = train.compile_step(
+            train.make_train_step(nn.build(config.model), optimizer, config),
+            state,
+            train.abstract_batch(config, mesh),
+            mesh,
+        )
         found = step_cost.make_plan(config, abstract(config))
 
         def held(tree):
             first = jax.devices()[0]
-            return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards
-                       if s.device == first)
+            return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
 
-        out[mesh_shape] = {"weights": held(state.params),
-                           "optimizer": held((state.opt_state, state.ema)),
-                           "plan": dataclasses.asdict(found), "hlo": moved(step.as_text())}
+        out[mesh_shape] = {
+            "weights": held(state.params),
+            "optimizer": held((state.opt_state, state.ema)),
+            "plan": dataclasses.asdict(found),
+            "hlo": moved(step.as_text()),
+        }
     return out
 
 
@@ -184,8 +230,11 @@ def moved(hlo):
     """[kind, bytes of results, whether in a loop, whether of the embedding] of each collective."""
     out = []
     for line in hlo.splitlines():
-        m = re.match(r"\s*(?:ROOT )?\S+ = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|"
-                     r"collective-permute)(?:-start)?\(", line)
+        m = re.match(
+            r"\s*(?:ROOT )?\S+ = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|"
+            r"collective-permute)(?:-start)?\(",
+            line,
+        )
         if m:
             numbers = [s.split(",") for s in re.findall(r"[fs]32\[([\d,]*)\]", m[1])]
             size = sum(4 * eval("*".join(n) or "1") for n in numbers)
@@ -212,22 +261,26 @@ def test_weights_and_optimizer_are_what_a_device_holds(real, mesh):
 def test_the_compiled_step_holds_the_collectives_that_are_planned(real, mesh):
     # XLA on CPU reduces and then cuts, where the plan has a reduce-scatter; and how it looks up an
     # embedding that is split both ways is its own affair.
-    planned = {"all-reduce" if kind == "reduce-scatter" else kind
-               for kind in real[mesh]["plan"]["collectives"]}
+    planned = {"all-reduce" if kind == "reduce-scatter" else kind for kind in real[mesh]["plan"]["collectives"]}
     assert {kind for kind, _, _, embedding in real[mesh]["hlo"] if not embedding} == planned
 
 
 def test_fsdp_gathers_the_bytes_that_are_planned_and_no_more(real):
-    gathered = sum(size * (4 if loop else 1) for kind, size, loop, embedding in real["1,8,1"]["hlo"]
-                   if kind == "all-gather" and not embedding)
+    gathered = sum(
+        size * (4 if loop else 1)
+        for kind, size, loop, embedding in real["1,8,1"]["hlo"]
+        if kind == "all-gather" and not embedding
+    )
     assert gathered * 7 / 8 == real["1,8,1"]["plan"]["collectives"]["all-gather"]
 
 
 # The program.
 
+
 def program(*flags):
-    return subprocess.run([sys.executable, "-m", "experiments.plan", *flags], cwd=ROOT, text=True,
-                          capture_output=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.plan", *flags], cwd=ROOT, text=True, capture_output=True, timeout=600
+    )
 
 
 SMALL = ["--config=pydocs_tiny", "--config.model.layers=1", "--nocompile"]
@@ -239,34 +292,37 @@ def test_a_plan_as_text_and_json(tmp_path):
     found = json.loads((tmp_path / "plan.json").read_text())
     best = found["meshes"][0]
     assert best["fits"] and best["memory"] == sum(
-        best[k] for k in ("weights", "optimizer", "batch", "gradients", "activations"))
+        best[k] for k in ("weights", "optimizer", "batch", "gradients", "activations")
+    )
     assert "take --config.train.mesh=" + parallel.mesh_name(tuple(best["mesh"].values())) in done.stdout
     assert "projection" in done.stdout
     assert len(found["meshes"]) == 4 and not found["refused"]
 
 
 def test_what_does_not_fit_is_said(tmp_path):
-    done = program(*SMALL, "--devices=8", "--chip=h100", "--meshes=8,1,1",
-                   "--config.train.batch_size=1048576")
+    done = program(*SMALL, "--devices=8", "--chip=h100", "--meshes=8,1,1", "--config.train.batch_size=1048576")
     assert done.returncode == 0 and "does not fit" in done.stdout and "nothing fits" in done.stdout
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--topology=v5e:3x3"], "--topology=v5e:3x3 is not known; known: v5e:2x2, v5e:2x4"),
-    (["--topology=v9:2x2"], "--topology=v9:2x2 is not known; known: v4:2x2x1"),
-    ([], "plan needs one of --topology=v5e:16x16 and --devices=8"),
-    (["--topology=v5e:2x4", "--devices=8"], "plan needs one of"),
-    (["--devices=8", "--meshes=3,1,1"], "does not use the 8 devices"),
-    (["--devices=8", "--meshes=1,1,8"], "model.heads=4 is not divisible by tensor=8"),
-    (["--devices=8", "--chip=a10"], "chip")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--topology=v5e:3x3"], "--topology=v5e:3x3 is not known; known: v5e:2x2, v5e:2x4"),
+        (["--topology=v9:2x2"], "--topology=v9:2x2 is not known; known: v4:2x2x1"),
+        ([], "plan needs one of --topology=v5e:16x16 and --devices=8"),
+        (["--topology=v5e:2x4", "--devices=8"], "plan needs one of"),
+        (["--devices=8", "--meshes=3,1,1"], "does not use the 8 devices"),
+        (["--devices=8", "--meshes=1,1,8"], "model.heads=4 is not divisible by tensor=8"),
+        (["--devices=8", "--chip=a10"], "chip"),
+    ],
+)
 def test_misuse(flags, words):
     done = program(*SMALL, *flags)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments/configs").glob("*.py")),
-                         ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments/configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_that_is_shipped_is_valid(path):
     config = load_config(str(path))
     configs.validate(config)
@@ -275,16 +331,31 @@ def test_every_config_that_is_shipped_is_valid(path):
 
 # Against the TPU compiler: python -m pytest -m plan (half an hour, and needs the extra tpu-plan).
 
+
 @pytest.mark.plan
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize("flags", [
-    ["--config=gpt2_124m", "--topology=v5e:2x4", "--meshes=8,1,1", "--config.train.batch_size=8",
-     "--config.train.accumulate=1"],
-    ["--config=llama_8b", "--topology=v5e:16x16"],
-    ["--config=llama_70b", "--topology=v5p:4x8x8"]], ids=["124M", "8B", "70B"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [
+            "--config=gpt2_124m",
+            "--topology=v5e:2x4",
+            "--meshes=8,1,1",
+            "--config.train.batch_size=8",
+            "--config.train.accumulate=1",
+        ],
+        ["--config=llama_8b", "--topology=v5e:16x16"],
+        ["--config=llama_70b", "--topology=v5p:4x8x8"],
+    ],
+    ids=["124M", "8B", "70B"],
+)
 def test_the_compilers_memory(tmp_path, flags):
-    done = subprocess.run([sys.executable, "-m", "experiments.plan", *flags,
-                           f"--json={tmp_path}/plan.json"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.plan", *flags, f"--json={tmp_path}/plan.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
     best = found["meshes"][0]

@@ -12,6 +12,7 @@ from nanoflax import report
 
 def test_plot(tmp_path):
     from PIL import Image
+
     assert report.plot_losses(tmp_path) is None
     loaded = "matplotlib.pyplot" in sys.modules
     with report.MetricsLog(tmp_path, tensorboard=False) as log:
@@ -26,13 +27,19 @@ def test_plot(tmp_path):
         assert image.size == (1200, 750) and image.format == "PNG"
         pixels = np.asarray(image.convert("RGB")).astype(int).reshape(-1, 3)
     for red, green, blue in ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40)):
-        assert (abs(pixels - (red, green, blue)).sum(1) < 10).sum() > 20    # each mark is there
-    assert ("matplotlib.pyplot" in sys.modules) == loaded   # its global state stays alone
+        assert (abs(pixels - (red, green, blue)).sum(1) < 10).sum() > 20  # each mark is there
+    assert ("matplotlib.pyplot" in sys.modules) == loaded  # its global state stays alone
 
 
-@pytest.mark.parametrize("records", [
-    [{"loss": 2.0}], [{"validation_loss": 2.0}], [{"loss": 2.0}, {"loss": math.inf}],
-    [{"loss": 2.0, "skipped": True}, {"loss": 1.0}]])
+@pytest.mark.parametrize(
+    "records",
+    [
+        [{"loss": 2.0}],
+        [{"validation_loss": 2.0}],
+        [{"loss": 2.0}, {"loss": math.inf}],
+        [{"loss": 2.0, "skipped": True}, {"loss": 1.0}],
+    ],
+)
 def test_plot_of_little_data(tmp_path, records):
     with report.MetricsLog(tmp_path, tensorboard=False) as log:
         for step, record in enumerate(records, start=1):
@@ -42,7 +49,8 @@ def test_plot_of_little_data(tmp_path, records):
 
 def test_parameter_table_folds_equal_blocks():
     array = lambda *shape, dtype=np.float32: types.SimpleNamespace(  # noqa: E731
-        shape=shape, dtype=np.dtype(dtype))
+        shape=shape, dtype=np.dtype(dtype)
+    )
     block = {"mlp": {"kernel": array(10, 300)}, "scale": array(10)}
     params = {"embedding": {"table": array(7, 10, dtype=np.float16)}, "scale": array()}
     params["decoder"] = {f"block_{i}": block for i in range(12)}
@@ -59,13 +67,13 @@ def test_parameter_table_folds_equal_blocks():
 
 def test_an_alignment_is_drawn_where_it_is(tmp_path):
     from PIL import Image
+
     weights = np.zeros((3, 5), np.float32)
     weights[1, 4] = 1  # one dark cell, in the middle row, on the right
-    path = report.plot_alignment(tmp_path / "a.png", weights, ["a", " ", "$x", "年", "\ufffd"],
-                                ["b", "\n", "é"])
+    path = report.plot_alignment(tmp_path / "a.png", weights, ["a", " ", "$x", "年", "\ufffd"], ["b", "\n", "é"])
     with Image.open(path) as image:
         dark = np.asarray(image.convert("RGB")).astype(int) @ (1, 1, 1) < 200
         blue = dark & (np.asarray(image.convert("RGB"))[..., 2] > 90)
-    rows, columns = np.nonzero(blue[:, :int(blue.shape[1] * 0.75)])
+    rows, columns = np.nonzero(blue[:, : int(blue.shape[1] * 0.75)])
     assert len(rows) > 50 and abs(rows.mean() / len(blue) - 0.4) < 0.2
     assert columns.mean() / blue.shape[1] > 0.4

@@ -66,12 +66,12 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
 
 def test_floats_are_exact_whatever_their_type(tmp_path):
     import jax.numpy as jnp
+
     generator = np.random.default_rng(0)
     bits = generator.integers(1, 0x7F000000, 300, dtype=np.uint32).view(np.float32)
     with report.MetricsLog(tmp_path, tensorboard=False) as log:
         for step, value in enumerate(bits):
-            log.log(step, loss=value, double=float(value) / 3, array=jnp.float32(value),
-                    half=jnp.bfloat16(value))
+            log.log(step, loss=value, double=float(value) / 3, array=jnp.float32(value), half=jnp.bfloat16(value))
     for value, record in zip(bits, report.read_metrics(log.path), strict=True):
         assert np.float32(record["loss"]).tobytes() == value.tobytes()
         assert record["double"] == float(value) / 3
@@ -87,7 +87,7 @@ def test_non_finite_values_are_strict_json(tmp_path):
         log.log(1, loss=math.nan, grad_norm=np.float32(np.inf), low=-math.inf)
     record = json.loads(log.path.read_text(), parse_constant=refuse)
     assert record == {"step": 1, "loss": "nan", "grad_norm": "inf", "low": "-inf"}
-    record, = report.read_metrics(log.path)
+    (record,) = report.read_metrics(log.path)
     assert math.isnan(record["loss"]) and record["grad_norm"] == math.inf == -record["low"]
 
 
@@ -112,15 +112,20 @@ def test_no_room_and_no_directory_are_one_line(tmp_path):
 def read_events(workdir):
     """Of each event file, in order: its steps of purge and its (tag, step, value)."""
     from tensorboardX.proto.event_pb2 import Event
+
     found = []
     for path in sorted(glob.glob(str(workdir / "tensorboard" / "*"))):
         data, events = open(path, "rb").read(), []
         while data:
-            size, = struct.unpack("<Q", data[:8])
-            events.append(Event.FromString(data[12:12 + size]))
-            data = data[16 + size:]
-        found.append(([e.step for e in events if e.HasField("session_log")],
-                      [(v.tag, e.step, v.simple_value) for e in events for v in e.summary.value]))
+            (size,) = struct.unpack("<Q", data[:8])
+            events.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+        found.append(
+            (
+                [e.step for e in events if e.HasField("session_log")],
+                [(v.tag, e.step, v.simple_value) for e in events for v in e.summary.value],
+            )
+        )
     return found
 
 
@@ -144,9 +149,11 @@ def test_a_failing_tensorboard_does_not_stop_the_run(tmp_path, capsys):
 
 
 def test_the_first_line_waits_for_no_library(tmp_path):
-    code = ("import sys; from nanoflax import report; log = report.MetricsLog(sys.argv[1]);"
-            "report.Progress(3, stream=sys.stdout).update(1, 2.0);"
-            "print(sorted({'jax', 'tensorboardX', 'matplotlib', 'wandb'} & set(sys.modules)))")
+    code = (
+        "import sys; from nanoflax import report; log = report.MetricsLog(sys.argv[1]);"
+        "report.Progress(3, stream=sys.stdout).update(1, 2.0);"
+        "print(sorted({'jax', 'tensorboardX', 'matplotlib', 'wandb'} & set(sys.modules)))"
+    )
     run = subprocess.run([sys.executable, "-c", code, tmp_path], text=True, capture_output=True)
     assert run.stdout.splitlines()[-1] == "[]", run.stderr
 
@@ -161,8 +168,9 @@ def test_wandb_missing_names_the_extra(tmp_path, monkeypatch):
 def test_wandb_offline_goes_on_with_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     for resume_step in (0, 2):
-        with report.MetricsLog(tmp_path, tensorboard=False, wandb="project", config={"dim": 8},
-                               resume_step=resume_step) as log:
+        with report.MetricsLog(
+            tmp_path, tensorboard=False, wandb="project", config={"dim": 8}, resume_step=resume_step
+        ) as log:
             log.log(resume_step + 1, loss=2.5)
             assert log._wandb.settings.mode == "offline"
     run_id = (tmp_path / "wandb" / "run_id").read_text()
@@ -183,14 +191,15 @@ class Clock:
 
 def make_progress(**kwargs):
     clock = Clock()
-    defaults = dict(total_steps=100, tokens_per_step=1000, flops_per_token=10, peak_flops=20_000,
-                    stream=io.StringIO(), clock=clock)
+    defaults = dict(
+        total_steps=100, tokens_per_step=1000, flops_per_token=10, peak_flops=20_000, stream=io.StringIO(), clock=clock
+    )
     return report.Progress(**defaults | kwargs), clock
 
 
 def test_rates_leave_out_compilation_and_pauses():
     progress, clock = make_progress(start_step=40)
-    clock.now += 30                                     # compiling
+    clock.now += 30  # compiling
     progress.update(41, 5.0)
     assert progress.tokens_per_second is progress.mfu is progress.seconds_left() is None
     for step in range(42, 51):
@@ -200,7 +209,7 @@ def test_rates_leave_out_compilation_and_pauses():
     assert progress.mfu == pytest.approx(0.5)
     assert progress.seconds_left() == pytest.approx(50)
     with progress.pause():
-        clock.now += 9                                  # as long again as the training so far
+        clock.now += 9  # as long again as the training so far
     for step in range(51, 60):
         clock.now += 1
         progress.update(step, 5.0)
@@ -220,11 +229,11 @@ def test_rates_slide():
 def test_rates_of_slow_steps_and_an_idle_clock():
     progress, clock = make_progress()
     progress.update(1, 5.0)
-    progress.update(2, 5.0)                             # no time has passed: no division by zero
+    progress.update(2, 5.0)  # no time has passed: no division by zero
     assert progress.tokens_per_second is None
     progress, clock = make_progress()
     for step in (1, 2, 3):
-        clock.now += 60                                 # longer than the window
+        clock.now += 60  # longer than the window
         progress.update(step, 5.0)
     assert progress.tokens_per_second == pytest.approx(1000 / 60)
 
@@ -238,11 +247,13 @@ def test_plain_lines_are_few_and_hold_first_and_last():
             if step == 5:
                 progress.write("a sample")
     lines = progress._stream.getvalue().splitlines()
-    assert lines[:3] == ["step 1/50  loss 4.0000", "a sample",
-                         "step 11/50  loss 3.0909  1k tokens/s  MFU 50%  0:39 left"]
+    assert lines[:3] == [
+        "step 1/50  loss 4.0000",
+        "a sample",
+        "step 11/50  loss 3.0909  1k tokens/s  MFU 50%  0:39 left",
+    ]
     assert lines[-1] == "step 50/50  loss 3.0200  1k tokens/s  MFU 50%  in 0:50"
-    assert [int(line.split()[1].split("/")[0]) for line in lines if "step" in line] == [
-        1, 11, 21, 31, 41, 50]
+    assert [int(line.split()[1].split("/")[0]) for line in lines if "step" in line] == [1, 11, 21, 31, 41, 50]
 
 
 def test_the_last_line_comes_when_a_run_stops_early():
@@ -252,8 +263,7 @@ def test_the_last_line_comes_when_a_run_stops_early():
             clock.now += 1
             progress.update(step, math.nan)
         raise KeyboardInterrupt
-    assert progress._stream.getvalue().splitlines()[-1] == (
-        "step 4/100  loss nan  1k tokens/s  1:36 left")
+    assert progress._stream.getvalue().splitlines()[-1] == ("step 4/100  loss nan  1k tokens/s  1:36 left")
 
 
 def test_a_stream_that_goes_away_does_not_end_the_run():
@@ -289,15 +299,16 @@ def run_in_terminal(program, kill=None):
     """Runs it under a pty; returns what stderr's terminal got, what stdout got, and the status."""
     master, slave = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    process = subprocess.Popen([sys.executable, "-c", program], stderr=slave, env=environment,
-                               stdin=slave, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stderr=slave, env=environment, stdin=slave, stdout=subprocess.PIPE
+    )
     os.close(slave)
     output, deadline = b"", time.monotonic() + 30
     while time.monotonic() < deadline:
         if select.select([master], [], [], 0.1)[0]:
             try:
                 output += os.read(master, 65536)
-            except OSError:                             # the other end is closed
+            except OSError:  # the other end is closed
                 break
         if kill and b"step 10/20" in output:
             process.send_signal(kill)
@@ -308,8 +319,8 @@ def run_in_terminal(program, kill=None):
 
 
 def assert_terminal_as_it_was(output):
-    assert output.rfind("\x1b[?25l") <= output.rfind("\x1b[?25h")     # the cursor shows
-    assert "\x1b[?1049h" not in output                                # no other screen was opened
+    assert output.rfind("\x1b[?25l") <= output.rfind("\x1b[?25h")  # the cursor shows
+    assert "\x1b[?1049h" not in output  # no other screen was opened
 
 
 def test_bar_on_a_terminal():
@@ -318,16 +329,19 @@ def test_bar_on_a_terminal():
     assert "compiling" in output and "━" in output
     assert "step 20/20" in output and "loss 2.0000" in output and "MFU" in output
     assert r"sample [bold]:smile: \x1b[31mred" in output
-    assert "to stdout" not in output and stdout == "to stdout\n"      # `> file` gets its lines
+    assert "to stdout" not in output and stdout == "to stdout\n"  # `> file` gets its lines
     assert_terminal_as_it_was(output)
 
 
-@pytest.mark.parametrize("action, kill, status", [
-    ("raise ValueError('broken')", None, 1),
-    ("time.sleep(30)", signal.SIGINT, -signal.SIGINT),
-    ("time.sleep(30)", signal.SIGTERM, -signal.SIGTERM),
-    ("time.sleep(30)", signal.SIGKILL, -signal.SIGKILL),
-])
+@pytest.mark.parametrize(
+    "action, kill, status",
+    [
+        ("raise ValueError('broken')", None, 1),
+        ("time.sleep(30)", signal.SIGINT, -signal.SIGINT),
+        ("time.sleep(30)", signal.SIGTERM, -signal.SIGTERM),
+        ("time.sleep(30)", signal.SIGKILL, -signal.SIGKILL),
+    ],
+)
 def test_the_terminal_survives(action, kill, status):
     output, _, returned = run_in_terminal(BAR % action, kill)
     assert returned == status
@@ -338,17 +352,33 @@ def test_the_terminal_survives(action, kill, status):
 # ----------------------------------------------------------------------------------- text helpers
 
 
-@pytest.mark.parametrize("number, text", [
-    (0, "0"), (7, "7"), (999, "999"), (999.6, "1k"), (4500, "4.5k"), (999_999, "1M"),
-    (1_234_567, "1.23M"), (124e6, "124M"), (1.1e9, "1.1B"), (45.1e12, "45.1T"), (2e16, "2e+04T"),
-    (-4500, "-4.5k"), (math.nan, "nan"), (math.inf, "inf")])
+@pytest.mark.parametrize(
+    "number, text",
+    [
+        (0, "0"),
+        (7, "7"),
+        (999, "999"),
+        (999.6, "1k"),
+        (4500, "4.5k"),
+        (999_999, "1M"),
+        (1_234_567, "1.23M"),
+        (124e6, "124M"),
+        (1.1e9, "1.1B"),
+        (45.1e12, "45.1T"),
+        (2e16, "2e+04T"),
+        (-4500, "-4.5k"),
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+    ],
+)
 def test_count(number, text):
     assert report.count(number) == text
 
 
-@pytest.mark.parametrize("seconds, text", [
-    (0, "0:00"), (6.6, "0:07"), (59.7, "1:00"), (201, "3:21"), (3723, "1:02:03"),
-    (90061, "25:01:01"), (-3, "0:00")])
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0:00"), (6.6, "0:07"), (59.7, "1:00"), (201, "3:21"), (3723, "1:02:03"), (90061, "25:01:01"), (-3, "0:00")],
+)
 def test_duration(seconds, text):
     assert report.duration(seconds) == text
 
@@ -357,7 +387,8 @@ def test_printable_escapes_what_drives_a_terminal_and_nothing_else():
     kept = "a\n\tb é 漢字 🙂 שלום \u200d \\x1b"
     assert report.printable(kept) == kept
     assert report.printable("\x1b]0;t\x07\r\x00\x7f\x9b\u202e\u2066\ud800") == (
-        r"\x1b]0;t\x07\r\x00\x7f\x9b\u202e\u2066\ud800")
+        r"\x1b]0;t\x07\r\x00\x7f\x9b\u202e\u2066\ud800"
+    )
     every = "".join(map(chr, range(0x110000)))
     shown = report.printable(every)
     assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 for c in shown)

@@ -39,12 +39,20 @@ def make_state(seed=0, size=64):
         words = rng.integers(0, 256, (*shape, np.dtype(dtype).itemsize), dtype=np.uint8)
         return jnp.asarray(words.view(dtype)[..., 0])
 
-    params = {"embed": {"w": bits((size, 8), jnp.float32)},
-              "blocks": [{"w": bits((8, 8), jnp.bfloat16)}, {"w": bits((8,), jnp.float16)}]}
-    return {"params": params,
-            "opt": (Empty(), Moments(jnp.int32(7), jax.tree.map(jnp.copy, params)), Empty()),
-            "step": jnp.int32(3), "key": bits((2,), jnp.uint32), "scale": bits((), jnp.float32),
-            "flag": jnp.array(True), "host": np.arange(3, dtype=np.int32), "ema": None}
+    params = {
+        "embed": {"w": bits((size, 8), jnp.float32)},
+        "blocks": [{"w": bits((8, 8), jnp.bfloat16)}, {"w": bits((8,), jnp.float16)}],
+    }
+    return {
+        "params": params,
+        "opt": (Empty(), Moments(jnp.int32(7), jax.tree.map(jnp.copy, params)), Empty()),
+        "step": jnp.int32(3),
+        "key": bits((2,), jnp.uint32),
+        "scale": bits((), jnp.float32),
+        "flag": jnp.array(True),
+        "host": np.arange(3, dtype=np.int32),
+        "ema": None,
+    }
 
 
 def abstract(state):
@@ -66,10 +74,19 @@ def save_steps(directory, n=3, **options):
 
 
 def run(code, *args, wait=True, **options):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/tests",
-                   "JAX_PLATFORMS": "cpu", **options.pop("env", {})}
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
-                               env=environment, stdout=subprocess.PIPE, text=True, **options)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/tests",
+        "JAX_PLATFORMS": "cpu",
+        **options.pop("env", {}),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        **options,
+    )
     if not wait:
         return process
     out, _ = process.communicate(timeout=120)
@@ -140,6 +157,7 @@ def test_donating_right_after_save_changes_nothing_saved(tmp_path):
 
 def test_params_alone_without_reading_the_optimizer(tmp_path):
     import tensorstore
+
     state = make_state(0, size=200)
     state["opt"] = {"mu": jnp.arange(2_000_000, dtype=jnp.float32)}
     with Checkpoints(tmp_path) as checkpoints:
@@ -283,15 +301,19 @@ def test_a_state_of_another_shape_is_refused_with_its_differences(two_steps):
 
     struct = jax.ShapeDtypeStruct
     with Checkpoints(two_steps) as checkpoints:
-        refused(lambda t: t.update(scale=struct((), jnp.bfloat16)),
-                "scale is float32[], not bfloat16[]")
-        refused(lambda t: t["params"]["embed"].update(w=struct((64, 9), jnp.float32)),
-                "params.embed.w is float32[64, 8], not float32[64, 9]")
+        refused(lambda t: t.update(scale=struct((), jnp.bfloat16)), "scale is float32[], not bfloat16[]")
+        refused(
+            lambda t: t["params"]["embed"].update(w=struct((64, 9), jnp.float32)),
+            "params.embed.w is float32[64, 8], not float32[64, 9]",
+        )
         refused(lambda t: t.pop("key"), "key is uint32[2], not absent")
         refused(lambda t: t.update(ema=struct((2,), jnp.int32)), "ema is nothing, not int32[2]")
         refused(lambda t: t.update(opt=t["opt"][:2]), "opt.2 is nothing, not absent")
-        refused(lambda t: t.update({f"x{i}": struct((), jnp.int32) for i in range(13)}),
-                "x0 is absent, not int32[]", "and 3 more")
+        refused(
+            lambda t: t.update({f"x{i}": struct((), jnp.int32) for i in range(13)}),
+            "x0 is absent, not int32[]",
+            "and 3 more",
+        )
 
 
 # Kills, full disks, second processes.
@@ -394,8 +416,7 @@ def test_arrays_refused_after_the_first_print_no_traceback():
         end_in_a_thread(lambda future: 1 / 0)
         raise RuntimeError("Event loop is closed")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, text=True,
-                          capture_output=True)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, text=True, capture_output=True)
     late, others = done.stderr.split("then\n")
     assert late == "" and "ZeroDivisionError" in others, "others are still shown"
     assert "RuntimeError: Event loop is closed" in others and done.returncode == 1

@@ -23,11 +23,12 @@ PROMPT = "The function returns"
 def execute(name, **parameters):
     """A notebook after it ran, its cell of parameters followed by one with these."""
     book = nbformat.read(NOTEBOOKS[name], 4)
-    at, = (i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", ()))
+    (at,) = (i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", ()))
     values = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
     book.cells.insert(at + 1, nbformat.v4.new_code_cell(values))
-    return NotebookClient(book, timeout=300, kernel_name="python3",
-                          resources={"metadata": {"path": str(ROOT)}}).execute()
+    return NotebookClient(
+        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
 
 
 def outputs(book):
@@ -40,8 +41,11 @@ def printed(book):
 
 def pictures(book):
     """The pixels of every picture in the outputs."""
-    return [matplotlib.image.imread(io.BytesIO(base64.b64decode(o.data["image/png"])))
-            for o in outputs(book) if "image/png" in o.get("data", ())]
+    return [
+        matplotlib.image.imread(io.BytesIO(base64.b64decode(o.data["image/png"])))
+        for o in outputs(book)
+        if "image/png" in o.get("data", ())
+    ]
 
 
 def losses(workdir):
@@ -63,7 +67,7 @@ def test_pretrain_learns_draws_and_writes(pretrained):
     first, log_v = re.search(r"loss (\S+) nats per token; log V is (\S+)", text).groups()
     assert float(first) == pytest.approx(float(log_v), abs=0.3)
     assert "step 12/12" in text and "finished; the best step is 12" in text
-    picture, = pictures(book)
+    (picture,) = pictures(book)
     assert picture.std() > 0.05
     sample = printed(nbformat.v4.new_notebook(cells=book.cells[-2:]))
     assert sample.startswith(PROMPT) and len(sample) > len(PROMPT) + 20
@@ -71,12 +75,11 @@ def test_pretrain_learns_draws_and_writes(pretrained):
 
 def test_sample_shows_every_way_to_choose(pretrained):
     book = execute("sample", MODEL=str(pretrained[0]), PROMPT=PROMPT, NEW_TOKENS=8)
-    picture, = pictures(book)
+    (picture,) = pictures(book)
     assert picture.std() > 0.05
-    table, = (o.data["text/html"] for o in outputs(book) if "text/html" in o.get("data", ()))
+    (table,) = (o.data["text/html"] for o in outputs(book) if "text/html" in o.get("data", ()))
     continued = re.findall(r"<b>(.*?)</b><pre[^>]*>(.*?)</pre>", table, re.S)
-    assert [name for name, _ in continued] == ["greedy", "temperature 1", "temperature 0.7",
-                                               "top-p 0.9"]
+    assert [name for name, _ in continued] == ["greedy", "temperature 1", "temperature 0.7", "top-p 0.9"]
     assert all(text.startswith(PROMPT) for _, text in continued)
     assert len({text for _, text in continued}) > 1
     text = printed(book)
@@ -88,22 +91,31 @@ def test_sample_shows_every_way_to_choose(pretrained):
 
 def test_finetune_trains_all_and_an_adapter(pretrained, tmp_path):
     words = ("cat", "dog", "cow", "hen")
-    (tmp_path / "data.jsonl").write_text("".join(
-        json.dumps({"text": " ".join([word] * n), "label": word}) + "\n"
-        for n in range(1, 21) for word in words))
-    book = execute("finetune", STEPS=24, BATCH=8, DATA=f"jsonl:{tmp_path / 'data.jsonl'}",
-                   SOURCE=str(pretrained[0]), WORKDIR=str(tmp_path))
+    (tmp_path / "data.jsonl").write_text(
+        "".join(
+            json.dumps({"text": " ".join([word] * n), "label": word}) + "\n" for n in range(1, 21) for word in words
+        )
+    )
+    book = execute(
+        "finetune",
+        STEPS=24,
+        BATCH=8,
+        DATA=f"jsonl:{tmp_path / 'data.jsonl'}",
+        SOURCE=str(pretrained[0]),
+        WORKDIR=str(tmp_path),
+    )
     for name in ("all", "lora"):
         found = losses(tmp_path / name)
         assert len(found) == 24 and np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
     text = printed(book)
-    rows = {name: (float(accuracy), int(size.replace(",", ""))) for name, accuracy, size in
-            re.findall(r"^(all|lora) +([\d.]+)% +([\d,]+) ", text, re.M)}
+    rows = {
+        name: (float(accuracy), int(size.replace(",", "")))
+        for name, accuracy, size in re.findall(r"^(all|lora) +([\d.]+)% +([\d,]+) ", text, re.M)
+    }
     assert rows["lora"][1] < rows["all"][1] / 4
     for name, (accuracy, size) in rows.items():
         result = json.loads((tmp_path / name / "result.json").read_text())
-        assert (accuracy, size) == (pytest.approx(100 * result["accuracy"], abs=0.06),
-                                    result["trained_parameters"])
+        assert (accuracy, size) == (pytest.approx(100 * result["accuracy"], abs=0.06), result["trained_parameters"])
     assert [picture.std() > 0.05 for picture in pictures(book)] == [True, True]
     assert text.count("macro average") == 2
     assert len(re.findall(r"-> (\w+ \d+%, ){2}\w+ \d+%", text)) == 3
@@ -120,13 +132,15 @@ def test_notebooks_hold_no_results(name):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-@pytest.mark.parametrize("devices, extra", [
-    ([], ""), (["/dev/nvidia0"], "[gpu]"), (["/dev/accel0"], "[tpu]"), (["/dev/vfio/0"], "[tpu]")])
+@pytest.mark.parametrize(
+    "devices, extra", [([], ""), (["/dev/nvidia0"], "[gpu]"), (["/dev/accel0"], "[tpu]"), (["/dev/vfio/0"], "[tpu]")]
+)
 def test_on_colab_the_first_cell_installs_for_its_runtime(name, devices, extra, monkeypatch):
     cell = next(c for c in nbformat.read(NOTEBOOKS[name], 4).cells if c.cell_type == "code")
     code, ran = TransformerManager().transform_cell(cell.source), []
-    monkeypatch.setattr("glob.glob", lambda pattern: [
-        d for d in devices if re.fullmatch(pattern.replace("*", ".*"), d)])
+    monkeypatch.setattr(
+        "glob.glob", lambda pattern: [d for d in devices if re.fullmatch(pattern.replace("*", ".*"), d)]
+    )
     monkeypatch.setattr("os.path.exists", lambda path: path in devices)
     shell = types.SimpleNamespace(system=ran.append)
     names = {"get_ipython": lambda: shell}

@@ -36,17 +36,17 @@ def test_a_run_opens_in_transformers_with_its_tokenizer(exported):
     assert ids == tokenizers.prompt_ids(ours, text)
     with torch.no_grad():
         logits = theirs(torch.tensor([ids])).logits.numpy()
-    np.testing.assert_allclose(model.apply({"params": params}, np.array([ids]))[0], logits,
-                               atol=1e-5)
+    np.testing.assert_allclose(model.apply({"params": params}, np.array([ids]))[0], logits, atol=1e-5)
 
 
 def test_there_and_back_writes_the_same_text(exported, tmp_path):
     workdir, directory, _ = exported
     back = run("convert", f"--from={directory}", f"--to={tmp_path / 'back'}")
     assert back.returncode == 0, back.stderr
-    sampled = [run("sample", flag, "--prompt=The", "--temperature=0", "--max_new_tokens=12").stdout
-               for flag in (f"--workdir={workdir}", f"--model={directory}",
-                            f"--workdir={tmp_path / 'back'}")]
+    sampled = [
+        run("sample", flag, "--prompt=The", "--temperature=0", "--max_new_tokens=12").stdout
+        for flag in (f"--workdir={workdir}", f"--model={directory}", f"--workdir={tmp_path / 'back'}")
+    ]
     assert sampled[0] == sampled[1] == sampled[2] and sampled[0].startswith("The")
 
 
@@ -54,35 +54,36 @@ def test_an_encoder_decoder_reads_its_prompt_as_a_source_and_beams_search(tmp_pa
     import tokenizers as library
     import torch
 
-    config = transformers.T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=2,
-                                   num_heads=4, decoder_start_token_id=0)
+    config = transformers.T5Config(
+        vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
     theirs = transformers.T5ForConditionalGeneration(config).eval()
     randomize(theirs, 3, std=0.5)
     theirs.save_pretrained(tmp_path)
     words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(37))]
     words = library.Tokenizer(library.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
     words.pre_tokenizer = library.pre_tokenizers.Whitespace()
-    words.post_processor = library.processors.TemplateProcessing("$A </s>", "$A </s> $B </s>",
-                                                                 [("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>",
-                                         pad_token="<pad>").save_pretrained(tmp_path)
-    done = run("sample", f"--model={tmp_path}", "--prompt=w1 w5 w9", "--beams=3",
-               "--max_new_tokens=5")
+    words.post_processor = library.processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>").save_pretrained(
+        tmp_path
+    )
+    done = run("sample", f"--model={tmp_path}", "--prompt=w1 w5 w9", "--beams=3", "--max_new_tokens=5")
     assert done.returncode == 0, done.stderr
-    ids = theirs.generate(torch.tensor([[4, 8, 12, 1]]), num_beams=3, max_new_tokens=5,
-                          do_sample=False)
-    text = transformers.AutoTokenizer.from_pretrained(tmp_path).decode(ids[0],
-                                                                       skip_special_tokens=True)
+    ids = theirs.generate(torch.tensor([[4, 8, 12, 1]]), num_beams=3, max_new_tokens=5, do_sample=False)
+    text = transformers.AutoTokenizer.from_pretrained(tmp_path).decode(ids[0], skip_special_tokens=True)
     assert done.stdout.strip() == text.strip() and len(text.split()) >= 3
 
 
-@pytest.mark.parametrize("program, flags, words", [
-    ("convert", ["--from=nothing", "--to={tmp}/new"], "nothing: neither a directory"),
-    ("convert", ["--from={tmp}", "--to={tmp}"], "is not an empty directory"),
-    ("convert", ["--from={tmp}", "--to={tmp}/new"], "config.json"),
-    ("sample", [], "give either --workdir, of a run, or --model"),
-    ("sample", ["--model={tmp}/encoder"], "model_type='elmo' is not supported"),
-])
+@pytest.mark.parametrize(
+    "program, flags, words",
+    [
+        ("convert", ["--from=nothing", "--to={tmp}/new"], "nothing: neither a directory"),
+        ("convert", ["--from={tmp}", "--to={tmp}"], "is not an empty directory"),
+        ("convert", ["--from={tmp}", "--to={tmp}/new"], "config.json"),
+        ("sample", [], "give either --workdir, of a run, or --model"),
+        ("sample", ["--model={tmp}/encoder"], "model_type='elmo' is not supported"),
+    ],
+)
 def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "config.json").write_text(json.dumps({"model_type": "elmo"}))

@@ -39,11 +39,13 @@ class Process:
         self.paths = [home / f"{name}.{stream}" for stream in ("out", "err")]
         flags = os.environ.get("XLA_FLAGS", "")
         flags += f" --xla_force_host_platform_device_count={devices}"
-        env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | {
-            name: str(value) for name, value in variables.items()}
+        env = (
+            os.environ
+            | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+            | {name: str(value) for name, value in variables.items()}
+        )
         with open(self.paths[0], "w") as out, open(self.paths[1], "w") as err:
-            self.child = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=err,
-                                          env=env, cwd=cwd)
+            self.child = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=err, env=env, cwd=cwd)
 
     def wait(self, seconds=300):
         """Its exit status, stdout and stderr. Seconds in which nothing runs do not count."""
@@ -64,9 +66,15 @@ def free_port():
 def start(arguments, home, name, each=lambda i: []):
     """The two processes of a run, with the flags that join them, and each(i)."""
     port = free_port()
-    return [Process([*arguments, f"--coordinator=localhost:{port}", "--processes=2",
-                     f"--process_id={i}", QUIET, *each(i)], home, f"{name}-{i}", 4)
-            for i in range(2)]
+    return [
+        Process(
+            [*arguments, f"--coordinator=localhost:{port}", "--processes=2", f"--process_id={i}", QUIET, *each(i)],
+            home,
+            f"{name}-{i}",
+            4,
+        )
+        for i in range(2)
+    ]
 
 
 def finish(processes):
@@ -87,12 +95,30 @@ def home(tmp_path_factory):
 def pretrain(home, workdir, *flags, steps=STEPS):
     model = ["layers=1", "dim=32", "heads=4", "context=32", "dropout=0.1"]
     data = [f"train=text:{home}/*.txt", "tokenizer=bpe:280", f"cache={home}/cache"]
-    train = [f"steps={steps}", "batch_size=16", "accumulate=2", "evaluate_every=5", "keep=9",
-             "checkpoint_every=4", "sample_tokens=8", "tensorboard=false", "mesh=2,2,2"]
-    given = [("model", model), ("data", data), ("train", train),
-             ("optim", ["learning_rate=0.003", "warmup_steps=5", "ema=0.9"])]
-    return ["-m", "experiments.pretrain", f"--workdir={workdir}",
-            *(f"--config.{section}.{flag}" for section, fields in given for flag in fields), *flags]
+    train = [
+        f"steps={steps}",
+        "batch_size=16",
+        "accumulate=2",
+        "evaluate_every=5",
+        "keep=9",
+        "checkpoint_every=4",
+        "sample_tokens=8",
+        "tensorboard=false",
+        "mesh=2,2,2",
+    ]
+    given = [
+        ("model", model),
+        ("data", data),
+        ("train", train),
+        ("optim", ["learning_rate=0.003", "warmup_steps=5", "ema=0.9"]),
+    ]
+    return [
+        "-m",
+        "experiments.pretrain",
+        f"--workdir={workdir}",
+        *(f"--config.{section}.{flag}" for section, fields in given for flag in fields),
+        *flags,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +138,9 @@ def losses(workdir):
 
 
 def test_of_two_processes_the_first_writes(whole, home):
-    assert {"config.json", "tokenizer", "metrics.jsonl", "checkpoints", "loss.png"} == set(
-        os.listdir(whole)) - {".lock"}
+    assert {"config.json", "tokenizer", "metrics.jsonl", "checkpoints", "loss.png"} == set(os.listdir(whole)) - {
+        ".lock"
+    }
     assert [r["step"] for r in losses(whole) if "loss" in r] == [*range(1, STEPS + 1)]
     assert [r["step"] for r in losses(whole) if "validation_loss" in r] == [5, 10]
     said = [(home / f"whole-1.{stream}").read_text() for stream in ("out", "err")]
@@ -127,8 +154,7 @@ def test_one_process_goes_on_with_what_two_began(devices, mesh, whole, home):
     for step in checkpoint.steps(workdir / "checkpoints"):
         if step > 4:
             shutil.rmtree(workdir / "checkpoints" / str(step))
-    run = Process(pretrain(home, workdir, f"--config.train.mesh={mesh}"), home, workdir.name,
-                  devices)
+    run = Process(pretrain(home, workdir, f"--config.train.mesh={mesh}"), home, workdir.name, devices)
     assert "resuming at step 4" in finish([run])
     found, expected = losses(workdir), losses(whole)
     assert [r.keys() for r in found] == [r.keys() for r in expected]
@@ -140,15 +166,15 @@ def test_one_process_goes_on_with_what_two_began(devices, mesh, whole, home):
 def wait_for(condition, processes):
     while not condition():
         assert all(process.child.poll() is None for process in processes), [
-            process.wait()[2][-3000:] for process in processes]
+            process.wait()[2][-3000:] for process in processes
+        ]
         time.sleep(0.005)
 
 
 def test_a_peer_that_hangs_or_dies_ends_the_run_which_goes_on_exactly(whole, home):
     workdir = home / "disturbed"
     lines = lambda: kills.count_lines(workdir / "metrics.jsonl")  # noqa: E731
-    stopped, other = pair = start(pretrain(
-        home, workdir, "--config.train.watchdog_seconds=5"), home, "hang")
+    stopped, other = pair = start(pretrain(home, workdir, "--config.train.watchdog_seconds=5"), home, "hang")
     wait_for(lambda: lines() >= 2, pair)
     stopped.child.send_signal(signal.SIGSTOP)
     status, _, error = other.wait(60)
@@ -157,8 +183,7 @@ def test_a_peer_that_hangs_or_dies_ends_the_run_which_goes_on_exactly(whole, hom
     stopped.child.wait()
 
     # Where the other waits at a barrier, not in a collective, it is the heartbeat that tells.
-    other, killed = pair = start(pretrain(home, workdir), home, "kill",
-                                 lambda i: ["--heartbeat_seconds=25"])
+    other, killed = pair = start(pretrain(home, workdir), home, "kill", lambda i: ["--heartbeat_seconds=25"])
     wait_for(lambda: lines() >= 6, pair)
     killed.child.kill()
     status, _, error = other.wait(60)
@@ -189,13 +214,33 @@ def test_two_finetune_as_one_does(home):
             words[rng.randrange(4)] = label = rng.choice(["cat", "dog"])
             file.write(json.dumps({"text": " ".join(words), "label": label}) + "\n")
     arguments = lambda workdir: [  # noqa: E731
-        "-m", "experiments.finetune", "--config=classify", f"--workdir={home / workdir}",
-        *(f"--config.{flag}" for flag in (
-            f"data.train=jsonl:{home}/topics.jsonl", "data.tokenizer=bpe:280", "model.layers=1",
-            "model.dim=32", "model.heads=4", "model.context=32", "task.length=32",
-            "task.target_length=32", "optim.warmup_steps=2", "train.steps=6", "train.batch_size=16",
-            "train.evaluate_every=3", "train.checkpoint_every=3", "train.tensorboard=false",
-            "train.mesh=2,2,2", "peft.kind=lora", "peft.trained=all"))]
+        "-m",
+        "experiments.finetune",
+        "--config=classify",
+        f"--workdir={home / workdir}",
+        *(
+            f"--config.{flag}"
+            for flag in (
+                f"data.train=jsonl:{home}/topics.jsonl",
+                "data.tokenizer=bpe:280",
+                "model.layers=1",
+                "model.dim=32",
+                "model.heads=4",
+                "model.context=32",
+                "task.length=32",
+                "task.target_length=32",
+                "optim.warmup_steps=2",
+                "train.steps=6",
+                "train.batch_size=16",
+                "train.evaluate_every=3",
+                "train.checkpoint_every=3",
+                "train.tensorboard=false",
+                "train.mesh=2,2,2",
+                "peft.kind=lora",
+                "peft.trained=all",
+            )
+        ),
+    ]
     finish([Process(arguments("tuned-1"), home, "tuned-1", 8)])
     said = finish(start(arguments("tuned-2"), home, "tuned-2"))
     assert "best at step" in said
@@ -204,8 +249,7 @@ def test_two_finetune_as_one_does(home):
         assert a == pytest.approx(b, abs=1e-5)
     one, two = ((home / name / "predictions.jsonl").read_text() for name in ("tuned-1", "tuned-2"))
     assert one == two
-    one, two = (runs.restore_params(home / name / "final" / "checkpoints")[0]
-                for name in ("tuned-1", "tuned-2"))
+    one, two = (runs.restore_params(home / name / "final" / "checkpoints")[0] for name in ("tuned-1", "tuned-2"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), one, two)
 
 
@@ -226,32 +270,51 @@ def test_other_data_is_refused(home):  # and Open MPI's mpirun is understood
     for place in places:
         place.mkdir()
         (place / "a.txt").write_text(place.name * 500)
-    flags = ["--config.data.train=text:*.txt", "--config.data.tokenizer=bytes",
-             "--config.data.validation=text:*.txt"]
+    flags = ["--config.data.train=text:*.txt", "--config.data.tokenizer=bytes", "--config.data.validation=text:*.txt"]
     port = free_port()
-    pair = [Process([*pretrain(home, home / "d"), *flags, QUIET], home, f"data-{i}", 4, cwd=place,
-                    OMPI_MCA_orte_hnp_uri="1531576320.0;tcp://127.0.0.1:34911",
-                    OMPI_COMM_WORLD_SIZE=2, OMPI_COMM_WORLD_RANK=i, OMPI_COMM_WORLD_LOCAL_RANK=i,
-                    JAX_COORDINATOR_PORT=port)
-            for i, place in enumerate(places)]
+    pair = [
+        Process(
+            [*pretrain(home, home / "d"), *flags, QUIET],
+            home,
+            f"data-{i}",
+            4,
+            cwd=place,
+            OMPI_MCA_orte_hnp_uri="1531576320.0;tcp://127.0.0.1:34911",
+            OMPI_COMM_WORLD_SIZE=2,
+            OMPI_COMM_WORLD_RANK=i,
+            OMPI_COMM_WORLD_LOCAL_RANK=i,
+            JAX_COORDINATOR_PORT=port,
+        )
+        for i, place in enumerate(places)
+    ]
     for status, _, error in (process.wait() for process in pair):
         assert status == 2 and "differ in their data" in error and "process 1 has data:" in error
 
 
 def test_a_coordinator_that_does_not_answer(home):
     port = free_port()
-    status, out, error = Process(pretrain(home, home / "w", f"--coordinator=localhost:{port}",
-                                          "--processes=2", "--process_id=1", "--join_seconds=2"),
-                                 home, "alone", 1).wait(100)
+    status, out, error = Process(
+        pretrain(
+            home, home / "w", f"--coordinator=localhost:{port}", "--processes=2", "--process_id=1", "--join_seconds=2"
+        ),
+        home,
+        "alone",
+        1,
+    ).wait(100)
     assert status == 2 and f"localhost:{port}" in error and "within 2 s" in error, error
     assert len(error.strip().splitlines()) == 1 and not (home / "w").exists()
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (("", 2, None), "need --coordinator=HOST:PORT"), (("", None, 0), "need --coordinator"),
-    (("here", 2, 0), "--coordinator=here must be HOST:PORT"),
-    (("h:1", 2, 2), "--process_id=2 must be from 0 to --processes=2 - 1"),
-    (("localhost:1", None, None), "needs --processes and --process_id")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("", 2, None), "need --coordinator=HOST:PORT"),
+        (("", None, 0), "need --coordinator"),
+        (("here", 2, 0), "--coordinator=here must be HOST:PORT"),
+        (("h:1", 2, 2), "--process_id=2 must be from 0 to --processes=2 - 1"),
+        (("localhost:1", None, None), "needs --processes and --process_id"),
+    ],
+)
 def test_flags_that_do_not_fit_together(arguments, words, monkeypatch):
     monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
     with pytest.raises(UserError, match=words):
@@ -276,8 +339,15 @@ def test_a_process_alone_joins_nothing(monkeypatch):
 # What one process finds out among others.
 
 
-MESHES = {"8,1,1": None, "2,2,2": None, "1,2,4": None, "1,1,8": None, "2,1,4": None,
-          "4,1,2": [0, 4, 1, 5, 2, 6, 3, 7], "8,1,1 mixed": [0, 4, 1, 5, 6, 2, 7, 3]}
+MESHES = {
+    "8,1,1": None,
+    "2,2,2": None,
+    "1,2,4": None,
+    "1,1,8": None,
+    "2,1,4": None,
+    "4,1,2": [0, 4, 1, 5, 2, 6, 3, 7],
+    "8,1,1 mixed": [0, 4, 1, 5, 6, 2, 7, 3],
+}
 
 
 MEMBER = "import sys; from tests.system import hosts_test; hosts_test.member(sys.argv[1])"
@@ -308,16 +378,19 @@ def member(directory):
         found["rows"][name] = rows
 
     def state_of(shape, make):
-        config = Config(model=ModelConfig(vocab_size=64, layers=2, dim=32, heads=8, context=16),
-                        optim=OptimConfig(ema=0.9), train=TrainConfig(mesh=shape, seed=5))
+        config = Config(
+            model=ModelConfig(vocab_size=64, layers=2, dim=32, heads=8, context=16),
+            optim=OptimConfig(ema=0.9),
+            train=TrainConfig(mesh=shape, seed=5),
+        )
         model, mesh = nn.build(config.model), parallel.make_mesh(shape)
         return make(model, train.make_optimizer(config.optim, 10)[0], config, mesh)
 
     def digest(state):
         leaves = jax.tree_util.tree_leaves_with_path(state)
-        return hashlib.sha256(b"".join(jax.tree_util.keystr(path).encode()
-                                       + parallel.fetch(x).tobytes()
-                                       for path, x in leaves)).hexdigest()
+        return hashlib.sha256(
+            b"".join(jax.tree_util.keystr(path).encode() + parallel.fetch(x).tobytes() for path, x in leaves)
+        ).hexdigest()
 
     with runs.Checkpoints(pathlib.Path(directory) / "checkpoints") as saves:
         if count > 1:
@@ -326,13 +399,13 @@ def member(directory):
             saves.save(3, state, {"x": 1}, metric=0.5)
         other = "1,4,2" if count > 1 else "1,-1,1"
         restored, meta = saves.restore(state_of(other, train.abstract_state)._asdict())
-        found |= {"restored": digest(restored), "meta": meta, "latest": saves.latest(),
-                  "best": saves.best()}
+        found |= {"restored": digest(restored), "meta": meta, "latest": saves.latest(), "best": saves.best()}
     print("\n" + json.dumps(found))
 
 
 def agreement(directory, index):
     """What a process of two hears from the other."""
+
     def message(function):
         try:
             function()
@@ -357,17 +430,31 @@ def agreement(directory, index):
         "refused": message(lambda: parallel.first(refuse)),
         "differ": message(lambda: parallel.check_same("x", {"a": {"b": index, "c": 1}})),
         "same": message(lambda: parallel.check_same("x", {"a": {"b": (1, 2)}})),
-        "votes": vote(), "locks": shared._file is not None,
-        "not shared": message(lambda: runs.WorkdirLock(directory / f"own-{index}"))}
+        "votes": vote(),
+        "locks": shared._file is not None,
+        "not shared": message(lambda: runs.WorkdirLock(directory / f"own-{index}")),
+    }
 
 
 @pytest.fixture(scope="module")
 def members(home):
     """What the two processes of a run found."""
     port = free_port()  # as srun starts them
-    pair = [Process(["-c", MEMBER, str(home)], home, f"member-{i}", 4, SLURM_JOB_ID=7,
-                    SLURM_NTASKS=2, SLURM_STEP_NODELIST="localhost", SLURM_PROCID=i,
-                    SLURM_LOCALID=i, JAX_COORDINATOR_PORT=port) for i in range(2)]
+    pair = [
+        Process(
+            ["-c", MEMBER, str(home)],
+            home,
+            f"member-{i}",
+            4,
+            SLURM_JOB_ID=7,
+            SLURM_NTASKS=2,
+            SLURM_STEP_NODELIST="localhost",
+            SLURM_PROCID=i,
+            SLURM_LOCALID=i,
+            JAX_COORDINATOR_PORT=port,
+        )
+        for i in range(2)
+    ]
     found = [process.wait() for process in pair]
     assert [status for status, _, _ in found] == [0, 0], [error[-3000:] for _, _, error in found]
     return [json.loads(out.splitlines()[-1]) for _, out, _ in found]
@@ -389,10 +476,24 @@ def test_what_all_agree_on(members):
 def test_a_process_reads_the_rows_that_its_devices_hold(members):
     first, second = (found["rows"] for found in members)
     low, high, all_ = [*range(8)], [*range(8, 16)], [*range(16)]
-    assert first == {"8,1,1": low, "2,2,2": low, "1,2,4": low, "1,1,8": all_, "2,1,4": low,
-                     "4,1,2": all_, "8,1,1 mixed": [0, 1, 4, 5, 10, 11, 14, 15]}
-    assert second == {"8,1,1": high, "2,2,2": high, "1,2,4": high, "1,1,8": all_, "2,1,4": high,
-                      "4,1,2": all_, "8,1,1 mixed": [2, 3, 6, 7, 8, 9, 12, 13]}
+    assert first == {
+        "8,1,1": low,
+        "2,2,2": low,
+        "1,2,4": low,
+        "1,1,8": all_,
+        "2,1,4": low,
+        "4,1,2": all_,
+        "8,1,1 mixed": [0, 1, 4, 5, 10, 11, 14, 15],
+    }
+    assert second == {
+        "8,1,1": high,
+        "2,2,2": high,
+        "1,2,4": high,
+        "1,1,8": all_,
+        "2,1,4": high,
+        "4,1,2": all_,
+        "8,1,1 mixed": [2, 3, 6, 7, 8, 9, 12, 13],
+    }
 
 
 @pytest.mark.parametrize("devices", [8, 1])

@@ -31,17 +31,23 @@ def test_padding_is_what_the_mesh_needs():
     assert sizes(261, 2) == (384, 123) and sizes(129, 6) == (384, 255) and sizes(255, 2) == (256, 1)
     once = parallel.padded(ModelConfig(vocab_size=261), mesh_of(2))
     assert parallel.padded(once, mesh_of(8)) == once
-    for fields in (dict(vocab_size=9, vocab_padding=9), dict(vocab_padding=1),
-                   dict(vocab_size=9, vocab_padding=-1)):
+    for fields in (dict(vocab_size=9, vocab_padding=9), dict(vocab_padding=1), dict(vocab_size=9, vocab_padding=-1)):
         with pytest.raises(UserError, match="model.vocab_padding=.* must be from 0 to below"):
             validate(ModelConfig(**fields))
     with pytest.raises(UserError, match="start_id=8 must be below model.vocab_size=8"):
         validate(ModelConfig(vocab_size=9, vocab_padding=1, start_id=8))
 
 
-@pytest.mark.parametrize("fields", [
-    dict(tied=True), dict(tied=False), dict(architecture="encoder", head="mlm", head_bias=True),
-    dict(architecture="encoder_decoder", tied=False), dict(architecture="lstm", tied=False)])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(tied=True),
+        dict(tied=False),
+        dict(architecture="encoder", head="mlm", head_bias=True),
+        dict(architecture="encoder_decoder", tied=False),
+        dict(architecture="lstm", tied=False),
+    ],
+)
 def test_without_its_padding_a_model_gives_the_same_logits(fields):
     config = ModelConfig(vocab_size=40, vocab_padding=3, dim=16, layers=1, heads=2, **fields)
     params = parallel.init(build(config), jax.random.PRNGKey(0))
@@ -57,15 +63,25 @@ def test_without_its_padding_a_model_gives_the_same_logits(fields):
         out = build(config).apply({"params": params}, ids, **more)
         return out[0] if isinstance(out, tuple) else out
 
-    np.testing.assert_allclose(logits(cut_config, cut), logits(config, params)[..., :37],
-                               rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(logits(cut_config, cut), logits(config, params)[..., :37], rtol=1e-5, atol=1e-6)
     assert without_padding(cut_config, cut) == (cut_config, cut)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_exported_has_no_padding(tied, tmp_path):
-    config = ModelConfig(vocab_size=40, vocab_padding=3, dim=16, layers=1, heads=2, norm="rmsnorm",
-                         activation="silu", gated=True, positions="rotary", bias=False, tied=tied)
+    config = ModelConfig(
+        vocab_size=40,
+        vocab_padding=3,
+        dim=16,
+        layers=1,
+        heads=2,
+        norm="rmsnorm",
+        activation="silu",
+        gated=True,
+        positions="rotary",
+        bias=False,
+        tied=tied,
+    )
     params = parallel.init(build(config), jax.random.PRNGKey(0))
     hf.save(tmp_path, config, params)
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 37
@@ -76,10 +92,20 @@ def test_what_is_exported_has_no_padding(tied, tmp_path):
 
 
 def test_an_adapter_with_its_head_has_no_padding(tmp_path):
-    config = ModelConfig(vocab_size=40, vocab_padding=3, dim=16, layers=1, heads=2, norm="rmsnorm",
-                         activation="silu", gated=True, positions="rotary", bias=False, tied=False)
-    c, base = PeftConfig("lora", trained="adapters,head"), parallel.init(
-        build(config), jax.random.PRNGKey(0))
+    config = ModelConfig(
+        vocab_size=40,
+        vocab_padding=3,
+        dim=16,
+        layers=1,
+        heads=2,
+        norm="rmsnorm",
+        activation="silu",
+        gated=True,
+        positions="rotary",
+        bias=False,
+        tied=False,
+    )
+    c, base = PeftConfig("lora", trained="adapters,head"), parallel.init(build(config), jax.random.PRNGKey(0))
     tuned = peft.add(base, c, jax.random.PRNGKey(1))
     tuned["unembed"] = {"kernel": base["unembed"]["kernel"] + 0.1}
     hf.save(tmp_path, config, tuned, c)
@@ -110,9 +136,15 @@ def trained(tmp_path_factory):
     """A run of 20 steps with tensor=2, whose vocabulary of 261 it does not divide."""
     directory = tmp_path_factory.mktemp("padded")
     (directory / "text.txt").write_text("One line, and another.\n\n" * 400)
-    flags = [f"--workdir={directory / 'run'}", f"--config.data.train=text:{directory}/*.txt",
-             f"--config.data.cache={directory}/cache", *SMALL, "--config.train.steps=20",
-             "--config.train.sample_tokens=0", "--config.model.vocab_size=261"]
+    flags = [
+        f"--workdir={directory / 'run'}",
+        f"--config.data.train=text:{directory}/*.txt",
+        f"--config.data.cache={directory}/cache",
+        *SMALL,
+        "--config.train.steps=20",
+        "--config.train.sample_tokens=0",
+        "--config.model.vocab_size=261",
+    ]
     done = run("pretrain", *flags, "--config.train.mesh=2,2,2", env=EIGHT)
     assert done.returncode == 0, done.stderr
     return directory, flags
@@ -146,16 +178,26 @@ def test_a_padded_run_is_opened_sampled_exported_and_tuned_without(trained):
     jax.tree.map(np.testing.assert_array_equal, back, params)
     # Fine-tuning over tensor=2 pads once more.
     tuned = run(
-        "finetune", "--config=language_model", f"--workdir={directory / 'tuned'}",
-        f"--config.data.train=text:{directory}/*.txt", f"--config.model.init_from={directory/'run'}",
-        "--config.peft.kind=lora", "--config.task.length=32", "--config.task.target_length=32",
-        "--config.train.steps=4", "--config.optim.warmup_steps=1", "--config.train.batch_size=8",
-        "--config.train.evaluate_every=4", "--config.train.sample_tokens=0",
-        "--config.train.tensorboard=false", "--config.train.mesh=2,2,2", env=EIGHT)
+        "finetune",
+        "--config=language_model",
+        f"--workdir={directory / 'tuned'}",
+        f"--config.data.train=text:{directory}/*.txt",
+        f"--config.model.init_from={directory / 'run'}",
+        "--config.peft.kind=lora",
+        "--config.task.length=32",
+        "--config.task.target_length=32",
+        "--config.train.steps=4",
+        "--config.optim.warmup_steps=1",
+        "--config.train.batch_size=8",
+        "--config.train.evaluate_every=4",
+        "--config.train.sample_tokens=0",
+        "--config.train.tensorboard=false",
+        "--config.train.mesh=2,2,2",
+        env=EIGHT,
+    )
     assert tuned.returncode == 0, tuned.stderr
     assert json.loads((directory / "tuned" / "config.json").read_text())["model"]["vocab_size"] == 384
-    final, first = (flatten_dict(p, sep="/") for p in (
-        runs.open_model(str(directory / "tuned" / "final"))[1], params))
+    final, first = (flatten_dict(p, sep="/") for p in (runs.open_model(str(directory / "tuned" / "final"))[1], params))
     np.testing.assert_array_equal(final["embed/embedding"], first["embed/embedding"])
     moved = [path for path in first if not np.array_equal(final[path], first[path])]
     assert moved and all("kernel" in path for path in moved)

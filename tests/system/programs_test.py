@@ -23,16 +23,29 @@ from nanoflax.errors import UserError
 from tests import kills
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SMALL = ["--config.model.layers=1", "--config.model.dim=32", "--config.model.heads=2",
-         "--config.model.context=32", "--config.data.tokenizer=bytes",
-         "--config.optim.warmup_steps=2", "--config.train.batch_size=4",
-         "--config.train.sample_tokens=8", "--config.train.evaluate_every=10",
-         "--config.train.checkpoint_every=10"]
+SMALL = [
+    "--config.model.layers=1",
+    "--config.model.dim=32",
+    "--config.model.heads=2",
+    "--config.model.context=32",
+    "--config.data.tokenizer=bytes",
+    "--config.optim.warmup_steps=2",
+    "--config.train.batch_size=4",
+    "--config.train.sample_tokens=8",
+    "--config.train.evaluate_every=10",
+    "--config.train.checkpoint_every=10",
+]
 
 
 def run(program, *flags, **options):
-    return subprocess.run([sys.executable, "-m", f"experiments.{program}", *map(str, flags)],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{program}", *map(str, flags)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
 
 
 def fake(devices):
@@ -41,13 +54,21 @@ def fake(devices):
 
 
 def pretrain(workdir, corpus, *flags, **options):
-    return run("pretrain", f"--workdir={workdir}", f"--config.data.train=text:{corpus}/*.txt",
-               f"--config.data.cache={corpus}/cache", *SMALL, *flags, **options)
+    return run(
+        "pretrain",
+        f"--workdir={workdir}",
+        f"--config.data.train=text:{corpus}/*.txt",
+        f"--config.data.cache={corpus}/cache",
+        *SMALL,
+        *flags,
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     import random
+
     directory = tmp_path_factory.mktemp("corpus")
     kills.write_corpus(directory, random.Random(0))
     return directory
@@ -63,8 +84,9 @@ def trained(corpus, tmp_path_factory):
 
 def test_a_run_leaves_everything_it_promises(trained):
     workdir, done = trained
-    assert {"config.json", "tokenizer", "metrics.jsonl", "checkpoints", "tensorboard",
-            "loss.png"} <= set(os.listdir(workdir))
+    assert {"config.json", "tokenizer", "metrics.jsonl", "checkpoints", "tensorboard", "loss.png"} <= set(
+        os.listdir(workdir)
+    )
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 21))
     evaluations = [r for r in records if "validation_loss" in r]
@@ -85,20 +107,22 @@ def test_the_same_command_again_is_complete_and_a_changed_one_is_refused(trained
 
 def test_a_new_run_from_the_weights_keeps_the_old_one(corpus, tmp_path):
     assert pretrain(tmp_path / "w", corpus, "--config.train.steps=10").returncode == 0
-    new = pretrain(tmp_path / "w", corpus, "--config.train.steps=10", "--config.optim.b1=0.5",
-                   "--restart_from_weights")
+    new = pretrain(tmp_path / "w", corpus, "--config.train.steps=10", "--config.optim.b1=0.5", "--restart_from_weights")
     assert new.returncode == 0, new.stderr
     old = tmp_path / "w" / "previous-1"
-    losses = [[json.loads(line)["loss"] for line in path.read_text().splitlines()
-               if '"loss"' in line] for path in (old / "metrics.jsonl",
-                                                 tmp_path / "w" / "metrics.jsonl")]
+    losses = [
+        [json.loads(line)["loss"] for line in path.read_text().splitlines() if '"loss"' in line]
+        for path in (old / "metrics.jsonl", tmp_path / "w" / "metrics.jsonl")
+    ]
     assert losses[1][0] < losses[0][0] - 0.3
-    again = pretrain(tmp_path / "w", corpus, "--config.train.steps=10", "--config.optim.b1=0.5",
-                     "--restart_from_weights")  # goes on with what it began
+    again = pretrain(
+        tmp_path / "w", corpus, "--config.train.steps=10", "--config.optim.b1=0.5", "--restart_from_weights"
+    )  # goes on with what it began
     assert again.returncode == 0 and "the run is complete: 10 steps" in again.stdout
     for home, changed, words in (
-            ("w", ["--config.model.dim=16"], "does not fit: "),
-            ("elsewhere", [], "holds no run to begin from")):
+        ("w", ["--config.model.dim=16"], "does not fit: "),
+        ("elsewhere", [], "holds no run to begin from"),
+    ):
         refused = pretrain(tmp_path / home, corpus, "--restart_from_weights", *changed)
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr
         assert not (tmp_path / "w" / "previous-2").exists()
@@ -108,8 +132,10 @@ def test_a_restart_that_is_refused_changes_nothing(corpus, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "w")
     (tmp_path / "blank.txt").write_text(" \n")
     before = sorted(os.listdir(tmp_path / "w"))
-    for flags, words in (([f"--config.data.train=text:{tmp_path}/blank.txt"], "has no text"),
-                         (["--config.data.tokenizer=bpe:300"], "keeps the tokenizer")):
+    for flags, words in (
+        ([f"--config.data.train=text:{tmp_path}/blank.txt"], "has no text"),
+        (["--config.data.tokenizer=bpe:300"], "keeps the tokenizer"),
+    ):
         refused = pretrain(tmp_path / "w", corpus, "--restart_from_weights", *flags)
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr
         assert sorted(os.listdir(tmp_path / "w")) == before
@@ -176,9 +202,18 @@ def test_wandb_that_is_not_there_is_refused_at_once(monkeypatch):
 
 
 def test_a_disk_without_room_is_one_line(tmp_path):
-    done = subprocess.run(["bash", "-c", f"ulimit -f 0; exec {sys.executable} -m experiments.pretrain "
-                           f"--workdir={tmp_path / 'w'} --config.data.cache={tmp_path / 'c'}"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            f"ulimit -f 0; exec {sys.executable} -m experiments.pretrain "
+            f"--workdir={tmp_path / 'w'} --config.data.cache={tmp_path / 'c'}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "File too large" in done.stderr
 
@@ -188,8 +223,9 @@ def test_evaluate_reads_all_whatever_the_run_measured(trained, tmp_path):
     config = json.loads((tmp_path / "w" / "config.json").read_text())
     config["train"]["evaluate_batches"] = 1
     (tmp_path / "w" / "config.json").write_text(json.dumps(config))
-    found = [run("evaluate", f"--workdir={w}", env=fake(devices))
-             for w, devices in ((trained[0], 1), (tmp_path / "w", 3))]
+    found = [
+        run("evaluate", f"--workdir={w}", env=fake(devices)) for w, devices in ((trained[0], 1), (tmp_path / "w", 3))
+    ]
     whole, limited = (json.loads(done.stdout) for done in found)
     assert whole["tokens"] == limited["tokens"]
     for name in ("loss", "bits_per_byte"):
@@ -198,11 +234,22 @@ def test_evaluate_reads_all_whatever_the_run_measured(trained, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_and_the_run_goes_on(number, corpus, tmp_path):
-    flags = [f"--workdir={tmp_path / 'w'}", f"--config.data.train=text:{corpus}/*.txt",
-             f"--config.data.cache={corpus}/cache", *SMALL, "--config.train.steps=3000",
-             "--config.train.checkpoint_every=100000", "--config.train.evaluate_every=100000"]
-    process = subprocess.Popen([sys.executable, "-m", "experiments.pretrain", *flags], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    flags = [
+        f"--workdir={tmp_path / 'w'}",
+        f"--config.data.train=text:{corpus}/*.txt",
+        f"--config.data.cache={corpus}/cache",
+        *SMALL,
+        "--config.train.steps=3000",
+        "--config.train.checkpoint_every=100000",
+        "--config.train.evaluate_every=100000",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.pretrain", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics = tmp_path / "w" / "metrics.jsonl"
     while kills.count_lines(metrics) < 5 and process.poll() is None:
         time.sleep(0.02)
@@ -214,6 +261,7 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(number, corpus, tmp_path)
     saved = int(re.search(r"saved at step (\d+)", out)[1])
     assert saved == kills.count_lines(metrics)
     from nanoflax.runs import checkpoint
+
     assert checkpoint.read_meta(tmp_path / "w" / "checkpoints")["position"] == saved * 4
 
 
@@ -224,6 +272,7 @@ def test_three_random_kills_change_no_bit():
 
 def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsys):
     import jax
+
     config = configs.Config(train=configs.TrainConfig(steps=1))
     for index, files in ((1, set()), (0, {"metrics.jsonl", "tensorboard"})):
         monkeypatch.setattr(jax, "process_index", lambda: index)
@@ -243,16 +292,17 @@ def test_evaluate_prints_json(trained, corpus, tmp_path):
     best = min(r["validation_loss"] for r in records if "validation_loss" in r)
     assert own["loss"] == pytest.approx(best, rel=1e-6)
     (tmp_path / "a.txt").write_bytes(b"the model reads\xff")
-    other = json.loads(run("evaluate", f"--workdir={workdir}", f"--data=text:{tmp_path}/a.txt"
-                           ).stdout)
+    other = json.loads(run("evaluate", f"--workdir={workdir}", f"--data=text:{tmp_path}/a.txt").stdout)
     assert other["tokens"] == 19 and "invalid UTF-8" in other["report"][0]
 
 
 def test_candidates_are_ranked_and_bad_lines_named(trained, tmp_path):
     workdir, _ = trained
-    questions = [{"prompt": "the model", "candidates": [" reads", " qqqqq"], "answer": " reads"},
-                 {"prompt": "the", "candidates": [" xx", " a", " model"], "answer": 2},
-                 {"prompt": "a", "candidates": ["\u00e9"]}]
+    questions = [
+        {"prompt": "the model", "candidates": [" reads", " qqqqq"], "answer": " reads"},
+        {"prompt": "the", "candidates": [" xx", " a", " model"], "answer": 2},
+        {"prompt": "a", "candidates": ["\u00e9"]},
+    ]
     path, out = tmp_path / "c.jsonl", tmp_path / "out.jsonl"
     path.write_text("\n".join(map(json.dumps, questions)))
     flags = [f"--workdir={workdir}", f"--candidates={path}"]
@@ -266,8 +316,12 @@ def test_candidates_are_ranked_and_bad_lines_named(trained, tmp_path):
         assert sorted(r["text"] for r in rows) == sorted(q["candidates"])
         totals = [r["log_likelihood"] for r in rows]
         assert totals == sorted(totals, reverse=True) and max(totals) < 0
-        assert all(r["per_token"] * r["tokens"] == pytest.approx(r["log_likelihood"])
-                   == r["per_byte"] * len(r["text"].encode()) for r in rows)
+        assert all(
+            r["per_token"] * r["tokens"]
+            == pytest.approx(r["log_likelihood"])
+            == r["per_byte"] * len(r["text"].encode())
+            for r in rows
+        )
     path.write_text('{"prompt": "a", "candidates": ["b"], "answer": 1}\n{"prompt": "a"}\n[')
     done = run("evaluate", *flags)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
@@ -293,51 +347,58 @@ def test_sample_continues_prompts_stops_and_talks(trained, tmp_path):
 
 def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
     import shutil
+
     workdir, _ = trained
     shutil.copytree(workdir, tmp_path / "w")
     from nanoflax import tokenizers
+
     shutil.rmtree(tmp_path / "w" / "tokenizer")
-    tokenizers.train_sentencepiece(["one two three four five six"] * 50, 280).save(
-        tmp_path / "w" / "tokenizer")
+    tokenizers.train_sentencepiece(["one two three four five six"] * 50, 280).save(tmp_path / "w" / "tokenizer")
     for program in ("sample", "evaluate"):
         done = run(program, f"--workdir={tmp_path / 'w'}")
         assert done.returncode == 2 and "tokenizer" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("program, flags, words", [
-    ("pretrain", ["--config.model.dmi=3"], "config.model.dim"),
-    ("pretrain", ["--config.model.dim=wide"], "an integer"),
-    ("pretrain", ["--config=nowhere"], "pydocs_tiny"),
-    ("pretrain", ["--config="], "pydocs_tiny"),
-    ("pretrain", ["--config=experiments"], "pydocs_tiny"),
-    ("pretrain", ["--config=README.md"], "a Python file"),
-    ("pretrain", [f"--config.train.seed={10**20}"], "train.seed"),
-    ("pretrain", ["--config.model.heads=3"], "model.heads=3"),
-    ("pretrain", ["--config.train.batch_size=10", "--config.train.accumulate=4"], "accumulate"),
-    ("pretrain", ["--config.data.train=text:nothing/*.txt"], "nothing/*.txt"),
-    ("pretrain", ["--config.data.train=books"], "pydocs, text:GLOB or tfds:NAME"),
-    ("pretrain", ["--config.data.tokenizer=words"], "words"),
-    ("pretrain", ["--config.train.mesh=3,1,1"], "train.mesh"),
-    ("pretrain", ["--config.train.batch_size=2", "--config.train.mesh=2,1,1"], "train.mesh"),
-    ("pretrain", ["--config.model.vocab_size=100", "--config.data.tokenizer=bytes"], "vocab_size"),
-    ("pretrain", ["again"], "again"),
-    ("pretrain", ["--workdir=/dev/null/x"], "/dev/null/x"),
-    ("sample", [], "workdir"),
-    ("sample", ["--workdir=nowhere"], "nowhere"),
-    ("sample", ["--workdir=nowhere", f"--seed={10**20}"], "--seed"),
-    ("evaluate", ["--workdir=nowhere"], "nowhere"),
-    ("evaluate", [], "either --workdir"),
-    ("pretrain", ["--config.model.init_from=gpt2", "--config.peft.kind=lora"],
-     "model.init_from='gpt2', peft.kind='lora': pretrain trains a decoder from scratch"),
-    ("pretrain", ["--config.model.architecture=lstm"], "model.architecture='lstm': pretrain"),
-    ("pretrain", ["--config=pydocs_tiny", "--config=nowhere"], "--config=nowhere does not exist"),
-    ("evaluate", ["--model=x"], "--model needs --candidates"),
-    ("evaluate", ["--workdir=x", "--split=train"], "--split=train is of --data"),
-    ("sample", ["--workdir=x", "--interactive", "--prompt=a"], "give one of --chat"),
-    ("evaluate", ["--model=x", "--candidates=nowhere.jsonl"], "nowhere.jsonl"),
-    ("benchmark", ["race"], "train, decode or compile"),
-])
+@pytest.mark.parametrize(
+    "program, flags, words",
+    [
+        ("pretrain", ["--config.model.dmi=3"], "config.model.dim"),
+        ("pretrain", ["--config.model.dim=wide"], "an integer"),
+        ("pretrain", ["--config=nowhere"], "pydocs_tiny"),
+        ("pretrain", ["--config="], "pydocs_tiny"),
+        ("pretrain", ["--config=experiments"], "pydocs_tiny"),
+        ("pretrain", ["--config=README.md"], "a Python file"),
+        ("pretrain", [f"--config.train.seed={10**20}"], "train.seed"),
+        ("pretrain", ["--config.model.heads=3"], "model.heads=3"),
+        ("pretrain", ["--config.train.batch_size=10", "--config.train.accumulate=4"], "accumulate"),
+        ("pretrain", ["--config.data.train=text:nothing/*.txt"], "nothing/*.txt"),
+        ("pretrain", ["--config.data.train=books"], "pydocs, text:GLOB or tfds:NAME"),
+        ("pretrain", ["--config.data.tokenizer=words"], "words"),
+        ("pretrain", ["--config.train.mesh=3,1,1"], "train.mesh"),
+        ("pretrain", ["--config.train.batch_size=2", "--config.train.mesh=2,1,1"], "train.mesh"),
+        ("pretrain", ["--config.model.vocab_size=100", "--config.data.tokenizer=bytes"], "vocab_size"),
+        ("pretrain", ["again"], "again"),
+        ("pretrain", ["--workdir=/dev/null/x"], "/dev/null/x"),
+        ("sample", [], "workdir"),
+        ("sample", ["--workdir=nowhere"], "nowhere"),
+        ("sample", ["--workdir=nowhere", f"--seed={10**20}"], "--seed"),
+        ("evaluate", ["--workdir=nowhere"], "nowhere"),
+        ("evaluate", [], "either --workdir"),
+        (
+            "pretrain",
+            ["--config.model.init_from=gpt2", "--config.peft.kind=lora"],
+            "model.init_from='gpt2', peft.kind='lora': pretrain trains a decoder from scratch",
+        ),
+        ("pretrain", ["--config.model.architecture=lstm"], "model.architecture='lstm': pretrain"),
+        ("pretrain", ["--config=pydocs_tiny", "--config=nowhere"], "--config=nowhere does not exist"),
+        ("evaluate", ["--model=x"], "--model needs --candidates"),
+        ("evaluate", ["--workdir=x", "--split=train"], "--split=train is of --data"),
+        ("sample", ["--workdir=x", "--interactive", "--prompt=a"], "give one of --chat"),
+        ("evaluate", ["--model=x", "--candidates=nowhere.jsonl"], "nowhere.jsonl"),
+        ("benchmark", ["race"], "train, decode or compile"),
+    ],
+)
 def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):
     if program == "pretrain" and not any("workdir" in f for f in flags):
         flags = [f"--workdir={tmp_path / 'w'}", *flags]
@@ -347,9 +408,15 @@ def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):
     assert not (tmp_path / "w" / "config.json").exists()
 
 
-@pytest.mark.parametrize("text, words", [
-    ('{"model": ', "Expecting value"), ("[1]", "must be the fields of a Config"),
-    ('{"model": {"dim": "64"}}', "config.model.dim='64' must be an integer"), (None, "directory")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"model": ', "Expecting value"),
+        ("[1]", "must be the fields of a Config"),
+        ('{"model": {"dim": "64"}}', "config.model.dim='64' must be an integer"),
+        (None, "directory"),
+    ],
+)
 def test_a_config_that_cannot_be_read_is_named(text, words, tmp_path):
     path = tmp_path / "config.json"
     path.mkdir() if text is None else path.write_text(text)
@@ -373,18 +440,21 @@ class Outer:
     name: str = "x"
 
 
-@pytest.mark.parametrize("text, field, value", [
-    ("--c.inner.blocks=0,2,4", "inner.blocks", (0, 2, 4)),
-    ("--c.inner.blocks=7", "inner.blocks", (7,)),
-    ("--c.inner.blocks=", "inner.blocks", ()),
-    ("--c.name=y", "inner.blocks", (1,)),
-    ("--c.inner.scales=1,0.5", "inner.scales", (1.0, 0.5)),
-    ("--c.inner.scales=none", "inner.scales", None),
-    ("--c.name=0,2", "name", "0,2"),
-    ("--c.inner.blocks=0,,2", "inner.blocks", "must be a list, each an integer"),
-    ("--c.inner.blocks=0,1.5", "inner.blocks", "must be a list, each an integer"),
-    ("--c.inner.scales=a", "inner.scales", "must be a list, each a number or none"),
-])
+@pytest.mark.parametrize(
+    "text, field, value",
+    [
+        ("--c.inner.blocks=0,2,4", "inner.blocks", (0, 2, 4)),
+        ("--c.inner.blocks=7", "inner.blocks", (7,)),
+        ("--c.inner.blocks=", "inner.blocks", ()),
+        ("--c.name=y", "inner.blocks", (1,)),
+        ("--c.inner.scales=1,0.5", "inner.scales", (1.0, 0.5)),
+        ("--c.inner.scales=none", "inner.scales", None),
+        ("--c.name=0,2", "name", "0,2"),
+        ("--c.inner.blocks=0,,2", "inner.blocks", "must be a list, each an integer"),
+        ("--c.inner.blocks=0,1.5", "inner.blocks", "must be a list, each an integer"),
+        ("--c.inner.scales=a", "inner.scales", "must be a list, each a number or none"),
+    ],
+)
 def test_tuples_are_flags(text, field, value):
     values = flags.FlagValues()
     for name, kind, default in leaves(Outer(), "c"):
@@ -398,18 +468,23 @@ def test_tuples_are_flags(text, field, value):
 
 
 def test_import_is_quick_and_pulls_in_no_other_framework():
-    code = ("import sys, time; t = time.time(); import nanoflax; t = time.time() - t;"
-            "nanoflax.build, nanoflax.init, nanoflax.sample;"
-            "assert t < 1.5, t; assert not {'torch', 'tensorflow'} & set(sys.modules)")
+    code = (
+        "import sys, time; t = time.time(); import nanoflax; t = time.time() - t;"
+        "nanoflax.build, nanoflax.init, nanoflax.sample;"
+        "assert t < 1.5, t; assert not {'torch', 'tensorflow'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("text, stops, ended, expected", [
-    ("one two", ["two"], False, ("one ", True)),
-    ("one tw", ["two"], False, ("one ", False)),
-    ("one tw", ["two"], True, ("one tw", False)),
-    ("caf\ufffd", [], False, ("caf", False)),
-    ("a b c", ["c", "b"], False, ("a ", True)),
-])
+@pytest.mark.parametrize(
+    "text, stops, ended, expected",
+    [
+        ("one two", ["two"], False, ("one ", True)),
+        ("one tw", ["two"], False, ("one ", False)),
+        ("one tw", ["two"], True, ("one tw", False)),
+        ("caf\ufffd", [], False, ("caf", False)),
+        ("a b c", ["c", "b"], False, ("a ", True)),
+    ],
+)
 def test_visible_text_never_has_to_be_taken_back(text, stops, ended, expected):
     assert sample.visible(text, stops, ended) == expected

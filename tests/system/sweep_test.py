@@ -12,9 +12,17 @@ from tests.system.programs_test import ROOT, run
 
 def sweep(workdir, data, *flags):
     train, dev = data
-    return run("sweep", "--config=classify", f"--workdir={workdir}",
-               f"--config.data.train={train}", f"--config.data.validation={dev}", *TINY,
-               "--config.train.steps=4", "--config.train.evaluate_every=4", *flags)
+    return run(
+        "sweep",
+        "--config=classify",
+        f"--workdir={workdir}",
+        f"--config.data.train={train}",
+        f"--config.data.validation={dev}",
+        *TINY,
+        "--config.train.steps=4",
+        "--config.train.evaluate_every=4",
+        *flags,
+    )
 
 
 def results(workdir):
@@ -26,8 +34,7 @@ def test_a_grid_is_tried_whole_reported_and_not_run_again(topics, tmp_path):  # 
     done = sweep(tmp_path, topics, *flags)
     assert done.returncode == 1, done.stderr
     found = results(tmp_path)
-    assert [tuple(r["values"].values()) for r in found] == [
-        ("0", "2"), ("0", "3"), ("0.5", "2"), ("0.5", "3")]
+    assert [tuple(r["values"].values()) for r in found] == [("0", "2"), ("0", "3"), ("0.5", "2"), ("0.5", "3")]
     assert [r["status"] for r in found] == ["finished", "failed"] * 2
     assert "model.heads=3 does not divide" in found[1]["error"]
     assert "trial 1 failed" in done.stderr and "trial 3 failed" in done.stderr
@@ -36,16 +43,16 @@ def test_a_grid_is_tried_whole_reported_and_not_run_again(topics, tmp_path):  # 
         assert own["validation_loss"] == r["validation_loss"]
         config = json.loads((tmp_path / f"trial-{r['trial']:03d}" / "config.json").read_text())
         assert config["optim"]["weight_decay"] == float(r["values"]["config.optim.weight_decay"])
-    table = done.stdout[done.stdout.index("trial  config.optim"):].splitlines()
-    best = min((r for r in found if r["status"] == "finished"),
-               key=lambda r: r["validation_loss"])
-    assert table[1].split() == [str(best["trial"]), *best["values"].values(),
-                                f"{best['validation_loss']:.4f}"]
+    table = done.stdout[done.stdout.index("trial  config.optim") :].splitlines()
+    best = min((r for r in found if r["status"] == "finished"), key=lambda r: r["validation_loss"])
+    assert table[1].split() == [str(best["trial"]), *best["values"].values(), f"{best['validation_loss']:.4f}"]
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     # Again: what has ended well is left alone; what is broken goes on.
-    (tmp_path / "trial-002" / "trial.json").write_text(json.dumps(
-        {k: v for k, v in json.loads((tmp_path / "trial-002" / "trial.json").read_text()).items()
-         if k != "result"}))
+    (tmp_path / "trial-002" / "trial.json").write_text(
+        json.dumps(
+            {k: v for k, v in json.loads((tmp_path / "trial-002" / "trial.json").read_text()).items() if k != "result"}
+        )
+    )
     again = sweep(tmp_path, topics, *flags)
     assert again.returncode == 1 and results(tmp_path) == found
     assert "trial 1/4" not in again.stdout and "trial 3/4" in again.stdout
@@ -66,8 +73,11 @@ json.dump([sweep.draw(spaces, i) for i in [*range(400), 7]], sys.stdout)
 
 
 def test_random_draws_are_of_their_ranges_and_the_same_again():
-    *drawn, again = json.loads(subprocess.run(  # where no other program has defined its flags
-        [sys.executable, "-c", DRAWS], cwd=ROOT, capture_output=True, check=True).stdout)
+    *drawn, again = json.loads(
+        subprocess.run(  # where no other program has defined its flags
+            [sys.executable, "-c", DRAWS], cwd=ROOT, capture_output=True, check=True
+        ).stdout
+    )
     assert drawn[7] == again != drawn[8]
     rates = sorted(float(v["a"]) for v in drawn)
     assert 1e-4 <= rates[0] and rates[-1] <= 1e-2 and 6e-4 < rates[200] < 1.6e-3
@@ -90,17 +100,20 @@ def test_optuna_draws_or_is_asked_for(topics, tmp_path):  # noqa: F811
     assert len({*rates}) == 2 and all(1e-4 <= rate <= 1e-2 for rate in rates)
 
 
-@pytest.mark.parametrize("flags, words", [
-    ([], "nothing to try"),
-    (["--grid", "config.optim.rate=1"], "is no field of the configuration"),
-    (["--grid", "config.optim.learning_rate=1,a"], "'a' is no value of config.optim.learning_rate"),
-    (["--random", "config.optim.b1=log:0:1", "--trials=1"], "above 0"),
-    (["--random", "config.optim.b1=uniform:0.5", "--trials=1"], "uniform:LOW:HIGH"),
-    (["--random", "config.optim.b1=uniform:0:1"], "--trials=0 must be at least 1"),
-    (["--grid", "config.optim.b1=0", "--optuna"], "--optuna draws from --random"),
-    (["--grid", "config.optim.b1=0", "--grid", "config.optim.b1=1"], "is given twice"),
-    (["--grid", "config.optim.b1=0", "--program=pretrain"], "needs --config"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "nothing to try"),
+        (["--grid", "config.optim.rate=1"], "is no field of the configuration"),
+        (["--grid", "config.optim.learning_rate=1,a"], "'a' is no value of config.optim.learning_rate"),
+        (["--random", "config.optim.b1=log:0:1", "--trials=1"], "above 0"),
+        (["--random", "config.optim.b1=uniform:0.5", "--trials=1"], "uniform:LOW:HIGH"),
+        (["--random", "config.optim.b1=uniform:0:1"], "--trials=0 must be at least 1"),
+        (["--grid", "config.optim.b1=0", "--optuna"], "--optuna draws from --random"),
+        (["--grid", "config.optim.b1=0", "--grid", "config.optim.b1=1"], "is given twice"),
+        (["--grid", "config.optim.b1=0", "--program=pretrain"], "needs --config"),
+    ],
+)
 def test_misuse_gets_one_line_and_status_2(flags, words, tmp_path):
     done = run("sweep", f"--workdir={tmp_path}", *flags)
     assert done.returncode == 2 and words in done.stderr, done.stderr

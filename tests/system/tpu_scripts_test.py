@@ -23,7 +23,7 @@ MARK = "s3" + "cr"  # so that this file, which is copied too, does not hold it
 SECRET = MARK + "'et $value\nof two lines"
 TYPE = "--type=v5litepod-16"
 
-STAND_IN = r'''
+STAND_IN = r"""
 import json, os, pathlib, shutil, signal, subprocess, sys
 
 cloud, name, arguments = pathlib.Path(os.environ["CLOUD"]), pathlib.Path(sys.argv[0]).name, sys.argv[1:]
@@ -122,11 +122,11 @@ def scancel():
     pass
 
 sys.exit(globals()[name]())
-'''
+"""
 
 # Takes its next action from plan.json, as its worker's nth attempt: save:STEP, exit:STATUS, preempt
 # (and hang), hang; says in arguments.json with what it was called.
-TOY = r'''
+TOY = r"""
 import json, os, pathlib, signal, sys, time
 
 cloud, home = pathlib.Path(os.environ["CLOUD"]), pathlib.Path(os.environ["HOME"])
@@ -159,7 +159,7 @@ for action in json.loads((cloud / "plan.json").read_text())[attempt]:
     elif verb == "hang":
         (cloud / f"hangs.{home.name}").touch()
         time.sleep(100)
-'''
+"""
 
 
 class Cloud:
@@ -169,8 +169,7 @@ class Cloud:
         self.path, self.bin = path, path / "bin"
         for directory in ("bin", "home", "login", "worker0", "worker1"):
             (path / directory).mkdir()
-        for name in ("gcloud ssh squeue sbatch srun sacct rsync uv sudo mountpoint gcsfuse "
-                     "scancel").split():
+        for name in ("gcloud ssh squeue sbatch srun sacct rsync uv sudo mountpoint gcsfuse scancel").split():
             (self.bin / name).write_text(f"#!{sys.executable}\n{STAND_IN}")
             (self.bin / name).chmod(0o755)
         (path / "toy.py").write_text(TOY)
@@ -189,11 +188,21 @@ class Cloud:
 
     def call(self, script, *arguments, status=0, trace=False, env=None, path=None):
         """Runs a script; gives what it printed. Every answer is looked at for secrets."""
-        env = {"PATH": path or f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.path / "home"),
-               "CLOUD": str(self.path), **(env or {})}
-        done = subprocess.run(["bash", *(["-x"] if trace else []), SCRIPTS / script, *arguments],
-                              env=env, cwd=self.path, text=True, timeout=120, capture_output=True,
-                              stdin=subprocess.DEVNULL)
+        env = {
+            "PATH": path or f"{self.bin}:{os.environ['PATH']}",
+            "HOME": str(self.path / "home"),
+            "CLOUD": str(self.path),
+            **(env or {}),
+        }
+        done = subprocess.run(
+            ["bash", *(["-x"] if trace else []), SCRIPTS / script, *arguments],
+            env=env,
+            cwd=self.path,
+            text=True,
+            timeout=120,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+        )
         assert done.returncode == status, done.stdout + done.stderr
         assert not env.get("WANDB_API_KEY") or MARK not in done.stdout + done.stderr
         return done
@@ -209,8 +218,9 @@ class Cloud:
         return int((self.path / f"attempts.worker{worker}").read_text())
 
     def launched(self, verb="run", *arguments, **kw):
-        return self.call("tpu.sh", verb, "pod", *([TYPE, "--poll=0"] if verb == "run" else []),
-                         *arguments, "--", *self.toy, **kw)
+        return self.call(
+            "tpu.sh", verb, "pod", *([TYPE, "--poll=0"] if verb == "run" else []), *arguments, "--", *self.toy, **kw
+        )
 
 
 @pytest.fixture
@@ -218,8 +228,7 @@ def cloud(tmp_path):
     cloud = Cloud(tmp_path)
     yield cloud
     for group in tmp_path.glob("worker*/nanoflax/runs/.launch/group"):
-        subprocess.run(["bash", "-c", f"kill -KILL -- -{group.read_text().strip()}"],
-                       stderr=subprocess.DEVNULL)
+        subprocess.run(["bash", "-c", f"kill -KILL -- -{group.read_text().strip()}"], stderr=subprocess.DEVNULL)
 
 
 def printed(text):
@@ -248,8 +257,11 @@ def test_quote_is_read_back_by_shlex_and_by_sh():
     rng = random.Random(0)
     alphabet = [chr(i) for i in range(1, 128)] + ["é", "日", "\u2028"]
     texts = ODD + ["".join(rng.choices(alphabet, k=rng.randrange(12))) for _ in range(400)]
-    line = subprocess.run(["bash", "-c", f'. {shlex.quote(str(SCRIPTS / "lib.sh"))}; quote "$@"', "-",
-                           *texts], capture_output=True, check=True).stdout.decode()
+    line = subprocess.run(
+        ["bash", "-c", f'. {shlex.quote(str(SCRIPTS / "lib.sh"))}; quote "$@"', "-", *texts],
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
     assert shlex.split(line) == texts
     back = subprocess.run(["sh", "-c", f'printf "%s\\0" {line}'], capture_output=True, check=True)
     assert back.stdout.decode().split("\0")[:-1] == texts
@@ -258,16 +270,24 @@ def test_quote_is_read_back_by_shlex_and_by_sh():
 TPU = [
     ("create", ["--type=v6e-8", "--spot", "--zone=z", "--create-flag=--network=a b"], []),
     ("create", ["--type=v5p-8", "--queued", "--project=p q"], []),
-    ("sync", [], []), ("setup", [], []), ("launch", [], ODD), ("status", ["--zone=z"], []),
-    ("stop", [], []), ("fetch", ["runs/it's", "to here"], []), ("fetch", ["gs://b/x y", "to"], []),
-    ("delete", ["--yes"], []), ("delete", ["--yes", "--queued"], []),
-    ("run", [TYPE, "--queued", "--poll=0"], ODD), ("run", [TYPE, "--poll=0"], ODD)]
+    ("sync", [], []),
+    ("setup", [], []),
+    ("launch", [], ODD),
+    ("status", ["--zone=z"], []),
+    ("stop", [], []),
+    ("fetch", ["runs/it's", "to here"], []),
+    ("fetch", ["gs://b/x y", "to"], []),
+    ("delete", ["--yes"], []),
+    ("delete", ["--yes", "--queued"], []),
+    ("run", [TYPE, "--queued", "--poll=0"], ODD),
+    ("run", [TYPE, "--poll=0"], ODD),
+]
 
 
 @pytest.mark.parametrize("verb, options, odd", TPU)
 def test_tpu_dry_run_prints_what_a_real_run_calls(cloud, verb, options, odd):
     command = ["--", *cloud.toy, *odd] if odd else []
-    name = "my $tpu's \"one\""
+    name = 'my $tpu\'s "one"'
     env = {"WANDB_API_KEY": SECRET}
     if verb not in ("run", "create"):
         cloud.state("READY")
@@ -290,9 +310,16 @@ def test_tpu_dry_run_prints_what_a_real_run_calls(cloud, verb, options, odd):
 
 
 SLURM = [
-    ("sync", [], []), ("setup", [], []), ("launch", ["j b", "--nodes=2", "--sbatch-flag=--time=1:0"], ODD),
-    ("status", ["j b"], []), ("tail", ["j b"], []), ("stop", ["j b"], []), ("delete", ["j b", "--yes"], []),
-    ("fetch", ["runs/it's", "to here"], []), ("run", ["j b", "--poll=0"], ODD)]
+    ("sync", [], []),
+    ("setup", [], []),
+    ("launch", ["j b", "--nodes=2", "--sbatch-flag=--time=1:0"], ODD),
+    ("status", ["j b"], []),
+    ("tail", ["j b"], []),
+    ("stop", ["j b"], []),
+    ("delete", ["j b", "--yes"], []),
+    ("fetch", ["runs/it's", "to here"], []),
+    ("run", ["j b", "--poll=0"], ODD),
+]
 
 
 @pytest.mark.parametrize("verb, options, odd", SLURM)
@@ -334,8 +361,9 @@ def test_secrets_arrive_and_are_never_shown(cloud, trace, options):
     secrets = {"WANDB_API_KEY": SECRET, "MY_OWN": SECRET + "2"}
     shutil.copytree(SCRIPTS, cloud.path / "login/nanoflax/tpu_scripts")
     cloud.launched("run", "--env=MY_OWN", *options, env=secrets, trace=trace)
-    cloud.call("slurm.sh", "launch", "j", "--host=h", "--env=MY_OWN", *options, "--", *cloud.toy,
-               env=secrets, trace=trace)
+    cloud.call(
+        "slurm.sh", "launch", "j", "--host=h", "--env=MY_OWN", *options, "--", *cloud.toy, env=secrets, trace=trace
+    )
     if not options:
         for place in ("worker0", "worker1", "login"):
             found = json.loads((cloud.path / f"environment.{place}.json").read_text())
@@ -405,8 +433,10 @@ def test_the_loop_takes_over_a_command_that_runs(cloud):
     cloud.calls()
     loop = subprocess.Popen(
         ["bash", SCRIPTS / "tpu.sh", "run", "pod", TYPE, "--poll=0", "--", *cloud.toy],
-        env={"PATH": f"{cloud.bin}:{os.environ['PATH']}", "HOME": str(cloud.path / "home"),
-             "CLOUD": str(cloud.path)}, stderr=subprocess.PIPE, text=True)
+        env={"PATH": f"{cloud.bin}:{os.environ['PATH']}", "HOME": str(cloud.path / "home"), "CLOUD": str(cloud.path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     log = cloud.path / "calls"
     until(lambda: log.exists() and "$worker status" in log.read_text().partition("sh start")[2])
     cloud.call("tpu.sh", "stop", "pod")
@@ -492,8 +522,7 @@ def test_delete_asks_and_loses_no_results(cloud):
 
 def slurm_run(cloud, **kw):
     shutil.copytree(SCRIPTS, cloud.path / "login/nanoflax/tpu_scripts", dirs_exist_ok=True)
-    return cloud.call("slurm.sh", "run", "j", "--host=h", "--poll=0", "--failures=3", "--", *cloud.toy,
-                      **kw)
+    return cloud.call("slurm.sh", "run", "j", "--host=h", "--poll=0", "--failures=3", "--", *cloud.toy, **kw)
 
 
 def test_the_slurm_loop_queues_again_until_success(cloud):
@@ -504,10 +533,14 @@ def test_the_slurm_loop_queues_again_until_success(cloud):
     assert len(cloud.calls("sbatch")) == 3
 
 
-@pytest.mark.parametrize("plan, status, says", [
-    ([["exit:2"]], 2, "bad configuration"),
-    ([["exit:1"]] * 3, 1, "giving up after 3 failures"),
-    ([["save:10", "exit:1"], *[["exit:1"]] * 3], 1, "last one at step 10")])
+@pytest.mark.parametrize(
+    "plan, status, says",
+    [
+        ([["exit:2"]], 2, "bad configuration"),
+        ([["exit:1"]] * 3, 1, "giving up after 3 failures"),
+        ([["save:10", "exit:1"], *[["exit:1"]] * 3], 1, "last one at step 10"),
+    ],
+)
 def test_the_slurm_loop_stops_when_it_should(cloud, plan, status, says):
     cloud.plan(*plan)
     assert says in slurm_run(cloud, status=status).stderr
@@ -526,17 +559,29 @@ def test_the_slurm_loop_ends_when_a_person_ends_the_job(cloud):
     assert calls == [["scancel", "--me", "--name=j", "--state=RUNNING", "--signal=TERM"]]
 
 
-@pytest.mark.parametrize("script, arguments, says", [
-    ("tpu.sh", [], "VERB NAME"), ("slurm.sh", [], "VERB [NAME]"),
-    ("tpu.sh", ["fly", "x"], "no verb; one of run, create"),
-    ("slurm.sh", ["create", "x"], "no verb; one of run"),
-    ("tpu.sh", ["create"], "which machine"), ("tpu.sh", ["create", "x"], "--type=v5litepod-16"),
-    ("tpu.sh", ["create", "x", "--typo=3"], "--help"), ("slurm.sh", ["status", "x", "--typo"], "--help"),
-    ("tpu.sh", ["create", "x", "--type=v9-8"], "--version="), ("tpu.sh", ["launch", "x"], "command"),
-    ("tpu.sh", ["stop", "x", "y"], "after --"), ("slurm.sh", ["setup", "x"], "no NAME"),
-    ("tpu.sh", ["stop", "x", "--", "y"], "no command"), ("tpu.sh", ["stop", "x", "--poll=a"], "whole"),
-    ("slurm.sh", ["sync"], "--host"), ("slurm.sh", ["run", "x", "--host=h", "--", "a"], "--workdir="),
-    ("slurm.sh", ["stop", "a,b", "--host=h"], "no /"), ("tpu.sh", ["stop", "a/b"], "no /")])
+@pytest.mark.parametrize(
+    "script, arguments, says",
+    [
+        ("tpu.sh", [], "VERB NAME"),
+        ("slurm.sh", [], "VERB [NAME]"),
+        ("tpu.sh", ["fly", "x"], "no verb; one of run, create"),
+        ("slurm.sh", ["create", "x"], "no verb; one of run"),
+        ("tpu.sh", ["create"], "which machine"),
+        ("tpu.sh", ["create", "x"], "--type=v5litepod-16"),
+        ("tpu.sh", ["create", "x", "--typo=3"], "--help"),
+        ("slurm.sh", ["status", "x", "--typo"], "--help"),
+        ("tpu.sh", ["create", "x", "--type=v9-8"], "--version="),
+        ("tpu.sh", ["launch", "x"], "command"),
+        ("tpu.sh", ["stop", "x", "y"], "after --"),
+        ("slurm.sh", ["setup", "x"], "no NAME"),
+        ("tpu.sh", ["stop", "x", "--", "y"], "no command"),
+        ("tpu.sh", ["stop", "x", "--poll=a"], "whole"),
+        ("slurm.sh", ["sync"], "--host"),
+        ("slurm.sh", ["run", "x", "--host=h", "--", "a"], "--workdir="),
+        ("slurm.sh", ["stop", "a,b", "--host=h"], "no /"),
+        ("tpu.sh", ["stop", "a/b"], "no /"),
+    ],
+)
 def test_what_is_not_understood_is_said_in_one_line(cloud, script, arguments, says):
     done = cloud.call(script, *arguments, status=2)
     text = done.stderr if arguments else done.stdout
@@ -550,9 +595,11 @@ def test_a_missing_program_is_named(cloud):
     tools.mkdir()
     for tool in ("bash", "dirname"):
         os.symlink(shutil.which(tool), tools / tool)
-    for script, arguments, name in [("tpu.sh", ["stop", "x"], "gcloud"),
-                                    ("slurm.sh", ["stop", "x"], "squeue"),
-                                    ("slurm.sh", ["stop", "x", "--host=h"], "ssh")]:
+    for script, arguments, name in [
+        ("tpu.sh", ["stop", "x"], "gcloud"),
+        ("slurm.sh", ["stop", "x"], "squeue"),
+        ("slurm.sh", ["stop", "x", "--host=h"], "ssh"),
+    ]:
         told = cloud.call(script, *arguments, status=127, path=str(tools)).stderr
         assert f"{name} is not on PATH" in told and len(told.splitlines()) == 1
 

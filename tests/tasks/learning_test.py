@@ -21,25 +21,28 @@ BYTES = trained.ByteTokenizer()
 NAMES = ("O", "B-X", "I-X")
 RNG = np.random.default_rng(0)
 EXAMPLES = {
-    "classify": [Classification("text " * (i % 4 + 1), (NAMES[i % 5 % 3],), f"f:{i}")
-                 for i in range(24)],
-    "tag": [Tagging(("word", "é", "x")[:i % 3 + 1], ("O", "B-X", "I-X")[:i % 3 + 1], f"f:{i}")
-            for i in range(24)],
+    "classify": [Classification("text " * (i % 4 + 1), (NAMES[i % 5 % 3],), f"f:{i}") for i in range(24)],
+    "tag": [Tagging(("word", "é", "x")[: i % 3 + 1], ("O", "B-X", "I-X")[: i % 3 + 1], f"f:{i}") for i in range(24)],
     "translate": [Pair("ab" * (i % 5 + 1), "t" * (i % 7 + 1), f"f:{i}") for i in range(24)],
-    "instruct": [Chat(({"role": "user", "content": "q" * (i % 7 + 1)},
-                       {"role": "assistant", "content": "a" * (i % 4 + 1)}), f"f:{i}")
-                 for i in range(24)],
+    "instruct": [
+        Chat(
+            ({"role": "user", "content": "q" * (i % 7 + 1)}, {"role": "assistant", "content": "a" * (i % 4 + 1)}),
+            f"f:{i}",
+        )
+        for i in range(24)
+    ],
 }
 SIZES = dict(vocab_size=260, context=48, layers=1, dim=16, heads=2)
-MODELS = {"classify": ModelConfig(architecture="encoder", head="classify", labels=3, **SIZES),
-          "last token": ModelConfig(head="classify", labels=3, **SIZES),
-          "tag": ModelConfig(architecture="encoder", head="tag", labels=3, **SIZES),
-          "translate": ModelConfig(architecture="encoder_decoder", **SIZES),
-          "lstm": ModelConfig(architecture="lstm", **SIZES),
-          "instruct": ModelConfig(**SIZES)}
+MODELS = {
+    "classify": ModelConfig(architecture="encoder", head="classify", labels=3, **SIZES),
+    "last token": ModelConfig(head="classify", labels=3, **SIZES),
+    "tag": ModelConfig(architecture="encoder", head="tag", labels=3, **SIZES),
+    "translate": ModelConfig(architecture="encoder_decoder", **SIZES),
+    "lstm": ModelConfig(architecture="lstm", **SIZES),
+    "instruct": ModelConfig(**SIZES),
+}
 KIND = {"last token": "classify", "lstm": "translate"}
-OBJECTIVES = {"classify": train.classify, "tag": train.tag,
-              "translate": train.seq2seq, "instruct": train.causal_lm}
+OBJECTIVES = {"classify": train.classify, "tag": train.tag, "translate": train.seq2seq, "instruct": train.causal_lm}
 
 
 def rows_of(kind, class_weights=""):
@@ -50,8 +53,9 @@ def rows_of(kind, class_weights=""):
 def started(name):
     """(objective, model, parameters far from zero)."""
     model = build(MODELS[name])
-    params = jax.tree.map(lambda x: x + 0.2 * RNG.normal(size=x.shape).astype(np.float32),
-                          parallel.init(model, jax.random.PRNGKey(0)))
+    params = jax.tree.map(
+        lambda x: x + 0.2 * RNG.normal(size=x.shape).astype(np.float32), parallel.init(model, jax.random.PRNGKey(0))
+    )
     return OBJECTIVES[KIND.get(name, name)], model, params
 
 
@@ -65,8 +69,11 @@ def test_weighted_classes_have_torchs_loss(name, weights):
     logits = model.apply({"params": params}, batch["tokens"], batch["padding_mask"])
     targets = np.where(labels["weights"] > 0, labels["label" if kind == "classify" else "tags"], -1)
     expected = torch.nn.functional.cross_entropy(
-        torch.tensor(np.array(logits).reshape(-1, 3)), torch.tensor(targets.reshape(-1)).long(),
-        weight=torch.tensor(rows.class_weights), ignore_index=-1)
+        torch.tensor(np.array(logits).reshape(-1, 3)),
+        torch.tensor(targets.reshape(-1)).long(),
+        weight=torch.tensor(rows.class_weights),
+        ignore_index=-1,
+    )
     total, nll, weight = objective(model, params, batch)
     np.testing.assert_allclose(total / weight, expected, rtol=1e-5)
     assert total == nll and rows.class_weights.std() > 0.1
@@ -93,8 +100,7 @@ def test_bad_class_weights_are_named():
 
 
 def test_an_example_is_shown_where_a_mask_is_not_everything():
-    assert tasks.show_row(rows_of("instruct"), BYTES) == (
-        "user:\nq<eos>assistant:\n⟦a<eos>⟧")
+    assert tasks.show_row(rows_of("instruct"), BYTES) == ("user:\nq<eos>assistant:\n⟦a<eos>⟧")
     assert tasks.show_row(rows_of("tag"), BYTES).startswith("⟦w⟧ord")
     assert tasks.show_row(rows_of("translate"), BYTES) is None
     assert tasks.show_row(rows_of("classify"), BYTES) is None
@@ -127,18 +133,22 @@ def test_a_tag_is_no_input():
     logits = model.apply({"params": params}, batch["tokens"], batch["padding_mask"])
     for tags in (batch["tags"], (batch["tags"] + 1) % 3):
         logs = jnp.take_along_axis(jax.nn.log_softmax(logits), tags[..., None], -1)[..., 0]
-        np.testing.assert_allclose(objective(model, params, batch | {"tags": tags})[0],
-                                   -(logs * batch["weights"]).sum(), rtol=1e-5)
+        np.testing.assert_allclose(
+            objective(model, params, batch | {"tags": tags})[0], -(logs * batch["weights"]).sum(), rtol=1e-5
+        )
 
 
 def stepped(name, batches, steps, accumulate=1, learning_rate=0.01, optimizer="adamw"):
     """The losses of a run on batches(step), and its last parameters."""
     objective = OBJECTIVES[KIND.get(name, name)]
     B = len(batches(0)["weights"])
-    config = Config(model=MODELS[name], train=TrainConfig(
-        steps=steps, batch_size=B, accumulate=accumulate, sample_tokens=0),
-        optim=OptimConfig(name=optimizer, learning_rate=learning_rate, warmup_steps=0,
-                          schedule="constant", weight_decay=0.0))
+    config = Config(
+        model=MODELS[name],
+        train=TrainConfig(steps=steps, batch_size=B, accumulate=accumulate, sample_tokens=0),
+        optim=OptimConfig(
+            name=optimizer, learning_rate=learning_rate, warmup_steps=0, schedule="constant", weight_decay=0.0
+        ),
+    )
     model, mesh = build(config.model), parallel.make_mesh("1,1,1", jax.devices()[:1])
     tx, _ = make_optimizer(config.optim, steps)
     state = train.init_state(model, tx, config, mesh)
@@ -167,6 +177,7 @@ LETTERS, LENGTH = 4, 8
 def sequences(name, rule):
     """A function from a step to a batch of new sequences of a few letters, whose labels follow from
     their inputs by a rule, or are drawn."""
+
     def batch(step):
         rng = np.random.default_rng(step)
         drawn = rng.integers(0, LETTERS, (2, 16, LENGTH)).astype(np.int32)

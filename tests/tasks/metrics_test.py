@@ -47,8 +47,7 @@ def test_entities_are_those_of_seqeval(strict, both):
     assert mine["accuracy"] == pytest.approx(accuracy_score(true, predicted))
     if mine["classes"]:
         with warnings.catch_warnings(action="ignore"):  # of divisions by zero
-            equal(mine, classification_report(true, predicted, output_dict=True, zero_division=0,
-                                              **mode))
+            equal(mine, classification_report(true, predicted, output_dict=True, zero_division=0, **mode))
 
 
 def test_entities_need_type_and_both_ends():
@@ -74,8 +73,7 @@ def test_classes_are_those_of_scikit_learn(pairs):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(*[st.sets(st.sampled_from(["x", "y", "z"]))] * 2), min_size=1,
-                max_size=20))
+@given(st.lists(st.tuples(*[st.sets(st.sampled_from(["x", "y", "z"]))] * 2), min_size=1, max_size=20))
 def test_several_labels_are_those_of_scikit_learn(pairs):
     from sklearn.metrics import accuracy_score, classification_report
     from sklearn.preprocessing import MultiLabelBinarizer
@@ -87,24 +85,29 @@ def test_several_labels_are_those_of_scikit_learn(pairs):
     predicted, true = encode.fit_transform(predicted), encode.transform(true)
     assert mine["accuracy"] == pytest.approx(accuracy_score(true, predicted))
     with warnings.catch_warnings(action="ignore"):
-        equal(mine, classification_report(true, predicted, target_names=names, output_dict=True,
-                                          labels=range(len(names)), zero_division=0))
+        equal(
+            mine,
+            classification_report(
+                true, predicted, target_names=names, output_dict=True, labels=range(len(names)), zero_division=0
+            ),
+        )
 
 
 def test_a_table_holds_every_figure():
     mine = metrics.tags([["B-A", "O", "B-LONGER", "B-A"]], [["B-A", "B-A", "B-LONGER", "O"]])
     head, *rows, accuracy = tasks.metrics_table(mine)
     assert head.split() == ["precision", "recall", "F1", "support"]
-    assert [row.split() for row in rows[:2]] == [["A", "0.5000", "0.5000", "0.5000", "2"],
-                                                 ["LONGER", "1.0000", "1.0000", "1.0000", "1"]]
+    assert [row.split() for row in rows[:2]] == [
+        ["A", "0.5000", "0.5000", "0.5000", "2"],
+        ["LONGER", "1.0000", "1.0000", "1.0000", "1"],
+    ]
     assert rows[2].split() == ["micro", "average", "0.6667", "0.6667", "0.6667", "3"]
     assert rows[3].split() == ["macro", "average", "0.7500", "0.7500", "0.7500", "3"]
     assert accuracy == "accuracy 0.5000" and len({len(row) for row in (head, *rows)}) == 1
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(*[st.lists(st.sampled_from(WORDS), max_size=12)] * 2), min_size=1,
-                max_size=6))
+@given(st.lists(st.tuples(*[st.lists(st.sampled_from(WORDS), max_size=12)] * 2), min_size=1, max_size=6))
 def test_rouge_l_is_that_of_rouge_score(pairs):
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -127,8 +130,10 @@ def test_bleu_and_chrf_are_sacrebleus_with_their_signatures():
     chinese = metrics.translation(["2019年3月1日"], ["2019年3月2日"], tokenize="zh")
     assert "tok:zh" in chinese["bleu_signature"] and 0 < chinese["bleu"] < 100
     pairs = [Pair("2 January 2020", "二〇二〇年一月二日")] * 3
-    scores = [table.text_scores([p.target for p in pairs], pairs, TaskConfig(bleu_tokenize=how))
-              for how in ("zh", "char", "13a")]
+    scores = [
+        table.text_scores([p.target for p in pairs], pairs, TaskConfig(bleu_tokenize=how))
+        for how in ("zh", "char", "13a")
+    ]
     assert [round(found["bleu"]) for found, _ in scores] == [100, 100, 0]
     with pytest.raises(UserError, match="tokenize 'none of these': choose .*13a"):
         metrics.translation(predicted, true, tokenize="none of these")
@@ -140,8 +145,9 @@ def test_exact_match_and_perplexity():
     assert metrics.perplexity(1e6, 1) == math.inf
 
 
-@pytest.mark.parametrize("metric", [metrics.exact_match, metrics.classes, metrics.tags,
-                                    metrics.rouge_l, metrics.translation])
+@pytest.mark.parametrize(
+    "metric", [metrics.exact_match, metrics.classes, metrics.tags, metrics.rouge_l, metrics.translation]
+)
 def test_unequal_or_no_answers_are_refused(metric):
     for predicted, true in (([["a"]], [["a"], ["b"]]), ([], [])):
         with pytest.raises(UserError, match=f"{len(predicted)} predictions for {len(true)}"):

@@ -15,8 +15,7 @@ from tests.tokenizers.huggingface_test import CORPUS, trained
 
 BYTES = tokenizers.ByteTokenizer()
 SENTINELS = [*range(5099, 4999, -1)]
-sizes = dict(n=st.integers(1, 400), seed=st.integers(0, 2**32), rate=st.floats(0.05, 0.6),
-             span=st.floats(1, 6))
+sizes = dict(n=st.integers(1, 400), seed=st.integers(0, 2**32), rate=st.floats(0.05, 0.6), span=st.floats(1, 6))
 
 
 def rng_of(seed):
@@ -113,9 +112,9 @@ def test_sentences_change_places_and_stay_whole():
         found = noise.permuted_sentences(ids, rng_of(seed), closing=[9, 8]).tolist()
         rest, order = found, []
         while rest:
-            piece = next(p for p in ([1, 2, 9], [3, 9], [4, 8], [5, 6]) if p == rest[:len(p)])
+            piece = next(p for p in ([1, 2, 9], [3, 9], [4, 8], [5, 6]) if p == rest[: len(p)])
             order.append(piece[0])
-            rest = rest[len(piece):]
+            rest = rest[len(piece) :]
         assert sorted(order) == [1, 3, 4, 5]
         seen.add(tuple(order))
     assert len(seen) == 24
@@ -145,8 +144,8 @@ def test_masks_are_bert_s():
 
 def hf(path, **special):
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=trained("bpe"), eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-        **special).save_pretrained(path)
+        tokenizer_object=trained("bpe"), eos_token="</s>", pad_token="<pad>", unk_token="<unk>", **special
+    ).save_pretrained(path)
     return tokenizers.load(path)
 
 
@@ -171,8 +170,7 @@ def test_marks_are_the_tokenizer_s_own_or_beyond_it(tmp_path):
     assert marked.vocab_size == own.vocab_size and marked.mask_id == own.special["[M]"]
     assert marked.sentinels == [own.special[name] for name in names]
     assert not set(marked.ordinary) & {*own.special.values()}
-    assert marked.decode([marked.sentinels[7], *own.encode(text), marked.mask_id]) == \
-        f"<extra_id_7>{text}[M]"
+    assert marked.decode([marked.sentinels[7], *own.encode(text), marked.mask_id]) == f"<extra_id_7>{text}[M]"
 
 
 # Rows and batches.
@@ -180,14 +178,19 @@ def test_marks_are_the_tokenizer_s_own_or_beyond_it(tmp_path):
 TEXT = "One sentence of words. Another one! And a third, which is longer? " * 8
 
 
-def rows_of(tokenizer=BYTES, report=None, examples=(Text(TEXT, "f:1"), Text("short", "f:2")),
-            truncate=True, **task):
+def rows_of(tokenizer=BYTES, report=None, examples=(Text(TEXT, "f:1"), Text("short", "f:2")), truncate=True, **task):
     task = TaskConfig(**dict(kind="denoise", length=64, target_length=32) | task)
     tokenizer = tasks.with_sentinels(task, tokenizer)
     noise = Noise(task, tokenizer)
     return tokenizer, tasks.encode(
-        [*examples], tokenizer, task.length, truncate=truncate, report=report,
-        target_length=task.target_length, noise=noise)
+        [*examples],
+        tokenizer,
+        task.length,
+        truncate=truncate,
+        report=report,
+        target_length=task.target_length,
+        noise=noise,
+    )
 
 
 KINDS = [dict(kind="masked_lm"), dict(noise="spans"), dict(noise="infilling"), dict(noise="none")]
@@ -235,7 +238,11 @@ def test_the_rows_of_each_task():
     tokenizer, rows = rows_of(kind="masked_lm")
     batch = rows.drawn([(0, 0), (len(rows) - 1, 0)]).batch([0, 1, 2])
     assert {k: v.dtype.name for k, v in batch.items()} == {
-        "tokens": "int32", "targets": "int32", "padding_mask": "bool", "weights": "float32"}
+        "tokens": "int32",
+        "targets": "int32",
+        "padding_mask": "bool",
+        "weights": "float32",
+    }
     assert bytes(batch["targets"][1, :5].tolist()) == b"short" and batch["targets"][1, 5] == 257
     assert batch["weights"].sum(1).tolist() == [round(63 * 0.15), 1, 0]
     assert batch["padding_mask"].sum(1).tolist() == [64, 6, 0]
@@ -257,8 +264,11 @@ def test_noise_follows_from_seed_epoch_and_row(task):
     changed = [seen[i, 0] != seen[i, 1] for i in range(len(rows))]
     assert np.mean(changed) > 0.8, "anew in every epoch"
     other = tasks.ExampleBatches(rows, 4, seed=2)
-    assert all(seen[draw] != line[:len(seen[draw])].tolist() for draw, line in zip(
-        other.draws(0), other[0][name]) if len(rows.rows[draw[0]]["text"]) > 20)
+    assert all(
+        seen[draw] != line[: len(seen[draw])].tolist()
+        for draw, line in zip(other.draws(0), other[0][name])
+        if len(rows.rows[draw[0]]["text"]) > 20
+    )
     halves = [tasks.ExampleBatches(rows, 4, 1, True, own) for own in ([0, 1], [2, 3])]
     for key, array in batches[9].items():
         np.testing.assert_array_equal(np.concatenate([half[9][key] for half in halves]), array)
@@ -266,6 +276,7 @@ def test_noise_follows_from_seed_epoch_and_row(task):
 
 def test_t5_s_room():
     # 512 tokens of source and 114 of target hold 568 of a text (Raffel et al. 2020: random_spans_helper).
-    noise = Noise(TaskConfig(kind="denoise", length=512, target_length=114),
-                            TokenizerWithSentinels(BYTES, sentinels=True))
+    noise = Noise(
+        TaskConfig(kind="denoise", length=512, target_length=114), TokenizerWithSentinels(BYTES, sentinels=True)
+    )
     assert noise.room == 568

@@ -14,22 +14,17 @@ from nanoflax.tasks import Classification, Tagging, Text, batches
 from nanoflax.tasks.batches import POOL
 from nanoflax.tasks.kinds import Chat, Pair
 from nanoflax.tokenizers import huggingface
-from tests.tokenizers.huggingface_test import (
-    CORPUS,
-    SPECIALS,
-    packaged,
-    sentencepiece_model,
-    trained,
-)
+from tests.tokenizers.huggingface_test import CORPUS, SPECIALS, packaged, sentencepiece_model, trained
 
 BYTES = tokenizers.ByteTokenizer()
 # What Transformers needs to mark the replies itself; the end token is part of what is generated.
-MARKED = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == "
-          "'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
-          "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-words = st.lists(st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=9),
-                 min_size=1, max_size=8)
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == "
+    "'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+words = st.lists(st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=9), min_size=1, max_size=8)
 
 
 @pytest.fixture(scope="module", params=["bpe", "wordpiece", "unigram"])
@@ -37,9 +32,15 @@ def both(request, tmp_path_factory):
     """A tokenizer trained on the spot, as ours and as Transformers'."""
     path = tmp_path_factory.mktemp(request.param)
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=trained(request.param), bos_token="<s>", eos_token="</s>",
-        pad_token="<pad>", unk_token="<unk>", mask_token="<mask>", chat_template=MARKED,
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"]).save_pretrained(path)
+        tokenizer_object=trained(request.param),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        chat_template=MARKED,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    ).save_pretrained(path)
     return tokenizers.load(path), transformers.AutoTokenizer.from_pretrained(path)
 
 
@@ -63,8 +64,7 @@ def test_labels_stay_with_their_words(pieces, words, data):
         ids, labels, weights = tokenizers.align_tags(words, tags, tokenizer)
         assert tokenizer.decode(ids) == " ".join(words)
         assert [label for label, w in zip(labels, weights) if w] == tags
-        assert set(weights) <= {0.0, 1.0} and not any(
-            label for label, w in zip(labels, weights) if not w)
+        assert set(weights) <= {0.0, 1.0} and not any(label for label, w in zip(labels, weights) if not w)
         starts = [i for i, w in enumerate(weights) if w]
         for k, start in enumerate(starts):  # a label stands where its word begins
             assert tokenizer.decode(ids[start:]) == " " * (k > 0) + " ".join(words[k:])
@@ -73,8 +73,11 @@ def test_labels_stay_with_their_words(pieces, words, data):
 
 
 @settings(max_examples=60, deadline=None)
-@given(words=st.lists(min_size=1, max_size=9, elements=st.sampled_from(
-    "The the lazy Namespaces object's x 42 ... é 日本 q".split())))
+@given(
+    words=st.lists(
+        min_size=1, max_size=9, elements=st.sampled_from("The the lazy Namespaces object's x 42 ... é 日本 q".split())
+    )
+)
 def test_labels_are_where_transformers_has_the_words(both, words):
     mine, theirs = both
     ids, labels, weights = tokenizers.align_tags(words, range(1, len(words) + 1), mine)
@@ -93,8 +96,7 @@ def test_minilm_labels_are_where_transformers_has_the_words():
     mine, theirs = tokenizers.load(path), transformers.AutoTokenizer.from_pretrained(path)
     words = "EU rejects German call's to boycott U.N. lamb , 1996-08-22 naïve 日本".split()
     expected = theirs(words, is_split_into_words=True)
-    (row,) = tasks.encode([Tagging(tuple(words), ("B-X",) * len(words), "here")], mine, 64,
-                             ["O", "B-X", "I-X"]).rows
+    (row,) = tasks.encode([Tagging(tuple(words), ("B-X",) * len(words), "here")], mine, 64, ["O", "B-X", "I-X"]).rows
     owners = expected.word_ids()
     assert row["tokens"].tolist() == expected["input_ids"]
     first = [w is not None and w != before for w, before in zip(owners, [None, *owners])]
@@ -114,16 +116,20 @@ def test_a_word_that_is_nothing_to_the_tokenizer_keeps_its_label(both):
 # Chats.
 
 
-@pytest.mark.parametrize("messages", [
-    chat("What is 2+2?", "It is 4."), chat("a", "b", "c", "d\n\n e"), chat("a", "b", "c"),
-    ({"role": "system", "content": "Be brief."}, *chat("x <|im_end|>", "y </s> z"))])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        chat("What is 2+2?", "It is 4."),
+        chat("a", "b", "c", "d\n\n e"),
+        chat("a", "b", "c"),
+        ({"role": "system", "content": "Be brief."}, *chat("x <|im_end|>", "y </s> z")),
+    ],
+)
 def test_the_mask_is_the_one_transformers_makes(both, messages):
     mine, theirs = both
     ids, weights = tokenizers.chat_ids(mine, messages)
-    harmless = [m | {"content": m["content"].replace("<|im_end|>", "-").replace("</s>", "-")}
-                for m in messages]
-    expected = theirs.apply_chat_template(harmless, return_dict=True,
-                                          return_assistant_tokens_mask=True)
+    harmless = [m | {"content": m["content"].replace("<|im_end|>", "-").replace("</s>", "-")} for m in messages]
+    expected = theirs.apply_chat_template(harmless, return_dict=True, return_assistant_tokens_mask=True)
     if harmless == [*messages]:
         assert ids == expected["input_ids"]
         assert weights == expected["assistant_masks"]
@@ -135,7 +141,7 @@ def test_the_mask_is_the_one_transformers_makes(both, messages):
     assert "".join(mine.decode(trained_ids).split()) == "".join(expected.split())
     prompt = tokenizers.chat_prompt(mine, messages[:-1])
     if messages[-1]["role"] == "assistant":
-        assert ids[:len(prompt)] == prompt and weights[len(prompt)] == 1
+        assert ids[: len(prompt)] == prompt and weights[len(prompt)] == 1
 
 
 def test_an_unknown_word_does_not_end_a_reply(both):
@@ -146,11 +152,14 @@ def test_an_unknown_word_does_not_end_a_reply(both):
     assert reply[-2] == mine.encode("日本 c")[-1]
 
 
-@pytest.mark.parametrize("template,match", [
-    ("{% for m in messages %}{{ m.content }}{% endfor %}", "no special token"),
-    ("{% for m in messages %}{{ m.content + '</s>' }}{% endfor %}{{ 'x' if "
-     "add_generation_prompt }}", "message 2"),
-    ("{{ messages[-1].content + '</s>' }}", "message 2")])
+@pytest.mark.parametrize(
+    "template,match",
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "no special token"),
+        ("{% for m in messages %}{{ m.content + '</s>' }}{% endfor %}{{ 'x' if add_generation_prompt }}", "message 2"),
+        ("{{ messages[-1].content + '</s>' }}", "message 2"),
+    ],
+)
 def test_templates_that_hide_the_reply_are_refused_and_counted(both, template, match):
     mine = huggingface.from_files(both[0].files, "copy")
     mine.chat_template = template
@@ -171,11 +180,10 @@ def test_chats_without_a_template(pieces):
         messages = chat("user:\nq", "a<eos>", "q2", "b")
         ids, weights = tokenizers.chat_ids(tokenizer, messages)
         shown = tokenizers.show_mask(tokenizer, ids, weights)
-        assert shown == ("user:\nuser:\nq<eos>assistant:\n⟦a<eos><eos>⟧"
-                         "user:\nq2<eos>assistant:\n⟦b<eos>⟧")
+        assert shown == ("user:\nuser:\nq<eos>assistant:\n⟦a<eos><eos>⟧user:\nq2<eos>assistant:\n⟦b<eos>⟧")
         for n in (1, 3):
             prompt = tokenizers.chat_prompt(tokenizer, messages[:n])
-            assert ids[:len(prompt)] == prompt
+            assert ids[: len(prompt)] == prompt
             assert weights[len(prompt) - 1] == 0 and weights[len(prompt)] == 1
 
 
@@ -191,23 +199,20 @@ def test_a_mask_is_shown_with_special_tokens(both):
 # Rows and batches.
 
 EXAMPLES = {
-    "classification": [Classification(f"text {i}" * (i % 5 + 1), (str(i % 3),), f"f:{i}")
-                       for i in range(50)],
-    "tagging": [Tagging(("word", "é") * (i % 7 + 1), ("O", "B-X") * (i % 7 + 1), f"f:{i}")
-                for i in range(50)],
+    "classification": [Classification(f"text {i}" * (i % 5 + 1), (str(i % 3),), f"f:{i}") for i in range(50)],
+    "tagging": [Tagging(("word", "é") * (i % 7 + 1), ("O", "B-X") * (i % 7 + 1), f"f:{i}") for i in range(50)],
     "pair": [Pair("ab " * (i % 11 + 1), f"t{i}", f"f:{i}") for i in range(50)],
     "chat": [Chat(chat("q" * (i % 7 + 1), "a" * (i % 4)), f"f:{i}") for i in range(50)],
     "text": [Text("some text " * (i % 4 + 1), f"f:{i}") for i in range(50)],
 }
 LABELS = {"classification": ("0", "1", "2"), "tagging": ("O", "B-X", "I-X")}
-KEYS = {"classification": {"tokens": "int32", "padding_mask": "bool", "label": "int32",
-                           "weights": "float32"},
-        "tagging": {"tokens": "int32", "padding_mask": "bool", "tags": "int32",
-                    "weights": "float32"},
-        "pair": {"source": "int32", "source_mask": "bool", "targets": "int32",
-                 "weights": "float32"},
-        "chat": {"first": "int32", "targets": "int32", "weights": "float32"},
-        "text": {"first": "int32", "targets": "int32", "weights": "float32"}}
+KEYS = {
+    "classification": {"tokens": "int32", "padding_mask": "bool", "label": "int32", "weights": "float32"},
+    "tagging": {"tokens": "int32", "padding_mask": "bool", "tags": "int32", "weights": "float32"},
+    "pair": {"source": "int32", "source_mask": "bool", "targets": "int32", "weights": "float32"},
+    "chat": {"first": "int32", "targets": "int32", "weights": "float32"},
+    "text": {"first": "int32", "targets": "int32", "weights": "float32"},
+}
 
 
 def rows_of(kind, tokenizer=BYTES, length=64, **options):
@@ -248,13 +253,19 @@ def test_rows_hold_what_the_examples_say():
     assert row["tags"].tolist() == [0] * 4 + [1, 0, 0, 0]
     assert row["weights"].tolist() == [1, 0, 0, 0, 1, 0, 0, 0]
     assert [int(r["label"]) for r in rows_of("classification").rows[:4]] == [0, 1, 2, 0]
-    several = tasks.encode([Classification("x", ("c", "a")), Classification("y", ())], BYTES, 9,
-                              ["a", "b", "c"], multi_label=True)
+    several = tasks.encode(
+        [Classification("x", ("c", "a")), Classification("y", ())], BYTES, 9, ["a", "b", "c"], multi_label=True
+    )
     assert several.batch([0, 1])["label"].tolist() == [[1, 0, 1], [0, 0, 0]]
     assert several.batch([0, 1])["label"].dtype == np.float32
     report = data.Report()
-    one = tasks.encode([*EXAMPLES["classification"][:2], several.examples[0],
-                           Classification("y", (), "f:9")], BYTES, 9, "abc012", report=report)
+    one = tasks.encode(
+        [*EXAMPLES["classification"][:2], several.examples[0], Classification("y", (), "f:9")],
+        BYTES,
+        9,
+        "abc012",
+        report=report,
+    )
     assert len(one) == 2 and "without just one label, left out: 2 (, f:9)" in report.lines()[-1]
 
 
@@ -288,8 +299,7 @@ def test_marian_targets_are_of_the_target_language(tmp_path):
     vocabulary = ["</s>", "<unk>", *(sp.id_to_piece(i) for i in range(3, sp.vocab_size())), "<pad>"]
     (tmp_path / "vocab.json").write_text(json.dumps({p: i for i, p in enumerate(vocabulary)}))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "MarianTokenizer"}')
-    mine, theirs = (load(tmp_path) for load in (tokenizers.load,
-                                                transformers.MarianTokenizer.from_pretrained))
+    mine, theirs = (load(tmp_path) for load in (tokenizers.load, transformers.MarianTokenizer.from_pretrained))
     text = "namespaces and their names"
     (row,) = tasks.encode([Pair(text, text, "f:1")], mine, 99).rows
     assert row["source"].tolist() == theirs(text)["input_ids"]
@@ -304,16 +314,14 @@ def test_what_is_too_long_is_cut_and_counted_or_refused(kind):
     names = [n for n in ("tokens", "source", "targets") if n in full.rows[0]]
     before = "first" in full.rows[0]  # the token before the targets
     expected = sum(len(row[n]) + before > 24 for row in full.rows for n in names)
-    assert expected == sum(n for problem, n in report.counts.items()
-                           if "longer than 24 tokens, cut" in problem)
-    assert expected > 0 and {p for k in report.places.values() for p in k} <= {
-        e.place for e in EXAMPLES[kind]}
+    assert expected == sum(n for problem, n in report.counts.items() if "longer than 24 tokens, cut" in problem)
+    assert expected > 0 and {p for k in report.places.values() for p in k} <= {e.place for e in EXAMPLES[kind]}
     for row, example in zip(rows.rows, rows.examples):
         whole = full.rows[full.examples.index(example)]
         for name in names:
             n = min(24 - before, len(whole[name]))
             assert len(row[name]) == n
-            assert row[name][:n - 1].tolist() == whole[name][:n - 1].tolist()
+            assert row[name][: n - 1].tolist() == whole[name][: n - 1].tolist()
             if kind != "chat":
                 assert row[name][-1] == BYTES.eos_id
     with pytest.raises(UserError, match=rf"longer than 24 tokens, refused: {expected} \(f:\d"):
@@ -328,16 +336,14 @@ def test_what_is_too_long_is_cut_and_counted_or_refused(kind):
 def test_a_long_text_is_read_in_several_rows(pieces, text, length):
     for tokenizer in (BYTES, pieces):
         report = data.Report()
-        rows = tasks.encode([Text(text, "f:1"), Text("ab", "f:2")], tokenizer, length,
-                               report=report)
+        rows = tasks.encode([Text(text, "f:1"), Text("ab", "f:2")], tokenizer, length, report=report)
         stream = [i for t in (text, "ab") for i in [*tokenizer.encode(t), tokenizer.eos_id]]
         assert [i for row in rows.rows for i in row["targets"].tolist()] == stream
         before = tokenizer.bos_id  # each target follows the one before it, across rows too
         for row in rows.rows:
             assert row["first"] == before and row["weights"].all()
             assert 0 < len(row["targets"]) < length
-            before = tokenizer.bos_id if row["targets"][-1] == tokenizer.eos_id else \
-                row["targets"][-1]
+            before = tokenizer.bos_id if row["targets"][-1] == tokenizer.eos_id else row["targets"][-1]
         long = sum(len(tokenizer.encode(t)) + 2 > length for t in (text, "ab"))
         (counted,) = report.counts.values() or (0,)
         assert counted == long
@@ -345,8 +351,7 @@ def test_a_long_text_is_read_in_several_rows(pieces, text, length):
             assert "".join(e.text for e in rows.examples) == text + "ab"
         if long:
             with pytest.raises(UserError, match=f"longer than {length} tokens, refused: {long}"):
-                tasks.encode([Text(text, "f:1"), Text("ab", "f:2")], tokenizer, length,
-                                truncate=False)
+                tasks.encode([Text(text, "f:1"), Text("ab", "f:2")], tokenizer, length, truncate=False)
 
 
 def test_unusable_lengths_and_nothing_left():
@@ -372,13 +377,11 @@ def test_epochs_are_permutations_at_any_step_on_any_number_of_hosts(n, half, see
     batches = tasks.ExampleBatches(rows, size, seed, shuffle)
     pool = POOL * size
     stream = [i for step in range(2 * POOL) for i in batches.indices(step)]
-    plain = [i for step in range(2) for i in data.Batches(
-        rows, pool, seed, shuffle).indices(step)]
+    plain = [i for step in range(2) for i in data.Batches(rows, pool, seed, shuffle).indices(step)]
     for part in range(2):  # each pool holds just the rows whose turn it is
-        assert sorted(stream[part * pool:(part + 1) * pool]) == sorted(
-            plain[part * pool:(part + 1) * pool])
+        assert sorted(stream[part * pool : (part + 1) * pool]) == sorted(plain[part * pool : (part + 1) * pool])
     if not shuffle:
-        assert stream[:n] == list(range(n))[:len(stream)]
+        assert stream[:n] == list(range(n))[: len(stream)]
     for own in (range(half), range(1, size, 2)):  # of one host
         part = tasks.ExampleBatches(rows, size, seed, shuffle, own)
         for step in (0, 5, 17):
@@ -393,8 +396,10 @@ def test_batches_hold_like_lengths_in_a_changing_order():
     assert set(shapes) <= {16, 32, 64, 128, 256} and shapes != sorted(shapes)
     used = sum(rows.n_tokens(i) for step in range(64) for i in batches.indices(step))
     assert used / (8 * sum(shapes)) > 0.6, "most of it is no padding"
-    orders = [np.argsort([sum(map(rows.n_tokens, batches.indices(pool * POOL + i)))
-                          for i in range(POOL)]).tolist() for pool in (0, 1)]
+    orders = [
+        np.argsort([sum(map(rows.n_tokens, batches.indices(pool * POOL + i))) for i in range(POOL)]).tolist()
+        for pool in (0, 1)
+    ]
     assert orders[0] != orders[1] and sorted(orders[0]) not in orders
     assert batches.indices(3) != tasks.ExampleBatches(rows, 8, seed=2).indices(3)
     assert rows.lengths([0]) == {"targets": 16} and max(shapes) == 256
@@ -406,14 +411,17 @@ def test_batches_hold_like_lengths_in_a_changing_order():
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_evaluation_sees_each_row_once_in_order(kind, count):
     rows = rows_of(kind)
-    hosts = [list(batches.evaluation(rows, 8, range(8 // count * p, 8 // count * (p + 1))))
-             for p in range(count)]
+    hosts = [list(batches.evaluation(rows, 8, range(8 // count * p, 8 // count * (p + 1)))) for p in range(count)]
     name = next(n for n in ("source", "tokens", "targets") if n in KEYS[kind])
-    seen = [line for step in zip(*hosts) for b in step
-            for line, real in zip(b[name], np.reshape(b["weights"], (len(b[name]), -1)).any(1))
-            if real]
+    seen = [
+        line
+        for step in zip(*hosts)
+        for b in step
+        for line, real in zip(b[name], np.reshape(b["weights"], (len(b[name]), -1)).any(1))
+        if real
+    ]
     assert len({len(host) for host in hosts}) == 1 and len(seen) == 50
     for line, row in zip(seen, rows.rows):
-        assert line[:len(row[name])].tolist() == row[name].tolist()
+        assert line[: len(row[name])].tolist() == row[name].tolist()
     for step in zip(*hosts):  # hosts agree on shapes
         assert len({tuple((k, v.shape) for k, v in b.items()) for b in step}) == 1

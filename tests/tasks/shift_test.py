@@ -21,16 +21,13 @@ from nanoflax.tasks.kinds import Pair
 from nanoflax.tokenizers import trained
 from tests.nn.models_test import scaled
 
-TINY = dict(vocab_size=29, context=32, layers=1, dim=16, heads=2, tied=False, start_id=2,
-            logit_scale=0.7)
-KINDS = {"decoder": {}, "encoder_decoder": dict(positions="relative"),
-         "lstm": dict(embed_scale=5.0)}
+TINY = dict(vocab_size=29, context=32, layers=1, dim=16, heads=2, tied=False, start_id=2, logit_scale=0.7)
+KINDS = {"decoder": {}, "encoder_decoder": dict(positions="relative"), "lstm": dict(embed_scale=5.0)}
 BYTES = trained.ByteTokenizer()
 
 
 def make(architecture, delay, **fields):
-    model = build(ModelConfig(**TINY | KINDS[architecture] | fields, architecture=architecture,
-                              output_delay=delay))
+    model = build(ModelConfig(**TINY | KINDS[architecture] | fields, architecture=architecture, output_delay=delay))
     params = scaled(init(model, jax.random.PRNGKey(0)))
     if delay:  # which begins as zeros
         params["delay"] = {"kernel": jax.random.normal(jax.random.PRNGKey(1), (16, 16))}
@@ -61,10 +58,13 @@ def written_by(model, params, prompt, new):
     """The logits [len(new), V] of the full pass, in which a delay and a cache have no part."""
     decoder = model.config.architecture == "decoder"
     inputs = [*(prompt if decoder else [model.config.start_id]), *new[:-1]]
-    rest = {} if decoder else {"source": np.array([prompt + [0] * (8 - len(prompt))]),
-                               "source_mask": np.arange(8)[None] < len(prompt)}
+    rest = (
+        {}
+        if decoder
+        else {"source": np.array([prompt + [0] * (8 - len(prompt))]), "source_mask": np.arange(8)[None] < len(prompt)}
+    )
     padded = np.array([inputs + [0] * (16 - len(inputs))])
-    return logits_of(model, params, padded, **rest)[0, len(inputs) - len(new):len(inputs)]
+    return logits_of(model, params, padded, **rest)[0, len(inputs) - len(new) : len(inputs)]
 
 
 # The output delay.
@@ -93,8 +93,9 @@ def test_a_delay_that_reaches_before_the_text_or_is_new_changes_no_bit(architect
         if fresh:
             params["delay"] = init(model, jax.random.PRNGKey(0))["delay"]
         plain, rest = without(model, params)
-        np.testing.assert_array_equal(logits_of(model, params, tokens, **source),
-                                      logits_of(plain, rest, tokens, **source))
+        np.testing.assert_array_equal(
+            logits_of(model, params, tokens, **source), logits_of(plain, rest, tokens, **source)
+        )
 
 
 @pytest.mark.parametrize("architecture", KINDS)
@@ -104,11 +105,12 @@ def test_causality_by_gradient(architecture):
     source = source_of(architecture)
 
     def logits(table):
-        return model.apply({"params": params | {"embed": {"embedding": table}}},
-                           jnp.arange(10, 10 + T)[None], **source)[0][0, t]
+        return model.apply(
+            {"params": params | {"embed": {"embedding": table}}}, jnp.arange(10, 10 + T)[None], **source
+        )[0][0, t]
 
     reach = np.abs(jax.jit(jax.jacrev(logits))(params["embed"]["embedding"])).max((0, 2))
-    assert (reach[10:10 + t + 1] > 0).all()
+    assert (reach[10 : 10 + t + 1] > 0).all()
     seen = np.setdiff1d(np.arange(10 + t + 1, 29), source.get("source", np.array([], int)))
     assert len(seen) > 3 and (reach[seen] == 0).all()
 
@@ -131,8 +133,11 @@ def test_packed_documents_do_not_leak(delay):
     model, params = make("decoder", delay)
     segments = np.array([[1] * 5 + [2] * 7], np.int32)
     first, second, other = tokens_of(0, 1, 5), tokens_of(1, 1, 7), tokens_of(2, 1, 5)
-    apply = lambda *parts: np.asarray(logits_of(  # noqa: E731
-        model, params, np.concatenate(parts, 1), segments=segments))
+    apply = lambda *parts: np.asarray(
+        logits_of(  # noqa: E731
+            model, params, np.concatenate(parts, 1), segments=segments
+        )
+    )
     both = apply(first, second)
     np.testing.assert_array_equal(both[:, 5:], apply(other, second)[:, 5:])
     alone = logits_of(model, params, second)
@@ -151,9 +156,9 @@ def test_cached_decoding_equals_the_full_pass(delay):
         parts.append(logits)
     found = np.concatenate(parts, 1)
     for row, length in enumerate(lengths):
-        alone = np.roll(tokens[row:row + 1], length, axis=1)
+        alone = np.roll(tokens[row : row + 1], length, axis=1)
         whole = logits_of(model, params, alone)[0, :length]
-        np.testing.assert_allclose(found[row, P - length:], whole, atol=1e-4)
+        np.testing.assert_allclose(found[row, P - length :], whole, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", KINDS)
@@ -176,17 +181,19 @@ def test_what_is_written_is_what_the_full_pass_would_write(architecture, delay):
 def test_virtual_tokens_are_before_the_delay():
     from nanoflax import peft
     from nanoflax.config import PeftConfig
+
     model, params = make("decoder", 2)
     params = peft.add(params, PeftConfig(kind="prompt", virtual_tokens=3), jax.random.PRNGKey(0))
     prompt = tokens_of(0, 4).tolist()
-    new, = generate.sample(model, params, [prompt], 6, temperature=0)
+    (new,) = generate.sample(model, params, [prompt], 6, temperature=0)
     assert written_by(model, params, prompt, new).argmax(-1).tolist() == new
 
 
 def test_a_delay_is_counted_refused_by_transformers_and_by_models_without_order(tmp_path):
     model, params = make("decoder", 2)
     assert flops_per_token(model.config) - flops_per_token(without(model, params)[0].config) == (
-        6 * params["delay"]["kernel"].size)
+        6 * params["delay"]["kernel"].size
+    )
     plain = ModelConfig(vocab_size=29, layers=1, dim=16, heads=2, context=32, output_delay=2)
     with pytest.raises(UserError, match="model.output_delay=2"):
         hf.save(tmp_path, plain, init(build(plain), jax.random.PRNGKey(0)))
@@ -221,14 +228,16 @@ def test_all_three_moves_come_as_often():
         place, new = rows.moved(20, 3, rng)
         how = (bool(new.any()), len(place))
         counts[how] = counts.get(how, 0) + 1
-    kinds = [sum(c for (new, n), c in counts.items() if chosen(new, n)) for chosen in (
-        lambda new, n: new, lambda new, n: n < 20, lambda new, n: not new and n == 20)]
+    kinds = [
+        sum(c for (new, n), c in counts.items() if chosen(new, n))
+        for chosen in (lambda new, n: new, lambda new, n: n < 20, lambda new, n: not new and n == 20)
+    ]
     assert all(900 < k < 1100 for k in kinds)
     assert {n for _, n in counts} == {17, 18, 19, 20, 21, 22, 23}
 
 
-PAIRS = [Pair("abcdefghij"[:3 + i % 8], f"target {i}") for i in range(40)]
-TEXTS = [Text("abcdefghijklmnop"[:5 + i % 9]) for i in range(40)]
+PAIRS = [Pair("abcdefghij"[: 3 + i % 8], f"target {i}") for i in range(40)]
+TEXTS = [Text("abcdefghijklmnop"[: 5 + i % 9]) for i in range(40)]
 
 
 def test_a_moved_source_keeps_its_ends_and_its_target():
@@ -238,8 +247,7 @@ def test_a_moved_source_keeps_its_ends_and_its_target():
         assert row["targets"] is old["targets"]
         assert row["source"][-1] == BYTES.eos_id and len(row["source"]) <= 10
         assert BYTES.eos_id not in row["source"][:-1] and set(row["source"]) <= set(old["source"])
-    assert sum(row["source"].tolist() != old["source"].tolist()
-               for row, old in zip(moved.rows, rows.rows)) > 35
+    assert sum(row["source"].tolist() != old["source"].tolist() for row, old in zip(moved.rows, rows.rows)) > 35
     half = rows.shifted(3, 0.5, (0,))
     assert 8 < sum(row is old for row, old in zip(half.rows, rows.rows)) < 32
     assert all(row is old for row, old in zip(rows.shifted(3, 0.0, (0,)).rows, rows.rows))
@@ -259,21 +267,20 @@ def test_targets_follow_the_inputs_of_a_moved_text():
         if len(row["targets"]) < 14 and (row["weights"] == 0).any():
             assert asked.tolist() == old["targets"].tolist()
     assert inserted > 5
-    assert {name: a.dtype for name, a in moved.rows[0].items()} == {
-        name: a.dtype for name, a in rows.rows[0].items()}
+    assert {name: a.dtype for name, a in moved.rows[0].items()} == {name: a.dtype for name, a in rows.rows[0].items()}
 
 
 def test_batches_move_anew_at_each_step_and_the_same_after_a_resumption_on_any_hosts():
     rows = tasks.encode(PAIRS, BYTES, 16)
     make_ = lambda *own: tasks.ExampleBatches(  # noqa: E731
-        rows, 8, 3, True, *own, shift=(3, 0.7))
+        rows, 8, 3, True, *own, shift=(3, 0.7)
+    )
     batches, plain = make_(), tasks.ExampleBatches(rows, 8, 3)
     later, halves = make_(), [make_(range(4)), make_(range(4, 8))]
     for step in (5, 0, 17):
         for name, array in batches[step].items():
             np.testing.assert_array_equal(array, later[step][name])
-            np.testing.assert_array_equal(
-                array, np.concatenate([half[step][name] for half in halves]))
+            np.testing.assert_array_equal(array, np.concatenate([half[step][name] for half in halves]))
         np.testing.assert_array_equal(batches[step]["targets"], plain[step]["targets"])
         assert not np.array_equal(batches[step]["source"], plain[step]["source"])
     # A row that comes again in another epoch is moved in another way.
@@ -301,12 +308,15 @@ def test_a_judge_measures_clean_and_shifted_rows_always_alike():
     assert moved["validation_loss"] == both["validation_loss_shifted"] != clean["validation_loss"]
 
 
-@pytest.mark.parametrize("fields, words", [
-    (dict(max_shift=2, kind="classify"), "task.max_shift=2 needs task.kind='translate' or"),
-    (dict(max_shift=-1), "task.max_shift=-1 must be at least 0"),
-    (dict(shift_probability=0.5), "needs task.max_shift of at least 1"),
-    (dict(max_shift=2, shift_probability=1.5), "must be in [0, 1]"),
-])
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(max_shift=2, kind="classify"), "task.max_shift=2 needs task.kind='translate' or"),
+        (dict(max_shift=-1), "task.max_shift=-1 must be at least 0"),
+        (dict(shift_probability=0.5), "needs task.max_shift of at least 1"),
+        (dict(max_shift=2, shift_probability=1.5), "must be in [0, 1]"),
+    ],
+)
 def test_bad_fields_are_named(fields, words):
     with pytest.raises(UserError) as caught:
         validate(Config(task=TaskConfig(**fields)))

@@ -17,9 +17,32 @@ CORPUS = ["def f(x):\n    return x + 1  # add one\n\n", *list(topics.values())[:
 TRAINED = {kind: tokenizers.train_sentencepiece(CORPUS, 512, kind) for kind in ("bpe", "unigram")}
 ALL = [trained.ByteTokenizer(), *TRAINED.values()]
 each = pytest.mark.parametrize("tokenizer", ALL, ids=["bytes", *TRAINED])
-HARD = ["", " ", "   ", "\n", "\n\n  \n", "\t\t", "\r\n", "\0", "a\0b", "▁", " ▁ ▁▁x", "😀",
-        "\u0301", "\ufeffx", "\u2028", "⁇", " ⁇ ", "▅", "<eos>", "<pad>", "<unk>", "<0x0A>", "</s>",
-        "\ue000"]
+HARD = [
+    "",
+    " ",
+    "   ",
+    "\n",
+    "\n\n  \n",
+    "\t\t",
+    "\r\n",
+    "\0",
+    "a\0b",
+    "▁",
+    " ▁ ▁▁x",
+    "😀",
+    "\u0301",
+    "\ufeffx",
+    "\u2028",
+    "⁇",
+    " ⁇ ",
+    "▅",
+    "<eos>",
+    "<pad>",
+    "<unk>",
+    "<0x0A>",
+    "</s>",
+    "\ue000",
+]
 
 
 @each
@@ -60,8 +83,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(tokenizer, bad):
 def test_save_load_and_pickle_keep_the_encoding(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "new" / "tokenizer")
     text = "".join(CORPUS[:3])
-    for other in (tokenizers.load(tmp_path / "new" / "tokenizer"),
-                  pickle.loads(pickle.dumps(tokenizer))):
+    for other in (tokenizers.load(tmp_path / "new" / "tokenizer"), pickle.loads(pickle.dumps(tokenizer))):
         assert other.fingerprint == tokenizer.fingerprint
         assert other.encode(text) == tokenizer.encode(text)
         assert (other.eos_id, other.pad_id) == (tokenizer.eos_id, tokenizer.pad_id)
@@ -84,8 +106,14 @@ def test_a_model_file_is_loaded_and_its_own_rules_are_kept(tmp_path):
 
     prefix = tmp_path / "theirs"
     sentencepiece.SentencePieceTrainer.train(  # like Llama's: a dummy prefix, its own bos
-        sentence_iterator=iter(CORPUS), model_prefix=str(prefix), vocab_size=512,
-        model_type="bpe", byte_fallback=True, minloglevel=4, character_coverage=1.0)
+        sentence_iterator=iter(CORPUS),
+        model_prefix=str(prefix),
+        vocab_size=512,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=4,
+        character_coverage=1.0,
+    )
     theirs = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
     ours = tokenizers.load(f"{prefix}.model")
     for text in ["The cat sat", "a▁b", "x"]:
@@ -98,9 +126,15 @@ def test_a_model_without_byte_pieces_is_left_as_it_is(tmp_path):
 
     prefix = tmp_path / "theirs"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_prefix=str(prefix), vocab_size=512,
-        model_type="bpe", minloglevel=4, normalization_rule_name="identity",
-        add_dummy_prefix=False, remove_extra_whitespaces=False)
+        sentence_iterator=iter(CORPUS),
+        model_prefix=str(prefix),
+        vocab_size=512,
+        model_type="bpe",
+        minloglevel=4,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+    )
     ours = tokenizers.load(f"{prefix}.model")
     assert ours.encode("a▁b") == ours.encode("a b") and 0 not in ours.encode("a▁b")
 
@@ -157,7 +191,9 @@ def test_an_error_of_the_corpus_is_not_swallowed(texts):
 
 
 def test_importing_is_light():
-    code = ("import sys, nanoflax.tokenizers, nanoflax.data; "
-            "print([m for m in ('jax', 'sentencepiece', 'grain', 'rich', 'tensorflow_datasets') "
-            "if m in sys.modules])")
+    code = (
+        "import sys, nanoflax.tokenizers, nanoflax.data; "
+        "print([m for m in ('jax', 'sentencepiece', 'grain', 'rich', 'tensorflow_datasets') "
+        "if m in sys.modules])"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -14,16 +14,17 @@ from nanoflax.train.optim import decay_mask, layers_above, make_schedule
 
 def params_of(**fields):
     """The shapes of a model's parameters filled with random numbers."""
-    model = build(ModelConfig(**dict(vocab_size=17, context=8, layers=1, dim=16, heads=2)
-                              | fields))
+    model = build(ModelConfig(**dict(vocab_size=17, context=8, layers=1, dim=16, heads=2) | fields))
     shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0), np.zeros((1, 1), np.int32))["params"]
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)
 
 
 def by_path(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def test_schedules_hit_their_values():
@@ -37,10 +38,8 @@ def test_schedules_hit_their_values():
         np.testing.assert_allclose(found[:3], [2 / 11, 12 / 11, 2.0], rtol=1e-6)
     cosine = lambda step: 0.2 + 1.8 * (1 + np.cos(np.pi * (step - 10) / 100)) / 2
     linear = lambda step: 2.0 - 1.8 * (step - 10) / 100
-    np.testing.assert_allclose(values["cosine"][3:], [cosine(s) for s in (60, 88, 99, 110)],
-                               rtol=1e-5)
-    np.testing.assert_allclose(values["linear"][3:], [linear(s) for s in (60, 88, 99, 110)],
-                               rtol=1e-5)
+    np.testing.assert_allclose(values["cosine"][3:], [cosine(s) for s in (60, 88, 99, 110)], rtol=1e-5)
+    np.testing.assert_allclose(values["linear"][3:], [linear(s) for s in (60, 88, 99, 110)], rtol=1e-5)
     np.testing.assert_allclose(values["constant"][3:], [2.0] * 4, rtol=1e-6)
     # Stable up to step 88 = 110 - 0.2 * 110, then linear to the end value.
     np.testing.assert_allclose(values["wsd"][3:], [2.0, 2.0, 1.1, 0.2], rtol=1e-5)
@@ -62,8 +61,7 @@ def test_each_optimizer_lowers_a_toy_loss(name):
     tx, _ = make_optimizer(config, 50)
 
     def loss(params):
-        return sum(jnp.square(p - g).sum() for p, g in
-                   zip(jax.tree.leaves(params), jax.tree.leaves(goal)))
+        return sum(jnp.square(p - g).sum() for p, g in zip(jax.tree.leaves(params), jax.tree.leaves(goal)))
 
     @jax.jit
     def train(params):
@@ -72,6 +70,7 @@ def test_each_optimizer_lowers_a_toy_loss(name):
             value, grads = jax.value_and_grad(loss)(params)
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), value
+
         return jax.lax.scan(step, (params, tx.init(params)), length=50)[1]
 
     values = train(params)
@@ -93,8 +92,15 @@ def test_only_matrices_decay(tied):
 def test_weight_decay_shrinks_by_the_learning_rate_times_it(name, tied):
     # Without a gradient, decay is all there is. Momentum counts the decay in for sgd (coupled).
     params = params_of(tied=tied)
-    config = OptimConfig(name=name, learning_rate=1e-2, muon_learning_rate=1e-2, warmup_steps=0,
-                         schedule="constant", weight_decay=0.5, b1=0.0 if name == "sgd" else 0.9)
+    config = OptimConfig(
+        name=name,
+        learning_rate=1e-2,
+        muon_learning_rate=1e-2,
+        warmup_steps=0,
+        schedule="constant",
+        weight_decay=0.5,
+        b1=0.0 if name == "sgd" else 0.9,
+    )
     tx, _ = make_optimizer(config, 10)
     zero = jax.tree.map(jnp.zeros_like, params)
     step = jax.jit(lambda p: optax.apply_updates(p, tx.update(zero, tx.init(p), p)[0]))
@@ -108,8 +114,17 @@ def test_adamw_equals_torch():
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     kernel, grads = rng.normal(size=(4, 3)), rng.normal(size=(5, 4, 3))
-    config = OptimConfig(name="adamw", learning_rate=0.05, schedule="constant", warmup_steps=0,
-                         weight_decay=0.3, b1=0.8, b2=0.9, eps=1e-3, clip=0)
+    config = OptimConfig(
+        name="adamw",
+        learning_rate=0.05,
+        schedule="constant",
+        warmup_steps=0,
+        weight_decay=0.3,
+        b1=0.8,
+        b2=0.9,
+        eps=1e-3,
+        clip=0,
+    )
     tx, schedule = make_optimizer(config, 10)
     params = {"up": {"kernel": jnp.asarray(kernel, jnp.float32)}}
     weight = torch.nn.Parameter(torch.tensor(kernel))
@@ -126,8 +141,9 @@ def test_adamw_equals_torch():
 
 @pytest.mark.parametrize("clip, scale", [(1.0, 0.1), (0.0, 1.0), (100.0, 1.0)])
 def test_clip_scales_the_global_norm(clip, scale):
-    config = OptimConfig(name="sgd", learning_rate=1.0, schedule="constant", warmup_steps=0,
-                         weight_decay=0.0, b1=0.0, clip=clip)
+    config = OptimConfig(
+        name="sgd", learning_rate=1.0, schedule="constant", warmup_steps=0, weight_decay=0.0, b1=0.0, clip=clip
+    )
     tx, _ = make_optimizer(config, 10)
     grads = {"a": jnp.array([6.0, 0.0]), "b": jnp.array([8.0])}  # of norm 10
     updates, _ = tx.update(grads, tx.init(grads), grads)
@@ -137,8 +153,15 @@ def test_clip_scales_the_global_norm(clip, scale):
 
 def test_muon_orthogonalises_hidden_matrices_alone():
     params = params_of(tied=False)
-    config = OptimConfig(name="muon", learning_rate=1e-3, muon_learning_rate=0.02, warmup_steps=0,
-                         schedule="constant", weight_decay=0.0, clip=0)
+    config = OptimConfig(
+        name="muon",
+        learning_rate=1e-3,
+        muon_learning_rate=0.02,
+        warmup_steps=0,
+        schedule="constant",
+        weight_decay=0.0,
+        clip=0,
+    )
     tx, _ = make_optimizer(config, 10)
     grads = params_of(tied=False)
     updates = by_path(jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(grads, params))
@@ -159,20 +182,38 @@ def test_a_layer_learns_slower_than_the_one_above():
         return by_path(optimizer.update(grads, optimizer.init(params), params)[0])
 
     plain, decayed = update(1.0), update(0.5)
-    above = {"unembed": 0, "decoder/norm": 0, "decoder/block_2": 1, "decoder/block_1": 2,
-             "decoder/block_0": 3, "embed": 4, "decoder/position_embed": 4}
+    above = {
+        "unembed": 0,
+        "decoder/norm": 0,
+        "decoder/block_2": 1,
+        "decoder/block_1": 2,
+        "decoder/block_0": 3,
+        "embed": 4,
+        "decoder/position_embed": 4,
+    }
     for path, found in decayed.items():
-        n, = (n for start, n in above.items() if path.startswith(f"{start}/"))
+        (n,) = (n for start, n in above.items() if path.startswith(f"{start}/"))
         np.testing.assert_allclose(found, plain[path] * 0.5**n, rtol=1e-6)
 
 
 def test_an_encoder_stands_below_its_decoder():
     leaf = {"x": 0}
     blocks = lambda n: {f"block_{i}": leaf for i in range(n)}
-    params = {"embed": leaf, "encoder": blocks(2) | {"norm": leaf, "embed_norm": leaf},
-              "decoder": blocks(1) | {"norm": leaf}, "logit_bias": 0}
+    params = {
+        "embed": leaf,
+        "encoder": blocks(2) | {"norm": leaf, "embed_norm": leaf},
+        "decoder": blocks(1) | {"norm": leaf},
+        "logit_bias": 0,
+    }
     assert by_path(layers_above(params)) == {
-        "embed/x": 4, "encoder/embed_norm/x": 4, "encoder/block_0/x": 3, "encoder/block_1/x": 2,
-        "encoder/norm/x": 1, "decoder/block_0/x": 1, "decoder/norm/x": 0, "logit_bias": 0}
+        "embed/x": 4,
+        "encoder/embed_norm/x": 4,
+        "encoder/block_0/x": 3,
+        "encoder/block_1/x": 2,
+        "encoder/norm/x": 1,
+        "decoder/block_0/x": 1,
+        "decoder/norm/x": 0,
+        "logit_bias": 0,
+    }
     top = {"decoder": {"block_11": leaf}}  # all that is trained
     assert by_path(layers_above(top)) == {"decoder/block_11/x": 1}

@@ -14,15 +14,7 @@ import numpy as np
 import pytest
 
 from nanoflax import generate, parallel, peft, train
-from nanoflax.config import (
-    OPTIMIZERS,
-    Config,
-    ModelConfig,
-    OptimConfig,
-    PeftConfig,
-    TrainConfig,
-    validate,
-)
+from nanoflax.config import OPTIMIZERS, Config, ModelConfig, OptimConfig, PeftConfig, TrainConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.nn import build
 from nanoflax.nn.blocks import Stack
@@ -32,17 +24,26 @@ from nanoflax.runs import Checkpoints, restore_params
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 V, T = 61, 12
 SMALL = dict(vocab_size=V, context=32, layers=3, dim=32, heads=4)
-LLAMA = SMALL | dict(kv_heads=2, norm="rmsnorm", activation="silu", gated=True, bias=False,
-                     positions="rotary", tied=False)
+LLAMA = SMALL | dict(
+    kv_heads=2, norm="rmsnorm", activation="silu", gated=True, bias=False, positions="rotary", tied=False
+)
 MODELS = {
     "gpt2": SMALL,
-    "gemma": LLAMA | dict(layers=4, norm_place="sandwich", norm_unit_offset=True, window=4,
-                          global_layers=(1, 3), rope_local_theta=100.0, qk_norm="head",
-                          attention_softcap=5.0),
+    "gemma": LLAMA
+    | dict(
+        layers=4,
+        norm_place="sandwich",
+        norm_unit_offset=True,
+        window=4,
+        global_layers=(1, 3),
+        rope_local_theta=100.0,
+        qk_norm="head",
+        attention_softcap=5.0,
+    ),
     "parallel": SMALL | dict(parallel=True, positions="rotary", rope_fraction=0.5),
     "bert": SMALL | dict(architecture="encoder", head="tag", norm_place="post", embed_norm=True),
-    "t5": SMALL | dict(architecture="encoder_decoder", decoder_layers=2, positions="relative",
-                       norm="rmsnorm", bias=False),
+    "t5": SMALL
+    | dict(architecture="encoder_decoder", decoder_layers=2, positions="relative", norm="rmsnorm", bias=False),
 }
 
 
@@ -50,9 +51,10 @@ def make(name, **changes):
     """A model, and parameters large enough that every part of it shows in the logits."""
     model = build(ModelConfig(**MODELS[name] | changes))
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: jnp.asarray(
-        3 * p if p.ndim > 1 else p + 0.2 * rng.normal(size=p.shape), jnp.float32),
-        jax.device_get(parallel.init(model, jax.random.PRNGKey(0))))
+    params = jax.tree.map(
+        lambda p: jnp.asarray(3 * p if p.ndim > 1 else p + 0.2 * rng.normal(size=p.shape), jnp.float32),
+        jax.device_get(parallel.init(model, jax.random.PRNGKey(0))),
+    )
     return model, params
 
 
@@ -74,11 +76,14 @@ def assert_same(a, b, atol):
 def loss_and_gradient(model, params, remat="none"):
     def loss(params):
         if model.config.architecture == "encoder_decoder":
-            out = runner.apply({"params": params}, tokens_of(0, 2, T), tokens_of(1, 2, T + 3),
-                               jnp.arange(T + 3)[None] < jnp.array([[T + 3], [5]]))[0]
+            out = runner.apply(
+                {"params": params},
+                tokens_of(0, 2, T),
+                tokens_of(1, 2, T + 3),
+                jnp.arange(T + 3)[None] < jnp.array([[T + 3], [5]]),
+            )[0]
         elif model.config.architecture == "encoder":
-            out = runner.apply({"params": params}, tokens_of(0, 2, T),
-                               jnp.arange(T)[None] < jnp.array([[T], [5]]))
+            out = runner.apply({"params": params}, tokens_of(0, 2, T), jnp.arange(T)[None] < jnp.array([[T], [5]]))
         else:
             segments = jnp.array([[1] * 5 + [2] * 7, [1] * 12])
             out = runner.apply({"params": params}, tokens_of(0, 2, T), segments)[0]
@@ -111,16 +116,17 @@ def test_outputs_and_gradients_are_those_of_the_loop(name):
     assert np.abs(out).max() > 0.1
     assert_same(found, out, 1e-5 if name == "t5" else 2e-6)
     assert_same(unstack(slopes), grads, 2e-6)
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads["decoder" if "decoder" in grads
-                                                                  else "encoder"]["block_1"]["mlp"]))
+    assert all(
+        np.abs(g).max() > 0
+        for g in jax.tree.leaves(grads["decoder" if "decoder" in grads else "encoder"]["block_1"]["mlp"])
+    )
 
 
 @pytest.mark.parametrize("remat", ["dots", "offload", "blocks"])
 def test_recomputing_changes_nothing(remat):
     for name in ("gemma", "t5"):
         model, params = make(name)
-        assert_same(loss_and_gradient(model, stack(params), remat),
-                    loss_and_gradient(model, stack(params)), 2e-6)
+        assert_same(loss_and_gradient(model, stack(params), remat), loss_and_gradient(model, stack(params)), 2e-6)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma", "t5"])
@@ -139,8 +145,7 @@ def test_cached_decoding_is_that_of_the_loop(name):
     assert_same(*found, 2e-5)
     prompts = [[4, 8, 6], [5, 3, 9, 9, 2]]
     for write in (partial(generate.sample, temperature=0), partial(generate.beam_search, beams=2)):
-        assert write(model, stack(params), prompts, max_new_tokens=6) == write(
-            model, params, prompts, max_new_tokens=6)
+        assert write(model, stack(params), prompts, max_new_tokens=6) == write(model, params, prompts, max_new_tokens=6)
 
 
 def test_dropout_is_repeatable_and_differs_from_layer_to_layer():
@@ -153,8 +158,9 @@ def test_dropout_is_repeatable_and_differs_from_layer_to_layer():
     params["norm"]["scale"] += 1
 
     def run(seed, params=stack(params)):
-        return np.asarray(body.apply({"params": params}, x, deterministic=False,
-                                     rngs={"dropout": jax.random.PRNGKey(seed)})[0])
+        return np.asarray(
+            body.apply({"params": params}, x, deterministic=False, rngs={"dropout": jax.random.PRNGKey(seed)})[0]
+        )
 
     np.testing.assert_array_equal(run(0), run(0))
     assert not np.array_equal(run(0), run(1))
@@ -176,17 +182,22 @@ def test_a_stacked_model_compiles_one_block_however_deep():
 
 # Training.
 
+
 def config_of(scan, mesh="1,1,1", **changes):
     fields = {"model": LLAMA | dict(context=16, layers=2)} | changes
     same = dict(steps=4, batch_size=8, mesh=mesh, scan_layers=scan, sample_tokens=0)
-    return Config(model=ModelConfig(**fields["model"]),
-                  optim=OptimConfig(**dict(warmup_steps=1, learning_rate=0.01) | fields.get(
-                      "optim", {})),
-                  train=TrainConfig(**same | fields.get("train", {})))
+    return Config(
+        model=ModelConfig(**fields["model"]),
+        optim=OptimConfig(**dict(warmup_steps=1, learning_rate=0.01) | fields.get("optim", {})),
+        train=TrainConfig(**same | fields.get("train", {})),
+    )
 
 
-BATCH = {"targets": tokens_of(0, 8, 16) % 48, "first": tokens_of(1, 8) % 48,
-         "weights": (tokens_of(2, 8, 16) > 20).astype(np.float32)}
+BATCH = {
+    "targets": tokens_of(0, 8, 16) % 48,
+    "first": tokens_of(1, 8) % 48,
+    "weights": (tokens_of(2, 8, 16) > 20).astype(np.float32),
+}
 
 
 def started(config, devices=None):
@@ -213,19 +224,20 @@ def run(config, state=None, steps=range(4), devices=None):
 def test_a_run_begins_with_the_parameters_of_the_loop():
     loop, scan = (started(config_of(scan, optim={"ema": 0.9}))[3] for scan in (False, True))
     assert_same(unstack(scan), loop, None)
-    shapes = train.abstract_state(build(config_of(True).model), started(config_of(True))[1],
-                                  config_of(True), started(config_of(True))[0])
+    shapes = train.abstract_state(
+        build(config_of(True).model), started(config_of(True))[1], config_of(True), started(config_of(True))[0]
+    )
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, started(config_of(True))[3])
 
 
 WIDE = LLAMA | dict(context=16, layers=2, dim=128, mlp_dim=160)  # from 128 on, Adafactor factors
 
 
-@pytest.mark.parametrize("name, changes", [
-    *((name, dict(clip=0)) for name in OPTIMIZERS), ("adamw", dict(layer_decay=0.7, clip=0.05))])
+@pytest.mark.parametrize(
+    "name, changes", [*((name, dict(clip=0)) for name in OPTIMIZERS), ("adamw", dict(layer_decay=0.7, clip=0.05))]
+)
 def test_every_optimizer_treats_a_layer_as_a_layer(name, changes):
-    changes = dict(model=WIDE, optim=dict(name=name, weight_decay=0.3, muon_learning_rate=0.01)
-                   | changes)
+    changes = dict(model=WIDE, optim=dict(name=name, weight_decay=0.3, muon_learning_rate=0.01) | changes)
     loop, state = run(config_of(False, **changes))
     found, scanned = run(config_of(True, **changes))
     assert abs(loop[0, 0] - loop[-1, 0]) > 0.02  # it moves
@@ -251,8 +263,7 @@ def test_a_run_goes_on_with_its_blocks_the_other_way(tmp_path, name, scan):
     restored = train.TrainState(**restored)
     assert is_stacked(restored.ema) != scan
     assert_same(unstack(restored), unstack(state), None)
-    assert jax.tree.all(jax.tree.map(
-        lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), restored, shapes))
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), restored, shapes))
     metrics, last = run(other, restored, range(2, 4))
     np.testing.assert_allclose(metrics, whole[2:], atol=1e-5, rtol=1e-5)
     assert_same(last.params, end.params, 2e-4)
@@ -261,8 +272,7 @@ def test_a_run_goes_on_with_its_blocks_the_other_way(tmp_path, name, scan):
 
 
 def tuned(scan, kind, trained=""):
-    config, c = config_of(scan), PeftConfig(kind=kind, rank=3, bottleneck=6, virtual_tokens=2,
-                                            trained=trained)
+    config, c = config_of(scan), PeftConfig(kind=kind, rank=3, bottleneck=6, virtual_tokens=2, trained=trained)
     mesh, optimizer, model, _ = started(config)
     params = peft.add(parallel.init(model, jax.random.PRNGKey(7)), c, jax.random.PRNGKey(1))
     own, frozen = peft.split(params, peft.trainable(params, c))
@@ -293,10 +303,16 @@ def test_blocks_that_differ_are_refused(trained):
         tuned(True, "lora", trained)
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(peft=PeftConfig(kind="adalora", warmup_steps=1, final_steps=1)),
-     "train.scan_layers=true does not go with peft.kind='adalora'"),
-    (dict(model=ModelConfig(architecture="lstm")), "model.architecture='lstm' has none")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            dict(peft=PeftConfig(kind="adalora", warmup_steps=1, final_steps=1)),
+            "train.scan_layers=true does not go with peft.kind='adalora'",
+        ),
+        (dict(model=ModelConfig(architecture="lstm")), "model.architecture='lstm' has none"),
+    ],
+)
 def test_what_has_no_layers_to_scan_is_refused(changes, words):
     config = dataclasses.replace(config_of(True), **changes)
     with pytest.raises(UserError, match=words):
@@ -306,32 +322,50 @@ def test_what_has_no_layers_to_scan_is_refused(changes, words):
 
 # On eight devices: run by a process of its own, where JAX starts with so many.
 
+
 def mesh_against_one_device():
     out = {}
     for mesh in ("2,2,2", "1,8,1"):
-        config = config_of(True, mesh, model=LLAMA | dict(context=16, kv_heads=4, vocab_size=48),
-                           optim=dict(name="sgd", learning_rate=0.3, ema=0.9),
-                           train=dict(accumulate=1, remat="blocks"))
-        loop = dataclasses.replace(config, train=dataclasses.replace(
-            config.train, mesh="1,1,1", scan_layers=False))
+        config = config_of(
+            True,
+            mesh,
+            model=LLAMA | dict(context=16, kv_heads=4, vocab_size=48),
+            optim=dict(name="sgd", learning_rate=0.3, ema=0.9),
+            train=dict(accumulate=1, remat="blocks"),
+        )
+        loop = dataclasses.replace(config, train=dataclasses.replace(config.train, mesh="1,1,1", scan_layers=False))
         metrics, state = run(loop)
         found, scanned = run(config, devices=jax.devices())
         first = started(config, jax.devices())[3]
         kernel = first.params["decoder"]["blocks"]["mlp"]["down"]["kernel"]
-        out[mesh] = {"metrics": float(np.abs(found - metrics).max()),
-                     "params": max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(
-                         jax.tree.leaves(state), jax.tree.leaves(scanned), strict=True)),
-                     "moved": float(metrics[0, 0] - metrics[-1, 0]), "whole": kernel.shape,
-                     "part": kernel.addressable_shards[0].data.shape}
+        out[mesh] = {
+            "metrics": float(np.abs(found - metrics).max()),
+            "params": max(
+                float(np.abs(np.asarray(x) - np.asarray(y)).max())
+                for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(scanned), strict=True)
+            ),
+            "moved": float(metrics[0, 0] - metrics[-1, 0]),
+            "whole": kernel.shape,
+            "part": kernel.addressable_shards[0].data.shape,
+        }
     return out
 
 
 def test_eight_devices_give_the_numbers_of_one():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, "-c", "import json; from tests.train import scan_layers_test as t; "
-         "print(json.dumps(t.mesh_against_one_device()))"], cwd=ROOT, text=True, timeout=600,
-        capture_output=True, env=os.environ | {"XLA_FLAGS": flags})
+        [
+            sys.executable,
+            "-c",
+            "import json; from tests.train import scan_layers_test as t; "
+            "print(json.dumps(t.mesh_against_one_device()))",
+        ],
+        cwd=ROOT,
+        text=True,
+        timeout=600,
+        capture_output=True,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     for mesh, errors in found.items():

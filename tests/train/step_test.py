@@ -22,11 +22,10 @@ B, T, V = 8, 12, 23
 
 def config_of(model=None, optimizer=None, **fields):
     return Config(
-        model=ModelConfig(**dict(vocab_size=V, context=T, layers=1, dim=16, heads=2)
-                          | (model or {})),
-        optim=OptimConfig(**dict(name="sgd", learning_rate=0.1, warmup_steps=0, b1=0.9)
-                          | (optimizer or {})),
-        train=TrainConfig(**dict(steps=4, batch_size=B) | fields))
+        model=ModelConfig(**dict(vocab_size=V, context=T, layers=1, dim=16, heads=2) | (model or {})),
+        optim=OptimConfig(**dict(name="sgd", learning_rate=0.1, warmup_steps=0, b1=0.9) | (optimizer or {})),
+        train=TrainConfig(**dict(steps=4, batch_size=B) | fields),
+    )
 
 
 def batch_of(i=0, rows=B):
@@ -35,8 +34,11 @@ def batch_of(i=0, rows=B):
     start = rng.integers(0, V, rows)
     tokens = (start[:, None] + np.arange(T + 1)[None] * rng.integers(1, 3, (rows, 1))) % V
     lengths = rng.integers(1, T + 1, rows)
-    return {"targets": tokens[:, 1:].astype(np.int32), "first": tokens[:, 0].astype(np.int32),
-            "weights": (np.arange(T)[None] < lengths[:, None]).astype(np.float32)}
+    return {
+        "targets": tokens[:, 1:].astype(np.int32),
+        "first": tokens[:, 0].astype(np.int32),
+        "weights": (np.arange(T)[None] < lengths[:, None]).astype(np.float32),
+    }
 
 
 def prepare(config, objective=train.causal_lm):
@@ -46,8 +48,7 @@ def prepare(config, objective=train.causal_lm):
     optimizer, _ = train.make_optimizer(config.optim, config.train.steps)
     state = train.init_state(model, optimizer, config, mesh)
     batch = parallel.put_batch(batch_of(rows=config.train.batch_size), mesh)
-    step = train.compile_step(train.make_train_step(model, optimizer, config, objective), state,
-                              batch, mesh)
+    step = train.compile_step(train.make_train_step(model, optimizer, config, objective), state, batch, mesh)
     return step, state, mesh
 
 
@@ -87,8 +88,11 @@ def test_a_step_calls_nothing_deprecated(name):
     model = build(config.model)
     optimizer, _ = train.make_optimizer(config.optim, 4)
     mesh = parallel.make_mesh("1,1,1", jax.devices()[:1])
-    jax.eval_shape(train.make_train_step(model, optimizer, config),
-                   train.abstract_state(model, optimizer, config, mesh), batch_of())
+    jax.eval_shape(
+        train.make_train_step(model, optimizer, config),
+        train.abstract_state(model, optimizer, config, mesh),
+        batch_of(),
+    )
 
 
 def test_the_loss_is_a_mean_over_target_tokens():
@@ -124,13 +128,15 @@ def test_a_batch_of_padding_alone_is_harmless():
 
 def spoiled(where):
     """causal_lm, but a batch whose first token is 22 has a NaN loss, or only a NaN gradient."""
+
     def objective(model, params, batch, rng=None, **options):
         total, nll, weight = train.causal_lm(model, params, batch, rng, **options)
-        bad = (batch["first"][0] == 22)
+        bad = batch["first"][0] == 22
         if where == "loss":
             return jnp.where(bad, jnp.inf, total), nll, weight
         # sqrt(0 * x) is 0 and its gradient NaN: the loss alone would not show it.
         return total + jnp.sqrt(jnp.where(bad, 0.0, 1.0) * params["decoder"]["norm"]["scale"][0]), nll, weight
+
     return objective
 
 
@@ -152,7 +158,9 @@ def test_a_non_finite_step_is_skipped_to_the_bit_and_counted(where, name):
         if batch is bad:
             assert_same_bits(kept(before), kept(after))
         else:
-            assert np.abs(before.params["decoder"]["norm"]["scale"] - after.params["decoder"]["norm"]["scale"]).max() > 0
+            assert (
+                np.abs(before.params["decoder"]["norm"]["scale"] - after.params["decoder"]["norm"]["scale"]).max() > 0
+            )
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.params))
     assert skipped == [0, 1, 2, 0, 1]
 
@@ -176,8 +184,10 @@ def test_dropout_differs_by_step_and_by_micro_batch():
     assert len({float(m["loss"]) for m in metrics}) == 1
     # What each micro-batch draws, by giving the others no weight.
     draw = lambda params, micro, rng: jax.random.uniform(rng) * micro["on"].sum()
-    drawn = {float(step.accumulate(draw, {}, {"on": (np.arange(4) == row) * 1.0},
-                                    jax.random.PRNGKey(0), 4)) for row in range(4)}
+    drawn = {
+        float(step.accumulate(draw, {}, {"on": (np.arange(4) == row) * 1.0}, jax.random.PRNGKey(0), 4))
+        for row in range(4)
+    }
     assert len(drawn) == 4
 
 
@@ -188,8 +198,7 @@ def test_ema_is_the_average_of_the_parameters():
     for i in range(4):
         state, _ = step(state, parallel.put_batch(batch_of(i), mesh))
         decay = min(0.5, (1 + i) / (10 + i))  # short runs forget the initial values sooner
-        expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, expected,
-                                jax.device_get(state.params))
+        expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, expected, jax.device_get(state.params))
         assert_close(jax.device_get(state.ema), expected)
 
 
@@ -245,11 +254,14 @@ def test_evaluation_counts_every_window_once_whatever_the_batch(compilations):
     np.testing.assert_allclose(found, found[:1] * 3, rtol=1e-6)
     assert found[0][1] == windows.rows["weights"].sum()
     few = dataclasses.replace(config, train=dataclasses.replace(config.train, evaluate_batches=1))
-    assert train.make_evaluation(build(config.model), few, mesh)(state.params, windows)[1] \
+    assert (
+        train.make_evaluation(build(config.model), few, mesh)(state.params, windows)[1]
         == windows.rows["weights"][:8].sum()
+    )
 
 
 # The loop. `Run` stands for everything around it and remembers what it was told.
+
 
 class Run:
     tokens_per_second = None
@@ -271,8 +283,10 @@ class Run:
         self.seen.append(i)
         loss = self.losses[i] if i < len(self.losses) else 1.0
         skipped = jnp.int32(0) if loss is not None else state.skipped + 1
-        return (state._replace(step=state.step + 1, skipped=skipped),
-                {"loss": jnp.float32(np.nan if loss is None else loss), "skipped": skipped})
+        return (
+            state._replace(step=state.step + 1, skipped=skipped),
+            {"loss": jnp.float32(np.nan if loss is None else loss), "skipped": skipped},
+        )
 
     def evaluate(self, params, step):
         self.evaluated.append(step)
@@ -299,18 +313,29 @@ class Run:
         yield
 
     def fit(self, config, start=0, **options):
-        state = train.TrainState(jnp.int32(start), {"x": jnp.zeros(1)}, (), None,
-                                 jax.random.PRNGKey(0), jnp.int32(0))
+        state = train.TrainState(jnp.int32(start), {"x": jnp.zeros(1)}, (), None, jax.random.PRNGKey(0), jnp.int32(0))
         mesh = parallel.make_mesh("1,1,1", jax.devices()[:1])
         options = {"step": self.step} | options
-        return train.fit(state, options.pop("step"), self, config, mesh, evaluate=self.evaluate,
-                         checkpoints=self, log=self, progress=self, meta={"who": "me"}, **options)
+        return train.fit(
+            state,
+            options.pop("step"),
+            self,
+            config,
+            mesh,
+            evaluate=self.evaluate,
+            checkpoints=self,
+            log=self,
+            progress=self,
+            meta={"who": "me"},
+            **options,
+        )
 
 
 def test_the_loop_takes_every_step_and_logs_it_once():
     loop = Run()
     state, tracking, outcome = loop.fit(
-        config_of(steps=7, evaluate_every=3, checkpoint_every=2), schedule=lambda step: step / 10)
+        config_of(steps=7, evaluate_every=3, checkpoint_every=2), schedule=lambda step: step / 10
+    )
     assert outcome == Outcome("finished", 7) and int(state.step) == 7 and loop.waited
     assert loop.seen == list(range(7))
     assert loop.evaluated == [3, 6, 7]
@@ -325,49 +350,44 @@ def test_the_loop_takes_every_step_and_logs_it_once():
 def test_the_loop_goes_on_from_the_step_of_the_state():
     loop = Run()
     before = train.Tracking(0.5, 2, 1)
-    _, tracking, outcome = loop.fit(config_of(steps=6, evaluate_every=100), start=4,
-                                    tracking=before)
+    _, tracking, outcome = loop.fit(config_of(steps=6, evaluate_every=100), start=4, tracking=before)
     assert loop.seen == [4, 5] and outcome.step == 6
     assert tracking == train.Tracking(0.5, 2, 2)  # 1.0 is not better than 0.5
 
 
 def test_early_stopping_waits_its_patience_and_names_the_best():
     loop = Run(validation=[3.0, 2.0, 2.5, 1.5, 1.6, 1.7, 0.1])
-    _, tracking, outcome = loop.fit(
-        config_of(steps=100, evaluate_every=5, checkpoint_every=1000, patience=2))
+    _, tracking, outcome = loop.fit(config_of(steps=100, evaluate_every=5, checkpoint_every=1000, patience=2))
     assert outcome == Outcome("early stop", 30)
     assert tracking == train.Tracking(1.5, 20, 2)
-    assert [(step, metric) for step, _, _, metric in loop.saved] == \
-        [(5, 3.0), (10, 2.0), (20, 1.5), (30, 1.7)]
+    assert [(step, metric) for step, _, _, metric in loop.saved] == [(5, 3.0), (10, 2.0), (20, 1.5), (30, 1.7)]
     assert loop.saved[-1][2] == tracking._asdict()
 
 
 def test_the_best_step_is_of_the_chosen_metric():
     loop = Run(validation=[0.5, 0.9, 0.7, 0.9])
     loop.name = "accuracy"
-    _, tracking, _ = loop.fit(config_of(steps=4, evaluate_every=1, checkpoint_every=1000,
-                                        metric="accuracy"))
+    _, tracking, _ = loop.fit(config_of(steps=4, evaluate_every=1, checkpoint_every=1000, metric="accuracy"))
     assert tracking == train.Tracking(-0.9, 2, 2)
     assert [(step, metric) for step, _, _, metric in loop.saved] == [(1, -0.5), (2, -0.9), (4, -0.9)]
     loop = Run(validation=[0.5, 0.9, 0.7, 0.9])
     loop.name = "accuracy"
-    assert loop.fit(config_of(steps=4, evaluate_every=1, patience=1, metric="accuracy"))[2] == (
-        "early stop", 3, 0)
+    assert loop.fit(config_of(steps=4, evaluate_every=1, patience=1, metric="accuracy"))[2] == ("early stop", 3, 0)
 
 
 def test_adaloras_best_step_has_the_ranks_of_its_budget():
     loop = Run(validation=[1.0, 2.0, 4.0, 3.0])
     config = dataclasses.replace(
         config_of(steps=8, evaluate_every=2, checkpoint_every=1000, patience=1),
-        peft=PeftConfig("adalora", final_steps=2, warmup_steps=1))
+        peft=PeftConfig("adalora", final_steps=2, warmup_steps=1),
+    )
     _, tracking, outcome = loop.fit(config)
     assert outcome.step == 8 and tracking == train.Tracking(3.0, 8, 0)
     assert [(step, metric) for step, _, _, metric in loop.saved] == [(6, 4.0), (8, 3.0)]
 
 
 def test_what_earlier_checkpoints_tracked_is_read():
-    assert train.Tracking.read(
-        {"best_loss": 0.5, "best_step": 2, "waited": 1}) == train.Tracking(0.5, 2, 1, False)
+    assert train.Tracking.read({"best_loss": 0.5, "best_step": 2, "waited": 1}) == train.Tracking(0.5, 2, 1, False)
     for tracking in (train.Tracking(-0.5, 3, 2), train.Tracking(-0.5, 3, 2, True)):
         assert train.Tracking.read(tracking._asdict()) == tracking
     owed = train.Tracking(1.0, 3, 2, owed=True)._asdict()  # and done since, as its metric says
@@ -382,8 +402,7 @@ def test_too_many_non_finite_steps_stop_and_name_the_batch():
         loop.fit(config_of(steps=50, max_skipped=3, checkpoint_every=50, evaluate_every=50))
     assert "3 steps in a row had a non-finite loss" in str(caught.value)
     assert "step 8, read windows of step 7" in str(caught.value)  # steps count from 1
-    assert [np.isnan(v["loss"]) for _, v in loop.logged] == \
-        [False, True, True, False, False, True, True, True]
+    assert [np.isnan(v["loss"]) for _, v in loop.logged] == [False, True, True, False, False, True, True, True]
 
 
 def test_fewer_non_finite_steps_go_on():
@@ -433,8 +452,7 @@ def test_an_evaluation_that_a_signal_came_before_is_done_first(at):
     assert outcome.step == at and before.evaluated == [s for s in found if s < at]
     assert tracking.owed and before.saved[-1][0::3] == (at, None)
     after = Run(validation=[value for s, value in found.items() if s >= at])
-    _, tracking, outcome = after.fit(config, start=at,
-                                     tracking=train.Tracking.read(before.saved[-1][2]))
+    _, tracking, outcome = after.fit(config, start=at, tracking=train.Tracking.read(before.saved[-1][2]))
     assert tracking == expected and outcome == loop.Outcome("finished", 8)
     assert before.evaluated + after.evaluated == whole.evaluated
     assert before.seen + after.seen == whole.seen
