@@ -337,7 +337,7 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
         adapters = peft.join(jax.tree.map(parallel.fetch, best), frozen)
         try:
             if parallel.is_main_process():
-                hf.save(
+                hf.save_adapter(
                     os.path.join(workdir, "adapter"), model_config, adapters, config.peft, base=model_config.init_from
                 )
         except UserError as error:  # such as a model that no class of Transformers is

@@ -33,7 +33,7 @@ _SCHEDULE = {
 _TASKS = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}
 
 
-def save(directory, config, params, peft_config, base="", model_type=None):
+def save_adapter(directory, config, params, peft_config, base="", model_type=None):
     """Write the low-rank adapters among params as `peft` opens them over the model of `hf.save`.
 
     config: the ModelConfig; base: the name or directory of that model, for peft's Auto classes;
@@ -141,7 +141,7 @@ def base_of(directory):
     return base
 
 
-def load(directory, config, params, model_type=None):
+def load_adapter(directory, config, params, model_type=None):
     """LoRA, DoRA or AdaLoRA of the `peft` library, put among the parameters of their model, and its
     modules_to_save in the places of the model's own.
 

@@ -111,7 +111,7 @@ def open_model(source, which="best"):
         if hf.base_of(base):
             raise UserError(f"{source} belongs to {base}, which holds adapters too; merge those first")
         model, params, tokenizer = open_model(base, which)
-        params, _ = hf.load(source, model.config, params)
+        params, _ = hf.load_adapter(source, model.config, params)
         return model, peft.merge(params), tokenizer
     path = hf.find(source)
     config, params = hf.load(path)

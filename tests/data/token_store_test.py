@@ -282,13 +282,14 @@ def test_workers_do_not_change_the_files(corpus, tmp_path, monkeypatch):
 CHILD = """
 import sys
 from nanoflax import data, tokenizers
+from nanoflax.data import token_store
 if {slow}:
-    encode = data._encode
+    encode = token_store._encode
     def slow(*args):
         import time
         print("building", flush=True)
         time.sleep(60)
-    data._encode = slow
+    token_store._encode = slow
 store = data.prepare({source!r}, tokenizers.ByteTokenizer(), "all", {cache!r}, progress=False)
 print(store.fingerprint)
 """
@@ -356,8 +357,9 @@ def test_tokenizing_on_a_terminal_leaves_the_cursor_and_stdout_alone(tmp_path):
     (tmp_path / "a.txt").write_text("some words\n" * 1000)
     output, stdout, status = run_in_terminal(f'''
 from nanoflax import data, tokenizers
-encode = data._encode
-data._encode = lambda *args: (print("to stdout"), encode(*args))[1]
+from nanoflax.data import token_store
+encode = token_store._encode
+token_store._encode = lambda *args: (print("to stdout"), encode(*args))[1]
 data.prepare("text:{tmp_path}/a.txt", tokenizers.ByteTokenizer(), "all", "{tmp_path}/cache")
 ''')
     assert status == 0 and stdout == "to stdout\n"

@@ -475,11 +475,11 @@ def test_an_adapter_is_the_same_to_transformers_and_peft(llama, kind, tmp_path, 
     c = config_of(kind, rank_stabilized=kind == "dora", alpha=6.0)
     added = masked_for(kind, randomized(peft.add(params, c, jax.random.PRNGKey(3))))
     hf.save(tmp_path / "model", LLAMA, params)
-    hf.save(tmp_path / "adapter", LLAMA, added, c, base=tmp_path / "model")
+    hf.save_adapter(tmp_path / "adapter", LLAMA, added, c, base=tmp_path / "model")
     logits = theirs_of(tmp_path / "model", tmp_path / "adapter")
     np.testing.assert_allclose(forward(model, added), logits, atol=1e-4)
     assert np.abs(forward(model, params) - logits).max() > 1e-2
-    back, c2 = hf.load(tmp_path / "adapter", LLAMA, params)
+    back, c2 = hf.load_adapter(tmp_path / "adapter", LLAMA, params)
     np.testing.assert_allclose(forward(model, back), forward(model, added), atol=1e-6)
     same = ("kind", "rank", "alpha", "rank_stabilized") + (
         ("target_rank", "beta1", "final_steps") if kind == "adalora" else ()
@@ -516,7 +516,7 @@ def test_an_adapter_of_peft_is_the_same_here(llama, kind, tmp_path):
     logits = theirs(input_ids=torch.tensor(TOKENS).long()).logits
     (logits**2).mean().backward()
     theirs.save_pretrained(tmp_path / "adapter")
-    ours, _ = hf.load(tmp_path / "adapter", LLAMA, params)
+    ours, _ = hf.load_adapter(tmp_path / "adapter", LLAMA, params)
     np.testing.assert_allclose(forward(model, ours), logits.detach(), atol=1e-4)
     assert np.abs(forward(model, params) - logits.detach().numpy()).max() > 1e-2
     grads = jax.jit(jax.grad(partial(loss_of, model)))(ours)["decoder"]["block_1"]["mlp"]["up"]
@@ -536,7 +536,7 @@ def test_a_trained_head_goes_along(config, kind, tmp_path):
     params = parallel.init(model, jax.random.PRNGKey(0))
     added = randomized(peft.add(params, c, jax.random.PRNGKey(3)), r".*(lora_[abe]|labels/.*|pooler/.*)")
     hf.save(tmp_path / "model", config, params)
-    hf.save(tmp_path / "adapter", config, added, c)
+    hf.save_adapter(tmp_path / "adapter", config, added, c)
     found = [
         theirs_of(tmp_path / "model", tmp_path / "adapter", tokens=row[None], auto="AutoModelForSequenceClassification")
         for row in TOKENS
@@ -544,7 +544,7 @@ def test_a_trained_head_goes_along(config, kind, tmp_path):
     np.testing.assert_allclose(forward(model, added), np.concatenate(found), atol=1e-4)
     head = flatten_dict(added)[("labels", "kernel")] - params["labels"]["kernel"]
     assert np.abs(head).max() > 0.1
-    back, c2 = hf.load(tmp_path / "adapter", config, params)
+    back, c2 = hf.load_adapter(tmp_path / "adapter", config, params)
     np.testing.assert_allclose(forward(model, back), forward(model, added), atol=1e-6)
     assert peft.trainable(back, c2) == peft.trainable(added, c)
     for trained, message in [
@@ -553,7 +553,7 @@ def test_a_trained_head_goes_along(config, kind, tmp_path):
     ]:
         if config.bias or "query" in trained:
             with pytest.raises(UserError, match=message):
-                hf.save(tmp_path / "x", config, added, config_of(kind, trained=trained))
+                hf.save_adapter(tmp_path / "x", config, added, config_of(kind, trained=trained))
 
 
 @pytest.mark.parametrize(
@@ -585,7 +585,7 @@ def test_what_peft_trained_whole_is_the_same_here(config, auto, module, targets,
     theirs.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         logits = [theirs(input_ids=torch.tensor(row[None]).long()).logits for row in TOKENS]
-    ours, c = hf.load(tmp_path / "adapter", config, params)
+    ours, c = hf.load_adapter(tmp_path / "adapter", config, params)
     np.testing.assert_allclose(forward(model, ours), np.concatenate(logits), atol=1e-4)
     flat, moved = flatten_dict(params, sep="/"), flatten_dict(ours, sep="/")
     changed = {path for path in flat if not np.array_equal(flat[path], moved[path])}
@@ -604,7 +604,7 @@ def test_names_of_a_bare_encoder_and_of_transposed_kernels_are_theirs(tmp_path):
         params = parallel.init(model, jax.random.PRNGKey(0))
         added = randomized(peft.add(params, c, jax.random.PRNGKey(3)))
         hf.save(tmp_path / name, config, params)
-        hf.save(tmp_path / f"{name}-adapter", config, added, c)
+        hf.save_adapter(tmp_path / f"{name}-adapter", config, added, c)
         np.testing.assert_allclose(
             forward(model, added), theirs_of(tmp_path / name, tmp_path / f"{name}-adapter", auto=auto), atol=1e-4
         )
@@ -614,21 +614,21 @@ def test_names_of_a_bare_encoder_and_of_transposed_kernels_are_theirs(tmp_path):
         match=r"query is a part of transformer.h.0.attn.c_attn, which "
         r"peft adapts as one",
     ):
-        hf.save(tmp_path / "x", GPT2, added, config_of("lora"))
+        hf.save_adapter(tmp_path / "x", GPT2, added, config_of("lora"))
     assert not (tmp_path / "x").exists()
 
 
 def test_an_adapter_goes_beside_a_model(llama, tmp_path):
     _, params = llama
     hf.save(tmp_path, LLAMA, params)
-    hf.save(tmp_path, LLAMA, add(params, "lora"), config_of("lora"))
+    hf.save_adapter(tmp_path, LLAMA, add(params, "lora"), config_of("lora"))
     jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path)[1], params)
 
 
 @pytest.fixture(scope="module")
 def saved(llama, tmp_path_factory):
     path = tmp_path_factory.mktemp("adapter")
-    hf.save(path, LLAMA, add(llama[1], "adalora"), config_of("adalora"))
+    hf.save_adapter(path, LLAMA, add(llama[1], "adalora"), config_of("adalora"))
     return path
 
 
@@ -667,7 +667,7 @@ def test_what_is_broken_is_named(llama, saved, tmp_path, settings, tensors, mess
     arrays = safetensors.numpy.load_file(saved / adapters.WEIGHTS) | tensors
     safetensors.numpy.save_file({k: x for k, x in arrays.items() if x is not None}, tmp_path / adapters.WEIGHTS)
     with pytest.raises(UserError, match=message):
-        hf.load(tmp_path, LLAMA, llama[1])
+        hf.load_adapter(tmp_path, LLAMA, llama[1])
 
 
 def test_bad_configurations_are_refused_by_name(llama):
@@ -697,7 +697,7 @@ def test_bad_configurations_are_refused_by_name(llama):
     with pytest.raises(UserError, match="prompt cannot be merged"):
         peft.merge(add(params, "prompt"))
     with pytest.raises(UserError, match="peft.kind='prefix' cannot be written"):
-        hf.save("x", LLAMA, add(params, "prefix"), config_of("prefix"))
+        hf.save_adapter("x", LLAMA, add(params, "prefix"), config_of("prefix"))
     assert add(params, "none") is params
 
 

@@ -108,8 +108,8 @@ def test_an_adapter_with_its_head_has_no_padding(tmp_path):
     c, base = PeftConfig("lora", trained="adapters,head"), parallel.init(build(config), jax.random.PRNGKey(0))
     tuned = peft.add(base, c, jax.random.PRNGKey(1))
     tuned["unembed"] = {"kernel": base["unembed"]["kernel"] + 0.1}
-    hf.save(tmp_path, config, tuned, c)
-    back, _ = hf.load(tmp_path, *without_padding(config, base))
+    hf.save_adapter(tmp_path, config, tuned, c)
+    back, _ = hf.load_adapter(tmp_path, *without_padding(config, base))
     jax.tree.map(np.testing.assert_array_equal, back, without_padding(config, tuned)[1])
 
 
