@@ -14,14 +14,13 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nanoflax import hf, parallel, peft, runs, train
+from nanoflax import hf, parallel, peft, runs, tokenizers, train
 from nanoflax.config import OPTIMIZERS, PEFT_KINDS, Config, ModelConfig, OptimConfig, PeftConfig, TrainConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.hf import adapters
 from nanoflax.nn import build
 from nanoflax.nn.layers import Linear, bottleneck, matmul
 from nanoflax.peft import adalora
-from nanoflax.tokenizers import loading
 from nanoflax.train import make_optimizer
 
 V, T = 67, 10
@@ -486,7 +485,7 @@ def test_an_adapter_is_the_same_to_transformers_and_peft(llama, kind, tmp_path, 
     )
     assert [getattr(c2, n) for n in same] == [getattr(c, n) for n in same]
     assert jax.tree.structure(back) == jax.tree.structure(added)
-    monkeypatch.setattr(loading, "load", lambda _: SimpleNamespace(vocab_size=LLAMA.vocab_size))
+    monkeypatch.setattr(tokenizers, "load", lambda _: SimpleNamespace(vocab_size=LLAMA.vocab_size))
     _, folded, _ = runs.open_model(str(tmp_path / "adapter"))  # with the model that it names
     np.testing.assert_allclose(forward(model, folded), logits, atol=1e-4)
 
