@@ -1,9 +1,7 @@
 """A run on disk: its directory, checkpoints and lock, and opening any trained model."""
 
 from nanoflax.runs.checkpoint import Checkpoints, compare, restore_params
-from nanoflax.runs.lock import WorkdirLock
-from nanoflax.runs.opening import initialize_with_adapters, open_model, restore_model
-from nanoflax.runs.run import (
+from nanoflax.runs.directory import (
     get_tokenizer,
     is_run,
     read_config,
@@ -18,6 +16,8 @@ from nanoflax.runs.run import (
     write_labels,
     write_run,
 )
+from nanoflax.runs.lock import WorkdirLock
+from nanoflax.runs.opening import initialize_with_adapters, open_model, restore_model
 from nanoflax.runs.trainer import check_metric, check_wandb, displays, setup_jax
 
 __all__ = [

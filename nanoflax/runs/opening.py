@@ -6,7 +6,7 @@ import sys
 from nanoflax import config as configs
 from nanoflax.errors import UserError
 from nanoflax.parallel import is_main_process
-from nanoflax.runs.run import is_run, read_run, whole
+from nanoflax.runs.directory import is_run, read_run, whole
 
 
 def restore_model(workdir, config, tokenizer, which="best"):
