@@ -119,9 +119,9 @@ def test_repetition_penalty_moves_only_what_was_seen_towards_less():
 def test_bad_requests_are_refused_before_anything_runs(options, words):
     model = build(ModelConfig(vocab_size=29, context=64, layers=1, dim=8, heads=2))
     options = {"prompts": [[1]], "max_new_tokens": 2} | options
-    for generate in (sample, lambda *a, **k: list(stream(*a, **k))):
+    for call in (sample, lambda *a, **k: list(stream(*a, **k))):
         with pytest.raises(UserError) as caught:
-            generate(model, None, **options)  # no parameters: none are read
+            call(model, None, **options)  # no parameters: none are read
         assert words in str(caught.value)
 
 

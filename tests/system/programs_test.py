@@ -132,11 +132,11 @@ def test_a_restart_that_is_refused_changes_nothing(corpus, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "w")
     (tmp_path / "blank.txt").write_text(" \n")
     before = sorted(os.listdir(tmp_path / "w"))
-    for flags, words in (
+    for changed, words in (
         ([f"--config.data.train=text:{tmp_path}/blank.txt"], "has no text"),
         (["--config.data.tokenizer=bpe:300"], "keeps the tokenizer"),
     ):
-        refused = pretrain(tmp_path / "w", corpus, "--restart_from_weights", *flags)
+        refused = pretrain(tmp_path / "w", corpus, "--restart_from_weights", *changed)
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr
         assert sorted(os.listdir(tmp_path / "w")) == before
 
