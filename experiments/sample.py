@@ -129,46 +129,27 @@ def cleaned(config, texts):
 
 
 def predict(config, model, params, tokenizer, labels, several, texts):
-    """Print the classes of each text with their probabilities, best first, or its words' tags."""
+    """Print what the model says of each text: its classes with probabilities, or the tags of its words."""
     from nanoflax import data, parallel, tasks
-    from nanoflax.tasks import Classification, Tagging
 
-    task, report = config.task, data.Report()
-    made = [
-        Classification(text, labels[:1], "--prompt")
-        if task.kind == "classify"
-        else Tagging(tuple(text.split()), ("O",) * len(text.split()), "--prompt")
-        for text in texts
-    ]
-    rows = tasks.encode(made, tokenizer, task.length, labels, several, report=report)
+    report = data.Report()
+    rows = tasks.encode_texts(texts, config, tokenizer, labels, several, report, "--prompt")
     for line in report.lines():
         print(line, file=sys.stderr)
     mesh = parallel.make_mesh("-1,1,1")
-    judge = tasks.Evaluator(model, config, tokenizer, labels, rows, mesh)
-    params = parallel.put(params, mesh)
-    if task.kind == "classify":
-        results = [
-            [f"{labels[i]}\t{row[i]:.4f}" for i in (-row).argsort()]
-            for row in tasks.probabilities(judge, params, len(rows))
-        ]
-    else:
-        results = [
-            [f"{word}\t{tag}" for word, tag in zip(example.tokens, tags)]
-            for example, tags in zip(made, tasks.tag_names(judge, params, len(rows)))
-        ]
-    for i, lines in enumerate(results):
-        print("\n".join([f"--- {i + 1}"] * (len(texts) > 1) + lines))
+    evaluator = tasks.Evaluator(model, config, tokenizer, labels, rows, mesh)
+    for i, text in enumerate(evaluator.describe(parallel.put(params, mesh))):
+        print("\n".join([f"--- {i + 1}"] * (len(texts) > 1) + [text]))
 
 
 def restore(config, model, params, tokenizer, texts):
     """Print what the model makes of each text under the noise of its task."""
     from nanoflax import parallel, tasks
-    from nanoflax.tasks import Text
 
-    rows = tasks.encode_for_task([Text(text, "--prompt") for text in texts], config, tokenizer)
+    rows = tasks.encode_texts(texts, config, tokenizer, place="--prompt")
     mesh = parallel.make_mesh("-1,1,1")
-    judge = tasks.Evaluator(model, config, tokenizer, (), rows, mesh)
-    print("\n".join(map(printed(), judge.task.answer(judge, parallel.put(params, mesh), len(rows)))))
+    evaluator = tasks.Evaluator(model, config, tokenizer, (), rows, mesh)
+    print("\n".join(map(printed(), evaluator.describe(parallel.put(params, mesh)))))
 
 
 def read_prompts(path):

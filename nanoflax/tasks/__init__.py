@@ -2,16 +2,15 @@
 
 from nanoflax.tasks.batches import ExampleBatches
 from nanoflax.tasks.encoding import encode, show_row, weigh_classes
-from nanoflax.tasks.evaluator import Evaluator, encode_for_task, prediction_records
+from nanoflax.tasks.evaluator import Evaluator, encode_for_task, encode_texts, prediction_records
 from nanoflax.tasks.examples import examples_of, load, read
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
 from nanoflax.tasks.metrics import metrics_table
-from nanoflax.tasks.noise import with_sentinels
 from nanoflax.tasks.rows import SHORTEST
 from nanoflax.tasks.sources import TaskSource
-from nanoflax.tasks.table import TASKS, probabilities, tag_names
+from nanoflax.tasks.table import TASKS, class_probabilities, length_limits, with_sentinels
 
 __all__ = [
     "Chat", "Classification", "Evaluator", "ExampleBatches", "Pair", "SHORTEST", "TASKS", "Tagging", "TaskSource",
-    "Text", "encode", "encode_for_task", "examples_of", "load", "metrics_table", "prediction_records",
-    "probabilities", "read", "show_row", "tag_names", "weigh_classes", "with_sentinels"]  # fmt: skip
+    "Text", "class_probabilities", "encode", "encode_for_task", "encode_texts", "examples_of", "length_limits", "load", "metrics_table",
+    "prediction_records", "read", "show_row", "weigh_classes", "with_sentinels"]  # fmt: skip

@@ -31,10 +31,10 @@ def encode(
       length: tokens of a row at most, with the special ones; target_length: of a Pair's target
         (default: length).
       labels: the class names, for Classification and Tagging (examples.TaskData.labels).
-      multi_label: a row may have several labels, or none.
+      multi_label: a row may have several labels, or none. An example whose label is None has none in its row.
       truncate: a longer example is cut (its special tokens stay), and counted in `report`;
         otherwise longer ones are refused.
-      noise: a denoising.Noise for Texts, whose rows are then drawn anew in each epoch.
+      noise: a noise.Noise for Texts, whose rows are then drawn anew in each epoch.
     Raises: UserError naming the examples that are too long, or if no row is left.
     """
     report, target_length = Report() if report is None else report, target_length or length
@@ -59,6 +59,8 @@ def encode(
         return np.asarray([*prefix, *cut(ids, *limit, room=around), *suffix], np.int32)
 
     def classification(example):
+        if example.labels is None:
+            return {"tokens": framed(tokenizer.encode(example.text), length, example.place)}
         if not multi_label and len(example.labels) != 1:
             report.add("examples without just one label, left out", example.place)
             return None
@@ -71,21 +73,22 @@ def encode(
         return {"tokens": framed(ids, length, example.place), "label": label}
 
     def tagging(example):
-        ids, tags, weights = align_tags(example.tokens, [number[tag] for tag in example.tags], tokenizer)
+        known = example.tags is not None
+        numbers = [number[tag] for tag in example.tags] if known else [0] * len(example.tokens)
+        ids, tags, weights = align_tags(example.tokens, numbers, tokenizer)
         inner = slice(length - around)
         before, after = [0] * len(prefix), [0] * len(suffix)
-        return {
+        row = {
             "tokens": framed(ids, length, example.place),
-            "tags": np.asarray([*before, *tags[inner], *after], np.int32),
             "weights": np.asarray([*before, *weights[inner], *after], np.float32),
         }
+        return row | ({"tags": np.asarray([*before, *tags[inner], *after], np.int32)} if known else {})
 
     def pair(example):
-        source, target = tokenizer.encode(example.source), encode_target(example.target)
-        return {
-            "source": framed(source, length, example.place, "sources"),
-            "targets": framed(target, target_length, example.place, "targets"),
-        }
+        row = {"source": framed(tokenizer.encode(example.source), length, example.place, "sources")}
+        if example.target is not None:
+            row["targets"] = framed(encode_target(example.target), target_length, example.place, "targets")
+        return row
 
     def following(ids, weights):
         return {
@@ -109,7 +112,7 @@ def encode(
     def texts(example):
         """Yields the rows of a Text, each with its part of it."""
         first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-        ids, room, before = tokenizer.encode(example.text), noise and noise.room, 0
+        ids, room, before = tokenizer.encode(example.text), noise and noise.max_ids, 0
         if not noise:  # the token before the targets stands before each part
             ids, room, before = [first, *ids, tokenizer.eos_id], length - 1, 1
         parts = [ids[at - before : at + room] for at in range(before, len(ids), room)]
@@ -143,7 +146,7 @@ def encode(
         target_length, edges = length, (0, 1)
     if noise:
         target_length = noise.target_length
-    return Rows(rows, kept, tokenizer.pad_id, length, target_length, noise, edges)
+    return Rows(rows, kept, tokenizer.pad_id, length, target_length, noise, edges, multi_label=multi_label)
 
 
 def weigh_classes(rows, labels, class_weights):

@@ -9,21 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanoflax import parallel, train
-from nanoflax.tasks import encoding, metrics, noise
+from nanoflax.tasks import metrics
 from nanoflax.tasks.batches import evaluation
+from nanoflax.tasks.encoding import encode
 from nanoflax.tasks.kinds import Pair, Text
-from nanoflax.tasks.noise import Noise, with_sentinels
-from nanoflax.tasks.table import TASKS
+from nanoflax.tasks.table import TASKS, length_limits, noise_for, with_sentinels
 
 
-def encode_for_task(examples, config, tokenizer, labels=(), several=False, report=None):
-    """Examples as the batching.Rows of a Config's task, its noise among them."""
-    task, noise = config.task, None
-    if task.kind in ("masked_lm", "denoise"):
-        noise = Noise(task, with_sentinels(task, tokenizer))
-    return encoding.encode(
-        examples, tokenizer, task.length, labels, several, task.truncate, task.target_length, report, noise
-    )
+def encode_for_task(examples, config, tokenizer, labels=(), multi_label=False, report=None):
+    """Examples as the Rows of a Config's task, with its noise."""
+    task, limits = config.task, length_limits(config.task)
+    noise = noise_for(task, with_sentinels(task, tokenizer))
+    return encode(
+        examples, tokenizer, task.length, labels, multi_label, task.truncate, limits.get("task.target_length"),
+        report, noise
+    )  # fmt: skip
+
+
+def encode_texts(texts, config, tokenizer, labels=(), multi_label=False, report=None, place="text"):
+    """Texts to predict from, without labels, as the Rows of a Config's task."""
+    make = TASKS[config.task.kind].unlabelled
+    return encode_for_task([make(text, place) for text in texts], config, tokenizer, labels, multi_label, report)
 
 
 class Evaluator:
@@ -36,7 +42,7 @@ class Evaluator:
     def __init__(self, model, config, tokenizer, labels, rows, mesh):
         """config: a Config; labels: the class names of classify and tag; rows: a batching.Rows."""
         self.model, self.config = model, config
-        self.tokenizer = noise.with_sentinels(config.task, tokenizer)
+        self.tokenizer = with_sentinels(config.task, tokenizer)
         self.labels, self.mesh, self.task = labels, mesh, TASKS[config.task.kind]
         self.rows = rows.drawn([(i, 0) for i in range(len(rows))])  # noise that stays the same
         if "source" in self.rows.rows[0] and self.task.examples is Text:
@@ -53,7 +59,7 @@ class Evaluator:
             _, nll, weight = self.task.objective(model, params, batch)
             right = (
                 weight
-                if not self.task.accuracy
+                if not self.task.token_accuracy
                 else jnp.sum(batch["weights"] * (guesses(params, batch) == batch["targets"]))
             )
             return nll, weight, right
@@ -64,9 +70,7 @@ class Evaluator:
         def guesses(params, batch):
             return train.guesses(model, params, batch, self.tokenizer.vocab_size)
 
-        self._sums, self._guesses, self._logits = (
-            jax.jit(parallel.traced_on(mesh, f)) for f in (sums, guesses, logits)
-        )
+        self._sums, self.guesses, self._logits = (jax.jit(parallel.traced_on(mesh, f)) for f in (sums, guesses, logits))
 
     def __call__(self, params, batches=0):
         """(numbers, predictions) on the first so many batches of the rows, 0 for all.
@@ -92,15 +96,25 @@ class Evaluator:
             sums += [float(x) for x in self._sums(params, batch)]
         nats, weight, right = sums
         numbers = {"validation_loss": nats / max(weight, 1)}
-        if self.task.measure is None:
+        if self.task.score is None:
             numbers["perplexity"] = metrics.perplexity(nats, max(weight, 1))
-        if self.task.accuracy:
-            numbers[self.task.accuracy] = right / max(weight, 1)
-        predictions = self.task.answer(self, params, number) if self.task.answer else []
-        if self.task.measure is None:
+        if self.task.token_accuracy:
+            numbers[self.task.token_accuracy] = right / max(weight, 1)
+        predictions = self.predict(params, number)
+        if self.task.score is None:
             return numbers, predictions, {}
-        figures, report = self.task.measure(predictions, self.rows.examples[:number], self.config.task)
+        figures, report = self.task.score(predictions, self.rows.examples[:number], self.config.task)
         return numbers | figures, predictions, report
+
+    def predict(self, params, number=None):
+        """A prediction for each of the first rows (default: all), which need no labels; [] for a
+        task that is measured by its loss alone."""
+        number = len(self.rows) if number is None else number
+        return self.task.predict(self, params, number) if self.task.predict else []
+
+    def describe(self, params):
+        """The prediction for each row as text for people, such as classes with their probabilities."""
+        return self.task.describe(self, params, len(self.rows))
 
     def batches(self, number):
         """The first rows in batches on the mesh; the last is filled up with rows of weight 0."""

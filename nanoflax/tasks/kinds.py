@@ -1,4 +1,4 @@
-"""The kinds of examples."""
+"""The kinds of examples. To predict, a label is None."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ def _place():
 @dataclasses.dataclass(frozen=True)
 class Classification:
     text: str
-    labels: tuple  # of str; just one, unless the task is a multi-label one
+    labels: tuple | None  # of str, one unless a text may have several; None where unknown
     place: str = _place()  # file:line
     fields = ("text", "label")
     input = property(lambda self: self.text)
@@ -19,7 +19,7 @@ class Classification:
 @dataclasses.dataclass(frozen=True)
 class Tagging:
     tokens: tuple  # words
-    tags: tuple  # one of each word
+    tags: tuple | None  # one for each word; None where unknown
     place: str = _place()
     fields = ("tokens", "tags")
     input = property(lambda self: self.tokens)
@@ -28,7 +28,7 @@ class Tagging:
 @dataclasses.dataclass(frozen=True)
 class Pair:
     source: str
-    target: str
+    target: str | None  # None where unknown
     place: str = _place()
     fields = ("source", "target")
     input = property(lambda self: self.source)

@@ -58,13 +58,6 @@ class TokenizerWithSentinels:
         )
 
 
-def with_sentinels(task, tokenizer):
-    """The tokenizer with the marks that a TaskConfig's noise needs, if it needs any."""
-    if task.kind == "masked_lm" or task.kind == "denoise" and task.noise != "none":
-        return TokenizerWithSentinels(tokenizer, sentinels=(task.kind, task.noise) == ("denoise", "spans"))
-    return tokenizer
-
-
 # Noise.
 
 
@@ -145,46 +138,97 @@ def permuted_sentences(ids, rng, closing):
 
 
 class Noise:
-    """noise(ids, rng) -> a row of batching.Rows, with what a TaskConfig asks for.
+    """noise(ids, rng) -> a row of Rows: a text of ids, corrupted as a TaskConfig says.
 
-    ids: [n] int32 of a text without special tokens, n at most `room`; target_length: the row's
-    targets are no longer.
+    ids: [n] int32 without special tokens, n at most `max_ids`; rng: a numpy Generator.
+    target_length: the longest targets of a row, with their special tokens.
     """
 
+    default_rate = 0.15  # of the tokens, where task.noise_rate is None
+
     def __init__(self, task, tokenizer):
-        """tokenizer: Marked, or for task.noise="none" any."""
+        """tokenizer: as `prepare` returns it."""
         self.task, self.tokenizer = task, tokenizer
         self.prefix, self.suffix = ends(tokenizer)
-        self.kind = "masks" if task.kind == "masked_lm" else task.noise
-        self.rate = task.noise_rate or (0.3 if self.kind == "infilling" else 0.15)
-        self.target_length = task.length if self.kind == "masks" else task.target_length
-        around = len(self.prefix) + len(self.suffix)
-        self.room = min(task.length, self.target_length) - around
-        if self.kind == "spans":
-            self.room = 1
-            while self._fits(self.room + 1, task.length - around, task.target_length - around):
-                self.room += 1
-        elif self.kind == "infilling":
-            self.closing = [
-                i for i in tokenizer.ordinary.tolist() if tokenizer.decode([i]).rstrip()[-1:] in (".", "!", "?")
-            ]
+        self.rate = getattr(task, "noise_rate", None) or self.default_rate
+        self.target_length = self.limits()[1]
+        self.max_ids = self._max_ids(*(limit - len(self.prefix) - len(self.suffix) for limit in self.limits()))
 
-    def _fits(self, n, source, target):
-        hidden, spans = span_sizes(n, self.rate, self.task.noise_span)
-        return n - hidden + spans <= source and hidden + spans <= target and spans <= len(self.tokenizer.sentinels)
+    @staticmethod
+    def prepare(tokenizer):
+        """The tokenizer with the marks that this noise writes."""
+        return tokenizer
 
-    def __call__(self, ids, rng):
-        t, rate, span = self.tokenizer, self.rate, self.task.noise_span
-        if self.kind == "masks":
-            whole = self._framed(ids)
-            tokens, chosen = mask_tokens(whole, rng, rate, t.mask_id, t.ordinary)
-            return {"tokens": tokens, "targets": whole, "weights": chosen.astype(np.float32)}
-        source = target = ids
-        if self.kind == "spans":
-            source, target = span_corruption(ids, rng, rate, span, t.sentinels)
-        elif self.kind == "infilling":
-            source = infilling(permuted_sentences(ids, rng, self.closing), rng, rate, span, t.mask_id)
-        return {"source": self._framed(source), "targets": self._framed(target)}
+    def limits(self):
+        """The longest (source, targets), with special tokens."""
+        return self.task.length, self.task.target_length
+
+    def _max_ids(self, source, target):
+        """The longest text whose source and target, without special tokens, stay within these."""
+        return min(source, target)
 
     def _framed(self, ids):
         return np.asarray([*self.prefix, *ids, *self.suffix], np.int32)
+
+
+class Masking(Noise):
+    """BERT's masks: see `mask_tokens`."""
+
+    prepare = staticmethod(TokenizerWithSentinels)
+
+    def limits(self):
+        return self.task.length, self.task.length
+
+    def __call__(self, ids, rng):
+        targets, t = self._framed(ids), self.tokenizer
+        tokens, chosen = mask_tokens(targets, rng, self.rate, t.mask_id, t.ordinary)
+        return {"tokens": tokens, "targets": targets, "weights": chosen.astype(np.float32)}
+
+
+class NoNoise(Noise):
+    """The source is the target: an autoencoder."""
+
+    def __call__(self, ids, rng):
+        source, target = self._corrupt(ids, rng)
+        return {"source": self._framed(source), "targets": self._framed(target)}
+
+    def _corrupt(self, ids, rng):
+        return ids, ids
+
+
+class SpanCorruption(NoNoise):
+    """T5's noise: see `span_corruption`."""
+
+    @staticmethod
+    def prepare(tokenizer):
+        return TokenizerWithSentinels(tokenizer, sentinels=True)
+
+    def _max_ids(self, source, target):
+        def fits(n):
+            hidden, spans = span_sizes(n, self.rate, self.task.noise_span)
+            return n - hidden + spans <= source and hidden + spans <= target and spans <= len(self.tokenizer.sentinels)
+
+        return next(n for n in itertools.count(1) if not fits(n + 1))
+
+    def _corrupt(self, ids, rng):
+        return span_corruption(ids, rng, self.rate, self.task.noise_span, self.tokenizer.sentinels)
+
+
+class Infilling(NoNoise):
+    """BART's noise: see `permuted_sentences` and `infilling`."""
+
+    default_rate = 0.3
+    prepare = staticmethod(TokenizerWithSentinels)
+
+    def __init__(self, task, tokenizer):
+        super().__init__(task, tokenizer)
+        self.closing = [
+            i for i in tokenizer.ordinary.tolist() if tokenizer.decode([i]).rstrip()[-1:] in (".", "!", "?")
+        ]
+
+    def _corrupt(self, ids, rng):
+        source = permuted_sentences(ids, rng, self.closing)
+        return infilling(source, rng, self.rate, self.task.noise_span, self.tokenizer.mask_id), ids
+
+
+DENOISING = {"spans": SpanCorruption, "infilling": Infilling, "none": NoNoise}  # by task.noise

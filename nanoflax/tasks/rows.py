@@ -26,6 +26,7 @@ class Rows:
     noise: Callable | None = None  # (text, a Generator) -> a row, of rows that hold a text alone
     ends: tuple = (0, 0)  # ids at the two ends of a source or text that `shifted` leaves there
     class_weights: np.ndarray | None = None  # [labels] float32, factors of the weights by class
+    multi_label: bool = False  # a text may have several classes, or none
 
     def __len__(self):
         return len(self.rows)
@@ -62,8 +63,8 @@ class Rows:
         float32. Tagging: tokens, padding_mask, tags [B, T] int32, weights [B, T] float32.
         Pair: source [B, S], source_mask [B, S], targets [B, T], weights [B, T].
         Chat and Text: first [B] int32, the token before the targets [B, T], and weights [B, T].
-        Of denoising.Noise, masks: tokens, padding_mask, targets [B, T] and weights [B, T]; other
-        noise: as a Pair. Weights are 0 for padding.
+        Of noise.Masking: tokens, padding_mask, targets [B, T] and weights [B, T]; other
+        noise: as a Pair. Weights are 0 for padding. Without labels: no label, tags or targets.
         lengths: those to pad to, by name; default `self.lengths(indices)`.
         """
         lengths = lengths or self.lengths(indices)
@@ -85,28 +86,23 @@ class Rows:
             return np.arange(lengths[name]) < sizes[:, None]
 
         batch = {name: padded(name, length, self.pad_id) for name, length in lengths.items()}
-        if "source" in batch:
-            return batch | {"source_mask": real("source"), "weights": real("targets").astype(np.float32)}
-        if "label" in nothing:
-            label = np.stack([row["label"] for row in rows])
-            return batch | {
-                "padding_mask": real("tokens"),
-                "label": label,
-                "weights": (np.asarray(indices) < len(self)) * self._weights_of(label),
-            }
-        if "first" in nothing:
-            return batch | {
-                "first": np.stack([row["first"] for row in rows]),
-                "weights": padded("weights", lengths["targets"]),
-            }
-        batch |= {"padding_mask": real("tokens"), "weights": padded("weights", lengths["tokens"])}
+        for name, mask in (("source", "source_mask"), ("tokens", "padding_mask")):
+            if name in batch:
+                batch[mask] = real(name)
+        if "weights" in nothing:
+            batch["weights"] = padded("weights", lengths["targets" if "targets" in lengths else "tokens"])
+        elif "targets" in batch:
+            batch["weights"] = real("targets").astype(np.float32)
+        else:
+            batch["weights"] = (np.asarray(indices) < len(self)).astype(np.float32)
+        for name in ("first", "label"):
+            if name in nothing:
+                batch[name] = np.stack([row[name] for row in rows])
         if "tags" in nothing:
             batch["tags"] = padded("tags", lengths["tokens"])
-            batch["weights"] *= self._weights_of(batch["tags"])
+        if self.class_weights is not None:
+            batch["weights"] *= self.class_weights[batch["label" if "label" in batch else "tags"]]
         return batch
-
-    def _weights_of(self, classes):
-        return np.float32(1) if self.class_weights is None else self.class_weights[classes]
 
     def shifted(self, max_shift, probability, seed, indices=None):
         """Rows (these `indices`, default all) whose source or text is `moved`, each with this

@@ -1,12 +1,13 @@
-"""What a model can be taught: for each task its examples, models, objective, answers and measures.
+"""The table of tasks: everything that depends on `config.task.kind` is a field of its row.
 
 task = TASKS["classify"]
-judge = Judge(model, config, tokenizer, labels, rows, mesh)
-numbers, predictions = judge(params)
+rows = encode_for_task(examples, config, tokenizer, labels)
+numbers, predictions = Evaluator(model, config, tokenizer, labels, rows, mesh)(params)
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,92 +15,122 @@ import numpy as np
 from nanoflax import generate, parallel, tokenizers, train
 from nanoflax.tasks import metrics
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
+from nanoflax.tasks.noise import DENOISING, Masking, Noise
 
 
-class Task(NamedTuple):
-    """A row of TASKS."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A row of TASKS. An `evaluator` is a tasks.Evaluator; `number` counts its first rows."""
 
-    examples: type  # of nanoflax.examples
-    architectures: tuple  # that can learn it
-    objective: Callable  # of nanoflax.objectives, over the batches of batching.Rows
-    answer: Callable | None = None  # (judge, params, number of rows) -> predictions
-    measure: Callable | None = None  # (predictions, examples, TaskConfig) -> (numbers, report)
-    metrics: tuple = ("perplexity",)  # what a Judge finds beside validation_loss
-    accuracy: str = ""  # what the share of targets that are likeliest is called, if it is told
+    examples: type  # the kind of its examples, of tasks.kinds
+    unlabelled: Callable[[str, str], Any]  # (text, place) -> an example without its label, for prediction
+    architectures: tuple[str, ...]  # of the models that can learn it
+    head: str = ""  # the model head that it trains; empty keeps the head of the model
+    has_labels: bool = False  # the training data name its classes, which labels.json keeps
+    length_fields: tuple[str, ...] = ("length",)  # fields of its TaskConfig that limit the tokens of a row
+    noise: Callable[[Any], type[Noise]] | None = None  # TaskConfig -> how its texts are corrupted
+    objective: Callable  # of nanoflax.train.objectives, over the batches of Rows
+    metrics: tuple[str, ...] = ("perplexity",)  # names of the figures that an evaluation finds beside validation_loss
+    token_accuracy: str = ""  # name of the token-accuracy metric; empty if not reported
+    predict: Callable | None = None  # (evaluator, params, number) -> a prediction for each row, not from its label
+    describe: Callable | None = None  # (evaluator, params, number) -> the prediction of each row as text for people
+    score: Callable | None = None  # (predictions, examples, TaskConfig) -> (numbers, report)
+    scores_table: Callable[[dict], list[str]] | None = None  # report -> lines for people
+    # (tokenizer, text, architecture) -> the ids that generation continues. Without it, `describe` answers a prompt.
+    prompt: Callable[..., list[int]] | None = None
+    generation: Callable[[Any], dict] = lambda task: {}  # TaskConfig -> default options of the generation
+    needs_prompt: bool = True  # an empty prompt has no answer
+    plots_alignment: bool = False  # a run ends with a picture of the attention between source and target
 
 
-# Answers.
+# Predictions.
 
 
-def class_names(judge, params, number):
-    """The name of the likeliest class of each text, or of all likelier than not of several."""
-    names, found = judge.labels, probabilities(judge, params, number)
-    if judge.rows.rows[0]["label"].ndim:
-        return [tuple(name for name, p in zip(names, row) if p > 0.5) for row in found]
+def class_probabilities(evaluator, params, number):
+    """[number, classes]: softmax, or the sigmoid of each class where a text may have several."""
+    logits = np.array([row for row, _ in evaluator.logits(params, number)])
+    return np.asarray(jax.nn.sigmoid(logits) if evaluator.rows.multi_label else jax.nn.softmax(logits))
+
+
+def predict_classes(evaluator, params, number):
+    """A tuple of class names for each text: the most probable one, or of several all above 0.5."""
+    names, found = evaluator.labels, class_probabilities(evaluator, params, number)
+    if evaluator.rows.multi_label:
+        return [tuple(name for name, p in zip(names, row, strict=True) if p > 0.5) for row in found]
     return [(names[row.argmax()],) for row in found]
 
 
-def probabilities(judge, params, number):
-    """The probability of each class of each text; of several labels, of each by itself."""
-    logits = np.array([row for row, _ in judge.logits(params, number)])
-    several = judge.rows.rows[0]["label"].ndim
-    return np.asarray(jax.nn.sigmoid(logits) if several else jax.nn.softmax(logits))
+def describe_classes(evaluator, params, number):
+    """The classes of each text with their probabilities, one a line, the most probable first."""
+    names, found = evaluator.labels, class_probabilities(evaluator, params, number)
+    return ["\n".join(f"{names[i]}\t{row[i]:.4f}" for i in (-row).argsort()) for row in found]
 
 
-def tag_names(judge, params, number):
-    """The tag of each word of each sentence."""
+def predict_tags(evaluator, params, number):
+    """The tag of each word of each sentence; O for words that truncation cut off."""
     return [
-        tokenizers.word_tags(row.argmax(-1), weights, judge.labels, len(example.tokens))
-        for (row, weights), example in zip(judge.logits(params, number), judge.rows.examples)
+        tokenizers.word_tags(row.argmax(-1), weights, evaluator.labels, len(example.tokens))
+        for (row, weights), example in zip(
+            evaluator.logits(params, number), evaluator.rows.examples[:number], strict=True
+        )
     ]
 
 
-def written(judge, params, number):
-    """What the model writes for each source, greedily or by config.task.beams."""
-    task, B, tokenizer = judge.config.task, judge.config.train.batch_size, judge.tokenizer
+def describe_tags(evaluator, params, number):
+    """The words of each sentence with their tags, one a line."""
+    return [
+        "\n".join(f"{word}\t{tag}" for word, tag in zip(example.tokens, tags, strict=True))
+        for example, tags in zip(evaluator.rows.examples[:number], predict_tags(evaluator, params, number), strict=True)
+    ]
+
+
+def generate_targets(evaluator, params, number):
+    """The text that the model generates for each source, greedily or with config.task.beams."""
+    task, B, tokenizer = evaluator.config.task, evaluator.config.train.batch_size, evaluator.tokenizer
     options = dict(max_new_tokens=task.target_length, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
-    sources, found = [row["source"].tolist() for row in judge.rows.rows[:number]], []
+    sources, found = [row["source"].tolist() for row in evaluator.rows.rows[:number]], []
     for i in range(0, number, B):
         part = sources[i : i + B]
-        part += [part[-1]] * (B - len(part))  # no compilation for the last batch
+        part += [part[-1]] * (B - len(part))  # a full last batch needs no second compilation
         new = (
-            generate.beam_search(judge.model, params, part, task.beams, **options)
+            generate.beam_search(evaluator.model, params, part, task.beams, **options)
             if task.beams > 1
-            else generate.sample(judge.model, params, part, temperature=0, **options)
+            else generate.sample(evaluator.model, params, part, temperature=0, **options)
         )
         found += map(tokenizer.decode, new)
         parallel.alive()
     return found[:number]
 
 
-def filled(judge, params, number):
-    """Each text with the model's guesses, between ⟦ and ⟧, where it was masked."""
+def fill_masks(evaluator, params, number):
+    """Each text with the model's guesses, between ⟦ and ⟧, at its masked tokens."""
     found = []
-    for batch in judge.batches(number):
+    for batch in evaluator.batches(number):
         tokens, guesses, weights, real = map(
-            parallel.fetch, (batch["targets"], judge._guesses(params, batch), batch["weights"], batch["padding_mask"])
+            parallel.fetch,
+            (batch["targets"], evaluator.guesses(params, batch), batch["weights"], batch["padding_mask"]),
         )
         found += [
-            tokenizers.show_mask(judge.tokenizer, row[mask], w[mask])
-            for row, w, mask in zip(np.where(weights > 0, guesses, tokens), weights, real)
+            tokenizers.show_mask(evaluator.tokenizer, row[mask], w[mask])
+            for row, w, mask in zip(np.where(weights > 0, guesses, tokens), weights, real, strict=True)
         ]
     return found[:number]
 
 
-# Measures.
+# Scores.
 
 
-def class_scores(predictions, examples, _):
+def score_classes(predictions, examples, _):
     report = metrics.classes(predictions, [example.labels for example in examples])
     return {"accuracy": report["accuracy"], "macro_f1": report["macro"]["f1"]}, report
 
 
-def tag_scores(predictions, examples, _):
+def score_tags(predictions, examples, _):
     report = metrics.tags(predictions, [list(example.tags) for example in examples])
     return {"f1": report["micro"]["f1"], "accuracy": report["accuracy"]}, report
 
 
-def text_scores(predictions, examples, task):
+def score_translations(predictions, examples, task):
     targets = [example.target for example in examples]
     report = metrics.translation(predictions, targets, task.bleu_tokenize)
     copied = metrics.translation([e.source for e in examples], targets, task.bleu_tokenize)
@@ -112,22 +143,123 @@ def text_scores(predictions, examples, task):
     }, report
 
 
-def exact(predictions, examples, _):
+def score_exact(predictions, examples, _):
     found = {"exact_match": metrics.exact_match(predictions, [e.target for e in examples])}
     return found, found
 
 
+# Prompts.
+
+
+def _chat_prompt(tokenizer, text, architecture):
+    return tokenizers.chat_prompt(tokenizer, [{"role": "user", "content": text}])
+
+
+def _translation_options(task):
+    return {"max_new_tokens": task.target_length, "temperature": 0.0, "beams": task.beams if task.beams > 1 else 0}
+
+
 TASKS = {
-    "classify": Task(Classification, ("encoder", "decoder"), train.classify, class_names,
-                     class_scores, ("accuracy", "macro_f1")),
-    "tag": Task(Tagging, ("encoder",), train.tag, tag_names, tag_scores,
-                ("f1", "accuracy")),
-    "translate": Task(Pair, ("encoder_decoder", "lstm"), train.seq2seq, written, text_scores,
-                      ("exact_match", "bleu", "chrf", "rouge_l")),
-    "instruct": Task(Chat, ("decoder",), train.causal_lm),
-    "language_model": Task(Text, ("decoder",), train.causal_lm),
-    "masked_lm": Task(Text, ("encoder",), train.masked_lm, filled, None,
-                      ("perplexity", "masked_accuracy"), "masked_accuracy"),
-    "denoise": Task(Text, ("encoder_decoder", "lstm"), train.seq2seq, written, exact,
-                    ("exact_match", "token_accuracy"), "token_accuracy"),
-}  # fmt: skip
+    "classify": Task(
+        examples=Classification,
+        unlabelled=lambda text, place: Classification(text, None, place),
+        architectures=("encoder", "decoder"),
+        head="classify",
+        has_labels=True,
+        objective=train.classify,
+        metrics=("accuracy", "macro_f1"),
+        predict=predict_classes,
+        describe=describe_classes,
+        score=score_classes,
+        scores_table=metrics.metrics_table,
+    ),
+    "tag": Task(
+        examples=Tagging,
+        unlabelled=lambda text, place: Tagging(tuple(text.split()), None, place),
+        architectures=("encoder",),
+        head="tag",
+        has_labels=True,
+        objective=train.tag,
+        metrics=("f1", "accuracy"),
+        predict=predict_tags,
+        describe=describe_tags,
+        score=score_tags,
+        scores_table=metrics.metrics_table,
+    ),
+    "translate": Task(
+        examples=Pair,
+        unlabelled=lambda text, place: Pair(text, None, place),
+        architectures=("encoder_decoder", "lstm"),
+        length_fields=("length", "target_length"),
+        objective=train.seq2seq,
+        metrics=("exact_match", "bleu", "chrf", "rouge_l"),
+        predict=generate_targets,
+        describe=generate_targets,
+        score=score_translations,
+        prompt=tokenizers.prompt_ids,
+        generation=_translation_options,
+        plots_alignment=True,
+    ),
+    "instruct": Task(
+        examples=Chat,
+        unlabelled=lambda text, place: Chat(({"role": "user", "content": text},), place),
+        architectures=("decoder",),
+        head="lm",
+        objective=train.causal_lm,
+        prompt=_chat_prompt,
+    ),
+    "language_model": Task(
+        examples=Text,
+        unlabelled=Text,
+        architectures=("decoder",),
+        head="lm",
+        objective=train.causal_lm,
+        prompt=tokenizers.prompt_ids,
+        needs_prompt=False,
+    ),
+    "masked_lm": Task(
+        examples=Text,
+        unlabelled=Text,
+        architectures=("encoder",),
+        head="mlm",
+        noise=lambda task: Masking,
+        objective=train.masked_lm,
+        metrics=("perplexity", "masked_accuracy"),
+        token_accuracy="masked_accuracy",
+        predict=fill_masks,
+        describe=fill_masks,
+    ),
+    "denoise": Task(
+        examples=Text,
+        unlabelled=Text,
+        architectures=("encoder_decoder", "lstm"),
+        length_fields=("length", "target_length"),
+        noise=lambda task: DENOISING[task.noise],
+        objective=train.seq2seq,
+        metrics=("exact_match", "token_accuracy"),
+        token_accuracy="token_accuracy",
+        predict=generate_targets,
+        describe=generate_targets,
+        score=score_exact,
+    ),
+}
+
+
+# What the table decides for a TaskConfig.
+
+
+def length_limits(task):
+    """{"task.length": tokens, ...}: how long the rows of a TaskConfig may be."""
+    return {f"task.{name}": getattr(task, name) for name in TASKS[task.kind].length_fields}
+
+
+def with_sentinels(task, tokenizer):
+    """The tokenizer with the mask or sentinels that the noise of a TaskConfig needs, if any."""
+    kind = TASKS[task.kind].noise
+    return kind(task).prepare(tokenizer) if kind else tokenizer
+
+
+def noise_for(task, tokenizer):
+    """The Noise of a TaskConfig, or None for tasks without noise. tokenizer: see with_sentinels."""
+    kind = TASKS[task.kind].noise
+    return kind(task)(task, tokenizer) if kind else None

@@ -307,7 +307,7 @@ def evaluated():
         found = list(evaluate(put(parallel.init(model, jax.random.PRNGKey(0))), Windows()))
         judge = tasks.Evaluator(judged, config, tokenizers.load("bytes"), (), rows, mesh)
         params = put(jax.tree.map(lambda x: 6 * x, parallel.init(judged, jax.random.PRNGKey(0))))
-        guesses = judge._guesses(params, parallel.put_batch(batch, mesh))
+        guesses = judge.guesses(params, parallel.put_batch(batch, mesh))
         out[shape] = {
             "sums": found + [float(x) for x in judge._sums(params, parallel.put_batch(batch, mesh))],
             "guesses": np.asarray(guesses).tolist(),

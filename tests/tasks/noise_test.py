@@ -10,7 +10,8 @@ from nanoflax import data, tasks, tokenizers
 from nanoflax.config import TaskConfig
 from nanoflax.errors import UserError
 from nanoflax.tasks import Text, noise
-from nanoflax.tasks.noise import Noise, TokenizerWithSentinels
+from nanoflax.tasks.noise import TokenizerWithSentinels
+from nanoflax.tasks.table import noise_for
 from tests.tokenizers.huggingface_test import CORPUS, trained
 
 BYTES = tokenizers.ByteTokenizer()
@@ -181,7 +182,7 @@ TEXT = "One sentence of words. Another one! And a third, which is longer? " * 8
 def rows_of(tokenizer=BYTES, report=None, examples=(Text(TEXT, "f:1"), Text("short", "f:2")), truncate=True, **task):
     task = TaskConfig(**dict(kind="denoise", length=64, target_length=32) | task)
     tokenizer = tasks.with_sentinels(task, tokenizer)
-    noise = Noise(task, tokenizer)
+    noise = noise_for(task, tokenizer)
     return tokenizer, tasks.encode(
         [*examples],
         tokenizer,
@@ -276,7 +277,7 @@ def test_noise_follows_from_seed_epoch_and_row(task):
 
 def test_t5_s_room():
     # 512 tokens of source and 114 of target hold 568 of a text (Raffel et al. 2020: random_spans_helper).
-    noise = Noise(
+    noise = noise_for(
         TaskConfig(kind="denoise", length=512, target_length=114), TokenizerWithSentinels(BYTES, sentinels=True)
     )
-    assert noise.room == 568
+    assert noise.max_ids == 568
