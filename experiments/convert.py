@@ -51,7 +51,7 @@ def main():
         if source.endswith(".gguf"):
             print(report.parameter_table(params))
         else:
-            print_mapping(hf.of_config(model.config), model.config, params)
+            print_mapping(hf.family_of_config(model.config), model.config, params)
         print(f"{target}: python -m experiments.sample --workdir={target}")
     return 0
 
@@ -73,14 +73,14 @@ def print_mapping(family, config, params):
 
     ours = traverse_util.flatten_dict(params, sep="/")
     rows = []
-    for row in hf.plan(family, config):
+    for row in hf.tensor_mapping(family, config):
         names = " + ".join(path for path, _ in row.ours)
         if "block_" not in names or "block_0/" in names:
             rows.append((row.name, names, "x".join(map(str, row.shape)), str(ours[row.ours[0][0]].dtype)))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, (*widths, 0))))
-    print(f"{family.model_type}: {len(hf.plan(family, config))} tensors; of the blocks, the first")
+    print(f"{family.model_type}: {len(hf.tensor_mapping(family, config))} tensors; of the blocks, the first")
 
 
 def write_workdir(workdir, config, params, tokenizer):

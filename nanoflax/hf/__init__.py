@@ -1,9 +1,10 @@
 """Models of the Hugging Face world, in and out: safetensors, GGUF, and adapters of the peft library."""
 
-from nanoflax.hf.adapters import base_of, load_adapter, save_adapter
-from nanoflax.hf.families import of_config
+from nanoflax.hf.adapters import base_of_adapter, load_adapter, save_adapter
+from nanoflax.hf.families import family_of_config
 from nanoflax.hf.gguf import open_gguf
-from nanoflax.hf.models import find, load, plan, save
+from nanoflax.hf.models import find_source, load, save, tensor_mapping
 
 __all__ = [
-    "base_of", "find", "load", "load_adapter", "of_config", "open_gguf", "plan", "save", "save_adapter"]  # fmt: skip
+    "base_of_adapter", "family_of_config", "find_source", "load", "load_adapter", "open_gguf", "save", "save_adapter",
+    "tensor_mapping"]  # fmt: skip

@@ -126,7 +126,7 @@ def _whole_modules(config, model_type, flat, trained):
     return tensors
 
 
-def base_of(directory):
+def base_of_adapter(directory):
     """The model that adapters of the `peft` library belong to, as they name it; None if a directory
     holds none.
 
@@ -197,8 +197,8 @@ _TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_[ABE]|lora_magnitude_vecto
 
 def _modules(config, model_type):
     """The hf.Rows of each module of theirs, by its name."""
-    family, modules = families.of_config(config, model_type), {}
-    for row in models.plan(family, config):
+    family, modules = families.family_of_config(config, model_type), {}
+    for row in models.tensor_mapping(family, config):
         name = row.name.removeprefix(family.base) if config.head == "none" else row.name
         modules.setdefault(name.rpartition(".")[0], []).append(row._replace(name=name))
     return modules

@@ -11,14 +11,14 @@ from nanoflax.errors import UserError
 from nanoflax.hf.family import _THEIR_ACTIVATIONS, _TYPES, ACTIVATIONS, Family, differences
 
 
-def of_config(config, model_type=None):
+def family_of_config(config, model_type=None):
     """The family that a configuration is exported as: model_type, or the first that can have it.
 
     Raises: UserError naming the fields in which it differs from the nearest.
     """
     found = {}
     for name in FAMILIES if model_type is None else [model_type]:
-        family = of_type(name)
+        family = family_of_type(name)
         try:
             found[name] = differences(family, config)
         except UserError as error:  # a value that the family refuses
@@ -32,7 +32,7 @@ def of_config(config, model_type=None):
     )
 
 
-def of_type(model_type):
+def family_of_type(model_type):
     """The family of a model_type. Raises: UserError naming all of them."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"model_type={model_type!r} is not supported; supported are " + ", ".join(FAMILIES))

@@ -325,7 +325,7 @@ def _open_gguf(path):
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-    family = dataclasses.replace(families.of_type("llama"), keys=_GGUF_KEYS)
+    family = dataclasses.replace(families.family_of_type("llama"), keys=_GGUF_KEYS)
     config = to_config(family, hf, "lm", len(tensors) + 1)
     if slowed is not None:
         rates = nn.base_rates(config.rope_theta, config.K) / nn.rotary_rates(config)

@@ -55,12 +55,12 @@ def load(source, dtype=None, mesh=None):
     Raises: UserError before anything is allocated, with every problem of config.json or, if that
     is good, of the tensors: missing, unexpected, misshapen.
     """
-    path = find(source)
+    path = find_source(source)
     if path.is_dir():
         family, config, tensors = _open_directory(path)
     else:
         family, config, tensors = _open_gguf(path)
-    rows = plan(family, config)
+    rows = tensor_mapping(family, config)
     _check(family, config, rows, tensors, path, dtype)
     return config, _read_all(config, rows, tensors, dtype, mesh)
 
@@ -75,7 +75,7 @@ def save(directory, config, params, tokenizer=None, model_type=None, max_shard_b
     Raises: UserError if none can, if params are not the configuration's, or nothing can be written.
     """
     config, params = without_padding(config, params)
-    family = families.of_config(config, model_type)
+    family = families.family_of_config(config, model_type)
     params = traverse_util.flatten_dict(params, sep="/")
     shapes = _shapes(config)
     safetensors_io.fail(
@@ -101,7 +101,7 @@ def save(directory, config, params, tokenizer=None, model_type=None, max_shard_b
             lambda: _join([np.asarray(x) for x in parts], row.layout, config.K),
         )
 
-    rows = {row.name: row for row in plan(family, config)}
+    rows = {row.name: row for row in tensor_mapping(family, config)}
     if not config.tied:  # then Transformers ties nothing: what is one tensor here is two there
         rows |= {name: rows[other]._replace(name=name) for name, other in family.same(config).items() if other in rows}
     safetensors_io.save_safetensors(directory, map(tensor, rows.values()), max_shard_bytes)
@@ -136,7 +136,7 @@ def save(directory, config, params, tokenizer=None, model_type=None, max_shard_b
     return family
 
 
-def plan(family, config):
+def tensor_mapping(family, config):
     """Every tensor of theirs that the model of a configuration has: a list of Rows.
 
     Raises: UserError for what the family's class has no place for.
@@ -246,7 +246,7 @@ def _check(family, config, rows, tensors, path, dtype):
     safetensors_io.fail(path, found)
 
 
-def find(source):
+def find_source(source):
     """The directory or .gguf file of a source, from the hub if need be."""
     path = pathlib.Path(source).expanduser()
     if path.is_dir() or path.suffix == ".gguf":
@@ -283,7 +283,7 @@ def _open_directory(directory):
             raise ValueError("not an object")
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    family = families.of_type(hf.get("model_type"))
+    family = families.family_of_type(hf.get("model_type"))
     head = head_of(family, hf.get("architectures"))
     tensors = safetensors_io.open_safetensors(directory)
     config = to_config(family, hf, head, len(tensors) + 1)

@@ -107,13 +107,13 @@ def open_model(source, which="best"):
         source = whole(source, which)
         config, tokenizer = read_run(source)
         return *restore_model(source, config, tokenizer, which), tokenizer
-    if base := hf.base_of(source):
-        if hf.base_of(base):
+    if base := hf.base_of_adapter(source):
+        if hf.base_of_adapter(base):
             raise UserError(f"{source} belongs to {base}, which holds adapters too; merge those first")
         model, params, tokenizer = open_model(base, which)
         params, _ = hf.load_adapter(source, model.config, params)
         return model, peft.merge(params), tokenizer
-    path = hf.find(source)
+    path = hf.find_source(source)
     config, params = hf.load(path)
     if path.suffix == ".gguf":
         tokenizer = tokenizers.from_gguf(hf.open_gguf(path)[0], str(path))

@@ -421,7 +421,7 @@ def test_equal_to_transformers_there_and_back(case, tmp_path, record_property):
     np.testing.assert_allclose(found[shown], expected[shown], rtol=1e-5, atol=1e-5)
     # And that directory is the same model here.
     config_again, _ = hf.load(tmp_path / "ours")
-    family = families.of_type(model_type)
+    family = families.family_of_type(model_type)
     assert differences(family, config) == []
     assert canonical(config_again) == canonical(config)
 
