@@ -139,7 +139,7 @@ def predict(config, model, params, tokenizer, labels, several, texts):
     mesh = parallel.make_mesh("-1,1,1")
     evaluator = tasks.Evaluator(model, config, tokenizer, labels, rows, mesh)
     for i, text in enumerate(evaluator.describe(parallel.put(params, mesh))):
-        print("\n".join([f"--- {i + 1}"] * (len(texts) > 1) + [text]))
+        print("\n".join([f"--- {i + 1}"] * (len(texts) > 1) + [evaluator.task.show(text)]))
 
 
 def restore(config, model, params, tokenizer, texts):

@@ -27,9 +27,10 @@ def encode_for_task(examples, config, tokenizer, labels=(), multi_label=False, r
 
 
 def encode_texts(texts, config, tokenizer, labels=(), multi_label=False, report=None, place="text"):
-    """Texts to predict from, without labels, as the Rows of a Config's task."""
+    """Texts to predict from, without labels, as the Rows of a Config's task; their places are "text 1" and so on."""
     make = TASKS[config.task.kind].unlabelled
-    return encode_for_task([make(text, place) for text in texts], config, tokenizer, labels, multi_label, report)
+    examples = [make(text, f"{place} {i}") for i, text in enumerate(texts, 1)]
+    return encode_for_task(examples, config, tokenizer, labels, multi_label, report)
 
 
 class Evaluator:
@@ -44,16 +45,7 @@ class Evaluator:
         self.model, self.config = model, config
         self.tokenizer = with_sentinels(config.task, tokenizer)
         self.labels, self.mesh, self.task = labels, mesh, TASKS[config.task.kind]
-        self.rows = rows.drawn([(i, 0) for i in range(len(rows))])  # noise that stays the same
-        if "source" in self.rows.rows[0] and self.task.examples is Text:
-            self.rows = dataclasses.replace(
-                self.rows,
-                examples=[
-                    Pair(*(self.tokenizer.decode(row[name]) for name in ("source", "targets")), text.place)
-                    for row, text in zip(self.rows.rows, rows.examples)
-                ],
-            )
-        self.report = {}
+        self.rows, self.report = self._with_noise(rows), {}
 
         def sums(params, batch):
             _, nll, weight = self.task.objective(model, params, batch)
@@ -71,6 +63,23 @@ class Evaluator:
             return train.guesses(model, params, batch, self.tokenizer.vocab_size)
 
         self._sums, self.guesses, self._logits = (jax.jit(parallel.traced_on(mesh, f)) for f in (sums, guesses, logits))
+
+    def _with_noise(self, rows):
+        """The rows, their noise drawn once; the example of a noisy text is the Pair that the noise made."""
+        drawn = rows.drawn([(i, 0) for i in range(len(rows))])
+        if "source" not in drawn.rows[0] or self.task.examples is not Text:
+            return drawn
+        pairs = [
+            Pair(*(self.tokenizer.decode(row[name]) for name in ("source", "targets")), text.place)
+            for row, text in zip(drawn.rows, rows.examples, strict=True)
+        ]
+        return dataclasses.replace(drawn, examples=pairs)
+
+    def with_rows(self, rows):
+        """This evaluator, and what it has compiled, for other rows."""
+        other = copy.copy(self)
+        other.rows, other.report = self._with_noise(rows), {}
+        return other
 
     def __call__(self, params, batches=0):
         """(numbers, predictions) on the first so many batches of the rows, 0 for all.
@@ -113,7 +122,7 @@ class Evaluator:
         return self.task.predict(self, params, number) if self.task.predict else []
 
     def describe(self, params):
-        """The prediction for each row as text for people, such as classes with their probabilities."""
+        """What to tell of each row: {class: probability}, (word, tag) pairs, or a text; Task.show writes it."""
         return self.task.describe(self, params, len(self.rows))
 
     def batches(self, number):

@@ -33,7 +33,9 @@ class Task:
     metrics: tuple[str, ...] = ("perplexity",)  # names of the figures that an evaluation finds beside validation_loss
     token_accuracy: str = ""  # name of the token-accuracy metric; empty if not reported
     predict: Callable | None = None  # (evaluator, params, number) -> a prediction for each row, not from its label
-    describe: Callable | None = None  # (evaluator, params, number) -> the prediction of each row as text for people
+    # (evaluator, params, number) -> what to tell of each row: {class: probability}, (word, tag) pairs, or a text
+    describe: Callable | None = None
+    show: Callable[[Any], str] = str  # what `describe` tells of a row -> lines of text
     score: Callable | None = None  # (predictions, examples, TaskConfig) -> (numbers, report)
     scores_table: Callable[[dict], list[str]] | None = None  # report -> lines for people
     # (tokenizer, text, architecture) -> the ids that generation continues. Without it, `describe` answers a prompt.
@@ -61,9 +63,9 @@ def predict_classes(evaluator, params, number):
 
 
 def describe_classes(evaluator, params, number):
-    """The classes of each text with their probabilities, one a line, the most probable first."""
+    """{class: probability} of each text, the most probable first."""
     names, found = evaluator.labels, class_probabilities(evaluator, params, number)
-    return ["\n".join(f"{names[i]}\t{row[i]:.4f}" for i in (-row).argsort()) for row in found]
+    return [{names[i]: float(row[i]) for i in (-row).argsort()} for row in found]
 
 
 def predict_tags(evaluator, params, number):
@@ -77,9 +79,9 @@ def predict_tags(evaluator, params, number):
 
 
 def describe_tags(evaluator, params, number):
-    """The words of each sentence with their tags, one a line."""
+    """The (word, tag) pairs of each sentence."""
     return [
-        "\n".join(f"{word}\t{tag}" for word, tag in zip(example.tokens, tags, strict=True))
+        list(zip(example.tokens, tags, strict=True))
         for example, tags in zip(evaluator.rows.examples[:number], predict_tags(evaluator, params, number), strict=True)
     ]
 
@@ -170,6 +172,7 @@ TASKS = {
         metrics=("accuracy", "macro_f1"),
         predict=predict_classes,
         describe=describe_classes,
+        show=lambda classes: "\n".join(f"{name}\t{p:.4f}" for name, p in classes.items()),
         score=score_classes,
         scores_table=metrics.metrics_table,
     ),
@@ -183,6 +186,7 @@ TASKS = {
         metrics=("f1", "accuracy"),
         predict=predict_tags,
         describe=describe_tags,
+        show=lambda words: "\n".join(f"{word}\t{tag}" for word, tag in words),
         score=score_tags,
         scores_table=metrics.metrics_table,
     ),
