@@ -60,7 +60,7 @@ def labels_of(source):
     """The class names of a run of finetune; of any other model ()."""
     if not runs.is_run(source):
         return ()
-    source = runs.whole(source, FLAGS.checkpoint)
+    source = runs.model_directory(source, FLAGS.checkpoint)
     config = runs.read_config(os.path.join(source, "config.json"))
     return (runs.read_labels(source, config) or ((), False))[0]
 

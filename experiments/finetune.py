@@ -69,7 +69,7 @@ def run(config, workdir):
         )
     config, params, tokenizer = starting_point(config, data, workdir, mesh)
     parallel.check_mesh(config, mesh, lengths(task) | {"the shortest batch": tasks.SHORTEST})
-    parallel.first(lambda: runs.resumable(workdir, config)[1])  # refuses another run's workdir
+    parallel.first(lambda: runs.check_workdir(workdir, config, None)[1])  # refuses another run's workdir
     encode = lambda part: tasks.encode_for_task(  # noqa: E731
         part, config, tokenizer, data.labels, data.multi_label, data.report
     )
@@ -133,7 +133,7 @@ def run(config, workdir):
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state._asdict()
             )
             restored, old = saves.restore(shapes)
-            runs.refuse_other_data(meta | old, meta)
+            runs.check_same_data(meta | old, meta)
             state, start = train.TrainState(**restored), old["step"]
             tracking = train.Tracking.read(old["tracking"], start, saves.metric(start))
             print(f"resuming at step {start}")

@@ -89,7 +89,7 @@ def run(config, workdir):
     from nanoflax.data import Batches, Windows
 
     def look():
-        old, weights = runs.resumable(workdir, config, FLAGS.restart_from_weights)
+        old, weights = runs.check_workdir(workdir, config, FLAGS.restart_from_weights)
         return old and configs.to_dict(old), weights
 
     found, weights = parallel.first(look)
@@ -155,12 +155,12 @@ def run(config, workdir):
     )
     if weights:
         parallel.gather("restored")
-        print(f"the run before is kept in {parallel.first(lambda: runs.set_aside(workdir))}")
+        print(f"the run before is kept in {parallel.first(lambda: runs.archive_run(workdir))}")
     with runs.Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep) as saves:
         tracking, start_step = train.Tracking(), 0
         if saves.latest() is not None:
             state, meta = saves.restore(shapes._asdict())
-            runs.refuse_other_data(meta, identity)
+            runs.check_same_data(meta, identity)
             state, start_step = train.TrainState(**state), meta["step"]
             tracking = train.Tracking.read(meta["tracking"], start_step, saves.metric(start_step))
             print(f"resuming at step {start_step}")

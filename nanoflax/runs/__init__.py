@@ -2,15 +2,16 @@
 
 from nanoflax.runs.checkpoint import Checkpoints, compare, restore_params
 from nanoflax.runs.directory import (
+    archive_run,
+    check_same_data,
+    check_workdir,
+    exclusive,
     get_tokenizer,
     is_run,
+    model_directory,
     read_config,
     read_labels,
     read_run,
-    refuse_other_data,
-    resumable,
-    set_aside,
-    whole,
     with_vocabulary,
     write_jsonl,
     write_labels,
@@ -21,7 +22,7 @@ from nanoflax.runs.opening import initialize_with_adapters, open_model, restore_
 from nanoflax.runs.trainer import check_metric, check_wandb, displays, setup_jax
 
 __all__ = [
-    "Checkpoints", "WorkdirLock", "check_metric", "check_wandb", "compare", "displays", "get_tokenizer",
-    "initialize_with_adapters", "is_run", "open_model", "read_config", "read_labels", "read_run",
-    "refuse_other_data", "restore_model", "restore_params", "resumable", "set_aside", "setup_jax", "whole",
+    "Checkpoints", "WorkdirLock", "archive_run", "check_metric", "check_same_data", "check_wandb", "check_workdir",
+    "compare", "displays", "exclusive", "get_tokenizer", "initialize_with_adapters", "is_run", "model_directory",
+    "open_model", "read_config", "read_labels", "read_run", "restore_model", "restore_params", "setup_jax",
     "with_vocabulary", "write_jsonl", "write_labels", "write_run"]  # fmt: skip

@@ -1,19 +1,47 @@
-"""The directory of a run: its configuration, tokenizer and labels, and whether it can be resumed."""
+"""The directory of a run: its configuration, tokenizer and labels, and what may be started in it.
 
+config.json  tokenizer/  checkpoints/  metrics.jsonl  loss.png  (tensorboard/  wandb/)
+labels.json                 of a fine-tuned run: the names of its classes
+final/                      of a finished fine-tuning: a run directory of the whole model
+previous-1/                 the run that --restart_from_weights replaced
+"""
+
+import contextlib
 import dataclasses
 import glob
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from experiments.flags import FLAGS
 from nanoflax import config as configs
 from nanoflax import parallel
+from nanoflax.config import Config, DataConfig, ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.parallel import is_main_process
+from nanoflax.runs.lock import WorkdirLock
 
 
-def read_run(workdir):
+@contextlib.contextmanager
+def exclusive(workdir: str) -> Iterator[None]:
+    """Hold the lock of workdir; of several processes only the first prints to stdout.
+
+    Raises: UserError if another process holds it.
+    """
+    silent = contextlib.nullcontext() if parallel.is_main_process() else contextlib.redirect_stdout(None)
+    with WorkdirLock(workdir), silent:
+        yield
+
+
+# Reading.
+
+
+def is_run(path: str | os.PathLike) -> bool:
+    """Whether a path is the directory of a run."""
+    return os.path.isdir(os.path.join(path, "checkpoints"))
+
+
+def read_run(workdir: str | os.PathLike) -> tuple[Config, Any]:
     """The Config and tokenizer of a run. Raises: UserError if workdir holds no run."""
     from nanoflax import tokenizers
 
@@ -23,8 +51,8 @@ def read_run(workdir):
     return read_config(path), tokenizers.load(os.path.join(workdir, "tokenizer"))
 
 
-def read_config(path):
-    """The Config of a config.json. Raises: UserError if there is none in it."""
+def read_config(path: str | os.PathLike) -> Config:
+    """The Config of a config.json. Raises: UserError if the file is missing or damaged."""
     try:
         with open(path) as f:
             return configs.from_dict(configs.Config, json.load(f))
@@ -32,17 +60,10 @@ def read_config(path):
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def write_labels(workdir, labels, several):
-    """labels.json, which marks a run of finetune: the classes, and whether a text may have several
-    of them (or none)."""
-    with open(os.path.join(workdir, "labels.json"), "w") as f:
-        json.dump({"labels": labels, "several": several}, f)
+def read_labels(workdir: str | os.PathLike, config: Config) -> tuple[tuple[str, ...], bool] | None:
+    """(class names, whether a text may have several) of a fine-tuned run; None of a pretrained one.
 
-
-def read_labels(workdir, config):
-    """(class names, whether a text may have several) of a finetune run; None of another run.
-
-    Raises: UserError if the run's task has classes and labels.json is not there or not readable.
+    Raises: UserError if the task has classes and labels.json is missing or damaged.
     """
     path = os.path.join(workdir, "labels.json")
     try:
@@ -59,162 +80,17 @@ def read_labels(workdir, config):
         raise UserError(f"{path} cannot be read: {error!r}") from error
 
 
-def whole(workdir, which="best"):
-    """Where the whole model of a run is: in final/, once finetune has ended."""
+def model_directory(workdir: str, which: str = "best") -> str:
+    """The directory that holds all parameters of a run's model: final/ once finetune has finished."""
     final = os.path.join(workdir, "final")
     return final if which == "best" and is_run(final) else workdir
 
 
-def write_jsonl(path, records):
-    """A JSON object a line. Raises: UserError if the file cannot be written."""
-    try:
-        with open(path, "w", encoding="utf-8") as f:
-            for record in records:
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+# Writing.
 
 
-def is_run(path):
-    """Whether a path is the workdir of a run."""
-    return os.path.isdir(os.path.join(path, "checkpoints"))
-
-
-# Fields that may change between a run and its resumption: they do not touch the trajectory.
-FREE = {
-    "data": ("workers", "cache"),
-    "model": ("attention_backend",),
-    "train": (
-        "loss_chunks",
-        "remat",
-        "scan_layers",
-        "max_skipped",
-        "evaluate_every",
-        "evaluate_batches",
-        "patience",
-        "checkpoint_every",
-        "checkpoint_seconds",
-        "keep",
-        "sample_prompt",
-        "sample_tokens",
-        "mesh",
-        "watchdog_seconds",
-        "tensorboard",
-        "wandb",
-    ),
-}
-
-
-def resumable(workdir, config, restart=False):
-    """(the Config of the run in workdir or None, the directory of the run whose weights a new one
-    begins with or None).
-
-    restart: that is asked for; what it began before is gone on with by the same command.
-    Raises: UserError with a diff if the run is not this one in what determines the numbers, or if
-    there is no run to begin from.
-    """
-    from nanoflax.runs import checkpoint
-
-    path, kept = os.path.join(workdir, "config.json"), previous(workdir)
-    if kept and not checkpoint.steps(os.path.join(workdir, "checkpoints")):
-        if not restart:
-            raise UserError(
-                f"--workdir={workdir}: a new run from the weights of {kept[-1]} was "
-                "begun and has saved nothing yet; begin it again with "
-                "--restart_from_weights"
-            )
-        set_aside(workdir)  # the rest of it
-        saved = read_config(os.path.join(kept[-1], "config.json"))
-        return refuse_other_tokenizer(saved, config), kept[-1]
-    if not os.path.exists(path):
-        if restart:
-            raise UserError(f"--restart_from_weights: --workdir={workdir} holds no run to begin from")
-        return None, None
-    saved = read_config(path)
-    old, new = configs.to_dict(saved), configs.to_dict(config)
-    new["model"] |= configs.to_dict(settled(config.model, saved))  # on another mesh too
-    for section, names in FREE.items():
-        for name in names:
-            old[section].pop(name), new[section].pop(name)
-    changed = configs.diff(old, new)
-    if changed and not restart:
-        begin = (
-            "--restart_from_weights"
-            if "restart_from_weights" in FLAGS
-            else f"--config.model.init_from={workdir} and another --workdir"
-        )
-        raise UserError(
-            f"--workdir={workdir} holds a run with another configuration "
-            f"({'; '.join(changed)}); choose another --workdir, or begin a new run from "
-            f"its weights with {begin}"
-        )
-    if not restart or kept and not changed:  # the latter: this command began it
-        return saved, None
-    return refuse_other_tokenizer(saved, config), workdir
-
-
-def refuse_other_tokenizer(saved, config):
-    """The saved Config. Raises: UserError if the other one has another tokenizer."""
-    old, new = saved.data.tokenizer, config.data.tokenizer
-    if old != new:
-        raise UserError(
-            f"--config.data.tokenizer={new}: --restart_from_weights keeps the tokenizer of the weights, {old}"
-        )
-    return saved
-
-
-def previous(workdir):
-    """The directories of the runs that were set aside in workdir, the newest last."""
-    found = glob.glob(os.path.join(glob.escape(workdir), "previous-*", "checkpoints"))
-    return sorted(map(os.path.dirname, found), key=lambda path: int(path.rsplit("-", 1)[1]))
-
-
-def settled(model, saved):
-    """The ModelConfig with the padded vocabulary that a saved Config has, if it asks for that
-    vocabulary or for the tokenizer's."""
-    old = saved.model
-    if model.vocab_padding or model.vocab_size not in (0, old.vocab_size - old.vocab_padding):
-        return model
-    return dataclasses.replace(model, vocab_size=old.vocab_size, vocab_padding=old.vocab_padding)
-
-
-def refuse_other_data(meta, identity):
-    """Raises: UserError if a checkpoint was trained with another tokenizer or other text."""
-    for key, what in [
-        ("tokenizer", "tokenizer/ of the workdir"),
-        ("data", "text of data.train"),
-        ("validation", "validation text"),
-    ]:
-        if meta[key] != identity[key]:
-            raise UserError(
-                f"the {what} is not the one that the checkpoint was trained with "
-                f"(fingerprint {identity[key][:12]}, not {meta[key][:12]}); restore "
-                "it or choose another --workdir (pretrain also takes "
-                "--restart_from_weights)"
-            )
-
-
-def set_aside(workdir):
-    """Move a run into a directory of its own inside workdir; returns that directory.
-
-    checkpoints/ goes first and config.json last: who finds the one moved and not the other goes on.
-    """
-    from nanoflax.runs import checkpoint
-
-    kept = previous(workdir)
-    if not kept or checkpoint.steps(os.path.join(workdir, "checkpoints")):
-        last = int(kept[-1].rsplit("-", 1)[1]) if kept else 0
-        kept.append(os.path.join(workdir, f"previous-{last + 1}"))
-        os.makedirs(kept[-1], exist_ok=True)
-    if not os.path.exists(os.path.join(kept[-1], "config.json")):
-        for name in ("checkpoints", "tokenizer", "metrics.jsonl", "tensorboard", "loss.png", "wandb", "config.json"):
-            if os.path.exists(path := os.path.join(workdir, name)):
-                os.rename(path, os.path.join(kept[-1], name))
-    return kept[-1]
-
-
-def write_run(workdir, config, tokenizer):
-    """config.json and tokenizer/ of a new run; config.json last, so that it marks a whole run."""
+def write_run(workdir: str, config: Config, tokenizer: Any) -> None:
+    """Write config.json and tokenizer/ of a new run; config.json last, so that it marks a complete run."""
     final, part = (os.path.join(workdir, name) for name in ("tokenizer", ".tokenizer.tmp"))
     shutil.rmtree(part, ignore_errors=True)
     tokenizer.save(part)
@@ -226,8 +102,154 @@ def write_run(workdir, config, tokenizer):
     os.replace(temporary, os.path.join(workdir, "config.json"))
 
 
-def trained_once(train, directory):
-    """The tokenizer of train(); of several processes the first trains, the others read it."""
+def write_labels(workdir: str, labels: Iterable[str], several: bool) -> None:
+    """Write labels.json, which marks a fine-tuned run: its classes, and whether a text may have several."""
+    with open(os.path.join(workdir, "labels.json"), "w") as f:
+        json.dump({"labels": labels, "several": several}, f)
+
+
+def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
+    """Write a JSON object per line. Raises: UserError if the file cannot be written."""
+    try:
+        with open(path, "w", encoding="utf-8") as f:
+            for record in records:
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+# What may be started in a directory.
+
+# Fields that may change between a run and its resumption: they do not change the numbers.
+FREE_FIELDS = {
+    "data": ("workers", "cache"),
+    "model": ("attention_backend",),
+    "train": (
+        "loss_chunks", "remat", "scan_layers", "max_skipped", "evaluate_every", "evaluate_batches", "patience",
+        "checkpoint_every", "checkpoint_seconds", "keep", "sample_prompt", "sample_tokens", "mesh",
+        "watchdog_seconds", "tensorboard", "wandb",
+    ),
+}  # fmt: skip
+
+
+def check_workdir(workdir: str, config: Config, restart: bool | None = False) -> tuple[Config | None, str | None]:
+    """(Config of the run in workdir or None, directory of the run whose weights a new run starts from or None).
+
+    restart: whether a new run shall start from the weights of the one in workdir (a repeated command
+    resumes the new run); None where the program has no such option.
+    Raises: UserError with the differences if the run in workdir has other settings that change its
+    numbers, or if there is no run to restart from.
+    """
+    from nanoflax.runs import checkpoint
+
+    path, archived = os.path.join(workdir, "config.json"), archived_runs(workdir)
+    if archived and not checkpoint.steps(os.path.join(workdir, "checkpoints")):
+        if not restart:
+            raise UserError(
+                f"--workdir={workdir}: a new run from the weights of {archived[-1]} was started and has saved nothing "
+                "yet; start it again with --restart_from_weights"
+            )
+        archive_run(workdir)  # finishes an interrupted move
+        saved = read_config(os.path.join(archived[-1], "config.json"))
+        return check_same_tokenizer(saved, config), archived[-1]
+    if not os.path.exists(path):
+        if restart:
+            raise UserError(f"--restart_from_weights: --workdir={workdir} holds no run to begin from")
+        return None, None
+    saved = read_config(path)
+    changed = changed_fields(saved, config)
+    if changed and not restart:
+        from_weights = (
+            f"--config.model.init_from={workdir} and another --workdir" if restart is None else "--restart_from_weights"
+        )
+        raise UserError(
+            f"--workdir={workdir} holds a run with another configuration ({'; '.join(changed)}); choose another "
+            f"--workdir, or start a new run from its weights with {from_weights}"
+        )
+    if not restart or archived and not changed:  # the second: this command is repeated
+        return saved, None
+    return check_same_tokenizer(saved, config), workdir
+
+
+def changed_fields(saved: Config, config: Config) -> list[str]:
+    """The fields that change a run's numbers and differ, as "name: old -> new"."""
+    old, new = configs.to_dict(saved), configs.to_dict(config)
+    new["model"] |= configs.to_dict(with_saved_vocabulary(config.model, saved))  # padded for another mesh too
+    for section, names in FREE_FIELDS.items():
+        for name in names:
+            old[section].pop(name), new[section].pop(name)
+    return configs.diff(old, new)
+
+
+def check_same_tokenizer(saved: Config, config: Config) -> Config:
+    """The saved Config. Raises: UserError if the other one names another tokenizer."""
+    old, new = saved.data.tokenizer, config.data.tokenizer
+    if old != new:
+        raise UserError(
+            f"--config.data.tokenizer={new}: --restart_from_weights keeps the tokenizer of the weights, {old}"
+        )
+    return saved
+
+
+def check_same_data(meta: dict, identity: dict) -> None:
+    """Raises: UserError if a checkpoint's `meta` names another tokenizer or other text than `identity`."""
+    for key, what in [
+        ("tokenizer", "tokenizer/ of the workdir"),
+        ("data", "text of data.train"),
+        ("validation", "validation text"),
+    ]:
+        if meta[key] != identity[key]:
+            raise UserError(
+                f"the {what} is not the one that the checkpoint was trained with (fingerprint {identity[key][:12]}, "
+                f"not {meta[key][:12]}); restore it or choose another --workdir (pretrain also takes "
+                "--restart_from_weights)"
+            )
+
+
+def archived_runs(workdir: str) -> list[str]:
+    """The directories of the runs that were archived in workdir, the newest last."""
+    found = glob.glob(os.path.join(glob.escape(workdir), "previous-*", "checkpoints"))
+    return sorted(map(os.path.dirname, found), key=lambda path: int(path.rsplit("-", 1)[1]))
+
+
+def archive_run(workdir: str) -> str:
+    """Move the run in workdir into a new directory previous-N in it; returns that directory.
+
+    checkpoints/ is moved first and config.json last. A move that was interrupted (the one is there
+    and the other is not) is finished.
+    """
+    from nanoflax.runs import checkpoint
+
+    archived = archived_runs(workdir)
+    if not archived or checkpoint.steps(os.path.join(workdir, "checkpoints")):
+        last = int(archived[-1].rsplit("-", 1)[1]) if archived else 0
+        archived.append(os.path.join(workdir, f"previous-{last + 1}"))
+        os.makedirs(archived[-1], exist_ok=True)
+    if not os.path.exists(os.path.join(archived[-1], "config.json")):
+        for name in ("checkpoints", "tokenizer", "metrics.jsonl", "tensorboard", "loss.png", "wandb", "config.json"):
+            if os.path.exists(path := os.path.join(workdir, name)):
+                os.rename(path, os.path.join(archived[-1], name))
+    return archived[-1]
+
+
+# The tokenizer and the size of the vocabulary.
+
+
+def get_tokenizer(config: DataConfig, directory: str, texts: Callable[[], Iterable[str]]) -> Any:
+    """The tokenizer of the run in directory if there is one; else data.tokenizer, trained on texts() if need be."""
+    from nanoflax import tokenizers
+
+    kind, size = tokenizers.parse(config.tokenizer)
+    own = os.path.join(directory, "tokenizer")
+    if os.path.exists(os.path.join(directory, "config.json")):
+        return tokenizers.load(own)
+    if kind in ("bytes", "path"):
+        return tokenizers.load(config.tokenizer)
+    return _train_on_first_process(lambda: tokenizers.train_sentencepiece(texts(), size, kind), own)
+
+
+def _train_on_first_process(train: Callable[[], Any], directory: str) -> Any:
+    """The tokenizer of train(); of several processes the first trains it and the others read its files."""
     import jax
 
     from nanoflax import tokenizers
@@ -238,34 +260,27 @@ def trained_once(train, directory):
     parallel.first(lambda: train().save(part))
     tokenizer = tokenizers.load(part)
     parallel.gather("read")
-    if is_main_process():
+    if parallel.is_main_process():
         shutil.rmtree(part)
     return tokenizer
 
 
-def get_tokenizer(config, directory, texts):
-    """The tokenizer of the run in directory if there is one, else the one that data.tokenizer names
-    or asks to train on texts(), an iterable of str."""
-    from nanoflax import tokenizers
-
-    kind, size = tokenizers.parse(config.tokenizer)
-    own = os.path.join(directory, "tokenizer")
-    if os.path.exists(os.path.join(directory, "config.json")):
-        return tokenizers.load(own)
-    if kind in ("bytes", "path"):
-        return tokenizers.load(config.tokenizer)
-    return trained_once(lambda: tokenizers.train_sentencepiece(texts(), size, kind), own)
+def with_saved_vocabulary(model: ModelConfig, saved: Config) -> ModelConfig:
+    """The ModelConfig with the padded vocabulary of a saved Config, if it asks for that vocabulary or the
+    tokenizer's."""
+    old = saved.model
+    if model.vocab_padding or model.vocab_size not in (0, old.vocab_size - old.vocab_padding):
+        return model
+    return dataclasses.replace(model, vocab_size=old.vocab_size, vocab_padding=old.vocab_padding)
 
 
-def with_vocabulary(model, tokenizer, mesh, saved=None):
-    """The ModelConfig with model.vocab_size settled: as in the saved Config of a run, or the
-    tokenizer's (if not set), padded where the mesh needs it.
+def with_vocabulary(model: ModelConfig, tokenizer: Any, mesh: Any, saved: Config | None = None) -> ModelConfig:
+    """The ModelConfig with its vocabulary size V: that of a saved Config, or the tokenizer's (if V is 0),
+    padded where the mesh needs it.
 
-    Raises: UserError if it is too small.
+    Raises: UserError if V is less than the tokenizer's.
     """
-    from nanoflax import parallel
-
-    model = settled(model, saved) if saved else model
+    model = with_saved_vocabulary(model, saved) if saved else model
     if not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     if (size := model.vocab_size - model.vocab_padding) < tokenizer.vocab_size:

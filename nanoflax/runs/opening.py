@@ -6,7 +6,7 @@ import sys
 from nanoflax import config as configs
 from nanoflax.errors import UserError
 from nanoflax.parallel import is_main_process
-from nanoflax.runs.directory import is_run, read_run, whole
+from nanoflax.runs.directory import is_run, model_directory, read_run
 
 
 def restore_model(workdir, config, tokenizer, which="best"):
@@ -104,7 +104,7 @@ def open_model(source, which="best"):
     from nanoflax import hf, nn, peft, tokenizers
 
     if is_run(source):
-        source = whole(source, which)
+        source = model_directory(source, which)
         config, tokenizer = read_run(source)
         return *restore_model(source, config, tokenizer, which), tokenizer
     if base := hf.base_of_adapter(source):

@@ -142,7 +142,7 @@ def test_a_restart_that_is_refused_changes_nothing(corpus, trained, tmp_path):
 
 
 def test_a_restart_may_be_killed_anywhere(tmp_path, monkeypatch):
-    """set_aside is cut off before each of its renames, and after the last; then it is gone on with."""
+    """archive_run is cut off before each of its renames, and after the last; then it is gone on with."""
     config = configs.Config()
     other = dataclasses.replace(config, train=configs.TrainConfig(steps=7))
     rename, killed, cut = os.rename, 0, 0
@@ -158,26 +158,26 @@ def test_a_restart_may_be_killed_anywhere(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             rename(a, b)
 
-        assert runs.resumable(str(workdir), other, True)[1] == str(workdir)
+        assert runs.check_workdir(str(workdir), other, True)[1] == str(workdir)
         monkeypatch.setattr(os, "rename", until)
         try:
-            runs.set_aside(str(workdir))
+            runs.archive_run(str(workdir))
         except KeyboardInterrupt:
             killed += 1
         monkeypatch.setattr(os, "rename", rename)
         (workdir / "previous-1").rename(workdir / "previous-4")  # the others were removed
         if cut == 0:  # the old run goes on
-            assert runs.resumable(str(workdir), config) == (config, None)
+            assert runs.check_workdir(str(workdir), config) == (config, None)
         else:
-            with pytest.raises(UserError, match="begin it again with --restart_from_weights"):
-                runs.resumable(str(workdir), other)
-            saved, weights = runs.resumable(str(workdir), other, True)
+            with pytest.raises(UserError, match="start it again with --restart_from_weights"):
+                runs.check_workdir(str(workdir), other)
+            saved, weights = runs.check_workdir(str(workdir), other, True)
             assert saved == config and weights == str(workdir / "previous-4")
             assert sorted(os.listdir(weights)) == ["checkpoints", "config.json", "tokenizer"]
-            assert runs.set_aside(str(workdir)) == weights
+            assert runs.archive_run(str(workdir)) == weights
             (workdir / "checkpoints" / "0").mkdir(parents=True)
             (workdir / "config.json").write_text("new")
-            assert runs.set_aside(str(workdir)) == str(workdir / "previous-5")
+            assert runs.archive_run(str(workdir)) == str(workdir / "previous-5")
             assert (workdir / "previous-5" / "config.json").read_text() == "new"
         cut += 1
     assert cut == 4
@@ -420,8 +420,8 @@ def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):
 def test_a_config_that_cannot_be_read_is_named(text, words, tmp_path):
     path = tmp_path / "config.json"
     path.mkdir() if text is None else path.write_text(text)
-    resumable = lambda workdir: runs.resumable(workdir, configs.Config())  # noqa: E731
-    for read in (runs.read_run, resumable):
+    check_workdir = lambda workdir: runs.check_workdir(workdir, configs.Config())  # noqa: E731
+    for read in (runs.read_run, check_workdir):
         with pytest.raises(UserError) as caught:
             read(tmp_path)
         assert str(path) in str(caught.value) and words in str(caught.value)
