@@ -247,7 +247,7 @@ def nanoflax_decode(device):
         "tokens": B * FLAGS.new_tokens,
         "work": size * model.compute_dtype.itemsize * FLAGS.new_tokens,
         "limit": "bytes",
-        "peak": parallel.bandwidth(device),
+        "peak": parallel.memory_bandwidth(device),
         "formula": "every weight but the position table read once for each token of a row",
     }, lambda: nanoflax.sample(model, params, prompts, FLAGS.new_tokens, temperature=0) and None
 

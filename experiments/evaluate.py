@@ -89,7 +89,7 @@ def on_text(config, tokenizer):
         config, train=dataclasses.replace(config.train, evaluate_batches=0)
     )
     mesh = parallel.make_mesh("-1,1,1")
-    nats, tokens = train.make_evaluation(model, config, mesh)(parallel.put(params, mesh), windows)
+    nats, tokens = train.make_evaluation(model, config, mesh)(parallel.put_params(params, mesh), windows)
     return {
         "data": FLAGS.data or f"{config.data.train} (validation)",
         "loss": nats / tokens,
@@ -118,7 +118,7 @@ def on_examples(config, tokenizer, labels, several):
     model, params, _ = runs.open_model(FLAGS.workdir, FLAGS.checkpoint)
     mesh = parallel.make_mesh("-1,1,1")
     judge = tasks.Evaluator(model, config, tokenizer, labels, rows, mesh)
-    numbers, predictions = judge(parallel.put(params, mesh))
+    numbers, predictions = judge(parallel.put_params(params, mesh))
     if FLAGS.out:
         if not predictions:
             raise UserError(f"--out: task.kind={task.kind!r} is measured by its loss, and has no predictions")

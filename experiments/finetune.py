@@ -69,7 +69,7 @@ def run(config, workdir):
         )
     config, params, tokenizer = starting_point(config, data, workdir, mesh)
     parallel.check_mesh(config, mesh, lengths(task) | {"the shortest batch": tasks.SHORTEST})
-    parallel.first(lambda: runs.check_workdir(workdir, config, None)[1])  # refuses another run's workdir
+    parallel.run_on_main_process(lambda: runs.check_workdir(workdir, config, None)[1])  # refuses another run's workdir
     encode = lambda part: tasks.encode_for_task(  # noqa: E731
         part, config, tokenizer, data.labels, data.multi_label, data.report
     )
@@ -125,7 +125,7 @@ def run(config, workdir):
         "data": fingerprint(data.train),
         "validation": fingerprint(data.validation),
     }
-    parallel.check_same("their data", {k: meta[k] for k in meta if k != "config"})
+    parallel.check_processes_agree("their data", {k: meta[k] for k in meta if k != "config"})
     tracking, start = train.Tracking(), 0
     with runs.Checkpoints(os.path.join(workdir, "checkpoints"), t.keep) as saves:
         if saves.latest() is not None:
@@ -345,7 +345,7 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
         params = peft.merge(params)
     # At once, or not at all: what is half written would be taken for the model.
     final, part = (os.path.join(workdir, name) for name in ("final", ".final"))
-    parallel.first(lambda: shutil.rmtree(part, ignore_errors=True))
+    parallel.run_on_main_process(lambda: shutil.rmtree(part, ignore_errors=True))
     with runs.Checkpoints(os.path.join(part, "checkpoints")) as saves:
         saves.save(0, {"params": params}, {"tokenizer": tokenizer.fingerprint, "step": 0})
     aligned = config.task.kind == "translate" and config.model.bottleneck == "none"

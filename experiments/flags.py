@@ -71,7 +71,7 @@ def launch(main, default_config=None, arguments=False):
             crash()
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
-            parallel.leave(130)
+            parallel.exit_process(130)
         except Exception:
             crash()
 
@@ -94,12 +94,12 @@ def use_huge_pages():
 
 def crash():
     traceback.print_exc()
-    parallel.leave(1)
+    parallel.exit_process(1)
 
 
 def fail(error):
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
-    parallel.leave(2)
+    parallel.exit_process(2)
 
 
 def config_path(argv):
@@ -225,10 +225,10 @@ def join(config, **others):
 
     Raises: UserError if they do not find each other or differ, before anything is compiled.
     """
-    parallel.initialize(
+    parallel.join_processes(
         FLAGS.coordinator, FLAGS.processes, FLAGS.process_id, FLAGS.join_seconds, FLAGS.heartbeat_seconds
     )
     values = configs.to_dict(config)
     for name in ("workers", "cache"):  # of its own machine
         values["data"].pop(name)
-    parallel.check_same("their configurations", {"config": values} | others)
+    parallel.check_processes_agree("their configurations", {"config": values} | others)

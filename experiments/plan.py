@@ -44,7 +44,7 @@ def main():
 
     if bool(FLAGS.topology) == bool(FLAGS.devices):
         raise UserError("plan needs one of --topology=v5e:16x16 and --devices=8")
-    chip, count = parallel.slice_of(FLAGS.topology) if FLAGS.topology else (parallel.CHIPS[FLAGS.chip], FLAGS.devices)
+    chip, count = parallel.tpu_slice(FLAGS.topology) if FLAGS.topology else (parallel.CHIPS[FLAGS.chip], FLAGS.devices)
     shapes = FLAGS.meshes or [
         config.train.mesh,
         *(",".join(map(str, s)) for s in planning.candidate_meshes(count, config.model.dim)),
@@ -54,7 +54,7 @@ def main():
         write(FLAGS.json)  # refuses what cannot be written, before minutes of work
 
     def on(mesh):  # with the vocabulary that a run there has
-        return dataclasses.replace(config, model=parallel.padded(config.model, mesh))
+        return dataclasses.replace(config, model=parallel.pad_vocabulary(config.model, mesh))
 
     for shape in shapes:
         try:

@@ -92,10 +92,10 @@ def run(config, workdir):
         old, weights = runs.check_workdir(workdir, config, FLAGS.restart_from_weights)
         return old and configs.to_dict(old), weights
 
-    found, weights = parallel.first(look)
+    found, weights = parallel.run_on_main_process(look)
     before = found and configs.from_dict(configs.Config, found)
     mesh, params = parallel.make_mesh(config.train.mesh), None
-    parallel.check_mesh(dataclasses.replace(config, model=parallel.padded(config.model, mesh)), mesh)
+    parallel.check_mesh(dataclasses.replace(config, model=parallel.pad_vocabulary(config.model, mesh)), mesh)
     if weights:
         params, _ = runs.restore_params(
             os.path.join(weights, "checkpoints"), shardings=lambda shapes: parallel.shardings(shapes, mesh)
@@ -110,7 +110,7 @@ def run(config, workdir):
         generate.check_prompts(config.model, [prompt], config.train.sample_tokens)
     model = nn.build(config.model, config.train.remat)
     if weights:
-        runs.compare(f"the run in {weights}", params, parallel.shapes(model))
+        runs.compare(f"the run in {weights}", params, parallel.param_shapes(model))
     optimizer, schedule = train.make_optimizer(config.optim, config.train.steps)
     shapes = train.abstract_state(model, optimizer, config, mesh)
     parallel.check_memory(shapes, mesh)
@@ -145,7 +145,7 @@ def run(config, workdir):
         "validation": stores[1].fingerprint,
         "config": configs.to_dict(config),
     }
-    parallel.check_same("their data", {k: identity[k] for k in identity if k != "config"})
+    parallel.check_processes_agree("their data", {k: identity[k] for k in identity if k != "config"})
     flops = nn.flops_per_token(config.model)
     print(report.parameter_table(parallel.unstack(shapes.params)))
     print(
@@ -154,8 +154,8 @@ def run(config, workdir):
         f"attention {attention}"
     )
     if weights:
-        parallel.gather("restored")
-        print(f"the run before is kept in {parallel.first(lambda: runs.archive_run(workdir))}")
+        parallel.gather_from_processes("restored")
+        print(f"the run before is kept in {parallel.run_on_main_process(lambda: runs.archive_run(workdir))}")
     with runs.Checkpoints(os.path.join(workdir, "checkpoints"), config.train.keep) as saves:
         tracking, start_step = train.Tracking(), 0
         if saves.latest() is not None:

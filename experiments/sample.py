@@ -138,7 +138,7 @@ def predict(config, model, params, tokenizer, labels, several, texts):
         print(line, file=sys.stderr)
     mesh = parallel.make_mesh("-1,1,1")
     evaluator = tasks.Evaluator(model, config, tokenizer, labels, rows, mesh)
-    for i, text in enumerate(evaluator.describe(parallel.put(params, mesh))):
+    for i, text in enumerate(evaluator.describe(parallel.put_params(params, mesh))):
         print("\n".join([f"--- {i + 1}"] * (len(texts) > 1) + [evaluator.task.show(text)]))
 
 
@@ -149,7 +149,7 @@ def restore(config, model, params, tokenizer, texts):
     rows = tasks.encode_texts(texts, config, tokenizer, place="--prompt")
     mesh = parallel.make_mesh("-1,1,1")
     evaluator = tasks.Evaluator(model, config, tokenizer, (), rows, mesh)
-    print("\n".join(map(printed(), evaluator.describe(parallel.put(params, mesh)))))
+    print("\n".join(map(printed(), evaluator.describe(parallel.put_params(params, mesh)))))
 
 
 def read_prompts(path):

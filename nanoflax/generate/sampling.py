@@ -148,7 +148,7 @@ def compiled(function, donate=(), mesh=None):
     """jax.jit of a sampling function for parameters on a mesh, with the options of the platform."""
     static = {"model", "rows", "beams", "steps", "new_tokens", "early_stopping", "eos_id", "vocab_size"}
     return jax.jit(
-        parallel.traced_on(mesh, function),
+        parallel.with_mesh(mesh, function),
         donate_argnames=donate,
         static_argnames=static & inspect.signature(function).parameters.keys(),
         compiler_options=parallel.compiler_options(jax.default_backend()),

@@ -163,7 +163,7 @@ def tensor_mapping(family, config):
 @functools.lru_cache(8)
 def _shapes(config):
     """The shape of every parameter by its path, nothing allocated."""
-    tree = traverse_util.flatten_dict(parallel.shapes(build(config)), sep="/")
+    tree = traverse_util.flatten_dict(parallel.param_shapes(build(config)), sep="/")
     return {path: x.shape for path, x in tree.items()}
 
 
@@ -206,10 +206,10 @@ def _join(parts, layout, K):
 
 def _read_all(config, rows, tensors, dtype, mesh):
     params = {}
-    if mesh is None and parallel.current() is not None:
+    if mesh is None and parallel.current_mesh() is not None:
         mesh = jax.sharding.get_mesh()
     if mesh is not None:
-        places = parallel.shardings(parallel.shapes(build(config)), mesh)
+        places = parallel.shardings(parallel.param_shapes(build(config)), mesh)
         places = traverse_util.flatten_dict(places, sep="/")
     for row in rows:
         for part, (path, shape) in enumerate(row.ours):

@@ -234,8 +234,8 @@ class Attention(nn.Module):
         if name == "plain":
             y = heads_first(
                 q,
-                parallel.gather_time(k),
-                parallel.gather_time(v),
+                parallel.gather_sequence(k),
+                parallel.gather_sequence(v),
                 mask,
                 causal,
                 bias,
@@ -252,6 +252,13 @@ class Attention(nn.Module):
         return kernels.choose(
             c.attention_backend,
             kernels.Call(
-                parallel.platform(), q.shape, k.shape, q.dtype, causal, facts, bias is not None, c.attention_softcap
+                parallel.current_platform(),
+                q.shape,
+                k.shape,
+                q.dtype,
+                causal,
+                facts,
+                bias is not None,
+                c.attention_softcap,
             ),
         )

@@ -168,7 +168,7 @@ def splash(q, k, v, causal, facts, scale=None, softcap=0.0, interpret=False):
         return jax.vmap(kernel)(q, k, v, ids)
 
     q = q * (K**-0.5 if scale is None else scale)
-    return parallel.on_each(local, (q, k, v), ids)
+    return parallel.map_shards(local, (q, k, v), ids)
 
 
 BACKENDS = {"cudnn": Backend("gpu", _cudnn_refusals, cudnn), "splash": Backend("tpu", _splash_refusals, splash)}

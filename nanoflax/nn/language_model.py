@@ -31,7 +31,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens):
         """tokens: [B, T] int32 below V -> [B, T, D] in the compute dtype."""
-        return parallel.split_rows(self.embedding(tokens)) * self.config.embed_scale
+        return parallel.split_embedded(self.embedding(tokens)) * self.config.embed_scale
 
     def output(self, x, segments=None, cache=None):
         """The last states x [B, T, D] as `head` reads them, and the cache or None.
@@ -73,7 +73,7 @@ class LanguageModel(nn.Module):
         """The dtype of activations: `auto` is float32 on CPU, where bfloat16 gains nothing."""
         if self.config.dtype != "auto":
             return jnp.dtype(self.config.dtype)
-        return jnp.dtype("float32" if parallel.platform() == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if parallel.current_platform() == "cpu" else "bfloat16")
 
     def decode(self, params, tokens, cache):
         """One step of generation: tokens [B, T] int32 extend the cache.

@@ -82,7 +82,7 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
     B, T, D = hidden.shape
     fits = kernel.shape[1] % parallel.axis_size("tensor", "fsdp") == 0
     rows, words = (("data",), ("tensor", "fsdp")) if fits else (("data", "fsdp"), ("tensor",))
-    b, t = parallel.ways(B, T, rows)
+    b, t = parallel.batch_splits(B, T, rows)
     chunks = math.gcd(chunks, T // t)
     together = P(rows, "context", None, None)
     kernel = parallel.constrain(kernel.astype(hidden.dtype), P(None, words))

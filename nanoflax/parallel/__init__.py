@@ -2,61 +2,62 @@
 
 from nanoflax.parallel.arrays import (
     batch_sharding,
+    bytes_per_device,
     check_memory,
-    chip_bytes,
     divisible_batch_size,
-    draw,
     fetch,
     init,
+    initial_params,
     own_rows,
-    put,
+    param_shapes,
     put_batch,
-    shapes,
+    put_params,
 )
 from nanoflax.parallel.constraints import (
     axis_size,
+    batch_splits,
     constrain,
-    current,
-    gather_time,
+    current_mesh,
+    current_platform,
+    gather_sequence,
+    map_shards,
     mesh_of,
-    on_each,
-    platform,
     replicate,
     split_batch,
     split_cache,
-    split_rows,
-    traced_on,
-    ways,
+    split_embedded,
+    with_mesh,
 )
 from nanoflax.parallel.hardware import (
     CHIPS,
-    bandwidth,
     compiler_options,
     measure_bandwidth,
     measure_peak_flops,
+    memory_bandwidth,
     peak_flops,
-    slice_of,
+    tpu_slice,
 )
 from nanoflax.parallel.hosts import (
     HostPoll,
-    alive,
-    check_same,
-    first,
-    gather,
-    initialize,
+    check_processes_agree,
+    exit_process,
+    gather_from_processes,
     is_main_process,
-    leave,
+    join_processes,
+    reset_watchdog,
+    run_on_main_process,
     watchdog,
 )
 from nanoflax.parallel.mesh import AXES, abstract_mesh, make_mesh, mesh_name, mesh_sizes
-from nanoflax.parallel.rules import check_mesh, padded, shardings, spec_of
-from nanoflax.parallel.stacking import STACKED, is_stacked, over_layers, stack, unstack
+from nanoflax.parallel.rules import check_mesh, pad_vocabulary, partition_spec, shardings
+from nanoflax.parallel.stacking import STACKED, is_stacked, stack, unstack, vmap_over_layers
 
 __all__ = [
-    "AXES", "CHIPS", "HostPoll", "STACKED", "abstract_mesh", "alive", "axis_size", "bandwidth", "batch_sharding",
-    "check_memory", "check_mesh", "check_same", "chip_bytes", "compiler_options", "constrain", "current",
-    "divisible_batch_size", "draw", "fetch", "first", "gather", "gather_time", "init", "initialize",
-    "is_main_process", "is_stacked", "leave", "make_mesh", "measure_bandwidth", "measure_peak_flops", "mesh_name",
-    "mesh_of", "mesh_sizes", "on_each", "over_layers", "own_rows", "padded", "peak_flops", "platform", "put",
-    "put_batch", "replicate", "shapes", "shardings", "slice_of", "spec_of", "split_batch", "split_cache",
-    "split_rows", "stack", "traced_on", "unstack", "watchdog", "ways"]  # fmt: skip
+    "AXES", "CHIPS", "HostPoll", "STACKED", "abstract_mesh", "axis_size", "batch_sharding", "batch_splits",
+    "bytes_per_device", "check_memory", "check_mesh", "check_processes_agree", "compiler_options", "constrain",
+    "current_mesh", "current_platform", "divisible_batch_size", "exit_process", "fetch", "gather_from_processes",
+    "gather_sequence", "init", "initial_params", "is_main_process", "is_stacked", "join_processes", "make_mesh",
+    "map_shards", "measure_bandwidth", "measure_peak_flops", "memory_bandwidth", "mesh_name", "mesh_of", "mesh_sizes",
+    "own_rows", "pad_vocabulary", "param_shapes", "partition_spec", "peak_flops", "put_batch", "put_params",
+    "replicate", "reset_watchdog", "run_on_main_process", "shardings", "split_batch", "split_cache", "split_embedded",
+    "stack", "tpu_slice", "unstack", "vmap_over_layers", "watchdog", "with_mesh"]  # fmt: skip

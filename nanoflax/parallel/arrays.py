@@ -13,7 +13,7 @@ from nanoflax.parallel import constraints
 from nanoflax.parallel.rules import shardings
 
 
-def chip_bytes(tree):
+def bytes_per_device(tree):
     """Bytes of one device's part of a tree of arrays or shapes with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -24,7 +24,7 @@ def check_memory(tree, mesh):
     Raises: UserError with both sizes; a device that does not tell its own (a CPU) holds all.
     """
     limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    need = chip_bytes(tree)
+    need = bytes_per_device(tree)
     if need > limit:
         raise UserError(
             f"parameters and optimizer take {need / 2**30:.1f} GiB of each device on "
@@ -50,7 +50,7 @@ def own_rows(mesh, batch_size):
 
 def divisible_batch_size(batch_size, mesh):
     """The least batch size of at least this that the mesh divides."""
-    return batch_size + -batch_size % constraints.parts_of(constraints.BATCH[0], mesh)
+    return batch_size + -batch_size % constraints.num_shards(constraints.BATCH[0], mesh)
 
 
 def put_batch(arrays, mesh):
@@ -61,7 +61,7 @@ def put_batch(arrays, mesh):
     for name, x in arrays.items():
         if rank[name] > 1 and x.shape[1] % mesh.shape.get("context", 1):
             raise UserError(f"{name} of length {x.shape[1]} is not divisible by context={mesh.shape['context']}")
-    count = constraints.parts_of(constraints.BATCH[0], mesh)
+    count = constraints.num_shards(constraints.BATCH[0], mesh)
     parts = own_rows(mesh, count)  # of as many equal ones
 
     def put(name, x):
@@ -77,7 +77,7 @@ def put_batch(arrays, mesh):
     return {name: put(name, x) for name, x in arrays.items()}
 
 
-def put(tree, mesh):
+def put_params(tree, mesh):
     """Parameters that every process holds whole (numpy or its own arrays), over the mesh."""
 
     def one(x, sharding):
@@ -96,12 +96,12 @@ def fetch(x):
     return np.asarray(x)
 
 
-def shapes(model):
+def param_shapes(model):
     """The parameters of a model as a tree of jax.ShapeDtypeStruct; nothing is allocated."""
-    return jax.eval_shape(lambda: draw(model, jax.random.PRNGKey(0)))
+    return jax.eval_shape(lambda: initial_params(model, jax.random.PRNGKey(0)))
 
 
-def draw(model, rng):
+def initial_params(model, rng):
     """What `init` compiles: the parameters of a model from a PRNG key."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     reads_source = model.config.architecture in ("encoder_decoder", "lstm")
@@ -114,7 +114,7 @@ def init(model, rng, mesh=None):
     With a mesh, or under `jax.set_mesh`, each is born in its shards, never whole.
     Raises: UserError if the mesh does not divide them.
     """
-    mesh, make = constraints.current(mesh), lambda rng: draw(model, rng)
+    mesh, make = constraints.current_mesh(mesh), lambda rng: initial_params(model, rng)
     if mesh is None:
         return jax.jit(make)(rng)
-    return jax.jit(make, out_shardings=shardings(shapes(model), mesh))(rng)
+    return jax.jit(make, out_shardings=shardings(param_shapes(model), mesh))(rng)

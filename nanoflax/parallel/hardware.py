@@ -52,7 +52,7 @@ CHIPS = {
 }  # fmt: skip
 
 
-def slice_of(topology):
+def tpu_slice(topology):
     """(Chip, number of chips) of a TPU slice's name, such as v5e:16x16.
 
     Raises: UserError with the names that are known.
@@ -78,7 +78,7 @@ def peak_flops(device):
     return None
 
 
-def bandwidth(device):
+def memory_bandwidth(device):
     """The vendor's bytes/s of a jax device's memory; None when not known."""
     return next(
         (

@@ -20,7 +20,7 @@ from nanoflax.errors import UserError
 PATIENCE = 24 * 3600  # seconds that processes wait for each other: one may have to tokenize
 
 
-def initialize(coordinator="", processes=None, process_id=None, timeout=300, heartbeat=50):
+def join_processes(coordinator="", processes=None, process_id=None, timeout=300, heartbeat=50):
     """Join the processes of this run, before JAX is first used; nothing, if it is one process.
 
     coordinator: HOST:PORT of process 0. What is not given JAX finds in the environment that Cloud
@@ -75,7 +75,7 @@ def _unanswered(coordinator, timeout):
     os._exit(2)
 
 
-def gather(value):
+def gather_from_processes(value):
     """The value of every process (what JSON can hold), by process, on all of them.
 
     All must call it, in the same order; a float comes as it was.
@@ -98,7 +98,7 @@ def gather(value):
 _calls = itertools.count(1)
 
 
-def first(function):
+def run_on_main_process(function):
     """function() of process 0 alone: its result (what JSON can hold) or UserError, on all."""
     import jax
 
@@ -110,15 +110,15 @@ def first(function):
             if jax.process_count() == 1:
                 raise
             problem = str(error)
-    result, problem = gather([result, problem])[0]
+    result, problem = gather_from_processes([result, problem])[0]
     if problem is not None:
         raise UserError(problem)
     return result
 
 
-def check_same(what, value):
+def check_processes_agree(what, value):
     """Raises: UserError on all processes, with the differences, if a dict differs between them."""
-    found = gather(value)
+    found = gather_from_processes(value)
     lines = [
         f"process {i} has {', '.join(diff(found[0], other))}" for i, other in enumerate(found) if other != found[0]
     ]
@@ -134,7 +134,7 @@ class HostPoll:
         self._stride = 1
 
     def __call__(self, step, value):
-        """gather(value) if this is such a step (to a process alone every one is), else []."""
+        """gather_from_processes(value) if this is such a step (to a process alone every one is), else []."""
         import jax
 
         if jax.process_count() > 1 and step < self._step + self._stride:
@@ -143,20 +143,20 @@ class HostPoll:
         pace = (step - self._step) / max(now - self._time, 1e-9)
         stride = max(1, min(int(pace * self._seconds), 2 * self._stride))
         self._step, self._time = step, now
-        votes = gather([stride, value])
+        votes = gather_from_processes([stride, value])
         self._stride = votes[0][0]
         return [value for _, value in votes]
 
 
 @contextlib.contextmanager
 def watchdog(seconds):
-    """While entered, `alive` must be called every so many seconds (0: never), or else the process
+    """While entered, `reset_watchdog` must be called every so many seconds (0: never), or else the process
     ends with status 1 and the stacks of all threads: a run of several whose peer hangs."""
     import jax
 
     global _watching
     _watching = seconds if jax.process_count() > 1 else 0
-    alive()
+    reset_watchdog()
     try:
         yield
     finally:
@@ -167,13 +167,13 @@ def watchdog(seconds):
 _watching = 0
 
 
-def alive():
+def reset_watchdog():
     """Tell the watchdog, if there is one, that the run has got on."""
     if _watching:
         faulthandler.dump_traceback_later(_watching, exit=True)
 
 
-def leave(status):
+def exit_process(status):
     """Exit after an error; of several processes, without waiting for threads that wait for others.
 
     Those that leave as well may do so in peace, as they could not if process 0 were gone at once.

@@ -53,7 +53,7 @@ def make_mesh(shape="-1,1,1", devices=None):
     sizes = mesh_sizes(shape, len(devices))
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     if fast_network_groups(devices)[0] > 1:
-        placed = hybrid(sizes, devices)
+        placed = hybrid_devices(sizes, devices)
     else:  # on a torus an axis need not be whole axes of it
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(placed, AXES, axis_types=types)
@@ -70,7 +70,7 @@ def fast_network_groups(devices):
     return (len(processes) if several else 1), True
 
 
-def hybrid(sizes, devices):
+def hybrid_devices(sizes, devices):
     """Devices of several slices or nodes as an array of `sizes`, along AXES: the slow network lies
     along data, and where that has not enough parts along fsdp."""
     count, by_process = fast_network_groups(devices)

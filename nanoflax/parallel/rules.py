@@ -45,7 +45,7 @@ MAX_REPLICATED_FRACTION = 0.02  # of all numbers may lie whole in matrices on ev
 MAX_REPLICATED_NUMBERS = 2**20  # ... or this many
 
 
-def spec_of(path, shape):
+def partition_spec(path, shape):
     """The PartitionSpec of an array: the first rule that its path ends with and its rank fits.
     Of stacked blocks [L, ...] no axis splits L, and none a dimension of 1 (Adafactor's places)."""
     layers = (None,) * bool(stacking.STACKED.search(path))
@@ -66,24 +66,24 @@ def shardings(tree, mesh):
 
     def of(path, leaf):
         path = jax.tree_util.keystr(path, simple=True, separator="/")
-        name, spec = f"{path} {leaf.shape}", spec_of(path, leaf.shape)
-        used = [axis for entry in spec for axis in constraints.axes_of(entry)]
+        name, spec = f"{path} {leaf.shape}", partition_spec(path, leaf.shape)
+        used = [axis for entry in spec for axis in constraints.axis_names(entry)]
         if len(set(used)) < len(used):
             found.append(f"{name}: its rule {spec} names an axis twice")
             return None
         for entry, size in zip(spec, leaf.shape):
-            if size % constraints.parts_of(entry, mesh):
+            if size % constraints.num_shards(entry, mesh):
                 found.append(
                     f"{name}: {size} is not divisible by "
-                    + " x ".join(f"{axis}={mesh.shape[axis]}" for axis in constraints.axes_on(entry, mesh))
+                    + " x ".join(f"{axis}={mesh.shape[axis]}" for axis in constraints.axes_in_mesh(entry, mesh))
                 )
-        if leaf.ndim > 1 and all(constraints.parts_of(entry, mesh) == 1 for entry in spec):
+        if leaf.ndim > 1 and all(constraints.num_shards(entry, mesh) == 1 for entry in spec):
             whole[name] = leaf.size
-        return NamedSharding(mesh, P(*(constraints.axes_on(entry, mesh) for entry in spec)))
+        return NamedSharding(mesh, P(*(constraints.axes_in_mesh(entry, mesh) for entry in spec)))
 
     out = jax.tree_util.tree_map_with_path(of, tree)
     total = sum(leaf.size for leaf in jax.tree.leaves(tree))
-    if constraints.parts_of(("fsdp", "tensor"), mesh) > 1 and sum(whole.values()) > max(
+    if constraints.num_shards(("fsdp", "tensor"), mesh) > 1 and sum(whole.values()) > max(
         MAX_REPLICATED_NUMBERS, MAX_REPLICATED_FRACTION * total
     ):
         most = sorted(whole, key=whole.get, reverse=True)
@@ -100,7 +100,7 @@ def shardings(tree, mesh):
     return out
 
 
-def padded(config, mesh):
+def pad_vocabulary(config, mesh):
     """The ModelConfig with as much vocab_padding as the mesh needs, its vocabulary then a multiple
     of 128, so that a run may go on over other meshes."""
     tensor = mesh.shape["tensor"]

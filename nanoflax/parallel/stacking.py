@@ -4,7 +4,7 @@ Everywhere else parameters are a tree per block, {"decoder": {"block_0": .., "bl
 With train.scan_layers a training state (parameters, optimizer state, moving average) holds them
 as {"decoder": {"blocks": ..}}, each leaf [L, ...], and its step compiles one block scanned over L,
 not L blocks. Who reads either needs no flag: a model runs what its parameters hold (blocks.Stack),
-the optimizer takes a layer for a layer (`over_layers`), the table of `sharding` covers both, a
+the optimizer takes a layer for a layer (`vmap_over_layers`), the table of `sharding` covers both, a
 checkpoint of one is restored into the other, and `checkpoint.restore_params` gives a tree per
 block.
 """
@@ -72,7 +72,7 @@ def is_stacked(tree):
     return any(map(_is_stacked, jax.tree.leaves(tree, is_leaf=_is_stacked)))
 
 
-def over_layers(optimizer):
+def vmap_over_layers(optimizer):
     """An optax transformation that takes each layer of stacked blocks for parameters of its own: a
     kernel [L, D, F] for L matrices, a norm's scale [L, D] for L vectors. Other leaves as before."""
     optimizer = optax.with_extra_args_support(optimizer)

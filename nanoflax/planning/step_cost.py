@@ -69,7 +69,7 @@ def make_plan(config, mesh):
     state = train.abstract_state(model, optimizer, config, mesh)
     batch = _batch(config)
     grads, most = gradient_bytes(config, mesh)
-    weights, rest = map(parallel.chip_bytes, (state.params, (state.opt_state, state.ema)))
+    weights, rest = map(parallel.bytes_per_device, (state.params, (state.opt_state, state.ema)))
     traffic = (
         2 * (weights + rest)  # the update reads and writes both
         + config.train.accumulate * (3 * _passes_bytes(config, mesh) + 2 * (most - grads))
@@ -227,7 +227,7 @@ def _gradient(local, platform):
     """The jaxpr of the gradient of a share's loss, and the paths of its parameters."""
     model = nn.build(local.model, local.train.remat)
     objective = _objective(local.model)
-    t, params = local.train, parallel.shapes(model)
+    t, params = local.train, parallel.param_shapes(model)
     if t.scan_layers:
         params = parallel.stack(params)
     rng = jax.random.PRNGKey(0) if local.model.dropout else None
@@ -248,7 +248,7 @@ def gradient_bytes(config, mesh):
     # cuDNN's kernel cannot be traced without a GPU.
     platform = "tpu" if device is not None and device.platform == "tpu" else "cpu"
     traced, names = _gradient(share(config, mesh), platform)
-    specs = [parallel.spec_of(name, v.aval.shape) for name, v in zip(names, traced.invars)]
+    specs = [parallel.partition_spec(name, v.aval.shape) for name, v in zip(names, traced.invars)]
     gathered = {v for v, spec in zip(traced.invars, specs) if "fsdp" in spec and mesh.shape["fsdp"] > 1}
     # Gradients that would be cut into thin parts the TPU compiler reduces whole, and keeps until the
     # update. The embeddings' are split by other means.
@@ -286,7 +286,7 @@ def cache_bytes(config, mesh):
             return model.empty_cache(B, T)
         return model.prefill(params, rows, lengths, T)[1]
 
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(caches, parallel.shapes(model))))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(caches, parallel.param_shapes(model))))
 
 
 # Traffic.
@@ -295,7 +295,7 @@ def cache_bytes(config, mesh):
 def _passes_bytes(config, mesh):
     """Bytes of the weights of a chip's share in the compute dtype: read once in every pass."""
     model = nn.build(share(config, mesh).model)
-    return sum(x.size for x in jax.tree.leaves(parallel.shapes(model))) * model.compute_dtype.itemsize
+    return sum(x.size for x in jax.tree.leaves(parallel.param_shapes(model))) * model.compute_dtype.itemsize
 
 
 def collectives(config, mesh, params):
@@ -319,7 +319,7 @@ def collectives(config, mesh, params):
         head = "embed/embedding" if m.tied else "unembed/kernel"
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = train.path_of(path)
-        spec = parallel.spec_of(name, leaf.shape)
+        spec = parallel.partition_spec(name, leaf.shape)
         size = leaf.size // (tensor if "tensor" in spec else 1)
         if "fsdp" not in spec or fsdp == 1:  # its gradient is needed whole
             out["all-reduce"] += 2 * ring(data * fsdp * context, size * item) * t.accumulate

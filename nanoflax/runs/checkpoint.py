@@ -82,7 +82,7 @@ def restore_params(directory, step=None, which="latest", shardings=None, subtree
     Raises:
       UserError: no usable step, `step` absent or damaged, no such subtree.
     """
-    step = parallel.first(lambda: _choose(directory, step, which, log))
+    step = parallel.run_on_main_process(lambda: _choose(directory, step, which, log))
     saved = _saved_tree(directory, step)
     if subtree not in saved:
         raise UserError(f"{directory}: step {step} has no {subtree!r}, only {sorted(saved)}")
@@ -120,7 +120,7 @@ class Checkpoints:
         if jax.process_index() == 0:  # by hand: orbax's own cleaning ends some time later
             for path in self.directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(path, ignore_errors=True)
-        parallel.gather("opened")
+        parallel.gather_from_processes("opened")
         self._metrics = {step: manifest.metric(self.directory / str(step)) for step in self.steps()}
         self._saving = None
         registry = ocp.DefaultCheckpointHandlerRegistry()
@@ -160,7 +160,7 @@ class Checkpoints:
           UserError: the disk refused this save or the one before it, or a later step exists.
         """
         self.wait()
-        found = parallel.first(self.steps)
+        found = parallel.run_on_main_process(self.steps)
         metric = float(metric) if metric is not None and math.isfinite(metric) else None
         if step in found:
             if metric is not None and self._metrics.get(step) is None:
@@ -209,7 +209,7 @@ class Checkpoints:
 
     def latest(self):
         """The newest committed step, or None; all processes ask at once."""
-        return max(parallel.first(self.steps), default=None)
+        return max(parallel.run_on_main_process(self.steps), default=None)
 
     def metric(self, step):
         """The metric that a step was saved with or got later, or None."""
@@ -257,7 +257,7 @@ class Checkpoints:
                 _move_aside(self.directory, damaged, self._log)
             return chosen, problem, moved
 
-        chosen, problem, moved = parallel.first(choose)
+        chosen, problem, moved = parallel.run_on_main_process(choose)
         if moved:
             self._manager.close()
             self._open()

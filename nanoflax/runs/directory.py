@@ -257,9 +257,9 @@ def _train_on_first_process(train: Callable[[], Any], directory: str) -> Any:
     if jax.process_count() == 1:
         return train()
     part = f"{directory}.part"
-    parallel.first(lambda: train().save(part))
+    parallel.run_on_main_process(lambda: train().save(part))
     tokenizer = tokenizers.load(part)
-    parallel.gather("read")
+    parallel.gather_from_processes("read")
     if parallel.is_main_process():
         shutil.rmtree(part)
     return tokenizer
@@ -287,4 +287,4 @@ def with_vocabulary(model: ModelConfig, tokenizer: Any, mesh: Any, saved: Config
         raise UserError(
             f"model.vocab_size={size} is less than the tokenizer's {tokenizer.vocab_size}; set it to 0 or at least that"
         )
-    return model if saved else parallel.padded(model, mesh)
+    return model if saved else parallel.pad_vocabulary(model, mesh)

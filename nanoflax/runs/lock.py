@@ -39,13 +39,13 @@ class WorkdirLock:
 
     def __init__(self, directory):
         self._file = None
-        holder = parallel.first(lambda: self._take(directory))
+        holder = parallel.run_on_main_process(lambda: self._take(directory))
         path, begin = pathlib.Path(directory).expanduser() / ".lock", time.monotonic()
         while not (seen := path.exists() and path.read_text() == holder):
             if time.monotonic() - begin > VISIBLE:
                 break
             time.sleep(0.1)
-        if others := [i for i, saw in enumerate(parallel.gather(seen)) if not saw]:
+        if others := [i for i, saw in enumerate(parallel.gather_from_processes(seen)) if not saw]:
             raise UserError(
                 f"workdir {directory} of process {others[0]} is not that of process 0: "
                 "hosts need one that they share, for the checkpoints"

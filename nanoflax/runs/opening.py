@@ -35,7 +35,7 @@ def restore_model(workdir, config, tokenizer, which="best"):
 
     def fits(params):
         own = dict(paths(params))  # adapters may be among them
-        return all(path in own and own[path].shape == x.shape for path, x in paths(parallel.shapes(model)))
+        return all(path in own and own[path].shape == x.shape for path, x in paths(parallel.param_shapes(model)))
 
     if not fits(params) and config.peft != configs.PeftConfig():
         given = open_model(config.model.init_from)[1] if config.model.init_from else None
@@ -90,7 +90,7 @@ def initialize_from(model, given, seed, mesh):
     left = sorted({path.split("/")[0] for path in given.keys() - fits})
     if left and is_main_process():
         print(f"in the source, not needed: {', '.join(left)}", file=sys.stderr)
-    new |= parallel.put({path: given[path].astype(new[path].dtype) for path in fits}, mesh)
+    new |= parallel.put_params({path: given[path].astype(new[path].dtype) for path in fits}, mesh)
     return traverse_util.unflatten_dict(new, sep="/")
 
 

@@ -62,7 +62,7 @@ class Evaluator:
         def guesses(params, batch):
             return train.guesses(model, params, batch, self.tokenizer.vocab_size)
 
-        self._sums, self.guesses, self._logits = (jax.jit(parallel.traced_on(mesh, f)) for f in (sums, guesses, logits))
+        self._sums, self.guesses, self._logits = (jax.jit(parallel.with_mesh(mesh, f)) for f in (sums, guesses, logits))
 
     def _with_noise(self, rows):
         """The rows, their noise drawn once; the example of a noisy text is the Pair that the noise made."""
@@ -131,7 +131,7 @@ class Evaluator:
         own = parallel.own_rows(self.mesh, B)
         for batch in itertools.islice(evaluation(self.rows, B, own), -(-number // B)):
             yield parallel.put_batch(batch, self.mesh)
-            parallel.alive()
+            parallel.reset_watchdog()
 
     def logits(self, params, number):
         """The logits and the weights of each of the first rows."""

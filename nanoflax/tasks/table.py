@@ -100,7 +100,7 @@ def generate_targets(evaluator, params, number):
             else generate.sample(evaluator.model, params, part, temperature=0, **options)
         )
         found += map(tokenizer.decode, new)
-        parallel.alive()
+        parallel.reset_watchdog()
     return found[:number]
 
 

@@ -92,7 +92,7 @@ def fit(
         if progress.tokens_per_second is not None:
             values["tokens_per_second"] = progress.tokens_per_second
         log.log(at, **values)
-        parallel.alive()
+        parallel.reset_watchdog()
         if values["skipped"] >= t.max_skipped:
             raise UserError(
                 f"{values['skipped']} steps in a row had a non-finite loss or "
@@ -111,7 +111,7 @@ def fit(
         saved_at = time.monotonic()
 
     reason, caught = "finished", 0
-    parallel.gather("ready")  # compiled
+    parallel.gather_from_processes("ready")  # compiled
     with (
         Signals() as signals,
         parallel.watchdog(t.watchdog_seconds),
@@ -136,8 +136,8 @@ def fit(
                     settle()
                 with progress.pause():
                     found, text = evaluate(state.params if state.ema is None else state.ema, done)
-                found = parallel.gather({k: float(v) for k, v in found.items()})[0]
-                parallel.alive()
+                found = parallel.gather_from_processes({k: float(v) for k, v in found.items()})[0]
+                parallel.reset_watchdog()
                 log.log(done, **found)
                 progress.write(text)
                 if done < counted:

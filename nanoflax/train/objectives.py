@@ -54,7 +54,7 @@ def guesses(model, params, batch, vocab_size=None):
 
     states = _states(model, params, batch)
     B, T, D = states.shape
-    t = parallel.ways(B, T)[1]  # a piece has its share of every device's part of T
+    t = parallel.batch_splits(B, T)[1]  # a piece has its share of every device's part of T
     chunks = math.gcd(nn.chunks_of(B, T, model.config.vocab_size), T // t)
     found = jax.lax.map(guess, jnp.moveaxis(states.reshape(B, t, chunks, -1, D), 2, 0))
     return jnp.moveaxis(found.reshape(chunks, B, t, -1), 0, 2).reshape(B, T)

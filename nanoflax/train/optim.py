@@ -120,7 +120,7 @@ def make_optimizer(config, steps):
         tx = optax.chain(
             optax.add_decayed_weights(c.weight_decay, decay_mask), optax.sgd(schedule, momentum=c.b1, nesterov=True)
         )
-    tx = parallel.over_layers(tx)
+    tx = parallel.vmap_over_layers(tx)
     if c.layer_decay != 1:
         tx = optax.chain(tx, layerwise_decay(c.layer_decay))
     if c.clip:

@@ -24,7 +24,7 @@ def new_state(model, optimizer, config, rng, params=None):
     """What `compile_init` compiles: the TrainState of step 0. rng: a PRNG key; params: given ones
     (a tree per block), or None to draw them. Blocks are stacked if config.train.scan_layers."""
     if params is None:
-        params = parallel.draw(model, rng)
+        params = parallel.initial_params(model, rng)
     if config.train.scan_layers:
         params = parallel.stack(params)
     copy = jax.tree.map(jnp.copy, params) if config.optim.ema else None

@@ -90,7 +90,7 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
     """
 
     @jax.jit
-    @partial(parallel.traced_on, mesh)
+    @partial(parallel.with_mesh, mesh)
     def step(params, batch):
         _, nll, weight = objective(model, params, batch, chunks=config.train.loss_chunks)
         return nll, weight
@@ -106,7 +106,7 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
                 if len(waiting) > 1 or mesh.size > 1:
                     nll, weight = waiting.pop(0)
                     nats, tokens = nats + float(nll), tokens + float(weight)
-                    parallel.alive()
+                    parallel.reset_watchdog()
         for nll, weight in waiting:
             nats, tokens = nats + float(nll), tokens + float(weight)
         return nats, tokens
@@ -119,7 +119,7 @@ def jit_step(step, state, mesh):
     shardings = jax.tree.map(lambda x: x.sharding, state)
     options = parallel.compiler_options(mesh.devices.flat[0].platform)
     return jax.jit(
-        parallel.traced_on(mesh, step), donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
+        parallel.with_mesh(mesh, step), donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
     )
 
 
@@ -144,5 +144,5 @@ def attention_backends(model, params, batch, mesh, objective=causal_lm):
         return result
 
     with nn.intercept_methods(look):
-        jax.eval_shape(parallel.traced_on(mesh, lambda params, batch: objective(model, params, batch)), params, batch)
+        jax.eval_shape(parallel.with_mesh(mesh, lambda params, batch: objective(model, params, batch)), params, batch)
     return ", ".join(dict.fromkeys(found))

@@ -747,7 +747,7 @@ def load_sharded(directory):
             jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(under), jax.tree.leaves(whole), strict=True
         ):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            assert a.sharding.spec == b.sharding.spec == parallel.spec_of(name, a.shape), name
+            assert a.sharding.spec == b.sharding.spec == parallel.partition_spec(name, a.shape), name
             np.testing.assert_array_equal(a, c)
             np.testing.assert_array_equal(b, c)
     print(json.dumps(sharded))

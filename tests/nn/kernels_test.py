@@ -298,7 +298,7 @@ def on_a_tpu(patch):
     def by_facts(q, k, v, causal, facts, scale, softcap):
         return plain(q, k, v, causal, facts, scale, softcap)
 
-    patch(constraints, "platform", lambda: "tpu")
+    patch(parallel, "current_platform", lambda: "tpu")
     patch(kernels, "BACKENDS", {"splash": kernels.BACKENDS["splash"]._replace(attend=by_facts)})
 
 
@@ -324,7 +324,7 @@ def splash_on_a_mesh():
 
     places = [jax.NamedSharding(mesh, constraints.CACHE)] * 4 + [parallel.batch_sharding(mesh, 2)]
     arguments = jax.device_put((q, k, v, dy, segments), tuple(places))
-    split = jax.jit(parallel.traced_on(mesh, functools.partial(numbers, interpreted)))
+    split = jax.jit(parallel.with_mesh(mesh, functools.partial(numbers, interpreted)))
     split = split.lower(*arguments).compile()
     found = split(*arguments)
     same(jax.device_get(found), jax.jit(functools.partial(numbers, plain))(q, k, v, dy, segments), 1e-5)
@@ -362,6 +362,6 @@ def test_what_is_chosen_is_named_and_a_cache_and_init_are_plain(monkeypatch):
 
 
 def test_platform_is_that_of_the_mesh():
-    assert parallel.platform() == jax.default_backend()
+    assert parallel.current_platform() == jax.default_backend()
     with jax.sharding.use_abstract_mesh(parallel.abstract_mesh((1, 1, 1), "tpu")):
-        assert parallel.platform() == "tpu"
+        assert parallel.current_platform() == "tpu"

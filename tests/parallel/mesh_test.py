@@ -140,7 +140,7 @@ def on_meshes():
             mesh = parallel.make_mesh(shape)
             places = parallel.shardings(params, mesh)
             arguments = jax.device_put(params, places), parallel.put_batch(batch, mesh)
-            compiled = jax.jit(parallel.traced_on(mesh, step), out_shardings=(None, places)).lower(*arguments).compile()
+            compiled = jax.jit(parallel.with_mesh(mesh, step), out_shardings=(None, places)).lower(*arguments).compile()
             found = jax.device_get(compiled(*arguments))
             moved = collectives(compiled.as_text(), mesh)
             split = [
@@ -295,7 +295,7 @@ def evaluated():
     )
 
     def objective(*arguments, **options):
-        ways.append(parallel.ways(B, T))
+        ways.append(parallel.batch_splits(B, T))
         return train.causal_lm(*arguments, **options)
 
     for shape in ("1,1,1", "1,2,2,2"):
@@ -342,7 +342,7 @@ def decoded():
         out[name] = [tokens(params), tokens(split)]
     zero = jax.device_put(np.float32(0), jax.NamedSharding(mesh, jax.P()))
     cache = jax.jit(
-        parallel.traced_on(
+        parallel.with_mesh(
             mesh, lambda zero: jax.tree.map(lambda x: x + zero, build(MODELS["packed"]).empty_cache(8, 12)["layers"])
         )
     )(zero)

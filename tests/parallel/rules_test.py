@@ -401,7 +401,7 @@ def devices_of(slices, each, platform="gpu"):
 )
 def test_slices_are_apart_along_data_or_else_fsdp(sizes, across):
     devices = devices_of(2, 4)
-    array = mesh.hybrid(sizes, devices)
+    array = mesh.hybrid_devices(sizes, devices)
     assert array.shape == sizes and {d.id for d in array.flat} == set(range(8))
     at = np.vectorize(lambda d: d.slice_index)(array)
     axis = parallel.AXES.index(across)
@@ -410,7 +410,7 @@ def test_slices_are_apart_along_data_or_else_fsdp(sizes, across):
 
 
 def test_slices_along_data_and_fsdp_together():
-    array = mesh.hybrid((2, 4, 1, 1), devices_of(4, 2))
+    array = mesh.hybrid_devices((2, 4, 1, 1), devices_of(4, 2))
     assert [[d.slice_index for d in row] for row in array[:, :, 0, 0]] == [[0, 0, 1, 1], [2, 2, 3, 3]]
 
 
@@ -420,7 +420,7 @@ def test_tensor_across_slices_is_refused_with_the_mesh():
         match=r"train.mesh='1,1,8' must split 2 slices or nodes along "
         "data, then fsdp",
     ):
-        mesh.hybrid((1, 1, 8, 1), devices_of(2, 4))
+        mesh.hybrid_devices((1, 1, 8, 1), devices_of(2, 4))
 
 
 def test_what_a_fast_network_joins():
@@ -578,4 +578,4 @@ def test_shardings_name_the_leaves_that_do_not_divide():
     ],
 )
 def test_the_first_rule_that_fits_a_path(path, shape, spec):
-    assert parallel.spec_of(path, shape) == spec
+    assert parallel.partition_spec(path, shape) == spec

@@ -327,13 +327,13 @@ def test_adapters_go_through_recomputed_blocks(llama):
     ],
 )
 def test_what_is_trained_is_chosen_by_name(config, trained, expected):
-    params = parallel.shapes(build(config))
+    params = parallel.param_shapes(build(config))
     mask = peft.trainable(params, PeftConfig(trained=trained))
     assert {path for path, chosen in flatten_dict(mask, sep="/").items() if chosen} == expected
 
 
 def test_biases_are_chosen_everywhere_and_only_they():
-    params = parallel.shapes(build(GPT2))
+    params = parallel.param_shapes(build(GPT2))
     mask = flatten_dict(peft.trainable(params, PeftConfig(trained="biases")), sep="/")
     assert all(mask[path] == path.endswith("/bias") for path in mask) and any(mask.values())
     mask = peft.trainable(params, PeftConfig())
@@ -686,7 +686,7 @@ def test_bad_configurations_are_refused_by_name(llama):
             peft.add(params, PeftConfig(**fields), jax.random.PRNGKey(0))
     with pytest.raises(UserError, match="peft.warmup_steps=100 and peft.final_steps=100 must leave"):
         validate(Config(model=ModelConfig(vocab_size=9), peft=PeftConfig("adalora"), train=TrainConfig(steps=200)))
-    t5 = parallel.shapes(build(ModelConfig(**vars(BART) | {"positions": "relative"})))
+    t5 = parallel.param_shapes(build(ModelConfig(**vars(BART) | {"positions": "relative"})))
     with pytest.raises(UserError, match="'prompt' does not go with relative positions"):
         add(t5, "prompt")
     with pytest.raises(UserError, match="peft.kind='prefix' needs a Transformer"):

@@ -173,7 +173,7 @@ def test_roofline_by_hand():
 def test_presets_have_the_published_sizes(name, parameters):
     from nanoflax.nn import build
 
-    shapes = parallel.shapes(build(preset(name)))
+    shapes = parallel.param_shapes(build(preset(name)))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
 
 

@@ -318,7 +318,7 @@ def test_a_coordinator_that_does_not_answer(home):
 def test_flags_that_do_not_fit_together(arguments, words, monkeypatch):
     monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
     with pytest.raises(UserError, match=words):
-        parallel.initialize(*arguments)
+        parallel.join_processes(*arguments)
 
 
 def test_a_process_alone_joins_nothing(monkeypatch):
@@ -326,12 +326,12 @@ def test_a_process_alone_joins_nothing(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: called.append(1))
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
-        parallel.initialize()
+        parallel.join_processes()
         monkeypatch.setenv(name, "2")
-        parallel.initialize()
+        parallel.join_processes()
         monkeypatch.delenv(name)
-    assert len(called) == 2 and parallel.gather(1) == [1]
-    assert parallel.first(lambda: "x") == "x"
+    assert len(called) == 2 and parallel.gather_from_processes(1) == [1]
+    assert parallel.run_on_main_process(lambda: "x") == "x"
     votes = parallel.HostPoll(0)
     assert [votes(step, step) for step in (1, 2)] == [[1], [2]]
 
@@ -358,7 +358,7 @@ def member(directory):
     from nanoflax import nn, parallel, train
     from nanoflax.config import Config, ModelConfig, OptimConfig, TrainConfig
 
-    parallel.initialize(heartbeat=300)
+    parallel.join_processes(heartbeat=300)
     count, found = jax.process_count(), {"rows": {}}
     if count > 1:
         found |= agreement(pathlib.Path(directory), jax.process_index())
@@ -425,11 +425,11 @@ def agreement(directory, index):
     lock.VISIBLE = 1
     shared = runs.WorkdirLock(directory / "shared")
     return {
-        "gathered": parallel.gather([index, 0.1 + 0.2 * index, float("inf")]),
-        "first": parallel.first(lambda: index),
-        "refused": message(lambda: parallel.first(refuse)),
-        "differ": message(lambda: parallel.check_same("x", {"a": {"b": index, "c": 1}})),
-        "same": message(lambda: parallel.check_same("x", {"a": {"b": (1, 2)}})),
+        "gathered": parallel.gather_from_processes([index, 0.1 + 0.2 * index, float("inf")]),
+        "first": parallel.run_on_main_process(lambda: index),
+        "refused": message(lambda: parallel.run_on_main_process(refuse)),
+        "differ": message(lambda: parallel.check_processes_agree("x", {"a": {"b": index, "c": 1}})),
+        "same": message(lambda: parallel.check_processes_agree("x", {"a": {"b": (1, 2)}})),
         "votes": vote(),
         "locks": shared._file is not None,
         "not shared": message(lambda: runs.WorkdirLock(directory / f"own-{index}")),

@@ -24,13 +24,13 @@ def mesh_of(tensor):
 
 def test_padding_is_what_the_mesh_needs():
     def sizes(V, tensor):
-        m = parallel.padded(ModelConfig(vocab_size=V), mesh_of(tensor))
+        m = parallel.pad_vocabulary(ModelConfig(vocab_size=V), mesh_of(tensor))
         return m.vocab_size, m.vocab_padding
 
     assert sizes(261, 1) == (261, 0) and sizes(262, 2) == (262, 0) and sizes(0, 8) == (0, 0)
     assert sizes(261, 2) == (384, 123) and sizes(129, 6) == (384, 255) and sizes(255, 2) == (256, 1)
-    once = parallel.padded(ModelConfig(vocab_size=261), mesh_of(2))
-    assert parallel.padded(once, mesh_of(8)) == once
+    once = parallel.pad_vocabulary(ModelConfig(vocab_size=261), mesh_of(2))
+    assert parallel.pad_vocabulary(once, mesh_of(8)) == once
     for fields in (dict(vocab_size=9, vocab_padding=9), dict(vocab_padding=1), dict(vocab_size=9, vocab_padding=-1)):
         with pytest.raises(UserError, match="model.vocab_padding=.* must be from 0 to below"):
             validate(ModelConfig(**fields))
@@ -54,7 +54,7 @@ def test_without_its_padding_a_model_gives_the_same_logits(fields):
     params = jax.tree.map(lambda x: x + 0.1, params)
     cut_config, cut = without_padding(config, params)
     assert (cut_config.vocab_size, cut_config.vocab_padding) == (37, 0)
-    expected = parallel.shapes(build(cut_config))
+    expected = parallel.param_shapes(build(cut_config))
     assert jax.tree.map(lambda x: x.shape, cut) == jax.tree.map(lambda x: x.shape, expected)
     ids = np.arange(36).reshape(2, 18)
     more = {"source": ids} if config.architecture in ("encoder_decoder", "lstm") else {}

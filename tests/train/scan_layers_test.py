@@ -175,7 +175,7 @@ def test_a_stacked_model_compiles_one_block_however_deep():
         def loss(params):
             return model.apply({"params": params}, tokens_of(0, 1, 8))[0].sum()
 
-        return len(jax.jit(jax.grad(loss)).lower(stack(parallel.shapes(model))).as_text())
+        return len(jax.jit(jax.grad(loss)).lower(stack(parallel.param_shapes(model))).as_text())
 
     assert size(32) < 1.01 * size(4)
 
