@@ -26,7 +26,7 @@ print(json.dumps(getattr(module, sys.argv[2])(*sys.argv[3:])))
 """
 
 
-def run_child(*arguments, file="mesh_test"):
+def run_child(*arguments, file="parallel.mesh_test"):
     """What a function of a test file gives in a process of eight devices."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     flags += " --xla_backend_optimization_level=0"  # of code that runs once

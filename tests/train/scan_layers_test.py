@@ -20,6 +20,7 @@ from nanoflax.nn import build
 from nanoflax.nn.blocks import Stack
 from nanoflax.parallel import is_stacked, stack, unstack
 from nanoflax.runs import Checkpoints, restore_params
+from tests.closeness import assert_trees_close
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 V, T = 61, 12
@@ -62,14 +63,14 @@ def tokens_of(seed, *shape):
     return np.random.default_rng(seed).integers(0, V, shape).astype(np.int32)
 
 
-def assert_same(a, b, atol):
+def assert_same(a, b, tolerance):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
         assert (x.dtype, x.shape) == (y.dtype, y.shape), path
-        if atol is None:
+        if tolerance is None:
             assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
-        else:
-            np.testing.assert_allclose(x, y, atol=atol, rtol=atol, err_msg=str(path))
+    if tolerance is not None:
+        assert_trees_close(a, b, relative_to_tree=tolerance)
 
 
 @partial(jax.jit, static_argnums=(0, 2))

@@ -16,6 +16,7 @@ from nanoflax.errors import UserError
 from nanoflax.nn import build
 from nanoflax.train import loop, step
 from nanoflax.train.loop import Outcome
+from tests.closeness import assert_trees_close
 
 B, T, V = 8, 12, 23
 
@@ -62,8 +63,8 @@ def run(config, batches, objective=train.causal_lm):
     return metrics, jax.device_get(state)
 
 
-def assert_close(a, b, atol=1e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-6), a, b)
+def assert_metrics_close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6), a, b)
 
 
 def assert_same_bits(a, b):
@@ -75,9 +76,8 @@ def test_accumulation_changes_nothing(pieces):
     options = dict(z_loss=1e-3, label_smoothing=0.1)
     whole, state = run(config_of(**options), map(batch_of, range(2)))
     parts, other = run(config_of(accumulate=pieces, **options), map(batch_of, range(2)))
-    for a, b in zip(whole, parts):
-        assert_close(a, b)
-    assert_close(state.params, other.params)
+    assert_metrics_close(whole, parts)
+    assert_trees_close(other.params, state.params)
     assert np.abs(state.params["decoder"]["norm"]["scale"] - 1).max() > 1e-4
 
 
@@ -115,8 +115,8 @@ def test_rows_of_weight_0_change_nothing():
     # And a batch without those rows is the same step.
     without = {k: np.delete(v, [1, 4], 0) for k, v in batch.items()}
     (c,), fewer = run(config_of(batch_size=6), [without])
-    assert_close(a, c)
-    assert_close(state.params, fewer.params)
+    assert_metrics_close(a, c)
+    assert_trees_close(fewer.params, state.params)
 
 
 def test_a_batch_of_padding_alone_is_harmless():
@@ -199,13 +199,15 @@ def test_ema_is_the_average_of_the_parameters():
         state, _ = step(state, parallel.put_batch(batch_of(i), mesh))
         decay = min(0.5, (1 + i) / (10 + i))  # short runs forget the initial values sooner
         expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, expected, jax.device_get(state.params))
-        assert_close(jax.device_get(state.ema), expected)
+        assert_trees_close(jax.device_get(state.ema), expected)
 
 
 @pytest.mark.parametrize("remat", ["dots", "blocks"])
 def test_remat_changes_no_number(remat):
-    plain = run(config_of({"dropout": 0.2}), [batch_of()])
-    assert_close(plain, run(config_of({"dropout": 0.2}, remat=remat), [batch_of()]))
+    metrics, state = run(config_of({"dropout": 0.2}), [batch_of()])
+    found, other = run(config_of({"dropout": 0.2}, remat=remat), [batch_of()])
+    assert_metrics_close(found, metrics)
+    assert_trees_close(other, state)
 
 
 def test_remat_recomputes():
