@@ -1,23 +1,34 @@
 """What a model is: one frozen dataclass for every architecture, and the published sizes."""
 
 import dataclasses
+from typing import NamedTuple
 
 from nanoflax.config.checks import at_least, choice, from_dict
 from nanoflax.errors import UserError
 
-ARCHITECTURES = ("decoder", "encoder", "encoder_decoder", "lstm")
+
+
+class Architecture(NamedTuple):
+    """Facts of an architecture that other rooms need; `nn.build` has the models themselves."""
+
+    heads: tuple[str, ...]  # the values of ModelConfig.head
+    reads_source: bool = False  # the model writes a target from a source; a prompt is a source
+    is_causal: bool = True  # a token of the output sees only the tokens before it
+    has_blocks: bool = True  # the model is a Transformer
+
+
+ARCHITECTURES = {
+    "decoder": Architecture(("lm", "classify")),
+    "encoder": Architecture(("none", "mlm", "classify", "tag"), is_causal=False),
+    "encoder_decoder": Architecture(("lm",), reads_source=True),
+    "lstm": Architecture(("lm",), reads_source=True, has_blocks=False),
+}
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "tanh")
 NORMS = ("layernorm", "rmsnorm")
 NORM_PLACES = ("pre", "post", "sandwich", "after")
 QK_NORMS = ("none", "head", "full")
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves", "rotary", "relative", "none")
 ROPE_SCALINGS = ("none", "linear", "llama3")
-HEADS = {
-    "decoder": ("lm", "classify"),
-    "encoder": ("none", "mlm", "classify", "tag"),
-    "encoder_decoder": ("lm",),
-    "lstm": ("lm",),
-}
 LSTM_ATTENTIONS = ("additive", "multiplicative")
 LSTM_STARTS = ("encoder", "zeros")
 BOTTLENECKS = ("none", "mean", "first")
@@ -103,6 +114,33 @@ class ModelConfig:
     dtype: str = "auto"  # of activations: float32 on CPU, bfloat16 elsewhere; parameters: float32
     # Of attention: plain, cudnn (GPU), splash (TPU); auto: the platform's, wherever it is exact.
     attention_backend: str = "auto"
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether the model writes a target from a source (an encoder-decoder or LSTM)."""
+        return ARCHITECTURES[self.architecture].reads_source
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token of the output sees only the tokens before it (all but an encoder)."""
+        return ARCHITECTURES[self.architecture].is_causal
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the model is a Transformer, made of blocks."""
+        return ARCHITECTURES[self.architecture].has_blocks
+
+    @property
+    def cross_layers(self) -> int:
+        """The number of blocks with cross-attention: those of an encoder-decoder's decoder, else 0."""
+        if not (self.reads_source and self.has_blocks):
+            return 0
+        return self.layers if self.decoder_layers is None else self.decoder_layers
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether a Linear and an activation stand between the first state and the head."""
+        return self.pooler or self.head == "classify" and not self.is_causal
 
     @property
     def G(self):
@@ -191,7 +229,7 @@ def problems(m):
         ("pooler_activation", ACTIVATIONS),
         ("positions", POSITIONS),
         ("rope_scaling", ROPE_SCALINGS),
-        ("head", HEADS.get(m.architecture, ())),
+        ("head", ARCHITECTURES[m.architecture].heads if m.architecture in ARCHITECTURES else ()),
         ("lstm_attention", LSTM_ATTENTIONS),
         ("lstm_start", LSTM_STARTS),
         ("bottleneck", BOTTLENECKS),
@@ -263,12 +301,12 @@ def problems(m):
         found.append(f"model.parallel needs model.norm_place='pre', not {m.norm_place!r}")
     if m.rope_scaling == "llama3" and not m.rope_low < m.rope_high:
         found.append(f"model.rope_low={m.rope_low} must be less than model.rope_high={m.rope_high}")
-    if m.bottleneck != "none" and m.architecture not in ("encoder_decoder", "lstm"):
+    if m.bottleneck != "none" and not m.reads_source:
         found.append(
             f"model.bottleneck={m.bottleneck!r} is for model.architecture='encoder_decoder' "
             f"or 'lstm', not {m.architecture!r}"
         )
-    if m.architecture == "lstm" and m.decoder_layers not in (None, m.layers):
+    if not m.has_blocks and m.decoder_layers not in (None, m.layers):
         found.append(
             f"model.decoder_layers={m.decoder_layers} must equal model.layers={m.layers} "
             "in an lstm: each layer starts where the encoder's ended"

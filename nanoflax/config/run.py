@@ -339,9 +339,9 @@ def _problems(c):
             "train.scan_layers=true does not go with peft.kind='adalora', which weighs the "
             "matrices of all blocks against each other"
         )
-    if t.scan_layers and c.model.architecture == "lstm":
+    if t.scan_layers and not c.model.has_blocks:
         found.append("train.scan_layers=true needs blocks, and model.architecture='lstm' has none")
-    if o.layer_decay != 1 and c.model.architecture == "lstm":
+    if o.layer_decay != 1 and not c.model.has_blocks:
         found.append(f"optim.layer_decay={o.layer_decay} needs blocks, and model.architecture='lstm' has none")
     if not 0 < o.layer_decay <= 1:
         found.append(f"optim.layer_decay={o.layer_decay} must be in (0, 1]")

@@ -95,11 +95,11 @@ def start(model, params, tokens, lengths, new_tokens, rng, filters):
     seen = None
     if filters.repetition_penalty is not None:
         seen = jnp.zeros((B, model.config.vocab_size), bool)
-        if model.config.architecture == "decoder":  # else the prompt is a source, free to be copied
+        if model.config.reads_source:  # the prompt may be copied without a penalty
+            seen = seen.at[jnp.arange(B), token].set(True)
+        else:
             real = jnp.arange(P)[None] >= P - lengths[:, None]
             seen = seen.at[jnp.arange(B)[:, None], tokens].max(real)
-        else:
-            seen = seen.at[jnp.arange(B), token].set(True)
     return Generation(cache, token, jnp.zeros(B, bool), seen, rng)
 
 
@@ -247,7 +247,7 @@ def check_prompts(config, prompts, max_new_tokens):
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             bad = next(t for t in prompt if not 0 <= t < config.vocab_size)
             raise UserError(f"prompt {i} holds token id {bad}, outside the model's vocabulary of {config.vocab_size}")
-        if config.architecture == "decoder" and len(prompt) + max_new_tokens > config.context:
+        if not config.reads_source and len(prompt) + max_new_tokens > config.context:
             raise UserError(
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that "
                 f"exceeds the model's context of {config.context}; shorten one of them"

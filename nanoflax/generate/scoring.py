@@ -24,7 +24,7 @@ def log_likelihoods(model, params, prompts, continuations, batch_size=16, names=
     Returns [N] float64 (each of float32 precision).
     Raises: UserError naming every pair that the model's context has no room for.
     """
-    c, decoder = model.config, model.config.architecture == "decoder"
+    c, decoder = model.config, not model.config.reads_source
     if c.head != "lm":
         raise UserError(
             f"an {c.architecture} with model.head={c.head!r} gives texts no "

@@ -138,13 +138,12 @@ def canonical(config):
         unused += ["global_layers", "rope_local_theta"]
     if c.head not in ("classify", "tag"):
         unused += ["labels"]
-    pooler = c.pooler or c.head == "classify" and c.architecture == "encoder"
-    if not pooler:
+    if not c.has_pooler:
         unused += ["pooler_activation"]
     if c.head not in ("lm", "mlm"):
         unused += ["tied", "head_bias", "logit_softcap", "logit_scale"]
-    if c.architecture == "encoder_decoder":
-        c = dataclasses.replace(c, decoder_layers=c.decoder_layers or c.layers)
+    if c.cross_layers:
+        c = dataclasses.replace(c, decoder_layers=c.cross_layers)
     else:
         unused += ["decoder_layers", "start_id"]
     biases = {f"{part}_bias": c.has_bias(part) for part in ("qkv", "out", "mlp", "norm")}
@@ -158,7 +157,7 @@ def canonical(config):
         bias=True,
         **biases,
         window=window,
-        pooler=pooler,
+        pooler=c.has_pooler,
         attention_scale=c.attention_scale or c.K**-0.5,
         **{name: getattr(default, name) for name in unused},
     )

@@ -121,7 +121,7 @@ def save(directory, config, params, tokenizer=None, model_type=None, max_shard_b
             "pad_token_id": tokenizer.pad_id,
             "eos_token_id": stops if len(stops) > 1 else stops[0],
         }
-    if config.architecture == "encoder_decoder":
+    if config.reads_source:
         ids |= {"decoder_start_token_id": config.start_id, "forced_eos_token_id": None}
     directory = pathlib.Path(directory)
     try:

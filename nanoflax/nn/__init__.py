@@ -14,7 +14,6 @@ from nanoflax.nn.models import (
     EncoderDecoder,
     alignment,
     build,
-    decoder_layers,
     flops_per_token,
     head_kernel,
     without_padding,
@@ -24,6 +23,6 @@ from nanoflax.nn.positions import base_rates, rotary_rates
 __all__ = [
     "Attention", "AttentionLSTM", "Block", "Decoder", "DecoderClassifier", "Embedding", "Encoder",
     "EncoderDecoder", "LanguageModel", "Linear", "MLP", "Norm", "SourceModel", "Stack", "VOCABULARY", "alignment",
-    "base_rates", "build", "chunked_cross_entropy", "chunks_of", "column_lengths", "decoder_layers",
+    "base_rates", "build", "chunked_cross_entropy", "chunks_of", "column_lengths", 
     "dot_product_attention", "flops_per_token", "head_kernel", "low_rank", "mean_pool", "rotary_rates",
     "shift_right", "token_losses", "without_padding"]  # fmt: skip

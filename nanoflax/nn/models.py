@@ -90,7 +90,7 @@ class Encoder(LanguageModel):
         self.encoder = Stack(c, c.layers, causal=False, remat=self.remat)
         if c.token_types:
             self.type_embed = Embedding(c.token_types, c.dim, self.compute_dtype)
-        if c.pooler or c.head == "classify":
+        if c.has_pooler:
             self.pooler = Linear(c.dim)
         if c.head == "mlm":
             self.transform, self.norm_transform = Linear(c.dim), norm(c)
@@ -139,7 +139,7 @@ class EncoderDecoder(SourceModel):
         super().setup()
         c = self.config
         self.encoder = Stack(c, c.layers, causal=False, remat=self.remat)
-        self.decoder = Stack(c, decoder_layers(c), cross=True, remat=self.remat)
+        self.decoder = Stack(c, c.cross_layers, cross=True, remat=self.remat)
 
     def hidden(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
         """The last states that `head` reads, [B, T, D] in the compute dtype, and the cache."""
@@ -166,7 +166,7 @@ class EncoderDecoder(SourceModel):
         B, S = tokens.shape
         mask = jnp.arange(S)[None] >= S - lengths[:, None]
         cross, mask = self.apply({"params": params}, tokens, mask, method="cross_cache")
-        cache = _empty_cache(self, decoder_layers(self.config), B, new_tokens)
+        cache = _empty_cache(self, self.config.cross_layers, B, new_tokens)
         cache["layers"] = [layer | more for layer, more in zip(cache["layers"], cross)]
         return jnp.full(B, self.config.start_id, jnp.int32), cache | {"source_mask": mask}
 
@@ -196,11 +196,6 @@ def alignment(model, params, source, targets):
     with nn.intercept_methods(look):
         model.apply({"params": params}, inputs, source)
     return min(layers, key=lambda w: float(jax.scipy.special.entr(w).sum()))
-
-
-def decoder_layers(config):
-    """How many blocks the decoder of an encoder-decoder has."""
-    return config.layers if config.decoder_layers is None else config.decoder_layers
 
 
 def _empty_cache(model, layers, batch, length, start=None):
@@ -261,6 +256,5 @@ def flops_per_token(config, length=None):
     attention = c.dim * c.K * (2 * c.heads + 2 * c.G)
     mlp = c.dim * c.F * (3 if c.gated else 2)
     blocks = c.layers * (6 * (attention + mlp) + 12 * c.heads * c.K * T)
-    if c.architecture == "encoder_decoder":
-        blocks += decoder_layers(c) * (6 * (2 * attention + mlp) + 24 * c.heads * c.K * T)
+    blocks += c.cross_layers * (6 * (2 * attention + mlp) + 24 * c.heads * c.K * T)
     return blocks + head

@@ -104,8 +104,7 @@ def param_shapes(model):
 def initial_params(model, rng):
     """What `init` compiles: the parameters of a model from a PRNG key."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    reads_source = model.config.architecture in ("encoder_decoder", "lstm")
-    return model.init(rng, tokens, **{"source": tokens} if reads_source else {})["params"]
+    return model.init(rng, tokens, **{"source": tokens} if model.config.reads_source else {})["params"]
 
 
 def init(model, rng, mesh=None):

@@ -119,9 +119,9 @@ def check_mesh(config, mesh, lengths=None):
             f"train.batch_size={t.batch_size} over train.accumulate={t.accumulate} gives "
             f"micro-batches of {micro}, not divisible by data x fsdp = {ways}"
         )
-    lstm, context = m.architecture == "lstm", mesh.shape["context"]
+    context = mesh.shape["context"]
     sizes = [("model.vocab_size", m.vocab_size, "tensor"), ("model.dim", m.dim, "fsdp")]
-    if not lstm:
+    if m.has_blocks:
         sizes += [
             ("model.heads", m.heads, "tensor"),
             ("model.kv_heads", m.G, "tensor"),
@@ -131,7 +131,7 @@ def check_mesh(config, mesh, lengths=None):
     for name, size, axis in sizes:
         if size % mesh.shape[axis]:
             found.append(f"{name}={size} is not divisible by {axis}={mesh.shape[axis]}")
-    if lstm and context > 1:
+    if not m.has_blocks and context > 1:
         found.append(
             f"context={context} does not go with model.architecture='lstm', which reads its tokens one after another"
         )

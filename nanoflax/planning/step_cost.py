@@ -161,12 +161,12 @@ def share(config, mesh):
     """The Config of what one chip computes in a micro-batch: a part of the rows, T, heads, F, V."""
     m, t, split = config.model, config.train, mesh.shape["tensor"]
     rows = t.batch_size // t.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
-    if m.architecture == "decoder":  # the pieces that the whole micro-batch is cut into
+    if m.head == "lm" and not m.reads_source:  # the pieces that the whole micro-batch is cut into
         t = dataclasses.replace(
             t, loss_chunks=t.loss_chunks or nn.chunks_of(t.batch_size // t.accumulate, m.context, m.vocab_size)
         )
     m = dataclasses.replace(m, context=m.context // mesh.shape["context"])
-    if m.architecture != "lstm":
+    if m.has_blocks:
         m = dataclasses.replace(
             m,
             heads=m.heads // split,
@@ -183,10 +183,10 @@ def _batch(config):
     m, B, T = config.model, config.train.batch_size, config.model.context
     tokens, flags = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T), bool)
     weights = jax.ShapeDtypeStruct((B, T), jnp.float32)
-    if m.architecture == "decoder" and m.head == "lm":
-        return train.abstract_batch(config, parallel.abstract_mesh((1, 1, 1)))
-    if m.architecture in ("encoder_decoder", "lstm"):
+    if m.reads_source:
         return {"source": tokens, "source_mask": flags, "targets": tokens, "weights": weights}
+    if m.head == "lm":
+        return train.abstract_batch(config, parallel.abstract_mesh((1, 1, 1)))
     row = jax.ShapeDtypeStruct((B,), jnp.int32)
     batch = {"tokens": tokens, "padding_mask": flags}
     if m.head == "classify":
@@ -200,7 +200,7 @@ def _batch(config):
 
 
 def _objective(m):
-    if m.architecture in ("encoder_decoder", "lstm"):
+    if m.reads_source:
         return train.seq2seq
     return {"lm": train.causal_lm, "classify": train.classify, "tag": train.tag, "mlm": train.masked_lm}[m.head]
 
@@ -209,9 +209,7 @@ def _others_keys(config, mesh):
     """Bytes that a chip's share does not show: its queries meet the keys of all of context."""
     local, t = share(config, mesh), config.train
     m, more = local.model, config.model.context - local.model.context
-    attentions = m.layers
-    if m.architecture == "encoder_decoder":
-        attentions += 2 * nn.decoder_layers(m)
+    attentions = m.layers + 2 * m.cross_layers
     numbers = m.heads * m.context + 2 * m.G * m.K  # for each key: its weights, and itself
     return (
         local.train.batch_size
@@ -282,9 +280,9 @@ def cache_bytes(config, mesh):
 
     def caches(params):
         rows, lengths = jnp.zeros((B, T), jnp.int32), jnp.full(B, T)
-        if local.model.architecture == "decoder":
-            return model.empty_cache(B, T)
-        return model.prefill(params, rows, lengths, T)[1]
+        if local.model.reads_source:
+            return model.prefill(params, rows, lengths, T)[1]
+        return model.empty_cache(B, T)
 
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(caches, parallel.param_shapes(model))))
 
@@ -342,14 +340,10 @@ def collectives(config, mesh, params):
     if fsdp > 1:  # the embedding is looked up, and its gradient added, a part of D on each chip
         out["all-to-all"] += 2 * ring(fsdp, x)
     # A block's output and its input's gradient are sums over the heads, and over F.
-    sums = 2 * m.layers
-    if m.architecture == "encoder_decoder":
-        sums += 3 * nn.decoder_layers(m)
+    sums = 2 * m.layers + 3 * m.cross_layers
     again = 1.5 if t.remat == "blocks" else 1
     # Of each attention the keys and values, and their gradients on the way back.
-    attentions = m.layers
-    if m.architecture == "encoder_decoder":
-        attentions += 2 * nn.decoder_layers(m)
+    attentions = m.layers + 2 * m.cross_layers
     keys = attentions * 2 * rows * m.context * m.G // tensor * m.K * item
     out["all-gather"] += ring(context, keys) * (2 if t.remat == "blocks" else 1)
     out["reduce-scatter"] += ring(context, keys)

@@ -125,7 +125,7 @@ def show_mask(tokenizer, ids, weights):
     return printable("".join(text) + "⟧" * trained)
 
 
-def prompt_ids(tokenizer, text, architecture="decoder"):
+def prompt_ids(tokenizer, text, is_source=False):
     """The ids of a prompt as its model expects them, with the tokens that begin (and, of a source,
     end) a text."""
     if hasattr(tokenizer, "encode_with_template"):
@@ -133,6 +133,6 @@ def prompt_ids(tokenizer, text, architecture="decoder"):
             tokenizer.encode_with_template(text)
             or [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
         )
-    if architecture != "decoder":
+    if is_source:
         return [*tokenizer.encode(text), tokenizer.eos_id]
     return [tokenizer.bos_id, *tokenizer.encode(text)]
