@@ -141,7 +141,7 @@ def ranked(path):
     questions = read_candidates(path)
     model, params, tokenizer = runs.open_model(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
     pairs = [
-        candidate_ids(tokenizer, q["prompt"], text, model.config.architecture)
+        candidate_ids(tokenizer, q["prompt"], text, model.config.reads_source)
         for q in questions
         for text in q["candidates"]
     ]
@@ -181,17 +181,17 @@ def ranked(path):
     return result
 
 
-def candidate_ids(tokenizer, prompt, text, architecture):
+def candidate_ids(tokenizer, prompt, text, is_source):
     """(the prompt's ids, the candidate's): of a decoder as the two read together, if the prompt's
     are the same there; of an encoder-decoder the candidate with the tokens that frame it."""
     from nanoflax import tokenizers
 
-    ids = tokenizers.prompt_ids(tokenizer, prompt, architecture)
-    if architecture != "decoder":  # as batching.encode frames the targets of training
+    ids = tokenizers.prompt_ids(tokenizer, prompt, is_source)
+    if is_source:  # as batching.encode frames the targets of training
         encode = getattr(tokenizer, "encode_target", tokenizer.encode)
         before, after = tokenizers.ends(tokenizer)
         return ids, [*before, *encode(text), *after]
-    whole = tokenizers.prompt_ids(tokenizer, prompt + text, architecture)
+    whole = tokenizers.prompt_ids(tokenizer, prompt + text)
     same = len(whole) > len(ids) and whole[: len(ids)] == ids
     return ids, whole[len(ids) :] if same else tokenizer.encode(text)
 

@@ -218,7 +218,7 @@ def starting_point(config, data, workdir, mesh):
         )
     else:
         tokenizer = tasks.with_sentinels(task, runs.get_tokenizer(config.data, workdir, lambda: texts(data.train)))
-        if m.architecture in ("encoder_decoder", "lstm"):
+        if m.reads_source:
             m = dataclasses.replace(m, start_id=tokenizer.bos_id)
     path = os.path.join(workdir, "config.json")
     m = runs.with_vocabulary(m, tokenizer, mesh, runs.read_config(path) if os.path.exists(path) else None)

@@ -167,7 +167,7 @@ def text(found, config, count):
         + (", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in best["collectives"].items()) or "nothing"),
         f"keys and values, were the batch sampled: {best['cache'] / gib:.2f} GiB a chip",
     ]
-    if config.model.architecture in ("encoder_decoder", "lstm"):
+    if config.model.reads_source:
         lines.append(f"sources and targets are both taken to be {config.model.context} tokens long")
     if not chip["topologies"] and count > 8:
         lines.append("the network's time is for GPUs joined by NVLink; between nodes it is slower")

@@ -210,9 +210,8 @@ def generate(model, params, tokenizer, prompts, ids_of_prompts=None):
     from nanoflax.generate import beam_search, stream
 
     safe = printed()
-    architecture = model.config.architecture
-    sources = ids_of_prompts or [tokenizers.prompt_ids(tokenizer, p, architecture) for p in prompts]
-    decoder = architecture == "decoder"
+    sources = ids_of_prompts or [tokenizers.prompt_ids(tokenizer, p, model.config.reads_source) for p in prompts]
+    decoder = not model.config.reads_source
     room = model.config.context - (max(map(len, sources)) if decoder else 0)
     limit = FLAGS.max_new_tokens or max(1, min(100, room))
     ends = {*getattr(tokenizer, "stop_ids", ()), tokenizer.eos_id}

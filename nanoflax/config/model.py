@@ -7,7 +7,6 @@ from nanoflax.config.checks import at_least, choice, from_dict
 from nanoflax.errors import UserError
 
 
-
 class Architecture(NamedTuple):
     """Facts of an architecture that other rooms need; `nn.build` has the models themselves."""
 
@@ -116,19 +115,23 @@ class ModelConfig:
     attention_backend: str = "auto"
 
     @property
+    def _facts(self) -> Architecture:  # none of an unknown architecture, which validation reports
+        return ARCHITECTURES.get(self.architecture, Architecture(()))
+
+    @property
     def reads_source(self) -> bool:
         """Whether the model writes a target from a source (an encoder-decoder or LSTM)."""
-        return ARCHITECTURES[self.architecture].reads_source
+        return self._facts.reads_source
 
     @property
     def is_causal(self) -> bool:
         """Whether a token of the output sees only the tokens before it (all but an encoder)."""
-        return ARCHITECTURES[self.architecture].is_causal
+        return self._facts.is_causal
 
     @property
     def has_blocks(self) -> bool:
         """Whether the model is a Transformer, made of blocks."""
-        return ARCHITECTURES[self.architecture].has_blocks
+        return self._facts.has_blocks
 
     @property
     def cross_layers(self) -> int:
@@ -229,7 +232,7 @@ def problems(m):
         ("pooler_activation", ACTIVATIONS),
         ("positions", POSITIONS),
         ("rope_scaling", ROPE_SCALINGS),
-        ("head", ARCHITECTURES[m.architecture].heads if m.architecture in ARCHITECTURES else ()),
+        ("head", m._facts.heads),
         ("lstm_attention", LSTM_ATTENTIONS),
         ("lstm_start", LSTM_STARTS),
         ("bottleneck", BOTTLENECKS),

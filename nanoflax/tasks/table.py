@@ -38,7 +38,7 @@ class Task:
     show: Callable[[Any], str] = str  # what `describe` tells of a row -> lines of text
     score: Callable | None = None  # (predictions, examples, TaskConfig) -> (numbers, report)
     scores_table: Callable[[dict], list[str]] | None = None  # report -> lines for people
-    # (tokenizer, text, architecture) -> the ids that generation continues. Without it, `describe` answers a prompt.
+    # (tokenizer, text, is_source) -> the ids that generation continues. Without it, `describe` answers a prompt.
     prompt: Callable[..., list[int]] | None = None
     generation: Callable[[Any], dict] = lambda task: {}  # TaskConfig -> default options of the generation
     needs_prompt: bool = True  # an empty prompt has no answer
@@ -153,7 +153,7 @@ def score_exact(predictions, examples, _):
 # Prompts.
 
 
-def _chat_prompt(tokenizer, text, architecture):
+def _chat_prompt(tokenizer, text, is_source):
     return tokenizers.chat_prompt(tokenizer, [{"role": "user", "content": text}])
 
 
