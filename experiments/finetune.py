@@ -116,7 +116,7 @@ def run(config, workdir):
 
     def evaluate(trained, at):
         found, _ = judge(peft.join(trained, frozen), t.evaluate_batches)
-        return found, f"step {at}: {report.numbers(found)}"
+        return found, f"step {at}: {report.format_metrics(found)}"
 
     tokens = t.batch_size * statistics.mean(map(rows.n_tokens, range(len(rows))))  # no padding
     meta = {
@@ -323,7 +323,7 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
     }
     if parallel.is_main_process():
         with open(os.path.join(workdir, "result.json"), "w") as f:
-            json.dump(report.strict(result), f, indent=1, allow_nan=False)
+            json.dump(report.json_numbers(result), f, indent=1, allow_nan=False)
         if predictions:
             runs.write_jsonl(
                 os.path.join(workdir, "predictions.jsonl"), tasks.prediction_records(judge.rows.examples, predictions)
@@ -374,7 +374,7 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
             *([tokenizer.decode([i]) or "·" for i in row[side].tolist()] for side in ("source", "targets")),
         )
     report.plot_losses(workdir)
-    print(f"best at step {step}: {report.numbers(found)}")
+    print(f"best at step {step}: {report.format_metrics(found)}")
     if copied := judge.report.get("bleu_of_source"):
         print(f"bleu of the sources themselves: {copied:.4f}")
     wrote = ("result.json", "predictions.jsonl", "loss.png", "attention.png", "final", "adapter")

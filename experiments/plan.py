@@ -84,7 +84,7 @@ def main():
         config = on(parallel.abstract_mesh(tuple(best["mesh"].values())))
         train = dataclasses.replace(config.train, mesh=mesh_name(best))
         print(f"compiling for {FLAGS.topology} ...", flush=True)
-        best["compiler"] = planning.compiled(dataclasses.replace(config, train=train), FLAGS.topology)
+        best["compiler"] = planning.compile_for_topology(dataclasses.replace(config, train=train), FLAGS.topology)
         print(compiler_text(best, chip))
         if FLAGS.json:
             write(FLAGS.json, found)
@@ -114,7 +114,7 @@ def resolved(config):
 
 def report(plan, config, mesh, chip):
     """A row for JSON: the Plan on a mesh, and what follows on a chip."""
-    found = plan.make(config, mesh)
+    found = plan.make_plan(config, mesh)
     bounds = plan.roofline(found, chip, config.train.remat)
     return dataclasses.asdict(found) | {
         "memory": found.memory,
@@ -135,7 +135,7 @@ def mesh_name(row):
 
 
 def text(found, config, count):
-    from nanoflax.report import count as short
+    from nanoflax.report import format_count as short
 
     best, chip, gib = found["meshes"][0], found["chip"], 2**30
     lines = [

@@ -110,7 +110,7 @@ def run(config, workdir):
         generate.check_prompts(config.model, [prompt], config.train.sample_tokens)
     model = nn.build(config.model, config.train.remat)
     if weights:
-        runs.compare(f"the run in {weights}", params, parallel.param_shapes(model))
+        runs.check_same_shapes(f"the run in {weights}", params, parallel.param_shapes(model))
     optimizer, schedule = train.make_optimizer(config.optim, config.train.steps)
     shapes = train.abstract_state(model, optimizer, config, mesh)
     parallel.check_memory(shapes, mesh)
@@ -133,8 +133,8 @@ def run(config, workdir):
     ]
     for split, store in zip(("training", "validation"), stores):
         print(
-            f"{split}: {store.n_documents:,} documents, {report.count(store.n_bytes)}B of "
-            f"text, {report.count(store.n_tokens)} tokens"
+            f"{split}: {store.n_documents:,} documents, {report.format_count(store.n_bytes)}B of "
+            f"text, {report.format_count(store.n_tokens)} tokens"
         )
         for line in store.report:
             print(f"  {line}")
@@ -149,7 +149,7 @@ def run(config, workdir):
     flops = nn.flops_per_token(config.model)
     print(report.parameter_table(parallel.unstack(shapes.params)))
     print(
-        f"{report.count(flops)} FLOPs per trained token (6 per weight of a product, and "
+        f"{report.format_count(flops)} FLOPs per trained token (6 per weight of a product, and "
         f"attention); mesh {dict(mesh.shape)} of {mesh.devices.flat[0].device_kind}; "
         f"attention {attention}"
     )

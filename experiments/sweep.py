@@ -288,9 +288,9 @@ def finish(results, keys):
 
 
 def write_json(path, value):
-    from nanoflax.report import write_whole
+    from nanoflax.report import write_atomically
 
-    write_whole(pathlib.Path(path), json.dumps(value, indent=1).encode())
+    write_atomically(pathlib.Path(path), json.dumps(value, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import numpy as np
 from nanoflax.data.files import Report
 from nanoflax.data.text import Source, documents, identity
 from nanoflax.errors import UserError
-from nanoflax.report import Bar, count, duration
+from nanoflax.report import ProgressBar, format_count, format_duration
 
 FORMAT = 1  # of the files in the cache; part of their key
 CHUNK = 1 << 20  # characters that a worker tokenizes at once
@@ -242,7 +242,7 @@ def _encode_all(chunks, tokenizer, workers):
         ) from error
 
 
-class _Tokenizing(Bar):
+class _Tokenizing(ProgressBar):
     """The bar of `prepare`; corpora that take less than a few seconds are done without a line."""
 
     quiet = 10.0
@@ -256,11 +256,11 @@ class _Tokenizing(Bar):
 
     def status(self):
         seconds = self._clock() - self._begin
-        parts = [f"{count(self.bytes)}B, {count(self.tokens)} tokens"]
+        parts = [f"{format_count(self.bytes)}B, {format_count(self.tokens)} tokens"]
         if seconds > 0 and self.bytes:
-            parts.append(f"{count(self.bytes / seconds)}B/s")
+            parts.append(f"{format_count(self.bytes / seconds)}B/s")
         if self.done >= 1:
-            parts.append(f"in {duration(seconds)}")
+            parts.append(f"in {format_duration(seconds)}")
         elif self.done > 0:
-            parts.append(f"{duration(seconds * (1 - self.done) / self.done)} left")
+            parts.append(f"{format_duration(seconds * (1 - self.done) / self.done)} left")
         return "  ".join(parts)

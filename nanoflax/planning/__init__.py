@@ -1,6 +1,6 @@
 """What a training step costs in memory, arithmetic and traffic, before a machine is rented."""
 
-from nanoflax.planning.step_cost import candidate_meshes, compiled
+from nanoflax.planning.step_cost import candidate_meshes, compile_for_topology
 
 __all__ = [
-    "candidate_meshes", "compiled"]  # fmt: skip
+    "candidate_meshes", "compile_for_topology"]  # fmt: skip

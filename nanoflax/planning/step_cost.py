@@ -110,7 +110,7 @@ def projected_mfu(plan, chip, remat="none"):
     return plan.flops_per_token * plan.tokens / chips / chip.flops / roofline(plan, chip, remat).seconds
 
 
-def compiled(config, topology):
+def compile_for_topology(config, topology):
     """The compiler's own figures for the step on a TPU slice, in bytes of one chip.
 
     Needs libtpu and no TPU; takes minutes. Returns {arguments, temporary, code: bytes, reserved:
@@ -157,7 +157,7 @@ def candidate_meshes(count, dim):
 # One chip's share.
 
 
-def share(config, mesh):
+def config_per_chip(config, mesh):
     """The Config of what one chip computes in a micro-batch: a part of the rows, T, heads, F, V."""
     m, t, split = config.model, config.train, mesh.shape["tensor"]
     rows = t.batch_size // t.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
@@ -207,7 +207,7 @@ def _objective(m):
 
 def _others_keys(config, mesh):
     """Bytes that a chip's share does not show: its queries meet the keys of all of context."""
-    local, t = share(config, mesh), config.train
+    local, t = config_per_chip(config, mesh), config.train
     m, more = local.model, config.model.context - local.model.context
     attentions = m.layers + 2 * m.cross_layers
     numbers = m.heads * m.context + 2 * m.G * m.K  # for each key: its weights, and itself
@@ -245,7 +245,7 @@ def gradient_bytes(config, mesh):
     device = mesh.abstract_mesh.abstract_device if isinstance(mesh, jax.sharding.Mesh) else (mesh.abstract_device)
     # cuDNN's kernel cannot be traced without a GPU.
     platform = "tpu" if device is not None and device.platform == "tpu" else "cpu"
-    traced, names = _gradient(share(config, mesh), platform)
+    traced, names = _gradient(config_per_chip(config, mesh), platform)
     specs = [parallel.partition_spec(name, v.aval.shape) for name, v in zip(names, traced.invars)]
     gathered = {v for v, spec in zip(traced.invars, specs) if "fsdp" in spec and mesh.shape["fsdp"] > 1}
     # Gradients that would be cut into thin parts the TPU compiler reduces whole, and keeps until the
@@ -272,7 +272,7 @@ def gradient_bytes(config, mesh):
 
 def cache_bytes(config, mesh):
     """Bytes of the decode cache of a chip's rows at the whole context; 0 if nothing is decoded."""
-    local, T = share(config, mesh), config.model.context  # which context does not split
+    local, T = config_per_chip(config, mesh), config.model.context  # which context does not split
     if local.model.head != "lm":
         return 0
     model = nn.build(dataclasses.replace(local.model, context=T))
@@ -292,7 +292,7 @@ def cache_bytes(config, mesh):
 
 def _passes_bytes(config, mesh):
     """Bytes of the weights of a chip's share in the compute dtype: read once in every pass."""
-    model = nn.build(share(config, mesh).model)
+    model = nn.build(config_per_chip(config, mesh).model)
     return sum(x.size for x in jax.tree.leaves(parallel.param_shapes(model))) * model.compute_dtype.itemsize
 
 

@@ -44,7 +44,7 @@ class MetricsLog:
         step = int(step)
         values = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
         try:
-            self._file.write(json.dumps({"step": step} | strict(values), allow_nan=False) + "\n")
+            self._file.write(json.dumps({"step": step} | json_numbers(values), allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise self._unwritable(error) from error
@@ -98,10 +98,10 @@ def _truncate(path, resume_step):
     if resume_step > 0:
         kept = b"".join(line.rstrip(b"\n") + b"\n" for record, line in _records(path) if record["step"] <= resume_step)
     if kept != path.read_bytes():
-        write_whole(path, kept)
+        write_atomically(path, kept)
 
 
-def write_whole(path, data):
+def write_atomically(path, data):
     """Writes a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
@@ -111,12 +111,12 @@ def write_whole(path, data):
     os.replace(temporary, path)
 
 
-def strict(value):
+def json_numbers(value):
     """A value for JSON, each number in it that JSON does not have as its name: "nan", "inf"."""
     if isinstance(value, dict):
-        return {k: strict(v) for k, v in value.items()}
+        return {k: json_numbers(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return list(map(strict, value))
+        return list(map(json_numbers, value))
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -173,7 +173,7 @@ def _start_wandb(workdir, project, config):
     try:
         if not id_file.exists():
             id_file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(id_file, os.urandom(8).hex().encode())
+            write_atomically(id_file, os.urandom(8).hex().encode())
         run = init(
             project=project,
             dir=workdir,

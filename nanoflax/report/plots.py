@@ -5,8 +5,8 @@ import math
 import pathlib
 import re
 
-from nanoflax.report.metrics_log import read_metrics, write_whole
-from nanoflax.report.text import count
+from nanoflax.report.metrics_log import read_metrics, write_atomically
+from nanoflax.report.text import format_count
 
 
 def plot_losses(workdir, tokens_per_step=None):
@@ -48,17 +48,17 @@ def plot_losses(workdir, tokens_per_step=None):
         )
     if validation:
         _draw_validation(axes, validation)
-    axes.xaxis.set_major_formatter(lambda x, _: count(x))
+    axes.xaxis.set_major_formatter(lambda x, _: format_count(x))
     axes.locator_params(axis="x", integer=True)
     axes.set_xlim(left=0)
     if tokens_per_step:
         top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
         top.set_xlabel("tokens")
-        top.xaxis.set_major_formatter(lambda x, _: count(x))
+        top.xaxis.set_major_formatter(lambda x, _: format_count(x))
     axes.set_title(_title(training, validation), fontsize=11)
     axes.legend(frameon=False)
     canvas.print_png(buffer := io.BytesIO())
-    write_whole(workdir / "loss.png", buffer.getvalue())
+    write_atomically(workdir / "loss.png", buffer.getvalue())
     return workdir / "loss.png"
 
 
@@ -137,7 +137,7 @@ def plot_sweep(path, points, metric):
     panels[0].set_ylabel(metric.replace("_", " "))
     panels[0].legend(frameon=False)
     canvas.print_png(buffer := io.BytesIO())
-    write_whole(pathlib.Path(path), buffer.getvalue())
+    write_atomically(pathlib.Path(path), buffer.getvalue())
     return path
 
 
@@ -167,7 +167,7 @@ def plot_alignment(path, weights, source, targets):
     axes.set_ylabel("target")
     figure.colorbar(image, label="attention", shrink=0.7)
     canvas.print_png(buffer := io.BytesIO())
-    write_whole(pathlib.Path(path), buffer.getvalue())
+    write_atomically(pathlib.Path(path), buffer.getvalue())
     return path
 
 
@@ -215,4 +215,4 @@ def _leaves(tree):
 
 
 def _bytes(n):
-    return count(n).replace("B", "G") + "B"
+    return format_count(n).replace("B", "G") + "B"

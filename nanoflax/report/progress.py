@@ -11,12 +11,12 @@ import os
 import sys
 import time
 
-from nanoflax.report.text import count, duration, printable
+from nanoflax.report.text import format_count, format_duration, printable
 
 # --------------------------------------------------------------------------------------- progress
 
 
-class Bar:
+class ProgressBar:
     """A live bar on a terminal, plain lines now and then elsewhere. Use as a context manager.
 
     A subclass has `title()`, the text before the bar, and `status()`, the one after it, and calls
@@ -74,7 +74,7 @@ class Bar:
         self._drawn_at, self._undrawn = self._clock(), False
 
 
-class Progress(Bar):
+class TrainingProgress(ProgressBar):
     """The bar of a training run.
 
     `flops_per_token` and `peak_flops` (of all devices together) give the MFU; either may be None.
@@ -152,19 +152,19 @@ class Progress(Bar):
         """Such as `loss 2.3456  12.3k tokens/s  MFU 41%  3:21 left`."""
         parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
         if self.tokens_per_second is not None:
-            parts.append(f"{count(self.tokens_per_second)} tokens/s")
+            parts.append(f"{format_count(self.tokens_per_second)} tokens/s")
         if self.mfu is not None:
             parts.append(f"MFU {100 * self.mfu:.0f}%")
         if self._note:
             parts.append(self._note)
         elif self.done >= self.total:
-            parts.append(f"in {duration(self._clock() - self._begin)}")
+            parts.append(f"in {format_duration(self._clock() - self._begin)}")
         elif self.seconds_left() is not None:
-            parts.append(f"{duration(self.seconds_left())} left")
+            parts.append(f"{format_duration(self.seconds_left())} left")
         return "  ".join(parts)
 
 
-class Silent:
+class NoDisplay:
     """Stands for a MetricsLog and a Progress where nothing is to be written."""
 
     tokens_per_second = None

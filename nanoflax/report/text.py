@@ -4,7 +4,7 @@ import math
 import re
 
 
-def numbers(found):
+def format_metrics(found):
     """Figures on a line."""
     return "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
 
@@ -12,7 +12,7 @@ def numbers(found):
 # ----------------------------------------------------------------------------------- text helpers
 
 
-def count(n):
+def format_count(n):
     """Three significant digits: 950, 4.5k, 1.23M, 124M, 1.1B, 2T."""
     for unit in ("", "k", "M", "B"):
         if not abs(float(f"{n:.3g}")) >= 1000 or math.isinf(n):
@@ -21,7 +21,7 @@ def count(n):
     return f"{n:,.4g}T"
 
 
-def duration(seconds):
+def format_duration(seconds):
     """As 0:07, 3:21 or 1:02:03."""
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)

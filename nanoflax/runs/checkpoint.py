@@ -33,7 +33,7 @@ from etils import epath
 from nanoflax import parallel
 from nanoflax.errors import UserError
 from nanoflax.runs import manifest
-from nanoflax.runs.lock import writable
+from nanoflax.runs.lock import make_writable
 
 _DISK_ERRORS = [
     os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
@@ -56,7 +56,7 @@ sys.unraisablehook = _unraisablehook
 # Reading: no function here changes a directory, so a sampler may use one that is being written.
 
 
-def steps(directory):
+def list_steps(directory):
     """Committed steps, ascending; [] when there is no such directory."""
     directory = pathlib.Path(directory)
     if not directory.is_dir():
@@ -64,7 +64,7 @@ def steps(directory):
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
 
 
-def read_meta(directory, step=None, which="latest", log=print):
+def read_metadata(directory, step=None, which="latest", log=print):
     """The `meta` saved with a step; chooses and raises as `restore_params` does."""
     return _read_meta(directory, _choose(directory, step, which, log))
 
@@ -110,7 +110,7 @@ class Checkpoints:
     def __init__(self, directory, keep=2, keep_every=None, asynchronous=True, log=print):
         if keep < 1:
             raise UserError(f"keep={keep}: give 1 or more, to keep the newest checkpoint")
-        self.directory = writable(directory)
+        self.directory = make_writable(directory)
         self._keep, self._keep_every = keep, keep_every
         self._asynchronous, self._log = asynchronous, log
         self._open()
@@ -121,7 +121,7 @@ class Checkpoints:
             for path in self.directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(path, ignore_errors=True)
         parallel.gather_from_processes("opened")
-        self._metrics = {step: manifest.metric(self.directory / str(step)) for step in self.steps()}
+        self._metrics = {step: manifest.read_metric(self.directory / str(step)) for step in self.steps()}
         self._saving = None
         registry = ocp.DefaultCheckpointHandlerRegistry()
         # Uncompressed: trained floats shrink by 8% for as much CPU time as all the rest of a save.
@@ -205,7 +205,7 @@ class Checkpoints:
 
     def steps(self):
         """Committed steps, ascending."""
-        return steps(self.directory)
+        return list_steps(self.directory)
 
     def latest(self):
         """The newest committed step, or None; all processes ask at once."""
@@ -240,7 +240,7 @@ class Checkpoints:
             state, meta = self.restore(back(abstract_state), step)
             places = jax.tree.map(lambda x: x.sharding, abstract_state)
             return jax.jit(to, out_shardings=places)(state), meta
-        compare(f"{self.directory}: step {step}", _saved_tree(self.directory, step), abstract_state)
+        check_same_shapes(f"{self.directory}: step {step}", _saved_tree(self.directory, step), abstract_state)
         target = jax.tree.map(lambda x: _placed(x, getattr(x, "sharding", None)), abstract_state)
         return _read_arrays(self.directory, step, target), _read_meta(self.directory, step)
 
@@ -318,7 +318,7 @@ def _read_meta(directory, step):
     return ocp.JsonCheckpointHandler().restore(_state_path(directory, step).parent / "meta")
 
 
-def compare(what, saved, wanted):
+def check_same_shapes(what, saved, wanted):
     """Raises UserError where paths, shapes or dtypes of two trees differ: orbax would cast."""
 
     def leaves(tree):
@@ -348,20 +348,20 @@ def _choose(directory, step, which, log, on_damage=lambda step: None):
     if which not in ("latest", "best"):
         raise UserError(f"which={which!r}: give 'latest' or 'best'")
     directory = pathlib.Path(directory)
-    found = steps(directory)
+    found = list_steps(directory)
     if not found or (step is not None and step not in found):
         wanted = "" if step is None else f" of step {step}"
         raise UserError(f"{directory}: no checkpoint{wanted}; the steps there are {found}")
     if step is not None:
-        if problem := manifest.damage(directory / str(step)):
+        if problem := manifest.find_damage(directory / str(step)):
             raise UserError(f"{directory}: step {step} is damaged: {problem}")
         return step
     candidates = found[::-1]
     if which == "best":  # then the newest
-        metrics = {s: manifest.metric(directory / str(s)) for s in candidates}
+        metrics = {s: manifest.read_metric(directory / str(s)) for s in candidates}
         candidates.sort(key=lambda s: math.inf if metrics[s] is None else metrics[s])
     for candidate in candidates:
-        problem = manifest.damage(directory / str(candidate))
+        problem = manifest.find_damage(directory / str(candidate))
         if problem is None:
             return candidate
         log(f"warning: {directory}: step {candidate} is damaged ({problem}) and is not used")

@@ -143,7 +143,7 @@ def check_workdir(workdir: str, config: Config, restart: bool | None = False) ->
     from nanoflax.runs import checkpoint
 
     path, archived = os.path.join(workdir, "config.json"), archived_runs(workdir)
-    if archived and not checkpoint.steps(os.path.join(workdir, "checkpoints")):
+    if archived and not checkpoint.list_steps(os.path.join(workdir, "checkpoints")):
         if not restart:
             raise UserError(
                 f"--workdir={workdir}: a new run from the weights of {archived[-1]} was started and has saved nothing "
@@ -221,7 +221,7 @@ def archive_run(workdir: str) -> str:
     from nanoflax.runs import checkpoint
 
     archived = archived_runs(workdir)
-    if not archived or checkpoint.steps(os.path.join(workdir, "checkpoints")):
+    if not archived or checkpoint.list_steps(os.path.join(workdir, "checkpoints")):
         last = int(archived[-1].rsplit("-", 1)[1]) if archived else 0
         archived.append(os.path.join(workdir, f"previous-{last + 1}"))
         os.makedirs(archived[-1], exist_ok=True)

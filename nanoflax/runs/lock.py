@@ -12,7 +12,7 @@ from nanoflax.errors import UserError
 VISIBLE = 30  # seconds until all hosts see a new file on a network file system
 
 
-def writable(directory):
+def make_writable(directory):
     """The directory as an absolute path, made if need be. Raises UserError if that cannot be."""
     if "://" in str(directory):
         raise UserError(f"{directory} is not a local path: mount the bucket and give its path")
@@ -52,7 +52,7 @@ class WorkdirLock:
             )
 
     def _take(self, directory):
-        path = writable(directory) / ".lock"
+        path = make_writable(directory) / ".lock"
         try:
             file = open(path, "a+")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -29,13 +29,13 @@ def set_metric(path, metric):
         (path / f"{NAME}.tmp").rename(path / NAME)
 
 
-def metric(path):
+def read_metric(path):
     """The metric of a step; None where it has none or its manifest is not sound."""
     manifest = _read(path)
     return manifest["metric"] if manifest else None
 
 
-def damage(path):
+def find_damage(path):
     """What is wrong with a step, or None."""
     manifest = _read(path)
     if manifest is None:

@@ -33,12 +33,12 @@ def displays(workdir, config, start_step, tokens_per_step, flops_per_token=None,
     from nanoflax import report
 
     if not is_main_process():
-        yield report.Silent(), report.Silent()
+        yield report.NoDisplay(), report.NoDisplay()
         return
     t = config.train
     with (
         report.MetricsLog(workdir, t.tensorboard, t.wandb or None, start_step, configs.to_dict(config)) as log,
-        report.Progress(t.steps, start_step, tokens_per_step, flops_per_token, peak_flops) as progress,
+        report.TrainingProgress(t.steps, start_step, tokens_per_step, flops_per_token, peak_flops) as progress,
     ):
         yield log, progress
 

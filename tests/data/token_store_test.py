@@ -336,7 +336,7 @@ def test_lines_of_tokenizing_tell_rate_and_time_left(corpus, tmp_path, monkeypat
             line,
         ), line
     assert len(lines) > 5 and re.search(r"B/s  in 0:0\d$", last)
-    assert f"{report.count(prepared.n_tokens)} tokens" in last
+    assert f"{report.format_count(prepared.n_tokens)} tokens" in last
 
 
 @pytest.mark.parametrize("pattern", ["*.jsonl", "*.txt", "*.gz", "*"])

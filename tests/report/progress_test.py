@@ -151,7 +151,7 @@ def test_a_failing_tensorboard_does_not_stop_the_run(tmp_path, capsys):
 def test_the_first_line_waits_for_no_library(tmp_path):
     code = (
         "import sys; from nanoflax import report; log = report.MetricsLog(sys.argv[1]);"
-        "report.Progress(3, stream=sys.stdout).update(1, 2.0);"
+        "report.TrainingProgress(3, stream=sys.stdout).update(1, 2.0);"
         "print(sorted({'jax', 'tensorboardX', 'matplotlib', 'wandb'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code, tmp_path], text=True, capture_output=True)
@@ -194,7 +194,7 @@ def make_progress(**kwargs):
     defaults = dict(
         total_steps=100, tokens_per_step=1000, flops_per_token=10, peak_flops=20_000, stream=io.StringIO(), clock=clock
     )
-    return report.Progress(**defaults | kwargs), clock
+    return report.TrainingProgress(**defaults | kwargs), clock
 
 
 def test_rates_leave_out_compilation_and_pauses():
@@ -281,7 +281,7 @@ BAR = """
 import signal, sys, time
 from nanoflax import report
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
-progress = report.Progress(20, tokens_per_step=1000, flops_per_token=10, peak_flops=1e6)
+progress = report.TrainingProgress(20, tokens_per_step=1000, flops_per_token=10, peak_flops=1e6)
 progress.draw_every = 0
 with progress:
     print("READY", file=sys.stderr)
@@ -372,7 +372,7 @@ def test_the_terminal_survives(action, kill, status):
     ],
 )
 def test_count(number, text):
-    assert report.count(number) == text
+    assert report.format_count(number) == text
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_count(number, text):
     [(0, "0:00"), (6.6, "0:07"), (59.7, "1:00"), (201, "3:21"), (3723, "1:02:03"), (90061, "25:01:01"), (-3, "0:00")],
 )
 def test_duration(seconds, text):
-    assert report.duration(seconds) == text
+    assert report.format_duration(seconds) == text
 
 
 def test_printable_escapes_what_drives_a_terminal_and_nothing_else():

@@ -176,7 +176,7 @@ def test_params_alone_without_reading_the_optimizer(tmp_path):
     assert_same_bits(params, state["params"])
     assert_same_bits(runs.restore_params(tmp_path)[0], make_state(2)["params"])
     assert runs.restore_params(tmp_path, step=1)[1] == {"a": 1}
-    assert checkpoint.read_meta(tmp_path) == {"a": 2}
+    assert checkpoint.read_metadata(tmp_path) == {"a": 2}
     with pytest.raises(UserError, match="has no 'ema_params', only"):
         runs.restore_params(tmp_path, subtree="ema_params")
     with pytest.raises(UserError, match="no checkpoint of step 9"):
@@ -218,7 +218,7 @@ def test_a_step_that_is_there_gets_its_metric_later(tmp_path):
         for metric in (None, float("nan"), 1.0, 3.0):  # the first finite one
             assert checkpoints.save(2, state, {}, metric) is False
         assert checkpoints.best() == 2
-    assert manifest.metric(tmp_path / "2") == 1.0 and manifest.damage(tmp_path / "2") is None
+    assert manifest.read_metric(tmp_path / "2") == 1.0 and manifest.find_damage(tmp_path / "2") is None
     assert not list((tmp_path / "2").glob("*.tmp"))
     with runs.Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best() == 2
@@ -252,9 +252,9 @@ def test_damage_to_any_file_is_noticed_and_the_step_before_is_used(two_steps, tm
             shutil.copytree(two_steps, directory)
             break_it(directory / name)
             said = []
-            assert checkpoint.read_meta(directory, log=said.append) == {"position": 1}, name
+            assert checkpoint.read_metadata(directory, log=said.append) == {"position": 1}, name
             assert "step 2 is damaged" in said[0] and name.name in said[0]
-            assert checkpoint.steps(directory) == [1, 2], "a reader changes nothing"
+            assert checkpoint.list_steps(directory) == [1, 2], "a reader changes nothing"
             with Checkpoints(directory, log=said.append) as checkpoints:
                 assert_same_bits(checkpoints.restore(abstract(state))[0], state)
                 assert checkpoints.latest() == 1
@@ -357,7 +357,7 @@ def test_only_a_writer_removes_what_a_kill_left(two_steps, tmp_path):
     shutil.copytree(directory / "2", left)
     assert runs.restore_params(directory)[1] == {"position": 2} and left.exists()
     Checkpoints(directory).close()
-    assert not left.exists() and checkpoint.steps(directory) == [1, 2]
+    assert not left.exists() and checkpoint.list_steps(directory) == [1, 2]
 
 
 def fill_disk(directory):

@@ -151,7 +151,7 @@ def test_of_two_processes_the_first_writes(whole, home):
 def test_one_process_goes_on_with_what_two_began(devices, mesh, whole, home):
     workdir = home / f"on-{devices}"
     shutil.copytree(whole, workdir)
-    for step in checkpoint.steps(workdir / "checkpoints"):
+    for step in checkpoint.list_steps(workdir / "checkpoints"):
         if step > 4:
             shutil.rmtree(workdir / "checkpoints" / str(step))
     run = Process(pretrain(home, workdir, f"--config.train.mesh={mesh}"), home, workdir.name, devices)
@@ -201,7 +201,7 @@ def test_a_signal_to_one_is_a_signal_to_all(home):
     pair[1].child.send_signal(signal.SIGTERM)
     found = [process.wait() for process in pair]
     assert [status for status, _, _ in found] == [143, 143], found
-    saved = checkpoint.read_meta(workdir / "checkpoints")["step"]
+    saved = checkpoint.read_metadata(workdir / "checkpoints")["step"]
     assert f"SIGTERM: saved at step {saved}" in found[0][1]
     assert [r["step"] for r in losses(workdir) if "loss" in r][-1] == saved < 3000
 

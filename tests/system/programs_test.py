@@ -262,7 +262,7 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(number, corpus, tmp_path)
     assert saved == kills.count_lines(metrics)
     from nanoflax.runs import checkpoint
 
-    assert checkpoint.read_meta(tmp_path / "w" / "checkpoints")["position"] == saved * 4
+    assert checkpoint.read_metadata(tmp_path / "w" / "checkpoints")["position"] == saved * 4
 
 
 def test_three_random_kills_change_no_bit():
