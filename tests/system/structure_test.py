@@ -53,6 +53,17 @@ def test_a_room_imports_only_lower_floors():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.xfail(strict=False, reason="runs/directory.py still imports experiments")
+def test_the_library_does_not_import_programs_or_tests():
+    found = [
+        f"{name_of(path)} imports {name}"
+        for path in sources("nanoflax")
+        for name in imports(path)
+        if name.split(".")[0] in ("experiments", "tests")
+    ]
+    assert not found, "\n".join(found)
+
+
 @pytest.mark.xfail(strict=False, reason="the rooms are being rewritten")
 def test_other_rooms_are_imported_through_their_faces():
     found = []
@@ -157,9 +168,10 @@ def test_programs_are_short():
 
 # Style.
 
+CHECK = pytest.param("check", marks=pytest.mark.xfail(strict=False, reason="the rooms are being rewritten"))
 
-@pytest.mark.parametrize("command", ["check", "format --check"])
-@pytest.mark.xfail(strict=False, reason="the rooms are being rewritten")
+
+@pytest.mark.parametrize("command", [CHECK, "format --check"])
 def test_ruff_finds_nothing(command):
     done = tool("ruff", *command.split(), "--no-cache", "--quiet", "nanoflax", "experiments", "tests")
     assert done.returncode == 0, done.stdout + done.stderr
