@@ -12,12 +12,12 @@ import argparse
 import pathlib
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests import processes
+
 WORDS = "the model reads a token and then it writes another one after that until the end".split()
 
 
@@ -40,7 +40,7 @@ def command(directory, workdir, steps):
         for section, given in [("model", model), ("data", data), ("optim", optim), ("train", train)]
         for flag in given
     ]
-    return [sys.executable, "-m", "experiments.pretrain", f"--workdir={workdir}", *flags]
+    return ["-m", "experiments.pretrain", f"--workdir={workdir}", *flags]
 
 
 def write_corpus(directory, rng):
@@ -54,7 +54,7 @@ def run_with_kills(arguments, workdir, kills, rng, log):
     metrics, done = workdir / "metrics.jsonl", 0
     while True:
         lines = count_lines(metrics)
-        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = processes.start(arguments)
         if done < kills:
             if rng.random() < 0.75:  # else die while starting, restoring or compiling
                 while count_lines(metrics) <= lines and process.poll() is None:
@@ -97,13 +97,8 @@ def main(kills, steps, seed, log=print):
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
         write_corpus(directory, rng)
-        subprocess.run(
-            command(directory, directory / "whole", steps),
-            cwd=ROOT,
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        undisturbed = processes.run(command(directory, directory / "whole", steps))
+        assert undisturbed.returncode == 0, undisturbed.stderr
         done = run_with_kills(command(directory, directory / "killed", steps), directory / "killed", kills, rng, log)
         difference = compare(directory / "whole" / "metrics.jsonl", directory / "killed" / "metrics.jsonl")
         left = [p.name for p in (directory / "killed" / "checkpoints").iterdir() if not p.name.isdigit()]

@@ -6,8 +6,6 @@ import math
 import os
 import pathlib
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -17,6 +15,7 @@ import pytest
 from nanoflax import generate, parallel, peft, train
 from nanoflax.config import ModelConfig, PeftConfig
 from nanoflax.nn import build
+from tests import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHILD = """
@@ -30,14 +29,7 @@ def run_child(*arguments, file="parallel.mesh_test"):
     """What a function of a test file gives in a process of eight devices."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     flags += " --xla_backend_optimization_level=0"  # of code that runs once
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, file, *arguments],
-        cwd=ROOT,
-        text=True,
-        timeout=900,
-        capture_output=True,
-        env=os.environ | {"XLA_FLAGS": flags},
-    )
+    done = processes.run(["-c", CHILD, file, *arguments], env=os.environ | {"XLA_FLAGS": flags}, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -6,8 +6,6 @@ import math
 import os
 import pathlib
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -21,6 +19,7 @@ from nanoflax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from nanoflax.errors import UserError
 from nanoflax.nn import build
 from nanoflax.parallel import mesh, rules
+from tests import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -35,14 +34,7 @@ print(json.dumps(getattr(rules_test, sys.argv[1])()))
 
 def run_child(name):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, name],
-        cwd=ROOT,
-        text=True,
-        timeout=600,
-        capture_output=True,
-        env=os.environ | {"XLA_FLAGS": flags},
-    )
+    done = processes.run(["-c", CHILD, name], env=os.environ | {"XLA_FLAGS": flags}, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -17,6 +17,7 @@ from nanoflax import config as configs
 from nanoflax import parallel
 from nanoflax.config import Config, ModelConfig, OptimConfig, TrainConfig, preset
 from nanoflax.planning import peak_memory, step_cost
+from tests import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHILD = """
@@ -29,14 +30,7 @@ MESHES = ("8,1,1", "1,8,1", "2,2,2")
 
 def run_child(name):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, name],
-        cwd=ROOT,
-        text=True,
-        timeout=600,
-        capture_output=True,
-        env=os.environ | {"XLA_FLAGS": flags},
-    )
+    done = processes.run(["-c", CHILD, name], env=os.environ | {"XLA_FLAGS": flags}, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -278,9 +272,7 @@ def test_fsdp_gathers_the_bytes_that_are_planned_and_no_more(real):
 
 
 def program(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.plan", *flags], cwd=ROOT, text=True, capture_output=True, timeout=600
-    )
+    return processes.run(["-m", "experiments.plan", *flags], timeout=600)
 
 
 SMALL = ["--config=pydocs_tiny", "--config.model.layers=1", "--nocompile"]

@@ -11,8 +11,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -22,7 +20,7 @@ import pytest
 from nanoflax import parallel, runs
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint, lock
-from tests import kills
+from tests import kills, processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 10
@@ -44,8 +42,7 @@ class Process:
             | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
             | {name: str(value) for name, value in variables.items()}
         )
-        with open(self.paths[0], "w") as out, open(self.paths[1], "w") as err:
-            self.child = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=err, env=env, cwd=cwd)
+        self.child = processes.start(arguments, env=env, cwd=cwd, out=self.paths[0], err=self.paths[1])
 
     def wait(self, seconds=300):
         """Its exit status, stdout and stderr. Seconds in which nothing runs do not count."""

@@ -20,7 +20,7 @@ from experiments.flags import _Leaf, leaves
 from nanoflax import config as configs
 from nanoflax import parallel, runs
 from nanoflax.errors import UserError
-from tests import kills
+from tests import kills, processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = [
@@ -37,14 +37,13 @@ SMALL = [
 ]
 
 
-def run(program, *flags, **options):
+def run(program, *flags, fresh=False, **options):
+    """Run a program to its end, as a fork of a running Python, or in a fresh interpreter as a person does."""
+    arguments = ["-m", f"experiments.{program}", *map(str, flags)]
+    if not fresh:
+        return processes.run(arguments, **options)
     return subprocess.run(
-        [sys.executable, "-m", f"experiments.{program}", *map(str, flags)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **options,
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, **options
     )
 
 
@@ -77,7 +76,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    done = pretrain(workdir, corpus, "--config.train.steps=20")
+    done = pretrain(workdir, corpus, "--config.train.steps=20", fresh=True)
     assert done.returncode == 0, done.stderr
     return workdir, done
 
@@ -243,13 +242,7 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(number, corpus, tmp_path)
         "--config.train.checkpoint_every=100000",
         "--config.train.evaluate_every=100000",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "experiments.pretrain", *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = processes.start(["-m", "experiments.pretrain", *flags])
     metrics = tmp_path / "w" / "metrics.jsonl"
     while kills.count_lines(metrics) < 5 and process.poll() is None:
         time.sleep(0.02)
@@ -287,7 +280,7 @@ def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsy
 
 def test_evaluate_prints_json(trained, corpus, tmp_path):
     workdir, _ = trained
-    own = json.loads(run("evaluate", f"--workdir={workdir}").stdout)
+    own = json.loads(run("evaluate", f"--workdir={workdir}", fresh=True).stdout)
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     best = min(r["validation_loss"] for r in records if "validation_loss" in r)
     assert own["loss"] == pytest.approx(best, rel=1e-6)
@@ -338,7 +331,7 @@ def test_sample_continues_prompts_stops_and_talks(trained, tmp_path):
     many = run("sample", *flags, f"--prompt_file={tmp_path / 'p.txt'}")
     assert many.stdout.startswith("--- 1\nthe") and "--- 2\na model" in many.stdout
     assert one.stdout.strip() == many.stdout.split("---")[1].removeprefix(" 1\n").strip()
-    talk = run("sample", *flags, "--interactive", input="the\n\n")
+    talk = run("sample", *flags, "--interactive", input="the\n\n", fresh=True)
     assert talk.returncode == 0 and one.stdout.strip() in talk.stdout
     assert run("sample", *flags).returncode == 0  # begins a document
     long = run("sample", f"--workdir={workdir}", "--prompt=" + "x" * 40)

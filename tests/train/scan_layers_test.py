@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -20,6 +18,7 @@ from nanoflax.nn import build
 from nanoflax.nn.blocks import Stack
 from nanoflax.parallel import is_stacked, stack, unstack
 from nanoflax.runs import Checkpoints, restore_params
+from tests import processes
 from tests.closeness import assert_trees_close
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -354,19 +353,8 @@ def mesh_against_one_device():
 
 def test_eight_devices_give_the_numbers_of_one():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import json; from tests.train import scan_layers_test as t; "
-            "print(json.dumps(t.mesh_against_one_device()))",
-        ],
-        cwd=ROOT,
-        text=True,
-        timeout=600,
-        capture_output=True,
-        env=os.environ | {"XLA_FLAGS": flags},
-    )
+    code = "import json; from tests.train import scan_layers_test as t; print(json.dumps(t.mesh_against_one_device()))"
+    done = processes.run(["-c", code], env=os.environ | {"XLA_FLAGS": flags}, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     for mesh, errors in found.items():
