@@ -1,0 +1,120 @@
+"""Draws the pictures of the README into docs/: rooms.png, data_flow.png and, of a finished run, loss.png.
+
+python -m experiments.draw_readme [WORKDIR]
+"""
+
+import configparser
+import pathlib
+import shutil
+import sys
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from PIL import Image
+
+from nanoflax import report
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CORE = ("nn", "nn.losses", "generate", "train")
+INK, GREY, CORE_FILL, FILL, EDGE = "#1f2933", "#6b7785", "#cfe3f7", "#f3f5f7", "#b8c2cc"
+PURPOSE = {
+    "experiments": "one short program per job", "runs": "pretrain, finetune, open, checkpoints",
+    "tasks": "examples, batches, metrics of each task", "planning": "memory and time of a step, before it runs",
+    "hf": "Hugging Face models, in and out", "train": "state, step, loop, objectives, optimizers",
+    "peft": "LoRA, AdaLoRA, adapters, prompts", "generate": "sampling, beam search, scoring",
+    "nn": "layers, attention, models, losses", "data": "files, clean text, tokens, windows",
+    "tokenizers": "trained here, or read from files", "parallel": "mesh, sharding table, hosts",
+    "config": "every choice of a run, checked", "report": "progress, metrics, plots",
+    "errors": "UserError: one line for the user"}  # fmt: skip
+
+
+def canvas(width, height):
+    figure = FigureCanvasAgg(Figure(figsize=(width, height), dpi=160)).figure
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
+    axes.set_axis_off()
+    return figure, axes
+
+
+def write(axes, x, y, text, size, align="center", color=INK, **options):
+    axes.text(x, y, text, ha=align, va="center", fontsize=size, color=color, **options)
+
+
+def box(axes, x, y, width, height, room, align="center"):
+    style, fill = "round,pad=0,rounding_size=0.08", CORE_FILL if room in CORE else FILL
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=fill, edgecolor=EDGE, linewidth=1))
+    start, size = (x + 0.15, 11) if align == "left" else (x + width / 2, 9)
+    write(axes, start, y + height / 2, room, size, align, weight="bold", family="monospace")
+
+
+def count_lines(room):
+    files = [*ROOT.glob(f"{room}/*.py"), *ROOT.glob(f"nanoflax/{room}/*.py"), *ROOT.glob(f"nanoflax/{room}.py")]
+    return sum(file.read_text().count("\n") for file in files)
+
+
+def save(figure, name):
+    """A PNG of few colours, a third as large."""
+    figure.savefig(path := ROOT / "docs" / name)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def draw_rooms():
+    """The floors of the import-linter contract in setup.cfg, with the programs above them."""
+    contract = configparser.ConfigParser()
+    contract.read(ROOT / "setup.cfg")
+    layers = contract["importlinter:contract:floors"]["layers"].replace("nanoflax.", "").strip().split("\n")
+    floors = [line.split(" | ") for line in ["experiments", *layers]]
+    height, gap, left, right = 0.5, 0.1, 0.55, 9.85
+    figure, axes = canvas(10, len(floors) * (height + gap) + 0.6)
+    title = "A room imports only rooms on lower floors. Blue: what everyone reads. Right: lines of Python."
+    write(axes, left, axes.get_ylim()[1] - 0.25, title, 10, "left")
+    for floor, rooms in enumerate(reversed(floors)):
+        y, width = 0.15 + floor * (height + gap), (right - left - gap * (len(rooms) - 1)) / len(rooms)
+        write(axes, 0.3, y + height / 2, str(floor + 1), 10, color=GREY)
+        for i, room in enumerate(rooms):
+            x = left + i * (width + gap)
+            box(axes, x, y, width, height, room, "left")
+            write(axes, x + 1.35, y + height / 2, PURPOSE[room], 9.5, "left")
+            write(axes, x + width - 0.12, y + height / 2, f"{count_lines(room):,}", 9, "right", GREY)
+    save(figure, "rooms.png")
+
+
+def arrow(axes, start, end):
+    axes.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=GREY, shrinkA=0, shrinkB=0, linewidth=1.3))
+
+
+def chain(axes, y, columns, values, rooms):
+    for x, (name, shape) in zip(columns, values, strict=True):
+        write(axes, x, y, name, 11, weight="bold")
+        write(axes, x, y - 0.24, shape, 8, color=GREY)
+    for x, following, room in zip(columns[:-1], columns[1:], rooms, strict=True):
+        middle, sign = (x + following) / 2, 1 if following > x else -1
+        arrow(axes, (x + sign * 0.37, y), (middle - sign * 0.5, y))
+        arrow(axes, (middle + sign * 0.5, y), (following - sign * 0.37, y))
+        box(axes, middle - 0.48, y - 0.23, 0.96, 0.46, room)
+
+
+def draw_data_flow():
+    """Boxes are rooms. Between them stand the values that they take and give."""
+    figure, axes = canvas(10, 2.9)
+    columns, top, middle, bottom = [0.5, 2.72, 4.94, 7.16, 9.38], 2.5, 1.5, 0.5
+    values = [("text", ""), ("tokens", "[T]"), ("batch", "[B, T]"), ("hidden", "[B, T, D]"), ("loss", "one number")]
+    chain(axes, top, columns, values, ["tokenizers", "data\ntasks", "nn", "nn.losses"])
+    for x, room in zip(columns[3:], ("generate", "train"), strict=True):
+        arrow(axes, (x, top - 0.36), (x, middle + 0.25))
+        box(axes, x - 0.48, middle - 0.23, 0.96, 0.46, room)
+    arrow(axes, (columns[3] - 0.5, middle), (columns[2] + 0.37, middle))
+    chain(axes, middle, columns[2:0:-1], [("tokens", "the new ones"), ("text", "")], ["tokenizers"])
+    arrow(axes, (columns[4], middle - 0.25), (columns[4], bottom + 0.17))
+    saved = [("state", "weights, optimizer"), ("files", "a checkpoint"), ("files", "for Transformers")]
+    chain(axes, bottom, columns[:1:-1], saved, ["runs", "hf"])
+    box(axes, 0.15, bottom - 0.23, 0.96, 0.46, "parallel")
+    write(axes, 1.25, bottom, "one table splits every\narray over the devices", 9, "left")
+    save(figure, "data_flow.png")
+
+
+if __name__ == "__main__":
+    draw_rooms()
+    draw_data_flow()
+    for workdir in sys.argv[1:]:
+        shutil.copy(report.plot_losses(workdir), ROOT / "docs" / "loss.png")
