@@ -26,6 +26,7 @@ import sys
 from absl import flags
 
 from experiments.flags import launch
+from nanoflax import config as configs
 from nanoflax import runs
 from nanoflax.errors import UserError
 
@@ -123,7 +124,7 @@ def on_examples(config, tokenizer, labels, several):
         if not predictions:
             raise UserError(f"--out: task.kind={task.kind!r} is measured by its loss, and has no predictions")
         runs.write_jsonl(FLAGS.out, tasks.prediction_records(judge.rows.examples, predictions))
-    if task.kind in ("classify", "tag"):
+    if isinstance(task, configs.LabelTask):
         print("\n".join(tasks.metrics_table(judge.report)), file=sys.stderr)
     return {
         "data": FLAGS.data or f"{config.data.train} (validation)",

@@ -57,9 +57,9 @@ def run(config, workdir):
     from nanoflax import nn, parallel, peft, report, runs, tasks, train
 
     task, t = config.task, config.train
+    check_used(config)
     runs.check_metric(config, tasks.TASKS[task.kind].metrics)
     runs.check_wandb(config)
-    check_used(config)
     mesh, kind = parallel.make_mesh(t.mesh), tasks.TASKS[task.kind].examples
     data = tasks.load(tasks.examples_of(config.data), kind)
     if t.label_smoothing and data.multi_label:
@@ -80,7 +80,7 @@ def run(config, workdir):
     )
     for line in data.report.lines():
         print(f"  {line}")
-    if task.class_weights:
+    if isinstance(task, configs.LabelTask) and task.class_weights:
         rows = tasks.weigh_classes(rows, data.labels, task.class_weights)
         print(
             "class weights: "
@@ -105,7 +105,7 @@ def run(config, workdir):
     if attention := train.attention_backends(model, params, shapes, mesh, tasks.TASKS[task.kind].objective):
         print(f"attention {attention}")
     optimizer, schedule = train.make_optimizer(config.optim, t.steps)
-    if config.peft.kind == "adalora":
+    if isinstance(config.peft, configs.AdaLoRA):
         optimizer = peft.adalora_optimizer(optimizer, config.peft, t.steps)
     state = train.init_state(model, optimizer, config, mesh, trained)
     parallel.check_memory((state, frozen), mesh)
@@ -180,13 +180,12 @@ def run(config, workdir):
 
 
 def check_used(config):
-    """Raises: UserError for what would change nothing, or train nothing of use."""
-    if config.train.sample_prompt:
-        raise UserError(f"train.sample_prompt={config.train.sample_prompt!r} is of pretrain")
-    if config.data.packing != "joined":
-        raise UserError(f"data.packing={config.data.packing!r} is of pretrain: here each example is a row of its own")
+    """Raises: UserError for what would train nothing of use."""
+    if isinstance(config.task, configs.Pretrain):
+        kinds = ", ".join(kind for kind in configs.TASK_KINDS if kind != "pretrain")
+        raise UserError(f"task.kind='pretrain' is for experiments.pretrain; choose --config.task.kind from {kinds}")
     p = config.peft
-    if p.kind != "none" and not (config.model.init_from or p.trained):
+    if not isinstance(p, configs.FullFineTuning) and not (config.model.init_from or p.trained):
         raise UserError(
             f"peft.kind={p.kind!r} without model.init_from would adapt a model that "
             "stays as it was drawn; say what is trained with it in peft.trained"
@@ -227,14 +226,14 @@ def starting_point(config, data, workdir, mesh):
         raise UserError(
             f"task.kind={task.kind!r} needs model.architecture to be {' or '.join(suited)}, not {m.architecture!r}"
         )
-    if task.kind in ("classify", "tag"):
+    if isinstance(task, configs.LabelTask):
         m = dataclasses.replace(m, head=task.kind, labels=len(data.labels))
     heads = {"masked_lm": "mlm", "instruct": "lm", "language_model": "lm"}
     m = dataclasses.replace(m, head=heads.get(task.kind, m.head))
     p = config.peft
     if (
         m.init_from
-        and p.kind != "none"
+        and not isinstance(p, configs.FullFineTuning)
         and not p.trained
         and (
             other
@@ -254,9 +253,9 @@ def starting_point(config, data, workdir, mesh):
 
 
 def lengths(task):
-    """The fields of a TaskConfig that say how long its rows may be."""
+    """The fields of a task that say how long its rows may be."""
     found = {"task.length": task.length}
-    if task.kind in ("translate", "denoise"):
+    if isinstance(task, configs.TargetTask):
         found["task.target_length"] = task.target_length
     return found
 
@@ -294,7 +293,9 @@ class Batches:
             t.seed,
             True,
             parallel.own_rows(mesh, t.batch_size),
-            (task.max_shift, task.shift_probability) if task.shift_probability else None,
+            (task.max_shift, task.shift_probability)
+            if isinstance(task, configs.ShiftTask) and task.shift_probability
+            else None,
         )
 
     def __getitem__(self, step):
@@ -330,7 +331,7 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
             )
     for example, said in itertools.islice(zip(judge.rows.examples, predictions), config.task.show):
         print(f"  | {report.printable(str(example.input))[:200]}\n  -> {report.printable(str(said))}")
-    if config.task.kind in ("classify", "tag"):
+    if isinstance(config.task, configs.LabelTask):
         print("\n".join(tasks.metrics_table(judge.report)))
     kind, model_config = config.peft.kind, config.model
     if kind in peft.LOW_RANK:
@@ -359,7 +360,7 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
         dataclasses.replace(
             config,
             optim=dataclasses.replace(config.optim, ema=0.0),
-            peft=configs.PeftConfig(kind="none" if kind in peft.LOW_RANK else kind),
+            peft=configs.FullFineTuning() if kind in peft.LOW_RANK else configs.PEFT_KINDS[kind](),
         ),
         tokenizer,
     )
@@ -382,4 +383,4 @@ def finish(workdir, config, tokenizer, data, best, frozen, judge, step):
 
 
 if __name__ == "__main__":
-    launch(main, DEFAULT_CONFIG)
+    launch(main, DEFAULT_CONFIG, data=configs.ExampleData)

@@ -5,7 +5,6 @@ import errno
 import importlib.util
 import itertools
 import os
-import re
 import sys
 import traceback
 import types
@@ -21,11 +20,12 @@ FLAGS = flags.FLAGS
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def launch(main, default_config=None, arguments=False):
+def launch(main, default_config=None, arguments=False, data=None):
     """Run a program: parse its flags, call main(), and turn what goes wrong into one line.
 
-    default_config: the file of --config for a program that takes one; every leaf of it becomes a
-    typed flag, such as --config.model.dim=256. arguments: the program takes words that are no
+    default_config: the file of --config for a program that takes one; every field of it becomes a
+    typed flag, such as --config.model.dim=256. data: TextData or ExampleData, where the program
+    reads only one of them. arguments: the program takes words that are no
     flags, and finds them in FLAGS.arguments. Exit status: what main returns (0), 2 for anything
     the user can put right, 130 for Ctrl-C outside training, 1 for what is wrong in the program or
     with another process of the run.
@@ -34,8 +34,8 @@ def launch(main, default_config=None, arguments=False):
     def parse(argv):
         try:
             if default_config:
-                path = config_path(argv)
-                define_config(default_config if path is None else path)
+                path = last_value(argv, "config")
+                define_config(default_config if path is None else path, argv, data)
             rest = FLAGS(argv)
             for name in (
                 "workdir",
@@ -102,14 +102,13 @@ def fail(error):
     parallel.exit_process(2)
 
 
-def config_path(argv):
-    """The value of --config, read before the flags that its file defines can be."""
-    found = None  # the last one, as of any flag
+def last_value(argv, name):
+    """The value of the last --name=value or --name value, or None: read before all flags can be defined."""
+    found = None
     for arg, following in itertools.zip_longest(argv, argv[1:]):
-        if re.match(r"--?config=", arg):
-            found = arg.split("=", 1)[1]
-        elif arg in ("--config", "-config"):
-            found = following
+        flag, equals, value = arg.partition("=")
+        if flag in (f"--{name}", f"-{name}"):
+            found = value if equals else following
     return found
 
 
@@ -140,11 +139,49 @@ def load_config(path):
     return config
 
 
-def define_config(path):
-    """Define --config and a typed flag for every leaf of its file, with the file's values."""
-    _define(flags.ArgumentParser(), "config", path, "file whose get_config() makes the Config")
-    for name, kind, value in leaves(load_config(path), "config"):
-        _define(_Leaf(kind), name, value, f"{configs.type_name(kind)} (nanoflax/config)")
+def define_config(path, argv, data):
+    """Define --config and a typed flag for every field of its Config, with the file's values.
+
+    The kinds of its sections are those that flags in argv choose.
+    """
+    config = load_config(path)
+    if data is not None:
+        config = dataclasses.replace(config, data=configs.as_kind(data, config.data))
+    for section, hint in configs.hints(configs.Config).items():
+        if (kind := last_value(argv, f"config.{section}.kind")) is not None and (known := configs.kinds(hint)):
+            if kind not in known:
+                raise UserError(f"--config.{section}.kind={kind!r} is not one of {', '.join(known)}")
+            config = dataclasses.replace(config, **{section: configs.as_kind(known[kind], getattr(config, section))})
+    _define(flags.ArgumentParser(), "config", path, "Python file whose get_config() returns the Config")
+    for section, hint in configs.hints(configs.Config).items():
+        if known := configs.kinds(hint):
+            text = f"Chooses the fields of config.{section} (one of {', '.join(known)})"
+            _define(flags.EnumParser([*known]), f"config.{section}.kind", getattr(config, section).kind, text)
+    for name, kind, value, text in leaves(config, "config"):
+        _define(_Leaf(kind), name, value, text)
+    for arg in argv[1:]:
+        name = arg.split("=")[0].lstrip("-")
+        if arg.startswith("-") and name.startswith("config.") and name not in FLAGS:
+            raise UserError(_no_such_flag(name, config))
+
+
+def leaves(config, prefix):
+    """(dotted name, type, value, help) of every field of a nested dataclass."""
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), configs.hints(type(config))[field.name]
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}.{field.name}")
+        else:
+            yield f"{prefix}.{field.name}", kind, value, configs.describe(field, kind)
+
+
+def _no_such_flag(name, config):
+    _, section, *rest = name.split(".", 2)
+    hints = configs.hints(configs.Config)
+    if section not in hints or not rest:
+        return configs.no_such_field(section, configs.Config, {}, "config")
+    values = getattr(config, section)
+    return configs.no_such_field(rest[0], type(values), configs.kinds(hints[section]), f"config.{section}")
 
 
 def _define(parser, name, default, text):
@@ -155,26 +192,14 @@ def _define(parser, name, default, text):
 def parsed_config():
     """The Config after all flags, validated."""
 
-    def fill(cls, prefix):
-        values = {}
-        for name, kind in typing.get_type_hints(cls).items():
-            key = f"{prefix}.{name}"
-            values[name] = fill(kind, key) if dataclasses.is_dataclass(kind) else FLAGS[key].value
-        return cls(**values)
-
-    config = fill(configs.Config, "config")
+    sections = {}
+    for section, hint in configs.hints(configs.Config).items():
+        known = configs.kinds(hint)
+        cls = known[FLAGS[f"config.{section}.kind"].value] if known else hint
+        sections[section] = cls(**{name: FLAGS[f"config.{section}.{name}"].value for name in configs.hints(cls)})
+    config = configs.Config(**sections)
     configs.validate(config)
     return config
-
-
-def leaves(config, prefix):
-    """(dotted name, type, value) of every leaf of a nested dataclass."""
-    for name, kind in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if dataclasses.is_dataclass(kind):
-            yield from leaves(value, f"{prefix}.{name}")
-        else:
-            yield f"{prefix}.{name}", kind, value
 
 
 class _Leaf(flags.ArgumentParser):
@@ -230,5 +255,5 @@ def join(config, **others):
     )
     values = configs.to_dict(config)
     for name in ("workers", "cache"):  # of its own machine
-        values["data"].pop(name)
+        values["data"].pop(name, None)
     parallel.check_processes_agree("their configurations", {"config": values} | others)

@@ -55,25 +55,17 @@ def main():
         return run(config, workdir)
 
 
-# What finetune alone reads.
-OF_FINETUNE = {
-    "model": ("architecture", "head", "init_from"),
-    "data": ("fields", "limit", "unicode", "whitespace", "keep_duplicates"),
-    "peft": tuple(configs.to_dict(configs.PeftConfig())),
-    "task": tuple(configs.to_dict(configs.TaskConfig())),
-}
-
-
 def check_used(config):
-    """Raises: UserError for a model that is no decoder with its own head, and for fields that are
-    not read here."""
-    given, ours = map(configs.to_dict, (config, configs.Config(model=configs.ModelConfig())))
+    """Raises: UserError for anything but a decoder with its own head, trained from scratch on text."""
     found = [
-        f"{section}.{name}={given[section][name]!r}"
-        for section, names in OF_FINETUNE.items()
-        for name in names
-        if given[section][name] != ours[section][name]
+        f"model.{name}={getattr(config.model, name)!r}"
+        for name in ("architecture", "head", "init_from")
+        if getattr(config.model, name) != getattr(configs.ModelConfig, name)
     ]
+    if config.peft != configs.FullFineTuning():
+        found.append(f"peft.kind={config.peft.kind!r}")
+    if not isinstance(config.task, configs.Pretrain):
+        found.append(f"task.kind={config.task.kind!r}")
     if found:
         raise UserError(
             f"{', '.join(found)}: pretrain trains a decoder from scratch, on text; for "
@@ -270,4 +262,4 @@ def summarise(workdir, config, tracking, outcome):
 
 
 if __name__ == "__main__":
-    launch(main, "pydocs_tiny")
+    launch(main, "pydocs_tiny", data=configs.TextData)

@@ -20,6 +20,7 @@ import sys
 from absl import flags
 
 from experiments.flags import launch
+from nanoflax import config as configs
 from nanoflax import runs, tasks, tokenizers
 from nanoflax.config import MAX_SEED
 from nanoflax.errors import UserError
@@ -79,9 +80,9 @@ def main():
         config = runs.read_config(os.path.join(FLAGS.workdir, "config.json"))
         if (labels := runs.read_labels(FLAGS.workdir, config)) is not None:
             do = of_task(config, model, params, tokenizer, *labels) or write
-            if config.task.kind != "language_model":
+            if not isinstance(config.task, configs.LanguageModel):
                 write = lambda texts: do(cleaned(config, texts))  # noqa: E731
-            if not prompts and not FLAGS.interactive and config.task.kind != "language_model":
+            if not prompts and not FLAGS.interactive and not isinstance(config.task, configs.LanguageModel):
                 raise UserError(f"--prompt is missing: the text that task.kind={config.task.kind!r} is about")
     if FLAGS.interactive:
         return interact(write)

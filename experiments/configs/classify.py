@@ -19,7 +19,7 @@ Figure:    78.3% of the 456 validation docstrings, from scratch. From MiniLM (gt
            houlsby with peft.bottleneck=32.)
 """
 
-from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+from nanoflax.config import Classify, Config, ExampleData, ModelConfig, OptimConfig, TrainConfig
 
 
 def get_config():
@@ -38,8 +38,8 @@ def get_config():
             bias=False,
             dropout=0.1,
         ),
-        data=DataConfig(train="pymodules", tokenizer="bpe:2048"),
+        data=ExampleData(train="pymodules", tokenizer="bpe:2048"),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=30, schedule="linear", end_factor=0.0),
-        task=TaskConfig(kind="classify", length=128),
-        train=TrainConfig(steps=300, batch_size=32, evaluate_every=100, checkpoint_every=100, sample_tokens=0),
+        task=Classify(length=128),
+        train=TrainConfig(steps=300, batch_size=32, evaluate_every=100, checkpoint_every=100),
     )

@@ -10,7 +10,7 @@ Hardware:  two CPU cores, 11 minutes
 Figure:    29.4% of the targets' tokens likeliest, given those before (0.5% of them whole).
 """
 
-from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+from nanoflax.config import Config, Denoise, ExampleData, ModelConfig, OptimConfig, TrainConfig
 
 
 def get_config():
@@ -27,10 +27,8 @@ def get_config():
             positions="rotary",
             bias=False,
         ),
-        data=DataConfig(train="pydocs", tokenizer="bpe:2048"),
+        data=ExampleData(train="pydocs", tokenizer="bpe:2048"),
         optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=20, schedule="linear", end_factor=0.05),
-        task=TaskConfig(kind="denoise", length=128, target_length=64),
-        train=TrainConfig(
-            steps=600, batch_size=32, evaluate_every=200, evaluate_batches=4, checkpoint_every=200, sample_tokens=0
-        ),
+        task=Denoise(length=128, target_length=64),
+        train=TrainConfig(steps=600, batch_size=32, evaluate_every=200, evaluate_batches=4, checkpoint_every=200),
     )

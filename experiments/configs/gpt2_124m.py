@@ -7,13 +7,13 @@ Data:      tfds:NAME must be prepared first where there is a network. `openwebte
 Figures:   not measured here.
 """
 
-from nanoflax.config import Config, DataConfig, OptimConfig, TrainConfig, preset
+from nanoflax.config import Config, OptimConfig, TextData, TrainConfig, preset
 
 
 def get_config():
     return Config(
         model=preset("gpt2", vocab_size=32_000),
-        data=DataConfig(train="tfds:openwebtext", tokenizer="bpe:32000", validation_fraction=0.0005),
+        data=TextData(train="tfds:openwebtext", tokenizer="bpe:32000", validation_fraction=0.0005),
         optim=OptimConfig(name="adamw", learning_rate=6e-4, warmup_steps=2000, schedule="cosine", weight_decay=0.1),
         train=TrainConfig(
             steps=600_000,

@@ -11,7 +11,7 @@ Figure:    SmolLM2-135M-Instruct with LoRA (1.78% of the parameters, 9.8 MB) by 
            in all. From scratch not measured.
 """
 
-from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+from nanoflax.config import Config, ExampleData, Instruct, ModelConfig, OptimConfig, TrainConfig
 
 
 def get_config():
@@ -27,10 +27,8 @@ def get_config():
             positions="rotary",
             bias=False,
         ),
-        data=DataConfig(train="pychats", tokenizer="bpe:2048"),
+        data=ExampleData(train="pychats", tokenizer="bpe:2048"),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=10, schedule="linear", end_factor=0.0),
-        task=TaskConfig(kind="instruct", length=256),
-        train=TrainConfig(
-            steps=200, batch_size=8, evaluate_every=50, evaluate_batches=10, checkpoint_every=50, sample_tokens=0
-        ),
+        task=Instruct(length=256),
+        train=TrainConfig(steps=200, batch_size=8, evaluate_every=50, evaluate_batches=10, checkpoint_every=50),
     )

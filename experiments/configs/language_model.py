@@ -9,7 +9,7 @@ Figure:    from scratch a perplexity of 167 a token: the rate is one to go on wi
            the same text further.
 """
 
-from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+from nanoflax.config import Config, ExampleData, LanguageModel, ModelConfig, OptimConfig, TrainConfig
 
 
 def get_config():
@@ -25,10 +25,8 @@ def get_config():
             positions="rotary",
             bias=False,
         ),
-        data=DataConfig(train="pydocs", tokenizer="bpe:2048"),
+        data=ExampleData(train="pydocs", tokenizer="bpe:2048"),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=20, schedule="linear", end_factor=0.0),
-        task=TaskConfig(kind="language_model", length=256),
-        train=TrainConfig(
-            steps=200, batch_size=16, evaluate_every=100, evaluate_batches=10, checkpoint_every=100, sample_tokens=0
-        ),
+        task=LanguageModel(length=256),
+        train=TrainConfig(steps=200, batch_size=16, evaluate_every=100, evaluate_batches=10, checkpoint_every=100),
     )

@@ -8,13 +8,13 @@ Figure:    projected by experiments.plan: at least 0.40 s a step and 20.2 GiB a
            GPU, at most 75% MFU (blocks are computed twice). Not trained.
 """
 
-from nanoflax.config import Config, DataConfig, OptimConfig, TrainConfig, preset
+from nanoflax.config import Config, OptimConfig, TextData, TrainConfig, preset
 
 
 def get_config():
     return Config(
         model=preset("llama-1b", context=4096),
-        data=DataConfig(train="tfds:openwebtext", tokenizer="bpe:128000", validation_fraction=0.0005),
+        data=TextData(train="tfds:openwebtext", tokenizer="bpe:128000", validation_fraction=0.0005),
         optim=OptimConfig(name="adamw", learning_rate=3e-4, warmup_steps=2000, schedule="cosine"),
         train=TrainConfig(
             steps=300_000,

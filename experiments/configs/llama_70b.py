@@ -9,13 +9,13 @@ Figure:    projected by experiments.plan: at least 5.3 s a step and 43.4 GiB a
            twice). Not trained.
 """
 
-from nanoflax.config import Config, DataConfig, OptimConfig, TrainConfig, preset
+from nanoflax.config import Config, OptimConfig, TextData, TrainConfig, preset
 
 
 def get_config():
     return Config(
         model=preset("llama-70b", context=4096),
-        data=DataConfig(train="tfds:openwebtext", tokenizer="bpe:128000", validation_fraction=0.0005),
+        data=TextData(train="tfds:openwebtext", tokenizer="bpe:128000", validation_fraction=0.0005),
         optim=OptimConfig(name="adamw", learning_rate=1.5e-4, warmup_steps=2000, schedule="cosine"),
         train=TrainConfig(
             steps=300_000,

@@ -7,7 +7,7 @@ Hardware:  two CPU cores, 18 minutes beside other work (1,044 s of processor tim
 Figure:    30.2% of the masked tokens guessed right, perplexity 52.9.
 """
 
-from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+from nanoflax.config import Config, ExampleData, MaskedLM, ModelConfig, OptimConfig, TrainConfig
 
 
 def get_config():
@@ -25,10 +25,8 @@ def get_config():
             positions="rotary",
             bias=False,
         ),
-        data=DataConfig(train="pydocs", tokenizer="bpe:2048"),
+        data=ExampleData(train="pydocs", tokenizer="bpe:2048"),
         optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=20, schedule="linear", end_factor=0.05),
-        task=TaskConfig(kind="masked_lm", length=128),
-        train=TrainConfig(
-            steps=600, batch_size=32, evaluate_every=200, evaluate_batches=10, checkpoint_every=200, sample_tokens=0
-        ),
+        task=MaskedLM(length=128),
+        train=TrainConfig(steps=600, batch_size=32, evaluate_every=200, evaluate_batches=10, checkpoint_every=200),
     )

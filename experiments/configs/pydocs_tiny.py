@@ -6,7 +6,7 @@ Figure:    2.29 bits per byte on the validation split (2.2866, Python 3.11.7). `
            read the training text, needs 1.84 for the same documents.
 """
 
-from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from nanoflax.config import Config, ModelConfig, OptimConfig, TextData, TrainConfig
 
 
 def get_config():
@@ -23,7 +23,7 @@ def get_config():
             bias=False,
             tied=True,
         ),
-        data=DataConfig(train="pydocs", tokenizer="bpe:2048"),
+        data=TextData(train="pydocs", tokenizer="bpe:2048"),
         optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=10, schedule="linear", end_factor=0.05),
         train=TrainConfig(
             steps=100, batch_size=16, evaluate_every=50, checkpoint_every=50, sample_prompt="The function returns"

@@ -8,17 +8,17 @@ Figure:    projected by experiments.plan, which takes targets to be as long as s
            chip on v6e:16x16. Not trained.
 """
 
-from nanoflax.config import Config, DataConfig, OptimConfig, TaskConfig, TrainConfig, preset
+from nanoflax.config import Config, Denoise, ExampleData, OptimConfig, TrainConfig, preset
 
 
 def get_config():
     return Config(
         model=preset("t5-11b"),
-        data=DataConfig(train="text:corpus/*.txt", tokenizer="bpe:32000"),
+        data=ExampleData(train="text:corpus/*.txt", tokenizer="bpe:32000"),
         optim=OptimConfig(
             name="adafactor", learning_rate=1e-2, warmup_steps=10_000, schedule="cosine", weight_decay=0.0
         ),
-        task=TaskConfig(kind="denoise", length=512, target_length=128),
+        task=Denoise(length=512, target_length=128),
         train=TrainConfig(
             steps=500_000,
             batch_size=2048,
@@ -29,6 +29,5 @@ def get_config():
             evaluate_every=1000,
             evaluate_batches=16,
             checkpoint_every=1000,
-            sample_tokens=0,
         ),
     )

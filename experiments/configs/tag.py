@@ -6,7 +6,7 @@ Figure:    entity F1 0.973 on the 3,542 entities of the validation files; functi
            classes 1.0, attributes 0.997, parameters 0.981, strings 0.924.
 """
 
-from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+from nanoflax.config import Config, ExampleData, ModelConfig, OptimConfig, Tag, TrainConfig
 
 
 def get_config():
@@ -25,10 +25,8 @@ def get_config():
             bias=False,
             dropout=0.1,
         ),
-        data=DataConfig(train="pytags", tokenizer="bpe:2048"),
+        data=ExampleData(train="pytags", tokenizer="bpe:2048"),
         optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=20, schedule="linear", end_factor=0.0),
-        task=TaskConfig(kind="tag", length=256),
-        train=TrainConfig(
-            steps=400, batch_size=32, evaluate_every=200, evaluate_batches=20, checkpoint_every=200, sample_tokens=0
-        ),
+        task=Tag(length=256),
+        train=TrainConfig(steps=400, batch_size=32, evaluate_every=200, evaluate_batches=20, checkpoint_every=200),
     )

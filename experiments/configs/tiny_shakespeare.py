@@ -5,13 +5,13 @@ Hardware:  two CPU cores
 Figures:   not measured here: the data set needs a network the first time it is used.
 """
 
-from nanoflax.config import Config, DataConfig, OptimConfig, TrainConfig, preset
+from nanoflax.config import Config, OptimConfig, TextData, TrainConfig, preset
 
 
 def get_config():
     return Config(
         model=preset("nano-5m", context=256, dropout=0.1),
-        data=DataConfig(train="tfds:tiny_shakespeare", tokenizer="bytes"),
+        data=TextData(train="tfds:tiny_shakespeare", tokenizer="bytes"),
         optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=50, schedule="linear", end_factor=0.05),
         train=TrainConfig(
             steps=2000,

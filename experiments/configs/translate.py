@@ -6,7 +6,7 @@ Hardware:  two CPU cores, 2 min 30 s; the recurrent one 3 min 15 s
 Figure:    99.3% of 1,105 unseen dates exactly right; the recurrent one: all of them.
 """
 
-from nanoflax.config import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig, TrainConfig
+from nanoflax.config import Config, ExampleData, ModelConfig, OptimConfig, TrainConfig, Translate
 
 
 def get_config():
@@ -23,10 +23,8 @@ def get_config():
             positions="learned",
             bias=False,
         ),
-        data=DataConfig(train="dates:en-fr", tokenizer="bytes"),
+        data=ExampleData(train="dates:en-fr", tokenizer="bytes"),
         optim=OptimConfig(name="muon", learning_rate=2e-3, warmup_steps=20, schedule="linear", end_factor=0.0),
-        task=TaskConfig(kind="translate", length=64, target_length=64),
-        train=TrainConfig(
-            steps=400, batch_size=64, evaluate_every=200, evaluate_batches=4, checkpoint_every=200, sample_tokens=0
-        ),
+        task=Translate(length=64, target_length=64),
+        train=TrainConfig(steps=400, batch_size=64, evaluate_every=200, evaluate_batches=4, checkpoint_every=200),
     )

@@ -1,28 +1,64 @@
 """Every choice of a run, as frozen dataclasses: what the model is, what it reads, how it is trained.
 
-A configuration is a value: `dataclasses.replace` changes it, `validate` refuses a bad one with every
-problem in one go, `to_dict` and `from_dict` carry it through JSON.
+A configuration is a value: `dataclasses.replace` changes it, `validate` refuses a bad one with every problem at
+once, `to_dict` and `from_dict` carry it through JSON. The sections data, peft and task are of several kinds, each a
+dataclass of its own.
 """
 
-from nanoflax.config.checks import diff, from_dict, to_dict, type_name
-from nanoflax.config.model import LSTM_ATTENTIONS, LSTM_STARTS, POSITIONS, PRESETS, ModelConfig, preset
-from nanoflax.config.run import (
-    MAX_SEED,
-    METRICS,
-    OPTIMIZERS,
-    PEFT_KINDS,
-    SCHEDULES,
-    Config,
-    DataConfig,
-    OptimConfig,
-    PeftConfig,
-    TaskConfig,
-    TrainConfig,
-    read_class_weights,
+from nanoflax.config.data import AnyData, DataConfig, ExampleData, TextData
+from nanoflax.config.fields import (
+    as_kind,
+    describe,
+    diff,
+    from_dict,
+    hints,
+    kinds,
+    no_such_field,
+    to_dict,
+    type_name,
     validate,
 )
+from nanoflax.config.model import LSTM_ATTENTIONS, LSTM_STARTS, POSITIONS, PRESETS, ModelConfig, preset
+from nanoflax.config.peft import (
+    AdaLoRA,
+    AnyPeft,
+    BottleneckAdapters,
+    DoRA,
+    FullFineTuning,
+    Houlsby,
+    LoRA,
+    LowRank,
+    PeftConfig,
+    Pfeiffer,
+    PrefixTuning,
+    PromptTuning,
+    VirtualTokens,
+)
+from nanoflax.config.run import MAX_SEED, METRICS, OPTIMIZERS, SCHEDULES, Config, OptimConfig, TrainConfig
+from nanoflax.config.task import (
+    AnyTask,
+    Classify,
+    Denoise,
+    ExampleTask,
+    Instruct,
+    LabelTask,
+    LanguageModel,
+    MaskedLM,
+    Pretrain,
+    ShiftTask,
+    Tag,
+    TargetTask,
+    Translate,
+    read_class_weights,
+)
+
+PEFT_KINDS, TASK_KINDS = kinds(AnyPeft), kinds(AnyTask)  # {kind: class}
 
 __all__ = [
-    "Config", "DataConfig", "LSTM_ATTENTIONS", "LSTM_STARTS", "MAX_SEED", "METRICS", "ModelConfig", "OPTIMIZERS",
-    "OptimConfig", "PEFT_KINDS", "POSITIONS", "PRESETS", "PeftConfig", "SCHEDULES", "TaskConfig", "TrainConfig",
-    "diff", "from_dict", "preset", "read_class_weights", "to_dict", "type_name", "validate"]  # fmt: skip
+    "AdaLoRA", "AnyData", "AnyPeft", "AnyTask", "BottleneckAdapters", "Classify", "Config", "DataConfig", "Denoise",
+    "DoRA", "ExampleData", "ExampleTask", "FullFineTuning", "Houlsby", "Instruct", "LSTM_ATTENTIONS", "LSTM_STARTS",
+    "LabelTask", "LanguageModel", "LoRA", "LowRank", "MAX_SEED", "METRICS", "MaskedLM", "ModelConfig", "OPTIMIZERS",
+    "OptimConfig", "PEFT_KINDS", "POSITIONS", "PRESETS", "PeftConfig", "Pfeiffer", "PrefixTuning", "Pretrain",
+    "PromptTuning", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag", "TargetTask", "TextData", "TrainConfig",
+    "Translate", "VirtualTokens", "as_kind", "describe", "diff", "from_dict", "hints", "kinds", "no_such_field",
+    "preset", "read_class_weights", "to_dict", "type_name", "validate"]  # fmt: skip

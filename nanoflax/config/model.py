@@ -1,9 +1,9 @@
 """What a model is: one frozen dataclass for every architecture, and the published sizes."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from nanoflax.config.checks import at_least, choice, from_dict
+from nanoflax.config.fields import field, from_dict
 from nanoflax.errors import UserError
 
 
@@ -37,82 +37,118 @@ ATTENTION_BACKENDS = ("auto", "plain", "cudnn", "splash")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A model of any architecture. Sizes in the dimension letters of the design; the published
-    families differ in these values alone."""
+    """A model of any architecture. Sizes in the dimension letters of the design; the published families differ in
+    these values only."""
 
-    architecture: str = "decoder"
-    vocab_size: int = 0  # V; 0 takes the tokenizer's
-    # Of V, the last ids, which no token has: a mesh needs them. Ordinary logits in the loss, never
-    # targets; a run is opened, and exported, without them.
-    vocab_padding: int = 0
-    # Of finetune: a workdir, Transformers directory, hub name or .gguf, which then decides every field
-    # but head, labels, dropout, attention_backend and, where it is set, output_delay.
-    init_from: str = ""
-    context: int = 256  # the longest T (and S of a source) the model is made for
-    layers: int = 4  # L; of an encoder-decoder, on the encoder's side
-    decoder_layers: int | None = None  # None means L
-    dim: int = 256  # D
-    heads: int = 4  # H
-    kv_heads: int | None = None  # G; None means H (multi-head), 1 is multi-query
-    head_dim: int | None = None  # K; None means D / H
-    mlp_dim: int | None = None  # F; None means 4 D, or 8/3 D rounded up to 32 when gated
-    activation: str = "gelu_tanh"
-    gated: bool = False  # down(act(gate(x)) * up(x)), Shazeer 2020, instead of down(act(up(x)))
-    parallel: bool = False  # attention and MLP read the same x (GPT-J, GPT-NeoX)
+    section: ClassVar[str] = "model"
+    architecture: str = field("decoder", "Kind of model; lstm: the recurrent encoder-decoder.", choices=ARCHITECTURES)
+    vocab_size: int = field(0, "V, the tokens of the vocabulary; 0: the tokenizer's.", unit="tokens")
+    vocab_padding: int = field(
+        0,
+        "How many of V, the last ids, belong to no token: a mesh may need them. They are ordinary logits in the loss, "
+        "never targets; opening or exporting a run removes them.",
+        unit="tokens",
+    )
+    init_from: str = field(
+        "",
+        "Model to start from: a workdir, a Transformers directory, a hub name or a .gguf file. It decides every field "
+        "of model but head, labels, dropout, attention_backend and, where it is set, output_delay.",
+    )
+    context: int = field(256, "Longest T, and S of a source, that the model is made for.", unit="tokens", at_least=1)
+    layers: int = field(4, "L, the blocks; in an encoder-decoder, of the encoder.", at_least=1)
+    decoder_layers: int | None = field(None, "Blocks of an encoder-decoder's decoder; none: L.", at_least=1)
+    dim: int = field(256, "D, the width of the model.", at_least=1)
+    heads: int = field(4, "H, the query heads.", at_least=1)
+    kv_heads: int | None = field(None, "G, the key and value heads; none: H, 1: multi-query attention.", at_least=1)
+    head_dim: int | None = field(None, "K, the size of a head; none: D / H.", at_least=1)
+    mlp_dim: int | None = field(
+        None, "F, the width of the MLP; none: 4 D, or with gated 8/3 D rounded up to a multiple of 32.", at_least=1
+    )
+    activation: str = field("gelu_tanh", "Activation of the MLP.", choices=ACTIVATIONS)
+    gated: bool = field(False, "The MLP is down(act(gate(x)) * up(x)) (Shazeer 2020) instead of down(act(up(x))).")
+    parallel: bool = field(False, "Attention and MLP read the same input (GPT-J, GPT-NeoX).")
 
-    norm: str = "layernorm"
-    norm_eps: float = 1e-5
-    norm_place: str = "pre"  # see blocks.Block
-    norm_unit_offset: bool = False  # the scale is 1 + its parameter (Gemma)
-    embed_norm: bool = False  # a norm right after the embeddings (BERT, BART)
-    qk_norm: str = "none"  # RMSNorm of queries and keys: over each head's K, or full: over H K
+    norm: str = field("layernorm", "Normalisation.", choices=NORMS)
+    norm_eps: float = field(1e-5, "Added to the variance in a norm.", above=0)
+    norm_place: str = field(
+        "pre",
+        "Where a block's norms are: before, after, or around its sublayers (see nn.blocks.Block).",
+        choices=NORM_PLACES,
+    )
+    norm_unit_offset: bool = field(False, "A norm's scale is 1 + its parameter (Gemma).")
+    embed_norm: bool = field(False, "A norm directly after the embeddings (BERT, BART).")
+    qk_norm: str = field(
+        "none", "RMSNorm of queries and keys: over each head's K (head) or over all H K (full).", choices=QK_NORMS
+    )
 
-    positions: str = "learned"
-    position_offset: int = 0  # rows of the learned table before position 0 (OPT, RoBERTa, BART: 2)
-    rope_theta: float = 10_000.0
-    rope_local_theta: float | None = None  # in the layers with a window (Gemma 3); None: the same
-    rope_fraction: float = 1.0  # of K that is rotated (GPT-NeoX)
-    rope_scaling: str = "none"
-    rope_factor: float = 1.0  # how many times longer than trained for
-    rope_low: float = 1.0  # llama3: slower turns a context than this are all slowed by the factor
-    rope_high: float = 4.0  # llama3: faster ones are kept
-    rope_context: int = 8192  # llama3: the context trained for
-    relative_buckets: int = 32  # T5
-    relative_distance: int = 128  # T5: the last bucket holds all beyond
+    positions: str = field("learned", "How positions are encoded.", choices=POSITIONS)
+    position_offset: int = field(
+        0, "Rows of the learned table before that of position 0 (OPT, RoBERTa, BART: 2).", at_least=0
+    )
+    rope_theta: float = field(10_000.0, "Base of the rotary frequencies.", above=0)
+    rope_local_theta: float | None = field(
+        None, "Base in the layers with a window (Gemma 3); none: rope_theta.", above=0
+    )
+    rope_fraction: float = field(1.0, "Share of K that is rotated (GPT-NeoX).", within="(0, 1]")
+    rope_scaling: str = field("none", "How rotary frequencies change for longer contexts.", choices=ROPE_SCALINGS)
+    rope_factor: float = field(1.0, "How many times longer the context is than in training.", above=0)
+    rope_low: float = field(
+        1.0, "llama3: frequencies with fewer turns in rope_context are divided by rope_factor.", above=0
+    )
+    rope_high: float = field(4.0, "llama3: frequencies with more turns in rope_context are kept.", above=0)
+    rope_context: int = field(8192, "llama3: the context in training.", unit="tokens", at_least=1)
+    relative_buckets: int = field(32, "Buckets of relative positions (T5).", at_least=1)
+    relative_distance: int = field(
+        128, "Distance from which all positions share the last bucket (T5).", unit="tokens", at_least=1
+    )
 
-    window: int = 0  # a query sees its own and the window - 1 keys before it; 0 means all
-    global_layers: tuple[int, ...] = ()  # these ignore the window
-    attention_scale: float | None = None  # None means K^-1/2
-    attention_softcap: float = 0.0  # cap tanh(score / cap) (Gemma 2); 0 means none
+    window: int = field(
+        0, "Keys that a query sees: its own and the window - 1 before it; 0: all.", unit="tokens", at_least=0
+    )
+    global_layers: tuple[int, ...] = field((), "Layers, from 0, that ignore the window.")
+    attention_scale: float | None = field(None, "Factor of the attention scores; none: K^-1/2.", above=0)
+    attention_softcap: float = field(0.0, "Scores become cap tanh(score / cap) (Gemma 2); 0: unchanged.", at_least=0)
 
-    bias: bool = True  # in every Linear and LayerNorm, unless one of these says otherwise
-    qkv_bias: bool | None = None
-    out_bias: bool | None = None
-    mlp_bias: bool | None = None
-    norm_bias: bool | None = None
+    bias: bool = field(True, "Biases in every Linear and LayerNorm, where none of the next four says otherwise.")
+    qkv_bias: bool | None = field(None, "Biases of query, key and value; none: as bias.")
+    out_bias: bool | None = field(None, "Bias of the attention's output; none: as bias.")
+    mlp_bias: bool | None = field(None, "Biases of the MLP; none: as bias.")
+    norm_bias: bool | None = field(None, "Biases of LayerNorm; none: as bias.")
 
-    head: str = "lm"  # or a decoder's classify; an encoder's: none, mlm, classify or tag
-    labels: int = 2  # of classify and tag
-    pooler: bool = False  # a Linear and activation on the first state; an encoder's classify has it
-    pooler_activation: str = "tanh"
-    token_types: int = 0  # kinds of input segment (BERT: 2)
-    tied: bool = True  # the output head is the embedding, transposed
-    head_bias: bool = False
-    embed_scale: float = 1.0
-    logit_scale: float = 1.0  # of the states before the head (T5: D^-1/2)
-    logit_softcap: float = 0.0
-    start_id: int = 0  # the token before the first target of an encoder-decoder
-    # All that the decoder sees of a source: the mean of the encoder's states, or the first of them.
-    bottleneck: str = "none"
-    output_delay: int = 0  # n: to each last state is added GELU(W h) of that n steps before; 0: none
+    head: str = field("lm", "What the model predicts: a decoder lm or classify, an encoder none, mlm, classify or tag.")
+    labels: int = field(2, "Classes of the heads classify and tag.", at_least=1)
+    pooler: bool = field(
+        False, "A Linear and an activation on the first state; the head classify of an encoder reads it."
+    )
+    pooler_activation: str = field("tanh", "Activation of the pooler.", choices=ACTIVATIONS)
+    token_types: int = field(0, "Kinds of input segment (BERT: 2).", at_least=0)
+    tied: bool = field(True, "The output head is the transposed embedding.")
+    head_bias: bool = field(False, "A bias of the logits.")
+    embed_scale: float = field(1.0, "Factor of the embeddings.")
+    logit_scale: float = field(1.0, "Factor of the states before the head (T5: D^-1/2).")
+    logit_softcap: float = field(0.0, "Logits become cap tanh(logit / cap); 0: unchanged.", at_least=0)
+    start_id: int = field(0, "Token before the first target of an encoder-decoder.", at_least=0)
+    bottleneck: str = field(
+        "none", "All that the decoder sees of a source: every state, or their mean, or the first.", choices=BOTTLENECKS
+    )
+    output_delay: int = field(
+        0, "n: add GELU(W h) of the state n steps before to each last state; 0: none.", unit="tokens", at_least=0
+    )
 
-    lstm_attention: str = "additive"
-    lstm_start: str = "encoder"  # the decoder's first state: the encoder's last, or zeros
+    lstm_attention: str = field("additive", "Attention of an lstm.", choices=LSTM_ATTENTIONS)
+    lstm_start: str = field(
+        "encoder", "First state of an lstm's decoder: the encoder's last, or zeros.", choices=LSTM_STARTS
+    )
 
-    dropout: float = 0.0
-    dtype: str = "auto"  # of activations: float32 on CPU, bfloat16 elsewhere; parameters: float32
-    # Of attention: plain, cudnn (GPU), splash (TPU); auto: the platform's, wherever it is exact.
-    attention_backend: str = "auto"
+    dropout: float = field(0.0, "Share of activations that are set to 0 in training.", within="[0, 1)")
+    dtype: str = field(
+        "auto", "Of activations; auto: float32 on CPU, bfloat16 elsewhere. Parameters are float32.", choices=DTYPES
+    )
+    attention_backend: str = field(
+        "auto",
+        "Attention kernel: plain, cudnn (GPU), splash (TPU); auto: the platform's, wherever it is exact.",
+        choices=ATTENTION_BACKENDS,
+    )
 
     @property
     def _facts(self) -> Architecture:  # none of an unknown architecture, which validation reports
@@ -146,32 +182,35 @@ class ModelConfig:
         return self.pooler or self.head == "classify" and not self.is_causal
 
     @property
-    def G(self):
+    def G(self) -> int:
         return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
-    def K(self):
+    def K(self) -> int:
         return self.dim // self.heads if self.head_dim is None else self.head_dim
 
     @property
-    def F(self):
+    def F(self) -> int:
         if self.mlp_dim is not None:
             return self.mlp_dim
         return -(-8 * self.dim // 3 // 32) * 32 if self.gated else 4 * self.dim
 
     @property
-    def rotary_dim(self):
+    def rotary_dim(self) -> int:
         """How many of a head's K are rotated."""
         return int(self.K * self.rope_fraction)
 
-    def has_bias(self, part):
+    def has_bias(self, part: str) -> bool:
         """Whether the Linears or norms of `part` (qkv, out, mlp, norm) have a bias."""
         own = getattr(self, f"{part}_bias")
         return self.bias if own is None else own
 
-    def is_local(self, layer):
+    def is_local(self, layer: int) -> bool:
         """Whether a layer sees only its window."""
         return self.window > 0 and layer not in self.global_layers
+
+    def problems(self) -> list[str]:
+        return _problems(self)
 
 
 _GPT2 = ModelConfig(vocab_size=50257, context=1024, dropout=0.0)
@@ -211,7 +250,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def preset(name, **changes):
+def preset(name: str, **changes: Any) -> ModelConfig:
     """The ModelConfig of a published or shipped size, with some fields changed.
 
     Raises: UserError for an unknown name or field.
@@ -221,76 +260,15 @@ def preset(name, **changes):
     return from_dict(ModelConfig, dataclasses.asdict(PRESETS[name]) | changes, where="preset")
 
 
-def problems(m):
+def _problems(m):
+    """What does not fit between fields, each in its range."""
     found = []
-    for name, choices in [
-        ("architecture", ARCHITECTURES),
-        ("norm", NORMS),
-        ("norm_place", NORM_PLACES),
-        ("qk_norm", QK_NORMS),
-        ("activation", ACTIVATIONS),
-        ("pooler_activation", ACTIVATIONS),
-        ("positions", POSITIONS),
-        ("rope_scaling", ROPE_SCALINGS),
-        ("head", m._facts.heads),
-        ("lstm_attention", LSTM_ATTENTIONS),
-        ("lstm_start", LSTM_STARTS),
-        ("bottleneck", BOTTLENECKS),
-        ("dtype", DTYPES),
-        ("attention_backend", ATTENTION_BACKENDS),
-    ]:
-        choice(found, f"model.{name}", getattr(m, name), choices)
-    optional = [name for name in ("decoder_layers", "kv_heads", "head_dim", "mlp_dim") if getattr(m, name) is not None]
-    at_least(
-        found,
-        "model",
-        m,
-        1,
-        "context",
-        "layers",
-        "dim",
-        "heads",
-        "labels",
-        "rope_context",
-        "relative_buckets",
-        "relative_distance",
-        *optional,
-    )
-    at_least(
-        found,
-        "model",
-        m,
-        0,
-        "window",
-        "attention_softcap",
-        "logit_softcap",
-        "token_types",
-        "position_offset",
-        "start_id",
-        "output_delay",
-    )
+    if m.head not in m._facts.heads:
+        found.append(f"model.head={m.head!r} is not one of {', '.join(m._facts.heads)}")
     if m.vocab_size < 0:
         found.append(f"model.vocab_size={m.vocab_size} must be positive, or 0 for the tokenizer's")
     if not 0 <= m.vocab_padding < max(m.vocab_size, 1):
         found.append(f"model.vocab_padding={m.vocab_padding} must be from 0 to below model.vocab_size={m.vocab_size}")
-    if not 0 <= m.dropout < 1:
-        found.append(f"model.dropout={m.dropout} must be in [0, 1)")
-    if not 0 < m.rope_fraction <= 1:
-        found.append(f"model.rope_fraction={m.rope_fraction} must be in (0, 1]")
-    for name in (
-        "norm_eps",
-        "rope_theta",
-        "rope_local_theta",
-        "rope_factor",
-        "rope_low",
-        "rope_high",
-        "attention_scale",
-    ):
-        value = getattr(m, name)
-        if value is not None and not value > 0:  # NaN is not
-            found.append(f"model.{name}={value} must be positive")
-    if found:
-        return found
     if m.head_dim is None and m.dim % m.heads:
         found.append(f"model.heads={m.heads} does not divide model.dim={m.dim}; change one or set model.head_dim")
     if m.heads % m.G:
@@ -319,6 +297,6 @@ def problems(m):
             f"model.output_delay={m.output_delay} needs model.head='lm', not {m.head!r}: "
             "without an order of writing, no state is before another"
         )
-    if m.vocab_size and m.start_id >= m.vocab_size - m.vocab_padding:
+    if m.vocab_size > 0 and m.start_id >= m.vocab_size - m.vocab_padding:
         found.append(f"model.start_id={m.start_id} must be below model.vocab_size={m.vocab_size - m.vocab_padding}")
     return found

@@ -249,6 +249,6 @@ def _read_tfds(source, names, report):
 
 
 def source_of(config, name=None):
-    """The Source of a DataConfig (or of another source string, read the same way)."""
+    """The Source of a TextData (or of another source string, read the same way)."""
 
     return Source(name or config.train, config.field, "" if name else config.validation, config.validation_fraction)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nanoflax.config import PeftConfig, validate
+from nanoflax.config import PEFT_KINDS, AdaLoRA, LoRA, LowRank, validate
 from nanoflax.errors import UserError
 from nanoflax.hf import families, models, safetensors_io
 from nanoflax.nn import without_padding
@@ -46,7 +46,7 @@ def save_adapter(directory, config, params, peft_config, base="", model_type=Non
     c, flat = peft_config, flatten_dict(params, sep="/")
     modules = _linears(_modules(config, model_type))
     linears = [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
-    if c.kind not in LOW_RANK or not linears:
+    if not isinstance(c, LowRank) or not linears:
         raise UserError(f"peft.kind={c.kind!r} cannot be written for the peft library; {', '.join(LOW_RANK)} can")
     safetensors_io.fail(
         directory,
@@ -61,7 +61,7 @@ def save_adapter(directory, config, params, peft_config, base="", model_type=Non
         name = modules[path][0]
         leaf = lambda end: np.asarray(flat[f"{path}/lora_{end}"], np.float32)
         a, b = leaf("a").T, leaf("b").T
-        if c.kind == "adalora":
+        if isinstance(c, AdaLoRA):
             kept = leaf("mask") > 0
             pattern[f"{name}.lora_E"] = kept.tolist()
             parts = {"lora_A": a[kept], "lora_B": b[:, kept], "lora_E": leaf("e")[kept, None]}
@@ -73,7 +73,7 @@ def save_adapter(directory, config, params, peft_config, base="", model_type=Non
     whole = _whole_modules(config, model_type, flat, flatten_dict(trainable(params, c), sep="/"))
     tensors |= {f"{_BASE}{name}": x for name, x in whole.items()}
     theirs = {
-        "peft_type": "ADALORA" if c.kind == "adalora" else "LORA",
+        "peft_type": "ADALORA" if isinstance(c, AdaLoRA) else "LORA",
         "task_type": _TASKS.get(config.architecture) if config.head == "lm" else None,
         "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
         "base_model_name_or_path": str(base),
@@ -83,10 +83,10 @@ def save_adapter(directory, config, params, peft_config, base="", model_type=Non
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(modules[path][1] == "same" for path in linears),
-        "use_rslora": c.rank_stabilized,
+        "use_rslora": isinstance(c, LoRA) and c.rank_stabilized,
         "use_dora": c.kind == "dora",
     }
-    if c.kind != "adalora":
+    if not isinstance(c, AdaLoRA):
         theirs["r"] = c.rank
     else:
         # peft wants a whole schedule, even of what has been trained.
@@ -146,7 +146,7 @@ def load_adapter(directory, config, params, model_type=None):
     modules_to_save in the places of the model's own.
 
     config, model_type: as in `save`; params: without adapters.
-    Returns (params, PeftConfig, whose `trained` names those modules). Raises: UserError with every
+    Returns (params, the LoRA, DoRA or AdaLoRA, whose `trained` names those modules). Raises: UserError with every
     setting or every tensor that is not supported, missing or misshapen.
     """
     path = safetensors_io.locate(directory, CONFIG)
@@ -216,7 +216,7 @@ def _linears(modules):
 
 
 def _from_theirs(theirs, path):
-    """(PeftConfig, rank_pattern) of an adapter_config.json."""
+    """(the LoRA, DoRA or AdaLoRA, rank_pattern) of an adapter_config.json."""
     patterns, whole = theirs.get("rank_pattern") or {}, theirs.get("modules_to_save") or []
     adalora, init = theirs.get("peft_type") == "ADALORA", theirs.get("init_lora_weights")
     wrong = {name for name, value in theirs.items() if value and name not in _KNOWN}
@@ -226,6 +226,7 @@ def _from_theirs(theirs, path):
             ("peft_type", adalora or theirs.get("peft_type") == "LORA"),
             ("bias", theirs.get("bias", "none") == "none"),
             ("modules_to_save", isinstance(whole, list) and all(isinstance(x, str) for x in whole)),
+            ("use_rslora", not (adalora and theirs.get("use_rslora"))),
             ("init_lora_weights", init in (None, True, False, "gaussian")),  # others change the kernels
             (
                 "rank_pattern",
@@ -240,13 +241,12 @@ def _from_theirs(theirs, path):
     }
     safetensors_io.fail(path, [f"{name}={str(theirs.get(name))[:200]} is not supported" for name in sorted(wrong)])
     kind = "adalora" if adalora else "dora" if theirs.get("use_dora") else "lora"
+    own = _SCHEDULE if adalora else {"rank_stabilized": "use_rslora"}
     rank = theirs.get("init_r", 12) if adalora else theirs.get("r", 8)
-    c = PeftConfig(
-        kind,
+    c = PEFT_KINDS[kind](
         rank=rank,
         alpha=theirs.get("lora_alpha", 8),
-        rank_stabilized=theirs.get("use_rslora", False),
-        **{ours: theirs[name] for ours, name in _SCHEDULE.items() if adalora and name in theirs},
+        **{ours: theirs[name] for ours, name in own.items() if name in theirs},
     )
     validate(c)
     return c, patterns
@@ -265,7 +265,7 @@ def _problems(c, name, tensors, kernel, patterns):
         if x.shape != shapes[part]
     ]
     kept = patterns.get(f"{name}.lora_E", [True] * c.rank)
-    if c.kind == "adalora" and (len(kept), sum(kept)) != (c.rank, r):
+    if isinstance(c, AdaLoRA) and (len(kept), sum(kept)) != (c.rank, r):
         found.append(f"{name}: rank_pattern keeps {sum(kept)} ranks of {len(kept)}, the tensors {r} of init_r={c.rank}")
     return found
 
@@ -273,7 +273,7 @@ def _problems(c, name, tensors, kernel, patterns):
 def _leaves(c, arrays, kept):
     """A Linear's leaves from arrays of theirs; kept: which ranks of AdaLoRA those are, or None."""
     a, b = arrays["lora_A"].T, arrays["lora_B"].T
-    if c.kind == "adalora":
+    if isinstance(c, AdaLoRA):
         mask = np.ones(c.rank, bool) if kept is None else np.array(kept)
         place = np.eye(c.rank)[mask]  # [kept, rank]
         return {
@@ -283,6 +283,6 @@ def _leaves(c, arrays, kept):
             "lora_e": arrays["lora_E"][:, 0] @ place,
             "lora_mask": mask,
         }
-    scale = c.alpha / len(b) ** (0.5 if c.rank_stabilized else 1)
+    scale = dataclasses.replace(c, rank=len(b)).scale  # rank_pattern may give each Linear its own
     magnitude = {"lora_magnitude": arrays["lora_magnitude_vector"]} if c.kind == "dora" else {}
     return {"lora_scale": scale, "lora_a": a, "lora_b": b} | magnitude

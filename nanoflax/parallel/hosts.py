@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-from nanoflax.config.checks import diff
+from nanoflax.config import diff
 from nanoflax.errors import UserError
 
 PATIENCE = 24 * 3600  # seconds that processes wait for each other: one may have to tokenize

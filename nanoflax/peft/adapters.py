@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nanoflax.config import validate
+from nanoflax.config import BottleneckAdapters, FullFineTuning, LowRank, PrefixTuning, PromptTuning, validate
 from nanoflax.errors import UserError
 from nanoflax.nn import column_lengths, low_rank
 
@@ -28,7 +28,7 @@ _MATRIX = r"(query|combine|decoder_\d+|encoder_\d+/(forward|backward))/kernel"
 
 
 def add(params, peft_config, rng):
-    """Parameters with the adapters of a PeftConfig among them, float32. rng: a PRNG key.
+    """Parameters with the adapters of a configuration such as LoRA(rank=4) among them, float32. rng: a PRNG key.
 
     LoRA, AdaLoRA and bottleneck adapters at first change nothing at all, DoRA only by rounding; a
     prompt begins as random rows of the embedding. Can be traced: `jax.eval_shape` gives the shapes.
@@ -39,7 +39,7 @@ def add(params, peft_config, rng):
     validate(c)
     if any(map(_ADAPTER.fullmatch, flat)):
         raise UserError("the parameters hold adapters already; merge them first")
-    if c.kind == "none":
+    if isinstance(c, FullFineTuning):
         return params
     places = _places(flat, c)
     for key, (place, make) in zip(jax.random.split(rng, len(places)), sorted(places.items())):
@@ -58,15 +58,15 @@ def _places(flat, c):
     for path, kernel in kernels.items():
         block, _, part = path.rpartition("/block_")
         part = part.partition("/")[2] if block else ""
-        if c.kind in LOW_RANK and re.search(rf"(^|/)({c.targets})$", path):
+        if isinstance(c, LowRank) and re.search(rf"(^|/)({c.targets})$", path):
             places[f"{path}/"] = partial(_low_rank, c, kernel)
-        elif c.kind == "prefix" and part == "attention/key":
+        elif isinstance(c, PrefixTuning) and part == "attention/key":
             start = path.removesuffix("key") + "prefix_"
             places[start] = partial(_prefix, (c.virtual_tokens, kernel.shape[1]))
-        elif name := _SUBLAYERS.get(c.kind, {}).get(part):
+        elif isinstance(c, BottleneckAdapters) and (name := _SUBLAYERS[c.kind].get(part)):
             start = path.removesuffix(part) + f"adapter_{name}/"
             places[start] = partial(_bottleneck, kernel.shape[1], c.bottleneck)
-    if c.kind == "prompt":
+    if isinstance(c, PromptTuning):
         stacks = [name for name in ("encoder", "decoder") if f"{name}/block_0/mlp/up" in kernels]
         if any(f"{name}/relative_bias/embedding" in flat for name in stacks[:1]):
             raise UserError(
@@ -78,7 +78,7 @@ def _places(flat, c):
             f"{stack}/": lambda rng: {"prompt": jax.random.choice(rng, table, (c.virtual_tokens,)).astype(jnp.float32)}
             for stack in stacks[:1]
         }
-    if not places and c.kind in LOW_RANK:
+    if not places and isinstance(c, LowRank):
         known = sorted({re.sub(r"block_\d+", "block_*", path) for path in kernels})
         raise UserError(f"peft.targets={c.targets!r} is the end of none of {', '.join(known)}")
     if not places:
@@ -98,7 +98,7 @@ _SUBLAYERS = {"houlsby": _HOULSBY, "pfeiffer": _PFEIFFER}
 
 def _low_rank(c, kernel, rng):
     D_in, D_out = kernel.shape
-    leaves = {"lora_scale": jnp.float32(c.alpha / c.rank ** (0.5 if c.rank_stabilized else 1))}
+    leaves = {"lora_scale": jnp.float32(c.scale)}
     if c.kind == "adalora":
         a, b = jax.random.split(rng)
         return leaves | {
@@ -138,7 +138,7 @@ def trainable(params, peft_config):
     Raises: UserError for a part of it that no parameter fits, or adapters that are not trained.
     """
     flat = flatten_dict(params, sep="/")
-    default = "all" if peft_config.kind == "none" else "adapters"
+    default = "all" if isinstance(peft_config, FullFineTuning) else "adapters"
     chosen = set()
     for part in (peft_config.trained or default).split(","):
         pattern = (
@@ -150,7 +150,7 @@ def trainable(params, peft_config):
         if not found:
             raise UserError(f"peft.trained={part!r} fits no parameter of this model")
         chosen |= found
-    if peft_config.kind != "none" and not any(re.fullmatch(_ADAPTER, path) for path in chosen):
+    if not isinstance(peft_config, FullFineTuning) and not any(re.fullmatch(_ADAPTER, path) for path in chosen):
         raise UserError(
             f"peft.trained={peft_config.trained!r} leaves the adapters of "
             f"peft.kind={peft_config.kind!r} out: add adapters, or set peft.kind=none"

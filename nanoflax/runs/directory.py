@@ -17,7 +17,7 @@ from typing import Any
 
 from nanoflax import config as configs
 from nanoflax import parallel
-from nanoflax.config import Config, DataConfig, ModelConfig
+from nanoflax.config import Config, DataConfig, LabelTask, ModelConfig, Pretrain
 from nanoflax.errors import UserError
 from nanoflax.runs.lock import WorkdirLock
 
@@ -71,11 +71,11 @@ def read_labels(workdir: str | os.PathLike, config: Config) -> tuple[tuple[str, 
             found = json.load(f)
             return tuple(found["labels"]), bool(found["several"])
     except FileNotFoundError:
-        if config.task.kind in ("classify", "tag"):
+        if isinstance(config.task, LabelTask):
             raise UserError(
                 f"{path} does not exist: it names the classes of task.kind={config.task.kind!r}; finetune wrote it"
             ) from None
-        return ((), False) if config.task.kind != "language_model" else None
+        return None if isinstance(config.task, Pretrain) else ((), False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error!r}") from error
 
@@ -177,7 +177,7 @@ def changed_fields(saved: Config, config: Config) -> list[str]:
     new["model"] |= configs.to_dict(with_saved_vocabulary(config.model, saved))  # padded for another mesh too
     for section, names in FREE_FIELDS.items():
         for name in names:
-            old[section].pop(name), new[section].pop(name)
+            old[section].pop(name, None), new[section].pop(name, None)
     return configs.diff(old, new)
 
 

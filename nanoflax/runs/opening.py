@@ -37,7 +37,7 @@ def restore_model(workdir, config, tokenizer, which="best"):
         own = dict(paths(params))  # adapters may be among them
         return all(path in own and own[path].shape == x.shape for path, x in paths(parallel.param_shapes(model)))
 
-    if not fits(params) and config.peft != configs.PeftConfig():
+    if not fits(params) and config.peft != configs.FullFineTuning():
         given = open_model(config.model.init_from)[1] if config.model.init_from else None
         first = initialize_with_adapters(model, given, config, parallel.make_mesh("-1,1,1"))
         params = peft.join(params, peft.split(first, peft.trainable(first, config.peft))[1])

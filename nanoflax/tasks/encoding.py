@@ -153,7 +153,7 @@ def weigh_classes(rows, labels, class_weights):
     """The Rows with weights by class, for training: the mean of their losses is then that of
     torch's CrossEntropyLoss(weight).
 
-    labels: the class names; class_weights: as in TaskConfig. "balanced" gives a class n / (classes
+    labels: the class names; class_weights: as in config.Classify. "balanced" gives a class n / (classes
     times its count), of n examples or words, as scikit-learn does.
     Raises: UserError for names that are no classes, and for several labels.
     """

@@ -92,7 +92,7 @@ class Evaluator:
         if batches:
             number = min(number, batches * self.config.train.batch_size)
         numbers, predictions, self.report = self._measured(params, number)
-        if self.config.task.max_shift:
+        if getattr(self.config.task, "max_shift", 0):
             judge = copy.copy(self)
             judge.rows = self.rows.shifted(self.config.task.max_shift, 1.0, (0,), range(number))
             found, _, self.report["shifted"] = judge._measured(params, number)

@@ -257,16 +257,15 @@ def _chat(record, place, clean, report):
 
 
 def examples_of(data, name=None):
-    """The TaskSource of a DataConfig (or of another source string, read and cleaned the same way,
+    """The TaskSource of an ExampleData (or of another source string, read and cleaned the same way,
     the whole of it)."""
     from nanoflax.tasks.sources import TaskSource
 
-    fields = data.fields or ("" if data.field == "text" else f"text={data.field}")
     return TaskSource(
         name or data.train,
         "" if name else data.validation,
         data.validation_fraction,
-        fields=fields,
+        fields=data.fields,
         unicode=data.unicode,
         whitespace=data.whitespace,
         keep_duplicates=data.keep_duplicates,

@@ -138,7 +138,7 @@ def permuted_sentences(ids, rng, closing):
 
 
 class Noise:
-    """noise(ids, rng) -> a row of Rows: a text of ids, corrupted as a TaskConfig says.
+    """noise(ids, rng) -> a row of Rows: a text of ids, corrupted as a MaskedLM or Denoise task says.
 
     ids: [n] int32 without special tokens, n at most `max_ids`; rng: a numpy Generator.
     target_length: the longest targets of a row, with their special tokens.

@@ -27,8 +27,8 @@ class Task:
     architectures: tuple[str, ...]  # of the models that can learn it
     head: str = ""  # the model head that it trains; empty keeps the head of the model
     has_labels: bool = False  # the training data name its classes, which labels.json keeps
-    length_fields: tuple[str, ...] = ("length",)  # fields of its TaskConfig that limit the tokens of a row
-    noise: Callable[[Any], type[Noise]] | None = None  # TaskConfig -> how its texts are corrupted
+    length_fields: tuple[str, ...] = ("length",)  # fields of its configuration that limit the tokens of a row
+    noise: Callable[[Any], type[Noise]] | None = None  # task configuration -> how its texts are corrupted
     objective: Callable  # of nanoflax.train.objectives, over the batches of Rows
     metrics: tuple[str, ...] = ("perplexity",)  # names of the figures that an evaluation finds beside validation_loss
     token_accuracy: str = ""  # name of the token-accuracy metric; empty if not reported
@@ -36,11 +36,11 @@ class Task:
     # (evaluator, params, number) -> what to tell of each row: {class: probability}, (word, tag) pairs, or a text
     describe: Callable | None = None
     show: Callable[[Any], str] = str  # what `describe` tells of a row -> lines of text
-    score: Callable | None = None  # (predictions, examples, TaskConfig) -> (numbers, report)
+    score: Callable | None = None  # (predictions, examples, task configuration) -> (numbers, report)
     scores_table: Callable[[dict], list[str]] | None = None  # report -> lines for people
     # (tokenizer, text, is_source) -> the ids that generation continues. Without it, `describe` answers a prompt.
     prompt: Callable[..., list[int]] | None = None
-    generation: Callable[[Any], dict] = lambda task: {}  # TaskConfig -> default options of the generation
+    generation: Callable[[Any], dict] = lambda task: {}  # task configuration -> default options of the generation
     needs_prompt: bool = True  # an empty prompt has no answer
     plots_alignment: bool = False  # a run ends with a picture of the attention between source and target
 
@@ -249,21 +249,21 @@ TASKS = {
 }
 
 
-# What the table decides for a TaskConfig.
+# What the table decides for a task configuration.
 
 
 def length_limits(task):
-    """{"task.length": tokens, ...}: how long the rows of a TaskConfig may be."""
+    """{"task.length": tokens, ...}: how long the rows of a task configuration may be."""
     return {f"task.{name}": getattr(task, name) for name in TASKS[task.kind].length_fields}
 
 
 def with_sentinels(task, tokenizer):
-    """The tokenizer with the mask or sentinels that the noise of a TaskConfig needs, if any."""
+    """The tokenizer with the mask or sentinels that the noise of a task configuration needs, if any."""
     kind = TASKS[task.kind].noise
     return kind(task).prepare(tokenizer) if kind else tokenizer
 
 
 def noise_for(task, tokenizer):
-    """The Noise of a TaskConfig, or None for tasks without noise. tokenizer: see with_sentinels."""
+    """The Noise of a task configuration, or None for tasks without noise. tokenizer: see with_sentinels."""
     kind = TASKS[task.kind].noise
     return kind(task)(task, tokenizer) if kind else None

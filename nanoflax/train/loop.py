@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanoflax import parallel
-from nanoflax.config import METRICS
+from nanoflax.config import METRICS, AdaLoRA
 from nanoflax.data import prefetch
 from nanoflax.errors import UserError
 
@@ -78,7 +78,7 @@ def fit(
     t = config.train
     # Queued steps of several fake CPU devices can wait for each other for ever on few cores.
     eager = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-    counted = t.steps - config.peft.final_steps if config.peft.kind == "adalora" else 0
+    counted = t.steps - config.peft.final_steps if isinstance(config.peft, AdaLoRA) else 0
     begin, saved_at, waiting = int(state.step), time.monotonic(), []
     done = begin
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nanoflax import parallel
+from nanoflax.config import TextData
 
 
 class TrainState(NamedTuple):
@@ -59,7 +60,7 @@ def abstract_batch(config, mesh):
     """The shapes, dtypes and shardings of a batch of `windows.Batches`, for `compile_step`."""
     B, T = config.train.batch_size, config.model.context
     arrays = {"targets": ((B, T), jnp.int32), "first": ((B,), jnp.int32), "weights": ((B, T), jnp.float32)}
-    if config.data.packing == "isolated":
+    if isinstance(config.data, TextData) and config.data.packing == "isolated":
         arrays |= {"segments": ((B, T), jnp.int32), "start": ((B,), jnp.int32)}
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.batch_sharding(mesh, len(shape)))

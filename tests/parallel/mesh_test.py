@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nanoflax import generate, parallel, peft, train
-from nanoflax.config import ModelConfig, PeftConfig
+from nanoflax.config import PEFT_KINDS, ModelConfig, as_kind
 from nanoflax.nn import build
 from tests import processes
 
@@ -106,7 +106,9 @@ def prepared(case):
     params = parallel.init(model, jax.random.PRNGKey(0))
     if case in ADAPTERS:
         params = peft.add(
-            params, PeftConfig(kind=case, rank=3, target_rank=2, bottleneck=5, virtual_tokens=3), jax.random.PRNGKey(1)
+            params,
+            as_kind(PEFT_KINDS[case], SimpleNamespace(rank=3, target_rank=2, bottleneck=5, virtual_tokens=3)),
+            jax.random.PRNGKey(1),
         )
     # Larger than it begins, so that every part has its share in the loss; and no zeros.
     paths, rng = jax.tree_util.tree_leaves_with_path(params), np.random.default_rng(2)
@@ -261,7 +263,7 @@ def groups(text):
 def evaluated():
     """What an evaluation and a Judge find on one device and on a mesh, and what they are split by."""
     from nanoflax import tasks, tokenizers, train
-    from nanoflax.config import Config, TaskConfig, TrainConfig
+    from nanoflax.config import Config, MaskedLM, TrainConfig
 
     class Windows:
         def __len__(self):
@@ -292,7 +294,7 @@ def evaluated():
 
     for shape in ("1,1,1", "1,2,2,2"):
         mesh = parallel.make_mesh(shape, jax.devices()[: 1 if shape == "1,1,1" else 8])
-        config = Config(model=MODELS["packed"], train=TrainConfig(batch_size=B), task=TaskConfig(kind="masked_lm"))
+        config = Config(model=MODELS["packed"], train=TrainConfig(batch_size=B), task=MaskedLM())
         put = lambda params: jax.device_put(params, parallel.shardings(params, mesh))  # noqa: E731
         model, judged = build(MODELS["packed"]), build(MODELS["mlm"])
         evaluate = train.make_evaluation(model, config, mesh, objective)

@@ -173,10 +173,10 @@ def test_the_loop_of_the_chunked_loss_never_reduces_the_head():
 
 def adapters_against_one_device():
     from nanoflax import peft, train
-    from nanoflax.config import PeftConfig
+    from nanoflax.config import PEFT_KINDS, as_kind
 
     def tuned(mesh_shape, devices, kind):
-        config, c = config_of(mesh_shape, False), PeftConfig(kind=kind, rank=3, bottleneck=6)
+        config, c = config_of(mesh_shape, False), as_kind(PEFT_KINDS[kind], SimpleNamespace(rank=3, bottleneck=6))
         mesh, model = parallel.make_mesh(mesh_shape, devices), build(config.model)
         params = peft.add(parallel.init(model, jax.random.PRNGKey(0), mesh), c, jax.random.PRNGKey(1))
         params = jax.device_put(params, parallel.shardings(params, mesh))

@@ -15,7 +15,20 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nanoflax import hf, parallel, peft, runs, tokenizers, train
-from nanoflax.config import OPTIMIZERS, PEFT_KINDS, Config, ModelConfig, OptimConfig, PeftConfig, TrainConfig, validate
+from nanoflax.config import (
+    OPTIMIZERS,
+    PEFT_KINDS,
+    AdaLoRA,
+    AnyPeft,
+    Config,
+    FullFineTuning,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    as_kind,
+    from_dict,
+    validate,
+)
 from nanoflax.errors import UserError
 from nanoflax.hf import adapters
 from nanoflax.nn import build
@@ -55,13 +68,13 @@ BERT = ModelConfig(
 )
 GPT2 = ModelConfig(vocab_size=V, context=32, layers=2, dim=32, heads=4)
 BART = ModelConfig(architecture="encoder_decoder", vocab_size=V, context=32, layers=1, dim=32, heads=4)
-SMALL = PeftConfig(rank=4, target_rank=2, bottleneck=8, virtual_tokens=3)
+SMALL = dict(rank=4, target_rank=2, bottleneck=8, virtual_tokens=3)
 TOKENS = np.random.default_rng(0).integers(0, V, (2, T)).astype(np.int32)
 ADAPTERS = [kind for kind in PEFT_KINDS if kind != "none"]
 
 
 def config_of(kind, **fields):
-    return PeftConfig(**vars(SMALL) | {"kind": kind} | fields)
+    return as_kind(PEFT_KINDS[kind], SimpleNamespace(**SMALL | fields))
 
 
 @pytest.fixture(scope="module")
@@ -329,20 +342,20 @@ def test_adapters_go_through_recomputed_blocks(llama):
 )
 def test_what_is_trained_is_chosen_by_name(config, trained, expected):
     params = parallel.param_shapes(build(config))
-    mask = peft.trainable(params, PeftConfig(trained=trained))
+    mask = peft.trainable(params, FullFineTuning(trained=trained))
     assert {path for path, chosen in flatten_dict(mask, sep="/").items() if chosen} == expected
 
 
 def test_biases_are_chosen_everywhere_and_only_they():
     params = parallel.param_shapes(build(GPT2))
-    mask = flatten_dict(peft.trainable(params, PeftConfig(trained="biases")), sep="/")
+    mask = flatten_dict(peft.trainable(params, FullFineTuning(trained="biases")), sep="/")
     assert all(mask[path] == path.endswith("/bias") for path in mask) and any(mask.values())
-    mask = peft.trainable(params, PeftConfig())
+    mask = peft.trainable(params, FullFineTuning())
     assert all(jax.tree.leaves(mask))
     with pytest.raises(UserError, match="peft.trained='adapters' fits no parameter"):
-        peft.trainable(params, PeftConfig(trained="adapters"))
+        peft.trainable(params, FullFineTuning(trained="adapters"))
     with pytest.raises(UserError, match="peft.trained='head'"):
-        peft.trainable(params, PeftConfig(trained="head"))  # tied
+        peft.trainable(params, FullFineTuning(trained="head"))  # tied
 
 
 def test_adalora_ends_with_exactly_its_budget_in_one_program(llama, compilations):
@@ -484,7 +497,7 @@ def test_an_adapter_is_the_same_to_transformers_and_peft(llama, kind, tmp_path, 
     same = ("kind", "rank", "alpha", "rank_stabilized") + (
         ("target_rank", "beta1", "final_steps") if kind == "adalora" else ()
     )
-    assert [getattr(c2, n) for n in same] == [getattr(c, n) for n in same]
+    assert [getattr(c2, n, False) for n in same] == [getattr(c, n, False) for n in same]
     assert jax.tree.structure(back) == jax.tree.structure(added)
     monkeypatch.setattr(tokenizers, "load", lambda _: SimpleNamespace(vocab_size=LLAMA.vocab_size))
     _, folded, _ = runs.open_model(str(tmp_path / "adapter"))  # with the model that it names
@@ -674,19 +687,23 @@ def test_bad_configurations_are_refused_by_name(llama):
     _, params = llama
     for fields, message in [
         (dict(kind="lorra"), "peft.kind='lorra' is not one of none, lora"),
-        (dict(rank=0, bottleneck=0), "peft.rank=0 must be at least 1; peft.bottleneck=0"),
+        (dict(rank=0, alpha=0.0), "peft.rank=0 must be at least 1; peft.alpha=0.0"),
+        (dict(kind="houlsby", bottleneck=0), "peft.bottleneck=0 must be at least 1"),
         (dict(alpha=float("nan")), "peft.alpha=nan must be positive"),
         (dict(targets="("), r"peft.targets='\(' is no regular expression"),
         (dict(kind="adalora", target_rank=9), "peft.target_rank=9 must be at most peft.rank=8"),
-        (dict(kind="adalora", rank_stabilized=True), "peft.rank_stabilized needs"),
-        (dict(beta1=1.0), r"peft.beta1=1.0 must be in \(0, 1\)"),
+        (
+            dict(kind="adalora", rank_stabilized=True),
+            "peft.rank_stabilized is a field of peft.kind=lora or dora, not of adalora",
+        ),
+        (dict(kind="adalora", beta1=1.0), r"peft.beta1=1.0 must be in \(0, 1\)"),
         (dict(kind="lora", targets="c_attn"), r"'c_attn' is the end of none of decoder/block_\*/attention/key"),
         (dict(kind="lora", targets="out|unembed"), "the output head"),
     ]:
         with pytest.raises(UserError, match=message):
-            peft.add(params, PeftConfig(**fields), jax.random.PRNGKey(0))
+            peft.add(params, from_dict(AnyPeft, {"kind": "lora"} | fields, "peft"), jax.random.PRNGKey(0))
     with pytest.raises(UserError, match="peft.warmup_steps=100 and peft.final_steps=100 must leave"):
-        validate(Config(model=ModelConfig(vocab_size=9), peft=PeftConfig("adalora"), train=TrainConfig(steps=200)))
+        validate(Config(model=ModelConfig(vocab_size=9), peft=AdaLoRA(), train=TrainConfig(steps=200)))
     t5 = parallel.param_shapes(build(ModelConfig(**vars(BART) | {"positions": "relative"})))
     with pytest.raises(UserError, match="'prompt' does not go with relative positions"):
         add(t5, "prompt")
@@ -783,4 +800,4 @@ def test_adalora_needs_its_whole_adapters_and_no_average(llama):
     with pytest.raises(UserError, match="peft.trained must include the whole"):
         peft.adalora_optimizer(optax.sgd(1), c, 9).init(peft.split(added, peft.trainable(added, c))[0])
     with pytest.raises(UserError, match="optim.ema=0.9 does not go with peft.kind='adalora'"):
-        validate(Config(peft=PeftConfig("adalora"), optim=OptimConfig(ema=0.9)))
+        validate(Config(peft=AdaLoRA(), optim=OptimConfig(ema=0.9)))

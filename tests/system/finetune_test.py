@@ -391,7 +391,7 @@ def test_the_lstm_takes_the_same_road(tmp_path):
             "peft.trained='head' leaves the adapters of peft.kind='lora' out",
         ),
         (["--config.peft.kind=lora"], "peft.kind='lora' without model.init_from"),
-        (["--config.data.packing=isolated"], "data.packing='isolated' is of pretrain"),
+        (["--config.data.packing=isolated"], "config.data.packing is a field of data.kind=text, not of examples"),
         (["--config.data.unicode=NFD"], "unicode 'NFD': choose NFC"),
         (["--config.task.kind=translate", "--config.task.bleu_tokenize=mecab"], "is not one of 13a"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from nanoflax import hf, parallel, peft, runs
-from nanoflax.config import Config, ModelConfig, PeftConfig, validate
+from nanoflax.config import Config, LoRA, ModelConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.nn import build, without_padding
 from tests.system.programs_test import SMALL, run
@@ -105,7 +105,7 @@ def test_an_adapter_with_its_head_has_no_padding(tmp_path):
         bias=False,
         tied=False,
     )
-    c, base = PeftConfig("lora", trained="adapters,head"), parallel.init(build(config), jax.random.PRNGKey(0))
+    c, base = LoRA(trained="adapters,head"), parallel.init(build(config), jax.random.PRNGKey(0))
     tuned = peft.add(base, c, jax.random.PRNGKey(1))
     tuned["unembed"] = {"kernel": base["unembed"]["kernel"] + 0.1}
     hf.save_adapter(tmp_path, config, tuned, c)

@@ -185,10 +185,10 @@ def test_a_restart_may_be_killed_anywhere(tmp_path, monkeypatch):
 def test_a_tokenizer_without_a_run_is_not_trusted(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("")
-    found = runs.get_tokenizer(configs.DataConfig(tokenizer="bytes"), str(tmp_path), list)
+    found = runs.get_tokenizer(configs.TextData(tokenizer="bytes"), str(tmp_path), list)
     assert found.decode(found.encode("é")) == "é"
     runs.write_run(str(tmp_path), configs.Config(), found)
-    again = runs.get_tokenizer(configs.DataConfig(tokenizer="bpe:300"), str(tmp_path), list)
+    again = runs.get_tokenizer(configs.TextData(tokenizer="bpe:300"), str(tmp_path), list)
     assert again.fingerprint == found.fingerprint
 
 
@@ -450,7 +450,7 @@ class Outer:
 )
 def test_tuples_are_flags(text, field, value):
     values = flags.FlagValues()
-    for name, kind, default in leaves(Outer(), "c"):
+    for name, kind, default, _ in leaves(Outer(), "c"):
         flags.DEFINE(_Leaf(kind), name, default, "", flag_values=values)
     if isinstance(value, str) and field != "name":
         with pytest.raises(flags.IllegalFlagValueError, match=value):

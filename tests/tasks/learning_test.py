@@ -9,7 +9,7 @@ import torch
 from sklearn.utils import class_weight
 
 from nanoflax import parallel, tasks, train
-from nanoflax.config import Config, ModelConfig, OptimConfig, TaskConfig, TrainConfig, validate
+from nanoflax.config import AnyTask, Classify, Config, ModelConfig, OptimConfig, TrainConfig, from_dict, validate
 from nanoflax.errors import UserError
 from nanoflax.nn import build
 from nanoflax.tasks import Classification, Tagging
@@ -94,9 +94,9 @@ def test_bad_class_weights_are_named():
         tasks.weigh_classes(several, NAMES, "balanced")
     for text in ("cat", "cat=", "=2", "cat=-1", "cat=nan", "cat=inf", "cat=1,"):
         with pytest.raises(UserError, match="task.class_weights=.* must be empty, balanced, or"):
-            validate(Config(task=TaskConfig(kind="classify", class_weights=text)))
-    with pytest.raises(UserError, match="needs task.kind='classify' or 'tag', not 'translate'"):
-        validate(Config(task=TaskConfig(kind="translate", class_weights="balanced")))
+            validate(Config(task=Classify(class_weights=text)))
+    with pytest.raises(UserError, match="class_weights is a field of task.kind=classify or tag, not of translate"):
+        from_dict(AnyTask, {"kind": "translate", "class_weights": "balanced"}, "task")
 
 
 def test_an_example_is_shown_where_a_mask_is_not_everything():

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nanoflax import tasks
-from nanoflax.config import TaskConfig
+from nanoflax.config import Translate
 from nanoflax.errors import UserError
 from nanoflax.tasks import metrics, table
 from nanoflax.tasks.kinds import Pair
@@ -131,7 +131,7 @@ def test_bleu_and_chrf_are_sacrebleus_with_their_signatures():
     assert "tok:zh" in chinese["bleu_signature"] and 0 < chinese["bleu"] < 100
     pairs = [Pair("2 January 2020", "二〇二〇年一月二日")] * 3
     scores = [
-        table.score_translations([p.target for p in pairs], pairs, TaskConfig(bleu_tokenize=how))
+        table.score_translations([p.target for p in pairs], pairs, Translate(bleu_tokenize=how))
         for how in ("zh", "char", "13a")
     ]
     assert [round(found["bleu"]) for found, _ in scores] == [100, 100, 0]

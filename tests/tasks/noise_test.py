@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflax import data, tasks, tokenizers
-from nanoflax.config import TaskConfig
+from nanoflax.config import TASK_KINDS, Denoise
 from nanoflax.errors import UserError
 from nanoflax.tasks import Text, noise
 from nanoflax.tasks.noise import TokenizerWithSentinels
@@ -179,8 +179,15 @@ def test_marks_are_the_tokenizer_s_own_or_beyond_it(tmp_path):
 TEXT = "One sentence of words. Another one! And a third, which is longer? " * 8
 
 
-def rows_of(tokenizer=BYTES, report=None, examples=(Text(TEXT, "f:1"), Text("short", "f:2")), truncate=True, **task):
-    task = TaskConfig(**dict(kind="denoise", length=64, target_length=32) | task)
+def rows_of(
+    tokenizer=BYTES,
+    report=None,
+    examples=(Text(TEXT, "f:1"), Text("short", "f:2")),
+    truncate=True,
+    kind="denoise",
+    **task,
+):
+    task = TASK_KINDS[kind](**dict(length=64) | (dict(target_length=32) if kind == "denoise" else {}) | task)
     tokenizer = tasks.with_sentinels(task, tokenizer)
     noise = noise_for(task, tokenizer)
     return tokenizer, tasks.encode(
@@ -189,7 +196,7 @@ def rows_of(tokenizer=BYTES, report=None, examples=(Text(TEXT, "f:1"), Text("sho
         task.length,
         truncate=truncate,
         report=report,
-        target_length=task.target_length,
+        target_length=getattr(task, "target_length", None),
         noise=noise,
     )
 
@@ -277,7 +284,5 @@ def test_noise_follows_from_seed_epoch_and_row(task):
 
 def test_t5_s_room():
     # 512 tokens of source and 114 of target hold 568 of a text (Raffel et al. 2020: random_spans_helper).
-    noise = noise_for(
-        TaskConfig(kind="denoise", length=512, target_length=114), TokenizerWithSentinels(BYTES, sentinels=True)
-    )
+    noise = noise_for(Denoise(length=512, target_length=114), TokenizerWithSentinels(BYTES, sentinels=True))
     assert noise.max_ids == 568

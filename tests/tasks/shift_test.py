@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflax import generate, hf, tasks
-from nanoflax.config import Config, ModelConfig, TaskConfig, TrainConfig, validate
+from nanoflax.config import TASK_KINDS, AnyTask, Config, ModelConfig, PromptTuning, TrainConfig, from_dict, validate
 from nanoflax.errors import UserError
 from nanoflax.nn import build, flops_per_token
 from nanoflax.parallel import init, make_mesh
@@ -180,10 +180,9 @@ def test_what_is_written_is_what_the_full_pass_would_write(architecture, delay):
 
 def test_virtual_tokens_are_before_the_delay():
     from nanoflax import peft
-    from nanoflax.config import PeftConfig
 
     model, params = make("decoder", 2)
-    params = peft.add(params, PeftConfig(kind="prompt", virtual_tokens=3), jax.random.PRNGKey(0))
+    params = peft.add(params, PromptTuning(virtual_tokens=3), jax.random.PRNGKey(0))
     prompt = tokens_of(0, 4).tolist()
     (new,) = generate.sample(model, params, [prompt], 6, temperature=0)
     assert written_by(model, params, prompt, new).argmax(-1).tolist() == new
@@ -297,7 +296,7 @@ def test_a_judge_measures_clean_and_shifted_rows_always_alike():
     rows = tasks.encode(TEXTS, BYTES, 16)
 
     def judged(most, kind="language_model", rows=rows):
-        config = Config(task=TaskConfig(kind=kind, max_shift=most), train=TrainConfig(batch_size=8))
+        config = Config(task=TASK_KINDS[kind](max_shift=most), train=TrainConfig(batch_size=8))
         return tasks.Evaluator(model, config, BYTES, (), rows, make_mesh("-1,1,1"))(params)[0]
 
     clean, both = judged(0), judged(3)
@@ -311,7 +310,10 @@ def test_a_judge_measures_clean_and_shifted_rows_always_alike():
 @pytest.mark.parametrize(
     "fields, words",
     [
-        (dict(max_shift=2, kind="classify"), "task.max_shift=2 needs task.kind='translate' or"),
+        (
+            dict(max_shift=2, kind="classify"),
+            "task.max_shift is a field of task.kind=translate or language_model, not of classify",
+        ),
         (dict(max_shift=-1), "task.max_shift=-1 must be at least 0"),
         (dict(shift_probability=0.5), "needs task.max_shift of at least 1"),
         (dict(max_shift=2, shift_probability=1.5), "must be in [0, 1]"),
@@ -319,5 +321,5 @@ def test_a_judge_measures_clean_and_shifted_rows_always_alike():
 )
 def test_bad_fields_are_named(fields, words):
     with pytest.raises(UserError) as caught:
-        validate(Config(task=TaskConfig(**fields)))
+        validate(Config(task=from_dict(AnyTask, {"kind": "language_model"} | fields, "task")))
     assert words in str(caught.value)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,17 @@ import numpy as np
 import pytest
 
 from nanoflax import generate, parallel, peft, train
-from nanoflax.config import OPTIMIZERS, Config, ModelConfig, OptimConfig, PeftConfig, TrainConfig, validate
+from nanoflax.config import (
+    OPTIMIZERS,
+    PEFT_KINDS,
+    AdaLoRA,
+    Config,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    as_kind,
+    validate,
+)
 from nanoflax.errors import UserError
 from nanoflax.nn import build
 from nanoflax.nn.blocks import Stack
@@ -272,7 +283,8 @@ def test_a_run_goes_on_with_its_blocks_the_other_way(tmp_path, name, scan):
 
 
 def tuned(scan, kind, trained=""):
-    config, c = config_of(scan), PeftConfig(kind=kind, rank=3, bottleneck=6, virtual_tokens=2, trained=trained)
+    c = as_kind(PEFT_KINDS[kind], SimpleNamespace(rank=3, bottleneck=6, virtual_tokens=2, trained=trained))
+    config = config_of(scan)
     mesh, optimizer, model, _ = started(config)
     params = peft.add(parallel.init(model, jax.random.PRNGKey(7)), c, jax.random.PRNGKey(1))
     own, frozen = peft.split(params, peft.trainable(params, c))
@@ -307,7 +319,7 @@ def test_blocks_that_differ_are_refused(trained):
     "changes, words",
     [
         (
-            dict(peft=PeftConfig(kind="adalora", warmup_steps=1, final_steps=1)),
+            dict(peft=AdaLoRA(warmup_steps=1, final_steps=1)),
             "train.scan_layers=true does not go with peft.kind='adalora'",
         ),
         (dict(model=ModelConfig(architecture="lstm")), "model.architecture='lstm' has none"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nanoflax import parallel, train
-from nanoflax.config import OPTIMIZERS, Config, ModelConfig, OptimConfig, PeftConfig, TrainConfig
+from nanoflax.config import OPTIMIZERS, AdaLoRA, Config, ModelConfig, OptimConfig, TrainConfig
 from nanoflax.errors import UserError
 from nanoflax.nn import build
 from nanoflax.train import loop, step
@@ -381,7 +381,7 @@ def test_adaloras_best_step_has_the_ranks_of_its_budget():
     loop = Run(validation=[1.0, 2.0, 4.0, 3.0])
     config = dataclasses.replace(
         config_of(steps=8, evaluate_every=2, checkpoint_every=1000, patience=1),
-        peft=PeftConfig("adalora", final_steps=2, warmup_steps=1),
+        peft=AdaLoRA(final_steps=2, warmup_steps=1),
     )
     _, tracking, outcome = loop.fit(config)
     assert outcome.step == 8 and tracking == train.Tracking(3.0, 8, 0)

@@ -1,0 +1,137 @@
+"""How a model is adapted: one dataclass for each kind of adapter."""
+
+import dataclasses
+import re
+from typing import ClassVar
+
+from nanoflax.config.fields import field
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """What every kind reads: which parameters are trained."""
+
+    section: ClassVar[str] = "peft"
+    kind: ClassVar[str]
+    trained: str = field(
+        "",
+        "What is trained, separated by commas: all, adapters, head, biases, last:N (the last N blocks and what "
+        "follows them), or patterns of parameter paths. Empty: the adapters, or all where there are none.",
+    )
+
+    def problems(self) -> list[str]:
+        return _pattern_problems("trained", self.trained)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullFineTuning(PeftConfig):
+    """No adapters: the model's own parameters, or the `trained` part of them, change."""
+
+    kind: ClassVar[str] = "none"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRank(PeftConfig):
+    """Adapters that add a matrix of low rank to a Linear's kernel."""
+
+    targets: str = field("query|key|value|out|up|gate|down", "Pattern of the ends of the adapted Linears' paths.")
+    rank: int = field(8, "Rank of the added matrices (of adalora: the rank at first).", at_least=1)
+    alpha: float = field(16.0, "The added matrices are scaled by alpha / rank.", above=0)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def problems(self) -> list[str]:
+        return super().problems() + _pattern_problems("targets", self.targets)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRA(LowRank):
+    """LoRA (Hu et al. 2021)."""
+
+    kind: ClassVar[str] = "lora"
+    rank_stabilized: bool = field(False, "Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023).")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank ** (0.5 if self.rank_stabilized else 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoRA(LoRA):
+    """LoRA of the direction of each kernel column, with a trained magnitude (Liu et al. 2024)."""
+
+    kind: ClassVar[str] = "dora"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaLoRA(LowRank):
+    """Low-rank adapters whose ranks are pruned to a budget (Zhang et al. 2023)."""
+
+    kind: ClassVar[str] = "adalora"
+    target_rank: int = field(4, "Mean rank of a matrix at the end.", at_least=1)
+    warmup_steps: int = field(100, "Steps before the first rank is pruned.", unit="steps", at_least=0)
+    final_steps: int = field(100, "Steps after the last rank is pruned.", unit="steps", at_least=0)
+    orthogonality: float = field(0.1, "Weight of the penalty that keeps the factors orthogonal.", at_least=0)
+    beta1: float = field(0.85, "Decay of the moving average of the sensitivities.", within="(0, 1)")
+    beta2: float = field(0.85, "Decay of the moving average of their uncertainties.", within="(0, 1)")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.target_rank > self.rank:
+            found.append(f"peft.target_rank={self.target_rank} must be at most peft.rank={self.rank}")
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BottleneckAdapters(PeftConfig):
+    """Small MLPs after sublayers."""
+
+    bottleneck: int = field(64, "Hidden size of an adapter.", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Houlsby(BottleneckAdapters):
+    """Adapters after attention and MLP (Houlsby et al. 2019)."""
+
+    kind: ClassVar[str] = "houlsby"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pfeiffer(BottleneckAdapters):
+    """Adapters after the MLP (Pfeiffer et al. 2020)."""
+
+    kind: ClassVar[str] = "pfeiffer"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VirtualTokens(PeftConfig):
+    """Trained vectors that stand for tokens before the text."""
+
+    virtual_tokens: int = field(20, "Virtual tokens before the text.", unit="tokens", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptTuning(VirtualTokens):
+    """Trained embeddings before the first layer (Lester et al. 2021)."""
+
+    kind: ClassVar[str] = "prompt"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixTuning(VirtualTokens):
+    """Trained keys and values in every attention (Li and Liang 2021)."""
+
+    kind: ClassVar[str] = "prefix"
+
+
+AnyPeft = FullFineTuning | LoRA | DoRA | AdaLoRA | Houlsby | Pfeiffer | PromptTuning | PrefixTuning
+
+
+def _pattern_problems(name, pattern):
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"peft.{name}={pattern!r} is no regular expression: {error}"]
+    return []

@@ -1,0 +1,165 @@
+"""What a model learns: one dataclass for each kind of task."""
+
+import dataclasses
+from typing import ClassVar
+
+from nanoflax.config.fields import field
+
+NOISES = ("spans", "infilling", "none")
+BLEU_TOKENIZERS = ("13a", "intl", "zh", "char", "none")  # sacrebleu's that need no other package
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Next-token prediction on windows of a corpus: what experiments.pretrain does."""
+
+    section: ClassVar[str] = "task"
+    kind: ClassVar[str] = "pretrain"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExampleTask:
+    """What every task of finetune reads."""
+
+    section: ClassVar[str] = "task"
+    kind: ClassVar[str]
+    length: int = field(
+        128, "Longest text of an example (of a source), special tokens included.", unit="tokens", at_least=4
+    )
+    truncate: bool = field(True, "Cut longer examples (split longer texts) and count them; if false, refuse them.")
+    show: int = field(
+        3, "Validation examples printed at the end with the model's answers.", unit="examples", at_least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelTask(ExampleTask):
+    """A task with classes."""
+
+    class_weights: str = field(
+        "", "Weights of the classes in training: balanced, or name=2,other=0.5 (1 for the others); empty: all 1."
+    )
+
+    def problems(self) -> list[str]:
+        try:
+            if self.class_weights not in ("", "balanced"):
+                read_class_weights(self.class_weights)
+        except ValueError:
+            return [
+                f"task.class_weights={self.class_weights!r} must be empty, balanced, or positive weights as "
+                "name=2,other=0.5"
+            ]
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetTask(ExampleTask):
+    """A task whose answer is written, token by token."""
+
+    target_length: int = field(
+        128, "Longest target, in training and when written, special tokens included.", unit="tokens", at_least=4
+    )
+    beams: int = field(1, "Beams of the search that writes answers in evaluation; 1 is greedy.", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShiftTask(ExampleTask):
+    """A task whose texts may be shifted: some of their tokens inserted, dropped or rotated."""
+
+    max_shift: int = field(
+        0,
+        "Most tokens inserted, dropped or rotated; above 0, shifted validation examples are measured too.",
+        unit="tokens",
+        at_least=0,
+    )
+    shift_probability: float = field(0.0, "Share of training examples that are shifted.", within="[0, 1]")
+
+    def problems(self) -> list[str]:
+        if self.shift_probability and not self.max_shift:
+            return [f"task.shift_probability={self.shift_probability} needs task.max_shift of at least 1"]
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classify(LabelTask):
+    """The class, or classes, of a text."""
+
+    kind: ClassVar[str] = "classify"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tag(LabelTask):
+    """A tag for each word."""
+
+    kind: ClassVar[str] = "tag"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Translate(TargetTask, ShiftTask):
+    """A target text for a source text; max_shift is for the sources."""
+
+    kind: ClassVar[str] = "translate"
+    bleu_tokenize: str = field(
+        "13a",
+        "sacrebleu's tokenizer for BLEU; languages without spaces need zh or char, or BLEU is 0.",
+        choices=BLEU_TOKENIZERS,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instruct(ExampleTask):
+    """The assistant's replies in a chat."""
+
+    kind: ClassVar[str] = "instruct"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModel(ShiftTask):
+    """Next-token prediction on examples."""
+
+    kind: ClassVar[str] = "language_model"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedLM(ExampleTask):
+    """BERT's masked tokens."""
+
+    kind: ClassVar[str] = "masked_lm"
+    noise_rate: float | None = field(None, "Share of tokens to guess; none: 0.15.", within="(0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Denoise(TargetTask):
+    """The original of a corrupted text."""
+
+    kind: ClassVar[str] = "denoise"
+    noise: str = field(
+        "spans",
+        "T5's span corruption, BART's infilling with permuted sentences, or none: an autoencoder.",
+        choices=NOISES,
+    )
+    noise_rate: float | None = field(
+        None, "Share of tokens that are hidden; none: 0.15, for infilling 0.3.", within="(0, 1)"
+    )
+    noise_span: float = field(3.0, "Mean length of a hidden span.", unit="tokens", at_least=1)
+
+    def problems(self) -> list[str]:
+        return [
+            f"task.{name}={getattr(self, name)!r} is not read with task.noise='none'"
+            for name in ("noise_rate", "noise_span")
+            if self.noise == "none" and getattr(self, name) != getattr(Denoise, name)
+        ]
+
+
+AnyTask = Classify | Tag | Translate | Instruct | LanguageModel | MaskedLM | Denoise | Pretrain
+
+
+def read_class_weights(text: str) -> dict[str, float]:
+    """{class name: weight} of a task.class_weights that names them. Raises: ValueError."""
+    weights = {}
+    for part in text.split(","):
+        name, _, weight = part.rpartition("=")
+        weights[name.strip()] = float(weight)
+        if not name.strip() or not 0 < weights[name.strip()] < float("inf"):
+            raise ValueError(part)
+    return weights
