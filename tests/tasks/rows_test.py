@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflax import data, tasks, tokenizers
-from nanoflax.config import Config, TaskConfig
+from nanoflax.config import TASK_KINDS, Config
 from nanoflax.errors import UserError
 from nanoflax.tasks import Classification, Tagging, Text, batches
 from nanoflax.tasks.batches import POOL
@@ -433,7 +433,7 @@ UNLABELLED = {"classify": "label", "tag": "tags", "translate": "targets"}
 
 @pytest.mark.parametrize("kind", UNLABELLED)
 def test_texts_without_labels_have_the_inputs_of_labelled_ones(kind):
-    config, labels = Config(task=TaskConfig(kind=kind)), ("O", "B-X", "I-X")
+    config, labels = Config(task=TASK_KINDS[kind]()), ("O", "B-X", "I-X")
     (row,) = tasks.encode_texts(["some words"], config, BYTES, labels).rows
     examples = {
         "classify": Classification("some words", ("O",)),
