@@ -20,6 +20,7 @@ from nanoflax.config.fields import (
 )
 from nanoflax.config.model import LSTM_ATTENTIONS, LSTM_STARTS, POSITIONS, PRESETS, ModelConfig, preset
 from nanoflax.config.peft import (
+    PEFT_KINDS,
     AdaLoRA,
     AnyPeft,
     BottleneckAdapters,
@@ -36,6 +37,7 @@ from nanoflax.config.peft import (
 )
 from nanoflax.config.run import MAX_SEED, METRICS, OPTIMIZERS, SCHEDULES, Config, OptimConfig, TrainConfig
 from nanoflax.config.task import (
+    TASK_KINDS,
     AnyTask,
     Classify,
     Denoise,
@@ -51,8 +53,6 @@ from nanoflax.config.task import (
     Translate,
     read_class_weights,
 )
-
-PEFT_KINDS, TASK_KINDS = kinds(AnyPeft), kinds(AnyTask)  # {kind: class}
 
 __all__ = [
     "AdaLoRA", "AnyData", "AnyPeft", "AnyTask", "BottleneckAdapters", "Classify", "Config", "DataConfig", "Denoise",

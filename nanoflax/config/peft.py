@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import ClassVar
 
-from nanoflax.config.fields import field
+from nanoflax.config.fields import field, kinds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +127,7 @@ class PrefixTuning(VirtualTokens):
 
 
 AnyPeft = FullFineTuning | LoRA | DoRA | AdaLoRA | Houlsby | Pfeiffer | PromptTuning | PrefixTuning
+PEFT_KINDS = kinds(AnyPeft)  # {kind: class}
 
 
 def _pattern_problems(name, pattern):

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from nanoflax.config.fields import field
+from nanoflax.config.fields import field, kinds
 
 NOISES = ("spans", "infilling", "none")
 BLEU_TOKENIZERS = ("13a", "intl", "zh", "char", "none")  # sacrebleu's that need no other package
@@ -152,6 +152,7 @@ class Denoise(TargetTask):
 
 
 AnyTask = Classify | Tag | Translate | Instruct | LanguageModel | MaskedLM | Denoise | Pretrain
+TASK_KINDS = kinds(AnyTask)  # {kind: class}
 
 
 def read_class_weights(text: str) -> dict[str, float]:
