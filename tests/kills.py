@@ -86,7 +86,7 @@ def compare(a, b):
         return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
     one, other = records(a), records(b)
-    for x, y in zip(one, other):
+    for x, y in zip(one, other, strict=False):
         if x != y:
             return f"{x} is not {y}"
     return None if len(one) == len(other) else f"{len(one)} lines, not {len(other)}"

@@ -155,7 +155,7 @@ def test_one_process_goes_on_with_what_two_began(devices, mesh, whole, home):
     assert "resuming at step 4" in finish([run])
     found, expected = losses(workdir), losses(whole)
     assert [r.keys() for r in found] == [r.keys() for r in expected]
-    for a, b in zip(found, expected):
+    for a, b in zip(found, expected, strict=True):
         assert a == pytest.approx(b, abs=1e-5), (a, b)
     assert found != expected and found[:4] == expected[:4]  # 1e-5 was needed, and it did resume
 

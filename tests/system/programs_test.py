@@ -304,7 +304,7 @@ def test_candidates_are_ranked_and_bad_lines_named(trained, tmp_path):
     assert both[0] == both[1] | {"rankings": rankings} and both[0]["answers"] == 2
     assert both[0]["mean_reciprocal_rank"] == sum(1 / r["rank"] for r in rankings[:2]) / 2
     assert both[0]["accuracy"] == sum(r["rank"] == 1 for r in rankings[:2]) / 2
-    for ranking, q in zip(rankings, questions):
+    for ranking, q in zip(rankings, questions, strict=True):
         rows = ranking["candidates"]
         assert sorted(r["text"] for r in rows) == sorted(q["candidates"])
         totals = [r["log_likelihood"] for r in rows]
