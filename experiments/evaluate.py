@@ -107,7 +107,7 @@ def on_examples(config, tokenizer, labels, several):
     """What finetune says of its validation examples, of these; the table goes to stderr."""
     from nanoflax import data, parallel, tasks
 
-    task, report = config.task, data.Report()
+    task, report = config.task, data.DataReport()
     kind = tasks.TASKS[task.kind].examples
     if FLAGS.data:
         source = tasks.examples_of(config.data, FLAGS.data)

@@ -301,7 +301,7 @@ class Batches:
     def __getitem__(self, step):
         return self.batches[step]
 
-    def where(self, step):
+    def describe(self, step):
         return ", ".join(self.rows.examples[i].place for i in self.batches.indices(step)[:4])
 
 

@@ -93,7 +93,7 @@ def run(config, workdir):
             os.path.join(weights, "checkpoints"), shardings=lambda shapes: parallel.shardings(shapes, mesh)
         )
     source = data.source_of(config.data)
-    data.identity(source)  # refuses what is not there
+    data.source_version(source)  # refuses what is not there
     tokenizer = runs.get_tokenizer(config.data, weights or workdir, lambda: data.documents(source, "train"))
     config = dataclasses.replace(config, model=runs.with_vocabulary(config.model, tokenizer, mesh, before))
     parallel.check_mesh(config, mesh)  # the vocabulary of a run that goes on, too

@@ -123,7 +123,7 @@ def cleaned(config, texts):
     from nanoflax import data
 
     source = tasks.examples_of(config.data)
-    found = [source.clean(text, "--prompt", data.Report()) for text in texts]
+    found = [source.clean(text, "--prompt", data.DataReport()) for text in texts]
     if not all(found):
         raise UserError("--prompt is empty when it is cleaned as the run's data was")
     return found
@@ -133,7 +133,7 @@ def predict(config, model, params, tokenizer, labels, several, texts):
     """Print what the model says of each text: its classes with probabilities, or the tags of its words."""
     from nanoflax import data, parallel, tasks
 
-    report = data.Report()
+    report = data.DataReport()
     rows = tasks.encode_texts(texts, config, tokenizer, labels, several, report, "--prompt")
     for line in report.lines():
         print(line, file=sys.stderr)

@@ -16,7 +16,7 @@ Figure:    of 1,105 unseen dates, BLEU (and the share exactly right); one seed e
            one worst.
 
 Every validation source is also measured with one or two of its tokens put in, dropped or rotated
-(batching.moved), against the same target.
+(tasks.rows.random_shift), against the same target.
 """
 
 import dataclasses

@@ -60,7 +60,7 @@ class Batches:
     def __getitem__(self, step):
         return self.windows.batch(self.indices(step))
 
-    def where(self, step):
+    def describe(self, step):
         """What all processes read at a step, to name a bad batch: [(window, first document, last
         one)]."""
         result, whole = [], Batches(self.windows, self.batch_size, self.seed, self.shuffle)

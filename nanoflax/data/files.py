@@ -34,7 +34,7 @@ SKIPPED_MODULES = {
 }
 
 
-class Report:
+class DataReport:
     """Counts of what was wrong with the text, with the first few places of each.
 
     `share`: how much of the source has been read, from 0 to 1.
@@ -59,7 +59,7 @@ class Report:
         ]
 
 
-def chosen(text, fraction):
+def is_held_out(text, fraction):
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"nanoflax split").digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 

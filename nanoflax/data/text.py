@@ -13,10 +13,10 @@ import sys
 import zlib
 
 from nanoflax.data.files import (
-    Report,
-    chosen,
+    DataReport,
     dataset_examples,
     dataset_splits,
+    is_held_out,
     json_lines,
     open_dataset,
     standard_modules,
@@ -64,7 +64,7 @@ def documents(source, split="train", report=None):
     Damaged text is counted in `report`. Raises UserError for what cannot be read at all.
     """
     source = source if isinstance(source, Source) else Source(source)
-    report = Report() if report is None else report
+    report = DataReport() if report is None else report
     if split not in ("train", "validation", "all"):
         raise UserError(f"split {split!r}: choose train, validation or all")
     if split == "validation" and source.validation:
@@ -74,11 +74,11 @@ def documents(source, split="train", report=None):
     names = own.get(split if whole else "train")
     if whole:
         return _read(source, names, report)
-    few = FEW_DOCUMENTS > sum(1 for _ in itertools.islice(_read(source, names, Report()), FEW_DOCUMENTS))
+    few = FEW_DOCUMENTS > sum(1 for _ in itertools.islice(_read(source, names, DataReport()), FEW_DOCUMENTS))
     return _split_documents(_read(source, names, report), split, source.validation_fraction, few)
 
 
-def identity(source):
+def source_version(source):
     """What tells, without reading the text, that a source is still the same, as JSON values."""
 
     def of(name):
@@ -98,7 +98,7 @@ def _split_documents(texts, split, fraction, few):
         if few:
             if part := _cut(text, fraction)[split == "validation"]:
                 yield part
-        elif chosen(text, fraction) == (split == "validation"):
+        elif is_held_out(text, fraction) == (split == "validation"):
             yield text
 
 

@@ -21,8 +21,8 @@ import uuid
 
 import numpy as np
 
-from nanoflax.data.files import Report
-from nanoflax.data.text import Source, documents, identity
+from nanoflax.data.files import DataReport
+from nanoflax.data.text import Source, documents, source_version
 from nanoflax.errors import UserError
 from nanoflax.report import ProgressBar, format_count, format_duration
 
@@ -73,7 +73,7 @@ def default_cache_dir():
 def prepare(source, tokenizer, split="train", cache_dir=None, workers=None, progress=True):
     """Tokenizes one split of a Source (or its name) once -> TokenStore.
 
-    The store lies in the cache under a hash of the source's identity (files by path, size and
+    The store lies in the cache under a hash of the source's source_version (files by path, size and
     time) and the tokenizer, and appears there whole or not at all. workers: processes for large
     corpora (default: one a core); their number does not change the files. Raises UserError for
     an unusable source or cache directory.
@@ -106,7 +106,7 @@ def prepare(source, tokenizer, split="train", cache_dir=None, workers=None, prog
 
 
 def _cache_key(source, tokenizer, split):
-    parts = [FORMAT, dataclasses.asdict(source), split, tokenizer.fingerprint, identity(source)]
+    parts = [FORMAT, dataclasses.asdict(source), split, tokenizer.fingerprint, source_version(source)]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -132,7 +132,7 @@ def _sync(path):
 
 
 def _build(directory, source, tokenizer, split, workers, progress):
-    report, digest, lengths_digest = Report(), hashlib.blake2b(), hashlib.blake2b()
+    report, digest, lengths_digest = DataReport(), hashlib.blake2b(), hashlib.blake2b()
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     n_tokens = n_documents = n_bytes = 0
     chunks = _chunks(documents(source, split, report))

@@ -17,14 +17,14 @@ class ExampleBatches:
     the batch that all processes have together is the same for any number of them. Of every 16
     batches the rows are sorted by length and dealt out, so that a batch holds rows of like length
     and little padding.
-    own: the rows of every batch that this process reads (sharding.rows), None for all.
+    host_rows: the rows of every batch that this process reads (sharding.rows), None for all.
     shift: (max_shift, probability) of Rows.shifted, drawn anew at every step, or None.
     """
 
-    def __init__(self, rows, batch_size, seed=0, shuffle=True, own=None, shift=None):
+    def __init__(self, rows, batch_size, seed=0, shuffle=True, host_rows=None, shift=None):
         self._pools = Batches(rows, POOL * batch_size, seed, shuffle)
         self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
-        self.own, self.shift = range(batch_size) if own is None else own, shift
+        self.host_rows, self.shift = range(batch_size) if host_rows is None else host_rows, shift
 
     def draws(self, step):
         """(number, epoch) of each row of batches[step], of all processes together, [batch_size]."""
@@ -41,18 +41,18 @@ class ExampleBatches:
         return [row for row, _ in self.draws(step)]
 
     def __getitem__(self, step):
-        rows = self.rows.drawn(self.draws(step), self.seed)
+        rows = self.rows.with_noise(self.draws(step), self.seed)
         if self.shift:
             rows = rows.shifted(*self.shift, (self.seed, step))
-        return rows.batch(self.own, rows.lengths(range(self.batch_size)))
+        return rows.batch(self.host_rows, rows.lengths(range(self.batch_size)))
 
 
-def evaluation(rows, batch_size, own=None):
+def evaluation_batches(rows, batch_size, host_rows=None):
     """Yields batches of every row once, in order; the last is filled up with rows of weight 0.
 
-    own: as in ExampleBatches.
+    host_rows: as in ExampleBatches.
     """
-    own = range(batch_size) if own is None else own
+    host_rows = range(batch_size) if host_rows is None else host_rows
     for start in range(0, len(rows), batch_size):
         indices = range(start, start + batch_size)
-        yield rows.batch([indices[i] for i in own], rows.lengths(indices))
+        yield rows.batch([indices[i] for i in host_rows], rows.lengths(indices))

@@ -15,7 +15,7 @@ import random
 import re
 import tokenize
 
-from nanoflax.data import chosen, standard_modules
+from nanoflax.data import is_held_out, standard_modules
 from nanoflax.errors import UserError
 from nanoflax.tokenizers import well_formed
 
@@ -37,7 +37,7 @@ def _partition(items, fraction):
     """(key, place, record) of each item -> both splits; all items of a key are in the same."""
     splits = {"train": [], "validation": []}
     for key, place, record in items:
-        splits["validation" if chosen(key, fraction) else "train"].append((place, record))
+        splits["validation" if is_held_out(key, fraction) else "train"].append((place, record))
     return splits
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from nanoflax.config import read_class_weights
-from nanoflax.data import Report
+from nanoflax.data import DataReport
 from nanoflax.errors import UserError
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
 from nanoflax.tasks.rows import Rows
@@ -37,14 +37,14 @@ def encode(
       noise: a noise.Noise for Texts, whose rows are then drawn anew in each epoch.
     Raises: UserError naming the examples that are too long, or if no row is left.
     """
-    report, target_length = Report() if report is None else report, target_length or length
+    report, target_length = DataReport() if report is None else report, target_length or length
     prefix, suffix = ends(tokenizer)
     least = len(prefix) + len(suffix) + 1
     if min(length, target_length) < least:
         raise UserError(
             f"length {min(length, target_length)}: must be at least {least}, for the special tokens and one more"
         )
-    number, too_long = {name: i for i, name in enumerate(labels)}, Report()
+    number, too_long = {name: i for i, name in enumerate(labels)}, DataReport()
     around = len(prefix) + len(suffix)
     encode_target = getattr(tokenizer, "encode_target", tokenizer.encode)  # Marian has two
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from nanoflax import parallel, train
 from nanoflax.tasks import metrics
-from nanoflax.tasks.batches import evaluation
+from nanoflax.tasks.batches import evaluation_batches
 from nanoflax.tasks.encoding import encode
 from nanoflax.tasks.kinds import Pair, Text
 from nanoflax.tasks.table import TASKS, length_limits, noise_for, with_sentinels
@@ -66,7 +66,7 @@ class Evaluator:
 
     def _with_noise(self, rows):
         """The rows, their noise drawn once; the example of a noisy text is the Pair that the noise made."""
-        drawn = rows.drawn([(i, 0) for i in range(len(rows))])
+        drawn = rows.with_noise([(i, 0) for i in range(len(rows))])
         if "source" not in drawn.rows[0] or self.task.examples is not Text:
             return drawn
         pairs = [
@@ -129,7 +129,7 @@ class Evaluator:
         """The first rows in batches on the mesh; the last is filled up with rows of weight 0."""
         B = parallel.divisible_batch_size(self.config.train.batch_size, self.mesh)
         own = parallel.own_rows(self.mesh, B)
-        for batch in itertools.islice(evaluation(self.rows, B, own), -(-number // B)):
+        for batch in itertools.islice(evaluation_batches(self.rows, B, own), -(-number // B)):
             yield parallel.put_batch(batch, self.mesh)
             parallel.reset_watchdog()
 

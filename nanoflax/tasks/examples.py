@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 
-from nanoflax.data import Report, chosen
+from nanoflax.data import DataReport, is_held_out
 from nanoflax.errors import UserError
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
 from nanoflax.tasks.sources import TaskSource, records
@@ -22,7 +22,7 @@ class TaskData:
     train: list
     validation: list
     labels: tuple
-    report: Report
+    report: DataReport
 
     @property
     def multi_label(self):
@@ -36,7 +36,7 @@ def load(source, kind, labels=None):
     left out and counted. Raises UserError if a split has nothing usable, or the data one class.
     """
     source = source if isinstance(source, TaskSource) else TaskSource(source)
-    report = Report()
+    report = DataReport()
     splits = records(source, kind, report)
     train = _collect(source, kind, splits["train"], report)
     if not source.keep_duplicates:
@@ -67,7 +67,7 @@ def read(source, kind, labels=None, report=None, split="all"):
     split: all of them, or train, validation or (of TFDS) test. Raises UserError if there is none.
     """
     source = source if isinstance(source, TaskSource) else TaskSource(source)
-    report = Report() if report is None else report
+    report = DataReport() if report is None else report
     examples = _collect(source, kind, _part(records(source, kind, report, split), source, split), report)
     if labels:
         examples = _known(examples, kind, labels, report)
@@ -98,7 +98,7 @@ def _collect(source, kind, records, report):
 def _split(examples, fraction):
     parts = [], []
     for example in examples:
-        parts[chosen(repr(example.input), fraction)].append(example)
+        parts[is_held_out(repr(example.input), fraction)].append(example)
     if not parts[1] and len(examples) > 1:  # of a few examples a hash may choose none
         parts[1].append(parts[0].pop())
     return parts

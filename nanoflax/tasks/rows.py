@@ -34,7 +34,7 @@ class Rows:
     def n_tokens(self, i):
         return sum(len(a) for name, a in self.rows[i].items() if name in ("text", "tokens", "source", "targets"))
 
-    def drawn(self, draws, seed=0):
+    def with_noise(self, draws, seed=0):
         """The Rows of some draws, pairs (row number, epoch), under the noise of just this seed,
         epoch and row. What is drawn once stays as it is."""
         rows = [
@@ -105,7 +105,7 @@ class Rows:
         return batch
 
     def shifted(self, max_shift, probability, seed, indices=None):
-        """Rows (these `indices`, default all) whose source or text is `moved`, each with this
+        """Rows (these `indices`, default all) whose source or text is shifted by `random_shift`, each with this
         probability, drawn from (*seed, its number): a text's targets follow what it has become, and
         tokens put in are no targets; a source's target stays as it is."""
         indices = range(len(self)) if indices is None else indices
@@ -118,7 +118,7 @@ class Rows:
             n = len(row[name]) - before - after
             if n < 1 or rng.random() >= probability:
                 return row
-            place, new = moved(n, max_shift, rng)
+            place, new = random_shift(n, max_shift, rng)
             place, new = place[: limit - before - after], new[: limit - before - after]
             whole = np.r_[:before, before + place, before + n : len(row[name])]
             row = row | {name: row[name][whole]}
@@ -130,7 +130,7 @@ class Rows:
         return dataclasses.replace(self, rows=[one(i) for i in indices], examples=[self.examples[i] for i in indices])
 
 
-def moved(n, max_shift, rng):
+def random_shift(n, max_shift, rng):
     """Where each of n tokens stood, once up to max_shift of them are moved.
 
     One of three, with 1 to max_shift tokens: copies of any put in at one place; a window dropped

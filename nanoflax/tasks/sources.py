@@ -18,12 +18,12 @@ import re
 import unicodedata
 
 from nanoflax.data import (
-    Report,
+    DataReport,
     Source,
-    chosen,
     dataset_examples,
     dataset_splits,
     documents,
+    is_held_out,
     json_lines,
     open_dataset,
     read_binary,
@@ -156,7 +156,7 @@ def _documents(source, report, split):
         return {split: of(split, report)}
     if source.validation:
         return {"train": of("all", report)}
-    return {"train": of("train", report), "validation": of("validation", Report())}  # counted once
+    return {"train": of("train", report), "validation": of("validation", DataReport())}  # counted once
 
 
 def _split(source, pairs):
@@ -164,8 +164,8 @@ def _split(source, pairs):
     target that it is to be measured by."""
     parts = {"train": [], "validation": []}
     for place, record in pairs:
-        text = source.clean(record["source"], place, Report())  # counted later
-        held_out = chosen(repr(text), source.validation_fraction)
+        text = source.clean(record["source"], place, DataReport())  # counted later
+        held_out = is_held_out(repr(text), source.validation_fraction)
         parts["validation" if held_out else "train"].append((place, record))
     return parts
 

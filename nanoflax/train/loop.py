@@ -96,7 +96,7 @@ def fit(
         if values["skipped"] >= t.max_skipped:
             raise UserError(
                 f"{values['skipped']} steps in a row had a non-finite loss or "
-                f"gradient; the last, step {at}, read {batches.where(at - 1)}; "
+                f"gradient; the last, step {at}, read {batches.describe(at - 1)}; "
                 "lower optim.learning_rate or look at those documents"
             )
 

@@ -82,7 +82,7 @@ def test_bad_lines_are_counted_with_file_and_line(tmp_path):
         b'{"text": "ok"}\n{"text": \n{"body": "x"}\n[1]\n{"text": 3}\n{"text": " "}\n'
         b'{"text": "a\xffb"}\n{"text": "\\ud800"}\n' + b"[" * 100_000 + b"\n"
     )
-    report = data.Report()
+    report = data.DataReport()
     assert list(data.documents(f"text:{path}", "all", report)) == ["ok", "a\ufffdb", "\ufffd"]
     lines = "\n".join(report.lines())
     assert report.counts.total() == 8
@@ -346,7 +346,7 @@ def test_the_share_that_is_read_grows_to_all_of_it(tmp_path, pattern):
         (tmp_path / f"{i}.jsonl").write_text(lines)
         (tmp_path / f"{i}.txt").write_text(lines)
         (tmp_path / f"{i}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    found, read = data.Report(), []
+    found, read = data.DataReport(), []
     for _ in data.documents(f"text:{tmp_path}/{pattern}", "all", found):
         read.append(found.share)
     assert read == sorted(read) and 0 < read[0] < 0.3 and 0.9 < read[-1] <= 1
@@ -432,7 +432,7 @@ def test_each_epoch_is_a_permutation(tmp_path_factory, n, rows, seed, shuffle):
         for step in (0, 1, 7):  # any step alone, whatever came before it
             for name, array in batches[step].items():
                 np.testing.assert_array_equal(part[step][name], array[list(own)])
-        assert part.where(7) == batches.where(7)
+        assert part.describe(7) == batches.describe(7)
     for step in (0, 1, 7):
         assert batches.indices(step) == stream[step * 2 * rows : (step + 1) * 2 * rows]
 
@@ -449,7 +449,7 @@ def test_batches_differ_by_seed_and_are_named(tmp_path):
     windows = Windows(store, 4)
     assert Batches(windows, 4, 1).indices(0) != Batches(windows, 4, 2).indices(0)
     plain = Batches(windows, 2, shuffle=False)
-    assert plain.where(0) == [(0, 0, 0), (1, 0, 1)] and plain.where(2) == [(4, 1, 2), (0, 0, 0)]
+    assert plain.describe(0) == [(0, 0, 0), (1, 0, 1)] and plain.describe(2) == [(4, 1, 2), (0, 0, 0)]
     assert windows.text(1, BYTES) == "tse"
     with pytest.raises(UserError, match="batch_size 0: must be at least 1"):
         Batches(windows, 0)

@@ -35,7 +35,7 @@ def jsonl(path, records):
 
 def read(source, kind, **options):
     """Examples and the report's problems {problem: (count, places)}."""
-    report = data.Report()
+    report = data.DataReport()
     found = tasks.read(source, kind, report=report, **options)
     return found, {k: (v, report.places[k]) for k, v in report.counts.items()}
 
@@ -368,11 +368,11 @@ def test_duplicates_and_shared_inputs_are_counted(tmp_path):
 @settings(max_examples=200, deadline=None)
 @given(st.text(), st.sampled_from(["NFC", "NFKC", ""]), st.sampled_from(["trim", "collapse", ""]))
 def test_cleaning_is_counted_when_and_only_when_it_changes(text, unicode, whitespace):
-    report = data.Report()
+    report = data.DataReport()
     source = TaskSource("jsonl:x", unicode=unicode, whitespace=whitespace)
     clean = source.clean(text, "here", report)
     assert bool(report.counts) >= (clean != text)
-    again = data.Report()
+    again = data.DataReport()
     assert source.clean(clean, "here", again) == clean
     clean.encode()
     if unicode and not whitespace:

@@ -208,14 +208,14 @@ KINDS = [dict(kind="masked_lm"), dict(noise="spans"), dict(noise="infilling"), d
 @pytest.mark.parametrize("pieces", [False, True])
 def test_a_long_text_is_several_rows_and_nothing_is_lost(task, pieces):
     tokenizer = tokenizers.train_sentencepiece(CORPUS, 500) if pieces else BYTES
-    report = data.Report()
+    report = data.DataReport()
     tokenizer, rows = rows_of(tokenizer, report, **task)
     texts = [row["text"].tolist() for row in rows.rows]
     assert sum(texts, []) == tokenizer.encode(TEXT) + tokenizer.encode("short")
     (problem,) = report.lines()
     assert "read in several rows: 1 (f:1)" in problem and len(rows) > 5
     assert "".join(e.text for e in rows.examples) == TEXT + "short"
-    drawn = rows.drawn([(i, 3) for i in range(len(rows))])
+    drawn = rows.with_noise([(i, 3) for i in range(len(rows))])
     lengths = drawn.lengths(range(len(rows)))
     batch = drawn.batch(range(len(rows)))
     limits = dict(tokens=64, source=64, targets=64 if task == KINDS[0] else 32)
@@ -230,21 +230,21 @@ def test_a_long_text_is_several_rows_and_nothing_is_lost(task, pieces):
 
 def test_the_rows_of_each_task():
     tokenizer, rows = rows_of(noise="spans")
-    for i, row in enumerate(rows.drawn([(i, 0) for i in range(len(rows))]).rows):
+    for i, row in enumerate(rows.with_noise([(i, 0) for i in range(len(rows))]).rows):
         assert row["source"][-1] == row["targets"][-1] == BYTES.eos_id
         marks = {mark: s for mark, s in zip(tokenizer.sentinels, SENTINELS)}
         source, target = ([marks.get(j, j) for j in row[name][:-1]] for name in ("source", "targets"))
         assert rebuilt(source, target) == rows.rows[i]["text"].tolist()
     _, rows = rows_of(noise="none")
-    (row,) = rows.drawn([(0, 0)]).rows
+    (row,) = rows.with_noise([(0, 0)]).rows
     assert row["source"].tolist() == row["targets"].tolist() == [*rows.rows[0]["text"], 257]
     tokenizer, rows = rows_of(noise="infilling", noise_rate=0.2)
-    (row,) = rows.drawn([(0, 0)]).rows
+    (row,) = rows.with_noise([(0, 0)]).rows
     assert row["targets"].tolist() == [*rows.rows[0]["text"], 257]
     assert sum(i == tokenizer.mask_id for i in row["source"]) >= 1
     assert not {*map(int, row["source"])} - {*row["targets"].tolist(), tokenizer.mask_id}
     tokenizer, rows = rows_of(kind="masked_lm")
-    batch = rows.drawn([(0, 0), (len(rows) - 1, 0)]).batch([0, 1, 2])
+    batch = rows.with_noise([(0, 0), (len(rows) - 1, 0)]).batch([0, 1, 2])
     assert {k: v.dtype.name for k, v in batch.items()} == {
         "tokens": "int32",
         "targets": "int32",

@@ -166,7 +166,7 @@ def test_templates_that_hide_the_reply_are_refused_and_counted(both, template, m
     mine.chat_template = template
     with pytest.raises(UserError, match=match):
         tokenizers.chat_ids(mine, chat("a", "b"))
-    report = data.Report()
+    report = data.DataReport()
     with pytest.raises(UserError, match=f"no example is left.*{match}.*file:9"):
         tasks.encode([Chat(chat("a", "b"), "file:9")], mine, 32, report=report)
 
@@ -259,7 +259,7 @@ def test_rows_hold_what_the_examples_say():
     )
     assert several.batch([0, 1])["label"].tolist() == [[1, 0, 1], [0, 0, 0]]
     assert several.batch([0, 1])["label"].dtype == np.float32
-    report = data.Report()
+    report = data.DataReport()
     one = tasks.encode(
         [*EXAMPLES["classification"][:2], several.examples[0], Classification("y", (), "f:9")],
         BYTES,
@@ -310,7 +310,7 @@ def test_marian_targets_are_of_the_target_language(tmp_path):
 
 @pytest.mark.parametrize("kind", [kind for kind in EXAMPLES if kind != "text"])
 def test_what_is_too_long_is_cut_and_counted_or_refused(kind):
-    report = data.Report()
+    report = data.DataReport()
     full, rows = rows_of(kind, length=400), rows_of(kind, length=24, report=report)
     names = [n for n in ("tokens", "source", "targets") if n in full.rows[0]]
     before = "first" in full.rows[0]  # the token before the targets
@@ -336,7 +336,7 @@ def test_what_is_too_long_is_cut_and_counted_or_refused(kind):
 @given(st.text(max_size=80), st.integers(2, 30))
 def test_a_long_text_is_read_in_several_rows(pieces, text, length):
     for tokenizer in (BYTES, pieces):
-        report = data.Report()
+        report = data.DataReport()
         rows = tasks.encode([Text(text, "f:1"), Text("ab", "f:2")], tokenizer, length, report=report)
         stream = [i for t in (text, "ab") for i in [*tokenizer.encode(t), tokenizer.eos_id]]
         assert [i for row in rows.rows for i in row["targets"].tolist()] == stream
@@ -412,7 +412,9 @@ def test_batches_hold_like_lengths_in_a_changing_order():
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_evaluation_sees_each_row_once_in_order(kind, count):
     rows = rows_of(kind)
-    hosts = [list(batches.evaluation(rows, 8, range(8 // count * p, 8 // count * (p + 1)))) for p in range(count)]
+    hosts = [
+        list(batches.evaluation_batches(rows, 8, range(8 // count * p, 8 // count * (p + 1)))) for p in range(count)
+    ]
     name = next(n for n in ("source", "tokens", "targets") if n in KEYS[kind])
     seen = [
         line

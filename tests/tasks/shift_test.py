@@ -206,7 +206,7 @@ def test_a_delay_is_counted_refused_by_transformers_and_by_models_without_order(
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 10**6))
 def test_a_move_is_an_insertion_a_dropped_window_or_a_rotation(n, most, seed):
-    place, new = rows.moved(n, most, np.random.default_rng(seed))
+    place, new = rows.random_shift(n, most, np.random.default_rng(seed))
     kept = place[~new].tolist()
     assert len(place) and set(place.tolist()) <= set(range(n))
     if new.any():  # one run of at most so many
@@ -224,7 +224,7 @@ def test_a_move_is_an_insertion_a_dropped_window_or_a_rotation(n, most, seed):
 def test_all_three_moves_come_as_often():
     rng, counts = np.random.default_rng(0), {}
     for _ in range(3000):
-        place, new = rows.moved(20, 3, rng)
+        place, new = rows.random_shift(20, 3, rng)
         how = (bool(new.any()), len(place))
         counts[how] = counts.get(how, 0) + 1
     kinds = [

@@ -276,7 +276,7 @@ class Run:
     def __getitem__(self, step):
         return batch_of(step)
 
-    def where(self, step):
+    def describe(self, step):
         return f"windows of step {step}"
 
     def step(self, state, batch):
