@@ -188,7 +188,7 @@ def candidate_ids(tokenizer, prompt, text, is_source):
     from nanoflax import tokenizers
 
     ids = tokenizers.prompt_ids(tokenizer, prompt, is_source)
-    if is_source:  # as batching.encode frames the targets of training
+    if is_source:  # as tasks.encode frames the targets of training
         encode = getattr(tokenizer, "encode_target", tokenizer.encode)
         before, after = tokenizers.ends(tokenizer)
         return ids, [*before, *encode(text), *after]

@@ -280,7 +280,7 @@ def texts(examples):
 
 
 class Batches:
-    """batching.ExampleBatches for `train.fit`, which also asks where a step's rows came from."""
+    """tasks.ExampleBatches for `train.fit`, which also asks where a step's rows came from."""
 
     def __init__(self, rows, config, mesh):
         from nanoflax import parallel

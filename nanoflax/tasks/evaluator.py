@@ -41,7 +41,7 @@ class Evaluator:
     """
 
     def __init__(self, model, config, tokenizer, labels, rows, mesh):
-        """config: a Config; labels: the class names of classify and tag; rows: a batching.Rows."""
+        """config: a Config; labels: the class names of classify and tag; rows: Rows."""
         self.model, self.config = model, config
         self.tokenizer = with_sentinels(config.task, tokenizer)
         self.labels, self.mesh, self.task = labels, mesh, TASKS[config.task.kind]
