@@ -1,6 +1,7 @@
 """The structure of the code: rooms and floors, sizes, style, and imports without effects."""
 
 import ast
+import functools
 import pathlib
 import re
 import shutil
@@ -88,9 +89,9 @@ def test_files_of_other_rooms_are_not_reached_by_attributes():
         }
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
-                room, file = known[node.value.id], node.attr
-                if is_file(room, file):
-                    found.append(f"{name_of(path)}:{node.lineno} uses {room}.{file}")
+                room = known[node.value.id]
+                if is_file(room, node.attr):
+                    found.append(f"{name_of(path)}:{node.lineno} uses {room}.{node.attr}")
     assert not found, "\n".join(found)
 
 
@@ -99,12 +100,12 @@ def is_file(room, name):
     return (ROOT / "nanoflax" / room / f"{name}.py").exists() and name not in exported(room)
 
 
+@functools.cache
 def exported(room):
+    """The names that the face of a room imports."""
     tree = ast.parse((ROOT / "nanoflax" / room / "__init__.py").read_text())
-    names = [
-        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
-    ]
-    return names
+    imported = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return [alias.asname or alias.name for node in imported for alias in node.names]
 
 
 def test_no_file_imports_itself_through_others():
@@ -125,10 +126,7 @@ def test_a_face_only_names_what_it_exports(face):
     rest = [node for node in tree.body[1:] if not isinstance(node, ast.ImportFrom)]
     assert [ast.unparse(node.targets[0]) for node in rest if isinstance(node, ast.Assign)] == ["__all__"]
     assert len(rest) == 1
-    names = [
-        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
-    ]
-    assert sorted(names) == sorted(ast.literal_eval(rest[0].value)), "imports and __all__ differ"
+    assert sorted(exported(face.name)) == sorted(ast.literal_eval(rest[0].value)), "imports and __all__ differ"
 
 
 def test_only_nn_and_one_file_of_train_know_linen():
