@@ -27,10 +27,19 @@ if TYPE_CHECKING:
     from nanoflax.generate import beam_search, sample
     from nanoflax.nn import build
     from nanoflax.parallel import init
+    from nanoflax.runs import finetune, pretrain
 
 __version__ = "0.1.0"
 
-_ROOM_OF = {"ModelConfig": "config", "beam_search": "generate", "sample": "generate", "build": "nn", "init": "parallel"}
+_ROOM_OF = {
+    "ModelConfig": "config",
+    "beam_search": "generate",
+    "sample": "generate",
+    "build": "nn",
+    "init": "parallel",
+    "finetune": "runs",
+    "pretrain": "runs",
+}
 _ROOMS = (
     "config",
     "data",
@@ -52,6 +61,7 @@ __all__ = [
     "build",
     "config",
     "data",
+    "finetune",
     "generate",
     "hf",
     "init",
@@ -59,6 +69,7 @@ __all__ = [
     "parallel",
     "peft",
     "planning",
+    "pretrain",
     "report",
     "runs",
     "sample",

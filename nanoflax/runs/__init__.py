@@ -17,12 +17,15 @@ from nanoflax.runs.directory import (
     write_labels,
     write_run,
 )
+from nanoflax.runs.finetune import finetune
 from nanoflax.runs.lock import WorkdirLock
-from nanoflax.runs.opening import initialize_with_adapters, open_model, restore_model
+from nanoflax.runs.opening import ModelSource, initial_parameters, open_model, open_source, restore_model
+from nanoflax.runs.pretrain import pretrain
 from nanoflax.runs.trainer import check_metric, check_wandb, displays, setup_jax
 
 __all__ = [
-    "Checkpoints", "WorkdirLock", "archive_run", "check_metric", "check_same_data", "check_same_shapes",
-    "check_wandb", "check_workdir", "displays", "exclusive", "get_tokenizer", "initialize_with_adapters", "is_run",
-    "model_directory", "open_model", "read_config", "read_labels", "read_run", "restore_model", "restore_params",
-    "setup_jax", "with_vocabulary", "write_jsonl", "write_labels", "write_run"]  # fmt: skip
+    "Checkpoints", "ModelSource", "WorkdirLock", "archive_run", "check_metric", "check_same_data",
+    "check_wandb", "check_workdir", "check_same_shapes", "displays", "exclusive", "finetune", "get_tokenizer",
+    "initial_parameters", "is_run", "model_directory", "open_model", "open_source", "pretrain",
+    "read_config", "read_labels", "read_run", "restore_model", "restore_params", "setup_jax",
+    "with_vocabulary", "write_jsonl", "write_labels", "write_run"]  # fmt: skip

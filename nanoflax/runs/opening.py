@@ -1,123 +1,164 @@
-"""Open a trained or published model: a run, a Transformers directory, a hub name, a GGUF file, adapters."""
+"""Open a trained or published model, and make the parameters that a new run starts from."""
 
+import dataclasses
 import os
 import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
 
 from nanoflax import config as configs
+from nanoflax import hf, nn, parallel, peft, tokenizers
+from nanoflax.config import Config, ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.parallel import is_main_process
+from nanoflax.runs import checkpoint
 from nanoflax.runs.directory import is_run, model_directory, read_run
 
+Params = Mapping[str, Any]  # nested dict of arrays, a tree per block
 
-def restore_model(workdir, config, tokenizer, which="best"):
-    """The model of a run and its parameters (their moving average, if it keeps one), without the
-    padding of its vocabulary.
 
-    Those that finetune does not train are not in its checkpoints: they are taken again from
-    config.model.init_from.
-    Raises: UserError if there is no sound checkpoint or the tokenizer is not the run's.
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A trained model that is opened, its parameters not read yet."""
+
+    config: ModelConfig  # without the padding of the vocabulary
+    tokenizer: Any  # None if the source has none that nanoflax reads
+    load: Callable[[], Params]  # reads the parameters
+
+
+def open_source(source: str | os.PathLike, which: str = "best") -> ModelSource:
+    """Open a run's directory, a directory of Transformers, a hub name, a .gguf file, or a directory of the peft
+    library: low-rank adapters, which are merged into the model that it names.
+
+    which: the "best" or the "latest" checkpoint of a run.
+    Raises: UserError for what cannot be opened, or for a tokenizer with more tokens than the model has embeddings.
     """
-    import jax
-
-    from nanoflax import nn, parallel, peft
-    from nanoflax.runs import checkpoint
-
-    subtree = "ema" if config.optim.ema else "params"
-    params, meta = checkpoint.restore_params(os.path.join(workdir, "checkpoints"), which=which, subtree=subtree)
-    if meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(
-            f"the tokenizer in --workdir={workdir} (fingerprint "
-            f"{tokenizer.fingerprint[:12]}) is not the one that the checkpoint was "
-            f"trained with ({meta['tokenizer'][:12]}); put that one back"
-        )
-    model = nn.build(config.model)
-    paths = jax.tree_util.tree_leaves_with_path
-
-    def fits(params):
-        own = dict(paths(params))  # adapters may be among them
-        return all(path in own and own[path].shape == x.shape for path, x in paths(parallel.param_shapes(model)))
-
-    if not fits(params) and config.peft != configs.FullFineTuning():
-        given = open_model(config.model.init_from)[1] if config.model.init_from else None
-        first = initialize_with_adapters(model, given, config, parallel.make_mesh("-1,1,1"))
-        params = peft.join(params, peft.split(first, peft.trainable(first, config.peft))[1])
-    if not fits(params):
-        raise UserError(
-            f"the checkpoint in --workdir={workdir} does not hold the parameters of its "
-            "config.json; it may be of an older nanoflax"
-        )
-    model_config, params = nn.without_padding(config.model, params)
-    return nn.build(model_config), params
-
-
-def initialize_with_adapters(model, given, config, mesh):
-    """What finetune begins from: `started`, with the adapters that config.peft adds."""
-    import jax
-
-    from nanoflax import parallel, peft
-
-    seed = config.train.seed
-    add = lambda params: peft.add(params, config.peft, jax.random.PRNGKey(seed + 1))  # noqa: E731
-    params = initialize_from(model, given, seed, mesh)
-    return jax.jit(add, donate_argnums=0, out_shardings=parallel.shardings(jax.eval_shape(add, params), mesh))(params)
-
-
-def initialize_from(model, given, seed, mesh):
-    """New parameters in float32, with those of the source in their places; says what is new.
-
-    Raises: UserError for a source with adapters that cannot be merged.
-    """
-    import jax
-    import numpy as np
-    from flax import traverse_util
-
-    from nanoflax import nn, parallel, peft
-
-    new = traverse_util.flatten_dict(parallel.init(model, jax.random.PRNGKey(seed), mesh), sep="/")
-    if given is None:
-        return traverse_util.unflatten_dict(new, sep="/")
-    given = traverse_util.flatten_dict(peft.merge(given), sep="/")
-    # Tokens that the source lacks (a mask, sentinels, padding) come after its own.
-    for path in sorted(nn.VOCABULARY & new.keys() & given.keys()):  # so on all processes
-        old = given[path]
-        if old.shape != new[path].shape:
-            given[path] = np.array(parallel.fetch(new[path]))
-            given[path][tuple(map(slice, old.shape))] = old
-    fits = {path for path in new if path in given and given[path].shape == new[path].shape}
-    fresh = sorted({path.split("/")[0] for path in new.keys() - fits})
-    if fresh and is_main_process():
-        print(f"not in the source, drawn anew: {', '.join(fresh)}", file=sys.stderr)
-    left = sorted({path.split("/")[0] for path in given.keys() - fits})
-    if left and is_main_process():
-        print(f"in the source, not needed: {', '.join(left)}", file=sys.stderr)
-    new |= parallel.put_params({path: given[path].astype(new[path].dtype) for path in fits}, mesh)
-    return traverse_util.unflatten_dict(new, sep="/")
-
-
-def open_model(source, which="best"):
-    """(model, params, tokenizer or None) of a run's workdir, a directory of Transformers, a name on
-    the hub, a .gguf file, or a directory of the peft library: low-rank adapters, which are folded
-    into the model that it names.
-
-    Raises: UserError for what cannot be opened, or a tokenizer that the embedding is too small for.
-    """
-    from nanoflax import hf, nn, peft, tokenizers
-
+    source = str(source)
     if is_run(source):
-        source = model_directory(source, which)
-        config, tokenizer = read_run(source)
-        return *restore_model(source, config, tokenizer, which), tokenizer
+        directory = model_directory(source, which)
+        config, tokenizer = read_run(directory)
+        plain = dataclasses.replace(
+            config.model, vocab_size=config.model.vocab_size - config.model.vocab_padding, vocab_padding=0
+        )
+        return ModelSource(plain, tokenizer, lambda: restore_model(directory, config, tokenizer, which)[1])
     if base := hf.base_of_adapter(source):
         if hf.base_of_adapter(base):
             raise UserError(f"{source} belongs to {base}, which holds adapters too; merge those first")
-        model, params, tokenizer = open_model(base, which)
-        params, _ = hf.load_adapter(source, model.config, params)
-        return model, peft.merge(params), tokenizer
+        model = open_source(base, which)
+        load = lambda: peft.merge(hf.load_adapter(source, model.config, model.load())[0])
+        return dataclasses.replace(model, load=load)
     path = hf.find_source(source)
-    config, params = hf.load(path)
+    config = hf.load_config(path)
     if path.suffix == ".gguf":
         tokenizer = tokenizers.from_gguf(hf.open_gguf(path)[0], str(path))
     else:
         tokenizer = tokenizers.load(path)
     tokenizers.check_fits(tokenizer, config.vocab_size)
-    return nn.build(config), params, tokenizer
+    return ModelSource(config, tokenizer, lambda: hf.load(path)[1])
+
+
+def open_model(source: str | os.PathLike, which: str = "best") -> tuple[Any, Params, Any]:
+    """(Linen module, parameters, tokenizer or None) of a source; see `open_source`."""
+    found = open_source(source, which)
+    return nn.build(found.config), found.load(), found.tokenizer
+
+
+def restore_model(workdir: str, config: Config, tokenizer: Any, which: str = "best") -> tuple[Any, Params]:
+    """The model of a run and its parameters (their moving average, if the run keeps one), without the padding of
+    the vocabulary.
+
+    Parameters that finetune does not train are not in its checkpoints; they are read from config.model.init_from.
+    Raises: UserError if there is no sound checkpoint or the tokenizer is not the run's.
+    """
+    subtree = "ema" if config.optim.ema else "params"
+    params, meta = checkpoint.restore_params(os.path.join(workdir, "checkpoints"), which=which, subtree=subtree)
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(
+            f"the tokenizer in --workdir={workdir} (fingerprint {tokenizer.fingerprint[:12]}) is not the one that the "
+            f"checkpoint was trained with ({meta['tokenizer'][:12]}); put that one back"
+        )
+    model = nn.build(config.model)
+    if not _has_all(params, model) and config.peft != configs.FullFineTuning():
+        source = open_source(config.model.init_from).load() if config.model.init_from else None
+        initial = initial_parameters(model, source, config, parallel.make_mesh("-1,1,1"))
+        params = peft.join(params, peft.split(initial, peft.trainable(initial, config.peft))[1])
+    if not _has_all(params, model):
+        raise UserError(
+            f"the checkpoint in --workdir={workdir} does not hold the parameters of its config.json; it may be of an "
+            "older nanoflax"
+        )
+    model_config, params = nn.without_padding(config.model, params)
+    return nn.build(model_config), params
+
+
+def _has_all(params: Params, model: Any) -> bool:
+    """Whether params hold every parameter of the model, perhaps with adapters among them."""
+    paths = jax.tree_util.tree_leaves_with_path
+    own = dict(paths(params))
+    return all(path in own and own[path].shape == x.shape for path, x in paths(parallel.param_shapes(model)))
+
+
+# The parameters that a run starts from.
+
+
+def parameter_shapes(model: Any, config: Config) -> Params:
+    """The shapes of `initial_parameters`; nothing is allocated."""
+    return jax.eval_shape(lambda params: _add_adapters(params, config), parallel.param_shapes(model))
+
+
+def initial_parameters(model: Any, source: Params | None, config: Config, mesh: Any) -> Params:
+    """float32 parameters on the mesh: those of `source` whose path and shape match, the rest drawn from
+    config.train.seed; with the adapters of config.peft. Prints to stderr which are drawn and which not needed.
+
+    Raises: UserError for a source with adapters that cannot be merged.
+    """
+    params = initialize_from(model, source, config.train.seed, mesh)
+    add = lambda params: _add_adapters(params, config)
+    return jax.jit(add, donate_argnums=0, out_shardings=parallel.shardings(jax.eval_shape(add, params), mesh))(params)
+
+
+def _add_adapters(params: Params, config: Config) -> Params:
+    return peft.add(params, config.peft, jax.random.PRNGKey(config.train.seed + 1))
+
+
+def initialize_from(model: Any, source: Params | None, seed: int, mesh: Any) -> Params:
+    """Parameters copied from `source` where path and shape match, the rest drawn from the seed."""
+    if source is None:
+        return parallel.init(model, jax.random.PRNGKey(seed), mesh)
+    shapes = traverse_util.flatten_dict(parallel.param_shapes(model), sep="/")
+    given = dict(traverse_util.flatten_dict(peft.merge(source), sep="/"))
+    # A vocabulary may have more tokens than the source's (a mask, sentinels, padding): they follow its own.
+    longer = {p for p in nn.VOCABULARY & shapes.keys() & given.keys() if given[p].shape != shapes[p].shape}
+    same = {path for path, x in shapes.items() if path in given and given[path].shape == x.shape}
+    params = _draw_only(model, shapes.keys() - same, seed, mesh)
+    for path in sorted(longer):  # sorted: all processes fetch in one order
+        extended = np.array(parallel.fetch(params[path]))
+        extended[tuple(map(slice, given[path].shape))] = given[path]
+        given[path] = extended
+    _say("not in the source, drawn anew", shapes.keys() - same - longer)
+    _say("in the source, not needed", given.keys() - same - longer)
+    for path in same | longer:  # one at a time, so that the source's arrays are freed on the way
+        params |= parallel.put_params({path: np.asarray(given.pop(path)).astype(shapes[path].dtype)}, mesh)
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _draw_only(model: Any, paths: set[str], seed: int, mesh: Any) -> dict[str, jax.Array]:
+    """Some of the parameters that `parallel.init` draws, by path; the others are not allocated."""
+    if not paths:
+        return {}
+    places = traverse_util.flatten_dict(parallel.shardings(parallel.param_shapes(model), mesh), sep="/")
+
+    def draw(rng):
+        drawn = traverse_util.flatten_dict(parallel.initial_params(model, rng), sep="/")
+        return {path: drawn[path] for path in paths}
+
+    return jax.jit(draw, out_shardings={path: places[path] for path in paths})(jax.random.PRNGKey(seed))
+
+
+def _say(what: str, paths: set[str]) -> None:
+    """Print the modules of these paths to stderr, on the first process."""
+    if paths and parallel.is_main_process():
+        print(f"{what}: {', '.join(sorted({path.split('/')[0] for path in paths}))}", file=sys.stderr)

@@ -1,38 +1,271 @@
-"""What every training run needs around the loop."""
+"""The one trainer: a Job says what is trained, `run_job` does everything else.
 
+It checks memory from shapes before it allocates, compiles while the data is read, restores the
+newest checkpoint or initializes, and runs the loop to its end, an early stop or a signal.
+"""
+
+import concurrent.futures
 import contextlib
+import dataclasses
 import importlib.util
 import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
 
 from nanoflax import config as configs
+from nanoflax import parallel, peft, report, train
+from nanoflax.config import Config
 from nanoflax.errors import UserError
-from nanoflax.parallel import is_main_process
+from nanoflax.runs import checkpoint
+from nanoflax.runs.checkpoint import Checkpoints
+from nanoflax.runs.directory import archive_run, check_same_data, write_run
+
+Params = Mapping[str, Any]  # nested dict of arrays
 
 
-def setup_jax():
-    """Keep compiled programs between runs: a compile of 1.4 s becomes 0.13 s."""
-    import jax
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What a run reads, and how it is measured."""
 
-    from nanoflax.data import default_cache_dir
+    batches: Any  # batches[step] -> this process's rows of a batch; describe(step) names what it read
+    evaluate: Callable[[Params, int], tuple[dict[str, float], str]]  # (parameters, step) -> (metrics, text to show)
+    identity: dict[str, str]  # fingerprints of tokenizer, data and validation, saved with every checkpoint
+    tokens_per_step: float
 
-    jax.config.update("jax_compilation_cache_dir", os.path.join(default_cache_dir(), "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one run trains."""
+
+    config: Config  # with the final sizes of the model
+    mesh: jax.sharding.Mesh
+    model: Any  # a Linen module
+    tokenizer: Any  # saved in the run's directory
+    shapes: Params  # of all parameters, a tree per block
+    load: Callable[[], Params] | None = None  # all initial parameters on the mesh; None: drawn from train.seed
+    trained: Params | None = None  # tree of bool; None: all parameters are trained
+    objective: Callable = train.causal_lm
+    batch: dict[str, jax.ShapeDtypeStruct]  # shapes of a batch over all processes
+    fixed_batch: bool = False  # every batch has these shapes: the step is compiled while the data is read
+    read_data: Callable[[], TrainingData]
+    flops_per_token: float | None = None  # for the MFU
+    replaces: str | None = None  # directory of a run that is archived once the data is read
+    write_extra: Callable[[], None] = lambda: None  # writes further files of a new run
 
 
-def check_metric(config, measured):
-    """Raises: UserError if train.metric is neither validation_loss nor among `measured`."""
-    known = ("validation_loss", *measured)
-    if config.train.metric not in known:
-        raise UserError(f"train.metric={config.train.metric!r} is not measured here; choose one of {', '.join(known)}")
+class Ended(NamedTuple):
+    """How `run_job` ended."""
+
+    reason: str  # "finished", "early stop" or the name of a signal
+    step: int
+    signal: int  # 0 without one
+    trained_now: bool  # False if an earlier call had finished the run
+    best_step: int
+    frozen: Params  # the parameters that are not trained, a tree per block
+
+
+def run_job(job: Job, workdir: str) -> Ended:
+    """Train in workdir, whose lock the caller holds; the same job again resumes.
+
+    Raises: UserError for what does not fit (memory, data, a saved state), before training.
+    """
+    shapes, frozen_shapes = state_shapes(job)
+    parallel.check_memory((shapes, frozen_shapes), job.mesh)
+    directory = os.path.join(workdir, "checkpoints")
+    resuming = not job.replaces and bool(parallel.run_on_main_process(lambda: checkpoint.list_steps(directory)))
+    programs = Programs(job, shapes, resuming)
+    trained, frozen = load_parameters(job, resuming, bool(frozen_shapes))
+    data = job.read_data()
+    parallel.check_processes_agree("their data", data.identity)
+    identity = data.identity | {"config": configs.to_dict(job.config)}
+    describe(job, shapes, frozen_shapes, programs.attention)
+    if job.replaces:
+        parallel.gather_from_processes("restored")
+        print(f"the run before is kept in {parallel.run_on_main_process(lambda: archive_run(workdir))}")
+    with Checkpoints(directory, job.config.train.keep) as saves:
+        if saves.latest() is None:
+            state, tracking = programs.initial_state(trained), train.Tracking()
+            if parallel.is_main_process():
+                job.write_extra()
+                write_run(workdir, job.config, job.tokenizer)
+            if job.replaces:  # at once: the archive alone holds these weights
+                saves.save(0, state._asdict(), identity | {"step": 0, "position": 0, "tracking": tracking._asdict()})
+        else:
+            state, tracking = restore(saves, shapes, identity)
+        del trained  # the state has them
+        step = int(state.step)
+        if text := finished_before(job.config, step, tracking):
+            print(text)
+            reason = "finished" if step >= job.config.train.steps else "early stop"
+            return Ended(reason, step, 0, False, tracking.best_step, parallel.unstack(frozen))
+        tracking, outcome = fit(job, data, programs, state, frozen, tracking, saves, identity, workdir)
+    return Ended(outcome.reason, outcome.step, outcome.signal, True, tracking.best_step, parallel.unstack(frozen))
+
+
+def state_shapes(job: Job) -> tuple[train.TrainState, Params]:
+    """(the training state, the parameters that are not trained), as shapes with shardings."""
+    placed = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        job.shapes,
+        parallel.shardings(job.shapes, job.mesh),
+    )
+    trained, frozen = split(job, placed)
+    return train.abstract_state(job.model, optimizer_of(job.config)[0], job.config, job.mesh, trained), frozen
+
+
+def split(job: Job, params: Params) -> tuple[Params, Params]:
+    """(the trained parameters, a tree per block; the others, stacked if train.scan_layers)."""
+    if job.trained is None:
+        return params, {}
+    trained, frozen = peft.split(params, job.trained)
+    return trained, parallel.stack(frozen) if job.config.train.scan_layers else frozen
+
+
+def optimizer_of(config: Config) -> tuple[Any, Callable]:
+    """(optax transformation, schedule of the learning rate)."""
+    optimizer, schedule = train.make_optimizer(config.optim, config.train.steps)
+    if isinstance(config.peft, configs.AdaLoRA):
+        optimizer = peft.adalora_optimizer(optimizer, config.peft, config.train.steps)
+    return optimizer, schedule
+
+
+class Programs:
+    """The compiled functions of a job. What can be compiled from shapes is compiled in the background."""
+
+    def __init__(self, job: Job, shapes: train.TrainState, resuming: bool):
+        self._job, optimizer = job, optimizer_of(job.config)[0]
+        self.attention = train.attention_backends(job.model, job.shapes, job.batch, job.mesh, job.objective)
+        step = train.make_train_step(job.model, optimizer, job.config, job.objective)
+        threads = concurrent.futures.ThreadPoolExecutor(2)
+        self._initial = self._compiled = None
+        if job.fixed_batch:
+            self._compiled = threads.submit(train.compile_step, step, shapes, job.batch, job.mesh)
+        if job.load is None and not resuming:
+            self._initial = threads.submit(train.compile_init, job.model, optimizer, job.config, job.mesh)
+        threads.shutdown(wait=False)  # an error of the data ends the run without waiting for these
+        self._step = None if job.fixed_batch else train.jit_step(step, shapes, job.mesh)
+
+    def initial_state(self, params: Params | None) -> train.TrainState:
+        """The state of step 0; params (a tree per block, donated) or None to draw them."""
+        if self._initial:
+            return self._initial.result()()
+        optimizer = optimizer_of(self._job.config)[0]
+        return train.init_state(self._job.model, optimizer, self._job.config, self._job.mesh, params)
+
+    def step(self, frozen: Params) -> Callable:
+        """The function (state, batch) -> (state, metrics)."""
+        if self._compiled:
+            return self._compiled.result()
+        return lambda state, batch: self._step(state, batch, frozen)
+
+
+def load_parameters(job: Job, resuming: bool, has_frozen: bool) -> tuple[Params | None, Params]:
+    """(initial trained parameters, or None if they are drawn or restored; those that are not trained).
+
+    On a resume the trained ones are freed before the state is restored, so that both are never there at once.
+    """
+    if job.load is None or resuming and not has_frozen:
+        return None, {}
+    trained, frozen = split(job, job.load())
+    return None if resuming else trained, frozen
+
+
+def describe(job: Job, shapes: train.TrainState, frozen: Params, attention: str) -> None:
+    """Print the parameters and what a step costs."""
+    print(report.parameter_table(job.shapes))
+    if job.trained is not None:
+        size, rest = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (shapes.params, frozen))
+        print(f"{size:,} of {size + rest:,} parameters are trained ({size / (size + rest):.2%})")
+    mesh = f"mesh {dict(job.mesh.shape)} of {job.mesh.devices.flat[0].device_kind}"
+    if job.flops_per_token:
+        flops = report.format_count(job.flops_per_token)
+        print(
+            f"{flops} FLOPs per trained token (6 per weight of a product, and attention); {mesh}; attention {attention}"
+        )
+    elif attention:
+        print(f"attention {attention}")
+
+
+def restore(saves: Checkpoints, shapes: train.TrainState, identity: dict) -> tuple[train.TrainState, train.Tracking]:
+    """The newest sound checkpoint. Raises: UserError if it was trained on other data."""
+    state, meta = saves.restore(shapes._asdict())
+    check_same_data(identity | meta, identity)
+    tracking = train.Tracking.read(meta["tracking"], meta["step"], saves.metric(meta["step"]))
+    print(f"resuming at step {meta['step']}")
+    return train.TrainState(**state), tracking
+
+
+def finished_before(config: Config, step: int, tracking: train.Tracking) -> str:
+    """What to say of a run that has nothing left to do; empty if it has."""
+    if tracking.owed:
+        return ""
+    if step >= config.train.steps:
+        return f"the run is complete: {step} steps"
+    if 0 < config.train.patience <= tracking.waited:
+        return f"the run stopped early at step {step}; a larger train.patience continues it"
+    return ""
+
+
+def fit(
+    job: Job,
+    data: TrainingData,
+    programs: Programs,
+    state: train.TrainState,
+    frozen: Params,
+    tracking: train.Tracking,
+    saves: Checkpoints,
+    identity: dict[str, Any],
+    workdir: str,
+) -> tuple[train.Tracking, Any]:
+    """Run `train.fit`; a model from a source is evaluated before the first step. Returns (Tracking, Outcome)."""
+    step, start = programs.step(frozen), int(state.step)
+    evaluate = lambda params, at: data.evaluate(peft.join(params, frozen) if frozen else params, at)
+    peak = peak_flops(job.mesh) if job.flops_per_token else None
+    shown = displays(workdir, job.config, start, data.tokens_per_step, job.flops_per_token, peak)
+    with shown as (log, progress):
+        if start == 0 and job.config.model.init_from:
+            metrics, text = evaluate(state.params, 0)
+            log.log(0, **metrics)
+            progress.write(text)
+        return train.fit(
+            state,
+            step,
+            data.batches,
+            job.config,
+            job.mesh,
+            evaluate=evaluate,
+            checkpoints=saves,
+            log=log,
+            progress=progress,
+            meta=identity,
+            tracking=tracking,
+            schedule=optimizer_of(job.config)[1],
+        )[1:]
+
+
+def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
+    """FLOP/s of all devices of the mesh together; measured on a CPU, while nothing is compiled."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return parallel.measure_peak_flops()
+    peak = parallel.peak_flops(device)
+    return peak and peak * mesh.size
 
 
 @contextlib.contextmanager
-def displays(workdir, config, start_step, tokens_per_step, flops_per_token=None, peak_flops=None):
-    """The (log, progress) of `train.fit`; silent ones on processes that do not write. With the last
-    two (of all devices together) progress shows the MFU."""
-    from nanoflax import report
-
-    if not is_main_process():
+def displays(
+    workdir: str | os.PathLike,
+    config: Config,
+    start_step: int,
+    tokens_per_step: float,
+    flops_per_token: float | None = None,
+    peak_flops: float | None = None,
+) -> Iterator[tuple[Any, Any]]:
+    """The (log, progress) of `train.fit`; silent ones on processes that do not write. The last two arguments
+    (of all devices together) make progress show the MFU."""
+    if not parallel.is_main_process():
         yield report.NoDisplay(), report.NoDisplay()
         return
     t = config.train
@@ -43,7 +276,26 @@ def displays(workdir, config, start_step, tokens_per_step, flops_per_token=None,
         yield log, progress
 
 
-def check_wandb(config):
-    """Raises: UserError if train.wandb asks for what is not installed."""
+# Before a run.
+
+
+def setup_jax() -> None:
+    """Keep compiled programs between runs, unless JAX is told where already: a compile of 1.4 s becomes 0.13 s."""
+    from nanoflax.data import default_cache_dir
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(default_cache_dir(), "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def check_metric(config: Config, measured: tuple[str, ...]) -> None:
+    """Raises: UserError if train.metric is neither validation_loss nor among `measured`."""
+    known = ("validation_loss", *measured)
+    if config.train.metric not in known:
+        raise UserError(f"train.metric={config.train.metric!r} is not measured here; choose one of {', '.join(known)}")
+
+
+def check_wandb(config: Config) -> None:
+    """Raises: UserError if train.wandb asks for a package that is not installed."""
     if config.train.wandb and not importlib.util.find_spec("wandb"):
         raise UserError(f"train.wandb={config.train.wandb} needs Weights & Biases: pip install nanoflax[wandb]")

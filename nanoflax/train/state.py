@@ -48,9 +48,11 @@ def init_state(model, optimizer, config, mesh, params=None):
     return compile_init(model, optimizer, config, mesh, params)()
 
 
-def abstract_state(model, optimizer, config, mesh):
-    """The shapes, dtypes and shardings of `init_state`, computing nothing: what a restore fills."""
-    shapes = jax.eval_shape(lambda: new_state(model, optimizer, config, jax.random.PRNGKey(config.train.seed)))
+def abstract_state(model, optimizer, config, mesh, params=None):
+    """The shapes, dtypes and shardings of `init_state`, computing nothing: what a restore fills.
+    params: shapes of the trained parameters (a tree per block); None means all of the model's."""
+    make = partial(new_state, model, optimizer, config)
+    shapes = jax.eval_shape(make, jax.random.PRNGKey(config.train.seed), params)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, parallel.shardings(shapes, mesh)
     )

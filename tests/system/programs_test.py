@@ -381,7 +381,7 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
         (
             "pretrain",
             ["--config.model.init_from=gpt2", "--config.peft.kind=lora"],
-            "model.init_from='gpt2', peft.kind='lora': pretrain trains a decoder from scratch",
+            "peft.kind='lora': pretrain trains a decoder on text",
         ),
         ("pretrain", ["--config.model.architecture=lstm"], "model.architecture='lstm': pretrain"),
         ("pretrain", ["--config=pydocs_tiny", "--config=nowhere"], "--config=nowhere does not exist"),

@@ -1,0 +1,409 @@
+"""Fine-tuning: a model learns a task from examples, all of it or a small adapter."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from nanoflax import config as configs
+from nanoflax import hf, nn, parallel, peft, report, tasks
+from nanoflax.config import Config, ModelConfig
+from nanoflax.errors import UserError
+from nanoflax.runs import checkpoint
+from nanoflax.runs.checkpoint import Checkpoints
+from nanoflax.runs.directory import (
+    check_workdir,
+    exclusive,
+    get_tokenizer,
+    read_config,
+    read_labels,
+    with_vocabulary,
+    write_jsonl,
+    write_labels,
+    write_run,
+)
+from nanoflax.runs.opening import ModelSource, initial_parameters, open_source, parameter_shapes
+from nanoflax.runs.trainer import Ended, Job, TrainingData, check_metric, check_wandb, run_job, setup_jax
+
+
+def finetune(
+    source: Any = None,
+    data: str | None = None,
+    *,
+    task: Any = None,
+    peft: Any = None,
+    workdir: str,
+    validation: str | None = None,
+    config: Config | None = None,
+) -> Ended:
+    """Fine-tune in workdir; the same call again resumes, and measures the best step again.
+
+    source: a Run, its directory, a directory of Transformers, a hub name or a .gguf file; None trains a new model
+    of config.model. data, validation: sources of examples, such as "jsonl:train.jsonl". task: a kind, such as
+    "classify", or its dataclass. peft: a kind, such as "lora", or its dataclass. config: everything else; what is
+    given here replaces its fields. Without config, texts are cut to the context of the source.
+    At the end the best step is measured: result.json, predictions.jsonl, and in final/ a run with all parameters.
+    SIGTERM and SIGINT save and return: see `signal` of the result.
+    Raises: UserError for anything to put right, before training.
+    """
+    config = with_arguments(config, source, data, validation, task, peft)
+    check(config)
+    setup_jax()
+    with exclusive(workdir):
+        finetuning = Finetuning(config, workdir)
+        ended = run_job(finetuning.job, workdir)
+        if ended.signal:
+            print(f"{ended.reason}: saved at step {ended.step}; the same command continues")
+        else:
+            if ended.reason == "early stop" and ended.trained_now:
+                waited = f"no better train.metric={config.train.metric} in train.patience={config.train.patience}"
+                print(f"early stop at step {ended.step}: {waited} evaluations")
+            finetuning.finish(ended.frozen)
+    return ended
+
+
+def with_arguments(
+    config: Config | None, source: Any, data: str | None, validation: str | None, task: Any, adapter: Any
+) -> Config:
+    """The Config with the arguments of `finetune` in it."""
+    given, config = config, config or Config(data=configs.ExampleData())
+    if source is not None:
+        source = str(getattr(source, "source", source))  # of a Run
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, init_from=source))
+    names = {"train": data, "validation": validation}
+    own = {name: value for name, value in names.items() if value is not None}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **own))
+    if task is not None:
+        config = dataclasses.replace(config, task=of_kind(task, config.task, configs.TASK_KINDS, "task"))
+    if adapter is not None:
+        config = dataclasses.replace(config, peft=of_kind(adapter, config.peft, configs.PEFT_KINDS, "peft"))
+    if given is None and source is not None and isinstance(config.task, configs.ExampleTask):
+        context, fields = open_source(source).config.context, tasks.TASKS[config.task.kind].length_fields
+        lengths = {name: min(getattr(config.task, name), context) for name in fields}
+        config = dataclasses.replace(config, task=dataclasses.replace(config.task, **lengths))
+    configs.validate(config)
+    return config
+
+
+def of_kind(value: Any, current: Any, kinds: Mapping[str, type], section: str) -> Any:
+    """The dataclass of a kind given by name: the current one if it is of that kind. Raises: UserError."""
+    if not isinstance(value, str):
+        return value
+    if value not in kinds:
+        raise UserError(f"{section}={value!r} is not one of {', '.join(kinds)}")
+    return current if current.kind == value else kinds[value]()
+
+
+def check(config: Config) -> None:
+    """Raises: UserError for settings that would train nothing of use."""
+    if isinstance(config.task, configs.Pretrain):
+        kinds = ", ".join(kind for kind in configs.TASK_KINDS if kind != "pretrain")
+        raise UserError(f"task.kind='pretrain' is for experiments.pretrain; choose --config.task.kind from {kinds}")
+    p = config.peft
+    if not isinstance(p, configs.FullFineTuning) and not (config.model.init_from or p.trained):
+        raise UserError(
+            f"peft.kind={p.kind!r} without model.init_from would adapt a model that stays as it was drawn; say what is "
+            "trained with it in peft.trained"
+        )
+    check_metric(config, tasks.TASKS[config.task.kind].metrics)
+    check_wandb(config)
+
+
+# The model.
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a fine-tuning starts from."""
+
+    config: Config  # with the final sizes of the model
+    tokenizer: Any
+    source: ModelSource | None
+    new_head: bool = False  # the source's classes are others: its head is not used
+
+    def load(self, model: Any, mesh: jax.sharding.Mesh) -> Any:
+        """The initial parameters on the mesh."""
+        params = self.source.load() if self.source else None
+        if self.new_head:
+            params = {name: x for name, x in params.items() if name != "labels"}
+        return initial_parameters(model, params, self.config, mesh)
+
+
+def start_from(config: Config, examples: Any, workdir: str, mesh: jax.sharding.Mesh) -> Start:
+    """What the model, its head, tokenizer and vocabulary are.
+
+    Raises: UserError if the source has no tokenizer, or the model does not suit the task or its lengths.
+    """
+    m, task, kind = config.model, config.task, tasks.TASKS[config.task.kind]
+    source, new_head = None, False
+    if m.init_from:
+        source = open_source(m.init_from)
+        if source.tokenizer is None:
+            raise UserError(f"model.init_from={m.init_from} has no tokenizer")
+        if kind.has_labels and source.config.head == kind.head:
+            new_head = has_other_labels(m.init_from, config, examples.labels)
+        tokenizer = tasks.with_sentinels(task, source.tokenizer)
+        m = dataclasses.replace(
+            source.config,
+            init_from=m.init_from,
+            dropout=m.dropout,
+            attention_backend=m.attention_backend,
+            output_delay=m.output_delay or source.config.output_delay,
+            vocab_size=max(source.config.vocab_size, tokenizer.vocab_size),
+        )
+    else:
+        train_on = lambda: texts_of(examples.train)
+        tokenizer = tasks.with_sentinels(task, get_tokenizer(config.data, workdir, train_on))
+        if m.reads_source:
+            m = dataclasses.replace(m, start_id=tokenizer.bos_id)
+    path = os.path.join(workdir, "config.json")
+    m = with_vocabulary(m, tokenizer, mesh, read_config(path) if os.path.exists(path) else None)
+    m = with_head(m, task, examples.labels)
+    untrained = source is not None and (new_head or has_new_parameters(m, source.config))
+    if (
+        untrained and not isinstance(config.peft, configs.FullFineTuning) and not config.peft.trained
+    ):  # frozen they would stay random
+        config = dataclasses.replace(config, peft=dataclasses.replace(config.peft, trained="adapters,head"))
+    if long := [f"{name}={n}" for name, n in tasks.length_limits(task).items() if n > m.context]:
+        raise UserError(f"{' and '.join(long)} must be at most the model's context of {m.context}")
+    config = dataclasses.replace(config, model=m)
+    configs.validate(config)
+    return Start(config, tokenizer, source, new_head)
+
+
+def has_other_labels(source: str, config: Config, labels: Sequence[str]) -> bool:
+    """Whether a run that has labels.json has other classes (perhaps as many)."""
+    if not os.path.exists(os.path.join(source, "labels.json")):
+        return False
+    return (read_labels(source, config) or ((), False))[0] != labels
+
+
+def with_head(model: ModelConfig, task: Any, labels: Sequence[str]) -> ModelConfig:
+    """The ModelConfig with the head of the task. Raises: UserError for an architecture that cannot learn it."""
+    kind = tasks.TASKS[task.kind]
+    if model.architecture not in kind.architectures:
+        raise UserError(
+            f"task.kind={task.kind!r} needs model.architecture to be {' or '.join(kind.architectures)}, not "
+            f"{model.architecture!r}"
+        )
+    model = dataclasses.replace(model, head=kind.head or model.head)
+    return dataclasses.replace(model, labels=len(labels)) if kind.has_labels else model
+
+
+def has_new_parameters(model: ModelConfig, source: ModelConfig) -> bool:
+    """Whether a model has a head or an output delay that its source has not."""
+    return (
+        model.head != source.head
+        or model.labels != source.labels
+        or bool(model.output_delay and not source.output_delay)
+    )
+
+
+# The data.
+
+
+def fingerprint(examples: Iterable[Any]) -> str:
+    """A hash of examples: a run does not continue on others."""
+    text = "\n".join(map(repr, examples))
+    return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
+
+
+def texts_of(examples: Iterable[Any]) -> Iterator[str]:
+    """Every text of examples, to train a tokenizer on."""
+    for example in examples:
+        for field in example.fields:
+            value = getattr(example, field, None)
+            if field == "tokens":
+                yield " ".join(value)
+            elif field == "messages":
+                yield from (message["content"] for message in value)
+            elif isinstance(value, str) and field != "label":
+                yield value
+
+
+class Batches:
+    """tasks.ExampleBatches for `train.fit`, which also asks where a step's rows came from."""
+
+    def __init__(self, rows: Any, config: Config, mesh: jax.sharding.Mesh):
+        self.rows, task, t = rows, config.task, config.train
+        shifts = isinstance(task, configs.ShiftTask) and task.shift_probability > 0
+        shift = (task.max_shift, task.shift_probability) if shifts else None
+        own = parallel.own_rows(mesh, t.batch_size)
+        self.batches = tasks.ExampleBatches(rows, t.batch_size, t.seed, True, own, shift)
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        return self.batches[step]
+
+    def describe(self, step: int) -> str:
+        return ", ".join(self.rows.examples[i].place for i in self.batches.indices(step)[:4])
+
+
+# The run.
+
+
+class Finetuning:
+    """One fine-tuning: reads its examples, makes the Job, and measures and exports the best step."""
+
+    def __init__(self, config: Config, workdir: str):
+        self.workdir, self.task = workdir, tasks.TASKS[config.task.kind]
+        self.mesh = parallel.make_mesh(config.train.mesh)
+        self.examples = tasks.load(tasks.examples_of(config.data), self.task.examples)
+        if config.train.label_smoothing and self.examples.multi_label:
+            raise UserError(
+                f"train.label_smoothing={config.train.label_smoothing} does not go with several labels: each is a "
+                "question of its own; set it to 0"
+            )
+        start = start_from(config, self.examples, workdir, self.mesh)
+        self.config, self.tokenizer = config, _ = start.config, start.tokenizer
+        lengths = tasks.length_limits(config.task) | {"the shortest batch": tasks.SHORTEST}
+        parallel.check_mesh(config, self.mesh, lengths)
+        parallel.run_on_main_process(lambda: check_workdir(workdir, config, None)[1])
+        self.rows, self.held_out = self.encode()
+        self.model = nn.build(config.model, config.train.remat)
+        self.evaluator = tasks.Evaluator(
+            self.model, config, self.tokenizer, self.examples.labels, self.held_out, self.mesh
+        )
+        self.job = self.make_job(start)
+
+    def encode(self) -> tuple[Any, Any]:
+        """The training and validation rows; prints what they are."""
+        examples, task = self.examples, self.config.task
+        rows, held_out = (
+            tasks.encode_for_task(
+                part, self.config, self.tokenizer, examples.labels, examples.multi_label, examples.report
+            )
+            for part in (examples.train, examples.validation)
+        )
+        labels = f", {len(examples.labels)} labels: {', '.join(examples.labels[:12])}" if examples.labels else ""
+        print(f"{len(rows):,} training and {len(held_out):,} validation examples{labels}")
+        for line in examples.report.lines():
+            print(f"  {line}")
+        if isinstance(task, configs.LabelTask) and task.class_weights:
+            rows = tasks.weigh_classes(rows, examples.labels, task.class_weights)
+            weights = zip(examples.labels, rows.class_weights, strict=True)
+            print("class weights: " + ", ".join(f"{name} {weight:.3g}" for name, weight in weights))
+        if example := tasks.show_row(rows, self.tokenizer):
+            print("an example; what is trained stands in ⟦⟧:\n  | " + "\n  | ".join(example.splitlines()))
+        return rows, held_out
+
+    def make_job(self, start: Start) -> Job:
+        config, shapes = self.config, parameter_shapes(self.model, self.config)
+        batches = Batches(self.rows, config, self.mesh)
+        t = config.train
+        return Job(
+            config=config,
+            mesh=self.mesh,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            shapes=shapes,
+            load=lambda: start.load(self.model, self.mesh),
+            trained=peft.trainable(shapes, config.peft),
+            objective=self.task.objective,
+            batch={n: jax.ShapeDtypeStruct((t.batch_size, *x.shape[1:]), x.dtype) for n, x in batches[0].items()},
+            read_data=lambda: self.training_data(batches),
+            write_extra=lambda: write_labels(self.workdir, self.examples.labels, self.examples.multi_label),
+        )
+
+    def training_data(self, batches: Batches) -> TrainingData:
+        def evaluate(params, step):
+            metrics, _ = self.evaluator(params, self.config.train.evaluate_batches)
+            return metrics, f"step {step}: {report.format_metrics(metrics)}"
+
+        identity = {
+            "tokenizer": self.tokenizer.fingerprint,
+            "data": fingerprint(self.examples.train),
+            "validation": fingerprint(self.examples.validation),
+        }
+        tokens = statistics.mean(map(self.rows.n_tokens, range(len(self.rows))))  # without padding
+        return TrainingData(batches, evaluate, identity, self.config.train.batch_size * tokens)
+
+    # At the end.
+
+    def finish(self, frozen: Any) -> None:
+        """Measure the best step on every validation example; write and print what it can do."""
+        best, saved = checkpoint.restore_params(
+            os.path.join(self.workdir, "checkpoints"),
+            which="best",
+            subtree="ema" if self.config.optim.ema else "params",
+            shardings=lambda shapes: parallel.shardings(shapes, self.mesh),
+        )
+        params = peft.join(best, frozen)
+        found = self.measure(params, saved["step"], sum(x.size for x in jax.tree.leaves(best)))
+        if self.config.peft.kind in peft.LOW_RANK:
+            self.write_adapter(peft.join(jax.tree.map(parallel.fetch, best), frozen))
+            params = peft.merge(params)
+        self.write_final(params)
+        aligned = self.task.plots_alignment and self.config.model.bottleneck == "none"
+        if aligned:
+            params = jax.tree.map(parallel.fetch, params)
+        if not parallel.is_main_process():
+            return
+        if aligned:
+            self.plot_alignment(params)
+        report.plot_losses(self.workdir)
+        print(f"best at step {saved['step']}: {report.format_metrics(found)}")
+        if copied := self.evaluator.report.get("bleu_of_source"):
+            print(f"bleu of the sources themselves: {copied:.4f}")
+        wrote = ("result.json", "predictions.jsonl", "loss.png", "attention.png", "final", "adapter")
+        wrote = [name for name in wrote if os.path.exists(os.path.join(self.workdir, name))]
+        print(f"{self.workdir}: {', '.join(wrote)}")
+
+    def measure(self, params: Any, step: int, trained_parameters: int) -> dict[str, float]:
+        """The figures on all validation examples; writes result.json and predictions.jsonl, prints some answers."""
+        evaluator = self.evaluator
+        found, predictions = evaluator(params)
+        examples = evaluator.rows.examples
+        result = found | {"step": step, "report": evaluator.report, "trained_parameters": trained_parameters}
+        if parallel.is_main_process():
+            with open(os.path.join(self.workdir, "result.json"), "w") as f:
+                json.dump(report.json_numbers(result), f, indent=1, allow_nan=False)
+            if predictions:
+                records = tasks.prediction_records(examples, predictions)
+                write_jsonl(os.path.join(self.workdir, "predictions.jsonl"), records)
+        for example, answer in itertools.islice(zip(examples, predictions, strict=False), self.config.task.show):
+            print(f"  | {report.printable(str(example.input))[:200]}\n  -> {report.printable(str(answer))}")
+        if self.task.scores_table:
+            print("\n".join(self.task.scores_table(evaluator.report)))
+        return found
+
+    def write_adapter(self, params: Any) -> None:
+        """Write adapter/, which the peft library reads, if the model is one of Transformers."""
+        if not parallel.is_main_process():
+            return
+        config, directory = self.config, os.path.join(self.workdir, "adapter")
+        try:
+            hf.save_adapter(directory, config.model, params, config.peft, base=config.model.init_from)
+        except UserError as error:
+            print(f"no adapter/ for the peft library: {error}")
+
+    def write_final(self, params: Any) -> None:
+        """Write final/, a run directory with all parameters; it appears complete or not at all."""
+        final, part = (os.path.join(self.workdir, name) for name in ("final", ".final"))
+        parallel.run_on_main_process(lambda: shutil.rmtree(part, ignore_errors=True))
+        with Checkpoints(os.path.join(part, "checkpoints")) as saves:
+            saves.save(0, {"params": params}, {"tokenizer": self.tokenizer.fingerprint, "step": 0})
+        if not parallel.is_main_process():
+            return
+        merged = self.config.peft.kind in peft.LOW_RANK
+        adapters = configs.FullFineTuning() if merged else configs.PEFT_KINDS[self.config.peft.kind]()
+        optim = dataclasses.replace(self.config.optim, ema=0.0)
+        config = dataclasses.replace(self.config, optim=optim, peft=adapters)
+        write_labels(part, self.examples.labels, self.examples.multi_label)
+        write_run(part, config, self.tokenizer)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(part, final)
+
+    def plot_alignment(self, params: Any) -> None:
+        """Draw attention.png: the attention from the first validation target to its source."""
+        row = self.evaluator.rows.rows[0]
+        weights = nn.alignment(nn.build(self.config.model), params, row["source"], row["targets"])
+        words = ([self.tokenizer.decode([i]) or "·" for i in row[side].tolist()] for side in ("source", "targets"))
+        report.plot_alignment(os.path.join(self.workdir, "attention.png"), np.asarray(weights), *words)

@@ -1,0 +1,199 @@
+"""Pretraining: a decoder learns to predict the next token of a corpus, from scratch or from a source."""
+
+import dataclasses
+import json
+import math
+import os
+from typing import Any
+
+import jax
+
+from nanoflax import config as configs
+from nanoflax import data, generate, nn, parallel, report, train
+from nanoflax.config import Config, ModelConfig
+from nanoflax.errors import UserError
+from nanoflax.runs import checkpoint
+from nanoflax.runs.directory import check_workdir, exclusive, get_tokenizer, with_vocabulary
+from nanoflax.runs.opening import ModelSource, initial_parameters, open_source
+from nanoflax.runs.trainer import Ended, Job, TrainingData, check_metric, check_wandb, run_job, setup_jax
+
+
+def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False) -> Ended:
+    """Pretrain in workdir; the same call again resumes.
+
+    With config.model.init_from (a run, a directory of Transformers, a hub name or a .gguf file) training
+    continues from that model, with its sizes and its tokenizer.
+    restart_from_weights: start a new run from the weights of the one in workdir, which is archived in it.
+    SIGTERM and SIGINT save and return: see `signal` of the result.
+    Raises: UserError for anything to put right, before training.
+    """
+    check(config)
+    setup_jax()
+    with exclusive(workdir):
+        job = make_job(config, workdir, restart_from_weights)
+        ended = run_job(job, workdir)
+        if parallel.is_main_process():
+            summarise(workdir, job.config, ended)
+    return ended
+
+
+def check(config: Config) -> None:
+    """Raises: UserError for anything but a decoder that is trained whole on text."""
+    found = [
+        f"model.{name}={getattr(config.model, name)!r}"
+        for name in ("architecture", "head")
+        if getattr(config.model, name) != getattr(ModelConfig, name)
+    ]
+    if config.peft != configs.FullFineTuning():
+        found.append(f"peft.kind={config.peft.kind!r}")
+    if not isinstance(config.task, configs.Pretrain):
+        found.append(f"task.kind={config.task.kind!r}")
+    if found:
+        raise UserError(
+            f"{', '.join(found)}: pretrain trains a decoder on text; for anything else there is experiments.finetune"
+        )
+    check_metric(config, () if config.train.evaluate_batches else ("bits_per_byte",))
+    check_wandb(config)
+
+
+def make_job(config: Config, workdir: str, restart: bool) -> Job:
+    """The Job of a Config; its text is not read yet, but may be to train a tokenizer."""
+    source = open_decoder(config.model) if config.model.init_from else None
+    if source:
+        config = dataclasses.replace(config, model=source.config)
+    saved, weights = look_into(workdir, config, restart)
+    mesh = parallel.make_mesh(config.train.mesh)
+    parallel.check_mesh(dataclasses.replace(config, model=parallel.pad_vocabulary(config.model, mesh)), mesh)
+    text = data.source_of(config.data)
+    data.source_version(text)  # raises for files that are missing
+    if source and not weights:
+        tokenizer = source.tokenizer
+    else:
+        tokenizer = get_tokenizer(config.data, weights or workdir, lambda: data.documents(text, "train"))
+    config = dataclasses.replace(config, model=with_vocabulary(config.model, tokenizer, mesh, saved))
+    parallel.check_mesh(config, mesh)  # with the final vocabulary
+    prompt = [tokenizer.bos_id, *tokenizer.encode(config.train.sample_prompt)]
+    if config.train.sample_tokens:
+        generate.check_prompts(config.model, [prompt], config.train.sample_tokens)
+    model = nn.build(config.model, config.train.remat)
+    load = None
+    if weights:
+        load = lambda: restore_weights(weights, model, mesh)
+    elif source:
+        load = lambda: initial_parameters(model, source.load(), config, mesh)
+    return Job(
+        config=config,
+        mesh=mesh,
+        model=model,
+        tokenizer=tokenizer,
+        shapes=parallel.param_shapes(model),
+        load=load,
+        batch=train.abstract_batch(config, mesh),
+        fixed_batch=True,
+        read_data=lambda: read_text(config, mesh, model, tokenizer, text, prompt),
+        flops_per_token=nn.flops_per_token(config.model),
+        replaces=weights,
+    )
+
+
+def open_decoder(model: ModelConfig) -> ModelSource:
+    """The source of model.init_from, its config that of the run, which keeps a few of `model`'s own fields.
+
+    Raises: UserError if the source is no decoder or has no tokenizer.
+    """
+    source = open_source(model.init_from)
+    if source.config.architecture != "decoder":
+        raise UserError(
+            f"model.init_from={model.init_from} is of model.architecture={source.config.architecture!r}; pretrain "
+            "trains a decoder"
+        )
+    if source.tokenizer is None:
+        raise UserError(f"model.init_from={model.init_from} has no tokenizer")
+    own = {name: getattr(model, name) for name in ("init_from", "dropout", "attention_backend")}
+    return dataclasses.replace(source, config=dataclasses.replace(source.config, head="lm", **own))
+
+
+def look_into(workdir: str, config: Config, restart: bool) -> tuple[Config | None, str | None]:
+    """`check_workdir`, done by the first process for all."""
+
+    def look():
+        saved, weights = check_workdir(workdir, config, restart)
+        return saved and configs.to_dict(saved), weights
+
+    saved, weights = parallel.run_on_main_process(look)
+    return saved and configs.from_dict(Config, saved), weights
+
+
+def restore_weights(directory: str, model: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The parameters of the run in a directory. Raises: UserError if they are not those of the model."""
+    params, _ = checkpoint.restore_params(
+        os.path.join(directory, "checkpoints"), shardings=lambda shapes: parallel.shardings(shapes, mesh)
+    )
+    checkpoint.check_same_shapes(f"the run in {directory}", params, parallel.param_shapes(model))
+    return params
+
+
+def read_text(config: Config, mesh: jax.sharding.Mesh, model: Any, tokenizer: Any, source: Any, prompt: list[int]):
+    """The tokens of both splits, tokenized once and kept on disk, as TrainingData."""
+    stores, t = [], config.train
+    for split in ("train", "validation"):
+        cache, workers = config.data.cache or None, config.data.workers or None
+        stores.append(data.prepare(source, tokenizer, split, cache, workers, progress=parallel.is_main_process()))
+    for name, store in zip(("training", "validation"), stores, strict=True):
+        print(
+            f"{name}: {store.n_documents:,} documents, {report.format_count(store.n_bytes)}B of text, "
+            f"{report.format_count(store.n_tokens)} tokens"
+        )
+        for line in store.report:
+            print(f"  {line}")
+    windows, held_out = (data.Windows(s, config.model.context, config.data.packing == "isolated") for s in stores)
+    score = train.make_evaluation(model, config, mesh)
+
+    def evaluate(params, step):
+        nats, tokens = score(params, held_out)
+        metrics = {"validation_loss": nats / tokens}
+        if not t.evaluate_batches:
+            metrics["bits_per_byte"] = nats / math.log(2) / stores[1].n_bytes
+        numbers = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
+        sample = "\n  | ".join(continue_prompt(config, model, params, tokenizer, prompt).splitlines())
+        return metrics, f"step {step}: {numbers}" + (f"\n  | {sample}" if sample else "")
+
+    return TrainingData(
+        data.Batches(windows, t.batch_size, t.seed, True, parallel.own_rows(mesh, t.batch_size)),
+        evaluate,
+        {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint, "validation": stores[1].fingerprint},
+        t.batch_size * config.model.context,
+    )
+
+
+def continue_prompt(config: Config, model: Any, params: Any, tokenizer: Any, prompt: list[int]) -> str:
+    """train.sample_prompt and a continuation, always by the same random numbers; empty without sample_tokens."""
+    if not config.train.sample_tokens:
+        return ""
+    (new,) = generate.sample(
+        model,
+        params,
+        [prompt],
+        config.train.sample_tokens,
+        temperature=0.8,
+        top_k=40,
+        rng=jax.random.PRNGKey(0),
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+    )
+    return config.train.sample_prompt + tokenizer.decode(new)
+
+
+def summarise(workdir: str, config: Config, ended: Ended) -> None:
+    """Draw the loss curve and print how the run ended."""
+    plot = report.plot_losses(workdir, config.train.batch_size * config.model.context)
+    if ended.signal:
+        print(f"{ended.reason}: saved at step {ended.step}; the same command continues")
+    elif ended.trained_now:
+        records = report.read_metrics(os.path.join(workdir, "metrics.jsonl"))
+        best = next((r for r in records if r["step"] == ended.best_step and "validation_loss" in r), {})
+        print(
+            f"{ended.reason} at step {ended.step}; best at step {ended.best_step}: "
+            + json.dumps({k: round(v, 4) for k, v in best.items()})
+        )
+        print(f"loss curve: {plot}")
