@@ -144,8 +144,9 @@ def _serve():
                 if not pid:
                     break
                 path = running.pop(pid)
-                pathlib.Path(f"{path}.part").write_text(str(status))
-                os.rename(f"{path}.part", path)
+                if open_:  # else nobody waits for it
+                    pathlib.Path(f"{path}.part").write_text(str(status))
+                    os.rename(f"{path}.part", path)
         if 0 in ready:
             line = sys.stdin.buffer.raw.readline()  # unbuffered: select sees all that is not read
             if not line:
