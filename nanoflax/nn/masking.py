@@ -1,40 +1,34 @@
-"""Boolean attention masks as pure functions: True where a query may look at a key.
+"""Boolean attention masks as pure functions: True where a query may attend to a key.
 
-Every mask broadcasts to [B, H, T, S]; they combine with `&`.
+Every mask broadcasts to [B, H, T, S]; masks combine with `&`.
 """
 
 import jax.numpy as jnp
+from jaxtyping import Bool, Int
+
+from nanoflax.nn.arrays import Array
 
 
-def causal(query_positions, key_positions):
-    """A query sees keys at its own position or before.
-
-    query_positions: [B, T] or [T] int32; key_positions: [B, S] or [S] int32.
-    Returns [B, 1, T, S] (or [1, 1, T, S]) bool.
-    """
+def causal(query_positions: Int[Array, "*#B T"], key_positions: Int[Array, "*#B S"]) -> Bool[Array, "_ 1 T S"]:
+    """A query attends to keys at its own position or before. Positions without B are those of every row."""
     q, k = jnp.atleast_2d(query_positions), jnp.atleast_2d(key_positions)
     return (k[:, None, :] <= q[:, :, None])[:, None]
 
 
-def padding(valid):
-    """Every query sees the keys that are real. valid: [B, S] bool. Returns [B, 1, 1, S] bool."""
+def padding(valid: Bool[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
+    """Every query attends to the valid keys."""
     return valid[:, None, None, :]
 
 
-def segments(query_segments, key_segments):
-    """A query sees keys of its own document in a packed window.
-
-    query_segments: [B, T] int32; key_segments: [B, S] int32. Returns [B, 1, T, S] bool.
-    """
+def segments(query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
+    """A query attends to keys of its own document in a packed window."""
     return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
 
 
-def window(query_positions, key_positions, size):
-    """A query sees keys fewer than `size` positions before its own (sliding window, Beltagy et al.
-    2020); combine with `causal`.
-
-    query_positions: [B, T] or [T] int32; key_positions: [B, S] or [S] int32.
-    Returns [B, 1, T, S] (or [1, 1, T, S]) bool.
-    """
+def window(
+    query_positions: Int[Array, "*#B T"], key_positions: Int[Array, "*#B S"], size: int
+) -> Bool[Array, "_ 1 T S"]:
+    """A query attends to keys fewer than `size` positions before its own (sliding window, Beltagy et
+    al. 2020); combine with `causal`."""
     q, k = jnp.atleast_2d(query_positions), jnp.atleast_2d(key_positions)
     return (q[:, :, None] - k[:, None, :] < size)[:, None]
