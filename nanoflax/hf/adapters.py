@@ -48,7 +48,7 @@ def save_adapter(directory, config, params, peft_config, base="", model_type=Non
     linears = [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
     if not isinstance(c, LowRank) or not linears:
         raise UserError(f"peft.kind={c.kind!r} cannot be written for the peft library; {', '.join(LOW_RANK)} can")
-    safetensors_io.fail(
+    safetensors_io.raise_problems(
         directory,
         [
             f"{path} is a part of {modules[path][0]}, which peft adapts as one; leave it out of peft.targets"
@@ -187,7 +187,7 @@ def load_adapter(directory, config, params, model_type=None):
             arrays = {part: tensor.read() for part, tensor in tensors.items()}
             leaves = _leaves(c, arrays, patterns.get(f"{name}.lora_E"))
             new |= {f"{place}/{leaf}": jnp.asarray(x, jnp.float32) for leaf, x in leaves.items()}
-    safetensors_io.fail(pathlib.Path(directory, WEIGHTS), found)
+    safetensors_io.raise_problems(pathlib.Path(directory, WEIGHTS), found)
     return unflatten_dict(flat | new, sep="/"), c
 
 
@@ -239,7 +239,9 @@ def _from_theirs(theirs, path):
         ]
         if not fine
     }
-    safetensors_io.fail(path, [f"{name}={str(theirs.get(name))[:200]} is not supported" for name in sorted(wrong)])
+    safetensors_io.raise_problems(
+        path, [f"{name}={str(theirs.get(name))[:200]} is not supported" for name in sorted(wrong)]
+    )
     kind = "adalora" if adalora else "dora" if theirs.get("use_dora") else "lora"
     own = _SCHEDULE if adalora else {"rank_stabilized": "use_rslora"}
     rank = theirs.get("init_r", 12) if adalora else theirs.get("r", 8)

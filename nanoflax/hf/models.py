@@ -17,7 +17,7 @@ from nanoflax import parallel, tokenizers
 from nanoflax.errors import UserError
 from nanoflax.hf import families, safetensors_io
 from nanoflax.hf.family import from_config, head_of, to_config
-from nanoflax.hf.gguf import _open_gguf
+from nanoflax.hf.gguf import open_gguf_model
 from nanoflax.nn import build, without_padding
 
 _MAX_CONFIG = 10_000_000  # bytes
@@ -59,7 +59,7 @@ def load(source, dtype=None, mesh=None):
     if path.is_dir():
         family, config, tensors = _open_directory(path)
     else:
-        family, config, tensors = _open_gguf(path)
+        family, config, tensors = open_gguf_model(path)
     rows = tensor_mapping(family, config)
     _check(family, config, rows, tensors, path, dtype)
     return config, _read_all(config, rows, tensors, dtype, mesh)
@@ -84,7 +84,7 @@ def save(directory, config, params, tokenizer=None, model_type=None, max_shard_b
     family = families.family_of_config(config, model_type)
     params = traverse_util.flatten_dict(params, sep="/")
     shapes = _shapes(config)
-    safetensors_io.fail(
+    safetensors_io.raise_problems(
         "params",
         [
             *(f"{p} is missing" for p in sorted(shapes.keys() - params.keys())),
@@ -249,7 +249,7 @@ def _check(family, config, rows, tensors, path, dtype):
         else:
             tensor = tensors[name]
             found.append(f"{tensor.name} {list(tensor.shape)} is unexpected")
-    safetensors_io.fail(path, found)
+    safetensors_io.raise_problems(path, found)
 
 
 def find_source(source):

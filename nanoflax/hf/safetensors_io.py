@@ -15,18 +15,18 @@ import pathlib
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
 
-from nanoflax.errors import UserError
+from nanoflax.errors import UserError, listed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_JSON = 100_000_000  # bytes; also the limit of the safetensors library
-_MAX_LISTED = 20  # problems in one message
 DTYPES = {
     tag: np.dtype(dtype)
     for tag, dtype in {
@@ -50,6 +50,9 @@ DTYPES = {
     }.items()
 }
 _TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+
+
+Slices = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +134,14 @@ def open_safetensors(directory, single=SINGLE):
             problems += [
                 f"{shard}: {name!r} is in the file but not in the index" for name in sorted(found.keys() - listed)
             ]
-    fail(directory, problems)
+    raise_problems(directory, problems)
     return tensors
 
 
-def fail(path, problems):
-    """Raises a UserError of all problems (a list of str), if there are any."""
+def raise_problems(path: object, problems: Sequence[str]) -> None:
+    """Raises: UserError of all the problems, if there are any."""
     if problems:
-        more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-        raise UserError(f"{path}: " + "; ".join(problems[:_MAX_LISTED]) + more)
+        raise UserError(f"{path}: {listed(problems, 20)}")
 
 
 def _nothing_to_open(directory, single):
@@ -182,7 +184,7 @@ def _read_json(path, file, size):
         raise UserError(f"{path} holds no JSON where it should: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: its JSON must be an object, not {type(value).__name__}")
-    fail(path, [f"{name!r} is there twice" for name in repeated])
+    raise_problems(path, [f"{name!r} is there twice" for name in repeated])
     return value
 
 
@@ -224,7 +226,7 @@ def _read_header(path, problems):
         ranges.append((begin, end, name))
         if tag not in DTYPES:
             problems.append(f"{path.name}: {name!r} has dtype {tag!r}; known are " + ", ".join(DTYPES))
-        elif impossible(shape, DTYPES[tag].itemsize):
+        elif is_impossible(shape, DTYPES[tag].itemsize):
             problems.append(f"{path.name}: {name!r} has an impossible shape, {str(shape)[:200]}")
         elif (nbytes := math.prod(shape) * DTYPES[tag].itemsize) != end - begin:
             problems.append(f"{path.name}: {name!r} of shape {shape} needs {nbytes} bytes, not {end - begin}")
@@ -235,7 +237,7 @@ def _read_header(path, problems):
     return tensors
 
 
-def impossible(shape, itemsize):
+def is_impossible(shape, itemsize):
     """Whether NumPy can have no array of this shape (numbers from 0); it counts 0 as 1."""
     return len(shape) > 32 or math.prod(max(n, 1) for n in shape) * itemsize >= 2**63
 
@@ -272,7 +274,7 @@ def save_safetensors(directory, tensors, max_shard_bytes=5_000_000_000, single=S
     tensors = [(name, tuple(shape), np.dtype(dtype), source) for name, shape, dtype, source in tensors]
     if len({name for name, *_ in tensors} - {"__metadata__"}) < len(tensors):
         raise ValueError("two tensors of one name, or one that is called __metadata__")
-    fail(
+    raise_problems(
         directory,
         [
             f"{name} has dtype {dtype}; safetensors has {', '.join(DTYPES)}"

@@ -15,19 +15,28 @@ from hypothesis import strategies as st
 
 from nanoflax import hf
 from nanoflax.errors import UserError
-from nanoflax.hf import gguf
 from tests.corruption import damaged, read_all
 
 RNG = np.random.default_rng(0)
 Kind = library.GGMLQuantizationType
 Value = library.GGUFValueType
-BLOCKS = {name: (values, np.dtype(record)) for name, values, record, _ in gguf._BLOCKS.values()}
+# Values in a block, and its record.
+BLOCKS = {
+    "Q4_0": (32, [("d", "<f2"), ("q", "u1", 16)]),
+    "Q4_1": (32, [("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)]),
+    "Q5_0": (32, [("d", "<f2"), ("high", "u1", 4), ("q", "u1", 16)]),
+    "Q5_1": (32, [("d", "<f2"), ("m", "<f2"), ("high", "u1", 4), ("q", "u1", 16)]),
+    "Q8_0": (32, [("d", "<f2"), ("q", "i1", 32)]),
+    "Q4_K": (256, [("d", "<f2"), ("m", "<f2"), ("scales", "u1", 12), ("q", "u1", 128)]),
+    "Q5_K": (256, [("d", "<f2"), ("m", "<f2"), ("scales", "u1", 12), ("high", "u1", 32), ("q", "u1", 128)]),
+    "Q6_K": (256, [("q", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), ("d", "<f2")]),
+}
 QUANTIZED = [Kind[name] for name in BLOCKS]
 
 
 def packed(kind, shape):
     """Random blocks, as the bytes of a tensor of this shape, its scales finite."""
-    values, record = BLOCKS[kind.name]
+    values, record = BLOCKS[kind.name][0], np.dtype(BLOCKS[kind.name][1])
     blocks = RNG.integers(0, 256, (*shape[:-1], shape[-1] // values * record.itemsize), np.uint8)
     view = blocks.view(record)
     for field in {"d", "m"} & set(record.names):
