@@ -208,7 +208,8 @@ _KEYS = {"embed": "token_embd", "decoder/norm": "output_norm", "unembed": "outpu
         "norm_attention": "blk.{i}.attn_norm", "norm_mlp": "blk.{i}.ffn_norm",
         "attention/query": ("blk.{i}.attn_q", "interleaved"), "attention/key": ("blk.{i}.attn_k", "interleaved"),
         "attention/value": "blk.{i}.attn_v", "attention/out": "blk.{i}.attn_output",
-        "mlp/up": "blk.{i}.ffn_up", "mlp/gate": "blk.{i}.ffn_gate", "mlp/down": "blk.{i}.ffn_down"}.items()}  # fmt: skip
+        "mlp/up": "blk.{i}.ffn_up", "mlp/gate": "blk.{i}.ffn_gate",
+        "mlp/down": "blk.{i}.ffn_down"}.items()}  # fmt: skip
 _FIELDS = {"max_position_embeddings": "context_length", "hidden_size": "embedding_length",
            "num_hidden_layers": "block_count", "intermediate_size": "feed_forward_length",
            "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",

@@ -1,9 +1,11 @@
-"""Weights on disk: a directory of safetensors, whole or in shards, read and written by the tensor.
+"""The weights in a directory, in the safetensors format: read and written one tensor at a time.
 
-Transformers' layout: `model.safetensors`, or shards named by `model.safetensors.index.json`. A
-file is eight bytes of header length, a JSON header (name -> dtype, shape, byte range), the data.
-Read and written here because the safetensors library stops at the first fault, accepts a name that
-is there twice, and writes only tensors that are all in memory.
+Transformers' layout: `model.safetensors`, or shards named by `model.safetensors.index.json`. A file is
+eight bytes of header length, a JSON header (name -> dtype, shape, byte range), then the data.
+
+Read and written here because the safetensors package stops at the first fault and accepts a name that
+appears twice; with NumPy it holds a tensor twice while it reads it (mapped and copied), cuts no negative
+steps and has no float8; and it writes only tensors that are all in memory.
 """
 
 import collections
@@ -15,10 +17,12 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from nanoflax.errors import UserError, listed
 
@@ -27,37 +31,22 @@ INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_JSON = 100_000_000  # bytes; also the limit of the safetensors library
-DTYPES = {
-    tag: np.dtype(dtype)
-    for tag, dtype in {
-        "BOOL": np.bool_,
-        "U8": np.uint8,
-        "U16": np.uint16,
-        "U32": np.uint32,
-        "U64": np.uint64,
-        "I8": np.int8,
-        "I16": np.int16,
-        "I32": np.int32,
-        "I64": np.int64,
-        "F16": np.float16,
-        "BF16": ml_dtypes.bfloat16,
-        "F32": np.float32,
-        "F64": np.float64,
-        "C64": np.complex64,
-        "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-    }.items()
-}
+DTYPES = {tag: np.dtype(dtype) for tag, dtype in {
+    "BOOL": np.bool_, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64,
+    "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64,
+    "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64, "C64": np.complex64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu}.items()}  # fmt: skip
 _TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 
 
 Slices = tuple[slice, ...]
+TensorToWrite = tuple[str, Sequence[int], DTypeLike, ArrayLike | Callable[[], ArrayLike]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that lies in a file; nothing is read before `read`."""
+    """A tensor in a file; no data is read before `read`."""
 
     name: str
     shape: tuple[int, ...]
@@ -65,14 +54,15 @@ class Tensor:
     file: pathlib.Path
     offset: int  # of its first byte in the file
 
-    def read(self, slices=()):
-        """The array, or the part that a tuple of slices selects: a copy in either case.
+    def read(self, slices: Slices = ()) -> np.ndarray:
+        """A copy of the array, or of the part that a tuple of slices selects.
 
-        Serves `jax.make_array_from_callback(tensor.shape, sharding, tensor.read)`.
+        Can be the callback of `jax.make_array_from_callback(tensor.shape, sharding, tensor.read)`.
+        Raises: UserError if the file has changed and no longer holds the tensor.
         """
         try:
-            if all(range(n)[s] == range(n) for n, s in zip(self.shape, slices)):
-                # Not mapped: the pages of a mapping would count as memory beside the copy.
+            if all(range(n)[s] == range(n) for n, s in zip(self.shape, slices, strict=False)):
+                # Not mapped: the mapped pages would count as memory in addition to the copy.
                 size = math.prod(self.shape)
                 array = np.fromfile(self.file, self.dtype, size, offset=self.offset)
                 return array.reshape(self.shape)
@@ -82,13 +72,13 @@ class Tensor:
             raise UserError(f"{self.file}: {self.name} cannot be read any more: {error}") from error
 
 
-def locate(directory, name):
+def locate(directory: str | os.PathLike, name: str) -> pathlib.Path:
     """The path of the file `name` in a directory.
 
     Raises:
-      UserError: not a plain file name, no such file, or a link, unless it is one of the Hugging
-        Face cache: REPOSITORY/snapshots/REVISION/name, a link into REPOSITORY/blobs, from where
-        newer versions link on into the blobs/HA/HASH that all repositories of a cache share.
+      UserError: not a plain file name, no such file, or a link. Links of the Hugging Face cache are
+        allowed: REPOSITORY/snapshots/REVISION/name links to REPOSITORY/blobs, which in newer versions
+        links to blobs/HA/HASH, shared by all repositories of the cache.
     """
     path = pathlib.Path(directory, name)
     if name != pathlib.PureWindowsPath(name).name:  # knows both kinds of slash
@@ -104,36 +94,33 @@ def locate(directory, name):
     return path
 
 
-def open_safetensors(directory, single=SINGLE):
-    """Opens the weights in a directory, reading only headers: a dict, name -> Tensor.
+def open_safetensors(directory: str | os.PathLike, single: str = SINGLE) -> dict[str, Tensor]:
+    """The tensors in a directory, by name; only headers are read.
 
-    single: the name of a file that holds all.
+    single: the name of the file if one file holds all tensors.
     Raises:
-      UserError: with every problem found, before anything is allocated: nothing but pickles,
-        damaged or lying headers, an index that does not agree with its files or leaves the
-        directory.
+      UserError: naming every problem, before anything is allocated: only pickles, a damaged or
+        inconsistent header, an index that does not agree with its files or leaves the directory.
     """
-    directory, problems, tensors = pathlib.Path(directory), [], {}
-    if os.path.lexists(directory / single):
-        shards = {single: None}
-    elif single == SINGLE and os.path.lexists(directory / INDEX):
-        shards = _read_index(directory)
-    else:
-        raise UserError(_nothing_to_open(directory, single))
-    for shard, listed in shards.items():
+    directory = pathlib.Path(directory)
+    problems: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    shards: dict[str, set[str] | None] = {single: None}
+    if not os.path.lexists(directory / single):
+        if single == SINGLE and os.path.lexists(directory / INDEX):
+            shards = _read_index(directory)
+        else:
+            raise UserError(_why_nothing_opens(directory, single))
+    for shard, indexed in shards.items():
         try:
             found = _read_header(locate(directory, shard), problems)
         except UserError as error:
             problems.append(str(error))
             continue
         tensors |= found
-        if listed is not None:
-            problems += [
-                f"{shard}: {name!r} is in the index but not in the file" for name in sorted(listed - found.keys())
-            ]
-            problems += [
-                f"{shard}: {name!r} is in the file but not in the index" for name in sorted(found.keys() - listed)
-            ]
+        if indexed is not None:
+            problems += [f"{shard}: {x!r} is in the index but not in the file" for x in sorted(indexed - found.keys())]
+            problems += [f"{shard}: {x!r} is in the file but not in the index" for x in sorted(found.keys() - indexed)]
     raise_problems(directory, problems)
     return tensors
 
@@ -144,7 +131,7 @@ def raise_problems(path: object, problems: Sequence[str]) -> None:
         raise UserError(f"{path}: {listed(problems, 20)}")
 
 
-def _nothing_to_open(directory, single):
+def _why_nothing_opens(directory: pathlib.Path, single: str) -> str:
     if not directory.is_dir():
         return f"{directory} is not a directory with {single} in it"
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
@@ -159,27 +146,27 @@ def _nothing_to_open(directory, single):
     )
 
 
-def read_json(path):
-    """The JSON object of a file. Raises: UserError if it holds none, or a name twice."""
+def read_json(path: pathlib.Path, most: int = _MAX_JSON) -> dict[str, Any]:
+    """The JSON object in a file of at most so many bytes. Raises: UserError if it holds none, or a name twice."""
     with path.open("rb") as file:
-        return _read_json(path, file, path.stat().st_size)
+        return _read_json(path, file, path.stat().st_size, most)
 
 
-def _read_json(path, file, size):
-    """The JSON object in the next `size` bytes; each name once in each object."""
+def _read_json(path, file, size, most=_MAX_JSON):
+    """The JSON object in the next `size` bytes; a name may appear once in each object."""
 
-    def once(pairs):
+    def without_repeats(pairs):
         table = dict(pairs)
         if len(table) < len(pairs):
             counts = collections.Counter(name for name, _ in pairs)
             repeated.extend(name for name, count in counts.items() if count > 1)
         return table
 
-    repeated = []
-    if size > _MAX_JSON:
-        raise UserError(f"{path}: {size} bytes of JSON are more than {_MAX_JSON}")
+    repeated: list[str] = []
+    if size > most:
+        raise UserError(f"{path}: {size} bytes of JSON are more than {most}")
     try:
-        value = json.loads(file.read(size).decode(), object_pairs_hook=once)
+        value = json.loads(file.read(size).decode(), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} holds no JSON where it should: {error}") from error
     if not isinstance(value, dict):
@@ -188,19 +175,20 @@ def _read_json(path, file, size):
     return value
 
 
-def _read_index(directory):
-    """File name -> set of the names of its tensors."""
-    path, shards = locate(directory, INDEX), {}
+def _read_index(directory: pathlib.Path) -> dict[str, set[str] | None]:
+    """File name -> the names of its tensors."""
+    path = locate(directory, INDEX)
+    shards: dict[str, set[str]] = {}
     weight_map = read_json(path).get("weight_map")
     if not (isinstance(weight_map, dict) and all(isinstance(f, str) for f in weight_map.values())):
         raise UserError(f"{path}: weight_map must be an object, name of tensor: name of file")
     for name, shard in weight_map.items():
         shards.setdefault(shard, set()).add(name)
-    return shards
+    return {**shards}
 
 
-def _read_header(path, problems):
-    """Name -> Tensor; what is wrong with tensors is added to `problems`, one str each."""
+def _read_header(path: pathlib.Path, problems: list[str]) -> dict[str, Tensor]:
+    """Name -> Tensor; the problems of tensors are appended to `problems`."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -237,53 +225,52 @@ def _read_header(path, problems):
     return tensors
 
 
-def is_impossible(shape, itemsize):
-    """Whether NumPy can have no array of this shape (numbers from 0); it counts 0 as 1."""
+def is_impossible(shape: Sequence[int], itemsize: int) -> bool:
+    """Whether NumPy can have no array of this shape; in its limit a dimension of 0 counts as 1."""
     return len(shape) > 32 or math.prod(max(n, 1) for n in shape) * itemsize >= 2**63
 
 
 def _wrong_ranges(ranges, size):
-    """Yields what keeps the ranges (begin, end, name) from filling `size` bytes, each one once."""
+    """Yields why the ranges (begin, end, name) do not fill `size` bytes exactly once."""
     position = 0
     for begin, end, name in sorted(ranges):
         if begin != position:
-            yield (f"{name!r} begins at byte {begin} of the data, but the tensor before it ends at {position}")
+            yield f"{name!r} begins at byte {begin} of the data, but the tensor before it ends at {position}"
         position = end
     if position != size:
         yield f"the tensors need {position} bytes of data and the file has {size}"
 
 
-def save_safetensors(directory, tensors, max_shard_bytes=5_000_000_000, single=SINGLE):
-    """Writes weights into a directory, in place of the safetensors of a model there.
+def save_safetensors(
+    directory: str | os.PathLike,
+    tensors: Iterable[TensorToWrite],
+    max_shard_bytes: int = 5_000_000_000,
+    single: str = SINGLE,
+) -> None:
+    """Write weights into a directory, in place of the safetensors of a model there.
 
-    One tensor is in memory at a time. The new files take their names when all are written, so a
-    failure leaves what was there; a kill between those renamings leaves the old files in the
-    subdirectory replaced-*.
+    One tensor is in memory at a time. The new files get their names when all are written, so a failure
+    keeps the old files; a kill between those renames leaves them in the subdirectory replaced-*.
 
     Args:
-      directory: made if it does not exist.
-      tensors: an iterable of (name, shape, dtype, array or function that returns it).
-      max_shard_bytes: a shard is closed before it gets larger; one tensor alone may be larger.
+      directory: created if it does not exist.
+      tensors: of (name, shape, dtype, array or function that returns it).
+      max_shard_bytes: size of a shard; a single larger tensor gets a shard of its own.
       single: the name of the file if one holds all; the weights of a model are only replaced by
         those of another.
     Raises:
       UserError: a dtype that safetensors does not have, or the directory cannot be written.
-      ValueError: a name given twice, or an array that is not of its shape and dtype.
+      ValueError: a name given twice, or an array of another shape or dtype than announced.
     """
     directory = pathlib.Path(directory)
-    tensors = [(name, tuple(shape), np.dtype(dtype), source) for name, shape, dtype, source in tensors]
-    if len({name for name, *_ in tensors} - {"__metadata__"}) < len(tensors):
-        raise ValueError("two tensors of one name, or one that is called __metadata__")
-    raise_problems(
-        directory,
-        [
-            f"{name} has dtype {dtype}; safetensors has {', '.join(DTYPES)}"
-            for name, _, dtype, _ in tensors
-            if dtype not in _TAGS
-        ],
-    )
-    shards, room = [[]], max_shard_bytes
-    for tensor in tensors:
+    announced = [(name, tuple(shape), np.dtype(dtype), source) for name, shape, dtype, source in tensors]
+    if len({name for name, *_ in announced} - {"__metadata__"}) < len(announced):
+        raise ValueError("two tensors have one name, or one is called __metadata__")
+    wrong = [f"{name} has dtype {dtype}" for name, _, dtype, _ in announced if dtype not in _TAGS]
+    raise_problems(directory, [f"{problem}; safetensors has {', '.join(DTYPES)}" for problem in wrong])
+    shards: list[list] = [[]]
+    room = max_shard_bytes
+    for tensor in announced:
         if shards[-1] and _nbytes(tensor) > room:
             shards.append([])
             room = max_shard_bytes
@@ -295,12 +282,12 @@ def save_safetensors(directory, tensors, max_shard_bytes=5_000_000_000, single=S
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="saving-", dir=directory) as new:
-            for name, shard in zip(names, shards):
+            for name, shard in zip(names, shards, strict=True):
                 _write_file(pathlib.Path(new, name), shard)
             if len(shards) > 1:
                 index = {
-                    "metadata": {"total_size": sum(map(_nbytes, tensors))},
-                    "weight_map": {t[0]: n for n, shard in zip(names, shards) for t in shard},
+                    "metadata": {"total_size": sum(map(_nbytes, announced))},
+                    "weight_map": {t[0]: n for n, shard in zip(names, shards, strict=True) for t in shard},
                 }
                 pathlib.Path(new, INDEX).write_text(json.dumps(index, indent=1) + "\n")
                 names.append(INDEX)
@@ -318,7 +305,8 @@ def _nbytes(tensor):
 def _write_file(path, tensors):
     # Widest first, as the library does, so that every tensor is aligned to its own items.
     tensors = sorted(tensors, key=lambda tensor: -tensor[2].itemsize)
-    header, position = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
     for tensor in tensors:
         name, shape, dtype, _ = tensor
         end = position + _nbytes(tensor)
@@ -333,19 +321,16 @@ def _write_file(path, tensors):
             if (array.shape, array.dtype) != (shape, dtype):
                 raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, announced as {dtype}{list(shape)}")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-            array = source = None  # freed before the next one is made
+            del array, source  # freed before the next one is made
         file.flush()
         os.fsync(file.fileno())  # the files that these replace will be gone
 
 
 def _move_in(new, names, directory):
-    """Moves the named files in, in place of the weights there; undone when one cannot be moved."""
-    # One file replaces one in a single step. Shards of two models must never lie side by side.
-    old = [
-        n
-        for n in sorted(os.listdir(directory))
-        if _WEIGHTS.fullmatch(n) and [n] != names and _WEIGHTS.fullmatch(names[0])
-    ]
+    """Move the named files into the directory, in place of the weights there; undone if one cannot be moved."""
+    # One file replaces another in a single step. Shards of two models must never be there together.
+    replaces = _WEIGHTS.fullmatch(names[0])
+    old = [n for n in sorted(os.listdir(directory)) if replaces and _WEIGHTS.fullmatch(n) and [n] != names]
     aside = pathlib.Path(tempfile.mkdtemp(prefix="replaced-", dir=directory))
     moves = [(directory / name, aside / name) for name in old]
     moves += [(new / name, directory / name) for name in names]
