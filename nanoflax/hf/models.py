@@ -68,7 +68,7 @@ def load(source, dtype=None, mesh=None):
 def load_config(source):
     """The ModelConfig of a published model, by its config.json and the names of its tensors; see `load`."""
     path = find_source(source)
-    return (_open_directory if path.is_dir() else _open_gguf)(path)[1]
+    return (_open_directory if path.is_dir() else open_gguf_model)(path)[1]
 
 
 def save(directory, config, params, tokenizer=None, model_type=None, max_shard_bytes=5_000_000_000, labels=()):
