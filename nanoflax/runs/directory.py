@@ -177,7 +177,8 @@ def changed_fields(saved: Config, config: Config) -> list[str]:
     new["model"] |= configs.to_dict(with_saved_vocabulary(config.model, saved))  # padded for another mesh too
     for section, names in FREE_FIELDS.items():
         for name in names:
-            old[section].pop(name, None), new[section].pop(name, None)
+            for fields in (old, new):
+                fields[section].pop(name, None)
     return configs.diff(old, new)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -132,8 +131,8 @@ class Start:
     def load(self, model: Any, mesh: jax.sharding.Mesh) -> Any:
         """The initial parameters on the mesh."""
         params = self.source.load() if self.source else None
-        if self.new_head:
-            params = {name: x for name, x in params.items() if name != "labels"}
+        if params and self.new_head:
+            params.pop("labels", None)
         return initial_parameters(model, params, self.config, mesh)
 
 
@@ -222,9 +221,9 @@ def texts_of(examples: Iterable[Any]) -> Iterator[str]:
         for field in example.fields:
             value = getattr(example, field, None)
             if field == "tokens":
-                yield " ".join(value)
+                yield " ".join(value or ())
             elif field == "messages":
-                yield from (message["content"] for message in value)
+                yield from (message["content"] for message in value or ())
             elif isinstance(value, str) and field != "label":
                 yield value
 
@@ -234,8 +233,9 @@ class Batches:
 
     def __init__(self, rows: Any, config: Config, mesh: jax.sharding.Mesh):
         self.rows, task, t = rows, config.task, config.train
-        shifts = isinstance(task, configs.ShiftTask) and task.shift_probability > 0
-        shift = (task.max_shift, task.shift_probability) if shifts else None
+        shift = None
+        if isinstance(task, configs.ShiftTask) and task.shift_probability:
+            shift = (task.max_shift, task.shift_probability)
         own = parallel.own_rows(mesh, t.batch_size)
         self.batches = tasks.ExampleBatches(rows, t.batch_size, t.seed, True, own, shift)
 
@@ -288,7 +288,7 @@ class Finetuning:
             print(f"  {line}")
         if isinstance(task, configs.LabelTask) and task.class_weights:
             rows = tasks.weigh_classes(rows, examples.labels, task.class_weights)
-            weights = zip(examples.labels, rows.class_weights, strict=True)
+            weights = zip(examples.labels, np.asarray(rows.class_weights), strict=True)
             print("class weights: " + ", ".join(f"{name} {weight:.3g}" for name, weight in weights))
         if example := tasks.show_row(rows, self.tokenizer):
             print("an example; what is trained stands in ⟦⟧:\n  | " + "\n  | ".join(example.splitlines()))
@@ -313,8 +313,8 @@ class Finetuning:
         )
 
     def training_data(self, batches: Batches) -> TrainingData:
-        def evaluate(params, step):
-            metrics, _ = self.evaluator(params, self.config.train.evaluate_batches)
+        def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
+            metrics: dict[str, Any] = self.evaluator(params, self.config.train.evaluate_batches)[0]
             return metrics, f"step {step}: {report.format_metrics(metrics)}"
 
         identity = {
@@ -356,7 +356,7 @@ class Finetuning:
         wrote = [name for name in wrote if os.path.exists(os.path.join(self.workdir, name))]
         print(f"{self.workdir}: {', '.join(wrote)}")
 
-    def measure(self, params: Any, step: int, trained_parameters: int) -> dict[str, float]:
+    def measure(self, params: Any, step: int, trained_parameters: int) -> dict[str, Any]:
         """The figures on all validation examples; writes result.json and predictions.jsonl, prints some answers."""
         evaluator = self.evaluator
         found, predictions = evaluator(params)
@@ -368,7 +368,8 @@ class Finetuning:
             if predictions:
                 records = tasks.prediction_records(examples, predictions)
                 write_jsonl(os.path.join(self.workdir, "predictions.jsonl"), records)
-        for example, answer in itertools.islice(zip(examples, predictions, strict=False), self.config.task.show):
+        shown = getattr(self.config.task, "show", 0)
+        for example, answer in zip(examples[:shown], predictions[:shown], strict=False):
             print(f"  | {report.printable(str(example.input))[:200]}\n  -> {report.printable(str(answer))}")
         if self.task.scores_table:
             print("\n".join(self.task.scores_table(evaluator.report)))

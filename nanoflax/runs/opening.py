@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint
 from nanoflax.runs.directory import is_run, model_directory, read_run
 
-Params = Mapping[str, Any]  # nested dict of arrays, a tree per block
+Params = dict[str, Any]  # nested dict of arrays, a tree per block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +128,8 @@ def initialize_from(model: Any, source: Params | None, seed: int, mesh: Any) -> 
     """Parameters copied from `source` where path and shape match, the rest drawn from the seed."""
     if source is None:
         return parallel.init(model, jax.random.PRNGKey(seed), mesh)
-    shapes = traverse_util.flatten_dict(parallel.param_shapes(model), sep="/")
-    given = dict(traverse_util.flatten_dict(peft.merge(source), sep="/"))
+    shapes = _flat(parallel.param_shapes(model))
+    given = _flat(peft.merge(source))
     # A vocabulary may have more tokens than the source's (a mask, sentinels, padding): they follow its own.
     longer = {p for p in nn.VOCABULARY & shapes.keys() & given.keys() if given[p].shape != shapes[p].shape}
     same = {path for path, x in shapes.items() if path in given and given[path].shape == x.shape}
@@ -149,13 +149,18 @@ def _draw_only(model: Any, paths: set[str], seed: int, mesh: Any) -> dict[str, j
     """Some of the parameters that `parallel.init` draws, by path; the others are not allocated."""
     if not paths:
         return {}
-    places = traverse_util.flatten_dict(parallel.shardings(parallel.param_shapes(model), mesh), sep="/")
+    places = _flat(parallel.shardings(parallel.param_shapes(model), mesh))
 
     def draw(rng):
-        drawn = traverse_util.flatten_dict(parallel.initial_params(model, rng), sep="/")
+        drawn = _flat(parallel.initial_params(model, rng))
         return {path: drawn[path] for path in paths}
 
     return jax.jit(draw, out_shardings={path: places[path] for path in paths})(jax.random.PRNGKey(seed))
+
+
+def _flat(tree: Params) -> dict[str, Any]:
+    """{path: leaf} of a nested dict, such as {"decoder/norm/scale": ...}."""
+    return dict(traverse_util.flatten_dict(tree, sep="/"))
 
 
 def _say(what: str, paths: set[str]) -> None:

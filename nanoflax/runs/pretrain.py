@@ -10,7 +10,7 @@ import jax
 
 from nanoflax import config as configs
 from nanoflax import data, generate, nn, parallel, report, train
-from nanoflax.config import Config, ModelConfig
+from nanoflax.config import Config, ModelConfig, TextData
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint
 from nanoflax.runs.directory import check_workdir, exclusive, get_tokenizer, with_vocabulary
@@ -48,6 +48,8 @@ def check(config: Config) -> None:
         found.append(f"peft.kind={config.peft.kind!r}")
     if not isinstance(config.task, configs.Pretrain):
         found.append(f"task.kind={config.task.kind!r}")
+    if not isinstance(config.data, TextData):
+        found.append(f"data.kind={config.data.kind!r}")
     if found:
         raise UserError(
             f"{', '.join(found)}: pretrain trains a decoder on text; for anything else there is experiments.finetune"
@@ -133,23 +135,26 @@ def restore_weights(directory: str, model: Any, mesh: jax.sharding.Mesh) -> Any:
     return params
 
 
-def read_text(config: Config, mesh: jax.sharding.Mesh, model: Any, tokenizer: Any, source: Any, prompt: list[int]):
-    """The tokens of both splits, tokenized once and kept on disk, as TrainingData."""
-    stores, t = [], config.train
+def read_text(
+    config: Config, mesh: jax.sharding.Mesh, model: Any, tokenizer: Any, source: data.Source, prompt: list[int]
+) -> TrainingData:
+    """The tokens of both splits, tokenized once and kept on disk, as windows."""
+    d, t, stores = config.data, config.train, []
+    assert isinstance(d, TextData)  # see `check`
     for split in ("train", "validation"):
-        cache, workers = config.data.cache or None, config.data.workers or None
-        stores.append(data.prepare(source, tokenizer, split, cache, workers, progress=parallel.is_main_process()))
-    for name, store in zip(("training", "validation"), stores, strict=True):
+        options = d.cache or None, d.workers or None, parallel.is_main_process()
+        stores.append(data.prepare(source, tokenizer, split, *options))
+    for store, name in zip(stores, ("training", "validation"), strict=True):
         print(
             f"{name}: {store.n_documents:,} documents, {report.format_count(store.n_bytes)}B of text, "
             f"{report.format_count(store.n_tokens)} tokens"
         )
         for line in store.report:
             print(f"  {line}")
-    windows, held_out = (data.Windows(s, config.model.context, config.data.packing == "isolated") for s in stores)
+    windows, held_out = (data.Windows(s, config.model.context, d.packing == "isolated") for s in stores)
     score = train.make_evaluation(model, config, mesh)
 
-    def evaluate(params, step):
+    def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
         nats, tokens = score(params, held_out)
         metrics = {"validation_loss": nats / tokens}
         if not t.evaluate_batches:
@@ -194,6 +199,6 @@ def summarise(workdir: str, config: Config, ended: Ended) -> None:
         best = next((r for r in records if r["step"] == ended.best_step and "validation_loss" in r), {})
         print(
             f"{ended.reason} at step {ended.step}; best at step {ended.best_step}: "
-            + json.dumps({k: round(v, 4) for k, v in best.items()})
+            + json.dumps({k: round(v, 4) for k, v in best.items() if not isinstance(v, str)})
         )
         print(f"loss curve: {plot}")

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +21,7 @@ from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint
 from nanoflax.runs.checkpoint import Checkpoints
 from nanoflax.runs.directory import archive_run, check_same_data, write_run
-
-Params = Mapping[str, Any]  # nested dict of arrays
+from nanoflax.runs.opening import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,26 +137,26 @@ class Programs:
         self._job, optimizer = job, optimizer_of(job.config)[0]
         self.attention = train.attention_backends(job.model, job.shapes, job.batch, job.mesh, job.objective)
         step = train.make_train_step(job.model, optimizer, job.config, job.objective)
+        self._step = train.jit_step(step, shapes, job.mesh)
+        self._compiled_step = self._compiled_init = None
         threads = concurrent.futures.ThreadPoolExecutor(2)
-        self._initial = self._compiled = None
         if job.fixed_batch:
-            self._compiled = threads.submit(train.compile_step, step, shapes, job.batch, job.mesh)
+            self._compiled_step = threads.submit(train.compile_step, step, shapes, job.batch, job.mesh)
         if job.load is None and not resuming:
-            self._initial = threads.submit(train.compile_init, job.model, optimizer, job.config, job.mesh)
-        threads.shutdown(wait=False)  # an error of the data ends the run without waiting for these
-        self._step = None if job.fixed_batch else train.jit_step(step, shapes, job.mesh)
+            self._compiled_init = threads.submit(train.compile_init, job.model, optimizer, job.config, job.mesh)
+        threads.shutdown(wait=False)  # an error in the data ends the run without waiting for the compiler
 
     def initial_state(self, params: Params | None) -> train.TrainState:
-        """The state of step 0; params (a tree per block, donated) or None to draw them."""
-        if self._initial:
-            return self._initial.result()()
+        """The state of step 0. params: a tree per block, donated; None draws them."""
+        if self._compiled_init:
+            return self._compiled_init.result()()
         optimizer = optimizer_of(self._job.config)[0]
         return train.init_state(self._job.model, optimizer, self._job.config, self._job.mesh, params)
 
     def step(self, frozen: Params) -> Callable:
         """The function (state, batch) -> (state, metrics)."""
-        if self._compiled:
-            return self._compiled.result()
+        if self._compiled_step:
+            return self._compiled_step.result()
         return lambda state, batch: self._step(state, batch, frozen)
 
 
@@ -191,7 +190,7 @@ def describe(job: Job, shapes: train.TrainState, frozen: Params, attention: str)
 def restore(saves: Checkpoints, shapes: train.TrainState, identity: dict) -> tuple[train.TrainState, train.Tracking]:
     """The newest sound checkpoint. Raises: UserError if it was trained on other data."""
     state, meta = saves.restore(shapes._asdict())
-    check_same_data(identity | meta, identity)
+    check_same_data({**identity, **meta}, identity)
     tracking = train.Tracking.read(meta["tracking"], meta["step"], saves.metric(meta["step"]))
     print(f"resuming at step {meta['step']}")
     return train.TrainState(**state), tracking
@@ -283,7 +282,7 @@ def setup_jax() -> None:
     """Keep compiled programs between runs, unless JAX is told where already: a compile of 1.4 s becomes 0.13 s."""
     from nanoflax.data import default_cache_dir
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", os.path.join(default_cache_dir(), "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
