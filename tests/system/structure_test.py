@@ -54,7 +54,6 @@ def test_a_room_imports_only_lower_floors():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.xfail(strict=False, reason="runs/directory.py still imports experiments")
 def test_the_library_does_not_import_programs_or_tests():
     found = [
         f"{name_of(path)} imports {name}"
@@ -142,11 +141,11 @@ def test_only_nn_and_one_file_of_train_know_linen():
 # Sizes.
 
 
-@pytest.mark.xfail(strict=False, reason="the README is being rewritten")
 def test_what_everyone_reads_stays_small():
     count = lines(sources("nanoflax/nn", "nanoflax/generate", "nanoflax/train"))
     assert count <= 3100
-    claimed = re.search(r"`nn`, `generate` and `train`\D*([\d,]+) lines", (ROOT / "README.md").read_text())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    claimed = re.search(r"`nn`, `generate` and `train`\D*([\d,]+) lines", readme)
     assert claimed, "the README does not say how many lines nn, generate and train have"
     assert abs(int(claimed[1].replace(",", "")) - count) <= 50, f"the README says {claimed[1]}, there are {count}"
 
@@ -163,7 +162,8 @@ def test_functions_of_runs_and_programs_fit_on_a_screen():
 
 @pytest.mark.xfail(strict=False, reason="the programs are being rewritten")
 def test_programs_are_short():
-    found = {path.name: lines([path]) for path in (ROOT / "experiments").glob("*.py") if lines([path]) > 120}
+    programs = [path for path in (ROOT / "experiments").glob("*.py") if "__main__" in path.read_text()]
+    found = {path.name: lines([path]) for path in programs if lines([path]) > 120}
     assert not found
 
 
