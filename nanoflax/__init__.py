@@ -27,18 +27,21 @@ if TYPE_CHECKING:
     from nanoflax.generate import beam_search, sample
     from nanoflax.nn import build
     from nanoflax.parallel import init
-    from nanoflax.runs import finetune, pretrain
+    from nanoflax.runs import Run, finetune, pretrain
+    from nanoflax.runs import open_run as open
 
 __version__ = "0.1.0"
 
-_ROOM_OF = {
-    "ModelConfig": "config",
-    "beam_search": "generate",
-    "sample": "generate",
-    "build": "nn",
-    "init": "parallel",
-    "finetune": "runs",
-    "pretrain": "runs",
+_HOMES = {  # name here: (room, name there)
+    "ModelConfig": ("config", "ModelConfig"),
+    "Run": ("runs", "Run"),
+    "beam_search": ("generate", "beam_search"),
+    "build": ("nn", "build"),
+    "finetune": ("runs", "finetune"),
+    "init": ("parallel", "init"),
+    "open": ("runs", "open_run"),
+    "pretrain": ("runs", "pretrain"),
+    "sample": ("generate", "sample"),
 }
 _ROOMS = (
     "config",
@@ -57,6 +60,7 @@ _ROOMS = (
 )
 __all__ = [
     "ModelConfig",
+    "Run",
     "beam_search",
     "build",
     "config",
@@ -66,6 +70,7 @@ __all__ = [
     "hf",
     "init",
     "nn",
+    "open",
     "parallel",
     "peft",
     "planning",
@@ -80,8 +85,9 @@ __all__ = [
 
 
 def __getattr__(name):
-    if name in _ROOM_OF:
-        return getattr(importlib.import_module(f"nanoflax.{_ROOM_OF[name]}"), name)
+    if name in _HOMES:
+        room, there = _HOMES[name]
+        return getattr(importlib.import_module(f"nanoflax.{room}"), there)
     if name in _ROOMS:
         return importlib.import_module(f"nanoflax.{name}")
     raise AttributeError(f"module 'nanoflax' has no attribute {name!r}")

@@ -15,11 +15,11 @@ import time
 import pytest
 from absl import flags
 
-from experiments import sample
 from experiments.flags import _Leaf, leaves
 from nanoflax import config as configs
 from nanoflax import parallel, runs
 from nanoflax.errors import UserError
+from nanoflax.runs.generation import unchanging_text
 from tests import kills, processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -480,4 +480,4 @@ def test_import_is_quick_and_pulls_in_no_other_framework():
     ],
 )
 def test_visible_text_never_has_to_be_taken_back(text, stops, ended, expected):
-    assert sample.visible(text, stops, ended) == expected
+    assert unchanging_text(text, stops, ended) == expected

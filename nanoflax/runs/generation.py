@@ -1,0 +1,131 @@
+"""Text from prompts, with any model that `generate` samples: settings, stop strings, pieces as they come."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from nanoflax import generate
+from nanoflax.errors import UserError
+
+DEFAULT_NEW_TOKENS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """How text is generated.
+
+    max_new_tokens: None means 100, or fewer if the model's context has no room for them.
+    temperature: 0 is greedy. top_k, top_p, min_p: the filters of `nanoflax.sample`; 0, 1 and 0 switch
+    them off. repetition_penalty: 1 switches it off. stop: strings, each of which ends a text and is
+    not part of it. beams: above 0, a beam search of this width, which ignores temperature, the
+    filters and the penalty. length_penalty: of the beam search; above 0 favours longer texts.
+    seed: of the random draws.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: Sequence[str] = ()
+    beams: int = 0
+    length_penalty: float = 1.0
+    seed: int = 0
+
+    @classmethod
+    def of(cls, given: dict[str, Any], defaults: dict[str, Any] | None = None) -> "GenerationSettings":
+        """The given settings, before a task's defaults. A given temperature asks for draws, so it
+        replaces the beams of the defaults.
+
+        Raises: UserError for a name that is no setting.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := given.keys() - set(names):
+            raise UserError(f"{', '.join(sorted(unknown))}: not a setting of generation, which are {', '.join(names)}")
+        defaults = dict(defaults or {})
+        if "temperature" in given:
+            defaults.pop("beams", None)
+        settings = cls(**(defaults | given))
+        return dataclasses.replace(settings, stop=[settings.stop] if isinstance(settings.stop, str) else settings.stop)
+
+
+def stream_texts(
+    model: Any, params: dict, tokenizer: Any, prompts: list[list[int]], settings: GenerationSettings
+) -> Iterator[list[str]]:
+    """Yields, for each prompt of token ids, the text that follows what was yielded before.
+
+    Text that could still change is held back: the beginning of a stop string, half a character.
+    Raises: UserError for what `nanoflax.sample` refuses.
+    """
+    ends = {*getattr(tokenizer, "stop_ids", ()), tokenizer.eos_id}
+    ids: list[list[int]] = [[] for _ in prompts]
+    shown, ended = [""] * len(prompts), [False] * len(prompts)
+
+    def piece(i: int, complete: bool) -> str:
+        before = len(shown[i])
+        shown[i], stopped = unchanging_text(tokenizer.decode(ids[i]), settings.stop, complete)
+        ended[i] |= stopped
+        return shown[i][before:]
+
+    for new in _tokens(model, params, tokenizer, prompts, settings):
+        texts = []
+        for i, tokens in enumerate(new):
+            if ended[i]:
+                texts.append("")
+                continue
+            kept = list(itertools.takewhile(lambda token: token not in ends, tokens))
+            ids[i] += kept
+            texts.append(piece(i, complete=False))
+            ended[i] |= len(kept) < len(tokens)
+        yield texts
+        if all(ended):
+            break
+    yield [piece(i, complete=True) for i in range(len(prompts))]
+
+
+def _tokens(
+    model: Any, params: dict, tokenizer: Any, prompts: list[list[int]], settings: GenerationSettings
+) -> Iterator[list[list[int]]]:
+    """Lists of new token ids for each prompt: chunks of a stream of draws, or the result of a beam search."""
+    s, limit = settings, settings.max_new_tokens or _default_limit(model.config, prompts)
+    ids = dict(eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
+    if s.beams:
+        best: Any = generate.beam_search(model, params, prompts, s.beams, limit, s.length_penalty, **ids)
+        return iter([best])
+    return generate.stream(
+        model,
+        params,
+        prompts,
+        limit,
+        temperature=s.temperature,
+        top_k=s.top_k or None,
+        top_p=None if s.top_p == 1 else s.top_p,
+        min_p=s.min_p or None,
+        repetition_penalty=None if s.repetition_penalty == 1 else s.repetition_penalty,
+        rng=jax.random.PRNGKey(s.seed),
+        **ids,
+    )
+
+
+def _default_limit(config: Any, prompts: list[list[int]]) -> int:
+    used = 0 if config.reads_source else max(map(len, prompts))
+    return max(1, min(DEFAULT_NEW_TOKENS, config.context - used))
+
+
+def unchanging_text(text: str, stops: Sequence[str], complete: bool) -> tuple[str, bool]:
+    """The part of a text that more tokens cannot change, and whether a stop string ended it.
+
+    complete: no more tokens come, so only a stop string cuts the text.
+    """
+    found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
+    if found:
+        return text[: min(found)], True
+    if complete:
+        return text, False
+    text = text.rstrip("\ufffd")  # the first bytes of a character
+    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text[: len(text) - held], False

@@ -1,0 +1,123 @@
+"""Candidate texts ranked by their likelihood after a prompt, and how often the right one comes first."""
+
+import json
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from nanoflax import generate, tokenizers
+from nanoflax.errors import UserError, listed
+
+
+class Question(NamedTuple):
+    place: str  # file:line, or its number, for messages
+    prompt: str
+    candidates: list[str]
+    answer: int | None  # index of the right candidate, if known
+
+
+def read_questions(path: str) -> list[Question]:
+    """The questions of a .jsonl file: see `questions_of`. Raises: UserError naming every bad line."""
+    records, problems = [], []
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [(f"{path}:{i}", line) for i, line in enumerate(file, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--candidates={path}: {error}") from error
+    for place, line in lines:
+        try:
+            records.append((place, json.loads(line)))
+        except ValueError as error:
+            problems.append(f"{place} is not JSON: {error}")
+    if not lines:
+        raise UserError(f"--candidates={path} holds no question")
+    return questions_of(records, problems)
+
+
+def questions_of(records: Iterable[tuple[str, Any]], problems: Iterable[str] = ()) -> list[Question]:
+    """(place, record) pairs as Questions. A record is a dict with `prompt`, `candidates` (texts) and,
+    if known, `answer`: the right candidate, or its index.
+
+    Raises: UserError with these problems and those of the records.
+    """
+    questions, problems = [], list(problems)
+    for place, record in records:
+        q = record if isinstance(record, dict) else {}
+        prompt, texts, answer = q.get("prompt"), q.get("candidates"), q.get("answer")
+        texts = texts if isinstance(texts, list) and all(isinstance(text, str) and text for text in texts) else []
+        if not isinstance(prompt, str) or not texts:
+            problems.append(f"{place} must have a 'prompt' (text) and 'candidates' (a list of texts, none empty)")
+            continue
+        if isinstance(answer, str) and answer in texts:
+            answer = texts.index(answer)
+        if answer is not None and (type(answer) is not int or not 0 <= answer < len(texts)):
+            problems.append(
+                f"{place} has the answer {answer!r}, which is neither a candidate nor "
+                f"the number of one (0 to {len(texts) - 1})"
+            )
+            continue
+        questions.append(
+            Question(place, tokenizers.well_formed(prompt), [tokenizers.well_formed(text) for text in texts], answer)
+        )
+    if problems:
+        raise UserError(listed(problems))
+    return questions
+
+
+def rank_candidates(model: Any, params: dict, tokenizer: Any, questions: list[Question]) -> dict[str, Any]:
+    """The figures of all questions, and `rankings`: for each question its candidates, likeliest first.
+
+    A candidate's log_likelihood (nats) is divided by its tokens in per_token, by its UTF-8 bytes in
+    per_byte. With answers: the share of questions whose likeliest candidate is right (accuracy; by
+    per_byte accuracy_normalised), and the mean reciprocal rank of the right one (by per_byte
+    mean_reciprocal_rank_normalised).
+    Raises: UserError naming every candidate for which the model's context has no room.
+    """
+    reads_source = model.config.reads_source
+    pairs = [candidate_ids(tokenizer, q.prompt, text, reads_source) for q in questions for text in q.candidates]
+    names = [f"{q.place} candidate {i}" for q in questions for i in range(len(q.candidates))]
+    prompts, candidates = (list(ids) for ids in zip(*pairs, strict=True))
+    totals = iter(generate.log_likelihoods(model, params, prompts, candidates, names=names))
+    sizes = map(len, candidates)
+    rankings = [_ranking(q, totals, sizes) for q in questions]
+    result: dict[str, Any] = {"questions": len(questions), "candidates": len(pairs)}
+    answered = [record for record in rankings if "rank" in record]
+    result["answers"] = len(answered)
+    for name, rank in (("", "rank"), ("_normalised", "rank_normalised")) if answered else ():
+        ranks = [record[rank] for record in answered]
+        result[f"accuracy{name}"] = sum(r == 1 for r in ranks) / len(ranks)
+        result[f"mean_reciprocal_rank{name}"] = sum(1 / r for r in ranks) / len(ranks)
+    return result | {"rankings": rankings}
+
+
+def _ranking(question: Question, totals: Iterable[float], sizes: Iterable[int]) -> dict[str, Any]:
+    rows = [
+        {
+            "text": text,
+            "log_likelihood": float(total),
+            "tokens": n,
+            "per_token": float(total) / n,
+            "per_byte": float(total) / len(text.encode()),
+        }
+        for text, total, n in zip(question.candidates, totals, sizes, strict=False)  # each takes its own
+    ]
+    record = {"prompt": question.prompt, "candidates": sorted(rows, key=lambda row: -row["log_likelihood"])}
+    if question.answer is None:
+        return record
+    ranks = [generate.rank([row[score] for row in rows], question.answer) for score in ("log_likelihood", "per_byte")]
+    return record | {"answer": question.candidates[question.answer], "rank": ranks[0], "rank_normalised": ranks[1]}
+
+
+def candidate_ids(tokenizer: Any, prompt: str, text: str, reads_source: bool) -> tuple[list[int], list[int]]:
+    """The ids of a prompt and of a candidate after it.
+
+    For a decoder the two are encoded as one text, if that leaves the prompt's ids as they are. For a
+    model that reads a source, the candidate is framed as the targets of training are.
+    """
+    ids = tokenizers.prompt_ids(tokenizer, prompt, reads_source)
+    if reads_source:
+        encode = getattr(tokenizer, "encode_target", tokenizer.encode)
+        before, after = tokenizers.ends(tokenizer)
+        return ids, [*before, *encode(text), *after]
+    both = tokenizers.prompt_ids(tokenizer, prompt + text)
+    same = len(both) > len(ids) and both[: len(ids)] == ids
+    return ids, both[len(ids) :] if same else tokenizer.encode(text)

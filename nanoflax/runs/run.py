@@ -1,0 +1,317 @@
+"""A run or any trained model as one object: it writes text, predicts, is measured, drawn and exported.
+
+run = nanoflax.open("runs/notes")                # or a Hugging Face directory, hub name, .gguf, adapter directory
+run.plot()
+print(run.generate("The function returns", max_new_tokens=60))
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from nanoflax import config as configs
+from nanoflax import data, hf, nn, parallel, report, tasks, tokenizers, train
+from nanoflax.errors import UserError
+from nanoflax.runs import directory, ranking
+from nanoflax.runs.checkpoint import Checkpoints
+from nanoflax.runs.generation import GenerationSettings, stream_texts
+from nanoflax.runs.opening import ModelSource, open_source
+
+
+def open_run(source: "str | os.PathLike | Run", checkpoint: str = "best", dtype: str | None = None) -> "Run":
+    """The Run of a run's directory, a Hugging Face directory, a hub name, a .gguf file or a directory
+    of adapters of the peft library. Weights are read when they are first needed.
+
+    checkpoint: "best" or "latest", of a run. dtype: of the parameters; None keeps theirs.
+    Raises: UserError if the source is none of these.
+    """
+    if isinstance(source, Run):
+        return source
+    run = Run(source, checkpoint, dtype)
+    if run.workdir is None:
+        run._opened  # noqa: B018 (refuses what is no model)
+    return run
+
+
+class Run:
+    """A trained or published model, and the run that made it if there is one.
+
+    source: what it was opened from. workdir: the directory of the run; None for other models.
+    config: the Config of the run; for other models one that holds their ModelConfig. labels: the class
+    names of a fine-tuned run, else (). task: the row of tasks.TASKS that a fine-tuned run was trained
+    for; None for a pretrained run and other models. model, params, tokenizer: read when first used.
+    signal: the number of the signal that ended the training which returned this Run; 0 if none did.
+    """
+
+    def __init__(
+        self, source: str | os.PathLike, checkpoint: str = "best", dtype: str | None = None, signal: int = 0
+    ) -> None:
+        self.source, self.checkpoint, self.dtype, self.signal = str(source), checkpoint, dtype, signal
+        self.workdir = self.source if directory.is_run(self.source) else None
+
+    def __repr__(self) -> str:
+        return f"nanoflax.open({self.source!r})"
+
+    @functools.cached_property
+    def _opened(self) -> ModelSource:
+        return open_source(self.source, self.checkpoint)
+
+    @functools.cached_property
+    def model(self) -> Any:
+        return nn.build(self._opened.config)
+
+    @functools.cached_property
+    def params(self) -> Any:
+        params = self._opened.load()
+        return jax.tree.map(lambda x: x.astype(self.dtype), params) if self.dtype else params
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._opened.tokenizer
+
+    @functools.cached_property
+    def config(self) -> configs.Config:
+        if self.workdir is None:
+            return configs.Config(model=self._opened.config)
+        return directory.read_config(os.path.join(self.workdir, "config.json"))
+
+    @functools.cached_property
+    def _labels(self) -> tuple[tuple[str, ...], bool] | None:
+        return None if self.workdir is None else directory.read_labels(self.workdir, self.config)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self._labels[0] if self._labels else ()
+
+    @functools.cached_property
+    def task(self) -> Any:
+        return None if self._labels is None else tasks.TASKS[self.config.task.kind]
+
+    # Text.
+
+    def generate(self, prompts: str | Sequence[str] = "", **settings: Any) -> Any:
+        """The prompt with its continuation; of a model that reads a source, what it writes for it.
+
+        prompts: a text, or a list of them, for which a list is returned; "" begins a document.
+        settings: the fields of GenerationSettings, such as max_new_tokens=60, temperature=0.8, top_k=40,
+        stop=["\\n"], beams=4, seed=1.
+        Raises: UserError for a setting out of its range or a prompt longer than the model's context.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        pieces = zip(*self.stream(texts, **settings), strict=True)
+        shown = [""] * len(texts) if self.model.config.reads_source else texts
+        found = [prompt + "".join(new) for prompt, new in zip(shown, pieces, strict=True)]
+        return found[0] if isinstance(prompts, str) else found
+
+    def stream(self, prompts: Sequence[str], as_task: bool = False, **settings: Any) -> Iterator[list[str]]:
+        """Yields the next piece of text after each prompt, as the model writes it, prompts not included.
+
+        as_task: treat the prompts as `predict` does: cleaned as the run's data was, in the form and with
+        the default settings of its task (a message gets its reply, a source its translation).
+        """
+        form, defaults = tokenizers.prompt_ids, {}
+        if as_task:
+            prompts = self._task_texts(prompts)
+            form, defaults = self.task.prompt, self.task.generation(self.config.task)
+        chosen = GenerationSettings.of(settings, defaults)
+        reads_source = self.model.config.reads_source
+        ids = [form(self.tokenizer, tokenizers.well_formed(text), reads_source) for text in prompts]
+        return stream_texts(self.model, self.params, self.tokenizer, ids, chosen)
+
+    def reply(self, messages: list[dict[str, str]], **settings: Any) -> Iterator[str]:
+        """Yields the reply to a chat, piece by piece, through the tokenizer's chat template.
+
+        messages: dicts with role ("system", "user" or "assistant") and content.
+        Raises: UserError if the tokenizer has no template, or the chat exceeds the model's context.
+        """
+        ids = self.tokenizer.apply_chat(messages)
+        chosen = GenerationSettings.of(settings)
+        return (piece for (piece,) in stream_texts(self.model, self.params, self.tokenizer, [ids], chosen))
+
+    # The task of a fine-tuned run.
+
+    def cleaned_texts(self, texts: Sequence[str]) -> list[str]:
+        """The texts of a fine-tuned run's task, cleaned as the data of the run was; "" if nothing is left of one."""
+        if not self.task.needs_prompt:  # a prompt that is continued ends as it was given
+            return list(texts)
+        source = tasks.examples_of(self.config.data)
+        return [source.clean(text, f"text {i}", data.DataReport()) for i, text in enumerate(texts, 1)]
+
+    def _task_texts(self, texts: Sequence[str]) -> list[str]:
+        found = self.cleaned_texts(texts)
+        if self.task.needs_prompt and not all(found):
+            raise UserError(f"text {found.index('') + 1} is empty when it is cleaned as the run's data was")
+        return found
+
+    def predict(self, texts: str | Sequence[str], **settings: Any) -> Any:
+        """What a fine-tuned run answers for a text, or for each text of a list:
+
+        classify {class: probability}, the most probable first; tag [(word, tag), ...] for the words
+        between spaces; masked_lm and denoise the text restored after the noise of the task, a line for
+        each part of task.length tokens; translate the target; instruct the reply; language_model the
+        continuation. settings: of GenerationSettings, for the last three. Texts that had to be cut are
+        counted on stderr.
+        Raises: UserError if the run was not fine-tuned, or a text is empty.
+        """
+        if self.task is None:
+            raise UserError(f"{self.source} was not fine-tuned for a task that it could predict; use generate")
+        several = [texts] if isinstance(texts, str) else list(texts)
+        if self.task.prompt:
+            found = ["".join(new) for new in zip(*self.stream(several, as_task=True, **settings), strict=True)]
+        else:
+            found = self._predictions(self._task_texts(several))
+        return found[0] if isinstance(texts, str) else found
+
+    def _predictions(self, texts: list[str]) -> list[Any]:
+        # A text is cut to be predicted, even where a training example would be refused.
+        task = dataclasses.replace(self.config.task, truncate=True)
+        config = dataclasses.replace(self.config, task=task)
+        labels, several = self._labels or ((), False)
+        rows = tasks.encode_texts(texts, config, self.tokenizer, labels, several, report := data.DataReport())
+        for line in report.lines():
+            print(line, file=sys.stderr)
+        evaluator = self._evaluator(rows)
+        parts: dict[str, list] = {}
+        for example, found in zip(evaluator.rows.examples, evaluator.describe(self._params_on_mesh), strict=True):
+            parts.setdefault(example.place, []).append(found)
+        predictions = (parts.get(f"text {i}", [""]) for i in range(1, len(texts) + 1))
+        return ["\n".join(found) if len(found) > 1 else found[0] for found in predictions]
+
+    @functools.cached_property
+    def _mesh(self) -> Any:
+        return parallel.make_mesh("-1,1,1")
+
+    @functools.cached_property
+    def _params_on_mesh(self) -> dict:
+        return parallel.put_params(self.params, self._mesh)
+
+    def _evaluator(self, rows: Any) -> Any:
+        """A tasks.Evaluator of rows, which shares its compiled functions with the ones before."""
+        if "_first_evaluator" not in self.__dict__:
+            self._first_evaluator = tasks.Evaluator(
+                self.model, self.config, self.tokenizer, self.labels, rows, self._mesh
+            )
+        return self._first_evaluator.with_rows(rows)
+
+    # Measurements.
+
+    def evaluate(self, data: str = "", split: str = "all", out: str = "") -> dict[str, Any]:
+        """The figures of the model on data, as a dict of JSON values; see experiments.evaluate.
+
+        data: a source of text, or of examples for a fine-tuned run; empty takes the run's own
+        validation data. split: all, train, validation or (of examples) test, of `data`. out: a .jsonl
+        file for the predictions of a fine-tuned run. A fine-tuned run is measured by its task; any other
+        model by loss, perplexity and bits per byte on windows of its context.
+        Raises: UserError for data that cannot be read, and for `out` where nothing is predicted.
+        """
+        if self.task is not None:
+            return self._evaluate_on_examples(data, split, out)
+        if out:
+            raise UserError("--out needs --candidates or a run of finetune: text has no predictions")
+        if split == "test":
+            raise UserError("--split=test is of examples; text has train, validation and all")
+        if not data and self.workdir is None:
+            raise UserError(f"{self.source} has no data of its own; name some")
+        return self._evaluate_on_text(data, split)
+
+    def _evaluate_on_text(self, name: str, split: str) -> dict[str, Any]:
+        c = self.config
+        source, split = data.source_of(c.data, name), split if name else "validation"
+        text = configs.as_kind(configs.TextData, c.data)
+        store = data.prepare(source, self.tokenizer, split, text.cache or None)
+        windows = data.Windows(store, c.model.context, text.packing == "isolated")
+        every_batch = dataclasses.replace(c, train=dataclasses.replace(c.train, evaluate_batches=0))
+        nats, tokens = train.make_evaluation(self.model, every_batch, self._mesh)(self._params_on_mesh, windows)
+        return {
+            "data": name or f"{c.data.train} (validation)",
+            "loss": nats / tokens,
+            "perplexity": math.exp(min(nats / tokens, 700)),
+            "bits_per_byte": nats / math.log(2) / store.n_bytes,
+            "documents": store.n_documents,
+            "tokens": int(tokens),
+            "bytes": store.n_bytes,
+            "report": store.report,
+        }
+
+    def _evaluate_on_examples(self, name: str, split: str, out: str) -> dict[str, Any]:
+        c, (labels, several), report = self.config, self._labels or ((), False), data.DataReport()
+        if out and not self.task.predict:
+            raise UserError(f"--out: task.kind={c.task.kind!r} is measured by its loss, and has no predictions")
+        source = tasks.examples_of(c.data, name)
+        if name:
+            examples = tasks.read(source, self.task.examples, labels, report, split)
+        else:
+            loaded = tasks.load(source, self.task.examples, labels or None)
+            examples, report = loaded.validation, loaded.report
+        rows = tasks.encode_for_task(examples, c, self.tokenizer, labels, several, report)
+        evaluator = self._evaluator(rows)
+        numbers, predictions = evaluator(self._params_on_mesh)
+        if out:
+            directory.write_jsonl(out, tasks.prediction_records(evaluator.rows.examples, predictions))
+        return {
+            "data": name or f"{c.data.train} (validation)",
+            "examples": len(rows),
+            **numbers,
+            "report": evaluator.report,
+            "data_report": report.lines(),
+        }
+
+    def rank(self, questions: str | Sequence[dict[str, Any]], out: str = "") -> dict[str, Any]:
+        """How likely the model finds each of several candidates after a prompt: see rank_candidates.
+
+        questions: a .jsonl file or a list of {"prompt": text, "candidates": [text, ...], "answer": the
+        right one or its index, if known}. out: a .jsonl file that gets the `rankings` instead.
+        Raises: UserError naming every bad question.
+        """
+        if isinstance(questions, str):
+            found = ranking.read_questions(questions)
+        else:
+            found = ranking.questions_of((f"question {i}", q) for i, q in enumerate(questions, 1))
+        result = ranking.rank_candidates(self.model, self.params, self.tokenizer, found)
+        if out:
+            directory.write_jsonl(out, result.pop("rankings"))
+        return result
+
+    # Pictures and files.
+
+    def plot(self) -> pathlib.Path | None:
+        """Draw the loss curve of the run again; in a notebook also show it. Returns the path of
+        loss.png, or None before the first step."""
+        if self.workdir is None:
+            raise UserError(f"{self.source} is not the directory of a run, so it has no loss curve")
+        # Examples have no fixed number of tokens in a step.
+        tokens = self.config.train.batch_size * self.config.model.context if self.task is None else None
+        path = report.plot_losses(self.workdir, tokens)
+        notebook = sys.modules.get("IPython")
+        if path and notebook and hasattr(notebook.get_ipython(), "kernel"):
+            from IPython.display import Image, display
+
+            display(Image(str(path)))
+        return path
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Write a directory that Transformers' AutoModel opens.
+
+        Raises: UserError if no family of Transformers has such a model.
+        """
+        hf.save(str(path), self.model.config, self.params, self.tokenizer, labels=self.labels)
+
+    def save_run(self, workdir: str) -> None:
+        """Write the model as a run of no steps, which sample, evaluate and finetune open.
+
+        Raises: UserError if the model came without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError(f"{self.source} has no tokenizer that nanoflax reads")
+        os.makedirs(workdir, exist_ok=True)
+        meta = {"tokenizer": self.tokenizer.fingerprint, "step": 0}
+        with Checkpoints(os.path.join(workdir, "checkpoints")) as checkpoints:
+            checkpoints.save(0, {"params": self.params}, meta)
+        directory.write_run(workdir, configs.Config(model=self.model.config), self.tokenizer)
