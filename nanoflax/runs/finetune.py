@@ -30,7 +30,8 @@ from nanoflax.runs.directory import (
     write_run,
 )
 from nanoflax.runs.opening import ModelSource, initial_parameters, open_source, parameter_shapes
-from nanoflax.runs.trainer import Ended, Job, TrainingData, check_metric, check_wandb, run_job, setup_jax
+from nanoflax.runs.run import Run
+from nanoflax.runs.trainer import Job, TrainingData, check_metric, check_wandb, run_job, setup_jax
 
 
 def finetune(
@@ -42,7 +43,7 @@ def finetune(
     workdir: str,
     validation: str | None = None,
     config: Config | None = None,
-) -> Ended:
+) -> Run:
     """Fine-tune in workdir; the same call again resumes, and measures the best step again.
 
     source: a Run, its directory, a directory of Transformers, a hub name or a .gguf file; None trains a new model
@@ -50,7 +51,7 @@ def finetune(
     "classify", or its dataclass. peft: a kind, such as "lora", or its dataclass. config: everything else; what is
     given here replaces its fields. Without config, texts are cut to the context of the source.
     At the end the best step is measured: result.json, predictions.jsonl, and in final/ a run with all parameters.
-    SIGTERM and SIGINT save and return: see `signal` of the result.
+    Returns the Run in workdir. SIGTERM and SIGINT save and return; then its `signal` is their number.
     Raises: UserError for anything to put right, before training.
     """
     config = with_arguments(config, source, data, validation, task, peft)
@@ -66,7 +67,7 @@ def finetune(
                 waited = f"no better train.metric={config.train.metric} in train.patience={config.train.patience}"
                 print(f"early stop at step {ended.step}: {waited} evaluations")
             finetuning.finish(ended.frozen)
-    return ended
+    return Run(workdir, signal=ended.signal)
 
 
 def with_arguments(

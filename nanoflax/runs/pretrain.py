@@ -15,16 +15,17 @@ from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint
 from nanoflax.runs.directory import check_workdir, exclusive, get_tokenizer, with_vocabulary
 from nanoflax.runs.opening import ModelSource, initial_parameters, open_source
+from nanoflax.runs.run import Run
 from nanoflax.runs.trainer import Ended, Job, TrainingData, check_metric, check_wandb, run_job, setup_jax
 
 
-def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False) -> Ended:
+def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False) -> Run:
     """Pretrain in workdir; the same call again resumes.
 
     With config.model.init_from (a run, a directory of Transformers, a hub name or a .gguf file) training
     continues from that model, with its sizes and its tokenizer.
     restart_from_weights: start a new run from the weights of the one in workdir, which is archived in it.
-    SIGTERM and SIGINT save and return: see `signal` of the result.
+    Returns the Run in workdir. SIGTERM and SIGINT save and return; then its `signal` is their number.
     Raises: UserError for anything to put right, before training.
     """
     check(config)
@@ -34,7 +35,7 @@ def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False
         ended = run_job(job, workdir)
         if parallel.is_main_process():
             summarise(workdir, job.config, ended)
-    return ended
+    return Run(workdir, signal=ended.signal)
 
 
 def check(config: Config) -> None:
