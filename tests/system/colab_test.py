@@ -1,6 +1,7 @@
 """The notebooks of experiments/colab, run from top to bottom in a kernel with a few steps."""
 
 import base64
+import configparser
 import io
 import json
 import pathlib
@@ -62,11 +63,13 @@ def pretrained(tmp_path_factory):
 def test_pretrain_learns_draws_and_writes(pretrained):
     workdir, book = pretrained
     found = losses(workdir)
-    assert len(found) == 11 and found[-1] < found[0] - 0.5  # the first step is taken by hand
+    assert len(found) == 12 and found[-1] < found[0] - 0.5
     text = printed(book)
     first, log_v = re.search(r"loss (\S+) nats per token; log V is (\S+)", text).groups()
     assert float(first) == pytest.approx(float(log_v), abs=0.3)
-    assert "step 12/12" in text and "finished; the best step is 12" in text
+    assert "step 12/12" in text and "finished at step 12; best at step 12" in text
+    by_hand = [float(loss) for loss in re.findall(r"^{'loss': ([\d.]+)", text, re.M)]
+    assert len(by_hand) == 3 and by_hand == sorted(by_hand, reverse=True)
     (picture,) = pictures(book)
     assert picture.std() > 0.05
     sample = printed(nbformat.v4.new_notebook(cells=book.cells[-2:]))
@@ -119,6 +122,20 @@ def test_finetune_trains_all_and_an_adapter(pretrained, tmp_path):
     assert [picture.std() > 0.05 for picture in pictures(book)] == [True, True]
     assert text.count("macro average") == 2
     assert len(re.findall(r"-> (\w+ \d+%, ){2}\w+ \d+%", text)) == 3
+
+
+def test_the_notebooks_install_from_the_address_of_setup_cfg():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for path in NOTEBOOKS.values():
+        (address,) = re.findall(r"REPOSITORY = (\S+)  #", nbformat.read(path, 4).cells[1].source)
+        assert address == f'"{setup["metadata"]["url"]}"'
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_use_the_library_alone(name):
+    code = "\n".join(cell.source for cell in nbformat.read(NOTEBOOKS[name], 4).cells if cell.cell_type == "code")
+    assert not re.search(r"^\s*(from|import) experiments", code, re.M) and "import nanoflax" in code
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
