@@ -41,6 +41,9 @@ def questions_of(records: Iterable[tuple[str, Any]], problems: Iterable[str] = (
     """
     questions, problems = [], list(problems)
     for place, record in records:
+        if isinstance(record, Question):
+            questions.append(record)
+            continue
         q = record if isinstance(record, dict) else {}
         prompt, texts, answer = q.get("prompt"), q.get("candidates"), q.get("answer")
         texts = texts if isinstance(texts, list) and all(isinstance(text, str) and text for text in texts) else []

@@ -55,6 +55,7 @@ class Run:
     ) -> None:
         self.source, self.checkpoint, self.dtype, self.signal = str(source), checkpoint, dtype, signal
         self.workdir = self.source if directory.is_run(self.source) else None
+        self._compiled_evaluator: Any = None
 
     def __repr__(self) -> str:
         return f"nanoflax.open({self.source!r})"
@@ -162,11 +163,11 @@ class Run:
         """
         if self.task is None:
             raise UserError(f"{self.source} was not fine-tuned for a task that it could predict; use generate")
-        several = [texts] if isinstance(texts, str) else list(texts)
+        prompts = [texts] if isinstance(texts, str) else list(texts)
         if self.task.prompt:
-            found = ["".join(new) for new in zip(*self.stream(several, as_task=True, **settings), strict=True)]
+            found = ["".join(new) for new in zip(*self.stream(prompts, as_task=True, **settings), strict=True)]
         else:
-            found = self._predictions(self._task_texts(several))
+            found = self._predictions(self._task_texts(prompts))
         return found[0] if isinstance(texts, str) else found
 
     def _predictions(self, texts: list[str]) -> list[Any]:
@@ -194,11 +195,11 @@ class Run:
 
     def _evaluator(self, rows: Any) -> Any:
         """A tasks.Evaluator of rows, which shares its compiled functions with the ones before."""
-        if "_first_evaluator" not in self.__dict__:
-            self._first_evaluator = tasks.Evaluator(
+        if self._compiled_evaluator is None:
+            self._compiled_evaluator = tasks.Evaluator(
                 self.model, self.config, self.tokenizer, self.labels, rows, self._mesh
             )
-        return self._first_evaluator.with_rows(rows)
+        return self._compiled_evaluator.with_rows(rows)
 
     # Measurements.
 
@@ -263,11 +264,12 @@ class Run:
             "data_report": report.lines(),
         }
 
-    def rank(self, questions: str | Sequence[dict[str, Any]], out: str = "") -> dict[str, Any]:
+    def rank(self, questions: str | Sequence[Any], out: str = "") -> dict[str, Any]:
         """How likely the model finds each of several candidates after a prompt: see rank_candidates.
 
-        questions: a .jsonl file or a list of {"prompt": text, "candidates": [text, ...], "answer": the
-        right one or its index, if known}. out: a .jsonl file that gets the `rankings` instead.
+        questions: a .jsonl file, what read_questions made of one, or a list of {"prompt": text,
+        "candidates": [text, ...], "answer": the right one or its index, if known}. out: a .jsonl file
+        that gets the `rankings` instead.
         Raises: UserError naming every bad question.
         """
         if isinstance(questions, str):

@@ -98,8 +98,12 @@ def test_a_text_and_candidates_are_measured(decoder, tmp_path):
     (tmp_path / "a.txt").write_text("the model reads this text\n" * 8)
     found = run.evaluate(f"text:{tmp_path}/a.txt")
     assert found["bytes"] == 8 * 26 and found["perplexity"] == pytest.approx(np.exp(found["loss"]))
-    ranked = run.rank([{"prompt": "the", "candidates": [" a", " model"], "answer": " a"}])
+    questions = [{"prompt": "the", "candidates": [" a", " model"], "answer": " a"}]
+    ranked = run.rank(questions)
     assert ranked["answers"] == 1 and ranked["rankings"][0]["answer"] == " a"
+    (tmp_path / "q.jsonl").write_text(json.dumps(questions[0]))
+    path = str(tmp_path / "q.jsonl")
+    assert run.rank(path) == run.rank(runs.read_questions(path)) == ranked
     with pytest.raises(UserError, match="question 2 must have a 'prompt'"):
         run.rank([{"prompt": "a", "candidates": ["b"]}, {"prompt": "a", "candidates": []}])
     with pytest.raises(UserError, match="has no data of its own"):
