@@ -19,7 +19,8 @@ import os
 from absl import flags
 
 import nanoflax
-from experiments.flags import HERE, define_hosts, join, launch, parsed_config
+from experiments.flags import HERE, launch, parsed_config
+from experiments.hosts import define_hosts, join
 from nanoflax import config as configs
 
 FLAGS = flags.FLAGS

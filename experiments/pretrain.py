@@ -21,7 +21,8 @@ import os
 from absl import flags
 
 import nanoflax
-from experiments.flags import define_hosts, join, launch, parsed_config
+from experiments.flags import launch, parsed_config
+from experiments.hosts import define_hosts, join
 from nanoflax import config as configs
 from nanoflax import parallel
 

@@ -10,10 +10,13 @@ from nanoflax.config.fields import (
     as_kind,
     describe,
     diff,
+    either,
+    fields_of_kinds,
     from_dict,
     hints,
     kinds,
     no_such_field,
+    parse,
     to_dict,
     type_name,
     validate,
@@ -55,10 +58,11 @@ from nanoflax.config.task import (
 )
 
 __all__ = [
-    "AdaLoRA", "AnyData", "AnyPeft", "AnyTask", "BottleneckAdapters", "Classify", "Config", "DataConfig", "Denoise",
-    "DoRA", "ExampleData", "ExampleTask", "FullFineTuning", "Houlsby", "Instruct", "LSTM_ATTENTIONS", "LSTM_STARTS",
-    "LabelTask", "LanguageModel", "LoRA", "LowRank", "MAX_SEED", "METRICS", "MaskedLM", "ModelConfig", "OPTIMIZERS",
-    "OptimConfig", "PEFT_KINDS", "POSITIONS", "PRESETS", "PeftConfig", "Pfeiffer", "PrefixTuning", "Pretrain",
-    "PromptTuning", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag", "TargetTask", "TextData", "TrainConfig",
-    "Translate", "VirtualTokens", "as_kind", "describe", "diff", "from_dict", "hints", "kinds", "no_such_field",
-    "preset", "read_class_weights", "to_dict", "type_name", "validate"]  # fmt: skip
+    "AdaLoRA", "AnyData", "AnyPeft", "AnyTask", "BottleneckAdapters", "Classify", "Config", "DataConfig",
+    "Denoise", "DoRA", "ExampleData", "ExampleTask", "FullFineTuning", "Houlsby", "Instruct", "LSTM_ATTENTIONS",
+    "LSTM_STARTS", "LabelTask", "LanguageModel", "LoRA", "LowRank", "MAX_SEED", "METRICS", "MaskedLM",
+    "ModelConfig", "OPTIMIZERS", "OptimConfig", "PEFT_KINDS", "POSITIONS", "PRESETS", "PeftConfig", "Pfeiffer",
+    "PrefixTuning", "Pretrain", "PromptTuning", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag", "TargetTask",
+    "TextData", "TrainConfig", "Translate", "VirtualTokens", "as_kind", "describe", "diff", "either",
+    "fields_of_kinds", "from_dict", "hints", "kinds", "no_such_field", "parse", "preset", "read_class_weights",
+    "to_dict", "type_name", "validate"]  # fmt: skip

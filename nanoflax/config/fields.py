@@ -35,15 +35,13 @@ def field(
 
 def describe(of: dataclasses.Field, kind: Any) -> str:
     """The help of a field in one line, with its choices or type, its unit and its range."""
-    m, default = of.metadata, {"unit": "", "choices": (), "within": ""}
-    m = default | dict(m)
-    bounds = [f"{words} {m[name]:g}" for name, words in _BOUNDS.items() if m.get(name) is not None]
-    parts = [f"one of {', '.join(map(str, m['choices']))}" if m["choices"] else type_name(kind), m["unit"], *bounds]
-    parts += [f"in {m['within']}"] if m["within"] else []
-    return f"{m.get('help', '')} ({'; '.join(part for part in parts if part)})".strip()
+    m = of.metadata
+    parts = [f"one of {', '.join(map(str, m['choices']))}" if m.get("choices") else type_name(kind)]
+    parts += [f"{words} {m[name]}" for name, words in _LIMITS.items() if m.get(name) not in (None, "")]
+    return f"{m.get('help', '')} ({', '.join(parts)})".strip()
 
 
-_BOUNDS = {"at_least": "at least", "at_most": "at most", "above": "above"}
+_LIMITS = {"unit": "in", "at_least": "at least", "at_most": "at most", "above": "above", "within": "in"}
 
 
 def hints(cls: type) -> dict[str, Any]:
@@ -62,6 +60,15 @@ def as_kind(cls: type, config: Any) -> Any:
     """A configuration of class `cls` with the values of the fields that `config` has too; the others take their
     defaults."""
     return config if type(config) is cls else cls(**{name: v for name, v in vars(config).items() if name in hints(cls)})
+
+
+def fields_of_kinds(hint: Any) -> dict[tuple[str, str], list[str]]:
+    """{(name, help): kinds} of every field of a union of kinds."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for kind, cls in kinds(hint).items():
+        for f in dataclasses.fields(cls):
+            found.setdefault((f.name, describe(f, hints(cls)[f.name])), []).append(kind)
+    return found
 
 
 # Checks.
@@ -140,6 +147,19 @@ def type_name(kind: Any) -> str:
     return names.get(kind) or f"a {kind.__name__}"
 
 
+def parse(kind: Any, text: str) -> Any:
+    """A value of type `kind` from the text of a flag: None is written none, a tuple 0,2,4. Raises: ValueError."""
+    if isinstance(kind, types.UnionType):
+        if text.lower() == "none":
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        return tuple(parse(typing.get_args(kind)[0], part) for part in text.split(",") if text)
+    if kind is bool and text.lower() not in ("true", "1", "false", "0"):
+        raise ValueError(text)
+    return text.lower() in ("true", "1") if kind is bool else kind(text)
+
+
 # To and from JSON.
 
 
@@ -186,16 +206,17 @@ def no_such_field(name: str, cls: type, known: dict[str, type], where: str) -> s
         for field_name in hints(other):
             elsewhere.setdefault(field_name, []).append(kind)
     if name in elsewhere:
-        return f"{where}.{name} is a field of {kind_of}={_either(elsewhere[name])}, not of {cls.__dict__['kind']}"
+        return f"{where}.{name} is a field of {kind_of}={either(elsewhere[name])}, not of {cls.__dict__['kind']}"
     near = difflib.get_close_matches(name, own, 1) or difflib.get_close_matches(name, elsewhere, 1)
     near = near or difflib.get_close_matches(name, own, 1, cutoff=0.0)
     if not near:
         return f"{where}.{name} does not exist"
-    of = "" if near[0] in own else f" (of {kind_of}={_either(elsewhere[near[0]])})"
+    of = "" if near[0] in own else f" (of {kind_of}={either(elsewhere[near[0]])})"
     return f"{where}.{name} does not exist; did you mean {where}.{near[0]}{of}?"
 
 
-def _either(words):
+def either(words: list[str]) -> str:
+    """ "a, b or c"."""
     return " or ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])
 
 

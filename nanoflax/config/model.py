@@ -37,117 +37,81 @@ ATTENTION_BACKENDS = ("auto", "plain", "cudnn", "splash")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A model of any architecture. Sizes in the dimension letters of the design; the published families differ in
-    these values only."""
+    """A model of any architecture; the published families differ only in these values."""
 
     section: ClassVar[str] = "model"
     architecture: str = field("decoder", "Kind of model; lstm: the recurrent encoder-decoder.", choices=ARCHITECTURES)
-    vocab_size: int = field(0, "V, the tokens of the vocabulary; 0: the tokenizer's.", unit="tokens")
-    vocab_padding: int = field(
-        0,
-        "How many of V, the last ids, belong to no token: a mesh may need them. They are ordinary logits in the loss, "
-        "never targets; opening or exporting a run removes them.",
-        unit="tokens",
-    )
+    vocab_size: int = field(0, "V; 0: the tokenizer's.", unit="tokens")
+    vocab_padding: int = field(0, "Last ids of V without a token, which a mesh may need; never targets.", unit="tokens")
     init_from: str = field(
         "",
-        "Model to start from: a workdir, a Transformers directory, a hub name or a .gguf file. It decides every field "
-        "of model but head, labels, dropout, attention_backend and, where it is set, output_delay.",
+        "Model to start from: a workdir, Transformers directory, hub name or .gguf file. It decides the other fields "
+        "of model except head, labels, dropout, attention_backend and, where it is set, output_delay.",
     )
-    context: int = field(256, "Longest T, and S of a source, that the model is made for.", unit="tokens", at_least=1)
-    layers: int = field(4, "L, the blocks; in an encoder-decoder, of the encoder.", at_least=1)
+    context: int = field(256, "Longest T, and S of a source.", unit="tokens", at_least=1)
+    layers: int = field(4, "L, the blocks; in an encoder-decoder those of the encoder.", at_least=1)
     decoder_layers: int | None = field(None, "Blocks of an encoder-decoder's decoder; none: L.", at_least=1)
     dim: int = field(256, "D, the width of the model.", at_least=1)
     heads: int = field(4, "H, the query heads.", at_least=1)
     kv_heads: int | None = field(None, "G, the key and value heads; none: H, 1: multi-query attention.", at_least=1)
     head_dim: int | None = field(None, "K, the size of a head; none: D / H.", at_least=1)
-    mlp_dim: int | None = field(
-        None, "F, the width of the MLP; none: 4 D, or with gated 8/3 D rounded up to a multiple of 32.", at_least=1
-    )
+    mlp_dim: int | None = field(None, "F; none: 4 D, or with gated 8/3 D rounded up to a multiple of 32.", at_least=1)
     activation: str = field("gelu_tanh", "Activation of the MLP.", choices=ACTIVATIONS)
-    gated: bool = field(False, "The MLP is down(act(gate(x)) * up(x)) (Shazeer 2020) instead of down(act(up(x))).")
+    gated: bool = field(False, "The MLP is down(act(gate(x)) * up(x)) (Shazeer 2020), not down(act(up(x))).")
     parallel: bool = field(False, "Attention and MLP read the same input (GPT-J, GPT-NeoX).")
 
     norm: str = field("layernorm", "Normalisation.", choices=NORMS)
     norm_eps: float = field(1e-5, "Added to the variance in a norm.", above=0)
-    norm_place: str = field(
-        "pre",
-        "Where a block's norms are: before, after, or around its sublayers (see nn.blocks.Block).",
-        choices=NORM_PLACES,
-    )
+    norm_place: str = field("pre", "Where the norms of a block are: see nn.blocks.Block.", choices=NORM_PLACES)
     norm_unit_offset: bool = field(False, "A norm's scale is 1 + its parameter (Gemma).")
     embed_norm: bool = field(False, "A norm directly after the embeddings (BERT, BART).")
-    qk_norm: str = field(
-        "none", "RMSNorm of queries and keys: over each head's K (head) or over all H K (full).", choices=QK_NORMS
-    )
+    qk_norm: str = field("none", "RMSNorm of queries and keys, over a head's K or the full H K.", choices=QK_NORMS)
 
     positions: str = field("learned", "How positions are encoded.", choices=POSITIONS)
-    position_offset: int = field(
-        0, "Rows of the learned table before that of position 0 (OPT, RoBERTa, BART: 2).", at_least=0
-    )
+    position_offset: int = field(0, "Rows of the learned table before position 0 (OPT, RoBERTa, BART: 2).", at_least=0)
     rope_theta: float = field(10_000.0, "Base of the rotary frequencies.", above=0)
-    rope_local_theta: float | None = field(
-        None, "Base in the layers with a window (Gemma 3); none: rope_theta.", above=0
-    )
+    rope_local_theta: float | None = field(None, "The base in layers with a window (Gemma 3); none: same.", above=0)
     rope_fraction: float = field(1.0, "Share of K that is rotated (GPT-NeoX).", within="(0, 1]")
     rope_scaling: str = field("none", "How rotary frequencies change for longer contexts.", choices=ROPE_SCALINGS)
     rope_factor: float = field(1.0, "How many times longer the context is than in training.", above=0)
-    rope_low: float = field(
-        1.0, "llama3: frequencies with fewer turns in rope_context are divided by rope_factor.", above=0
-    )
-    rope_high: float = field(4.0, "llama3: frequencies with more turns in rope_context are kept.", above=0)
+    rope_low: float = field(1.0, "llama3: divide frequencies with fewer turns in rope_context by the factor.", above=0)
+    rope_high: float = field(4.0, "llama3: keep frequencies with more turns in rope_context.", above=0)
     rope_context: int = field(8192, "llama3: the context in training.", unit="tokens", at_least=1)
     relative_buckets: int = field(32, "Buckets of relative positions (T5).", at_least=1)
-    relative_distance: int = field(
-        128, "Distance from which all positions share the last bucket (T5).", unit="tokens", at_least=1
-    )
+    relative_distance: int = field(128, "Distance where the last bucket begins (T5).", unit="tokens", at_least=1)
 
-    window: int = field(
-        0, "Keys that a query sees: its own and the window - 1 before it; 0: all.", unit="tokens", at_least=0
-    )
+    window: int = field(0, "Keys that a query sees: its own and the window - 1 before; 0: all.", at_least=0)
     global_layers: tuple[int, ...] = field((), "Layers, from 0, that ignore the window.")
     attention_scale: float | None = field(None, "Factor of the attention scores; none: K^-1/2.", above=0)
-    attention_softcap: float = field(0.0, "Scores become cap tanh(score / cap) (Gemma 2); 0: unchanged.", at_least=0)
+    attention_softcap: float = field(0.0, "c: scores become c tanh(score / c) (Gemma 2); 0: unchanged.", at_least=0)
 
-    bias: bool = field(True, "Biases in every Linear and LayerNorm, where none of the next four says otherwise.")
+    bias: bool = field(True, "Biases in every Linear and LayerNorm, unless one of the next four differs.")
     qkv_bias: bool | None = field(None, "Biases of query, key and value; none: as bias.")
     out_bias: bool | None = field(None, "Bias of the attention's output; none: as bias.")
     mlp_bias: bool | None = field(None, "Biases of the MLP; none: as bias.")
     norm_bias: bool | None = field(None, "Biases of LayerNorm; none: as bias.")
 
-    head: str = field("lm", "What the model predicts: a decoder lm or classify, an encoder none, mlm, classify or tag.")
+    head: str = field("lm", "Output: lm or classify of a decoder; none, mlm, classify or tag of an encoder.")
     labels: int = field(2, "Classes of the heads classify and tag.", at_least=1)
-    pooler: bool = field(
-        False, "A Linear and an activation on the first state; the head classify of an encoder reads it."
-    )
+    pooler: bool = field(False, "A Linear and an activation on the first state; an encoder's classify always has it.")
     pooler_activation: str = field("tanh", "Activation of the pooler.", choices=ACTIVATIONS)
     token_types: int = field(0, "Kinds of input segment (BERT: 2).", at_least=0)
     tied: bool = field(True, "The output head is the transposed embedding.")
     head_bias: bool = field(False, "A bias of the logits.")
     embed_scale: float = field(1.0, "Factor of the embeddings.")
     logit_scale: float = field(1.0, "Factor of the states before the head (T5: D^-1/2).")
-    logit_softcap: float = field(0.0, "Logits become cap tanh(logit / cap); 0: unchanged.", at_least=0)
+    logit_softcap: float = field(0.0, "c: logits become c tanh(logit / c); 0: unchanged.", at_least=0)
     start_id: int = field(0, "Token before the first target of an encoder-decoder.", at_least=0)
-    bottleneck: str = field(
-        "none", "All that the decoder sees of a source: every state, or their mean, or the first.", choices=BOTTLENECKS
-    )
-    output_delay: int = field(
-        0, "n: add GELU(W h) of the state n steps before to each last state; 0: none.", unit="tokens", at_least=0
-    )
+    bottleneck: str = field("none", "The decoder sees only the mean or first state of a source.", choices=BOTTLENECKS)
+    output_delay: int = field(0, "n: add GELU(W h) of the last state n steps before; 0: none.", at_least=0)
 
     lstm_attention: str = field("additive", "Attention of an lstm.", choices=LSTM_ATTENTIONS)
-    lstm_start: str = field(
-        "encoder", "First state of an lstm's decoder: the encoder's last, or zeros.", choices=LSTM_STARTS
-    )
+    lstm_start: str = field("encoder", "First state of an lstm's decoder: the encoder's last one.", choices=LSTM_STARTS)
 
     dropout: float = field(0.0, "Share of activations that are set to 0 in training.", within="[0, 1)")
-    dtype: str = field(
-        "auto", "Of activations; auto: float32 on CPU, bfloat16 elsewhere. Parameters are float32.", choices=DTYPES
-    )
+    dtype: str = field("auto", "Of activations; auto: float32 on CPU, bfloat16 elsewhere.", choices=DTYPES)
     attention_backend: str = field(
-        "auto",
-        "Attention kernel: plain, cudnn (GPU), splash (TPU); auto: the platform's, wherever it is exact.",
-        choices=ATTENTION_BACKENDS,
+        "auto", "Kernel; auto: cudnn on GPU, splash on TPU, wherever it is exact.", choices=ATTENTION_BACKENDS
     )
 
     @property

@@ -15,8 +15,8 @@ class PeftConfig:
     kind: ClassVar[str]
     trained: str = field(
         "",
-        "What is trained, separated by commas: all, adapters, head, biases, last:N (the last N blocks and what "
-        "follows them), or patterns of parameter paths. Empty: the adapters, or all where there are none.",
+        "Parameters to train, separated by commas: all, adapters, head, biases, last:N (blocks and what follows them) "
+        "or a pattern of paths. Empty: the adapters, or all where there are none.",
     )
 
     def problems(self) -> list[str]:
@@ -34,8 +34,8 @@ class FullFineTuning(PeftConfig):
 class LowRank(PeftConfig):
     """Adapters that add a matrix of low rank to a Linear's kernel."""
 
-    targets: str = field("query|key|value|out|up|gate|down", "Pattern of the ends of the adapted Linears' paths.")
-    rank: int = field(8, "Rank of the added matrices (of adalora: the rank at first).", at_least=1)
+    targets: str = field("query|key|value|out|up|gate|down", "Pattern: the ends of the adapted Linears' paths.")
+    rank: int = field(8, "Rank of an added matrix; of adalora the first rank.", at_least=1)
     alpha: float = field(16.0, "The added matrices are scaled by alpha / rank.", above=0)
 
     @property
@@ -71,8 +71,8 @@ class AdaLoRA(LowRank):
 
     kind: ClassVar[str] = "adalora"
     target_rank: int = field(4, "Mean rank of a matrix at the end.", at_least=1)
-    warmup_steps: int = field(100, "Steps before the first rank is pruned.", unit="steps", at_least=0)
-    final_steps: int = field(100, "Steps after the last rank is pruned.", unit="steps", at_least=0)
+    warmup_steps: int = field(100, "Steps before the first rank is pruned.", at_least=0)
+    final_steps: int = field(100, "Steps after the last rank is pruned.", at_least=0)
     orthogonality: float = field(0.1, "Weight of the penalty that keeps the factors orthogonal.", at_least=0)
     beta1: float = field(0.85, "Decay of the moving average of the sensitivities.", within="(0, 1)")
     beta2: float = field(0.85, "Decay of the moving average of their uncertainties.", within="(0, 1)")
@@ -109,7 +109,7 @@ class Pfeiffer(BottleneckAdapters):
 class VirtualTokens(PeftConfig):
     """Trained vectors that stand for tokens before the text."""
 
-    virtual_tokens: int = field(20, "Virtual tokens before the text.", unit="tokens", at_least=1)
+    virtual_tokens: int = field(20, "Virtual tokens before the text.", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -38,25 +38,17 @@ class OptimConfig:
     name: str = field("adamw", "Optimizer.", choices=OPTIMIZERS)
     learning_rate: float = field(1e-3, "Peak learning rate (muon: of the parameters that AdamW trains).", at_least=0)
     muon_learning_rate: float = field(0.02, "Peak learning rate of the matrices that Muon trains.", at_least=0)
-    schedule: str = field(
-        "cosine",
-        "Learning rate after the warmup; wsd: constant, then linear over the decay_fraction.",
-        choices=SCHEDULES,
-    )
-    warmup_steps: int = field(100, "Linear rise of the learning rate from 0.", unit="steps", at_least=0)
-    decay_fraction: float = field(0.2, "With wsd: last part of the steps, in which the rate falls.", within="(0, 1]")
+    schedule: str = field("cosine", "Fall of the rate; wsd: only in the last decay_fraction.", choices=SCHEDULES)
+    warmup_steps: int = field(100, "Steps in which the learning rate rises linearly from 0.", at_least=0)
+    decay_fraction: float = field(0.2, "Last part of the steps, in which the rate of wsd falls.", within="(0, 1]")
     end_factor: float = field(0.1, "Last learning rate as a fraction of the peak.", at_least=0)
     weight_decay: float = field(0.1, "Weight decay on matrices; no norm, bias or embedding.", at_least=0)
     b1: float = field(0.9, "Decay of the first moment; the momentum of sgd and lion.", within="[0, 1)")
     b2: float = field(0.95, "Decay of the second moment.", within="[0, 1)")
     eps: float = field(1e-8, "Added to the root of the second moment.", at_least=0)
     clip: float = field(1.0, "Largest global norm of the gradient; 0: no clipping.", at_least=0)
-    layer_decay: float = field(
-        1.0, "Learning rate of a layer as a fraction of that of the layer above.", within="(0, 1]"
-    )
-    ema: float = field(
-        0.0, "Decay of an averaged copy of the parameters for evaluation and sampling; 0: none.", within="[0, 1)"
-    )
+    layer_decay: float = field(1.0, "Learning rate of a layer relative to the layer above.", within="(0, 1]")
+    ema: float = field(0.0, "Decay of a parameter average that is evaluated and sampled; 0: none.", within="[0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,44 +56,33 @@ class TrainConfig:
     """The training loop."""
 
     section: ClassVar[str] = "train"
-    steps: int = field(1000, "Steps of the run.", unit="steps", at_least=1)
-    batch_size: int = field(
-        16, "Windows or examples of a step, over all devices and micro-batches.", unit="rows", at_least=1
-    )
+    steps: int = field(1000, "Steps of the run.", at_least=1)
+    batch_size: int = field(16, "Rows of a step (windows, examples), over all devices and micro-batches.", at_least=1)
     accumulate: int = field(1, "Micro-batches of a step.", at_least=1)
     seed: int = field(0, "Seed of all random numbers of the run.", at_least=0, at_most=MAX_SEED)
     z_loss: float = field(0.0, "Weight of log(Z)^2 in the loss (PaLM, section 5).", at_least=0)
-    label_smoothing: float = field(
-        0.0, "Share of the target's probability that is spread over all tokens or classes.", within="[0, 1)"
-    )
-    loss_chunks: int = field(0, "Pieces of T in the loss; 0: as many as keep a piece of the logits small.", at_least=0)
+    label_smoothing: float = field(0.0, "Share of a target's probability spread over all classes.", within="[0, 1)")
+    loss_chunks: int = field(0, "Pieces of T in the loss; 0: as many as keep their logits small.", at_least=0)
     remat: str = field(
         "none",
-        "What the backward pass computes again: none, dots (all but matrix products), offload (as dots, with the "
-        "products kept in host memory) or blocks (all).",
+        "What the backward pass computes again: dots (all but matrix products), offload (as dots, with the products in "
+        "host memory) or blocks (all).",
         choices=REMATS,
     )
-    scan_layers: bool = field(False, "Compile one block and scan it over L; for deep models.")
-    max_skipped: int = field(10, "Non-finite steps in a row that stop the run.", unit="steps", at_least=1)
-    evaluate_every: int = field(200, "Steps between evaluations.", unit="steps", at_least=1)
-    evaluate_batches: int = field(
-        0, "Batches of an evaluation, from the start of the validation data; 0: all.", at_least=0
-    )
+    scan_layers: bool = field(False, "Compile one block and scan it over L, for deep models.")
+    max_skipped: int = field(10, "Non-finite steps in a row that stop the run.", at_least=1)
+    evaluate_every: int = field(200, "Steps between evaluations.", at_least=1)
+    evaluate_batches: int = field(0, "Validation batches of an evaluation, always the first ones; 0: all.", at_least=0)
     metric: str = field("validation_loss", "Metric that decides which step is the best.", choices=METRICS)
-    patience: int = field(0, "Evaluations without a better metric that stop the run; 0: never stop early.", at_least=0)
-    checkpoint_every: int = field(200, "Steps between checkpoints.", unit="steps", at_least=1)
-    checkpoint_seconds: float = field(0.0, "Longest time between checkpoints; 0: no limit.", unit="seconds", at_least=0)
+    patience: int = field(0, "Evaluations without a better metric that stop the run; 0: never.", at_least=0)
+    checkpoint_every: int = field(200, "Steps between checkpoints.", at_least=1)
+    checkpoint_seconds: float = field(0.0, "Longest time between checkpoints; 0: any.", unit="seconds", at_least=0)
     keep: int = field(2, "Newest checkpoints kept, besides the best.", at_least=1)
     sample_prompt: str = field("", "Pretraining: text that is continued at each evaluation and at the end.")
     sample_tokens: int = field(64, "Pretraining: length of that continuation; 0: none.", unit="tokens", at_least=0)
-    mesh: str = field(
-        "-1,1,1", "Devices along data, fsdp, tensor and, if given, context; -1 takes the remaining devices."
-    )
+    mesh: str = field("-1,1,1", "Devices along data, fsdp, tensor[, context]; -1: the remaining devices.")
     watchdog_seconds: float = field(
-        600.0,
-        "Time without a step after which a run of several processes is ended; 0: never.",
-        unit="seconds",
-        at_least=0,
+        600.0, "Time without a step that ends a run of several processes; 0: never.", unit="seconds", at_least=0
     )
     tensorboard: bool = field(True, "Write TensorBoard event files.")
     wandb: str = field("", "Project of Weights & Biases; empty: none.")

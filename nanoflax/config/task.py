@@ -23,22 +23,16 @@ class ExampleTask:
 
     section: ClassVar[str] = "task"
     kind: ClassVar[str]
-    length: int = field(
-        128, "Longest text of an example (of a source), special tokens included.", unit="tokens", at_least=4
-    )
-    truncate: bool = field(True, "Cut longer examples (split longer texts) and count them; if false, refuse them.")
-    show: int = field(
-        3, "Validation examples printed at the end with the model's answers.", unit="examples", at_least=0
-    )
+    length: int = field(128, "Longest text (source), special tokens included.", unit="tokens", at_least=4)
+    truncate: bool = field(True, "Cut longer examples (split longer texts) and count them; false: refuse them.")
+    show: int = field(3, "Validation examples printed at the end, with the model's answers.", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelTask(ExampleTask):
     """A task with classes."""
 
-    class_weights: str = field(
-        "", "Weights of the classes in training: balanced, or name=2,other=0.5 (1 for the others); empty: all 1."
-    )
+    class_weights: str = field("", "In training: balanced, or name=2,other=0.5 (the others 1); empty: all 1.")
 
     def problems(self) -> list[str]:
         try:
@@ -56,22 +50,15 @@ class LabelTask(ExampleTask):
 class TargetTask(ExampleTask):
     """A task whose answer is written, token by token."""
 
-    target_length: int = field(
-        128, "Longest target, in training and when written, special tokens included.", unit="tokens", at_least=4
-    )
-    beams: int = field(1, "Beams of the search that writes answers in evaluation; 1 is greedy.", at_least=1)
+    target_length: int = field(128, "Longest target, special tokens included.", unit="tokens", at_least=4)
+    beams: int = field(1, "Beams of the search that writes answers in evaluation; 1: greedy.", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShiftTask(ExampleTask):
     """A task whose texts may be shifted: some of their tokens inserted, dropped or rotated."""
 
-    max_shift: int = field(
-        0,
-        "Most tokens inserted, dropped or rotated; above 0, shifted validation examples are measured too.",
-        unit="tokens",
-        at_least=0,
-    )
+    max_shift: int = field(0, "Most tokens inserted, dropped or rotated; above 0, evaluate this too.", at_least=0)
     shift_probability: float = field(0.0, "Share of training examples that are shifted.", within="[0, 1]")
 
     def problems(self) -> list[str]:
@@ -99,11 +86,7 @@ class Translate(TargetTask, ShiftTask):
     """A target text for a source text; max_shift is for the sources."""
 
     kind: ClassVar[str] = "translate"
-    bleu_tokenize: str = field(
-        "13a",
-        "sacrebleu's tokenizer for BLEU; languages without spaces need zh or char, or BLEU is 0.",
-        choices=BLEU_TOKENIZERS,
-    )
+    bleu_tokenize: str = field("13a", "For BLEU; languages without spaces need zh or char.", choices=BLEU_TOKENIZERS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,14 +116,8 @@ class Denoise(TargetTask):
     """The original of a corrupted text."""
 
     kind: ClassVar[str] = "denoise"
-    noise: str = field(
-        "spans",
-        "T5's span corruption, BART's infilling with permuted sentences, or none: an autoencoder.",
-        choices=NOISES,
-    )
-    noise_rate: float | None = field(
-        None, "Share of tokens that are hidden; none: 0.15, for infilling 0.3.", within="(0, 1)"
-    )
+    noise: str = field("spans", "T5's spans, BART's infilling, or none: an autoencoder.", choices=NOISES)
+    noise_rate: float | None = field(None, "Share of tokens hidden; none: 0.15, infilling 0.3.", within="(0, 1)")
     noise_span: float = field(3.0, "Mean length of a hidden span.", unit="tokens", at_least=1)
 
     def problems(self) -> list[str]:

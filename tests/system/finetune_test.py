@@ -18,7 +18,6 @@ TINY = [
     "--config.model.context=32",
     "--config.data.tokenizer=bytes",
     "--config.task.length=32",
-    "--config.task.target_length=32",
     "--config.optim.warmup_steps=2",
     "--config.optim.learning_rate=0.01",
     "--config.train.batch_size=16",
@@ -32,6 +31,8 @@ def write(path, records):
 
 
 def finetune(config, workdir, train, validation, *flags):
+    kind = next((flag.partition("=")[2] for flag in flags if flag.startswith("--config.task.kind=")), config)
+    target = ["--config.task.target_length=32"] if kind in ("translate", "denoise", "bible") else []
     return run(
         "finetune",
         f"--config={config}",
@@ -39,6 +40,7 @@ def finetune(config, workdir, train, validation, *flags):
         f"--config.data.train={train}",
         f"--config.data.validation={validation}",
         *TINY,
+        *target,
         *flags,
     )
 

@@ -225,7 +225,6 @@ def test_two_finetune_as_one_does(home):
                 "model.heads=4",
                 "model.context=32",
                 "task.length=32",
-                "task.target_length=32",
                 "optim.warmup_steps=2",
                 "train.steps=6",
                 "train.batch_size=16",

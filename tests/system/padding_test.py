@@ -185,7 +185,6 @@ def test_a_padded_run_is_opened_sampled_exported_and_tuned_without(trained):
         f"--config.model.init_from={directory / 'run'}",
         "--config.peft.kind=lora",
         "--config.task.length=32",
-        "--config.task.target_length=32",
         "--config.train.steps=4",
         "--config.optim.warmup_steps=1",
         "--config.train.batch_size=8",
