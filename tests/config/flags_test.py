@@ -11,7 +11,7 @@ from nanoflax import config as cfg
 from tests import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PROGRAMS = [path.stem for path in sorted((ROOT / "experiments").glob("*.py")) if "launch(main" in path.read_text()]
+PROGRAMS = [path.stem for path in sorted((ROOT / "experiments").glob("*.py")) if "def main()" in path.read_text()]
 CODE = """
 import sys
 from experiments.flags import launch, parsed_config
