@@ -51,7 +51,8 @@ def finetune(
     "classify", or its dataclass. peft: a kind, such as "lora", or its dataclass. config: everything else; what is
     given here replaces its fields. Without config, texts are cut to the context of the source.
     At the end the best step is measured: result.json, predictions.jsonl, and in final/ a run with all parameters.
-    Returns the Run in workdir. SIGTERM and SIGINT save and return; then its `signal` is their number.
+    Returns the Run in workdir, with `reason`, why it ended. SIGTERM and SIGINT save and return; then `signal` is
+    their number.
     Raises: UserError for anything to put right, before training.
     """
     config = with_arguments(config, source, data, validation, task, peft)
@@ -67,20 +68,23 @@ def finetune(
                 waited = f"no better train.metric={config.train.metric} in train.patience={config.train.patience}"
                 print(f"early stop at step {ended.step}: {waited} evaluations")
             finetuning.finish(ended.frozen)
-    return Run(workdir, signal=ended.signal)
+    return Run(workdir, reason=ended.reason, signal=ended.signal)
 
 
 def with_arguments(
     config: Config | None, source: Any, data: str | None, validation: str | None, task: Any, adapter: Any
 ) -> Config:
     """The Config with the arguments of `finetune` in it."""
-    given, config = config, config or Config(data=configs.ExampleData())
+    given, config = config, config or Config()
     if source is not None:
         source = str(getattr(source, "source", source))  # of a Run
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, init_from=source))
+    examples = configs.as_kind(configs.ExampleData, config.data)
+    if configs.as_kind(type(config.data), examples) != config.data:
+        raise UserError(f"data.kind={config.data.kind!r} is for pretraining; give data=ExampleData(...)")
     names = {"train": data, "validation": validation}
     own = {name: value for name, value in names.items() if value is not None}
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **own))
+    config = dataclasses.replace(config, data=dataclasses.replace(examples, **own))
     if task is not None:
         config = dataclasses.replace(config, task=of_kind(task, config.task, configs.TASK_KINDS, "task"))
     if adapter is not None:

@@ -25,7 +25,8 @@ def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False
     With config.model.init_from (a run, a directory of Transformers, a hub name or a .gguf file) training
     continues from that model, with its sizes and its tokenizer.
     restart_from_weights: start a new run from the weights of the one in workdir, which is archived in it.
-    Returns the Run in workdir. SIGTERM and SIGINT save and return; then its `signal` is their number.
+    Returns the Run in workdir, with `reason`, why it ended. SIGTERM and SIGINT save and return; then `signal` is
+    their number.
     Raises: UserError for anything to put right, before training.
     """
     check(config)
@@ -35,7 +36,7 @@ def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False
         ended = run_job(job, workdir)
         if parallel.is_main_process():
             summarise(workdir, job.config, ended)
-    return Run(workdir, signal=ended.signal)
+    return Run(workdir, reason=ended.reason, signal=ended.signal)
 
 
 def check(config: Config) -> None:

@@ -47,13 +47,20 @@ class Run:
     config: the Config of the run; for other models one that holds their ModelConfig. labels: the class
     names of a fine-tuned run, else (). task: the row of tasks.TASKS that a fine-tuned run was trained
     for; None for a pretrained run and other models. model, params, tokenizer: read when first used.
-    signal: the number of the signal that ended the training which returned this Run; 0 if none did.
+    reason, signal: how the training ended that returned this Run: "finished", "early stop" or the name of a
+    signal, and the signal's number or 0; "" and 0 of a Run that was opened.
     """
 
     def __init__(
-        self, source: str | os.PathLike, checkpoint: str = "best", dtype: str | None = None, signal: int = 0
+        self,
+        source: str | os.PathLike,
+        checkpoint: str = "best",
+        dtype: str | None = None,
+        reason: str = "",
+        signal: int = 0,
     ) -> None:
-        self.source, self.checkpoint, self.dtype, self.signal = str(source), checkpoint, dtype, signal
+        self.source, self.checkpoint, self.dtype = str(source), checkpoint, dtype
+        self.reason, self.signal = reason, signal
         self.workdir = self.source if directory.is_run(self.source) else None
         self._compiled_evaluator: Any = None
 
