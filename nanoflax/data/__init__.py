@@ -2,21 +2,27 @@
 
 from nanoflax.data.batches import Batches, evaluation_batches, prefetch
 from nanoflax.data.files import (
+    UNICODE,
+    WHITESPACE,
     DataReport,
+    clean,
+    cleaning_steps,
     dataset_examples,
     dataset_splits,
+    decode,
     is_held_out,
     json_lines,
+    open_binary,
     open_dataset,
-    read_binary,
     standard_modules,
     text_lines,
 )
 from nanoflax.data.text import Source, documents, source_of, source_version
-from nanoflax.data.token_store import default_cache_dir, prepare
+from nanoflax.data.token_store import TokenStore, default_cache_dir, prepare
 from nanoflax.data.windows import Windows
 
 __all__ = [
-    "Batches", "DataReport", "Source", "Windows", "is_held_out", "dataset_examples", "dataset_splits", "default_cache_dir",
-    "documents", "evaluation_batches", "source_version", "json_lines", "open_dataset", "prefetch", "prepare",
-    "read_binary", "source_of", "standard_modules", "text_lines"]  # fmt: skip
+    "Batches", "DataReport", "Source", "TokenStore", "UNICODE", "WHITESPACE", "Windows", "clean", "cleaning_steps",
+    "dataset_examples", "dataset_splits", "decode", "default_cache_dir", "documents", "evaluation_batches",
+    "is_held_out", "json_lines", "open_binary", "open_dataset", "prefetch", "prepare", "source_of", "source_version",
+    "standard_modules", "text_lines"]  # fmt: skip

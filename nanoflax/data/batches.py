@@ -4,17 +4,20 @@ import contextlib
 import functools
 import queue
 import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from nanoflax.errors import UserError
 
 SMALL_EPOCH = 1 << 13  # windows
+Item = TypeVar("Item")
 
 
-def _shuffled(i, n, seed, epoch):
-    """Where a permutation of range(n), of its own for each seed and epoch, sends i: O(1)."""
-    if n <= SMALL_EPOCH:  # index_shuffle walks a domain of 2^16 at least: slow for a small n
+def _shuffled(i: int, n: int, seed: int, epoch: int) -> int:
+    """Item i of a permutation of range(n) that (seed, epoch) determines, in O(1)."""
+    if n <= SMALL_EPOCH:  # index_shuffle works on at least 2^16 indices: slow for a small n
         return _small_permutation(n, seed, epoch)[i]
     from grain.python.experimental import index_shuffle
 
@@ -22,67 +25,66 @@ def _shuffled(i, n, seed, epoch):
 
 
 @functools.lru_cache(maxsize=8)
-def _epoch_seed(seed, epoch):
+def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
 @functools.lru_cache(maxsize=8)
-def _small_permutation(n, seed, epoch):
+def _small_permutation(n: int, seed: int, epoch: int) -> list[int]:
     keys = np.random.SeedSequence((seed, epoch)).generate_state(n, np.uint64)
     return np.argsort(keys, kind="stable").tolist()
 
 
 class Batches:
-    """batches[step] -> Windows.batch of a step, or this process's rows of it.
+    """batches[step] -> Windows.batch of the step, or the rows of it that this process reads.
 
-    The position in the data is one integer, step * batch_size windows. Each epoch is a permutation
-    of all windows, seeded by (seed, epoch); a batch may straddle two epochs. rows: those of every
-    batch that this process reads (sharding.rows), None for all [batch_size]; the batch that all
-    processes have together is the same for any number of them.
+    The position in the data is one integer: step * batch_size windows have been read. Each epoch is a permutation of
+    all windows, seeded by (seed, epoch); a batch may contain windows of two epochs. host_rows: the rows of every batch
+    that this process reads (parallel.own_rows); None: all. The batch of all processes together does not depend on
+    their number. windows: a Windows, or anything with a length and `batch`.
     """
 
-    def __init__(self, windows, batch_size, seed=0, shuffle=True, rows=None):
+    def __init__(
+        self, windows: Any, batch_size: int, seed: int = 0, shuffle: bool = True, host_rows: Sequence[int] | None = None
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: must be at least 1")
         if seed < 0:
             raise UserError(f"seed {seed}: must not be negative")
         self.windows, self.batch_size, self.seed, self.shuffle = windows, batch_size, seed, shuffle
-        self.rows = range(batch_size) if rows is None else rows
+        self.host_rows = range(batch_size) if host_rows is None else host_rows
 
-    def indices(self, step):
-        """The numbers of the windows of batches[step], in the order of `rows`."""
-        position, n = step * self.batch_size, len(self.windows)
-        places = [divmod(position + row, n) for row in self.rows]
+    def indices(self, step: int) -> list[int]:
+        """The numbers of the windows of batches[step], in the order of `host_rows`."""
+        first, n = step * self.batch_size, len(self.windows)
+        positions = [divmod(first + row, n) for row in self.host_rows]
         if not self.shuffle:
-            return [i for _, i in places]
-        return [_shuffled(i, n, self.seed, epoch) for epoch, i in places]
+            return [i for _, i in positions]
+        return [_shuffled(i, n, self.seed, epoch) for epoch, i in positions]
 
-    def __getitem__(self, step):
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return self.windows.batch(self.indices(step))
 
-    def describe(self, step):
-        """What all processes read at a step, to name a bad batch: [(window, first document, last
-        one)]."""
-        result, whole = [], Batches(self.windows, self.batch_size, self.seed, self.shuffle)
-        for i in whole.indices(step):
-            last = min((i + 1) * self.windows.length, self.windows.store.n_tokens) - 1
-            ends = self.windows.document([i * self.windows.length, last])
-            result.append((i, *map(int, ends)))
-        return result
+    def describe(self, step: int) -> list[tuple[int, int, int]]:
+        """The (window, first document, last document) that all processes read at a step, to report a bad batch."""
+        found, windows = [], self.windows
+        for i in Batches(windows, self.batch_size, self.seed, self.shuffle).indices(step):
+            last = min((i + 1) * windows.length, windows.store.n_tokens) - 1
+            found.append((i, *map(int, windows.document([i * windows.length, last]))))
+        return found
 
 
-def evaluation_batches(windows, batch_size, rows=None):
-    """Yields batches of every window once, in order; the last is filled up with weight 0.
-
-    rows: as in Batches.
-    """
-    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+def evaluation_batches(
+    windows: Any, batch_size: int, host_rows: Sequence[int] | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields batches of every window once, in order; windows of weight 0 fill the last batch. host_rows: see Batches."""
+    rows = np.arange(batch_size) if host_rows is None else np.asarray(host_rows)
     for start in range(0, len(windows), batch_size):
         yield windows.batch(start + rows)
 
 
-def prefetch(iterator, n=2):
-    """Yields the items of `iterator`, which a thread takes up to n ahead; its errors come too."""
+def prefetch(iterator: Iterable[Item], n: int = 2) -> Iterator[Item]:
+    """Yields the items of `iterator`, which a thread reads up to n ahead; raises the exceptions of the iterator."""
     items, closed = queue.Queue(n), threading.Event()
 
     def put(item):

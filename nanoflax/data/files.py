@@ -1,4 +1,8 @@
-"""Reading files of people: JSON lines, TFDS data sets, the sources of Python; what is damaged is counted."""
+"""Reading and cleaning: files (plain or .gz), JSON lines, TFDS data sets and Python's own sources.
+
+Damage stops nothing: it is repaired or left out, and counted in a DataReport. What cannot be read at all raises
+UserError.
+"""
 
 import ast
 import codecs
@@ -10,112 +14,163 @@ import json
 import logging
 import os
 import pathlib
+import re
 import socket
 import sysconfig
 import threading
+import unicodedata
 import urllib.parse
 import urllib.request
 import warnings
 import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, cast
 
 from nanoflax.errors import UserError
+from nanoflax.tokenizers import well_formed
 
-SKIPPED_MODULES = {
-    "test",
-    "tests",
-    "idle_test",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "pydoc_data",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-}
+SKIPPED_MODULES = set(
+    "test tests idle_test idlelib lib2to3 turtledemo pydoc_data site-packages dist-packages __pycache__".split()
+)
 
 
 class DataReport:
-    """Counts of what was wrong with the text, with the first few places of each.
+    """Counts of what was wrong with the data, with the first three places of each problem.
 
-    `share`: how much of the source has been read, from 0 to 1.
+    share: how much of the source has been read, from 0 to 1.
     """
 
-    share = 0.0
-
-    def __init__(self):
+    def __init__(self) -> None:
+        self.share = 0.0
         self.counts, self.places = collections.Counter(), collections.defaultdict(list)
 
-    def add(self, problem, place):
+    def add(self, problem: str, place: str) -> None:
         self.counts[problem] += 1
         if len(self.places[problem]) < 3:
             self.places[problem].append(place)
 
-    def lines(self):
+    def lines(self) -> list[str]:
         """One line for each problem, for people."""
         return [
-            f"{problem}: {count} ({', '.join(self.places[problem])}"
-            f"{', ...' if count > len(self.places[problem]) else ''})"
+            f"{problem}: {count} ({', '.join(self.places[problem])}{', ...' * (count > 3)})"
             for problem, count in self.counts.items()
         ]
 
 
-def is_held_out(text, fraction):
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a text is validation data: its hash decides, so that the same text is always in the same split."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"nanoflax split").digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def standard_modules(pattern, largest=None):
-    """Yields (name, path, ast.Module) of the running Python's own source files, in order of their
-    paths; of those under `largest` bytes alone, if given."""
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.glob(pattern)):
-        parts = path.relative_to(root).with_suffix("").parts
-        if SKIPPED_MODULES & set(parts) or largest and path.stat().st_size >= largest:
-            continue
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of old escapes in the source
-                module = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError):
-            continue  # a template or a foreign file, no module of this Python
-        yield ".".join(parts).removesuffix(".__init__"), path, module
+# Files.
 
 
-def json_lines(file, path, report):
-    """Yields (place, value) of a binary file of JSON lines; malformed ones are counted."""
+@contextlib.contextmanager
+def open_binary(path: str) -> Iterator[BinaryIO]:
+    """The file, unpacked if its name ends in .gz. Raises: UserError if it cannot be opened or read."""
+    try:
+        with open(path, "rb") as raw, gzip.open(raw) if path.endswith(".gz") else raw as file:
+            yield cast(BinaryIO, file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def bytes_read(file: BinaryIO) -> int:
+    """How much of a file of open_binary has been read: bytes on disk, packed ones of a .gz."""
+    return getattr(file, "fileobj", file).tell()
+
+
+def decode(text: bytes, place: str, report: DataReport) -> str:
+    """UTF-8 to str; each invalid byte becomes U+FFFD."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        report.add("invalid UTF-8, read as U+FFFD", f"{place}, byte {error.start}")
+        return text.decode("utf-8", "replace")
+
+
+def text_lines(file: BinaryIO, path: str, report: DataReport) -> Iterator[tuple[str, str]]:
+    """Yields (place, line without its end) of a file of open_binary, without a byte-order mark."""
     for number, line in enumerate(file, 1):
-        place = f"{path}:{number}"
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if line.isspace():
-            continue
-        try:
+        yield (place := f"{path}:{number}"), decode(line, place, report).rstrip("\r\n")
+
+
+def json_lines(file: BinaryIO, path: str, report: DataReport) -> Iterator[tuple[str, Any]]:
+    """Yields (place, value) of a file of JSON lines."""
+    for place, line in text_lines(file, path, report):
+        if line and not line.isspace():
             try:
-                value = json.loads(line.decode())
-            except UnicodeDecodeError as error:
-                value = json.loads(line.decode("utf-8", "replace"))
-                report.add("invalid UTF-8, read as U+FFFD", f"{place}, byte {error.start}")
-        except (ValueError, RecursionError):
-            report.add("malformed JSON lines, left out", place)
-            continue
-        yield place, value
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                report.add("malformed JSON lines, left out", place)
+            else:
+                yield place, value
 
 
-def _no_warning_of_tfds(record):
+# Cleaning: steps (what the report says of a changed text, function), applied in order.
+
+REPAIR = ("unpaired surrogates, read as U+FFFD", well_formed)  # so that UTF-8 can encode the text
+# \x1c-\x1e and \x85 are line ends to Python, so whitespace.
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\ufeff]")
+WHITESPACE = {
+    "trim": lambda text: "\n".join(line.rstrip() for line in text.splitlines()).strip(),
+    "collapse": lambda text: " ".join(text.split()),
+    "": lambda text: text,
+}
+UNICODE = ("NFC", "NFKC", "")
+CleaningStep = tuple[str, Callable[[str], str]]
+
+
+def _normalize(form: Any, text: str) -> str:
+    return unicodedata.normalize(form, text) if form else text
+
+
+def cleaning_steps(unicode: str, whitespace: str) -> list[CleaningStep]:
+    """The steps for examples. unicode: one of UNICODE; whitespace: a key of WHITESPACE; empty changes nothing."""
+    return [
+        REPAIR,
+        (f"texts normalized to {unicode}", lambda text: _normalize(unicode, text)),
+        ("texts with control characters, removed", lambda text: _CONTROL.sub("", text)),
+        (f"texts with whitespace to {whitespace}", WHITESPACE[whitespace]),
+    ]
+
+
+def clean(text: str, steps: Iterable[CleaningStep], place: str, report: DataReport) -> str:
+    """The text after all steps; each step that changes it is counted."""
+    for problem, step in steps:
+        changed = step(text)
+        if changed != text:
+            report.add(problem, place)
+        text = changed
+    return text
+
+
+# Data sets of TFDS.
+
+
+def _is_no_tfds_warning(record: logging.LogRecord) -> bool:
     return record.levelno > logging.WARNING or "tensorflow_datasets" not in record.pathname
 
 
-def open_dataset(name, data_dir=""):
-    """The TFDS builder of NAME, with /CONFIG and :VERSION if need be, prepared. TensorFlow is not
-    imported. Raises UserError where it is not prepared and cannot be."""
+def open_dataset(name: str, data_dir: str = "") -> Any:
+    """The TFDS builder of NAME[/CONFIG][:VERSION], prepared; TensorFlow is not imported.
+
+    data_dir: default $TFDS_DATA_DIR, or the default of TFDS. Raises: UserError if it cannot be prepared.
+    """
     import absl.logging
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import constants
 
-    # It warns of each folder that it looks into; what matters comes as an exception.
-    absl.logging.get_absl_logger().addFilter(_no_warning_of_tfds)
     directory = data_dir or os.environ.get("TFDS_DATA_DIR") or None
     hint = (
         f"prepare it once, where there is a network: tfds build {name} "
-        f"--file_format=array_record --data_dir={directory or tfds.core.constants.DATA_DIR}"
+        f"--file_format=array_record --data_dir={directory or constants.DATA_DIR}"
     )
+    # TFDS warns of each folder that it looks into; what matters comes as an exception.
+    logger = absl.logging.get_absl_logger()
+    logger.addFilter(_is_no_tfds_warning)
     try:
         builder = tfds.builder(name, data_dir=directory)
         if not builder.is_prepared():
@@ -124,19 +179,21 @@ def open_dataset(name, data_dir=""):
             builder.download_and_prepare(file_format="array_record")
     except UserError:
         raise
-    except Exception as error:  # TFDS raises of every kind, with pages of text
+    except Exception as error:  # TFDS raises exceptions of every class, with pages of text
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"tfds:{name} is not prepared here: {message} {hint}") from error
+    finally:
+        logger.removeFilter(_is_no_tfds_warning)
     return builder
 
 
-def _online(seconds=3):
-    """Whether the host of prepared datasets, or the proxy on the way to it, answers in time."""
+def _online(seconds: float = 3) -> bool:
+    """Whether the host of prepared data sets, or the proxy before it, answers in time."""
     proxy = urllib.parse.urlsplit(urllib.request.getproxies().get("https", ""))
     address = (proxy.hostname or "storage.googleapis.com", proxy.port or 443)
     answered = threading.Event()
 
-    def connect():  # in a thread, because looking a name up has no time limit of its own
+    def connect():  # in a thread, because a name lookup has no time limit of its own
         with contextlib.suppress(OSError):
             socket.create_connection(address, timeout=seconds).close()
             answered.set()
@@ -147,8 +204,8 @@ def _online(seconds=3):
     return answered.is_set()
 
 
-def dataset_splits(builder):
-    """{"train": [name], "all": [names]}, with "validation": [name] if there is such or a test."""
+def dataset_splits(builder: Any) -> dict[str, list[str]]:
+    """{"train": [name], "all": [names]}, and "validation": [name] if there is a split validation or else test."""
     names = list(builder.info.splits)
     if "train" not in names:
         raise UserError(f"tfds:{builder.info.full_name} has no split named train, only {', '.join(names)}")
@@ -156,39 +213,33 @@ def dataset_splits(builder):
     return {"train": ["train"], "all": names} | ({"validation": held_out} if held_out else {})
 
 
-def dataset_examples(builder, split):
+def dataset_examples(builder: Any, split: str) -> Any:
     """The examples of one split of a TFDS builder, at random access."""
     try:
         return builder.as_data_source(split=split)
     except NotImplementedError as error:
         raise UserError(
-            f"tfds:{builder.info.full_name} is prepared as "
-            f"{builder.info.file_format.value}: prepare it again with "
+            f"tfds:{builder.info.full_name} is prepared as {builder.info.file_format.value}: prepare it again with "
             "--file_format=array_record"
         ) from error
 
 
-def read_binary(path, read):
-    """Yields what read(file) yields; .gz is unpacked."""
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            yield from read(file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+# Python's sources.
 
 
-def text_lines(path, report):
-    """Yields (place, line without its end) of a file of UTF-8."""
+def standard_modules(pattern: str, largest: int | None = None) -> Iterator[tuple[str, pathlib.Path, ast.Module]]:
+    """Yields (name, path, syntax tree) of the running Python's own source files, in order of their paths.
 
-    def read(file):
-        for number, line in enumerate(file, 1):
-            place = f"{path}:{number}"
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                report.add("invalid UTF-8, read as U+FFFD", f"{place}, byte {error.start}")
-                text = line.decode("utf-8", "replace")
-            yield place, text.rstrip("\r\n")
-
-    return read_binary(path, read)
+    largest: files of as many bytes or more are left out.
+    """
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.glob(pattern)):
+        parts = path.relative_to(root).with_suffix("").parts
+        if SKIPPED_MODULES & set(parts) or largest and path.stat().st_size >= largest:
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of old escapes in the source
+                module = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError, OSError):
+            continue  # a template or a file for another Python
+        yield ".".join(parts).removesuffix(".__init__"), path, module

@@ -1,8 +1,8 @@
-"""Text to tokens: a token file on disk, tokenized once, in parallel, and cached.
+"""Text to tokens: files of tokens on disk, tokenized once, in parallel, and cached.
 
-    documents --tokenizer--> TokenStore (memory-mapped) --> windows.Windows --> Batches[step]
+    documents --tokenizer--> TokenStore (memory-mapped) --> Windows --> Batches[step]
 
-The same source and tokenizer give the same tokens whatever the number of workers.
+The same source and tokenizer give the same files with any number of workers.
 """
 
 import collections
@@ -18,31 +18,34 @@ import shutil
 import signal
 import threading
 import uuid
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from nanoflax.data.files import DataReport
 from nanoflax.data.text import Source, documents, source_version
 from nanoflax.errors import UserError
 from nanoflax.report import ProgressBar, format_count, format_duration
 
-FORMAT = 1  # of the files in the cache; part of their key
+FORMAT = 1  # version of the files; part of their key in the cache
 CHUNK = 1 << 20  # characters that a worker tokenizes at once
-POOL_FROM = 4  # chunks; for less text, starting processes costs more than it saves
+POOL_FROM = 4  # chunks; for less text, starting processes costs more time than it saves
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenStore:
     """Tokens of one split on disk: documents in order, each followed by the end-of-sequence id.
 
-    tokens: [n_tokens] uint16 or uint32 memmap. offsets: [n_documents + 1] int64 memmap, where each
-    document starts, and n_tokens. meta: also the source, the tokenizer's fingerprint, the report.
+    tokens: a memory map of uint16 or uint32. offsets: a memory map of the position where each document starts, and
+    then n_tokens. meta: counts, the source, the tokenizer's fingerprint, the lines of the DataReport.
     """
 
     directory: pathlib.Path
-    meta: dict
-    tokens: np.ndarray
-    offsets: np.ndarray
+    meta: dict[str, Any]
+    tokens: Int[np.ndarray, " n_tokens"]
+    offsets: Int[np.ndarray, " n_documents+1"]
 
     n_tokens = property(lambda self: self.meta["n_tokens"])
     n_bytes = property(lambda self: self.meta["n_bytes"])  # of the text in UTF-8
@@ -51,8 +54,8 @@ class TokenStore:
     report = property(lambda self: self.meta["report"])  # lines for people
 
     @classmethod
-    def open(cls, directory):
-        """Raises UserError for a directory without a whole token store."""
+    def open(cls, directory: str | os.PathLike) -> "TokenStore":
+        """Raises: UserError for a directory without a complete token store."""
         directory = pathlib.Path(directory)
         try:
             meta = json.loads((directory / "meta.json").read_text())
@@ -61,22 +64,28 @@ class TokenStore:
             if (len(tokens), len(offsets)) != (meta["n_tokens"], meta["n_documents"] + 1):
                 raise ValueError("sizes differ")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{directory} holds no whole token store: {error}") from error
+            raise UserError(f"{directory} holds no complete token store: {error}") from error
         return cls(directory, meta, tokens, offsets)
 
 
-def default_cache_dir():
+def default_cache_dir() -> pathlib.Path:
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(os.environ.get("NANOFLAX_CACHE") or pathlib.Path(root) / "nanoflax")
 
 
-def prepare(source, tokenizer, split="train", cache_dir=None, workers=None, progress=True):
-    """Tokenizes one split of a Source (or its name) once -> TokenStore.
+def prepare(
+    source: Source | str,
+    tokenizer: Any,
+    split: str = "train",
+    cache_dir: str | os.PathLike | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> TokenStore:
+    """Tokenizes one split of a Source or its name once.
 
-    The store lies in the cache under a hash of the source's source_version (files by path, size and
-    time) and the tokenizer, and appears there whole or not at all. workers: processes for large
-    corpora (default: one a core); their number does not change the files. Raises UserError for
-    an unusable source or cache directory.
+    The store is kept in the cache under a hash of the source's version and the tokenizer, and appears there complete
+    or not at all. workers: processes for large corpora (default: one per core). Raises: UserError for a source or
+    cache directory that cannot be used.
     """
     source = source if isinstance(source, Source) else Source(source)
     cache = pathlib.Path(cache_dir) if cache_dir else default_cache_dir()
@@ -86,14 +95,14 @@ def prepare(source, tokenizer, split="train", cache_dir=None, workers=None, prog
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(cache)
-        with _locked(cache / f"{key}.lock"):  # another process may be at the same work
+        with _locked(cache / f"{key}.lock"):  # another process may build the same store
             with contextlib.suppress(UserError):
                 return TokenStore.open(cache / key)
             building = cache / f"{key}.{uuid.uuid4().hex}.tmp"
             try:
                 building.mkdir()
-                _build(building, source, tokenizer, split, workers or os.cpu_count(), progress)
-                shutil.rmtree(cache / key, ignore_errors=True)  # there only if it is damaged
+                _build(building, source, tokenizer, split, workers or os.cpu_count() or 1, progress)
+                shutil.rmtree(cache / key, ignore_errors=True)  # exists only if it is damaged
                 os.rename(building, cache / key)
                 _sync(cache)
             finally:
@@ -105,33 +114,34 @@ def prepare(source, tokenizer, split="train", cache_dir=None, workers=None, prog
     return TokenStore.open(cache / key)
 
 
-def _cache_key(source, tokenizer, split):
+def _cache_key(source: Source, tokenizer: Any, split: str) -> str:
     parts = [FORMAT, dataclasses.asdict(source), split, tokenizer.fingerprint, source_version(source)]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 @contextlib.contextmanager
-def _locked(path, wait=True):
-    """Holds a file lock, which the system frees when its process dies; BlockingIOError if held."""
+def _locked(path: pathlib.Path, wait: bool = True) -> Iterator[None]:
+    """Holds a file lock, which the system frees when the process dies. Without `wait` raises BlockingIOError if
+    another process holds it."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 
-def _remove_abandoned(cache):
-    for path in cache.glob("*.tmp"):  # of a killed process: nobody holds its lock
+def _remove_abandoned(cache: pathlib.Path) -> None:
+    for path in cache.glob("*.tmp"):  # nobody holds the lock of a killed process
         lock = cache / f"{path.name.partition('.')[0]}.lock"
         with contextlib.suppress(BlockingIOError), _locked(lock, wait=False):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync(path):
+def _sync(path: pathlib.Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
-def _build(directory, source, tokenizer, split, workers, progress):
+def _build(directory: pathlib.Path, source: Source, tokenizer: Any, split: str, workers: int, progress: bool) -> None:
     report, digest, lengths_digest = DataReport(), hashlib.blake2b(), hashlib.blake2b()
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     n_tokens = n_documents = n_bytes = 0
@@ -158,7 +168,7 @@ def _build(directory, source, tokenizer, split, workers, progress):
             n_tokens, n_documents, n_bytes = int(ends[-1]), n_documents + len(ends), n_bytes + size
             if bar:
                 bar.bytes, bar.tokens = n_bytes, n_tokens
-                bar.advance(min(report.share, 0.99))  # workers lag behind what is read
+                bar.advance(min(report.share, 0.99))  # reading is ahead of the workers
         if bar and n_tokens:
             bar.advance(1.0)
     if not n_tokens:
@@ -182,8 +192,8 @@ def _build(directory, source, tokenizer, split, workers, progress):
         _sync(path)
 
 
-def _chunks(texts):
-    """Groups documents into lists of about CHUNK characters; a longer document is one list."""
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Groups documents into lists of about CHUNK characters; a longer document is a list of its own."""
     chunk, size = [], 0
     for text in texts:
         chunk.append(text)
@@ -195,34 +205,36 @@ def _chunks(texts):
         yield chunk
 
 
-def _encode(tokenizer, texts):
-    """-> ids [sum of lengths] int64, lengths [documents], the text's size in bytes."""
-    documents = [np.asarray([*tokenizer.encode(text), tokenizer.eos_id]) for text in texts]
-    return (np.concatenate(documents), [len(ids) for ids in documents], sum(len(text.encode()) for text in texts))
+def _encode(tokenizer: Any, texts: Sequence[str]) -> tuple[Int[np.ndarray, " ids"], list[int], int]:
+    """The ids of all documents, the number of ids of each, the text's size in bytes."""
+    encoded = [np.asarray([*tokenizer.encode(text), tokenizer.eos_id]) for text in texts]
+    return np.concatenate(encoded), [len(ids) for ids in encoded], sum(len(text.encode()) for text in texts)
 
 
-def _start_worker(tokenizer):
+def _start_worker(tokenizer: Any) -> None:
     import multiprocessing
 
     global _tokenizer
     _tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells
-    parent = multiprocessing.parent_process()  # a killed parent must not leave workers behind
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process stops the workers
+    if parent := multiprocessing.parent_process():  # a worker ends when its parent is killed
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _encode_in_worker(texts):
+def _encode_in_worker(texts: Sequence[str]) -> tuple[Int[np.ndarray, " ids"], list[int], int]:
     return _encode(_tokenizer, texts)
 
 
-def _encode_all(chunks, tokenizer, workers):
-    """Yields _encode of each chunk in order, from processes if there are many of them."""
+def _encode_all(
+    chunks: Iterator[list[str]], tokenizer: Any, workers: int
+) -> Generator[tuple[Int[np.ndarray, " ids"], list[int], int], None, None]:
+    """Yields _encode of each chunk in order, computed in processes if there are many chunks."""
     head = list(itertools.islice(chunks, POOL_FROM))
     chunks = itertools.chain(head, chunks)
     if workers == 1 or len(head) < POOL_FROM:
         yield from (_encode(tokenizer, chunk) for chunk in chunks)
         return
-    import concurrent.futures
+    import concurrent.futures.process
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
@@ -243,18 +255,18 @@ def _encode_all(chunks, tokenizer, workers):
 
 
 class _Tokenizing(ProgressBar):
-    """The bar of `prepare`; corpora that take less than a few seconds are done without a line."""
+    """The progress bar of `prepare`; corpora that take less than a few seconds print nothing."""
 
     quiet = 10.0
 
-    def __init__(self, what, **options):
+    def __init__(self, what: str, **options: Any) -> None:
         super().__init__(1.0, **options)
         self.what, self.bytes, self.tokens = what, 0, 0
 
-    def title(self):
+    def title(self) -> str:
         return f"tokenizing {self.what}"
 
-    def status(self):
+    def status(self) -> str:
         seconds = self._clock() - self._begin
         parts = [f"{format_count(self.bytes)}B, {format_count(self.tokens)} tokens"]
         if seconds > 0 and self.bytes:

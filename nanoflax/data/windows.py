@@ -1,40 +1,41 @@
-"""Windows of a token store, and their batches: Windows --> Batches[step].
+"""Windows of a token store at random access: TokenStore --> Windows --> Batches[step]."""
 
-Every step is a value that its inputs determine: the same seed and step give the same batch whatever
-the number of hosts.
-"""
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
+from nanoflax.data.token_store import TokenStore
 from nanoflax.errors import UserError
 
 
 class Windows:
-    """The stream of a TokenStore in windows of T = `length` targets, at random access.
+    """The tokens of a TokenStore in windows of T = `length` targets.
 
-    The last window may be partial: its rest has weight 0. With `isolated`, windows also carry
-    segments, so that a document sees no other. bos_id: the token before the first one.
+    The last window may be partial: its padding has weight 0. isolated: batches also carry segments, so that a
+    document does not attend to another. bos_id: the token before the first one; default: the store's.
     """
 
-    def __init__(self, store, length, isolated=False, bos_id=None):
+    def __init__(self, store: TokenStore, length: int, isolated: bool = False, bos_id: int | None = None) -> None:
         if length < 1:
             raise UserError(f"window length {length}: must be at least 1")
         self.store, self.length, self.isolated = store, length, isolated
         self.bos_id = store.meta["bos_id"] if bos_id is None else bos_id
 
-    def __len__(self):
+    def __len__(self) -> int:
         return -(-self.store.n_tokens // self.length)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return {name: array[0] for name, array in self.batch([index]).items()}
 
-    def batch(self, indices):
-        """[B] window numbers -> targets [B, T] int32; first [B] int32, the token before each
-        window; weights [B, T] float32; if isolated, segments [B, T] int32: the window's documents
-        from 1, and 0 for padding, and start [B] int32, the bos_id that each begins from. A number
-        past the end gives a window of padding alone.
+    def batch(self, indices: Sequence[int] | Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
+        """The windows with these numbers; one past the end is padding alone.
+
+        Returns: targets [B, T] int32; first [B] int32, the token before each window; weights [B, T] float32.
+        If isolated also segments [B, T] int32, the window's documents counted from 1, 0 for padding; and start [B]
+        int32, the bos_id before each document.
         """
         tokens, n = self.store.tokens, self.store.n_tokens
         starts = np.asarray(indices, np.int64) * self.length
@@ -51,15 +52,11 @@ class Windows:
             document = self.document(positions)
             batch["segments"] = np.where(real, document - document[:, :1] + 1, 0).astype(np.int32)
             batch["start"] = np.full(len(starts), self.bos_id, np.int32)
-            # A document that begins with the window owes nothing to the one before it either.
+            # A document that begins with the window follows bos_id, not the document before it.
             begins = self.store.offsets[document[:, 0]] == starts
             batch["first"] = np.where(begins, self.bos_id, batch["first"]).astype(np.int32)
         return batch
 
-    def document(self, positions):
-        """Positions in the stream -> numbers of their documents; an end belongs to its own."""
+    def document(self, positions: Int[np.ndarray, "..."] | Sequence[int]) -> Int[np.ndarray, "..."]:
+        """The numbers of the documents at these positions of the store; an end token belongs to its document."""
         return np.searchsorted(self.store.offsets, positions, side="right") - 1
-
-    def text(self, index, tokenizer):
-        start = index * self.length
-        return tokenizer.decode(self.store.tokens[start : start + self.length].tolist())

@@ -3,11 +3,11 @@
 from nanoflax.tasks.batches import ExampleBatches
 from nanoflax.tasks.encoding import encode, show_row, weigh_classes
 from nanoflax.tasks.evaluator import Evaluator, encode_for_task, encode_texts, prediction_records
-from nanoflax.tasks.examples import examples_of, load, read
+from nanoflax.tasks.examples import load, read
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
 from nanoflax.tasks.metrics import metrics_table
 from nanoflax.tasks.rows import SHORTEST
-from nanoflax.tasks.sources import TaskSource
+from nanoflax.tasks.sources import TaskSource, examples_of
 from nanoflax.tasks.table import TASKS, class_probabilities, length_limits, with_sentinels
 
 __all__ = [

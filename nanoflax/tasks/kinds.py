@@ -1,44 +1,45 @@
-"""The kinds of examples. To predict, a label is None."""
+"""The kinds of examples. `place` is the file and line; a label is None where it is to be predicted."""
 
 import dataclasses
+from typing import Any, ClassVar
 
 
-def _place():
+def _place() -> Any:
     return dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
     text: str
-    labels: tuple | None  # of str, one unless a text may have several; None where unknown
-    place: str = _place()  # file:line
-    fields = ("text", "label")
+    labels: tuple[str, ...] | None  # one, unless a text may have several or none
+    place: str = _place()
+    fields: ClassVar = ("text", "label")
     input = property(lambda self: self.text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tagging:
-    tokens: tuple  # words
-    tags: tuple | None  # one for each word; None where unknown
+    tokens: tuple[str, ...]  # words
+    tags: tuple[str, ...] | None  # one for each word
     place: str = _place()
-    fields = ("tokens", "tags")
+    fields: ClassVar = ("tokens", "tags")
     input = property(lambda self: self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
     source: str
-    target: str | None  # None where unknown
+    target: str | None
     place: str = _place()
-    fields = ("source", "target")
+    fields: ClassVar = ("source", "target")
     input = property(lambda self: self.source)
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    messages: tuple  # of dicts with role and content
+    messages: tuple[dict[str, str], ...]  # each with role and content
     place: str = _place()
-    fields = ("messages",)
+    fields: ClassVar = ("messages",)
     input = property(lambda self: self.messages)
 
 
@@ -46,5 +47,8 @@ class Chat:
 class Text:
     text: str
     place: str = _place()
-    fields = ("text",)
+    fields: ClassVar = ("text",)
     input = property(lambda self: self.text)
+
+
+Example = Classification | Tagging | Pair | Chat | Text

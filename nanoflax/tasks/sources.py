@@ -1,9 +1,9 @@
-"""Where task data comes from: a source named by one string, and its records with their places.
+"""Where the examples of a task come from: a source named by one string, and its records with their places.
 
-A source is jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, or one that
-needs no download (nanoflax.builtin): dates:en-fr, pytags, pymodules, pychats, bible:kjv-web. Files
-may be .gz. Texts also come from pydocs and text:GLOB (nanoflax.sources), and are either side of
-pairs. Examples are of one of five kinds, each with its fields in a JSON line or a TSV column:
+A source is jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, or one that needs no download
+(tasks.builtin): dates:en-fr, pytags, pymodules, pychats, bible:kjv-web. Files may be .gz. Texts also come from pydocs
+and text:GLOB (data.Source), and from both sides of pairs. Each kind of examples has its fields, as keys of a JSON line
+or as TSV columns:
 
     Classification   text, and label (one) or labels (several, or none)
     Tagging          tokens, tags (O, B-TYPE, I-TYPE)
@@ -15,224 +15,220 @@ pairs. Examples are of one of five kinds, each with its fields in a JSON line or
 import dataclasses
 import itertools
 import re
-import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+from nanoflax import data
+from nanoflax.config import ExampleData
 from nanoflax.data import (
     DataReport,
-    Source,
     dataset_examples,
     dataset_splits,
-    documents,
+    decode,
     is_held_out,
     json_lines,
+    open_binary,
     open_dataset,
-    read_binary,
     text_lines,
 )
 from nanoflax.errors import UserError
 from nanoflax.tasks import builtin
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
-from nanoflax.tokenizers import well_formed
 
 HELP = (
     "choose jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, "
     "dates:en-fr, pytags, pymodules, pychats, bible:kjv-web, or for texts pydocs or text:GLOB"
 )
 
-
-# \x1c-\x1e and \x85 are line ends to Python, so whitespace.
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\ufeff]")
-_WHITESPACE = {
-    "trim": lambda text: "\n".join(line.rstrip() for line in text.splitlines()).strip(),
-    "collapse": lambda text: " ".join(text.split()),
-    "": lambda text: text,
-}
-
-# Of well-known TFDS data sets; those of translations name their two languages in their configs.
+# Features of well-known TFDS data sets; translations name their two languages in the names of their configs.
 DATASETS = {
     "glue/sst2": {"text": "sentence"},
     "conll2003": {"tags": "ner"},
     "cnn_dailymail": {"source": "article", "target": "highlights"},
 }
 
+Records = Iterable[tuple[str, dict[str, Any]]]  # (place, {field: value})
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskSource:
     """Where examples come from, how they split and how they are cleaned.
 
-    name: see the head of this file. validation: another source, all of it the validation split.
-      Otherwise the data's own (TFDS: validation, or else test); otherwise each example whose input
-      hashes under `validation_fraction`, so that no input is in both.
-    fields: what the file calls our fields, as "text=sentence,label=stars"; for CoNLL the numbers
-      of the columns from 0, as "tokens=1,tags=3" (by default the first and the last).
+    name: see the docstring of this module.
+    validation: another source, which is then the validation split. Otherwise it is the data's own split (TFDS:
+      validation, or else test); otherwise each example whose input hashes under `validation_fraction`, so that no
+      input is in both splits.
+    data_dir: of TFDS.
+    fields: what the file calls our fields, as "text=sentence,label=stars"; for CoNLL the numbers of the columns from
+      0, as "tokens=1,tags=3" (by default the first and the last).
     unicode: NFC, NFKC, or "" to leave characters as they are.
     whitespace: "trim" it at the ends of lines and text, "collapse" each run to one space, or "".
     keep_duplicates: exact duplicates of an example stay in the training data.
-    limit: examples of a split to read at most, 0 for all: they are held in memory.
+    limit: examples read of a split, 0 for all: they are held in memory.
     """
 
     name: str
     validation: str = ""
     validation_fraction: float = 0.05
-    data_dir: str = ""  # of TFDS
+    data_dir: str = ""
     fields: str = ""
     unicode: str = "NFC"
     whitespace: str = "trim"
     keep_duplicates: bool = False
     limit: int = 0
 
-    def __post_init__(self):
-        for field, choices in (("unicode", ("NFC", "NFKC", "")), ("whitespace", ("trim", "collapse", ""))):
+    def __post_init__(self) -> None:
+        for field, choices in (("unicode", data.UNICODE), ("whitespace", tuple(data.WHITESPACE))):
             if getattr(self, field) not in choices:
                 raise UserError(f"{field} {getattr(self, field)!r}: choose {choices[0]}, {choices[1]} or nothing")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction {self.validation_fraction}: must be between 0 and 1")
         if self.limit < 0:
             raise UserError(f"limit {self.limit}: must not be negative; 0 is no limit")
-        _renamed(self)
+        self.renamed_fields()
 
-    def read_as(self, name):
+    def read_as(self, name: str) -> "TaskSource":
+        """Another source, read and cleaned in the same way."""
         return dataclasses.replace(self, name=name, validation="")
 
-    def clean(self, text, place, report):
+    def clean(self, text: str, place: str, report: DataReport) -> str:
         """The cleaned text; each step that changes it is counted in the report."""
-        for name, step in (
-            ("unpaired surrogates, read as U+FFFD", well_formed),
-            (
-                f"texts normalized to {self.unicode}",
-                lambda text: unicodedata.normalize(self.unicode, text) if self.unicode else text,
-            ),
-            ("texts with control characters, removed", lambda text: _CONTROL.sub("", text)),
-            (f"texts with whitespace to {self.whitespace}", _WHITESPACE[self.whitespace]),
-        ):
-            new = step(text)
-            if new != text:
-                report.add(name, place)
-            text = new
-        return text
+        return data.clean(text, data.cleaning_steps(self.unicode, self.whitespace), place, report)
+
+    def renamed_fields(self, kind: type | None = None) -> dict[str, str]:
+        """The option `fields` as {our name: the file's}; with a kind, refuses names that are not its fields."""
+        pairs = [pair.strip().split("=") for pair in self.fields.split(",")] if self.fields else []
+        if not all(len(pair) == 2 and all(pair) for pair in pairs):
+            raise UserError(f"fields {self.fields!r}: write our names and the file's, as in text=sentence,label=stars")
+        ours = _field_names(kind) if kind else ()
+        if kind and (unknown := [name for name, _ in pairs if name not in ours]):
+            raise UserError(
+                f"fields {self.fields!r}: {unknown[0]!r} is none of our names, which are {', '.join(ours)} here"
+            )
+        return dict(pairs)
+
+
+def examples_of(config: ExampleData, name: str | None = None) -> TaskSource:
+    """The TaskSource of an ExampleData; with `name`, all of that source, read and cleaned in the same way."""
+    return TaskSource(
+        name or config.train,
+        "" if name else config.validation,
+        config.validation_fraction,
+        fields=config.fields,
+        unicode=config.unicode,
+        whitespace=config.whitespace,
+        keep_duplicates=config.keep_duplicates,
+        limit=0 if name else config.limit,
+    )
 
 
 # From a source to its records.
 
 
-def records(source, kind, report, split=None):
-    """{"train": records} and perhaps "validation": iterables of (place, record).
+def records(source: TaskSource, kind: type, report: DataReport, split: str | None = None) -> Mapping[str, Records]:
+    """{"train": records} and perhaps "validation".
 
-    split: what is to be read, if it is not the two for training: one of them, test, or all.
+    split: train, validation, test or all, to read that instead of the two splits for training.
     """
     scheme, _, rest = source.name.partition(":")
     if kind is Text and (source.name == "pydocs" or scheme == "text"):
         return _documents(source, report, split)
-    if kind is Text and (scheme == "pairs" or builtin.KINDS.get(scheme) == "Pair"):
+    if kind is Text and (scheme == "pairs" or builtin.KINDS.get(scheme) is Pair):
         found = records(source, Pair, report, split)
         if "validation" not in found and not source.validation and split != "all":
-            found = _split(source, found["train"])
-        return {split: _sides(pairs) for split, pairs in found.items()}
+            found = _split_pairs(source, found["train"])
+        return {split: _both_sides(pairs) for split, pairs in found.items()}
     if scheme in builtin.KINDS:
-        kinds = {"Classification": Classification, "Tagging": Tagging, "Pair": Pair, "Chat": Chat}
-        if kinds[builtin.KINDS[scheme]] is not kind:
-            raise UserError(f"{source.name} has {builtin.KINDS[scheme]} examples; this task needs {kind.__name__} ones")
+        if builtin.KINDS[scheme] is not kind:
+            raise UserError(
+                f"{source.name} has {builtin.KINDS[scheme].__name__} examples; this task needs {kind.__name__} ones"
+            )
         return builtin.records(scheme, rest)
-    readers = {"jsonl": _jsonl, "tsv": _tsv, "conll": _conll, "pairs": _pairs}
-    _renamed(source, kind)
+    source.renamed_fields(kind)
     if scheme == "tfds" and rest:
-        return _tfds(source, rest, kind, split)
-    if scheme not in readers or not rest:
+        return _dataset(source, rest, kind, report, split)
+    if scheme not in READERS or not rest:
         raise UserError(f"task data {source.name!r} is not known; {HELP}")
     if {"conll": Tagging, "pairs": Pair}.get(scheme, kind) is not kind:
         raise UserError(f"{source.name}: {scheme} files do not hold {' and '.join(kind.fields)}")
-    return {"train": readers[scheme](source, rest, kind, report)}
+    return {"train": READERS[scheme](source, rest, kind, report)}
 
 
-def _documents(source, report, split):
-    """The splits of a nanoflax.sources.Source, which pretraining makes too."""
-    texts = Source(source.name, _renamed(source).get("text", "text"), validation_fraction=source.validation_fraction)
+def _documents(source: TaskSource, report: DataReport, split: str | None) -> dict[str, Records]:
+    """The splits of a data.Source, as pretraining makes them."""
+    field = source.renamed_fields().get("text", "text")
+    texts = data.Source(source.name, field, validation_fraction=source.validation_fraction)
 
-    def of(split, report):
-        for i, text in enumerate(documents(texts, split, report), 1):
+    def read(split, report):
+        for i, text in enumerate(data.documents(texts, split, report), 1):
             yield f"{source.name} {split}:{i}", {"text": text}
 
     if split in ("all", "train", "validation"):
-        return {split: of(split, report)}
+        return {split: read(split, report)}
     if source.validation:
-        return {"train": of("all", report)}
-    return {"train": of("train", report), "validation": of("validation", DataReport())}  # counted once
+        return {"train": read("all", report)}
+    return {"train": read("train", report), "validation": read("validation", DataReport())}  # counted once
 
 
-def _split(source, pairs):
-    """Pairs by the hash of their sources: as translate splits them, so that denoising trains on no
-    target that it is to be measured by."""
-    parts = {"train": [], "validation": []}
+def _split_pairs(source: TaskSource, pairs: Records) -> Mapping[str, Records]:
+    """Pairs by the hash of their sources, as translate splits them: denoising trains on no target that translation
+    is measured by."""
+    splits = {"train": [], "validation": []}
     for place, record in pairs:
-        text = source.clean(record["source"], place, DataReport())  # counted later
+        text = source.clean(record["source"], place, DataReport())  # counted when the example is made
         held_out = is_held_out(repr(text), source.validation_fraction)
-        parts["validation" if held_out else "train"].append((place, record))
-    return parts
+        splits["validation" if held_out else "train"].append((place, record))
+    return splits
 
 
-def _sides(pairs):
+def _both_sides(pairs: Records) -> Records:
     for place, record in pairs:
         yield from ((place, {"text": record[name]}) for name in Pair.fields)
 
 
-def _renamed(source, kind=None):
-    """The option `fields` as a dict {our name: the file's}; of a kind of examples, if given."""
-    pairs = [pair.strip().split("=") for pair in source.fields.split(",")] if source.fields else []
-    if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise UserError(f"fields {source.fields!r}: write our names and the file's, as in text=sentence,label=stars")
-    if kind and (unknown := [ours for ours, _ in pairs if ours not in _ours(kind)]):
-        raise UserError(
-            f"fields {source.fields!r}: {unknown[0]!r} is none of our names, which are {', '.join(_ours(kind))} here"
-        )
-    return dict(pairs)
-
-
-def _ours(kind):
+def _field_names(kind: type) -> tuple[str, ...]:
     return (*kind.fields, *(["labels"] if kind is Classification else []))
 
 
-def _jsonl(source, path, kind, report):
-    names = {ours: _renamed(source).get(ours, ours) for ours in _ours(kind)}
-    for place, value in read_binary(path, lambda file: json_lines(file, path, report)):
-        if not isinstance(value, dict):
-            report.add("JSON lines that are no object, left out", place)
-            continue
-        yield place, {ours: value.get(theirs) for ours, theirs in names.items()}
+def _missing(kind: type, found: Iterable[str]) -> list[str]:
+    """The fields of a kind that are not among those found; `labels` stands for `label`."""
+    return [name for name in kind.fields if name not in found and not (name == "label" and "labels" in found)]
 
 
-def _tsv(source, path, kind, report):
-    """Columns by a header if the first line names one of them, else in the order of our fields."""
+def _lines(path: str, report: DataReport) -> Iterator[tuple[str, str]]:
+    with open_binary(path) as file:
+        yield from text_lines(file, path, report)
+
+
+def _jsonl(source: TaskSource, path: str, kind: type, report: DataReport) -> Records:
+    renamed = source.renamed_fields(kind)
+    with open_binary(path) as file:
+        for place, value in json_lines(file, path, report):
+            if isinstance(value, dict):
+                yield place, {name: value.get(renamed.get(name, name)) for name in _field_names(kind)}
+            else:
+                report.add("JSON lines that are no object, left out", place)
+
+
+def _tsv(source: TaskSource, path: str, kind: type, report: DataReport) -> Records:
+    """Columns by a header if the first line names one of them, else in the order of the kind's fields."""
     if kind is Chat:
         raise UserError(f"{path}: a TSV file cannot hold messages; write them as JSON lines")
-    renamed, columns, width = _renamed(source), None, None
-    theirs = {renamed.get(ours, ours): ours for ours in _ours(kind)}
-    for place, line in text_lines(path, report):
+    renamed, columns, width = source.renamed_fields(kind), {}, 0
+    for place, line in _lines(path, report):
         cells = line.split("\t")
-        if columns is None:
-            header = renamed or theirs.keys() & set(cells)
-            columns = (
-                {theirs[cell]: i for i, cell in enumerate(cells) if cell in theirs}
-                if (header)
-                else {ours: i for i, ours in enumerate(kind.fields)}
-            )
-            missing = [
-                name for name in kind.fields if name not in columns and not (name == "label" and "labels" in columns)
-            ]
-            if missing:
-                raise UserError(
-                    f"{place}: the header {cells} lacks "
-                    f"{', '.join(renamed.get(name, name) for name in missing)}; name "
-                    "the columns, as in fields=text=sentence,label=stars"
-                )
-            width = len(cells) if header else len(kind.fields)
-            if header:
+        if not columns:
+            columns = _tsv_header(place, cells, kind, renamed)
+            width = len(cells) if columns else len(kind.fields)
+            if columns:
                 continue
+            columns = {name: i for i, name in enumerate(kind.fields)}
         if not line:
             continue
         if len(cells) != width:
             report.add(f"lines without {width} columns between tabs, left out", f"{place} {len(cells)}")
             continue
-        record = {ours: cells[i] for ours, i in columns.items()}
+        record: dict[str, Any] = {name: cells[i] for name, i in columns.items()}
         if "labels" in record:
             record["labels"] = [label for label in record["labels"].split(",") if label.strip()]
         if kind is Tagging:
@@ -240,9 +236,23 @@ def _tsv(source, path, kind, report):
         yield place, record
 
 
-def _conll(source, path, kind, report):
-    """Sentences between empty lines: a word, other columns, and its tag, between blanks."""
-    renamed, width = _renamed(source), None
+def _tsv_header(place: str, cells: list[str], kind: type, renamed: dict[str, str]) -> dict[str, int]:
+    """{our name: column} of a header; {} if the line is none."""
+    names = {renamed.get(name, name): name for name in _field_names(kind)}
+    columns = {names[cell]: i for i, cell in enumerate(cells) if cell in names}
+    if not (renamed or columns):
+        return {}
+    if missing := [renamed.get(name, name) for name in _missing(kind, columns)]:
+        raise UserError(
+            f"{place}: the header {cells} lacks {', '.join(missing)}; name the columns, as in "
+            "fields=text=sentence,label=stars"
+        )
+    return columns
+
+
+def _conll(source: TaskSource, path: str, kind: type, report: DataReport) -> Records:
+    """Sentences between empty lines: on each line a word, other columns, and its tag, between blanks."""
+    renamed, width = source.renamed_fields(kind), 0
     try:
         word, tag = int(renamed.get("tokens", 0)), int(renamed.get("tags", -1))
     except ValueError as error:
@@ -250,16 +260,12 @@ def _conll(source, path, kind, report):
             f"fields {source.fields!r}: of a CoNLL file give numbers of columns, as in tokens=0,tags=3"
         ) from error
     rows, malformed = [], False
-
-    def sentence():
-        words, tags, places = map(list, zip(*rows))
-        return places[0], {"tokens": words, "tags": tags, "places": places}
-
-    for place, line in itertools.chain(text_lines(path, report), [("", "")]):
+    for place, line in itertools.chain(_lines(path, report), [("", "")]):
         cells = line.split()
         if not cells or cells[0] == "-DOCSTART-":
             if rows and not malformed:
-                yield sentence()
+                words, tags, places = map(list, zip(*rows, strict=True))
+                yield places[0], {"tokens": words, "tags": tags, "places": places}
             rows, malformed = [], False
             continue
         width = width or len(cells)
@@ -275,56 +281,71 @@ def _conll(source, path, kind, report):
             rows.append((cells[word], cells[tag], place))
 
 
-def _pairs(source, paths, kind, report):
-    paths = paths.split(",")
-    if len(paths) != 2:
+def _pairs(source: TaskSource, paths: str, kind: type, report: DataReport) -> Records:
+    names = paths.split(",")
+    if len(names) != 2:
         raise UserError(f"{source.name}: name two files, as in pairs:train.en,train.fr")
-    sides = [list(text_lines(path, report)) for path in paths]
+    sides = [list(_lines(path, report)) for path in names]
     if len(sides[0]) != len(sides[1]):
         raise UserError(
-            f"{source.name}: {paths[0]} has {len(sides[0])} lines and {paths[1]} "
-            f"{len(sides[1])}; line for line they must be the same"
+            f"{source.name}: {names[0]} has {len(sides[0])} lines and {names[1]} {len(sides[1])}; line for line they "
+            "must be the same"
         )
-    for (place, text), (_, other) in zip(*sides):
+    for (place, text), (_, other) in zip(*sides, strict=True):
         yield place, {"source": text, "target": other}
 
 
-def _tfds(source, name, kind, only):
+READERS = {"jsonl": _jsonl, "tsv": _tsv, "conll": _conll, "pairs": _pairs}
+
+
+# TFDS.
+
+
+def _dataset(source: TaskSource, name: str, kind: type, report: DataReport, only: str | None) -> dict[str, Records]:
+    builder = open_dataset(name, source.data_dir)
+    names = _dataset_fields(source, builder, kind)
+    features = builder.info.features
+
+    def examples(split):
+        for i, example in enumerate(dataset_examples(builder, split)):
+            place = f"tfds:{name} {split}:{i}"
+            yield (
+                place,
+                {ours: _value(example[theirs], features[theirs], place, report) for ours, theirs in names.items()},
+            )
+
+    splits = dataset_splits(builder)
+    if only:
+        return {name: examples(name) for name in splits["all"] if only in (name, "all")}
+    return {split: examples(splits[split][0]) for split in ("train", "validation") if split in splits}
+
+
+def _dataset_fields(source: TaskSource, builder: Any, kind: type) -> dict[str, str]:
+    """{our name: the feature}, by equal names, by DATASETS, and by the option `fields`."""
     import tensorflow_datasets as tfds
 
-    builder = open_dataset(name, source.data_dir)
     features, config = builder.info.features, builder.builder_config
     config = config.name if config else ""
-    names = {ours: ours for ours in _ours(kind)}
+    names = {name: name for name in _field_names(kind)}
     if isinstance(features, tfds.features.Translation):
-        names |= zip(Pair.fields, re.split("-|_to_", config))
+        names |= zip(Pair.fields, re.split("-|_to_", config), strict=True)
     names |= DATASETS.get(f"{builder.name}/{config}") or DATASETS.get(builder.name, {})
-    names |= _renamed(source)
+    names |= source.renamed_fields(kind)
     names = {ours: theirs for ours, theirs in names.items() if theirs in features}
-    missing = [ours for ours in kind.fields if ours not in names and not (ours == "label" and "labels" in names)]
-    if missing:
+    if missing := _missing(kind, names):
         raise UserError(
             f"{source.name}: which of {', '.join(features)} is {' and '.join(missing)}?"
             f" Say so, as in fields={missing[0]}={next(iter(features))}"
         )
+    return names
 
-    def value(raw, feature):
-        if isinstance(raw, (list, tuple)) or getattr(raw, "ndim", 0):
-            return [value(item, getattr(feature, "feature", feature)) for item in raw]
-        if isinstance(feature, tfds.features.ClassLabel):
-            return feature.names[int(raw)] if raw >= 0 else None  # -1 is a hidden label
-        if isinstance(raw, bytes):
-            return raw.decode("utf-8", "replace")
-        return raw.item() if hasattr(raw, "item") else raw
 
-    def of(split):
-        for i, example in enumerate(dataset_examples(builder, split)):
-            yield (
-                f"tfds:{name} {split}:{i}",
-                {ours: value(example[theirs], features[theirs]) for ours, theirs in names.items()},
-            )
-
-    splits = dataset_splits(builder)
-    if only:  # by its own names
-        return {name: of(name) for name in splits["all"] if only in (name, "all")}
-    return {split: of(splits[split][0]) for split in ("train", "validation") if split in splits}
+def _value(raw: Any, feature: Any, place: str, report: DataReport) -> Any:
+    """A value of TFDS as Python's own; the names of class labels, None for a hidden label (-1)."""
+    if isinstance(raw, (list, tuple)) or getattr(raw, "ndim", 0):
+        return [_value(item, getattr(feature, "feature", feature), place, report) for item in raw]
+    if hasattr(feature, "int2str"):  # a ClassLabel
+        return feature.int2str(int(raw)) if raw >= 0 else None
+    if isinstance(raw, bytes):
+        return decode(raw, place, report)
+    return raw.item() if hasattr(raw, "item") else raw
