@@ -150,7 +150,6 @@ def test_what_everyone_reads_stays_small():
     assert abs(int(claimed[1].replace(",", "")) - count) <= 50, f"the README says {claimed[1]}, there are {count}"
 
 
-@pytest.mark.xfail(strict=False, reason="the trainer is being rewritten")
 def test_functions_of_runs_and_programs_fit_on_a_screen():
     found = []
     for path in sources("nanoflax/runs", "experiments"):
