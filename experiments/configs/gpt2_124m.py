@@ -1,10 +1,10 @@
-"""GPT-2 124M on a web-text data set of TensorFlow Datasets, with GPT-2's batch of 0.5M tokens.
+"""GPT-2 124M on web text, with GPT-2's batch of 0.5M tokens.
 
 Command:   python -m experiments.pretrain --config=gpt2_124m --workdir=runs/gpt2_124m
 Hardware:  eight GPUs of 80 GB, or a TPU v4-16 or v5e-16 slice
-Data:      tfds:NAME must be prepared first where there is a network. `openwebtext` is one such
-           name, and any data set with a text feature will do: --config.data.train=tfds:NAME:FIELD
-Figures:   not measured here.
+Data:      any TensorFlow data set with a text feature, prepared beforehand on a machine with a network:
+           --config.data.train=tfds:NAME:FIELD
+Figure:    not measured.
 """
 
 from nanoflax.config import Config, OptimConfig, TextData, TrainConfig, preset

@@ -2,10 +2,9 @@
 
 Command:   python -m experiments.pretrain --config=llama_1b_gpus --workdir=runs/llama_1b_gpus
 Hardware:  eight GPUs of 80 GB (--devices=8 --chip=h100)
-Data:      tfds:NAME must be prepared first, and data.tokenizer name a tokenizer of 128,256 pieces
-           or fewer, such as a directory in the place of bpe:128000
-Figure:    projected by experiments.plan: at least 0.40 s a step and 20.2 GiB a
-           GPU, at most 75% MFU (blocks are computed twice). Not trained.
+Data:      prepare tfds:NAME first; data.tokenizer: at most 128,256 pieces, such as a tokenizer directory
+Figure:    projected by experiments.plan: at least 0.40 s a step and 20.2 GiB a GPU, at most 75% MFU (blocks
+           are computed twice). Not trained.
 """
 
 from nanoflax.config import Config, OptimConfig, TextData, TrainConfig, preset

@@ -2,11 +2,9 @@
 
 Command:   python -m experiments.pretrain --config=llama_70b --workdir=runs/llama_70b
 Hardware:  a TPU v5p-512 slice, which has 256 chips (--topology=v5p:4x8x8)
-Data:      tfds:NAME must be prepared first, and data.tokenizer name a tokenizer of 128,256 pieces
-           or fewer, such as a directory in the place of bpe:128000
-Figure:    projected by experiments.plan: at least 5.3 s a step and 43.4 GiB a
-           chip (the TPU compiler: 44.7 in use, 53.0 reserved), at most 75% MFU (blocks are computed
-           twice). Not trained.
+Data:      prepare tfds:NAME first; data.tokenizer: at most 128,256 pieces, such as a tokenizer directory
+Figure:    projected by experiments.plan: at least 5.3 s a step and 43.4 GiB a chip (the TPU compiler: 44.7 in
+           use, 53.0 reserved), at most 75% MFU (blocks are computed twice). Not trained.
 """
 
 from nanoflax.config import Config, OptimConfig, TextData, TrainConfig, preset

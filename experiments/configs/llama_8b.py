@@ -2,10 +2,9 @@
 
 Command:   python -m experiments.pretrain --config=llama_8b --workdir=runs/llama_8b
 Hardware:  a TPU v5e-256 or v6e-256 slice (--topology=v5e:16x16 or v6e:16x16)
-Data:      tfds:NAME must be prepared first, and data.tokenizer name a tokenizer of 128,256 pieces
-           or fewer, such as a directory in the place of bpe:128000
-Figure:    projected by experiments.plan: at least 1.4 s a step and 10.8 GiB a chip on v5e:16x16
-           (the TPU compiler: 12.0), at most 75% MFU (blocks are computed twice). Not trained.
+Data:      prepare tfds:NAME first; data.tokenizer: at most 128,256 pieces, such as a tokenizer directory
+Figure:    projected by experiments.plan: at least 1.4 s a step and 10.8 GiB a chip on v5e:16x16 (the TPU
+           compiler: 12.0), at most 75% MFU (blocks are computed twice). Not trained.
 """
 
 from nanoflax.config import Config, OptimConfig, TextData, TrainConfig, preset

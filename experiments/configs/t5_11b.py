@@ -2,10 +2,9 @@
 
 Command:   python -m experiments.finetune --config=t5_11b --workdir=runs/t5_11b
 Hardware:  a TPU v6e-256 slice (--topology=v6e:16x16)
-Data:      --config.data.train=text:GLOB; data.tokenizer a tokenizer of at most 32,000 pieces, such
-           as a directory in the place of bpe:32000 (100 sentinels come after its own)
-Figure:    projected by experiments.plan, which takes targets to be as long as sources: 9.1 GiB a
-           chip on v6e:16x16. Not trained.
+Data:      --config.data.train=text:GLOB; data.tokenizer: at most 32,000 pieces, such as a tokenizer directory
+           (100 sentinels follow them)
+Figure:    projected by experiments.plan for targets as long as sources: 9.1 GiB a chip on v6e:16x16. Not trained.
 """
 
 from nanoflax.config import Config, Denoise, ExampleData, OptimConfig, TrainConfig, preset

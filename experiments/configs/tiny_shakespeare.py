@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.pretrain --config=tiny_shakespeare
 Hardware:  two CPU cores
-Figures:   not measured here: the data set needs a network the first time it is used.
+Figure:    not measured.
 """
 
 from nanoflax.config import Config, OptimConfig, TextData, TrainConfig, preset

@@ -52,7 +52,7 @@ def hints(cls: type) -> dict[str, Any]:
 
 def kinds(hint: Any) -> dict[str, type]:
     """{kind: class} of a dataclass that has a `kind`, or of a union of such classes; {} of other types."""
-    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    members: tuple[Any, ...] = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return {cls.kind: cls for cls in members if dataclasses.is_dataclass(cls) and hasattr(cls, "kind")}
 
 
@@ -188,8 +188,8 @@ def from_dict(cls: Any, values: Any, where: str = "config") -> Any:
         if name not in types_of:
             raise UserError(no_such_field(str(name), cls, known, where))
         if dataclasses.is_dataclass(default := defaults[name]):
-            if isinstance(value, dict) and hasattr(default, "kind"):
-                value = {"kind": default.kind} | value
+            if isinstance(value, dict) and (kind := getattr(default, "kind", None)):
+                value = {"kind": kind} | value
             value = from_dict(types_of[name], value, f"{where}.{name}")
         found[name] = tuple(value) if isinstance(value, list) else value
     config = cls(**found)
