@@ -18,7 +18,8 @@ import pytest
 
 from nanoflax import runs
 from nanoflax.errors import UserError
-from nanoflax.runs import Checkpoints, WorkdirLock, checkpoint, manifest
+from nanoflax.runs import Checkpoints, checkpoint, manifest
+from nanoflax.runs.lock import WorkdirLock
 
 ROOT = str(pathlib.Path(__file__).resolve().parents[2])
 

@@ -12,6 +12,7 @@ import nanoflax
 from nanoflax import runs, tokenizers
 from nanoflax.config import Config, ModelConfig, TrainConfig
 from nanoflax.errors import UserError
+from nanoflax.runs import directory
 from nanoflax.runs.generation import GenerationSettings, stream_texts
 
 BYTES = tokenizers.ByteTokenizer()
@@ -24,9 +25,9 @@ def write(workdir, model_config, config=None, labels=None):
     params = nanoflax.init(model, jax.random.PRNGKey(0))
     with runs.Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(0, {"params": params}, {"tokenizer": BYTES.fingerprint, "step": 0})
-    runs.write_run(str(workdir), config or Config(model=model_config), BYTES)
+    directory.write_run(str(workdir), config or Config(model=model_config), BYTES)
     if labels is not None:
-        runs.write_labels(str(workdir), labels, False)
+        directory.write_labels(str(workdir), labels, False)
     return model, params
 
 

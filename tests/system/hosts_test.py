@@ -419,7 +419,7 @@ def agreement(directory, index):
         return told
 
     lock.VISIBLE = 1
-    shared = runs.WorkdirLock(directory / "shared")
+    shared = lock.WorkdirLock(directory / "shared")
     return {
         "gathered": parallel.gather_from_processes([index, 0.1 + 0.2 * index, float("inf")]),
         "first": parallel.run_on_main_process(lambda: index),
@@ -428,7 +428,7 @@ def agreement(directory, index):
         "same": message(lambda: parallel.check_processes_agree("x", {"a": {"b": (1, 2)}})),
         "votes": vote(),
         "locks": shared._file is not None,
-        "not shared": message(lambda: runs.WorkdirLock(directory / f"own-{index}")),
+        "not shared": message(lambda: lock.WorkdirLock(directory / f"own-{index}")),
     }
 
 

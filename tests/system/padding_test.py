@@ -13,6 +13,7 @@ from nanoflax import hf, parallel, peft, runs
 from nanoflax.config import Config, LoRA, ModelConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.nn import build, without_padding
+from nanoflax.runs.directory import with_vocabulary
 from tests.system.programs_test import SMALL, run
 
 EIGHT = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
@@ -118,7 +119,7 @@ def test_the_size_of_a_run_is_its_own_on_any_mesh():
         vocab_size = 261
 
     def size(model, tensor, saved=None):
-        return runs.with_vocabulary(model, Tokenizer, mesh_of(tensor), saved).vocab_size
+        return with_vocabulary(model, Tokenizer, mesh_of(tensor), saved).vocab_size
 
     new, named = ModelConfig(), ModelConfig(vocab_size=261)
     saved = Config(model=ModelConfig(vocab_size=384, vocab_padding=123))

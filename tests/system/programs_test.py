@@ -19,6 +19,7 @@ from experiments.flags import _Leaf, leaves
 from nanoflax import config as configs
 from nanoflax import parallel, runs
 from nanoflax.errors import UserError
+from nanoflax.runs import directory, trainer
 from nanoflax.runs.generation import unchanging_text
 from tests import kills, processes
 
@@ -157,26 +158,26 @@ def test_a_restart_may_be_killed_anywhere(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             rename(a, b)
 
-        assert runs.check_workdir(str(workdir), other, True)[1] == str(workdir)
+        assert directory.check_workdir(str(workdir), other, True)[1] == str(workdir)
         monkeypatch.setattr(os, "rename", until)
         try:
-            runs.archive_run(str(workdir))
+            directory.archive_run(str(workdir))
         except KeyboardInterrupt:
             killed += 1
         monkeypatch.setattr(os, "rename", rename)
         (workdir / "previous-1").rename(workdir / "previous-4")  # the others were removed
         if cut == 0:  # the old run goes on
-            assert runs.check_workdir(str(workdir), config) == (config, None)
+            assert directory.check_workdir(str(workdir), config) == (config, None)
         else:
             with pytest.raises(UserError, match="start it again with --restart_from_weights"):
-                runs.check_workdir(str(workdir), other)
-            saved, weights = runs.check_workdir(str(workdir), other, True)
+                directory.check_workdir(str(workdir), other)
+            saved, weights = directory.check_workdir(str(workdir), other, True)
             assert saved == config and weights == str(workdir / "previous-4")
             assert sorted(os.listdir(weights)) == ["checkpoints", "config.json", "tokenizer"]
-            assert runs.archive_run(str(workdir)) == weights
+            assert directory.archive_run(str(workdir)) == weights
             (workdir / "checkpoints" / "0").mkdir(parents=True)
             (workdir / "config.json").write_text("new")
-            assert runs.archive_run(str(workdir)) == str(workdir / "previous-5")
+            assert directory.archive_run(str(workdir)) == str(workdir / "previous-5")
             assert (workdir / "previous-5" / "config.json").read_text() == "new"
         cut += 1
     assert cut == 4
@@ -185,10 +186,10 @@ def test_a_restart_may_be_killed_anywhere(tmp_path, monkeypatch):
 def test_a_tokenizer_without_a_run_is_not_trusted(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("")
-    found = runs.get_tokenizer(configs.TextData(tokenizer="bytes"), str(tmp_path), list)
+    found = directory.get_tokenizer(configs.TextData(tokenizer="bytes"), str(tmp_path), list)
     assert found.decode(found.encode("é")) == "é"
-    runs.write_run(str(tmp_path), configs.Config(), found)
-    again = runs.get_tokenizer(configs.TextData(tokenizer="bpe:300"), str(tmp_path), list)
+    directory.write_run(str(tmp_path), configs.Config(), found)
+    again = directory.get_tokenizer(configs.TextData(tokenizer="bpe:300"), str(tmp_path), list)
     assert again.fingerprint == found.fingerprint
 
 
@@ -196,8 +197,8 @@ def test_wandb_that_is_not_there_is_refused_at_once(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = configs.Config(train=configs.TrainConfig(wandb="project"))
     with pytest.raises(UserError, match=r"train.wandb=project needs .* nanoflax\[wandb\]"):
-        runs.check_wandb(config)
-    runs.check_wandb(configs.Config())
+        trainer.check_wandb(config)
+    trainer.check_wandb(configs.Config())
 
 
 def test_a_disk_without_room_is_one_line(tmp_path):
@@ -269,7 +270,7 @@ def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch, capsy
     config = configs.Config(train=configs.TrainConfig(steps=1))
     for index, files in ((1, set()), (0, {"metrics.jsonl", "tensorboard"})):
         monkeypatch.setattr(jax, "process_index", lambda: index)
-        with runs.displays(tmp_path, config, 0, 10.0) as (log, progress):
+        with trainer.displays(tmp_path, config, 0, 10.0) as (log, progress):
             progress.update(1, 5.0)  # all that train.fit does with them
             log.log(1, loss=5.0, tokens_per_second=progress.tokens_per_second or 0)
             with progress.pause():
@@ -413,7 +414,7 @@ def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):
 def test_a_config_that_cannot_be_read_is_named(text, words, tmp_path):
     path = tmp_path / "config.json"
     path.mkdir() if text is None else path.write_text(text)
-    check_workdir = lambda workdir: runs.check_workdir(workdir, configs.Config())  # noqa: E731
+    check_workdir = lambda workdir: directory.check_workdir(workdir, configs.Config())  # noqa: E731
     for read in (runs.read_run, check_workdir):
         with pytest.raises(UserError) as caught:
             read(tmp_path)
