@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from experiments.help import print_help
 from nanoflax import config as configs
 from nanoflax import parallel
+from nanoflax.config import fields
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -134,8 +135,8 @@ def _define_config(path, argv, data):
     """
     config = load_config(path)
     _define(flags.ArgumentParser(), "config", path, "Python file whose get_config() returns the configuration.")
-    for section, hint in configs.hints(configs.Config).items():
-        values, known = getattr(config, section), configs.kinds(hint)
+    for section, hint in fields.hints(configs.Config).items():
+        values, known = getattr(config, section), fields.kinds(hint)
         if section == "data" and data:
             values, known = configs.as_kind(data, values), {data.kind: data}
         if known:
@@ -151,7 +152,7 @@ def _define_config(path, argv, data):
             name = arg.lstrip("-").split("=")[0]
             if arg.startswith("-") and name.startswith(f"config.{section}.") and name not in FLAGS:
                 field = name.removeprefix(f"config.{section}.")
-                raise UserError(configs.no_such_field(field, type(values), configs.kinds(hint), f"config.{section}"))
+                raise UserError(fields.no_such_field(field, type(values), fields.kinds(hint), f"config.{section}"))
 
 
 def _define(parser, name, default, text):
@@ -162,20 +163,20 @@ def _define(parser, name, default, text):
 def leaves(config, prefix):
     """(dotted name, type, value, help) of every field of a nested dataclass."""
     for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), configs.hints(type(config))[field.name]
+        value, kind = getattr(config, field.name), fields.hints(type(config))[field.name]
         if dataclasses.is_dataclass(value):
             yield from leaves(value, f"{prefix}.{field.name}")
         else:
-            yield f"{prefix}.{field.name}", kind, value, configs.describe(field, kind)
+            yield f"{prefix}.{field.name}", kind, value, fields.describe(field, kind)
 
 
 def parsed_config():
     """The Config after all flags, validated."""
     sections = {}
-    for section, hint in configs.hints(configs.Config).items():
-        known = configs.kinds(hint)
+    for section, hint in fields.hints(configs.Config).items():
+        known = fields.kinds(hint)
         cls = known[FLAGS[f"config.{section}.kind"].value] if known else hint
-        sections[section] = cls(**{name: FLAGS[f"config.{section}.{name}"].value for name in configs.hints(cls)})
+        sections[section] = cls(**{name: FLAGS[f"config.{section}.{name}"].value for name in fields.hints(cls)})
     config = configs.Config(**sections)
     configs.validate(config)
     return config
@@ -190,9 +191,9 @@ class _Leaf(flags.ArgumentParser):
 
     def parse(self, text):
         try:
-            return configs.parse(self.kind, text) if isinstance(text, str) else text
+            return fields.parse(self.kind, text) if isinstance(text, str) else text
         except ValueError as error:
-            raise ValueError(f"it must be {configs.type_name(self.kind)}") from error
+            raise ValueError(f"it must be {fields.type_name(self.kind)}") from error
 
     def flag_type(self):
-        return configs.type_name(self.kind)
+        return fields.type_name(self.kind)

@@ -7,6 +7,7 @@ import textwrap
 from absl import flags
 
 from nanoflax import config as configs
+from nanoflax.config import fields
 
 FLAGS = flags.FLAGS
 
@@ -22,10 +23,10 @@ def print_help(full):
     number = sum(name.startswith("config.") for name in own)
     if number and full:
         lines += ["", "Fields of other kinds, as chosen by --config.peft.kind and --config.task.kind:"]
-        for section, hint in configs.hints(configs.Config).items():
-            for (name, text), kinds in configs.fields_of_kinds(hint).items():
+        for section, hint in fields.hints(configs.Config).items():
+            for (name, text), kinds in fields.fields_of_kinds(hint).items():
                 if f"config.{section}.{name}" not in own:
-                    lines += _entry(f"--config.{section}.{name}", f"{text} [{section}.kind={configs.either(kinds)}]")
+                    lines += _entry(f"--config.{section}.{name}", f"{text} [{section}.kind={fields.either(kinds)}]")
     elif number:
         lines += ["", f"--config.SECTION.FIELD=VALUE changes the configuration; --helpfull lists all {number} fields."]
     try:

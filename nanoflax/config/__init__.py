@@ -5,28 +5,14 @@ once, `to_dict` and `from_dict` carry it through JSON. The sections data, peft a
 dataclass of its own.
 """
 
-from nanoflax.config.data import AnyData, DataConfig, ExampleData, TextData
-from nanoflax.config.fields import (
-    as_kind,
-    describe,
-    diff,
-    either,
-    fields_of_kinds,
-    from_dict,
-    hints,
-    kinds,
-    no_such_field,
-    parse,
-    to_dict,
-    type_name,
-    validate,
-)
+from nanoflax.config import fields
+from nanoflax.config.data import DataConfig, ExampleData, TextData
+from nanoflax.config.fields import as_kind, diff, from_dict, to_dict, validate
 from nanoflax.config.model import LSTM_ATTENTIONS, LSTM_STARTS, POSITIONS, PRESETS, ModelConfig, preset
 from nanoflax.config.peft import (
     PEFT_KINDS,
     AdaLoRA,
     AnyPeft,
-    BottleneckAdapters,
     DoRA,
     FullFineTuning,
     Houlsby,
@@ -36,7 +22,6 @@ from nanoflax.config.peft import (
     Pfeiffer,
     PrefixTuning,
     PromptTuning,
-    VirtualTokens,
 )
 from nanoflax.config.run import MAX_SEED, METRICS, OPTIMIZERS, SCHEDULES, Config, OptimConfig, TrainConfig
 from nanoflax.config.task import (
@@ -58,11 +43,10 @@ from nanoflax.config.task import (
 )
 
 __all__ = [
-    "AdaLoRA", "AnyData", "AnyPeft", "AnyTask", "BottleneckAdapters", "Classify", "Config", "DataConfig",
-    "Denoise", "DoRA", "ExampleData", "ExampleTask", "FullFineTuning", "Houlsby", "Instruct", "LSTM_ATTENTIONS",
-    "LSTM_STARTS", "LabelTask", "LanguageModel", "LoRA", "LowRank", "MAX_SEED", "METRICS", "MaskedLM",
-    "ModelConfig", "OPTIMIZERS", "OptimConfig", "PEFT_KINDS", "POSITIONS", "PRESETS", "PeftConfig", "Pfeiffer",
-    "PrefixTuning", "Pretrain", "PromptTuning", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag", "TargetTask",
-    "TextData", "TrainConfig", "Translate", "VirtualTokens", "as_kind", "describe", "diff", "either",
-    "fields_of_kinds", "from_dict", "hints", "kinds", "no_such_field", "parse", "preset", "read_class_weights",
-    "to_dict", "type_name", "validate"]  # fmt: skip
+    "AdaLoRA", "AnyPeft", "AnyTask", "Classify", "Config", "DataConfig", "Denoise", "DoRA", "ExampleData",
+    "ExampleTask", "FullFineTuning", "Houlsby", "Instruct", "LSTM_ATTENTIONS", "LSTM_STARTS", "LabelTask",
+    "LanguageModel", "LoRA", "LowRank", "MAX_SEED", "METRICS", "MaskedLM", "ModelConfig", "OPTIMIZERS",
+    "OptimConfig", "PEFT_KINDS", "POSITIONS", "PRESETS", "PeftConfig", "Pfeiffer", "PrefixTuning", "Pretrain",
+    "PromptTuning", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag", "TargetTask", "TextData", "TrainConfig",
+    "Translate", "as_kind", "diff", "fields", "from_dict", "preset", "read_class_weights", "to_dict", "validate",
+]  # fmt: skip

@@ -33,9 +33,9 @@ def field(
     return found  # to type checkers the default, as dataclasses.field is
 
 
-def describe(of: dataclasses.Field, kind: Any) -> str:
+def describe(field: dataclasses.Field, kind: Any) -> str:
     """The help of a field in one line, with its choices or type, its unit and its range."""
-    m = of.metadata
+    m = field.metadata
     parts = [f"one of {', '.join(map(str, m['choices']))}" if m.get("choices") else type_name(kind)]
     parts += [f"{words} {m[name]}" for name, words in _LIMITS.items() if m.get(name) not in (None, "")]
     return f"{m.get('help', '')} ({', '.join(parts)})".strip()
@@ -52,13 +52,12 @@ def hints(cls: type) -> dict[str, Any]:
 
 def kinds(hint: Any) -> dict[str, type]:
     """{kind: class} of a dataclass that has a `kind`, or of a union of such classes; {} of other types."""
-    members: tuple[Any, ...] = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return {cls.kind: cls for cls in members if dataclasses.is_dataclass(cls) and hasattr(cls, "kind")}
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return {cls.kind: cls for cls in members if hasattr(cls, "kind")}
 
 
 def as_kind(cls: type, config: Any) -> Any:
-    """A configuration of class `cls` with the values of the fields that `config` has too; the others take their
-    defaults."""
+    """A configuration of class `cls`: fields that `config` has too keep its values, the others take their defaults."""
     return config if type(config) is cls else cls(**{name: v for name, v in vars(config).items() if name in hints(cls)})
 
 
@@ -216,7 +215,7 @@ def no_such_field(name: str, cls: type, known: dict[str, type], where: str) -> s
 
 
 def either(words: list[str]) -> str:
-    """ "a, b or c"."""
+    """Words as a choice, such as: a, b or c."""
     return " or ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])
 
 

@@ -174,7 +174,47 @@ class ModelConfig:
         return self.window > 0 and layer not in self.global_layers
 
     def problems(self) -> list[str]:
-        return _problems(self)
+        """What does not fit between fields, each in its range."""
+        m, found = self, []
+        if m.head not in m._facts.heads:
+            found.append(f"model.head={m.head!r} is not one of {', '.join(m._facts.heads)}")
+        if m.vocab_size < 0:
+            found.append(f"model.vocab_size={m.vocab_size} must be positive, or 0 for the tokenizer's")
+        if not 0 <= m.vocab_padding < max(m.vocab_size, 1):
+            found.append(
+                f"model.vocab_padding={m.vocab_padding} must be from 0 to below model.vocab_size={m.vocab_size}"
+            )
+        if m.head_dim is None and m.dim % m.heads:
+            found.append(f"model.heads={m.heads} does not divide model.dim={m.dim}; change one or set model.head_dim")
+        if m.heads % m.G:
+            found.append(f"model.kv_heads={m.G} does not divide model.heads={m.heads}")
+        if m.positions == "rotary" and (m.rotary_dim % 2 or m.rotary_dim < 2):
+            part = "" if m.rope_fraction == 1 else f" times model.rope_fraction={m.rope_fraction}"
+            found.append(f"model.head_dim={m.K}{part} must be even for rotary positions")
+        if m.positions.startswith("sinusoidal") and m.dim % 2:
+            found.append(f"model.dim={m.dim} must be even for sinusoidal positions")
+        if m.parallel and m.norm_place != "pre":
+            found.append(f"model.parallel needs model.norm_place='pre', not {m.norm_place!r}")
+        if m.rope_scaling == "llama3" and not m.rope_low < m.rope_high:
+            found.append(f"model.rope_low={m.rope_low} must be less than model.rope_high={m.rope_high}")
+        if m.bottleneck != "none" and not m.reads_source:
+            found.append(
+                f"model.bottleneck={m.bottleneck!r} is for model.architecture='encoder_decoder' "
+                f"or 'lstm', not {m.architecture!r}"
+            )
+        if not m.has_blocks and m.decoder_layers not in (None, m.layers):
+            found.append(
+                f"model.decoder_layers={m.decoder_layers} must equal model.layers={m.layers} "
+                "in an lstm: each layer starts where the encoder's ended"
+            )
+        if m.output_delay and m.head != "lm":
+            found.append(
+                f"model.output_delay={m.output_delay} needs model.head='lm', not {m.head!r}: "
+                "without an order of writing, no state is before another"
+            )
+        if m.vocab_size > 0 and m.start_id >= m.vocab_size - m.vocab_padding:
+            found.append(f"model.start_id={m.start_id} must be below model.vocab_size={m.vocab_size - m.vocab_padding}")
+        return found
 
 
 _GPT2 = ModelConfig(vocab_size=50257, context=1024, dropout=0.0)
@@ -222,45 +262,3 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
     return from_dict(ModelConfig, dataclasses.asdict(PRESETS[name]) | changes, where="preset")
-
-
-def _problems(m):
-    """What does not fit between fields, each in its range."""
-    found = []
-    if m.head not in m._facts.heads:
-        found.append(f"model.head={m.head!r} is not one of {', '.join(m._facts.heads)}")
-    if m.vocab_size < 0:
-        found.append(f"model.vocab_size={m.vocab_size} must be positive, or 0 for the tokenizer's")
-    if not 0 <= m.vocab_padding < max(m.vocab_size, 1):
-        found.append(f"model.vocab_padding={m.vocab_padding} must be from 0 to below model.vocab_size={m.vocab_size}")
-    if m.head_dim is None and m.dim % m.heads:
-        found.append(f"model.heads={m.heads} does not divide model.dim={m.dim}; change one or set model.head_dim")
-    if m.heads % m.G:
-        found.append(f"model.kv_heads={m.G} does not divide model.heads={m.heads}")
-    if m.positions == "rotary" and (m.rotary_dim % 2 or m.rotary_dim < 2):
-        part = "" if m.rope_fraction == 1 else f" times model.rope_fraction={m.rope_fraction}"
-        found.append(f"model.head_dim={m.K}{part} must be even for rotary positions")
-    if m.positions.startswith("sinusoidal") and m.dim % 2:
-        found.append(f"model.dim={m.dim} must be even for sinusoidal positions")
-    if m.parallel and m.norm_place != "pre":
-        found.append(f"model.parallel needs model.norm_place='pre', not {m.norm_place!r}")
-    if m.rope_scaling == "llama3" and not m.rope_low < m.rope_high:
-        found.append(f"model.rope_low={m.rope_low} must be less than model.rope_high={m.rope_high}")
-    if m.bottleneck != "none" and not m.reads_source:
-        found.append(
-            f"model.bottleneck={m.bottleneck!r} is for model.architecture='encoder_decoder' "
-            f"or 'lstm', not {m.architecture!r}"
-        )
-    if not m.has_blocks and m.decoder_layers not in (None, m.layers):
-        found.append(
-            f"model.decoder_layers={m.decoder_layers} must equal model.layers={m.layers} "
-            "in an lstm: each layer starts where the encoder's ended"
-        )
-    if m.output_delay and m.head != "lm":
-        found.append(
-            f"model.output_delay={m.output_delay} needs model.head='lm', not {m.head!r}: "
-            "without an order of writing, no state is before another"
-        )
-    if m.vocab_size > 0 and m.start_id >= m.vocab_size - m.vocab_padding:
-        found.append(f"model.start_id={m.start_id} must be below model.vocab_size={m.vocab_size - m.vocab_padding}")
-    return found

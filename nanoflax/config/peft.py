@@ -85,45 +85,35 @@ class AdaLoRA(LowRank):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BottleneckAdapters(PeftConfig):
-    """Small MLPs after sublayers."""
+class Houlsby(PeftConfig):
+    """Small MLPs after attention and MLP (Houlsby et al. 2019)."""
 
+    kind: ClassVar[str] = "houlsby"
     bottleneck: int = field(64, "Hidden size of an adapter.", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Houlsby(BottleneckAdapters):
-    """Adapters after attention and MLP (Houlsby et al. 2019)."""
-
-    kind: ClassVar[str] = "houlsby"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pfeiffer(BottleneckAdapters):
-    """Adapters after the MLP (Pfeiffer et al. 2020)."""
+class Pfeiffer(PeftConfig):
+    """Small MLPs after the MLP (Pfeiffer et al. 2020)."""
 
     kind: ClassVar[str] = "pfeiffer"
+    bottleneck: int = field(64, "Hidden size of an adapter.", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VirtualTokens(PeftConfig):
-    """Trained vectors that stand for tokens before the text."""
+class PromptTuning(PeftConfig):
+    """Trained embeddings before the text (Lester et al. 2021)."""
 
+    kind: ClassVar[str] = "prompt"
     virtual_tokens: int = field(20, "Virtual tokens before the text.", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptTuning(VirtualTokens):
-    """Trained embeddings before the first layer (Lester et al. 2021)."""
-
-    kind: ClassVar[str] = "prompt"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefixTuning(VirtualTokens):
-    """Trained keys and values in every attention (Li and Liang 2021)."""
+class PrefixTuning(PeftConfig):
+    """Trained keys and values before those of the text, in every attention (Li and Liang 2021)."""
 
     kind: ClassVar[str] = "prefix"
+    virtual_tokens: int = field(20, "Virtual tokens before the text.", at_least=1)
 
 
 AnyPeft = FullFineTuning | LoRA | DoRA | AdaLoRA | Houlsby | Pfeiffer | PromptTuning | PrefixTuning

@@ -9,21 +9,10 @@ from nanoflax.config.model import ModelConfig
 from nanoflax.config.peft import AdaLoRA, AnyPeft, FullFineTuning
 from nanoflax.config.task import AnyTask, LabelTask, Pretrain
 
-# What an evaluation may measure, and whether more of it is better.
-METRICS = {
-    "validation_loss": False,
-    "perplexity": False,
-    "bits_per_byte": False,
-    "accuracy": True,
-    "masked_accuracy": True,
-    "token_accuracy": True,
-    "macro_f1": True,
-    "f1": True,
-    "exact_match": True,
-    "bleu": True,
-    "chrf": True,
-    "rouge_l": True,
-}
+# Metrics of evaluations, and whether a larger value is better.
+METRICS = dict.fromkeys(("validation_loss", "perplexity", "bits_per_byte"), False) | dict.fromkeys(
+    ("accuracy", "masked_accuracy", "token_accuracy", "macro_f1", "f1", "exact_match", "bleu", "chrf", "rouge_l"), True
+)
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 REMATS = ("none", "dots", "offload", "blocks")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nanoflax.config import BottleneckAdapters, FullFineTuning, LowRank, PrefixTuning, PromptTuning, validate
+from nanoflax.config import FullFineTuning, Houlsby, LowRank, Pfeiffer, PrefixTuning, PromptTuning, validate
 from nanoflax.errors import UserError
 from nanoflax.nn import column_lengths, low_rank
 
@@ -63,7 +63,7 @@ def _places(flat, c):
         elif isinstance(c, PrefixTuning) and part == "attention/key":
             start = path.removesuffix("key") + "prefix_"
             places[start] = partial(_prefix, (c.virtual_tokens, kernel.shape[1]))
-        elif isinstance(c, BottleneckAdapters) and (name := _SUBLAYERS[c.kind].get(part)):
+        elif isinstance(c, (Houlsby, Pfeiffer)) and (name := _SUBLAYERS[c.kind].get(part)):
             start = path.removesuffix(part) + f"adapter_{name}/"
             places[start] = partial(_bottleneck, kernel.shape[1], c.bottleneck)
     if isinstance(c, PromptTuning):

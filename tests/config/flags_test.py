@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from nanoflax import config as cfg
+from nanoflax.config import fields
 from tests import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -65,9 +66,9 @@ def test_help_is_short(program):
 def test_full_help_has_every_field_of_every_kind_and_survives_a_closed_pipe():
     done = run("-m", "experiments.finetune", "--helpfull", "--config.peft.kind=lora")
     assert done.returncode == 0, done.stderr
-    for section, hint in cfg.hints(cfg.Config).items():
-        for cls in cfg.kinds(hint).values() or [hint]:
-            for name in cfg.hints(cls):
+    for section, hint in fields.hints(cfg.Config).items():
+        for cls in fields.kinds(hint).values() or [hint]:
+            for name in fields.hints(cls):
                 assert f"  --config.{section}.{name}" in done.stdout
     assert "--config.peft.rank=8" in done.stdout and "--config.task.length=128" in done.stdout
     closed = subprocess.run(
