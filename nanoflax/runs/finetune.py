@@ -260,6 +260,7 @@ class Finetuning:
     def __init__(self, config: Config, workdir: str):
         self.workdir, self.task = workdir, tasks.TASKS[config.task.kind]
         self.mesh = parallel.make_mesh(config.train.mesh)
+        assert isinstance(config.data, configs.ExampleData)  # see `with_arguments`
         self.examples = tasks.load(tasks.examples_of(config.data), self.task.examples)
         if config.train.label_smoothing and self.examples.multi_label:
             raise UserError(

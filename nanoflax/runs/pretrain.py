@@ -16,7 +16,7 @@ from nanoflax.runs import checkpoint
 from nanoflax.runs.directory import check_workdir, exclusive, get_tokenizer, with_vocabulary
 from nanoflax.runs.opening import ModelSource, initial_parameters, open_source
 from nanoflax.runs.run import Run
-from nanoflax.runs.trainer import Ended, Job, TrainingData, check_metric, check_wandb, run_job, setup_jax
+from nanoflax.runs.trainer import Job, Result, TrainingData, check_metric, check_wandb, run_job, setup_jax
 
 
 def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False) -> Run:
@@ -68,6 +68,7 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
     saved, weights = look_into(workdir, config, restart)
     mesh = parallel.make_mesh(config.train.mesh)
     parallel.check_mesh(dataclasses.replace(config, model=parallel.pad_vocabulary(config.model, mesh)), mesh)
+    assert isinstance(config.data, TextData)  # see `check`
     text = data.source_of(config.data)
     data.source_version(text)  # raises for files that are missing
     if source and not weights:
@@ -191,7 +192,7 @@ def continue_prompt(config: Config, model: Any, params: Any, tokenizer: Any, pro
     return config.train.sample_prompt + tokenizer.decode(new)
 
 
-def summarise(workdir: str, config: Config, ended: Ended) -> None:
+def summarise(workdir: str, config: Config, ended: Result) -> None:
     """Draw the loss curve and print how the run ended."""
     plot = report.plot_losses(workdir, config.train.batch_size * config.model.context)
     if ended.signal:

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,8 +55,8 @@ class Job:
     write_extra: Callable[[], None] = lambda: None  # writes further files of a new run
 
 
-class Ended(NamedTuple):
-    """How `run_job` ended."""
+class Result(NamedTuple):
+    """How a job ended."""
 
     reason: str  # "finished", "early stop" or the name of a signal
     step: int
@@ -65,139 +66,163 @@ class Ended(NamedTuple):
     frozen: Params  # the parameters that are not trained, a tree per block
 
 
-def run_job(job: Job, workdir: str) -> Ended:
+def run_job(job: Job, workdir: str) -> Result:
     """Train in workdir, whose lock the caller holds; the same job again resumes.
 
     Raises: UserError for what does not fit (memory, data, a saved state), before training.
     """
-    shapes, frozen_shapes = state_shapes(job)
-    parallel.check_memory((shapes, frozen_shapes), job.mesh)
-    directory = os.path.join(workdir, "checkpoints")
-    resuming = not job.replaces and bool(parallel.run_on_main_process(lambda: checkpoint.list_steps(directory)))
-    programs = Programs(job, shapes, resuming)
-    trained, frozen = load_parameters(job, resuming, bool(frozen_shapes))
-    data = job.read_data()
-    parallel.check_processes_agree("their data", data.identity)
-    identity = data.identity | {"config": configs.to_dict(job.config)}
-    describe(job, shapes, frozen_shapes, programs.attention)
-    if job.replaces:
-        parallel.gather_from_processes("restored")
-        print(f"the run before is kept in {parallel.run_on_main_process(lambda: archive_run(workdir))}")
-    with Checkpoints(directory, job.config.train.keep) as saves:
-        if saves.latest() is None:
-            state, tracking = programs.initial_state(trained), train.Tracking()
-            if parallel.is_main_process():
-                job.write_extra()
-                write_run(workdir, job.config, job.tokenizer)
-            if job.replaces:  # at once: the archive alone holds these weights
-                saves.save(0, state._asdict(), identity | {"step": 0, "position": 0, "tracking": tracking._asdict()})
-        else:
-            state, tracking = restore(saves, shapes, identity)
-        del trained  # the state has them
-        step = int(state.step)
-        if text := finished_before(job.config, step, tracking):
-            print(text)
-            reason = "finished" if step >= job.config.train.steps else "early stop"
-            return Ended(reason, step, 0, False, tracking.best_step, parallel.unstack(frozen))
-        tracking, outcome = fit(job, data, programs, state, frozen, tracking, saves, identity, workdir)
-    return Ended(outcome.reason, outcome.step, outcome.signal, True, tracking.best_step, parallel.unstack(frozen))
+    return Trainer(job, workdir).run()
 
 
-def state_shapes(job: Job) -> tuple[train.TrainState, Params]:
-    """(the training state, the parameters that are not trained), as shapes with shardings."""
-    placed = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        job.shapes,
-        parallel.shardings(job.shapes, job.mesh),
-    )
-    trained, frozen = split(job, placed)
-    return train.abstract_state(job.model, optimizer_of(job.config)[0], job.config, job.mesh, trained), frozen
+class Trainer:
+    """One job in one directory. `__init__` checks from shapes alone; `run` allocates and trains."""
 
-
-def split(job: Job, params: Params) -> tuple[Params, Params]:
-    """(the trained parameters, a tree per block; the others, stacked if train.scan_layers)."""
-    if job.trained is None:
-        return params, {}
-    trained, frozen = peft.split(params, job.trained)
-    return trained, parallel.stack(frozen) if job.config.train.scan_layers else frozen
-
-
-def optimizer_of(config: Config) -> tuple[Any, Callable]:
-    """(optax transformation, schedule of the learning rate)."""
-    optimizer, schedule = train.make_optimizer(config.optim, config.train.steps)
-    if isinstance(config.peft, configs.AdaLoRA):
-        optimizer = peft.adalora_optimizer(optimizer, config.peft, config.train.steps)
-    return optimizer, schedule
-
-
-class Programs:
-    """The compiled functions of a job. What can be compiled from shapes is compiled in the background."""
-
-    def __init__(self, job: Job, shapes: train.TrainState, resuming: bool):
-        self._job, optimizer = job, optimizer_of(job.config)[0]
+    def __init__(self, job: Job, workdir: str):
+        self.job, self.workdir = job, workdir
+        self.checkpoints = os.path.join(workdir, "checkpoints")
+        self.optimizer, self.schedule = train.make_optimizer(job.config.optim, job.config.train.steps)
+        if isinstance(job.config.peft, configs.AdaLoRA):
+            self.optimizer = peft.adalora_optimizer(self.optimizer, job.config.peft, job.config.train.steps)
+        self.shapes, self.frozen_shapes = self._state_shapes()
+        parallel.check_memory((self.shapes, self.frozen_shapes), job.mesh)
         self.attention = train.attention_backends(job.model, job.shapes, job.batch, job.mesh, job.objective)
-        step = train.make_train_step(job.model, optimizer, job.config, job.objective)
-        self._step = train.jit_step(step, shapes, job.mesh)
+        saved = parallel.run_on_main_process(lambda: checkpoint.list_steps(self.checkpoints))
+        self.resuming = bool(saved) and not job.replaces
+        self._compile()
+
+    def run(self) -> Result:
+        job = self.job
+        trained, frozen = self._load_parameters()
+        data = job.read_data()
+        parallel.check_processes_agree("their data", data.identity)
+        self.identity = data.identity | {"config": configs.to_dict(job.config)}
+        self._describe()
+        if job.replaces:
+            parallel.gather_from_processes("restored")
+            print(f"the run before is kept in {parallel.run_on_main_process(lambda: archive_run(self.workdir))}")
+        with Checkpoints(self.checkpoints, job.config.train.keep) as saves:
+            state, tracking = self._restore(saves) if self.resuming else self._begin(saves, trained)
+            del trained  # the state has them
+            step = int(state.step)
+            if text := finished_before(job.config, step, tracking):
+                print(text)
+                reason = "finished" if step >= job.config.train.steps else "early stop"
+                return Result(reason, step, 0, False, tracking.best_step, parallel.unstack(frozen))
+            tracking, outcome = self._fit(data, state, frozen, tracking, saves)
+        return Result(outcome.reason, outcome.step, outcome.signal, True, tracking.best_step, parallel.unstack(frozen))
+
+    def _state_shapes(self) -> tuple[train.TrainState, Params]:
+        """(the training state, the parameters that are not trained), as shapes with shardings."""
+        job = self.job
+        placed = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            job.shapes,
+            parallel.shardings(job.shapes, job.mesh),
+        )
+        trained, frozen = self._split(placed)
+        return train.abstract_state(job.model, self.optimizer, job.config, job.mesh, trained), frozen
+
+    def _split(self, params: Params) -> tuple[Params, Params]:
+        """(the trained parameters, a tree per block; the others, stacked if train.scan_layers)."""
+        if self.job.trained is None:
+            return params, {}
+        trained, frozen = peft.split(params, self.job.trained)
+        return trained, parallel.stack(frozen) if self.job.config.train.scan_layers else frozen
+
+    def _compile(self) -> None:
+        """Compile in the background what the shapes decide: the step of a fixed batch, and drawn parameters."""
+        job, arguments = self.job, (self.job.model, self.optimizer, self.job.config)
+        step = train.make_train_step(*arguments, job.objective)
+        self._step = train.jit_step(step, self.shapes, job.mesh)
         self._compiled_step = self._compiled_init = None
         threads = concurrent.futures.ThreadPoolExecutor(2)
-        if job.fixed_batch:
-            self._compiled_step = threads.submit(train.compile_step, step, shapes, job.batch, job.mesh)
-        if job.load is None and not resuming:
-            self._compiled_init = threads.submit(train.compile_init, job.model, optimizer, job.config, job.mesh)
+        if job.fixed_batch and job.trained is None:
+            self._compiled_step = threads.submit(train.compile_step, step, self.shapes, job.batch, job.mesh)
+        if job.load is None and not self.resuming:
+            self._compiled_init = threads.submit(train.compile_init, *arguments, job.mesh)
         threads.shutdown(wait=False)  # an error in the data ends the run without waiting for the compiler
 
-    def initial_state(self, params: Params | None) -> train.TrainState:
-        """The state of step 0. params: a tree per block, donated; None draws them."""
+    def _load_parameters(self) -> tuple[Params | None, Params]:
+        """(initial trained parameters, or None if they are drawn or restored; those that are not trained).
+
+        On a resume the trained ones are freed before the state is restored: memory never holds both.
+        """
+        if self.job.load is None or self.resuming and not self.frozen_shapes:
+            return None, {}
+        trained, frozen = self._split(self.job.load())
+        return None if self.resuming else trained, frozen
+
+    def _describe(self) -> None:
+        """Print the parameters and what a step costs."""
+        job = self.job
+        print(report.parameter_table(job.shapes))
+        if job.trained is not None:
+            size, rest = (sum(x.size for x in jax.tree.leaves(t)) for t in (self.shapes.params, self.frozen_shapes))
+            print(f"{size:,} of {size + rest:,} parameters are trained ({size / (size + rest):.2%})")
+        if job.flops_per_token:
+            print(
+                f"{report.format_count(job.flops_per_token)} FLOPs per trained token (6 per weight of a product, and "
+                f"attention); mesh {dict(job.mesh.shape)} of {job.mesh.devices.flat[0].device_kind}; attention "
+                f"{self.attention}"
+            )
+        elif self.attention:
+            print(f"attention {self.attention}")
+
+    def _begin(self, saves: Checkpoints, trained: Params | None) -> tuple[train.TrainState, train.Tracking]:
+        """The state of step 0, and the files of a new run. trained: donated; None draws them."""
+        job, tracking = self.job, train.Tracking()
         if self._compiled_init:
-            return self._compiled_init.result()()
-        optimizer = optimizer_of(self._job.config)[0]
-        return train.init_state(self._job.model, optimizer, self._job.config, self._job.mesh, params)
+            state = self._compiled_init.result()()
+        else:
+            state = train.init_state(job.model, self.optimizer, job.config, job.mesh, trained)
+        if parallel.is_main_process():
+            job.write_extra()
+            write_run(self.workdir, job.config, job.tokenizer)
+        if job.replaces:  # at once: until then the archive alone holds these weights
+            meta = {"step": 0, "position": 0, "tracking": tracking._asdict()}
+            saves.save(0, state._asdict(), self.identity | meta)
+        return state, tracking
 
-    def step(self, frozen: Params) -> Callable:
-        """The function (state, batch) -> (state, metrics)."""
-        if self._compiled_step:
-            return self._compiled_step.result()
-        return lambda state, batch: self._step(state, batch, frozen)
+    def _restore(self, saves: Checkpoints) -> tuple[train.TrainState, train.Tracking]:
+        """The newest sound checkpoint. Raises: UserError if it was trained on other data."""
+        state, meta = saves.restore(self.shapes._asdict())
+        check_same_data({**self.identity, **meta}, self.identity)
+        tracking = train.Tracking.read(meta["tracking"], meta["step"], saves.metric(meta["step"]))
+        print(f"resuming at step {meta['step']}")
+        return train.TrainState(**state), tracking
 
-
-def load_parameters(job: Job, resuming: bool, has_frozen: bool) -> tuple[Params | None, Params]:
-    """(initial trained parameters, or None if they are drawn or restored; those that are not trained).
-
-    On a resume the trained ones are freed before the state is restored, so that both are never there at once.
-    """
-    if job.load is None or resuming and not has_frozen:
-        return None, {}
-    trained, frozen = split(job, job.load())
-    return None if resuming else trained, frozen
-
-
-def describe(job: Job, shapes: train.TrainState, frozen: Params, attention: str) -> None:
-    """Print the parameters and what a step costs."""
-    print(report.parameter_table(job.shapes))
-    if job.trained is not None:
-        size, rest = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (shapes.params, frozen))
-        print(f"{size:,} of {size + rest:,} parameters are trained ({size / (size + rest):.2%})")
-    mesh = f"mesh {dict(job.mesh.shape)} of {job.mesh.devices.flat[0].device_kind}"
-    if job.flops_per_token:
-        flops = report.format_count(job.flops_per_token)
-        print(
-            f"{flops} FLOPs per trained token (6 per weight of a product, and attention); {mesh}; attention {attention}"
-        )
-    elif attention:
-        print(f"attention {attention}")
-
-
-def restore(saves: Checkpoints, shapes: train.TrainState, identity: dict) -> tuple[train.TrainState, train.Tracking]:
-    """The newest sound checkpoint. Raises: UserError if it was trained on other data."""
-    state, meta = saves.restore(shapes._asdict())
-    check_same_data({**identity, **meta}, identity)
-    tracking = train.Tracking.read(meta["tracking"], meta["step"], saves.metric(meta["step"]))
-    print(f"resuming at step {meta['step']}")
-    return train.TrainState(**state), tracking
+    def _fit(
+        self, data: TrainingData, state: train.TrainState, frozen: Params, tracking: train.Tracking, saves: Checkpoints
+    ) -> tuple[train.Tracking, Any]:
+        """Run `train.fit`; a model from a source is evaluated before the first step. Returns (Tracking, Outcome)."""
+        job, start, flops = self.job, int(state.step), self.job.flops_per_token
+        step = self._compiled_step.result() if self._compiled_step else partial(self._step, frozen=frozen)
+        evaluate = lambda params, at: data.evaluate(peft.join(params, frozen) if frozen else params, at)
+        peak = peak_flops(job.mesh) if flops else None  # now that nothing is compiled beside it
+        shown = displays(self.workdir, job.config, start, data.tokens_per_step, flops, peak)
+        with shown as (log, progress):
+            if start == 0 and job.config.model.init_from:
+                metrics, text = evaluate(state.params, 0)
+                log.log(0, **metrics)
+                progress.write(text)
+            return train.fit(
+                state,
+                step,
+                data.batches,
+                job.config,
+                job.mesh,
+                evaluate=evaluate,
+                checkpoints=saves,
+                log=log,
+                progress=progress,
+                meta=self.identity,
+                tracking=tracking,
+                schedule=self.schedule,
+            )[1:]
 
 
 def finished_before(config: Config, step: int, tracking: train.Tracking) -> str:
-    """What to say of a run that has nothing left to do; empty if it has."""
+    """What to print of a run that has nothing left to do; empty if it has."""
     if tracking.owed:
         return ""
     if step >= config.train.steps:
@@ -205,43 +230,6 @@ def finished_before(config: Config, step: int, tracking: train.Tracking) -> str:
     if 0 < config.train.patience <= tracking.waited:
         return f"the run stopped early at step {step}; a larger train.patience continues it"
     return ""
-
-
-def fit(
-    job: Job,
-    data: TrainingData,
-    programs: Programs,
-    state: train.TrainState,
-    frozen: Params,
-    tracking: train.Tracking,
-    saves: Checkpoints,
-    identity: dict[str, Any],
-    workdir: str,
-) -> tuple[train.Tracking, Any]:
-    """Run `train.fit`; a model from a source is evaluated before the first step. Returns (Tracking, Outcome)."""
-    step, start = programs.step(frozen), int(state.step)
-    evaluate = lambda params, at: data.evaluate(peft.join(params, frozen) if frozen else params, at)
-    peak = peak_flops(job.mesh) if job.flops_per_token else None
-    shown = displays(workdir, job.config, start, data.tokens_per_step, job.flops_per_token, peak)
-    with shown as (log, progress):
-        if start == 0 and job.config.model.init_from:
-            metrics, text = evaluate(state.params, 0)
-            log.log(0, **metrics)
-            progress.write(text)
-        return train.fit(
-            state,
-            step,
-            data.batches,
-            job.config,
-            job.mesh,
-            evaluate=evaluate,
-            checkpoints=saves,
-            log=log,
-            progress=progress,
-            meta=identity,
-            tracking=tracking,
-            schedule=optimizer_of(job.config)[1],
-        )[1:]
 
 
 def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
