@@ -106,7 +106,7 @@ def test_hypotheses_and_scores_equal_transformers(family, seed, eos, tmp_path):
     lengths, seen = set(), set()
     for early_stopping, penalty in itertools.product((True, False, "never"), (0.6, 1.0, 2.0)):
         found = generate.beam_search(model, params, prompts, 4, N, penalty, eos, early_stopping, n_best=4)
-        for prompt, pairs in zip(prompts, found):
+        for prompt, pairs in zip(prompts, found, strict=True):
             tokens, scores = expected(prompt, penalty, early_stopping)
             message = f"{early_stopping} {penalty} {prompt}"
             assert [p[0] for p in pairs] == tokens, message
@@ -139,14 +139,14 @@ def test_a_beam_as_wide_as_the_space_finds_every_sequence_in_order(architecture,
         logp = np.asarray(jax.nn.log_softmax(logits[..., :V]))
         logp = np.take_along_axis(logp, every[..., None], -1)[..., 0]
         sums = {}
-        for row, each in zip(every.tolist(), logp):
+        for row, each in zip(every.tolist(), logp, strict=True):
             n = row.index(eos) + 1 if eos in row else N
             sums[tuple(row[:n])] = (each[:n].sum(), n)
         expected.append(sums)
     assert len(expected[0]) == (31 if eos else 81)
     for penalty in (0.6, 1.0, 2.0, 0.0, -1.0):
         found = generate.beam_search(model, params, prompts, W, N, penalty, eos, n_best=W, vocab_size=V)
-        for sums, pairs in zip(expected, found):
+        for sums, pairs in zip(expected, found, strict=True):
             scores = {row: total / n**penalty for row, (total, n) in sums.items()}
             want = sorted(scores, key=lambda row: -scores[row])
             np.testing.assert_allclose([p[1] for p in pairs], [scores[row] for row in want], rtol=1e-4, atol=1e-5)
@@ -181,7 +181,7 @@ def test_a_ragged_batch_equals_prompts_one_by_one(architecture, early_stopping):
     met = [token for row in free for token in row[1:9]]
     options = dict(beams=3, max_new_tokens=14, eos_id=max(met, key=met.count), n_best=3, early_stopping=early_stopping)
     together = generate.beam_search(model, params, prompts, **options)
-    for prompt, pairs in zip(prompts, together):
+    for prompt, pairs in zip(prompts, together, strict=True):
         (alone,) = generate.beam_search(model, params, [prompt], **options)
         assert [tokens for tokens, _ in pairs] == [tokens for tokens, _ in alone]
         np.testing.assert_allclose([s for _, s in pairs], [s for _, s in alone], rtol=1e-4)

@@ -60,7 +60,7 @@ def transformers_filtered(logits, seen, temperature=None, top_k=None, top_p=None
 
 
 COMBINATIONS = [
-    dict(zip(("temperature", "top_k", "top_p", "min_p", "repetition_penalty"), values))
+    dict(zip(("temperature", "top_k", "top_p", "min_p", "repetition_penalty"), values, strict=True))
     for values in itertools.product((1.0, 0.6), (None, 1, 5, 99), (None, 0.3, 0.9), (None, 0.2), (None, 1.7))
 ]
 
@@ -141,7 +141,7 @@ def test_greedy_takes_the_largest_logit_of_the_full_pass():
     model, params = make()
     prompts = ragged(2, 7)
     forward = jax.jit(lambda tokens: model.apply({"params": params}, tokens)[0])
-    for prompt, new in zip(prompts, generate.sample(model, params, prompts, 12, temperature=0)):
+    for prompt, new in zip(prompts, generate.sample(model, params, prompts, 12, temperature=0), strict=True):
         whole = prompt + new
         padded = np.zeros((1, 24), np.int32)  # causal: what follows changes nothing
         padded[0, : len(whole)] = whole
@@ -250,7 +250,7 @@ def test_stream_equals_sample(options, with_end):
     options = options | dict(max_new_tokens=21, rng=jax.random.PRNGKey(4), eos_id=end)
     chunks = list(generate.stream(model, params, prompts, chunk=4, **options))
     assert all(len(row) <= 4 for chunk in chunks for row in chunk)
-    joined = [sum(rows, []) for rows in zip(*chunks)]
+    joined = [sum(rows, []) for rows in zip(*chunks, strict=True)]
     assert joined == generate.sample(model, params, prompts, **options)
 
 
@@ -272,7 +272,9 @@ def test_repetition_penalty_counts_the_prompt_and_what_was_drawn():
     # So strong that no token comes twice, whatever the padding of the prompt holds.
     model, params = make()
     prompts = ragged(5, 9)
-    for prompt, row in zip(prompts, generate.sample(model, params, prompts, 15, temperature=0, repetition_penalty=1e6)):
+    for prompt, row in zip(
+        prompts, generate.sample(model, params, prompts, 15, temperature=0, repetition_penalty=1e6), strict=True
+    ):
         assert len(set(row)) == len(row) and not set(row) & set(prompt)
     # Padding (id 0) is not part of a prompt: a penalty of its own making would forbid it.
     tokens, lengths = sampling.pad_left([[5, 6]])

@@ -28,7 +28,7 @@ def test_totals_equal_transformers(tmp_path):
     config, params = hf.load(str(tmp_path))
     prompts, new = ragged(3, 30, 1, 7, vocab=61), ragged(5, 2, 9, 34, vocab=61)
     expected = []
-    for prompt, row in zip(prompts, new):
+    for prompt, row in zip(prompts, new, strict=True):
         with torch.no_grad():
             logp = theirs(torch.tensor([prompt + row])).logits.log_softmax(-1)[0]
         expected.append(sum(logp[len(prompt) - 1 + i, t].item() for i, t in enumerate(row)))
@@ -54,7 +54,9 @@ def test_neither_neighbours_nor_padding_matter(architecture):
     model, params = make(architecture)
     prompts, new = ragged(3, 20, 1, 7, 16), ragged(5, 2, 9, 4, 1)
     together = generate.log_likelihoods(model, params, prompts, new)
-    alone = [generate.log_likelihoods(model, params, [p], [n], batch_size=1)[0] for p, n in zip(prompts, new)]
+    alone = [
+        generate.log_likelihoods(model, params, [p], [n], batch_size=1)[0] for p, n in zip(prompts, new, strict=True)
+    ]
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)
 
 

@@ -334,7 +334,7 @@ def batch(kind, case, pad):
     rng = np.random.default_rng(1)
     ids, mask = rng.integers(4, 60, (len(LENGTHS), T)), np.zeros((len(LENGTHS), T), bool)
     right_only = "classify" in case or case.startswith(("bart", "marian", "distilbert"))
-    for row, (length, left) in enumerate(zip(LENGTHS, LEFT)):
+    for row, (length, left) in enumerate(zip(LENGTHS, LEFT, strict=True)):
         mask[row, T - length :] = True
         if right_only or not left:
             mask[row] = mask[row, ::-1]

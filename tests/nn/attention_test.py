@@ -32,7 +32,7 @@ def test_attention_equals_torch(H, G, mask_heads):
     expected.backward(torch.tensor(out_gradient))
     found, pull = jax.vjp(lambda *x: dot_product_attention(*x, mask), q, k, v)
     np.testing.assert_allclose(found, expected.detach(), atol=1e-5)
-    for ours, theirs in zip(pull(out_gradient), (tq, tk, tv)):
+    for ours, theirs in zip(pull(out_gradient), (tq, tk, tv), strict=True):
         np.testing.assert_allclose(ours, theirs.grad.transpose(1, 2), atol=1e-5)
 
 

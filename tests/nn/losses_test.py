@@ -146,7 +146,7 @@ def test_logits_of_a_large_vocabulary_are_never_whole(whole):
 @settings(max_examples=50, deadline=None)
 @given(hnp.arrays(np.int32, (2, 7), elements=st.integers(0, 9)), hnp.arrays(np.int32, (2,), elements=st.integers(0, 9)))
 def test_shift_right_puts_each_target_one_place_later(targets, first):
-    expected = [[f, *row[:-1]] for f, row in zip(first, targets)]
+    expected = [[f, *row[:-1]] for f, row in zip(first, targets, strict=True)]
     np.testing.assert_array_equal(nn.shift_right(jnp.asarray(targets), jnp.asarray(first)), expected)
     np.testing.assert_array_equal(nn.shift_right(jnp.asarray(targets), 3)[:, 0], [3, 3])
 

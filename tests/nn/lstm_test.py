@@ -66,7 +66,7 @@ def test_the_encoder_equals_torch_on_packed_sequences(side):
     states = np.where(mask[..., None], x, 9.0)
     if side == "left":
         mask = mask[:, ::-1]
-        states = np.stack([np.roll(row, 7 - n, axis=0) for row, n in zip(states, lengths)])
+        states = np.stack([np.roll(row, 7 - n, axis=0) for row, n in zip(states, lengths, strict=True)])
     for layer in range(2):
         params = {}
         for name, suffix in (("forward", ""), ("backward", "_reverse")):
@@ -98,7 +98,7 @@ def test_attention_equals_its_formulas():
                     else sum(vector[d] * np.tanh(query[b, d] + keys[b, s, d]) for d in range(D))
                 )
                 weights.append(np.exp(e) if mask[b, s] else 0)
-            expected = sum(w * v for w, v in zip(weights, values[b])) / sum(weights)
+            expected = sum(w * v for w, v in zip(weights, values[b], strict=True)) / sum(weights)
             np.testing.assert_allclose(found[b], expected, atol=1e-6)
 
 
@@ -168,7 +168,7 @@ def test_cached_decoding_equals_teacher_forcing(kind):
 def test_padding_on_either_side_changes_nothing(kind):
     model, params = make(**kind)
     rows, targets = [tokens_of(i, n) for i, n in enumerate((6, 3, 1))], tokens_of(5, 3, 5)
-    alone = np.concatenate([logits_of(model, params, t[None], row[None]) for row, t in zip(rows, targets)])
+    alone = np.concatenate([logits_of(model, params, t[None], row[None]) for row, t in zip(rows, targets, strict=True)])
     for side in ("left", "right"):
         found = logits_of(model, params, targets, *padded(rows, 9, side))
         np.testing.assert_allclose(found, alone, atol=1e-5)
@@ -276,11 +276,11 @@ def test_it_learns_to_reverse(kind):
         return params, losses
 
     batches = [batch(32)[1] for _ in range(STEPS)]
-    params, losses = train(init(model, jax.random.PRNGKey(0)), [np.stack(x) for x in zip(*batches)])
+    params, losses = train(init(model, jax.random.PRNGKey(0)), [np.stack(x) for x in zip(*batches, strict=True)])
     assert losses[-10:].mean() < 0.02 * losses[0]
     rows, _ = batch(50)
     found = generate.sample(model, params, [row.tolist() for row in rows], 5, temperature=0, eos_id=1)
-    right = sum(new == row[::-1].tolist() for new, row in zip(found, rows))
+    right = sum(new == row[::-1].tolist() for new, row in zip(found, rows, strict=True))
     assert right >= 47
 
 

@@ -249,7 +249,7 @@ def test_caches_and_searches_see_the_vector_too(fields, kind):
         logits, cache = decode(params, piece, cache)
         parts.append(logits)
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-5, rtol=1e-5)
-    prompts = [row[m].tolist() for row, m in zip(source, mask)]
+    prompts = [row[m].tolist() for row, m in zip(source, mask, strict=True)]
     greedy = generate.sample(model, params, prompts, 6, temperature=0)
     assert generate.beam_search(model, params, prompts, 1, 6) == greedy
     assert all(len(row) == 6 for row in generate.beam_search(model, params, prompts, 3, 6))
@@ -274,7 +274,7 @@ def test_the_vector_is_of_the_real_tokens(fields):
             expected = {"mean": states.mean(0), "first": states[0]}
             expected_params = params
         elif "lstm" != fields["architecture"] or fields.get("lstm_start") == "zeros":
-            for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params)):
+            for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params), strict=True):
                 np.testing.assert_array_equal(ours, theirs)
             np.testing.assert_allclose(found[kind][1], expected[kind], atol=1e-5)
 
@@ -396,7 +396,7 @@ def test_logits_loss_and_gradients_equal_transformers(family, changes, tmp_path)
     _, expected = hf.load(tmp_path)
     # A key's bias has no gradient in theory, so the floor is a share of the largest one.
     floor = 1e-3 * max(np.linalg.norm(want) for want in jax.tree.leaves(expected))
-    for (path, ours), want in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected)):
+    for (path, ours), want in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
         error = np.linalg.norm(ours - want) / max(np.linalg.norm(want), floor)
         assert error < 1e-4, jax.tree_util.keystr(path)
 

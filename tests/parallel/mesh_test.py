@@ -139,7 +139,7 @@ def on_meshes():
             moved = collectives(compiled.as_text(), mesh)
             split = [
                 sorted(x.shape)
-                for x, place in zip(jax.tree.leaves(params), jax.tree.leaves(places))
+                for x, place in zip(jax.tree.leaves(params), jax.tree.leaves(places), strict=True)
                 if "tensor" in jax.tree.leaves(tuple(place.spec)) and x.ndim > 1
             ]
             out[f"{case} {shape}"] = {

@@ -146,7 +146,7 @@ def collectives_of_the_head(V):
             return jax.value_and_grad(loss, (0, 1))(*args)
 
     whole = jax.value_and_grad(loss, (0, 1))(hidden, kernel, targets, weights, 1)
-    placed = [jax.device_put(x, s) for x, s in zip((hidden, kernel, targets, weights), specs)]
+    placed = [jax.device_put(x, s) for x, s in zip((hidden, kernel, targets, weights), specs, strict=True)]
     split = jax.jit(on_mesh, out_shardings=(None, tuple(specs[:2]))).lower(*placed).compile()
     loop = re.search(r"body=(%[\w.]+)", split.as_text())[1]
     body = split.as_text().split(f"\n{loop} ")[1].split("\n}")[0]

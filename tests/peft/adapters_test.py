@@ -435,7 +435,7 @@ def test_adalora_weighs_ranks_as_the_peft_library():
         }
         drift = rng.normal(size=(3, r)).astype(np.float32)  # stands for an optimizer
         old = {n: np.array(p["lora_mask"]) for n, p in params.items()}
-        for move, (n, p) in zip(drift, params.items()):
+        for move, (n, p) in zip(drift, params.items(), strict=True):
             p["lora_e"] += move
             with torch.no_grad():
                 theirs[f"{n}.lora_E.default"] += torch.tensor(move)[:, None]

@@ -63,7 +63,7 @@ def abstract(state):
 
 def assert_same_bits(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
         assert (x.dtype, x.shape) == (y.dtype, y.shape), path
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
 

@@ -594,13 +594,13 @@ class Été(Base, metaclass=abc.Meta):
 def test_entities_of_a_source_file(tmp_path):
     path = tmp_path / "x.py"
     path.write_text(SOURCE, encoding="utf-8")
-    line, words, tags = zip(*builtin._tagged(path, ast.parse(SOURCE)))
+    line, words, tags = zip(*builtin._tagged(path, ast.parse(SOURCE)), strict=True)
     words, tags = sum(words, []), sum(tags, [])
     found = {}
-    for word, tag in zip(words, tags):
+    for word, tag in zip(words, tags, strict=True):
         found.setdefault(tag, []).append(word)
     strings = '\' a b \' " R " f " v { x ! r } " \' one \' " two " r \' three \' " ü " r " \\ d "'
-    both = [w for w, t in zip(words, tags) if t.endswith("STRING")]
+    both = [w for w, t in zip(words, tags, strict=True) if t.endswith("STRING")]
     assert both == re.findall(r"\w+|[^\w\s]", strings)
     assert found["B-STRING"] == ["'", '"', "f", "'", '"', "r"]
     assert found["B-CLASS"] == ["Été"] and found["B-FUNCTION"] == ["f", "later"]

@@ -65,7 +65,7 @@ def test_entities_need_type_and_both_ends():
 def test_classes_are_those_of_scikit_learn(pairs):
     from sklearn.metrics import accuracy_score, classification_report
 
-    predicted, true = map(list, zip(*pairs))
+    predicted, true = map(list, zip(*pairs, strict=True))
     mine = metrics.classes(predicted, true)
     assert mine["accuracy"] == pytest.approx(accuracy_score(true, predicted))
     with warnings.catch_warnings(action="ignore"):
@@ -78,7 +78,7 @@ def test_several_labels_are_those_of_scikit_learn(pairs):
     from sklearn.metrics import accuracy_score, classification_report
     from sklearn.preprocessing import MultiLabelBinarizer
 
-    predicted, true = map(list, zip(*pairs))
+    predicted, true = map(list, zip(*pairs, strict=True))
     names = sorted(set().union(*predicted, *true))
     assume(len(names) > 1)  # of a single column it thinks otherwise
     mine, encode = metrics.classes(predicted, true), MultiLabelBinarizer(classes=names)
@@ -111,9 +111,9 @@ def test_a_table_holds_every_figure():
 def test_rouge_l_is_that_of_rouge_score(pairs):
     from rouge_score.rouge_scorer import RougeScorer
 
-    predicted, true = zip(*((" ".join(p), " ".join(r)) for p, r in pairs))
+    predicted, true = zip(*((" ".join(p), " ".join(r)) for p, r in pairs), strict=True)
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    expected = [scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predicted, true)]
+    expected = [scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predicted, true, strict=True)]
     assert metrics.rouge_l(predicted, true) == pytest.approx(sum(expected) / len(expected))
 
 

@@ -97,7 +97,7 @@ def test_infilling_is_poisson_and_hides_its_share():
         hits[seen] += 1
         masks += (source == -1).sum()
         # A lone mask hides the gap between its neighbours.
-        for a, b, c in zip(source, source[1:], source[2:]):
+        for a, b, c in zip(source, source[1:], source[2:], strict=False):
             if b == -1 and a >= 0 and c >= 0:
                 spans.append(c - a - 1)
     assert masks / 100 == pytest.approx(100, rel=0.03)  # 300 tokens in spans of 3
@@ -232,7 +232,7 @@ def test_the_rows_of_each_task():
     tokenizer, rows = rows_of(noise="spans")
     for i, row in enumerate(rows.with_noise([(i, 0) for i in range(len(rows))]).rows):
         assert row["source"][-1] == row["targets"][-1] == BYTES.eos_id
-        marks = {mark: s for mark, s in zip(tokenizer.sentinels, SENTINELS)}
+        marks = {mark: s for mark, s in zip(tokenizer.sentinels, SENTINELS, strict=True)}
         source, target = ([marks.get(j, j) for j in row[name][:-1]] for name in ("source", "targets"))
         assert rebuilt(source, target) == rows.rows[i]["text"].tolist()
     _, rows = rows_of(noise="none")
@@ -265,7 +265,7 @@ def test_noise_follows_from_seed_epoch_and_row(task):
     name = "tokens" if "kind" in task else "source"
     seen = {}
     for step in [*range(48), 5, 33]:  # the second reading of a step is the first
-        for (i, epoch), line in zip(batches.draws(step), batches[step][name]):
+        for (i, epoch), line in zip(batches.draws(step), batches[step][name], strict=True):
             at = int(np.flatnonzero(line == 257)[-1])
             assert seen.setdefault((i, epoch), line[:at].tolist()) == line[:at].tolist()
     assert {epoch for _, epoch in seen} == set(range(-(-192 // len(rows))))
@@ -274,7 +274,7 @@ def test_noise_follows_from_seed_epoch_and_row(task):
     other = tasks.ExampleBatches(rows, 4, seed=2)
     assert all(
         seen[draw] != line[: len(seen[draw])].tolist()
-        for draw, line in zip(other.draws(0), other[0][name])
+        for draw, line in zip(other.draws(0), other[0][name], strict=True)
         if len(rows.rows[draw[0]]["text"]) > 20
     )
     halves = [tasks.ExampleBatches(rows, 4, 1, True, own) for own in ([0, 1], [2, 3])]

@@ -64,8 +64,8 @@ def test_labels_stay_with_their_words(pieces, words, data):
         tags = [data.draw(st.integers(0, 5)) for _ in words]
         ids, labels, weights = tokenizers.align_tags(words, tags, tokenizer)
         assert tokenizer.decode(ids) == " ".join(words)
-        assert [label for label, w in zip(labels, weights) if w] == tags
-        assert set(weights) <= {0.0, 1.0} and not any(label for label, w in zip(labels, weights) if not w)
+        assert [label for label, w in zip(labels, weights, strict=True) if w] == tags
+        assert set(weights) <= {0.0, 1.0} and not any(label for label, w in zip(labels, weights, strict=True) if not w)
         starts = [i for i, w in enumerate(weights) if w]
         for k, start in enumerate(starts):  # a label stands where its word begins
             assert tokenizer.decode(ids[start:]) == " " * (k > 0) + " ".join(words[k:])
@@ -86,9 +86,9 @@ def test_labels_are_where_transformers_has_the_words(both, words):
     owners = expected.word_ids()
     if mine.encode("a b") == mine.encode("a") + mine.encode("b"):  # no piece holds a space
         assert ids == expected["input_ids"]
-        first = [w != before for w, before in zip(owners, [None, *owners])]
+        first = [w != before for w, before in zip(owners, [None, *owners], strict=False)]
         assert [bool(w) for w in weights] == first
-        assert labels == [(w + 1) * f for w, f in zip(owners, first)]
+        assert labels == [(w + 1) * f for w, f in zip(owners, first, strict=True)]
     assert [label for label in labels if label] == [*range(1, len(words) + 1)]
 
 
@@ -100,7 +100,7 @@ def test_minilm_labels_are_where_transformers_has_the_words():
     (row,) = tasks.encode([Tagging(tuple(words), ("B-X",) * len(words), "here")], mine, 64, ["O", "B-X", "I-X"]).rows
     owners = expected.word_ids()
     assert row["tokens"].tolist() == expected["input_ids"]
-    first = [w is not None and w != before for w, before in zip(owners, [None, *owners])]
+    first = [w is not None and w != before for w, before in zip(owners, [None, *owners], strict=False)]
     assert row["weights"].tolist() == first == row["tags"].tolist()
 
 
@@ -136,8 +136,8 @@ def test_the_mask_is_the_one_transformers_makes(both, messages):
         assert weights == expected["assistant_masks"]
     replies = [m for m in messages if m["role"] == "assistant"]
     end = mine.special["<|im_end|>"]
-    assert sum(w for i, w in zip(ids, weights) if i == end) == len(replies)
-    trained_ids = [i for i, w in zip(ids, weights) if w and i != end]
+    assert sum(w for i, w in zip(ids, weights, strict=True) if i == end) == len(replies)
+    trained_ids = [i for i, w in zip(ids, weights, strict=True) if w and i != end]
     expected = "".join(mine.decode(mine.encode(m["content"])) for m in replies)
     assert "".join(mine.decode(trained_ids).split()) == "".join(expected.split())
     prompt = tokenizers.chat_prompt(mine, messages[:-1])
@@ -148,7 +148,7 @@ def test_the_mask_is_the_one_transformers_makes(both, messages):
 def test_an_unknown_word_does_not_end_a_reply(both):
     mine, _ = both
     ids, weights = tokenizers.chat_ids(mine, chat("a", "b 日本 c"))
-    reply = [i for i, w in zip(ids, weights) if w]
+    reply = [i for i, w in zip(ids, weights, strict=True) if w]
     assert reply.index(mine.special["<|im_end|>"]) == len(reply) - 1
     assert reply[-2] == mine.encode("日本 c")[-1]
 
@@ -317,7 +317,7 @@ def test_what_is_too_long_is_cut_and_counted_or_refused(kind):
     expected = sum(len(row[n]) + before > 24 for row in full.rows for n in names)
     assert expected == sum(n for problem, n in report.counts.items() if "longer than 24 tokens, cut" in problem)
     assert expected > 0 and {p for k in report.places.values() for p in k} <= {e.place for e in EXAMPLES[kind]}
-    for row, example in zip(rows.rows, rows.examples):
+    for row, example in zip(rows.rows, rows.examples, strict=True):
         whole = full.rows[full.examples.index(example)]
         for name in names:
             n = min(24 - before, len(whole[name]))
@@ -418,15 +418,15 @@ def test_evaluation_sees_each_row_once_in_order(kind, count):
     name = next(n for n in ("source", "tokens", "targets") if n in KEYS[kind])
     seen = [
         line
-        for step in zip(*hosts)
+        for step in zip(*hosts, strict=True)
         for b in step
-        for line, real in zip(b[name], np.reshape(b["weights"], (len(b[name]), -1)).any(1))
+        for line, real in zip(b[name], np.reshape(b["weights"], (len(b[name]), -1)).any(1), strict=True)
         if real
     ]
     assert len({len(host) for host in hosts}) == 1 and len(seen) == 50
-    for line, row in zip(seen, rows.rows):
+    for line, row in zip(seen, rows.rows, strict=True):
         assert line[: len(row[name])].tolist() == row[name].tolist()
-    for step in zip(*hosts):  # hosts agree on shapes
+    for step in zip(*hosts, strict=True):  # hosts agree on shapes
         assert len({tuple((k, v.shape) for k, v in b.items()) for b in step}) == 1
 
 

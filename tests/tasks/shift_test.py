@@ -169,7 +169,7 @@ def test_what_is_written_is_what_the_full_pass_would_write(architecture, delay):
     prompts = [tokens_of(i, n).tolist() for i, n in enumerate((5, 1, 2))]
     greedy = generate.sample(model, params, prompts, 8, temperature=0)
     best = generate.beam_search(model, params, prompts, 3, 8, n_best=3)
-    for prompt, row, pairs in zip(prompts, greedy, best):
+    for prompt, row, pairs in zip(prompts, greedy, best, strict=True):
         assert written_by(model, params, prompt, row).argmax(-1).tolist() == row
         for new, score in pairs:
             logp = jax.nn.log_softmax(written_by(model, params, prompt, new))
@@ -242,14 +242,17 @@ TEXTS = [Text("abcdefghijklmnop"[: 5 + i % 9]) for i in range(40)]
 def test_a_moved_source_keeps_its_ends_and_its_target():
     rows = tasks.encode(PAIRS, BYTES, 10)
     moved = rows.shifted(3, 1.0, (0,))
-    for row, old in zip(moved.rows, rows.rows):
+    for row, old in zip(moved.rows, rows.rows, strict=True):
         assert row["targets"] is old["targets"]
         assert row["source"][-1] == BYTES.eos_id and len(row["source"]) <= 10
         assert BYTES.eos_id not in row["source"][:-1] and set(row["source"]) <= set(old["source"])
-    assert sum(row["source"].tolist() != old["source"].tolist() for row, old in zip(moved.rows, rows.rows)) > 35
+    assert (
+        sum(row["source"].tolist() != old["source"].tolist() for row, old in zip(moved.rows, rows.rows, strict=True))
+        > 35
+    )
     half = rows.shifted(3, 0.5, (0,))
-    assert 8 < sum(row is old for row, old in zip(half.rows, rows.rows)) < 32
-    assert all(row is old for row, old in zip(rows.shifted(3, 0.0, (0,)).rows, rows.rows))
+    assert 8 < sum(row is old for row, old in zip(half.rows, rows.rows, strict=True)) < 32
+    assert all(row is old for row, old in zip(rows.shifted(3, 0.0, (0,)).rows, rows.rows, strict=True))
 
 
 def test_targets_follow_the_inputs_of_a_moved_text():
@@ -257,7 +260,7 @@ def test_targets_follow_the_inputs_of_a_moved_text():
     rows = tasks.encode(TEXTS, BYTES, 14)
     moved = rows.shifted(3, 1.0, (0,))
     inserted = 0
-    for row, old in zip(moved.rows, rows.rows):
+    for row, old in zip(moved.rows, rows.rows, strict=True):
         assert row["first"] == old["first"] and row["targets"][-1] == old["targets"][-1]
         assert len(row["targets"]) == len(row["weights"]) <= 14
         asked = row["targets"][row["weights"] > 0]
@@ -285,7 +288,7 @@ def test_batches_move_anew_at_each_step_and_the_same_after_a_resumption_on_any_h
     # A row that comes again in another epoch is moved in another way.
     seen = {}
     for step in range(40):
-        for i, line in zip(batches.indices(step), batches[step]["source"]):
+        for i, line in zip(batches.indices(step), batches[step]["source"], strict=True):
             seen.setdefault(i, set()).add(tuple(line[line != BYTES.pad_id]))
     assert all(len(ways) > 2 for ways in seen.values())
 

@@ -61,7 +61,7 @@ def test_each_optimizer_lowers_a_toy_loss(name):
     tx, _ = make_optimizer(config, 50)
 
     def loss(params):
-        return sum(jnp.square(p - g).sum() for p, g in zip(jax.tree.leaves(params), jax.tree.leaves(goal)))
+        return sum(jnp.square(p - g).sum() for p, g in zip(jax.tree.leaves(params), jax.tree.leaves(goal), strict=True))
 
     @jax.jit
     def train(params):

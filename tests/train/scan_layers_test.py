@@ -75,7 +75,7 @@ def tokens_of(seed, *shape):
 
 def assert_same(a, b, tolerance):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
         assert (x.dtype, x.shape) == (y.dtype, y.shape), path
         if tolerance is None:
             assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
