@@ -1,4 +1,5 @@
-"""Many devices and hosts as one: the mesh, the table of parameter shardings, arrays on a mesh."""
+"""Many devices and hosts as one: the mesh, the sharding of parameters and activations, arrays on a
+mesh, and the processes of a run."""
 
 from nanoflax.parallel.arrays import (
     batch_sharding,

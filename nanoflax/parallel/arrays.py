@@ -1,27 +1,40 @@
-"""Arrays on a mesh: parameters born sharded, batches put on it, results fetched, memory checked."""
+"""Arrays on a mesh: initial parameters, batches, results of all processes, and the memory check."""
 
 import math
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PyTree
 
+from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.parallel import constraints
+from nanoflax.parallel.constraints import BATCH, AnyMesh, current_mesh, num_shards
 from nanoflax.parallel.rules import shardings
 
 
-def bytes_per_device(tree):
-    """Bytes of one device's part of a tree of arrays or shapes with shardings."""
+class Model(Protocol):
+    """The part of a Linen module that this file uses."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def bytes_per_device(tree: PyTree) -> int:
+    """Bytes that one device holds of a tree of arrays, or of ShapeDtypeStructs with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def check_memory(tree, mesh):
-    """Refuse a tree of arrays or shapes with shardings that the devices cannot hold.
+def check_memory(tree: PyTree, mesh: Mesh) -> None:
+    """Raises: UserError if a tree (as of `bytes_per_device`) needs more memory than a device has.
 
-    Raises: UserError with both sizes; a device that does not tell its own (a CPU) holds all.
+    A device that does not report its memory (a CPU) passes.
     """
     limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
     need = bytes_per_device(tree)
@@ -33,87 +46,92 @@ def check_memory(tree, mesh):
         )
 
 
-def batch_sharding(mesh, rank):
-    """The NamedSharding of an array [B, ...] of a batch, whose second dimension is T."""
-    return NamedSharding(mesh, P(*constraints.BATCH[:rank]))
+def batch_sharding(mesh: AnyMesh, rank: int) -> NamedSharding:
+    """The sharding of an array [B, T, ...] of a batch with `rank` dimensions; T is absent for 1."""
+    return NamedSharding(mesh, P(*BATCH[:rank]))
 
 
-def own_rows(mesh, batch_size):
-    """The rows of a batch that this process's devices hold, ascending: those that it must read.
+def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that this process must read, because its devices hold them; ascending.
 
-    Processes may share rows (where `tensor` goes across them), and their rows need not be next to
-    each other (where the mesh does not follow the order of processes).
+    Two processes share rows where `tensor` or `context` extends over both. The rows of a process
+    need not be neighbours.
     """
-    found = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (part,) in found for row in range(*part.indices(batch_size))})
+    slices = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for index in slices if index for row in range(*index[0].indices(batch_size))})
 
 
-def divisible_batch_size(batch_size, mesh):
-    """The least batch size of at least this that the mesh divides."""
-    return batch_size + -batch_size % constraints.num_shards(constraints.BATCH[0], mesh)
+def divisible_batch_size(batch_size: int, mesh: AnyMesh) -> int:
+    """The smallest batch size, at least the given one, that the mesh divides."""
+    return batch_size + -batch_size % num_shards(BATCH[0], mesh)
 
 
-def put_batch(arrays, mesh):
-    """This process's `rows` of a batch (a dict of numpy arrays), as global arrays split over the
-    mesh. Raises: UserError for a length that context does not divide."""
+def put_batch(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Array]:
+    """A batch as global arrays, split over the mesh.
+
+    arrays: this process's rows (`own_rows`), numpy arrays [rows, T, ...] or [rows].
+    Raises: UserError if a T is not divisible by the mesh's context.
+    """
     arrays = {name: np.asarray(x) for name, x in arrays.items()}
-    rank = {name: 1 if name == "label" else x.ndim for name, x in arrays.items()}  # [B, labels] too
+    # A label may be [B, labels], whose second dimension is no T.
+    rank = {name: 1 if name == "label" else x.ndim for name, x in arrays.items()}
     for name, x in arrays.items():
         if rank[name] > 1 and x.shape[1] % mesh.shape.get("context", 1):
             raise UserError(f"{name} of length {x.shape[1]} is not divisible by context={mesh.shape['context']}")
-    count = constraints.num_shards(constraints.BATCH[0], mesh)
-    parts = own_rows(mesh, count)  # of as many equal ones
+    num_parts = num_shards(BATCH[0], mesh)
+    own_parts = own_rows(mesh, num_parts)  # each part is as many rows as every other
 
     def put(name, x):
-        size = len(x) // len(parts)  # rows of a part
+        part_size = len(x) // len(own_parts)
+        shape = (num_parts * part_size, *x.shape[1:])
 
-        def read(index):
-            start, stop, _ = index[0].indices(count * size)
-            here = parts.index(start // size) * size
-            return x[here : here + stop - start][:, *index[1:]]
+        def read(index):  # index: slices of the global array, within one part
+            start, stop, _ = index[0].indices(shape[0])
+            local = own_parts.index(start // part_size) * part_size
+            return x[local : local + stop - start][:, *index[1:]]
 
-        return jax.make_array_from_callback((count * size, *x.shape[1:]), batch_sharding(mesh, rank[name]), read)
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, rank[name]), read)
 
     return {name: put(name, x) for name, x in arrays.items()}
 
 
-def put_params(tree, mesh):
-    """Parameters that every process holds whole (numpy or its own arrays), over the mesh."""
+def put_params(tree: PyTree, mesh: Mesh) -> PyTree[Array]:
+    """Parameters that every process holds completely (numpy or local arrays), split over the mesh."""
 
-    def one(x, sharding):
+    def put(x, sharding):
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(one, tree, shardings(tree, mesh))
+    return jax.tree.map(put, tree, shardings(tree, mesh))
 
 
-def fetch(x):
-    """An array, of whichever processes, whole as numpy on all of them; all must call it."""
+def fetch(x: Any) -> np.ndarray:
+    """A global array as numpy on every process. All processes must call it."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         from jax.experimental import multihost_utils
 
-        return multihost_utils.process_allgather(x, tiled=True)
+        x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
 
 
-def param_shapes(model):
-    """The parameters of a model as a tree of jax.ShapeDtypeStruct; nothing is allocated."""
+def param_shapes(model: Model) -> PyTree[jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of a model's parameters. Nothing is allocated."""
     return jax.eval_shape(lambda: initial_params(model, jax.random.PRNGKey(0)))
 
 
-def initial_params(model, rng):
-    """What `init` compiles: the parameters of a model from a PRNG key."""
+def initial_params(model: Model, rng: Array) -> dict[str, Any]:
+    """`init` without a mesh and without jit, to be called inside a compiled function."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return model.init(rng, tokens, **{"source": tokens} if model.config.reads_source else {})["params"]
 
 
-def init(model, rng, mesh=None):
-    """Parameters of a model: a plain nested dict of float32 arrays. rng: a PRNG key.
+def init(model: Model, rng: Array, mesh: AnyMesh | None = None) -> dict[str, Any]:
+    """Initial parameters of a model: a plain nested dict of float32 arrays.
 
-    With a mesh, or under `jax.set_mesh`, each is born in its shards, never whole.
-    Raises: UserError if the mesh does not divide them.
+    rng: a PRNG key. mesh: default the mesh of `jax.set_mesh`, if there is one; every device then
+    creates its own shards only.
+    Raises: UserError if the mesh does not divide a parameter.
     """
-    mesh, make = constraints.current_mesh(mesh), lambda rng: initial_params(model, rng)
-    if mesh is None:
-        return jax.jit(make)(rng)
-    return jax.jit(make, out_shardings=shardings(param_shapes(model), mesh))(rng)
+    mesh = current_mesh(mesh)
+    places = None if mesh is None else shardings(param_shapes(model), mesh)
+    return jax.jit(lambda rng: initial_params(model, rng), out_shardings=places)(rng)

@@ -1,38 +1,43 @@
-"""Where activations lie, said inside a function that is traced for a mesh: layers ask for the place
-of an array by what it holds, and name no axis. Without a mesh nothing here does anything.
-
-The mesh and the parameters are `sharding`'s.
+"""The sharding of activations. Layers name what an array holds (`split_batch`, `split_cache`), never
+a mesh axis. The functions read the mesh that the surrounding function is traced for; without a mesh
+they change nothing. The sharding of parameters is in rules.py.
 """
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, PyTree
 
-BATCH = P(("data", "fsdp"), "context")  # of what a batch holds and activations: [B, T, ...]
-EMBEDDED = P("data", "context", "fsdp")  # rows of the embedding [B, T, D], before `split_batch`
-CACHE = P(("data", "fsdp"), "tensor")  # of keys and values in a cache: [B, G, S, K]
+AnyMesh: TypeAlias = Mesh | AbstractMesh
+Entry: TypeAlias = str | Sequence[str] | None  # one dimension's entry in a PartitionSpec
+
+BATCH = P(("data", "fsdp"), "context")  # batches and activations [B, T, ...]
+EMBEDDED = P("data", "context", "fsdp")  # embedded tokens [B, T, D], as fsdp splits the embedding
+CACHE = P(("data", "fsdp"), "tensor")  # keys and values of a cache [B, G, S, K]
 
 
-def axis_names(entry):
-    """The names in an entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else entry
+def axis_names(entry: Entry) -> tuple[str, ...]:
+    """The mesh axes that an entry of a PartitionSpec names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def num_shards(entry, mesh):
-    """Into how many parts a mesh splits a dimension of this entry."""
+def num_shards(entry: Entry, mesh: AnyMesh) -> int:
+    """The number of parts into which a mesh splits a dimension with this entry."""
     return math.prod(mesh.shape.get(axis, 1) for axis in axis_names(entry))
 
 
-def axes_in_mesh(entry, mesh):
-    """The entry with the axes that a mesh has, or None."""
+def axes_in_mesh(entry: Entry, mesh: AnyMesh) -> tuple[str, ...] | None:
+    """The axes of an entry that the mesh has; None if it has none of them."""
     return tuple(axis for axis in axis_names(entry) if axis in mesh.shape) or None
 
 
-def with_mesh(mesh, function):
-    """`function`, which finds the mesh (None: none) with `current_mesh` whenever it is traced."""
+def with_mesh(mesh: Mesh | None, function: Callable) -> Callable:
+    """The same function; while JAX traces it, `current_mesh` returns the mesh. None: no mesh."""
     if mesh is None:
         return function
 
@@ -44,98 +49,108 @@ def with_mesh(mesh, function):
     return on_mesh
 
 
-def current_mesh(mesh=None):
-    """The mesh, or if None the (abstract) one of `jax.set_mesh`; None for a single device."""
+def current_mesh(mesh: AnyMesh | None = None) -> AnyMesh | None:
+    """The given mesh, else the abstract mesh of `with_mesh` or `jax.set_mesh`; None for one device."""
     if mesh is None:
-        mesh = jax.sharding.get_abstract_mesh()  # may be asked for while tracing too
+        mesh = jax.sharding.get_abstract_mesh()
         return mesh if mesh.size > 1 else None
     return mesh
 
 
-def mesh_of(tree):
-    """The mesh that arrays lie on, or None for a single device."""
+def mesh_of(tree: PyTree) -> AnyMesh | None:
+    """The mesh over which the arrays of a tree are split; None if they are on one device."""
     for x in jax.tree.leaves(tree):
-        if isinstance(place := getattr(x, "sharding", None), NamedSharding) and place.mesh.size > 1:
-            return place.mesh
+        sharding = getattr(x, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh
     return None
 
 
-def axis_size(*axes):
-    """Into how many parts the mesh that is traced for splits along these axes; 1 without one."""
+def axis_size(*axes: str) -> int:
+    """The number of parts into which the current mesh splits along these axes; 1 without a mesh."""
     mesh = current_mesh()
     return 1 if mesh is None else num_shards(axes, mesh)
 
 
-def batch_splits(B, T, rows=BATCH[0]):
-    """How many parts that mesh splits B and T of a batch into, B along the axes `rows`; 1 where it
-    does not divide them."""
+def batch_splits(B: int, T: int, rows: Sequence[str] = BATCH[0]) -> tuple[int, int]:
+    """The numbers of parts into which the current mesh splits the dimensions B and T of a batch.
+
+    rows: the axes that split B. A dimension that its axes do not divide is not split: 1.
+    """
     sizes = axis_size(*rows), axis_size(*axis_names(BATCH[1]))
-    return tuple(1 if length % n else n for length, n in zip((B, T), sizes))
+    b, t = (1 if length % n else n for length, n in zip((B, T), sizes, strict=True))
+    return b, t
 
 
-def current_platform():
-    """The platform of the mesh that is traced for, or JAX's own."""
+def current_platform() -> str:
+    """The platform of the current mesh, such as "tpu"; without a mesh that of JAX's default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
-def map_shards(function, heads, rows):
-    """function(*heads, rows) where each device has its part: of arrays [B, H, ...] the rows and
-    heads, of a tree of [B, ...] the rows. For kernels that XLA cannot split. Returns [B, H, ...]."""
+def map_shards(
+    function: Callable[..., Float[Array, "B H T K"]], heads: Sequence[Float[Array, "B H ..."]], rows: PyTree
+) -> Float[Array, "B H T K"]:
+    """function(*heads, rows), called on every device with its own rows and heads.
+
+    heads: arrays [B, H, ...]; rows: a tree of arrays [B, ...]. For kernels that XLA cannot split.
+    """
     mesh = current_mesh()
     if mesh is None:
         return function(*heads, rows)
-    spec = [P(*(axes_in_mesh(entry, mesh) for entry in CACHE))]
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=(*spec * len(heads), P(spec[0][0])), out_specs=spec[0], check_vma=False
-    )(*heads, rows)
+    by_head = P(*(axes_in_mesh(entry, mesh) for entry in CACHE))
+    in_specs = (*[by_head] * len(heads), P(by_head[0]))
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=by_head, check_vma=False)
+    return mapped(*heads, rows)
 
 
-def constrain(x, spec):
-    """x split as spec says over the mesh that is traced for. Left to XLA: dimensions beyond spec,
-    those that their axes do not divide, and those whose axes the mesh does not have."""
+def constrain(x: Array, spec: P) -> Array:
+    """x, split over the current mesh by a PartitionSpec.
+
+    XLA chooses for dimensions beyond the spec, for dimensions that their axes do not divide, and
+    for dimensions whose axes the mesh does not have.
+    """
     mesh, free = current_mesh(), P.UNCONSTRAINED
     if mesh is None:
         return x
 
-    def place(entry, size):
+    def resolve(entry, size):
         if entry is None:
             return None
         return free if size % num_shards(entry, mesh) else axes_in_mesh(entry, mesh) or free
 
-    places = [place(*pair) for pair in zip(spec, x.shape)]
-    if all(p is free for p in places):
+    entries = [resolve(entry, size) for entry, size in zip(spec, x.shape, strict=False)]
+    if all(entry is free for entry in entries):
         return x
-    return jax.lax.with_sharding_constraint(x, P(*places, *[free] * (x.ndim - len(places))))
+    return jax.lax.with_sharding_constraint(x, P(*entries, *[free] * (x.ndim - len(entries))))
 
 
-def split_batch(x):
-    """Activations x [B, T, ...], split along B and T as the batch is."""
+def split_batch(x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+    """Activations, split along B and T like the batch."""
     return constrain(x, BATCH)
 
 
-def split_embedded(x):
-    """Rows x [B, T, D] of the embedding, split as the batch is.
+def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Embedded tokens, split along B and T like the batch.
 
-    First as fsdp splits the embedding: then one exchange along fsdp is left to do. XLA by itself
-    may put all of x together on every device.
+    Splitting them first like the embedding leaves one exchange along fsdp. Without this step XLA
+    may gather all of x on every device.
     """
     return split_batch(constrain(x, EMBEDDED))
 
 
-def split_cache(x):
-    """Keys or values [B, G, S, K] of a cache, split along B and the heads."""
+def split_cache(x: Float[Array, "B G S K"]) -> Float[Array, "B G S K"]:
+    """Keys or values of a cache, split along B and the heads."""
     return constrain(x, CACHE)
 
 
-def replicate(x):
-    """A weight, put together on every device."""
+def replicate(x: Array) -> Array:
+    """A weight, gathered on every device."""
     return x if axis_size("fsdp", "tensor") == 1 else constrain(x, P(*[None] * x.ndim))
 
 
-def gather_sequence(x):
-    """Keys or values [B, G, S, K] whole along S, where context splits the queries. Their gradient
-    is split again."""
+def gather_sequence(x: Float[Array, "B G S K"]) -> Float[Array, "B G S K"]:
+    """Keys or values, gathered along S; their gradient is split along S again."""
     return x if axis_size("context") == 1 else _gather_sequence(x)
 
 

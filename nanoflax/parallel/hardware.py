@@ -1,15 +1,21 @@
-"""What the machines can do: peak rates by device, and this one's measured."""
+"""The speed and memory of accelerators: published figures, and measurements of this machine."""
 
+import concurrent.futures
 import math
+import os
 import re
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from nanoflax.errors import UserError
 
-# Dense bfloat16 FLOP/s of one JAX device (float16 where the chip has no bfloat16), first match
+# Dense bfloat16 FLOP/s of one JAX device (float16 where the chip has no bfloat16); the first match
 # wins. NVIDIA and AMD: data sheets, half of a figure "with sparsity". TPU: the system architecture
-# pages of the Cloud TPU documentation; v2, v3 and TPU7x show each half of a chip as a device.
+# pages of the Cloud TPU documentation. On v2, v3 and TPU7x half a chip is a device.
 _PEAK_FLOPS = (
     ("TPU v2", 22.5e12), ("TPU v3", 61.5e12), ("TPU v4 lite", 138e12), ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v5", 459e12), ("TPU v5p", 459e12),
@@ -23,110 +29,92 @@ _PEAK_FLOPS = (
 
 
 class Chip(NamedTuple):
-    """A chip's name to JAX, and what `plan` counts with beside its peak FLOP/s."""
+    """The figures of a chip that planning needs."""
 
-    kind: str  # its device_kind
+    kind: str  # the device_kind that JAX reports
     memory: float  # bytes
     bandwidth: float  # of the memory, bytes/s
-    network: float  # bytes/s that it receives when all its links are busy
-    topologies: tuple = ()  # slices that can be had of a TPU; 8 GPUs at most are joined so
+    network: float  # bytes/s that the chip receives with all its links in use
+    topologies: tuple[str, ...] = ()  # the slices of a TPU that exist; () for a GPU
 
     @property
-    def flops(self):
+    def flops(self) -> float:
+        """Peak dense bfloat16 FLOP/s."""
         return next(flops for name, flops in _PEAK_FLOPS if name == self.kind)
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 CHIPS = {
-    # cloud.google.com/tpu/docs/v4, v5e, v5p, v6e; the network is half of the "bidirectional" figure,
-    # and v4's, six links of 50 GB/s, from Jouppi et al. 2023, table 4.
+    # cloud.google.com/tpu/docs/v4, v5e, v5p, v6e; the network is half of the "bidirectional" figure.
+    # The network of v4, six links of 50 GB/s: Jouppi et al. 2023, table 4.
     "v4": Chip("TPU v4", 32 * 2**30, 1200e9, 300e9, _CUBES),
     "v5e": Chip("TPU v5 lite", 16 * 2**30, 819e9, 200e9, _FLAT),
     "v5p": Chip("TPU v5", 95 * 2**30, 2765e9, 600e9, _CUBES),
     "v6e": Chip("TPU v6 lite", 32 * 2**30, 1638e9, 400e9, _FLAT),
-    # NVIDIA's data sheets, SXM modules, A100 with 80 GB; the network is half of NVLink's total.
+    # NVIDIA's data sheets: SXM modules, the A100 with 80 GB; the network is half of NVLink's total.
     "a100": Chip("A100", 80e9, 2039e9, 300e9),
     "h100": Chip("H100", 80e9, 3350e9, 450e9),
     "h200": Chip("H200", 141e9, 4800e9, 450e9),
 }  # fmt: skip
 
 
-def tpu_slice(topology):
-    """(Chip, number of chips) of a TPU slice's name, such as v5e:16x16.
+def tpu_slice(topology: str) -> tuple[Chip, int]:
+    """(the Chip, the number of chips) of a TPU slice such as "v5e:16x16".
 
-    Raises: UserError with the names that are known.
+    Raises: UserError with the names of the slices that exist.
     """
     name, _, shape = topology.partition(":")
     chip = CHIPS.get(name)
     if chip is None or shape not in chip.topologies:
-        known = {n: c.topologies for n, c in CHIPS.items() if c.topologies}
-        if name in known:
-            known = {name: known[name]}
-        raise UserError(
-            f"--topology={topology} is not known; known: "
-            + ", ".join(f"{n}:{shape}" for n, shapes in known.items() for shape in shapes)
-        )
+        names = [name] if chip is not None and chip.topologies else CHIPS
+        known = ", ".join(f"{n}:{shape}" for n in names for shape in CHIPS[n].topologies)
+        raise UserError(f"--topology={topology} is not known; known: {known}")
     return chip, math.prod(map(int, shape.split("x")))
 
 
-def peak_flops(device):
-    """The vendor's peak FLOP/s of a jax device by its `device_kind`; None when not known."""
-    for name, flops in _PEAK_FLOPS:
-        if re.search(rf"\b{name}\b", device.device_kind):
-            return flops
+def peak_flops(device: Any) -> float | None:
+    """The vendor's peak FLOP/s of a jax.Device, found by its device_kind; None if not known."""
+    return next((flops for name, flops in _PEAK_FLOPS if re.search(rf"\b{name}\b", device.device_kind)), None)
+
+
+def memory_bandwidth(device: Any) -> float | None:
+    """The vendor's bytes/s of a jax.Device's memory; None if not known."""
+    for chip in CHIPS.values():
+        if chip.flops == peak_flops(device) and re.search(rf"\b{chip.kind}\b", device.device_kind):
+            return chip.bandwidth
     return None
 
 
-def memory_bandwidth(device):
-    """The vendor's bytes/s of a jax device's memory; None when not known."""
-    return next(
-        (
-            chip.bandwidth
-            for chip in CHIPS.values()
-            if chip.flops == peak_flops(device) and re.search(rf"\b{chip.kind}\b", device.device_kind)
-        ),
-        None,
-    )
+def compiler_options(platform: str) -> dict[str, str] | None:
+    """XLA's options for a training step or a decode loop.
 
-
-def compiler_options(platform):
-    """XLA's options for a step or a decode loop on a platform, or None.
-
-    On CPU, YNN fusions make reductions four times as fast but can halve the speed of products.
+    On CPU, YNN fusions make reductions four times as fast, but can halve the speed of matrix
+    products: they are limited to reductions.
     """
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     return options if platform == "cpu" else None
 
 
-def measure_bandwidth(bytes_=2**28, tries=5):
-    """Bytes a second that all cores together read from memory, the best of a few tries."""
-    import concurrent.futures
-    import os
-
-    import numpy as np
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = np.array_split(np.ones(bytes_ // 4, np.float32), cores)
+def measure_bandwidth(num_bytes: int = 2**28, tries: int = 5) -> float:
+    """Bytes/s that all cores together read from memory, the best of several tries."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts = np.array_split(np.ones(num_bytes // 4, np.float32), cores)
     with concurrent.futures.ThreadPoolExecutor(cores) as pool:
         times = []
         for _ in range(tries):
             begin = time.perf_counter()
             list(pool.map(lambda part: np.dot(part, part), parts))
             times.append(time.perf_counter() - begin)
-    return bytes_ / min(times)
+    return num_bytes / min(times)
 
 
-def measure_peak_flops(size=1024, seconds=0.05):
-    """FLOP/s of this machine's float32 matrix product, the best of a few: an MFU for CPUs.
+def measure_peak_flops(size: int = 1024, seconds: float = 0.05) -> float:
+    """FLOP/s of this machine's float32 matrix product, the best of several: gives CPUs an MFU.
 
-    Fake CPU devices share one machine, so this is the figure of all of them together.
+    Fake CPU devices share the machine, so this is the figure of all of them together.
     """
-    import jax
-    import jax.numpy as jnp
-
-    device = jax.local_devices(backend="cpu")[0]
-    x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    x = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices(backend="cpu")[0])
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
     times, begin = [], time.perf_counter()

@@ -1,7 +1,8 @@
-"""Several processes that are one run: how they join, agree, and end when one of them is gone.
+"""The processes of one run on several hosts: how they join, agree, and end when one of them dies.
 
-They speak through JAX's coordination service: unlike a collective, what is said there neither waits
-behind queued steps nor gives up after 30 s, as gloo does. Alone, a process says nothing to anyone.
+They exchange values through JAX's coordination service. Unlike a collective, such an exchange does
+not wait behind queued steps, and does not fail after 30 s, as gloo does. In a run of one process
+nothing is exchanged.
 """
 
 import contextlib
@@ -13,23 +14,36 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
 
 from nanoflax.config import diff
-from nanoflax.errors import UserError
+from nanoflax.errors import UserError, listed
 
-PATIENCE = 24 * 3600  # seconds that processes wait for each other: one may have to tokenize
+BARRIER_SECONDS = 24 * 3600  # that processes wait for each other: one of them may have to tokenize
+SHUTDOWN_SECONDS = 20  # that other processes get to shut down before this one exits
+
+_exchanges = itertools.count(1)  # numbers the calls of gather_from_processes
+_watchdog_seconds = 0.0
 
 
-def join_processes(coordinator="", processes=None, process_id=None, timeout=300, heartbeat=50):
-    """Join the processes of this run, before JAX is first used; nothing, if it is one process.
+def join_processes(
+    coordinator: str = "",
+    processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = 300,
+    heartbeat: int = 50,
+) -> None:
+    """Join the processes of this run, before JAX is first used. Does nothing for a single process.
 
-    coordinator: HOST:PORT of process 0. What is not given JAX finds in the environment that Cloud
-    TPU, Slurm's srun or Open MPI made. timeout: seconds until all must have joined; heartbeat:
-    seconds of silence after which JAX takes a process for dead, and ends the others.
-    Raises: UserError for arguments that do not fit together, or when the others do not answer.
+    coordinator: HOST:PORT of process 0. JAX finds absent values in the environment of Cloud TPU,
+    Slurm's srun or Open MPI. timeout: seconds in which all processes must join. heartbeat: seconds
+    of silence after which JAX considers a process dead, and ends the others.
+    Raises: UserError for arguments that do not fit together, or if processes cannot be joined. If
+    one does not answer in time, this process prints that and exits with status 2.
     """
-    import jax
-
     if not coordinator:
         if (processes, process_id) != (None, None):
             raise UserError("--processes and --process_id need --coordinator=HOST:PORT")
@@ -37,13 +51,14 @@ def join_processes(coordinator="", processes=None, process_id=None, timeout=300,
             return
     elif not re.fullmatch(r".+:\d+", coordinator):
         raise UserError(f"--coordinator={coordinator} must be HOST:PORT, of process 0")
-    elif None not in (processes, process_id) and not 0 <= process_id < processes:
+    elif processes is not None and process_id is not None and not 0 <= process_id < processes:
         raise UserError(f"--process_id={process_id} must be from 0 to --processes={processes} - 1")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
-    deadline = threading.Timer(timeout, _unanswered, [coordinator, timeout])
+    # At its own timeout JAX would abort with a traceback; this timer is earlier.
+    deadline = threading.Timer(timeout, _exit_unanswered, [coordinator, timeout])
     deadline.daemon = True
-    deadline.start()  # at its own deadline JAX would abort
+    deadline.start()
     try:
         jax.distributed.initialize(
             coordinator or None,
@@ -64,7 +79,7 @@ def join_processes(coordinator="", processes=None, process_id=None, timeout=300,
         deadline.cancel()
 
 
-def _unanswered(coordinator, timeout):
+def _exit_unanswered(coordinator, timeout):
     print(
         f"{os.path.basename(sys.argv[0])}: not all processes of the run have answered within "
         f"{timeout} s (--join_seconds); is --coordinator={coordinator or 'that of the cluster'} "
@@ -75,33 +90,31 @@ def _unanswered(coordinator, timeout):
     os._exit(2)
 
 
-def gather_from_processes(value):
-    """The value of every process (what JSON can hold), by process, on all of them.
+def gather_from_processes(value: Any) -> list[Any]:
+    """The values of all processes, in the order of the processes, on every process.
 
-    All must call it, in the same order; a float comes as it was.
+    All processes must call it, in the same order. value: anything that JSON can hold; floats are
+    exact.
     """
-    import jax
-
     if jax.process_count() == 1:
         return [value]
-    from jax._src.distributed import global_state  # JAX has no public way to this service
+    from jax._src.distributed import global_state  # JAX has no public access to this service
 
-    client, call = global_state.client, next(_calls)
-    client.key_value_set(f"nanoflax/{call}/{jax.process_index():06}", json.dumps(value))
-    client.wait_at_barrier(f"nanoflax/{call}", PATIENCE * 1000)
-    found = sorted(client.key_value_dir_get(f"nanoflax/{call}/"))
-    if jax.process_index() == 0:  # all have read what was said before
-        client.key_value_delete(f"nanoflax/{call - 1}/")
+    client, number = global_state.client, next(_exchanges)
+    assert client is not None  # join_processes made it
+    client.key_value_set(f"nanoflax/{number}/{jax.process_index():06}", json.dumps(value))
+    client.wait_at_barrier(f"nanoflax/{number}", BARRIER_SECONDS * 1000)
+    found = sorted(client.key_value_dir_get(f"nanoflax/{number}/"))
+    if jax.process_index() == 0:  # every process has read the exchange before this one
+        client.key_value_delete(f"nanoflax/{number - 1}/")
     return [json.loads(text) for _, text in found]
 
 
-_calls = itertools.count(1)
+def run_on_main_process(function: Callable[[], Any]) -> Any:
+    """Call function() on process 0 only; its result (anything that JSON can hold) on every process.
 
-
-def run_on_main_process(function):
-    """function() of process 0 alone: its result (what JSON can hold) or UserError, on all."""
-    import jax
-
+    Raises: on every process, the UserError that function raised.
+    """
     result, problem = None, None
     if jax.process_index() == 0:
         try:
@@ -116,83 +129,75 @@ def run_on_main_process(function):
     return result
 
 
-def check_processes_agree(what, value):
-    """Raises: UserError on all processes, with the differences, if a dict differs between them."""
+def check_processes_agree(what: str, value: dict[str, Any]) -> None:
+    """Raises: UserError, on every process and with the differences, if a dict is not the same on all."""
     found = gather_from_processes(value)
     lines = [
         f"process {i} has {', '.join(diff(found[0], other))}" for i, other in enumerate(found) if other != found[0]
     ]
     if lines:
-        raise UserError(f"the processes differ in {what} (that of process 0 -> its own): " + "; ".join(lines[:8]))
+        raise UserError(f"the processes differ in {what} (that of process 0 -> its own): {listed(lines)}")
 
 
 class HostPoll:
-    """What every process wants, told to all about once a second, at a step that all agree on."""
+    """Asks all processes for a value about once a second, at steps that all processes agree on.
 
-    def __init__(self, step, seconds=1.0):
-        self._seconds, self._step, self._time = seconds, step, time.monotonic()
-        self._stride = 1
+    A signal may reach one process only; all of them must stop at the same step.
+    """
 
-    def __call__(self, step, value):
-        """gather_from_processes(value) if this is such a step (to a process alone every one is), else []."""
-        import jax
+    def __init__(self, step: int, seconds: float = 1.0):
+        self._seconds, self._last_step, self._last_time = seconds, step, time.monotonic()
+        self._stride = 1  # steps until the next poll
 
-        if jax.process_count() > 1 and step < self._step + self._stride:
+    def __call__(self, step: int, value: Any) -> list[Any]:
+        """The values of all processes if this step is a poll, else []. Alone, every step is a poll."""
+        if jax.process_count() > 1 and step < self._last_step + self._stride:
             return []
         now = time.monotonic()
-        pace = (step - self._step) / max(now - self._time, 1e-9)
-        stride = max(1, min(int(pace * self._seconds), 2 * self._stride))
-        self._step, self._time = step, now
-        votes = gather_from_processes([stride, value])
-        self._stride = votes[0][0]
-        return [value for _, value in votes]
+        steps_per_second = (step - self._last_step) / max(now - self._last_time, 1e-9)
+        stride = max(1, min(int(steps_per_second * self._seconds), 2 * self._stride))
+        self._last_step, self._last_time = step, now
+        answers = gather_from_processes([stride, value])
+        self._stride = answers[0][0]  # that of process 0
+        return [value for _, value in answers]
 
 
 @contextlib.contextmanager
-def watchdog(seconds):
-    """While entered, `reset_watchdog` must be called every so many seconds (0: never), or else the process
-    ends with status 1 and the stacks of all threads: a run of several whose peer hangs."""
-    import jax
-
-    global _watching
-    _watching = seconds if jax.process_count() > 1 else 0
+def watchdog(seconds: float) -> Iterator[None]:
+    """End this process with status 1, and print the stacks of its threads, if `reset_watchdog` is
+    not called for so many seconds (0: never): another process of the run hangs. A process that runs
+    alone has no watchdog."""
+    global _watchdog_seconds
+    _watchdog_seconds = seconds if jax.process_count() > 1 else 0
     reset_watchdog()
     try:
         yield
     finally:
-        _watching = 0
+        _watchdog_seconds = 0
         faulthandler.cancel_dump_traceback_later()
 
 
-_watching = 0
+def reset_watchdog() -> None:
+    """Start the watchdog's time again, because the run makes progress."""
+    if _watchdog_seconds:
+        faulthandler.dump_traceback_later(_watchdog_seconds, exit=True)
 
 
-def reset_watchdog():
-    """Tell the watchdog, if there is one, that the run has got on."""
-    if _watching:
-        faulthandler.dump_traceback_later(_watching, exit=True)
-
-
-def exit_process(status):
-    """Exit after an error; of several processes, without waiting for threads that wait for others.
-
-    Those that leave as well may do so in peace, as they could not if process 0 were gone at once.
-    """
-    if "jax" not in sys.modules or not sys.modules["jax"].distributed.is_initialized():
+def exit_process(status: int) -> None:
+    """Exit after an error. In a run of several processes do not wait for threads that wait for them."""
+    if not jax.distributed.is_initialized():
         sys.exit(status)
-    import jax
-
-    sys.stdout.flush(), sys.stderr.flush()
-    end = threading.Timer(20, os._exit, [status])
-    end.daemon = True
-    end.start()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The others cannot shut down once process 0 is gone: give them time.
+    timer = threading.Timer(SHUTDOWN_SECONDS, os._exit, [status])
+    timer.daemon = True
+    timer.start()
     with contextlib.suppress(Exception):
         jax.distributed.shutdown()
     os._exit(status)
 
 
-def is_main_process():
-    """Whether this process prints, logs and plots: the first one of a run on several hosts."""
-    import jax
-
+def is_main_process() -> bool:
+    """Whether this is process 0, which prints, logs and plots for all."""
     return jax.process_index() == 0

@@ -1,8 +1,11 @@
-"""Meshes: from "data,fsdp,tensor,context" sizes to devices, fast networks inside."""
+"""Meshes: from the text of train.mesh to an array of devices, with fast networks inside."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 
 from nanoflax.errors import UserError
@@ -10,11 +13,11 @@ from nanoflax.errors import UserError
 AXES = ("data", "fsdp", "tensor", "context")
 
 
-def mesh_sizes(shape, count):
-    """The sizes along AXES of a mesh of `count` devices. shape: such as "2,-1,1" or "1,4,1,2"; the
-    fourth is 1 where absent, -1 is the rest.
+def mesh_sizes(shape: str, num_devices: int) -> tuple[int, ...]:
+    """The sizes along AXES. shape: such as "2,-1,1" or "1,4,1,2"; -1 takes the remaining devices,
+    and an absent fourth size is 1.
 
-    Raises: UserError if the sizes cannot be read or do not use every device.
+    Raises: UserError if the shape cannot be read or does not use every device.
     """
     try:
         sizes = [int(n) for n in str(shape).split(",")]
@@ -26,73 +29,76 @@ def mesh_sizes(shape, count):
             "1,8,1, or a fourth for context, at most one of them -1"
         )
     sizes += [1] * (len(AXES) - len(sizes))
-    rest = math.prod(n for n in sizes if n > 0)
-    sizes = [count // rest if n == -1 else n for n in sizes]
-    if rest > count:
-        raise UserError(f"train.mesh={shape!r} needs {rest} devices, and {count} are present")
-    if math.prod(sizes) != count:
+    known = math.prod(n for n in sizes if n > 0)
+    sizes = [num_devices // known if n == -1 else n for n in sizes]
+    if known > num_devices:
+        raise UserError(f"train.mesh={shape!r} needs {known} devices, and {num_devices} are present")
+    if math.prod(sizes) != num_devices:
         raise UserError(
-            f"train.mesh={shape!r} does not use the {count} devices present; the sizes must multiply to {count}"
+            f"train.mesh={shape!r} does not use the {num_devices} devices present; "
+            f"the sizes must multiply to {num_devices}"
         )
     return tuple(sizes)
 
 
-def mesh_name(sizes):
-    """Sizes along AXES as train.mesh writes them; a context of 1 is left out."""
+def mesh_name(sizes: Sequence[int]) -> str:
+    """The sizes along AXES in the form of train.mesh; a context of 1 is left out."""
     return ",".join(map(str, sizes[:3] if sizes[3] == 1 else sizes))
 
 
-def make_mesh(shape="-1,1,1", devices=None):
-    """A mesh over all devices. shape: sizes as in `mesh_sizes`.
+def make_mesh(shape: str = "-1,1,1", devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """A mesh over all devices (default: jax.devices()). shape: as in `mesh_sizes`.
 
-    Devices of several TPU slices or GPU nodes are ordered by JAX's hybrid mesh.
-    Raises: UserError if the sizes cannot be read, do not use every device, or if tensor or context
-    would lie across slices.
+    Raises: UserError if the shape cannot be read or does not use every device, or if tensor or
+    context would extend over several TPU slices or GPU nodes.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(shape, len(devices))
-    types = (jax.sharding.AxisType.Auto,) * len(AXES)
     if fast_network_groups(devices)[0] > 1:
-        placed = hybrid_devices(sizes, devices)
-    else:  # on a torus an axis need not be whole axes of it
-        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(placed, AXES, axis_types=types)
+        array = hybrid_devices(sizes, devices)
+    else:  # an axis of the mesh may be a part of an axis of the TPU's torus
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
-def fast_network_groups(devices):
-    """(how many groups of devices a fast network joins, whether a group is a process)."""
+def fast_network_groups(devices: Sequence[Any]) -> tuple[int, bool]:
+    """(the number of groups of devices that a fast network joins, whether each group is a process)."""
     slices = {getattr(d, "slice_index", None) for d in devices}
     if None not in slices:
         return len(slices), False
-    # GPUs that do not tell their node: a process with several has those of one node.
+    # GPUs do not report their node: a process with several GPUs has those of one node.
     processes = {d.process_index for d in devices}
-    several = devices[0].platform == "gpu" and len(processes) < len(devices)
-    return (len(processes) if several else 1), True
+    one_process_per_node = devices[0].platform == "gpu" and len(processes) < len(devices)
+    return (len(processes) if one_process_per_node else 1), True
 
 
-def hybrid_devices(sizes, devices):
-    """Devices of several slices or nodes as an array of `sizes`, along AXES: the slow network lies
-    along data, and where that has not enough parts along fsdp."""
-    count, by_process = fast_network_groups(devices)
-    data = math.gcd(sizes[0], count)
-    fsdp = count // data
+def hybrid_devices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices of several slices or nodes as an array with `sizes` along AXES.
+
+    The slow network between the groups is used along data, then along fsdp.
+    Raises: UserError if it would be used along tensor or context.
+    """
+    groups, by_process = fast_network_groups(devices)
+    data = math.gcd(sizes[0], groups)
+    fsdp = groups // data
     if sizes[1] % fsdp:
         raise UserError(
-            f"train.mesh={mesh_name(sizes)!r} must split {count} slices or nodes along "
+            f"train.mesh={mesh_name(sizes)!r} must split {groups} slices or nodes along "
             "data, then fsdp: tensor and context need the fast network of one"
         )
-    outer = (data, fsdp, 1, 1)
+    between_groups = (data, fsdp, 1, 1)
     return mesh_utils.create_hybrid_device_mesh(
-        tuple(n // m for n, m in zip(sizes, outer)),
-        outer,
+        tuple(n // m for n, m in zip(sizes, between_groups, strict=True)),
+        between_groups,
         devices,
         process_is_granule=by_process,
         allow_split_physical_axes=True,
     )
 
 
-def abstract_mesh(sizes, platform=None):
-    """A mesh of no devices, to plan with. sizes: along AXES, the last ones 1 where left out;
-    platform: of the devices there will be, such as tpu."""
-    device = platform and jax.sharding.AbstractDevice("any", None, platform)
-    return jax.sharding.AbstractMesh((*sizes, *[1] * (len(AXES) - len(sizes))), AXES, abstract_device=device)
+def abstract_mesh(sizes: Sequence[int], platform: str | None = None) -> jax.sharding.AbstractMesh:
+    """A mesh without devices, for planning. sizes: along AXES, absent ones are 1; platform: such as
+    "tpu"."""
+    device = jax.sharding.AbstractDevice("any", None, platform) if platform else None
+    sizes = (*sizes, *[1] * (len(AXES) - len(sizes)))
+    return jax.sharding.AbstractMesh(sizes, AXES, abstract_device=device)
