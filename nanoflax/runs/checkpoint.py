@@ -1,4 +1,4 @@
-"""Checkpoints: orbax saves and restores, a manifest proves them, a damaged one is stepped over.
+"""Checkpoints: orbax saves and restores, a manifest proves each step, a damaged step is skipped.
 
 A checkpoint directory holds
 
@@ -7,15 +7,16 @@ A checkpoint directory holds
     <step>/manifest.json     the metric, and the size and CRC-32 of every file above
     damaged-<step>/          a step that failed its check, moved out of the way, never deleted
 
-orbax writes a step under a temporary name and renames it when it is whole. The manifest is written
-just before that rename, by the same background thread, so no committed step is without one: a kill
-leaves either a step that can be proven or a temporary directory, which the next writer removes.
-Nothing is synced to the disk, so a power cut may damage the newest step; the manifest tells.
+orbax writes a step under a temporary name and renames it when it is complete. Its background thread
+writes the manifest just before that rename, so every committed step has one: a kill leaves either a
+step that can be checked or a temporary directory, which the next writer removes. Nothing is synced
+to the disk, so a power cut may damage the newest step; the manifest shows the damage.
 
-Of several processes all write their own parts, so the directory lies on a file system that they
-share; process 0 commits, writes manifests, and decides for all which step is read.
+In a run of several processes each writes its own parts, so they must share the file system of the
+directory. Process 0 commits, writes manifests, and decides for all which step is read.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -24,107 +25,146 @@ import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import PyTree
 
 from nanoflax import parallel
-from nanoflax.errors import UserError
+from nanoflax.errors import UserError, listed
 from nanoflax.runs import manifest
-from nanoflax.runs.lock import make_writable
+from nanoflax.runs.lock import Path, make_writable
 
+Log = Callable[[str], Any]  # receives warnings, each of one line
 _DISK_ERRORS = [
     os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 ]
-
-# orbax narrates every save, and failed ones with tracebacks; what matters comes as an exception.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-
-
-def _unraisablehook(event, shown=sys.unraisablehook):
-    # The first array that a full disk refuses closes orbax's event loop; tensorstore's threads
-    # then print that they cannot tell it of the others.
-    if not (event.exc_type is RuntimeError and str(event.exc_value) == "Event loop is closed"):
-        shown(event)
+_quiet_contexts = 0
+_make_loud: Callable[[], None] = lambda: None
 
 
-sys.unraisablehook = _unraisablehook
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """While entered (contexts may overlap), orbax logs nothing and a failed save prints nothing.
+
+    orbax logs every save, and a traceback of a failed one. What matters comes as an exception.
+    """
+    global _quiet_contexts, _make_loud
+    _quiet_contexts += 1
+    if _quiet_contexts == 1:
+        _make_loud = _make_quiet()
+    try:
+        yield
+    finally:
+        _quiet_contexts -= 1
+        if _quiet_contexts == 0:
+            _make_loud()
 
 
-# Reading: no function here changes a directory, so a sampler may use one that is being written.
+def _make_quiet() -> Callable[[], None]:
+    """Installs a log filter and an unraisablehook; returns the function that removes them."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def not_from_orbax(record):
+        return "orbax" not in record.pathname
+
+    def show_others(event):
+        # The first array that a full disk refuses closes orbax's event loop. Threads of tensorstore
+        # then print that they cannot report the other arrays to that loop.
+        if not (event.exc_type is RuntimeError and str(event.exc_value) == "Event loop is closed"):
+            hook(event)
+
+    def undo():
+        logger.removeFilter(not_from_orbax)
+        sys.unraisablehook = hook
+
+    logger.addFilter(not_from_orbax)
+    sys.unraisablehook = show_others
+    return undo
 
 
-def list_steps(directory):
-    """Committed steps, ascending; [] when there is no such directory."""
+# Reading: no function here changes a directory, so another process may be writing it.
+
+
+def list_steps(directory: Path) -> list[int]:
+    """Committed steps, ascending; [] if there is no such directory."""
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         return []
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
 
 
-def read_metadata(directory, step=None, which="latest", log=print):
-    """The `meta` saved with a step; chooses and raises as `restore_params` does."""
-    return _read_meta(directory, _choose(directory, step, which, log))
+def read_metadata(directory: Path, step: int | None = None, which: str = "latest", log: Log = print) -> Any:
+    """The `meta` saved with a step. Arguments and errors are those of `restore_params`."""
+    return _read_meta(directory, _choose_step(directory, step, which, log))
 
 
-def restore_params(directory, step=None, which="latest", shardings=None, subtree="params", log=print):
-    """Reads one subtree of a saved state, its structure taken from the checkpoint itself.
+def restore_params(
+    directory: Path,
+    step: int | None = None,
+    which: str = "latest",
+    shardings: Any = None,
+    subtree: str = "params",
+    log: Log = print,
+) -> tuple[PyTree, Any]:
+    """Reads one subtree of a saved state and no other array. All processes must call it.
 
-    No other array is read. `shardings` is a sharding, a tree of them, or a function from the tree
-    of ShapeDtypeStructs to either; None means the default device. Lists and dicts come back as
-    they were, tuples as lists, stacked blocks as a tree per block. A damaged step is named through
-    `log` and the one before it used. Of several processes all call it at once.
+    step: default the newest ("latest") or the best step by `which`; a damaged step is reported to
+    `log` and the step before it is used. shardings: a sharding, a tree of them, or a function from
+    the tree of ShapeDtypeStructs to either; None means the default device.
 
-    Returns:
-      (the subtree, meta).
-    Raises:
-      UserError: no usable step, `step` absent or damaged, no such subtree.
+    Returns (the subtree, meta). The structure is that of the checkpoint: lists and dicts as they
+    were, tuples as lists, stacked blocks as a tree per block.
+    Raises: UserError if no step is usable, `step` is absent or damaged, or has no such subtree.
     """
-    step = parallel.run_on_main_process(lambda: _choose(directory, step, which, log))
-    saved = _saved_tree(directory, step)
+    step = parallel.run_on_main_process(lambda: _choose_step(directory, step, which, log))
+    saved = _read_shapes(directory, step)
     if subtree not in saved:
         raise UserError(f"{directory}: step {step} has no {subtree!r}, only {sorted(saved)}")
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved[subtree])
     if callable(shardings):
         shardings = shardings(target)
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
-        target = jax.tree.map(lambda x: _placed(x, shardings), target)
+        target = jax.tree.map(lambda x: _with_sharding(x, shardings), target)
     else:
-        target = jax.tree.map(_placed, target, shardings)
+        target = jax.tree.map(_with_sharding, target, shardings)
     state = _read_arrays(directory, step, {subtree: target}, partial_restore=True)
     return parallel.unstack(state[subtree]), _read_meta(directory, step)
 
 
 class Checkpoints:
-    """The checkpoints of one run, opened for writing by all of its processes.
+    """The checkpoints of one run, opened for writing by all of its processes. Use as a context manager.
 
-    Keeps the `keep` newest steps, the best one besides, and every multiple of `keep_every`.
-    Opening removes the temporary directories that a kill left.
+    Keeps the `keep` newest steps and the best one. Opening removes the temporary directories that a
+    kill left. While it is open, orbax is quiet (`quiet_orbax`).
 
-    Raises:
-      UserError: the directory cannot be written, or is not a local path.
+    Raises: UserError if the directory cannot be written or is not a local path.
     """
 
-    def __init__(self, directory, keep=2, keep_every=None, asynchronous=True, log=print):
+    def __init__(self, directory: Path, keep: int = 2, log: Log = print):
         if keep < 1:
             raise UserError(f"keep={keep}: give 1 or more, to keep the newest checkpoint")
         self.directory = make_writable(directory)
-        self._keep, self._keep_every = keep, keep_every
-        self._asynchronous, self._log = asynchronous, log
-        self._open()
+        self._keep, self._log = keep, log
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(quiet_orbax())
+            self._open()
+            self._on_close = stack.pop_all()
 
     def _open(self):
-        """Starts orbax on what is on the disk, also after a failure or a change behind its back."""
-        if jax.process_index() == 0:  # by hand: orbax's own cleaning ends some time later
+        """Starts orbax with the steps that are on the disk now."""
+        if jax.process_index() == 0:  # orbax would remove them too, but later
             for path in self.directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(path, ignore_errors=True)
         parallel.gather_from_processes("opened")
         self._metrics = {step: manifest.read_metric(self.directory / str(step)) for step in self.steps()}
         self._saving = None
         registry = ocp.DefaultCheckpointHandlerRegistry()
-        # Uncompressed: trained floats shrink by 8% for as much CPU time as all the rest of a save.
+        # Compression would shrink trained floats by 8%, for as much CPU time as the rest of a save.
         handler = ocp.PyTreeCheckpointHandler(use_compression=False)
         registry.add("state", ocp.args.PyTreeSave, handler)
         self._manager = ocp.CheckpointManager(
@@ -138,26 +178,21 @@ class Checkpoints:
             handler_registry=registry,
         )
 
-    def should_preserve(self, checkpoints, *, context):
-        """orbax's PreservationPolicy; old steps go only after the new one is committed."""
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """orbax's PreservationPolicy; orbax calls it after the new step is committed."""
         del context
-        found = [c.step for c in checkpoints]
-        kept = set(sorted(found)[-self._keep :])
-        kept.add(_best({s: self._metrics.get(s) for s in found}))
-        if self._keep_every:
-            kept.update(s for s in found if s % self._keep_every == 0)
-        return [s in kept for s in found]
+        steps = [c.step for c in checkpoints]
+        kept = {*sorted(steps)[-self._keep :], _best_step({s: self._metrics.get(s) for s in steps})}
+        return [s in kept for s in steps]
 
-    def save(self, step, state, meta, metric=None):
-        """Starts saving `state` (a tree of arrays) and `meta` (JSON) and returns.
+    def save(self, step: int, state: PyTree, meta: Any, metric: float | None = None) -> bool:
+        """Starts to save `state` (a tree of arrays) and `meta` (JSON), and returns.
 
-        The caller may donate or change both at once. Waits first for the save before this one. A
-        step that is saved already only gets the metric, if it has none.
+        The caller may donate or change both at once. The save before this one is waited for. A step
+        that is saved already only gets the metric, if it has none.
 
-        Returns:
-          False if the step is saved already, else True.
-        Raises:
-          UserError: the disk refused this save or the one before it, or a later step exists.
+        Returns False if the step is saved already, else True.
+        Raises: UserError if the disk refused this save or the one before it, or a later step exists.
         """
         self.wait()
         found = parallel.run_on_main_process(self.steps)
@@ -173,92 +208,93 @@ class Checkpoints:
         meta = json.loads(json.dumps(meta))
         self._metrics[step] = metric
         self._saving = step
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(jax.tree.map(_own, state)), meta=ocp.args.JsonSave(meta))
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(jax.tree.map(_copy_on_cpu, state)), meta=ocp.args.JsonSave(meta)
+        )
         try:
             self._manager.save(step, args=args, force=True)  # force: the caller decides when
         except OSError as error:
             self._abandon(error)
-        if not self._asynchronous:
-            self.wait()
         return True
 
-    def wait(self):
-        """Blocks until the last save is committed; raises UserError if it failed."""
+    def wait(self) -> None:
+        """Blocks until the last save is committed. Raises: UserError if it failed."""
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # whatever type orbax or tensorstore chose for a full disk
+        except Exception as error:  # orbax and tensorstore raise several types for a full disk
             self._abandon(error)
         self._saving = None
 
-    def close(self):
+    def close(self) -> None:
         """Waits, raising as `wait` does, and releases orbax's threads."""
         try:
             self.wait()
         finally:
             self._manager.close()
+            self._on_close.close()
 
-    def __enter__(self):
+    def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def steps(self):
+    def steps(self) -> list[int]:
         """Committed steps, ascending."""
         return list_steps(self.directory)
 
-    def latest(self):
-        """The newest committed step, or None; all processes ask at once."""
+    def latest(self) -> int | None:
+        """The newest committed step, or None. All processes must call it."""
         return max(parallel.run_on_main_process(self.steps), default=None)
 
-    def metric(self, step):
+    def metric(self, step: int) -> float | None:
         """The metric that a step was saved with or got later, or None."""
         return self._metrics.get(step)
 
-    def best(self):
-        """The committed step of the lowest metric (of equals the newest), or None."""
-        return _best({s: self._metrics.get(s) for s in self.steps()})
+    def best(self) -> int | None:
+        """The committed step of the lowest metric (of equal ones the newest), or None."""
+        return _best_step({s: self._metrics.get(s) for s in self.steps()})
 
-    def restore(self, abstract_state, step=None):
+    def restore(self, abstract_state: PyTree, step: int | None = None) -> tuple[PyTree, Any]:
         """Restores onto the shardings of `abstract_state`, a tree of jax.ShapeDtypeStruct.
 
-        Without `step` the newest sound one; damaged ones are named, and moved to `damaged-<step>`.
-        It does not matter whether the run that saved it stacked its blocks.
+        step: default the newest undamaged step; damaged ones are reported, and moved to
+        damaged-<step>. The saved state and `abstract_state` may differ in whether their blocks are
+        stacked.
 
-        Returns:
-          (state, meta).
-        Raises:
-          UserError: no sound step, `step` absent or damaged, or the saved paths, shapes or dtypes
-            are not those asked for (the differences are listed).
+        Returns (state, meta).
+        Raises: UserError if no step is undamaged, `step` is absent or damaged, or paths, shapes or
+        dtypes differ from the saved ones (the differences are listed).
         """
         self.wait()
-        step = self._sound_step(step)
-        stacked = parallel.is_stacked(abstract_state)
-        if parallel.is_stacked(_saved_tree(self.directory, step)) != stacked:
-            to, back = parallel.stack, parallel.unstack
-            to, back = (to, back) if stacked else (back, to)
-            state, meta = self.restore(back(abstract_state), step)
+        step = self._choose_undamaged(step)
+        stacked, saved = parallel.is_stacked(abstract_state), _read_shapes(self.directory, step)
+        if parallel.is_stacked(saved) != stacked:
+            convert, revert = parallel.stack, parallel.unstack
+            if not stacked:
+                convert, revert = revert, convert
+            state, meta = self.restore(revert(abstract_state), step)
             places = jax.tree.map(lambda x: x.sharding, abstract_state)
-            return jax.jit(to, out_shardings=places)(state), meta
-        check_same_shapes(f"{self.directory}: step {step}", _saved_tree(self.directory, step), abstract_state)
-        target = jax.tree.map(lambda x: _placed(x, getattr(x, "sharding", None)), abstract_state)
+            return jax.jit(convert, out_shardings=places)(state), meta
+        check_same_shapes(f"{self.directory}: step {step}", saved, abstract_state)
+        target = jax.tree.map(lambda x: _with_sharding(x, getattr(x, "sharding", None)), abstract_state)
         return _read_arrays(self.directory, step, target), _read_meta(self.directory, step)
 
-    def _sound_step(self, step):
-        """As `_choose`, decided and damage moved aside by process 0 for all of them."""
+    def _choose_undamaged(self, step):
+        """`_choose_step` by process 0 for all processes; damaged steps are moved aside."""
 
         def choose():
-            chosen, problem, moved = None, None, []
+            chosen, problem, damaged = None, None, []
             try:
-                chosen = _choose(self.directory, step, "latest", self._log, moved.append)
+                chosen = _choose_step(self.directory, step, "latest", self._log, damaged.append)
             except UserError as error:
                 problem = str(error)
-            for damaged in moved:
-                _move_aside(self.directory, damaged, self._log)
-            return chosen, problem, moved
+            for s in damaged:
+                _move_aside(self.directory, s, self._log)
+            return chosen, problem, damaged
 
-        chosen, problem, moved = parallel.run_on_main_process(choose)
-        if moved:
+        chosen, problem, damaged = parallel.run_on_main_process(choose)
+        if damaged:
             self._manager.close()
             self._open()
         if problem:
@@ -266,9 +302,10 @@ class Checkpoints:
         return chosen
 
     def _abandon(self, error):
-        """Turns a failed save into a UserError and leaves nothing of it on the disk.
+        """Raises a UserError for a failed save, after removing what the save left on the disk.
 
-        Of several processes the others may know of no failure: this one leaves, and they with it.
+        In a run of several processes the others may not know of the failure: this one exits, and
+        their next exchange with it fails.
         """
         step = self._saving
         if jax.process_count() == 1:
@@ -278,73 +315,79 @@ class Checkpoints:
         raise UserError(f"{self.directory}: step {step} could not be saved: {reason}") from error
 
     def _write_manifest(self):
-        """Runs in orbax's commit thread of process 0, when all hosts' files are in place."""
-        (path,) = self.directory.glob(f"{self._saving}.*")
-        manifest.write(path, self._metrics[self._saving])
+        """orbax's commit thread on process 0 calls it when the files of all processes are written."""
+        step = self._saving
+        assert step is not None
+        (path,) = self.directory.glob(f"{step}.*")  # still under its temporary name
+        manifest.write(path, self._metrics[step])
 
 
-# Helpers.
+def check_same_shapes(what: str, saved: PyTree, wanted: PyTree) -> None:
+    """Raises: UserError if paths, shapes or dtypes of two trees differ; orbax would cast silently."""
 
-
-def _own(x):
-    """On a CPU "device to host" is a view, and donating a viewed buffer quietly copies it."""
-    if not isinstance(x, jax.Array) or next(iter(x.devices())).platform != "cpu":
-        return x
-    return jax.device_put(x, x.sharding, may_alias=False)
-
-
-def _placed(x, sharding=None):
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _state_path(directory, step):
-    return epath.Path(pathlib.Path(directory).resolve()) / str(step) / "state"
-
-
-def _saved_tree(directory, step):
-    return ocp.PyTreeCheckpointHandler().metadata(_state_path(directory, step)).tree
-
-
-def _read_arrays(directory, step, target, partial_restore=False):
-    args = ocp.args.PyTreeRestore(
-        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial_restore
-    )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(_state_path(directory, step), args=args)
-
-
-def _read_meta(directory, step):
-    return ocp.JsonCheckpointHandler().restore(_state_path(directory, step).parent / "meta")
-
-
-def check_same_shapes(what, saved, wanted):
-    """Raises UserError where paths, shapes or dtypes of two trees differ: orbax would cast."""
-
-    def leaves(tree):
+    def describe(tree):
         flat = ocp.tree.to_flat_dict(tree, keep_empty_nodes=True)
         return {
             ".".join(path): f"{np.dtype(x.dtype).name}{list(x.shape)}" if hasattr(x, "shape") else "nothing"
             for path, x in flat.items()
         }
 
-    saved, wanted = leaves(saved), leaves(wanted)
-    pairs = {
-        path: (saved.get(path, "absent"), wanted.get(path, "absent")) for path in sorted(saved.keys() | wanted.keys())
-    }
-    lines = [f"{path} is {a}, not {b}" for path, (a, b) in pairs.items() if a != b]
-    if lines:
-        more = f"; and {len(lines) - 10} more" if len(lines) > 10 else ""
-        raise UserError(f"{what} does not fit: {'; '.join(lines[:10])}{more}")
+    old, new = describe(saved), describe(wanted)
+    pairs = {path: (old.get(path, "absent"), new.get(path, "absent")) for path in sorted(old.keys() | new.keys())}
+    if lines := [f"{path} is {a}, not {b}" for path, (a, b) in pairs.items() if a != b]:
+        raise UserError(f"{what} does not fit: {listed(lines, 10)}")
 
 
-def _best(metrics):
+def _copy_on_cpu(x):
+    """A copy of an array on CPU: orbax keeps a view of it, and XLA silently copies a donated buffer
+    that has a view."""
+    if not isinstance(x, jax.Array) or next(iter(x.devices())).platform != "cpu":
+        return x
+    return jax.device_put(x, x.sharding, may_alias=False)
+
+
+def _with_sharding(x, sharding=None):
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _step_path(directory: Path, step: int) -> epath.Path:
+    return epath.Path(pathlib.Path(directory).resolve()) / str(step)
+
+
+@quiet_orbax()
+def _read_shapes(directory, step):
+    """The tree of a saved state, with the shape and dtype of every array."""
+    return ocp.PyTreeCheckpointHandler().metadata(_step_path(directory, step) / "state").tree
+
+
+@quiet_orbax()
+def _read_arrays(directory, step, target, partial_restore=False):
+    args = ocp.args.PyTreeRestore(
+        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial_restore
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(_step_path(directory, step) / "state", args=args)
+
+
+@quiet_orbax()
+def _read_meta(directory, step):
+    return ocp.JsonCheckpointHandler().restore(_step_path(directory, step) / "meta")
+
+
+def _best_step(metrics: Mapping[int, float | None]) -> int | None:
+    """The step of the lowest metric, of equal ones the newest; None if no step has a metric."""
     scored = [(metric, -step) for step, metric in metrics.items() if metric is not None]
     return -min(scored)[1] if scored else None
 
 
-def _choose(directory, step, which, log, on_damage=lambda step: None):
-    """The step to read: `step`, else the newest or best that is sound. Raises UserError."""
+def _choose_step(
+    directory: Path, step: int | None, which: str, log: Log, on_damage: Callable[[int], None] = lambda step: None
+) -> int:
+    """The step to read: `step`, else the newest or best undamaged one. Raises UserError.
+
+    on_damage is called with each damaged step that is skipped.
+    """
     if which not in ("latest", "best"):
         raise UserError(f"which={which!r}: give 'latest' or 'best'")
     directory = pathlib.Path(directory)
@@ -357,9 +400,9 @@ def _choose(directory, step, which, log, on_damage=lambda step: None):
             raise UserError(f"{directory}: step {step} is damaged: {problem}")
         return step
     candidates = found[::-1]
-    if which == "best":  # then the newest
+    if which == "best":  # by metric, of equal or absent ones the newest first
         metrics = {s: manifest.read_metric(directory / str(s)) for s in candidates}
-        candidates.sort(key=lambda s: math.inf if metrics[s] is None else metrics[s])
+        candidates.sort(key=lambda s: math.inf if (metric := metrics[s]) is None else metric)
     for candidate in candidates:
         problem = manifest.find_damage(directory / str(candidate))
         if problem is None:
@@ -369,7 +412,7 @@ def _choose(directory, step, which, log, on_damage=lambda step: None):
     raise UserError(f"{directory}: every checkpoint is damaged: steps {found}")
 
 
-def _move_aside(directory, step, log):
+def _move_aside(directory: pathlib.Path, step: int, log: Log) -> None:
     target = directory / f"damaged-{step}"
     while target.exists():
         target = target.with_name(target.name + "-again")

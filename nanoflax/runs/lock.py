@@ -1,19 +1,21 @@
-"""The directory of a run: that it can be written, and that one run alone writes it."""
+"""The lock of a run's directory: only one run writes it."""
 
 import fcntl
 import os
 import pathlib
 import socket
 import time
+from typing import Any, TypeAlias
 
 from nanoflax import parallel
 from nanoflax.errors import UserError
 
-VISIBLE = 30  # seconds until all hosts see a new file on a network file system
+Path: TypeAlias = str | os.PathLike[str]
+VISIBLE_SECONDS = 30  # until all hosts see a new file on a network file system
 
 
-def make_writable(directory):
-    """The directory as an absolute path, made if need be. Raises UserError if that cannot be."""
+def make_writable(directory: Path) -> pathlib.Path:
+    """The absolute path of a directory, which is made if absent. Raises: UserError if it cannot be written."""
     if "://" in str(directory):
         raise UserError(f"{directory} is not a local path: mount the bucket and give its path")
     path = pathlib.Path(directory).expanduser().resolve()
@@ -27,22 +29,21 @@ def make_writable(directory):
 
 
 class WorkdirLock:
-    """One run per workdir: an flock, which the kernel drops when its holder dies.
+    """An exclusive lock (flock) of a workdir. The kernel drops it when the process dies.
 
-    Use as a context manager, or `release()` it. Process 0 of a run takes it, for all; the others
-    look into it, to see that their workdir is the same directory.
+    Use as a context manager, or call `release()`. Process 0 takes the lock for all processes of a
+    run; the others read its file, to check that their workdir is the same directory.
 
-    Raises:
-      UserError: another process holds it (its pid and host are named), it cannot be written, or
-        the processes share no workdir.
+    Raises: UserError if another process holds the lock (its id and host are named), the lock cannot
+    be written, or the processes do not share the workdir.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory: Path):
         self._file = None
         holder = parallel.run_on_main_process(lambda: self._take(directory))
         path, begin = pathlib.Path(directory).expanduser() / ".lock", time.monotonic()
         while not (seen := path.exists() and path.read_text() == holder):
-            if time.monotonic() - begin > VISIBLE:
+            if time.monotonic() - begin > VISIBLE_SECONDS:
                 break
             time.sleep(0.1)
         if others := [i for i, saw in enumerate(parallel.gather_from_processes(seen)) if not saw]:
@@ -51,10 +52,11 @@ class WorkdirLock:
                 "hosts need one that they share, for the checkpoints"
             )
 
-    def _take(self, directory):
+    def _take(self, directory: Path) -> str:
+        """Takes the lock; returns the text of its file."""
         path = make_writable(directory) / ".lock"
         try:
-            file = open(path, "a+")
+            file = open(path, "a+")  # noqa: SIM115 (it stays open until the lock is released)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             holder = f"process {os.getpid()} on {socket.gethostname()}\n"
@@ -69,17 +71,18 @@ class WorkdirLock:
         except OSError as error:
             raise UserError(f"{path} cannot be locked: {error.strerror}") from error
         self._file = file
-        # A forked worker that outlives a killed parent must not go on holding its lock.
+        # A forked worker may outlive its parent: it must not keep the parent's lock.
         os.register_at_fork(after_in_child=self.release)
         return holder
 
-    def release(self):
+    def release(self) -> None:
+        """Drop the lock."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def __enter__(self):
+    def __enter__(self) -> "WorkdirLock":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.release()

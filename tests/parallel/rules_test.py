@@ -436,7 +436,7 @@ def test_the_mesh_of_several_slices_is_the_hybrid_one(monkeypatch):
         return np.array(devices).reshape(sizes)
 
     monkeypatch.setattr(mesh, "fast_network_groups", lambda devices: (2, False))
-    monkeypatch.setattr(mesh, "hybrid", hybrid)
+    monkeypatch.setattr(mesh, "hybrid_devices", hybrid)
     made = parallel.make_mesh("1,1,1", jax.devices()[:1])
     assert asked == [(1, 1, 1, 1)] and made.axis_names == parallel.AXES
 

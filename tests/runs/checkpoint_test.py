@@ -1,5 +1,6 @@
 """Checkpoints: every bit comes back, and no damage, kill or full disk costs more than one step."""
 
+import logging
 import os
 import pathlib
 import random
@@ -77,7 +78,7 @@ def save_steps(directory, n=3, **options):
 def run(code, *args, wait=True, **options):
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/tests",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/tests/runs",
         "JAX_PLATFORMS": "cpu",
         **options.pop("env", {}),
     }
@@ -98,10 +99,9 @@ def run(code, *args, wait=True, **options):
 # What is saved comes back.
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_every_bit_returns(tmp_path, asynchronous):
+def test_every_bit_returns(tmp_path):
     state, meta = make_state(), {"position": 12, "config": {"dim": 8}, "best": None}
-    with Checkpoints(tmp_path, asynchronous=asynchronous) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest() is None and checkpoints.best() is None
         assert checkpoints.save(5, state, meta)
         meta["position"] = 13  # the caller may go on at once
@@ -129,7 +129,7 @@ def test_a_new_process_reads_it_quietly_and_onto_another_mesh(tmp_path):
             with Checkpoints(sys.argv[1]) as checkpoints:
                 restored, _ = checkpoints.restore(target)
                 assert_same_bits(restored, state)
-                for x, t in zip(jax.tree.leaves(restored), jax.tree.leaves(target)):
+                for x, t in zip(jax.tree.leaves(restored), jax.tree.leaves(target), strict=True):
                     assert x.sharding == t.sharding
                 checkpoints.save(step + 1, restored, {})
             params, _ = restore_params(sys.argv[1], shardings=lambda t: jax.tree.map(place, t))
@@ -198,11 +198,11 @@ def test_the_newest_and_the_best_are_kept_also_after_reopening(tmp_path):
                 checkpoints.save(step, state, {}, metric=losses[step])
     assert checkpoints.steps() == [2, 6, 7]
     assert checkpoints.best() == 2 and checkpoints.latest() == 7
-    with Checkpoints(tmp_path, keep=1, keep_every=4) as checkpoints:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
         for step, loss in ((8, None), (9, 1.0), (10, None)):
             checkpoints.save(step, state, {}, loss)
         checkpoints.wait()
-        assert checkpoints.steps() == [8, 9, 10] and checkpoints.best() == 9
+        assert checkpoints.steps() == [9, 10] and checkpoints.best() == 9
         with pytest.raises(UserError, match="cannot save step 4 before step 10"):
             checkpoints.save(4, state, {})
 
@@ -412,15 +412,35 @@ def test_arrays_refused_after_the_first_print_no_traceback():
             thread = threading.Thread(target=promise.set_result, args=(1,))
             thread.start()
             thread.join()
-        end_in_a_thread()
-        print("then", file=sys.stderr)
-        end_in_a_thread(lambda future: 1 / 0)
+        with checkpoint.quiet_orbax():
+            end_in_a_thread()
+            print("then", file=sys.stderr)
+            end_in_a_thread(lambda future: 1 / 0)
         raise RuntimeError("Event loop is closed")
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, text=True, capture_output=True)
     late, others = done.stderr.split("then\n")
     assert late == "" and "ZeroDivisionError" in others, "others are still shown"
     assert "RuntimeError: Event loop is closed" in others and done.returncode == 1
+
+
+def test_logs_and_hooks_are_changed_only_while_checkpoints_are_open(tmp_path):
+    logger = logging.getLogger("absl")
+    before = sys.unraisablehook, logger.filters[:]
+    first, second = Checkpoints(tmp_path / "1"), Checkpoints(tmp_path / "2")
+    assert sys.unraisablehook is not before[0] and len(logger.filters) == len(before[1]) + 1
+    first.close()  # not in the reverse order of opening
+    assert sys.unraisablehook is not before[0]
+    second.save(1, make_state(), {})
+    second.close()
+    assert (sys.unraisablehook, logger.filters) == before
+    runs.restore_params(tmp_path / "2")
+    with pytest.raises(UserError), Checkpoints(tmp_path / "2") as third:
+        third.restore({})
+    with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.manifest, "read_metric", lambda path: (_ for _ in ()).throw(RuntimeError))
+        Checkpoints(tmp_path / "2")
+    assert (sys.unraisablehook, logger.filters) == before
 
 
 def test_a_full_disk(tmp_path):

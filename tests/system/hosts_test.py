@@ -418,7 +418,7 @@ def agreement(directory, index):
             told.append(votes(step, [index, step]))
         return told
 
-    lock.VISIBLE = 1
+    lock.VISIBLE_SECONDS = 1
     shared = lock.WorkdirLock(directory / "shared")
     return {
         "gathered": parallel.gather_from_processes([index, 0.1 + 0.2 * index, float("inf")]),
