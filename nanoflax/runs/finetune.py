@@ -29,7 +29,7 @@ from nanoflax.runs.directory import (
     write_labels,
     write_run,
 )
-from nanoflax.runs.opening import ModelSource, initial_parameters, open_source, parameter_shapes
+from nanoflax.runs.opening import ModelSource, initial_parameters, open_initial, open_source, parameter_shapes
 from nanoflax.runs.run import Run
 from nanoflax.runs.trainer import Job, TrainingData, check_metric, check_wandb, run_job, setup_jax
 
@@ -65,8 +65,11 @@ def finetune(
             print(f"{ended.reason}: saved at step {ended.step}; the same command continues")
         else:
             if ended.reason == "early stop" and ended.trained_now:
-                waited = f"no better train.metric={config.train.metric} in train.patience={config.train.patience}"
-                print(f"early stop at step {ended.step}: {waited} evaluations")
+                metric, patience = config.train.metric, config.train.patience
+                print(
+                    f"early stop at step {ended.step}: no better train.metric={metric} in train.patience={patience} "
+                    "evaluations"
+                )
             finetuning.finish(ended.frozen)
     return Run(workdir, reason=ended.reason, signal=ended.signal)
 
@@ -149,17 +152,12 @@ def start_from(config: Config, examples: Any, workdir: str, mesh: jax.sharding.M
     m, task, kind = config.model, config.task, tasks.TASKS[config.task.kind]
     source, new_head = None, False
     if m.init_from:
-        source = open_source(m.init_from)
-        if source.tokenizer is None:
-            raise UserError(f"model.init_from={m.init_from} has no tokenizer")
+        source = open_initial(m)
         if kind.has_labels and source.config.head == kind.head:
             new_head = has_other_labels(m.init_from, config, examples.labels)
         tokenizer = tasks.with_sentinels(task, source.tokenizer)
         m = dataclasses.replace(
             source.config,
-            init_from=m.init_from,
-            dropout=m.dropout,
-            attention_backend=m.attention_backend,
             output_delay=m.output_delay or source.config.output_delay,
             vocab_size=max(source.config.vocab_size, tokenizer.vocab_size),
         )
@@ -171,10 +169,8 @@ def start_from(config: Config, examples: Any, workdir: str, mesh: jax.sharding.M
     path = os.path.join(workdir, "config.json")
     m = with_vocabulary(m, tokenizer, mesh, read_config(path) if os.path.exists(path) else None)
     m = with_head(m, task, examples.labels)
-    untrained = source is not None and (new_head or has_new_parameters(m, source.config))
-    if (
-        untrained and not isinstance(config.peft, configs.FullFineTuning) and not config.peft.trained
-    ):  # frozen they would stay random
+    adapts = not isinstance(config.peft, configs.FullFineTuning) and not config.peft.trained
+    if source and adapts and (new_head or has_new_parameters(m, source.config)):  # frozen they would stay random
         config = dataclasses.replace(config, peft=dataclasses.replace(config.peft, trained="adapters,head"))
     if long := [f"{name}={n}" for name, n in tasks.length_limits(task).items() if n > m.context]:
         raise UserError(f"{' and '.join(long)} must be at most the model's context of {m.context}")

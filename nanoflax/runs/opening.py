@@ -60,6 +60,18 @@ def open_source(source: str | os.PathLike, which: str = "best") -> ModelSource:
     return ModelSource(config, tokenizer, lambda: hf.load(path)[1])
 
 
+def open_initial(model: ModelConfig) -> ModelSource:
+    """The source of model.init_from; its config keeps init_from, dropout and attention_backend of `model`.
+
+    Raises: UserError if it has no tokenizer.
+    """
+    source = open_source(model.init_from)
+    if source.tokenizer is None:
+        raise UserError(f"model.init_from={model.init_from} has no tokenizer")
+    own = {name: getattr(model, name) for name in ("init_from", "dropout", "attention_backend")}
+    return dataclasses.replace(source, config=dataclasses.replace(source.config, **own))
+
+
 def open_model(source: str | os.PathLike, which: str = "best") -> tuple[Any, Params, Any]:
     """(Linen module, parameters, tokenizer or None) of a source; see `open_source`."""
     found = open_source(source, which)

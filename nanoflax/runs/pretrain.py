@@ -14,7 +14,7 @@ from nanoflax.config import Config, ModelConfig, TextData
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint
 from nanoflax.runs.directory import check_workdir, exclusive, get_tokenizer, with_vocabulary
-from nanoflax.runs.opening import ModelSource, initial_parameters, open_source
+from nanoflax.runs.opening import initial_parameters, open_initial
 from nanoflax.runs.run import Run
 from nanoflax.runs.trainer import Job, Result, TrainingData, check_metric, check_wandb, run_job, setup_jax
 
@@ -40,7 +40,8 @@ def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False
 
 
 def check(config: Config) -> None:
-    """Raises: UserError for anything but a decoder that is trained whole on text."""
+    """Raises: UserError for a bad Config, or for anything but all of a decoder trained on text."""
+    configs.validate(config)
     found = [
         f"model.{name}={getattr(config.model, name)!r}"
         for name in ("architecture", "head")
@@ -61,10 +62,16 @@ def check(config: Config) -> None:
 
 
 def make_job(config: Config, workdir: str, restart: bool) -> Job:
-    """The Job of a Config; its text is not read yet, but may be to train a tokenizer."""
-    source = open_decoder(config.model) if config.model.init_from else None
+    """The Job of a Config. Its text is read later, unless a tokenizer has to be trained on it."""
+    source = open_initial(config.model) if config.model.init_from else None
     if source:
-        config = dataclasses.replace(config, model=source.config)
+        if source.config.architecture != "decoder":
+            raise UserError(
+                f"model.init_from={config.model.init_from} is of model.architecture={source.config.architecture!r}; "
+                "pretrain trains a decoder"
+            )
+        config = dataclasses.replace(config, model=dataclasses.replace(source.config, head="lm"))
+        configs.validate(config)
     saved, weights = look_into(workdir, config, restart)
     mesh = parallel.make_mesh(config.train.mesh)
     parallel.check_mesh(dataclasses.replace(config, model=parallel.pad_vocabulary(config.model, mesh)), mesh)
@@ -99,23 +106,6 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
         flops_per_token=nn.flops_per_token(config.model),
         replaces=weights,
     )
-
-
-def open_decoder(model: ModelConfig) -> ModelSource:
-    """The source of model.init_from, its config that of the run, which keeps a few of `model`'s own fields.
-
-    Raises: UserError if the source is no decoder or has no tokenizer.
-    """
-    source = open_source(model.init_from)
-    if source.config.architecture != "decoder":
-        raise UserError(
-            f"model.init_from={model.init_from} is of model.architecture={source.config.architecture!r}; pretrain "
-            "trains a decoder"
-        )
-    if source.tokenizer is None:
-        raise UserError(f"model.init_from={model.init_from} has no tokenizer")
-    own = {name: getattr(model, name) for name in ("init_from", "dropout", "attention_backend")}
-    return dataclasses.replace(source, config=dataclasses.replace(source.config, head="lm", **own))
 
 
 def look_into(workdir: str, config: Config, restart: bool) -> tuple[Config | None, str | None]:

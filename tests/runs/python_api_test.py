@@ -60,6 +60,7 @@ def test_what_is_wrong_is_one_error_and_leaves_no_run(config, place):
     tune = functools.partial(nanoflax.finetune, None, "jsonl:train.jsonl", workdir="w")
     for call, words in (
         (lambda: nanoflax.pretrain(Config(model=ModelConfig(architecture="encoder", head="mlm")), "w"), "'encoder'"),
+        (lambda: nanoflax.pretrain(Config(model=ModelConfig(heads=3)), "w"), "model.heads=3"),
         (lambda: tune(), "task.kind='pretrain' is for experiments.pretrain"),
         (lambda: tune(task="dance"), "task='dance' is not one of classify"),
         (lambda: tune(task="classify", peft="glue"), "peft='glue' is not one of none"),
