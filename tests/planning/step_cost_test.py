@@ -132,7 +132,7 @@ def test_what_gradients_and_activations_take():
     assert grads == 2 * 4 * 64
     # The last product makes dw1 [8, 8] beside dw2, and reads dy w2^T (1 - tanh^2) [4, 8].
     assert most == 2 * 4 * 64 + 4 * 32
-    split = {v: 8 for v in traced.outvars}
+    split = dict.fromkeys(traced.outvars, 8)
     assert peak_memory.peak(traced, (), split)[0] == grads // 8
 
 

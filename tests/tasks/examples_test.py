@@ -382,7 +382,7 @@ def test_cleaning_is_counted_when_and_only_when_it_changes(text, unicode, whites
     if whitespace == "collapse":
         assert clean == " ".join(clean.split())
     if whitespace == "trim":
-        assert clean == clean.strip() and clean.split() == [w for w in " ".join(clean.splitlines()).split()]
+        assert clean == clean.strip() and clean.split() == " ".join(clean.splitlines()).split()
 
 
 def test_each_step_of_cleaning(tmp_path):

@@ -165,7 +165,7 @@ def test_accumulation_equals_the_whole_batch(name):
     kind = KIND.get(name, name)
     rows = rows_of(kind, "O=0.25,I-X=3" if kind in ("classify", "tag") else "")
     batch = rows.batch([1, 2, 3, 4, 5, 6, 10**6, 10**6])  # the last micro-batch has no weight
-    assert len({x for x in batch["weights"].reshape(8, -1).sum(1)}) > 2
+    assert len(set(batch["weights"].reshape(8, -1).sum(1))) > 2
     whole, parts = (stepped(name, lambda i: batch, 2, n, 0.5, "sgd") for n in (1, 4))
     np.testing.assert_allclose(whole[0], parts[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole[1], parts[1])

@@ -232,7 +232,7 @@ def test_the_rows_of_each_task():
     tokenizer, rows = rows_of(noise="spans")
     for i, row in enumerate(rows.with_noise([(i, 0) for i in range(len(rows))]).rows):
         assert row["source"][-1] == row["targets"][-1] == BYTES.eos_id
-        marks = {mark: s for mark, s in zip(tokenizer.sentinels, SENTINELS, strict=True)}
+        marks = dict(zip(tokenizer.sentinels, SENTINELS, strict=True))
         source, target = ([marks.get(j, j) for j in row[name][:-1]] for name in ("source", "targets"))
         assert rebuilt(source, target) == rows.rows[i]["text"].tolist()
     _, rows = rows_of(noise="none")

@@ -1,5 +1,6 @@
 """Tokenizers from elsewhere: equal to Transformers', and no text is read as a special token."""
 
+import contextlib
 import importlib.util
 import json
 import pathlib
@@ -661,10 +662,8 @@ def test_random_damage_is_refused_or_loads(tmp_path):
             at = rng.randrange(len(bad)) if rng.random() < 0.5 else rng.randrange(2500)
             bad[at] = rng.randrange(256)
         (tmp_path / "tokenizer.json").write_bytes(bad)
-        try:
+        with contextlib.suppress(UserError):
             tokenizers.load(tmp_path).encode("some text")
-        except UserError:
-            pass
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_schedules_hit_their_values():
         config = OptimConfig(schedule=kind, warmup_steps=10, end_factor=0.1, decay_fraction=0.2)
         schedule = make_schedule(config, 110, 2.0)
         values[kind] = [float(schedule(step)) for step in (0, 5, 10, 60, 88, 99, 110)]
-    for kind, found in values.items():
+    for found in values.values():
         # Warmup: never 0, 1/11 a step, and the peak right after it.
         np.testing.assert_allclose(found[:3], [2 / 11, 12 / 11, 2.0], rtol=1e-6)
     cosine = lambda step: 0.2 + 1.8 * (1 + np.cos(np.pi * (step - 10) / 100)) / 2

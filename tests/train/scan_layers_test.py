@@ -226,7 +226,7 @@ def run(config, state=None, steps=range(4), devices=None):
     assert is_stacked(state) == config.train.scan_layers
     step = train.jit_step(train.make_train_step(model, optimizer, config), state, mesh)
     metrics = []
-    for i in steps:
+    for _i in steps:
         state, m = step(state, parallel.put_batch(BATCH, mesh))
         metrics.append([float(m["loss"]), float(m["grad_norm"])])
     return np.array(metrics), unstack(state)
@@ -265,7 +265,7 @@ def test_a_run_goes_on_with_its_blocks_the_other_way(tmp_path, name, scan):
     whole, end = run(before)
     mesh, optimizer, model, state = started(before)
     step = train.jit_step(train.make_train_step(model, optimizer, before), state, mesh)
-    for i in range(2):
+    for _i in range(2):
         state, _ = step(state, parallel.put_batch(BATCH, mesh))
     with Checkpoints(tmp_path) as saves:
         saves.save(2, state._asdict(), {})
@@ -292,7 +292,7 @@ def tuned(scan, kind, trained=""):
     state = train.init_state(model, optimizer, config, mesh, own)
     step = train.jit_step(train.make_train_step(model, optimizer, config), state, mesh)
     losses = []
-    for i in range(4):
+    for _i in range(4):
         state, metrics = step(state, parallel.put_batch(BATCH, mesh), frozen)
         losses.append(float(metrics["loss"]))
     return losses, unstack(state.params), unstack(frozen)
@@ -369,7 +369,7 @@ def test_eight_devices_give_the_numbers_of_one():
     done = processes.run(["-c", code], env=os.environ | {"XLA_FLAGS": flags}, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    for mesh, errors in found.items():
+    for _mesh, errors in found.items():
         assert errors["moved"] > 0.05 and max(errors["metrics"], errors["params"]) < 1e-5, errors
     assert found["2,2,2"]["whole"] == [3, 96, 32] and found["2,2,2"]["part"] == [3, 48, 16]
     assert found["1,8,1"]["part"] == [3, 96, 4]
