@@ -56,9 +56,9 @@ def print_mapping(run):
     family = hf.family_of_config(config)
     mapping, lines = hf.tensor_mapping(family, config), []
     for row in mapping:
-        names = " + ".join(path for path, _ in row.ours)
+        names = " + ".join(row.paths)
         if "block_" not in names or "block_0/" in names:
-            lines.append((row.name, names, "x".join(map(str, row.shape)), str(ours[row.ours[0][0]].dtype)))
+            lines.append((row.name, names, "x".join(map(str, row.shape)), str(ours[row.paths[0]].dtype)))
     widths = [max(len(line[i]) for line in lines) for i in range(3)]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, (*widths, 0), strict=True)))

@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nanoflax.config import PEFT_KINDS, AdaLoRA, LoRA, LowRank, validate
 from nanoflax.errors import UserError
-from nanoflax.hf import families, models, safetensors_io
+from nanoflax.hf import families, safetensors_io
+from nanoflax.hf.layouts import tensor_mapping
 from nanoflax.nn import without_padding
 from nanoflax.peft import LOW_RANK, trainable
 
@@ -53,7 +54,7 @@ def save_adapter(directory, config, params, peft_config, base="", model_type=Non
         [
             f"{path} is a part of {modules[path][0]}, which peft adapts as one; leave it out of peft.targets"
             for path in linears
-            if modules[path][1] not in ("kernel", "same")
+            if modules[path][1] not in ("transposed", "same")
         ],
     )
     tensors, pattern = {}, {}
@@ -108,18 +109,18 @@ def _whole_modules(config, model_type, flat, trained):
     """What is trained beside adapters, {their name: array}, of modules trained as a whole."""
     found, tensors = [], {}
     for name, rows in _modules(config, model_type).items():
-        paths = [path for row in rows for path, _ in row.ours]
+        paths = [path for row in rows for path in row.paths]
         kept = [path for path in paths if not trained[path]]
         if len(kept) == len(paths):
             continue
-        if kept or any(row.layout not in ("kernel", "same") for row in rows):
+        if kept or any(row.layout not in ("transposed", "same") for row in rows):
             found.append(f"peft saves {name} as a whole, and peft.trained has a part of it")
         if any(f"{path.removesuffix('kernel')}lora_a" in flat for path in paths):
             found.append(f"peft cannot both adapt {name} and save it as a whole")
         tensors |= {
-            row.name: np.asarray(flat[path].T if row.layout == "kernel" else flat[path])
+            row.name: np.asarray(flat[path].T if row.layout == "transposed" else flat[path])
             for row in rows
-            for path, _ in row.ours
+            for path in row.paths
         }
     if found:
         raise UserError("; ".join(found[:4]))
@@ -154,20 +155,20 @@ def load_adapter(directory, config, params, model_type=None):
     c, patterns = _from_theirs(theirs, path)
     flat, found, parts, new = flatten_dict(params, sep="/"), [], {}, {}
     modules = _modules(config, model_type)
-    ours = {name: place for place, (name, layout) in _linears(modules).items() if layout in ("kernel", "same")}
+    ours = {name: place for place, (name, layout) in _linears(modules).items() if layout in ("transposed", "same")}
     ends = "|".join(map(re.escape, theirs.get("modules_to_save") or ()))
     whole = {
         row.name: row
         for name, rows in modules.items()
         for row in rows
-        if ends and re.search(rf"({ends})(\.|$)", name) and row.layout in ("kernel", "same")
+        if ends and re.search(rf"({ends})(\.|$)", name) and row.layout in ("transposed", "same")
     }
     for name, tensor in safetensors_io.open_safetensors(directory, single=WEIGHTS).items():
         m = _TENSOR.fullmatch(name)
         row = whole.pop(name.removeprefix(_BASE), None)
         if row is not None and tensor.shape == row.shape:
-            x, (path, _) = tensor.read(), row.ours[0]
-            new[path] = jnp.asarray(x.T if row.layout == "kernel" else x, jnp.float32)
+            x, path = tensor.read(), row.paths[0]
+            new[path] = jnp.asarray(x.T if row.layout == "transposed" else x, jnp.float32)
         elif row is not None:
             found.append(f"{name} has shape {list(tensor.shape)}, not {list(row.shape)}")
         elif m and m[1] in ours:
@@ -198,9 +199,9 @@ _TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_[ABE]|lora_magnitude_vecto
 def _modules(config, model_type):
     """The hf.Rows of each module of theirs, by its name."""
     family, modules = families.family_of_config(config, model_type), {}
-    for row in models.tensor_mapping(family, config):
+    for row in tensor_mapping(family, config):
         name = row.name.removeprefix(family.base) if config.head == "none" else row.name
-        modules.setdefault(name.rpartition(".")[0], []).append(row._replace(name=name))
+        modules.setdefault(name.rpartition(".")[0], []).append(dataclasses.replace(row, name=name))
     return modules
 
 
@@ -210,7 +211,7 @@ def _linears(modules):
         path.removesuffix("/kernel"): (name, row.layout)
         for name, rows in modules.items()
         for row in rows
-        for path, _ in row.ours
+        for path in row.paths
         if path.endswith("/kernel")
     }
 

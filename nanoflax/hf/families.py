@@ -1,20 +1,21 @@
-"""The families of Hugging Face Transformers, a row of data each: how config.json and the names of
-the tensors correspond to ours, in both directions.
+"""The families of Hugging Face Transformers, each a row of data. CONTRIBUTING.md tells how to add one.
 
-To add one: a `Family` in FAMILIES, and its configurations in tests/hf_test.py.
+In `read` and `write`, hf is a parsed config.json and c a ModelConfig.
 """
 
 import dataclasses
 import re
+from typing import Any
 
+from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.hf.family import _THEIR_ACTIVATIONS, _TYPES, ACTIVATIONS, Family, differences
+from nanoflax.hf.family import ACTIVATIONS, FIELD_TYPES, THEIR_ACTIVATIONS, Family, Keys, differences
 
 
-def family_of_config(config, model_type=None):
-    """The family that a configuration is exported as: model_type, or the first that can have it.
+def family_of_config(config: ModelConfig, model_type: str | None = None) -> Family:
+    """The family that a configuration is exported as: model_type, or the first that can express it.
 
-    Raises: UserError naming the fields in which it differs from the nearest.
+    Raises: UserError naming the fields that the nearest family cannot express.
     """
     found = {}
     for name in FAMILIES if model_type is None else [model_type]:
@@ -26,23 +27,26 @@ def family_of_config(config, model_type=None):
         if not found[name]:
             return family
     nearest = min(found, key=lambda name: (found[name][0] in ("architecture", "head"), len(found[name])))
-    fields = ", ".join(f"model.{name}={getattr(config, name)!r}" if name in _TYPES else name for name in found[nearest])
+    fields = ", ".join(
+        f"model.{name}={getattr(config, name)!r}" if name in FIELD_TYPES else name for name in found[nearest]
+    )
     raise UserError(
         f"Transformers has no such model among {', '.join(found)}; the nearest is {nearest}, but for {fields}"
     )
 
 
-def family_of_type(model_type):
+def family_of_type(model_type: Any) -> Family:
     """The family of a model_type. Raises: UserError naming all of them."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"model_type={model_type!r} is not supported; supported are " + ", ".join(FAMILIES))
     return FAMILIES[model_type]
 
 
-# What rows share.
+# Shared by rows.
 
 
-def _under(ours, theirs, parts):
+def _under(ours: str, theirs: str, parts: Keys) -> dict[str, Any]:
+    """Keys with both names prefixed."""
     return {
         f"{ours}/{a}": (f"{theirs}.{b}" if isinstance(b, str) else (f"{theirs}.{b[0]}", *b[1:]))
         for a, b in parts.items()
@@ -50,7 +54,7 @@ def _under(ours, theirs, parts):
 
 
 def _read_rope(hf):
-    """Rotary positions: rope_parameters, or rope_theta and rope_scaling before Transformers 5."""
+    """Rotary positions, from rope_parameters, or before Transformers 5 from rope_theta and rope_scaling."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     local, rope = rope.get("sliding_attention", {}), rope.get("full_attention", rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -83,7 +87,7 @@ def _read_rope(hf):
 
 
 def _write_rope(c):
-    """In the form that every version of Transformers reads."""
+    """Rotary positions in the form that every version of Transformers reads."""
     scaling = {"rope_type": c.rope_scaling, "factor": c.rope_factor}
     if c.rope_scaling == "llama3":
         scaling |= {
@@ -95,14 +99,14 @@ def _write_rope(c):
 
 
 def _read_window(hf, is_local):
-    """Layers with a window and without. is_local: what a layer is where no layer_types says so."""
+    """Which layers have a window. is_local(i): whether layer i has one, if there are no layer_types."""
     layers, window = hf["num_hidden_layers"], hf["sliding_window"] or 0
     types = hf.get("layer_types") or ["sliding_attention" if is_local(i) else "full_attention" for i in range(layers)]
     if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
         raise UserError(f"layer_types must be {layers} times sliding_attention or full_attention, not {types!r}")
-    whole = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
-    window = window if len(whole) < layers else 0
-    return {"window": window, "global_layers": whole if window else ()}
+    full = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+    window = window if len(full) < layers else 0
+    return {"window": window, "global_layers": full if window else ()}
 
 
 def _write_window(c):
@@ -139,13 +143,12 @@ _LLAMA = Family(
               "attention_bias": False, "mlp_bias": False, "rope_theta": 10_000.0},
     read=lambda hf: _read_rope(hf) | {"out_bias": hf["attention_bias"]},
     write=_write_rope,
-    same=lambda c: {"lm_head.weight": "model.embed_tokens.weight"} if c.tied else {},
     ignored=r".*rotary_emb\.inv_freq",
     base="model.")  # fmt: skip
 
 
 def _like_llama(model_type, name, without=(), keys=None, preset=None, defaults=None, fields=None, **changes):
-    """A family with Llama's names, but for what is given; `without` fields of Llama's."""
+    """A family with the names of Llama, except for what is given; it has not the fields `without`."""
     kept = {a: b for a, b in _LLAMA.fields.items() if a not in without}
     return dataclasses.replace(
         _LLAMA,
@@ -247,9 +250,9 @@ _GPT2 = Family(
           "decoder/norm": "transformer.ln_f", "unembed": "lm_head",
           **_under("decoder/block_{i}", "transformer.h.{i}", {
               "norm_attention": "ln_1", "norm_mlp": "ln_2",
-              "attention/query": ("attn.c_attn", "beside", 0),
-              "attention/key": ("attn.c_attn", "beside", 1),
-              "attention/value": ("attn.c_attn", "beside", 2),
+              "attention/query": ("attn.c_attn", "fused_columns", 0),
+              "attention/key": ("attn.c_attn", "fused_columns", 1),
+              "attention/value": ("attn.c_attn", "fused_columns", 2),
               "attention/out": ("attn.c_proj", "same"),
               "mlp/up": ("mlp.c_fc", "same"), "mlp/down": ("mlp.c_proj", "same")})},
     fields={"vocab_size": "vocab_size", "n_positions": "context", "n_layer": "layers",
@@ -262,7 +265,6 @@ _GPT2 = Family(
     only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
           "add_cross_attention": (False,)},
     write=lambda c: {"embd_pdrop": c.dropout, "attn_pdrop": 0.0},
-    same=lambda c: {"lm_head.weight": "transformer.wte.weight"} if c.tied else {},
     ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
     base="transformer.")  # fmt: skip
 
@@ -289,7 +291,6 @@ _OPT = Family(
     read=lambda hf: {"norm_place": "pre" if hf["do_layer_norm_before"] else "post",
                      "out_bias": hf["enable_bias"], "mlp_bias": hf["enable_bias"]},
     write=lambda c: {"do_layer_norm_before": c.norm_place == "pre"},
-    same=lambda c: {"lm_head.weight": "model.decoder.embed_tokens.weight"} if c.tied else {},
     base="model.")  # fmt: skip
 
 _NEOX = Family(
@@ -299,9 +300,9 @@ _NEOX = Family(
           "unembed": "embed_out",
           **_under("decoder/block_{i}", "gpt_neox.layers.{i}", {
               "norm_attention": "input_layernorm", "norm_mlp": "post_attention_layernorm",
-              "attention/query": ("attention.query_key_value", "heads", 0),
-              "attention/key": ("attention.query_key_value", "heads", 1),
-              "attention/value": ("attention.query_key_value", "heads", 2),
+              "attention/query": ("attention.query_key_value", "fused_by_head", 0),
+              "attention/key": ("attention.query_key_value", "fused_by_head", 1),
+              "attention/value": ("attention.query_key_value", "fused_by_head", 2),
               "attention/out": "attention.dense",
               "mlp/up": "mlp.dense_h_to_4h", "mlp/down": "mlp.dense_4h_to_h"})},
     fields={"vocab_size": "vocab_size", "max_position_embeddings": "context",
@@ -318,7 +319,6 @@ _NEOX = Family(
         "out_bias": hf["attention_bias"]},
     write=lambda c: _write_rope(c) | {
         "rotary_pct": c.rope_fraction, "rotary_emb_base": c.rope_theta},
-    same=lambda c: {"embed_out.weight": "gpt_neox.embed_in.weight"} if c.tied else {},
     ignored=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
     base="gpt_neox.")  # fmt: skip
 
@@ -353,19 +353,18 @@ _BERT = Family(
           "add_cross_attention": (False,)},
     read=_labels,
     write=lambda c: {"attention_probs_dropout_prob": 0.0},
-    # The bias is there under two names, of which the model reads the decoder's.
+    # A file has this bias under two names; the model reads the decoder's.
     more_keys=lambda c: {"logit_bias": (f"cls.predictions.{'' if c.tied else 'decoder.'}bias",
                                         "same")},
     present={"pooler": "bert.pooler.dense.weight"},
-    same=lambda c: {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-                    "cls.predictions.decoder.bias": "cls.predictions.bias"} if c.tied else {
-                        "cls.predictions.bias": "cls.predictions.decoder.bias"},
+    same=lambda c: {"cls.predictions.decoder.bias": "cls.predictions.bias"} if c.tied else {
+        "cls.predictions.bias": "cls.predictions.decoder.bias"},
     ignored=r"bert\.embeddings\.position_ids|bert\.pooler\..*|cls\.seq_relationship\..*",
     base="bert.")  # fmt: skip
 
 
 def _read_roberta(hf):
-    # The row of padding and those before it are no position; the table's size counts them.
+    # The rows up to that of the padding token are no positions, but the size of the table counts them.
     offset = hf["pad_token_id"] + 1
     if "RobertaForMaskedLM" in (hf.get("architectures") or []) and hf["hidden_act"] != "gelu":
         raise UserError(
@@ -391,9 +390,8 @@ _ROBERTA = dataclasses.replace(
         "logit_bias": (f"lm_head.{'' if c.tied else 'decoder.'}bias", "same"),
         **({"pooler": "classifier.dense", "labels": "classifier.out_proj"}
            if c.head == "classify" else {})},
-    same=lambda c: {"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
-                    "lm_head.decoder.bias": "lm_head.bias"} if c.tied else {
-                        "lm_head.bias": "lm_head.decoder.bias"},
+    same=lambda c: {"lm_head.decoder.bias": "lm_head.bias"} if c.tied else {
+        "lm_head.bias": "lm_head.decoder.bias"},
     ignored=r"roberta\.embeddings\.position_ids|roberta\.pooler\..*",
     base="roberta.")  # fmt: skip
 
@@ -421,8 +419,6 @@ _DISTILBERT = Family(
     defaults={"activation": "gelu", "tie_word_embeddings": True, "dropout": 0.1},
     read=_labels,
     write=lambda c: {"attention_dropout": 0.0, "seq_classif_dropout": c.dropout},
-    same=lambda c: {"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"}
-    if c.tied else {},
     base="distilbert.")  # fmt: skip
 
 # Encoder-decoders.
@@ -452,7 +448,7 @@ def _read_t5(hf):
 
 
 def _write_t5(c):
-    name = _THEIR_ACTIVATIONS[c.activation]
+    name = THEIR_ACTIVATIONS[c.activation]
     if c.gated:
         name = "gated-" + {"gelu_pytorch_tanh": "gelu", "gelu": "gelu_python"}.get(name, name)
     return {
@@ -496,10 +492,8 @@ _T5 = Family(
               "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
               "feed_forward_proj": "relu", "tie_word_embeddings": True, "dropout_rate": 0.1},
     read=_read_t5, write=_write_t5,
-    same=lambda c: {"encoder.embed_tokens.weight": "shared.weight",
-                    "decoder.embed_tokens.weight": "shared.weight",
-                    **({"lm_head.weight": "shared.weight"} if c.tied else {})},
-    # Files of the first T5 have this, which no version of the model reads.
+    same=lambda c: {f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")},
+    # Files of the first T5 have this tensor; no version of the model reads it.
     ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")  # fmt: skip
 
 _BART_BLOCK = {
@@ -535,9 +529,7 @@ _BART = Family(
     read=lambda hf: {"embed_scale": hf["d_model"]**0.5 if hf["scale_embedding"] else 1.0},
     write=lambda c: {"scale_embedding": c.embed_scale != 1, "is_encoder_decoder": True},
     present={"head_bias": "final_logits_bias"},
-    same=lambda c: {"model.encoder.embed_tokens.weight": "model.shared.weight",
-                    "model.decoder.embed_tokens.weight": "model.shared.weight",
-                    **({"lm_head.weight": "model.shared.weight"} if c.tied else {})},
+    same=lambda c: {f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in ("encoder", "decoder")},
     base="model.")  # fmt: skip
 
 _MARIAN = dataclasses.replace(
@@ -551,7 +543,7 @@ _MARIAN = dataclasses.replace(
 
 
 def _with_classifier(family):
-    """A decoder's family, and its class with a Linear over labels on the last token's state."""
+    """A decoder's family with its class for classification: a Linear over labels on the state of the last token."""
     (causal,) = family.classes["lm"]
     name = re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", causal)
     name = name.replace("Gemma3For", "Gemma3TextFor")

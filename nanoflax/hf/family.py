@@ -1,12 +1,14 @@
-"""The engine of model families: a Family row to a ModelConfig and back."""
+"""The engine of model families: from a Family and a config.json to a ModelConfig, and back."""
 
 import dataclasses
 import typing
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
 
-# Theirs to ours; of several names for one, the last is written.
+# Names in config.json -> ours; of several names for one of ours, the last is written.
 ACTIVATIONS = {
     "gelu_python": "gelu",
     "gelu": "gelu",
@@ -18,53 +20,82 @@ ACTIVATIONS = {
     "relu": "relu",
     "tanh": "tanh",
 }
-_THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-_TYPES = typing.get_type_hints(ModelConfig)
+THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+FIELD_TYPES = typing.get_type_hints(ModelConfig)
 _MAX_SIZE = 2**31
+
+
+Json = dict[str, Any]  # a parsed config.json
+Keys = Mapping[str, str | tuple]
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One model_type.
+    """One model_type of Transformers: its config.json and the names of its tensors. CONTRIBUTING.md: how to add one.
 
-    keys: our module -> theirs, {i} the block. kernel, scale and embedding are called weight there,
-    and a kernel is transposed. A pair (name, layout) or a triple (name, layout, part) says
-    otherwise, see hf._read.
+    keys: path of our module -> name of theirs; {i} is the number of the block. Our leaves kernel, scale and
+    embedding are called weight in a file, and a kernel is transposed there. An entry for a single parameter
+    (its path ends in the leaf) gives the full name of the tensor. (name, layout) or (name, layout, part) says how
+    the tensor holds ours:
+
+      same            as it is                            (GPT-2's c_proj, every bias)
+      transposed      [out, in] for our kernel [in, out]  (the default of a kernel)
+      row             [1, V] for [V]
+      fused           parts 0, 1, ... one after another along the outputs, of any sizes, transposed: a query, key
+                      and value in one [H K + 2 G K, D], a gate and up in one [2 F, D]
+      fused_columns   the same, not transposed: [D, 3 D]  (GPT-2's c_attn)
+      fused_by_head   for each head its query, key and value, transposed: [H 3 K, D]  (GPT-NeoX)
+      rotary_pairs    transposed, and the two halves of each rotary pair are neighbours (GGUF; only read)
     """
 
     model_type: str
-    classes: dict  # our head -> Transformers' classes; the first one is written
-    keys: dict
-    fields: dict  # of config.json -> of ModelConfig, where only the name differs
-    preset: dict  # fields of ModelConfig that are the same in all its models
-    defaults: dict = dataclasses.field(default_factory=dict)  # of config.json, if absent there
-    only: dict = dataclasses.field(default_factory=dict)  # field -> allowed values or equal field
-    read: typing.Callable = lambda hf: {}  # config.json -> what `fields` cannot say
-    write: typing.Callable = lambda c: {}  # and back
-    more_keys: typing.Callable = lambda c: {}  # keys that depend on the configuration
-    present: dict = dataclasses.field(default_factory=dict)  # our field -> the tensor that decides
-    same: typing.Callable = lambda c: {}  # names that may repeat a tensor in a file -> its own
-    ignored: str = r"$^"  # names (a pattern) of what is no weight of this model
-    base: str = ""  # the prefix that a file of the bare model does not have
+    classes: dict[str, tuple[str, ...]]  # our head -> Transformers' classes; the first one is written
+    keys: dict[str, Any]  # as Keys
+    fields: dict[str, str]  # name in config.json -> name in ModelConfig, if the value is the same
+    preset: Json  # fields of ModelConfig that are equal in all models of the family
+    defaults: Json = dataclasses.field(default_factory=dict)  # values of config.json that it may omit
+    # What config.json may say if it says something: allowed values (the first is written), or the field it must equal.
+    only: dict[str, tuple | str] = dataclasses.field(default_factory=dict)
+    read: Callable[[Json], Json] = lambda hf: {}  # config.json, with defaults -> further fields of ModelConfig
+    write: Callable[[ModelConfig], Json] = lambda c: {}  # ModelConfig -> further values of config.json
+    more_keys: Callable[[ModelConfig], dict[str, Any]] = lambda c: {}  # keys that depend on the configuration
+    # Field of ModelConfig -> the tensor whose presence decides it.
+    present: dict[str, str] = dataclasses.field(default_factory=dict)
+    # Name of a tensor that may repeat another -> name of the other. A tied output layer needs no entry.
+    same: Callable[[ModelConfig], dict[str, str]] = lambda c: {}
+    ignored: str = r"$^"  # pattern of the names of tensors that are not weights of the model
+    base: str = ""  # prefix of tensor names that files of the bare model do not have
+
+    def __post_init__(self):
+        unknown = {*self.fields.values(), *self.preset, *self.present} - FIELD_TYPES.keys()
+        if unknown:
+            raise ValueError(f"family {self.model_type}: ModelConfig has no {', '.join(sorted(unknown))}")
+
+    def copies(self, config: ModelConfig) -> dict[str, str]:
+        """Name of a tensor that may repeat another -> name of the other."""
+        tied = {f"{self.keys['unembed']}.weight": f"{self.keys['embed']}.weight"} if config.tied else {}
+        return self.same(config) | tied
 
 
-def to_config(family, hf, head, max_layers=_MAX_SIZE):
+def to_config(family: Family, hf: Json, head: str, max_layers: int = _MAX_SIZE) -> ModelConfig:
     """The ModelConfig of a parsed config.json.
 
     Raises: UserError with every value that is missing, unsupported or impossible.
     """
-    hf, found, ours = family.defaults | hf, [], {"head": head} | family.preset
+    hf = family.defaults | hf
+    ours: Json = {"head": head} | family.preset
+    found: list[str] = []
     for field, name in family.fields.items():
         value = hf.get(field)
-        wrong = field not in hf and f"{field} is missing"
+        wrong = f"{field} is missing" if field not in hf else None
         if not wrong and name.endswith("activation"):
-            wrong = (not isinstance(value, str) or value not in ACTIVATIONS) and (
-                f"{field}={value!r} is not one of {', '.join(ACTIVATIONS)}"
-            )
-            value = value if wrong else ACTIVATIONS[value]
+            if isinstance(value, str) and value in ACTIVATIONS:
+                value = ACTIVATIONS[value]
+            else:
+                wrong = f"{field}={value!r} is not one of {', '.join(ACTIVATIONS)}"
         elif not wrong:
             limit = max_layers if name.endswith("layers") else _MAX_SIZE
-            kind = _TYPES[name] if field in family.defaults else _required(_TYPES[name])
+            kind = FIELD_TYPES[name] if field in family.defaults else _required(FIELD_TYPES[name])
             wrong = _wrong_type(field, value, kind, limit)
         ours[name] = value
         found += [wrong] if wrong else []
@@ -87,12 +118,12 @@ def to_config(family, hf, head, max_layers=_MAX_SIZE):
 
 
 def _required(kind):
-    """int of int | None."""
+    """int, of int | None."""
     return next(k for k in (*typing.get_args(kind), kind) if k is not type(None))
 
 
-def _wrong_type(field, value, kind, limit):
-    """What is wrong with a value for a field of ours of this type; None if nothing."""
+def _wrong_type(field: str, value: Any, kind: Any, limit: int) -> str | None:
+    """The problem of a value for a field of this type; None if there is none."""
     kinds = typing.get_args(kind) or (kind,)
     if float in kinds:
         kinds = (*kinds, int)
@@ -103,13 +134,13 @@ def _wrong_type(field, value, kind, limit):
     return None
 
 
-def from_config(family, config):
-    """config.json of a ModelConfig, without what is not the model's."""
+def from_config(family: Family, config: ModelConfig) -> Json:
+    """The config.json of a ModelConfig, without token ids and names of labels."""
     c = canonical(config)
     hf = {"architectures": [family.classes[c.head][0]], "model_type": family.model_type}
     for field, name in family.fields.items():
         value = getattr(c, name)
-        hf[field] = _THEIR_ACTIVATIONS[value] if name.endswith("activation") else value
+        hf[field] = THEIR_ACTIVATIONS[value] if name.endswith("activation") else value
     if c.head in ("classify", "tag"):
         hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(c.labels)}
         hf["label2id"] = {f"LABEL_{i}": i for i in range(c.labels)}
@@ -118,9 +149,11 @@ def from_config(family, config):
     return hf | family.write(c)
 
 
-def canonical(config):
-    """The configuration with every None filled in, and at its default what it does not use: two
-    configurations of one model are equal then."""
+def canonical(config: ModelConfig) -> ModelConfig:
+    """The configuration with every None resolved, and fields that the model does not use at their defaults.
+
+    Two configurations of one model become equal.
+    """
     c, default = config, ModelConfig()
     unused = ["dtype", "attention_backend", "init_from", "lstm_attention", "lstm_start"]
     if c.positions != "rotary":
@@ -163,20 +196,20 @@ def canonical(config):
     )
 
 
-def differences(family, config):
-    """The fields of ModelConfig that a family cannot express as they are in config."""
+def differences(family: Family, config: ModelConfig) -> list[str]:
+    """The fields of ModelConfig whose value the family cannot express."""
     c = canonical(config)
     if c.architecture != family.preset.get("architecture", "decoder"):
         return ["architecture"]
     if c.head not in family.classes:
         return ["head"]
-    # What the tensors of a file say, not config.json.
+    # The tensors of a file decide these, not config.json.
     kept = {name: getattr(c, name) for name in family.present if c.head in ("none", "lm")}
     back = to_config(family, from_config(family, config), c.head)
     back = canonical(dataclasses.replace(back, **kept, tied=c.tied))
     return [
         name
-        for name in _TYPES
+        for name in FIELD_TYPES
         if name != "dropout"  # no part of what the model computes
         and not _close(getattr(c, name), getattr(back, name))
     ]
@@ -188,8 +221,8 @@ def _close(a, b):
     return a == b
 
 
-def head_of(family, architectures):
-    """Our head of config.json's architectures; that of the bare model where it names none.
+def head_of(family: Family, architectures: Any) -> str:
+    """Our head for the architectures of config.json; if it names no known class, the family's first head.
 
     Raises: UserError naming those supported.
     """

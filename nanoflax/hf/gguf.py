@@ -206,7 +206,7 @@ _KEYS = {"embed": "token_embd", "decoder/norm": "output_norm", "unembed": "outpu
     f"decoder/block_{{i}}/{ours}": theirs
     for ours, theirs in {
         "norm_attention": "blk.{i}.attn_norm", "norm_mlp": "blk.{i}.ffn_norm",
-        "attention/query": ("blk.{i}.attn_q", "interleaved"), "attention/key": ("blk.{i}.attn_k", "interleaved"),
+        "attention/query": ("blk.{i}.attn_q", "rotary_pairs"), "attention/key": ("blk.{i}.attn_k", "rotary_pairs"),
         "attention/value": "blk.{i}.attn_v", "attention/out": "blk.{i}.attn_output",
         "mlp/up": "blk.{i}.ffn_up", "mlp/gate": "blk.{i}.ffn_gate",
         "mlp/down": "blk.{i}.ffn_down"}.items()}  # fmt: skip

@@ -1,0 +1,124 @@
+"""How the tensors of a Hugging Face model hold the parameters of ours: names, shapes and layouts."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from nanoflax import parallel
+from nanoflax.config import ModelConfig
+from nanoflax.errors import UserError
+from nanoflax.hf.family import Family
+from nanoflax.hf.gguf import QuantizedTensor
+from nanoflax.hf.safetensors_io import Slices, Tensor
+from nanoflax.nn import build
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass
+class TensorMapping:
+    """A tensor in a file, and the parameters of ours that it holds; see `Family` for the layouts."""
+
+    name: str
+    layout: str
+    parts: dict[int, tuple[str, Shape]]  # number of the part -> (path, shape) of our parameter
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for _, (path, _) in sorted(self.parts.items())]
+
+    @property
+    def shape(self) -> Shape:
+        """Of the tensor in the file."""
+        *rest, _ = self.parts[0][1]
+        last = sum(shape[-1] for _, shape in self.parts.values())
+        if self.layout == "row":
+            return (1, *rest, last)
+        return (*rest, last) if self.layout in ("same", "fused_columns") else (last, *rest)
+
+    def read(self, tensor: Tensor | QuantizedTensor, part: int, index: Slices, K: int) -> np.ndarray:
+        """What a tuple of slices selects of our parameter number `part`; K: the size of a head."""
+        shape = self.parts[part][1]
+        *rest, last = (slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
+        first = sum(self.parts[i][1][-1] for i in range(part))
+        shifted = slice(first + last.start, first + last.stop)
+        if self.layout == "row":
+            return tensor.read((slice(None), *rest, last))[0]
+        if self.layout in ("same", "fused_columns"):
+            return tensor.read((*rest, shifted))
+        if self.layout in ("transposed", "fused"):
+            return tensor.read((shifted, *rest)).T
+        x = tensor.read()
+        if self.layout == "fused_by_head":
+            x = x.reshape(-1, len(self.parts), K, *x.shape[1:])[:, part]
+        else:  # rotary_pairs
+            x = x.reshape(-1, K // 2, 2, *x.shape[1:]).swapaxes(1, 2)
+        return x.reshape(shape[::-1]).T[(*rest, last)]
+
+    def join(self, parameters: Mapping[str, Any], K: int) -> np.ndarray:
+        """The tensor for the file, of our parameters by path; K: the size of a head."""
+        arrays = [np.asarray(parameters[path]) for path in self.paths]
+        if self.layout == "row":
+            return arrays[0][None]
+        if self.layout in ("same", "fused_columns"):
+            return np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0]
+        arrays = [x.T for x in arrays]
+        if self.layout in ("transposed", "fused"):
+            return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        if self.layout == "fused_by_head":
+            heads = [x.reshape(-1, K, *x.shape[1:]) for x in arrays]
+            return np.stack(heads, 1).reshape(-1, *arrays[0].shape[1:])
+        raise ValueError(f"the layout {self.layout} is only read")
+
+
+def tensor_mapping(family: Family, config: ModelConfig) -> list[TensorMapping]:
+    """Every tensor that a model of the configuration has in the files of the family.
+
+    Raises: UserError for a parameter that the family has no tensor for.
+    """
+    keys = family.keys | family.more_keys(config)
+    found: dict[str, TensorMapping] = {}
+    for path, shape in parameter_shapes(config).items():
+        block = re.search(r"(?<=block_)\d+", path)
+        key = re.sub(r"block_\d+", "block_{i}", path)
+        module, _, leaf = key.rpartition("/")
+        entry = keys.get(key, keys.get(module))
+        if entry is None:
+            raise UserError(
+                f"{family.classes[config.head][0]} has no place for {path}: "
+                f"the keys of family {family.model_type} have neither {module} nor {key}"
+            )
+        name, *rest = [entry] if isinstance(entry, str) else list[Any](entry)
+        layout = rest[0] if rest else "transposed" if leaf == "kernel" else "same"
+        part = rest[1] if len(rest) > 1 else 0
+        name = name.format(i=block[0] if block else "")
+        if key not in keys:
+            name += ".bias" if leaf == "bias" else ".weight"
+        mapping = found.setdefault(name, TensorMapping(name, layout, {}))
+        mapping.parts[int(part)] = path, shape
+    return list(found.values())
+
+
+@functools.lru_cache(8)
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """The shape of every parameter by its path; nothing is allocated."""
+    tree: dict[str, Any] = traverse_util.flatten_dict(parallel.param_shapes(build(config)), sep="/")
+    return {path: x.shape for path, x in tree.items()}
+
+
+def shape_problems(parameters: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """How the parameters, by path, differ from the shapes that their model needs."""
+    return [
+        *(f"{path} is missing" for path in sorted(shapes.keys() - parameters.keys())),
+        *(f"{path} is not in the model" for path in sorted(parameters.keys() - shapes.keys())),
+        *(
+            f"{path} has shape {list(parameters[path].shape)}, not {list(shapes[path])}"
+            for path in sorted(shapes.keys() & parameters.keys())
+            if parameters[path].shape != shapes[path]
+        ),
+    ]
