@@ -138,10 +138,11 @@ class Start:
 
     def load(self, model: Any, mesh: jax.sharding.Mesh) -> Any:
         """The initial parameters on the mesh."""
-        params = self.source.load() if self.source else None
-        if params and self.new_head:
-            params.pop("labels", None)
-        return initial_parameters(model, params, self.config, mesh)
+        return initial_parameters(model, self._load_source if self.source else None, self.config, mesh)
+
+    def _load_source(self) -> Any:
+        params = self.source.load() if self.source else {}
+        return {name: x for name, x in params.items() if name != "labels" or not self.new_head}
 
 
 def start_from(config: Config, examples: Any, workdir: str, mesh: jax.sharding.Mesh) -> Start:

@@ -94,8 +94,8 @@ def restore_model(workdir: str, config: Config, tokenizer: Any, which: str = "be
         )
     model = nn.build(config.model)
     if not _has_all(params, model) and config.peft != configs.FullFineTuning():
-        source = open_source(config.model.init_from).load() if config.model.init_from else None
-        initial = initial_parameters(model, source, config, parallel.make_mesh("-1,1,1"))
+        load = open_source(config.model.init_from).load if config.model.init_from else None
+        initial = initial_parameters(model, load, config, parallel.make_mesh("-1,1,1"))
         params = peft.join(params, peft.split(initial, peft.trainable(initial, config.peft))[1])
     if not _has_all(params, model):
         raise UserError(
@@ -121,13 +121,13 @@ def parameter_shapes(model: Any, config: Config) -> Params:
     return jax.eval_shape(lambda params: _add_adapters(params, config), parallel.param_shapes(model))
 
 
-def initial_parameters(model: Any, source: Params | None, config: Config, mesh: Any) -> Params:
-    """float32 parameters on the mesh: those of `source` whose path and shape match, the rest drawn from
-    config.train.seed; with the adapters of config.peft. Prints to stderr which are drawn and which not needed.
+def initial_parameters(model: Any, load: Callable[[], Params] | None, config: Config, mesh: Any) -> Params:
+    """float32 parameters on the mesh: those of a source (`load` reads them) whose path and shape match, the rest
+    drawn from config.train.seed; with the adapters of config.peft. Prints to stderr which are drawn or not needed.
 
     Raises: UserError for a source with adapters that cannot be merged.
     """
-    params = initialize_from(model, source, config.train.seed, mesh)
+    params = initialize_from(model, load, config.train.seed, mesh)
     add = lambda params: _add_adapters(params, config)
     return jax.jit(add, donate_argnums=0, out_shardings=parallel.shardings(jax.eval_shape(add, params), mesh))(params)
 
@@ -136,12 +136,12 @@ def _add_adapters(params: Params, config: Config) -> Params:
     return peft.add(params, config.peft, jax.random.PRNGKey(config.train.seed + 1))
 
 
-def initialize_from(model: Any, source: Params | None, seed: int, mesh: Any) -> Params:
-    """Parameters copied from `source` where path and shape match, the rest drawn from the seed."""
-    if source is None:
+def initialize_from(model: Any, load: Callable[[], Params] | None, seed: int, mesh: Any) -> Params:
+    """Parameters copied from those of load() where path and shape match, the rest drawn from the seed."""
+    if load is None:
         return parallel.init(model, jax.random.PRNGKey(seed), mesh)
     shapes = _flat(parallel.param_shapes(model))
-    given = _flat(peft.merge(source))
+    given = _flat(peft.merge(load()))
     # A vocabulary may have more tokens than the source's (a mask, sentinels, padding): they follow its own.
     longer = {p for p in nn.VOCABULARY & shapes.keys() & given.keys() if given[p].shape != shapes[p].shape}
     same = {path for path, x in shapes.items() if path in given and given[path].shape == x.shape}
@@ -152,7 +152,7 @@ def initialize_from(model: Any, source: Params | None, seed: int, mesh: Any) -> 
         given[path] = extended
     _say("not in the source, drawn anew", shapes.keys() - same - longer)
     _say("in the source, not needed", given.keys() - same - longer)
-    for path in same | longer:  # one at a time, so that the source's arrays are freed on the way
+    for path in same | longer:  # one at a time, each array of the source freed at once
         params |= parallel.put_params({path: np.asarray(given.pop(path)).astype(shapes[path].dtype)}, mesh)
     return traverse_util.unflatten_dict(params, sep="/")
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 import nanoflax
-from nanoflax import train
+from nanoflax import parallel, train
 from nanoflax.config import Config, ExampleData, ModelConfig, OptimConfig, TextData, TrainConfig
 from nanoflax.errors import UserError
 from nanoflax.runs import Checkpoints
@@ -98,11 +98,11 @@ def live_bytes():
 
 
 def watched(monkeypatch, call):
-    """Bytes of the arrays that live during a call, beside those before: after a restore, an initialization, and
-    when training begins."""
-    before, found = live_bytes(), []
+    """Bytes of the arrays that live during a call, beside those before: (the most while a source is copied; [after
+    a restore or an initialization, and when training begins])."""
+    before, found, copying = live_bytes(), [], [0]
 
-    def count_after(owner, name):
+    def count_after(owner, name, found=found):
         old = getattr(owner, name)
 
         def counting(*arguments, **options):
@@ -116,12 +116,13 @@ def watched(monkeypatch, call):
         found.append(live_bytes() - before)
         return train.loop.fit(*arguments, **options)
 
+    count_after(parallel, "put_params", copying)
     count_after(Checkpoints, "restore")
     count_after(train, "init_state")
     monkeypatch.setattr(train, "fit", fit)
     call()
     monkeypatch.undo()
-    return found
+    return max(copying), found
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
@@ -147,8 +148,9 @@ def test_a_resumed_finetuning_holds_no_more_than_a_new_one(adapter, tmp_path, mo
             source, f"jsonl:{tmp_path}/data.jsonl", task=task, peft=adapter, workdir=str(workdir), config=config
         )
 
-    new = watched(monkeypatch, lambda: tune(tmp_path / "run"))
+    copying, new = watched(monkeypatch, lambda: tune(tmp_path / "run"))
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    resumed = watched(monkeypatch, lambda: tune(tmp_path / "run"))
+    copying_again, resumed = watched(monkeypatch, lambda: tune(tmp_path / "run"))
     assert len(new) == len(resumed) == 2, (new, resumed)
     assert max(resumed) <= 1.02 * max(new), (new, resumed)
+    assert max(copying, copying_again) <= 1.1 * max(new), (copying, copying_again, new)
