@@ -7,6 +7,8 @@ import os
 import runpy
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -22,13 +24,17 @@ HELP = {"--help", "-help", "-h", "--helpshort", "-helpshort", "--helpfull", "-he
 PATHS = "workdir model from to out json prompt_file candidates config.model.init_from config.data.cache".split()
 
 
-def launch(main, default_config=None, arguments=False, data=None):
+def launch(
+    main: Callable[[], int | None],
+    default_config: str | None = None,
+    arguments: bool = False,
+    data: type[configs.DataConfig] | None = None,
+) -> None:
     """Run a program: parse its flags, call main(), and turn what goes wrong into one line.
 
-    default_config: the file of --config for a program that takes one; each field of its Config becomes a typed flag,
-    such as --config.model.dim=256. data: TextData or ExampleData, for a program that reads only that kind of data.
-    arguments: the program takes words that are no flags, as FLAGS.arguments. Exit status: what main returns (0); 2 for
-    anything the user can correct; 130 for Ctrl-C outside training; 1 for a fault of the program or of another process.
+    default_config: the default of --config; each field of its Config becomes a typed flag (--config.model.dim=256).
+    arguments: words that are no flags are allowed, as FLAGS.arguments. data: the only kind of data that is read.
+    Exit status: what main returns (0); 2 for what the user can correct; 130 for Ctrl-C outside training; else 1.
     """
 
     def parse(argv):
@@ -37,12 +43,11 @@ def launch(main, default_config=None, arguments=False, data=None):
                 path = last_value(argv, "config")
                 _define_config(default_config if path is None else path, argv, data)
             if asked := HELP & {*argv[1:]}:
-                print_help(full=any(flag.endswith("full") for flag in asked))
-                sys.exit(0)
+                sys.exit(print_help(full=any(flag.endswith("full") for flag in asked)))
             rest = FLAGS(argv)
             for name in PATHS:  # the shell does not expand ~ after "="
-                if name in FLAGS and FLAGS[name].value:
-                    FLAGS[name].value = os.path.expanduser(FLAGS[name].value)
+                if name in FLAGS and (path := FLAGS[name].value):
+                    FLAGS[name].value = os.path.expanduser(path)
             if arguments:
                 flags.DEFINE_multi_string("arguments", rest[1:], "", flag_values=FLAGS)
                 FLAGS.arguments = rest[1:]
@@ -73,10 +78,7 @@ def launch(main, default_config=None, arguments=False, data=None):
 
 
 def _use_huge_pages():
-    """On Linux, restart the program with huge pages for large arrays: glibc reads the setting only at the start.
-
-    Without them a training step on CPU takes 300,000 page faults, an eighth of its time.
-    """
+    """On Linux, restart with huge pages, which glibc chooses at the start: page faults take 1/8 of a step on CPU."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
         os.environ["GLIBC_TUNABLES"] = f"{tunables}:glibc.malloc.hugetlb=1".lstrip(":")
@@ -96,7 +98,7 @@ def _fail(error):
 # The configuration.
 
 
-def last_value(argv, name):
+def last_value(argv: list[str], name: str) -> str | None:
     """The value of the last --name=value or --name value, or None: read before the other flags can be defined."""
     found = None
     for arg, following in itertools.zip_longest(argv, argv[1:]):
@@ -106,7 +108,7 @@ def last_value(argv, name):
     return found
 
 
-def load_config(path):
+def load_config(path: str) -> configs.Config:
     """The Config of a file's get_config(). A bare name is looked up in experiments/configs."""
     folder = os.path.join(HERE, "configs")
     shipped = os.path.join(folder, os.path.basename(path).removesuffix(".py") + ".py")
@@ -160,7 +162,7 @@ def _define(parser, name, default, text):
     flags.DEFINE(parser, name, default, text, serializer=flags.ArgumentSerializer(), module_name=sys.argv[0])
 
 
-def leaves(config, prefix):
+def leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any, Any, str]]:
     """(dotted name, type, value, help) of every field of a nested dataclass."""
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), fields.hints(type(config))[field.name]
@@ -170,15 +172,14 @@ def leaves(config, prefix):
             yield f"{prefix}.{field.name}", kind, value, fields.describe(field, kind)
 
 
-def parsed_config():
+def parsed_config() -> configs.Config:
     """The Config after all flags, validated."""
     sections = {}
     for section, hint in fields.hints(configs.Config).items():
         known = fields.kinds(hint)
-        cls = known[FLAGS[f"config.{section}.kind"].value] if known else hint
+        cls = known[str(FLAGS[f"config.{section}.kind"].value)] if known else hint
         sections[section] = cls(**{name: FLAGS[f"config.{section}.{name}"].value for name in fields.hints(cls)})
-    config = configs.Config(**sections)
-    configs.validate(config)
+    configs.validate(config := configs.Config(**sections))
     return config
 
 

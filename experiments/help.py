@@ -12,11 +12,11 @@ from nanoflax.config import fields
 FLAGS = flags.FLAGS
 
 
-def print_help(full):
+def print_help(full: bool) -> None:
     """Print what the program does and its flags; in full also the fields of the configuration, those of all kinds."""
     own = {flag.name: flag for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
     shown = own | {flag.name: flag for flag in FLAGS.get_key_flags_for_module("experiments.hosts")} if full else own
-    lines = [sys.modules["__main__"].__doc__.strip(), "", "Flags:"]
+    lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
     for name, flag in sorted(shown.items()):
         if full or not name.startswith("config."):
             lines += _entry(f"--{name}={_text(flag)}", flag.help)

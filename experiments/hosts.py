@@ -1,5 +1,7 @@
 """Flags of the programs that several processes run together, and how these processes join."""
 
+from typing import Any
+
 from absl import flags
 
 from nanoflax import config as configs
@@ -8,7 +10,7 @@ from nanoflax import parallel
 FLAGS = flags.FLAGS
 
 
-def define_hosts():
+def define_hosts() -> None:
     """Define the flags that `join` reads."""
     flags.DEFINE_string(
         "coordinator",
@@ -22,7 +24,7 @@ def define_hosts():
     flags.DEFINE_integer("heartbeat_seconds", 50, "Seconds of silence after which a process counts as dead.", 1)
 
 
-def join(config, **others):
+def join(config: configs.Config, **others: Any) -> None:
     """Join the processes of a run, if there are several. Their Configs, and `others`, must be equal.
 
     Raises: UserError if the processes do not find each other or differ, before anything is compiled.

@@ -41,7 +41,7 @@ class ModelConfig:
 
     section: ClassVar[str] = "model"
     architecture: str = field("decoder", "Kind of model; lstm: the recurrent encoder-decoder.", choices=ARCHITECTURES)
-    vocab_size: int = field(0, "V; 0: the tokenizer's.", unit="tokens")
+    vocab_size: int = field(0, "V, the vocabulary; 0: the tokenizer's.", unit="tokens")
     vocab_padding: int = field(0, "Last ids of V without a token, which a mesh may need; never targets.", unit="tokens")
     init_from: str = field(
         "",

@@ -32,7 +32,7 @@ class ExampleTask:
 class LabelTask(ExampleTask):
     """A task with classes."""
 
-    class_weights: str = field("", "In training: balanced, or name=2,other=0.5 (the others 1); empty: all 1.")
+    class_weights: str = field("", "Weights in training: balanced, or name=2,other=0.5 (the rest 1); empty: 1.")
 
     def problems(self) -> list[str]:
         try:
@@ -58,7 +58,7 @@ class TargetTask(ExampleTask):
 class ShiftTask(ExampleTask):
     """A task whose texts may be shifted: some of their tokens inserted, dropped or rotated."""
 
-    max_shift: int = field(0, "Most tokens inserted, dropped or rotated; above 0, evaluate this too.", at_least=0)
+    max_shift: int = field(0, "Most tokens of a shift; above 0, shifted examples are evaluated too.", at_least=0)
     shift_probability: float = field(0.0, "Share of training examples that are shifted.", within="[0, 1]")
 
     def problems(self) -> list[str]:
