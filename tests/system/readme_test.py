@@ -5,8 +5,11 @@ import json
 import pathlib
 import random
 import re
+import shlex
 
 import pytest
+
+from tests import processes
 
 README = (pathlib.Path(__file__).resolve().parents[2] / "README.md").read_text()
 
@@ -67,3 +70,18 @@ def test_the_run_from_python(tmp_path, monkeypatch, capsys):
     assert "The function returns" in capsys.readouterr().out
     assert len(found["tuned"].predict(["a text"])) == 1
     assert (tmp_path / "exported" / "model.safetensors").exists()
+
+
+def commands():
+    """The arguments of every `python -m experiments.NAME` of the README's indented blocks."""
+    lines = re.sub(r"\\\n\s*", " ", README).split("\n")
+    found = (re.match(r"    .*python -m (experiments\.\w+.*)", line) for line in lines)
+    return [shlex.split(match[1], comments=True) for match in found if match]
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_the_flags_of_each_command_exist(arguments):
+    """A program reads its flags from the left, so it must find nothing wrong before the one we add."""
+    arguments = [re.sub(r"=I$", "=0", argument) for argument in arguments]
+    done = processes.run(["-m", *arguments, "--no_such_flag"])
+    assert done.returncode == 2 and "no_such_flag" in done.stderr, done.stderr
