@@ -149,7 +149,7 @@ class Run:
         """The texts of a fine-tuned run's task, cleaned as the data of the run was; "" if nothing is left of one."""
         if not self.task.needs_prompt:  # a prompt that is continued ends as it was given
             return list(texts)
-        source = tasks.examples_of(self.config.data)
+        source = tasks.examples_of(configs.as_kind(configs.ExampleData, self.config.data))
         return [source.clean(text, f"text {i}", data.DataReport()) for i, text in enumerate(texts, 1)]
 
     def _task_texts(self, texts: Sequence[str]) -> list[str]:
@@ -231,8 +231,8 @@ class Run:
 
     def _evaluate_on_text(self, name: str, split: str) -> dict[str, Any]:
         c = self.config
-        source, split = data.source_of(c.data, name), split if name else "validation"
-        text = configs.as_kind(configs.TextData, c.data)
+        text, split = configs.as_kind(configs.TextData, c.data), split if name else "validation"
+        source = data.source_of(text, name)
         store = data.prepare(source, self.tokenizer, split, text.cache or None)
         windows = data.Windows(store, c.model.context, text.packing == "isolated")
         every_batch = dataclasses.replace(c, train=dataclasses.replace(c.train, evaluate_batches=0))
@@ -252,7 +252,7 @@ class Run:
         c, (labels, several), report = self.config, self._labels or ((), False), data.DataReport()
         if out and not self.task.predict:
             raise UserError(f"--out: task.kind={c.task.kind!r} is measured by its loss, and has no predictions")
-        source = tasks.examples_of(c.data, name)
+        source = tasks.examples_of(configs.as_kind(configs.ExampleData, c.data), name)
         if name:
             examples = tasks.read(source, self.task.examples, labels, report, split)
         else:
