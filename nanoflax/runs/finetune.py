@@ -230,24 +230,6 @@ def texts_of(examples: Iterable[Any]) -> Iterator[str]:
                 yield value
 
 
-class Batches:
-    """tasks.ExampleBatches for `train.fit`, which also asks where a step's rows came from."""
-
-    def __init__(self, rows: Any, config: Config, mesh: jax.sharding.Mesh):
-        self.rows, task, t = rows, config.task, config.train
-        shift = None
-        if isinstance(task, configs.ShiftTask) and task.shift_probability:
-            shift = (task.max_shift, task.shift_probability)
-        own = parallel.own_rows(mesh, t.batch_size)
-        self.batches = tasks.ExampleBatches(rows, t.batch_size, t.seed, True, own, shift)
-
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        return self.batches[step]
-
-    def describe(self, step: int) -> str:
-        return ", ".join(self.rows.examples[i].place for i in self.batches.indices(step)[:4])
-
-
 # The run.
 
 
@@ -299,8 +281,11 @@ class Finetuning:
 
     def make_job(self, start: Start) -> Job:
         config, shapes = self.config, parameter_shapes(self.model, self.config)
-        batches = Batches(self.rows, config, self.mesh)
-        t = config.train
+        task, t, shift = config.task, config.train, None
+        if isinstance(task, configs.ShiftTask) and task.shift_probability:
+            shift = (task.max_shift, task.shift_probability)
+        own = parallel.own_rows(self.mesh, t.batch_size)
+        batches = tasks.ExampleBatches(self.rows, t.batch_size, t.seed, True, own, shift)
         return Job(
             config=config,
             mesh=self.mesh,
@@ -315,7 +300,7 @@ class Finetuning:
             write_extra=lambda: write_labels(self.workdir, self.examples.labels, self.examples.multi_label),
         )
 
-    def training_data(self, batches: Batches) -> TrainingData:
+    def training_data(self, batches: tasks.ExampleBatches) -> TrainingData:
         def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
             metrics: dict[str, Any] = self.evaluator(params, self.config.train.evaluate_batches)[0]
             return metrics, f"step {step}: {report.format_metrics(metrics)}"

@@ -40,6 +40,10 @@ class ExampleBatches:
         """The numbers of the rows of batches[step], of all processes together, [batch_size]."""
         return [row for row, _ in self.draws(step)]
 
+    def describe(self, step: int) -> str:
+        """The places of the first examples of a step, to report a bad batch."""
+        return ", ".join(self.rows.examples[i].place for i in self.indices(step)[:4])
+
     def __getitem__(self, step):
         rows = self.rows.with_noise(self.draws(step), self.seed)
         if self.shift:
