@@ -1,20 +1,18 @@
-"""Try settings of pretrain or finetune: every one of a grid, at random, or as Optuna suggests.
+"""Try settings of pretrain or finetune: all points of a grid, random draws, or suggestions of Optuna.
 
     python -m experiments.sweep --config=classify --workdir=runs/sweep \\
         --grid config.optim.learning_rate=1e-3,3e-3 --grid config.model.layers=1,2
     python -m experiments.sweep --program=pretrain --config=pydocs_tiny --workdir=runs/sweep \\
         --random config.optim.learning_rate=log:1e-4:1e-2 --random config.model.layers=int:2:6 \\
         --trials=10 --config.train.steps=200
-    (--optuna instead draws each trial from what the earlier ones showed: pip install -e '.[sweep]')
 
---grid KEY=VALUE,VALUE,... (";" between, where values have commas); --random KEY=log:LOW:HIGH,
-uniform:LOW:HIGH, int:LOW:HIGH or VALUE,VALUE,... Of both, each point of the grid gets --trials
-draws. Other --config flags are the same in all trials.
+--grid KEY=VALUE,VALUE,... (";" between values that contain commas); --random KEY=log:LOW:HIGH, uniform:LOW:HIGH,
+int:LOW:HIGH or VALUE,VALUE,... With both, each point of the grid gets --trials draws. With --optuna
+(pip install -e '.[sweep]') each draw follows from the results so far. All other --config flags hold for every trial.
 
-Each trial is a run in its own trial-NNN/ of the workdir, what it prints in log.txt there. The same
-command goes on with an interrupted sweep: a trial that ended well is not run again, a broken one
-resumes. Then a table, best first, and sweep.png; results.jsonl has a line for each trial. A trial
-that fails is reported, and the exit status is 1.
+Each trial is a run in trial-NNN/ of the workdir, with its output in log.txt. The same command continues an
+interrupted sweep: finished trials are kept, others resume. At the end: a table, best first, and sweep.png;
+results.jsonl has a line for each trial. If a trial failed, the exit status is 1.
 """
 
 import itertools
@@ -33,20 +31,22 @@ from nanoflax.config import MAX_SEED
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "directory of the sweep", required=True)
-flags.DEFINE_enum("program", "finetune", ["finetune", "pretrain"], "what is run")
-flags.DEFINE_multi_string("grid", [], "KEY=VALUE,VALUE,...")
-flags.DEFINE_multi_string("random", [], "KEY=log:LOW:HIGH and the like")
-flags.DEFINE_integer("trials", 0, "draws of --random, for each point of the grid", 0)
-flags.DEFINE_string("metric", "validation_loss", "figure of result.json, or of metrics.jsonl")
-flags.DEFINE_bool("optuna", False, "draw by Optuna's tree-structured Parzen estimator")
-flags.DEFINE_integer("seed", 0, "of the draws", 0, MAX_SEED)
+flags.DEFINE_string("workdir", None, "Directory of the sweep.", required=True)
+flags.DEFINE_enum("program", "finetune", ["finetune", "pretrain"], "Program of each trial.")
+flags.DEFINE_multi_string("grid", [], "KEY=VALUE,VALUE,...: values to try.")
+flags.DEFINE_multi_string(
+    "random", [], "KEY=log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or VALUE,VALUE,...: values to draw."
+)
+flags.DEFINE_integer("trials", 0, "Draws of --random, for each point of the grid.", 0)
+flags.DEFINE_string("metric", "validation_loss", "Metric of result.json or metrics.jsonl that ranks the trials.")
+flags.DEFINE_bool("optuna", False, "Draw with Optuna's tree-structured Parzen estimator.")
+flags.DEFINE_integer("seed", 0, "Seed of the draws.", 0, MAX_SEED)
 
 DEFAULT_CONFIG = os.path.join(HERE, "configs", "classify.py")
 LESS_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 
 
-def main():
+def main() -> int:
     if FLAGS.program == "pretrain" and not FLAGS["config"].present:
         raise UserError("--program=pretrain needs --config, such as pydocs_tiny")
     grid = [read(text, False) for text in FLAGS.grid]
@@ -66,9 +66,8 @@ def main():
     if len({*keys}) < len(keys):
         raise UserError(f"{max(keys, key=keys.count)} is given twice")
     os.makedirs(FLAGS.workdir, exist_ok=True)
-    points = [
-        dict(zip([key for key, _ in grid], point)) for point in itertools.product(*(values for _, values in grid))
-    ]
+    values = itertools.product(*(values for _, values in grid))
+    points = [dict(zip([key for key, _ in grid], point, strict=True)) for point in values]
     results, number = [], len(points) * (FLAGS.trials or 1)
     for i in range(number):
         point = points[i // (FLAGS.trials or 1)]
@@ -78,7 +77,7 @@ def main():
 
 
 def read(text, random):
-    """(key, [values] of --grid or of a choice, or (how, low, high)), each read as its field's type."""
+    """(key, [values]) of a grid or choice, (key, (how, low, high)) of a range, all checked by the type of the field."""
     flag = f"--{'random' if random else 'grid'} {text}"
     key, equals, value = text.partition("=")
     if not equals or key not in FLAGS or not key.startswith("config."):
@@ -103,7 +102,7 @@ def read(text, random):
 
 
 def draw(spaces, i):
-    """Values of a trial drawn from (--seed, its number)."""
+    """Random values of trial i, which follow from (--seed, i)."""
     import numpy as np
 
     rng, values = np.random.default_rng((FLAGS.seed, i)), {}
@@ -112,51 +111,51 @@ def draw(spaces, i):
             values[key] = space[rng.integers(len(space))]
             continue
         how, low, high = space
-        values[key] = str(
-            {
-                "int": lambda: rng.integers(low, high + 1),
-                "uniform": lambda: rng.uniform(low, high),
-                "log": lambda: np.exp(rng.uniform(np.log(low), np.log(high))),
-            }[how]()
-        )
+        if how == "int":
+            values[key] = str(rng.integers(low, high + 1))
+        elif how == "uniform":
+            values[key] = str(rng.uniform(low, high))
+        else:
+            values[key] = str(np.exp(rng.uniform(np.log(low), np.log(high))))
     return values
 
 
 def suggested(spaces, i, results):
-    """Values of a trial that Optuna draws, shown the results so far: by (--seed, its number), so
-    that a sweep gone on with draws what it would have drawn."""
+    """Values of trial i that Optuna suggests after the results so far. The sampler's seed follows from (--seed, i), so
+    a continued sweep draws the values of an uninterrupted one."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    kinds, read = {}, {"int": int}
+    distributions = {}
     for key, space in spaces:
         if isinstance(space, list):
-            kinds[key] = optuna.distributions.CategoricalDistribution(space)
+            distributions[key] = optuna.distributions.CategoricalDistribution(space)
         elif space[0] == "int":
-            kinds[key] = optuna.distributions.IntDistribution(*space[1:])
+            distributions[key] = optuna.distributions.IntDistribution(*space[1:])
         else:
-            kinds[key] = optuna.distributions.FloatDistribution(*space[1:], log=space[0] == "log")
+            distributions[key] = optuna.distributions.FloatDistribution(*space[1:], log=space[0] == "log")
     study = optuna.create_study(
         sampler=optuna.samplers.TPESampler(seed=(FLAGS.seed + i) % (MAX_SEED + 1)),
         direction="minimize" if less_is_better() else "maximize",
     )
+    read = {key: str if isinstance(space, list) else int if space[0] == "int" else float for key, space in spaces}
     for result in results:
         if result["status"] == "finished":
+            params = {key: read[key](value) for key, value in result["values"].items()}
             study.add_trial(
-                optuna.trial.create_trial(
-                    params={
-                        key: value if isinstance(space, list) else read.get(space[0], float)(value)
-                        for (key, space), value in zip(spaces, result["values"].values())
-                    },
-                    distributions=kinds,
-                    value=result[FLAGS.metric],
-                )
+                optuna.trial.create_trial(params=params, distributions=distributions, value=result[FLAGS.metric])
             )
-    return {key: str(value) for key, value in study.ask(kinds).params.items()}
+    return {key: str(value) for key, value in study.ask(distributions).params.items()}
+
+
+def _write_json(path, value):
+    from nanoflax.report import write_atomically
+
+    write_atomically(pathlib.Path(path), json.dumps(value, indent=1).encode())
 
 
 def trial(i, number, point, spaces, results):
-    """Run a trial, or go on with it, unless it has ended well. Returns its line of results.jsonl."""
+    """Run or resume a trial that has not finished. Returns its record for results.jsonl."""
     workdir = os.path.join(FLAGS.workdir, f"trial-{i:03d}")
     path = os.path.join(workdir, "trial.json")
     if os.path.exists(path):
@@ -179,7 +178,7 @@ def trial(i, number, point, spaces, results):
         values, known = point | drawn, {}
         os.makedirs(workdir, exist_ok=True)
         known = {"values": values, "flags": fixed()}
-        write_json(path, known)
+        _write_json(path, known)
     words = [f"{key}={value}" for key, value in values.items()]
     print(f"trial {i + 1}/{number}: {', '.join(words)}", flush=True)
     code, said = run(
@@ -189,9 +188,9 @@ def trial(i, number, point, spaces, results):
     if code == 0:
         figures = measured(workdir)
         if FLAGS.metric not in figures:
-            raise UserError(f"--metric={FLAGS.metric} is not measured by trial {i}; there is " + ", ".join(figures))
+            raise UserError(f"--metric={FLAGS.metric} is not measured by trial {i}; it measures " + ", ".join(figures))
         result |= {"status": "finished"} | figures
-        write_json(path, known | {"result": result})
+        _write_json(path, known | {"result": result})
         print(f"  {FLAGS.metric} {result[FLAGS.metric]:.4f}", flush=True)
     else:
         result |= {"status": "failed", "error": said or f"exit status {code}"}
@@ -200,7 +199,7 @@ def trial(i, number, point, spaces, results):
 
 
 def fixed():
-    """The flags that all trials share."""
+    """The flags of every trial."""
 
     def text(value):
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -216,16 +215,16 @@ def fixed():
 
 
 def run(arguments, log):
-    """(exit status, the last line of its stderr) of a trial. A signal goes to the trial, which
-    saves; then the sweep ends with its status."""
+    """(exit status, last line of the log) of a trial. A signal is passed to the trial, which saves; then the sweep
+    ends with the trial's status."""
     with open(log, "a+") as f:
         process = subprocess.Popen(
             [sys.executable, "-m", f"experiments.{FLAGS.program}", *arguments],
             stdout=f,
             stderr=f,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},  # or an error might not come last
-            start_new_session=True,
-        )  # or Ctrl-C would reach it twice
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},  # so that an error is the last line
+            start_new_session=True,  # so that Ctrl-C reaches it only once
+        )
         caught = []
 
         def forward(number, _):
@@ -239,7 +238,7 @@ def run(arguments, log):
             for number, handler in old.items():
                 signal.signal(number, handler)
         if caught or code in (130, 143):
-            print("interrupted: the same command goes on")
+            print("interrupted: run the same command again to continue")
             sys.exit(128 + caught[0] if caught else code)
         f.seek(0)
         lines = [line.strip() for line in f if line.strip()]
@@ -247,7 +246,7 @@ def run(arguments, log):
 
 
 def measured(workdir):
-    """The figures of a run: of finetune its result.json, of pretrain its best evaluation."""
+    """The metrics of a run: result.json of finetune, the best evaluation of pretrain."""
     from nanoflax.report import read_metrics
 
     path = os.path.join(workdir, "result.json")
@@ -267,7 +266,7 @@ def less_is_better():
 
 
 def finish(results, keys):
-    """Print the table, draw the picture; the exit status."""
+    """Print the table and draw the picture. Returns the exit status."""
     from nanoflax import report
 
     sign = 1 if less_is_better() else -1
@@ -276,21 +275,15 @@ def finish(results, keys):
     rows = [("trial", *keys, FLAGS.metric)]
     rows += [(str(r["trial"]), *(r["values"][key] for key in keys), f"{r[FLAGS.metric]:.4f}") for r in good]
     rows += [(str(r["trial"]), *(r["values"][key] for key in keys), "failed") for r in failed]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(f"{value:<{width}}" for value, width in zip(row, widths)).rstrip())
+        print("  ".join(f"{value:<{width}}" for value, width in zip(row, widths, strict=True)).rstrip())
     for r in failed:
         print(f"trial {r['trial']} failed: {r['error']}", file=sys.stderr)
     if good:
         points = [(r["values"], r[FLAGS.metric]) for r in good]
         print(report.plot_sweep(os.path.join(FLAGS.workdir, "sweep.png"), points, FLAGS.metric))
     return 1 if failed else 0
-
-
-def write_json(path, value):
-    from nanoflax.report import write_atomically
-
-    write_atomically(pathlib.Path(path), json.dumps(value, indent=1).encode())
 
 
 if __name__ == "__main__":
