@@ -15,7 +15,7 @@ from nanoflax.errors import UserError
 from nanoflax.hf import families, safetensors_io
 from nanoflax.hf.layouts import tensor_mapping
 from nanoflax.nn import without_padding
-from nanoflax.peft import LOW_RANK, trainable
+from nanoflax.peft import trainable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KNOWN = """peft_type task_type auto_mapping peft_version base_model_name_or_path revision
@@ -48,7 +48,7 @@ def save_adapter(directory, config, params, peft_config, base="", model_type=Non
     modules = _linears(_modules(config, model_type))
     linears = [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
     if not isinstance(c, LowRank) or not linears:
-        raise UserError(f"peft.kind={c.kind!r} cannot be written for the peft library; {', '.join(LOW_RANK)} can")
+        raise UserError(f"peft.kind={c.kind!r} cannot be written for the peft library; lora, dora and adalora can")
     safetensors_io.raise_problems(
         directory,
         [

@@ -20,7 +20,6 @@ from nanoflax.config import FullFineTuning, Houlsby, LowRank, Pfeiffer, PrefixTu
 from nanoflax.errors import UserError
 from nanoflax.nn import column_lengths, low_rank
 
-LOW_RANK = ("lora", "dora", "adalora")
 _ADAPTER = re.compile(r"(.*/)?(lora_\w+|adapter_\w+/.+|prefix_\w+|prompt)")
 _HEAD = r"(unembed|logit_bias|transform|norm_transform|pooler|labels|delay)(/.*)?"
 # What an LSTM reads inside a scan, where no adapter is applied.

@@ -325,7 +325,7 @@ class Finetuning:
         )
         params = peft.join(best, frozen)
         found = self.measure(params, saved["step"], sum(x.size for x in jax.tree.leaves(best)))
-        if self.config.peft.kind in peft.LOW_RANK:
+        if isinstance(self.config.peft, configs.LowRank):
             self.write_adapter(peft.join(jax.tree.map(parallel.fetch, best), frozen))
             params = peft.merge(params)
         self.write_final(params)
@@ -381,7 +381,7 @@ class Finetuning:
             saves.save(0, {"params": params}, {"tokenizer": self.tokenizer.fingerprint, "step": 0})
         if not parallel.is_main_process():
             return
-        merged = self.config.peft.kind in peft.LOW_RANK
+        merged = isinstance(self.config.peft, configs.LowRank)
         adapters = configs.FullFineTuning() if merged else configs.PEFT_KINDS[self.config.peft.kind]()
         optim = dataclasses.replace(self.config.optim, ema=0.0)
         config = dataclasses.replace(self.config, optim=optim, peft=adapters)
