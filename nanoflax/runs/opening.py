@@ -141,11 +141,12 @@ def initialize_from(model: Any, load: Callable[[], Params] | None, seed: int, me
     if load is None:
         return parallel.init(model, jax.random.PRNGKey(seed), mesh)
     shapes = _flat(parallel.param_shapes(model))
+    places = _flat(parallel.shardings(parallel.param_shapes(model), mesh))
     given = _flat(peft.merge(load()))
     # A vocabulary may have more tokens than the source's (a mask, sentinels, padding): they follow its own.
     longer = {p for p in nn.VOCABULARY & shapes.keys() & given.keys() if given[p].shape != shapes[p].shape}
     same = {path for path, x in shapes.items() if path in given and given[path].shape == x.shape}
-    params = _draw_only(model, shapes.keys() - same, seed, mesh)
+    params = _draw_only(model, {path: places[path] for path in shapes.keys() - same}, seed)
     for path in sorted(longer):  # sorted: all processes fetch in one order
         extended = np.array(parallel.fetch(params[path]))
         extended[tuple(map(slice, given[path].shape))] = given[path]
@@ -153,21 +154,21 @@ def initialize_from(model: Any, load: Callable[[], Params] | None, seed: int, me
     _say("not in the source, drawn anew", shapes.keys() - same - longer)
     _say("in the source, not needed", given.keys() - same - longer)
     for path in same | longer:  # one at a time, each array of the source freed at once
-        params |= parallel.put_params({path: np.asarray(given.pop(path)).astype(shapes[path].dtype)}, mesh)
+        x = np.asarray(given.pop(path)).astype(shapes[path].dtype)
+        params[path] = jax.make_array_from_callback(x.shape, places[path], lambda index, x=x: x[index])
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def _draw_only(model: Any, paths: set[str], seed: int, mesh: Any) -> dict[str, jax.Array]:
-    """Some of the parameters that `parallel.init` draws, by path; the others are not allocated."""
-    if not paths:
+def _draw_only(model: Any, places: dict[str, jax.sharding.Sharding], seed: int) -> dict[str, jax.Array]:
+    """Those parameters of `parallel.init` whose paths have places; the others are not allocated."""
+    if not places:
         return {}
-    places = _flat(parallel.shardings(parallel.param_shapes(model), mesh))
 
     def draw(rng):
         drawn = _flat(parallel.initial_params(model, rng))
-        return {path: drawn[path] for path in paths}
+        return {path: drawn[path] for path in places}
 
-    return jax.jit(draw, out_shardings={path: places[path] for path in paths})(jax.random.PRNGKey(seed))
+    return jax.jit(draw, out_shardings=places)(jax.random.PRNGKey(seed))
 
 
 def _flat(tree: Params) -> dict[str, Any]:
