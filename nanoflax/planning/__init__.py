@@ -1,6 +1,15 @@
 """What a training step costs in memory, arithmetic and traffic, before a machine is rented."""
 
-from nanoflax.planning.step_cost import candidate_meshes, compile_for_topology
+from nanoflax.planning.comparison import (
+    compare_meshes,
+    comparison_table,
+    compiler_line,
+    for_accelerator,
+    mesh_of_row,
+    with_mesh_vocabulary,
+)
+from nanoflax.planning.step_cost import candidate_meshes, compile_for_topology, make_plan, projected_mfu, roofline
 
 __all__ = [
-    "candidate_meshes", "compile_for_topology"]  # fmt: skip
+    "candidate_meshes", "compare_meshes", "comparison_table", "compile_for_topology", "compiler_line",
+    "for_accelerator", "make_plan", "mesh_of_row", "projected_mfu", "roofline", "with_mesh_vocabulary"]  # fmt: skip

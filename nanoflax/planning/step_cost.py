@@ -1,65 +1,70 @@
-"""What a training step needs, before a machine is rented: bytes, FLOPs, traffic, time at best.
+"""The cost of a training step, before a machine is rented: bytes, FLOPs, traffic, least time.
 
-Weights and optimizer state are exact, from shapes and the table of `sharding`. Gradients and
-activations are an estimate: what one chip's share of the model keeps when its gradient is traced,
-with elementwise work fused into the products around it. Time is a roofline, a bound from below.
+Weights and optimizer state are exact, from shapes and the sharding rules. Gradients and activations
+are an estimate: the memory that the traced gradient of one chip's part of the model needs, with
+elementwise work fused into the matrix products around it. Time is a roofline, a lower bound
+(Williams et al. 2009).
 """
 
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jaxtyping import PyTree
 
 from nanoflax import nn, parallel, train
+from nanoflax.config import Config, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.planning import peak_memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A training step of a Config on a mesh. All bytes are of one chip."""
+    """The cost of a training step of a Config on a mesh. All bytes are of one chip."""
 
-    mesh: dict
-    parameters: int  # of the model, over all chips
+    mesh: dict[str, int]
+    parameters: int  # of the model, on all chips together
     weights: int  # bytes
-    optimizer: int  # bytes of optimizer state, and of the moving average
+    optimizer: int  # bytes of optimizer state and moving average
     batch: int  # bytes
     gradients: int  # bytes
-    activations: int  # bytes, at their most, with what a product needs beside them
-    cache: int  # bytes of keys and values, were the batch sampled to its whole length
+    activations: int  # bytes at the peak, with the gathered weights of a matrix product
+    cache: int  # bytes of keys and values, if the batch is sampled to its full length
     flops_per_token: float
-    tokens: int  # in a step, over all chips
-    collectives: dict  # kind -> bytes that a chip receives in a step
+    tokens: int  # in a step, on all chips together
+    collectives: dict[str, int]  # kind -> bytes that a chip receives in a step
     memory_traffic: float  # bytes read and written in a step, at least
 
     @property
-    def memory(self):
+    def memory(self) -> int:
         """Bytes that a step needs on a chip."""
         return self.weights + self.optimizer + self.batch + self.gradients + self.activations
 
 
 class Roofline(NamedTuple):
-    """The least time of a step, in seconds, by what bounds it."""
+    """Lower bounds of the time of a step, in seconds."""
 
     compute: float
     memory: float
     network: float
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         return max(self)
 
     @property
-    def bound(self):
+    def bound(self) -> str:
+        """The name of the largest bound."""
         return self._fields[self.index(max(self))]
 
 
-def make_plan(config, mesh):
-    """The Plan of a Config on a mesh (an AbstractMesh will do). Computes and compiles nothing.
+def make_plan(config: Config, mesh: parallel.AnyMesh) -> Plan:
+    """The Plan of a Config on a mesh (an AbstractMesh suffices). Nothing is computed or compiled.
 
     Raises: UserError if the mesh does not divide the model or the batch.
     """
@@ -67,70 +72,63 @@ def make_plan(config, mesh):
     model = nn.build(config.model, config.train.remat)
     optimizer, _ = train.make_optimizer(config.optim, config.train.steps)
     state = train.abstract_state(model, optimizer, config, mesh)
-    batch = _batch(config)
-    grads, most = gradient_bytes(config, mesh)
-    weights, rest = map(parallel.bytes_per_device, (state.params, (state.opt_state, state.ema)))
-    traffic = (
-        2 * (weights + rest)  # the update reads and writes both
-        + config.train.accumulate * (3 * _passes_bytes(config, mesh) + 2 * (most - grads))
-    )
+    weights = parallel.bytes_per_device(state.params)
+    optimizer_bytes = parallel.bytes_per_device((state.opt_state, state.ema))
+    gradients, most = gradient_bytes(config, mesh)
     return Plan(
-        dict(mesh.shape),
-        sum(x.size for x in jax.tree.leaves(state.params)),
-        weights,
-        rest,
-        sum(
-            math.prod(parallel.batch_sharding(mesh, x.ndim).shard_shape(x.shape)) * x.dtype.itemsize
-            for x in batch.values()
-        ),
-        grads,
-        most - grads,
-        cache_bytes(config, mesh),
-        nn.flops_per_token(config.model),
-        config.train.batch_size * config.model.context,
-        collectives(config, mesh, state.params),
-        traffic,
+        mesh=dict(mesh.shape),
+        parameters=sum(x.size for x in jax.tree.leaves(state.params)),
+        weights=weights,
+        optimizer=optimizer_bytes,
+        batch=parallel.bytes_per_device(_sharded_batch(config, mesh)),
+        gradients=gradients,
+        activations=most - gradients,
+        cache=cache_bytes(config, mesh),
+        flops_per_token=nn.flops_per_token(config.model),
+        tokens=config.train.batch_size * config.model.context,
+        collectives=collectives(config, mesh, state.params),
+        # The update reads and writes weights and optimizer state. A micro-batch reads the weights
+        # three times (forward, and two products backward); activations are written and read.
+        memory_traffic=2 * (weights + optimizer_bytes)
+        + config.train.accumulate * (3 * _compute_weight_bytes(config, mesh) + 2 * (most - gradients)),
     )
 
 
-def roofline(plan, chip, remat="none"):
-    """The Roofline of a Plan on a hardware.Chip. remat: blocks are computed a second time."""
+def roofline(plan: Plan, chip: parallel.Chip, remat: str = "none") -> Roofline:
+    """The Roofline of a Plan on a chip. remat: as in train.remat; "blocks" computes blocks twice."""
     chips = math.prod(plan.mesh.values())
-    again = 4 / 3 if remat == "blocks" else 1
+    recomputation = 4 / 3 if remat == "blocks" else 1
     return Roofline(
-        plan.flops_per_token * plan.tokens * again / chips / chip.flops,
+        plan.flops_per_token * plan.tokens * recomputation / chips / chip.flops,
         plan.memory_traffic / chip.bandwidth,
         sum(plan.collectives.values()) / chip.network,
     )
 
 
-def projected_mfu(plan, chip, remat="none"):
-    """The share of peak FLOP/s that a step taking no longer than its roofline would reach."""
+def projected_mfu(plan: Plan, chip: parallel.Chip, remat: str = "none") -> float:
+    """An upper bound of the model FLOPs utilisation (0 to 1): that of a step at its roofline."""
     chips = math.prod(plan.mesh.values())
     return plan.flops_per_token * plan.tokens / chips / chip.flops / roofline(plan, chip, remat).seconds
 
 
-def compile_for_topology(config, topology):
-    """The compiler's own figures for the step on a TPU slice, in bytes of one chip.
+def compile_for_topology(config: Config, topology: str) -> dict[str, int]:
+    """The compiler's own figures for the step on a TPU slice such as "v5e:2x4", in bytes of one chip.
 
-    Needs libtpu and no TPU; takes minutes. Returns {arguments, temporary, code: bytes, reserved:
-    the first two, live: the most of them in use at once}.
-    Raises: UserError if the compiler finds the step too large, with its words.
+    Needs libtpu and no TPU; takes minutes. Returns {"arguments", "temporary", "code", "reserved":
+    arguments and temporary, "live": the largest part of them in use at once}.
+    Raises: UserError with the compiler's message if the step is too large.
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = parallel.make_mesh(config.train.mesh, devices)
     model = nn.build(config.model, config.train.remat)
     optimizer, _ = train.make_optimizer(config.optim, config.train.steps)
-    state, batch = train.abstract_state(model, optimizer, config, mesh), _batch(config)
-    batch = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.batch_sharding(mesh, x.ndim))
-        for name, x in batch.items()
-    }
+    state, batch = train.abstract_state(model, optimizer, config, mesh), _sharded_batch(config, mesh)
     step = train.make_train_step(model, optimizer, config, _objective(config.model))
     try:
         found = train.compile_step(step, state, batch, mesh).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"the compiler refuses the step: {str(error)[:300]}") from error
+    assert found is not None  # the TPU compiler reports its memory
     arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return {
         "arguments": arguments,
@@ -141,27 +139,28 @@ def compile_for_topology(config, topology):
     }
 
 
-THIN = 256  # a part of D below this is thin to the TPU compiler: 16 and 128 were seen to be, not 256
+# The TPU compiler reduces a gradient completely before it splits it, if a part of D is smaller than
+# this. 16 and 128 were seen to be treated so, 256 was not.
+MIN_SPLIT_DIM = 256
 
 
-def candidate_meshes(count, dim):
-    """Shapes worth a look for `count` devices: all of data or fsdp, as much of fsdp as leaves no
-    thin parts, and tensor 2, 4 or 8."""
-    shapes = [(count, 1, 1), (1, count, 1)]
-    wide = math.gcd(count, max(1, dim // THIN))
-    shapes += [(count // wide, wide, 1)]
-    shapes += [(1, count // t, t) for t in (2, 4, 8) if count % t == 0 and count > t]
+def candidate_meshes(num_chips: int, dim: int) -> list[tuple[int, int, int]]:
+    """(data, fsdp, tensor) of the usual meshes: all chips along data, all along fsdp, as many along
+    fsdp as leave parts of D of MIN_SPLIT_DIM or more, and tensor 2, 4 or 8."""
+    fsdp = math.gcd(num_chips, max(1, dim // MIN_SPLIT_DIM))
+    shapes = [(num_chips, 1, 1), (1, num_chips, 1), (num_chips // fsdp, fsdp, 1)]
+    shapes += [(1, num_chips // t, t) for t in (2, 4, 8) if num_chips % t == 0 and num_chips > t]
     return list(dict.fromkeys(shapes))
 
 
-# One chip's share.
+# The part of one chip.
 
 
-def config_per_chip(config, mesh):
-    """The Config of what one chip computes in a micro-batch: a part of the rows, T, heads, F, V."""
+def config_per_chip(config: Config, mesh: parallel.AnyMesh) -> Config:
+    """The Config of the part that one chip computes in a micro-batch: fewer rows, T, heads, F, V."""
     m, t, split = config.model, config.train, mesh.shape["tensor"]
     rows = t.batch_size // t.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
-    if m.head == "lm" and not m.reads_source:  # the pieces that the whole micro-batch is cut into
+    if m.head == "lm" and not m.reads_source:  # as many chunks as the micro-batch of all chips has
         t = dataclasses.replace(
             t, loss_chunks=t.loss_chunks or nn.chunks_of(t.batch_size // t.accumulate, m.context, m.vocab_size)
         )
@@ -178,8 +177,8 @@ def config_per_chip(config, mesh):
     return dataclasses.replace(config, model=m, train=dataclasses.replace(t, batch_size=rows, accumulate=1))
 
 
-def _batch(config):
-    """The shapes of a batch, by what the architecture learns from."""
+def _abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch that the model is trained with."""
     m, B, T = config.model, config.train.batch_size, config.model.context
     tokens, flags = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T), bool)
     weights = jax.ShapeDtypeStruct((B, T), jnp.float32)
@@ -199,30 +198,32 @@ def _batch(config):
     )
 
 
-def _objective(m):
+def _sharded_batch(config: Config, mesh: parallel.AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.batch_sharding(mesh, x.ndim))
+        for name, x in _abstract_batch(config).items()
+    }
+
+
+def _objective(m: ModelConfig) -> Callable:
     if m.reads_source:
         return train.seq2seq
     return {"lm": train.causal_lm, "classify": train.classify, "tag": train.tag, "mlm": train.masked_lm}[m.head]
 
 
-def _others_keys(config, mesh):
-    """Bytes that a chip's share does not show: its queries meet the keys of all of context."""
+def _gathered_keys_bytes(config: Config, mesh: parallel.AnyMesh) -> int:
+    """Bytes of a chip that `config_per_chip` leaves out: its queries attend to the keys of all chips
+    along context."""
     local, t = config_per_chip(config, mesh), config.train
-    m, more = local.model, config.model.context - local.model.context
-    attentions = m.layers + 2 * m.cross_layers
-    numbers = m.heads * m.context + 2 * m.G * m.K  # for each key: its weights, and itself
-    return (
-        local.train.batch_size
-        * more
-        * numbers
-        * nn.build(m).compute_dtype.itemsize
-        * (1 if t.remat == "blocks" else attentions)
-    )
+    m, more_keys = local.model, config.model.context - local.model.context
+    attentions = 1 if t.remat == "blocks" else m.layers + 2 * m.cross_layers
+    numbers = m.heads * m.context + 2 * m.G * m.K  # of each key: attention weights, and key and value
+    return local.train.batch_size * more_keys * numbers * nn.build(m).compute_dtype.itemsize * attentions
 
 
-@functools.cache  # meshes often have the same share
-def _gradient(local, platform):
-    """The jaxpr of the gradient of a share's loss, and the paths of its parameters."""
+@functools.cache  # one chip has the same part on several meshes
+def _traced_gradient(local: Config, platform: str) -> tuple[Any, list[str]]:
+    """The jaxpr of the gradient of one chip's loss, and the paths of its parameters (its first inputs)."""
     model = nn.build(local.model, local.train.remat)
     objective = _objective(local.model)
     t, params = local.train, parallel.param_shapes(model)
@@ -235,44 +236,44 @@ def _gradient(local, platform):
             model, params, batch, rng, chunks=t.loss_chunks, z_loss=t.z_loss, label_smoothing=t.label_smoothing
         )[0]
 
-    names = [train.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [train.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     with jax.sharding.use_abstract_mesh(parallel.abstract_mesh((1, 1, 1), platform)):
-        return jax.make_jaxpr(jax.grad(loss))(params, _batch(local)).jaxpr, names
+        return jax.make_jaxpr(jax.grad(loss))(params, _abstract_batch(local)).jaxpr, paths
 
 
-def gradient_bytes(config, mesh):
-    """(bytes of the gradients on a chip, the most that gradients and activations take together)."""
-    device = mesh.abstract_mesh.abstract_device if isinstance(mesh, jax.sharding.Mesh) else (mesh.abstract_device)
-    # cuDNN's kernel cannot be traced without a GPU.
+def gradient_bytes(config: Config, mesh: parallel.AnyMesh) -> tuple[int, int]:
+    """(bytes of the gradients on a chip, bytes of gradients and activations together at the peak)."""
+    device = mesh.abstract_mesh.abstract_device if isinstance(mesh, jax.sharding.Mesh) else mesh.abstract_device
+    # The kernel of cuDNN cannot be traced without a GPU.
     platform = "tpu" if device is not None and device.platform == "tpu" else "cpu"
-    traced, names = _gradient(config_per_chip(config, mesh), platform)
-    specs = [parallel.partition_spec(name, v.aval.shape) for name, v in zip(names, traced.invars)]
-    gathered = {v for v, spec in zip(traced.invars, specs) if "fsdp" in spec and mesh.shape["fsdp"] > 1}
-    # Gradients that would be cut into thin parts the TPU compiler reduces whole, and keeps until the
-    # update. The embeddings' are split by other means.
-    thin = config.model.dim // mesh.shape["fsdp"] < THIN
+    traced, paths = _traced_gradient(config_per_chip(config, mesh), platform)
+    params, fsdp = traced.invars[: len(paths)], mesh.shape["fsdp"]
+    specs = [parallel.partition_spec(path, v.aval.shape) for path, v in zip(paths, params, strict=True)]
+    gathered = {v for v, spec in zip(params, specs, strict=True) if "fsdp" in spec and fsdp > 1}
+    # Gradients of blocks with small parts stay whole until the update; those of embeddings do not.
+    small = config.model.dim // fsdp < MIN_SPLIT_DIM
     parts = [
-        mesh.shape["fsdp"] if "fsdp" in spec and not (thin and "/block" in name) else 1
-        for name, spec in zip(names, specs)
+        fsdp if "fsdp" in spec and not (small and "/block" in path) else 1
+        for path, spec in zip(paths, specs, strict=True)
     ]
-    grads, most = peak_memory.peak(traced, gathered, dict(zip(traced.outvars, parts)))
-    most += _others_keys(config, mesh)
-    # The compiler casts stacked kernels [L, D, F] before the loops, not a layer at a time in them.
+    gradients, most = peak_memory.peak(traced, gathered, dict(zip(traced.outvars, parts, strict=True)))
+    most += _gathered_keys_bytes(config, mesh)
+    # The compiler casts all layers of a stacked kernel [L, D, F] before the loops.
     item = nn.build(config.model).compute_dtype.itemsize
     most += sum(
-        v.aval.size * item // (mesh.shape["fsdp"] if "fsdp" in spec else 1)
-        for name, v, spec in zip(names, traced.invars, specs)
-        if parallel.STACKED.search(name) and v.aval.ndim == 3 and item < 4
+        v.aval.size * item // (fsdp if "fsdp" in spec else 1)
+        for path, v, spec in zip(paths, params, specs, strict=True)
+        if parallel.STACKED.search(path) and v.aval.ndim == 3 and item < 4
     )
-    if config.train.accumulate > 1:  # the sum so far, float32
-        total = sum(math.prod(v.aval.shape) * 4 // n for v, n in zip(traced.invars, parts))
+    if config.train.accumulate > 1:  # the float32 sum over micro-batches
+        total = sum(math.prod(v.aval.shape) * 4 // n for v, n in zip(params, parts, strict=True))
         return total, total + most
-    return grads, most
+    return gradients, most
 
 
-def cache_bytes(config, mesh):
-    """Bytes of the decode cache of a chip's rows at the whole context; 0 if nothing is decoded."""
-    local, T = config_per_chip(config, mesh), config.model.context  # which context does not split
+def cache_bytes(config: Config, mesh: parallel.AnyMesh) -> int:
+    """Bytes of the decode cache of a chip's rows at full length; 0 for a model that does not decode."""
+    local, T = config_per_chip(config, mesh), config.model.context  # the cache is not split along S
     if local.model.head != "lm":
         return 0
     model = nn.build(dataclasses.replace(local.model, context=T))
@@ -290,62 +291,85 @@ def cache_bytes(config, mesh):
 # Traffic.
 
 
-def _passes_bytes(config, mesh):
-    """Bytes of the weights of a chip's share in the compute dtype: read once in every pass."""
+def _compute_weight_bytes(config: Config, mesh: parallel.AnyMesh) -> int:
+    """Bytes of the weights that one chip computes with, in the compute dtype."""
     model = nn.build(config_per_chip(config, mesh).model)
     return sum(x.size for x in jax.tree.leaves(parallel.param_shapes(model))) * model.compute_dtype.itemsize
 
 
-def collectives(config, mesh, params):
-    """Bytes that a chip receives in a step, by the kind of collective; kinds with none are absent.
+class _Received:
+    """Counts the bytes that a chip receives, by the kind of collective."""
 
-    params: the shapes of the parameters. Over n chips an all-gather or reduce-scatter of s bytes
-    brings each (n - 1) / n s, an all-reduce twice that, in rings (Chan et al. 2007).
+    KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
+
+    def __init__(self):
+        self.bytes: dict[str, float] = dict.fromkeys(self.KINDS, 0.0)
+
+    def add(self, kind: str, chips: int, size: float) -> None:
+        """A collective of `size` bytes over `chips` chips, in a ring (Chan et al. 2007): each chip
+        receives (chips - 1) / chips of the size, and twice that of an all-reduce."""
+        self.bytes[kind] += (chips - 1) / chips * size * (2 if kind == "all-reduce" else 1)
+
+
+def collectives(config: Config, mesh: parallel.AnyMesh, params: PyTree) -> dict[str, int]:
+    """Bytes that a chip receives in a step, by the kind of collective; kinds without any are absent.
+
+    params: the shapes of the parameters.
     """
-    m, t, sizes = config.model, config.train, mesh.shape
-    data, fsdp, tensor, context = (sizes[axis] for axis in parallel.AXES)
-    item = nn.build(m).compute_dtype.itemsize
-    out = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce", "all-to-all"), 0)
-
-    def ring(n, size):
-        return (n - 1) / n * size
-
-    rows = t.batch_size // (data * fsdp)
-    tokens = rows * m.context // context  # of a chip, of all micro-batches
-    head = None  # of a vocabulary
-    if m.head in ("lm", "mlm"):
-        head = "embed/embedding" if m.tied else "unembed/kernel"
+    received = _Received()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = train.path_of(path)
-        spec = parallel.partition_spec(name, leaf.shape)
-        size = leaf.size // (tensor if "tensor" in spec else 1)
-        if "fsdp" not in spec or fsdp == 1:  # its gradient is needed whole
-            out["all-reduce"] += 2 * ring(data * fsdp * context, size * item) * t.accumulate
-            continue
-        if name == head:  # its gradient is a float32 sum of all tokens'
-            if m.vocab_size % (tensor * fsdp):  # gathered once for the loss
-                out["all-gather"] += ring(fsdp, size * item) * t.accumulate
-                out["all-reduce"] += 2 * ring(data * fsdp * context, size * 4) * t.accumulate
-            else:  # a part of V for a part of D; instead all tokens' states, targets and weights
-                out["all-to-all"] += ring(fsdp, size / fsdp * (item + 4)) * t.accumulate
-                out["all-gather"] += ring(fsdp, fsdp * tokens * (m.dim * item + 8))
-                out["reduce-scatter"] += ring(fsdp, fsdp * tokens * m.dim * item)
-                out["all-reduce"] += 2 * ring(data * context, size / fsdp * 4) * t.accumulate
-            continue
-        if name != "embed/embedding":  # forward and backward
-            out["all-gather"] += 2 * ring(fsdp, size * item) * t.accumulate
-        out["reduce-scatter"] += ring(fsdp, size * item) * t.accumulate
-        out["all-reduce"] += 2 * ring(data * context, size * item / fsdp) * t.accumulate
-    x = tokens * m.dim * item  # their states
-    if fsdp > 1:  # the embedding is looked up, and its gradient added, a part of D on each chip
-        out["all-to-all"] += 2 * ring(fsdp, x)
-    # A block's output and its input's gradient are sums over the heads, and over F.
-    sums = 2 * m.layers + 3 * m.cross_layers
-    again = 1.5 if t.remat == "blocks" else 1
-    # Of each attention the keys and values, and their gradients on the way back.
+        _add_parameter(received, config, mesh, train.path_of(path), leaf)
+    _add_activations(received, config, mesh)
+    return {kind: round(size) for kind, size in received.bytes.items() if size}
+
+
+def _tokens_per_chip(config: Config, mesh: parallel.AnyMesh) -> int:
+    """Tokens of a chip in a step, in all micro-batches together."""
+    rows = config.train.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    return rows * config.model.context // mesh.shape["context"]
+
+
+def _add_parameter(received: _Received, config: Config, mesh: parallel.AnyMesh, path: str, leaf: Any) -> None:
+    """The traffic of one parameter and its gradient."""
+    m, t = config.model, config.train
+    data, fsdp, tensor, context = (mesh.shape[axis] for axis in parallel.AXES)
+    item = nn.build(m).compute_dtype.itemsize
+    spec = parallel.partition_spec(path, leaf.shape)
+    size = leaf.size // (tensor if "tensor" in spec else 1)
+    head = {True: "embed/embedding", False: "unembed/kernel"}[m.tied] if m.head in ("lm", "mlm") else None
+    if "fsdp" not in spec or fsdp == 1:  # replicated, and so is its gradient
+        received.add("all-reduce", data * fsdp * context, size * item * t.accumulate)
+    elif path == head and m.vocab_size % (tensor * fsdp):  # gathered once for the loss
+        received.add("all-gather", fsdp, size * item * t.accumulate)
+        received.add("all-reduce", data * fsdp * context, size * 4 * t.accumulate)  # a float32 gradient
+    elif path == head:
+        # A part of D is exchanged for a part of V, and hidden states, targets and weights are gathered.
+        tokens = _tokens_per_chip(config, mesh)
+        received.add("all-to-all", fsdp, size / fsdp * (item + 4) * t.accumulate)
+        received.add("all-gather", fsdp, fsdp * tokens * (m.dim * item + 8))
+        received.add("reduce-scatter", fsdp, fsdp * tokens * m.dim * item)
+        received.add("all-reduce", data * context, size / fsdp * 4 * t.accumulate)
+    else:
+        if path != "embed/embedding":  # forward and backward
+            received.add("all-gather", fsdp, 2 * size * item * t.accumulate)
+        received.add("reduce-scatter", fsdp, size * item * t.accumulate)
+        received.add("all-reduce", data * context, size * item / fsdp * t.accumulate)
+
+
+def _add_activations(received: _Received, config: Config, mesh: parallel.AnyMesh) -> None:
+    """The traffic of hidden states, keys and values."""
+    m, remat = config.model, config.train.remat == "blocks"
+    fsdp, tensor, context = (mesh.shape[axis] for axis in ("fsdp", "tensor", "context"))
+    item = nn.build(m).compute_dtype.itemsize
+    tokens = _tokens_per_chip(config, mesh)
+    states = tokens * m.dim * item
+    if fsdp > 1:  # each chip embeds all tokens with its part of D, and so their gradients
+        received.add("all-to-all", fsdp, 2 * states)
+    # Keys and values of every attention are gathered along context, their gradients split again.
     attentions = m.layers + 2 * m.cross_layers
-    keys = attentions * 2 * rows * m.context * m.G // tensor * m.K * item
-    out["all-gather"] += ring(context, keys) * (2 if t.remat == "blocks" else 1)
-    out["reduce-scatter"] += ring(context, keys)
-    out["all-reduce"] += 2 * ring(tensor, x) * (sums * (1 + again) + 2)
-    return {kind: round(size) for kind, size in out.items() if size}
+    keys = attentions * 2 * tokens * context * m.G // tensor * m.K * item
+    received.add("all-gather", context, keys * (2 if remat else 1))
+    received.add("reduce-scatter", context, keys)
+    # The output of an attention or MLP, and the gradient of its input, are sums over heads or F.
+    sums = 2 * m.layers + 3 * m.cross_layers
+    received.add("all-reduce", tensor, states * (sums * (1 + (1.5 if remat else 1)) + 2))
