@@ -29,6 +29,7 @@ class TextData(DataConfig):
     """A corpus that becomes windows of tokens, for pretrain."""
 
     kind: ClassVar[str] = "text"
+    window: int = field(0, "Tokens of a training window; 0: model.context.", unit="tokens", at_least=0)
     packing: str = field("joined", "isolated: documents of a window cannot see each other.", choices=PACKINGS)
     workers: int = field(0, "Processes that tokenize; 0: one per core.", at_least=0)
     cache: str = field("", "Directory of the token files; empty: the user's cache directory.")

@@ -88,6 +88,11 @@ class Config:
     task: AnyTask = Pretrain()
     train: TrainConfig = TrainConfig()
 
+    @property
+    def window(self) -> int:
+        """T, the tokens of a training window of text."""
+        return isinstance(self.data, TextData) and self.data.window or self.model.context
+
     def problems(self) -> list[str]:
         """What does not fit between sections; their own values may be out of range."""
         return _step_problems(self) + _block_problems(self) + _adalora_problems(self) + _task_problems(self)
@@ -99,8 +104,11 @@ def _step_problems(c: Config) -> list[str]:
         found.append(f"train.accumulate={t.accumulate} does not divide train.batch_size={t.batch_size}")
     if c.optim.warmup_steps >= t.steps > 1:
         found.append(f"optim.warmup_steps={c.optim.warmup_steps} must be less than train.steps={t.steps}")
-    if t.loss_chunks > 0 and c.model.context % t.loss_chunks:
-        found.append(f"train.loss_chunks={t.loss_chunks} does not divide model.context={c.model.context}; 0 chooses")
+    name = "model.context" if c.window == c.model.context else "data.window"
+    if c.window > c.model.context:
+        found.append(f"data.window={c.window} must be at most model.context={c.model.context}")
+    if t.loss_chunks > 0 and c.window % t.loss_chunks:
+        found.append(f"train.loss_chunks={t.loss_chunks} does not divide {name}={c.window}; 0 chooses")
     return found
 
 

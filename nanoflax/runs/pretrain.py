@@ -83,7 +83,8 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
     else:
         tokenizer = get_tokenizer(config.data, weights or workdir, lambda: data.documents(text, "train"))
     config = dataclasses.replace(config, model=with_vocabulary(config.model, tokenizer, mesh, saved))
-    parallel.check_mesh(config, mesh)  # with the final vocabulary
+    lengths = {"data.window": config.window} if config.window < config.model.context else None
+    parallel.check_mesh(config, mesh, lengths)  # with the final vocabulary
     prompt = [tokenizer.bos_id, *tokenizer.encode(config.train.sample_prompt)]
     if config.train.sample_tokens:
         generate.check_prompts(config.model, [prompt], config.train.sample_tokens)
@@ -103,7 +104,7 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
         batch=train.abstract_batch(config, mesh),
         fixed_batch=True,
         read_data=lambda: read_text(config, mesh, model, tokenizer, text, prompt),
-        flops_per_token=nn.flops_per_token(config.model),
+        flops_per_token=nn.flops_per_token(config.model, config.window),
         replaces=weights,
     )
 
@@ -144,7 +145,7 @@ def read_text(
         )
         for line in store.report:
             print(f"  {line}")
-    windows, held_out = (data.Windows(s, config.model.context, d.packing == "isolated") for s in stores)
+    windows, held_out = (data.Windows(s, config.window, d.packing == "isolated") for s in stores)
     score = train.make_evaluation(model, config, mesh)
 
     def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
@@ -160,7 +161,7 @@ def read_text(
         data.Batches(windows, t.batch_size, t.seed, True, parallel.own_rows(mesh, t.batch_size)),
         evaluate,
         {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint, "validation": stores[1].fingerprint},
-        t.batch_size * config.model.context,
+        t.batch_size * config.window,
     )
 
 
@@ -184,7 +185,7 @@ def continue_prompt(config: Config, model: Any, params: Any, tokenizer: Any, pro
 
 def summarise(workdir: str, config: Config, ended: Result) -> None:
     """Draw the loss curve and print how the run ended."""
-    plot = report.plot_losses(workdir, config.train.batch_size * config.model.context)
+    plot = report.plot_losses(workdir, config.train.batch_size * config.window)
     if ended.signal:
         print(f"{ended.reason}: saved at step {ended.step}; the same command continues")
     elif ended.trained_now:

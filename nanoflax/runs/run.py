@@ -216,7 +216,7 @@ class Run:
         data: a source of text, or of examples for a fine-tuned run; empty takes the run's own
         validation data. split: all, train, validation or (of examples) test, of `data`. out: a .jsonl
         file for the predictions of a fine-tuned run. A fine-tuned run is measured by its task; any other
-        model by loss, perplexity and bits per byte on windows of its context.
+        model by loss, perplexity and bits per byte on windows as in training.
         Raises: UserError for data that cannot be read, and for `out` where nothing is predicted.
         """
         if self.task is not None:
@@ -234,7 +234,7 @@ class Run:
         text, split = configs.as_kind(configs.TextData, c.data), split if name else "validation"
         source = data.source_of(text, name)
         store = data.prepare(source, self.tokenizer, split, text.cache or None)
-        windows = data.Windows(store, c.model.context, text.packing == "isolated")
+        windows = data.Windows(store, c.window, text.packing == "isolated")
         every_batch = dataclasses.replace(c, train=dataclasses.replace(c.train, evaluate_batches=0))
         nats, tokens = train.make_evaluation(self.model, every_batch, self._mesh)(self._params_on_mesh, windows)
         return {
@@ -296,7 +296,7 @@ class Run:
         if self.workdir is None:
             raise UserError(f"{self.source} is not the directory of a run, so it has no loss curve")
         # Examples have no fixed number of tokens in a step.
-        tokens = self.config.train.batch_size * self.config.model.context if self.task is None else None
+        tokens = self.config.train.batch_size * self.config.window if self.task is None else None
         path = report.plot_losses(self.workdir, tokens)
         notebook = sys.modules.get("IPython")
         if path and notebook and hasattr(notebook.get_ipython(), "kernel"):

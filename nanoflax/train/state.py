@@ -60,7 +60,7 @@ def abstract_state(model, optimizer, config, mesh, params=None):
 
 def abstract_batch(config, mesh):
     """The shapes, dtypes and shardings of a batch of `windows.Batches`, for `compile_step`."""
-    B, T = config.train.batch_size, config.model.context
+    B, T = config.train.batch_size, config.window
     arrays = {"targets": ((B, T), jnp.int32), "first": ((B,), jnp.int32), "weights": ((B, T), jnp.float32)}
     if isinstance(config.data, TextData) and config.data.packing == "isolated":
         arrays |= {"segments": ((B, T), jnp.int32), "start": ((B,), jnp.int32)}

@@ -26,9 +26,10 @@ def corpus(tmp_path_factory):
     return directory
 
 
-def on_text(corpus, model, **changes):
-    data = TextData(train=f"text:{corpus}/*.txt", cache=f"{corpus}/cache", tokenizer="bytes", workers=1)
-    return Config(model=model, data=data, optim=OPTIM, train=TRAIN, **changes)
+def on_text(corpus, model, window=0):
+    source, cache = f"text:{corpus}/*.txt", f"{corpus}/cache"
+    data = TextData(train=source, cache=cache, tokenizer="bytes", workers=1, window=window)
+    return Config(model=model, data=data, optim=OPTIM, train=TRAIN)
 
 
 def validation_losses(workdir):
@@ -71,6 +72,13 @@ def test_a_published_model_is_trained_on_a_corpus_and_then_its_run(published, co
     assert again[20] < again[0]
     tokenizers = [nanoflax.tokenizers.load(path / "tokenizer").fingerprint for path in (first, second)]
     assert len({*tokenizers, nanoflax.tokenizers.load(published).fingerprint}) == 1
+    short = on_text(corpus, ModelConfig(init_from=str(first)), window=16)
+    nanoflax.pretrain(short, str(tmp_path / "short"))
+    steps = [json.loads(line) for line in (tmp_path / "short" / "metrics.jsonl").read_text().splitlines()]
+    assert max(step.get("tokens", 0) for step in steps) == 16 * TRAIN.batch_size
+    assert json.loads((tmp_path / "short" / "config.json").read_text())["model"]["context"] == 32
+    with pytest.raises(UserError, match="data.window=33 must be at most model.context=32"):
+        nanoflax.pretrain(on_text(corpus, ModelConfig(init_from=str(first)), window=33), str(tmp_path / "long"))
     capsys.readouterr()
     nanoflax.pretrain(on_text(corpus, ModelConfig(init_from=str(first))), str(second))
     assert "the run is complete: 20 steps" in capsys.readouterr().out
