@@ -88,7 +88,7 @@ class TrainingProgress(ProgressBar):
         self,
         total_steps,
         start_step=0,
-        tokens_per_step=1,
+        tokens_per_step: float = 1,
         flops_per_token=None,
         peak_flops=None,
         stream=None,
