@@ -24,16 +24,16 @@ from nanoflax.config import Config
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("topology", "", "a TPU slice, such as v5e:16x16")
-flags.DEFINE_integer("devices", 0, "the number of GPUs, instead of a topology", 0)
-flags.DEFINE_enum("chip", "h100", ["a100", "h100", "h200"], "the kind of GPU, for --devices")
+flags.DEFINE_string("topology", "", "A TPU slice, such as v5e:16x16.")
+flags.DEFINE_integer("devices", 0, "Number of GPUs, instead of --topology.", 0)
+flags.DEFINE_enum("chip", "h100", ["a100", "h100", "h200"], "Kind of GPU, for --devices.")
 flags.DEFINE_multi_string(
     "meshes",
     [],
-    "sizes along data,fsdp,tensor[,context]; may be repeated; default: that of the config and the usual ones",
+    "Sizes along data,fsdp,tensor[,context]; may be repeated. Default: those of the config and the usual ones.",
 )
-flags.DEFINE_string("json", "", "a file that the plan is written to")
-flags.DEFINE_bool("compile", True, "compile for the TPU topology too, if libtpu is installed")
+flags.DEFINE_string("json", "", "File that the plan is written to.")
+flags.DEFINE_bool("compile", True, "Also compile for the TPU slice, if libtpu is installed.")
 
 
 def main() -> None:

@@ -9,9 +9,10 @@ from nanoflax.runs.opening import open_model
 from nanoflax.runs.pretrain import pretrain
 from nanoflax.runs.ranking import read_questions
 from nanoflax.runs.run import Run, open_run
+from nanoflax.runs.sweep import Sweep, draw_settings, parse_setting, suggest_settings
 from nanoflax.runs.trainer import setup_jax
 
 __all__ = [
-    "Checkpoints", "GenerationSettings", "Run", "answer_typed_prompts", "chat", "finetune", "is_run", "open_model",
-    "open_run", "pretrain", "print_answers", "read_questions", "read_run", "restore_params", "setup_jax",
-    "write_jsonl"]  # fmt: skip
+    "Checkpoints", "GenerationSettings", "Run", "Sweep", "answer_typed_prompts", "chat", "draw_settings", "finetune",
+    "is_run", "open_model", "open_run", "parse_setting", "pretrain", "print_answers", "read_questions", "read_run",
+    "restore_params", "setup_jax", "suggest_settings", "write_jsonl"]  # fmt: skip

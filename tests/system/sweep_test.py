@@ -63,20 +63,16 @@ def test_a_grid_is_tried_whole_reported_and_not_run_again(topics, tmp_path):  # 
 
 DRAWS = """
 import json, sys
-from absl import flags
-from experiments import sweep
-flags.FLAGS(["sweep", "--workdir=x"])
+from nanoflax import runs
 spaces = [("a", ("log", 1e-4, 1e-2)), ("b", ("int", 2, 4)), ("c", ("uniform", -1.0, 1.0)),
           ("d", ["x", "y"])]
-json.dump([sweep.draw(spaces, i) for i in [*range(400), 7]], sys.stdout)
+json.dump([runs.draw_settings(spaces, 0, i) for i in [*range(400), 7]], sys.stdout)
 """
 
 
 def test_random_draws_are_of_their_ranges_and_the_same_again():
     *drawn, again = json.loads(
-        subprocess.run(  # where no other program has defined its flags
-            [sys.executable, "-c", DRAWS], cwd=ROOT, capture_output=True, check=True
-        ).stdout
+        subprocess.run([sys.executable, "-c", DRAWS], cwd=ROOT, capture_output=True, check=True).stdout
     )
     assert drawn[7] == again != drawn[8]
     rates = sorted(float(v["a"]) for v in drawn)
