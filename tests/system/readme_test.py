@@ -11,7 +11,8 @@ import pytest
 
 from tests import processes
 
-README = (pathlib.Path(__file__).resolve().parents[2] / "README.md").read_text()
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
 
 
 def block(words):
@@ -85,3 +86,11 @@ def test_the_flags_of_each_command_exist(arguments):
     arguments = [re.sub(r"=I$", "=0", argument) for argument in arguments]
     done = processes.run(["-m", *arguments, "--no_such_flag"])
     assert done.returncode == 2 and "no_such_flag" in done.stderr, done.stderr
+
+
+def test_the_files_of_the_table_exist():
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (.*\.py.*) \|$", README, re.M)
+    assert len(rows) == 10
+    for rooms, files in rows:
+        for file in re.findall(r"`(\w+\.py)`", files):
+            assert any((ROOT / "nanoflax" / room / file).exists() for room in re.findall(r"\w+", rooms)), file
