@@ -77,7 +77,10 @@ class Batches:
 def evaluation_batches(
     windows: Any, batch_size: int, host_rows: Sequence[int] | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batches of every window once, in order, the last filled with windows of weight 0. host_rows: see Batches."""
+    """Yields batches of every window once, in order, the last filled with windows of weight 0.
+
+    host_rows: see Batches.
+    """
     rows = np.arange(batch_size) if host_rows is None else np.asarray(host_rows)
     for start in range(0, len(windows), batch_size):
         yield windows.batch(start + rows)

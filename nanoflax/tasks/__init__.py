@@ -12,5 +12,5 @@ from nanoflax.tasks.table import TASKS, class_probabilities, length_limits, with
 
 __all__ = [
     "Chat", "Classification", "Evaluator", "ExampleBatches", "Pair", "SHORTEST", "TASKS", "Tagging", "TaskSource",
-    "Text", "class_probabilities", "encode", "encode_for_task", "encode_texts", "examples_of", "length_limits", "load", "metrics_table",
-    "prediction_records", "read", "show_row", "weigh_classes", "with_sentinels"]  # fmt: skip
+    "Text", "class_probabilities", "encode", "encode_for_task", "encode_texts", "examples_of", "length_limits", "load",
+    "metrics_table", "prediction_records", "read", "show_row", "weigh_classes", "with_sentinels"]  # fmt: skip

@@ -1,32 +1,49 @@
-"""Measure a model on the examples of a task."""
+"""Measure a model on the examples of a task, or predict from texts without labels."""
 
 import copy
 import dataclasses
 import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nanoflax import parallel, train
+from nanoflax.config import Config
+from nanoflax.data import DataReport
 from nanoflax.tasks import metrics
 from nanoflax.tasks.batches import evaluation_batches
 from nanoflax.tasks.encoding import encode
-from nanoflax.tasks.kinds import Pair, Text
+from nanoflax.tasks.kinds import Example, Pair, Text
+from nanoflax.tasks.rows import Rows
 from nanoflax.tasks.table import TASKS, length_limits, noise_for, with_sentinels
 
 
-def encode_for_task(examples, config, tokenizer, labels=(), multi_label=False, report=None):
-    """Examples as the Rows of a Config's task, with its noise."""
-    task, limits = config.task, length_limits(config.task)
+def encode_for_task(
+    examples: Sequence[Example],
+    config: Config,
+    tokenizer: Any,
+    labels: Sequence[str] = (),
+    multi_label: bool = False,
+    report: DataReport | None = None,
+) -> Rows:
+    """Examples as the Rows of a Config's task, with its noise. See `encode`."""
+    task, target_length = config.task, length_limits(config.task).get("task.target_length")
     noise = noise_for(task, with_sentinels(task, tokenizer))
-    return encode(
-        examples, tokenizer, task.length, labels, multi_label, task.truncate, limits.get("task.target_length"),
-        report, noise
-    )  # fmt: skip
+    return encode(examples, tokenizer, task.length, labels, multi_label, task.truncate, target_length, report, noise)
 
 
-def encode_texts(texts, config, tokenizer, labels=(), multi_label=False, report=None, place="text"):
+def encode_texts(
+    texts: Sequence[str],
+    config: Config,
+    tokenizer: Any,
+    labels: Sequence[str] = (),
+    multi_label: bool = False,
+    report: DataReport | None = None,
+    place: str = "text",
+) -> Rows:
     """Texts to predict from, without labels, as the Rows of a Config's task; their places are "text 1" and so on."""
     make = TASKS[config.task.kind].unlabelled
     examples = [make(text, f"{place} {i}") for i, text in enumerate(texts, 1)]
@@ -34,14 +51,16 @@ def encode_texts(texts, config, tokenizer, labels=(), multi_label=False, report=
 
 
 class Evaluator:
-    """Measures parameters on rows: their loss, and what the task is measured by.
+    """Measures parameters on rows: the loss and the metrics of the task.
 
-    After a call, `report` holds every figure in a form for JSON. Of several processes all call it,
-    and all find the same.
+    After a call, `report` holds all figures in a form for JSON. With several processes all must call it, and all
+    find the same figures.
     """
 
-    def __init__(self, model, config, tokenizer, labels, rows, mesh):
-        """config: a Config; labels: the class names of classify and tag; rows: Rows."""
+    def __init__(
+        self, model: Any, config: Config, tokenizer: Any, labels: Sequence[str], rows: Rows, mesh: jax.sharding.Mesh
+    ) -> None:
+        """labels: the class names of tasks with labels."""
         self.model, self.config = model, config
         self.tokenizer = with_sentinels(config.task, tokenizer)
         self.labels, self.mesh, self.task = labels, mesh, TASKS[config.task.kind]
@@ -49,12 +68,9 @@ class Evaluator:
 
         def sums(params, batch):
             _, nll, weight = self.task.objective(model, params, batch)
-            right = (
-                weight
-                if not self.task.token_accuracy
-                else jnp.sum(batch["weights"] * (guesses(params, batch) == batch["targets"]))
-            )
-            return nll, weight, right
+            if not self.task.token_accuracy:
+                return nll, weight, weight
+            return nll, weight, jnp.sum(batch["weights"] * (guesses(params, batch) == batch["targets"]))
 
         def logits(params, batch):
             return model.apply({"params": params}, batch["tokens"], batch["padding_mask"])
@@ -64,8 +80,8 @@ class Evaluator:
 
         self._sums, self.guesses, self._logits = (jax.jit(parallel.with_mesh(mesh, f)) for f in (sums, guesses, logits))
 
-    def _with_noise(self, rows):
-        """The rows, their noise drawn once; the example of a noisy text is the Pair that the noise made."""
+    def _with_noise(self, rows: Rows) -> Rows:
+        """The rows with noise drawn once; the example of a denoising row is the Pair that the noise made."""
         drawn = rows.with_noise([(i, 0) for i in range(len(rows))])
         if "source" not in drawn.rows[0] or self.task.examples is not Text:
             return drawn
@@ -75,31 +91,31 @@ class Evaluator:
         ]
         return dataclasses.replace(drawn, examples=pairs)
 
-    def with_rows(self, rows):
+    def with_rows(self, rows: Rows) -> "Evaluator":
         """This evaluator, and what it has compiled, for other rows."""
         other = copy.copy(self)
         other.rows, other.report = self._with_noise(rows), {}
         return other
 
-    def __call__(self, params, batches=0):
-        """(numbers, predictions) on the first so many batches of the rows, 0 for all.
+    def __call__(self, params: Any, batches: int = 0) -> tuple[dict[str, float], list]:
+        """(numbers, predictions) on the first `batches` batches of the rows, 0 for all.
 
-        numbers: {"validation_loss": nats, the task's figures}; predictions: one for each row, or
-        none where the task is measured by its loss. With config.task.max_shift also the figures on
-        the same rows shifted (always the same way), as NAME_shifted.
+        numbers: validation_loss in nats and the metrics of the task; predictions: one for each row, or none where the
+        task is measured by its loss. With config.task.max_shift also the figures on the same rows shifted (in the
+        same way in each evaluation), as NAME_shifted.
         """
         number = len(self.rows)
         if batches:
             number = min(number, batches * self.config.train.batch_size)
-        numbers, predictions, self.report = self._measured(params, number)
-        if getattr(self.config.task, "max_shift", 0):
-            judge = copy.copy(self)
-            judge.rows = self.rows.shifted(self.config.task.max_shift, 1.0, (0,), range(number))
-            found, _, self.report["shifted"] = judge._measured(params, number)
+        numbers, predictions, self.report = self._measure(params, number)
+        if max_shift := getattr(self.config.task, "max_shift", 0):
+            shifted = copy.copy(self)
+            shifted.rows = self.rows.shifted(max_shift, 1.0, (0,), range(number))
+            found, _, self.report["shifted"] = shifted._measure(params, number)
             numbers |= {f"{name}_shifted": value for name, value in found.items()}
         return numbers, predictions
 
-    def _measured(self, params, number):
+    def _measure(self, params: Any, number: int) -> tuple[dict[str, float], list, dict]:
         sums = np.zeros(3)
         for batch in self.batches(number):
             sums += [float(x) for x in self._sums(params, batch)]
@@ -115,34 +131,38 @@ class Evaluator:
         figures, report = self.task.score(predictions, self.rows.examples[:number], self.config.task)
         return numbers | figures, predictions, report
 
-    def predict(self, params, number=None):
-        """A prediction for each of the first rows (default: all), which need no labels; [] for a
-        task that is measured by its loss alone."""
+    def predict(self, params: Any, number: int | None = None) -> list:
+        """A prediction for each of the first rows (default: all), labelled or not; [] for a task that is measured by
+        its loss alone."""
         number = len(self.rows) if number is None else number
         return self.task.predict(self, params, number) if self.task.predict else []
 
-    def describe(self, params):
+    def describe(self, params: Any) -> list:
         """What to tell of each row: {class: probability}, (word, tag) pairs, or a text; Task.show writes it."""
+        assert self.task.describe, "Task.prompt is the way to predict with this task"
         return self.task.describe(self, params, len(self.rows))
 
-    def batches(self, number):
-        """The first rows in batches on the mesh; the last is filled up with rows of weight 0."""
+    def batches(self, number: int) -> Iterator[dict[str, jax.Array]]:
+        """The first rows in batches on the mesh, the last filled with rows of weight 0."""
         B = parallel.divisible_batch_size(self.config.train.batch_size, self.mesh)
-        own = parallel.own_rows(self.mesh, B)
-        for batch in itertools.islice(evaluation_batches(self.rows, B, own), -(-number // B)):
+        host_rows = parallel.own_rows(self.mesh, B)
+        for batch in itertools.islice(evaluation_batches(self.rows, B, host_rows), -(-number // B)):
             yield parallel.put_batch(batch, self.mesh)
             parallel.reset_watchdog()
 
-    def logits(self, params, number):
-        """The logits and the weights of each of the first rows."""
-        found = (map(parallel.fetch, (self._logits(params, batch), batch["weights"])) for batch in self.batches(number))
-        return list(itertools.islice((pair for logits, weights in found for pair in zip(logits, weights)), number))
+    def logits(self, params: Any, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(logits, weights) of each of the first rows: for classes [classes] and [], for tags [T, tags] and [T]."""
+        found = []
+        for batch in self.batches(number):
+            logits, weights = map(parallel.fetch, (self._logits(params, batch), batch["weights"]))
+            found += zip(logits, weights, strict=True)
+        return found[:number]
 
 
-def prediction_records(examples, predictions):
-    """Each example's fields and what a model said of it, as a dict for JSON."""
-    for example, said in zip(examples, predictions):
+def prediction_records(examples: Sequence[Example], predictions: Sequence) -> Iterator[dict[str, Any]]:
+    """The fields and the prediction of each example, as a dict for JSON; examples without a prediction are left out."""
+    for example, prediction in zip(examples, predictions, strict=False):
         fields = {field: getattr(example, field) for field in example.fields if hasattr(example, field)}
         if hasattr(example, "labels"):
             fields["label"] = example.labels
-        yield fields | {"prediction": said}
+        yield fields | {"prediction": prediction}

@@ -1,87 +1,88 @@
-"""Examples to batches: tokens, what is trained among them, and padding to a few lengths.
+"""Rows of token ids to batches with padding to a few lengths.
 
-examples --encode--> Rows --> ExampleBatches[step] (shuffled, for ever) or evaluation (once)
+examples --encode--> Rows --> ExampleBatches[step] (shuffled, without end) or evaluation_batches (once)
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from nanoflax.generate import bucket
+from nanoflax.tasks.noise import Noise
 
 SHORTEST = 16  # the smallest length that batches are padded to
-
-
-# Examples to rows.
+Row = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Encoded examples, one dict of arrays each, and how they become a batch. See `encode`."""
 
-    rows: list
-    examples: list  # what each row was made of
+    rows: list[Row]
+    examples: list  # the example of each row
     pad_id: int
-    length: int
+    length: int  # the most tokens of a source or text
     target_length: int
-    noise: Callable | None = None  # (text, a Generator) -> a row, of rows that hold a text alone
-    ends: tuple = (0, 0)  # ids at the two ends of a source or text that `shifted` leaves there
-    class_weights: np.ndarray | None = None  # [labels] float32, factors of the weights by class
+    noise: Noise | None = None  # makes the rows, which hold only a text
+    ends: tuple[int, int] = (0, 0)  # how many ids at the start and end of a source or text `shifted` keeps in place
+    class_weights: Float[np.ndarray, " labels"] | None = None  # factors of the weights, by class
     multi_label: bool = False  # a text may have several classes, or none
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def n_tokens(self, i):
+    def n_tokens(self, i: int) -> int:
         return sum(len(a) for name, a in self.rows[i].items() if name in ("text", "tokens", "source", "targets"))
 
-    def with_noise(self, draws, seed=0):
-        """The Rows of some draws, pairs (row number, epoch), under the noise of just this seed,
-        epoch and row. What is drawn once stays as it is."""
-        rows = [
-            self.rows[i]
-            if self.noise is None
-            else self.noise(self.rows[i]["text"], np.random.default_rng((seed, epoch, i)))
-            for i, epoch in draws
-        ]
+    def with_noise(self, draws: Sequence[tuple[int, int]], seed: int = 0) -> "Rows":
+        """The rows (row number, epoch), corrupted if there is noise; deterministic in (seed, epoch, row number)."""
+
+        def corrupted(i, epoch):
+            if self.noise is None:
+                return self.rows[i]
+            return self.noise(self.rows[i]["text"], np.random.default_rng((seed, epoch, i)))
+
+        rows = [corrupted(*draw) for draw in draws]
         return dataclasses.replace(self, rows=rows, examples=[self.examples[i] for i, _ in draws], noise=None)
 
-    def lengths(self, indices):
+    def lengths(self, indices: Sequence[int]) -> dict[str, int]:
         """The lengths that a batch of these rows is padded to, by the name of the tokens."""
         limits = {"tokens": self.length, "source": self.length, "targets": self.target_length}
         rows = [self.rows[i] for i in indices if i < len(self)]
         return {
-            name: min(limit, _bucket(max(len(row[name]) for row in rows)))
+            name: min(limit, bucket(max(len(row[name]) for row in rows), SHORTEST))
             for name, limit in limits.items()
             if name in rows[0]
         }
 
-    def batch(self, indices, lengths=None):
-        """[B] row numbers -> a dict of numpy arrays; a number past the end gives padding alone.
+    def batch(self, indices: Sequence[int], lengths: dict[str, int] | None = None) -> dict[str, np.ndarray]:
+        """The rows with these numbers [B] as arrays; a number past the end gives padding alone.
 
-        Classification: tokens [B, T] int32, padding_mask [B, T] bool (True for real tokens),
-        label [B] int32 (or [B, number of labels] float32, 0 or 1, of several), weights [B]
-        float32. Tagging: tokens, padding_mask, tags [B, T] int32, weights [B, T] float32.
-        Pair: source [B, S], source_mask [B, S], targets [B, T], weights [B, T].
-        Chat and Text: first [B] int32, the token before the targets [B, T], and weights [B, T].
-        Of noise.Masking: tokens, padding_mask, targets [B, T] and weights [B, T]; other
-        noise: as a Pair. Weights are 0 for padding. Without labels: no label, tags or targets.
-        lengths: those to pad to, by name; default `self.lengths(indices)`.
+        Classification: tokens [B, T] int32, padding_mask [B, T] bool (True for real tokens), label [B] int32 (of
+        multi-label rows [B, labels] float32, 0 or 1), weights [B] float32.
+        Tagging: tokens, padding_mask, tags [B, T] int32, weights [B, T] float32.
+        Pair: source [B, S] int32, source_mask [B, S] bool, targets [B, T] int32, weights [B, T] float32.
+        Chat and Text: first [B] int32, the token before the targets [B, T] int32, and weights [B, T] float32.
+        Noise: of Masking tokens, padding_mask, targets [B, T] and weights [B, T]; other noise as a Pair.
+        Rows without a label have no label, tags or targets. Weights are 0 for padding.
+        lengths: what to pad to, by name; default `self.lengths(indices)`.
         """
         lengths = lengths or self.lengths(indices)
-        nothing = {
+        empty = {
             name: array[:0] if array.ndim and name != "label" else np.zeros_like(array)
             for name, array in self.rows[0].items()
         }
-        rows = [self.rows[i] if i < len(self) else nothing for i in indices]
+        rows = [self.rows[i] if i < len(self) else empty for i in indices]
 
-        def padded(name, length, value=0):
-            arrays = [row[name] for row in rows]
-            result = np.full((len(rows), length), value, arrays[0].dtype)
-            for line, array in zip(result, arrays):
-                line[: len(array)] = array
+        def padded(name: str, length: int, value: int = 0) -> np.ndarray:
+            result = np.full((len(rows), length), value, empty[name].dtype)
+            for line, row in zip(result, rows, strict=True):
+                line[: len(row[name])] = row[name]
             return result
 
-        def real(name):
+        def real(name: str) -> Bool[np.ndarray, "B T"]:
             sizes = np.asarray([len(row[name]) for row in rows])
             return np.arange(lengths[name]) < sizes[:, None]
 
@@ -89,66 +90,65 @@ class Rows:
         for name, mask in (("source", "source_mask"), ("tokens", "padding_mask")):
             if name in batch:
                 batch[mask] = real(name)
-        if "weights" in nothing:
+        if "weights" in empty:
             batch["weights"] = padded("weights", lengths["targets" if "targets" in lengths else "tokens"])
         elif "targets" in batch:
             batch["weights"] = real("targets").astype(np.float32)
         else:
             batch["weights"] = (np.asarray(indices) < len(self)).astype(np.float32)
         for name in ("first", "label"):
-            if name in nothing:
+            if name in empty:
                 batch[name] = np.stack([row[name] for row in rows])
-        if "tags" in nothing:
+        if "tags" in empty:
             batch["tags"] = padded("tags", lengths["tokens"])
         if self.class_weights is not None:
             batch["weights"] *= self.class_weights[batch["label" if "label" in batch else "tags"]]
         return batch
 
-    def shifted(self, max_shift, probability, seed, indices=None):
-        """Rows (these `indices`, default all) whose source or text is shifted by `random_shift`, each with this
-        probability, drawn from (*seed, its number): a text's targets follow what it has become, and
-        tokens put in are no targets; a source's target stays as it is."""
+    def shifted(
+        self, max_shift: int, probability: float, seed: tuple[int, ...], indices: Sequence[int] | None = None
+    ) -> "Rows":
+        """Rows (these `indices`, default all), each with `random_shift` in its source or text at this probability.
+
+        Deterministic in (*seed, row number). The target of a source does not change. The targets of a text are its
+        shifted tokens; inserted tokens have weight 0.
+        """
         indices = range(len(self)) if indices is None else indices
         name = "source" if "source" in self.rows[0] else "targets"
         limit = self.length if name == "source" else self.target_length
         before, after = self.ends
 
-        def one(i):
+        def shift(i):
             row, rng = self.rows[i], np.random.default_rng((*seed, i))
             n = len(row[name]) - before - after
             if n < 1 or rng.random() >= probability:
                 return row
-            place, new = random_shift(n, max_shift, rng)
-            place, new = place[: limit - before - after], new[: limit - before - after]
-            whole = np.r_[:before, before + place, before + n : len(row[name])]
-            row = row | {name: row[name][whole]}
+            origins, inserted = (a[: limit - before - after] for a in random_shift(n, max_shift, rng))
+            positions = np.r_[:before, before + origins, before + n : len(row[name])]
+            row = row | {name: row[name][positions]}
             if name == "targets":
-                new = np.r_[np.zeros(before), new, np.zeros(after)]
-                row["weights"] = np.where(new, 0, row["weights"][whole]).astype(np.float32)
+                inserted = np.r_[np.zeros(before), inserted, np.zeros(after)]
+                row["weights"] = np.where(inserted, 0, row["weights"][positions]).astype(np.float32)
             return row
 
-        return dataclasses.replace(self, rows=[one(i) for i in indices], examples=[self.examples[i] for i in indices])
+        return dataclasses.replace(self, rows=[shift(i) for i in indices], examples=[self.examples[i] for i in indices])
 
 
-def random_shift(n, max_shift, rng):
-    """Where each of n tokens stood, once up to max_shift of them are moved.
+def random_shift(
+    n: int, max_shift: int, rng: np.random.Generator
+) -> tuple[Int[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
+    """One of three changes of n tokens, by 1 to max_shift tokens: random tokens of the text are copied to one place,
+    a window is dropped (never all tokens), or all tokens are rotated, in either direction.
 
-    One of three, with 1 to max_shift tokens: copies of any put in at one place; a window dropped
-    (never all); or the whole rotated, either way. rng: a numpy Generator.
-    Returns ([n'] int places before, [n'] bool, True for tokens put in).
+    Returns: for each token afterwards its position before, and whether it was inserted.
     """
-    place, new = np.arange(n), np.zeros(n, bool)
-    shift, how = rng.integers(1, max_shift + 1), rng.integers(3)
-    if how == 0:
+    origins, inserted = np.arange(n), np.zeros(n, bool)
+    shift, change = rng.integers(1, max_shift + 1), rng.integers(3)
+    if change == 0:
         at = rng.integers(n + 1)
-        return np.insert(place, at, rng.integers(n, size=shift)), np.insert(new, at, [True] * shift)
-    if how == 1:
+        return np.insert(origins, at, rng.integers(n, size=shift)), np.insert(inserted, at, [True] * shift)
+    if change == 1:
         shift = min(shift, n - 1)
         window = np.s_[(at := rng.integers(n - shift + 1)) : at + shift]
-        return np.delete(place, window), np.delete(new, window)
-    return np.roll(place, shift * rng.choice([-1, 1])), new
-
-
-def _bucket(length):
-    """The next power of two: a compiled step for each of a few lengths."""
-    return max(SHORTEST, 1 << (length - 1).bit_length())
+        return np.delete(origins, window), np.delete(inserted, window)
+    return np.roll(origins, shift * rng.choice([-1, 1])), inserted
