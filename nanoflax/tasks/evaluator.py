@@ -16,7 +16,7 @@ from nanoflax.data import DataReport
 from nanoflax.tasks import metrics
 from nanoflax.tasks.batches import evaluation_batches
 from nanoflax.tasks.encoding import encode
-from nanoflax.tasks.kinds import Example, Pair, Text
+from nanoflax.tasks.kinds import Classification, Example, Pair, Text
 from nanoflax.tasks.rows import Rows
 from nanoflax.tasks.table import TASKS, length_limits, noise_for, with_sentinels
 
@@ -30,7 +30,8 @@ def encode_for_task(
     report: DataReport | None = None,
 ) -> Rows:
     """Examples as the Rows of a Config's task, with its noise. See `encode`."""
-    task, target_length = config.task, length_limits(config.task).get("task.target_length")
+    task: Any = config.task  # of any kind but Pretrain, which has no examples
+    target_length = length_limits(task).get("task.target_length")
     noise = noise_for(task, with_sentinels(task, tokenizer))
     return encode(examples, tokenizer, task.length, labels, multi_label, task.truncate, target_length, report, noise)
 
@@ -86,7 +87,7 @@ class Evaluator:
         if "source" not in drawn.rows[0] or self.task.examples is not Text:
             return drawn
         pairs = [
-            Pair(*(self.tokenizer.decode(row[name]) for name in ("source", "targets")), text.place)
+            Pair(self.tokenizer.decode(row["source"]), self.tokenizer.decode(row["targets"]), text.place)
             for row, text in zip(drawn.rows, rows.examples, strict=True)
         ]
         return dataclasses.replace(drawn, examples=pairs)
@@ -119,7 +120,7 @@ class Evaluator:
         sums = np.zeros(3)
         for batch in self.batches(number):
             sums += [float(x) for x in self._sums(params, batch)]
-        nats, weight, right = sums
+        nats, weight, right = sums.tolist()
         numbers = {"validation_loss": nats / max(weight, 1)}
         if self.task.score is None:
             numbers["perplexity"] = metrics.perplexity(nats, max(weight, 1))
@@ -142,7 +143,7 @@ class Evaluator:
         assert self.task.describe, "Task.prompt is the way to predict with this task"
         return self.task.describe(self, params, len(self.rows))
 
-    def batches(self, number: int) -> Iterator[dict[str, jax.Array]]:
+    def batches(self, number: int) -> Iterator[dict[str, Any]]:
         """The first rows in batches on the mesh, the last filled with rows of weight 0."""
         B = parallel.divisible_batch_size(self.config.train.batch_size, self.mesh)
         host_rows = parallel.own_rows(self.mesh, B)
@@ -163,6 +164,6 @@ def prediction_records(examples: Sequence[Example], predictions: Sequence) -> It
     """The fields and the prediction of each example, as a dict for JSON; examples without a prediction are left out."""
     for example, prediction in zip(examples, predictions, strict=False):
         fields = {field: getattr(example, field) for field in example.fields if hasattr(example, field)}
-        if hasattr(example, "labels"):
+        if isinstance(example, Classification):
             fields["label"] = example.labels
         yield fields | {"prediction": prediction}

@@ -1,51 +1,52 @@
-"""Task data: the examples of a source, cleaned, checked and split, with every loss counted.
-
-For the sources and the five kinds of examples see nanoflax.task_sources.
-"""
+"""The examples of a source: cleaned, checked and split; everything that is left out is counted."""
 
 import dataclasses
 import hashlib
 import itertools
 import json
 import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from nanoflax.data import DataReport, is_held_out
-from nanoflax.errors import UserError
+from nanoflax.errors import UserError, listed
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
-from nanoflax.tasks.sources import TaskSource, records
+from nanoflax.tasks.sources import Records, TaskSource, records
+
+Clean = Callable[[str, str], str]  # (text, place) -> the cleaned text
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """labels: the classes in order; for tags O, then B- and I- of each type. Of other kinds ()."""
+    """labels: the classes in order; for tags O, then B- and I- of each type; () for other kinds."""
 
     train: list
     validation: list
-    labels: tuple
+    labels: tuple[str, ...]
     report: DataReport
 
     @property
-    def multi_label(self):
-        return any(isinstance(example, Classification) and len(example.labels) != 1 for example in self.train)
+    def multi_label(self) -> bool:
+        return any(isinstance(example, Classification) and len(example.labels or ()) != 1 for example in self.train)
 
 
-def load(source, kind, labels=None):
-    """Both splits of a TaskSource (or its name) as examples of `kind` -> TaskData.
+def load(source: TaskSource | str, kind: type, labels: Sequence[str] | None = None) -> TaskData:
+    """Both splits of a TaskSource (or its name) as examples of a kind.
 
-    labels: those that a model already has; otherwise the training data's. Examples with others are
-    left out and counted. Raises UserError if a split has nothing usable, or the data one class.
+    labels: those of a model; otherwise the labels in the training data. Examples with other labels are left out and
+    counted. Raises: UserError if a split has no usable example, or the training data only one class.
     """
     source = source if isinstance(source, TaskSource) else TaskSource(source)
     report = DataReport()
     splits = records(source, kind, report)
-    train = _collect(source, kind, splits["train"], report)
+    train = _examples(source, kind, splits["train"], report)
     if not source.keep_duplicates:
         train = _without_duplicates(train, report)
     if source.validation:
         other = source.read_as(source.validation)
-        validation = _collect(other, kind, _part(records(other, kind, report, "all"), other), report)
+        validation = _examples(other, kind, _split_of(records(other, kind, report, "all"), other, "all"), report)
     elif "validation" in splits:
-        validation = _collect(source, kind, splits["validation"], report)
+        validation = _examples(source, kind, splits["validation"], report)
     else:
         train, validation = _split(train, source.validation_fraction)
     train_inputs = {_digest(example.input) for example in train}
@@ -53,29 +54,35 @@ def load(source, kind, labels=None):
         if _digest(example.input) in train_inputs:
             report.add("validation examples whose input is in the training data too, kept", example.place)
     if kind in (Classification, Tagging):
-        labels = tuple(labels) if labels else _label_names(train, kind)
-        train, validation = (_known(part, kind, labels, report) for part in (train, validation))
-    _check(source.name, "training", kind, train, report)
-    _check(source.validation or source.name, "validation", kind, validation, report)
-    _check_classes(source.name, kind, train)
-    return TaskData(train, validation, labels or (), report)
+        labels = tuple(labels) if labels else _label_names(train)
+        train, validation = (_with_known_labels(part, labels, report) for part in (train, validation))
+    _check_any(source.name, "training", kind, train, report)
+    _check_any(source.validation or source.name, "validation", kind, validation, report)
+    _check_classes(source.name, train)
+    return TaskData(train, validation, tuple(labels or ()), report)
 
 
-def read(source, kind, labels=None, report=None, split="all"):
-    """The examples of a TaskSource (or its name), as new data to evaluate on -> list.
+def read(
+    source: TaskSource | str,
+    kind: type,
+    labels: Sequence[str] | None = None,
+    report: DataReport | None = None,
+    split: str = "all",
+) -> list:
+    """The examples of a TaskSource (or its name), to evaluate on.
 
-    split: all of them, or train, validation or (of TFDS) test. Raises UserError if there is none.
+    split: all of them, or train, validation or (of TFDS) test. Raises: UserError if there is no example.
     """
     source = source if isinstance(source, TaskSource) else TaskSource(source)
     report = DataReport() if report is None else report
-    examples = _collect(source, kind, _part(records(source, kind, report, split), source, split), report)
+    examples = _examples(source, kind, _split_of(records(source, kind, report, split), source, split), report)
     if labels:
-        examples = _known(examples, kind, labels, report)
-    _check(source.name, "evaluation", kind, examples, report)
+        examples = _with_known_labels(examples, labels, report)
+    _check_any(source.name, "evaluation", kind, examples, report)
     return examples
 
 
-def _part(splits, source, split="all"):
+def _split_of(splits: Mapping[str, Records], source: TaskSource, split: str) -> Records:
     if split == "all":
         return itertools.chain.from_iterable(splits.values())
     if split not in splits:
@@ -85,17 +92,15 @@ def _part(splits, source, split="all"):
     return splits[split]
 
 
-def _collect(source, kind, records, report):
-    make = {Classification: _classification, Tagging: _tagging, Pair: _pair, Chat: _chat, Text: _text}[kind]
-
-    def clean(text, place):
+def _examples(source: TaskSource, kind: type, records: Records, report: DataReport) -> list:
+    def clean(text: str, place: str) -> str:
         return source.clean(text, place, report)
 
-    made = (make(record, place, clean, report) for place, record in records)
-    return list(itertools.islice((e for e in made if e is not None), source.limit or None))
+    made = (_MAKE[kind](record, place, clean, report) for place, record in records)
+    return list(itertools.islice((example for example in made if example is not None), source.limit or None))
 
 
-def _split(examples, fraction):
+def _split(examples: list, fraction: float) -> tuple[list, list]:
     parts = [], []
     for example in examples:
         parts[is_held_out(repr(example.input), fraction)].append(example)
@@ -104,14 +109,14 @@ def _split(examples, fraction):
     return parts
 
 
-def _digest(value):
+def _digest(value: Any) -> bytes:
     return hashlib.blake2b(repr(value).encode(), digest_size=16).digest()
 
 
-def _without_duplicates(examples, report):
+def _without_duplicates(examples: list, report: DataReport) -> list:
     seen, kept = set(), []
     for example in examples:
-        digest = _digest([getattr(example, f.name) for f in dataclasses.fields(example) if f.compare])
+        digest = _digest([getattr(example, field.name) for field in dataclasses.fields(example) if field.compare])
         if digest in seen:
             report.add("exact duplicates, left out", example.place)
         else:
@@ -120,19 +125,22 @@ def _without_duplicates(examples, report):
     return kept
 
 
-def _label_names(examples, kind):
-    if kind is Tagging:
-        types = sorted({tag[2:] for example in examples for tag in example.tags if tag != "O"})
+def _labels_of(example: Any) -> tuple[str, ...]:
+    return (example.tags if isinstance(example, Tagging) else example.labels) or ()
+
+
+def _label_names(examples: list) -> tuple[str, ...]:
+    names = {label for example in examples for label in _labels_of(example)}
+    if examples and isinstance(examples[0], Tagging):
+        types = sorted({tag[2:] for tag in names - {"O"}})
         return ("O", *(f"{prefix}-{name}" for name in types for prefix in "BI"))
-    names = {label for example in examples for label in example.labels}
-    return tuple(sorted(names, key=lambda s: (int(s) if re.fullmatch("[0-9]+", s) else -1, s)))
+    return tuple(sorted(names, key=lambda name: (int(name) if re.fullmatch("[0-9]+", name) else -1, name)))
 
 
-def _known(examples, kind, labels, report):
+def _with_known_labels(examples: list, labels: Sequence[str], report: DataReport) -> list:
     known, kept = set(labels), []
     for example in examples:
-        own = example.tags if kind is Tagging else example.labels
-        unknown = next((label for label in own if label not in known), None)
+        unknown = next((label for label in _labels_of(example) if label not in known), None)
         if unknown is None:
             kept.append(example)
         else:
@@ -140,31 +148,32 @@ def _known(examples, kind, labels, report):
     return kept
 
 
-def _check(name, split, kind, examples, report):
+def _check_any(name: str, split: str, kind: type, examples: list, report: DataReport) -> None:
     if not examples:
-        found = "; ".join(report.lines()) or "it is empty"
+        found = listed(report.lines()) or "it is empty"
         raise UserError(f"{name}: no usable {split} example with {' and '.join(kind.fields)}: {found}")
 
 
-def _check_classes(name, kind, examples):
-    if kind is Tagging and all(tag == "O" for example in examples for tag in example.tags):
+def _check_classes(name: str, examples: list) -> None:
+    first, others = examples[0], len(examples) - 1
+    if isinstance(first, Tagging) and all(tag == "O" for example in examples for tag in example.tags):
         raise UserError(
-            f"{name}: every word is tagged O ({examples[0].place} and "
-            f"{len(examples) - 1} more); tagging needs an entity to learn"
+            f"{name}: every word is tagged O ({first.place} and {others} more); tagging needs an entity to learn"
         )
-    if kind is Classification and len({example.labels for example in examples}) < 2:
+    if isinstance(first, Classification) and len({example.labels for example in examples}) < 2:
         raise UserError(
-            f"{name}: every example has the label {', '.join(examples[0].labels)!r} "
-            f"({examples[0].place} and {len(examples) - 1} more); classification "
-            "needs two classes"
+            f"{name}: every example has the label {', '.join(first.labels or ())!r} ({first.place} and {others} "
+            "more); classification needs two classes"
         )
 
 
-# From a record, a dict by our names for the fields, to an example; None, and counted, if it is bad.
+# From a record, {our name of a field: its value}, to an example. A bad record is counted, and gives None.
 
 
-def _sides(record, names, place, clean, report):
-    """The cleaned texts of some fields, or None."""
+def _texts(
+    record: dict[str, Any], names: Sequence[str], place: str, clean: Clean, report: DataReport
+) -> list[str] | None:
+    """The cleaned texts of some fields."""
     texts = []
     for name in names:
         text = record.get(name)
@@ -172,42 +181,41 @@ def _sides(record, names, place, clean, report):
             report.add(f"examples without text in {name!r}, left out", place)
             return None
         texts.append(clean(text, place))
-    for name, text in zip(names, texts):
+    for name, text in zip(names, texts, strict=True):
         if not text or text.isspace():
             report.add(f"examples with an empty {name!r}, left out", place)
             return None
     return texts
 
 
-def _text(record, place, clean, report):
-    sides = _sides(record, Text.fields, place, clean, report)
-    return sides and Text(*sides, place)
+def _text(record: dict[str, Any], place: str, clean: Clean, report: DataReport) -> Text | None:
+    texts = _texts(record, Text.fields, place, clean, report)
+    return Text(texts[0], place) if texts else None
 
 
-def _pair(record, place, clean, report):
-    sides = _sides(record, Pair.fields, place, clean, report)
-    return sides and Pair(*sides, place)
+def _pair(record: dict[str, Any], place: str, clean: Clean, report: DataReport) -> Pair | None:
+    texts = _texts(record, Pair.fields, place, clean, report)
+    return Pair(texts[0], texts[1], place) if texts else None
 
 
-def _classification(record, place, clean, report):
-    if record.get("labels") is not None:
-        labels = record["labels"] if isinstance(record["labels"], list) else [None]
-    else:
+def _classification(record: dict[str, Any], place: str, clean: Clean, report: DataReport) -> Classification | None:
+    labels = record.get("labels")
+    if labels is None:
         labels = [record.get("label")]
+    elif not isinstance(labels, list):
+        labels = [None]
     labels = [clean(label, place).strip() if isinstance(label, str) else label for label in labels]
     if any(label in (None, "") or isinstance(label, (list, dict)) for label in labels):
         report.add("examples without a label, left out", place)
         return None
-    sides = _sides(record, ["text"], place, clean, report)
+    texts = _texts(record, ["text"], place, clean, report)
     names = (label if isinstance(label, str) else json.dumps(label) for label in labels)
-    return sides and Classification(*sides, tuple(dict.fromkeys(names)), place)
+    return Classification(texts[0], tuple(dict.fromkeys(names)), place) if texts else None
 
 
-def _tagging(record, place, clean, report):
+def _tagging(record: dict[str, Any], place: str, clean: Clean, report: DataReport) -> Tagging | None:
     words, tags = record.get("tokens"), record.get("tags")
-    if not all(
-        isinstance(column, list) and all(isinstance(value, str) for value in column) for column in (words, tags)
-    ):
+    if not (_is_list_of_text(words) and _is_list_of_text(tags)):
         report.add("examples without lists of text in 'tokens' and 'tags', left out", place)
         return None
     if len(words) != len(tags):
@@ -216,12 +224,12 @@ def _tagging(record, place, clean, report):
         )
         return None
     places = record.get("places", [place] * len(words))
-    words = [clean(word, at) for word, at in zip(words, places)]
+    words = [clean(word, at) for word, at in zip(words, places, strict=True)]
     if not words or not all(words):
         report.add("examples with an empty token, left out", places[words.index("")] if words else place)
         return None
     before, checked = "O", []
-    for tag, at in zip(tags, places):
+    for tag, at in zip(tags, places, strict=True):
         tag = clean(tag, at).strip()
         if not re.fullmatch("O|[BI]-.+", tag):
             report.add("examples with a tag that is not BIO (O, B-X or I-X), left out", f"{at} {tag!r}")
@@ -234,16 +242,13 @@ def _tagging(record, place, clean, report):
     return Tagging(tuple(words), tuple(checked), place)
 
 
-def _chat(record, place, clean, report):
+def _is_list_of_text(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _chat(record: dict[str, Any], place: str, clean: Clean, report: DataReport) -> Chat | None:
     messages = record.get("messages")
-    if not (
-        isinstance(messages, list)
-        and messages
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-    ):
+    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
         report.add("examples without messages of role and content, left out", place)
         return None
     messages = [message | {"content": clean(message["content"], place)} for message in messages]
@@ -254,3 +259,10 @@ def _chat(record, place, clean, report):
         report.add("examples without a reply of the role 'assistant', left out", place)
         return None
     return Chat(tuple(messages), place)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+_MAKE = {Classification: _classification, Tagging: _tagging, Pair: _pair, Chat: _chat, Text: _text}

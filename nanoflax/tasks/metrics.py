@@ -1,17 +1,19 @@
-"""How good a model's answers are: perplexity, classes, entities, translations, summaries.
+"""How good the predictions of a model are: perplexity, classes, entities, translations, summaries.
 
-BLEU and chrF are sacrebleu's. Entities give the numbers of seqeval, classes those of scikit-learn
-and ROUGE-L those of rouge-score (each a large dependency for a page of code; tests compare them).
+BLEU and chrF are sacrebleu's. Entities give the numbers of seqeval, classes those of scikit-learn and ROUGE-L those
+of rouge-score: each a large dependency for a page of code; tests compare them.
 """
 
 import collections
 import math
 import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from nanoflax.errors import UserError
 
 
-def perplexity(nll, weight):
+def perplexity(nll: float, weight: float) -> float:
     """exp of the mean cross entropy: `nll` the sum in nats, `weight` the number of tokens."""
     try:
         return math.exp(nll / weight)
@@ -19,42 +21,43 @@ def perplexity(nll, weight):
         return math.inf
 
 
-def exact_match(predictions, references):
+def exact_match(predictions: Sequence, references: Sequence) -> float:
     """The share of predictions that equal their references."""
     _same_number(predictions, references)
-    return sum(p == r for p, r in zip(predictions, references)) / len(references)
+    return sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)
 
 
-def _same_number(predictions, references):
+def _same_number(predictions: Sequence, references: Sequence) -> None:
     if len(predictions) != len(references) or not references:
         raise UserError(
             f"{len(predictions)} predictions for {len(references)} references: they must be as many, and not none"
         )
 
 
-# Classes and entities: both count what was right, predicted and there, for each class.
+# Classes and entities: both count true positives, predictions and references of each class.
 
 
-def classes(predictions, references):
+def classes(predictions: Sequence[str | Iterable[str]], references: Sequence[str | Iterable[str]]) -> dict[str, Any]:
     """Classification: predicted and true labels of each example, one name or several.
 
-    Returns {"accuracy": the share wholly right, "micro", "macro" and "weighted": scores,
-    "classes": {name: scores}}, where scores are {"precision", "recall", "f1", "support"} and 0
-    where they divide by 0.
+    Returns: {"accuracy": the share of examples with all labels right, "micro", "macro" and "weighted": scores,
+    "classes": {name: scores}}, where scores are {"precision", "recall", "f1", "support"}, 0 instead of a division by 0.
     """
     _same_number(predictions, references)
     predicted, true = ([{x} if isinstance(x, str) else set(x) for x in side] for side in (predictions, references))
     return {"accuracy": exact_match(predicted, true)} | _scores(predicted, true, lambda x: x)
 
 
-def tags(predictions, references, strict=False):
-    """Entities of tagged sentences, as seqeval counts them: right if type and both ends are.
+def tags(
+    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], strict: bool = False
+) -> dict[str, Any]:
+    """Entities of tagged sentences, as seqeval counts them: right if the type and both ends are right.
 
-    predictions, references: a list of BIO tags for each sentence, words alone. See `entities` for
-    strict. Returns what `classes` does; accuracy is the share of words.
+    predictions, references: a list of BIO tags for each sentence, one tag a word. strict: see `entities`.
+    Returns: as `classes`; accuracy is the share of words.
     """
     _same_number(predictions, references)
-    for i, (p, r) in enumerate(zip(predictions, references)):
+    for i, (p, r) in enumerate(zip(predictions, references, strict=True)):
         if len(p) != len(r):
             raise UserError(f"sentence {i}: {len(p)} predicted tags for {len(r)} words")
     words = [tag for tags in references for tag in tags]
@@ -63,11 +66,11 @@ def tags(predictions, references, strict=False):
     return {"accuracy": found} | _scores(predicted, true, lambda entity: entity[0])
 
 
-def entities(tags, strict=False):
-    """BIO tags -> [(type, first word, last word + 1)], in order.
+def entities(tags: Sequence[str], strict: bool = False) -> list[tuple[str, int, int]]:
+    """The (type, first word, last word + 1) of each entity in BIO tags, in order.
 
-    An I- that continues nothing begins an entity, as in seqeval by default, or with `strict`
-    belongs to none, as in its mode "strict" with IOB2.
+    An I- that continues no entity begins one, as in seqeval by default; with `strict` it is in no entity, as in
+    seqeval's mode "strict" with IOB2.
     """
     found, kind, start = [], None, 0
     for i, tag in enumerate([*tags, "O"]):
@@ -81,15 +84,15 @@ def entities(tags, strict=False):
     return found
 
 
-def _scores(predicted, true, class_of):
+def _scores(predicted: list[set], true: list[set], class_of: Callable[[Any], str]) -> dict[str, Any]:
     right, guessed, there = (collections.Counter() for _ in range(3))
-    for p, t in zip(predicted, true):
+    for p, t in zip(predicted, true, strict=True):
         for counter, items in ((right, p & t), (guessed, p), (there, t)):
             counter.update(map(class_of, items))
     names = sorted(guessed | there)
     by_class = {name: _score(right[name], guessed[name], there[name]) for name in names}
 
-    def mean(weights):
+    def mean(weights: dict[str, int]) -> dict[str, float]:
         total = sum(weights.values()) or 1
         return {
             key: sum(weights[name] * by_class[name][key] for name in names) / total
@@ -104,7 +107,7 @@ def _scores(predicted, true, class_of):
     }
 
 
-def _score(right, guessed, there):
+def _score(right: int, guessed: int, there: int) -> dict[str, float]:
     return {
         "precision": right / guessed if guessed else 0.0,
         "recall": right / there if there else 0.0,
@@ -113,8 +116,8 @@ def _score(right, guessed, there):
     }
 
 
-def metrics_table(result):
-    """The lines of a report of `classes` or `tags`, for people."""
+def metrics_table(result: dict[str, Any]) -> list[str]:
+    """The report of `classes` or `tags` as lines for people."""
     rows = [*result["classes"].items(), *((f"{name} average", result[name]) for name in ("micro", "macro", "weighted"))]
     width = max(len(name) for name, _ in rows)
     head = f"{'':{width}}  precision  recall      F1  support"
@@ -131,11 +134,11 @@ def metrics_table(result):
 # Generated text.
 
 
-def translation(predictions, references, tokenize="13a"):
+def translation(predictions: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> dict[str, Any]:
     """Corpus BLEU and chrF by sacrebleu, each with the signature that a paper must print.
 
-    tokenize: sacrebleu's, "13a" for languages with spaces, "zh", "ja-mecab", "char", ...
-    Returns {"bleu", "chrf", "bleu_signature", "chrf_signature"}.
+    tokenize: sacrebleu's: "13a" for languages with spaces, "zh", "ja-mecab", "char", ...
+    Returns: {"bleu", "chrf", "bleu_signature", "chrf_signature"}.
     """
     import sacrebleu
 
@@ -149,24 +152,24 @@ def translation(predictions, references, tokenize="13a"):
     return result
 
 
-def rouge_l(predictions, references):
-    """The mean F1 of the longest common subsequence of words (Lin 2004), between 0 and 1.
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """The mean F1 of the longest common subsequence of words (Lin 2004), from 0 to 1.
 
     Words are runs of a-z and 0-9 in lower case, not stemmed, as in rouge-score.
     """
     _same_number(predictions, references)
     total = 0.0
-    for pair in zip(predictions, references):
+    for pair in zip(predictions, references, strict=True):
         p, r = (re.findall("[a-z0-9]+", text.lower()) for text in pair)
         if common := _longest_common_subsequence(p, r):
             total += 2 * common / (len(p) + len(r))
     return total / len(references)
 
 
-def _longest_common_subsequence(a, b):
+def _longest_common_subsequence(a: list[str], b: list[str]) -> int:
     row = [0] * (len(b) + 1)
     for x in a:
-        corner = 0  # the cell up and to the left
+        corner = 0  # the cell above and to the left
         for j, y in enumerate(b, 1):
             corner, row[j] = row[j], corner + 1 if x == y else max(row[j], row[j - 1])
     return row[-1]

@@ -1,31 +1,33 @@
-"""Text made noisy, for a model to make it whole again: masked tokens, hidden spans, infilling.
+"""Corrupted text, from which a model learns to restore it: masked tokens, hidden spans, infilling.
 
-The noise is a function of ids and a NumPy Generator; `Noise` makes the rows of a task with it.
+The corruptions are functions of ids and a NumPy Generator; a `Noise` makes the rows of a task with them.
 """
 
 import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from nanoflax.tokenizers import ends
 
 SENTINELS = 100  # as many as T5 has
 
 
-# The marks that stand for what is hidden.
+# Tokens that stand for hidden text.
 
 
 class TokenizerWithSentinels:
-    """A tokenizer with a mask and sentinels: its own (BERT's [MASK], T5's <extra_id_0> to _99), or
-    ids beyond its vocabulary, for which the model then needs embeddings.
+    """A tokenizer with a mask and sentinels: its own (BERT's [MASK], T5's <extra_id_0> to _99), or ids beyond its
+    vocabulary, for which the model then needs embeddings.
 
-    Attributes: mask_id; sentinels, ids in the order of the spans that they stand for, descending;
-    ordinary, the ids of the tokenizer that are no special tokens; vocab_size and special, which
-    count the marks. All else is the tokenizer's, files and fingerprint too: the marks follow from
-    these.
+    Attributes: mask_id; sentinels, ids in the order of the spans that they stand for, descending; ordinary, the ids
+    of the tokenizer that are not special tokens; vocab_size and special, which include the mask and the sentinels.
+    All other attributes are the tokenizer's, files and fingerprint too.
     """
 
-    def __init__(self, tokenizer, sentinels=False):
+    def __init__(self, tokenizer: Any, sentinels: bool = False) -> None:
         self._tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
         self.special = dict(getattr(tokenizer, "special", {}))
         self.mask_id = getattr(tokenizer, "mask_id", None)
@@ -42,16 +44,16 @@ class TokenizerWithSentinels:
         special = [self.mask_id, *self.special.values(), *(i for i in roles if i is not None)]
         self.ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), special)
 
-    def _add(self, name):
+    def _add(self, name: str) -> int:
         self.special[name] = self.vocab_size
         self.vocab_size += 1
         return self.special[name]
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def decode(self, ids):
-        """The text, with the marks by their names."""
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text, with the names of the mask and the sentinels."""
         return "".join(
             "".join(self._names[i] for i in run) if marks else self._tokenizer.decode(list(run))
             for marks, run in itertools.groupby(map(int, ids), key=self._names.__contains__)
@@ -61,12 +63,13 @@ class TokenizerWithSentinels:
 # Noise.
 
 
-def mask_tokens(ids, rng, rate, mask_id, ordinary):
-    """BERT's noise (Devlin et al. 2019, section 3.1): a share `rate` of the tokens, one at least, is
-    to be guessed; 80% of these become mask_id, 10% a random token, and 10% stay as they are.
+def mask_tokens(
+    ids: Int[np.ndarray, " T"], rng: np.random.Generator, rate: float, mask_id: int, ordinary: Int[np.ndarray, " V"]
+) -> tuple[Int[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
+    """BERT's noise (Devlin et al. 2019, section 3.1): the model must guess a share `rate` of the tokens, at least
+    one; of these 80% become mask_id, 10% a random token, and 10% do not change.
 
-    ids: [T] int32; ordinary: ascending ids, which alone are guessed and drawn at random.
-    Returns (ids [T] int32, what is to be guessed [T] bool).
+    ordinary: ascending ids; only these are guessed and drawn at random. Returns: ids, and which tokens to guess.
     """
     places = np.flatnonzero(np.isin(ids, ordinary))
     number = min(len(places), max(1, round(rate * len(places))))
@@ -78,19 +81,20 @@ def mask_tokens(ids, rng, rate, mask_id, ordinary):
     return noisy, np.isin(np.arange(len(ids)), chosen)
 
 
-def span_sizes(n, rate, mean_span):
-    """Of n tokens: how many span corruption hides, and in how many spans."""
+def span_sizes(n: int, rate: float, mean_span: float) -> tuple[int, int]:
+    """How many of n tokens span corruption hides, and in how many spans."""
     hidden = min(max(round(n * rate), 1), n - 1)
     return (hidden, min(max(round(hidden / mean_span), 1), hidden, n - hidden)) if n > 1 else (0, 0)
 
 
-def span_corruption(ids, rng, rate, mean_span, sentinels):
-    """T5's noise (Raffel et al. 2020, section 3.1.4): spans of tokens are hidden, each behind a
-    sentinel of its own in the source; the target is the sentinels, each before what it hides.
+def span_corruption(
+    ids: Int[np.ndarray, " n"], rng: np.random.Generator, rate: float, mean_span: float, sentinels: Sequence[int]
+) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " T"]]:
+    """T5's noise (Raffel et al. 2020, section 3.1.4): in the source a sentinel replaces each hidden span; the target
+    is the sentinels, each before the span that it hides.
 
-    The spans are those of T5's random_spans_noise_mask: the hidden tokens and the others are cut at
-    random into as many pieces, which alternate; so a text begins with what is seen.
-    ids: [n] int32. Returns (source, target), int32.
+    The spans are those of T5's random_spans_noise_mask: the hidden tokens and the others are cut at random into
+    equally many pieces, which alternate, so that a text begins with visible tokens. Returns: source, target.
     """
     hidden, spans = span_sizes(len(ids), rate, mean_span)
     if not spans:
@@ -108,26 +112,27 @@ def span_corruption(ids, rng, rate, mean_span, sentinels):
     return np.asarray(source, np.int32), np.asarray(target, np.int32)
 
 
-def infilling(ids, rng, rate, mean_span, mask_id):
-    """BART's noise (Lewis et al. 2020, section 2.2): spans whose lengths are drawn from a Poisson
-    distribution, until a share `rate` of the tokens is hidden, each become one mask; so does
-    nothing at all, a span of length 0.
-
-    ids: [n] int32. Returns the source, [n] int32 at most.
+def infilling(
+    ids: Int[np.ndarray, " n"], rng: np.random.Generator, rate: float, mean_span: float, mask_id: int
+) -> Int[np.ndarray, " S"]:
+    """BART's noise (Lewis et al. 2020, section 2.2): one mask replaces each span, until a share `rate` of the tokens
+    is hidden; the lengths of the spans are drawn from a Poisson distribution, and a span of length 0 inserts a mask.
     """
     budget = round(len(ids) * rate)
     lengths = rng.poisson(mean_span, budget)
     lengths = lengths[: np.searchsorted(np.cumsum(lengths), budget) + 1]
     lengths[-1:] += budget - lengths.sum()
-    slots = len(ids) - lengths.sum() + len(lengths)  # of the source: tokens that stay, and masks
+    slots = len(ids) - lengths.sum() + len(lengths)  # of the source: visible tokens and masks
     masks = np.isin(np.arange(slots), rng.choice(slots, len(lengths), replace=False))
     steps = np.ones(slots, int)
     steps[masks] = rng.permutation(lengths)
-    at = np.minimum(np.cumsum(steps) - steps, len(ids) - 1)  # which token each slot stands before
+    at = np.minimum(np.cumsum(steps) - steps, len(ids) - 1)  # the token before which each slot is
     return np.where(masks, mask_id, ids[at]).astype(np.int32)
 
 
-def permuted_sentences(ids, rng, closing):
+def permuted_sentences(
+    ids: Int[np.ndarray, " n"], rng: np.random.Generator, closing: Sequence[int]
+) -> Int[np.ndarray, " n"]:
     """The sentences in random order (Lewis et al. 2020). closing: ids that end a sentence."""
     after = np.flatnonzero(np.isin(ids[:-1], closing)) + 1
     sentences = np.split(ids, after)
@@ -138,37 +143,46 @@ def permuted_sentences(ids, rng, closing):
 
 
 class Noise:
-    """noise(ids, rng) -> a row of Rows: a text of ids, corrupted as a MaskedLM or Denoise task says.
+    """noise(ids, rng) -> a row of Rows, made of a text as a MaskedLM or Denoise task says.
 
-    ids: [n] int32 without special tokens, n at most `max_ids`; rng: a numpy Generator.
-    target_length: the longest targets of a row, with their special tokens.
+    This base class changes nothing: the target is the source, as for an autoencoder.
+    ids: a text without special tokens, of at most `max_ids` tokens. target_length: the longest targets of a row,
+    with their special tokens.
     """
 
-    default_rate = 0.15  # of the tokens, where task.noise_rate is None
+    default_rate = 0.15  # share of the tokens, where task.noise_rate is None
 
-    def __init__(self, task, tokenizer):
+    def __init__(self, task: Any, tokenizer: Any) -> None:
         """tokenizer: as `prepare` returns it."""
         self.task, self.tokenizer = task, tokenizer
         self.prefix, self.suffix = ends(tokenizer)
         self.rate = getattr(task, "noise_rate", None) or self.default_rate
-        self.target_length = self.limits()[1]
-        self.max_ids = self._max_ids(*(limit - len(self.prefix) - len(self.suffix) for limit in self.limits()))
+        limits = self.limits()
+        self.target_length = limits[1]
+        self.max_ids = self._max_ids(*(limit - len(self.prefix) - len(self.suffix) for limit in limits))
 
     @staticmethod
-    def prepare(tokenizer):
-        """The tokenizer with the marks that this noise writes."""
+    def prepare(tokenizer: Any) -> Any:
+        """The tokenizer with the mask or the sentinels that this noise needs."""
         return tokenizer
 
-    def limits(self):
-        """The longest (source, targets), with special tokens."""
+    def limits(self) -> tuple[int, int]:
+        """The longest source and target, with special tokens."""
         return self.task.length, self.task.target_length
 
-    def _max_ids(self, source, target):
-        """The longest text whose source and target, without special tokens, stay within these."""
+    def _max_ids(self, source: int, target: int) -> int:
+        """The longest text whose source and target, without special tokens, are not longer than these."""
         return min(source, target)
 
-    def _framed(self, ids):
+    def _framed(self, ids: Iterable[int]) -> Int[np.ndarray, " T"]:
         return np.asarray([*self.prefix, *ids, *self.suffix], np.int32)
+
+    def __call__(self, ids: Int[np.ndarray, " n"], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        source, target = self._corrupt(ids, rng)
+        return {"source": self._framed(source), "targets": self._framed(target)}
+
+    def _corrupt(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        return ids, ids
 
 
 class Masking(Noise):
@@ -176,59 +190,49 @@ class Masking(Noise):
 
     prepare = staticmethod(TokenizerWithSentinels)
 
-    def limits(self):
+    def limits(self) -> tuple[int, int]:
         return self.task.length, self.task.length
 
-    def __call__(self, ids, rng):
+    def __call__(self, ids: Int[np.ndarray, " n"], rng: np.random.Generator) -> dict[str, np.ndarray]:
         targets, t = self._framed(ids), self.tokenizer
         tokens, chosen = mask_tokens(targets, rng, self.rate, t.mask_id, t.ordinary)
         return {"tokens": tokens, "targets": targets, "weights": chosen.astype(np.float32)}
 
 
-class NoNoise(Noise):
-    """The source is the target: an autoencoder."""
-
-    def __call__(self, ids, rng):
-        source, target = self._corrupt(ids, rng)
-        return {"source": self._framed(source), "targets": self._framed(target)}
-
-    def _corrupt(self, ids, rng):
-        return ids, ids
-
-
-class SpanCorruption(NoNoise):
+class SpanCorruption(Noise):
     """T5's noise: see `span_corruption`."""
 
     @staticmethod
-    def prepare(tokenizer):
+    def prepare(tokenizer: Any) -> Any:
         return TokenizerWithSentinels(tokenizer, sentinels=True)
 
-    def _max_ids(self, source, target):
-        def fits(n):
+    def _max_ids(self, source: int, target: int) -> int:
+        def fits(n: int) -> bool:
             hidden, spans = span_sizes(n, self.rate, self.task.noise_span)
-            return n - hidden + spans <= source and hidden + spans <= target and spans <= len(self.tokenizer.sentinels)
+            visible = n - hidden
+            return visible + spans <= source and hidden + spans <= target and spans <= len(self.tokenizer.sentinels)
 
         return next(n for n in itertools.count(1) if not fits(n + 1))
 
-    def _corrupt(self, ids, rng):
+    def _corrupt(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         return span_corruption(ids, rng, self.rate, self.task.noise_span, self.tokenizer.sentinels)
 
 
-class Infilling(NoNoise):
+class Infilling(Noise):
     """BART's noise: see `permuted_sentences` and `infilling`."""
 
     default_rate = 0.3
     prepare = staticmethod(TokenizerWithSentinels)
 
-    def __init__(self, task, tokenizer):
+    def __init__(self, task: Any, tokenizer: Any) -> None:
         super().__init__(task, tokenizer)
         self.closing = [
             i for i in tokenizer.ordinary.tolist() if tokenizer.decode([i]).rstrip()[-1:] in (".", "!", "?")
         ]
 
-    def _corrupt(self, ids, rng):
+    def _corrupt(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         source = permuted_sentences(ids, rng, self.closing)
         return infilling(source, rng, self.rate, self.task.noise_span, self.tokenizer.mask_id), ids
 
 
-DENOISING = {"spans": SpanCorruption, "infilling": Infilling, "none": NoNoise}  # by task.noise
+DENOISING: dict[str, type[Noise]] = {"spans": SpanCorruption, "infilling": Infilling, "none": Noise}  # by task.noise

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from nanoflax import generate, parallel, tokenizers, train
 from nanoflax.tasks import metrics
@@ -29,7 +30,7 @@ class Task:
     has_labels: bool = False  # the training data name its classes, which labels.json keeps
     length_fields: tuple[str, ...] = ("length",)  # fields of its configuration that limit the tokens of a row
     noise: Callable[[Any], type[Noise]] | None = None  # task configuration -> how its texts are corrupted
-    objective: Callable  # of nanoflax.train.objectives, over the batches of Rows
+    objective: Callable  # of nanoflax.train, over the batches of Rows
     metrics: tuple[str, ...] = ("perplexity",)  # names of the figures that an evaluation finds beside validation_loss
     token_accuracy: str = ""  # name of the token-accuracy metric; empty if not reported
     predict: Callable | None = None  # (evaluator, params, number) -> a prediction for each row, not from its label
@@ -48,13 +49,13 @@ class Task:
 # Predictions.
 
 
-def class_probabilities(evaluator, params, number):
-    """[number, classes]: softmax, or the sigmoid of each class where a text may have several."""
+def class_probabilities(evaluator: Any, params: Any, number: int) -> Float[np.ndarray, "number classes"]:
+    """Softmax, or the sigmoid of each class where a text may have several."""
     logits = np.array([row for row, _ in evaluator.logits(params, number)])
     return np.asarray(jax.nn.sigmoid(logits) if evaluator.rows.multi_label else jax.nn.softmax(logits))
 
 
-def predict_classes(evaluator, params, number):
+def predict_classes(evaluator: Any, params: Any, number: int) -> list[tuple[str, ...]]:
     """A tuple of class names for each text: the most probable one, or of several all above 0.5."""
     names, found = evaluator.labels, class_probabilities(evaluator, params, number)
     if evaluator.rows.multi_label:
@@ -62,13 +63,13 @@ def predict_classes(evaluator, params, number):
     return [(names[row.argmax()],) for row in found]
 
 
-def describe_classes(evaluator, params, number):
+def describe_classes(evaluator: Any, params: Any, number: int) -> list[dict[str, float]]:
     """{class: probability} of each text, the most probable first."""
     names, found = evaluator.labels, class_probabilities(evaluator, params, number)
     return [{names[i]: float(row[i]) for i in (-row).argsort()} for row in found]
 
 
-def predict_tags(evaluator, params, number):
+def predict_tags(evaluator: Any, params: Any, number: int) -> list[list[str]]:
     """The tag of each word of each sentence; O for words that truncation cut off."""
     return [
         tokenizers.word_tags(row.argmax(-1), weights, evaluator.labels, len(example.tokens))
@@ -78,7 +79,7 @@ def predict_tags(evaluator, params, number):
     ]
 
 
-def describe_tags(evaluator, params, number):
+def describe_tags(evaluator: Any, params: Any, number: int) -> list[list[tuple[str, str]]]:
     """The (word, tag) pairs of each sentence."""
     return [
         list(zip(example.tokens, tags, strict=True))
@@ -86,7 +87,7 @@ def describe_tags(evaluator, params, number):
     ]
 
 
-def generate_targets(evaluator, params, number):
+def generate_targets(evaluator: Any, params: Any, number: int) -> list[str]:
     """The text that the model generates for each source, greedily or with config.task.beams."""
     task, B, tokenizer = evaluator.config.task, evaluator.config.train.batch_size, evaluator.tokenizer
     options = dict(max_new_tokens=task.target_length, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
@@ -104,7 +105,7 @@ def generate_targets(evaluator, params, number):
     return found[:number]
 
 
-def fill_masks(evaluator, params, number):
+def fill_masks(evaluator: Any, params: Any, number: int) -> list[str]:
     """Each text with the model's guesses, between ⟦ and ⟧, at its masked tokens."""
     found = []
     for batch in evaluator.batches(number):
@@ -119,20 +120,22 @@ def fill_masks(evaluator, params, number):
     return found[:number]
 
 
-# Scores.
+# Scores: (numbers, report).
+
+Scores = tuple[dict[str, float], dict[str, Any]]
 
 
-def score_classes(predictions, examples, _):
+def score_classes(predictions: list, examples: list, _: Any) -> Scores:
     report = metrics.classes(predictions, [example.labels for example in examples])
     return {"accuracy": report["accuracy"], "macro_f1": report["macro"]["f1"]}, report
 
 
-def score_tags(predictions, examples, _):
+def score_tags(predictions: list, examples: list, _: Any) -> Scores:
     report = metrics.tags(predictions, [list(example.tags) for example in examples])
     return {"f1": report["micro"]["f1"], "accuracy": report["accuracy"]}, report
 
 
-def score_translations(predictions, examples, task):
+def score_translations(predictions: list, examples: list, task: Any) -> Scores:
     targets = [example.target for example in examples]
     report = metrics.translation(predictions, targets, task.bleu_tokenize)
     copied = metrics.translation([e.source for e in examples], targets, task.bleu_tokenize)
@@ -145,7 +148,7 @@ def score_translations(predictions, examples, task):
     }, report
 
 
-def score_exact(predictions, examples, _):
+def score_exact(predictions: list, examples: list, _: Any) -> Scores:
     found = {"exact_match": metrics.exact_match(predictions, [e.target for e in examples])}
     return found, found
 
@@ -153,11 +156,11 @@ def score_exact(predictions, examples, _):
 # Prompts.
 
 
-def _chat_prompt(tokenizer, text, is_source):
+def _chat_prompt(tokenizer: Any, text: str, is_source: bool) -> list[int]:
     return tokenizers.chat_prompt(tokenizer, [{"role": "user", "content": text}])
 
 
-def _translation_options(task):
+def _translation_options(task: Any) -> dict[str, Any]:
     return {"max_new_tokens": task.target_length, "temperature": 0.0, "beams": task.beams if task.beams > 1 else 0}
 
 
@@ -252,18 +255,18 @@ TASKS = {
 # What the table decides for a task configuration.
 
 
-def length_limits(task):
+def length_limits(task: Any) -> dict[str, int]:
     """{"task.length": tokens, ...}: how long the rows of a task configuration may be."""
     return {f"task.{name}": getattr(task, name) for name in TASKS[task.kind].length_fields}
 
 
-def with_sentinels(task, tokenizer):
+def with_sentinels(task: Any, tokenizer: Any) -> Any:
     """The tokenizer with the mask or sentinels that the noise of a task configuration needs, if any."""
     kind = TASKS[task.kind].noise
     return kind(task).prepare(tokenizer) if kind else tokenizer
 
 
-def noise_for(task, tokenizer):
+def noise_for(task: Any, tokenizer: Any) -> Noise | None:
     """The Noise of a task configuration, or None for tasks without noise. tokenizer: see with_sentinels."""
     kind = TASKS[task.kind].noise
     return kind(task)(task, tokenizer) if kind else None
