@@ -9,10 +9,10 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 from nanoflax.errors import UserError
-
-# ---------------------------------------------------------------------------------- metrics files
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -20,13 +20,21 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class MetricsLog:
     """Writes metrics to `workdir/metrics.jsonl`, TensorBoard and, if asked, Weights & Biases.
 
-    `metrics.jsonl` is the record of the run: one strict JSON object a line, flushed line by line,
-    floats exact, a non-finite one as the string "nan", "inf" or "-inf". `resume_step` is the step
-    of the checkpoint that the run goes on from: later lines, which a killed run left, are removed,
-    so each step stands once. At 0 the run starts anew and no line is kept.
+    `metrics.jsonl` has one strict JSON object a line, flushed line by line. Floats are exact; a
+    non-finite one is the string "nan", "inf" or "-inf". resume_step: the step of the checkpoint that
+    the run resumes from; later lines, which a killed run left, are removed, so each step occurs
+    once. 0 starts a new run and keeps no line. wandb: the name of a project, or None.
+    Raises: UserError if the file cannot be written or Weights & Biases does not start.
     """
 
-    def __init__(self, workdir, tensorboard=True, wandb=None, resume_step=0, config=None):
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        resume_step: int = 0,
+        config: dict[str, Any] | None = None,
+    ):
         workdir = pathlib.Path(workdir)
         self.path = workdir / "metrics.jsonl"
         self._wandb = _start_wandb(workdir, wandb, config) if wandb else None
@@ -35,12 +43,12 @@ class MetricsLog:
             self._tensorboard = _TensorBoard(workdir / "tensorboard", resume_step)
         try:
             _truncate(self.path, resume_step)
-            self._file = open(self.path, "a", encoding="utf-8", newline="\n")
+            self._file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (until close())
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def log(self, step, **values):
-        """Adds one line. Values are numbers, arrays of one number, or strings."""
+    def log(self, step: int, **values: Any) -> None:
+        """Adds one line. Values are numbers, arrays of one number, or strings. Raises: UserError."""
         step = int(step)
         values = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
         try:
@@ -53,8 +61,8 @@ class MetricsLog:
         if self._wandb:
             self._wandb.log({"step": step} | values)
 
-    def close(self):
-        with contextlib.suppress(OSError):  # of a full disk: log() has already said so
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of a full disk: log() has already raised it
             self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
@@ -64,20 +72,23 @@ class MetricsLog:
     def _unwritable(self, error):
         return UserError(f"cannot write {self.path}: {error.strerror}")
 
-    def __enter__(self):
+    def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.close()
 
 
-def read_metrics(path):
-    """The records of a metrics.jsonl as dicts, without the partial last line that a kill leaves."""
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, without the partial last line that a kill leaves.
+
+    Raises: UserError that names a damaged line.
+    """
     return [record for record, _ in _records(pathlib.Path(path))]
 
 
-def _records(path):
-    """Yields (record, line as it stands) for every whole line."""
+def _records(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yields (record, its line in the file) for every complete line."""
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
@@ -90,8 +101,8 @@ def _records(path):
         yield {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}, line
 
 
-def _truncate(path, resume_step):
-    """Keeps the whole lines up to `resume_step`, in one atomic replacement."""
+def _truncate(path: pathlib.Path, resume_step: int) -> None:
+    """Keeps the complete lines up to `resume_step`, in one atomic replacement."""
     if not path.exists():
         return
     kept = b""
@@ -101,8 +112,8 @@ def _truncate(path, resume_step):
         write_atomically(path, kept)
 
 
-def write_atomically(path, data):
-    """Writes a file whole or not at all."""
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file completely or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -111,8 +122,8 @@ def write_atomically(path, data):
     os.replace(temporary, path)
 
 
-def json_numbers(value):
-    """A value for JSON, each number in it that JSON does not have as its name: "nan", "inf"."""
+def json_numbers(value: Any) -> Any:
+    """A value for strict JSON: non-finite floats in it become the strings "nan", "inf" and "-inf"."""
     if isinstance(value, dict):
         return {k: json_numbers(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -123,7 +134,7 @@ def json_numbers(value):
 class _TensorBoard:
     """Event files, written by a thread that starts (and imports the library) with the first line.
 
-    A failure here is told once and never stops the run.
+    A failure is printed once and never stops the run.
     """
 
     def __init__(self, directory, resume_step):
@@ -147,8 +158,8 @@ class _TensorBoard:
         try:
             from tensorboardX import SummaryWriter
 
-            # TensorBoard hides what earlier files hold at purge_step and after. The suffix keeps
-            # two starts within a second from writing the same file.
+            # TensorBoard hides the events of earlier files at purge_step and later. The suffix keeps
+            # two starts within one second from writing the same file.
             with SummaryWriter(
                 str(self._directory),
                 purge_step=self._resume_step + 1,
@@ -164,7 +175,7 @@ class _TensorBoard:
 
 
 def _start_wandb(workdir, project, config):
-    """A Weights & Biases run, the same one after a resume: its id is kept in the workdir."""
+    """A Weights & Biases run. A resumed run continues it: its id is in the workdir."""
     try:
         from wandb import Error, Settings, init
     except ImportError as error:
@@ -185,5 +196,5 @@ def _start_wandb(workdir, project, config):
     except (Error, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"Weights & Biases did not start ({reason}); WANDB_MODE=offline needs no account") from error
-    run.define_metric("*", step_metric="step")  # its own counter cannot go back on a resume
+    run.define_metric("*", step_metric="step")  # its own counter cannot decrease when a run resumes
     return run

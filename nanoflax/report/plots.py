@@ -1,19 +1,25 @@
-"""What is drawn of a run: its loss curve, and the table of its parameters."""
+"""Pictures of a run (losses, sweeps, attention) and the table of its parameters."""
 
 import io
 import math
+import os
 import pathlib
 import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
 
 from nanoflax.report.metrics_log import read_metrics, write_atomically
 from nanoflax.report.text import format_count
 
 
-def plot_losses(workdir, tokens_per_step=None):
+def plot_losses(workdir: str | os.PathLike[str], tokens_per_step: float | None = None) -> pathlib.Path | None:
     """Draws `workdir/metrics.jsonl` as `workdir/loss.png`; returns its path, None without data.
 
     Reads `loss`, `validation_loss` and `bits_per_byte`; a step whose loss is not finite, or whose
-    record says `skipped`, is marked. `tokens_per_step` adds an axis of tokens.
+    record says `skipped`, is marked. tokens_per_step: adds an axis of tokens.
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "metrics.jsonl"
@@ -35,7 +41,7 @@ def plot_losses(workdir, tokens_per_step=None):
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
     if training:
-        _draw_training(axes, *zip(*training))
+        _draw_training(axes, *zip(*training, strict=True))
     if skipped:
         axes.plot(
             skipped,
@@ -52,7 +58,9 @@ def plot_losses(workdir, tokens_per_step=None):
     axes.locator_params(axis="x", integer=True)
     axes.set_xlim(left=0)
     if tokens_per_step:
-        top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens_per_step, lambda x: x / tokens_per_step))
+        top = axes.secondary_xaxis(
+            "top", functions=(lambda x: np.multiply(x, tokens_per_step), lambda x: np.divide(x, tokens_per_step))
+        )
         top.set_xlabel("tokens")
         top.xaxis.set_major_formatter(lambda x, _: format_count(x))
     axes.set_title(_title(training, validation), fontsize=11)
@@ -63,8 +71,6 @@ def plot_losses(workdir, tokens_per_step=None):
 
 
 def _draw_training(axes, steps, losses):
-    import numpy as np
-
     losses, width = np.array(losses), max(1, len(losses) // 100)
     # Divided by the number of terms, the mean over a window stays true at both ends.
     window = np.ones(2 * width + 1)
@@ -77,7 +83,7 @@ def _draw_training(axes, steps, losses):
 
 
 def _draw_validation(axes, records):
-    steps, losses = zip(*((r["step"], r["validation_loss"]) for r in records))
+    steps, losses = zip(*((r["step"], r["validation_loss"]) for r in records), strict=True)
     axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, linewidth=1, label="validation")
     best = min(records, key=lambda r: r["validation_loss"])
     axes.plot(
@@ -106,11 +112,13 @@ def _title(training, validation):
     return text
 
 
-def plot_sweep(path, points, metric):
-    """Draws a metric against each value that a sweep tried, as a PNG at `path`, which it returns.
+def plot_sweep(
+    path: str | os.PathLike[str], points: Sequence[tuple[dict[str, str], float]], metric: str
+) -> str | os.PathLike[str]:
+    """Draws a metric against each setting of a sweep, as a PNG at `path`; returns `path`.
 
-    points: (values, figure) of each trial, the best first; values: {key: text}. A key whose values
-    are numbers gets an axis of them, logarithmic where they span a factor of ten.
+    points: ({key: text of the value}, metric) of each trial, the best first. A key with numbers as
+    values gets an axis of numbers, logarithmic if they span a factor of ten.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -119,7 +127,7 @@ def plot_sweep(path, points, metric):
     figure = Figure(figsize=(4 * len(keys) + 1, 4), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
-    for key, axes in zip(keys, panels):
+    for key, axes in zip(keys, panels, strict=True):
         xs, ys = [values[key] for values, _ in points], [y for _, y in points]
         try:
             xs = [float(x) for x in xs]
@@ -141,8 +149,10 @@ def plot_sweep(path, points, metric):
     return path
 
 
-def plot_alignment(path, weights, source, targets):
-    """Draws what each target looked at as a PNG at `path`, which it returns.
+def plot_alignment(
+    path: str | os.PathLike[str], weights: Float[np.ndarray, "T S"], source: Sequence[str], targets: Sequence[str]
+) -> str | os.PathLike[str]:
+    """Draws the attention of each target token to the source, as a PNG at `path`; returns `path`.
 
     weights: [T, S], between 0 and 1; source, targets: the texts of S and T tokens.
     """
@@ -171,8 +181,8 @@ def plot_alignment(path, weights, source, targets):
     return path
 
 
-def parameter_table(params):
-    """The number and bytes of parameters by module, as text; equal blocks folded."""
+def parameter_table(params: dict[str, Any]) -> str:
+    """The numbers and bytes of parameters by module, as text; equal blocks are one row."""
     modules = {}
     for name, branch in params.items():
         stack = name in ("encoder", "decoder")
@@ -199,7 +209,7 @@ def parameter_table(params):
             )
         )
     rows.append(("total", "", f"{sum(g[3] * g[4] for g in groups):,}", _bytes(sum(g[3] * g[5] for g in groups))))
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows)
 
 

@@ -1,8 +1,4 @@
-"""What a person follows a run by: metrics files and progress.
-
-Nothing here touches the training state. The libraries that log and draw are imported where they
-are used: tensorboardX alone takes seconds, and the first loss should not wait for it.
-"""
+"""Progress bars: live on a terminal, plain lines elsewhere. rich is imported only for a terminal."""
 
 import collections
 import contextlib
@@ -10,29 +6,37 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 from nanoflax.report.text import format_count, format_duration, printable
 
-# --------------------------------------------------------------------------------------- progress
-
 
 class ProgressBar:
-    """A live bar on a terminal, plain lines now and then elsewhere. Use as a context manager.
+    """A live bar on a terminal, a plain line every few seconds elsewhere. Use as a context manager.
 
-    A subclass has `title()`, the text before the bar, and `status()`, the one after it, and calls
-    `advance`. The bar never hides the cursor, so that even SIGKILL leaves a sane terminal.
+    A subclass defines `title()`, the text before the bar, and `status()`, the text after it, and
+    calls `advance`. The bar never hides the cursor, so even SIGKILL leaves a usable terminal.
     """
 
     quiet = 0.0  # seconds before the first plain line
     line_every = 10.0  # seconds between plain lines
     draw_every = 0.2  # seconds between frames of the bar
 
-    def __init__(self, total, done=0, stream=None, clock=time.monotonic):
+    def __init__(
+        self, total: float, done: float = 0, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ):
         self.total, self.done = total, done
         self._stream = sys.stderr if stream is None else stream
         self._clock, self._begin = clock, clock()
         self._drawn_at, self._undrawn = -math.inf, False
         self._bar = _bar(self._stream, total, done) if _terminal(self._stream) else None
+
+    def title(self) -> str:
+        raise NotImplementedError
+
+    def status(self) -> str:
+        raise NotImplementedError
 
     def __enter__(self):
         if self._bar:
@@ -40,22 +44,22 @@ class ProgressBar:
             self._draw()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         if self._bar or self._undrawn:
             self._draw()
         with contextlib.suppress(OSError):
             if self._bar:
                 self._bar.stop()
 
-    def advance(self, done):
-        """Reports that `done` of `total` are done."""
+    def advance(self, done: float) -> None:
+        """Shows that `done` of `total` are done."""
         self.done, self._undrawn = done, True
         due = self._drawn_at + (self.draw_every if self._bar else self.line_every)
         if self._clock() >= due or done >= self.total:
             self._draw()
 
-    def write(self, text):
-        """Prints lines above the bar; on a terminal without control characters."""
+    def write(self, text: str) -> None:
+        """Prints lines above the bar; on a terminal with control characters escaped."""
         with contextlib.suppress(OSError):
             if self._bar:
                 from rich.text import Text
@@ -77,32 +81,32 @@ class ProgressBar:
 class TrainingProgress(ProgressBar):
     """The bar of a training run.
 
-    `flops_per_token` and `peak_flops` (of all devices together) give the MFU; either may be None.
-    Rates are over the last `window` seconds of training: neither the first update, which compiles,
-    nor what happens inside `pause()` counts.
+    flops_per_token and peak_flops (FLOP/s of all devices together) give the MFU; either may be None.
+    Rates are over the last `window` seconds of training, without the first update, which compiles,
+    and without the time inside `pause()`.
     """
 
-    window = 20.0  # seconds that rates look back
+    window = 20.0  # seconds over which rates are measured
 
     def __init__(
         self,
-        total_steps,
-        start_step=0,
+        total_steps: int,
+        start_step: int = 0,
         tokens_per_step: float = 1,
-        flops_per_token=None,
-        peak_flops=None,
-        stream=None,
-        clock=time.monotonic,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         super().__init__(total_steps, start_step, stream, clock)
         self.loss, self.tokens_per_step = None, tokens_per_step
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self._paused, self._note = 0.0, "compiling"
-        self._first = None  # (time, training time) at the end of the first update
+        self._first: tuple[float, float] | None = None  # (time, training time) at the end of the first update
         self._marks = collections.deque()  # (training time, step), the last `window` seconds
 
-    def update(self, step, loss):
-        """Reports that `step` steps are done and the loss of the last."""
+    def update(self, step: int, loss: float) -> None:
+        """Shows that `step` steps are done, and the loss of the last one."""
         now = self._clock()
         self.loss, self._note = float(loss), None
         self._marks.append((now - self._paused, int(step)))
@@ -112,8 +116,8 @@ class TrainingProgress(ProgressBar):
         self.advance(int(step))
 
     @contextlib.contextmanager
-    def pause(self, note="evaluating"):
-        """Around what is not training: its time stays out of the rates."""
+    def pause(self, note: str = "evaluating") -> Iterator[None]:
+        """Around work that is not training: its time is not part of the rates."""
         begin, before, self._note = self._clock(), self._note, note
         if self._bar:
             self._draw()
@@ -124,31 +128,33 @@ class TrainingProgress(ProgressBar):
             self._paused += self._clock() - begin
 
     @property
-    def tokens_per_second(self):
-        """Over the window; None until two updates have come."""
+    def tokens_per_second(self) -> float | None:
+        """Over the window; None before the second update."""
         seconds = self._marks[-1][0] - self._marks[0][0] if self._marks else 0.0
         steps = self._marks[-1][1] - self._marks[0][1] if self._marks else 0
         return steps * self.tokens_per_step / seconds if seconds > 0 and steps > 0 else None
 
     @property
-    def mfu(self):
+    def mfu(self) -> float | None:
         """Model FLOPs utilisation, between 0 and 1; None when not known."""
-        if None in (self.tokens_per_second, self.flops_per_token, self.peak_flops):
+        rate = self.tokens_per_second
+        if rate is None or self.flops_per_token is None or self.peak_flops is None:
             return None
-        return self.tokens_per_second * self.flops_per_token / self.peak_flops
+        return rate * self.flops_per_token / self.peak_flops
 
-    def seconds_left(self):
-        """Until the last step, pauses included at the rate seen so far; None when not known."""
-        if self.tokens_per_second is None:
+    def seconds_left(self) -> float | None:
+        """Until the last step, with pauses as frequent as so far; None when not known."""
+        rate = self.tokens_per_second
+        if rate is None or self._first is None:
             return None
-        wall, training = (a - b for a, b in zip((self._clock(), self._marks[-1][0]), self._first))
-        steps_per_second = self.tokens_per_second / self.tokens_per_step
+        wall, training = self._clock() - self._first[0], self._marks[-1][0] - self._first[1]
+        steps_per_second = rate / self.tokens_per_step
         return (self.total - self.done) / steps_per_second * max(1.0, wall / training)
 
-    def title(self):
+    def title(self) -> str:
         return f"step {self.done}/{self.total}"
 
-    def status(self):
+    def status(self) -> str:
         """Such as `loss 2.3456  12.3k tokens/s  MFU 41%  3:21 left`."""
         parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
         if self.tokens_per_second is not None:
@@ -159,8 +165,8 @@ class TrainingProgress(ProgressBar):
             parts.append(self._note)
         elif self.done >= self.total:
             parts.append(f"in {format_duration(self._clock() - self._begin)}")
-        elif self.seconds_left() is not None:
-            parts.append(f"{format_duration(self.seconds_left())} left")
+        elif (seconds := self.seconds_left()) is not None:
+            parts.append(f"{format_duration(seconds)} left")
         return "  ".join(parts)
 
 
@@ -188,7 +194,7 @@ def _bar(stream, total, done):
         def show_cursor(self, show=True):
             return False
 
-    # No refreshing thread: frames are drawn by advance(), never against the training loop.
+    # No refreshing thread: advance() draws the frames, so that none competes with the training loop.
     bar = RichProgress(
         TextColumn("{task.fields[title]}", markup=False),
         BarColumn(bar_width=None),
