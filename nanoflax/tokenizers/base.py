@@ -1,12 +1,39 @@
-"""What every tokenizer shares."""
+"""What every tokenizer has, and text that can be encoded."""
+
+import os
+from collections.abc import Iterable
+from typing import Protocol
 
 from nanoflax.errors import UserError
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 
 
-def well_formed(text):
-    """The text with each unpaired surrogate, which no encoding can write, as U+FFFD."""
+class Tokenizer(Protocol):
+    """Text to token ids and back.
+
+    `encode` adds no special token and never reads one in the text: "<eos>" in a text is five characters. Bytes and
+    the SentencePiece models trained here give every string back exactly.
+    """
+
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    bos_id: int  # the id that a document starts with
+    fingerprint: str  # equal for tokenizers that encode alike
+    chat_template: str | None  # Jinja source
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
+        ...
+
+    def save(self, directory: str | os.PathLike) -> None: ...
+
+
+def well_formed(text: str) -> str:
+    """The text with U+FFFD for each unpaired surrogate, which no encoding can write."""
     try:
         text.encode()
         return text
@@ -14,7 +41,8 @@ def well_formed(text):
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def check_ids(ids, vocab_size):
+def check_ids(ids: Iterable[int], vocab_size: int) -> None:
+    """Raises: UserError for an id outside the vocabulary."""
     for i in ids:
         if not 0 <= i < vocab_size:
             raise UserError(f"token id {i} is not in the vocabulary of {vocab_size}")

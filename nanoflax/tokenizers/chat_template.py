@@ -1,7 +1,7 @@
 """Chat templates: messages to text, by the Jinja template that came with a tokenizer.
 
-A template is a program from somewhere else, so it runs in Jinja's sandbox, which keeps it from
-Python's objects, with a limit on its processor time and on the size of what it multiplies.
+A template is a program from a stranger, so it runs in Jinja's sandbox, which protects Python's objects,
+with a limit on its processor time and on the size of products.
 """
 
 import datetime
@@ -11,6 +11,8 @@ import re
 import secrets
 import sys
 import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from nanoflax.errors import UserError
 
@@ -18,28 +20,27 @@ SECONDS = 5  # of processor time; a long conversation takes some milliseconds
 LARGEST = 2**20  # characters or items that a template may make with one "*"
 
 
-def render(template, messages, variables, specials):
-    """The text of a conversation, and how to put back what must stay ordinary text in it.
+def render(
+    template: str, messages: list[dict[str, Any]], variables: dict[str, Any], specials: Iterable[str]
+) -> tuple[str, Callable[[str], str]]:
+    """The text of a conversation, and a function that restores special strings inside messages.
 
     Args:
       template: Jinja source.
       messages: list of {"role": str, "content": str, ...}.
-      variables: dict, what else the template may read (add_generation_prompt, bos_token, ...).
+      variables: other values that the template may read (add_generation_prompt, bos_token, ...).
       specials: the strings that a tokenizer would read as special tokens.
-    Returns: (text, restore). Wherever a message (but for its role) holds a special string, or ends
-      in the beginning of one, the text holds a mark that no one can guess; restore(text) puts the
-      strings back, once the special tokens of the template are found. A template that inspects or
-      cuts a content sees the mark, and one that builds a special string out of pieces of contents
-      gets a special token.
+    Returns: (text, restore). If a message (except its role) contains a special string, or ends with the
+      beginning of one, the text has a random mark in its place. Call restore(text) after the special tokens
+      that the template wrote are found. Limits: a template that inspects or cuts a content sees the mark, and
+      a template that builds a special string out of parts of contents gets a special token.
     Raises: UserError if the template does not compile, raises, or runs too long.
     """
     if not messages or not all(isinstance(message, dict) for message in messages):
-        raise UserError(
-            "a chat is a list of messages, each with a role and a content; there is none"
-            if not messages
-            else "a chat's messages must each be a dict"
-        )
-    nonce, held = secrets.token_hex(16), []
+        none = "a chat is a list of messages, each with a role and a content; there is none"
+        raise UserError("a chat's messages must each be a dict" if messages else none)
+    nonce = secrets.token_hex(16)
+    held: list[str] = []
     found = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
     beginnings = {s[:n] for s in specials for n in range(1, len(s))}
 
@@ -49,7 +50,7 @@ def render(template, messages, variables, specials):
 
     def marked(value):
         if isinstance(value, dict):
-            # Roles are the program's, and templates compare them.
+            # Roles come from our programs, and templates compare them.
             return {k: v if k in ("role", "type") else marked(v) for k, v in value.items() if v is not None}
         if isinstance(value, (list, tuple)):
             return [marked(v) for v in value]
@@ -62,7 +63,7 @@ def render(template, messages, variables, specials):
 
     try:
         text = _timed(functools.partial(_compile(template).render, messages=marked(messages), **variables))
-    except Exception as error:  # whatever a stranger's program does
+    except Exception as error:  # of any kind: the template is a stranger's program
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the chat template fails: {reason}") from error
     pattern = re.compile(nonce + r"(\d{6})")
@@ -74,7 +75,7 @@ def render(template, messages, variables, specials):
 
 
 def _timed(function):
-    # Jinja compiles a template to Python, so a tracer sees each line of it, whatever it loops over.
+    # Jinja compiles a template to Python, so a tracer is called at each of its lines.
     deadline, before = time.thread_time() + SECONDS, sys.gettrace()
 
     def trace(*_):
@@ -95,13 +96,13 @@ def _compile(template):
     from jinja2 import TemplateError, ext, nodes, sandbox
 
     class Generation(ext.Extension):
-        """{% generation %} ... {% endgeneration %} marks the assistant's words: render them."""
+        """{% generation %} ... {% endgeneration %} encloses the assistant's words: render them."""
 
         tags = {"generation"}
 
         def parse(self, parser):
             line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body, lineno=line)
 
     class Sandbox(sandbox.ImmutableSandboxedEnvironment):

@@ -1,27 +1,29 @@
-"""Text to ids, and which of them are trained: the ends of texts, words and tags, conversations."""
+"""Text to ids, and which ids are trained: the ends of texts, words and tags, conversations."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from nanoflax.errors import UserError
 from nanoflax.report import printable
 from nanoflax.tokenizers.base import check_ids
 
 
-def ends(tokenizer):
-    """The ids that a model wants before and after a text, such as ([CLS], [SEP]) or ((), </s>)."""
+def ends(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a model expects before and after a text, such as ([CLS], [SEP]) or ((), </s>)."""
     if not hasattr(tokenizer, "encode_with_template"):
         return [], [tokenizer.eos_id]
     probe = "a"
-    inner, whole = tokenizer.encode(probe), tokenizer.encode_with_template(probe)
-    at = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
-    return whole[:at], whole[at + len(inner) :]
+    inner, framed = tokenizer.encode(probe), tokenizer.encode_with_template(probe)
+    at = next(i for i in range(len(framed)) if framed[i : i + len(inner)] == inner)
+    return framed[:at], framed[at + len(inner) :]
 
 
-def align_tags(words, tags, tokenizer):
-    """Words and their labels as subwords -> ids, labels, weights: lists of one length.
+def align_tags(words: Sequence[str], tags: Sequence[int], tokenizer: Any) -> tuple[list[int], list[int], list[float]]:
+    """Ids, labels and weights of words and their tags, three lists of one length.
 
-    The text is the words with a space between. The first piece of a word, which may be that space,
-    carries its label and weight 1, every other piece label 0 and weight 0. No word is without a
-    piece: one that a tokenizer reads as nothing becomes its unknown token, so weights sum to the
-    number of words.
+    The text is the words, joined by spaces. The first piece of a word has its label and weight 1, other pieces have
+    label 0 and weight 0. A word that the tokenizer encodes as nothing becomes the unknown token, so the weights sum
+    to the number of words. Raises: UserError if the tokenizer has no unknown token for such a word.
     """
     ids, labels, weights = [], [], []
     for i, (word, tag) in enumerate(zip(words, tags, strict=True)):
@@ -38,19 +40,20 @@ def align_tags(words, tags, tokenizer):
     return ids, labels, weights
 
 
-def word_tags(predictions, weights, names, n_words):
-    """What a model said of each word: the names of the predictions [T] where weights [T] are not 0;
-    "O" for the words that truncation cut off. The tags of `n_words` words."""
-    found = [names[p] for p, w in zip(predictions, weights) if w]
+def word_tags(predictions: Iterable[int], weights: Iterable[float], names: Sequence[str], n_words: int) -> list[str]:
+    """The predicted tag of each of `n_words` words; "O" for words that truncation cut off.
+
+    predictions, weights: [T] each, of the pieces; a word's first piece has a weight other than 0.
+    """
+    found = [names[p] for p, w in zip(predictions, weights, strict=False) if w]
     return found + ["O"] * (n_words - len(found))
 
 
-def chat_ids(tokenizer, messages):
-    """A conversation -> ids, weights: 1.0 for the replies of the assistant and the token that ends
-    each, 0.0 for all else.
+def chat_ids(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """The ids of a conversation, and their weights: 1.0 for the assistant's replies and their end tokens, else 0.0.
 
-    By the tokenizer's chat template, or without one in this form: for each message its role, ":",
-    a newline, its content and the end-of-sequence token.
+    Written by the tokenizer's chat template; without one, a message is its role, ":", a newline, its content and
+    the end-of-sequence token.
     Raises: UserError if the template does not show where a reply begins or ends.
     """
     if tokenizer.chat_template is None:
@@ -65,7 +68,7 @@ def chat_ids(tokenizer, messages):
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        # What stands before a reply is what the model is given to continue when it is used.
+        # The ids before a reply must be the prompt that the model later answers.
         head = chat_prompt(tokenizer, messages[:i]) if i else []
         if not i or ids[: len(head)] != head:
             raise UserError(
@@ -77,8 +80,8 @@ def chat_ids(tokenizer, messages):
     return ids, weights
 
 
-def chat_prompt(tokenizer, messages):
-    """The ids after which a model, trained on chat_ids, answers the messages."""
+def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
+    """The prompt after which a model trained on `chat_ids` answers the messages."""
     if tokenizer.chat_template is None:
         turns = [i for m in messages for part in _plain_turn(tokenizer, m) for i in part]
         return turns + tokenizer.encode("assistant:\n")
@@ -86,12 +89,12 @@ def chat_prompt(tokenizer, messages):
 
 
 def _plain_turn(tokenizer, message):
-    # Encoded apart, so that no token spans the border.
+    # Encoded separately, so that no token crosses the border.
     return (tokenizer.encode(f"{message['role']}:\n"), [*tokenizer.encode(message["content"]), tokenizer.eos_id])
 
 
 def _end_of_reply(tokenizer, ids, start):
-    # Words that a tokenizer does not know end nothing.
+    # The unknown token ends no reply.
     special = {*tokenizer.special.values()} - {tokenizer.unk_id} | {*tokenizer.stop_ids}
     for end in range(start, len(ids)):
         if ids[end] in special:
@@ -99,9 +102,8 @@ def _end_of_reply(tokenizer, ids, start):
     raise UserError("the chat template ends a reply with no special token, so a model could not learn to end")
 
 
-def show_mask(tokenizer, ids, weights):
-    """The text of the ids with what is trained (weight not 0) between ⟦ and ⟧, and the names of
-    special tokens."""
+def show_mask(tokenizer: Any, ids: Sequence[int], weights: Sequence[float]) -> str:
+    """The text of the ids with names of special tokens; ⟦ and ⟧ enclose the trained parts (weight not 0)."""
     check_ids(ids, tokenizer.vocab_size)
     names = {i: name for name, i in getattr(tokenizer, "special", {}).items()}
     names.setdefault(tokenizer.eos_id, "<eos>")
@@ -125,9 +127,8 @@ def show_mask(tokenizer, ids, weights):
     return printable("".join(text) + "⟧" * trained)
 
 
-def prompt_ids(tokenizer, text, is_source=False):
-    """The ids of a prompt as its model expects them, with the tokens that begin (and, of a source,
-    end) a text."""
+def prompt_ids(tokenizer: Any, text: str, is_source: bool = False) -> list[int]:
+    """The ids of a prompt with the tokens that its model expects before it, and after it if it is a source."""
     if hasattr(tokenizer, "encode_with_template"):
         return (
             tokenizer.encode_with_template(text)

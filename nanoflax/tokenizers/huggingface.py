@@ -1,40 +1,36 @@
-"""Tokenizers of the Hugging Face world, with the interface of nanoflax.tokenizers.
+"""Tokenizers of the Hugging Face world.
 
 One class, HFTokenizer, serves tokenizer.json, GPT-2's vocab.json with merges.txt, BERT's vocab.txt,
-SentencePiece models and the vocabulary of a GGUF file: each is put into the form of tokenizer.json
-and run by the `tokenizers` library. Marian, with its two SentencePiece models, has its own.
+SentencePiece models and the vocabulary of a GGUF file: `vocabularies` turns each into a tokenizer.json,
+and the `tokenizers` library runs it. Marian, with its two SentencePiece models, has a class of its own.
 
-A user's text is never read as a special token. The library alone does not promise that: a Unigram
-model, or WordPiece over words, finds "</s>" in its vocabulary. So each special token is respelled
-as a random string, which no text can hold; to read special tokens is to put that spelling in.
+A user's text is never read as a special token. The library alone does not guarantee this: a Unigram
+model, or WordPiece over words, finds "</s>" in its vocabulary. So each special token is renamed to a
+random string, which no text can contain; to read special tokens, they are replaced by that string first.
 """
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 import secrets
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from nanoflax.errors import UserError
 from nanoflax.tokenizers import chat_template, vocabularies
 from nanoflax.tokenizers.base import SPACE, check_ids, well_formed
 
 VOCABULARIES = ("tokenizer.json", "source.spm", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-FILES = (
-    *VOCABULARIES,
-    "target.spm",
-    "merges.txt",
-    "added_tokens.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
+FILES = (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json", "tokenizer_config.json",
+         "special_tokens_map.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
+Files = dict[str, bytes]  # name -> content
 ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 FIELDS = ("content", "special", "lstrip", "rstrip", "single_word", "normalized")
 
 
-def load_huggingface(directory):
+def load_huggingface(directory: str | os.PathLike) -> "HFTokenizer | MarianTokenizer":
     """The tokenizer of a Hugging Face directory. Raises: UserError (missing or damaged files)."""
     directory = pathlib.Path(directory)
     try:
@@ -44,8 +40,8 @@ def load_huggingface(directory):
     return from_files(files, str(directory))
 
 
-def from_files(files, name):
-    """An HFTokenizer or MarianTokenizer from {file name: bytes}; `name` is for messages."""
+def from_files(files: Files, name: str) -> "HFTokenizer | MarianTokenizer":
+    """The tokenizer of files by their names; `name` is for messages. Raises: UserError."""
     kind = next((v for v in VOCABULARIES if v in files), None)
     if kind is None:
         raise UserError(f"tokenizer {name} holds none of {', '.join(VOCABULARIES)}")
@@ -56,7 +52,7 @@ def from_files(files, name):
         return (MarianTokenizer if kind == "source.spm" else HFTokenizer)(files, name)
     except UserError:
         raise
-    except BaseException as error:  # the library's own errors are plain, and its panics not even
+    except BaseException as error:  # the library raises plain Exceptions, and panics that are not even those
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -64,22 +60,31 @@ def from_files(files, name):
         raise UserError(f"tokenizer {name}: {kind} or a file beside it is damaged: {reason[:200]}") from error
 
 
-def from_gguf(metadata, name="GGUF"):
-    """The HFTokenizer of a GGUF file's metadata (a dict with its keys "tokenizer...").
+def from_gguf(metadata: dict[str, Any], name: str = "GGUF") -> "HFTokenizer":
+    """The tokenizer of a GGUF file's metadata (the keys "tokenizer...").
 
-    tokenizer.ggml.model "gpt2" is byte-level BPE, cut into words as tokenizer.ggml.pre says;
-    "llama" is SentencePiece BPE. Control tokens are the special ones.
+    tokenizer.ggml.model "gpt2" is byte-level BPE, split into words as tokenizer.ggml.pre says;
+    "llama" is SentencePiece BPE. Control tokens become special tokens.
     Raises: UserError (another model or pre, missing or damaged lists).
     """
     spec, config = vocabularies.from_gguf(metadata, name)
-    files = {"tokenizer.json": spec, "tokenizer_config.json": config}
-    return from_files({file: json.dumps(value).encode() for file, value in files.items()}, name)
+    return _from_spec(spec, config, name)
 
 
-def exported(tokenizer):
-    """A tokenizer in files that Transformers reads: itself, or for one of nanoflax.tokenizers
-    an HFTokenizer that gives every text the same ids (but U+2581, which becomes a space)."""
-    if isinstance(tokenizer, _FromFiles):
+def _from_spec(spec: dict[str, Any], config: dict[str, Any], name: str) -> "HFTokenizer":
+    files = {"tokenizer.json": json.dumps(spec).encode(), "tokenizer_config.json": json.dumps(config).encode()}
+    tokenizer = from_files(files, name)
+    assert isinstance(tokenizer, HFTokenizer)
+    return tokenizer
+
+
+def exported(tokenizer: Any) -> "HFTokenizer | MarianTokenizer":
+    """A tokenizer in files that Transformers reads.
+
+    A tokenizer trained here becomes an HFTokenizer that gives every text the same ids, except U+2581, which becomes
+    a space; others are returned as they are.
+    """
+    if isinstance(tokenizer, (HFTokenizer, MarianTokenizer)):
         return tokenizer
     spec = vocabularies.from_ours(tokenizer)
     names = {token["id"]: token["content"] for token in spec["added_tokens"]}
@@ -89,16 +94,29 @@ def exported(tokenizer):
         for role, i in [("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id)]
         if i in names
     }
-    files = {"tokenizer.json": spec, "tokenizer_config.json": config}
-    return from_files({file: json.dumps(value).encode() for file, value in files.items()}, "made of nanoflax's")
+    return _from_spec(spec, config, "made of nanoflax's")
 
 
 class _FromFiles:
-    """What HFTokenizer and MarianTokenizer share: their files, kept byte for byte."""
+    """The base of HFTokenizer and MarianTokenizer: their files, kept byte for byte, and the ids of special tokens.
 
-    chat_template = None
+    Attributes: vocab_size (largest id + 1); bos_id, eos_id, pad_id (each falls back on another: BERT's bos is [CLS]);
+    unk_id, sep_id, cls_id, mask_id (None if there is none); stop_ids (all ids that end an answer); special (special
+    strings and their ids); chat_template; fingerprint.
+    """
 
-    def __init__(self, files, name):
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    unk_id: int | None
+    sep_id: int | None
+    cls_id: int | None
+    mask_id: int | None
+    special: dict[str, int]
+    chat_template: str | None = None
+
+    def __init__(self, files: Files, name: str):
         self.files, self.name = files, name
         self._config = _json(files, "tokenizer_config.json", name)
         self._generation = _json(files, "generation_config.json", name)
@@ -110,9 +128,9 @@ class _FromFiles:
             further += tokens.values() if isinstance(tokens, dict) else tokens
         self._named = [_fields(token, name) for token in [*named.values(), *further]]
         # {"eos": "</s>", ...}
-        self._roles = {role: token["content"] for role, token in zip(named, self._named)}
+        self._roles: dict[str, str] = {role: token["content"] for role, token in zip(named, self._named, strict=False)}
 
-    def _set_ids(self, token_to_id):
+    def _set_ids(self, token_to_id: Callable[[str], int | None]) -> None:
         for role in ROLES:
             i = token_to_id(self._roles[role]) if role in self._roles else None
             if i is None:
@@ -131,7 +149,7 @@ class _FromFiles:
         digest.update(json.dumps([settings, self._roles, self._named, self.stop_ids], sort_keys=True).encode())
         self.fingerprint = digest.hexdigest()
 
-    def _generated(self, role):
+    def _generated(self, role: str) -> list[int]:
         ids = self._generation.get(f"{role}_token_id")
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         for i in ids:
@@ -145,7 +163,7 @@ class _FromFiles:
     def __reduce__(self):
         return from_files, (self.files, self.name)
 
-    def save(self, directory):
+    def save(self, directory: str | os.PathLike) -> None:
         """Write the files as they were loaded. Raises: UserError."""
         directory = pathlib.Path(directory)
         try:
@@ -157,24 +175,19 @@ class _FromFiles:
 
 
 class HFTokenizer(_FromFiles):
-    """A tokenizer that the `tokenizers` library runs; see `load` and `from_gguf`.
+    """A tokenizer that the `tokenizers` library runs; see `load` and `from_gguf`."""
 
-    Attributes: vocab_size (largest id + 1), bos_id, eos_id, pad_id (each falls back on another:
-    BERT's bos is [CLS]), unk_id, sep_id, cls_id, mask_id (None where there is none), stop_ids (all
-    that end an answer), special (the special strings and their ids), chat_template, fingerprint.
-    """
-
-    def __init__(self, files, name):
+    def __init__(self, files: Files, name: str):
         from tokenizers import Tokenizer
 
         super().__init__(files, name)
         spec = self._spec()
         _add_special_tokens(spec, self._config, _json(files, "added_tokens.json", name), self._named, self._roles)
-        if "tokenizer.json" not in files:  # which has the ends of its own
+        if "tokenizer.json" not in files:  # this file has its own
             vocabularies.set_ends(spec, self._config, self._roles)
         nonce = secrets.token_hex(16)
         specials = [token["content"] for token in spec["added_tokens"] if token["special"]]
-        # Of one length, so that no spelling followed by text is another.
+        # All have one length, so none is the beginning of another.
         self._spelling = {token: f"{nonce}{i:06d}" for i, token in enumerate(specials)}
         self._special = _any_of(specials)
         self._tokenizer = Tokenizer.from_str(json.dumps(_respelled(spec, self._spelling)))
@@ -184,15 +197,15 @@ class HFTokenizer(_FromFiles):
                 f"tokenizer {name}: the ids of {', '.join(wrong[:5])} leave a gap "
                 "after the vocabulary, or belong to another token"
             )
-        self.special = {token: self._id(token) for token in specials}
+        self.special = {token: i for token in specials if (i := self._id(token)) is not None}
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
         self._set_ids(self._id)
         self.chat_template = self._chat_template()
 
-    def _id(self, token):
+    def _id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(self._spelling.get(token, token))
 
-    def _spec(self):
+    def _spec(self) -> dict[str, Any]:
         files, config = self.files, self._config
         kind = next(v for v in VOCABULARIES if v in files)
         name = config.get("tokenizer_class") or ""
@@ -221,40 +234,42 @@ class HFTokenizer(_FromFiles):
             return vocabularies.from_wordpieces(files[kind].decode(), self._roles, config)
         return vocabularies.from_sentencepiece(files[kind], self._roles, config)
 
-    def _chat_template(self):
+    def _chat_template(self) -> str | None:
         template = self._config.get("chat_template")
         if "chat_template.jinja" in self.files:
             template = self.files["chat_template.jinja"].decode()
-        if isinstance(template, list):  # several with names
+        if isinstance(template, list):  # several, by name
             template = {t["name"]: t["template"] for t in template}.get("default")
         if not isinstance(template, str | None):
             raise UserError(f"tokenizer {self.name}: its chat template must be text")
         return template
 
-    def encode(self, text, special=False):
-        """Text to ids, nothing added. special: special tokens written in the text are read."""
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """The ids of a text, nothing added. special: read special tokens in the text."""
         return self._encode(self._spell(text) if special else text)
 
-    def encode_with_template(self, text, pair=None, special=False):
-        """Ids with what the model wants around a text or two: [CLS] x [SEP], or x </s>."""
+    def encode_with_template(self, text: str, pair: str | None = None, special: bool = False) -> list[int]:
+        """Ids with the tokens that the model expects around one or two texts: [CLS] x [SEP], or x </s>."""
         if special:
             text, pair = self._spell(text), None if pair is None else self._spell(pair)
         return self._encode(text, pair, add_special_tokens=True)
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
         check_ids(ids, self.vocab_size)
         return self._tokenizer.decode([int(i) for i in ids])
 
-    def apply_chat(self, messages, add_generation_prompt=True, **variables):
+    def apply_chat(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
         """The ids of a conversation, as its chat template writes it.
 
         Args:
           messages: list of {"role": str, "content": str, ...}.
-          add_generation_prompt: end with what begins the assistant's answer.
-          variables: what else the template reads (tools, enable_thinking, ...).
-        Special tokens in a content stay text; where contents hold none, the ids are those of the
-        whole rendering, as in Transformers. See chat.render for what a template can still spoil.
+          add_generation_prompt: end with the beginning of the assistant's answer.
+          variables: other values that the template reads (tools, enable_thinking, ...).
+        Special tokens in a content stay text; if contents have none, the ids are those of Transformers. See
+        `chat_template.render` for the limits.
         Raises: UserError if there is no template or it fails.
         """
         if self.chat_template is None:
@@ -268,7 +283,7 @@ class HFTokenizer(_FromFiles):
         )
         return self._encode(restore(self._spell(text)))
 
-    def _spell(self, text):
+    def _spell(self, text: str) -> str:
         return self._special.sub(lambda match: self._spelling[match[0]], text)
 
     def _encode(self, text, pair=None, add_special_tokens=False):
@@ -283,10 +298,12 @@ class HFTokenizer(_FromFiles):
 class MarianTokenizer(_FromFiles):
     """Marian: SentencePiece for either language (source.spm, target.spm), ids from vocab.json.
 
-    Transformers also normalizes punctuation where sacremoses is installed; this does not.
+    Transformers also normalizes punctuation if sacremoses is installed; this class does not.
     """
 
-    def __init__(self, files, name):
+    unk_id: int
+
+    def __init__(self, files: Files, name: str):
         import sentencepiece
 
         super().__init__(files, name)
@@ -304,38 +321,38 @@ class MarianTokenizer(_FromFiles):
         self.vocab_size = 1 + max(self._pieces)
         self._set_ids(self._ids.get)
         self.special = {t: self._ids[t] for t in self._roles.values()}
-        # A language code, such as ">>fr<<", says what to translate into.
+        # A language code, such as ">>fr<<", names the target language.
         codes = [piece for piece in self._ids if re.fullmatch(r">>.*<<", piece)]
         self._special = _any_of([*self.special, *codes])
 
-    def encode(self, text, special=False):
-        """Source text to ids. special: special tokens and language codes in it are read."""
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """The ids of a source text. special: read special tokens and language codes in it."""
         text, ids, end = well_formed(text), [], 0
         for match in self._special.finditer(text) if special else ():
             ids += [*self._part(text[end : match.start()]), self._ids[match[0]]]
             end = match.end()
         return ids + self._part(text[end:])
 
-    def encode_target(self, text):
-        """Text of the language that is translated into, to ids."""
+    def encode_target(self, text: str) -> list[int]:
+        """The ids of a text in the target language."""
         return self._part(well_formed(text), self._target)
 
     def _part(self, text, model=None):
         pieces = (model or self._source).encode(text, out_type=str)
         return [self._ids.get(piece, self.unk_id) for piece in pieces]
 
-    def encode_with_template(self, text, pair=None, special=False):
-        """Ids with the end of sequence that the encoder wants."""
+    def encode_with_template(self, text: str, pair: str | None = None, special: bool = False) -> list[int]:
+        """Ids with the end of sequence that the encoder expects."""
         return [*self.encode(text, special), *(self.encode(pair, special) if pair else ()), self.eos_id]
 
-    def decode(self, ids):
-        """Target ids to text; special tokens give none."""
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of target ids; special tokens give none."""
         check_ids(ids, self.vocab_size)
         pieces = [self._pieces.get(int(i), "") for i in ids if i not in self.special.values()]
         return self._target.decode_pieces(pieces).replace(SPACE, " ").strip()
 
 
-def _json(files, file, name):
+def _json(files: Files, file: str, name: str) -> dict[str, Any]:
     if file not in files:
         return {}
     try:
@@ -347,22 +364,22 @@ def _json(files, file, name):
     return value
 
 
-def _fields(token, name):
-    """A token of a settings file, "</s>" or {"content": "</s>", ...}, as a dict."""
+def _fields(token: Any, name: str) -> dict[str, Any]:
+    """A token in a settings file, "</s>" or {"content": "</s>", ...}, as a dict."""
     fields = {"content": token} if isinstance(token, str) else token
     if not isinstance(fields, dict) or not fields.get("content") or not isinstance(fields["content"], str):
         raise UserError(f"tokenizer {name}: a special token must be text, not {token!r}")
     return {key: fields[key] for key in FIELDS if key in fields}
 
 
-def _any_of(strings):
+def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
     """A pattern for the longest of the strings at each place."""
     longest = sorted(strings, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest)) or r"(?!)")
 
 
 def _add_special_tokens(spec, config, added, named, roles):
-    """Put into spec["added_tokens"] what the files beside it name, as Transformers does."""
+    """Add the tokens that the other files name to spec["added_tokens"], as Transformers does."""
     tokens = {token["content"]: token for token in spec.get("added_tokens") or []}
     vocabulary = spec["model"]["vocab"]
     if isinstance(vocabulary, list):
@@ -376,9 +393,9 @@ def _add_special_tokens(spec, config, added, named, roles):
             tokens[content] = vocabularies.added_token(content, i, **more)
             free = max(free, i + 1)
 
-    listed = config.get("added_tokens_decoder") or {}
-    for i in sorted(listed, key=int):
-        add(int(i), **{key: listed[i][key] for key in FIELDS if key in listed[i]})
+    decoder = config.get("added_tokens_decoder") or {}
+    for i in sorted(decoder, key=int):
+        add(int(i), **{key: decoder[i][key] for key in FIELDS if key in decoder[i]})
     for content in sorted(added, key=added.get):
         add(added[content], content, special=False)
     for token in [*named, *({"content": content} for content in roles.values())]:
@@ -388,7 +405,7 @@ def _add_special_tokens(spec, config, added, named, roles):
 
 
 def _respelled(spec, spelling):
-    """The spec with other names for the special tokens, and no merge that makes one."""
+    """The spec with new names for the special tokens, and without merges that make one."""
 
     def new(token):
         return spelling.get(token, token)

@@ -1,25 +1,21 @@
-"""Text to token ids and back: bytes, SentencePiece models, and those of Hugging Face directories.
-
-A tokenizer has `vocab_size`, `pad_id`, `eos_id`, `bos_id` (the id that a document starts from),
-`fingerprint`, `encode(text) -> list[int]`, `decode(ids) -> str` and `save(directory)`. `encode`
-adds no special token and never reads one in the text: "<eos>" in a text is five characters.
-Bytes and the models trained here give every string back exactly.
-"""
+"""Tokenizers by name: bytes, SentencePiece models, and those of Hugging Face directories."""
 
 import json
 import pathlib
 import re
 
 from nanoflax.errors import UserError
+from nanoflax.tokenizers.base import Tokenizer
+from nanoflax.tokenizers.huggingface import load_huggingface
 from nanoflax.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer
 
 CHOICES = "bytes, bpe:SIZE, unigram:SIZE, a SentencePiece .model file or a tokenizer's directory"
 
 
-def parse(spec):
-    """ "bytes", "bpe:2048", "unigram:8192" or a path -> (kind, vocabulary size or path or None).
+def parse(spec: str | pathlib.Path) -> tuple[str, int | pathlib.Path | None]:
+    """The kind ("bytes", "bpe", "unigram" or "path") and its vocabulary size or path.
 
-    kind is "bytes", "bpe", "unigram" or "path". Raises UserError for anything else.
+    Examples: "bytes", "bpe:2048", "unigram:8192", a path. Raises: UserError for anything else.
     """
     kind, _, size = str(spec).partition(":")
     if spec == "bytes":
@@ -34,26 +30,23 @@ def parse(spec):
     raise UserError(f"tokenizer {spec!r} is neither known nor a file here; choose {CHOICES}")
 
 
-def load(name_or_path):
-    """The tokenizer "bytes", a `.model` file, one that `save` wrote into a directory, or one of a
-    Hugging Face directory (see nanoflax.hf_tokenizers).
+def load(name_or_path: str | pathlib.Path) -> Tokenizer:
+    """The tokenizer "bytes", of a `.model` file, of a directory that `save` wrote, or of a Hugging Face directory.
 
     Raises: UserError if files are missing or damaged.
     """
     kind, path = parse(name_or_path)
     if kind == "bytes":
         return ByteTokenizer()
-    if kind != "path":
+    if not isinstance(path, pathlib.Path):
         raise UserError(f"tokenizer {name_or_path!r} must first be trained on a corpus")
     try:
         if not path.is_dir():
             return SentencePieceTokenizer(path.read_bytes(), name=str(path))
         saved = path / "tokenizer.json"
         saved = saved.read_bytes() if saved.exists() else b""
-        if not re.match(rb'\s*{\s*"kind"', saved):  # which save writes first
-            from nanoflax.tokenizers import huggingface
-
-            return huggingface.load_huggingface(path)
+        if not re.match(rb'\s*{\s*"kind"', saved):  # `save` writes this key first
+            return load_huggingface(path)
         saved = json.loads(saved)
         if saved["kind"] == "bytes":
             return ByteTokenizer()
@@ -70,8 +63,8 @@ def load(name_or_path):
     return tokenizer
 
 
-def check_fits(tokenizer, vocab_size):
-    """Raises: UserError if a model of vocab_size embeddings has none for some of the tokens."""
+def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises: UserError if the tokenizer has more tokens than the model has embeddings."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, and the model "

@@ -4,8 +4,10 @@ import functools
 import hashlib
 import io
 import json
+import os
 import pathlib
 import re
+from collections.abc import Iterable, Iterator
 
 from nanoflax.errors import UserError
 from nanoflax.tokenizers.base import SPACE, check_ids, well_formed
@@ -17,34 +19,34 @@ TRAINING_TEXT = 200_000_000  # characters: minutes, and a few gigabytes of memor
 class ByteTokenizer:
     """Ids 0-255 are the bytes of the text in UTF-8; four special tokens follow."""
 
-    chat_template = None
+    chat_template: str | None = None
     vocab_size, pad_id, eos_id, mask_id, sep_id = 260, 256, 257, 258, 259
     bos_id = eos_id
     fingerprint = hashlib.blake2b(b"nanoflax bytes 260", digest_size=16).hexdigest()
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return list(well_formed(text).encode())
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
         check_ids(ids, self.vocab_size)
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
-    def save(self, directory):
+    def save(self, directory: str | os.PathLike) -> None:
         _write(directory, {"kind": "bytes", "fingerprint": self.fingerprint})
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model, given as its serialized bytes.
 
-    A model from elsewhere tokenizes as its makers' does, and may normalize the text. Where spaces
-    survive and bytes are pieces, as in the models trained here, one repair makes it exact:
-    SentencePiece cannot tell U+2581 from a space, so that character goes in as its three bytes.
+    A model from elsewhere may normalize the text. A model that keeps spaces and has a piece for each byte, as the
+    models trained here, gives every text back exactly, with one correction: SentencePiece cannot tell U+2581 from a
+    space, so this character is encoded as its three bytes.
     """
 
-    chat_template = None
+    chat_template: str | None = None
 
-    def __init__(self, model, name="model"):
+    def __init__(self, model: bytes, name: str = "model"):
         import sentencepiece
 
         self.model = model
@@ -64,23 +66,23 @@ class SentencePieceTokenizer:
         exact = sp.decode(sp.encode(probe)) == probe and all(sp.is_byte(i) for i in space)
         self._space_ids = space if exact else None
 
-    def __reduce__(self):  # a processor does not travel to worker processes; its model does
+    def __reduce__(self):  # for worker processes: the processor cannot be pickled, its model can
         return SentencePieceTokenizer, (self.model,)
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         text = well_formed(text)
         if self._space_ids is None or SPACE not in text:
             return self._processor.encode(text)
         first, *rest = self._processor.encode(text.split(SPACE))
         return functools.reduce(lambda ids, part: ids + self._space_ids + part, rest, first)
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
         check_ids(ids, self.vocab_size)
         unknown = self._processor.unk_id()  # would be written as " ⁇ "
         return self._processor.decode([int(i) for i in ids if i != unknown])
 
-    def save(self, directory):
+    def save(self, directory: str | os.PathLike) -> None:
         _write(directory, {"kind": "sentencepiece", "fingerprint": self.fingerprint}, self.model)
 
 
@@ -95,9 +97,9 @@ def _write(directory, description, model=None):
         raise UserError(f"tokenizer cannot be saved in {directory}: {error.strerror}") from error
 
 
-def _training_chunks(texts):
-    # Runs of whole lines, newlines inside: a piece may then hold a newline (".\n\n"), which
-    # takes 5% fewer tokens than lines without them. SentencePiece strips the last newline.
+def _training_chunks(texts: Iterable[str]) -> Iterator[str]:
+    # Several lines at a time, with their newlines: a piece can then hold a newline (".\n\n"), which
+    # needs 5% fewer tokens. SentencePiece strips the last newline.
     total = 0
     for text in texts:
         if total >= TRAINING_TEXT:
@@ -113,13 +115,16 @@ def _training_chunks(texts):
             yield chunk
 
 
-def train_sentencepiece(texts, vocab_size, model_type="bpe"):
-    """Train a SentencePieceTokenizer on an iterable of str; every string round-trips.
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str = "bpe") -> SentencePieceTokenizer:
+    """Train a tokenizer that gives every string back exactly: nothing is normalized, unseen characters become bytes.
 
-    Of a large corpus the first TRAINING_TEXT characters are read. Exact because nothing is
-    normalized and an unseen character becomes its bytes. Pieces 0, 1, 2 are <pad>, <unk> and
-    <eos>, then 256 bytes. Raises UserError when texts are empty or the vocabulary is smaller than
-    the pieces it must have or larger than the texts can fill.
+    At most the first TRAINING_TEXT characters are read. Pieces 0, 1, 2 are <pad>, <unk> and <eos>; 256 bytes follow.
+
+    Args:
+      model_type: "bpe" or "unigram".
+    Raises:
+      UserError: the texts are empty, or the vocabulary is too small for the bytes and characters, or larger than
+        the texts can fill.
     """
     import sentencepiece
 

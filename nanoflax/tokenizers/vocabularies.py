@@ -1,17 +1,17 @@
 """Vocabularies of several formats, each as the contents of a tokenizer.json ("spec", a dict).
 
-tokenizer.json is the form of the `tokenizers` library, which runs them all (hf_tokenizers.py).
-The from_ functions of formats that name no special tokens of their own fill in the usual ones in
-roles ({"bos": "<s>", "eos": "</s>", ...}).
+The `tokenizers` library runs them; see `huggingface`. If a format names no special tokens, its from_ function
+adds the usual ones to roles ({"bos": "<s>", "eos": "</s>", ...}).
 """
 
 import json
 import re
+from typing import Any
 
 from nanoflax.errors import UserError
 from nanoflax.tokenizers.base import SPACE
 
-# How byte-level vocabularies cut text into words before merging; facts of their makers.
+# How byte-level vocabularies split text into words before merging, as their authors published it.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -30,14 +30,17 @@ GGUF_WORDS = {  # tokenizer.ggml.pre -> the expressions, applied in turn
     **dict.fromkeys(["qwen2", "deepseek-r1-qwen"], [QWEN2]),
     "tekken": [TEKKEN],
 }  # fmt: skip
-NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # piece types, SentencePiece and GGUF
+NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # types of pieces in SentencePiece and GGUF
+Spec = dict[str, Any]
+Roles = dict[str, str]
+Config = dict[str, Any]  # of a tokenizer_config.json
 
 
-def from_gguf(metadata, name):
-    """(spec, tokenizer_config) of a GGUF file's metadata; see hf_tokenizers.from_gguf."""
+def from_gguf(metadata: dict[str, Any], name: str) -> tuple[Spec, Config]:
+    """The spec and tokenizer_config of a GGUF file's metadata; see `huggingface.from_gguf`."""
 
-    def get(key, default=None):
-        value = metadata.get(f"tokenizer.ggml.{key}", default)
+    def get(key: str, default: Any = None) -> Any:
+        value: Any = metadata.get(f"tokenizer.ggml.{key}", default)
         return value.tolist() if hasattr(value, "tolist") else value  # arrays of numbers
 
     kind, words, tokens = get("model"), get("pre"), get("tokens")
@@ -57,15 +60,9 @@ def from_gguf(metadata, name):
             )
         if key != "merges" and len(values) != len(tokens):
             raise UserError(f"{name}: tokenizer.ggml.{key} has {len(values)} entries for {len(tokens)} tokens")
-    ids = {
-        "bos": "bos_token_id",
-        "eos": "eos_token_id",
-        "pad": "padding_token_id",
-        "unk": "unknown_token_id",
-        "sep": "seperator_token_id",
-        "mask": "mask_token_id",
-    }
-    roles = {}
+    ids = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id",
+           "sep": "seperator_token_id", "mask": "mask_token_id"}  # fmt: skip
+    roles: Roles = {}
     for role, key in ids.items():
         if (i := get(key)) is not None:
             if not isinstance(i, int) or not 0 <= i < len(tokens):
@@ -78,7 +75,7 @@ def from_gguf(metadata, name):
     try:
         if kind == "gpt2":
             spec = _byte_level(
-                dict(zip(tokens, range(len(tokens)))),
+                {token: i for i, token in enumerate(tokens)},
                 [tuple(merge.split(" ")) for merge in get("merges")],
                 GGUF_WORDS[words],
             )
@@ -98,27 +95,26 @@ def from_gguf(metadata, name):
     return spec, config
 
 
-def _spec_of(model, normalizer=None, pre_tokenizer=None, decoder=None, post_processor=None):
+def _spec_of(model, normalizer=None, pre_tokenizer=None, decoder=None, post_processor=None) -> Spec:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer(model)
-    parts = {
-        "normalizer": normalizer,
-        "pre_tokenizer": pre_tokenizer,
-        "decoder": decoder,
-        "post_processor": post_processor,
-    }
-    for part, value in parts.items():
-        if value is not None:
-            setattr(tokenizer, part, value)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    if post_processor is not None:
+        tokenizer.post_processor = post_processor
     return json.loads(tokenizer.to_str())
 
 
-def _byte_level(vocabulary, merges, words, prefix=False, normalizer=None, post_processor=None):
+def _byte_level(vocabulary, merges, words, prefix=False, normalizer=None, post_processor=None) -> Spec:
     from tokenizers import Regex, decoders, models, pre_tokenizers
 
     cut = [pre_tokenizers.Split(Regex(word), "isolated") for word in words]
-    if words == [GPT2]:  # known to ByteLevel, which alone can add the prefix before cutting
+    if words == [GPT2]:  # ByteLevel has this expression, and only it can add the prefix before splitting
         cut = []
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not cut)
     return _spec_of(
@@ -130,41 +126,30 @@ def _byte_level(vocabulary, merges, words, prefix=False, normalizer=None, post_p
     )
 
 
-def from_merges(vocabulary, merges, roles, config):
-    """vocab.json and merges.txt of GPT-2, OPT, RoBERTa, BART or Qwen2; fills in roles."""
+def from_merges(vocabulary: dict[str, int], merges: str, roles: Roles, config: Config) -> Spec:
+    """vocab.json and merges.txt of GPT-2, OPT, RoBERTa, BART or Qwen2; adds to roles."""
     from tokenizers import normalizers, processors
 
-    merges = [tuple(line.split(" ")) for line in merges.split("\n") if line and not line.startswith("#version")]
+    pairs = [tuple(line.split(" ")) for line in merges.split("\n") if line and not line.startswith("#version")]
     name = config.get("tokenizer_class") or ""
     if "Qwen2" in name:
         roles |= {r: "<|endoftext|>" for r in ("eos", "pad", "unk") if r not in roles}
-        return _byte_level(vocabulary, merges, [QWEN2], normalizer=normalizers.NFC())
+        return _byte_level(vocabulary, pairs, [QWEN2], normalizer=normalizers.NFC())
     bert_like = re.match("Roberta|Bart", name) or (not name and "<mask>" in vocabulary)
     if not bert_like:
         roles |= {r: "<|endoftext|>" for r in ("bos", "eos", "unk") if r not in roles}
-        return _byte_level(vocabulary, merges, [GPT2], bool(config.get("add_prefix_space")))
-    defaults = {
-        "bos": "<s>",
-        "eos": "</s>",
-        "sep": "</s>",
-        "cls": "<s>",
-        "unk": "<unk>",
-        "pad": "<pad>",
-        "mask": "<mask>",
-    }
+        return _byte_level(vocabulary, pairs, [GPT2], bool(config.get("add_prefix_space")))
+    defaults = {"bos": "<s>", "eos": "</s>", "sep": "</s>", "cls": "<s>", "unk": "<unk>", "pad": "<pad>",
+                "mask": "<mask>"}  # fmt: skip
     roles |= {role: token for role, token in defaults.items() if role not in roles}
-    ends = [(roles[role], vocabulary[roles[role]]) for role in ("sep", "cls")]
-    return _byte_level(
-        vocabulary,
-        merges,
-        [GPT2],
-        bool(config.get("add_prefix_space")),
-        post_processor=processors.RobertaProcessing(*ends),
-    )
+    sep, cls = ((roles[role], vocabulary[roles[role]]) for role in ("sep", "cls"))
+    processor = processors.RobertaProcessing(sep, cls)
+    prefix = bool(config.get("add_prefix_space"))
+    return _byte_level(vocabulary, pairs, [GPT2], prefix, post_processor=processor)
 
 
-def from_wordpieces(lines, roles, config):
-    """BERT's vocab.txt; fills in roles."""
+def from_wordpieces(lines: str, roles: Roles, config: Config) -> Spec:
+    """BERT's vocab.txt; adds to roles."""
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
     vocabulary = {line.rstrip("\r"): i for i, line in enumerate(lines.rstrip("\n").split("\n"))}
@@ -184,34 +169,29 @@ def from_wordpieces(lines, roles, config):
     )
 
 
-def from_ours(tokenizer):
-    """A ByteTokenizer, or a SentencePieceTokenizer trained here: every text gets the same ids, and
-    in front of them the bos_id that its models begin a document with."""
+def from_ours(tokenizer: Any) -> Spec:
+    """A ByteTokenizer, or a SentencePieceTokenizer trained here: every text gets the same ids.
+
+    The post-processor adds bos_id, with which a document starts.
+    """
     from tokenizers import decoders, models, normalizers
 
     if not hasattr(tokenizer, "model"):
         letters = bytes_to_letters()
-        names = {
-            tokenizer.pad_id: "<pad>",
-            tokenizer.eos_id: "<eos>",
-            tokenizer.mask_id: "<mask>",
-            tokenizer.sep_id: "<sep>",
-        }
+        roles = {"<pad>": "pad", "<eos>": "eos", "<mask>": "mask", "<sep>": "sep"}
+        names = {getattr(tokenizer, f"{role}_id"): name for name, role in roles.items()}
         vocabulary = {letters[i]: i for i in range(256)} | {n: i for i, n in names.items()}
         spec = _byte_level(vocabulary, [], [GPT2])
         spec["added_tokens"] = [added_token(n, i) for i, n in names.items()]
         set_ends(spec, {"add_bos_token": True}, {"bos": names[tokenizer.bos_id]})
         return spec
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
-    tokens, scores, types = zip(*((p.piece, p.score, p.type) for p in proto.pieces))
+    proto, tokens, scores, types = _sentencepiece_model(tokenizer.model)
     unknown = proto.trainer_spec.unk_id
     if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
         spec = _sentencepiece_bpe(tokens, scores, types, tokens[unknown], prefix=False)
     else:
         spec = _spec_of(
-            models.Unigram([*zip(tokens, scores)], unknown, True),
+            models.Unigram([*zip(tokens, scores, strict=True)], unknown, True),
             normalizers.Replace(" ", SPACE),
             None,
             decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]),
@@ -221,21 +201,33 @@ def from_ours(tokenizer):
     return spec
 
 
-def bytes_to_letters():
-    """The character by which byte-level vocabularies write each of the 256 bytes: itself where it
-    shows, else one from U+0100 on (GPT-2)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+def bytes_to_letters() -> dict[int, str]:
+    """The character by which byte-level vocabularies write each byte.
+
+    A printable byte is its own character; for the others, in order, GPT-2 took characters from U+0100.
+    """
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = {ord(letter): letter for letter in alphabet if ord(letter) < 256}
+    others = [byte for byte in range(256) if byte not in printable]
+    return printable | dict(zip(others, alphabet[len(printable) :], strict=True))
 
 
-def from_sentencepiece(model, roles, config):
-    """A SentencePiece model: BPE as Llama has it, Unigram as T5; fills in roles and config."""
+def _sentencepiece_model(model: bytes) -> tuple[Any, list[str], list[float], list[int]]:
+    """The parsed model, and the texts, scores and types of its pieces."""
     from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue] generated
+    pieces = proto.pieces
+    return proto, [p.piece for p in pieces], [p.score for p in pieces], [p.type for p in pieces]
+
+
+def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
+    """A SentencePiece model: BPE as in Llama, Unigram as in T5; adds to roles and config."""
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
-    tokens, scores, types = zip(*((p.piece, p.score, p.type) for p in proto.pieces))
+    proto, tokens, scores, types = _sentencepiece_model(model)
     trainer, normal = proto.trainer_spec, proto.normalizer_spec
     ids = {"unk": trainer.unk_id, "bos": trainer.bos_id, "eos": trainer.eos_id, "pad": trainer.pad_id}
     for role, i in ids.items():
@@ -249,18 +241,17 @@ def from_sentencepiece(model, roles, config):
         config.setdefault("add_bos_token", True)  # as Llama
         spec = _sentencepiece_bpe(tokens, scores, types, tokens[trainer.unk_id], normal.add_dummy_prefix, normalize)
     elif trainer.model_type == trainer.UNIGRAM:
-        space = {"replacement": SPACE, "prepend_scheme": "always"}
         eos = (roles["eos"], ids["eos"])
         spec = _spec_of(
-            models.Unigram([*zip(tokens, scores)], trainer.unk_id, trainer.byte_fallback),
+            models.Unigram([*zip(tokens, scores, strict=True)], trainer.unk_id, trainer.byte_fallback),
             normalizers.Sequence(normalize),
-            pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**space)]),
-            decoders.Metaspace(**space),
+            pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(SPACE, "always")]),
+            decoders.Metaspace(SPACE, "always"),
             processors.TemplateProcessing(
                 single=["$A", eos[0]], pair=["$A", eos[0], "$B", eos[0]], special_tokens=[eos]
             ),
         )
-        # T5's sentinels follow the vocabulary, the first last.
+        # T5's sentinels follow the vocabulary, in reverse order.
         end = len(tokens) + config.get("extra_ids", 100)
         added += [added_token(f"<extra_id_{end - 1 - i}>", i) for i in range(len(tokens), end)]
     else:
@@ -268,15 +259,15 @@ def from_sentencepiece(model, roles, config):
     return spec | {"added_tokens": added}
 
 
-def _sentencepiece_bpe(tokens, scores, types, unknown, prefix, normalize=()):
-    """SentencePiece's BPE as merges: of two pieces that make a third, the best score first.
+def _sentencepiece_bpe(tokens, scores, types, unknown, prefix, normalize=()) -> Spec:
+    """SentencePiece's BPE as merges: every two pieces that make a third, in the order of its score.
 
-    prefix: a text is read as if a space were before it, and after each special token.
+    prefix: a space is added before the text, and after each special token.
     """
     from tokenizers import decoders, models, normalizers
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    plain = {token: score for token, score, t in zip(tokens, scores, types) if t == NORMAL}
+    plain = {token: score for token, score, t in zip(tokens, scores, types, strict=True) if t == NORMAL}
     merges = [
         (-score, i, token)
         for token, score in plain.items()
@@ -294,8 +285,8 @@ def _sentencepiece_bpe(tokens, scores, types, unknown, prefix, normalize=()):
     )
 
 
-def set_ends(spec, config, roles):
-    """Let add_bos_token and add_eos_token, where given, be the post-processor."""
+def set_ends(spec: Spec, config: Config, roles: Roles) -> None:
+    """Make the post-processor of add_bos_token and add_eos_token, if config has them."""
     from tokenizers import processors
 
     if {"add_bos_token", "add_eos_token"} & config.keys():
@@ -312,21 +303,16 @@ def set_ends(spec, config, roles):
         spec["post_processor"] = json.loads(template.__getstate__())
 
 
-def added_token(content, i, special=True, **more):
-    return {
-        "id": i,
-        "content": content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": special,
-    } | more
+def added_token(content: str, i: int, special: bool = True, **more: Any) -> dict[str, Any]:
+    """An entry of "added_tokens" in a tokenizer.json."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": content, **flags, "special": special} | more
 
 
-def typed_tokens(tokens, types):
+def typed_tokens(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
+    """Entries of "added_tokens" for control and user-defined pieces."""
     return [
         added_token(token, i, special=t == CONTROL)
-        for i, (token, t) in enumerate(zip(tokens, types))
+        for i, (token, t) in enumerate(zip(tokens, types, strict=True))
         if t in (CONTROL, USER_DEFINED)
     ]
