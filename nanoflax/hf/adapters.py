@@ -1,17 +1,17 @@
-"""Adapters in the format of the `peft` library: LoRA, DoRA and AdaLoRA, and what was trained whole
-beside them."""
+"""Adapters in the format of the `peft` library: LoRA, DoRA, AdaLoRA, and modules that were trained in full."""
 
 import dataclasses
 import json
 import pathlib
 import re
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nanoflax.config import PEFT_KINDS, AdaLoRA, LoRA, LowRank, validate
-from nanoflax.errors import UserError
+from nanoflax.config import PEFT_KINDS, AdaLoRA, LoRA, LowRank, ModelConfig, validate
+from nanoflax.errors import UserError, listed
 from nanoflax.hf import families, safetensors_io
 from nanoflax.hf.layouts import tensor_mapping
 from nanoflax.nn import without_padding
@@ -23,28 +23,34 @@ _KNOWN = """peft_type task_type auto_mapping peft_version base_model_name_or_pat
     use_rslora use_dora init_lora_weights layers_to_transform layers_pattern rank_pattern
     modules_to_save megatron_core qalora_group_size ensure_weight_tying target_r init_r tinit tfinal
     deltaT beta1 beta2 orth_reg_weight total_step""".split()
-_SCHEDULE = {
-    "target_rank": "target_r",
-    "warmup_steps": "tinit",
-    "final_steps": "tfinal",
-    "beta1": "beta1",
-    "beta2": "beta2",
-    "orthogonality": "orth_reg_weight",
-}
+_SCHEDULE = {"target_rank": "target_r", "warmup_steps": "tinit", "final_steps": "tfinal", "beta1": "beta1",
+             "beta2": "beta2", "orthogonality": "orth_reg_weight"}  # fmt: skip
 _TASKS = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}
 
 
-def save_adapter(directory, config, params, peft_config, base="", model_type=None):
-    """Write the low-rank adapters among params as `peft` opens them over the model of `hf.save`.
+def save_adapter(
+    directory: str | pathlib.Path,
+    config: ModelConfig,
+    params: dict[str, Any],
+    peft_config: Any,
+    base: str = "",
+    model_type: str | None = None,
+) -> None:
+    """Write the low-rank adapters in params, in the form that `peft` opens over the model of `hf.save`.
 
-    config: the ModelConfig; base: the name or directory of that model, for peft's Auto classes;
-    model_type: its family, as in `hf.save`. What else peft_config.trained names, such as a head,
-    goes along as their modules_to_save, without rows of config.vocab_padding.
-    Raises: UserError for other adapters, those of Linears that are one in Transformers (GPT-2's
-    c_attn), a part of a module that is trained without the rest, and what `hf.save` refuses.
+    Other modules that peft_config.trained names, such as a head, become modules_to_save of `peft`, without rows of
+    config.vocab_padding.
+
+    Args:
+      base: the name or directory of the model, for peft's Auto classes.
+      model_type: the family of the model, as in `hf.save`.
+    Raises:
+      UserError: other kinds of adapters, adapters of Linears that are one tensor in Transformers (GPT-2's c_attn), a
+        module trained in part, or what `hf.save` refuses.
     """
     config, params = without_padding(config, params)
-    c, flat = peft_config, flatten_dict(params, sep="/")
+    c = peft_config
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
     modules = _linears(_modules(config, model_type))
     linears = [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
     if not isinstance(c, LowRank) or not linears:
@@ -60,7 +66,7 @@ def save_adapter(directory, config, params, peft_config, base="", model_type=Non
     tensors, pattern = {}, {}
     for path in linears:
         name = modules[path][0]
-        leaf = lambda end: np.asarray(flat[f"{path}/lora_{end}"], np.float32)
+        leaf = lambda end, path=path: np.asarray(flat[f"{path}/lora_{end}"], np.float32)
         a, b = leaf("a").T, leaf("b").T
         if isinstance(c, AdaLoRA):
             kept = leaf("mask") > 0
@@ -90,7 +96,7 @@ def save_adapter(directory, config, params, peft_config, base="", model_type=Non
     if not isinstance(c, AdaLoRA):
         theirs["r"] = c.rank
     else:
-        # peft wants a whole schedule, even of what has been trained.
+        # peft needs the full schedule, even if training has ended.
         theirs |= {name: getattr(c, ours) for ours, name in _SCHEDULE.items()} | {
             "init_r": c.rank,
             "total_step": c.warmup_steps + c.final_steps + 1,
@@ -106,7 +112,7 @@ def save_adapter(directory, config, params, peft_config, base="", model_type=Non
 
 
 def _whole_modules(config, model_type, flat, trained):
-    """What is trained beside adapters, {their name: array}, of modules trained as a whole."""
+    """Name in Transformers -> array, of the modules that are trained in full."""
     found, tensors = [], {}
     for name, rows in _modules(config, model_type).items():
         paths = [path for row in rows for path in row.paths]
@@ -123,15 +129,14 @@ def _whole_modules(config, model_type, flat, trained):
             for path in row.paths
         }
     if found:
-        raise UserError("; ".join(found[:4]))
+        raise UserError(listed(found, 4))
     return tensors
 
 
-def base_of_adapter(directory):
-    """The model that adapters of the `peft` library belong to, as they name it; None if a directory
-    holds none.
+def base_of_adapter(directory: str | pathlib.Path) -> str | None:
+    """The model that the adapters in a directory name as theirs; None if the directory has no adapters.
 
-    Raises: UserError if they name none.
+    Raises: UserError if they name no model.
     """
     path = pathlib.Path(directory) / CONFIG
     if not path.exists():
@@ -142,18 +147,20 @@ def base_of_adapter(directory):
     return base
 
 
-def load_adapter(directory, config, params, model_type=None):
-    """LoRA, DoRA or AdaLoRA of the `peft` library, put among the parameters of their model, and its
-    modules_to_save in the places of the model's own.
+def load_adapter(
+    directory: str | pathlib.Path, config: ModelConfig, params: dict[str, Any], model_type: str | None = None
+) -> tuple[dict[str, Any], Any]:
+    """Add LoRA, DoRA or AdaLoRA of the `peft` library to the parameters, and replace its modules_to_save.
 
-    config, model_type: as in `save`; params: without adapters.
-    Returns (params, the LoRA, DoRA or AdaLoRA, whose `trained` names those modules). Raises: UserError with every
-    setting or every tensor that is not supported, missing or misshapen.
+    config, model_type: as in `save_adapter`; params: without adapters.
+    Returns: (params, the config of the adapters, whose `trained` names the replaced modules).
+    Raises: UserError with every setting or every tensor that is not supported, missing or of another shape.
     """
     path = safetensors_io.locate(directory, CONFIG)
     theirs = safetensors_io.read_json(path)
     c, patterns = _from_theirs(theirs, path)
-    flat, found, parts, new = flatten_dict(params, sep="/"), [], {}, {}
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
+    found, parts, new = [], {}, {}
     modules = _modules(config, model_type)
     ours = {name: place for place, (name, layout) in _linears(modules).items() if layout in ("transposed", "same")}
     ends = "|".join(map(re.escape, theirs.get("modules_to_save") or ()))
@@ -197,7 +204,7 @@ _TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_[ABE]|lora_magnitude_vecto
 
 
 def _modules(config, model_type):
-    """The hf.Rows of each module of theirs, by its name."""
+    """The tensors of each module in Transformers, by its name."""
     family, modules = families.family_of_config(config, model_type), {}
     for row in tensor_mapping(family, config):
         name = row.name.removeprefix(family.base) if config.head == "none" else row.name
@@ -206,7 +213,7 @@ def _modules(config, model_type):
 
 
 def _linears(modules):
-    """Path of a Linear of ours -> (the name of theirs, how its kernel lies there)."""
+    """Path of our Linear -> (name in Transformers, layout of the kernel there)."""
     return {
         path.removesuffix("/kernel"): (name, row.layout)
         for name, rows in modules.items()
@@ -256,7 +263,7 @@ def _from_theirs(theirs, path):
 
 
 def _problems(c, name, tensors, kernel, patterns):
-    """What is wrong with the tensors {part: Tensor} of a module whose kernel has this shape."""
+    """The problems of the tensors {part: Tensor} of a module whose kernel has this shape."""
     wanted = {"lora_A", "lora_B", *{"dora": ["lora_magnitude_vector"], "adalora": ["lora_E"]}.get(c.kind, [])}
     if tensors.keys() != wanted:
         return [f"{name} has {', '.join(sorted(tensors))} and needs {', '.join(sorted(wanted))}"]
@@ -274,7 +281,7 @@ def _problems(c, name, tensors, kernel, patterns):
 
 
 def _leaves(c, arrays, kept):
-    """A Linear's leaves from arrays of theirs; kept: which ranks of AdaLoRA those are, or None."""
+    """Our leaves of a Linear from the arrays in the file; kept: which ranks of AdaLoRA the arrays have."""
     a, b = arrays["lora_A"].T, arrays["lora_B"].T
     if isinstance(c, AdaLoRA):
         mask = np.ones(c.rank, bool) if kept is None else np.array(kept)
