@@ -158,7 +158,6 @@ def test_functions_of_runs_and_programs_fit_on_a_screen():
     assert not found, "\n".join(found)
 
 
-@pytest.mark.xfail(strict=False, reason="benchmark.py and sweep.py are longer")
 def test_programs_are_short():
     programs = [path for path in (ROOT / "experiments").glob("*.py") if "__main__" in path.read_text()]
     found = {path.name: lines([path]) for path in programs if lines([path]) > 120}
