@@ -132,15 +132,15 @@ _LLAMA = Family(
               "attention/value": "self_attn.v_proj", "attention/out": "self_attn.o_proj",
               "attention/query_norm": "self_attn.q_norm", "attention/key_norm": "self_attn.k_norm",
               "mlp/up": "mlp.up_proj", "mlp/gate": "mlp.gate_proj", "mlp/down": "mlp.down_proj"})},
-    fields={"vocab_size": "vocab_size", "max_position_embeddings": "context",
-            "num_hidden_layers": "layers", "hidden_size": "dim", "num_attention_heads": "heads",
-            "num_key_value_heads": "kv_heads", "head_dim": "head_dim",
-            "intermediate_size": "mlp_dim", "hidden_act": "activation", "rms_norm_eps": "norm_eps",
-            "tie_word_embeddings": "tied", "attention_bias": "qkv_bias", "mlp_bias": "mlp_bias"},
+    fields={"vocab_size": "vocab_size", "max_position_embeddings": "context", "num_hidden_layers": "layers",
+            "hidden_size": "dim", "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
+            "head_dim": "head_dim", "intermediate_size": "mlp_dim", "hidden_act": "activation",
+            "rms_norm_eps": "norm_eps", "tie_word_embeddings": "tied", "attention_bias": "qkv_bias",
+            "mlp_bias": "mlp_bias"},
     preset=dict(norm="rmsnorm", gated=True, positions="rotary", bias=False),
-    defaults={"num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
-              "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-              "attention_bias": False, "mlp_bias": False, "rope_theta": 10_000.0},
+    defaults={"num_key_value_heads": None, "head_dim": None, "hidden_act": "silu", "max_position_embeddings": 2048,
+              "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+              "rope_theta": 10_000.0},
     read=lambda hf: _read_rope(hf) | {"out_bias": hf["attention_bias"]},
     write=_write_rope,
     ignored=r".*rotary_emb\.inv_freq",
@@ -229,17 +229,15 @@ _GEMMA2 = _like_llama(
     fields={"hidden_activation": "activation"},
     preset=dict(norm_place="sandwich", norm_unit_offset=True),
     defaults={"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "num_key_value_heads": 4,
-              "tie_word_embeddings": True, "sliding_window": 4096, "period": 2,
-              "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
-              "final_logit_softcapping": 30.0},
+              "tie_word_embeddings": True, "sliding_window": 4096, "period": 2, "query_pre_attn_scalar": 256,
+              "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     only={"use_bidirectional_attention": (False,)},
     read=_read_gemma, write=_write_gemma)  # fmt: skip
 _GEMMA3 = dataclasses.replace(
     _GEMMA2, model_type="gemma3_text", classes={"lm": ("Gemma3ForCausalLM",)},
     preset=_GEMMA2.preset | dict(qk_norm="head"),
-    defaults=_GEMMA2.defaults | {
-        "attn_logit_softcapping": None, "final_logit_softcapping": None, "period": 6,
-        "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
+    defaults=_GEMMA2.defaults | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "period": 6,
+                                 "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
     only=_GEMMA2.only | {"attn_logit_softcapping": (None,)},  # Transformers would not apply it
     write=lambda c: _write_gemma(c) | {"rope_local_base_freq": c.rope_local_theta or c.rope_theta})  # fmt: skip
 
@@ -262,8 +260,7 @@ _GPT2 = Family(
     preset={},
     defaults={"n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
               "tie_word_embeddings": True, "resid_pdrop": 0.1, "n_positions": 1024},
-    only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-          "add_cross_attention": (False,)},
+    only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
     write=lambda c: {"embd_pdrop": c.dropout, "attn_pdrop": 0.0},
     ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
     base="transformer.")  # fmt: skip
@@ -279,13 +276,13 @@ _OPT = Family(
               "attention/query": "self_attn.q_proj", "attention/key": "self_attn.k_proj",
               "attention/value": "self_attn.v_proj", "attention/out": "self_attn.out_proj",
               "mlp/up": "fc1", "mlp/down": "fc2"})},
-    fields={"vocab_size": "vocab_size", "max_position_embeddings": "context",
-            "num_hidden_layers": "layers", "hidden_size": "dim", "num_attention_heads": "heads",
-            "ffn_dim": "mlp_dim", "activation_function": "activation", "enable_bias": "qkv_bias",
-            "tie_word_embeddings": "tied", "dropout": "dropout"},
+    fields={"vocab_size": "vocab_size", "max_position_embeddings": "context", "num_hidden_layers": "layers",
+            "hidden_size": "dim", "num_attention_heads": "heads", "ffn_dim": "mlp_dim",
+            "activation_function": "activation", "enable_bias": "qkv_bias", "tie_word_embeddings": "tied",
+            "dropout": "dropout"},
     preset=dict(position_offset=2, norm_bias=True),
-    defaults={"activation_function": "relu", "enable_bias": True, "tie_word_embeddings": True,
-              "dropout": 0.1, "do_layer_norm_before": True},
+    defaults={"activation_function": "relu", "enable_bias": True, "tie_word_embeddings": True, "dropout": 0.1,
+              "do_layer_norm_before": True},
     only={"word_embed_proj_dim": "hidden_size", "layer_norm_elementwise_affine": (True,),
           "_remove_final_layer_norm": (False,)},
     read=lambda hf: {"norm_place": "pre" if hf["do_layer_norm_before"] else "post",
@@ -312,9 +309,8 @@ _NEOX = Family(
             "attention_bias": "qkv_bias", "use_parallel_residual": "parallel",
             "hidden_dropout": "dropout"},
     preset=dict(positions="rotary"),
-    defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "tie_word_embeddings": False,
-              "attention_bias": True, "use_parallel_residual": True, "hidden_dropout": 0.0,
-              "rotary_pct": 0.25, "rotary_emb_base": 10_000},
+    defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "tie_word_embeddings": False, "attention_bias": True,
+              "use_parallel_residual": True, "hidden_dropout": 0.0, "rotary_pct": 0.25, "rotary_emb_base": 10_000},
     read=lambda hf: _read_rope(hf | {"rope_theta": hf["rotary_emb_base"]}) | {
         "out_bias": hf["attention_bias"]},
     write=lambda c: _write_rope(c) | {
@@ -349,8 +345,7 @@ _BERT = Family(
     preset=dict(architecture="encoder", norm_place="post", embed_norm=True, head_bias=True),
     defaults={"hidden_act": "gelu", "type_vocab_size": 2, "layer_norm_eps": 1e-12,
               "tie_word_embeddings": True, "hidden_dropout_prob": 0.1},
-    only={"position_embedding_type": ("absolute",), "is_decoder": (False,),
-          "add_cross_attention": (False,)},
+    only={"position_embedding_type": ("absolute",), "is_decoder": (False,), "add_cross_attention": (False,)},
     read=_labels,
     write=lambda c: {"attention_probs_dropout_prob": 0.0},
     # A file has this bias under two names; the model reads the decoder's.
@@ -390,16 +385,14 @@ _ROBERTA = dataclasses.replace(
         "logit_bias": (f"lm_head.{'' if c.tied else 'decoder.'}bias", "same"),
         **({"pooler": "classifier.dense", "labels": "classifier.out_proj"}
            if c.head == "classify" else {})},
-    same=lambda c: {"lm_head.decoder.bias": "lm_head.bias"} if c.tied else {
-        "lm_head.bias": "lm_head.decoder.bias"},
+    same=lambda c: {"lm_head.decoder.bias": "lm_head.bias"} if c.tied else {"lm_head.bias": "lm_head.decoder.bias"},
     ignored=r"roberta\.embeddings\.position_ids|roberta\.pooler\..*",
     base="roberta.")  # fmt: skip
 
 _DISTILBERT = Family(
     model_type="distilbert",
     classes={"none": ("DistilBertModel",), "mlm": ("DistilBertForMaskedLM",),
-             "classify": ("DistilBertForSequenceClassification",),
-             "tag": ("DistilBertForTokenClassification",)},
+             "classify": ("DistilBertForSequenceClassification",), "tag": ("DistilBertForTokenClassification",)},
     keys={"embed": "distilbert.embeddings.word_embeddings",
           "encoder/position_embed": "distilbert.embeddings.position_embeddings",
           "encoder/embed_norm": "distilbert.embeddings.LayerNorm", "pooler": "pre_classifier",
@@ -411,9 +404,9 @@ _DISTILBERT = Family(
               "attention/query": "attention.q_lin", "attention/key": "attention.k_lin",
               "attention/value": "attention.v_lin", "attention/out": "attention.out_lin",
               "mlp/up": "ffn.lin1", "mlp/down": "ffn.lin2"})},
-    fields={"vocab_size": "vocab_size", "max_position_embeddings": "context", "n_layers": "layers",
-            "dim": "dim", "n_heads": "heads", "hidden_dim": "mlp_dim", "activation": "activation",
-            "tie_word_embeddings": "tied", "dropout": "dropout"},
+    fields={"vocab_size": "vocab_size", "max_position_embeddings": "context", "n_layers": "layers", "dim": "dim",
+            "n_heads": "heads", "hidden_dim": "mlp_dim", "activation": "activation", "tie_word_embeddings": "tied",
+            "dropout": "dropout"},
     preset=dict(architecture="encoder", norm_place="post", embed_norm=True, head_bias=True,
                 norm_eps=1e-12, pooler_activation="relu"),
     defaults={"activation": "gelu", "tie_word_embeddings": True, "dropout": 0.1},
@@ -423,10 +416,9 @@ _DISTILBERT = Family(
 
 # Encoder-decoders.
 
-_T5_BLOCK = {
-    "norm_attention": "0.layer_norm", "attention/query": "0.SelfAttention.q",
-    "attention/key": "0.SelfAttention.k", "attention/value": "0.SelfAttention.v",
-    "attention/out": "0.SelfAttention.o"}  # fmt: skip
+_T5_BLOCK = {"norm_attention": "0.layer_norm", "attention/query": "0.SelfAttention.q",
+             "attention/key": "0.SelfAttention.k", "attention/value": "0.SelfAttention.v",
+             "attention/out": "0.SelfAttention.o"}  # fmt: skip
 
 
 def _read_t5(hf):
@@ -481,11 +473,10 @@ _T5 = Family(
             "mlp/gate": "DenseReluDense.wi_0",
             "mlp/up": f"DenseReluDense.wi{'_1' if c.gated else ''}"}).items()},
     fields={"vocab_size": "vocab_size", "n_positions": "context", "num_layers": "layers",
-            "num_decoder_layers": "decoder_layers", "d_model": "dim", "num_heads": "heads",
-            "d_kv": "head_dim", "d_ff": "mlp_dim", "layer_norm_epsilon": "norm_eps",
-            "relative_attention_num_buckets": "relative_buckets",
-            "relative_attention_max_distance": "relative_distance",
-            "tie_word_embeddings": "tied", "dropout_rate": "dropout"},
+            "num_decoder_layers": "decoder_layers", "d_model": "dim", "num_heads": "heads", "d_kv": "head_dim",
+            "d_ff": "mlp_dim", "layer_norm_epsilon": "norm_eps", "relative_attention_num_buckets": "relative_buckets",
+            "relative_attention_max_distance": "relative_distance", "tie_word_embeddings": "tied",
+            "dropout_rate": "dropout"},
     preset=dict(architecture="encoder_decoder", norm="rmsnorm", bias=False, positions="relative",
                 attention_scale=1.0),
     defaults={"n_positions": 512, "num_decoder_layers": None, "layer_norm_epsilon": 1e-6,
@@ -496,13 +487,12 @@ _T5 = Family(
     # Files of the first T5 have this tensor; no version of the model reads it.
     ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")  # fmt: skip
 
-_BART_BLOCK = {
-    "norm_attention": "self_attn_layer_norm", "norm_mlp": "final_layer_norm",
-    "attention/query": "self_attn.q_proj", "attention/key": "self_attn.k_proj",
-    "attention/value": "self_attn.v_proj", "attention/out": "self_attn.out_proj",
-    "norm_cross": "encoder_attn_layer_norm", "cross_attention/query": "encoder_attn.q_proj",
-    "cross_attention/key": "encoder_attn.k_proj", "cross_attention/value": "encoder_attn.v_proj",
-    "cross_attention/out": "encoder_attn.out_proj", "mlp/up": "fc1", "mlp/down": "fc2"}  # fmt: skip
+_BART_BLOCK = {"norm_attention": "self_attn_layer_norm", "norm_mlp": "final_layer_norm",
+               "attention/query": "self_attn.q_proj", "attention/key": "self_attn.k_proj",
+               "attention/value": "self_attn.v_proj", "attention/out": "self_attn.out_proj",
+               "norm_cross": "encoder_attn_layer_norm", "cross_attention/query": "encoder_attn.q_proj",
+               "cross_attention/key": "encoder_attn.k_proj", "cross_attention/value": "encoder_attn.v_proj",
+               "cross_attention/out": "encoder_attn.out_proj", "mlp/up": "fc1", "mlp/down": "fc2"}  # fmt: skip
 
 _BART = Family(
     model_type="bart",
@@ -522,9 +512,8 @@ _BART = Family(
                 position_offset=2, head_bias=True),
     defaults={"activation_function": "gelu", "tie_word_embeddings": True, "dropout": 0.1,
               "decoder_start_token_id": 2, "scale_embedding": False},
-    only={"decoder_attention_heads": "encoder_attention_heads",
-          "decoder_ffn_dim": "encoder_ffn_dim", "normalize_before": (False,),
-          "normalize_embedding": (True,), "add_final_layer_norm": (False,),
+    only={"decoder_attention_heads": "encoder_attention_heads", "decoder_ffn_dim": "encoder_ffn_dim",
+          "normalize_before": (False,), "normalize_embedding": (True,), "add_final_layer_norm": (False,),
           "static_position_embeddings": (False,)},
     read=lambda hf: {"embed_scale": hf["d_model"]**0.5 if hf["scale_embedding"] else 1.0},
     write=lambda c: {"scale_embedding": c.embed_scale != 1, "is_encoder_decoder": True},
@@ -536,8 +525,7 @@ _MARIAN = dataclasses.replace(
     _BART, model_type="marian", classes={"lm": ("MarianMTModel",)},
     preset=_BART.preset | dict(positions="sinusoidal_halves", embed_norm=False, position_offset=0),
     only=_BART.only | {"decoder_vocab_size": "vocab_size", "normalize_embedding": (False,),
-                       "static_position_embeddings": (True,),
-                       "share_encoder_decoder_embeddings": (True,)},
+                       "static_position_embeddings": (True,), "share_encoder_decoder_embeddings": (True,)},
     write=lambda c: _BART.write(c) | {"pad_token_id": c.start_id},
     ignored=r"model\.(en|de)coder\.embed_positions\.weight")  # fmt: skip
 
