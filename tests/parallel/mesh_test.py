@@ -283,7 +283,7 @@ def evaluated():
     rows = Rows(
         rows=[{name: x[i] for name, x in batch.items()} for i in range(8)],
         examples=[None] * 8,
-        drawn=lambda draws: rows,
+        with_noise=lambda draws: rows,
         batch=lambda indices, lengths: {name: x[indices] for name, x in batch.items()},
         lengths=lambda indices: None,
     )
