@@ -261,7 +261,7 @@ def groups(text):
 
 
 def evaluated():
-    """What an evaluation and a Judge find on one device and on a mesh, and what they are split by."""
+    """What an evaluation and an Evaluator find on one device and on a mesh, and what they are split by."""
     from nanoflax import tasks, tokenizers, train
     from nanoflax.config import Config, MaskedLM, TrainConfig
 
@@ -296,14 +296,14 @@ def evaluated():
         mesh = parallel.make_mesh(shape, jax.devices()[: 1 if shape == "1,1,1" else 8])
         config = Config(model=MODELS["packed"], train=TrainConfig(batch_size=B), task=MaskedLM())
         put = lambda params: jax.device_put(params, parallel.shardings(params, mesh))  # noqa: E731
-        model, judged = build(MODELS["packed"]), build(MODELS["mlm"])
+        model, masked_model = build(MODELS["packed"]), build(MODELS["mlm"])
         evaluate = train.make_evaluation(model, config, mesh, objective)
         found = list(evaluate(put(parallel.init(model, jax.random.PRNGKey(0))), Windows()))
-        judge = tasks.Evaluator(judged, config, tokenizers.load("bytes"), (), rows, mesh)
-        params = put(jax.tree.map(lambda x: 6 * x, parallel.init(judged, jax.random.PRNGKey(0))))
-        guesses = judge.guesses(params, parallel.put_batch(batch, mesh))
+        evaluator = tasks.Evaluator(masked_model, config, tokenizers.load("bytes"), (), rows, mesh)
+        params = put(jax.tree.map(lambda x: 6 * x, parallel.init(masked_model, jax.random.PRNGKey(0))))
+        guesses = evaluator.guesses(params, parallel.put_batch(batch, mesh))
         out[shape] = {
-            "sums": found + [float(x) for x in judge._sums(params, parallel.put_batch(batch, mesh))],
+            "sums": found + [float(x) for x in evaluator._sums(params, parallel.put_batch(batch, mesh))],
             "guesses": np.asarray(guesses).tolist(),
         }
     return out | {"ways": ways}

@@ -293,20 +293,20 @@ def test_batches_move_anew_at_each_step_and_the_same_after_a_resumption_on_any_h
     assert all(len(ways) > 2 for ways in seen.values())
 
 
-def test_a_judge_measures_clean_and_shifted_rows_always_alike():
+def test_an_evaluator_measures_clean_and_shifted_rows_always_alike():
     model = build(ModelConfig(vocab_size=BYTES.vocab_size, layers=1, dim=16, heads=2, context=32))
     params = scaled(init(model, jax.random.PRNGKey(0)))
     rows = tasks.encode(TEXTS, BYTES, 16)
 
-    def judged(most, kind="language_model", rows=rows):
+    def evaluated(most, kind="language_model", rows=rows):
         config = Config(task=TASK_KINDS[kind](max_shift=most), train=TrainConfig(batch_size=8))
         return tasks.Evaluator(model, config, BYTES, (), rows, make_mesh("-1,1,1"))(params)[0]
 
-    clean, both = judged(0), judged(3)
+    clean, both = evaluated(0), evaluated(3)
     assert {*clean} == {"validation_loss", "perplexity"}
     assert both == clean | {k: both[k] for k in ("validation_loss_shifted", "perplexity_shifted")}
-    assert both == judged(3)
-    moved = judged(0, rows=rows.shifted(3, 1.0, (0,)))
+    assert both == evaluated(3)
+    moved = evaluated(0, rows=rows.shifted(3, 1.0, (0,)))
     assert moved["validation_loss"] == both["validation_loss_shifted"] != clean["validation_loss"]
 
 
