@@ -1,5 +1,6 @@
 """The models: masks, positions, attention, layers, blocks, the four architectures, and losses."""
 
+from nanoflax.nn.arrays import Array
 from nanoflax.nn.attention import Attention, dot_product_attention
 from nanoflax.nn.blocks import Block, Stack
 from nanoflax.nn.language_model import LanguageModel, SourceModel, mean_pool
@@ -21,8 +22,8 @@ from nanoflax.nn.models import (
 from nanoflax.nn.positions import base_rates, rotary_rates
 
 __all__ = [
-    "Attention", "AttentionLSTM", "Block", "Decoder", "DecoderClassifier", "Embedding", "Encoder",
+    "Array", "Attention", "AttentionLSTM", "Block", "Decoder", "DecoderClassifier", "Embedding", "Encoder",
     "EncoderDecoder", "LanguageModel", "Linear", "MLP", "Norm", "SourceModel", "Stack", "VOCABULARY", "alignment",
-    "base_rates", "build", "chunked_cross_entropy", "chunks_of", "column_lengths", 
-    "dot_product_attention", "flops_per_token", "head_kernel", "low_rank", "mean_pool", "rotary_rates",
-    "shift_right", "token_losses", "without_padding"]  # fmt: skip
+    "base_rates", "build", "chunked_cross_entropy", "chunks_of", "column_lengths", "dot_product_attention",
+    "flops_per_token", "head_kernel", "low_rank", "mean_pool", "rotary_rates", "shift_right", "token_losses",
+    "without_padding"]  # fmt: skip

@@ -6,31 +6,57 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
 from nanoflax.nn import kernels, masking
+from nanoflax.nn.arrays import Array
+from nanoflax.nn.kernels import MaskSpec
 from nanoflax.nn.layers import Linear, Norm
-from nanoflax.nn.positions import rotate
+from nanoflax.nn.positions import Angles, rotate
+
+Mask = Bool[Array, "#B #H #T S"]
+Bias = Float[Array, "1 H T S"]  # added to the scores, float32
+LayerCache = dict[str, Float[Array, "B G _ K"]]  # key and value; of a source cross_key and cross_value
+
+CAUSAL_BLOCKS = 2  # of queries; each computes only the scores of keys up to its last query
 
 
-def dot_product_attention(q, k, v, mask=None, causal=False, bias=None, scale=None, softcap=0.0):
+def dot_product_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G K"],
+    mask: Mask | None = None,
+    causal: bool = False,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> Float[Array, "B T H K"]:
     """Scaled dot-product attention (Vaswani et al. 2017, equation 1), softmax in float32.
 
-    q: [B, T, H, K]; k, v: [B, S, G, K] where G divides H (grouped queries, Ainslie et al. 2023);
-    mask: bool, broadcasting to [B, H, T, S], or None; causal: query t sees keys 0 .. t alone (and
-    what the mask allows of them), T = S; bias: [1, H, T, S] float32 added to the scores, or None;
-    scale: of the scores, default K^-1/2; softcap: scores become cap tanh(score / cap) (Gemma 2), 0
-    for none. A query that may see nothing gets the mean of the values, never NaN.
-    Returns [B, T, H, K] in q's dtype.
+    G divides H: grouped queries (Ainslie et al. 2023). causal: query t attends only to keys 0 .. t
+    (T = S), and of these to what the mask allows. scale: of the scores, default K^-1/2. softcap:
+    scores become cap tanh(score / cap) (Gemma 2); 0 for none. The result has q's dtype. A query
+    without an allowed key gets the mean of the values, never NaN.
     """
     y = heads_first(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask, causal, bias, scale, softcap)
     return y.swapaxes(1, 2)
 
 
-def heads_first(q, k, v, mask=None, causal=False, bias=None, scale=None, softcap=0.0):
-    """`attention` with heads before time, q [B, H, T, K] and k, v [B, G, S, K]: the products are
-    then plain batched matrices, twice as fast on CPU. Returns [B, H, T, K]."""
+def heads_first(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B G S K"],
+    v: Float[Array, "B G S K"],
+    mask: Mask | None = None,
+    causal: bool = False,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> Float[Array, "B H T K"]:
+    """`dot_product_attention` with heads before time: its products are then plain batched matrix
+    products, twice as fast on CPU."""
     B, H, T, K = q.shape
     G = k.shape[1]
     q = (q * (K**-0.5 if scale is None else scale)).reshape(B, G, H // G, T, K)
@@ -40,28 +66,27 @@ def heads_first(q, k, v, mask=None, causal=False, bias=None, scale=None, softcap
 
     mask, bias = grouped(mask), grouped(bias)
     if not causal:
-        return _softmax_attention(q, k, v, mask, bias, softcap).reshape(B, H, T, K)
-    # Blocks of queries, so that most of what the causal mask hides is never computed. Where context
-    # splits T, a block would lie on few of the devices.
+        return _softmax_attention(q, k, v, mask, bias, softcap).reshape(B, H, T, K)  # type: ignore  # of custom_vjp
+    # Where the mesh's context axis splits T, few of the devices would hold a block: there is one block.
     size = -(-T // CAUSAL_BLOCKS) if T >= 128 and parallel.axis_size("context") == 1 else T
     blocks = []
     for a in range(0, T, size):
         b = min(a + size, T)
-        seen = jnp.arange(b)[None] <= jnp.arange(a, b)[:, None]
-        seen = seen if mask is None else seen & _block(mask, a, b)
-        blocks.append(
-            _softmax_attention(
-                q[..., a:b, :], k[:, :, :b], v[:, :, :b], seen, None if bias is None else _block(bias, a, b), softcap
-            )
-        )
+        allowed = jnp.arange(b)[None] <= jnp.arange(a, b)[:, None]
+        allowed = allowed if mask is None else allowed & _block(mask, a, b)
+        block_bias = None if bias is None else _block(bias, a, b)
+        blocks.append(_softmax_attention(q[..., a:b, :], k[:, :, :b], v[:, :, :b], allowed, block_bias, softcap))
     return jnp.concatenate(blocks, axis=-2).reshape(B, H, T, K)
 
 
-CAUSAL_BLOCKS = 2
-
-
-def attention_weights(q, k, mask=None, scale=None, softcap=0.0):
-    """The weights [B, H, T, S] float32 of `heads_first` without its causal mask: to be looked at."""
+def attention_weights(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B G S K"],
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> Float[Array, "B H T S"]:
+    """The float32 weights of `heads_first`, without its causal mask: for pictures."""
     B, H, T, K = q.shape
     k = jnp.repeat(k, H // k.shape[1], axis=1)
     scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
@@ -95,13 +120,13 @@ def _forward(q, k, v, mask, bias, softcap):
     weights = jnp.exp(scores - scores.max(-1, keepdims=True)).astype(v.dtype)
     y = jnp.einsum("bgnts,bgsk->bgntk", weights, v, preferred_element_type=jnp.float32)
     total = weights.astype(jnp.float32).sum(-1, keepdims=True)
-    y = (y / total).astype(q.dtype)  # after the product: K divisions a query, not S
+    y = (y / total).astype(q.dtype)  # after the product: K divisions per query, not S
     return y, (q, k, v, bias, capped, weights, total, y)
 
 
 def _backward(softcap, saved, dy):
-    # As in FlashAttention (Dao et al. 2022, appendix B.4): no sum over S, and none of the mask,
-    # whose weights are exactly 0.
+    # FlashAttention's gradient (Dao et al. 2022, appendix B.4): sum(dy y) replaces a sum over S. The
+    # mask is not needed, because a masked weight is exactly 0.
     q, k, v, bias, capped, weights, total, y = saved
     dy = (dy / total).astype(dy.dtype)
     dv = jnp.einsum("bgnts,bgntk->bgsk", weights, dy)
@@ -120,14 +145,16 @@ def _backward(softcap, saved, dy):
 _softmax_attention.defvjp(_forward, _backward)
 
 
-def empty_cache(config, batch, length, dtype):
-    """The keys and values of one layer before any token: zeros, {key, value: [B, G, S, K]}."""
+def empty_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> LayerCache:
+    """The keys and values of one layer before the first token: zeros [B, G, length, K]."""
     shape = (batch, config.G, length, config.K)
     return {name: parallel.split_cache(jnp.zeros(shape, dtype)) for name in ("key", "value")}
 
 
-def write_cache(cache, k, v, index):
-    """Write k, v [B, G, T, K] at slots index .. index + T of a layer's cache."""
+def write_cache(
+    cache: LayerCache, k: Float[Array, "B G T K"], v: Float[Array, "B G T K"], index: Int[Array, ""]
+) -> LayerCache:
+    """Write keys and values to slots index .. index + T of a layer's cache."""
     at = (0, 0, index, 0)
     return cache | {
         name: jax.lax.dynamic_update_slice(cache[name], x.astype(cache[name].dtype), at)
@@ -136,19 +163,20 @@ def write_cache(cache, k, v, index):
 
 
 class AttentionInputs(NamedTuple):
-    """What the tokens of a layer see, the same for every layer of a kind."""
+    """Mask, bias, rotary angles and cache slot, shared by the layers of a kind."""
 
-    mask: Any = None  # bool, to [B, H, T, S]
-    facts: Any = None  # backends.Facts that say the same as the mask, or None where none can
-    bias: Any = None  # [1, H, T, S] float32, of relative positions
-    angles: Any = None  # of rotary positions
-    index: Any = None  # the cache slot of the first token
-    source: Any = None  # [B, S, D], an encoder's states
-    source_mask: Any = None  # bool, to [B, H, T, S]
+    mask: Mask | None = None
+    spec: MaskSpec | None = None  # the same mask for kernels, or None where no MaskSpec describes it
+    bias: Bias | None = None  # of relative positions
+    angles: Angles | None = None  # of rotary positions
+    index: Any = None  # [] int32, the cache slot of the first token, or None
+    source: Any = None  # [B, S, D], what cross-attention reads: an encoder's output, or None
+    source_mask: Mask | None = None
 
 
 class Attention(nn.Module):
-    """Attention with H query heads and G key/value heads, of tokens to themselves or a source."""
+    """Multi-head attention with H query heads and G key/value heads: self-attention when called,
+    cross-attention by `cross`."""
 
     config: ModelConfig
     out_stddev: float
@@ -164,23 +192,25 @@ class Attention(nn.Module):
             self.query_norm = Norm("rmsnorm", c.norm_eps, False, c.norm_unit_offset)
             self.key_norm = Norm("rmsnorm", c.norm_eps, False, c.norm_unit_offset)
 
-    def __call__(self, x, view, cache=None):
-        """x: [B, T, D]; cache: this layer's, written at slot view.index.
-        Returns ([B, T, D], the new cache or None)."""
-        q = self.queries(x, view.angles)
-        k, v = self.keys_values(x, view.angles)
+    def __call__(
+        self, x: Float[Array, "B T D"], inputs: AttentionInputs, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """Self-attention. cache: this layer's, to be written at slot inputs.index.
+        Returns (the output, the new cache)."""
+        q = self.queries(x, inputs.angles)
+        k, v = self.keys_values(x, inputs.angles)
         if cache is not None:
-            cache = write_cache(cache, k, v, view.index)
+            cache = write_cache(cache, k, v, inputs.index)
             k, v = cache["key"], cache["value"]
-        mask, causal, bias, facts = view.mask, self.causal and cache is None, view.bias, view.facts
+        mask, causal, bias, spec = inputs.mask, self.causal and cache is None, inputs.bias, inputs.spec
         if self.has_variable("params", "prefix_key"):
             k, v, mask, bias = self._after_prefix(k, v, mask, bias, x.shape[1], causal)
-            causal, facts = False, None
-        return self.attend(q, k, v, mask, causal, bias, facts, cache is not None), cache
+            causal, spec = False, None
+        return self.attend(q, k, v, mask, causal, bias, spec, cache is not None), cache
 
     def _after_prefix(self, k, v, mask, bias, T, causal):
-        """Prefix tuning (Li and Liang 2021): trained keys and values [P, G K] that every query
-        sees, before those of the tokens."""
+        """Prefix tuning (Li and Liang 2021): trained keys and values [P, G K], visible to every query,
+        before those of the tokens."""
         B, G, S, K = k.shape
 
         def join(name, x):
@@ -191,28 +221,34 @@ class Attention(nn.Module):
         k, v = join("prefix_key", k), join("prefix_value", v)
         P = k.shape[2] - S
         if causal:
-            seen = masking.causal(jnp.arange(T), jnp.arange(S))
-            mask = seen if mask is None else mask & seen
+            past = masking.causal(jnp.arange(T), jnp.arange(S))
+            mask = past if mask is None else mask & past
         if mask is not None:
             mask = jnp.pad(mask, [(0, 0)] * 3 + [(P, 0)], constant_values=True)
         if bias is not None:
             bias = jnp.pad(bias, [(0, 0)] * 3 + [(P, 0)])
         return k, v, mask, bias
 
-    def cross(self, x, keys, values, mask, cached=False):
-        """x: [B, T, D] looks at a source's keys and values [B, G, S, K], mask [B, 1, 1, S] bool or
-        None. Returns [B, T, D]."""
-        facts = kernels.MaskSpec(valid=None if mask is None else mask[:, 0, 0])
-        return self.attend(self.queries(x), keys, values, mask, False, None, facts, cached)
+    def cross(
+        self,
+        x: Float[Array, "B T D"],
+        keys: Float[Array, "B G S K"],
+        values: Float[Array, "B G S K"],
+        mask: Bool[Array, "B 1 1 S"] | None,
+        cached: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """Cross-attention of x to the keys and values of a source."""
+        spec = MaskSpec(valid=None if mask is None else mask[:, 0, 0])
+        return self.attend(self.queries(x), keys, values, mask, False, None, spec, cached)
 
-    def queries(self, x, angles=None):
-        """x: [B, T, D] -> [B, H, T, K]."""
+    def queries(self, x: Float[Array, "B T D"], angles: Angles | None = None) -> Float[Array, "B H T K"]:
         return self._heads(x, self.query, self.config.heads, "query_norm", angles)
 
-    def keys_values(self, x, angles=None):
-        """x: [B, S, D] -> keys and values, each [B, G, S, K]."""
+    def keys_values(
+        self, x: Float[Array, "B S D"], angles: Angles | None = None
+    ) -> tuple[Float[Array, "B G S K"], Float[Array, "B G S K"]]:
         G = self.config.G
-        return (self._heads(x, self.key, G, "key_norm", angles), self._heads(x, self.value, G, None, None))
+        return self._heads(x, self.key, G, "key_norm", angles), self._heads(x, self.value, G, None, None)
 
     def _heads(self, x, linear, heads, norm, angles):
         normed = norm if norm and self.config.qk_norm != "none" else None
@@ -224,41 +260,31 @@ class Attention(nn.Module):
             y = getattr(self, norm)(y)
         return (y if angles is None else rotate(y, angles)).swapaxes(1, 2)
 
-    def attend(self, q, k, v, mask, causal, bias=None, facts=None, cached=False):
-        """q: [B, H, T, K]; k, v: [B, G, S, K]; facts: what the mask says, as a backends.Facts, or
-        None. With a cache, and for init, always plain. Returns the heads' outputs, projected:
-        [B, T, D]."""
+    def attend(
+        self,
+        q: Float[Array, "B H T K"],
+        k: Float[Array, "B G S K"],
+        v: Float[Array, "B G S K"],
+        mask: Mask | None,
+        causal: bool,
+        bias: Bias | None = None,
+        spec: MaskSpec | None = None,
+        cached: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """Attention and the output projection, by the kernel that `choose` names; with a cache, and
+        for init, by `heads_first`. spec: the mask as a MaskSpec, or None."""
         c, name = self.config, "plain"
         if not cached and not self.is_initializing():
-            name, _ = self.backend(q, k, causal, bias, facts)
+            name, _ = self.backend(q, k, causal, bias, spec)
+        options = c.attention_scale, c.attention_softcap
         if name == "plain":
-            y = heads_first(
-                q,
-                parallel.gather_sequence(k),
-                parallel.gather_sequence(v),
-                mask,
-                causal,
-                bias,
-                c.attention_scale,
-                c.attention_softcap,
-            )
+            y = heads_first(q, parallel.gather_sequence(k), parallel.gather_sequence(v), mask, causal, bias, *options)
         else:
-            y = kernels.BACKENDS[name].attend(q, k, v, causal, facts, c.attention_scale, c.attention_softcap)
+            y = kernels.BACKENDS[name].attend(q, k, v, causal, spec, *options)
         return self.out(y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], c.heads * c.K))
 
-    def backend(self, q, k, causal, bias, facts):
-        """`backends.choose` for a call of `attend` without a cache."""
-        c = self.config
-        return kernels.choose(
-            c.attention_backend,
-            kernels.Call(
-                parallel.current_platform(),
-                q.shape,
-                k.shape,
-                q.dtype,
-                causal,
-                facts,
-                bias is not None,
-                c.attention_softcap,
-            ),
-        )
+    def backend(self, q: Array, k: Array, causal: bool, bias: Bias | None, spec: MaskSpec | None) -> tuple[str, str]:
+        """`kernels.choose` for a call of `attend` without a cache."""
+        c, platform = self.config, parallel.current_platform()
+        call = kernels.Call(platform, q.shape, k.shape, q.dtype, causal, spec, bias is not None, c.attention_softcap)
+        return kernels.choose(c.attention_backend, call)

@@ -1,16 +1,19 @@
-"""A Transformer block, the stack of blocks that is the body of every Transformer, and what all
-language models share: the embedding, the head and the decode interface."""
+"""A Transformer block, and the stack of blocks that is the body of every Transformer."""
 
 import dataclasses
+import operator
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
 from nanoflax.nn import masking, positions
-from nanoflax.nn.attention import Attention, AttentionInputs
+from nanoflax.nn.arrays import Array
+from nanoflax.nn.attention import Attention, AttentionInputs, LayerCache
 from nanoflax.nn.kernels import MaskSpec
 from nanoflax.nn.layers import MLP, Embedding, Norm, bottleneck
 
@@ -21,17 +24,16 @@ REMAT_POLICIES = {
 }
 
 
-def norm(config, name=None):
-    """The Norm that a configuration asks for."""
-    c = config
-    return Norm(c.norm, c.norm_eps, c.has_bias("norm"), c.norm_unit_offset, name=name)
+def norm(config: ModelConfig) -> Norm:
+    """The normalisation layer of a configuration."""
+    return Norm(config.norm, config.norm_eps, config.has_bias("norm"), config.norm_unit_offset)
 
 
 class Block(nn.Module):
-    """Self-attention, attention to a source if `cross`, and an MLP: each a residual with its norm.
+    """Self-attention, cross-attention if `cross`, and an MLP: each with a residual connection and a norm.
 
-    The norm's place: pre, x + f(norm(x)) (Radford et al. 2019); post, norm(x + f(x)) (Vaswani et
-    al. 2017); after, x + norm(f(x)) (OLMo 2); sandwich, x + norm(f(norm(x))) (Gemma 2).
+    norm_place: pre, x + f(norm(x)) (Radford et al. 2019); post, norm(x + f(x)) (Vaswani et al. 2017);
+    after, x + norm(f(x)) (OLMo 2); sandwich, x + norm(f(norm(x))) (Gemma 2).
     """
 
     config: ModelConfig
@@ -51,27 +53,35 @@ class Block(nn.Module):
             if c.norm_place == "sandwich":
                 setattr(self, f"norm_{name}_out", norm(c))
 
-    def __call__(self, x, view, cache=None, deterministic=True):
-        """x: [B, T, D]; view: a View; cache: this layer's, or None. Returns ([B, T, D], cache)."""
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        inputs: AttentionInputs,
+        cache: LayerCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """cache: this layer's. Returns (the output, the new cache)."""
         x = parallel.split_batch(x)
-        h, cache = self.attention(self._before("attention", x), view, cache)
+        h, cache = self.attention(self._before("attention", x), inputs, cache)
         if self.config.parallel:
             h = self._adapt("attention", h)
             h += self._adapt("mlp", self.mlp(self._before("mlp", x)))
             return x + self.drop(h, deterministic=deterministic), cache
         x = self._after("attention", x, h, deterministic)
         if self.cross:
-            keys, values = (
-                self.cross_keys_values(view.source) if cache is None else (cache["cross_key"], cache["cross_value"])
-            )
-            h = self.cross_attention.cross(
-                self._before("cross", x), keys, values, view.source_mask, cached=cache is not None
-            )
+            if cache is None:
+                keys, values = self.cross_keys_values(inputs.source)
+            else:
+                keys, values = cache["cross_key"], cache["cross_value"]
+            before, cached = self._before("cross", x), cache is not None
+            h = self.cross_attention.cross(before, keys, values, inputs.source_mask, cached=cached)
             x = self._after("cross", x, h, deterministic)
         return self._after("mlp", x, self.mlp(self._before("mlp", x)), deterministic), cache
 
-    def cross_keys_values(self, source):
-        """What cross-attention reads of a source [B, S, D]: keys and values, each [B, G, S, K]."""
+    def cross_keys_values(
+        self, source: Float[Array, "B S D"]
+    ) -> tuple[Float[Array, "B G S K"], Float[Array, "B G S K"]]:
+        """The keys and values by which cross-attention reads a source."""
         return self.cross_attention.keys_values(source)
 
     def _before(self, name, x):
@@ -79,7 +89,7 @@ class Block(nn.Module):
         return getattr(self, f"norm_{name}")(x) if normed else x
 
     def _adapt(self, name, h):
-        """A sublayer's output through the bottleneck adapter that the parameters hold for it."""
+        """The output of a sublayer through its bottleneck adapter, if the parameters hold one."""
         if not self.has_variable("params", f"adapter_{name}"):
             return h
         return bottleneck(h, self.get_variable("params", f"adapter_{name}"), self.config.activation)
@@ -96,11 +106,20 @@ class Block(nn.Module):
         return x + h
 
 
+class Places(NamedTuple):
+    """Where the tokens of a call stand. The P vectors of a prompt stand at -P .. -1."""
+
+    queries: Int[Array, "#B T"]  # the slot of each token, minus P
+    keys: Int[Array, "1 S"]  # the slot of each key, minus P
+    positions: Int[Array, "#B T"]  # of each token in its document, as position embeddings count
+    prompt_keys: Bool[Array, "1 1 1 S"] | bool  # True at the keys of the prompt, which every query attends to
+
+
 class Stack(nn.Module):
     """Positions, blocks and the last norm: the body of an encoder or a decoder.
 
-    The blocks run one by one, or if the parameters hold them stacked (see `stacking`) as one, in a
-    scan: the same numbers, but for dropout's keys.
+    The blocks run one by one; if the parameters hold them stacked (`parallel.stack`), in a scan over
+    layers, which computes the same numbers except for dropout's keys.
     """
 
     config: ModelConfig
@@ -125,94 +144,130 @@ class Stack(nn.Module):
             self.norm = norm(c)
         self.drop = nn.Dropout(c.dropout)
 
-    def __call__(self, x, segments=None, cache=None, source=None, source_mask=None, deterministic=True):
-        """x: [B, T, D] embeddings; segments: [B, T] int32 or None: tokens see their own segment
-        alone (0 may be padding), but of an encoder all those that are not 0; cache: whose slots the
-        tokens extend, or None; source: [B, S, D], an encoder's states, and source_mask: [B, S]
-        bool, for cross-attention.
-        Returns ([B, T, D], the new cache or None).
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segments: Int[Array, "B T"] | None = None,
+        cache: dict | None = None,
+        source: Float[Array, "B S D"] | None = None,
+        source_mask: Bool[Array, "B S"] | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], dict | None]:
+        """The last hidden states of the embeddings x, and the new cache.
 
-        Prompt tuning (Lester et al. 2021): P vectors that the parameters hold stand before position
-        0 and are seen by all. A call without tokens (T = 0) reads them into the cache's first slots.
+        segments: a causal token attends within its segment, a token of an encoder to all segments
+        but 0 (padding). cache: x extends its slots. source, source_mask: for cross-attention.
+
+        Prompt tuning (Lester et al. 2021): P trained vectors among the parameters stand before
+        position 0, visible to all tokens. A call with T = 0 reads them into the cache's first slots.
         """
-        c = self.config
-        P, prompted = 0, False
+        c, P, prompted = self.config, 0, False
         if self.has_variable("params", "prompt"):
             prompt = self.get_variable("params", "prompt").astype(x.dtype)
             P, prompted = len(prompt), cache is None or x.shape[1] == 0
             if prompted:
                 x = jnp.concatenate([jnp.broadcast_to(prompt, (len(x), *prompt.shape)), x], 1)
-        T = x.shape[1]
         if cache is None:
-            slots = keys = place = jnp.arange(T, dtype=jnp.int32)[None] - P
-            mask, index, layers = None, None, [None] * self.layers
+            places, mask, spec = self._whole_texts(x, P, segments)
+            index, caches = None, [None] * self.layers
         else:
-            index, start, layers = cache["index"], cache["start"], cache["layers"]
-            slots = index + jnp.arange(T, dtype=jnp.int32)[None] - P
-            keys = jnp.arange(layers[0]["key"].shape[2], dtype=jnp.int32)[None] - P
-            place = jnp.maximum(slots - start[:, None], jnp.minimum(slots, 0) if P else 0)
-            source_mask = cache.get("source_mask")
-        everyones, facts = masking.padding(keys < 0) if P else False, None
-        if cache is not None:
-            real = masking.padding(keys >= start[:, None])
-            mask = masking.causal(slots, keys) & (real | everyones)
-        elif segments is not None:
-            place = positions.restarting(segments)
-            if P:
-                place = jnp.concatenate([jnp.broadcast_to(slots[:, :P], (len(x), P)), place], 1)
-                segments = jnp.pad(segments, [(0, 0), (P, 0)], constant_values=1)
-            mask = masking.segments(segments, segments) | everyones if self.causal else masking.padding(segments > 0)
-        if cache is None and not P:
-            facts = MaskSpec(segments) if self.causal or segments is None else MaskSpec(valid=segments > 0)
-        view = AttentionInputs(
-            mask,
-            facts,
-            index=index,
-            source=source,
-            source_mask=None if source_mask is None else masking.padding(source_mask),
-        )
-        if c.positions == "learned":
-            row = jnp.maximum(place, 0) if P else place
-            table = parallel.replicate(self.position_embed.embedding)
-            x += table[row + c.position_offset].astype(x.dtype)
-        elif c.positions.startswith("sinusoidal"):
-            halves = c.positions == "sinusoidal_halves"
-            x += positions.sinusoidal(place, c.dim, halves).astype(x.dtype)
-        elif c.positions == "relative":
-            view = view._replace(bias=self._relative_bias(slots[0], keys[0]))
+            places, mask, spec = self._after_cache(x, P, cache)
+            index, caches, source_mask = cache["index"], cache["layers"], cache.get("source_mask")
+        source_mask = None if source_mask is None else masking.padding(source_mask)
+        inputs = AttentionInputs(mask, spec, index=index, source=source, source_mask=source_mask)
+        if c.positions == "relative":
+            inputs = inputs._replace(bias=self._relative_bias(places.queries[0], places.keys[0]))
+        x = self._add_positions(x, places.positions, P)
         if c.embed_norm:
             x = self.embed_norm(x)
         x = self.drop(x, deterministic=deterministic)
         local = [c.is_local(i) for i in range(self.layers)]
-        views = {kind: self._view(view, kind, slots, keys, place, everyones) for kind in sorted(set(local))}
-        if self.has_variable("params", "blocks"):
-            x, new = self._scan(x, views, local, layers, deterministic)
-        else:
-            new = []
-            for block, kind, layer in zip(self.blocks, local, layers):
-                x, layer = block(x, views[kind], layer, deterministic)
-                new.append(layer)
+        by_kind = {kind: self._inputs_of(kind, inputs, places) for kind in sorted(set(local))}
+        run = self._scan if self.has_variable("params", "blocks") else self._loop
+        x, caches = run(x, by_kind, local, caches, deterministic)
         if cache is not None:
-            cache = cache | {"layers": new, "index": index + T}
+            cache = cache | {"layers": caches, "index": cache["index"] + places.queries.shape[1]}
         x = x[:, P:] if prompted else x
         return (x if c.norm_place == "post" else self.norm(x)), cache
 
-    def cross_cache(self, source):
-        """The cross-attention keys and values of every layer for a source [B, S, D]: computed once,
-        to lie in the cache. Returns a list of {cross_key, cross_value: [B, G, S, K]}."""
+    def cross_cache(self, source: Float[Array, "B S D"]) -> list[LayerCache]:
+        """The cross-attention keys and values of every layer, computed once for a source."""
         if self.has_variable("params", "blocks"):
             block = Block(self.config, self.causal, self.cross, parent=None)
             stacked = jax.lax.map(
                 lambda params: block.apply({"params": params}, source, method="cross_keys_values"), self._stacked()
             )
-            found = _layers(stacked, self.layers)
+            pairs = _layers(stacked, self.layers)
         else:
-            found = [block.cross_keys_values(source) for block in self.blocks]
-        return [dict(zip(("cross_key", "cross_value"), pair)) for pair in found]
+            pairs = [block.cross_keys_values(source) for block in self.blocks]
+        return [{"cross_key": key, "cross_value": value} for key, value in pairs]
 
-    def _scan(self, x, views, local, caches, deterministic):
-        """x: [B, T, D]; views: by kind of layer; local, caches: of each layer.
-        Returns ([B, T, D], the new caches)."""
+    def _whole_texts(self, x, P, segments):
+        """(Places, mask, MaskSpec) of texts read from their beginning, without a cache."""
+        slots = places = jnp.arange(x.shape[1], dtype=jnp.int32)[None] - P
+        prompt_keys, mask = masking.padding(slots < 0) if P else False, None
+        if segments is not None:
+            places = positions.restarting(segments)
+            if P:
+                places = jnp.concatenate([jnp.broadcast_to(slots[:, :P], (len(x), P)), places], 1)
+                segments = jnp.pad(segments, [(0, 0), (P, 0)], constant_values=1)
+            mask = masking.segments(segments, segments) | prompt_keys if self.causal else masking.padding(segments > 0)
+        spec = None
+        if not P:
+            spec = MaskSpec(segments) if self.causal or segments is None else MaskSpec(valid=segments > 0)
+        return Places(slots, slots, places, prompt_keys), mask, spec
+
+    def _after_cache(self, x, P, cache):
+        """(Places, mask, no MaskSpec) of tokens that extend a cache."""
+        start = cache["start"][:, None]
+        slots = cache["index"] + jnp.arange(x.shape[1], dtype=jnp.int32)[None] - P
+        keys = jnp.arange(cache["layers"][0]["key"].shape[2], dtype=jnp.int32)[None] - P
+        places = jnp.maximum(slots - start, jnp.minimum(slots, 0) if P else 0)
+        prompt_keys = masking.padding(keys < 0) if P else False
+        mask = masking.causal(slots, keys) & (masking.padding(keys >= start) | prompt_keys)
+        return Places(slots, keys, places, prompt_keys), mask, None
+
+    def _add_positions(self, x, places, P):
+        c = self.config
+        if c.positions == "learned":
+            row = jnp.maximum(places, 0) if P else places
+            table = parallel.replicate(self.position_embed.embedding)
+            return x + table[row + c.position_offset].astype(x.dtype)
+        if c.positions.startswith("sinusoidal"):
+            halves = c.positions == "sinusoidal_halves"
+            return x + positions.sinusoidal(places, c.dim, halves).astype(x.dtype)
+        return x
+
+    def _relative_bias(self, queries, keys):
+        c = self.config
+        distance = keys[None] - queries[:, None]
+        buckets = positions.relative_buckets(distance, c.relative_buckets, c.relative_distance, self.causal)
+        return self.relative_bias(buckets).astype(jnp.float32).transpose(2, 0, 1)[None]
+
+    def _inputs_of(self, local, inputs, places):
+        """The AttentionInputs of the layers with a window (local) or without."""
+        c = self.config
+        if c.positions == "rotary":
+            rates = positions.rotary_rates(c, local)
+            inputs = inputs._replace(angles=positions.rotary_angles(places.positions, rates))
+        if local:
+            window = masking.window(places.queries, places.keys, c.window) | places.prompt_keys
+            inputs = inputs._replace(mask=window if inputs.mask is None else inputs.mask & window)
+            if inputs.spec is not None:
+                inputs = inputs._replace(spec=dataclasses.replace(inputs.spec, window=c.window))
+        return inputs
+
+    def _loop(self, x, by_kind, local, caches, deterministic):
+        """Run the blocks one by one. by_kind: AttentionInputs of layers that are local, or not; local,
+        caches: of each layer. Returns (the output, the new caches)."""
+        new = []
+        for block, kind, cache in zip(self.blocks, local, caches, strict=True):
+            x, cache = block(x, by_kind[kind], cache, deterministic)
+            new.append(cache)
+        return x, new
+
+    def _scan(self, x, by_kind, local, caches, deterministic):
+        """`_loop` as a scan over stacked blocks."""
         block = Block(self.config, self.causal, self.cross, parent=None)
         rng = self.make_rng("dropout") if self.config.dropout and not deterministic else None
 
@@ -220,14 +275,14 @@ class Stack(nn.Module):
             i, kind, params, cache = layer
             rngs = {} if rng is None else {"dropout": jax.random.fold_in(rng, i)}
 
-            def run(view):
-                return lambda: block.apply({"params": params}, x, view, cache, deterministic, rngs=rngs)
+            def run(inputs):
+                return lambda: block.apply({"params": params}, x, inputs, cache, deterministic, rngs=rngs)
 
-            return jax.lax.switch(kind, [run(view) for view in views.values()])
+            return jax.lax.switch(kind, [run(inputs) for inputs in by_kind.values()])
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        kinds = jnp.array([list(views).index(kind) for kind in local])
+        kinds = jnp.array([list(by_kind).index(kind) for kind in local])
         cache = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
         x, cache = jax.lax.scan(body, x, (jnp.arange(self.layers), kinds, self._stacked(), cache))
         return x, _layers(cache, self.layers)
@@ -235,26 +290,7 @@ class Stack(nn.Module):
     def _stacked(self):
         return self.get_variable("params", "blocks")
 
-    def _relative_bias(self, slots, keys):
-        c = self.config
-        buckets = positions.relative_buckets(
-            keys[None] - slots[:, None], c.relative_buckets, c.relative_distance, self.causal
-        )
-        return self.relative_bias(buckets).astype(jnp.float32).transpose(2, 0, 1)[None]
-
-    def _view(self, view, local, slots, keys, place, everyones):
-        c = self.config
-        if c.positions == "rotary":
-            rates = positions.rotary_rates(c, local)
-            view = view._replace(angles=positions.rotary_angles(place, rates))
-        if local:
-            window = masking.window(slots, keys, c.window) | everyones
-            view = view._replace(mask=window if view.mask is None else view.mask & window)
-            if view.facts is not None:
-                view = view._replace(facts=dataclasses.replace(view.facts, window=c.window))
-        return view
-
 
 def _layers(tree, count):
-    """The trees of each layer, of a tree of leaves [L, ...]."""
-    return [jax.tree.map(lambda x: x[i], tree) for i in range(count)]
+    """The tree of each layer, from a tree of leaves [L, ...]."""
+    return [jax.tree.map(operator.itemgetter(i), tree) for i in range(count)]

@@ -1,41 +1,44 @@
-"""Fused kernels that may stand for plain attention: what each can compute, and how it is called.
+"""Fused kernels in place of plain attention: what each can compute, and how it is called.
 
-One is taken only where it computes exactly what is asked: the mask in words (`Facts`), the bias,
-the scale, the cap. Otherwise attention is plain.
+A kernel is chosen only where it computes exactly the mask, bias, scale and cap that a layer asks for.
+Otherwise attention is plain.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
 from nanoflax.errors import UserError
+from nanoflax.nn.arrays import Array
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("segments", "valid"), meta_fields=("window",))
 @dataclasses.dataclass(frozen=True)
 class MaskSpec:
-    """All that a mask says besides causality, in words that a kernel understands."""
+    """Segments, valid keys and window, for kernels that take no dense mask. Causality is separate."""
 
-    segments: Any = None  # [B, T] int32: a query sees the keys of its own segment
-    valid: Any = None  # [B, S] bool: a query sees the keys that are real
-    window: int = 0  # a query sees no key that is so many positions before it, or more; 0: all
+    segments: Int[Array, "B T"] | None = None  # a query attends to the keys of its own segment
+    valid: Bool[Array, "B S"] | None = None  # a query attends to the keys that are True
+    window: int = 0  # a query attends to keys fewer than `window` positions before it; 0: to all
 
 
 class Call(NamedTuple):
-    """What a kernel is asked for, as far as it is known when a step is traced."""
+    """What a layer asks of a kernel, as far as it is known when a step is traced."""
 
     platform: str
-    q: tuple  # the shape [B, H, T, K]
-    k: tuple  # the shape [B, G, S, K]
-    dtype: Any
+    q: tuple[int, ...]  # the shape [B, H, T, K]
+    k: tuple[int, ...]  # the shape [B, G, S, K]
+    dtype: DTypeLike
     causal: bool
-    facts: MaskSpec | None  # None: the mask is known as an array alone
+    spec: MaskSpec | None  # None: no MaskSpec describes the mask
     bias: bool
     softcap: float
 
@@ -44,14 +47,14 @@ class Backend(NamedTuple):
     """A row of BACKENDS."""
 
     platform: str
-    refusals: Callable  # Call -> {reason not to take it: whether it holds}
-    attend: Callable  # (q, k, v, causal, facts, scale, softcap) -> [B, H, T, K]
+    refusals: Callable[[Call], dict[str, bool]]  # {reason against the kernel: whether it applies}
+    attend: Callable[..., Array]  # (q, k, v, causal, spec, scale, softcap) -> [B, H, T, K]
 
 
-def choose(wanted, call):
-    """(the name of the backend that serves a call, why no kernel does or ""). wanted: a name or auto.
+def choose(wanted: str, call: Call) -> tuple[str, str]:
+    """(the name of the backend for a call, the reasons against a kernel or ""). wanted: a name or auto.
 
-    Raises: UserError if a kernel is wanted by name and cannot serve.
+    Raises: UserError if a kernel is wanted by name and cannot compute the call.
     """
     name = wanted
     if wanted == "auto":
@@ -63,11 +66,11 @@ def choose(wanted, call):
         f"it runs on {row.platform}, not {call.platform}": row.platform != call.platform,
         f"context={context} splits the sequence": context > 1,
         "attention has a bias of relative positions": call.bias,
-        "prompt and prefix tuning mask by an array": call.facts is None,
+        "prompt and prefix tuning mask by an array": call.spec is None,
     }
-    if call.facts is not None:
+    if call.spec is not None:
         refusals |= row.refusals(call)
-    why = ", ".join(reason for reason, holds in refusals.items() if holds)
+    why = ", ".join(reason for reason, applies in refusals.items() if applies)
     if why and wanted != "auto":
         raise UserError(f"model.attention_backend={wanted!r} cannot serve: {why}; auto takes it wherever it can")
     return ("plain", f"not {name}: {why}") if why else (name, "")
@@ -77,50 +80,56 @@ def choose(wanted, call):
 
 
 def _cudnn_refusals(call):
-    facts, K, capability = call.facts, call.q[-1], _compute_capability()
+    spec, K, dtype, capability = call.spec, call.q[-1], jnp.dtype(call.dtype).name, _compute_capability()
     most = 256 if capability >= 9 else 128
     return {
-        f"it takes bfloat16 and float16, not {jnp.dtype(call.dtype).name}": jnp.dtype(call.dtype).name
-        not in ("bfloat16", "float16"),
+        f"it takes bfloat16 and float16, not {dtype}": dtype not in ("bfloat16", "float16"),
         f"heads of {K} are not a multiple of 8 up to {most}": K % 8 > 0 or K > most,
         "the GPU is older than Ampere": capability < 8,
         "scores have a softcap": call.softcap > 0,
-        "packed documents need a mask of segments": facts.segments is not None,
-        "a window without causality": facts.window > 0 and not call.causal,
-        "padding beside causality": facts.valid is not None and call.causal,
+        "packed documents need a mask of segments": spec.segments is not None,
+        "a window without causality": spec.window > 0 and not call.causal,
+        "padding beside causality": spec.valid is not None and call.causal,
         "causality between sequences of two lengths": call.causal and call.q[2] != call.k[2],
     }
 
 
 @functools.cache
 def _compute_capability():
-    """Of the first GPU; of one that is only compiled for, that of the newest."""
+    """Of the first GPU; without a GPU, which may still be compiled for, that of the newest."""
     gpus = [d for d in jax.devices() if d.platform == "gpu"]
     return float(gpus[0].compute_capability) if gpus else 9.0
 
 
-def cudnn(q, k, v, causal, facts, scale=None, softcap=0.0):
-    """`attention.heads_first` by cuDNN. A row without one real key is finite, but not the mean."""
-    lengths, seq = None, lambda x: x.swapaxes(1, 2)  # time before heads
-    q, k, v = seq(q), seq(k), seq(v)
-    if facts.valid is not None:
-        # Padding is a length to it, and may lie anywhere here: real keys go first, since without
-        # causality their order is nothing to attention.
-        order = jnp.argsort(~facts.valid, axis=1, stable=True)[:, :, None, None]
+def cudnn(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B G S K"],
+    v: Float[Array, "B G S K"],
+    causal: bool,
+    spec: MaskSpec,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> Float[Array, "B H T K"]:
+    """`attention.heads_first` by cuDNN. A row without a valid key is finite, but not the mean."""
+    lengths = None
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # time before heads
+    if spec.valid is not None:
+        # cuDNN takes a number of keys, so the valid ones are moved to the front: without causality
+        # attention does not depend on the order of keys.
+        order = jnp.argsort(~spec.valid, axis=1, stable=True)[:, :, None, None]
         k, v = (jnp.take_along_axis(x, order, axis=1) for x in (k, v))
-        lengths = jnp.maximum(facts.valid.sum(1), 1).astype(jnp.int32)
-    return seq(
-        jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            scale=scale,
-            is_causal=causal,
-            key_value_seq_lengths=lengths,
-            local_window_size=(facts.window - 1, 0) if facts.window else None,
-            implementation="cudnn",
-        )
+        lengths = jnp.maximum(spec.valid.sum(1), 1).astype(jnp.int32)
+    y = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        is_causal=causal,
+        key_value_seq_lengths=lengths,
+        local_window_size=(spec.window - 1, 0) if spec.window else None,
+        implementation="cudnn",
     )
+    return y.swapaxes(1, 2)
 
 
 # Splash, JAX's attention kernel for TPUs.
@@ -135,30 +144,37 @@ def _splash_refusals(call):
     }
 
 
-def splash(q, k, v, causal, facts, scale=None, softcap=0.0, interpret=False):
-    """`attention.heads_first` by the Splash kernel, each device its own rows and heads.
+def splash(
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B G S K"],
+    v: Float[Array, "B G S K"],
+    causal: bool,
+    spec: MaskSpec,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    interpret: bool = False,
+) -> Float[Array, "B H T K"]:
+    """`attention.heads_first` by the Splash kernel; each device computes its own rows and heads.
 
-    interpret: compute what the kernel says on any platform, slowly.
+    interpret: run the kernel's code on any platform, slowly.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as lib
 
     (T, K), S, ids = q.shape[2:], k.shape[2], None
-    if facts.segments is not None:
-        ids = lib.SegmentIds(facts.segments, facts.segments)
-    elif facts.valid is not None:
-        valid = facts.valid.astype(jnp.int32)
+    if spec.segments is not None:
+        ids = lib.SegmentIds(spec.segments, spec.segments)
+    elif spec.valid is not None:
+        valid = spec.valid.astype(jnp.int32)
         ids = lib.SegmentIds(jnp.ones((len(q), T), jnp.int32), valid)
-    see = (
-        lib.LocalMask((T, S), (facts.window - 1 if facts.window else None, 0 if causal else None), 0)
-        if causal or facts.window
-        else lib.FullMask((T, S))
-    )
+    mask = lib.FullMask((T, S))
+    if causal or spec.window:
+        mask = lib.LocalMask((T, S), (spec.window - 1 if spec.window else None, 0 if causal else None), 0)
     t, s = (next(n for n in (512, 256, 128) if size % n == 0) for size in (T, S))
     blocks = lib.BlockSizes(block_q=t, block_kv=s, block_q_dkv=t, block_kv_dkv=s, block_q_dq=t, block_kv_dq=s)
 
     def local(q, k, v, ids):
         kernel = lib.make_splash_mha(
-            lib.MultiHeadMask([see] * q.shape[1]),
+            lib.MultiHeadMask([mask] * q.shape[1]),
             block_sizes=blocks,
             head_shards=1,
             q_seq_shards=1,

@@ -1,17 +1,19 @@
-"""What every language model shares: embeddings in, the output head, the encoded source."""
+"""What every language model shares: the embedding, the output head, the encoded source."""
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
+from nanoflax.nn.arrays import Array
 from nanoflax.nn.layers import Embedding, Linear, activate
 
 
 class LanguageModel(nn.Module):
-    """The embedding, the head and the decode interface: what a loss and a sampler know of a model.
+    """The embedding, the head and the decode interface: all that a loss and a sampler use of a model.
 
-    A model adds `hidden`, `__call__` and `prefill`.
+    A subclass adds `hidden`, `__call__` and `prefill`.
     """
 
     config: ModelConfig
@@ -29,39 +31,39 @@ class LanguageModel(nn.Module):
             self.delay = Linear(c.dim, bias=False, stddev=0.0)  # at first it changes nothing
         self.drop = nn.Dropout(c.dropout)
 
-    def embed(self, tokens):
-        """tokens: [B, T] int32 below V -> [B, T, D] in the compute dtype."""
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The embeddings of tokens below V, in the compute dtype."""
         return parallel.split_embedded(self.embedding(tokens)) * self.config.embed_scale
 
-    def output(self, x, segments=None, cache=None):
-        """The last states x [B, T, D] as `head` reads them, and the cache or None.
+    def output(
+        self, x: Float[Array, "B T D"], segments: Int[Array, "B T"] | None = None, cache: dict | None = None
+    ) -> tuple[Float[Array, "B T D"], dict | None]:
+        """The states that `head` reads, from the last hidden states x, and the new cache.
 
-        With config.output_delay = n, GELU(W h) of the state h n steps before is added to each: of
-        its own document by segments [B, T], if given. The cache holds the last n states; what lies
-        before the first is zeros, and adds nothing.
+        With config.output_delay = n, GELU(W h) is added to each state, where h is the state n steps
+        before, of the same segment; before the first state h is zero. The cache holds the last n states.
         """
         n, T = self.config.output_delay, x.shape[1]
         x *= self.config.logit_scale
         if not n:
             return x, cache
-        line = (cache or empty_delay(self, len(x)))["delay"]
-        padding = jnp.arange(T) < line["padding"][:, None]
-        states = jnp.concatenate([line["states"], jnp.where(padding[..., None], 0, x)], 1)
+        delay = (cache or empty_delay(self, len(x)))["delay"]
+        padding = jnp.arange(T) < delay["padding"][:, None]
+        states = jnp.concatenate([delay["states"], jnp.where(padding[..., None], 0, x)], 1)
         before = states[:, :T]
         if segments is not None:
-            own = jnp.pad(segments, [(0, 0), (n, 0)], constant_values=-1)[:, :T] == segments
-            before = jnp.where(own[..., None], before, 0)
+            same = jnp.pad(segments, [(0, 0), (n, 0)], constant_values=-1)[:, :T] == segments
+            before = jnp.where(same[..., None], before, 0)
         if cache is not None:
-            cache = cache | {"delay": {"states": states[:, T:], "padding": jnp.maximum(line["padding"] - T, 0)}}
+            cache = cache | {"delay": {"states": states[:, T:], "padding": jnp.maximum(delay["padding"] - T, 0)}}
         return x + activate("gelu", self.delay(before)), cache
 
-    def head(self, x):
-        """The logits [B, T, V] float32 of `hidden`'s states x [B, T, D]."""
+    def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The float32 logits of the states that `hidden` returns."""
         c = self.config
         if c.tied:
-            logits = jnp.einsum(
-                "btd,vd->btv", x, self.embedding.embedding.astype(x.dtype), preferred_element_type=jnp.float32
-            )
+            table = self.embedding.embedding.astype(x.dtype)
+            logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
         else:
             logits = self.unembed(x).astype(jnp.float32)
         if c.head_bias:
@@ -69,71 +71,65 @@ class LanguageModel(nn.Module):
         return c.logit_softcap * jnp.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
 
     @property
-    def compute_dtype(self):
+    def compute_dtype(self) -> jnp.dtype:
         """The dtype of activations: `auto` is float32 on CPU, where bfloat16 gains nothing."""
         if self.config.dtype != "auto":
             return jnp.dtype(self.config.dtype)
         return jnp.dtype("float32" if parallel.current_platform() == "cpu" else "bfloat16")
 
-    def decode(self, params, tokens, cache):
-        """One step of generation: tokens [B, T] int32 extend the cache.
+    def decode(self, params: dict, tokens: Int[Array, "B T"], cache: dict) -> tuple[Float[Array, "B T V"], dict]:
+        """One step of generation: (float32 logits, the cache extended by the tokens).
 
-        Returns (logits [B, T, V] float32, cache). The whole of what samplers know of a model: and
-        that a cache is a tree of scalars and of arrays [B, ...].
+        Samplers use nothing else of a model, and of a cache only that it is a tree of scalars and
+        arrays [B, ...].
         """
-        return self.apply({"params": params}, tokens, cache=cache)
+        return self.apply({"params": params}, tokens, cache=cache)  # type: ignore  # Linen's apply has no type
 
 
-def mean_pool(states, padding_mask):
-    """A sentence's vector: the mean of its tokens' states (Reimers and Gurevych 2019).
-
-    states: [B, T, D]; padding_mask: [B, T] bool. Returns [B, D] in the states' dtype.
-    """
+def mean_pool(states: Float[Array, "B S D"], padding_mask: Bool[Array, "B S"]) -> Float[Array, "B D"]:
+    """A vector of each text: the mean of its tokens' states (Reimers and Gurevych 2019)."""
     weights = padding_mask[..., None].astype(states.dtype)
     return (states * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
 
 
-def empty_delay(model, batch, padding=None):
-    """What a cache holds of the output delay before the first token: {} if there is none.
-    padding: [B] int32, how many tokens of each row are not real ones."""
+def empty_delay(model: LanguageModel, batch: int, padding: Int[Array, " B"] | None = None) -> dict:
+    """The cache's entry for config.output_delay before the first token; {} without a delay.
+    padding: the number of padding tokens before each row's first token."""
     c = model.config
-    return (
-        {}
-        if not c.output_delay
-        else {
-            "delay": {
-                "states": jnp.zeros((batch, c.output_delay, c.dim), model.compute_dtype),
-                "padding": jnp.zeros(batch, jnp.int32) if padding is None else padding,
-            }
-        }
-    )
+    if not c.output_delay:
+        return {}
+    states = jnp.zeros((batch, c.output_delay, c.dim), model.compute_dtype)
+    return {"delay": {"states": states, "padding": jnp.zeros(batch, jnp.int32) if padding is None else padding}}
 
 
 class SourceModel(LanguageModel):
-    """A language model of targets that follow from a source; adds `states`, `hidden`, `prefill`."""
+    """A language model of targets given a source. A subclass adds `encode`, `hidden` and `prefill`."""
 
-    def __call__(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
-        """Logits of the next target at every position.
+    def __call__(
+        self,
+        targets_in: Int[Array, "B T"],
+        source: Int[Array, "B S"] | None = None,
+        source_mask: Bool[Array, "B S"] | None = None,
+        cache: dict | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T V"], dict | None]:
+        """(float32 logits of the next target at every position, the new cache).
 
-        targets_in: [B, T] int32, the targets shifted right; source: [B, S] int32; source_mask:
-        [B, S] bool, True at real tokens, or None for all; cache: from `prefill`, in place of the
-        source; deterministic: False turns dropout on.
-        Returns (logits [B, T, V] float32, the new cache or None).
+        targets_in: the targets shifted right; source_mask: True at real tokens, default all;
+        cache: from `prefill`, instead of a source; deterministic: False turns dropout on.
         """
         x, cache = self.hidden(targets_in, source, source_mask, cache, deterministic)
         return self.head(x), cache
 
-    def vector(self, source, source_mask=None):
-        """A sentence's embedding: what config.bottleneck makes of the encoder's states.
+    def vector(self, source: Int[Array, "B S"], source_mask: Bool[Array, "B S"] | None = None) -> Float[Array, "B D"]:
+        """The embedding of a text: config.bottleneck of the encoder's states (2D numbers for the LSTM)."""
+        return self.through_bottleneck(self.encode(source, source_mask), source_mask)[0][:, 0]
 
-        source: [B, S] int32; source_mask: [B, S] bool, or None for all. Returns [B, D], of the LSTM
-        [B, 2D], in the compute dtype.
-        """
-        return self.seen(self.states(source, source_mask), source_mask)[0][:, 0]
-
-    def seen(self, states, mask):
-        """What the decoder sees of an encoder's states [B, S, D] and their mask [B, S] bool or
-        None: just these, or by config.bottleneck a source of length 1, [B, 1, D] and [B, 1]."""
+    def through_bottleneck(
+        self, states: Float[Array, "B S D"], mask: Bool[Array, "B S"] | None
+    ) -> tuple[Float[Array, "B _ D"], Bool[Array, "B _"] | None]:
+        """The states, and their mask, that the decoder attends to: the encoder's, or by
+        config.bottleneck one state for each text."""
         kind = self.config.bottleneck
         if kind == "none":
             return states, mask

@@ -6,16 +6,22 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
 
 from nanoflax import parallel
+from nanoflax.nn.arrays import Array
 
 
-def shift_right(targets, first, segments=None, start=None):
-    """The inputs that predict `targets`: the same tokens one place later. The only shift there is.
+def shift_right(
+    targets: Int[Array, "B T"],
+    first: Int[Array, "#B"] | Int[Array, ""] | int,
+    segments: Int[Array, "B T"] | None = None,
+    start: Int[Array, "#B"] | Int[Array, ""] | int | None = None,
+) -> Int[Array, "B T"]:
+    """The inputs that predict `targets`: the same tokens one position later. No other code shifts.
 
-    targets: [B, T] int32; first: [B] int32 or a scalar, the token before targets[:, 0]. With
-    segments [B, T] int32 (packed, isolated documents) every further document begins from `start`
-    ([B] int32 or a scalar, default `first`), not from its neighbour. Returns [B, T] int32.
+    first: the token before targets[:, 0]. segments: every document of a packed window but the first
+    begins with `start` (default `first`), not with the last token of the document before it.
     """
 
     def column(x):
@@ -29,12 +35,13 @@ def shift_right(targets, first, segments=None, start=None):
     return inputs
 
 
-def token_losses(logits, targets, z_loss=0.0, label_smoothing=0.0):
-    """Cross entropy of each token in nats, with its options.
+def token_losses(
+    logits: Float[Array, "*B V"], targets: Int[Array, "*B"], z_loss: float = 0.0, label_smoothing: float = 0.0
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """(the objective, the plain cross entropy) of each token in nats, float32.
 
-    logits: [..., V]; targets: [...] int32. z_loss adds z_loss * log(Z)^2 (Chowdhery et al. 2022,
-    section 5); label_smoothing mixes the targets with the uniform distribution (Szegedy et al.
-    2016, section 7). Returns ([...] float32 objective, [...] float32 plain cross entropy).
+    The objective is the cross entropy with z_loss * log(Z)^2 added (Chowdhery et al. 2022, section 5)
+    and the targets mixed with the uniform distribution by label_smoothing (Szegedy et al. 2016, section 7).
     """
     objective, nll, _ = _token_losses(logits.astype(jnp.float32), targets, z_loss, label_smoothing)
     return objective, nll
@@ -51,45 +58,51 @@ def _token_losses(logits, targets, z_loss, label_smoothing):
     return objective, nll, log_z
 
 
-def chunks_of(B, T, V, budget=2**22, least=512):
-    """How many pieces of T to take the loss of [B, T] targets in: a divisor of T that keeps the
-    logits of a piece near `budget` floats (a cache's worth), but its rows at `least` or more."""
+def chunks_of(B: int, T: int, V: int, budget: int = 2**22, least: int = 512) -> int:
+    """The number of pieces of T in which to compute the loss of [B, T] targets: a divisor of T such
+    that the logits of a piece are near `budget` numbers (a CPU cache), in at least `least` rows."""
     wanted = min(-(-B * T * V // budget), max(1, B * T // least))
     return max(n for n in range(1, T + 1) if T % n == 0 and n <= max(wanted, 1))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def chunked_cross_entropy(
-    hidden, kernel, targets, weights, bias=None, chunks=1, z_loss=0.0, label_smoothing=0.0, softcap=0.0
-):
-    """Weighted sum of token losses from hidden states, without ever holding all logits.
+    hidden: Float[Array, "B T D"],
+    kernel: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    bias: Float[Array, " V"] | None = None,
+    chunks: int = 1,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weighted sums of `token_losses`, from hidden states, without holding all logits at once.
 
-    hidden: [B, T, D]; kernel: [D, V], the output head; targets: [B, T] int32; weights: [B, T]
-    float32; bias: [V] of the head, or None; softcap: logits become cap tanh(logit / cap), 0 for
-    none. Works on `chunks` pieces of T in turn; when differentiated, the gradients are taken in
-    the forward pass, so the logits of a piece are computed once (as in Liger Kernel, Hsu et al.
-    2024). Returns (sum of objectives, sum of plain cross entropies), float32 scalars; the second
-    carries no gradient.
+    kernel, bias: of the output head; softcap: logits become cap tanh(logit / cap), 0 for none.
+    Computes `chunks` pieces of T one after another. When differentiated, the gradients are computed
+    in the forward pass, so that the logits of a piece are computed once (as in Liger Kernel, Hsu et
+    al. 2024). Returns (sum of objectives, sum of cross entropies), float32; the second has no gradient.
     """
     options = (chunks, z_loss, label_smoothing, softcap)
     return _chunked(hidden, kernel, targets, weights, bias, *options, gradients=False)[0]
 
 
 def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoothing, softcap, gradients):
-    # On a mesh fsdp splits the vocabulary here, if it can, not the rows: its devices put their states
-    # together, and each sums the gradient of its own part [D, V / fsdp]. Over b and t, the splits of
-    # B and T that are left, it is reduced once at the end, not once a chunk.
+    # On a mesh, fsdp splits V here if it divides V, instead of the rows: each device then sums the
+    # gradient of its own part of the kernel. b and t are the remaining splits of B and T. Sums are
+    # kept for each of them and reduced once at the end, not once per chunk.
     B, T, D = hidden.shape
     fits = kernel.shape[1] % parallel.axis_size("tensor", "fsdp") == 0
     rows, words = (("data",), ("tensor", "fsdp")) if fits else (("data", "fsdp"), ("tensor",))
     b, t = parallel.batch_splits(B, T, rows)
     chunks = math.gcd(chunks, T // t)
-    together = P(rows, "context", None, None)
+    of_pieces = P(rows, "context", None, None)
     kernel = parallel.constrain(kernel.astype(hidden.dtype), P(None, words))
 
     def piece(carry, xs):
         loss, nll, dw, db = carry
-        h, targets, m = (parallel.constrain(x, together) for x in xs)
+        h, targets, m = (parallel.constrain(x, of_pieces) for x in xs)
         logits = jnp.einsum("ijbtd,dv->ijbtv", h, kernel, preferred_element_type=jnp.float32)
         if bias is not None:
             logits += bias
@@ -111,9 +124,8 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
         if bias is not None:
             db += dlogits.sum((2, 3))
         dlogits = dlogits.astype(h.dtype)
-        dh = parallel.constrain(
-            jnp.einsum("ijbtv,dv->ijbtd", dlogits, kernel), P(rows, "context", "fsdp" if fits else None)
-        )
+        dh = jnp.einsum("ijbtv,dv->ijbtd", dlogits, kernel)
+        dh = parallel.constrain(dh, P(rows, "context", "fsdp" if fits else None))
         dk = jnp.einsum("ijbtd,ijbtv->ijdv", h, dlogits, preferred_element_type=jnp.float32)
         return (loss, nll, dw + dk, db), dh
 
@@ -122,9 +134,11 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
         return x.transpose(3, 0, 2, 1, 4, *range(5, x.ndim))
 
     pieces = jax.tree.map(split, (hidden, targets, weights))
-    zeros = lambda *shape: parallel.constrain(  # noqa: E731
-        jnp.zeros((b, t, *shape), jnp.float32), P(rows, "context", *[None] * (len(shape) - 1), *[words] * bool(shape))
-    )
+
+    def zeros(*shape):
+        split = P(rows, "context", *[None] * (len(shape) - 1), *[words] * bool(shape))
+        return parallel.constrain(jnp.zeros((b, t, *shape), jnp.float32), split)
+
     dw = zeros(*kernel.shape) if gradients else None
     db = None if bias is None else zeros(*bias.shape)
     carry = (zeros(), zeros(), dw, db)

@@ -1,37 +1,41 @@
-"""The attention LSTM: a bidirectional encoder and a decoder that attends to its states.
+"""The attention LSTM: a bidirectional encoder, and a decoder that attends to its states.
 
-The decoder is that of Luong et al. 2015 with input feeding; its scores are their `general` ones, or
-the additive ones of Bahdanau et al. 2015, whose encoder this is. Modules own the weights; all that
+The encoder is that of Bahdanau et al. 2015, the decoder that of Luong et al. 2015 with input feeding.
+The attention scores are Luong's `general` or Bahdanau's additive ones. Modules own the weights; what
 runs inside a scan over time is a function.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
+from nanoflax.nn.arrays import Array
 from nanoflax.nn.blocks import REMAT_POLICIES
 from nanoflax.nn.language_model import SourceModel, empty_delay
 from nanoflax.nn.layers import Linear
 
 
-def lstm_cell(gates, c):
+def lstm_cell(gates: Float[Array, "B 4*D"], c: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
     """One step of an LSTM (Hochreiter and Schmidhuber 1997; forget gates of Gers et al. 2000).
 
-    gates: [B, 4D], input, forget, candidate and output before their nonlinearities; c: [B, D]
-    float32, the cell's memory. Returns (h [B, D] in gates' dtype, the new c).
+    gates: input, forget, candidate and output before their nonlinearities; c: the cell's memory,
+    float32. Returns (h in gates' dtype, the new c).
     """
     i, f, g, o = jnp.split(gates.astype(jnp.float32), 4, axis=-1)
     c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
     return (jax.nn.sigmoid(o) * jnp.tanh(c)).astype(gates.dtype), c
 
 
-def lstm(x, kernel, mask, reverse=False):
-    """An LSTM over a sequence, from zeros. Padding leaves the state as it is.
+def lstm(
+    x: Float[Array, "B S 4D"], kernel: Float[Array, "D 4D"], mask: Bool[Array, "B S"], reverse: bool = False
+) -> tuple[Float[Array, "B S D"], Float[Array, "B D"], Float[Array, "B D"]]:
+    """An LSTM over a sequence, from a state of zeros. Padding leaves the state unchanged.
 
-    x: [B, S, 4D], the inputs' part of the gates; kernel: [D, 4D], of the state's part; mask: [B, S]
-    bool, True at real tokens; reverse: from the last token to the first.
-    Returns (h of every token [B, S, D], the last h [B, D], the last c [B, D] float32).
+    x: the inputs' part of the gates; kernel: gives the state's part; mask: True at real tokens;
+    reverse: from the last token to the first. Returns (h of every token, the last h, the last c float32).
     """
 
     def step(state, now):
@@ -46,12 +50,17 @@ def lstm(x, kernel, mask, reverse=False):
     return states.swapaxes(0, 1), h, c
 
 
-def attend(query, keys, values, mask, score=None):
-    """The mean of a source's values, weighted by the softmax over S of query and keys' scores.
+def attend(
+    query: Float[Array, "B D"],
+    keys: Float[Array, "B S D"],
+    values: Float[Array, "B S E"],
+    mask: Bool[Array, "B S"],
+    score: Float[Array, " D"] | None = None,
+) -> tuple[Float[Array, "B E"], Float[Array, "B S"]]:
+    """(the mean of the values weighted by the softmax of scores over S, the float32 weights).
 
-    query: [B, D]; keys: [B, S, D]; values: [B, S, E]; mask: [B, S] bool; score: [D], for additive
-    scores score . tanh(query + key) (Bahdanau et al. 2015), or None for multiplicative ones,
-    query . key (Luong et al. 2015). Returns ([B, E] in values' dtype, the weights [B, S] float32).
+    The scores are score . tanh(query + key) (additive, Bahdanau et al. 2015), or without `score`
+    query . key (multiplicative, Luong et al. 2015).
     """
     if score is None:
         scores = jnp.einsum("bd,bsd->bs", query, keys, preferred_element_type=jnp.float32)
@@ -63,45 +72,45 @@ def attend(query, keys, values, mask, score=None):
 
 
 class Matrix(nn.Module):
-    """Owns a kernel [rows, columns] that a scan reads: in one, Linen allows no call of a module."""
+    """Owns a kernel [rows, columns] for use inside a scan, where Linen allows no call of a module."""
 
     rows: int
     columns: int
-    gates: bool = False  # of an LSTM: has a bias, 1 for the forget gates (Jozefowicz et al. 2015)
+    gates: bool = False  # with a bias, 1 for the forget gates (Jozefowicz et al. 2015)
 
     def setup(self):
         self.kernel = self.param("kernel", nn.initializers.normal(self.rows**-0.5), (self.rows, self.columns))
         if self.gates:
             self.bias = self.param("bias", lambda _: jnp.repeat(jnp.array([0.0, 1, 0, 0]), self.columns // 4))
 
-    def whole(self, dtype):
-        """The kernel in a dtype, put together once, before the scan."""
+    def gathered(self, dtype: DTypeLike) -> Float[Array, "I O"]:
+        """The kernel in a dtype, gathered from all devices once, before the scan."""
         return parallel.replicate(self.kernel.astype(dtype))
 
 
 class BiLSTM(nn.Module):
-    """An LSTM in each direction. x: [B, S, ...] and mask [B, S] bool to (states [B, S, 2D], the
-    last h [B, 2D] and c [B, 2D] of both: at the end forward, at the beginning backward)."""
+    """An LSTM in each direction, concatenated."""
 
     dim: int
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x: Float[Array, "B S I"], mask: Bool[Array, "B S"]) -> list[Array]:
+        """[h of every token [B, S, 2D], the last h [B, 2D], the last c [B, 2D]]; the backward LSTM's
+        last state is that of the first token."""
         outputs = []
         for name in ("forward", "backward"):
             cell = Matrix(self.dim, 4 * self.dim, gates=True, name=name)
             gates = Linear(4 * self.dim, False, x.shape[-1] ** -0.5, name=f"{name}_input")(x)
-            outputs.append(
-                lstm(gates + cell.bias.astype(x.dtype), cell.whole(x.dtype), mask, reverse=name == "backward")
-            )
-        return [jnp.concatenate(pair, axis=-1) for pair in zip(*outputs)]
+            gates += cell.bias.astype(x.dtype)
+            outputs.append(lstm(gates, cell.gathered(x.dtype), mask, reverse=name == "backward"))
+        return [jnp.concatenate(pair, axis=-1) for pair in zip(*outputs, strict=True)]
 
 
 class AttentionLSTM(SourceModel):
     """L bidirectional LSTM layers that read a source, and L that write the target.
 
-    Called as an EncoderDecoder is. Its cache is the decoder's state, the source's states and their
-    keys: of one size, however many tokens are written.
+    Called like an EncoderDecoder. Its cache holds the decoder's state, the source's states and their
+    keys; its size does not grow with the tokens written.
     """
 
     def setup(self):
@@ -112,7 +121,7 @@ class AttentionLSTM(SourceModel):
             width = 4 * D if c.bottleneck == "none" else 2 * D
             self.start = [Linear(2 * D, stddev=width**-0.5, name=f"start_{i}") for i in range(c.layers)]
         self.input = Linear(4 * D, False, D**-0.5)
-        # Of each layer's kernel the first D rows read what is below, the others its own h.
+        # The first D rows of each kernel multiply the layer's input, the others its own h.
         self.decoder = [Matrix(2 * D, 4 * D, gates=True, name=f"decoder_{i}") for i in range(c.layers)]
         self.key = Linear(D, False, (2 * D) ** -0.5)
         if c.lstm_attention == "additive":
@@ -120,58 +129,69 @@ class AttentionLSTM(SourceModel):
             self.score = self.param("score", nn.initializers.normal(D**-0.5), (D,))
         self.combine = Matrix(3 * D, D)
 
-    def embed(self, tokens):
-        """tokens: [B, T] int32 below V -> [B, T, D]; at first of variance 1, as gates want them."""
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeddings of initial variance 1, which suits the gates."""
         return super().embed(tokens) / 0.02
 
-    def hidden(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
-        """The last states that `head` reads, [B, T, D] in the compute dtype, and the cache."""
+    def hidden(
+        self,
+        targets_in: Int[Array, "B T"],
+        source: Int[Array, "B S"] | None = None,
+        source_mask: Bool[Array, "B S"] | None = None,
+        cache: dict | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], dict | None]:
+        """(the states that `head` reads, in the compute dtype; the new cache)."""
         return self._decoded(targets_in, source, source_mask, cache, deterministic)[:2]
 
-    def alignment(self, targets_in, source, source_mask=None):
-        """The weights of attention [B, T, S] float32 with which each target was foretold."""
-        return self._decoded(targets_in, source, source_mask)[2]
+    def alignment(self, targets_in: Int[Array, "B T"], source: Int[Array, "B S"]) -> Float[Array, "B T S"]:
+        """The float32 attention weights of each prediction over the source."""
+        return self._decoded(targets_in, source)[2]
 
     def _decoded(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
         c, (B, T) = self.config, targets_in.shape
-        state = self.read(source, source_mask, deterministic) if cache is None else cache
+        state = cache or self.read(source, source_mask, deterministic)  # type: ignore  # one of the two is given
         x = self.drop(self.embed(targets_in), deterministic=deterministic)
         inputs = self.input(x).swapaxes(0, 1)
         dropped = self.drop(jnp.ones((T, c.layers, B, c.dim), x.dtype), deterministic=deterministic)
-        weights = [(cell.whole(x.dtype), cell.bias.astype(x.dtype)) for cell in self.decoder]
-        combine, query, score = self.combine.whole(x.dtype), None, None
+        weights = [(cell.gathered(x.dtype), cell.bias.astype(x.dtype)) for cell in self.decoder]
+        combine, query, score = self.combine.gathered(x.dtype), None, None
         if c.lstm_attention == "additive":
-            query, score = self.query.whole(x.dtype), self.score.astype(x.dtype)
+            query, score = self.query.gathered(x.dtype), self.score.astype(x.dtype)
         keys, values, mask = state["keys"], state["values"], state["source_mask"]
 
         def step(carry, now):
-            (x, layers), (inputs, dropped) = carry, now  # x: the last output, fed to this input
+            (x, layers), (inputs, dropped) = carry, now  # x: the last output (input feeding)
             new = []
-            for (kernel, bias), (h, memory), kept in zip(weights, layers, dropped):
+            for (kernel, bias), (h, memory), kept in zip(weights, layers, dropped, strict=True):
                 gates = jnp.concatenate([x * kept, h], -1) @ kernel + bias + inputs
                 x, memory = lstm_cell(gates, memory)
                 new.append((x, memory))
-                inputs = 0  # the embeddings are the first layer's alone
-            context, seen = attend(x if query is None else x @ query, keys, values, mask, score)
+                inputs = 0  # only the first layer reads the embeddings
+            context, attention = attend(x if query is None else x @ query, keys, values, mask, score)
             x = jnp.tanh(jnp.concatenate([x, context], -1) @ combine)
-            return (x, new), (x, seen)
+            return (x, new), (x, attention)
 
         if self.remat != "none":
             step = jax.checkpoint(step, policy=REMAT_POLICIES[self.remat])
-        (last, layers), (x, seen) = jax.lax.scan(step, (state["last"], state["layers"]), (inputs, dropped))
+        (last, layers), (x, attention) = jax.lax.scan(step, (state["last"], state["layers"]), (inputs, dropped))
         x = self.drop(x.swapaxes(0, 1), deterministic=deterministic)
         x, cache = self.output(x, cache=None if cache is None else cache | {"last": last, "layers": layers})
-        return x, cache, seen.swapaxes(0, 1)
+        return x, cache, attention.swapaxes(0, 1)
 
-    def states(self, source, source_mask=None, deterministic=True):
-        """The last encoder layer's states [B, S, 2D] of source [B, S] int32."""
+    def encode(
+        self, source: Int[Array, "B S"], source_mask: Bool[Array, "B S"] | None = None, deterministic: bool = True
+    ) -> Float[Array, "B S 2D"]:
+        """The states of the last encoder layer."""
         return self._encode(source, source_mask, deterministic)[0]
 
-    def read(self, source, source_mask=None, deterministic=True):
-        """The cache before the first target of a source [B, S] int32."""
+    def read(
+        self, source: Int[Array, "B S"], source_mask: Bool[Array, "B S"] | None = None, deterministic: bool = True
+    ) -> dict:
+        """The cache before the first target of a source."""
         mask = jnp.ones(source.shape, bool) if source_mask is None else source_mask
         x, ends = self._encode(source, mask, deterministic)
-        x, mask = self.seen(x, mask)
+        x, mask = self.through_bottleneck(x, mask)
         layers = []
         for i, end in enumerate(ends):
             if self.config.lstm_start == "encoder":
@@ -191,8 +211,7 @@ class AttentionLSTM(SourceModel):
         }
 
     def _encode(self, source, source_mask, deterministic):
-        """The states [B, S, 2D] of the last layer, and of each the last h and c of both directions,
-        [B, 4D]."""
+        """(the states [B, S, 2D] of the last layer, [of each layer the last h and c [B, 4D]])."""
         mask = jnp.ones(source.shape, bool) if source_mask is None else source_mask
         x, ends = self.embed(source), []
         for encoder in self.encoder:
@@ -200,10 +219,11 @@ class AttentionLSTM(SourceModel):
             ends.append(jnp.concatenate([h, memory.astype(h.dtype)], axis=-1))
         return x, ends
 
-    def prefill(self, params, tokens, lengths, new_tokens):
-        """Read sources [B, S] int32, padded on the left, of lengths [B] int32.
-        Returns (config.start_id for each row, the cache)."""
+    def prefill(
+        self, params: dict, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], new_tokens: int
+    ) -> tuple[Int[Array, " B"], dict]:
+        """Read sources that are padded on the left. Returns (config.start_id of each row, the cache)."""
         B, S = tokens.shape
         mask = jnp.arange(S)[None] >= S - lengths[:, None]
         cache = self.apply({"params": params}, tokens, mask, method="read")
-        return jnp.full(B, self.config.start_id, jnp.int32), cache
+        return jnp.full(B, self.config.start_id, jnp.int32), cache  # type: ignore  # Linen's apply has no type

@@ -1,24 +1,27 @@
-"""Where a token stands: sinusoidal, learned and rotary positions, as pure functions."""
+"""Positions of tokens: sinusoidal, learned, rotary and relative, as pure functions."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from nanoflax.config import ModelConfig
+from nanoflax.nn.arrays import Array
 
 
-def restarting(segments):
-    """Positions that restart at every document of a packed window.
+def restarting(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions that restart from 0 at every document of a packed window.
 
-    segments: [B, T] int32, constant within a document. Returns [B, T] int32 positions from 0.
+    segments: constant within a document.
     """
     index = jnp.arange(segments.shape[1], dtype=jnp.int32)
     starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def sinusoidal(positions, dim, halves=False):
-    """Fixed sines and cosines (Vaswani et al. 2017, section 3.5), interleaved as in the paper, or
-    all sines before all cosines (Marian).
+def sinusoidal(positions: Int[Array, "B T"], dim: int, halves: bool = False) -> Float[Array, "B T {dim}"]:
+    """Fixed sines and cosines (Vaswani et al. 2017, section 3.5), float32.
 
-    positions: [B, T] int32. Returns [B, T, D] float32.
+    halves: all sines before all cosines (Marian), instead of interleaved as in the paper.
     """
     rate = 10_000.0 ** (-jnp.arange(0, dim, 2) / dim)
     angle = positions[..., None] * rate
@@ -26,12 +29,12 @@ def sinusoidal(positions, dim, halves=False):
     return pairs.reshape(*positions.shape, dim)
 
 
-def rotary_rates(config, local=False):
-    """Radians a position by which each rotary pair turns (Su et al. 2021): [rotary_dim / 2].
+def rotary_rates(config: ModelConfig, local: bool = False) -> Float[Array, " R"]:
+    """Angle in radians by which each rotary pair turns per position (Su et al. 2021).
 
-    local: in a layer with a window, which keeps rope_local_theta and no scaling where the first is
-    set. Scalings: linear (Chen et al. 2023) slows every pair by rope_factor; llama3 (Llama 3.1)
-    only those that turn fewer than rope_low times in rope_context, those under rope_high partly.
+    local: for a layer with a window, which uses rope_local_theta without scaling, if it is set.
+    Scalings: linear (Chen et al. 2023) slows every pair by rope_factor; llama3 (Llama 3.1) slows
+    pairs that turn fewer than rope_low times in rope_context fully, and those below rope_high partly.
     """
     c = config
     if local and c.rope_local_theta is not None:
@@ -46,26 +49,23 @@ def rotary_rates(config, local=False):
     return rates
 
 
-def base_rates(theta, dim):
-    """Radians a position by which each of dim / 2 rotary pairs turns, unscaled: [dim / 2]."""
+def base_rates(theta: float, dim: int) -> Float[Array, " R"]:
+    """Angle in radians by which each rotary pair turns per position, without scaling."""
     return theta ** (-jnp.arange(0, dim, 2) / dim)
 
 
-def rotary_angles(positions, rates):
-    """Cosines and sines of rotary positions, each [B, T, 1, rotary_dim / 2] float32.
+Angles = tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]  # cosines and sines of rotary pairs, float32
 
-    positions: [B, T] int32; rates: from `rotary_rates`.
-    """
+
+def rotary_angles(positions: Int[Array, "B T"], rates: Float[Array, " R"]) -> Angles:
+    """Cosines and sines of rotary positions. rates: from `rotary_rates`."""
     angle = positions[..., None, None] * rates
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x, angles):
-    """Turn pairs (x_i, x_{i+R/2}) of each head's first R = rotary_dim by their angle, in float32
-    (the Llama layout).
-
-    x: [B, T, H, K]; angles: from `rotary_angles`. Returns [B, T, H, K] in x's dtype.
-    """
+def rotate(x: Float[Array, "#B T H K"], angles: Angles) -> Float[Array, "#B T H K"]:
+    """Turn the pairs (x_i, x_{i+R}) of each head's first 2R numbers by their angles (Su et al. 2021,
+    in Llama's layout), computed in float32. angles: from `rotary_angles`."""
     cos, sin = angles
     half = cos.shape[-1]
     a, b, rest = jnp.split(x, [half, 2 * half], axis=-1)
@@ -74,12 +74,14 @@ def rotate(x, angles):
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-def relative_buckets(distance, buckets=32, furthest=128, causal=True):
-    """The bucket of a distance between key and query (Raffel et al. 2020, section 2.1).
+def relative_buckets(
+    distance: Int[Array, "*D"], buckets: int = 32, furthest: int = 128, causal: bool = True
+) -> Int[Array, "*D"]:
+    """The bucket, in [0, buckets), of a distance between key and query (Raffel et al. 2020, section 2.1).
 
-    distance: int32, key position less query position. Near distances have a bucket each, further
-    ones share buckets of logarithmic width up to `furthest`. Without `causal` half of the buckets
-    are for keys after the query. Returns int32 in [0, buckets), of the same shape.
+    distance: key position minus query position. Each near distance has its own bucket; farther ones
+    share buckets of logarithmic width up to `furthest`. Without `causal` half of the buckets
+    are for keys after the query.
     """
     first = 0
     if causal:

@@ -24,7 +24,7 @@ B, H, G, T, K = 2, 4, 2, 384, 32  # nine blocks of 128
 SEGMENTS = np.sort(np.random.default_rng(0).integers(0, 4, (B, T)), 1).astype(np.int32)
 VALID = np.random.default_rng(1).random((B, T)) < 0.6  # padding may lie anywhere
 
-# name: (causal, facts, softcap, scale)
+# name: (causal, spec, softcap, scale)
 CASES = {
     "causal": (True, MaskSpec(), 0.0, None),
     "all": (False, MaskSpec(), 0.0, 0.3),
@@ -43,20 +43,20 @@ def arrays(dtype=np.float32, S=T):
     ]
 
 
-def dense(causal, facts, length=T):
-    """The mask that facts stand for, in full."""
+def dense(causal, spec, length=T):
+    """The dense mask of a MaskSpec."""
     mask, place = np.ones((1, 1, 1, 1), bool), np.arange(length)
     if causal:
         mask = mask & masking.causal(place, place)
-    if facts.window:
-        mask = mask & masking.window(place, place, facts.window)
-    if facts.segments is not None:
-        mask = mask & masking.segments(facts.segments, facts.segments)
-    return mask if facts.valid is None else mask & masking.padding(facts.valid)
+    if spec.window:
+        mask = mask & masking.window(place, place, spec.window)
+    if spec.segments is not None:
+        mask = mask & masking.segments(spec.segments, spec.segments)
+    return mask if spec.valid is None else mask & masking.padding(spec.valid)
 
 
-def plain(q, k, v, causal, facts, scale, softcap):
-    return heads_first(q, k, v, dense(causal, facts, q.shape[2]), False, None, scale, softcap)
+def plain(q, k, v, causal, spec, scale, softcap):
+    return heads_first(q, k, v, dense(causal, spec, q.shape[2]), False, None, scale, softcap)
 
 
 def same(found, expected, tolerance):
@@ -67,11 +67,11 @@ def same(found, expected, tolerance):
 
 def numbers(attend, dtype, case):
     """What a kernel gives and its gradients, and those of plain attention."""
-    causal, facts, softcap, scale = CASES[case]
+    causal, spec, softcap, scale = CASES[case]
     *qkv, dy = arrays(dtype)
 
     def run(attend):
-        y, pull = jax.vjp(lambda *x: attend(*x, causal, facts, scale, softcap), *qkv)
+        y, pull = jax.vjp(lambda *x: attend(*x, causal, spec, scale, softcap), *qkv)
         return y, pull(dy)
 
     return jax.jit(lambda: run(attend))(), jax.jit(lambda: run(plain))()
@@ -88,8 +88,8 @@ def test_splash_equals_plain(case):
 
 def test_splash_where_no_key_is_real_is_finite():
     *qkv, dy = arrays()
-    facts = MaskSpec(valid=jnp.zeros((B, T), bool))
-    y, pull = jax.vjp(lambda *x: interpreted(*x, False, facts, None, 0.0), *qkv)
+    spec = MaskSpec(valid=jnp.zeros((B, T), bool))
+    y, pull = jax.vjp(lambda *x: interpreted(*x, False, spec, None, 0.0), *qkv)
     assert all(np.isfinite(x).all() for x in (y, *pull(dy)))
 
 
@@ -123,11 +123,11 @@ def test_cudnn_is_called_in_a_program_for_a_gpu(monkeypatch, case, mask, window,
     from jax._src.cudnn import fused_attention_stablehlo as library
 
     monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
-    causal, facts, softcap, scale = CASES[case]
+    causal, spec, softcap, scale = CASES[case]
     *qkv, dy = arrays(jnp.bfloat16)
 
     def step(*qkv):
-        y, pull = jax.vjp(lambda *x: kernels.cudnn(*x, causal, facts, scale, softcap), *qkv)
+        y, pull = jax.vjp(lambda *x: kernels.cudnn(*x, causal, spec, scale, softcap), *qkv)
         return y, pull(dy)
 
     program = jax.jit(step).trace(*qkv).lower(lowering_platforms=("cuda",)).as_text()
@@ -156,16 +156,16 @@ SEGMENTED, PADDED = MaskSpec(jnp.asarray(SEGMENTS)), MaskSpec(valid=jnp.asarray(
     "change, why",
     [
         (dict(), ""),
-        (dict(facts=MaskSpec(window=9)), ""),
-        (dict(facts=PADDED, causal=False), ""),
-        (dict(k=(B, G, 77, K), facts=PADDED, causal=False), ""),
+        (dict(spec=MaskSpec(window=9)), ""),
+        (dict(spec=PADDED, causal=False), ""),
+        (dict(k=(B, G, 77, K), spec=PADDED, causal=False), ""),
         (dict(dtype=jnp.float32), "it takes bfloat16 and float16, not float32"),
         (dict(q=(B, H, T, 264)), "heads of 264 are not a multiple of 8 up to 256"),
         (dict(q=(B, H, T, 60)), "heads of 60 are not a multiple of 8"),
-        (dict(facts=SEGMENTED), "packed documents need a mask of segments"),
-        (dict(facts=PADDED), "padding beside causality"),
-        (dict(facts=MaskSpec(window=9), causal=False), "a window without causality"),
-        (dict(facts=None), "prompt and prefix tuning mask by an array"),
+        (dict(spec=SEGMENTED), "packed documents need a mask of segments"),
+        (dict(spec=PADDED), "padding beside causality"),
+        (dict(spec=MaskSpec(window=9), causal=False), "a window without causality"),
+        (dict(spec=None), "prompt and prefix tuning mask by an array"),
         (dict(bias=True), "attention has a bias of relative positions"),
         (dict(softcap=30.0), "scores have a softcap"),
         (dict(k=(B, G, 77, K)), "causality between sequences of two lengths"),
@@ -180,14 +180,14 @@ def test_cudnn_is_chosen_only_where_it_is_exact(change, why):
     [
         (dict(), ""),
         (dict(dtype=jnp.float32), ""),
-        (dict(facts=SEGMENTED), ""),
-        (dict(facts=PADDED, causal=False), ""),
+        (dict(spec=SEGMENTED), ""),
+        (dict(spec=PADDED, causal=False), ""),
         (dict(softcap=30.0), ""),
-        (dict(facts=MaskSpec(window=9), causal=False), ""),
+        (dict(spec=MaskSpec(window=9), causal=False), ""),
         (dict(q=(B, H, T, 60)), ""),
         (dict(q=(B, H, 128, K), causal=False), ""),
         (dict(q=(B, H, 100, K), k=(B, G, 100, K)), "lengths of 100 and 100 are not multiples of 128"),
-        (dict(facts=None), "prompt and prefix tuning mask by an array"),
+        (dict(spec=None), "prompt and prefix tuning mask by an array"),
         (dict(bias=True), "attention has a bias of relative positions"),
         (dict(q=(B, H, 128, K)), "causality between sequences of two lengths"),
     ],
@@ -294,17 +294,17 @@ def gradients(name):
 
 
 def on_a_tpu(patch):
-    """Splash is chosen as if on a TPU, and does what the facts say, which are all it is told."""
+    """Splash is chosen as if on a TPU, and computes what its MaskSpec says."""
 
-    def by_facts(q, k, v, causal, facts, scale, softcap):
-        return plain(q, k, v, causal, facts, scale, softcap)
+    def by_spec(q, k, v, causal, spec, scale, softcap):
+        return plain(q, k, v, causal, spec, scale, softcap)
 
     patch(parallel, "current_platform", lambda: "tpu")
-    patch(kernels, "BACKENDS", {"splash": kernels.BACKENDS["splash"]._replace(attend=by_facts)})
+    patch(kernels, "BACKENDS", {"splash": kernels.BACKENDS["splash"]._replace(attend=by_spec)})
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_facts_are_the_mask(monkeypatch, name):
+def test_the_mask_spec_is_the_mask(monkeypatch, name):
     expected, chosen = gradients(name)
     assert chosen == "plain"
     on_a_tpu(monkeypatch.setattr)

@@ -214,7 +214,7 @@ def test_the_decoder_sees_the_vector_alone(fields, kind):
         ends = [np.random.default_rng(seed).normal(size=(2, 2 * E)).astype(np.float32)] * 2
 
         def given(method, args, kwargs, context):
-            found = {"states": states, "_encode": (states, ends)}
+            found = {"encode": states, "_encode": (states, ends)}
             name = context.method_name
             return found[name] if name in found else method(*args, **kwargs)
 
@@ -270,7 +270,7 @@ def test_the_vector_is_of_the_real_tokens(fields):
                 found[kind] = vector(both, mask)
                 np.testing.assert_allclose(found[kind], np.concatenate([vector(alone), vector(long)]), atol=1e-5)
         if kind == "none":
-            states = model.apply({"params": params}, long, method="states")[0]
+            states = model.apply({"params": params}, long, method="encode")[0]
             expected = {"mean": states.mean(0), "first": states[0]}
             expected_params = params
         elif "lstm" != fields["architecture"] or fields.get("lstm_start") == "zeros":
