@@ -22,6 +22,10 @@ class PeftConfig:
     def problems(self) -> list[str]:
         return _pattern_problems("trained", self.trained)
 
+    def first_best_step(self, steps: int) -> int:
+        """The first step of a run of `steps` that may be its best: 0, unless the model still shrinks."""
+        return 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullFineTuning(PeftConfig):
@@ -76,6 +80,9 @@ class AdaLoRA(LowRank):
     orthogonality: float = field(0.1, "Weight of the penalty that keeps the factors orthogonal.", at_least=0)
     beta1: float = field(0.85, "Decay of the moving average of the sensitivities.", within="(0, 1)")
     beta2: float = field(0.85, "Decay of the moving average of their uncertainties.", within="(0, 1)")
+
+    def first_best_step(self, steps: int) -> int:
+        return steps - self.final_steps  # before it, there are more ranks than the budget
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -54,7 +54,7 @@ def base_rates(theta: float, dim: int) -> Float[Array, " R"]:
     return theta ** (-jnp.arange(0, dim, 2) / dim)
 
 
-Angles = tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]  # cosines and sines of rotary pairs, float32
+Angles = tuple[Float[Array, "#B T 1 R"], Float[Array, "#B T 1 R"]]  # cosines and sines of rotary pairs, float32
 
 
 def rotary_angles(positions: Int[Array, "B T"], rates: Float[Array, " R"]) -> Angles:

@@ -223,7 +223,7 @@ class Trainer:
 
 def finished_before(config: Config, step: int, tracking: train.Tracking) -> str:
     """What to print of a run that has nothing left to do; empty if it has."""
-    if tracking.owed:
+    if tracking.evaluation_pending:
         return ""
     if step >= config.train.steps:
         return f"the run is complete: {step} steps"

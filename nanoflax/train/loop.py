@@ -4,14 +4,17 @@ import contextlib
 import itertools
 import signal
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from nanoflax import parallel
-from nanoflax.config import METRICS, AdaLoRA
+from nanoflax.config import METRICS, Config
 from nanoflax.data import prefetch
 from nanoflax.errors import UserError
+from nanoflax.train.state import TrainState
 
 
 class Outcome(NamedTuple):
@@ -23,158 +26,164 @@ class Outcome(NamedTuple):
 
 
 class Tracking(NamedTuple):
-    """What evaluations have shown so far; it is checkpointed beside the state."""
+    """The evaluations of a run so far. It is saved with every checkpoint."""
 
-    best: float = float("inf")  # of train.metric; negative where more is better
+    best: float = float("inf")  # the best train.metric, negated where more is better
     best_step: int = 0
     waited: int = 0  # evaluations since the best
-    owed: bool = False  # a signal came before the evaluation of this step
+    evaluation_pending: bool = False  # a signal arrived before this step was evaluated
 
     @classmethod
-    def read(cls, saved, step=0, metric=None):
-        """From the `_asdict` in a checkpoint of a step; at first `best` was called best_loss, and
-        nothing owed. metric: that of the step, where what was owed has been done since."""
-        found = cls(
-            saved.get("best", saved.get("best_loss")), saved["best_step"], saved["waited"], saved.get("owed", False)
-        )
-        if found.owed and metric is not None:
-            found = found.after(metric, step)
-        return found
+    def read(cls, saved: dict[str, Any], step: int = 0, metric: float | None = None) -> "Tracking":
+        """The Tracking of a checkpoint. metric: of that step, if its pending evaluation was made later."""
+        found = cls(**saved)
+        return found.after(metric, step) if found.evaluation_pending and metric is not None else found
 
-    def after(self, metric, step):
-        """With the evaluation of a step."""
+    def after(self, metric: float, step: int) -> "Tracking":
+        """The Tracking after the evaluation of a step."""
         if metric < self.best:
             return Tracking(metric, step)
-        return self._replace(waited=self.waited + 1, owed=False)
+        return self._replace(waited=self.waited + 1, evaluation_pending=False)
 
 
 def fit(
-    state,
-    step,
-    batches,
-    config,
-    mesh,
+    state: TrainState,
+    step: Callable[[TrainState, dict], tuple[TrainState, dict]],
+    batches: Any,
+    config: Config,
+    mesh: jax.sharding.Mesh,
     *,
-    evaluate,
-    checkpoints,
-    log,
-    progress,
-    meta,
-    tracking=Tracking(),
-    schedule=None,
-):
-    """Run compiled `step` from state.step to config.train.steps; save, evaluate, stop in time.
+    evaluate: Callable[[Any, int], tuple[dict, str]],
+    checkpoints: Any,
+    log: Any,
+    progress: Any,
+    meta: dict[str, Any],
+    tracking: Tracking = Tracking(),  # noqa: B008  # a constant
+    schedule: Callable[[int], Any] | None = None,
+) -> tuple[TrainState, Tracking, Outcome]:
+    """Run the compiled `step` from state.step to config.train.steps; evaluate and save on the way.
 
-    batches[i]: this process's rows of the batch of step i, a dict of numpy arrays;
-    evaluate(params, step): -> (metrics dict with config.train.metric, text to show); checkpoints:
-    a Checkpoints; log, progress: of `report`; meta: dict saved with every checkpoint. AdaLoRA's
-    best step is one of those with no more ranks than its budget: the last final_steps. An evaluation
-    that a signal came before is done first when the run goes on.
-    Returns (state, tracking, Outcome). SIGTERM and SIGINT save and return; a second one interrupts.
-    Of several processes all do the same at the same step: a signal to one is one to all, and the
-    clock and the metrics are those of process 0.
+    batches[i]: this process's rows of the batch of step i; batches.describe(i): where they come from;
+    evaluate(params, step): (metrics with config.train.metric, text to print); checkpoints: a
+    Checkpoints; log, progress: of `report`; meta: saved with every checkpoint. Continues with a
+    pending evaluation. SIGTERM and SIGINT save and return; a second one interrupts. All processes act
+    alike at the same step: on a signal to any of them, and on the clock and metrics of process 0.
     Raises: UserError after config.train.max_skipped non-finite steps in a row, naming the batch.
     """
-    t = config.train
-    # Queued steps of several fake CPU devices can wait for each other for ever on few cores.
+    run = _Run(config, batches, evaluate, checkpoints, log, progress, meta, schedule, state, tracking)
+    steps, first = config.train.steps, run.done
+    # Queued steps of several fake CPU devices can wait for each other forever on few cores.
     eager = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-    counted = t.steps - config.peft.final_steps if isinstance(config.peft, AdaLoRA) else 0
-    begin, saved_at, waiting = int(state.step), time.monotonic(), []
-    done = begin
-
-    def settle():
-        """Record the oldest step whose numbers have not been read yet."""
-        at, metrics = waiting.pop(0)
-        values = {k: np.asarray(v).item() for k, v in metrics.items()}
-        if schedule is not None:
-            values["learning_rate"] = float(schedule(at - 1))
-        progress.update(at, values["loss"])
-        if progress.tokens_per_second is not None:
-            values["tokens_per_second"] = progress.tokens_per_second
-        log.log(at, **values)
-        parallel.reset_watchdog()
-        if values["skipped"] >= t.max_skipped:
-            raise UserError(
-                f"{values['skipped']} steps in a row had a non-finite loss or "
-                f"gradient; the last, step {at}, read {batches.describe(at - 1)}; "
-                "lower optim.learning_rate or look at those documents"
-            )
-
-    def save(metric=None):
-        nonlocal saved_at
-        checkpoints.save(
-            done,
-            state._asdict(),
-            meta | {"step": done, "position": done * t.batch_size, "tracking": tracking._asdict()},
-            metric,
-        )
-        saved_at = time.monotonic()
-
     reason, caught = "finished", 0
-    parallel.gather_from_processes("ready")  # compiled
+    parallel.gather_from_processes("compiled")
     with (
         Signals() as signals,
-        parallel.watchdog(t.watchdog_seconds),
-        contextlib.closing(prefetch(batches[i] for i in range(begin, t.steps))) as queue,
+        parallel.watchdog(config.train.watchdog_seconds),
+        contextlib.closing(prefetch(batches[i] for i in range(first, steps))) as queue,
     ):
-        votes = parallel.HostPoll(begin)
-        for batch in itertools.chain([None] * tracking.owed, queue):
+        poll = parallel.HostPoll(first)
+        for batch in itertools.chain([None] * tracking.evaluation_pending, queue):
             if batch is not None:
-                state, metrics = step(state, parallel.put_batch(batch, mesh))
-                done += 1
-                waiting.append((done, metrics))
-                if eager or len(waiting) > 1 or done == begin + 1:
-                    settle()
-            told = votes(done, [int(signals.caught), 0 < t.checkpoint_seconds < time.monotonic() - saved_at])
-            caught = next((number for number, _ in told if number), 0)
-            last = done == t.steps or caught
-            due = done % t.checkpoint_every == 0 or bool(told) and told[0][1]
-            metric, evaluates = None, done % t.evaluate_every == 0 or done == t.steps
-            tracking = tracking._replace(owed=bool(evaluates and caught))
+                run.state, metrics = step(run.state, parallel.put_batch(batch, mesh))
+                run.add(metrics, wait=eager or run.done == first)
+            votes = poll(run.done, [int(signals.caught), run.save_is_due()])
+            caught = next((number for number, _ in votes if number), 0)
+            save = run.done % config.train.checkpoint_every == 0 or bool(votes) and votes[0][1]
+            metric, last = None, run.done == steps or caught
+            evaluates = run.done % config.train.evaluate_every == 0 or run.done == steps
+            run.tracking = run.tracking._replace(evaluation_pending=bool(evaluates and caught))
             if evaluates and not caught:
-                while waiting:
-                    settle()
-                with progress.pause():
-                    found, text = evaluate(state.params if state.ema is None else state.ema, done)
-                found = parallel.gather_from_processes({k: float(v) for k, v in found.items()})[0]
-                parallel.reset_watchdog()
-                log.log(done, **found)
-                progress.write(text)
-                if done < counted:
-                    progress.write(
-                        f"  not for the best step: before step {counted} AdaLoRA has more ranks than its budget"
-                    )
-                else:
-                    metric = found[t.metric] * (-1 if METRICS[t.metric] else 1)
-                    tracking = tracking.after(metric, done)
-                    due |= tracking.best_step == done
-                if 0 < t.patience <= tracking.waited:
+                metric = run.evaluate()
+                save |= metric is not None and run.tracking.best_step == run.done
+                if 0 < config.train.patience <= run.tracking.waited:
                     reason, last = "early stop", True
-            if due or last:
-                while waiting:
-                    settle()
-                save(metric)
+            if save or last:
+                run.save(metric)
             if last:
                 break
     checkpoints.wait()
-    return state, tracking, Outcome(signal.Signals(caught).name if caught else reason, done, caught)
+    return run.state, run.tracking, Outcome(signal.Signals(caught).name if caught else reason, run.done, caught)
+
+
+class _Run:
+    """The state of `fit`: what is trained, what was measured, and what is not yet read or saved."""
+
+    def __init__(self, config, batches, evaluate, checkpoints, log, progress, meta, schedule, state, tracking):
+        self.config, self.batches, self.evaluator, self.checkpoints = config, batches, evaluate, checkpoints
+        self.log, self.progress, self.meta, self.schedule = log, progress, meta, schedule
+        self.state, self.tracking, self.done = state, tracking, int(state.step)
+        self.unread, self.saved_at = [], time.monotonic()
+
+    def add(self, metrics, wait):
+        """Count a step. Its metrics are read one step later, so that the device is never idle; or now."""
+        self.done += 1
+        self.unread.append((self.done, metrics))
+        self.read_metrics(keep=0 if wait else 1)
+
+    def read_metrics(self, keep=0):
+        """Report all steps but the last `keep`."""
+        while len(self.unread) > keep:
+            self._report(*self.unread.pop(0))
+
+    def _report(self, at, metrics):
+        values = {name: np.asarray(value).item() for name, value in metrics.items()}
+        if self.schedule is not None:
+            values["learning_rate"] = float(self.schedule(at - 1))
+        self.progress.update(at, values["loss"])
+        if self.progress.tokens_per_second is not None:
+            values["tokens_per_second"] = self.progress.tokens_per_second
+        self.log.log(at, **values)
+        parallel.reset_watchdog()
+        if values["skipped"] >= self.config.train.max_skipped:
+            raise UserError(
+                f"{values['skipped']} steps in a row had a non-finite loss or gradient; the last, step {at}, read "
+                f"{self.batches.describe(at - 1)}; lower optim.learning_rate or look at those documents"
+            )
+
+    def evaluate(self):
+        """Evaluate, report and track this step. Returns its metric, or None if it may not be the best."""
+        self.read_metrics()
+        state, name = self.state, self.config.train.metric
+        with self.progress.pause():
+            found, text = self.evaluator(state.params if state.ema is None else state.ema, self.done)
+        found = parallel.gather_from_processes({k: float(v) for k, v in found.items()})[0]
+        parallel.reset_watchdog()
+        self.log.log(self.done, **found)
+        self.progress.write(text)
+        first = self.config.peft.first_best_step(self.config.train.steps)
+        if self.done < first:
+            self.progress.write(f"  not for the best step: before step {first} there are more ranks than the budget")
+            return None
+        metric = found[name] * (-1 if METRICS[name] else 1)
+        self.tracking = self.tracking.after(metric, self.done)
+        return metric
+
+    def save_is_due(self):
+        return 0 < self.config.train.checkpoint_seconds < time.monotonic() - self.saved_at
+
+    def save(self, metric):
+        self.read_metrics()
+        position = self.done * self.config.train.batch_size
+        meta = self.meta | {"step": self.done, "position": position, "tracking": self.tracking._asdict()}
+        self.checkpoints.save(self.done, self.state._asdict(), meta, metric)
+        self.saved_at = time.monotonic()
 
 
 class Signals:
-    """While entered, the first SIGTERM or SIGINT is remembered in `caught`, not acted on."""
+    """While entered, the first SIGTERM or SIGINT is recorded in `caught` instead of ending the process."""
 
-    def __enter__(self):
+    def __enter__(self) -> "Signals":
         self.caught, self._old = 0, {}
-        with contextlib.suppress(ValueError):  # not in the main thread: a notebook's worker
+        with contextlib.suppress(ValueError):  # outside the main thread, as in a notebook's worker
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._remember)
+                self._old[number] = signal.signal(number, self._record)
         return self
 
-    def _remember(self, number, frame):
+    def _record(self, number, frame):
         if self.caught:
             raise KeyboardInterrupt
         self.caught = number
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, old in self._old.items():
             signal.signal(number, old)

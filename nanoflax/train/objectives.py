@@ -1,25 +1,30 @@
-"""What a batch is asked to teach: (model, params, batch) to sums that the train step divides.
+"""Training objectives: functions of a model, its parameters and a batch.
 
-Every objective returns float32 sums: (objective, cross entropy in nats, weight). rng: a PRNG key
-turns dropout on. The options are those of the losses.
+Every objective returns float32 sums: (objective, cross entropy in nats, weight); the train step
+divides by the weight. rng: a PRNG key turns dropout on. options: those of the losses.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float, Int
 
 from nanoflax import nn, parallel
-from nanoflax.nn import head_kernel
+from nanoflax.nn import Array, LanguageModel, head_kernel
+
+Batch = dict[str, Array]
+Sums = tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]
 
 
-def causal_lm(model, params, batch, rng=None, **options):
+def causal_lm(model: LanguageModel, params: dict, batch: Batch, rng: Array | None = None, **options: Any) -> Sums:
     """Next-token prediction.
 
     batch: targets [B, T] int32, first [B] int32 (the token before them), weights [B, T] float32
-    (0 for padding), and where packed documents are isolated segments [B, T] int32 and start [B]
-    int32, the token that each begins from.
+    (0 for padding); if packed documents are isolated, segments [B, T] int32 and start [B] int32, the
+    token before each document.
     """
     targets, segments = batch["targets"], batch.get("segments")
     inputs = nn.shift_right(targets, batch["first"], segments, batch.get("start"))
@@ -27,41 +32,43 @@ def causal_lm(model, params, batch, rng=None, **options):
     return _token_sums(model, params, hidden, targets, batch["weights"], **options)
 
 
-def seq2seq(model, params, batch, rng=None, **options):
-    """A target from its source, by teacher forcing, for an encoder-decoder.
+def seq2seq(model: LanguageModel, params: dict, batch: Batch, rng: Array | None = None, **options: Any) -> Sums:
+    """Prediction of a target from its source, with teacher forcing.
 
     batch: source [B, S] int32, source_mask [B, S] bool, targets [B, T] int32, weights [B, T].
     """
     return _token_sums(model, params, _states(model, params, batch, rng), batch["targets"], batch["weights"], **options)
 
 
-def masked_lm(model, params, batch, rng=None, **options):
-    """Tokens that were masked, by an encoder (Devlin et al. 2019).
+def masked_lm(model: LanguageModel, params: dict, batch: Batch, rng: Array | None = None, **options: Any) -> Sums:
+    """Prediction of masked tokens by an encoder (Devlin et al. 2019).
 
     batch: tokens [B, T] int32, padding_mask [B, T] bool, targets [B, T] int32, weights [B, T]
-    float32, 1 where there is something to guess.
+    float32, 1 at the tokens to predict.
     """
     return _token_sums(model, params, _states(model, params, batch, rng), batch["targets"], batch["weights"], **options)
 
 
-def guesses(model, params, batch, vocab_size=None):
-    """The likeliest token [B, T] int32, below vocab_size if given, at each target of a batch of
-    masked_lm or seq2seq (there, after the true targets before it)."""
+def guesses(model: LanguageModel, params: dict, batch: Batch, vocab_size: int | None = None) -> Int[Array, "B T"]:
+    """The most probable token, below vocab_size, at each target of a batch of masked_lm, or of seq2seq
+    given the true targets before it."""
 
-    def guess(states):  # of a piece of T, so that there are never the logits of all
+    def guess(states):  # for a piece of T at a time, so that all logits are never held
         logits = model.apply({"params": params}, states.reshape(B, -1, D), method="head")
         return logits[..., :vocab_size].argmax(-1)
 
     states = _states(model, params, batch)
     B, T, D = states.shape
-    t = parallel.batch_splits(B, T)[1]  # a piece has its share of every device's part of T
+    t = parallel.batch_splits(B, T)[1]  # a piece takes an equal part of T on every device
     chunks = math.gcd(nn.chunks_of(B, T, model.config.vocab_size), T // t)
     found = jax.lax.map(guess, jnp.moveaxis(states.reshape(B, t, chunks, -1, D), 2, 0))
     return jnp.moveaxis(found.reshape(chunks, B, t, -1), 0, 2).reshape(B, T)
 
 
-def classify(model, params, batch, rng=None, label_smoothing=0.0, **_):
-    """The label of each text, or each of several labels by itself.
+def classify(
+    model: LanguageModel, params: dict, batch: Batch, rng: Array | None = None, label_smoothing: float = 0.0, **_: Any
+) -> Sums:
+    """Prediction of each text's label, or of several labels independently.
 
     batch: tokens [B, T] int32, padding_mask [B, T] bool, label [B] int32 (or [B, labels] float32,
     0 or 1), weights [B] float32.
@@ -73,11 +80,13 @@ def classify(model, params, batch, rng=None, label_smoothing=0.0, **_):
     return _sums(*nn.token_losses(logits, batch["label"], 0.0, label_smoothing), batch["weights"])
 
 
-def tag(model, params, batch, rng=None, label_smoothing=0.0, **_):
-    """The tag of each word, at its first piece.
+def tag(
+    model: LanguageModel, params: dict, batch: Batch, rng: Array | None = None, label_smoothing: float = 0.0, **_: Any
+) -> Sums:
+    """Prediction of each word's tag, at the word's first token.
 
     batch: tokens [B, T] int32, padding_mask [B, T] bool, tags [B, T] int32, weights [B, T] float32,
-    0 for padding and for every piece but a word's first.
+    0 for padding and for every token but a word's first.
     """
     logits = _encoded(model, params, batch, rng)
     return _sums(*nn.token_losses(logits, batch["tags"], 0.0, label_smoothing), batch["weights"])
@@ -88,7 +97,7 @@ def _dropout(rng):
 
 
 def _states(model, params, batch, rng=None):
-    """What the head reads: of an encoder, or of a model with a source."""
+    """The states that the head reads, of an encoder or of a model with a source."""
     if "source" not in batch:
         return model.apply({"params": params}, batch["tokens"], batch["padding_mask"], method="hidden", **_dropout(rng))
     inputs = nn.shift_right(batch["targets"], model.config.start_id)
@@ -107,7 +116,7 @@ def _sums(objective, nll, weights):
 
 def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0, label_smoothing=0.0):
     c = model.config
-    if chunks:  # a batch of examples may be shorter than the context that they divide
+    if chunks:  # they divide the context; a batch of examples may be shorter
         chunks = math.gcd(chunks, targets.shape[1])
     objective, nll = nn.chunked_cross_entropy(
         hidden,

@@ -1,16 +1,19 @@
 """Optimizers and schedules: optax chains chosen by an OptimConfig."""
 
 import re
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 
 from nanoflax import parallel
+from nanoflax.config import OptimConfig
 
 
-def make_schedule(config, steps, peak):
+def make_schedule(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
     """Learning rate by step: linear warmup to `peak`, then the schedule to end_factor * peak.
 
     cosine, linear, constant, or wsd: constant, then linear over the last decay_fraction of the
@@ -31,23 +34,23 @@ def make_schedule(config, steps, peak):
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def is_kernel(path, leaf):
-    """Whether a parameter is a matrix between hidden states: neither embedding, head nor vector."""
+def is_kernel(path: tuple, leaf: Any) -> bool:
+    """Whether a parameter is a matrix between hidden states: not an embedding, the head or a vector."""
     names = [getattr(p, "key", None) for p in path]
     return leaf.ndim == 2 and names[-1] == "kernel" and "unembed" not in names
 
 
-def decay_mask(params):
-    """True for the parameters that weight decay pulls on: matrices, but no embedding."""
+def decay_mask(params: Any) -> Any:
+    """A tree of bool: True for the parameters with weight decay, which are the matrices but embeddings."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf.ndim >= 2 and getattr(path[-1], "key", None) != "embedding", params
     )
 
 
-def layers_above(params):
-    """How many layers stand above each parameter, a tree of int: 0 for the head and the last norm,
-    1 for the last block, the most for the embeddings. An encoder's blocks stand below a decoder's.
-    Of stacked blocks an array of L ints, that broadcasts to the leaf.
+def layers_above(params: Any) -> Any:
+    """The number of layers above each parameter, a tree of int: 0 for the head and the last norm, 1
+    for the last block, the most for the embeddings. A decoder's blocks are above an encoder's.
+    For stacked blocks, an array of L ints that broadcasts to the leaf.
     """
 
     def index(block, leaf):
@@ -76,19 +79,19 @@ def layers_above(params):
 _BLOCK = re.compile(r"(?P<stack>encoder|decoder)/(blocks|block_(?P<i>\d+))/")
 
 
-def path_of(path):
-    """A path of JAX's as text, such as `decoder/norm/scale`."""
+def path_of(path: tuple) -> str:
+    """A key path of JAX as text, such as `decoder/norm/scale`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def layerwise_decay(decay):
-    """An optax transformation, last in a chain: updates times decay^n under n layers (Howard and
-    Ruder 2018). A tied embedding is an embedding, not a head."""
+def layerwise_decay(decay: float) -> optax.GradientTransformation:
+    """The last transformation of a chain: multiply the updates of a parameter below n layers by decay^n
+    (Howard and Ruder 2018). A tied embedding counts as an embedding, not as the head."""
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u, n: u * decay**n, updates, layers_above(updates)))
 
 
-def make_optimizer(config, steps):
-    """The optax transformation of an OptimConfig over a run of `steps`.
+def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTransformation, Callable]:
+    """The optimizer of a run of `steps`.
 
     Muon (Jordan 2024) orthogonalises the hidden matrices and leaves the rest to AdamW, here with
     Nesterov momentum (NAdam).
@@ -99,7 +102,7 @@ def make_optimizer(config, steps):
     if c.name == "adamw":
         tx = optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, **decay)
     elif c.name == "muon":
-        # Its own AdamW would decay all of the rest or none: not the head alone.
+        # optax's muon would decay all of the other parameters or none, but only the head should.
         tx = optax.partition(
             {
                 True: optax.contrib.muon(make_schedule(c, steps, c.muon_learning_rate), beta=0.95, **decay),
@@ -110,7 +113,7 @@ def make_optimizer(config, steps):
     elif c.name == "lion":
         tx = optax.lion(schedule, c.b1, c.b2, mask=decay_mask, **decay)
     elif c.name == "adafactor":
-        # Its own weight decay is not scaled by the learning rate.
+        # optax's adafactor does not scale weight decay by the learning rate.
         tx = optax.chain(
             optax.adafactor(multiply_by_parameter_scale=False),
             optax.add_decayed_weights(-c.weight_decay, decay_mask),
@@ -125,4 +128,4 @@ def make_optimizer(config, steps):
         tx = optax.chain(tx, layerwise_decay(c.layer_decay))
     if c.clip:
         tx = optax.chain(optax.clip_by_global_norm(c.clip), tx)
-    return tx, jax.jit(schedule)  # each of its operations would be compiled else
+    return tx, jax.jit(schedule)  # otherwise each of its operations is compiled by itself

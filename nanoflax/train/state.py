@@ -1,29 +1,38 @@
 """The training state: a value of arrays, born sharded."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from nanoflax import parallel
-from nanoflax.config import TextData
+from nanoflax.config import Config, TextData
+from nanoflax.nn import LanguageModel
 
 
 class TrainState(NamedTuple):
-    """Everything that one step hands to the next. All of it is checkpointed."""
+    """Everything that one step passes to the next. All of it is checkpointed."""
 
     step: jax.Array  # () int32, steps taken, skipped ones too
     params: Any  # nested dict of float32
     opt_state: Any
-    ema: Any  # averaged params, or None
-    rng: jax.Array  # [2] uint32, the run's key; a step's key is folded from it
+    ema: Any  # exponential moving average of params, or None
+    rng: jax.Array  # [2] uint32, the run's key; the key of a step is folded from it
     skipped: jax.Array  # () int32, non-finite steps in a row
 
 
-def new_state(model, optimizer, config, rng, params=None):
-    """What `compile_init` compiles: the TrainState of step 0. rng: a PRNG key; params: given ones
-    (a tree per block), or None to draw them. Blocks are stacked if config.train.scan_layers."""
+def new_state(
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    rng: jax.Array,
+    params: dict | None = None,
+) -> TrainState:
+    """The TrainState of step 0. params: initial values (a tree per block), or None to draw them from
+    rng. Blocks are stacked if config.train.scan_layers."""
     if params is None:
         params = parallel.initial_params(model, rng)
     if config.train.scan_layers:
@@ -32,24 +41,42 @@ def new_state(model, optimizer, config, rng, params=None):
     return TrainState(jnp.int32(0), params, optimizer.init(params), copy, jnp.copy(rng), jnp.int32(0))
 
 
-def compile_init(model, optimizer, config, mesh, params=None):
-    """A function without arguments that gives the `new_state` of config.train.seed, born sharded
-    over the mesh; it may be called once, as it donates params."""
+def compile_init(
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    params: dict | None = None,
+) -> Callable[[], TrainState]:
+    """A compiled function without arguments that returns the `new_state` of config.train.seed, created
+    in shards over the mesh. It donates params, so it can be called only once."""
     make = partial(new_state, model, optimizer, config)
     arguments = jax.random.PRNGKey(config.train.seed), params
     shardings = parallel.shardings(jax.eval_shape(make, *arguments), mesh)
-    donated = () if config.train.scan_layers else 1  # no stacked block fits a given one's buffer
+    donated = () if config.train.scan_layers else 1  # the buffer of a given block does not fit a stacked one
     made = jax.jit(make, out_shardings=shardings, donate_argnums=donated)
     return partial(made.lower(*arguments).compile(), *arguments)
 
 
-def init_state(model, optimizer, config, mesh, params=None):
-    """`compile_init`, called at once."""
+def init_state(
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    params: dict | None = None,
+) -> TrainState:
+    """The result of `compile_init`."""
     return compile_init(model, optimizer, config, mesh, params)()
 
 
-def abstract_state(model, optimizer, config, mesh, params=None):
-    """The shapes, dtypes and shardings of `init_state`, computing nothing: what a restore fills.
+def abstract_state(
+    model: LanguageModel,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    params: Any = None,
+) -> TrainState:
+    """The shapes, dtypes and shardings of `init_state`, without computing it: the target of a restore.
     params: shapes of the trained parameters (a tree per block); None means all of the model's."""
     make = partial(new_state, model, optimizer, config)
     shapes = jax.eval_shape(make, jax.random.PRNGKey(config.train.seed), params)
@@ -58,8 +85,8 @@ def abstract_state(model, optimizer, config, mesh, params=None):
     )
 
 
-def abstract_batch(config, mesh):
-    """The shapes, dtypes and shardings of a batch of `windows.Batches`, for `compile_step`."""
+def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes, dtypes and shardings of a batch of packed windows, for `compile_step`."""
     B, T = config.train.batch_size, config.window
     arrays = {"targets": ((B, T), jnp.int32), "first": ((B,), jnp.int32), "weights": ((B, T), jnp.float32)}
     if isinstance(config.data, TextData) and config.data.packing == "isolated":

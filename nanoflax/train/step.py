@@ -1,8 +1,10 @@
-"""Training: the state as a value, one compiled step, and the loop around it."""
+"""One training step and one evaluation, as pure functions to be compiled."""
 
 import contextlib
 import itertools
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,20 +12,22 @@ import jax.numpy as jnp
 import optax
 
 from nanoflax import parallel, peft
+from nanoflax.config import Config
 from nanoflax.data import evaluation_batches, prefetch
-from nanoflax.nn import Attention
+from nanoflax.nn import Attention, LanguageModel
 from nanoflax.train.objectives import causal_lm
 from nanoflax.train.state import TrainState
 
 
-def make_train_step(model, optimizer, config, objective=causal_lm):
+def make_train_step(
+    model: LanguageModel, optimizer: optax.GradientTransformation, config: Config, objective: Callable = causal_lm
+) -> Callable[..., tuple[TrainState, dict]]:
     """The pure function (state, batch, frozen=None) -> (state, metrics) of a Config.
 
-    frozen: parameters that are not trained, beside those of the state (peft.split).
-    batch: arrays [B, ...]; split into config.train.accumulate micro-batches, whose gradients are
-    summed by a scan. Sums are divided once, by the weight of all B windows, so neither padding nor
-    accumulation nor the mesh changes the result. A non-finite loss or gradient leaves parameters
-    and optimizer as they were.
+    batch: arrays [B, ...], split into config.train.accumulate micro-batches, whose gradients a scan
+    sums. The sums are divided once, by the weight of all B rows, so neither padding nor accumulation
+    nor the mesh changes the result. A non-finite loss or gradient leaves parameters and optimizer
+    unchanged. frozen: parameters that are not trained (peft.split).
     """
     t = config.train
     optimizer = optax.with_extra_args_support(optimizer)
@@ -66,11 +70,11 @@ def make_train_step(model, optimizer, config, objective=causal_lm):
     return step
 
 
-def accumulate(gradient, params, batch, rng, pieces):
+def accumulate(gradient: Callable, params: dict, batch: dict, rng: jax.Array | None, pieces: int) -> Any:
     """Sums of `gradient(params, micro_batch, rng)` over `pieces` micro-batches, one at a time."""
     if pieces == 1:
         return gradient(params, batch, rng)
-    # The leading dimension stays the one that the mesh splits.
+    # [B, ...] -> [pieces, B / pieces, ...], such that the mesh still splits the rows of each piece.
     split = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def body(total, xs):
@@ -83,10 +87,12 @@ def accumulate(gradient, params, batch, rng, pieces):
     return jax.lax.scan(body, zeros, (jnp.arange(pieces), split))[0]
 
 
-def make_evaluation(model, config, mesh, objective=causal_lm):
+def make_evaluation(
+    model: LanguageModel, config: Config, mesh: jax.sharding.Mesh, objective: Callable = causal_lm
+) -> Callable[[Any, Any], tuple[float, float]]:
     """A function (params, windows) -> (cross entropy in nats, target tokens), summed over windows.
 
-    Compiled once; every window counts once, whatever the batch size.
+    It is compiled once, and every window counts once, whatever the batch size.
     """
 
     @jax.jit
@@ -114,8 +120,9 @@ def make_evaluation(model, config, mesh, objective=causal_lm):
     return evaluate
 
 
-def jit_step(step, state, mesh):
-    """`step` to be compiled for each shape of batch; state (or its shapes) is donated."""
+def jit_step(step: Callable, state: TrainState, mesh: jax.sharding.Mesh) -> Any:
+    """jax.jit of a train step, compiled for each shape of batch. state: the state or its shapes; the
+    state is donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
     options = parallel.compiler_options(mesh.devices.flat[0].platform)
     return jax.jit(
@@ -123,16 +130,18 @@ def jit_step(step, state, mesh):
     )
 
 
-def compile_step(step, state, batch, mesh):
-    """`jit_step` compiled at once for a batch or its shapes."""
+def compile_step(step: Callable, state: TrainState, batch: dict, mesh: jax.sharding.Mesh) -> Any:
+    """`jit_step`, compiled for a batch or its shapes."""
     return jit_step(step, state, mesh).lower(state, batch).compile()
 
 
-def attention_backends(model, params, batch, mesh, objective=causal_lm):
-    """What computes the attention of a step on the mesh, in words: "" of a model without any.
+def attention_backends(
+    model: LanguageModel, params: Any, batch: dict, mesh: jax.sharding.Mesh, objective: Callable = causal_lm
+) -> str:
+    """The kernels that compute a step's attention on the mesh, as text; "" for a model without attention.
 
     params, batch: arrays or their shapes. Nothing is compiled.
-    Raises: UserError if config.attention_backend names a kernel that cannot serve.
+    Raises: UserError if config.attention_backend names a kernel that cannot compute it.
     """
     found = []
 

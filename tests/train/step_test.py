@@ -389,12 +389,11 @@ def test_adaloras_best_step_has_the_ranks_of_its_budget():
 
 
 def test_what_earlier_checkpoints_tracked_is_read():
-    assert train.Tracking.read({"best_loss": 0.5, "best_step": 2, "waited": 1}) == train.Tracking(0.5, 2, 1, False)
     for tracking in (train.Tracking(-0.5, 3, 2), train.Tracking(-0.5, 3, 2, True)):
         assert train.Tracking.read(tracking._asdict()) == tracking
-    owed = train.Tracking(1.0, 3, 2, owed=True)._asdict()  # and done since, as its metric says
-    assert train.Tracking.read(owed, 5, 0.5) == train.Tracking(0.5, 5)
-    assert train.Tracking.read(owed, 5, 2.0) == train.Tracking(1.0, 3, 3)
+    pending = train.Tracking(1.0, 3, 2, evaluation_pending=True)._asdict()  # and made since, as its metric says
+    assert train.Tracking.read(pending, 5, 0.5) == train.Tracking(0.5, 5)
+    assert train.Tracking.read(pending, 5, 2.0) == train.Tracking(1.0, 3, 3)
 
 
 def test_too_many_non_finite_steps_stop_and_name_the_batch():
@@ -442,7 +441,7 @@ def test_an_evaluation_that_a_signal_came_before_is_done_first(at):
     found = {2: 3.0, 4: 1.0, 6: 2.0, 8: 0.5 if at == 8 else 2.5}
     whole = Run(validation=list(found.values()))
     expected = whole.fit(config)[1]
-    assert expected.best_step == at and not expected.owed
+    assert expected.best_step == at and not expected.evaluation_pending
     before = Run(validation=list(found.values()))
 
     def step(state, batch):
@@ -452,7 +451,7 @@ def test_an_evaluation_that_a_signal_came_before_is_done_first(at):
 
     _, tracking, outcome = before.fit(config, step=step)
     assert outcome.step == at and before.evaluated == [s for s in found if s < at]
-    assert tracking.owed and before.saved[-1][0::3] == (at, None)
+    assert tracking.evaluation_pending and before.saved[-1][0::3] == (at, None)
     after = Run(validation=[value for s, value in found.items() if s >= at])
     _, tracking, outcome = after.fit(config, start=at, tracking=train.Tracking.read(before.saved[-1][2]))
     assert tracking == expected and outcome == loop.Outcome("finished", 8)
