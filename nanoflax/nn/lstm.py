@@ -18,7 +18,7 @@ from nanoflax.nn.language_model import SourceModel, empty_delay
 from nanoflax.nn.layers import Linear
 
 
-def lstm_cell(gates: Float[Array, "B _4D"], c: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+def lstm_cell(gates: Float[Array, "B _gates"], c: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
     """One step of an LSTM (Hochreiter and Schmidhuber 1997; forget gates of Gers et al. 2000).
 
     gates: input, forget, candidate and output before their nonlinearities; c: the cell's memory,
@@ -30,7 +30,7 @@ def lstm_cell(gates: Float[Array, "B _4D"], c: Float[Array, "B D"]) -> tuple[Flo
 
 
 def lstm(
-    x: Float[Array, "B S _4D"], kernel: Float[Array, "D _4D"], mask: Bool[Array, "B S"], reverse: bool = False
+    x: Float[Array, "B S _gates"], kernel: Float[Array, "D _gates"], mask: Bool[Array, "B S"], reverse: bool = False
 ) -> tuple[Float[Array, "B S D"], Float[Array, "B D"], Float[Array, "B D"]]:
     """An LSTM over a sequence, from a state of zeros. Padding leaves the state unchanged.
 
@@ -181,7 +181,7 @@ class AttentionLSTM(SourceModel):
 
     def encode(
         self, source: Int[Array, "B S"], source_mask: Bool[Array, "B S"] | None = None, deterministic: bool = True
-    ) -> Float[Array, "B S _2D"]:
+    ) -> Float[Array, "B S _width"]:
         """The states of the last encoder layer."""
         return self._encode(source, source_mask, deterministic)[0]
 
