@@ -18,7 +18,9 @@ from nanoflax.nn.language_model import SourceModel, empty_delay
 from nanoflax.nn.layers import Linear
 
 
-def lstm_cell(gates: Float[Array, "B _gates"], c: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+def lstm_cell(
+    gates: Float[Array, "B _gates"], c: Float[Array, "B D"]
+) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
     """One step of an LSTM (Hochreiter and Schmidhuber 1997; forget gates of Gers et al. 2000).
 
     gates: input, forget, candidate and output before their nonlinearities; c: the cell's memory,
