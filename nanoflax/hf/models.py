@@ -113,7 +113,7 @@ def save(
             "label2id": {name: i for i, name in enumerate(labels)},
         }
     description["torch_dtype"] = str(flat["embed/embedding"].dtype)
-    exported = None if tokenizer is None else tokenizers.exported(tokenizer)
+    exported = None if tokenizer is None else tokenizers.to_huggingface(tokenizer)
     ids = _special_ids(exported)
     if config.architecture == "encoder_decoder":
         ids |= {"decoder_start_token_id": config.start_id, "forced_eos_token_id": None}

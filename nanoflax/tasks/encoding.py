@@ -12,7 +12,7 @@ from nanoflax.errors import UserError, listed
 from nanoflax.tasks.kinds import Chat, Classification, Example, Pair, Tagging, Text
 from nanoflax.tasks.noise import Noise
 from nanoflax.tasks.rows import Row, Rows
-from nanoflax.tokenizers import align_tags, chat_ids, ends, show_mask
+from nanoflax.tokenizers import align_tags, chat_ids, prefix_and_suffix, show_mask
 
 
 def encode(
@@ -69,7 +69,7 @@ class _Encoder:
         self.labels, self.numbers = labels, {name: i for i, name in enumerate(labels)}
         self.multi_label, self.truncate, self.report, self.noise = multi_label, truncate, report, noise
         self.too_long = DataReport()
-        self.prefix, self.suffix = ends(tokenizer)
+        self.prefix, self.suffix = prefix_and_suffix(tokenizer)
         least = len(self.prefix) + len(self.suffix) + 1
         if min(length, target_length) < least:
             raise UserError(

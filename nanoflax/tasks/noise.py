@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from nanoflax.tokenizers import ends
+from nanoflax.tokenizers import prefix_and_suffix
 
 SENTINELS = 100  # as many as T5 has
 
@@ -155,7 +155,7 @@ class Noise:
     def __init__(self, task: Any, tokenizer: Any) -> None:
         """tokenizer: as `prepare` returns it."""
         self.task, self.tokenizer = task, tokenizer
-        self.prefix, self.suffix = ends(tokenizer)
+        self.prefix, self.suffix = prefix_and_suffix(tokenizer)
         self.rate = getattr(task, "noise_rate", None) or self.default_rate
         limits = self.limits()
         self.target_length = limits[1]

@@ -1,12 +1,20 @@
-"""Text to token ids and back: trained here, or read from the files of others."""
+"""Text to token ids and back: tokenizers trained here, or read from Hugging Face, SentencePiece and GGUF files."""
 
 from nanoflax.tokenizers.base import Tokenizer, well_formed
-from nanoflax.tokenizers.framing import align_tags, chat_ids, chat_prompt, ends, prompt_ids, show_mask, word_tags
-from nanoflax.tokenizers.huggingface import exported, from_gguf
+from nanoflax.tokenizers.framing import (
+    align_tags,
+    chat_ids,
+    chat_prompt,
+    prefix_and_suffix,
+    prompt_ids,
+    show_mask,
+    word_tags,
+)
+from nanoflax.tokenizers.huggingface import from_gguf, to_huggingface
 from nanoflax.tokenizers.loading import check_fits, load, parse
 from nanoflax.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 
 __all__ = [
     "ByteTokenizer", "SentencePieceTokenizer", "Tokenizer", "align_tags", "chat_ids", "chat_prompt", "check_fits",
-    "ends", "exported", "from_gguf", "load", "parse", "prompt_ids", "show_mask", "train_sentencepiece", "well_formed",
-    "word_tags"]  # fmt: skip
+    "from_gguf", "load", "parse", "prefix_and_suffix", "prompt_ids", "show_mask", "to_huggingface",
+    "train_sentencepiece", "well_formed", "word_tags"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What every tokenizer has, and text that can be encoded."""
+"""The interface of every tokenizer, and checks of texts and ids."""
 
 import os
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ SPACE = "\u2581"  # SentencePiece writes a space as this character
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    `encode` adds no special token and never reads one in the text: "<eos>" in a text is five characters. Bytes and
-    the SentencePiece models trained here give every string back exactly.
+    `encode` adds no special token and never reads one in the text: "<eos>" in a text is five characters. For bytes
+    and the SentencePiece models trained here, decode(encode(text)) == text for every well-formed text.
     """
 
     vocab_size: int
@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
 
 
 def well_formed(text: str) -> str:
-    """The text with U+FFFD for each unpaired surrogate, which no encoding can write."""
+    """The text; each unpaired surrogate, which UTF-8 cannot encode, is replaced by U+FFFD."""
     try:
         text.encode()
         return text

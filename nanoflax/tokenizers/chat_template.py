@@ -1,7 +1,7 @@
 """Chat templates: messages to text, by the Jinja template that came with a tokenizer.
 
-A template is a program from a stranger, so it runs in Jinja's sandbox, which protects Python's objects,
-with a limit on its processor time and on the size of products.
+A template is an untrusted program. So Jinja's sandbox runs it without access to Python's objects, and
+processor time and the size of products are limited.
 """
 
 import datetime
@@ -16,8 +16,8 @@ from typing import Any
 
 from nanoflax.errors import UserError
 
-SECONDS = 5  # of processor time; a long conversation takes some milliseconds
-LARGEST = 2**20  # characters or items that a template may make with one "*"
+MAX_SECONDS = 5  # of processor time; a long conversation takes some milliseconds
+MAX_PRODUCT = 2**20  # characters or items that one "*" in a template may make
 
 
 def render(
@@ -30,40 +30,40 @@ def render(
       messages: list of {"role": str, "content": str, ...}.
       variables: other values that the template may read (add_generation_prompt, bos_token, ...).
       specials: the strings that a tokenizer would read as special tokens.
-    Returns: (text, restore). If a message (except its role) contains a special string, or ends with the
-      beginning of one, the text has a random mark in its place. Call restore(text) after the special tokens
-      that the template wrote are found. Limits: a template that inspects or cuts a content sees the mark, and
-      a template that builds a special string out of parts of contents gets a special token.
+    Returns: (text, restore). Where a message (except its role) contains a special string, or ends with a prefix
+      of one, the text has a random placeholder. First find the special tokens that the template wrote, then
+      call restore(text). Limits: a template that inspects or cuts a content sees the placeholder, and a
+      template that joins parts of contents to a special string gets a special token.
     Raises: UserError if the template does not compile, raises, or runs too long.
     """
     if not messages or not all(isinstance(message, dict) for message in messages):
-        none = "a chat is a list of messages, each with a role and a content; there is none"
-        raise UserError("a chat's messages must each be a dict" if messages else none)
+        problem = "the messages of a chat must be dicts" if messages else "a chat must have one or more messages"
+        raise UserError(problem + ', such as {"role": "user", "content": "Hello"}')
     nonce = secrets.token_hex(16)
-    held: list[str] = []
-    found = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
-    beginnings = {s[:n] for s in specials for n in range(1, len(s))}
+    originals: list[str] = []
+    special = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
+    prefixes = {s[:n] for s in specials for n in range(1, len(s))}
 
-    def mark(text):
-        held.append(text)
-        return f"{nonce}{len(held) - 1:06d}"
+    def placeholder(text):
+        originals.append(text)
+        return f"{nonce}{len(originals) - 1:06d}"
 
-    def marked(value):
+    def protected(value):
         if isinstance(value, dict):
             # Roles come from our programs, and templates compare them.
-            return {k: v if k in ("role", "type") else marked(v) for k, v in value.items() if v is not None}
+            return {k: v if k in ("role", "type") else protected(v) for k, v in value.items() if v is not None}
         if isinstance(value, (list, tuple)):
-            return [marked(v) for v in value]
+            return [protected(v) for v in value]
         if not isinstance(value, str):
             return value
         end = len(value.rstrip())  # a template may trim
-        start = min((end - len(b) for b in beginnings if value.endswith(b, 0, end)), default=end)
-        tail = mark(value[start:end]) if start < end else ""
-        return found.sub(lambda match: mark(match[0]), value[:start]) + tail + value[end:]
+        start = min((end - len(p) for p in prefixes if value.endswith(p, 0, end)), default=end)
+        tail = placeholder(value[start:end]) if start < end else ""
+        return special.sub(lambda match: placeholder(match[0]), value[:start]) + tail + value[end:]
 
     try:
-        text = _timed(functools.partial(_compile(template).render, messages=marked(messages), **variables))
-    except Exception as error:  # of any kind: the template is a stranger's program
+        text = _time_limited(functools.partial(_compile(template).render, messages=protected(messages), **variables))
+    except Exception as error:  # an untrusted template may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the chat template fails: {reason}") from error
     pattern = re.compile(nonce + r"(\d{6})")
@@ -71,16 +71,16 @@ def render(
         raise UserError(
             "the chat template changes a special token inside a message; take the special token out of the message"
         )
-    return text, lambda text: pattern.sub(lambda match: held[int(match[1])], text)
+    return text, lambda text: pattern.sub(lambda match: originals[int(match[1])], text)
 
 
-def _timed(function):
-    # Jinja compiles a template to Python, so a tracer is called at each of its lines.
-    deadline, before = time.thread_time() + SECONDS, sys.gettrace()
+def _time_limited(function):
+    # Jinja compiles a template to Python, which calls the tracer at each line.
+    deadline, before = time.thread_time() + MAX_SECONDS, sys.gettrace()
 
     def trace(*_):
         if time.thread_time() > deadline:
-            raise TimeoutError(f"it took more than {SECONDS} seconds")
+            raise TimeoutError(f"it took more than {MAX_SECONDS} seconds")
         return trace
 
     sys.settrace(trace)
@@ -92,11 +92,11 @@ def _timed(function):
 
 @functools.lru_cache
 def _compile(template):
-    # The names and settings are those that Transformers gives a template.
+    # Templates get the same names and settings as in Transformers.
     from jinja2 import TemplateError, ext, nodes, sandbox
 
     class Generation(ext.Extension):
-        """{% generation %} ... {% endgeneration %} encloses the assistant's words: render them."""
+        """Renders the text of the assistant inside {% generation %} ... {% endgeneration %}."""
 
         tags = {"generation"}
 
@@ -110,8 +110,8 @@ def _compile(template):
 
         def call_binop(self, context, operator, left, right):
             sizes = [len(v) if hasattr(v, "__len__") else v for v in (left, right)]
-            if operator == "**" or abs(sizes[0] * sizes[1]) > LARGEST:
-                raise OverflowError(f"it computes {operator} of too large values")
+            if operator == "**" or abs(sizes[0] * sizes[1]) > MAX_PRODUCT:
+                raise OverflowError(f"the result of {operator} is too large")
             return left * right
 
     def raise_exception(message):

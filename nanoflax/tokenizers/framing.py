@@ -1,4 +1,4 @@
-"""Text to ids, and which ids are trained: the ends of texts, words and tags, conversations."""
+"""The ids of texts, tagged words and conversations, and the loss weight of each id."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,8 +8,8 @@ from nanoflax.report import printable
 from nanoflax.tokenizers.base import check_ids
 
 
-def ends(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that a model expects before and after a text, such as ([CLS], [SEP]) or ((), </s>)."""
+def prefix_and_suffix(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a model expects before and after a text: [CLS] and [SEP], or nothing and </s>."""
     if not hasattr(tokenizer, "encode_with_template"):
         return [], [tokenizer.eos_id]
     probe = "a"
@@ -21,18 +21,16 @@ def ends(tokenizer: Any) -> tuple[list[int], list[int]]:
 def align_tags(words: Sequence[str], tags: Sequence[int], tokenizer: Any) -> tuple[list[int], list[int], list[float]]:
     """Ids, labels and weights of words and their tags, three lists of one length.
 
-    The text is the words, joined by spaces. The first piece of a word has its label and weight 1, other pieces have
-    label 0 and weight 0. A word that the tokenizer encodes as nothing becomes the unknown token, so the weights sum
-    to the number of words. Raises: UserError if the tokenizer has no unknown token for such a word.
+    The text is the words, joined by spaces. The first piece of a word gets the word's label and weight 1, other
+    pieces get label 0 and weight 0. A word that the tokenizer encodes as no ids becomes the unknown token, so the
+    weights sum to the number of words. Raises: UserError if the tokenizer has no unknown token for such a word.
     """
     ids, labels, weights = [], [], []
     for i, (word, tag) in enumerate(zip(words, tags, strict=True)):
         pieces = tokenizer.encode(f" {word}" if i else word)
         if not pieces:
             if getattr(tokenizer, "unk_id", None) is None:
-                raise UserError(
-                    f"the tokenizer reads the word {word!r} as nothing, and it has no unknown token to stand for it"
-                )
+                raise UserError(f"the tokenizer has no ids for the word {word!r}, and no unknown token to replace it")
             pieces = [tokenizer.unk_id]
         ids += pieces
         labels += [tag, *[0] * (len(pieces) - 1)]
@@ -43,18 +41,18 @@ def align_tags(words: Sequence[str], tags: Sequence[int], tokenizer: Any) -> tup
 def word_tags(predictions: Iterable[int], weights: Iterable[float], names: Sequence[str], n_words: int) -> list[str]:
     """The predicted tag of each of `n_words` words; "O" for words that truncation cut off.
 
-    predictions, weights: [T] each, of the pieces; a word's first piece has a weight other than 0.
+    predictions, weights: [T] each, for the pieces; only the first piece of a word has a weight other than 0.
     """
-    found = [names[p] for p, w in zip(predictions, weights, strict=False) if w]
-    return found + ["O"] * (n_words - len(found))
+    tags = [names[p] for p, w in zip(predictions, weights, strict=False) if w]
+    return tags + ["O"] * (n_words - len(tags))
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[float]]:
     """The ids of a conversation, and their weights: 1.0 for the assistant's replies and their end tokens, else 0.0.
 
-    Written by the tokenizer's chat template; without one, a message is its role, ":", a newline, its content and
-    the end-of-sequence token.
-    Raises: UserError if the template does not show where a reply begins or ends.
+    The tokenizer's chat template writes the conversation. Without a template, a message is its role, ":", a newline,
+    its content and the end-of-sequence token.
+    Raises: UserError if the first or last token of a reply cannot be found.
     """
     if tokenizer.chat_template is None:
         ids, weights = [], []
@@ -68,12 +66,12 @@ def chat_ids(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[i
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        # The ids before a reply must be the prompt that the model later answers.
+        # In training, a reply must follow the same prompt as in generation.
         head = chat_prompt(tokenizer, messages[:i]) if i else []
         if not i or ids[: len(head)] != head:
             raise UserError(
-                f"the chat template does not write message {i + 1} after the prompt "
-                "for it, so where the reply begins is not known"
+                f"the chat template does not write message {i + 1} after its prompt "
+                "(add_generation_prompt), so the start of the reply is not known"
             )
         end = _end_of_reply(tokenizer, ids, len(head))
         weights[len(head) : end] = [1.0] * (end - len(head))
@@ -81,7 +79,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[i
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
-    """The prompt after which a model trained on `chat_ids` answers the messages."""
+    """The prompt for the reply to the messages, for a model trained on `chat_ids`."""
     if tokenizer.chat_template is None:
         turns = [i for m in messages for part in _plain_turn(tokenizer, m) for i in part]
         return turns + tokenizer.encode("assistant:\n")
@@ -89,17 +87,17 @@ def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]
 
 
 def _plain_turn(tokenizer, message):
-    # Encoded separately, so that no token crosses the border.
+    # Encoded separately, so that no token contains text of both parts.
     return (tokenizer.encode(f"{message['role']}:\n"), [*tokenizer.encode(message["content"]), tokenizer.eos_id])
 
 
 def _end_of_reply(tokenizer, ids, start):
-    # The unknown token ends no reply.
+    # The unknown token may be a part of a reply.
     special = {*tokenizer.special.values()} - {tokenizer.unk_id} | {*tokenizer.stop_ids}
     for end in range(start, len(ids)):
         if ids[end] in special:
             return end + 1
-    raise UserError("the chat template ends a reply with no special token, so a model could not learn to end")
+    raise UserError("the chat template writes no special token after a reply, so a model cannot learn to stop")
 
 
 def show_mask(tokenizer: Any, ids: Sequence[int], weights: Sequence[float]) -> str:
@@ -107,11 +105,11 @@ def show_mask(tokenizer: Any, ids: Sequence[int], weights: Sequence[float]) -> s
     check_ids(ids, tokenizer.vocab_size)
     names = {i: name for name, i in getattr(tokenizer, "special", {}).items()}
     names.setdefault(tokenizer.eos_id, "<eos>")
-    text, run, trained = [], [], False
+    text, pending, trained = [], [], False
 
     def flush():
-        text.append(tokenizer.decode(run))
-        run.clear()
+        text.append(tokenizer.decode(pending))
+        pending.clear()
 
     for i, weight in zip(ids, weights, strict=True):
         if bool(weight) != trained:
@@ -122,13 +120,13 @@ def show_mask(tokenizer: Any, ids: Sequence[int], weights: Sequence[float]) -> s
             flush()
             text.append(names[i])
         else:
-            run.append(int(i))
+            pending.append(int(i))
     flush()
     return printable("".join(text) + "⟧" * trained)
 
 
 def prompt_ids(tokenizer: Any, text: str, is_source: bool = False) -> list[int]:
-    """The ids of a prompt with the tokens that its model expects before it, and after it if it is a source."""
+    """The ids of a prompt, with the special tokens before it; after a source also the end-of-sequence token."""
     if hasattr(tokenizer, "encode_with_template"):
         return (
             tokenizer.encode_with_template(text)

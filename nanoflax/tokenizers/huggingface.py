@@ -1,12 +1,13 @@
-"""Tokenizers of the Hugging Face world.
+"""Tokenizers in the file formats of Hugging Face.
 
-One class, HFTokenizer, serves tokenizer.json, GPT-2's vocab.json with merges.txt, BERT's vocab.txt,
-SentencePiece models and the vocabulary of a GGUF file: `vocabularies` turns each into a tokenizer.json,
-and the `tokenizers` library runs it. Marian, with its two SentencePiece models, has a class of its own.
+HFTokenizer reads tokenizer.json, GPT-2's vocab.json with merges.txt, BERT's vocab.txt, SentencePiece
+models and the vocabulary of a GGUF file: `vocabularies` converts each to a tokenizer.json, which the
+`tokenizers` library runs. MarianTokenizer reads the two SentencePiece models of Marian.
 
-A user's text is never read as a special token. The library alone does not guarantee this: a Unigram
-model, or WordPiece over words, finds "</s>" in its vocabulary. So each special token is renamed to a
-random string, which no text can contain; to read special tokens, they are replaced by that string first.
+"</s>" in a user's text is never read as a special token. The library alone does not guarantee this: a
+Unigram model, or WordPiece over words, finds "</s>" in its vocabulary. So each special token is renamed
+to an alias, a random string that no text can contain. To read the special tokens in a text, HFTokenizer
+first replaces them by their aliases.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ def load_huggingface(directory: str | os.PathLike) -> "HFTokenizer | MarianToken
 
 
 def from_files(files: Files, name: str) -> "HFTokenizer | MarianTokenizer":
-    """The tokenizer of files by their names; `name` is for messages. Raises: UserError."""
+    """The tokenizer in files (name -> content); `name` is used in messages. Raises: UserError."""
     kind = next((v for v in VOCABULARIES if v in files), None)
     if kind is None:
         raise UserError(f"tokenizer {name} holds none of {', '.join(VOCABULARIES)}")
@@ -52,7 +53,7 @@ def from_files(files: Files, name: str) -> "HFTokenizer | MarianTokenizer":
         return (MarianTokenizer if kind == "source.spm" else HFTokenizer)(files, name)
     except UserError:
         raise
-    except BaseException as error:  # the library raises plain Exceptions, and panics that are not even those
+    except BaseException as error:  # a panic of the library (in Rust) is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -63,9 +64,9 @@ def from_files(files: Files, name: str) -> "HFTokenizer | MarianTokenizer":
 def from_gguf(metadata: dict[str, Any], name: str = "GGUF") -> "HFTokenizer":
     """The tokenizer of a GGUF file's metadata (the keys "tokenizer...").
 
-    tokenizer.ggml.model "gpt2" is byte-level BPE, split into words as tokenizer.ggml.pre says;
-    "llama" is SentencePiece BPE. Control tokens become special tokens.
-    Raises: UserError (another model or pre, missing or damaged lists).
+    tokenizer.ggml.model "gpt2" is byte-level BPE, and tokenizer.ggml.pre names the patterns that split text into
+    words; "llama" is SentencePiece BPE. Control tokens become special tokens.
+    Raises: UserError (an unsupported model or pre, missing or damaged lists).
     """
     spec, config = vocabularies.from_gguf(metadata, name)
     return _from_spec(spec, config, name)
@@ -78,11 +79,11 @@ def _from_spec(spec: dict[str, Any], config: dict[str, Any], name: str) -> "HFTo
     return tokenizer
 
 
-def exported(tokenizer: Any) -> "HFTokenizer | MarianTokenizer":
-    """A tokenizer in files that Transformers reads.
+def to_huggingface(tokenizer: Any) -> "HFTokenizer | MarianTokenizer":
+    """The tokenizer in a form whose files Transformers reads.
 
-    A tokenizer trained here becomes an HFTokenizer that gives every text the same ids, except U+2581, which becomes
-    a space; others are returned as they are.
+    A tokenizer trained here becomes an HFTokenizer with the same ids for every text, except that U+2581 is read as
+    a space; others are returned unchanged.
     """
     if isinstance(tokenizer, (HFTokenizer, MarianTokenizer)):
         return tokenizer
@@ -94,15 +95,15 @@ def exported(tokenizer: Any) -> "HFTokenizer | MarianTokenizer":
         for role, i in [("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id)]
         if i in names
     }
-    return _from_spec(spec, config, "made of nanoflax's")
+    return _from_spec(spec, config, "exported from nanoflax")
 
 
-class _FromFiles:
+class _FileTokenizer:
     """The base of HFTokenizer and MarianTokenizer: their files, kept byte for byte, and the ids of special tokens.
 
-    Attributes: vocab_size (largest id + 1); bos_id, eos_id, pad_id (each falls back on another: BERT's bos is [CLS]);
-    unk_id, sep_id, cls_id, mask_id (None if there is none); stop_ids (all ids that end an answer); special (special
-    strings and their ids); chat_template; fingerprint.
+    Attributes: vocab_size (largest id + 1); bos_id, eos_id, pad_id (if absent, the id of another role: BERT's bos is
+    [CLS]); unk_id, sep_id, cls_id, mask_id (None if absent); stop_ids (all ids that end an answer); special (special
+    string -> id); chat_template; fingerprint.
     """
 
     vocab_size: int
@@ -122,11 +123,11 @@ class _FromFiles:
         self._generation = _json(files, "generation_config.json", name)
         maps = _json(files, "special_tokens_map.json", name) | self._config
         named = {role: maps[f"{role}_token"] for role in ROLES if maps.get(f"{role}_token") is not None}
-        further = []
+        more = []
         for key in ("additional_special_tokens", "extra_special_tokens"):
             tokens = maps.get(key) or []
-            further += tokens.values() if isinstance(tokens, dict) else tokens
-        self._named = [_fields(token, name) for token in [*named.values(), *further]]
+            more += tokens.values() if isinstance(tokens, dict) else tokens
+        self._named = [_fields(token, name) for token in [*named.values(), *more]]
         # {"eos": "</s>", ...}
         self._roles: dict[str, str] = {role: token["content"] for role, token in zip(named, self._named, strict=False)}
 
@@ -134,14 +135,14 @@ class _FromFiles:
         for role in ROLES:
             i = token_to_id(self._roles[role]) if role in self._roles else None
             if i is None:
-                i = next(iter(self._generated(role)), None)
+                i = next(iter(self._generation_ids(role)), None)
             setattr(self, f"{role}_id", i)
         for role, *others in (("eos", "sep"), ("bos", "cls", "eos"), ("pad", "eos")):
             ids = (getattr(self, f"{r}_id") for r in (role, *others))
             setattr(self, f"{role}_id", next((i for i in ids if i is not None), None))
         if self.eos_id is None:
             raise UserError(f"tokenizer {self.name} has no end-of-sequence token")
-        self.stop_ids = tuple(dict.fromkeys([self.eos_id, *self._generated("eos")]))
+        self.stop_ids = tuple(dict.fromkeys([self.eos_id, *self._generation_ids("eos")]))
         digest = hashlib.blake2b(digest_size=16)
         for file in (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json"):
             digest.update(hashlib.blake2b(self.files.get(file, b"")).digest())
@@ -149,7 +150,7 @@ class _FromFiles:
         digest.update(json.dumps([settings, self._roles, self._named, self.stop_ids], sort_keys=True).encode())
         self.fingerprint = digest.hexdigest()
 
-    def _generated(self, role: str) -> list[int]:
+    def _generation_ids(self, role: str) -> list[int]:
         ids = self._generation.get(f"{role}_token_id")
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         for i in ids:
@@ -174,8 +175,8 @@ class _FromFiles:
             raise UserError(f"tokenizer cannot be saved in {directory}: {error.strerror}") from error
 
 
-class HFTokenizer(_FromFiles):
-    """A tokenizer that the `tokenizers` library runs; see `load` and `from_gguf`."""
+class HFTokenizer(_FileTokenizer):
+    """A tokenizer that the `tokenizers` library runs; made by `from_files` and `from_gguf`."""
 
     def __init__(self, files: Files, name: str):
         from tokenizers import Tokenizer
@@ -183,19 +184,19 @@ class HFTokenizer(_FromFiles):
         super().__init__(files, name)
         spec = self._spec()
         _add_special_tokens(spec, self._config, _json(files, "added_tokens.json", name), self._named, self._roles)
-        if "tokenizer.json" not in files:  # this file has its own
+        if "tokenizer.json" not in files:  # a tokenizer.json has its own post-processor
             vocabularies.set_ends(spec, self._config, self._roles)
         nonce = secrets.token_hex(16)
         specials = [token["content"] for token in spec["added_tokens"] if token["special"]]
-        # All have one length, so none is the beginning of another.
-        self._spelling = {token: f"{nonce}{i:06d}" for i, token in enumerate(specials)}
-        self._special = _any_of(specials)
-        self._tokenizer = Tokenizer.from_str(json.dumps(_respelled(spec, self._spelling)))
+        # All aliases have the same length, so none is a prefix of another.
+        self._aliases = {token: f"{nonce}{i:06d}" for i, token in enumerate(specials)}
+        self._special_pattern = _any_of(specials)
+        self._tokenizer = Tokenizer.from_str(json.dumps(_rename_special(spec, self._aliases)))
         wrong = [t["content"] for t in spec["added_tokens"] if t["id"] != self._id(t["content"])]
         if wrong:
             raise UserError(
-                f"tokenizer {name}: the ids of {', '.join(wrong[:5])} leave a gap "
-                "after the vocabulary, or belong to another token"
+                f"tokenizer {name}: the ids of {', '.join(wrong[:5])} belong to "
+                "other tokens, or there is a gap between the vocabulary and these ids"
             )
         self.special = {token: i for token in specials if (i := self._id(token)) is not None}
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
@@ -203,7 +204,7 @@ class HFTokenizer(_FromFiles):
         self.chat_template = self._chat_template()
 
     def _id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(self._spelling.get(token, token))
+        return self._tokenizer.token_to_id(self._aliases.get(token, token))
 
     def _spec(self) -> dict[str, Any]:
         files, config = self.files, self._config
@@ -238,20 +239,20 @@ class HFTokenizer(_FromFiles):
         template = self._config.get("chat_template")
         if "chat_template.jinja" in self.files:
             template = self.files["chat_template.jinja"].decode()
-        if isinstance(template, list):  # several, by name
+        if isinstance(template, list):  # several named templates
             template = {t["name"]: t["template"] for t in template}.get("default")
         if not isinstance(template, str | None):
             raise UserError(f"tokenizer {self.name}: its chat template must be text")
         return template
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """The ids of a text, nothing added. special: read special tokens in the text."""
-        return self._encode(self._spell(text) if special else text)
+        """The ids of a text, without added tokens. special: read special tokens in the text."""
+        return self._encode(self._with_aliases(text) if special else text)
 
     def encode_with_template(self, text: str, pair: str | None = None, special: bool = False) -> list[int]:
-        """Ids with the tokens that the model expects around one or two texts: [CLS] x [SEP], or x </s>."""
+        """The ids of one or two texts, with the special tokens that the model expects: [CLS] x [SEP], or x </s>."""
         if special:
-            text, pair = self._spell(text), None if pair is None else self._spell(pair)
+            text, pair = self._with_aliases(text), None if pair is None else self._with_aliases(pair)
         return self._encode(text, pair, add_special_tokens=True)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -262,29 +263,29 @@ class HFTokenizer(_FromFiles):
     def apply_chat(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
-        """The ids of a conversation, as its chat template writes it.
+        """The ids of a conversation, as the tokenizer's chat template writes it.
 
         Args:
           messages: list of {"role": str, "content": str, ...}.
           add_generation_prompt: end with the beginning of the assistant's answer.
           variables: other values that the template reads (tools, enable_thinking, ...).
-        Special tokens in a content stay text; if contents have none, the ids are those of Transformers. See
-        `chat_template.render` for the limits.
-        Raises: UserError if there is no template or it fails.
+        Special tokens in a content stay text. For contents without special tokens, the ids are those of
+        Transformers. See `chat_template.render` for the limits.
+        Raises: UserError if there is no template, or if the template fails.
         """
         if self.chat_template is None:
-            raise UserError(f"tokenizer {self.name} has no chat template; give it plain text")
+            raise UserError(f"tokenizer {self.name} has no chat template; use plain text instead of messages")
         names = {f"{role}_token": token for role, token in self._roles.items()}
         text, restore = chat_template.render(
             self.chat_template,
             messages,
             names | {"tools": None, "documents": None} | variables | {"add_generation_prompt": add_generation_prompt},
-            self._spelling,
+            self._aliases,
         )
-        return self._encode(restore(self._spell(text)))
+        return self._encode(restore(self._with_aliases(text)))
 
-    def _spell(self, text: str) -> str:
-        return self._special.sub(lambda match: self._spelling[match[0]], text)
+    def _with_aliases(self, text: str) -> str:
+        return self._special_pattern.sub(lambda match: self._aliases[match[0]], text)
 
     def _encode(self, text, pair=None, add_special_tokens=False):
         try:
@@ -295,8 +296,8 @@ class HFTokenizer(_FromFiles):
             raise UserError(f"tokenizer {self.name} cannot encode: {error}") from error
 
 
-class MarianTokenizer(_FromFiles):
-    """Marian: SentencePiece for either language (source.spm, target.spm), ids from vocab.json.
+class MarianTokenizer(_FileTokenizer):
+    """Marian: a SentencePiece model for each language (source.spm, target.spm), ids from vocab.json.
 
     Transformers also normalizes punctuation if sacremoses is installed; this class does not.
     """
@@ -323,26 +324,26 @@ class MarianTokenizer(_FromFiles):
         self.special = {t: self._ids[t] for t in self._roles.values()}
         # A language code, such as ">>fr<<", names the target language.
         codes = [piece for piece in self._ids if re.fullmatch(r">>.*<<", piece)]
-        self._special = _any_of([*self.special, *codes])
+        self._special_pattern = _any_of([*self.special, *codes])
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The ids of a source text. special: read special tokens and language codes in it."""
         text, ids, end = well_formed(text), [], 0
-        for match in self._special.finditer(text) if special else ():
-            ids += [*self._part(text[end : match.start()]), self._ids[match[0]]]
+        for match in self._special_pattern.finditer(text) if special else ():
+            ids += [*self._encode_part(text[end : match.start()]), self._ids[match[0]]]
             end = match.end()
-        return ids + self._part(text[end:])
+        return ids + self._encode_part(text[end:])
 
     def encode_target(self, text: str) -> list[int]:
         """The ids of a text in the target language."""
-        return self._part(well_formed(text), self._target)
+        return self._encode_part(well_formed(text), self._target)
 
-    def _part(self, text, model=None):
+    def _encode_part(self, text, model=None):
         pieces = (model or self._source).encode(text, out_type=str)
         return [self._ids.get(piece, self.unk_id) for piece in pieces]
 
     def encode_with_template(self, text: str, pair: str | None = None, special: bool = False) -> list[int]:
-        """Ids with the end of sequence that the encoder expects."""
+        """The ids of one or two source texts, then the end-of-sequence token that the encoder expects."""
         return [*self.encode(text, special), *(self.encode(pair, special) if pair else ()), self.eos_id]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -373,13 +374,13 @@ def _fields(token: Any, name: str) -> dict[str, Any]:
 
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for the longest of the strings at each place."""
+    """A pattern that matches the longest of the strings at each position."""
     longest = sorted(strings, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest)) or r"(?!)")
 
 
 def _add_special_tokens(spec, config, added, named, roles):
-    """Add the tokens that the other files name to spec["added_tokens"], as Transformers does."""
+    """Add the special tokens of the settings files to spec["added_tokens"], as Transformers does."""
     tokens = {token["content"]: token for token in spec.get("added_tokens") or []}
     vocabulary = spec["model"]["vocab"]
     if isinstance(vocabulary, list):
@@ -404,11 +405,11 @@ def _add_special_tokens(spec, config, added, named, roles):
     spec["added_tokens"] = sorted(tokens.values(), key=lambda token: token["id"])
 
 
-def _respelled(spec, spelling):
-    """The spec with new names for the special tokens, and without merges that make one."""
+def _rename_special(spec, aliases):
+    """The spec with aliases for the special tokens, and without merges that produce a special token."""
 
     def new(token):
-        return spelling.get(token, token)
+        return aliases.get(token, token)
 
     model = dict(spec["model"])
     if isinstance(model["vocab"], dict):
@@ -417,7 +418,7 @@ def _respelled(spec, spelling):
         model["vocab"] = [[new(token), score] for token, score in model["vocab"]]
     if model.get("merges"):
         pairs = (tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"])
-        model["merges"] = [p for p in pairs if not {*p, "".join(p)} & spelling.keys()]
+        model["merges"] = [p for p in pairs if not {*p, "".join(p)} & aliases.keys()]
     if model.get("unk_token"):
         model["unk_token"] = new(model["unk_token"])
     added = [token | {"content": new(token["content"])} for token in spec["added_tokens"]]

@@ -27,11 +27,11 @@ def parse(spec: str | pathlib.Path) -> tuple[str, int | pathlib.Path | None]:
     path = pathlib.Path(spec).expanduser()
     if str(spec) and (path.is_dir() or path.suffix == ".model"):
         return "path", path
-    raise UserError(f"tokenizer {spec!r} is neither known nor a file here; choose {CHOICES}")
+    raise UserError(f"tokenizer {spec!r} is no known kind and no .model file or directory; choose {CHOICES}")
 
 
 def load(name_or_path: str | pathlib.Path) -> Tokenizer:
-    """The tokenizer "bytes", of a `.model` file, of a directory that `save` wrote, or of a Hugging Face directory.
+    """The tokenizer of "bytes", a `.model` file, a directory that `save` wrote, or a Hugging Face directory.
 
     Raises: UserError if files are missing or damaged.
     """
@@ -59,7 +59,7 @@ def load(name_or_path: str | pathlib.Path) -> Tokenizer:
             raise
         raise UserError(f"tokenizer {path}: its tokenizer.json is damaged: {error}") from error
     if tokenizer.fingerprint != saved.get("fingerprint"):
-        raise UserError(f"tokenizer {path}: tokenizer.model is damaged: it is not the one saved")
+        raise UserError(f"tokenizer {path}: tokenizer.model is damaged: it does not match the saved fingerprint")
     return tokenizer
 
 
@@ -67,6 +67,6 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises: UserError if the tokenizer has more tokens than the model has embeddings."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, and the model "
-            f"embeddings for {vocab_size} alone; it is another model's tokenizer"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has "
+            f"only {vocab_size} embeddings; use the model's own tokenizer"
         )

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from nanoflax.errors import UserError
 from nanoflax.tokenizers.base import SPACE, check_ids, well_formed
 
-TRAINING_CHUNK = 1000  # characters
-TRAINING_TEXT = 200_000_000  # characters: minutes, and a few gigabytes of memory
+CHUNK_CHARACTERS = 1000
+MAX_TRAINING_CHARACTERS = 200_000_000  # training on them takes minutes and a few gigabytes of memory
 
 
 class ByteTokenizer:
@@ -39,8 +39,8 @@ class ByteTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece model, given as its serialized bytes.
 
-    A model from elsewhere may normalize the text. A model that keeps spaces and has a piece for each byte, as the
-    models trained here, gives every text back exactly, with one correction: SentencePiece cannot tell U+2581 from a
+    Other people's models may normalize the text. Models trained here keep spaces and have a piece for each byte, so
+    decoding restores every text exactly. This needs one correction: SentencePiece cannot distinguish U+2581 from a
     space, so this character is encoded as its three bytes.
     """
 
@@ -98,17 +98,17 @@ def _write(directory, description, model=None):
 
 
 def _training_chunks(texts: Iterable[str]) -> Iterator[str]:
-    # Several lines at a time, with their newlines: a piece can then hold a newline (".\n\n"), which
-    # needs 5% fewer tokens. SentencePiece strips the last newline.
+    # A chunk has several lines with their newlines, so that pieces with newlines (".\n\n") are learned:
+    # 5% fewer tokens. SentencePiece strips the last newline of a chunk.
     total = 0
     for text in texts:
-        if total >= TRAINING_TEXT:
+        if total >= MAX_TRAINING_CHARACTERS:
             return
         total += len(text)
         chunk = ""
         for line in well_formed(text).splitlines(keepends=True):
             chunk += line
-            if len(chunk) >= TRAINING_CHUNK:
+            if len(chunk) >= CHUNK_CHARACTERS:
                 yield chunk
                 chunk = ""
         if chunk.strip():
@@ -116,27 +116,27 @@ def _training_chunks(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str = "bpe") -> SentencePieceTokenizer:
-    """Train a tokenizer that gives every string back exactly: nothing is normalized, unseen characters become bytes.
+    """Train a tokenizer whose decoding is exact: nothing is normalized, characters not in the vocabulary become bytes.
 
-    At most the first TRAINING_TEXT characters are read. Pieces 0, 1, 2 are <pad>, <unk> and <eos>; 256 bytes follow.
+    At most MAX_TRAINING_CHARACTERS are read. Pieces 0, 1, 2 are <pad>, <unk> and <eos>; 256 bytes follow.
 
     Args:
       model_type: "bpe" or "unigram".
     Raises:
-      UserError: the texts are empty, or the vocabulary is too small for the bytes and characters, or larger than
-        the texts can fill.
+      UserError: the texts are empty, or the vocabulary is too small for the bytes and characters, or too large for
+        the amount of text.
     """
     import sentencepiece
 
     if model_type not in ("bpe", "unigram"):
         raise UserError(f"tokenizer type {model_type!r}: choose bpe or unigram")
-    failure, output = [], io.BytesIO()
+    failures, output = [], io.BytesIO()
 
     def chunks():
         try:  # SentencePiece would turn any exception of the iterator into a RuntimeError
             yield from _training_chunks(texts)
         except Exception as error:
-            failure.append(error)
+            failures.append(error)
 
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -157,16 +157,16 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str =
             pad_piece="<pad>",
             unk_piece="<unk>",
             eos_piece="<eos>",
-            # Unigram: fewer candidates than the default million give fewer tokens, sooner.
+            # Unigram: with fewer candidates than the default million, training is faster and needs fewer tokens.
             seed_sentencepiece_size=10 * vocab_size,
             minloglevel=4,
         )
     except (RuntimeError, OSError) as error:
-        if failure:
-            raise failure[0] from None
+        if failures:
+            raise failures[0] from None
         message = str(error)
         if "sentences_.empty()" in message:
-            raise UserError("tokenizer: there is no text to train it on") from error
+            raise UserError("tokenizer: there is no text for its training") from error
         if most := re.search(r"set it to a value <= (\d+)", message):
             raise UserError(
                 f"tokenizer {model_type}:{vocab_size}: the corpus is too small for "
@@ -174,10 +174,10 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str =
             ) from error
         if least := re.search(r"(\d+) vs (\d+)", message):
             raise UserError(
-                f"tokenizer {model_type}:{vocab_size}: the bytes and the corpus's "
-                f"characters alone need {model_type}:{least[2]}"
+                f"tokenizer {model_type}:{vocab_size}: the 256 bytes and the characters "
+                f"of the corpus need at least {model_type}:{least[2]}"
             ) from error
         raise UserError(f"tokenizer {model_type}:{vocab_size}: {message}") from error
-    if failure:
-        raise failure[0]
+    if failures:
+        raise failures[0]
     return SentencePieceTokenizer(output.getvalue(), name=f"{model_type}:{vocab_size}")

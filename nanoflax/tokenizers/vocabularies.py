@@ -1,7 +1,7 @@
-"""Vocabularies of several formats, each as the contents of a tokenizer.json ("spec", a dict).
+"""Vocabularies of several formats, converted to the contents of a tokenizer.json ("spec", a dict).
 
-The `tokenizers` library runs them; see `huggingface`. If a format names no special tokens, its from_ function
-adds the usual ones to roles ({"bos": "<s>", "eos": "</s>", ...}).
+The `tokenizers` library runs a spec; see `huggingface`. If a format has no names of special tokens, its from_
+function adds the usual names to roles ({"bos": "<s>", "eos": "</s>", ...}).
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from nanoflax.errors import UserError
 from nanoflax.tokenizers.base import SPACE
 
-# How byte-level vocabularies split text into words before merging, as their authors published it.
+# Patterns that split text into words, before byte-level BPE merges the bytes of each word; from their authors.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -23,7 +23,7 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-GGUF_WORDS = {  # tokenizer.ggml.pre -> the expressions, applied in turn
+GGUF_PATTERNS = {  # tokenizer.ggml.pre -> the patterns, applied one after another
     None: [GPT2], "default": [GPT2], "gpt-2": [GPT2], "olmo": [GPT2],
     **dict.fromkeys(["smollm", "starcoder", "refact", "command-r"], [r"\p{N}", GPT2]),
     **dict.fromkeys(["llama-bpe", "llama3", "llama-v3"], [LLAMA3]),
@@ -43,12 +43,12 @@ def from_gguf(metadata: dict[str, Any], name: str) -> tuple[Spec, Config]:
         value: Any = metadata.get(f"tokenizer.ggml.{key}", default)
         return value.tolist() if hasattr(value, "tolist") else value  # arrays of numbers
 
-    kind, words, tokens = get("model"), get("pre"), get("tokens")
+    kind, pre, tokens = get("model"), get("pre"), get("tokens")
     if kind not in ("gpt2", "llama"):
         raise UserError(f"{name}: tokenizer.ggml.model is {kind!r}; gpt2 and llama are supported")
-    if kind == "gpt2" and words not in GGUF_WORDS:
+    if kind == "gpt2" and pre not in GGUF_PATTERNS:
         raise UserError(
-            f"{name}: tokenizer.ggml.pre is {words!r}; supported: {', '.join(sorted(filter(None, GGUF_WORDS)))}"
+            f"{name}: tokenizer.ggml.pre is {pre!r}; supported: {', '.join(sorted(filter(None, GGUF_PATTERNS)))}"
         )
     wanted = {"tokens": str, "token_type": int}
     wanted |= {"merges": str} if kind == "gpt2" else {"scores": (int, float)}
@@ -77,7 +77,7 @@ def from_gguf(metadata: dict[str, Any], name: str) -> tuple[Spec, Config]:
             spec = _byte_level(
                 {token: i for i, token in enumerate(tokens)},
                 [tuple(merge.split(" ")) for merge in get("merges")],
-                GGUF_WORDS[words],
+                GGUF_PATTERNS[pre],
             )
         else:
             unknown = get("unknown_token_id", 0)
@@ -110,24 +110,24 @@ def _spec_of(model, normalizer=None, pre_tokenizer=None, decoder=None, post_proc
     return json.loads(tokenizer.to_str())
 
 
-def _byte_level(vocabulary, merges, words, prefix=False, normalizer=None, post_processor=None) -> Spec:
+def _byte_level(vocabulary, merges, patterns, prefix=False, normalizer=None, post_processor=None) -> Spec:
     from tokenizers import Regex, decoders, models, pre_tokenizers
 
-    cut = [pre_tokenizers.Split(Regex(word), "isolated") for word in words]
-    if words == [GPT2]:  # ByteLevel has this expression, and only it can add the prefix before splitting
-        cut = []
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not cut)
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    if patterns == [GPT2]:  # built into ByteLevel, which can then add the prefix space before it splits
+        splits = []
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not splits)
     return _spec_of(
         models.BPE(vocab=vocabulary, merges=merges),
         normalizer,
-        pre_tokenizers.Sequence([*cut, byte_level]),
+        pre_tokenizers.Sequence([*splits, byte_level]),
         decoders.ByteLevel(),
         post_processor,
     )
 
 
 def from_merges(vocabulary: dict[str, int], merges: str, roles: Roles, config: Config) -> Spec:
-    """vocab.json and merges.txt of GPT-2, OPT, RoBERTa, BART or Qwen2; adds to roles."""
+    """The spec of vocab.json and merges.txt of GPT-2, OPT, RoBERTa, BART or Qwen2; adds to roles."""
     from tokenizers import normalizers, processors
 
     pairs = [tuple(line.split(" ")) for line in merges.split("\n") if line and not line.startswith("#version")]
@@ -149,7 +149,7 @@ def from_merges(vocabulary: dict[str, int], merges: str, roles: Roles, config: C
 
 
 def from_wordpieces(lines: str, roles: Roles, config: Config) -> Spec:
-    """BERT's vocab.txt; adds to roles."""
+    """The spec of BERT's vocab.txt; adds to roles."""
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
     vocabulary = {line.rstrip("\r"): i for i, line in enumerate(lines.rstrip("\n").split("\n"))}
@@ -170,9 +170,9 @@ def from_wordpieces(lines: str, roles: Roles, config: Config) -> Spec:
 
 
 def from_ours(tokenizer: Any) -> Spec:
-    """A ByteTokenizer, or a SentencePieceTokenizer trained here: every text gets the same ids.
+    """The spec of a ByteTokenizer, or of a SentencePieceTokenizer trained here, with the same ids for every text.
 
-    The post-processor adds bos_id, with which a document starts.
+    Its post-processor adds bos_id, the first id of a document.
     """
     from tokenizers import decoders, models, normalizers
 
@@ -202,9 +202,9 @@ def from_ours(tokenizer: Any) -> Spec:
 
 
 def bytes_to_letters() -> dict[int, str]:
-    """The character by which byte-level vocabularies write each byte.
+    """Byte -> its character in byte-level vocabularies.
 
-    A printable byte is its own character; for the others, in order, GPT-2 took characters from U+0100.
+    A printable byte is its own character; the other bytes, in order, have the characters from U+0100 (GPT-2).
     """
     from tokenizers import pre_tokenizers
 
@@ -224,7 +224,7 @@ def _sentencepiece_model(model: bytes) -> tuple[Any, list[str], list[float], lis
 
 
 def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
-    """A SentencePiece model: BPE as in Llama, Unigram as in T5; adds to roles and config."""
+    """The spec of a SentencePiece model: BPE as in Llama, Unigram as in T5; adds to roles and config."""
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
     proto, tokens, scores, types = _sentencepiece_model(model)
@@ -238,7 +238,7 @@ def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
     if normal.remove_extra_whitespaces:
         normalize += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     if trainer.model_type == trainer.BPE:
-        config.setdefault("add_bos_token", True)  # as Llama
+        config.setdefault("add_bos_token", True)  # as in Llama
         spec = _sentencepiece_bpe(tokens, scores, types, tokens[trainer.unk_id], normal.add_dummy_prefix, normalize)
     elif trainer.model_type == trainer.UNIGRAM:
         eos = (roles["eos"], ids["eos"])
@@ -260,9 +260,9 @@ def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
 
 
 def _sentencepiece_bpe(tokens, scores, types, unknown, prefix, normalize=()) -> Spec:
-    """SentencePiece's BPE as merges: every two pieces that make a third, in the order of its score.
+    """The spec of SentencePiece's BPE. Its merges are all pairs of pieces that join to a piece, best score first.
 
-    prefix: a space is added before the text, and after each special token.
+    prefix: whether a space is added before the text, and after each special token.
     """
     from tokenizers import decoders, models, normalizers
 
@@ -286,7 +286,7 @@ def _sentencepiece_bpe(tokens, scores, types, unknown, prefix, normalize=()) -> 
 
 
 def set_ends(spec: Spec, config: Config, roles: Roles) -> None:
-    """Make the post-processor of add_bos_token and add_eos_token, if config has them."""
+    """Set the post-processor that adds bos and eos, if config has add_bos_token or add_eos_token."""
     from tokenizers import processors
 
     if {"add_bos_token", "add_eos_token"} & config.keys():

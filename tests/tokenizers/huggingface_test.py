@@ -182,7 +182,7 @@ def test_smollm2_cuts_digits_as_its_makers_do(smollm2):
 def test_gguf_words_are_those_of_transformers():
     mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
     compared = 0
-    for name, words in vocabularies.GGUF_WORDS.items():
+    for name, words in vocabularies.GGUF_PATTERNS.items():
         if theirs := mapping.GGUF_PRE_TOKENIZER_SPLITS.get(name):
             compared += 1
             cut = [pre_tokenizers.Split(library.Regex(w), "isolated") for w in [*words, theirs]]
@@ -540,7 +540,7 @@ def test_contents_that_meet_do_not_make_a_special_token(directory):
     ],
 )
 def test_bad_templates_are_one_clear_line(directory, template, reason, monkeypatch):
-    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.3)
     mine = pickle.loads(pickle.dumps(tokenizers.load(directory)))
     mine.chat_template = template
     before = sys.gettrace()
@@ -716,7 +716,7 @@ def test_our_tokenizers_open_in_transformers(spec, tmp_path):
     ]
     kind, _, size = spec.partition(":")
     made = tokenizers.load("bytes") if kind == "bytes" else tokenizers.train_sentencepiece(corpus, int(size), kind)
-    tokenizers.exported(made).save(tmp_path)
+    tokenizers.to_huggingface(made).save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     read = tokenizers.load(tmp_path)
     assert (read.eos_id, read.bos_id, read.pad_id) == (made.eos_id, made.bos_id, made.pad_id)
