@@ -137,7 +137,7 @@ def _define_config(path, argv, data):
     """
     config = load_config(path)
     _define(flags.ArgumentParser(), "config", path, "Python file whose get_config() returns the configuration.")
-    for section, hint in fields.hints(configs.Config).items():
+    for section, hint in fields.field_types(configs.Config).items():
         values, known = getattr(config, section), fields.kinds(hint)
         if section == "data" and data:
             values, known = configs.as_kind(data, values), {data.kind: data}
@@ -165,7 +165,7 @@ def _define(parser, name, default, text):
 def leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any, Any, str]]:
     """(dotted name, type, value, help) of every field of a nested dataclass."""
     for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), fields.hints(type(config))[field.name]
+        value, kind = getattr(config, field.name), fields.field_types(type(config))[field.name]
         if dataclasses.is_dataclass(value):
             yield from leaves(value, f"{prefix}.{field.name}")
         else:
@@ -175,10 +175,10 @@ def leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any, Any, str]]:
 def parsed_config() -> configs.Config:
     """The Config after all flags, validated."""
     sections = {}
-    for section, hint in fields.hints(configs.Config).items():
+    for section, hint in fields.field_types(configs.Config).items():
         known = fields.kinds(hint)
         cls = known[str(FLAGS[f"config.{section}.kind"].value)] if known else hint
-        sections[section] = cls(**{name: FLAGS[f"config.{section}.{name}"].value for name in fields.hints(cls)})
+        sections[section] = cls(**{name: FLAGS[f"config.{section}.{name}"].value for name in fields.field_types(cls)})
     configs.validate(config := configs.Config(**sections))
     return config
 

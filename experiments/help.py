@@ -23,7 +23,7 @@ def print_help(full: bool) -> None:
     number = sum(name.startswith("config.") for name in own)
     if number and full:
         lines += ["", "Fields of other kinds, as chosen by --config.peft.kind and --config.task.kind:"]
-        for section, hint in fields.hints(configs.Config).items():
+        for section, hint in fields.field_types(configs.Config).items():
             for (name, text), kinds in fields.fields_of_kinds(hint).items():
                 if f"config.{section}.{name}" not in own:
                     lines += _entry(f"--config.{section}.{name}", f"{text} [{section}.kind={fields.either(kinds)}]")

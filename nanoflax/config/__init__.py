@@ -1,8 +1,7 @@
-"""Every choice of a run, as frozen dataclasses: what the model is, what it reads, how it is trained.
+"""All settings of a run, as frozen dataclasses: model, data, optimizer, adapters, task and training loop.
 
-A configuration is a value: `dataclasses.replace` changes it, `validate` refuses a bad one with every problem at
-once, `to_dict` and `from_dict` carry it through JSON. The sections data, peft and task are of several kinds, each a
-dataclass of its own.
+`dataclasses.replace` makes a changed copy, `validate` raises one error that names all problems, `to_dict` and
+`from_dict` convert to and from JSON. The sections data, peft and task have several kinds, with one dataclass each.
 """
 
 from nanoflax.config import fields

@@ -10,7 +10,7 @@ PACKINGS = ("joined", "isolated")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What pretrain and finetune both read."""
+    """Settings of pretrain and finetune."""
 
     section: ClassVar[str] = "data"
     kind: ClassVar[str]
@@ -19,33 +19,33 @@ class DataConfig:
         "Training data: pydocs, text:GLOB or tfds:NAME[:FIELD]; for finetune also jsonl:FILE, tsv:FILE, conll:FILE, "
         "pairs:SOURCES,TARGETS, dates:FROM-TO, pytags, pymodules, pychats or bible:FROM-TO.",
     )
-    validation: str = field("", "Another source; empty: the split of the data, or else a part of the training data.")
-    validation_fraction: float = field(0.05, "Share of documents held out, by a hash of each.", within="(0, 1)")
+    validation: str = field("", "Validation data; empty: the data's own split, or else a part of the training data.")
+    validation_fraction: float = field(0.05, "That part: a share of the texts, chosen by hash.", within="(0, 1)")
     tokenizer: str = field("bpe:2048", "bytes, bpe:V, unigram:V, a .model file or a tokenizer directory.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextData(DataConfig):
-    """A corpus that becomes windows of tokens, for pretrain."""
+    """Settings of pretrain: a corpus is cut into windows of tokens."""
 
     kind: ClassVar[str] = "text"
-    window: int = field(0, "Tokens of a training window; 0: model.context.", unit="tokens", at_least=0)
+    window: int = field(0, "Length of a training window; 0: model.context.", unit="tokens", at_least=0)
     packing: str = field("joined", "isolated: documents of a window cannot see each other.", choices=PACKINGS)
     workers: int = field(0, "Processes that tokenize; 0: one per core.", at_least=0)
     cache: str = field("", "Directory of the token files; empty: the user's cache directory.")
-    # The last, because it hides the function of this name in the class body.
-    field: str = field("text", "Field of a JSON line that holds the text.")
+    # This attribute is last: it hides the function `field` in the class body.
+    field: str = field("text", "Name of the JSON field that holds the text.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExampleData(DataConfig):
-    """Examples of a task, held in memory, for finetune."""
+    """Settings of finetune: the examples of a task stay in memory."""
 
     kind: ClassVar[str] = "examples"
-    fields: str = field("", "What the data calls our fields, as text=sentence,label=stars.")
-    limit: int = field(0, "Examples read of a split; 0: all.", unit="examples", at_least=0)
+    fields: str = field("", "Names of our fields in the data, as text=sentence,label=stars.")
+    limit: int = field(0, "Largest number of examples from a split; 0: all.", unit="examples", at_least=0)
     unicode: str = field("NFC", "Unicode normalisation: NFC, NFKC, or empty for none.")
-    whitespace: str = field("trim", "trim the ends of lines and texts, collapse each run to a space, or empty.")
+    whitespace: str = field("trim", "trim: at the ends of lines and texts; collapse: each run to one space; or empty.")
     keep_duplicates: bool = field(False, "Keep exact duplicates of a training example.")
 
 

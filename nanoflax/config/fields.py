@@ -1,4 +1,4 @@
-"""Fields of configurations: their help, choices and ranges, the checks of these, and the way to and from JSON."""
+"""Fields of configurations: help texts, choices and ranges, their checks, and the conversion to and from JSON."""
 
 import dataclasses
 import difflib
@@ -23,18 +23,18 @@ def field(
     above: float | None = None,
     within: str = "",
 ) -> T:
-    """A dataclass field with what `validate` checks and the flag's help says.
+    """A dataclass field with its help text and the limits that `validate` checks.
 
-    choices: the only values allowed. at_least, at_most, above: bounds of a number; within: an interval such as
-    "[0, 1)". None is never checked, where the type of the field allows it.
+    choices: the only allowed values. at_least, at_most, above: bounds of a number; within: an interval such as
+    "[0, 1)". The value None has no limits.
     """
     checks = dict(choices=tuple(choices), at_least=at_least, at_most=at_most, above=above, within=within)
-    found: Any = dataclasses.field(default=default, metadata={"help": help, "unit": unit} | checks)
-    return found  # to type checkers the default, as dataclasses.field is
+    made: Any = dataclasses.field(default=default, metadata={"help": help, "unit": unit} | checks)
+    return made  # type checkers see the type of the default, as for dataclasses.field
 
 
 def describe(field: dataclasses.Field, kind: Any) -> str:
-    """The help of a field in one line, with its choices or type, its unit and its range."""
+    """One line: the help text of a field, its choices or type, its unit and its range."""
     m = field.metadata
     parts = [f"one of {', '.join(map(str, m['choices']))}" if m.get("choices") else type_name(kind)]
     parts += [f"{words} {m[name]}" for name, words in _LIMITS.items() if m.get(name) not in (None, "")]
@@ -44,29 +44,33 @@ def describe(field: dataclasses.Field, kind: Any) -> str:
 _LIMITS = {"unit": "in", "at_least": "at least", "at_most": "at most", "above": "above", "within": "in"}
 
 
-def hints(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> dict[str, Any]:
     """{name: type} of the fields of a dataclass."""
     found = typing.get_type_hints(cls)
     return {f.name: found[f.name] for f in dataclasses.fields(cls)}
 
 
 def kinds(hint: Any) -> dict[str, type]:
-    """{kind: class} of a dataclass that has a `kind`, or of a union of such classes; {} of other types."""
+    """{kind: class} for a dataclass with a `kind`, or for a union of such dataclasses; {} for other types."""
     members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return {cls.kind: cls for cls in members if hasattr(cls, "kind")}
 
 
 def as_kind(cls: type, config: Any) -> Any:
-    """A configuration of class `cls`: fields that `config` has too keep its values, the others take their defaults."""
-    return config if type(config) is cls else cls(**{name: v for name, v in vars(config).items() if name in hints(cls)})
+    """A configuration of class `cls`, with the values of `config` for the fields of both and defaults for the rest."""
+    return (
+        config
+        if type(config) is cls
+        else cls(**{name: v for name, v in vars(config).items() if name in field_types(cls)})
+    )
 
 
 def fields_of_kinds(hint: Any) -> dict[tuple[str, str], list[str]]:
-    """{(name, help): kinds} of every field of a union of kinds."""
+    """{(name, help): the kinds with this field} for every field of a union of kinds."""
     found: dict[tuple[str, str], list[str]] = {}
     for kind, cls in kinds(hint).items():
         for f in dataclasses.fields(cls):
-            found.setdefault((f.name, describe(f, hints(cls)[f.name])), []).append(kind)
+            found.setdefault((f.name, describe(f, field_types(cls)[f.name])), []).append(kind)
     return found
 
 
@@ -74,20 +78,17 @@ def fields_of_kinds(hint: Any) -> dict[tuple[str, str], list[str]]:
 
 
 def validate(config: Any) -> None:
-    """Refuse a configuration that cannot work: a Config, or one section of it.
-
-    Raises: UserError with every problem found, one per clause, before anything is allocated.
-    """
+    """Raises: UserError that names all problems of a Config or of one section of it."""
     section = getattr(config, "section", "")
     prefix = f"{section}." if section else ""
-    # Values of a wrong type cannot be compared, so these problems come alone.
+    # A value of a wrong type has no range, so ranges are checked only if all types are right.
     if found := type_problems(config, prefix) or value_problems(config, prefix):
         raise UserError("; ".join(found))
 
 
 def type_problems(config: Any, prefix: str) -> list[str]:
     found = []
-    for name, kind in hints(type(config)).items():
+    for name, kind in field_types(type(config)).items():
         value = getattr(config, name)
         if not _is_of(kind, value):
             found.append(f"{prefix}{name}={value!r} must be {type_name(kind)}")
@@ -97,29 +98,29 @@ def type_problems(config: Any, prefix: str) -> list[str]:
 
 
 def value_problems(config: Any, prefix: str) -> list[str]:
-    """Values out of their range; where none is, what the method `problems` finds between fields."""
-    inside, own = [], []
+    """The values outside their ranges; if there are none, the conflicts that the method `problems` finds."""
+    nested, own = [], []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
-            inside += value_problems(value, f"{prefix}{f.name}.")
+            nested += value_problems(value, f"{prefix}{f.name}.")
         elif value is not None and (problem := _out_of_range(value, f.metadata)):
             own.append(f"{prefix}{f.name}={value!r} {problem}")
-    between = config.problems() if not own and hasattr(config, "problems") else []
-    return own + inside + between
+    conflicts = config.problems() if not own and hasattr(config, "problems") else []
+    return own + nested + conflicts
 
 
-def _out_of_range(value, m):
-    if m.get("choices") and value not in m["choices"]:
-        return f"is not one of {', '.join(m['choices'])}"
+def _out_of_range(value, limits):
+    if limits.get("choices") and value not in limits["choices"]:
+        return f"is not one of {', '.join(limits['choices'])}"
     # Each comparison is written so that NaN fails it.
-    if m.get("at_least") is not None and not value >= m["at_least"]:
-        return f"must be at least {m['at_least']}"
-    if m.get("at_most") is not None and not value <= m["at_most"]:
-        return f"must be at most {m['at_most']}"
-    if m.get("above") is not None and not value > m["above"]:
-        return "must be positive" if m["above"] == 0 else f"must be above {m['above']}"
-    if interval := m.get("within"):
+    if limits.get("at_least") is not None and not value >= limits["at_least"]:
+        return f"must be at least {limits['at_least']}"
+    if limits.get("at_most") is not None and not value <= limits["at_most"]:
+        return f"must be at most {limits['at_most']}"
+    if limits.get("above") is not None and not value > limits["above"]:
+        return "must be positive" if limits["above"] == 0 else f"must be above {limits['above']}"
+    if interval := limits.get("within"):
         low, high = map(float, interval[1:-1].split(","))
         if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
             return f"must be in {interval}"
@@ -131,7 +132,7 @@ def _is_of(kind, value):
         return any(_is_of(k, value) for k in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(_is_of(typing.get_args(kind)[0], v) for v in value)
-    if isinstance(value, bool):  # Python counts it as an int
+    if isinstance(value, bool):  # bool is a subclass of int
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
 
@@ -147,7 +148,7 @@ def type_name(kind: Any) -> str:
 
 
 def parse(kind: Any, text: str) -> Any:
-    """A value of type `kind` from the text of a flag: None is written none, a tuple 0,2,4. Raises: ValueError."""
+    """A value of type `kind` from the text of a flag: "none" for None, "0,2,4" for a tuple. Raises: ValueError."""
     if isinstance(kind, types.UnionType):
         if text.lower() == "none":
             return None
@@ -163,16 +164,16 @@ def parse(kind: Any, text: str) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dict of a configuration, for JSON. A section of several kinds names its kind."""
+    """A configuration as a nested dict for JSON. A section with several kinds contains its kind."""
     values = {name: to_dict(v) if dataclasses.is_dataclass(v) else v for name, v in vars(config).items()}
     return {"kind": config.kind} | values if hasattr(config, "kind") else values
 
 
 def from_dict(cls: Any, values: Any, where: str = "config") -> Any:
-    """A configuration of class `cls`, or of the class among a union's that values["kind"] names, from `to_dict`'s
-    output. Absent fields take their defaults, and lists become tuples, which JSON lacks.
+    """A configuration from the output of `to_dict`. cls: its class, or a union; then values["kind"] chooses the class.
 
-    Raises: UserError for a field that does not exist, naming the nearest that does, and for values of a wrong type.
+    Missing fields take their defaults. Lists become tuples, because JSON has no tuples.
+    Raises: UserError for values of a wrong type, or for an unknown field (the message names the most similar one).
     """
     if not isinstance(values, dict):
         raise UserError(f"{where}={values!r} must be the fields of {type_name(cls)}")
@@ -182,7 +183,7 @@ def from_dict(cls: Any, values: Any, where: str = "config") -> Any:
         if kind not in [*known]:
             raise UserError(f"{where}.kind={kind!r} is not one of {', '.join(known)}")
         cls = known[kind]
-    types_of, defaults, found = hints(cls), {f.name: f.default for f in dataclasses.fields(cls)}, {}
+    types_of, defaults, found = field_types(cls), {f.name: f.default for f in dataclasses.fields(cls)}, {}
     for name, value in values.items():
         if name not in types_of:
             raise UserError(no_such_field(str(name), cls, known, where))
@@ -198,11 +199,11 @@ def from_dict(cls: Any, values: Any, where: str = "config") -> Any:
 
 
 def no_such_field(name: str, cls: type, known: dict[str, type], where: str) -> str:
-    """What to say of a name that is no field of `cls`: which of the `known` kinds have it, or the nearest field."""
-    own, kind_of = [*hints(cls)], f"{where.removeprefix('config.')}.kind"
+    """The error message for an unknown field: the `known` kinds that have it, or the most similar field."""
+    own, kind_of = [*field_types(cls)], f"{where.removeprefix('config.')}.kind"
     elsewhere: dict[str, list[str]] = {}
     for kind, other in known.items():
-        for field_name in hints(other):
+        for field_name in field_types(other):
             elsewhere.setdefault(field_name, []).append(kind)
     if name in elsewhere:
         return f"{where}.{name} is a field of {kind_of}={either(elsewhere[name])}, not of {cls.__dict__['kind']}"
@@ -215,14 +216,14 @@ def no_such_field(name: str, cls: type, known: dict[str, type], where: str) -> s
 
 
 def either(words: list[str]) -> str:
-    """Words as a choice, such as: a, b or c."""
+    """The words joined as "a, b or c"."""
     return " or ".join([", ".join(words[:-1])] * (len(words) > 1) + words[-1:])
 
 
 def diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines naming each leaf in which two `to_dict` values differ, as `model.dim: 256 -> 384`.
+    """A line for each value that differs between two outputs of `to_dict`, as `model.dim: 256 -> 384`.
 
-    Of sections of different kinds: the kinds, and the fields that both have.
+    Sections of different kinds are compared in their kind and in the fields of both.
     """
     lines, keys = [], old.keys() | new.keys()
     if old.get("kind") != new.get("kind"):

@@ -1,4 +1,4 @@
-"""What a model is: one frozen dataclass for every architecture, and the published sizes."""
+"""The settings of a model: one frozen dataclass for all architectures, and presets of published sizes."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
@@ -8,11 +8,11 @@ from nanoflax.errors import UserError
 
 
 class Architecture(NamedTuple):
-    """Facts of an architecture that other rooms need; `nn.build` has the models themselves."""
+    """Properties of an architecture that other rooms need; `nn.build` makes the models."""
 
-    heads: tuple[str, ...]  # the values of ModelConfig.head
-    reads_source: bool = False  # the model writes a target from a source; a prompt is a source
-    is_causal: bool = True  # a token of the output sees only the tokens before it
+    heads: tuple[str, ...]  # the allowed values of ModelConfig.head
+    reads_source: bool = False  # the model generates a target from a source; a prompt is a source
+    is_causal: bool = True  # an output token sees only the tokens before it
     has_blocks: bool = True  # the model is a Transformer
 
 
@@ -37,25 +37,25 @@ ATTENTION_BACKENDS = ("auto", "plain", "cudnn", "splash")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A model of any architecture; the published families differ only in these values."""
+    """The settings of a model of any architecture or published family."""
 
     section: ClassVar[str] = "model"
     architecture: str = field("decoder", "Kind of model; lstm: the recurrent encoder-decoder.", choices=ARCHITECTURES)
     vocab_size: int = field(0, "V, the vocabulary; 0: the tokenizer's.", unit="tokens")
-    vocab_padding: int = field(0, "Last ids of V without a token, which a mesh may need; never targets.", unit="tokens")
+    vocab_padding: int = field(0, "Unused ids at the end of V, so that the mesh divides V.", unit="tokens")
     init_from: str = field(
         "",
-        "Model to start from: a workdir, Transformers directory, hub name or .gguf file. It decides the other fields "
-        "of model except head, labels, dropout, attention_backend and, where it is set, output_delay.",
+        "Model to start from: a workdir, Transformers directory, hub name or .gguf file. This model decides all other "
+        "fields of model except head, labels, dropout, attention_backend and a nonzero output_delay.",
     )
-    context: int = field(256, "Longest T, and S of a source.", unit="tokens", at_least=1)
-    layers: int = field(4, "L, the blocks; in an encoder-decoder those of the encoder.", at_least=1)
+    context: int = field(256, "Largest T, and largest S of a source.", unit="tokens", at_least=1)
+    layers: int = field(4, "L, the number of blocks; for an encoder-decoder of its encoder.", at_least=1)
     decoder_layers: int | None = field(None, "Blocks of an encoder-decoder's decoder; none: L.", at_least=1)
     dim: int = field(256, "D, the width of the model.", at_least=1)
     heads: int = field(4, "H, the query heads.", at_least=1)
     kv_heads: int | None = field(None, "G, the key and value heads; none: H, 1: multi-query attention.", at_least=1)
     head_dim: int | None = field(None, "K, the size of a head; none: D / H.", at_least=1)
-    mlp_dim: int | None = field(None, "F; none: 4 D, or with gated 8/3 D rounded up to a multiple of 32.", at_least=1)
+    mlp_dim: int | None = field(None, "F; none: 4 D, or if gated 8/3 D rounded up to a multiple of 32.", at_least=1)
     activation: str = field("gelu_tanh", "Activation of the MLP.", choices=ACTIVATIONS)
     gated: bool = field(False, "The MLP is down(act(gate(x)) * up(x)) (Shazeer 2020), not down(act(up(x))).")
     parallel: bool = field(False, "Attention and MLP read the same input (GPT-J, GPT-NeoX).")
@@ -74,26 +74,26 @@ class ModelConfig:
     rope_fraction: float = field(1.0, "Share of K that is rotated (GPT-NeoX).", within="(0, 1]")
     rope_scaling: str = field("none", "How rotary frequencies change for longer contexts.", choices=ROPE_SCALINGS)
     rope_factor: float = field(1.0, "How many times longer the context is than in training.", above=0)
-    rope_low: float = field(1.0, "llama3: divide frequencies with fewer turns in rope_context by the factor.", above=0)
-    rope_high: float = field(4.0, "llama3: keep frequencies with more turns in rope_context.", above=0)
+    rope_low: float = field(1.0, "llama3: frequencies with fewer turns in rope_context are divided.", above=0)
+    rope_high: float = field(4.0, "llama3: frequencies with more turns in rope_context do not change.", above=0)
     rope_context: int = field(8192, "llama3: the context in training.", unit="tokens", at_least=1)
     relative_buckets: int = field(32, "Buckets of relative positions (T5).", at_least=1)
     relative_distance: int = field(128, "Distance where the last bucket begins (T5).", unit="tokens", at_least=1)
 
-    window: int = field(0, "Keys that a query sees: its own and the window - 1 before; 0: all.", at_least=0)
+    window: int = field(0, "Keys that a query sees: its own position and window - 1 before; 0: all.", at_least=0)
     global_layers: tuple[int, ...] = field((), "Layers, from 0, that ignore the window.")
     attention_scale: float | None = field(None, "Factor of the attention scores; none: K^-1/2.", above=0)
     attention_softcap: float = field(0.0, "c: scores become c tanh(score / c) (Gemma 2); 0: unchanged.", at_least=0)
 
-    bias: bool = field(True, "Biases in every Linear and LayerNorm, unless one of the next four differs.")
-    qkv_bias: bool | None = field(None, "Biases of query, key and value; none: as bias.")
-    out_bias: bool | None = field(None, "Bias of the attention's output; none: as bias.")
-    mlp_bias: bool | None = field(None, "Biases of the MLP; none: as bias.")
-    norm_bias: bool | None = field(None, "Biases of LayerNorm; none: as bias.")
+    bias: bool = field(True, "Biases in every Linear and LayerNorm; qkv_bias to norm_bias may override it.")
+    qkv_bias: bool | None = field(None, "Biases of query, key and value; none: the value of bias.")
+    out_bias: bool | None = field(None, "Bias of the attention's output; none: the value of bias.")
+    mlp_bias: bool | None = field(None, "Biases of the MLP; none: the value of bias.")
+    norm_bias: bool | None = field(None, "Biases of LayerNorm; none: the value of bias.")
 
-    head: str = field("lm", "Output: lm or classify of a decoder; none, mlm, classify or tag of an encoder.")
+    head: str = field("lm", "Output: lm or classify for a decoder; none, mlm, classify or tag for an encoder.")
     labels: int = field(2, "Classes of the heads classify and tag.", at_least=1)
-    pooler: bool = field(False, "A Linear and an activation on the first state; an encoder's classify always has it.")
+    pooler: bool = field(False, "A Linear and an activation on the first state; always in an encoder with classify.")
     pooler_activation: str = field("tanh", "Activation of the pooler.", choices=ACTIVATIONS)
     token_types: int = field(0, "Kinds of input segment (BERT: 2).", at_least=0)
     tied: bool = field(True, "The output head is the transposed embedding.")
@@ -103,46 +103,48 @@ class ModelConfig:
     logit_softcap: float = field(0.0, "c: logits become c tanh(logit / c); 0: unchanged.", at_least=0)
     start_id: int = field(0, "Token before the first target of an encoder-decoder.", at_least=0)
     bottleneck: str = field("none", "The decoder sees only the mean or first state of a source.", choices=BOTTLENECKS)
-    output_delay: int = field(0, "n: add GELU(W h) of the last state n steps before; 0: none.", at_least=0)
+    output_delay: int = field(0, "n: add GELU(W h) of the final state n steps before; 0: none.", at_least=0)
 
     lstm_attention: str = field("additive", "Attention of an lstm.", choices=LSTM_ATTENTIONS)
-    lstm_start: str = field("encoder", "First state of an lstm's decoder: the encoder's last one.", choices=LSTM_STARTS)
+    lstm_start: str = field(
+        "encoder", "First state of an lstm's decoder; encoder: its last state.", choices=LSTM_STARTS
+    )
 
     dropout: float = field(0.0, "Share of activations that are set to 0 in training.", within="[0, 1)")
-    dtype: str = field("auto", "Of activations; auto: float32 on CPU, bfloat16 elsewhere.", choices=DTYPES)
+    dtype: str = field("auto", "Dtype of activations; auto: float32 on CPU, bfloat16 elsewhere.", choices=DTYPES)
     attention_backend: str = field(
-        "auto", "Kernel; auto: cudnn on GPU, splash on TPU, wherever it is exact.", choices=ATTENTION_BACKENDS
+        "auto", "Kernel; auto: cudnn on GPU and splash on TPU if exact, else plain.", choices=ATTENTION_BACKENDS
     )
 
     @property
-    def _facts(self) -> Architecture:  # none of an unknown architecture, which validation reports
+    def _properties(self) -> Architecture:  # `validate` reports an unknown architecture
         return ARCHITECTURES.get(self.architecture, Architecture(()))
 
     @property
     def reads_source(self) -> bool:
-        """Whether the model writes a target from a source (an encoder-decoder or LSTM)."""
-        return self._facts.reads_source
+        """Whether the model generates a target from a source (an encoder-decoder or LSTM)."""
+        return self._properties.reads_source
 
     @property
     def is_causal(self) -> bool:
-        """Whether a token of the output sees only the tokens before it (all but an encoder)."""
-        return self._facts.is_causal
+        """Whether an output token sees only the tokens before it (in all architectures except the encoder)."""
+        return self._properties.is_causal
 
     @property
     def has_blocks(self) -> bool:
         """Whether the model is a Transformer, made of blocks."""
-        return self._facts.has_blocks
+        return self._properties.has_blocks
 
     @property
     def cross_layers(self) -> int:
-        """The number of blocks with cross-attention: those of an encoder-decoder's decoder, else 0."""
+        """The number of blocks with cross-attention: the decoder blocks of an encoder-decoder, else 0."""
         if not (self.reads_source and self.has_blocks):
             return 0
         return self.layers if self.decoder_layers is None else self.decoder_layers
 
     @property
     def has_pooler(self) -> bool:
-        """Whether a Linear and an activation stand between the first state and the head."""
+        """Whether there is a Linear and an activation between the first state and the head."""
         return self.pooler or self.head == "classify" and not self.is_causal
 
     @property
@@ -161,7 +163,7 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """How many of a head's K are rotated."""
+        """How many of the K dimensions of a head are rotated."""
         return int(self.K * self.rope_fraction)
 
     def has_bias(self, part: str) -> bool:
@@ -174,10 +176,10 @@ class ModelConfig:
         return self.window > 0 and layer not in self.global_layers
 
     def problems(self) -> list[str]:
-        """What does not fit between fields, each in its range."""
+        """The conflicts between fields; the value of each field is in its range."""
         m, found = self, []
-        if m.head not in m._facts.heads:
-            found.append(f"model.head={m.head!r} is not one of {', '.join(m._facts.heads)}")
+        if m.head not in (heads := m._properties.heads):
+            found.append(f"model.head={m.head!r} is not one of {', '.join(heads)}")
         if m.vocab_size < 0:
             found.append(f"model.vocab_size={m.vocab_size} must be positive, or 0 for the tokenizer's")
         if not 0 <= m.vocab_padding < max(m.vocab_size, 1):
@@ -205,12 +207,12 @@ class ModelConfig:
         if not m.has_blocks and m.decoder_layers not in (None, m.layers):
             found.append(
                 f"model.decoder_layers={m.decoder_layers} must equal model.layers={m.layers} "
-                "in an lstm: each layer starts where the encoder's ended"
+                "in an lstm: a decoder layer starts from the last state of the encoder layer"
             )
         if m.output_delay and m.head != "lm":
             found.append(
                 f"model.output_delay={m.output_delay} needs model.head='lm', not {m.head!r}: "
-                "without an order of writing, no state is before another"
+                "the delay is for models that generate token by token"
             )
         if m.vocab_size > 0 and m.start_id >= m.vocab_size - m.vocab_padding:
             found.append(f"model.start_id={m.start_id} must be below model.vocab_size={m.vocab_size - m.vocab_padding}")
@@ -255,7 +257,7 @@ PRESETS = {
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:
-    """The ModelConfig of a published or shipped size, with some fields changed.
+    """The ModelConfig of a preset, with some fields changed.
 
     Raises: UserError for an unknown name or field.
     """

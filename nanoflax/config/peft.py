@@ -1,4 +1,4 @@
-"""How a model is adapted: one dataclass for each kind of adapter."""
+"""Settings of parameter-efficient fine-tuning: one dataclass for each kind of adapter."""
 
 import dataclasses
 import re
@@ -9,14 +9,14 @@ from nanoflax.config.fields import field, kinds
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """What every kind reads: which parameters are trained."""
+    """The setting of all kinds: which parameters are trained."""
 
     section: ClassVar[str] = "peft"
     kind: ClassVar[str]
     trained: str = field(
         "",
-        "Parameters to train, separated by commas: all, adapters, head, biases, last:N (blocks and what follows them) "
-        "or a pattern of paths. Empty: the adapters, or all where there are none.",
+        "Parameters to train, separated by commas: all, adapters, head, biases, last:N (the last N blocks and all after "
+        "them) or a pattern of paths. Empty: the adapters, or all parameters if there are no adapters.",
     )
 
     def problems(self) -> list[str]:
@@ -29,17 +29,17 @@ class PeftConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullFineTuning(PeftConfig):
-    """No adapters: the model's own parameters, or the `trained` part of them, change."""
+    """No adapters: all parameters of the model are trained, or those in `trained`."""
 
     kind: ClassVar[str] = "none"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRank(PeftConfig):
-    """Adapters that add a matrix of low rank to a Linear's kernel."""
+    """Adapters that add a low-rank matrix to the kernel of a Linear."""
 
-    targets: str = field("query|key|value|out|up|gate|down", "Pattern: the ends of the adapted Linears' paths.")
-    rank: int = field(8, "Rank of an added matrix; of adalora the first rank.", at_least=1)
+    targets: str = field("query|key|value|out|up|gate|down", "Pattern for the end of an adapted Linear's path.")
+    rank: int = field(8, "Rank of an added matrix; for adalora the initial rank.", at_least=1)
     alpha: float = field(16.0, "The added matrices are scaled by alpha / rank.", above=0)
 
     @property
@@ -64,7 +64,7 @@ class LoRA(LowRank):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoRA(LoRA):
-    """LoRA of the direction of each kernel column, with a trained magnitude (Liu et al. 2024)."""
+    """LoRA on the direction of each kernel column, and a trained magnitude (Liu et al. 2024)."""
 
     kind: ClassVar[str] = "dora"
 
@@ -131,5 +131,5 @@ def _pattern_problems(name, pattern):
     try:
         re.compile(pattern)
     except re.error as error:
-        return [f"peft.{name}={pattern!r} is no regular expression: {error}"]
+        return [f"peft.{name}={pattern!r} is not a regular expression: {error}"]
     return []

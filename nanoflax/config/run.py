@@ -1,4 +1,4 @@
-"""A whole run: model, data, optimizer, adapters, task and loop."""
+"""The configuration of a run: model, data, optimizer, adapters, task and training loop."""
 
 import dataclasses
 from typing import ClassVar
@@ -16,7 +16,7 @@ METRICS = dict.fromkeys(("validation_loss", "perplexity", "bits_per_byte"), Fals
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 REMATS = ("none", "dots", "offload", "blocks")
-MAX_SEED = 2**32 - 1  # JAX reads only the low half of larger seeds
+MAX_SEED = 2**32 - 1  # JAX ignores the upper 32 bits of larger seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +25,19 @@ class OptimConfig:
 
     section: ClassVar[str] = "optim"
     name: str = field("adamw", "Optimizer.", choices=OPTIMIZERS)
-    learning_rate: float = field(1e-3, "Peak learning rate (muon: of the parameters that AdamW trains).", at_least=0)
+    learning_rate: float = field(1e-3, "Peak learning rate (muon: for parameters that AdamW trains).", at_least=0)
     muon_learning_rate: float = field(0.02, "Peak learning rate of the matrices that Muon trains.", at_least=0)
-    schedule: str = field("cosine", "Fall of the rate; wsd: only in the last decay_fraction.", choices=SCHEDULES)
+    schedule: str = field("cosine", "Decay of the learning rate; wsd: only at the end.", choices=SCHEDULES)
     warmup_steps: int = field(100, "Steps in which the learning rate rises linearly from 0.", at_least=0)
-    decay_fraction: float = field(0.2, "Last part of the steps, in which the rate of wsd falls.", within="(0, 1]")
+    decay_fraction: float = field(0.2, "wsd: share of the steps, at the end, with decay.", within="(0, 1]")
     end_factor: float = field(0.1, "Last learning rate as a fraction of the peak.", at_least=0)
     weight_decay: float = field(0.1, "Weight decay on matrices; no norm, bias or embedding.", at_least=0)
     b1: float = field(0.9, "Decay of the first moment; the momentum of sgd and lion.", within="[0, 1)")
     b2: float = field(0.95, "Decay of the second moment.", within="[0, 1)")
-    eps: float = field(1e-8, "Added to the root of the second moment.", at_least=0)
+    eps: float = field(1e-8, "Added to the square root of the second moment.", at_least=0)
     clip: float = field(1.0, "Largest global norm of the gradient; 0: no clipping.", at_least=0)
     layer_decay: float = field(1.0, "Learning rate of a layer relative to the layer above.", within="(0, 1]")
-    ema: float = field(0.0, "Decay of a parameter average that is evaluated and sampled; 0: none.", within="[0, 1)")
+    ema: float = field(0.0, "Decay of a parameter average for evaluation and sampling; 0: none.", within="[0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,28 +50,28 @@ class TrainConfig:
     accumulate: int = field(1, "Micro-batches of a step.", at_least=1)
     seed: int = field(0, "Seed of all random numbers of the run.", at_least=0, at_most=MAX_SEED)
     z_loss: float = field(0.0, "Weight of log(Z)^2 in the loss (PaLM, section 5).", at_least=0)
-    label_smoothing: float = field(0.0, "Share of a target's probability spread over all classes.", within="[0, 1)")
-    loss_chunks: int = field(0, "Pieces of T in the loss; 0: as many as keep their logits small.", at_least=0)
+    label_smoothing: float = field(0.0, "Share of the target probability for all classes equally.", within="[0, 1)")
+    loss_chunks: int = field(0, "Number of parts of T, so that the loss needs less memory; 0: automatic.", at_least=0)
     remat: str = field(
         "none",
-        "What the backward pass computes again: dots (all but matrix products), offload (as dots, with the products in "
+        "What the backward pass recomputes: dots (all but matrix products), offload (as dots, with the products kept in "
         "host memory) or blocks (all).",
         choices=REMATS,
     )
     scan_layers: bool = field(False, "Compile one block and scan it over L, for deep models.")
     max_skipped: int = field(10, "Non-finite steps in a row that stop the run.", at_least=1)
     evaluate_every: int = field(200, "Steps between evaluations.", at_least=1)
-    evaluate_batches: int = field(0, "Validation batches of an evaluation, always the first ones; 0: all.", at_least=0)
+    evaluate_batches: int = field(0, "Evaluate on the first N validation batches; 0: on all.", at_least=0)
     metric: str = field("validation_loss", "Metric that decides which step is the best.", choices=METRICS)
-    patience: int = field(0, "Evaluations without a better metric that stop the run; 0: never.", at_least=0)
+    patience: int = field(0, "Stop after N evaluations without a better metric; 0: never.", at_least=0)
     checkpoint_every: int = field(200, "Steps between checkpoints.", at_least=1)
-    checkpoint_seconds: float = field(0.0, "Longest time between checkpoints; 0: any.", unit="seconds", at_least=0)
-    keep: int = field(2, "Newest checkpoints kept, besides the best.", at_least=1)
+    checkpoint_seconds: float = field(0.0, "Longest time between checkpoints; 0: no limit.", unit="seconds", at_least=0)
+    keep: int = field(2, "Number of newest checkpoints that are kept, besides the best one.", at_least=1)
     sample_prompt: str = field("", "Pretraining: text that is continued at each evaluation and at the end.")
     sample_tokens: int = field(64, "Pretraining: length of that continuation; 0: none.", unit="tokens", at_least=0)
     mesh: str = field("-1,1,1", "Devices along data, fsdp, tensor[, context]; -1: the remaining devices.")
     watchdog_seconds: float = field(
-        600.0, "Time without a step that ends a run of several processes; 0: never.", unit="seconds", at_least=0
+        600.0, "End a run of several processes after this time without a step; 0: never.", unit="seconds", at_least=0
     )
     tensorboard: bool = field(True, "Write TensorBoard event files.")
     wandb: str = field("", "Project of Weights & Biases; empty: none.")
@@ -79,7 +79,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """The configuration of a run."""
 
     model: ModelConfig = ModelConfig()
     data: AnyData = TextData()
@@ -90,11 +90,11 @@ class Config:
 
     @property
     def window(self) -> int:
-        """T, the tokens of a training window of text."""
+        """T, the length of a training window in tokens."""
         return isinstance(self.data, TextData) and self.data.window or self.model.context
 
     def problems(self) -> list[str]:
-        """What does not fit between sections; their own values may be out of range."""
+        """The conflicts between sections. A value within a section may be out of range."""
         return _step_problems(self) + _block_problems(self) + _adalora_problems(self) + _task_problems(self)
 
 
@@ -132,18 +132,17 @@ def _adalora_problems(c: Config) -> list[str]:
         )
     if c.optim.ema:
         found.append(
-            f"optim.ema={c.optim.ema} does not go with peft.kind='adalora': the average would have more ranks than "
-            "the budget"
+            f"optim.ema={c.optim.ema} does not work with peft.kind='adalora': the average would keep pruned ranks"
         )
     if c.train.scan_layers:
-        found.append("train.scan_layers=true does not go with peft.kind='adalora', which weighs all blocks together")
+        found.append("train.scan_layers=true does not work with peft.kind='adalora', which ranks all blocks together")
     return found
 
 
 def _task_problems(c: Config) -> list[str]:
     t, found = c.train, []
     if t.z_loss and isinstance(c.task, LabelTask):
-        found.append(f"train.z_loss={t.z_loss} does not go with task.kind={c.task.kind!r}")
+        found.append(f"train.z_loss={t.z_loss} does not work with task.kind={c.task.kind!r}")
     if not isinstance(c.task, Pretrain):
         if t.sample_prompt:
             found.append(f"train.sample_prompt={t.sample_prompt!r} is for pretraining, not task.kind={c.task.kind!r}")

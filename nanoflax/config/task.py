@@ -1,4 +1,4 @@
-"""What a model learns: one dataclass for each kind of task."""
+"""Settings of tasks: one dataclass for each kind."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,7 +11,7 @@ BLEU_TOKENIZERS = ("13a", "intl", "zh", "char", "none")  # sacrebleu's that need
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """Next-token prediction on windows of a corpus: what experiments.pretrain does."""
+    """Next-token prediction on windows of a corpus, by experiments.pretrain."""
 
     section: ClassVar[str] = "task"
     kind: ClassVar[str] = "pretrain"
@@ -19,20 +19,20 @@ class Pretrain:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExampleTask:
-    """What every task of finetune reads."""
+    """Settings of all tasks of finetune."""
 
     section: ClassVar[str] = "task"
     kind: ClassVar[str]
-    length: int = field(128, "Longest text (source), special tokens included.", unit="tokens", at_least=4)
-    truncate: bool = field(True, "Cut longer examples (split longer texts) and count them; false: refuse them.")
-    show: int = field(3, "Validation examples printed at the end, with the model's answers.", at_least=0)
+    length: int = field(128, "Largest length of a text or source, with special tokens.", unit="tokens", at_least=4)
+    truncate: bool = field(True, "Cut longer examples (split longer texts) and count them; false: report an error.")
+    show: int = field(3, "Number of validation examples and answers to print at the end.", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelTask(ExampleTask):
     """A task with classes."""
 
-    class_weights: str = field("", "Weights in training: balanced, or name=2,other=0.5 (the rest 1); empty: 1.")
+    class_weights: str = field("", "Loss weights: balanced, or such as name=2,other=0.5; other classes have 1.")
 
     def problems(self) -> list[str]:
         try:
@@ -48,17 +48,17 @@ class LabelTask(ExampleTask):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetTask(ExampleTask):
-    """A task whose answer is written, token by token."""
+    """A task whose answers are generated token by token."""
 
-    target_length: int = field(128, "Longest target, special tokens included.", unit="tokens", at_least=4)
-    beams: int = field(1, "Beams of the search that writes answers in evaluation; 1: greedy.", at_least=1)
+    target_length: int = field(128, "Largest length of a target, with special tokens.", unit="tokens", at_least=4)
+    beams: int = field(1, "Beams for generated answers in evaluation; 1: greedy.", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShiftTask(ExampleTask):
-    """A task whose texts may be shifted: some of their tokens inserted, dropped or rotated."""
+    """A task whose texts may be shifted: some tokens are inserted, dropped or rotated."""
 
-    max_shift: int = field(0, "Most tokens of a shift; above 0, shifted examples are evaluated too.", at_least=0)
+    max_shift: int = field(0, "Largest shift in tokens; above 0, shifted examples are evaluated too.", at_least=0)
     shift_probability: float = field(0.0, "Share of training examples that are shifted.", within="[0, 1]")
 
     def problems(self) -> list[str]:
@@ -83,10 +83,10 @@ class Tag(LabelTask):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Translate(TargetTask, ShiftTask):
-    """A target text for a source text; max_shift is for the sources."""
+    """A target text for a source text; only sources are shifted."""
 
     kind: ClassVar[str] = "translate"
-    bleu_tokenize: str = field("13a", "For BLEU; languages without spaces need zh or char.", choices=BLEU_TOKENIZERS)
+    bleu_tokenize: str = field("13a", "Tokenizer of BLEU; zh or char without spaces.", choices=BLEU_TOKENIZERS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,15 +105,15 @@ class LanguageModel(ShiftTask):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedLM(ExampleTask):
-    """BERT's masked tokens."""
+    """Prediction of masked tokens, as in BERT."""
 
     kind: ClassVar[str] = "masked_lm"
-    noise_rate: float | None = field(None, "Share of tokens to guess; none: 0.15.", within="(0, 1)")
+    noise_rate: float | None = field(None, "Share of tokens to predict; none: 0.15.", within="(0, 1)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Denoise(TargetTask):
-    """The original of a corrupted text."""
+    """Reconstruction of a text from its corrupted form."""
 
     kind: ClassVar[str] = "denoise"
     noise: str = field("spans", "T5's spans, BART's infilling, or none: an autoencoder.", choices=NOISES)
@@ -122,7 +122,7 @@ class Denoise(TargetTask):
 
     def problems(self) -> list[str]:
         return [
-            f"task.{name}={getattr(self, name)!r} is not read with task.noise='none'"
+            f"task.{name}={getattr(self, name)!r} has no effect with task.noise='none'"
             for name in ("noise_rate", "noise_span")
             if self.noise == "none" and getattr(self, name) != getattr(Denoise, name)
         ]
@@ -133,7 +133,7 @@ TASK_KINDS = kinds(AnyTask)  # {kind: class}
 
 
 def read_class_weights(text: str) -> dict[str, float]:
-    """{class name: weight} of a task.class_weights that names them. Raises: ValueError."""
+    """{class name: weight} from a text such as "name=2,other=0.5". Raises: ValueError."""
     weights = {}
     for part in text.split(","):
         name, _, weight = part.rpartition("=")

@@ -141,7 +141,7 @@ def check_mesh(config: Config, mesh: AnyMesh, lengths: Mapping[str, int] | None 
             problems.append(f"{name}={size} is not divisible by {axis}={mesh.shape[axis]}")
     if not m.has_blocks and context > 1:
         problems.append(
-            f"context={context} does not go with model.architecture='lstm', which reads its tokens one after another"
+            f"context={context} does not work with model.architecture='lstm', which reads its tokens one after another"
         )
     if problems:
         raise UserError("; ".join(problems))

@@ -69,7 +69,7 @@ def _places(flat, c):
         stacks = [name for name in ("encoder", "decoder") if f"{name}/block_0/mlp/up" in kernels]
         if any(f"{name}/relative_bias/embedding" in flat for name in stacks[:1]):
             raise UserError(
-                "peft.kind='prompt' does not go with relative positions: padding would "
+                "peft.kind='prompt' does not work with relative positions: padding would "
                 "count as distance from the prompt; use prefix"
             )
         table = flat["embed/embedding"]

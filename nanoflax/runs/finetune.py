@@ -243,7 +243,7 @@ class Finetuning:
         self.examples = tasks.load(tasks.examples_of(config.data), self.task.examples)
         if config.train.label_smoothing and self.examples.multi_label:
             raise UserError(
-                f"train.label_smoothing={config.train.label_smoothing} does not go with several labels: each is a "
+                f"train.label_smoothing={config.train.label_smoothing} does not work with several labels: each is a "
                 "question of its own; set it to 0"
             )
         start = start_from(config, self.examples, workdir, self.mesh)

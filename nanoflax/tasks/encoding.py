@@ -177,7 +177,7 @@ def weigh_classes(rows: Rows, labels: Sequence[str], class_weights: str) -> Rows
     Raises: UserError for names that are no classes, and where a text may have several labels.
     """
     if rows.multi_label:
-        raise UserError(f"task.class_weights={class_weights!r} does not go with several labels")
+        raise UserError(f"task.class_weights={class_weights!r} does not work with several labels")
     if class_weights == "balanced":
         name = "tags" if "tags" in rows.rows[0] else "label"
         found = np.concatenate(

@@ -91,7 +91,7 @@ def test_presets_are_valid(name):
         (dict(task__kind="denoise", task__noise_rate=0.0), "task.noise_rate=0.0 must be in (0, 1)"),
         (
             dict(task__kind="denoise", task__noise="none", task__noise_rate=0.3),
-            "task.noise_rate=0.3 is not read with task.noise='none'",
+            "task.noise_rate=0.3 has no effect with task.noise='none'",
         ),
         (dict(train__loss_chunks=3), "train.loss_chunks=3 does not divide model.context=256"),
         (dict(train__sample_tokens=256), "train.sample_tokens=256 must be less than model.context"),

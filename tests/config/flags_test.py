@@ -66,9 +66,9 @@ def test_help_is_short(program):
 def test_full_help_has_every_field_of_every_kind_and_survives_a_closed_pipe():
     done = run("-m", "experiments.finetune", "--helpfull", "--config.peft.kind=lora")
     assert done.returncode == 0, done.stderr
-    for section, hint in fields.hints(cfg.Config).items():
+    for section, hint in fields.field_types(cfg.Config).items():
         for cls in fields.kinds(hint).values() or [hint]:
-            for name in fields.hints(cls):
+            for name in fields.field_types(cls):
                 assert f"  --config.{section}.{name}" in done.stdout
     assert "--config.peft.rank=8" in done.stdout and "--config.task.length=128" in done.stdout
     closed = subprocess.run(

@@ -84,8 +84,8 @@ def test_a_part_of_a_configuration_is_validated_by_its_name():
 
 
 def test_every_field_has_a_help_text():
-    for section, hint in fields.hints(Config).items():
+    for section, hint in fields.field_types(Config).items():
         for cls in fields.kinds(hint).values() or [hint]:
             for field in dataclasses.fields(cls):
-                text = fields.describe(field, fields.hints(cls)[field.name])
+                text = fields.describe(field, fields.field_types(cls)[field.name])
                 assert len(text.split(" (")[0]) > 8, f"{section}.{field.name}"

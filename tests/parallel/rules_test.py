@@ -457,7 +457,7 @@ def test_the_mesh_of_several_slices_is_the_hybrid_one(monkeypatch):
         ((1, 1, 4), dict(vocab_size=49), {}, "model.vocab_size=49 is not divisible by tensor=4"),
         ((1, 5, 1), {}, dict(batch_size=10), "model.dim=24 is not divisible by fsdp=5"),
         ((1, 1, 1, 3), {}, {}, "model.context=256 is not divisible by context=3"),
-        ((1, 1, 1, 2), dict(architecture="lstm"), {}, "context=2 does not go with model.architecture='lstm'"),
+        ((1, 1, 1, 2), dict(architecture="lstm"), {}, "context=2 does not work with model.architecture='lstm'"),
     ],
 )
 def test_sizes_that_the_mesh_does_not_divide_are_named(mesh, model, train, words):

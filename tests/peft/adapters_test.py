@@ -690,7 +690,7 @@ def test_bad_configurations_are_refused_by_name(llama):
         (dict(rank=0, alpha=0.0), "peft.rank=0 must be at least 1; peft.alpha=0.0"),
         (dict(kind="houlsby", bottleneck=0), "peft.bottleneck=0 must be at least 1"),
         (dict(alpha=float("nan")), "peft.alpha=nan must be positive"),
-        (dict(targets="("), r"peft.targets='\(' is no regular expression"),
+        (dict(targets="("), r"peft.targets='\(' is not a regular expression"),
         (dict(kind="adalora", target_rank=9), "peft.target_rank=9 must be at most peft.rank=8"),
         (
             dict(kind="adalora", rank_stabilized=True),
@@ -705,7 +705,7 @@ def test_bad_configurations_are_refused_by_name(llama):
     with pytest.raises(UserError, match="peft.warmup_steps=100 and peft.final_steps=100 must leave"):
         validate(Config(model=ModelConfig(vocab_size=9), peft=AdaLoRA(), train=TrainConfig(steps=200)))
     t5 = parallel.param_shapes(build(ModelConfig(**vars(BART) | {"positions": "relative"})))
-    with pytest.raises(UserError, match="'prompt' does not go with relative positions"):
+    with pytest.raises(UserError, match="'prompt' does not work with relative positions"):
         add(t5, "prompt")
     with pytest.raises(UserError, match="peft.kind='prefix' needs a Transformer"):
         add({"embed": {"embedding": jnp.ones((4, 4))}}, "prefix")
@@ -799,5 +799,5 @@ def test_adalora_needs_its_whole_adapters_and_no_average(llama):
     added = peft.add(llama[1], c, jax.random.PRNGKey(0))
     with pytest.raises(UserError, match="peft.trained must include the whole"):
         peft.adalora_optimizer(optax.sgd(1), c, 9).init(peft.split(added, peft.trainable(added, c))[0])
-    with pytest.raises(UserError, match="optim.ema=0.9 does not go with peft.kind='adalora'"):
+    with pytest.raises(UserError, match="optim.ema=0.9 does not work with peft.kind='adalora'"):
         validate(Config(peft=AdaLoRA(), optim=OptimConfig(ema=0.9)))

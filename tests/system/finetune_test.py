@@ -410,7 +410,7 @@ def test_label_smoothing_of_several_labels_is_refused(tmp_path):
         "classify", tmp_path / "run", data, data, "--config.train.label_smoothing=0.1", "--config.train.steps=4"
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "train.label_smoothing=0.1 does not go with several labels" in done.stderr
+    assert "train.label_smoothing=0.1 does not work with several labels" in done.stderr
 
 
 # Texts: language models, masks and noise.

@@ -90,7 +90,7 @@ def test_bad_class_weights_are_named():
     with pytest.raises(UserError, match="class_weights names B-Y; the classes are O, B-X, I-X"):
         rows_of("tag", "B-Y=2")
     several = tasks.encode([Classification("a", ("O", "B-X"), "f:1")], BYTES, 48, NAMES, True)
-    with pytest.raises(UserError, match="does not go with several labels"):
+    with pytest.raises(UserError, match="does not work with several labels"):
         tasks.weigh_classes(several, NAMES, "balanced")
     for text in ("cat", "cat=", "=2", "cat=-1", "cat=nan", "cat=inf", "cat=1,"):
         with pytest.raises(UserError, match="task.class_weights=.* must be empty, balanced, or"):

@@ -320,7 +320,7 @@ def test_blocks_that_differ_are_refused(trained):
     [
         (
             dict(peft=AdaLoRA(warmup_steps=1, final_steps=1)),
-            "train.scan_layers=true does not go with peft.kind='adalora'",
+            "train.scan_layers=true does not work with peft.kind='adalora'",
         ),
         (dict(model=ModelConfig(architecture="lstm")), "model.architecture='lstm' has none"),
     ],
