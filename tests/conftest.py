@@ -1,10 +1,11 @@
-"""What all tests share: JAX on the CPU, and one cache of compiled programs for every run."""
+"""What all tests share: JAX on the CPU, one cache of compiled programs, and checked annotations."""
 
 import contextlib
 import logging
 import os
 import pathlib
 
+import jaxtyping
 import pytest
 
 # Set before JAX is imported, and inherited by the processes that tests start.
@@ -13,6 +14,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "nanoflax" / "tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# In the tests, calls of the annotated functions of these rooms are checked: types, shapes and dtypes.
+# Nothing is checked in users' programs, nor in the processes that tests start.
+CHECKED = ["nanoflax.nn", "nanoflax.generate", "nanoflax.train"]
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from nanoflax.nn.kernels import MaskSpec
 from nanoflax.nn.layers import Linear, Norm
 from nanoflax.nn.positions import Angles, rotate
 
-Mask = Bool[Array, "#B #H #T S"]
+Mask = Bool[Array, "#B #H #T #S"]
 Bias = Float[Array, "1 H T S"]  # added to the scores, float32
 LayerCache = dict[str, Float[Array, "B G _ K"]]  # key and value; of a source cross_key and cross_value
 

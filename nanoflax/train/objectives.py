@@ -111,7 +111,7 @@ def _encoded(model, params, batch, rng):
 
 
 def _sums(objective, nll, weights):
-    return jnp.sum(objective * weights), jnp.sum(nll * weights), weights.sum()
+    return jnp.sum(objective * weights), jnp.sum(nll * weights), jnp.sum(weights)
 
 
 def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0, label_smoothing=0.0):
@@ -129,4 +129,4 @@ def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0, l
         label_smoothing,
         c.logit_softcap,
     )
-    return objective, nll, weights.sum()
+    return objective, nll, jnp.sum(weights)
