@@ -151,8 +151,8 @@ def beam_search(
         ),
     )
     pairs = [
-        [(cut(row.tolist(), eos_id), float(score)) for row, score in zip(*prompt) if score != -np.inf]
-        for prompt in zip(best, scores)
+        [(cut(row.tolist(), eos_id), float(score)) for row, score in zip(*prompt, strict=True) if score != -np.inf]
+        for prompt in zip(best, scores, strict=True)
     ]
     return [prompt[0][0] for prompt in pairs] if n_best is None else [p[:n_best] for p in pairs]
 

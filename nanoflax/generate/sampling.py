@@ -287,7 +287,7 @@ def pad_left(prompts, pad=0):
     """Ragged lists of ids to ([B, P] int32 in a length bucket, [B] int32 lengths)."""
     lengths = np.array([len(p) for p in prompts], np.int32)
     tokens = np.full((len(prompts), bucket(int(lengths.max()))), pad, np.int32)
-    for row, prompt in zip(tokens, prompts):
+    for row, prompt in zip(tokens, prompts, strict=True):
         row[len(row) - len(prompt) :] = prompt
     return tokens, lengths
 

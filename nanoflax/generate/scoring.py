@@ -37,11 +37,13 @@ def log_likelihoods(model, params, prompts, continuations, batch_size=16, names=
         if (len(p) + len(t) - 1 if decoder else max(len(p), len(t))) > c.context
     ]
     found += [
-        f"{name} has an empty side" for name, *pair in zip(names, prompts, continuations) if not all(map(len, pair))
+        f"{name} has an empty side"
+        for name, *pair in zip(names, prompts, continuations, strict=True)
+        if not all(map(len, pair))
     ]
     if found:
         raise UserError("; ".join(found[:8]) + (f"; {len(found) - 8} more" if found[8:] else ""))
-    pairs = list(zip(prompts, continuations))
+    pairs = list(zip(prompts, continuations, strict=True))
 
     def lengths(i):
         """What a pair is padded to: of a decoder the two together, but for the last token."""

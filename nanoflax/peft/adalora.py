@@ -82,7 +82,7 @@ def adalora_update(state, params, grads, step, steps, peft_config):
     sizes = np.cumsum([len(s) for s in scores])
     left = sum(flat[f"{p}lora_mask"].sum() for p in linears)
     final = (step > steps - c.final_steps) & (left == len(linears) * c.target_rank)
-    for p, mask in zip(linears, jnp.split(keep, sizes[:-1])):
+    for p, mask in zip(linears, jnp.split(keep, sizes[:-1]), strict=True):
         mask = jnp.where(final, flat[f"{p}lora_mask"], mask)
         flat |= {f"{p}lora_mask": mask, f"{p}lora_e": flat[f"{p}lora_e"] * mask}
     return AdaLoraState(mean, spread), unflatten_dict(flat, sep="/")

@@ -41,7 +41,7 @@ def add(params, peft_config, rng):
     if isinstance(c, FullFineTuning):
         return params
     places = _places(flat, c)
-    for key, (place, make) in zip(jax.random.split(rng, len(places)), sorted(places.items())):
+    for key, (place, make) in zip(jax.random.split(rng, len(places)), sorted(places.items()), strict=True):
         flat |= {place + name: leaf for name, leaf in make(key).items()}
     return unflatten_dict(flat, sep="/")
 
