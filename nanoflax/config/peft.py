@@ -15,8 +15,8 @@ class PeftConfig:
     kind: ClassVar[str]
     trained: str = field(
         "",
-        "Parameters to train, separated by commas: all, adapters, head, biases, last:N (the last N blocks and all after "
-        "them) or a pattern of paths. Empty: the adapters, or all parameters if there are no adapters.",
+        "Parameters to train, separated by commas: all, adapters, head, biases, last:N (the last N blocks and all "
+        "after them) or a pattern of paths. Empty: the adapters, or all parameters if there are no adapters.",
     )
 
     def problems(self) -> list[str]:

@@ -54,8 +54,8 @@ class TrainConfig:
     loss_chunks: int = field(0, "Number of parts of T, so that the loss needs less memory; 0: automatic.", at_least=0)
     remat: str = field(
         "none",
-        "What the backward pass recomputes: dots (all but matrix products), offload (as dots, with the products kept in "
-        "host memory) or blocks (all).",
+        "What the backward pass recomputes: dots (all but matrix products), offload (as dots, with the products kept "
+        "in host memory) or blocks (all).",
         choices=REMATS,
     )
     scan_layers: bool = field(False, "Compile one block and scan it over L, for deep models.")
