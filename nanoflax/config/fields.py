@@ -58,11 +58,8 @@ def kinds(hint: Any) -> dict[str, type]:
 
 def as_kind(cls: type, config: Any) -> Any:
     """A configuration of class `cls`, with the values of `config` for the fields of both and defaults for the rest."""
-    return (
-        config
-        if type(config) is cls
-        else cls(**{name: v for name, v in vars(config).items() if name in field_types(cls)})
-    )
+    kept = {name: value for name, value in vars(config).items() if name in field_types(cls)}
+    return config if type(config) is cls else cls(**kept)
 
 
 def fields_of_kinds(hint: Any) -> dict[tuple[str, str], list[str]]:

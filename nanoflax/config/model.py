@@ -107,7 +107,7 @@ class ModelConfig:
 
     lstm_attention: str = field("additive", "Attention of an lstm.", choices=LSTM_ATTENTIONS)
     lstm_start: str = field(
-        "encoder", "First state of an lstm's decoder; encoder: its last state.", choices=LSTM_STARTS
+        "encoder", "First state of an lstm's decoder: encoder's last or zeros.", choices=LSTM_STARTS
     )
 
     dropout: float = field(0.0, "Share of activations that are set to 0 in training.", within="[0, 1)")

@@ -1,4 +1,4 @@
-"""Text from files and data sets, as tokens on disk, as windows, as batches at random access."""
+"""Text from files and data sets; its tokens on disk; windows and batches of tokens with random access."""
 
 from nanoflax.data.batches import Batches, evaluation_batches, prefetch
 from nanoflax.data.files import (

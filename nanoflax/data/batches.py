@@ -1,4 +1,4 @@
-"""Batches of windows at random access, shuffled by (seed, epoch), and read ahead by a thread."""
+"""Batches of windows with random access, shuffled by (seed, epoch); a thread that reads ahead."""
 
 import contextlib
 import functools
@@ -11,13 +11,13 @@ import numpy as np
 
 from nanoflax.errors import UserError
 
-SMALL_EPOCH = 1 << 13  # windows
+SMALL_EPOCH = 1 << 13  # largest number of windows whose permutation is kept in memory
 Item = TypeVar("Item")
 
 
 def _shuffled(i: int, n: int, seed: int, epoch: int) -> int:
-    """Item i of a permutation of range(n) that (seed, epoch) determines, in O(1)."""
-    if n <= SMALL_EPOCH:  # index_shuffle works on at least 2^16 indices: slow for a small n
+    """Item i of the permutation of range(n) that belongs to (seed, epoch), in O(1)."""
+    if n <= SMALL_EPOCH:  # index_shuffle is slow for small n: it permutes at least 2^16 indices
         return _small_permutation(n, seed, epoch)[i]
     from grain.python.experimental import index_shuffle
 
@@ -36,12 +36,12 @@ def _small_permutation(n: int, seed: int, epoch: int) -> list[int]:
 
 
 class Batches:
-    """batches[step] -> Windows.batch of the step, or the rows of it that this process reads.
+    """batches[step] is the batch of a step: the rows that this process reads.
 
-    The position in the data is one integer: step * batch_size windows have been read. Each epoch is a permutation of
-    all windows, seeded by (seed, epoch); a batch may contain windows of two epochs. host_rows: the rows of every batch
-    that this process reads (parallel.own_rows); None: all. The batch of all processes together does not depend on
-    their number. windows: a Windows, or anything with a length and `batch`.
+    The step alone gives the position in the data: step * batch_size windows were read before. Each epoch is a
+    permutation of all windows, seeded by (seed, epoch); a batch may contain windows of two epochs.
+    windows: a Windows, or any object with a length and `batch`. host_rows: which rows of a batch this process reads
+    (parallel.own_rows); None: all. The rows of all processes together do not depend on the number of processes.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Batches:
         return self.windows.batch(self.indices(step))
 
     def describe(self, step: int) -> list[tuple[int, int, int]]:
-        """The (window, first document, last document) that all processes read at a step, to report a bad batch."""
+        """The (window, first document, last document) of each row of a step, for all processes, to report a bad batch."""
         found, windows = [], self.windows
         for i in Batches(windows, self.batch_size, self.seed, self.shuffle).indices(step):
             last = min((i + 1) * windows.length, windows.store.n_tokens) - 1
@@ -77,7 +77,7 @@ class Batches:
 def evaluation_batches(
     windows: Any, batch_size: int, host_rows: Sequence[int] | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batches of every window once, in order, the last filled with windows of weight 0.
+    """Yields batches with every window once, in order. Windows of weight 0 fill the last batch.
 
     host_rows: see Batches.
     """
@@ -87,15 +87,15 @@ def evaluation_batches(
 
 
 def prefetch(iterator: Iterable[Item], n: int = 2) -> Iterator[Item]:
-    """Yields the items of `iterator`, which a thread reads up to n ahead; raises the exceptions of the iterator."""
-    items, closed = queue.Queue(n), threading.Event()
+    """Yields the items of `iterator`. A thread reads up to n items ahead; its exceptions are raised here."""
+    items, closed = queue.Queue(n), threading.Event()  # of (item, exception)
 
     def put(item):
         while not closed.is_set():
             with contextlib.suppress(queue.Full):
                 return items.put(item, timeout=0.1)
 
-    def work():
+    def read_ahead():
         try:
             for item in iterator:
                 put((item, None))
@@ -105,7 +105,7 @@ def prefetch(iterator: Iterable[Item], n: int = 2) -> Iterator[Item]:
         except BaseException as error:
             put((None, error))
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=read_ahead, daemon=True)
     thread.start()
     try:
         while True:

@@ -1,7 +1,6 @@
 """Reading and cleaning: files (plain or .gz), JSON lines, TFDS data sets and Python's own sources.
 
-Damage stops nothing: it is repaired or left out, and counted in a DataReport. What cannot be read at all raises
-UserError.
+Damaged text is repaired or left out, and counted in a DataReport. A file that cannot be read raises UserError.
 """
 
 import ast
@@ -35,9 +34,9 @@ SKIPPED_MODULES = set(
 
 
 class DataReport:
-    """Counts of what was wrong with the data, with the first three places of each problem.
+    """Counts each kind of problem in the data and keeps the first three places of each kind.
 
-    share: how much of the source has been read, from 0 to 1.
+    share: the part of the source that has been read, from 0 to 1.
     """
 
     def __init__(self) -> None:
@@ -50,7 +49,7 @@ class DataReport:
             self.places[problem].append(place)
 
     def lines(self) -> list[str]:
-        """One line for each problem, for people."""
+        """One readable line for each kind of problem."""
         return [
             f"{problem}: {count} ({', '.join(self.places[problem])}{', ...' * (count > 3)})"
             for problem, count in self.counts.items()
@@ -58,7 +57,7 @@ class DataReport:
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a text is validation data: its hash decides, so that the same text is always in the same split."""
+    """Whether a text is validation data. The hash of the text decides, so equal texts are in the same split."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"nanoflax split").digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
@@ -68,7 +67,7 @@ def is_held_out(text: str, fraction: float) -> bool:
 
 @contextlib.contextmanager
 def open_binary(path: str) -> Iterator[BinaryIO]:
-    """The file, unpacked if its name ends in .gz. Raises: UserError if it cannot be opened or read."""
+    """Opens a file, and decompresses it if its name ends in .gz. Raises: UserError if it cannot be opened or read."""
     try:
         with open(path, "rb") as raw, gzip.open(raw) if path.endswith(".gz") else raw as file:
             yield cast(BinaryIO, file)
@@ -77,12 +76,12 @@ def open_binary(path: str) -> Iterator[BinaryIO]:
 
 
 def bytes_read(file: BinaryIO) -> int:
-    """How much of a file of open_binary has been read: bytes on disk, packed ones of a .gz."""
+    """The number of bytes read from a file of open_binary; for .gz, compressed bytes."""
     return getattr(file, "fileobj", file).tell()
 
 
 def decode(text: bytes, place: str, report: DataReport) -> str:
-    """UTF-8 to str; each invalid byte becomes U+FFFD."""
+    """Decodes UTF-8; each invalid byte becomes U+FFFD."""
     try:
         return text.decode()
     except UnicodeDecodeError as error:
@@ -91,7 +90,7 @@ def decode(text: bytes, place: str, report: DataReport) -> str:
 
 
 def text_lines(file: BinaryIO, path: str, report: DataReport) -> Iterator[tuple[str, str]]:
-    """Yields (place, line without its end) of a file of open_binary, without a byte-order mark."""
+    """Yields (place, line) of a file of open_binary, without line ends and byte-order mark."""
     for number, line in enumerate(file, 1):
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         yield (place := f"{path}:{number}"), decode(line, place, report).rstrip("\r\n")
@@ -109,10 +108,10 @@ def json_lines(file: BinaryIO, path: str, report: DataReport) -> Iterator[tuple[
                 yield place, value
 
 
-# Cleaning: steps (what the report says of a changed text, function), applied in order.
+# Cleaning: a list of steps, each (words for the report if the text changes, function).
 
-REPAIR = ("unpaired surrogates, read as U+FFFD", well_formed)  # so that UTF-8 can encode the text
-# \x1c-\x1e and \x85 are line ends to Python, so whitespace.
+REPAIR = ("unpaired surrogates, read as U+FFFD", well_formed)  # UTF-8 cannot encode unpaired surrogates
+# Not \x1c-\x1e and \x85: Python treats them as line ends, so the whitespace step handles them.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\ufeff]")
 WHITESPACE = {
     "trim": lambda text: "\n".join(line.rstrip() for line in text.splitlines()).strip(),
@@ -128,7 +127,7 @@ def _normalize(form: Any, text: str) -> str:
 
 
 def cleaning_steps(unicode: str, whitespace: str) -> list[CleaningStep]:
-    """The steps for examples. unicode: one of UNICODE; whitespace: a key of WHITESPACE; empty changes nothing."""
+    """The steps for examples. unicode: one of UNICODE; whitespace: a key of WHITESPACE; "" for no change."""
     return [
         REPAIR,
         (f"texts normalized to {unicode}", lambda text: _normalize(unicode, text)),
@@ -138,7 +137,7 @@ def cleaning_steps(unicode: str, whitespace: str) -> list[CleaningStep]:
 
 
 def clean(text: str, steps: Iterable[CleaningStep], place: str, report: DataReport) -> str:
-    """The text after all steps; each step that changes it is counted."""
+    """The text after all steps. The report counts each step that changes the text."""
     for problem, step in steps:
         changed = step(text)
         if changed != text:
@@ -150,14 +149,14 @@ def clean(text: str, steps: Iterable[CleaningStep], place: str, report: DataRepo
 # Data sets of TFDS.
 
 
-def _is_no_tfds_warning(record: logging.LogRecord) -> bool:
+def _not_a_tfds_warning(record: logging.LogRecord) -> bool:
     return record.levelno > logging.WARNING or "tensorflow_datasets" not in record.pathname
 
 
 def open_dataset(name: str, data_dir: str = "") -> Any:
-    """The TFDS builder of NAME[/CONFIG][:VERSION], prepared; TensorFlow is not imported.
+    """The builder of the prepared TFDS data set NAME[/CONFIG][:VERSION]. TensorFlow is not imported.
 
-    data_dir: default $TFDS_DATA_DIR, or the default of TFDS. Raises: UserError if it cannot be prepared.
+    data_dir: default $TFDS_DATA_DIR, or the default of TFDS. Raises: UserError if preparing the data set fails.
     """
     import absl.logging
     import tensorflow_datasets as tfds
@@ -165,12 +164,12 @@ def open_dataset(name: str, data_dir: str = "") -> Any:
 
     directory = data_dir or os.environ.get("TFDS_DATA_DIR") or None
     hint = (
-        f"prepare it once, where there is a network: tfds build {name} "
+        f"prepare it once, on a machine with a network: tfds build {name} "
         f"--file_format=array_record --data_dir={directory or constants.DATA_DIR}"
     )
-    # TFDS warns of each folder that it looks into; what matters comes as an exception.
+    # TFDS logs a warning for each folder that it searches. Real errors are exceptions.
     logger = absl.logging.get_absl_logger()
-    logger.addFilter(_is_no_tfds_warning)
+    logger.addFilter(_not_a_tfds_warning)
     try:
         builder = tfds.builder(name, data_dir=directory)
         if not builder.is_prepared():
@@ -179,21 +178,21 @@ def open_dataset(name: str, data_dir: str = "") -> Any:
             builder.download_and_prepare(file_format="array_record")
     except UserError:
         raise
-    except Exception as error:  # TFDS raises exceptions of every class, with pages of text
+    except Exception as error:  # TFDS raises many classes of exceptions, with long texts
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"tfds:{name} is not prepared here: {message} {hint}") from error
     finally:
-        logger.removeFilter(_is_no_tfds_warning)
+        logger.removeFilter(_not_a_tfds_warning)
     return builder
 
 
 def _online(seconds: float = 3) -> bool:
-    """Whether the host of prepared data sets, or the proxy before it, answers in time."""
+    """Whether the server of prepared data sets, or the proxy, answers within `seconds`."""
     proxy = urllib.parse.urlsplit(urllib.request.getproxies().get("https", ""))
     address = (proxy.hostname or "storage.googleapis.com", proxy.port or 443)
     answered = threading.Event()
 
-    def connect():  # in a thread, because a name lookup has no time limit of its own
+    def connect():  # runs in a thread, because a DNS lookup has no timeout
         with contextlib.suppress(OSError):
             socket.create_connection(address, timeout=seconds).close()
             answered.set()
@@ -205,7 +204,7 @@ def _online(seconds: float = 3) -> bool:
 
 
 def dataset_splits(builder: Any) -> dict[str, list[str]]:
-    """{"train": [name], "all": [names]}, and "validation": [name] if there is a split validation or else test."""
+    """{"train": [name], "all": [names]}; also "validation": [name] if the split validation, or else test, exists."""
     names = list(builder.info.splits)
     if "train" not in names:
         raise UserError(f"tfds:{builder.info.full_name} has no split named train, only {', '.join(names)}")
@@ -214,7 +213,7 @@ def dataset_splits(builder: Any) -> dict[str, list[str]]:
 
 
 def dataset_examples(builder: Any, split: str) -> Any:
-    """The examples of one split of a TFDS builder, at random access."""
+    """The examples of one split of a TFDS builder, with random access."""
     try:
         return builder.as_data_source(split=split)
     except NotImplementedError as error:
@@ -228,9 +227,9 @@ def dataset_examples(builder: Any, split: str) -> Any:
 
 
 def standard_modules(pattern: str, largest: int | None = None) -> Iterator[tuple[str, pathlib.Path, ast.Module]]:
-    """Yields (name, path, syntax tree) of the running Python's own source files, in order of their paths.
+    """Yields (name, path, syntax tree) of the source files of the running Python, sorted by path.
 
-    largest: files of as many bytes or more are left out.
+    largest: in bytes; files of this size or larger are left out.
     """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.glob(pattern)):
@@ -238,7 +237,7 @@ def standard_modules(pattern: str, largest: int | None = None) -> Iterator[tuple
         if SKIPPED_MODULES & set(parts) or largest and path.stat().st_size >= largest:
             continue
         try:
-            with warnings.catch_warnings(action="ignore"):  # of old escapes in the source
+            with warnings.catch_warnings(action="ignore"):  # about outdated escape sequences
                 module = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):
             continue  # a template or a file for another Python

@@ -1,4 +1,4 @@
-"""Where text comes from: a source named by one string, its documents, its validation split."""
+"""Sources of text, each named by one string; their documents and validation splits."""
 
 import ast
 import codecs
@@ -18,20 +18,19 @@ from nanoflax.data.files import DataReport
 from nanoflax.errors import UserError
 from nanoflax.tokenizers import well_formed
 
-FEW_DOCUMENTS = 100  # fewer are too few for a split by hash
+FEW_DOCUMENTS = 100  # with fewer documents a split by hash may be empty
 HELP = "choose pydocs, text:GLOB or tfds:NAME[:FIELD]"
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where text comes from and how it splits into "train" and "validation" ("all" is both).
+    """A source of text and its splits "train" and "validation" ("all" is both).
 
-    name: pydocs; text:GLOB of .txt, .md (a document each) and .jsonl (a document a line, under `field`), each also
-      .gz; tfds:NAME[:FIELD], where NAME may have /CONFIG and :VERSION.
-    validation: another source, which is then the validation split. Otherwise it is the data set's own split
-      (validation, or else test); otherwise each document whose hash falls under `validation_fraction`. Of fewer
-      than 100 documents a hash may choose none: there the last `validation_fraction` of each document, cut at the
-      end of a paragraph, line or word, is validation.
+    name: pydocs; text:GLOB of .txt, .md (one document per file) and .jsonl (one document per line, in `field`), each
+      also .gz; tfds:NAME[:FIELD], where NAME may include /CONFIG and :VERSION.
+    validation: another source, for the validation split. If empty, the data set's own split validation, or else
+      test. Without such a split, documents chosen by hash, with probability `validation_fraction`. With fewer than
+      100 documents, the last `validation_fraction` of each document, cut after a paragraph, line or word.
     data_dir: of TFDS; default $TFDS_DATA_DIR, or the default of TFDS.
     """
 
@@ -51,14 +50,14 @@ class Source:
 
 
 def source_of(config: TextData, name: str | None = None) -> Source:
-    """The Source of a TextData; with `name`, that source, read in the same way."""
+    """The Source of a TextData. name: another source, read with the same settings."""
     return Source(name or config.train, config.field, "" if name else config.validation, config.validation_fraction)
 
 
 def documents(source: Source | str, split: str = "train", report: DataReport | None = None) -> Iterator[str]:
-    """Yields the documents of a Source or its name, never empty, in a fixed order.
+    """Yields the non-empty documents of a Source, or of the source with this name, in a fixed order.
 
-    Damaged text is counted in `report`. Raises: UserError for a source that cannot be read.
+    `report` counts damaged text. Raises: UserError for a source that cannot be read.
     """
     source = source if isinstance(source, Source) else Source(source)
     report = DataReport() if report is None else report
@@ -77,8 +76,8 @@ def documents(source: Source | str, split: str = "train", report: DataReport | N
 
 
 def source_version(source: Source) -> list[Any]:
-    """Values for JSON that change when the source changes, found without reading the text: paths, sizes and times
-    of files, versions of data sets and of Python. Raises: UserError for a source that does not exist."""
+    """JSON values that change when the source changes: paths, sizes and times of files, versions of data sets and of
+    Python. The text is not read. Raises: UserError for a source that does not exist."""
 
     def version(name: str) -> list[Any]:
         if name.startswith("text:"):
@@ -102,7 +101,7 @@ def _split_documents(texts: Iterable[str], split: str, fraction: float, few: boo
 
 
 def _cut(text: str, fraction: float) -> tuple[str, str]:
-    """Head and tail. The tail is about `fraction` of the text and begins after a paragraph, line or word."""
+    """The text in two parts. The second is about `fraction` of the text and begins after a paragraph, line or word."""
     middle = int(len(text) * (1 - fraction))
     for end in ("\n\n", "\n", " "):
         at = text.rfind(end, len(text) // 2, middle) + len(end)
@@ -112,7 +111,7 @@ def _cut(text: str, fraction: float) -> tuple[str, str]:
 
 
 def _read(source: Source, splits: Sequence[str], report: DataReport) -> Iterator[str]:
-    """splits: of a TFDS data set."""
+    """splits: names of splits of a TFDS data set; other sources ignore them."""
     if source.name == "pydocs":
         return _counted(_pydocs(), report)
     if source.name.startswith("text:"):
@@ -121,14 +120,14 @@ def _read(source: Source, splits: Sequence[str], report: DataReport) -> Iterator
 
 
 def _counted(items: Sequence[Any], report: DataReport, part: int = 0, parts: int = 1) -> Iterator[Any]:
-    """Yields the items, the given one of several parts of a source, and keeps report.share."""
+    """Yields the items and updates report.share; the items are part number `part` of `parts` equal parts."""
     for i in range(len(items)):
         report.share = (part + i / len(items)) / parts
         yield items[i]
 
 
 def _document(text: str | bytes, place: str, report: DataReport) -> str:
-    """The text, repaired so that UTF-8 can encode it; "" for a blank one."""
+    """The text, repaired so that UTF-8 can encode it; "" for a blank text."""
     text = files.decode(text, place, report) if isinstance(text, bytes) else text
     text = files.clean(text, [files.REPAIR], place, report)
     if not text or text.isspace():
@@ -140,9 +139,9 @@ def _document(text: str | bytes, place: str, report: DataReport) -> str:
 # Python's documentation.
 
 
-@functools.cache  # 2 MB that take 2 to 3 s to collect, and each split reads them
+@functools.cache  # 2 MB: collecting takes 2 to 3 s, and each split needs all
 def _pydocs() -> list[str]:
-    """The English in the running Python: its help topics, then its modules' docstrings."""
+    """The documentation of the running Python: its help topics, then the docstrings of its modules."""
     from pydoc_data.topics import topics
 
     found = [topics[name] for name in sorted(topics)]
@@ -154,7 +153,7 @@ def _pydocs() -> list[str]:
 
 
 def _docstrings(node: Any, heading: str, prefix: str, seen: set[str]) -> Iterator[str]:
-    """Yields "name\\n\\ndocstring" of a module or class and its members, each docstring once."""
+    """Yields "name\\n\\ndocstring" of a module or class and its members; repeated docstrings only once."""
     text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
     if text and text not in seen:
         seen.add(text)
@@ -176,8 +175,8 @@ def _files(name: str) -> list[str]:
     if not found:
         what = f"{len(matches)} files, none of them" if matches else "no file, so no"
         raise UserError(
-            f"data source {name!r} matches {what} .txt, .md or .jsonl (or .gz of these); a whole folder is "
-            "text:FOLDER/**/*.txt"
+            f"data source {name!r} matches {what} .txt, .md or .jsonl (or .gz of these); for all files in a folder "
+            "write text:FOLDER/**/*.txt"
         )
     return found
 
@@ -214,7 +213,7 @@ def _read_json_lines(file: BinaryIO, path: str, field: str, report: DataReport) 
 
 
 def _dataset(source: Source) -> tuple[Any, str]:
-    """The prepared TFDS builder of a tfds: source, and its field."""
+    """(builder, field) of a tfds: source; the data set is prepared."""
     import tensorflow_datasets as tfds
 
     words = source.name.removeprefix("tfds:").split(":")

@@ -1,8 +1,8 @@
-"""Text to tokens: files of tokens on disk, tokenized once, in parallel, and cached.
+"""Token files on disk: text is tokenized once, in parallel, and cached.
 
     documents --tokenizer--> TokenStore (memory-mapped) --> Windows --> Batches[step]
 
-The same source and tokenizer give the same files with any number of workers.
+The files do not depend on the number of workers.
 """
 
 import collections
@@ -29,17 +29,17 @@ from nanoflax.data.text import Source, documents, source_version
 from nanoflax.errors import UserError
 from nanoflax.report import ProgressBar, format_count, format_duration
 
-FORMAT = 1  # version of the files; part of their key in the cache
+FORMAT = 1  # version of the file format; part of the cache key
 CHUNK = 1 << 20  # characters that a worker tokenizes at once
-POOL_FROM = 4  # chunks; for less text, starting processes costs more time than it saves
+POOL_FROM = 4  # chunks; with less text, starting processes takes longer than tokenizing
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenStore:
     """Tokens of one split on disk: documents in order, each followed by the end-of-sequence id.
 
-    tokens: a memory map of uint16 or uint32. offsets: a memory map of the position where each document starts, and
-    then n_tokens. meta: counts, the source, the tokenizer's fingerprint, the lines of the DataReport.
+    tokens: a memory map of uint16 or uint32. offsets: a memory map with the first position of each document, then
+    n_tokens. meta: counts, the source, the tokenizer's fingerprint, the lines of the DataReport.
     """
 
     directory: pathlib.Path
@@ -51,7 +51,7 @@ class TokenStore:
     n_bytes = property(lambda self: self.meta["n_bytes"])  # of the text in UTF-8
     n_documents = property(lambda self: self.meta["n_documents"])
     fingerprint = property(lambda self: self.meta["fingerprint"])  # of tokens and offsets
-    report = property(lambda self: self.meta["report"])  # lines for people
+    report = property(lambda self: self.meta["report"])  # the lines of the DataReport
 
     @classmethod
     def open(cls, directory: str | os.PathLike) -> "TokenStore":
@@ -81,11 +81,11 @@ def prepare(
     workers: int | None = None,
     progress: bool = True,
 ) -> TokenStore:
-    """Tokenizes one split of a Source or its name once.
+    """The tokens of one split of a Source, or of the source with this name, from the cache if they are there.
 
-    The store is kept in the cache under a hash of the source's version and the tokenizer, and appears there complete
-    or not at all. workers: processes for large corpora (default: one per core). Raises: UserError for a source or
-    cache directory that cannot be used.
+    The cache key is a hash of the source's version and the tokenizer. A store is added to the cache atomically.
+    workers: processes for large corpora (default: one per core). Raises: UserError for a source or cache directory
+    that cannot be used.
     """
     source = source if isinstance(source, Source) else Source(source)
     cache = pathlib.Path(cache_dir) if cache_dir else default_cache_dir()
@@ -102,7 +102,7 @@ def prepare(
             try:
                 building.mkdir()
                 _build(building, source, tokenizer, split, workers or os.cpu_count() or 1, progress)
-                shutil.rmtree(cache / key, ignore_errors=True)  # exists only if it is damaged
+                shutil.rmtree(cache / key, ignore_errors=True)  # a damaged store, if any
                 os.rename(building, cache / key)
                 _sync(cache)
             finally:
@@ -121,15 +121,15 @@ def _cache_key(source: Source, tokenizer: Any, split: str) -> str:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path, wait: bool = True) -> Iterator[None]:
-    """Holds a file lock, which the system frees when the process dies. Without `wait` raises BlockingIOError if
-    another process holds it."""
+    """Holds a file lock. The system releases the lock when the process dies. Raises: BlockingIOError if another
+    process holds the lock and `wait` is false."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
 
 
 def _remove_abandoned(cache: pathlib.Path) -> None:
-    for path in cache.glob("*.tmp"):  # nobody holds the lock of a killed process
+    for path in cache.glob("*.tmp"):  # if its process was killed, the lock is free
         lock = cache / f"{path.name.partition('.')[0]}.lock"
         with contextlib.suppress(BlockingIOError), _locked(lock, wait=False):
             shutil.rmtree(path, ignore_errors=True)
@@ -168,11 +168,11 @@ def _build(directory: pathlib.Path, source: Source, tokenizer: Any, split: str, 
             n_tokens, n_documents, n_bytes = int(ends[-1]), n_documents + len(ends), n_bytes + size
             if bar:
                 bar.bytes, bar.tokens = n_bytes, n_tokens
-                bar.advance(min(report.share, 0.99))  # reading is ahead of the workers
+                bar.advance(min(report.share, 0.99))  # not 1: reading ends before tokenizing
         if bar and n_tokens:
             bar.advance(1.0)
     if not n_tokens:
-        found = "; ".join(report.lines()) or "the source has no such document"
+        found = "; ".join(report.lines()) or "the source has no document"
         raise UserError(f"data source {source.name!r} has no text for its {split} split: {found}")
     digest.update(lengths_digest.digest())
     meta = {
@@ -193,7 +193,7 @@ def _build(directory: pathlib.Path, source: Source, tokenizer: Any, split: str, 
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Groups documents into lists of about CHUNK characters; a longer document is a list of its own."""
+    """Groups documents into lists of at least CHUNK characters; the last list may be shorter."""
     chunk, size = [], 0
     for text in texts:
         chunk.append(text)
@@ -206,7 +206,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> tuple[Int[np.ndarray, " ids"], list[int], int]:
-    """The ids of all documents, the number of ids of each, the text's size in bytes."""
+    """(the ids of all documents, the number of ids of each, the size of all texts in bytes)."""
     encoded = [np.asarray([*tokenizer.encode(text), tokenizer.eos_id]) for text in texts]
     return np.concatenate(encoded), [len(ids) for ids in encoded], sum(len(text.encode()) for text in texts)
 
@@ -217,7 +217,7 @@ def _start_worker(tokenizer: Any) -> None:
     global _tokenizer
     _tokenizer = tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process stops the workers
-    if parent := multiprocessing.parent_process():  # a worker ends when its parent is killed
+    if parent := multiprocessing.parent_process():  # the worker exits if the parent process is killed
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
@@ -228,7 +228,7 @@ def _encode_in_worker(texts: Sequence[str]) -> tuple[Int[np.ndarray, " ids"], li
 def _encode_all(
     chunks: Iterator[list[str]], tokenizer: Any, workers: int
 ) -> Generator[tuple[Int[np.ndarray, " ids"], list[int], int], None, None]:
-    """Yields _encode of each chunk in order, computed in processes if there are many chunks."""
+    """Yields _encode of each chunk, in order. Worker processes compute it if there are many chunks."""
     head = list(itertools.islice(chunks, POOL_FROM))
     chunks = itertools.chain(head, chunks)
     if workers == 1 or len(head) < POOL_FROM:
@@ -249,13 +249,13 @@ def _encode_all(
                 yield pending.popleft().result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
-            "a tokenizing process died: there was too little memory, or the program "
-            "has no `if __name__ == '__main__':`; workers=1 needs neither"
+            "a tokenizing process died: either there was too little memory, or the program has no "
+            "`if __name__ == '__main__':`; workers=1 avoids both problems"
         ) from error
 
 
 class _Tokenizing(ProgressBar):
-    """The progress bar of `prepare`; corpora that take less than a few seconds print nothing."""
+    """The progress bar of `prepare`. It prints no plain lines in the first ten seconds."""
 
     quiet = 10.0
 

@@ -1,4 +1,4 @@
-"""Windows of a token store at random access: TokenStore --> Windows --> Batches[step]."""
+"""Windows of a token store, with random access: TokenStore --> Windows --> Batches[step]."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ from nanoflax.errors import UserError
 class Windows:
     """The tokens of a TokenStore in windows of T = `length` targets.
 
-    The last window may be partial: its padding has weight 0. isolated: batches also carry segments, so that a
-    document does not attend to another. bos_id: the token before the first one; default: the store's.
+    If the last window is shorter, it has padding of weight 0. isolated: batches also contain segments, so that
+    attention stays within a document. bos_id: the token before the first one; default: the bos_id of the store.
     """
 
     def __init__(self, store: TokenStore, length: int, isolated: bool = False, bos_id: int | None = None) -> None:
@@ -31,11 +31,11 @@ class Windows:
         return {name: array[0] for name, array in self.batch([index]).items()}
 
     def batch(self, indices: Sequence[int] | Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
-        """The windows with these numbers; one past the end is padding alone.
+        """The windows with these numbers. A number after the last window gives only padding.
 
         Returns: targets [B, T] int32; first [B] int32, the token before each window; weights [B, T] float32.
-        If isolated also segments [B, T] int32, the window's documents counted from 1, 0 for padding; and start [B]
-        int32, the bos_id before each document.
+        If isolated, also segments [B, T] int32: the number of the document in its window, from 1, or 0 for padding;
+        and start [B] int32: the bos_id before each document.
         """
         tokens, n = self.store.tokens, self.store.n_tokens
         starts = np.asarray(indices, np.int64) * self.length
@@ -52,11 +52,11 @@ class Windows:
             document = self.document(positions)
             batch["segments"] = np.where(real, document - document[:, :1] + 1, 0).astype(np.int32)
             batch["start"] = np.full(len(starts), self.bos_id, np.int32)
-            # A document that begins with the window follows bos_id, not the document before it.
+            # If a document begins with the window, bos_id is before it, not the last token of another document.
             begins = self.store.offsets[document[:, 0]] == starts
             batch["first"] = np.where(begins, self.bos_id, batch["first"]).astype(np.int32)
         return batch
 
     def document(self, positions: Int[np.ndarray, "..."] | Sequence[int]) -> Int[np.ndarray, "..."]:
-        """The numbers of the documents at these positions of the store; an end token belongs to its document."""
+        """The numbers of the documents at these positions of the store. An end token is part of its document."""
         return np.searchsorted(self.store.offsets, positions, side="right") - 1

@@ -1,4 +1,4 @@
-"""What people see of a run: progress bars, the metrics log, plots, and readable numbers."""
+"""Output for people: progress bars, the metrics log, plots, and readable numbers."""
 
 from nanoflax.report.metrics_log import MetricsLog, json_numbers, read_metrics, write_atomically
 from nanoflax.report.plots import parameter_table, plot_alignment, plot_losses, plot_sweep

@@ -20,10 +20,9 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class MetricsLog:
     """Writes metrics to `workdir/metrics.jsonl`, TensorBoard and, if asked, Weights & Biases.
 
-    `metrics.jsonl` has one strict JSON object a line, flushed line by line. Floats are exact; a
-    non-finite one is the string "nan", "inf" or "-inf". resume_step: the step of the checkpoint that
-    the run resumes from; later lines, which a killed run left, are removed, so each step occurs
-    once. 0 starts a new run and keeps no line. wandb: the name of a project, or None.
+    Each line of `metrics.jsonl` is a strict JSON object. Floats are exact; non-finite ones are the strings
+    "nan", "inf" and "-inf". resume_step: the step of the restored checkpoint, or 0 for a new run; lines of
+    later steps (from a killed run) are removed, so each step occurs once. wandb: the name of a project, or None.
     Raises: UserError if the file cannot be written or Weights & Biases does not start.
     """
 
@@ -62,7 +61,7 @@ class MetricsLog:
             self._wandb.log({"step": step} | values)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a full disk: log() has already raised it
+        with contextlib.suppress(OSError):  # the disk is full: log() has already raised this
             self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
@@ -80,7 +79,7 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, without the partial last line that a kill leaves.
+    """The records of a metrics.jsonl. A last line that a killed run has not completed is ignored.
 
     Raises: UserError that names a damaged line.
     """
@@ -88,7 +87,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _records(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Yields (record, its line in the file) for every complete line."""
+    """Yields (record, line as bytes) for every complete line."""
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
@@ -132,9 +131,9 @@ def json_numbers(value: Any) -> Any:
 
 
 class _TensorBoard:
-    """Event files, written by a thread that starts (and imports the library) with the first line.
+    """Event files. A thread writes them; it starts, and imports the library, at the first call of `add`.
 
-    A failure is printed once and never stops the run.
+    A failure is printed once and does not stop the run.
     """
 
     def __init__(self, directory, resume_step):
@@ -158,8 +157,8 @@ class _TensorBoard:
         try:
             from tensorboardX import SummaryWriter
 
-            # TensorBoard hides the events of earlier files at purge_step and later. The suffix keeps
-            # two starts within one second from writing the same file.
+            # TensorBoard hides events of older files from purge_step on. Without the suffix, two starts
+            # within one second would write the same file.
             with SummaryWriter(
                 str(self._directory),
                 purge_step=self._resume_step + 1,
@@ -171,11 +170,11 @@ class _TensorBoard:
                         if not isinstance(value, str) and math.isfinite(value):
                             writer.add_scalar(name, value, step, walltime=when)
         except Exception as error:
-            print(f"TensorBoard events stop here: {error!r}", file=sys.stderr)
+            print(f"no more TensorBoard events are written: {error!r}", file=sys.stderr)
 
 
 def _start_wandb(workdir, project, config):
-    """A Weights & Biases run. A resumed run continues it: its id is in the workdir."""
+    """A Weights & Biases run. Its id is saved in the workdir, so that a resumed run continues it."""
     try:
         from wandb import Error, Settings, init
     except ImportError as error:
@@ -196,5 +195,5 @@ def _start_wandb(workdir, project, config):
     except (Error, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"Weights & Biases did not start ({reason}); WANDB_MODE=offline needs no account") from error
-    run.define_metric("*", step_metric="step")  # its own counter cannot decrease when a run resumes
+    run.define_metric("*", step_metric="step")  # the counter of wandb cannot go back when a run resumes
     return run

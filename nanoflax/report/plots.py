@@ -1,4 +1,4 @@
-"""Pictures of a run (losses, sweeps, attention) and the table of its parameters."""
+"""Plots of losses, sweeps and attention, and the table of parameters."""
 
 import io
 import math
@@ -16,10 +16,10 @@ from nanoflax.report.text import format_count
 
 
 def plot_losses(workdir: str | os.PathLike[str], tokens_per_step: float | None = None) -> pathlib.Path | None:
-    """Draws `workdir/metrics.jsonl` as `workdir/loss.png`; returns its path, None without data.
+    """Draws the losses of `workdir/metrics.jsonl` as `workdir/loss.png`; returns its path, or None without data.
 
-    Reads `loss`, `validation_loss` and `bits_per_byte`; a step whose loss is not finite, or whose
-    record says `skipped`, is marked. tokens_per_step: adds an axis of tokens.
+    Reads `loss`, `validation_loss` and `bits_per_byte`. Skipped steps and steps with a non-finite loss are
+    marked. tokens_per_step: adds a second x axis, in tokens.
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "metrics.jsonl"
@@ -72,7 +72,7 @@ def plot_losses(workdir: str | os.PathLike[str], tokens_per_step: float | None =
 
 def _draw_training(axes, steps, losses):
     losses, width = np.array(losses), max(1, len(losses) // 100)
-    # Divided by the number of terms, the mean over a window stays true at both ends.
+    # At both ends the window has fewer terms, so the sum is divided by their number.
     window = np.ones(2 * width + 1)
     smooth = np.convolve(losses, window)[width:-width] / np.convolve(np.ones_like(losses), window)[width:-width]
     thin = slice(None, None, 1 + len(losses) // 5000)
@@ -115,10 +115,10 @@ def _title(training, validation):
 def plot_sweep(
     path: str | os.PathLike[str], points: Sequence[tuple[dict[str, str], float]], metric: str
 ) -> str | os.PathLike[str]:
-    """Draws a metric against each setting of a sweep, as a PNG at `path`; returns `path`.
+    """Draws a panel for each setting of a sweep: its values and the metric. Writes a PNG to `path`; returns `path`.
 
-    points: ({key: text of the value}, metric) of each trial, the best first. A key with numbers as
-    values gets an axis of numbers, logarithmic if they span a factor of ten.
+    points: ({name of the setting: its value as text}, metric) of each trial, the best first. Numbers that
+    span a factor of ten get a logarithmic axis.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -133,7 +133,7 @@ def plot_sweep(
             xs = [float(x) for x in xs]
             if min(xs) > 0 and max(xs) >= 10 * min(xs):
                 axes.set_xscale("log")
-        except ValueError:  # names, side by side
+        except ValueError:  # names, not numbers
             pass
         axes.plot(xs, ys, "o", color="tab:blue", alpha=0.7)
         axes.plot(
@@ -152,9 +152,9 @@ def plot_sweep(
 def plot_alignment(
     path: str | os.PathLike[str], weights: Float[np.ndarray, "T S"], source: Sequence[str], targets: Sequence[str]
 ) -> str | os.PathLike[str]:
-    """Draws the attention of each target token to the source, as a PNG at `path`; returns `path`.
+    """Draws the attention from target tokens to source tokens. Writes a PNG to `path`; returns `path`.
 
-    weights: [T, S], between 0 and 1; source, targets: the texts of S and T tokens.
+    weights: [T, S], between 0 and 1; source, targets: the S and T tokens as text.
     """
     from matplotlib import font_manager, ft2font
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -162,17 +162,17 @@ def plot_alignment(
 
     font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
 
-    def name(text):  # letters that the font lacks would be boxes
+    def label(text):  # escapes characters that are not in the font
         text = text.replace(" ", "␣").replace("$", r"\$")
-        drawn = all(c.isprintable() and font.get_char_index(ord(c)) for c in text)
-        return text if drawn else ascii(text)[1:-1]
+        in_font = all(c.isprintable() and font.get_char_index(ord(c)) for c in text)
+        return text if in_font else ascii(text)[1:-1]
 
     (T, S), side = weights.shape, 0.22
     figure = Figure(figsize=(2 + side * S, 1.5 + side * T), dpi=120, layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
     image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(S), map(name, source), rotation=90, fontsize=7)
-    axes.set_yticks(range(T), map(name, targets), fontsize=7)
+    axes.set_xticks(range(S), map(label, source), rotation=90, fontsize=7)
+    axes.set_yticks(range(T), map(label, targets), fontsize=7)
     axes.set_xlabel("source")
     axes.set_ylabel("target")
     figure.colorbar(image, label="attention", shrink=0.7)
@@ -182,13 +182,13 @@ def plot_alignment(
 
 
 def parameter_table(params: dict[str, Any]) -> str:
-    """The numbers and bytes of parameters by module, as text; equal blocks are one row."""
+    """A table as text: the number of parameters and bytes of each module; equal blocks share one row."""
     modules = {}
     for name, branch in params.items():
-        stack = name in ("encoder", "decoder")
-        modules |= {f"{name}/{k}": v for k, v in branch.items()} if stack else {name: branch}
-    groups = []  # [name, its stem, last name, how many, parameters each, bytes each]
-    for name in sorted(modules, key=_natural):
+        has_blocks = name in ("encoder", "decoder")
+        modules |= {f"{name}/{k}": v for k, v in branch.items()} if has_blocks else {name: branch}
+    groups = []  # [first name, first name without its number, last name, count, parameters each, bytes each]
+    for name in sorted(modules, key=_natural_order):
         leaves = list(_leaves(modules[name]))
         size = sum(math.prod(leaf.shape) for leaf in leaves)
         memory = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
@@ -198,22 +198,15 @@ def parameter_table(params: dict[str, Any]) -> str:
         else:
             groups.append([name, stem, name, 1, size, memory])
     rows = [("module", "", "parameters", "bytes")]
-    for first, _, last, number, size, memory in groups:
-        repeated = number > 1
-        rows.append(
-            (
-                f"{first} .. {last}" if repeated else first,
-                f"{number} x {size:,}" if repeated else "",
-                f"{number * size:,}",
-                _bytes(number * memory),
-            )
-        )
+    for first, _, last, count, size, memory in groups:
+        names, each = (f"{first} .. {last}", f"{count} x {size:,}") if count > 1 else (first, "")
+        rows.append((names, each, f"{count * size:,}", _bytes(count * memory)))
     rows.append(("total", "", f"{sum(g[3] * g[4] for g in groups):,}", _bytes(sum(g[3] * g[5] for g in groups))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in rows)
 
 
-def _natural(name):
+def _natural_order(name):
     """A sorting key that puts block_2 before block_10."""
     return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name) if part]
 

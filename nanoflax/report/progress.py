@@ -1,4 +1,4 @@
-"""Progress bars: live on a terminal, plain lines elsewhere. rich is imported only for a terminal."""
+"""Progress: a live bar on a terminal, plain lines elsewhere. The package rich is imported only for a terminal."""
 
 import collections
 import contextlib
@@ -15,8 +15,8 @@ from nanoflax.report.text import format_count, format_duration, printable
 class ProgressBar:
     """A live bar on a terminal, a plain line every few seconds elsewhere. Use as a context manager.
 
-    A subclass defines `title()`, the text before the bar, and `status()`, the text after it, and
-    calls `advance`. The bar never hides the cursor, so even SIGKILL leaves a usable terminal.
+    A subclass defines `title()`, the text before the bar, and `status()`, the text after the bar, and
+    calls `advance`. The bar never hides the cursor, so a terminal is usable even after SIGKILL.
     """
 
     quiet = 0.0  # seconds before the first plain line
@@ -52,14 +52,14 @@ class ProgressBar:
                 self._bar.stop()
 
     def advance(self, done: float) -> None:
-        """Shows that `done` of `total` are done."""
+        """Shows the progress: `done` of `total`."""
         self.done, self._undrawn = done, True
         due = self._drawn_at + (self.draw_every if self._bar else self.line_every)
         if self._clock() >= due or done >= self.total:
             self._draw()
 
     def write(self, text: str) -> None:
-        """Prints lines above the bar; on a terminal with control characters escaped."""
+        """Prints text above the bar. On a terminal, control characters are escaped."""
         with contextlib.suppress(OSError):
             if self._bar:
                 from rich.text import Text
@@ -69,7 +69,7 @@ class ProgressBar:
                 print(text, file=self._stream, flush=True)
 
     def _draw(self):
-        with contextlib.suppress(OSError):  # a terminal that has gone away does not end the run
+        with contextlib.suppress(OSError):  # a closed terminal must not end the run
             if self._bar:
                 self._bar.update(self._bar.task_ids[0], completed=self.done, title=self.title(), status=self.status())
                 self._bar.refresh()
@@ -81,9 +81,9 @@ class ProgressBar:
 class TrainingProgress(ProgressBar):
     """The bar of a training run.
 
-    flops_per_token and peak_flops (FLOP/s of all devices together) give the MFU; either may be None.
-    Rates are over the last `window` seconds of training, without the first update, which compiles,
-    and without the time inside `pause()`.
+    flops_per_token and peak_flops (FLOP/s of all devices together) are for the MFU; both may be None.
+    Rates cover the last `window` seconds of training. The first update, which compiles, and the time
+    inside `pause()` do not count.
     """
 
     window = 20.0  # seconds over which rates are measured
@@ -106,7 +106,7 @@ class TrainingProgress(ProgressBar):
         self._marks = collections.deque()  # (training time, step), the last `window` seconds
 
     def update(self, step: int, loss: float) -> None:
-        """Shows that `step` steps are done, and the loss of the last one."""
+        """Shows the number of finished steps and the loss of the last step."""
         now = self._clock()
         self.loss, self._note = float(loss), None
         self._marks.append((now - self._paused, int(step)))
@@ -117,7 +117,7 @@ class TrainingProgress(ProgressBar):
 
     @contextlib.contextmanager
     def pause(self, note: str = "evaluating") -> Iterator[None]:
-        """Around work that is not training: its time is not part of the rates."""
+        """A context for work that is not training. Its time does not count in the rates."""
         begin, before, self._note = self._clock(), self._note, note
         if self._bar:
             self._draw()
@@ -129,21 +129,21 @@ class TrainingProgress(ProgressBar):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over the window; None before the second update."""
+        """Tokens per second in the last `window` seconds; None before the second update."""
         seconds = self._marks[-1][0] - self._marks[0][0] if self._marks else 0.0
         steps = self._marks[-1][1] - self._marks[0][1] if self._marks else 0
         return steps * self.tokens_per_step / seconds if seconds > 0 and steps > 0 else None
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilisation, between 0 and 1; None when not known."""
+        """Model FLOPs utilisation, from 0 to 1; None if unknown."""
         rate = self.tokens_per_second
         if rate is None or self.flops_per_token is None or self.peak_flops is None:
             return None
         return rate * self.flops_per_token / self.peak_flops
 
     def seconds_left(self) -> float | None:
-        """Until the last step, with pauses as frequent as so far; None when not known."""
+        """Seconds until the last step, if pauses stay as frequent as now; None if unknown."""
         rate = self.tokens_per_second
         if rate is None or self._first is None:
             return None
@@ -155,7 +155,7 @@ class TrainingProgress(ProgressBar):
         return f"step {self.done}/{self.total}"
 
     def status(self) -> str:
-        """Such as `loss 2.3456  12.3k tokens/s  MFU 41%  3:21 left`."""
+        """A text such as `loss 2.3456  12.3k tokens/s  MFU 41%  3:21 left`."""
         parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
         if self.tokens_per_second is not None:
             parts.append(f"{format_count(self.tokens_per_second)} tokens/s")
@@ -171,7 +171,7 @@ class TrainingProgress(ProgressBar):
 
 
 class NoDisplay:
-    """Stands for a MetricsLog and a Progress where nothing is to be written."""
+    """Replaces a MetricsLog or a TrainingProgress and writes nothing."""
 
     tokens_per_second = None
 
@@ -194,7 +194,7 @@ def _bar(stream, total, done):
         def show_cursor(self, show=True):
             return False
 
-    # No refreshing thread: advance() draws the frames, so that none competes with the training loop.
+    # No refresh thread, because it would compete with the training loop: advance() draws the bar.
     bar = RichProgress(
         TextColumn("{task.fields[title]}", markup=False),
         BarColumn(bar_width=None),

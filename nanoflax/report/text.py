@@ -1,4 +1,4 @@
-"""Numbers, durations and text, written for people."""
+"""Readable numbers and durations, and text that is safe to print."""
 
 import math
 import re
@@ -20,7 +20,7 @@ def format_count(n: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Such as 0:07, 3:21 or 1:02:03."""
+    """Seconds as 0:07, 3:21 or 1:02:03."""
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -31,5 +31,5 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-
 
 
 def printable(text: str) -> str:
-    """Text with control characters escaped, so that generated text cannot control a terminal."""
+    """The text with escaped control characters, so that generated text cannot control a terminal."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
