@@ -32,22 +32,22 @@ def bytes_per_device(tree: PyTree) -> int:
 
 
 def check_memory(tree: PyTree, mesh: Mesh) -> None:
-    """Raises: UserError if a tree (as of `bytes_per_device`) needs more memory than a device has.
+    """Raises: UserError if a tree (as in `bytes_per_device`) needs more memory than a device has.
 
-    A device that does not report its memory (a CPU) passes.
+    Devices that do not report their memory, such as CPUs, are not checked.
     """
     limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
     need = bytes_per_device(tree)
     if need > limit:
         raise UserError(
-            f"parameters and optimizer take {need / 2**30:.1f} GiB of each device on "
-            f"the mesh {dict(mesh.shape)}, and a device has {limit / 2**30:.1f} GiB; "
-            "give train.mesh more fsdp or tensor, or take more devices"
+            f"parameters and optimizer need {need / 2**30:.1f} GiB on each device of "
+            f"the mesh {dict(mesh.shape)}, but a device has {limit / 2**30:.1f} GiB; "
+            "increase fsdp or tensor in train.mesh, or use more devices"
         )
 
 
 def batch_sharding(mesh: AnyMesh, rank: int) -> NamedSharding:
-    """The sharding of an array [B, T, ...] of a batch with `rank` dimensions; T is absent for 1."""
+    """The sharding of an array of a batch: [B] for rank 1, [B, T, ...] for a higher rank."""
     return NamedSharding(mesh, P(*BATCH[:rank]))
 
 
@@ -73,13 +73,13 @@ def put_batch(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Array]:
     Raises: UserError if a T is not divisible by the mesh's context.
     """
     arrays = {name: np.asarray(x) for name, x in arrays.items()}
-    # A label may be [B, labels], whose second dimension is no T.
+    # A label may be [B, labels]; its second dimension is not T.
     rank = {name: 1 if name == "label" else x.ndim for name, x in arrays.items()}
     for name, x in arrays.items():
         if rank[name] > 1 and x.shape[1] % mesh.shape.get("context", 1):
             raise UserError(f"{name} of length {x.shape[1]} is not divisible by context={mesh.shape['context']}")
     num_parts = num_shards(BATCH[0], mesh)
-    own_parts = own_rows(mesh, num_parts)  # each part is as many rows as every other
+    own_parts = own_rows(mesh, num_parts)  # all parts have the same number of rows
 
     def put(name, x):
         part_size = len(x) // len(own_parts)
@@ -120,7 +120,7 @@ def param_shapes(model: Model) -> PyTree[jax.ShapeDtypeStruct]:
 
 
 def initial_params(model: Model, rng: Array) -> dict[str, Any]:
-    """`init` without a mesh and without jit, to be called inside a compiled function."""
+    """`init` without a mesh and without jit; for calls inside a compiled function."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return model.init(rng, tokens, **{"source": tokens} if model.config.reads_source else {})["params"]
 
@@ -133,5 +133,5 @@ def init(model: Model, rng: Array, mesh: AnyMesh | None = None) -> dict[str, Any
     Raises: UserError if the mesh does not divide a parameter.
     """
     mesh = current_mesh(mesh)
-    places = None if mesh is None else shardings(param_shapes(model), mesh)
-    return jax.jit(lambda rng: initial_params(model, rng), out_shardings=places)(rng)
+    out_shardings = None if mesh is None else shardings(param_shapes(model), mesh)
+    return jax.jit(lambda rng: initial_params(model, rng), out_shardings=out_shardings)(rng)

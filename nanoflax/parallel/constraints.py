@@ -1,6 +1,6 @@
-"""The sharding of activations. Layers name what an array holds (`split_batch`, `split_cache`), never
-a mesh axis. The functions read the mesh that the surrounding function is traced for; without a mesh
-they change nothing. The sharding of parameters is in rules.py.
+"""The sharding of activations. Layers call functions that name the kind of array (`split_batch`,
+`split_cache`), and name no mesh axis. The functions use the mesh for which JAX traces the caller
+(`current_mesh`); without a mesh they change nothing. The sharding of parameters is in rules.py.
 """
 
 import functools
@@ -17,7 +17,7 @@ AnyMesh: TypeAlias = Mesh | AbstractMesh
 Entry: TypeAlias = str | Sequence[str] | None  # one dimension's entry in a PartitionSpec
 
 BATCH = P(("data", "fsdp"), "context")  # batches and activations [B, T, ...]
-EMBEDDED = P("data", "context", "fsdp")  # embedded tokens [B, T, D], as fsdp splits the embedding
+EMBEDDED = P("data", "context", "fsdp")  # embedded tokens [B, T, D], split along D like the embedding
 CACHE = P(("data", "fsdp"), "tensor")  # keys and values of a cache [B, G, S, K]
 
 
@@ -133,8 +133,8 @@ def split_batch(x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
 def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Embedded tokens, split along B and T like the batch.
 
-    Splitting them first like the embedding leaves one exchange along fsdp. Without this step XLA
-    may gather all of x on every device.
+    The first constraint splits D like the embedding, so that XLA needs one all-to-all along fsdp.
+    Without the first constraint XLA may gather all of x on every device.
     """
     return split_batch(constrain(x, EMBEDDED))
 

@@ -43,15 +43,15 @@ class Chip(NamedTuple):
         return next(flops for name, flops in _PEAK_FLOPS if name == self.kind)
 
 
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+_SIZES_2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_SIZES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 CHIPS = {
     # cloud.google.com/tpu/docs/v4, v5e, v5p, v6e; the network is half of the "bidirectional" figure.
     # The network of v4, six links of 50 GB/s: Jouppi et al. 2023, table 4.
-    "v4": Chip("TPU v4", 32 * 2**30, 1200e9, 300e9, _CUBES),
-    "v5e": Chip("TPU v5 lite", 16 * 2**30, 819e9, 200e9, _FLAT),
-    "v5p": Chip("TPU v5", 95 * 2**30, 2765e9, 600e9, _CUBES),
-    "v6e": Chip("TPU v6 lite", 32 * 2**30, 1638e9, 400e9, _FLAT),
+    "v4": Chip("TPU v4", 32 * 2**30, 1200e9, 300e9, _SIZES_3D),
+    "v5e": Chip("TPU v5 lite", 16 * 2**30, 819e9, 200e9, _SIZES_2D),
+    "v5p": Chip("TPU v5", 95 * 2**30, 2765e9, 600e9, _SIZES_3D),
+    "v6e": Chip("TPU v6 lite", 32 * 2**30, 1638e9, 400e9, _SIZES_2D),
     # NVIDIA's data sheets: SXM modules, the A100 with 80 GB; the network is half of NVLink's total.
     "a100": Chip("A100", 80e9, 2039e9, 300e9),
     "h100": Chip("H100", 80e9, 3350e9, 450e9),
@@ -79,7 +79,7 @@ def peak_flops(device: Any) -> float | None:
 
 
 def memory_bandwidth(device: Any) -> float | None:
-    """The vendor's bytes/s of a jax.Device's memory; None if not known."""
+    """The vendor's memory bandwidth of a jax.Device in bytes/s; None if not known."""
     for chip in CHIPS.values():
         if chip.flops == peak_flops(device) and re.search(rf"\b{chip.kind}\b", device.device_kind):
             return chip.bandwidth
@@ -110,9 +110,9 @@ def measure_bandwidth(num_bytes: int = 2**28, tries: int = 5) -> float:
 
 
 def measure_peak_flops(size: int = 1024, seconds: float = 0.05) -> float:
-    """FLOP/s of this machine's float32 matrix product, the best of several: gives CPUs an MFU.
+    """FLOP/s of this machine's float32 matrix product, the best of several tries; for the MFU on CPUs.
 
-    Fake CPU devices share the machine, so this is the figure of all of them together.
+    Virtual CPU devices share the machine, so this is the speed of all of them together.
     """
     x = jax.device_put(jnp.ones((size, size), jnp.float32), jax.local_devices(backend="cpu")[0])
     product = jax.jit(jnp.matmul)

@@ -1,8 +1,8 @@
 """The processes of one run on several hosts: how they join, agree, and end when one of them dies.
 
 They exchange values through JAX's coordination service. Unlike a collective, such an exchange does
-not wait behind queued steps, and does not fail after 30 s, as gloo does. In a run of one process
-nothing is exchanged.
+not wait for queued training steps, and has no timeout of 30 s as gloo has. A run of one process
+exchanges nothing.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ import jax
 from nanoflax.config import diff
 from nanoflax.errors import UserError, listed
 
-BARRIER_SECONDS = 24 * 3600  # that processes wait for each other: one of them may have to tokenize
-SHUTDOWN_SECONDS = 20  # that other processes get to shut down before this one exits
+BARRIER_SECONDS = 24 * 3600  # timeout of an exchange; long, because one process may tokenize for hours
+SHUTDOWN_SECONDS = 20  # for the other processes to shut down before this one exits
 
 _exchanges = itertools.count(1)  # numbers the calls of gather_from_processes
 _watchdog_seconds = 0.0
@@ -41,8 +41,8 @@ def join_processes(
     coordinator: HOST:PORT of process 0. JAX finds absent values in the environment of Cloud TPU,
     Slurm's srun or Open MPI. timeout: seconds in which all processes must join. heartbeat: seconds
     of silence after which JAX considers a process dead, and ends the others.
-    Raises: UserError for arguments that do not fit together, or if processes cannot be joined. If
-    one does not answer in time, this process prints that and exits with status 2.
+    Raises: UserError for arguments that do not fit together, or if processes cannot be joined. If a
+    process does not answer in time, this process prints a message and exits with status 2.
     """
     if not coordinator:
         if (processes, process_id) != (None, None):
@@ -54,8 +54,8 @@ def join_processes(
     elif processes is not None and process_id is not None and not 0 <= process_id < processes:
         raise UserError(f"--process_id={process_id} must be from 0 to --processes={processes} - 1")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
-    # At its own timeout JAX would abort with a traceback; this timer is earlier.
+    jax.config.update("jax_enable_preemption_service", False)  # it would intercept SIGTERM
+    # This timer ends before JAX's own timeout, at which JAX would abort with a traceback.
     deadline = threading.Timer(timeout, _exit_unanswered, [coordinator, timeout])
     deadline.daemon = True
     deadline.start()
@@ -82,8 +82,8 @@ def join_processes(
 def _exit_unanswered(coordinator, timeout):
     print(
         f"{os.path.basename(sys.argv[0])}: not all processes of the run have answered within "
-        f"{timeout} s (--join_seconds); is --coordinator={coordinator or 'that of the cluster'} "
-        "the address of process 0, and does each of them run?",
+        f"{timeout} s (--join_seconds). Check that --coordinator={coordinator or '(found by JAX)'} "
+        "is the address of process 0, and that every process was started.",
         file=sys.stderr,
         flush=True,
     )
@@ -105,13 +105,13 @@ def gather_from_processes(value: Any) -> list[Any]:
     client.key_value_set(f"nanoflax/{number}/{jax.process_index():06}", json.dumps(value))
     client.wait_at_barrier(f"nanoflax/{number}", BARRIER_SECONDS * 1000)
     found = sorted(client.key_value_dir_get(f"nanoflax/{number}/"))
-    if jax.process_index() == 0:  # every process has read the exchange before this one
+    if jax.process_index() == 0:  # every process has read the previous exchange
         client.key_value_delete(f"nanoflax/{number - 1}/")
     return [json.loads(text) for _, text in found]
 
 
 def run_on_main_process(function: Callable[[], Any]) -> Any:
-    """Call function() on process 0 only; its result (anything that JSON can hold) on every process.
+    """Call function() on process 0 only. Returns its result (JSON-compatible) on every process.
 
     Raises: on every process, the UserError that function raised.
     """
@@ -130,13 +130,13 @@ def run_on_main_process(function: Callable[[], Any]) -> Any:
 
 
 def check_processes_agree(what: str, value: dict[str, Any]) -> None:
-    """Raises: UserError, on every process and with the differences, if a dict is not the same on all."""
+    """Raises: UserError with the differences, on every process, if the processes have different dicts."""
     found = gather_from_processes(value)
     lines = [
         f"process {i} has {', '.join(diff(found[0], other))}" for i, other in enumerate(found) if other != found[0]
     ]
     if lines:
-        raise UserError(f"the processes differ in {what} (that of process 0 -> its own): {listed(lines)}")
+        raise UserError(f"the processes differ in {what} (value of process 0 -> own value): {listed(lines)}")
 
 
 class HostPoll:
@@ -150,7 +150,7 @@ class HostPoll:
         self._stride = 1  # steps until the next poll
 
     def __call__(self, step: int, value: Any) -> list[Any]:
-        """The values of all processes if this step is a poll, else []. Alone, every step is a poll."""
+        """The values of all processes if this step is a poll, else []. A single process polls at every step."""
         if jax.process_count() > 1 and step < self._last_step + self._stride:
             return []
         now = time.monotonic()
@@ -158,15 +158,14 @@ class HostPoll:
         stride = max(1, min(int(steps_per_second * self._seconds), 2 * self._stride))
         self._last_step, self._last_time = step, now
         answers = gather_from_processes([stride, value])
-        self._stride = answers[0][0]  # that of process 0
+        self._stride = answers[0][0]  # the stride of process 0, so that all poll at the same step
         return [value for _, value in answers]
 
 
 @contextlib.contextmanager
 def watchdog(seconds: float) -> Iterator[None]:
-    """End this process with status 1, and print the stacks of its threads, if `reset_watchdog` is
-    not called for so many seconds (0: never): another process of the run hangs. A process that runs
-    alone has no watchdog."""
+    """Print the stacks of the threads and exit with status 1 if `reset_watchdog` is not called for
+    `seconds` (0: never), because another process of the run hangs. No effect with one process."""
     global _watchdog_seconds
     _watchdog_seconds = seconds if jax.process_count() > 1 else 0
     reset_watchdog()
@@ -178,18 +177,18 @@ def watchdog(seconds: float) -> Iterator[None]:
 
 
 def reset_watchdog() -> None:
-    """Start the watchdog's time again, because the run makes progress."""
+    """Restart the watchdog's timer; called when the run makes progress."""
     if _watchdog_seconds:
         faulthandler.dump_traceback_later(_watchdog_seconds, exit=True)
 
 
 def exit_process(status: int) -> None:
-    """Exit after an error. In a run of several processes do not wait for threads that wait for them."""
+    """Exit after an error. In a run of several processes, do not join threads: they may wait for other processes."""
     if not jax.distributed.is_initialized():
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
-    # The others cannot shut down once process 0 is gone: give them time.
+    # The other processes cannot shut down after process 0 has exited: give them time before.
     timer = threading.Timer(SHUTDOWN_SECONDS, os._exit, [status])
     timer.daemon = True
     timer.start()

@@ -1,4 +1,4 @@
-"""Meshes: from the text of train.mesh to an array of devices, with fast networks inside."""
+"""Meshes: from the text of train.mesh to an array of devices. Tensor and context stay in one fast network."""
 
 import math
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def fast_network_groups(devices: Sequence[Any]) -> tuple[int, bool]:
     slices = {getattr(d, "slice_index", None) for d in devices}
     if None not in slices:
         return len(slices), False
-    # GPUs do not report their node: a process with several GPUs has those of one node.
+    # GPUs do not report their node: a process with several GPUs is assumed to be a node.
     processes = {d.process_index for d in devices}
     one_process_per_node = devices[0].platform == "gpu" and len(processes) < len(devices)
     return (len(processes) if one_process_per_node else 1), True
@@ -76,7 +76,7 @@ def hybrid_devices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     """Devices of several slices or nodes as an array with `sizes` along AXES.
 
     The slow network between the groups is used along data, then along fsdp.
-    Raises: UserError if it would be used along tensor or context.
+    Raises: UserError if tensor or context would need the slow network.
     """
     groups, by_process = fast_network_groups(devices)
     data = math.gcd(sizes[0], groups)
@@ -84,7 +84,7 @@ def hybrid_devices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     if sizes[1] % fsdp:
         raise UserError(
             f"train.mesh={mesh_name(sizes)!r} must split {groups} slices or nodes along "
-            "data, then fsdp: tensor and context need the fast network of one"
+            "data, then fsdp: tensor and context need the fast network of one slice or node"
         )
     between_groups = (data, fsdp, 1, 1)
     return mesh_utils.create_hybrid_device_mesh(

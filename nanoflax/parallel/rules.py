@@ -23,20 +23,20 @@ from nanoflax.parallel.stacking import STACKED
 # The end of a parameter's path, and the mesh axis of each dimension. Optimizer state and moving
 # averages repeat the parameters' paths, so the table covers them too. A parameter that matches no
 # row is replicated on every device.
-_SPLITS = r"((cross_)?attention/(query|key|value)|mlp/(up|gate))"  # D to HK, GK or F
-_JOINS = r"((cross_)?attention/out|mlp/down)"  # HK or F to D
+_COLUMN_PARALLEL = r"((cross_)?attention/(query|key|value)|mlp/(up|gate))"  # D to HK, GK or F
+_ROW_PARALLEL = r"((cross_)?attention/out|mlp/down)"  # HK or F to D
 RULES = (
     (r"embed/embedding", P("tensor", "fsdp")),  # [V, D]
     (r"position_embed/embedding", P(None, "fsdp")),  # [T, D]
     (r"relative_bias/embedding", P(None, "tensor")),  # [buckets, H]
     (r"unembed/kernel", P("fsdp", "tensor")),  # [D, V]
-    (rf"{_SPLITS}/kernel", P("fsdp", "tensor")),
-    (rf"{_SPLITS}/(bias|lora_magnitude)", P("tensor")),
-    (rf"{_SPLITS}/lora_a", P("fsdp", None)),  # [D, r]
-    (rf"{_SPLITS}/lora_b", P(None, "tensor")),  # [r, HK]
-    (rf"{_JOINS}/kernel", P("tensor", "fsdp")),
-    (rf"{_JOINS}/lora_a", P("tensor", None)),
-    (rf"{_JOINS}/lora_b", P(None, "fsdp")),
+    (rf"{_COLUMN_PARALLEL}/kernel", P("fsdp", "tensor")),
+    (rf"{_COLUMN_PARALLEL}/(bias|lora_magnitude)", P("tensor")),
+    (rf"{_COLUMN_PARALLEL}/lora_a", P("fsdp", None)),  # [D, r]
+    (rf"{_COLUMN_PARALLEL}/lora_b", P(None, "tensor")),  # [r, HK]
+    (rf"{_ROW_PARALLEL}/kernel", P("tensor", "fsdp")),
+    (rf"{_ROW_PARALLEL}/lora_a", P("tensor", None)),
+    (rf"{_ROW_PARALLEL}/lora_b", P(None, "fsdp")),
     (r"attention/prefix_(key|value)", P(None, "tensor")),  # [P, GK]
     (r"adapter_\w+/down/kernel", P("fsdp", None)),  # [D, r]
     (r"adapter_\w+/up/kernel", P(None, "fsdp")),
@@ -46,9 +46,9 @@ RULES = (
     (r"(forward|backward|\w*input|start_\d+|decoder_\d+|key|query|combine)/kernel",
      P("fsdp", None)),
 )  # fmt: skip
-# Limits of what may be replicated on every device of fsdp and tensor, counted over matrices.
-MAX_REPLICATED_FRACTION = 0.02  # of all numbers ...
-MAX_REPLICATED_NUMBERS = 2**20  # ... or this many, whichever is more
+# Limits of the numbers in replicated matrices, if fsdp or tensor is larger than 1. The larger limit counts.
+MAX_REPLICATED_FRACTION = 0.02  # of all numbers in the tree
+MAX_REPLICATED_NUMBERS = 2**20
 
 
 def partition_spec(path: str, shape: Sequence[int]) -> P:
@@ -93,18 +93,18 @@ def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree[NamedSharding]:
     if num_shards(("fsdp", "tensor"), mesh) > 1:
         problems += _too_much_replicated(replicated, sum(leaf.size for leaf in jax.tree.leaves(tree)))
     if problems:
-        raise UserError("the mesh does not divide: " + listed(problems, 4))
+        raise UserError("the parameters do not fit the mesh: " + listed(problems, 4))
     return result
 
 
 def _too_much_replicated(replicated: Mapping[str, int], total: int) -> list[str]:
-    """The problem, if these matrices {name: size} are too large a part of `total` numbers."""
+    """The problem in a list, if the matrices {name: size} are too large a part of `total` numbers; else []."""
     count = sum(replicated.values())
     if count <= max(MAX_REPLICATED_NUMBERS, MAX_REPLICATED_FRACTION * total):
         return []
     largest = sorted(replicated, key=lambda name: -replicated[name])[:4]
     return [
-        f"{count / total:.0%} of all numbers would be whole on every "
+        f"{count / total:.0%} of all numbers would be replicated on every "
         f"device, more than {MAX_REPLICATED_FRACTION:.0%}: " + ", ".join(largest)
     ]
 
@@ -113,8 +113,8 @@ def pad_vocabulary(config: ModelConfig, mesh: AnyMesh) -> ModelConfig:
     """The ModelConfig with the vocab_padding that the mesh needs. The padded vocabulary is a
     multiple of 128, so that other meshes can resume the run."""
     tensor = mesh.shape["tensor"]
-    more = -config.vocab_size % math.lcm(128, tensor) if config.vocab_size % tensor else 0
-    return dataclasses.replace(config, vocab_size=config.vocab_size + more, vocab_padding=config.vocab_padding + more)
+    rows = -config.vocab_size % math.lcm(128, tensor) if config.vocab_size % tensor else 0
+    return dataclasses.replace(config, vocab_size=config.vocab_size + rows, vocab_padding=config.vocab_padding + rows)
 
 
 def check_mesh(config: Config, mesh: AnyMesh, lengths: Mapping[str, int] | None = None) -> None:

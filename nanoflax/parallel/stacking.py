@@ -3,8 +3,8 @@
 Parameters are normally a tree per block: {"decoder": {"block_0": .., "block_1": .., ..}}. With
 train.scan_layers a training state (parameters, optimizer state, moving average) holds them as
 {"decoder": {"blocks": ..}}, each leaf [L, ...], and the compiled step scans one block over L.
-No reader needs a flag: a model runs the form that it is given (nn.blocks.Stack), the optimizer is
-vmapped over L (`vmap_over_layers`), the sharding rules cover both forms, a checkpoint of one form
+Code that reads parameters needs no flag: a model runs either form (nn.blocks.Stack), the optimizer
+is vmapped over L (`vmap_over_layers`), the sharding rules cover both forms, a checkpoint of one form
 is restored into the other, and `runs.restore_params` always returns a tree per block.
 """
 
@@ -38,8 +38,8 @@ def stack(tree: PyTree) -> PyTree:
         blocks = [node.get(f"block_{i}") for i in range(sum(map(_is_block_name, node)))]
         if None in blocks or len(set(map(jax.tree.structure, blocks))) > 1:
             raise UserError(
-                "train.scan_layers needs every block to hold, and to train, the same "
-                "parameters; these differ from block to block: set it to false"
+                "train.scan_layers needs blocks with equal parameters, equally trained or frozen; "
+                "here the blocks differ: set train.scan_layers=false"
             )
         rest = {name: x for name, x in node.items() if not _is_block_name(name)}
         return rest | {"blocks": jax.tree.map(_join, *blocks)}
@@ -49,7 +49,7 @@ def stack(tree: PyTree) -> PyTree:
 
 def unstack(tree: PyTree) -> PyTree:
     """The inverse of `stack`, bit for bit; a tree that is not stacked is returned unchanged."""
-    # A part of an optimizer's state may hold no array of the blocks: another part knows their number.
+    # A part of an optimizer's state may hold no array of the blocks; take their number from another part.
     num_blocks = {
         str(path[-1:]): leaf.shape[0]
         for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_has_stacked_blocks)
@@ -75,7 +75,7 @@ def is_stacked(tree: PyTree) -> bool:
 
 
 def vmap_over_layers(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that is vmapped over L of stacked blocks, and treats other leaves as before.
+    """The optimizer, vmapped over L of stacked blocks; unchanged for other leaves.
 
     It sees a stacked kernel [L, D, F] as L matrices, and a stacked scale [L, D] as L vectors.
     """

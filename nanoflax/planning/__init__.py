@@ -1,4 +1,4 @@
-"""What a training step costs in memory, arithmetic and traffic, before a machine is rented."""
+"""The memory, arithmetic and network traffic of a training step, computed before a machine is rented."""
 
 from nanoflax.planning.comparison import (
     compare_meshes,

@@ -1,4 +1,4 @@
-"""Meshes for one machine, compared: what a step needs and how long it takes at least on each."""
+"""Compare meshes for one machine: the memory and the least time of a training step on each mesh."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from nanoflax.errors import UserError
 from nanoflax.planning import step_cost
 from nanoflax.report import format_count
 
-USABLE_MEMORY = 0.8  # of a chip: the TPU compiler was seen to reserve 1.22 times the estimate
+USABLE_MEMORY = 0.8  # fraction of a chip; the TPU compiler has reserved up to 1.22 times the estimate
 GIB = 2**30
 
 
 def for_accelerator(config: Config) -> Config:
-    """The Config as an accelerator runs it: dtype "auto" is bfloat16, and the vocabulary has the
-    size of the tokenizer."""
+    """The Config with the values of a run on an accelerator: bfloat16 for dtype "auto", and the
+    tokenizer's vocabulary size if none is set."""
     model, size = config.model, config.model.vocab_size
     if not size:
         kind, size = tokenizers.parse(config.data.tokenizer)
@@ -39,8 +39,8 @@ def compare_meshes(
     config: of `for_accelerator`; shapes: as in train.mesh, default that of the config and
     `candidate_meshes`; platform: "tpu" or "gpu".
 
-    Returns {"chip": its figures, "meshes": a dict for each mesh, the best first: the fields of Plan
-    with memory, fits and projection, "refused": lines of meshes that do not fit the model}.
+    Returns {"chip": the fields of Chip, "meshes": a dict for each mesh, the best first, with the
+    fields of Plan, memory, fits and projection, "refused": a message for each impossible mesh}.
     Raises: UserError if no mesh is possible, or one of the given shapes is not.
     """
     default = [
@@ -56,7 +56,7 @@ def compare_meshes(
         except UserError as error:
             refused.append(f"{shape}: {error}")
     if not rows or shapes and refused:
-        raise UserError("no plan for the mesh " + "; ".join(refused))
+        raise UserError("a mesh is not possible: " + "; ".join(refused))
     best_first = sorted(rows.values(), key=lambda row: (not row["fits"], row["projection"]["seconds"]))
     return {"chip": chip._asdict() | {"flops": chip.flops}, "meshes": best_first, "refused": refused}
 
@@ -78,32 +78,32 @@ def mesh_of_row(row: dict[str, Any]) -> str:
     return parallel.mesh_name(tuple(row["mesh"].values()))
 
 
-def comparison_table(found: dict[str, Any], config: Config, title: str, num_chips: int) -> str:
-    """The result of `compare_meshes` as text for people."""
-    best, chip = found["meshes"][0], found["chip"]
+def comparison_table(comparison: dict[str, Any], config: Config, title: str, num_chips: int) -> str:
+    """The result of `compare_meshes` as a printable table."""
+    best, chip = comparison["meshes"][0], comparison["chip"]
     lines = [
         f"{title}: {num_chips} x {chip['kind']}, "
         f"{chip['memory'] / GIB:.1f} GiB and {chip['flops'] / 1e12:.0f} TFLOP/s each",
-        f"{format_count(best['parameters'])} parameters, {best['tokens']:,} tokens a step, "
-        f"{format_count(best['flops_per_token'])} FLOPs a token",
+        f"{format_count(best['parameters'])} parameters, {best['tokens']:,} tokens per step, "
+        f"{format_count(best['flops_per_token'])} FLOPs per token",
         "",
-        "GiB a chip; seconds a step at least (a projection, not a measurement)",
+        "Memory in GiB per chip; least seconds per step (a projection, not a measurement)",
         f"{'mesh':>10} {'weights':>8} {'optimizer':>9} {'gradients':>9} {'activations':>11} "
         f"{'total':>7} {'of chip':>7}  {'compute':>8} {'memory':>8} {'network':>8}  MFU at most",
-        *(_table_row(row, chip) for row in found["meshes"]),
-        *(f"not possible: {line}" for line in found["refused"]),
+        *(_table_row(row, chip) for row in comparison["meshes"]),
+        *(f"not possible: {line}" for line in comparison["refused"]),
         "",
         f"take --config.train.mesh={mesh_of_row(best)}"
         if best["fits"]
-        else "nothing fits: more chips, --config.train.remat=blocks, a smaller batch or --config.train.accumulate",
-        "a chip receives in a step: "
+        else "nothing fits: use more chips, --config.train.remat=blocks, a smaller batch or --config.train.accumulate",
+        "a chip receives per step: "
         + (", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in best["collectives"].items()) or "nothing"),
-        f"keys and values, if the batch is sampled: {best['cache'] / GIB:.2f} GiB a chip",
+        f"cache of keys and values, to generate a batch: {best['cache'] / GIB:.2f} GiB per chip",
     ]
     if config.model.reads_source:
-        lines.append(f"sources and targets are both taken to be {config.model.context} tokens long")
+        lines.append(f"assumed: sources and targets of {config.model.context} tokens each")
     if not chip["topologies"] and num_chips > 8:
-        lines.append("the network's time is for GPUs joined by NVLink; between nodes it is slower")
+        lines.append("the network's time is for GPUs joined by NVLink; a network between nodes is slower")
     return "\n".join(lines)
 
 
@@ -118,11 +118,11 @@ def _table_row(row: dict[str, Any], chip: dict[str, Any]) -> str:
 
 
 def compiler_line(row: dict[str, Any], chip: parallel.Chip) -> str:
-    """The compiler's own figures (row["compiler"], of `compile_for_topology`) beside the estimate."""
+    """The memory that the compiler reports (row["compiler"] of `compile_for_topology`), and the estimate."""
     c = row["compiler"]
     return (
-        f"the compiler reserves {c['reserved'] / GIB:.2f} GiB a chip "
-        f"({c['reserved'] / chip.memory:.0%}): {c['arguments'] / GIB:.2f} of weights, optimizer "
-        f"and batch, {c['temporary'] / GIB:.2f} for the rest; at most {c['live'] / GIB:.2f} are in "
-        f"use at once. The estimate is {row['memory'] / c['live'] - 1:+.1%} of that"
+        f"the compiler reserves {c['reserved'] / GIB:.2f} GiB per chip "
+        f"({c['reserved'] / chip.memory:.0%}): {c['arguments'] / GIB:.2f} for weights, optimizer "
+        f"and batch, {c['temporary'] / GIB:.2f} for the rest; at most {c['live'] / GIB:.2f} GiB are in "
+        f"use at once. The estimate differs from this maximum by {row['memory'] / c['live'] - 1:+.1%}"
     )

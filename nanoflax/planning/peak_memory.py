@@ -1,6 +1,6 @@
-"""The memory that a traced computation needs at once, as the TPU compiler would run it.
+"""An estimate of the peak memory of a traced computation on a TPU.
 
-The rules for what the compiler fuses and keeps were found by comparison with the memory that libtpu
+The rules for what the TPU compiler fuses and keeps come from comparisons with the memory that libtpu
 0.0.42 reports: see the table in the README.
 """
 
@@ -11,38 +11,38 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import Literal
 
-# Matrix products and operations that move data are computed separately; the rest is fused into the
-# operations that read it.
+# Matrix products and operations that move data; every other operation is fused into the operations
+# that read its result.
 _UNFUSED = (
     "dot_general", "gather", "scatter", "reduce", "cum", "arg", "sort", "concatenate", "dynamic_update_slice", "scan",
     "while", "cond", "random", "threefry", "top_k", "pallas_call",
 )  # fmt: skip
-REREAD = 1.2  # an operation is fused if its inputs are at most this much larger than its result
+MAX_FUSED_INPUTS = 1.2  # an operation is fused if its inputs have at most this many times the bytes of its result
 
 
 class _Buffer:
-    """An array in memory, from the operation that writes it to the last operation that reads it."""
+    """An array in memory, from the operation `first` that writes it to the operation `last` that reads it."""
 
-    def __init__(self, size: int, born: int, fused: bool = False):
-        self.size, self.born, self.last = 0 if fused else size, born, born
-        self.read_size = size  # bytes of reading it again, which may mean computing it again
+    def __init__(self, size: int, first: int, fused: bool = False):
+        self.size, self.first, self.last = 0 if fused else size, first, first
+        self.read_size = size  # bytes that an operation reads; also if the buffer is fused, and has size 0
 
 
 class _Value(NamedTuple):
-    """Where the value of a variable comes from."""
+    """The buffers and gathered inputs from which a variable is computed."""
 
-    buffers: frozenset = frozenset()  # that it is computed from
-    gathered: frozenset = frozenset()  # (variable, bytes) of gathered inputs that it is computed from
+    buffers: frozenset = frozenset()
+    gathered: frozenset = frozenset()  # (variable, bytes)
 
 
 def peak(
     jaxpr: Any, gathered: Collection[Any], parts: Mapping[Any, int], carries: Collection[Any] = ()
 ) -> tuple[int, int]:
-    """(bytes of the results, the largest number of bytes alive at once) of a jaxpr.
+    """(bytes of the results, the largest number of bytes in use at once) of a jaxpr.
 
-    The memory of the jaxpr's inputs is not counted. gathered: inputs that are gathered from the
-    chips' parts, as two bytes a number, wherever they are used. parts: the number of chips over
-    which a result is split as soon as it is computed. carries: results that are written in place.
+    The memory of the jaxpr's inputs is not counted. gathered: inputs of which each chip stores a
+    part; each use gathers the complete input, with two bytes per number. parts: result -> number of
+    chips over which it is split immediately. carries: results that are written in place.
     """
     trace = _Trace(parts, carries)
     sources = {v: _Value(gathered=frozenset([(v, math.prod(v.aval.shape) * 2)])) for v in gathered}
@@ -52,30 +52,30 @@ def peak(
         for b in value.buffers - results if v not in carries else ():
             b.last, num_parts = end, parts.get(v, 1)
             part = b.size // num_parts
-            if not (num_parts > 1 and b in trace.stacked):  # whole for a moment, before it is split
-                extra[b.born] = max(extra[b.born], trace.extra[b.born] + b.size - part)
+            if not (num_parts > 1 and b in trace.stacked):  # complete until it is split
+                extra[b.first] = max(extra[b.first], trace.extra[b.first] + b.size - part)
             b.size = part
             results.add(b)
-    changes = [0] * (end + 2)  # of the bytes alive, at each operation
+    changes = [0] * (end + 2)  # of the bytes in use, at each operation
     for b in trace.buffers:
-        changes[b.born] += b.size
+        changes[b.first] += b.size
         changes[b.last + 1] -= b.size
-    alive = itertools.accumulate(changes[:-1])
-    most = max((n + extra.get(i, 0) for i, n in enumerate(alive)), default=0)
+    in_use = itertools.accumulate(changes[:-1])
+    most = max((n + extra.get(i, 0) for i, n in enumerate(in_use)), default=0)
     return sum(b.size for b in results), most
 
 
 class _Trace:
-    """Goes through the operations of a jaxpr and notes the buffers that they write and read."""
+    """Records the buffers that the operations of a jaxpr write and read."""
 
     def __init__(self, parts: Mapping[Any, int], carries: Collection[Any]):
         self.parts, self.carries = parts, carries
         self.buffers: list[_Buffer] = []
-        self.extra: list[int] = []  # bytes that each operation needs beside its buffers
-        self.stacked: set[_Buffer] = set()  # results that a scan stacks, and splits itself
+        self.extra: list[int] = []  # bytes that each operation needs in addition to its buffers
+        self.stacked: set[_Buffer] = set()  # results that a scan splits while it stacks them
 
     def run(self, jaxpr: Any, values: dict[Any, _Value]) -> list[_Value]:
-        """The values of a jaxpr's outputs. values: those of its inputs; absent ones use no memory."""
+        """The values of a jaxpr's outputs. values: the values of its inputs; an absent input uses no memory."""
 
         def get(v):
             return _Value() if isinstance(v, Literal) else values.get(v, _Value())
@@ -84,10 +84,10 @@ class _Trace:
             name, ins = eqn.primitive.name, [get(v) for v in eqn.invars]
             inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
             inner = getattr(inner, "jaxpr", inner)
-            if name == "cond":  # chooses between kinds of layers, which need the same memory
+            if name == "cond":  # its branches are kinds of layers, which need the same memory
                 inner, ins = eqn.params["branches"][0].jaxpr, ins[1:]
             if inner is not None and name not in ("scan", "while", "pallas_call"):
-                # A call may have more inputs than its jaxpr (those of its gradient rule).
+                # A call may have more inputs than its jaxpr: the inputs of its gradient rule.
                 outs = self.run(inner, dict(zip(inner.invars, ins, strict=False)))
                 values.update(zip(eqn.outvars, outs, strict=True))
                 continue
@@ -102,19 +102,20 @@ class _Trace:
         return [get(v) for v in jaxpr.outvars]
 
     def fuses(self, eqn: Any, buffers: Collection[_Buffer]) -> bool:
-        """Whether an operation is computed inside those that read its result."""
+        """Whether an operation is computed inside the operations that read its result."""
         out_bytes = sum(map(_bytes, eqn.outvars))
         if eqn.primitive.name == "reduce_sum" and out_bytes == sum(map(_bytes, eqn.invars)):
-            return True  # over dimensions of 1: the chips' parts of the batch
+            return True  # a sum over dimensions of size 1, the number of chips along the batch
         if eqn.primitive.name.startswith(_UNFUSED):
             return False
-        return sum(b.read_size for b in buffers) <= REREAD * out_bytes or any(v in self.carries for v in eqn.outvars)
+        in_bytes = sum(b.read_size for b in buffers)
+        return in_bytes <= MAX_FUSED_INPUTS * out_bytes or any(v in self.carries for v in eqn.outvars)
 
     def write(self, eqn: Any, values: dict[Any, _Value]) -> None:
-        """Notes a buffer for each result of an operation."""
+        """Record a buffer for each result of an operation."""
         name = eqn.primitive.name
-        # The TPU compiler writes attention scores, [B, H, T, S] float32, only after the softmax, as
-        # bfloat16.
+        # The TPU compiler does not write attention scores, [B, H, T, S] float32: it writes the
+        # weights after the softmax, in bfloat16.
         fused = (
             name == "dot_general"
             and eqn.params["dimension_numbers"][1][0]
@@ -128,7 +129,7 @@ class _Trace:
                 self.stacked.add(buffer)
 
     def extra_bytes(self, eqn: Any, inner: Any, ins: list[_Value], gathered: Collection[tuple[Any, int]]) -> int:
-        """Bytes of gathered inputs that an operation needs, and of the memory inside a scan."""
+        """Bytes of the gathered inputs of an operation, or of the memory inside a scan."""
         if eqn.primitive.name != "scan":
             return sum(n for _, n in gathered) if eqn.primitive.name == "dot_general" else 0
         num_carry = eqn.params["num_carry"]

@@ -1,9 +1,8 @@
 """The cost of a training step, before a machine is rented: bytes, FLOPs, traffic, least time.
 
 Weights and optimizer state are exact, from shapes and the sharding rules. Gradients and activations
-are an estimate: the memory that the traced gradient of one chip's part of the model needs, with
-elementwise work fused into the matrix products around it. Time is a roofline, a lower bound
-(Williams et al. 2009).
+are an estimate (`peak_memory`) from the traced gradient of one chip's part of the model. Time is a
+roofline, a lower bound (Williams et al. 2009).
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ class Plan:
     batch: int  # bytes
     gradients: int  # bytes
     activations: int  # bytes at the peak, with the gathered weights of a matrix product
-    cache: int  # bytes of keys and values, if the batch is sampled to its full length
+    cache: int  # bytes of keys and values, to generate the batch at its full length
     flops_per_token: float
     tokens: int  # in a step, on all chips together
     collectives: dict[str, int]  # kind -> bytes that a chip receives in a step
@@ -74,7 +73,7 @@ def make_plan(config: Config, mesh: parallel.AnyMesh) -> Plan:
     state = train.abstract_state(model, optimizer, config, mesh)
     weights = parallel.bytes_per_device(state.params)
     optimizer_bytes = parallel.bytes_per_device((state.opt_state, state.ema))
-    gradients, most = gradient_bytes(config, mesh)
+    gradients, peak = gradient_bytes(config, mesh)
     return Plan(
         mesh=dict(mesh.shape),
         parameters=sum(x.size for x in jax.tree.leaves(state.params)),
@@ -82,7 +81,7 @@ def make_plan(config: Config, mesh: parallel.AnyMesh) -> Plan:
         optimizer=optimizer_bytes,
         batch=parallel.bytes_per_device(_sharded_batch(config, mesh)),
         gradients=gradients,
-        activations=most - gradients,
+        activations=peak - gradients,
         cache=cache_bytes(config, mesh),
         flops_per_token=nn.flops_per_token(config.model),
         tokens=config.train.batch_size * config.model.context,
@@ -90,7 +89,7 @@ def make_plan(config: Config, mesh: parallel.AnyMesh) -> Plan:
         # The update reads and writes weights and optimizer state. A micro-batch reads the weights
         # three times (forward, and two products backward); activations are written and read.
         memory_traffic=2 * (weights + optimizer_bytes)
-        + config.train.accumulate * (3 * _compute_weight_bytes(config, mesh) + 2 * (most - gradients)),
+        + config.train.accumulate * (3 * _compute_weight_bytes(config, mesh) + 2 * (peak - gradients)),
     )
 
 
@@ -106,16 +105,16 @@ def roofline(plan: Plan, chip: parallel.Chip, remat: str = "none") -> Roofline:
 
 
 def projected_mfu(plan: Plan, chip: parallel.Chip, remat: str = "none") -> float:
-    """An upper bound of the model FLOPs utilisation (0 to 1): that of a step at its roofline."""
+    """An upper bound of the model FLOPs utilisation (0 to 1): the step takes the time of its Roofline."""
     chips = math.prod(plan.mesh.values())
     return plan.flops_per_token * plan.tokens / chips / chip.flops / roofline(plan, chip, remat).seconds
 
 
 def compile_for_topology(config: Config, topology: str) -> dict[str, int]:
-    """The compiler's own figures for the step on a TPU slice such as "v5e:2x4", in bytes of one chip.
+    """The memory that the TPU compiler reports for the step on a slice such as "v5e:2x4", in bytes of one chip.
 
-    Needs libtpu and no TPU; takes minutes. Returns {"arguments", "temporary", "code", "reserved":
-    arguments and temporary, "live": the largest part of them in use at once}.
+    Needs libtpu but no TPU; takes minutes. Returns {"arguments", "temporary", "code", "reserved":
+    arguments + temporary, "live": the largest number of reserved bytes in use at once}.
     Raises: UserError with the compiler's message if the step is too large.
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -125,28 +124,28 @@ def compile_for_topology(config: Config, topology: str) -> dict[str, int]:
     state, batch = train.abstract_state(model, optimizer, config, mesh), _sharded_batch(config, mesh)
     step = train.make_train_step(model, optimizer, config, _objective(config.model))
     try:
-        found = train.compile_step(step, state, batch, mesh).memory_analysis()
+        memory = train.compile_step(step, state, batch, mesh).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"the compiler refuses the step: {str(error)[:300]}") from error
-    assert found is not None  # the TPU compiler reports its memory
-    arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        raise UserError(f"the compiler cannot compile the step: {str(error)[:300]}") from error
+    assert memory is not None  # the TPU compiler reports it
+    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "arguments": arguments,
-        "temporary": found.temp_size_in_bytes,
-        "code": found.generated_code_size_in_bytes,
-        "live": found.peak_memory_in_bytes,
-        "reserved": arguments + found.temp_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+        "live": memory.peak_memory_in_bytes,
+        "reserved": arguments + memory.temp_size_in_bytes,
     }
 
 
-# The TPU compiler reduces a gradient completely before it splits it, if a part of D is smaller than
-# this. 16 and 128 were seen to be treated so, 256 was not.
+# If a chip's part of D is smaller than this, the TPU compiler stores the complete sum of a gradient
+# before it splits the sum. Observed for parts of 16 and 128, not for 256.
 MIN_SPLIT_DIM = 256
 
 
 def candidate_meshes(num_chips: int, dim: int) -> list[tuple[int, int, int]]:
-    """(data, fsdp, tensor) of the usual meshes: all chips along data, all along fsdp, as many along
-    fsdp as leave parts of D of MIN_SPLIT_DIM or more, and tensor 2, 4 or 8."""
+    """(data, fsdp, tensor) of the usual meshes: all chips along data; all along fsdp; fsdp so large
+    that parts of D still have MIN_SPLIT_DIM or more, the rest along data; tensor 2, 4 or 8."""
     fsdp = math.gcd(num_chips, max(1, dim // MIN_SPLIT_DIM))
     shapes = [(num_chips, 1, 1), (1, num_chips, 1), (num_chips // fsdp, fsdp, 1)]
     shapes += [(1, num_chips // t, t) for t in (2, 4, 8) if num_chips % t == 0 and num_chips > t]
@@ -160,7 +159,7 @@ def config_per_chip(config: Config, mesh: parallel.AnyMesh) -> Config:
     """The Config of the part that one chip computes in a micro-batch: fewer rows, T, heads, F, V."""
     m, t, split = config.model, config.train, mesh.shape["tensor"]
     rows = t.batch_size // t.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
-    if m.head == "lm" and not m.reads_source:  # as many chunks as the micro-batch of all chips has
+    if m.head == "lm" and not m.reads_source:  # the number of chunks is that of the complete micro-batch
         t = dataclasses.replace(
             t, loss_chunks=t.loss_chunks or nn.chunks_of(t.batch_size // t.accumulate, m.context, m.vocab_size)
         )
@@ -178,7 +177,7 @@ def config_per_chip(config: Config, mesh: parallel.AnyMesh) -> Config:
 
 
 def _abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch that the model is trained with."""
+    """The shapes of a training batch."""
     m, B, T = config.model, config.train.batch_size, config.model.context
     tokens, flags = jax.ShapeDtypeStruct((B, T), jnp.int32), jax.ShapeDtypeStruct((B, T), bool)
     weights = jax.ShapeDtypeStruct((B, T), jnp.float32)
@@ -193,8 +192,8 @@ def _abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     if m.head in ("tag", "mlm"):
         return batch | {"tags" if m.head == "tag" else "targets": tokens, "weights": weights}
     raise UserError(
-        f"model.head={m.head!r} has no training step to plan; decoders, "
-        "encoder-decoders, and the heads classify, tag and mlm have"
+        f"model.head={m.head!r} has no training step to plan; possible are decoders, "
+        "encoder-decoders, and the heads classify, tag and mlm"
     )
 
 
@@ -212,13 +211,12 @@ def _objective(m: ModelConfig) -> Callable:
 
 
 def _gathered_keys_bytes(config: Config, mesh: parallel.AnyMesh) -> int:
-    """Bytes of a chip that `config_per_chip` leaves out: its queries attend to the keys of all chips
-    along context."""
+    """Bytes per chip for the keys of the other chips along context, which `config_per_chip` leaves out."""
     local, t = config_per_chip(config, mesh), config.train
-    m, more_keys = local.model, config.model.context - local.model.context
+    m, other_keys = local.model, config.model.context - local.model.context
     attentions = 1 if t.remat == "blocks" else m.layers + 2 * m.cross_layers
-    numbers = m.heads * m.context + 2 * m.G * m.K  # of each key: attention weights, and key and value
-    return local.train.batch_size * more_keys * numbers * nn.build(m).compute_dtype.itemsize * attentions
+    numbers = m.heads * m.context + 2 * m.G * m.K  # per key: its attention weights, the key and the value
+    return local.train.batch_size * other_keys * numbers * nn.build(m).compute_dtype.itemsize * attentions
 
 
 @functools.cache  # one chip has the same part on several meshes
@@ -250,25 +248,25 @@ def gradient_bytes(config: Config, mesh: parallel.AnyMesh) -> tuple[int, int]:
     params, fsdp = traced.invars[: len(paths)], mesh.shape["fsdp"]
     specs = [parallel.partition_spec(path, v.aval.shape) for path, v in zip(paths, params, strict=True)]
     gathered = {v for v, spec in zip(params, specs, strict=True) if "fsdp" in spec and fsdp > 1}
-    # Gradients of blocks with small parts stay whole until the update; those of embeddings do not.
+    # Gradients of blocks with small parts are split only in the update; gradients of embeddings earlier.
     small = config.model.dim // fsdp < MIN_SPLIT_DIM
     parts = [
         fsdp if "fsdp" in spec and not (small and "/block" in path) else 1
         for path, spec in zip(paths, specs, strict=True)
     ]
-    gradients, most = peak_memory.peak(traced, gathered, dict(zip(traced.outvars, parts, strict=True)))
-    most += _gathered_keys_bytes(config, mesh)
-    # The compiler casts all layers of a stacked kernel [L, D, F] before the loops.
-    item = nn.build(config.model).compute_dtype.itemsize
-    most += sum(
-        v.aval.size * item // (fsdp if "fsdp" in spec else 1)
+    gradients, peak = peak_memory.peak(traced, gathered, dict(zip(traced.outvars, parts, strict=True)))
+    peak += _gathered_keys_bytes(config, mesh)
+    # The compiler casts all layers of a stacked kernel [L, D, F] before the scan over layers.
+    itemsize = nn.build(config.model).compute_dtype.itemsize
+    peak += sum(
+        v.aval.size * itemsize // (fsdp if "fsdp" in spec else 1)
         for path, v, spec in zip(paths, params, specs, strict=True)
-        if parallel.STACKED.search(path) and v.aval.ndim == 3 and item < 4
+        if parallel.STACKED.search(path) and v.aval.ndim == 3 and itemsize < 4
     )
     if config.train.accumulate > 1:  # the float32 sum over micro-batches
         total = sum(math.prod(v.aval.shape) * 4 // n for v, n in zip(params, parts, strict=True))
-        return total, total + most
-    return gradients, most
+        return total, total + peak
+    return gradients, peak
 
 
 def cache_bytes(config: Config, mesh: parallel.AnyMesh) -> int:
@@ -333,41 +331,41 @@ def _add_parameter(received: _Received, config: Config, mesh: parallel.AnyMesh, 
     """The traffic of one parameter and its gradient."""
     m, t = config.model, config.train
     data, fsdp, tensor, context = (mesh.shape[axis] for axis in parallel.AXES)
-    item = nn.build(m).compute_dtype.itemsize
+    itemsize = nn.build(m).compute_dtype.itemsize
     spec = parallel.partition_spec(path, leaf.shape)
     size = leaf.size // (tensor if "tensor" in spec else 1)
     head = {True: "embed/embedding", False: "unembed/kernel"}[m.tied] if m.head in ("lm", "mlm") else None
     if "fsdp" not in spec or fsdp == 1:  # replicated, and so is its gradient
-        received.add("all-reduce", data * fsdp * context, size * item * t.accumulate)
+        received.add("all-reduce", data * fsdp * context, size * itemsize * t.accumulate)
     elif path == head and m.vocab_size % (tensor * fsdp):  # gathered once for the loss
-        received.add("all-gather", fsdp, size * item * t.accumulate)
+        received.add("all-gather", fsdp, size * itemsize * t.accumulate)
         received.add("all-reduce", data * fsdp * context, size * 4 * t.accumulate)  # a float32 gradient
     elif path == head:
-        # A part of D is exchanged for a part of V, and hidden states, targets and weights are gathered.
+        # The split of the head changes from D to V; hidden states, targets and weights are gathered.
         tokens = _tokens_per_chip(config, mesh)
-        received.add("all-to-all", fsdp, size / fsdp * (item + 4) * t.accumulate)
-        received.add("all-gather", fsdp, fsdp * tokens * (m.dim * item + 8))
-        received.add("reduce-scatter", fsdp, fsdp * tokens * m.dim * item)
+        received.add("all-to-all", fsdp, size / fsdp * (itemsize + 4) * t.accumulate)
+        received.add("all-gather", fsdp, fsdp * tokens * (m.dim * itemsize + 8))
+        received.add("reduce-scatter", fsdp, fsdp * tokens * m.dim * itemsize)
         received.add("all-reduce", data * context, size / fsdp * 4 * t.accumulate)
     else:
         if path != "embed/embedding":  # forward and backward
-            received.add("all-gather", fsdp, 2 * size * item * t.accumulate)
-        received.add("reduce-scatter", fsdp, size * item * t.accumulate)
-        received.add("all-reduce", data * context, size * item / fsdp * t.accumulate)
+            received.add("all-gather", fsdp, 2 * size * itemsize * t.accumulate)
+        received.add("reduce-scatter", fsdp, size * itemsize * t.accumulate)
+        received.add("all-reduce", data * context, size * itemsize / fsdp * t.accumulate)
 
 
 def _add_activations(received: _Received, config: Config, mesh: parallel.AnyMesh) -> None:
     """The traffic of hidden states, keys and values."""
     m, remat = config.model, config.train.remat == "blocks"
     fsdp, tensor, context = (mesh.shape[axis] for axis in ("fsdp", "tensor", "context"))
-    item = nn.build(m).compute_dtype.itemsize
+    itemsize = nn.build(m).compute_dtype.itemsize
     tokens = _tokens_per_chip(config, mesh)
-    states = tokens * m.dim * item
-    if fsdp > 1:  # each chip embeds all tokens with its part of D, and so their gradients
+    states = tokens * m.dim * itemsize
+    if fsdp > 1:  # each chip embeds the tokens of all chips, with its part of D; the gradients go back
         received.add("all-to-all", fsdp, 2 * states)
-    # Keys and values of every attention are gathered along context, their gradients split again.
+    # Keys and values of every attention are gathered along context, and their gradients reduce-scattered.
     attentions = m.layers + 2 * m.cross_layers
-    keys = attentions * 2 * tokens * context * m.G // tensor * m.K * item
+    keys = attentions * 2 * tokens * context * m.G // tensor * m.K * itemsize
     received.add("all-gather", context, keys * (2 if remat else 1))
     received.add("reduce-scatter", context, keys)
     # The output of an attention or MLP, and the gradient of its input, are sums over heads or F.

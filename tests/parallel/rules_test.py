@@ -516,7 +516,7 @@ def test_what_no_rule_splits_must_be_little():
     for sizes in ((1, 8, 1, 1), (1, 1, 4, 1), (4, 2, 2, 1)):
         with pytest.raises(UserError) as caught:
             parallel.shardings(tree, parallel.abstract_mesh(sizes))
-        assert "2% of all numbers would be whole on every device, more than 2%: " + whole in str(caught.value)
+        assert "2% of all numbers would be replicated on every device, more than 2%: " + whole in str(caught.value)
     parallel.shardings(tree, parallel.abstract_mesh((8, 1, 1, 1)))  # there all is whole
     tree["new"].pop("b")
     parallel.shardings(tree, parallel.abstract_mesh((1, 8, 1, 1)))  # 1.5%
