@@ -71,7 +71,7 @@ class ModelConfig:
     position_offset: int = field(0, "Rows of the learned table before position 0 (OPT, RoBERTa, BART: 2).", at_least=0)
     rope_theta: float = field(10_000.0, "Base of the rotary frequencies.", above=0)
     rope_local_theta: float | None = field(None, "The base in layers with a window (Gemma 3); none: same.", above=0)
-    rope_fraction: float = field(1.0, "Share of K that is rotated (GPT-NeoX).", within="(0, 1]")
+    rope_fraction: float = field(1.0, "Share of K that is rotated (GPT-NeoX, Phi-3).", within="(0, 1]")
     rope_scaling: str = field("none", "How rotary frequencies change for longer contexts.", choices=ROPE_SCALINGS)
     rope_factor: float = field(1.0, "How many times longer the context is than in training.", above=0)
     rope_low: float = field(1.0, "llama3: frequencies with fewer turns in rope_context are divided.", above=0)

@@ -53,18 +53,19 @@ def _under(ours: str, theirs: str, parts: Keys) -> dict[str, Any]:
     }
 
 
-def _read_rope(hf):
-    """Rotary positions, from rope_parameters, or before Transformers 5 from rope_theta and rope_scaling."""
+def _read_rope(hf, kinds=("default", "linear", "llama3")):
+    """Rotary positions, from rope_parameters, or before Transformers 5 from rope_theta and rope_scaling.
+
+    kinds: the values of rope_type that the family has; rotary_pct in hf: it also rotates a part of a head.
+    """
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     local, rope = rope.get("sliding_attention", {}), rope.get("full_attention", rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
     local_kind = local.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3") or local_kind != "default":
-        raise UserError(
-            f"rope_type={kind!r} with {local_kind!r} in layers "
-            "with a window is not supported; supported are default, linear and llama3, "
-            "with default"
-        )
+    if kind not in kinds:
+        raise UserError(f"rope_type={kind!r} is not supported; it must be {' or '.join(kinds)}")
+    if local_kind != "default":
+        raise UserError(f"rope_type={local_kind!r} in layers with a window is not supported; it must be default")
     ours = {
         "rope_theta": rope.get("rope_theta", hf["rope_theta"]),
         "rope_scaling": "none" if kind == "default" else kind,
@@ -73,8 +74,8 @@ def _read_rope(hf):
         ours["rope_local_theta"] = local.get("rope_theta", hf["rope_local_base_freq"])
     if "rotary_pct" in hf:
         ours["rope_fraction"] = rope.get("partial_rotary_factor", hf["rotary_pct"])
-    elif rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(f"partial_rotary_factor={rope['partial_rotary_factor']!r} must be 1")
+    elif (part := rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1))) != 1:
+        raise UserError(f"partial_rotary_factor={part!r} must be 1")
     if kind != "default":
         ours["rope_factor"] = rope["factor"]
     if kind == "llama3":
@@ -179,6 +180,20 @@ def _write_qwen(c):
     return _write_rope(c) | _write_window(c) | {"use_sliding_window": c.window > 0, "max_window_layers": first}
 
 
+_PHI3 = _like_llama(
+    "phi3", "Phi3", without=("attention_bias", "mlp_bias"),
+    keys={"attention/query": ("self_attn.qkv_proj", "fused", 0), "attention/key": ("self_attn.qkv_proj", "fused", 1),
+          "attention/value": ("self_attn.qkv_proj", "fused", 2),
+          "mlp/gate": ("mlp.gate_up_proj", "fused", 0), "mlp/up": ("mlp.gate_up_proj", "fused", 1)},
+    fields={"resid_pdrop": "dropout"},
+    defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None, "resid_pdrop": 0.0,
+              "partial_rotary_factor": 1.0},
+    # Its other rope_type, longrope, has a list of factors.
+    read=lambda hf: _read_rope(hf | {"rotary_pct": hf["partial_rotary_factor"]}, kinds=("default",)) | {
+        "window": hf["sliding_window"] or 0},
+    write=lambda c: _write_rope(c) | {
+        "partial_rotary_factor": c.rope_fraction, "original_max_position_embeddings": c.context,
+        "sliding_window": c.window or None, "embd_pdrop": c.dropout})  # fmt: skip
 _QWEN2 = _like_llama(
     "qwen2", "Qwen2", without=("attention_bias", "mlp_bias", "head_dim"),
     preset=dict(qkv_bias=True),
@@ -545,5 +560,5 @@ def _with_classifier(family):
 
 FAMILIES = {family.model_type: family for family in (
     *map(_with_classifier, (_GPT2, _OPT, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _OLMO2,
-                            _NEOX)),
+                            _NEOX, _PHI3)),
     _BERT, _ROBERTA, _DISTILBERT, _T5, _BART, _MARIAN)}  # fmt: skip

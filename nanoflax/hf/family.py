@@ -56,7 +56,8 @@ class Family:
     defaults: Json = dataclasses.field(default_factory=dict)  # values of config.json that it may omit
     # What config.json may say if it says something: allowed values (the first is written), or the field it must equal.
     only: dict[str, tuple | str] = dataclasses.field(default_factory=dict)
-    read: Callable[[Json], Json] = lambda hf: {}  # config.json, with defaults -> further fields of ModelConfig
+    # config.json, with defaults -> further fields of ModelConfig; a UserError for what is not computed.
+    read: Callable[[Json], Json] = lambda hf: {}
     write: Callable[[ModelConfig], Json] = lambda c: {}  # ModelConfig -> further values of config.json
     more_keys: Callable[[ModelConfig], dict[str, Any]] = lambda c: {}  # keys that depend on the configuration
     # Field of ModelConfig -> the tensor whose presence decides it.

@@ -132,7 +132,8 @@ def save(
 
 def _special_ids(tokenizer: Any) -> dict[str, Any]:
     if tokenizer is None:
-        return {"bos_token_id": None, "eos_token_id": None}
+        # Without them Transformers takes those of its class, which may lie beyond the vocabulary (Phi-3: 32000).
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     stops = list(tokenizer.stop_ids)
     return {
         "bos_token_id": tokenizer.bos_id,

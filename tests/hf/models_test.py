@@ -105,6 +105,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 32,
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0}
 LOCAL = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}, "full_attention": LINEAR}
 SFS = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -224,6 +230,21 @@ CASES = {
         "GPTNeoXForCausalLM",
         NEOX | dict(attention_bias=False, rotary_pct=0.5, tie_word_embeddings=True, num_attention_heads=2),
     ),
+    "phi3": ("Phi3ForCausalLM", LLAMA),
+    "phi3-partial": (
+        "Phi3ForCausalLM",
+        LLAMA
+        | dict(
+            num_key_value_heads=1,
+            sliding_window=5,
+            rope_parameters={"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.75},
+        ),
+    ),
+    "phi3-tied": (
+        "Phi3ForCausalLM",
+        LLAMA
+        | dict(num_key_value_heads=4, head_dim=12, hidden_act="gelu", rms_norm_eps=1e-3, tie_word_embeddings=True),
+    ),
     **{
         f"{name.lower()}-classify": (f"{name}ForSequenceClassification", fields | dict(num_labels=3, pad_token_id=0))
         for name, fields in [
@@ -237,6 +258,7 @@ CASES = {
             ("Gemma3Text", HEAD8),
             ("Olmo2", LLAMA),
             ("GPTNeoX", NEOX),
+            ("Phi3", LLAMA),
         ]
     },
     "bert": ("BertModel", BERT),
@@ -427,7 +449,7 @@ def test_equal_to_transformers_there_and_back(case, tmp_path, record_property):
 
 
 @pytest.mark.parametrize(
-    "case", ["gpt2", "opt", "llama-3", "mistral", "gemma3-caps", "neox", "t5-1.1", "bart", "marian"]
+    "case", ["gpt2", "opt", "llama-3", "mistral", "gemma3-caps", "neox", "phi3-partial", "t5-1.1", "bart", "marian"]
 )
 def test_greedy_generation_equals_transformers(case, tmp_path):
     theirs = make(case, std=0.4)  # so that it says more than one word
@@ -516,6 +538,8 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor"),
         ("llama", {"rope_parameters": [1]}, "cannot be read"),
+        ("llama", {"rope_parameters": None, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("gemma3", {"rope_parameters": LOCAL | {"sliding_attention": LINEAR}}, "linear"),
         ("llama", {"num_attention_heads": 0}, "heads"),
         ("llama", {"num_attention_heads": 5}, "heads"),
         ("llama", {"vocab_size": 10**30}, "vocab_size"),
@@ -524,6 +548,10 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("gemma3", {"layer_types": ["sliding_attention"]}, "layer_types"),
         ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
         ("gemma3", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping"),
+        ("phi3", {"rope_parameters": LONGROPE}, "longrope"),
+        ("phi3", {"rope_parameters": None, "rope_scaling": LONGROPE | {"rope_type": "su"}}, "'su'"),
+        ("phi3", {"rope_parameters": LINEAR}, "linear"),
+        ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.1}, "rope_fraction"),
         ("bert", {"position_embedding_type": "relative_key"}, "relative_key"),
         ("roberta-mlm", {"hidden_act": "relu"}, "hidden_act"),
         ("t5", {"feed_forward_proj": "gated-xielu"}, "gated-xielu"),
@@ -624,6 +652,8 @@ def test_older_configurations(saved):
         ),
         ("gemma3-pattern", {"layer_types": ..., "_sliding_window_pattern": ..., "rope_parameters": ...}),
         ("neox", {"rope_parameters": ..., "rotary_pct": 0.25, "rotary_emb_base": 10000}),
+        ("phi3-partial", {"rope_parameters": ..., "rope_theta": 300.0, "partial_rotary_factor": 0.75}),
+        ("phi3", {"rope_parameters": ..., "sliding_window": ..., "resid_pdrop": ..., "rms_norm_eps": ...}),
         ("qwen2-window", {"layer_types": ...}),
         ("gpt2", {"tie_word_embeddings": ..., "n_inner": ...}),
         (
@@ -754,7 +784,7 @@ def load_sharded(directory):
 
 
 def test_shards_are_read_where_they_live(tmp_path):
-    cases = ("llama", "gpt2", "bart", "neox")
+    cases = ("llama", "gpt2", "bart", "neox", "phi3")
     for case in cases:
         make(case, vocab=68).save_pretrained(tmp_path / case)
     largest, parts = child("load_sharded", str(tmp_path), devices=8), 0
@@ -762,7 +792,8 @@ def test_shards_are_read_where_they_live(tmp_path):
         whole = tensor.ndim != 2 or "pos" in name or "wpe" in name or "logits" in name
         if not whole and "query_key_value" not in name:  # which is read whole
             parts += 1
-            assert largest[name] == tensor.size // (12 if "c_attn" in name else 4), name
+            fused = next((n for part, n in [("c_attn", 3), ("qkv_proj", 2), ("gate_up", 2)] if part in name), 1)
+            assert largest[name] == tensor.size // (4 * fused), name  # fused: whole / its largest part
     assert parts > 40
 
 
