@@ -1,4 +1,4 @@
-"""Models of the Hugging Face world, in and out: safetensors, GGUF, and adapters of the peft library."""
+"""Read and write models in Hugging Face formats: safetensors, GGUF (only read), and adapters of the peft library."""
 
 from nanoflax.hf.adapters import base_of_adapter, load_adapter, save_adapter
 from nanoflax.hf.families import family_of_config

@@ -36,7 +36,7 @@ def save_adapter(
     base: str = "",
     model_type: str | None = None,
 ) -> None:
-    """Write the low-rank adapters in params, in the form that `peft` opens over the model of `hf.save`.
+    """Write the low-rank adapters in params for the `peft` library, which adds them to the model of `hf.save`.
 
     Other modules that peft_config.trained names, such as a head, become modules_to_save of `peft`, without rows of
     config.vocab_padding.
@@ -63,14 +63,14 @@ def save_adapter(
             if modules[path][1] not in ("transposed", "same")
         ],
     )
-    tensors, pattern = {}, {}
+    tensors, rank_pattern = {}, {}
     for path in linears:
         name = modules[path][0]
         leaf = lambda end, path=path: np.asarray(flat[f"{path}/lora_{end}"], np.float32)
         a, b = leaf("a").T, leaf("b").T
         if isinstance(c, AdaLoRA):
             kept = leaf("mask") > 0
-            pattern[f"{name}.lora_E"] = kept.tolist()
+            rank_pattern[f"{name}.lora_E"] = kept.tolist()
             parts = {"lora_A": a[kept], "lora_B": b[:, kept], "lora_E": leaf("e")[kept, None]}
         else:
             parts = {"lora_A.weight": a, "lora_B.weight": b}
@@ -100,7 +100,7 @@ def save_adapter(
         theirs |= {name: getattr(c, ours) for ours, name in _SCHEDULE.items()} | {
             "init_r": c.rank,
             "total_step": c.warmup_steps + c.final_steps + 1,
-            "rank_pattern": pattern,
+            "rank_pattern": rank_pattern,
         }
     safetensors_io.save_safetensors(
         directory, [(name, x.shape, x.dtype, x) for name, x in tensors.items()], single=WEIGHTS
@@ -112,31 +112,31 @@ def save_adapter(
 
 
 def _whole_modules(config, model_type, flat, trained):
-    """Name in Transformers -> array, of the modules that are trained in full."""
-    found, tensors = [], {}
+    """Name in Transformers -> array, for the modules that are trained completely."""
+    problems, tensors = [], {}
     for name, rows in _modules(config, model_type).items():
         paths = [path for row in rows for path in row.paths]
-        kept = [path for path in paths if not trained[path]]
-        if len(kept) == len(paths):
+        frozen = [path for path in paths if not trained[path]]
+        if len(frozen) == len(paths):
             continue
-        if kept or any(row.layout not in ("transposed", "same") for row in rows):
-            found.append(f"peft saves {name} as a whole, and peft.trained has a part of it")
+        if frozen or any(row.layout not in ("transposed", "same") for row in rows):
+            problems.append(f"peft saves complete modules, but peft.trained names only a part of {name}")
         if any(f"{path.removesuffix('kernel')}lora_a" in flat for path in paths):
-            found.append(f"peft cannot both adapt {name} and save it as a whole")
+            problems.append(f"peft cannot both adapt {name} and save it as a complete module")
         tensors |= {
             row.name: np.asarray(flat[path].T if row.layout == "transposed" else flat[path])
             for row in rows
             for path in row.paths
         }
-    if found:
-        raise UserError(listed(found, 4))
+    if problems:
+        raise UserError(listed(problems, 4))
     return tensors
 
 
 def base_of_adapter(directory: str | pathlib.Path) -> str | None:
-    """The model that the adapters in a directory name as theirs; None if the directory has no adapters.
+    """The base model that is named in a directory of adapters; None if the directory has no adapters.
 
-    Raises: UserError if they name no model.
+    Raises: UserError if the adapters name no base model.
     """
     path = pathlib.Path(directory) / CONFIG
     if not path.exists():
@@ -150,17 +150,17 @@ def base_of_adapter(directory: str | pathlib.Path) -> str | None:
 def load_adapter(
     directory: str | pathlib.Path, config: ModelConfig, params: dict[str, Any], model_type: str | None = None
 ) -> tuple[dict[str, Any], Any]:
-    """Add LoRA, DoRA or AdaLoRA of the `peft` library to the parameters, and replace its modules_to_save.
+    """Add LoRA, DoRA or AdaLoRA of the `peft` library to params, and replace the modules in its modules_to_save.
 
     config, model_type: as in `save_adapter`; params: without adapters.
     Returns: (params, the config of the adapters, whose `trained` names the replaced modules).
-    Raises: UserError with every setting or every tensor that is not supported, missing or of another shape.
+    Raises: UserError with every unsupported setting, or with every tensor that is unexpected, missing or misshapen.
     """
     path = safetensors_io.locate(directory, CONFIG)
     theirs = safetensors_io.read_json(path)
     c, patterns = _from_theirs(theirs, path)
     flat: dict[str, Any] = flatten_dict(params, sep="/")
-    found, parts, new = [], {}, {}
+    problems, parts, new = [], {}, {}
     modules = _modules(config, model_type)
     ours = {name: place for place, (name, layout) in _linears(modules).items() if layout in ("transposed", "same")}
     ends = "|".join(map(re.escape, theirs.get("modules_to_save") or ()))
@@ -177,25 +177,25 @@ def load_adapter(
             x, path = tensor.read(), row.paths[0]
             new[path] = jnp.asarray(x.T if row.layout == "transposed" else x, jnp.float32)
         elif row is not None:
-            found.append(f"{name} has shape {list(tensor.shape)}, not {list(row.shape)}")
+            problems.append(f"{name} has shape {list(tensor.shape)}, not {list(row.shape)}")
         elif m and m[1] in ours:
             parts.setdefault(m[1], {})[m[2]] = tensor
         else:
-            found.append(f"{name} has no place in this model")
-    found += [f"{_BASE}{name} is missing: modules_to_save has it" for name in whole]
+            problems.append(f"{name} has no place in this model")
+    problems += [f"{_BASE}{name} is missing, but modules_to_save names it" for name in whole]
     if not parts:
-        found.append("no adapter is in it")
+        problems.append("the file has no adapter")
     saved = sorted({path.rpartition("/")[0] or path for path in new})
     c = dataclasses.replace(c, trained=",".join(["adapters", *saved]) if saved else "")
     for name, tensors in parts.items():
         place = ours[name]
-        problems = _problems(c, name, tensors, flat[f"{place}/kernel"].shape, patterns)
-        found += problems
-        if not problems:
+        wrong = _problems(c, name, tensors, flat[f"{place}/kernel"].shape, patterns)
+        problems += wrong
+        if not wrong:
             arrays = {part: tensor.read() for part, tensor in tensors.items()}
             leaves = _leaves(c, arrays, patterns.get(f"{name}.lora_E"))
             new |= {f"{place}/{leaf}": jnp.asarray(x, jnp.float32) for leaf, x in leaves.items()}
-    safetensors_io.raise_problems(pathlib.Path(directory, WEIGHTS), found)
+    safetensors_io.raise_problems(pathlib.Path(directory, WEIGHTS), problems)
     return unflatten_dict(flat | new, sep="/"), c
 
 
@@ -224,7 +224,7 @@ def _linears(modules):
 
 
 def _from_theirs(theirs, path):
-    """(the LoRA, DoRA or AdaLoRA, rank_pattern) of an adapter_config.json."""
+    """(our LoRA, DoRA or AdaLoRA config, rank_pattern) of peft's adapter_config.json."""
     patterns, whole = theirs.get("rank_pattern") or {}, theirs.get("modules_to_save") or []
     adalora, init = theirs.get("peft_type") == "ADALORA", theirs.get("init_lora_weights")
     wrong = {name for name, value in theirs.items() if value and name not in _KNOWN}
@@ -235,7 +235,7 @@ def _from_theirs(theirs, path):
             ("bias", theirs.get("bias", "none") == "none"),
             ("modules_to_save", isinstance(whole, list) and all(isinstance(x, str) for x in whole)),
             ("use_rslora", not (adalora and theirs.get("use_rslora"))),
-            ("init_lora_weights", init in (None, True, False, "gaussian")),  # others change the kernels
+            ("init_lora_weights", init in (None, True, False, "gaussian")),  # other values change the kernels
             (
                 "rank_pattern",
                 isinstance(patterns, dict)
@@ -276,12 +276,14 @@ def _problems(c, name, tensors, kernel, patterns):
     ]
     kept = patterns.get(f"{name}.lora_E", [True] * c.rank)
     if isinstance(c, AdaLoRA) and (len(kept), sum(kept)) != (c.rank, r):
-        found.append(f"{name}: rank_pattern keeps {sum(kept)} ranks of {len(kept)}, the tensors {r} of init_r={c.rank}")
+        found.append(
+            f"{name}: rank_pattern keeps {sum(kept)} of {len(kept)} ranks, but the tensors have {r} of init_r={c.rank}"
+        )
     return found
 
 
 def _leaves(c, arrays, kept):
-    """Our leaves of a Linear from the arrays in the file; kept: which ranks of AdaLoRA the arrays have."""
+    """The leaves of our Linear from the arrays in the file. kept: list of bool, the ranks of AdaLoRA in the arrays."""
     a, b = arrays["lora_A"].T, arrays["lora_B"].T
     if isinstance(c, AdaLoRA):
         mask = np.ones(c.rank, bool) if kept is None else np.array(kept)

@@ -1,4 +1,4 @@
-"""The families of Hugging Face Transformers, each a row of data. CONTRIBUTING.md tells how to add one.
+"""The families of Hugging Face Transformers, each an instance of `Family`. CONTRIBUTING.md: how to add a family.
 
 In `read` and `write`, hf is a parsed config.json and c a ModelConfig.
 """
@@ -31,7 +31,7 @@ def family_of_config(config: ModelConfig, model_type: str | None = None) -> Fami
         f"model.{name}={getattr(config, name)!r}" if name in FIELD_TYPES else name for name in found[nearest]
     )
     raise UserError(
-        f"Transformers has no such model among {', '.join(found)}; the nearest is {nearest}, but for {fields}"
+        f"none of {', '.join(found)} in Transformers can express this model; the nearest is {nearest}, except {fields}"
     )
 
 
@@ -42,11 +42,11 @@ def family_of_type(model_type: Any) -> Family:
     return FAMILIES[model_type]
 
 
-# Shared by rows.
+# Functions that several families use.
 
 
 def _under(ours: str, theirs: str, parts: Keys) -> dict[str, Any]:
-    """Keys with both names prefixed."""
+    """The keys `parts`, with the prefix `ours` for our names and `theirs` for the names in Transformers."""
     return {
         f"{ours}/{a}": (f"{theirs}.{b}" if isinstance(b, str) else (f"{theirs}.{b[0]}", *b[1:]))
         for a, b in parts.items()
@@ -54,9 +54,9 @@ def _under(ours: str, theirs: str, parts: Keys) -> dict[str, Any]:
 
 
 def _read_rope(hf, kinds=("default", "linear", "llama3")):
-    """Rotary positions, from rope_parameters, or before Transformers 5 from rope_theta and rope_scaling.
+    """Rotary positions, from rope_parameters (Transformers 5) or from rope_theta and rope_scaling (before).
 
-    kinds: the values of rope_type that the family has; rotary_pct in hf: it also rotates a part of a head.
+    kinds: the family's values of rope_type. If hf has rotary_pct, the family can rotate a part of each head.
     """
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     local, rope = rope.get("sliding_attention", {}), rope.get("full_attention", rope)
@@ -88,7 +88,7 @@ def _read_rope(hf, kinds=("default", "linear", "llama3")):
 
 
 def _write_rope(c):
-    """Rotary positions in the form that every version of Transformers reads."""
+    """Rotary positions as rope_theta and rope_scaling, which every version of Transformers reads."""
     scaling = {"rope_type": c.rope_scaling, "factor": c.rope_factor}
     if c.rope_scaling == "llama3":
         scaling |= {
@@ -100,7 +100,7 @@ def _write_rope(c):
 
 
 def _read_window(hf, is_local):
-    """Which layers have a window. is_local(i): whether layer i has one, if there are no layer_types."""
+    """Which layers have a window. is_local(i): whether layer i has a window, if config.json has no layer_types."""
     layers, window = hf["num_hidden_layers"], hf["sliding_window"] or 0
     types = hf.get("layer_types") or ["sliding_attention" if is_local(i) else "full_attention" for i in range(layers)]
     if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
@@ -149,7 +149,7 @@ _LLAMA = Family(
 
 
 def _like_llama(model_type, name, without=(), keys=None, preset=None, defaults=None, fields=None, **changes):
-    """A family with the names of Llama, except for what is given; it has not the fields `without`."""
+    """The Llama family with changes. without: fields of Llama that this family does not have."""
     kept = {a: b for a, b in _LLAMA.fields.items() if a not in without}
     return dataclasses.replace(
         _LLAMA,
@@ -363,7 +363,7 @@ _BERT = Family(
     only={"position_embedding_type": ("absolute",), "is_decoder": (False,), "add_cross_attention": (False,)},
     read=_labels,
     write=lambda c: {"attention_probs_dropout_prob": 0.0},
-    # A file has this bias under two names; the model reads the decoder's.
+    # A file has this bias under two names; the model uses the one of the decoder.
     more_keys=lambda c: {"logit_bias": (f"cls.predictions.{'' if c.tied else 'decoder.'}bias",
                                         "same")},
     present={"pooler": "bert.pooler.dense.weight"},
@@ -374,12 +374,11 @@ _BERT = Family(
 
 
 def _read_roberta(hf):
-    # The rows up to that of the padding token are no positions, but the size of the table counts them.
+    # max_position_embeddings also counts the first rows, up to the row of the padding token, which are not positions.
     offset = hf["pad_token_id"] + 1
     if "RobertaForMaskedLM" in (hf.get("architectures") or []) and hf["hidden_act"] != "gelu":
         raise UserError(
-            f"hidden_act={hf['hidden_act']!r} with RobertaForMaskedLM is not "
-            "supported: its head has gelu whatever the blocks have"
+            f"hidden_act={hf['hidden_act']!r} with RobertaForMaskedLM is not supported: its head always has gelu"
         )
     return _labels(hf) | {"position_offset": offset, "context": hf["max_position_embeddings"] - offset}
 
@@ -441,14 +440,14 @@ def _read_t5(hf):
     if gated not in ([], ["gated"]) or name not in ACTIVATIONS:
         raise UserError(
             f"feed_forward_proj={hf['feed_forward_proj']!r} is not supported; it must "
-            "be an activation, or gated- and one"
+            "be an activation, such as relu, or gated- and an activation, such as gated-gelu"
         )
     scaled = hf.get("scale_decoder_outputs", hf["tie_word_embeddings"])
     start = hf.get("decoder_start_token_id")
     return {
         "gated": bool(gated),
         "logit_scale": hf["d_model"] ** -0.5 if scaled else 1.0,
-        # "gated-gelu" there means the approximation by tanh, "gelu" does not.
+        # In T5, "gated-gelu" has the tanh approximation, and "gelu" has not.
         "activation": "gelu_tanh" if gated and name == "gelu" else ACTIVATIONS[name],
         "start_id": (hf.get("pad_token_id") or 0) if start is None else start,
     }
@@ -499,7 +498,7 @@ _T5 = Family(
               "feed_forward_proj": "relu", "tie_word_embeddings": True, "dropout_rate": 0.1},
     read=_read_t5, write=_write_t5,
     same=lambda c: {f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")},
-    # Files of the first T5 have this tensor; no version of the model reads it.
+    # Files of the first T5 have this tensor, but no version of the model uses it.
     ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")  # fmt: skip
 
 _BART_BLOCK = {"norm_attention": "self_attn_layer_norm", "norm_mlp": "final_layer_norm",

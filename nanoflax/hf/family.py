@@ -1,4 +1,4 @@
-"""The engine of model families: from a Family and a config.json to a ModelConfig, and back."""
+"""The class Family, and conversions between config.json and ModelConfig that use a Family."""
 
 import dataclasses
 import typing
@@ -8,7 +8,7 @@ from typing import Any
 from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
 
-# Names in config.json -> ours; of several names for one of ours, the last is written.
+# Activation in config.json -> ours. If several names have the same activation, the last name is written.
 ACTIVATIONS = {
     "gelu_python": "gelu",
     "gelu": "gelu",
@@ -33,12 +33,12 @@ Keys = Mapping[str, str | tuple]
 class Family:
     """One model_type of Transformers: its config.json and the names of its tensors. CONTRIBUTING.md: how to add one.
 
-    keys: path of our module -> name of theirs; {i} is the number of the block. Our leaves kernel, scale and
-    embedding are called weight in a file, and a kernel is transposed there. An entry for a single parameter
-    (its path ends in the leaf) gives the full name of the tensor. (name, layout) or (name, layout, part) says how
-    the tensor holds ours:
+    keys: path of our module -> name of the module in Transformers; {i} is the number of the block. Our leaves kernel,
+    scale and embedding are called weight in a file, and a kernel is transposed there. The key may also be the path of
+    one parameter; then the name is the full name of the tensor. Instead of a name, (name, layout) or (name, layout,
+    part) gives the layout of the tensor:
 
-      same            as it is                            (GPT-2's c_proj, every bias)
+      same            unchanged                           (GPT-2's c_proj, every bias)
       transposed      [out, in] for our kernel [in, out]  (the default of a kernel)
       row             [1, V] for [V]
       fused           parts 0, 1, ... one after another along the outputs, of any sizes, transposed: a query, key
@@ -54,7 +54,7 @@ class Family:
     fields: dict[str, str]  # name in config.json -> name in ModelConfig, if the value is the same
     preset: Json  # fields of ModelConfig that are equal in all models of the family
     defaults: Json = dataclasses.field(default_factory=dict)  # values of config.json that it may omit
-    # What config.json may say if it says something: allowed values (the first is written), or the field it must equal.
+    # Field of config.json -> its allowed values (the first is written), or the field that it must equal.
     only: dict[str, tuple | str] = dataclasses.field(default_factory=dict)
     # config.json, with defaults -> further fields of ModelConfig; a UserError for what is not computed.
     read: Callable[[Json], Json] = lambda hf: {}
@@ -62,7 +62,7 @@ class Family:
     more_keys: Callable[[ModelConfig], dict[str, Any]] = lambda c: {}  # keys that depend on the configuration
     # Field of ModelConfig -> the tensor whose presence decides it.
     present: dict[str, str] = dataclasses.field(default_factory=dict)
-    # Name of a tensor that may repeat another -> name of the other. A tied output layer needs no entry.
+    # Name of a tensor that may be a copy of another -> name of the other. A tied output layer needs no entry.
     same: Callable[[ModelConfig], dict[str, str]] = lambda c: {}
     ignored: str = r"$^"  # pattern of the names of tensors that are not weights of the model
     base: str = ""  # prefix of tensor names that files of the bare model do not have
@@ -73,7 +73,7 @@ class Family:
             raise ValueError(f"family {self.model_type}: ModelConfig has no {', '.join(sorted(unknown))}")
 
     def copies(self, config: ModelConfig) -> dict[str, str]:
-        """Name of a tensor that may repeat another -> name of the other."""
+        """Name of a tensor that may be a copy of another -> name of the other."""
         tied = {f"{self.keys['unembed']}.weight": f"{self.keys['embed']}.weight"} if config.tied else {}
         return self.same(config) | tied
 
@@ -119,7 +119,7 @@ def to_config(family: Family, hf: Json, head: str, max_layers: int = _MAX_SIZE) 
 
 
 def _required(kind):
-    """int, of int | None."""
+    """The type without None: int for int | None."""
     return next(k for k in (*typing.get_args(kind), kind) if k is not type(None))
 
 
@@ -131,7 +131,7 @@ def _wrong_type(field: str, value: Any, kind: Any, limit: int) -> str | None:
     if type(value) not in kinds and not (value is None and type(None) in kinds):
         return f"{field}={value!r} must be of type {' or '.join(k.__name__ for k in kinds)}"
     if type(value) is int and abs(value) >= limit:
-        return f"{field}={value} is more than this model's file can hold"
+        return f"{field}={value} is too large for the files of this model"
     return None
 
 
@@ -204,28 +204,28 @@ def differences(family: Family, config: ModelConfig) -> list[str]:
         return ["architecture"]
     if c.head not in family.classes:
         return ["head"]
-    # The tensors of a file decide these, not config.json.
+    # The tensors of a file decide the fields in `present`, not config.json.
     kept = {name: getattr(c, name) for name in family.present if c.head in ("none", "lm")}
     back = to_config(family, from_config(family, config), c.head)
     back = canonical(dataclasses.replace(back, **kept, tied=c.tied))
     return [
         name
         for name in FIELD_TYPES
-        if name != "dropout"  # no part of what the model computes
+        if name != "dropout"  # it does not change the trained model's output
         and not _close(getattr(c, name), getattr(back, name))
     ]
 
 
 def _close(a, b):
     if isinstance(a, float) and isinstance(b, float):
-        return abs(a - b) <= 1e-6 * abs(a)  # a square root squared
+        return abs(a - b) <= 1e-6 * abs(a)  # a square of a square root is not exact
     return a == b
 
 
 def head_of(family: Family, architectures: Any) -> str:
-    """Our head for the architectures of config.json; if it names no known class, the family's first head.
+    """Our head for the architectures of config.json; the family's first head for a bare model or no architecture.
 
-    Raises: UserError naming those supported.
+    Raises: UserError naming the supported architectures.
     """
     names = architectures if isinstance(architectures, list) else []
     for head, classes in family.classes.items():

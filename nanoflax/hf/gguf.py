@@ -1,11 +1,11 @@
-"""GGUF files (llama.cpp's format), versions 2 and 3: metadata, and tensors dequantised as they are read.
+"""GGUF files (llama.cpp's format), versions 2 and 3: metadata, and tensors that are dequantised when read.
 
 A file is a header (magic, version, counts), the metadata as typed key-value pairs, the table of tensors,
 then the data, every tensor aligned. A quantised row is a sequence of blocks of 32 or 256 values.
 
-The gguf package dequantises the blocks. The header is read here, because `gguf.GGUFReader` loops without
-end over an array whose damaged length exceeds the file, flattens nested arrays, stops at the first fault,
-and takes 6 s and 160 MiB for the vocabulary of SmolLM2 (0.2 s and 9 MiB here).
+The gguf package dequantises the blocks, but this module reads the header: for a damaged array length
+`gguf.GGUFReader` never ends; it also flattens nested arrays, reports only the first error, and needs 6 s
+and 160 MiB for the vocabulary of SmolLM2 (0.2 s and 9 MiB here).
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ from nanoflax.hf.safetensors_io import Slices, Tensor, is_impossible, raise_prob
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
             10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
 _STRING, _ARRAY = 8, 9
-_MAX_DEPTH = 4  # of arrays in arrays; files in use have none
-_CHUNK = 1024  # blocks dequantised at a time: bounds the memory of intermediate results
+_MAX_DEPTH = 4  # of nested arrays; real files have no nested arrays
+_CHUNK = 1024  # blocks dequantised at a time: limits the memory of intermediate results
 _PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """A tensor in a file, as `safetensors_io.Tensor`; `read` gives float32."""
+    """A quantised tensor in a file, used like `safetensors_io.Tensor`; `read` returns float32."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class QuantizedTensor:
 
 
 class _Reader:
-    """Little-endian values from a file; a value that would end beyond the file is refused before it is read."""
+    """Little-endian values from a file; a size beyond the end of the file raises a UserError before any reading."""
 
     def __init__(self, path: pathlib.Path, file: BinaryIO):
         self.path, self.file, self.left = path, file, os.fstat(file.fileno()).st_size
@@ -77,10 +77,10 @@ class _Reader:
     def number(self, kind: str, what: str) -> Any:
         return struct.unpack(kind, self.take(struct.calcsize(kind), what))[0]
 
-    def count(self, least: int, what: str) -> int:
-        """The number of the items that follow, each of at least so many bytes."""
+    def count(self, min_bytes: int, what: str) -> int:
+        """The number of the items that follow, each of at least min_bytes."""
         count = self.number("<Q", what)
-        if count * least > self.left:
+        if count * min_bytes > self.left:
             self.refuse(f"{what} cannot be {count}: the file has {self.left} bytes more")
         return count
 
@@ -100,7 +100,7 @@ class _Reader:
         if kind != _ARRAY:
             self.refuse(f"{what} has type {kind}; the types are 0 to 12")
         if depth == _MAX_DEPTH:
-            self.refuse(f"{what} has arrays in arrays more than {_MAX_DEPTH} deep")
+            self.refuse(f"{what} has more than {_MAX_DEPTH} levels of nested arrays")
         kind = self.number("<I", what)
         if kind in _SCALARS:
             dtype = np.dtype(_SCALARS[kind])
@@ -121,7 +121,7 @@ class _Reader:
 
 
 def open_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor | QuantizedTensor]]:
-    """Open a GGUF file; all but the data is read.
+    """Open a GGUF file; everything except the tensors' data is read.
 
     Returns:
       (metadata, tensors). metadata: str, int, float, bool, arrays of numbers as NumPy arrays, other
@@ -140,7 +140,7 @@ def open_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor
             reader.refuse("it does not begin with GGUF")
         version = reader.number("<I", "the version")
         if version not in (2, 3):
-            reader.refuse(f"GGUF version {version} (big-endian files also read so); versions 2 and 3 can be read")
+            reader.refuse(f"GGUF version {version} (or a big-endian file); only versions 2 and 3 can be read")
         tensor_count = reader.count(24, "the number of tensors")
         metadata: dict[str, Any] = {}
         for _ in range(reader.count(13, "the number of metadata")):
@@ -156,7 +156,7 @@ def open_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor
 
 
 def _checked_tensors(path, infos, header_size, size, alignment):
-    """Name -> tensor. Raises: UserError with every impossible type, shape and place."""
+    """Name -> tensor. Raises: UserError with every impossible type, shape and offset."""
 
     def aligned(position):
         return -(-position // alignment) * alignment
@@ -170,7 +170,7 @@ def _checked_tensors(path, infos, header_size, size, alignment):
         if kind not in (*_PLAIN, *_QUANTIZED):
             problems.append(f"{name!r} is of type {kind}; supported are {', '.join((*_PLAIN, *_QUANTIZED))}")
         elif values > 1 and (not shape or shape[-1] % values):
-            problems.append(f"{name!r} of shape {list(shape)} has no rows of whole blocks of {values} values")
+            problems.append(f"{name!r} of shape {list(shape)}: a row is not divisible into blocks of {values} values")
         elif is_impossible(shape, 4):  # bytes of a value when dequantised
             problems.append(f"{name!r} has an impossible shape, {list(shape)}")
         else:
@@ -224,7 +224,7 @@ def open_gguf_model(path: str | os.PathLike) -> tuple[Family, ModelConfig, dict[
     if kind != "llama":
         raise UserError(
             f"{path}: general.architecture={kind!r} is not supported; supported is "
-            "llama (Llama, Mistral, SmolLM2 and their like)"
+            "llama (Llama, Mistral, SmolLM2 and similar models)"
         )
     hf = {field: metadata[f"llama.{name}"] for field, name in _FIELDS.items() if f"llama.{name}" in metadata}
     if "token_embd.weight" in tensors:
@@ -233,7 +233,7 @@ def open_gguf_model(path: str | os.PathLike) -> tuple[Family, ModelConfig, dict[
     scaling = metadata.get("llama.rope.scaling.type", "none")
     if scaling != "none":
         hf["rope_scaling"] = {"rope_type": scaling, "factor": metadata.get("llama.rope.scaling.factor")}
-    divisors = tensors.pop("rope_freqs.weight", None)  # of the rotary rates: the scaling of Llama 3.1
+    divisors = tensors.pop("rope_freqs.weight", None)  # divide the rotary rates, as Llama 3.1 scales them
     if divisors is not None:
         divisors = divisors.read()
         hf["rope_scaling"] = {
@@ -248,7 +248,7 @@ def open_gguf_model(path: str | os.PathLike) -> tuple[Family, ModelConfig, dict[
     if divisors is not None:
         expected = nn.base_rates(config.rope_theta, config.K) / nn.rotary_rates(config)
         if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
-            raise UserError(f"{path}: rope_freqs.weight is not the scaling of Llama 3.1 to 3.3")
+            raise UserError(f"{path}: rope_freqs.weight does not have the values of Llama 3.1 to 3.3")
     rotated = metadata.get("llama.rope.dimension_count", config.K)
     if rotated != config.K:
         raise UserError(f"{path}: llama.rope.dimension_count={rotated} must be the head's size, {config.K}")

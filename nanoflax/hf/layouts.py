@@ -1,4 +1,4 @@
-"""How the tensors of a Hugging Face model hold the parameters of ours: names, shapes and layouts."""
+"""Which tensor of a Hugging Face model holds which of our parameters: names, shapes and layouts."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass
 class TensorMapping:
-    """A tensor in a file, and the parameters of ours that it holds; see `Family` for the layouts."""
+    """A tensor in a file, and our parameters that it holds; see `Family` for the layouts."""
 
     name: str
     layout: str
@@ -34,7 +34,7 @@ class TensorMapping:
 
     @property
     def shape(self) -> Shape:
-        """Of the tensor in the file."""
+        """The shape of the tensor in the file."""
         *rest, _ = self.parts[0][1]
         last = sum(shape[-1] for _, shape in self.parts.values())
         if self.layout == "row":
@@ -42,7 +42,7 @@ class TensorMapping:
         return (*rest, last) if self.layout in ("same", "fused_columns") else (last, *rest)
 
     def read(self, tensor: Tensor | QuantizedTensor, part: int, index: Slices, K: int) -> np.ndarray:
-        """What a tuple of slices selects of our parameter number `part`; K: the size of a head."""
+        """Our parameter number `part`, or the part of it that a tuple of slices selects; K: the size of a head."""
         shape = self.parts[part][1]
         *rest, last = (slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
         first = sum(self.parts[i][1][-1] for i in range(part))
@@ -61,7 +61,7 @@ class TensorMapping:
         return x.reshape(shape[::-1]).T[(*rest, last)]
 
     def join(self, parameters: Mapping[str, Any], K: int) -> np.ndarray:
-        """The tensor for the file, of our parameters by path; K: the size of a head."""
+        """The tensor for the file, from our parameters by path; K: the size of a head."""
         arrays = [np.asarray(parameters[path]) for path in self.paths]
         if self.layout == "row":
             return arrays[0][None]
@@ -73,13 +73,13 @@ class TensorMapping:
         if self.layout == "fused_by_head":
             heads = [x.reshape(-1, K, *x.shape[1:]) for x in arrays]
             return np.stack(heads, 1).reshape(-1, *arrays[0].shape[1:])
-        raise ValueError(f"the layout {self.layout} is only read")
+        raise ValueError(f"the layout {self.layout} can be read but not written")
 
 
 def tensor_mapping(family: Family, config: ModelConfig) -> list[TensorMapping]:
-    """Every tensor that a model of the configuration has in the files of the family.
+    """The tensors of a model with this configuration, in the files of the family.
 
-    Raises: UserError for a parameter that the family has no tensor for.
+    Raises: UserError for a parameter without a tensor in the family.
     """
     keys = family.keys | family.more_keys(config)
     found: dict[str, TensorMapping] = {}
@@ -112,7 +112,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def shape_problems(parameters: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """How the parameters, by path, differ from the shapes that their model needs."""
+    """The differences between the parameters, by path, and the shapes of the model's parameters."""
     return [
         *(f"{path} is missing" for path in sorted(shapes.keys() - parameters.keys())),
         *(f"{path} is not in the model" for path in sorted(parameters.keys() - shapes.keys())),

@@ -1,4 +1,4 @@
-"""Published models: `load` a directory, a hub name or a .gguf file; `save` what Transformers opens."""
+"""Published models: `load` a directory, a hub name or a .gguf file; `save` a directory for Transformers."""
 
 import dataclasses
 import json
@@ -41,11 +41,11 @@ def load(
       source: a directory with config.json and safetensors, a hub name ("owner/name", through the
         huggingface_hub package and its cache), or a .gguf file of llama type, which is dequantised.
       dtype: of the parameters; None keeps the dtype of each tensor.
-      mesh: where the parameters are sharded, by default that of `jax.set_mesh`; each host reads only
+      mesh: where the parameters are sharded, by default the mesh of `jax.set_mesh`; each host reads only
         its shards.
     Raises:
-      UserError: before anything is allocated, with every problem of config.json or, if config.json is
-        good, of the tensors: missing, unexpected, of another shape.
+      UserError: before anything is allocated, with every problem of config.json, or else every missing,
+        unexpected or misshapen tensor.
     """
     path = find_source(source)
     family, config, tensors = _open(path)
@@ -91,7 +91,7 @@ def save(
     safetensors_io.raise_problems("params", shape_problems(flat, parameter_shapes(config)))
 
     mappings = {mapping.name: mapping for mapping in tensor_mapping(family, config)}
-    if not config.tied:  # then Transformers ties nothing: one tensor of ours is written under two names
+    if not config.tied:  # then Transformers ties no tensors: write one of our tensors under both names
         mappings |= {a: mappings[b] for a, b in family.copies(config).items() if b in mappings}
     safetensors_io.save_safetensors(
         directory,
@@ -200,7 +200,7 @@ def find_source(source: str | pathlib.Path) -> pathlib.Path:
         import huggingface_hub
     except ImportError as error:
         raise UserError(
-            f"{source} is not a directory here; to fetch it from the hub, pip install huggingface_hub"
+            f"{source} is not a directory; to download it from the hub, pip install huggingface_hub"
         ) from error
     try:
         return pathlib.Path(
@@ -211,7 +211,7 @@ def find_source(source: str | pathlib.Path) -> pathlib.Path:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{source} is neither a directory here nor in the hub's local cache, and the hub does not give it: {reason}"
+            f"{source} is neither a directory nor in the hub's local cache, and cannot be downloaded: {reason}"
         ) from error
 
 
@@ -234,9 +234,9 @@ def _open_directory(directory: pathlib.Path) -> tuple[Family, ModelConfig, Tenso
 
 
 def _normalized(family: Family, config: ModelConfig, tensors: dict, path) -> tuple[Family, ModelConfig, Tensors]:
-    """Normalise tensor names, resolve tied and duplicate tensors, and set the fields that tensors decide.
+    """Normalise tensor names, resolve tied and duplicate tensors, and set the fields in `Family.present`.
 
-    Names: of the bare model, without the prefix; the first BERT's gamma and beta.
+    A name without the prefix (from a bare model) gets it; gamma and beta of the first BERT become weight and bias.
     """
     keys = (family.keys | family.more_keys(config)).values()
     known = {(key if isinstance(key, str) else key[0]).split(".")[0] for key in keys}
@@ -245,7 +245,7 @@ def _normalized(family: Family, config: ModelConfig, tensors: dict, path) -> tup
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
         named[name if name.split(".")[0] in known else family.base + name] = tensor
     if len(named) < len(tensors):
-        raise UserError(f"{path}: tensors are there with and without {family.base!r}")
+        raise UserError(f"{path}: some tensors appear twice, with and without the prefix {family.base!r}")
     for field, name in family.present.items():
         if config.head in ("none", "lm"):
             config = dataclasses.replace(config, **{field: name in named})

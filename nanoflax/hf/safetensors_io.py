@@ -3,9 +3,9 @@
 Transformers' layout: `model.safetensors`, or shards named by `model.safetensors.index.json`. A file is
 eight bytes of header length, a JSON header (name -> dtype, shape, byte range), then the data.
 
-Read and written here because the safetensors package stops at the first fault and accepts a name that
-appears twice; with NumPy it holds a tensor twice while it reads it (mapped and copied), cuts no negative
-steps and has no float8; and it writes only tensors that are all in memory.
+This module replaces the safetensors package, which reports only the first error and accepts a name twice.
+With NumPy, the package also has a tensor in memory twice while reading it (mapped and copied), and supports
+no slices with negative steps and no float8. It writes only tensors that are all in memory.
 """
 
 import collections
@@ -62,7 +62,7 @@ class Tensor:
         """
         try:
             if all(range(n)[s] == range(n) for n, s in zip(self.shape, slices, strict=False)):
-                # Not mapped: the mapped pages would count as memory in addition to the copy.
+                # Not np.memmap: its pages would use memory in addition to the copy.
                 size = math.prod(self.shape)
                 array = np.fromfile(self.file, self.dtype, size, offset=self.offset)
                 return array.reshape(self.shape)
@@ -126,7 +126,7 @@ def open_safetensors(directory: str | os.PathLike, single: str = SINGLE) -> dict
 
 
 def raise_problems(path: object, problems: Sequence[str]) -> None:
-    """Raises: UserError of all the problems, if there are any."""
+    """Raises: UserError that lists the problems, if there are any."""
     if problems:
         raise UserError(f"{path}: {listed(problems, 20)}")
 
@@ -146,14 +146,14 @@ def _why_nothing_opens(directory: pathlib.Path, single: str) -> str:
     )
 
 
-def read_json(path: pathlib.Path, most: int = _MAX_JSON) -> dict[str, Any]:
-    """The JSON object in a file of at most so many bytes. Raises: UserError if it holds none, or a name twice."""
+def read_json(path: pathlib.Path, max_bytes: int = _MAX_JSON) -> dict[str, Any]:
+    """The JSON object in a file of at most max_bytes. Raises: UserError if there is none, or a name appears twice."""
     with path.open("rb") as file:
-        return _read_json(path, file, path.stat().st_size, most)
+        return _read_json(path, file, path.stat().st_size, max_bytes)
 
 
-def _read_json(path, file, size, most=_MAX_JSON):
-    """The JSON object in the next `size` bytes; a name may appear once in each object."""
+def _read_json(path, file, size, max_bytes=_MAX_JSON):
+    """The JSON object in the next `size` bytes; a name may appear only once in each object."""
 
     def without_repeats(pairs):
         table = dict(pairs)
@@ -163,12 +163,12 @@ def _read_json(path, file, size, most=_MAX_JSON):
         return table
 
     repeated: list[str] = []
-    if size > most:
-        raise UserError(f"{path}: {size} bytes of JSON are more than {most}")
+    if size > max_bytes:
+        raise UserError(f"{path}: {size} bytes of JSON are more than {max_bytes}")
     try:
         value = json.loads(file.read(size).decode(), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} holds no JSON where it should: {error}") from error
+        raise UserError(f"{path} has no valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: its JSON must be an object, not {type(value).__name__}")
     raise_problems(path, [f"{name!r} is there twice" for name in repeated])
@@ -226,12 +226,12 @@ def _read_header(path: pathlib.Path, problems: list[str]) -> dict[str, Tensor]:
 
 
 def is_impossible(shape: Sequence[int], itemsize: int) -> bool:
-    """Whether NumPy can have no array of this shape; in its limit a dimension of 0 counts as 1."""
+    """Whether the shape is too large for NumPy, which counts a dimension of 0 as 1."""
     return len(shape) > 32 or math.prod(max(n, 1) for n in shape) * itemsize >= 2**63
 
 
 def _wrong_ranges(ranges, size):
-    """Yields why the ranges (begin, end, name) do not fill `size` bytes exactly once."""
+    """Yield the problems, if the ranges (begin, end, name) do not fill `size` bytes exactly once."""
     position = 0
     for begin, end, name in sorted(ranges):
         if begin != position:
@@ -247,20 +247,20 @@ def save_safetensors(
     max_shard_bytes: int = 5_000_000_000,
     single: str = SINGLE,
 ) -> None:
-    """Write weights into a directory, in place of the safetensors of a model there.
+    """Write weights into a directory, and replace safetensors that a model has there.
 
-    One tensor is in memory at a time. The new files get their names when all are written, so a failure
-    keeps the old files; a kill between those renames leaves them in the subdirectory replaced-*.
+    One tensor is in memory at a time. New files are renamed after all of them are written, so a failure
+    keeps the old files. If the process is killed between the renames, the old files are in replaced-*.
 
     Args:
       directory: created if it does not exist.
       tensors: of (name, shape, dtype, array or function that returns it).
       max_shard_bytes: size of a shard; a single larger tensor gets a shard of its own.
-      single: the name of the file if one holds all; the weights of a model are only replaced by
-        those of another.
+      single: the name of the file if one file holds all tensors; under another name than the default,
+        weights of a model in the directory are kept.
     Raises:
       UserError: a dtype that safetensors does not have, or the directory cannot be written.
-      ValueError: a name given twice, or an array of another shape or dtype than announced.
+      ValueError: a repeated name, or an array of another shape or dtype than in `tensors`.
     """
     directory = pathlib.Path(directory)
     announced = [(name, tuple(shape), np.dtype(dtype), source) for name, shape, dtype, source in tensors]
@@ -303,7 +303,7 @@ def _nbytes(tensor):
 
 
 def _write_file(path, tensors):
-    # Widest first, as the library does, so that every tensor is aligned to its own items.
+    # Largest itemsize first, as in the safetensors package, so that every tensor is aligned.
     tensors = sorted(tensors, key=lambda tensor: -tensor[2].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -321,14 +321,14 @@ def _write_file(path, tensors):
             if (array.shape, array.dtype) != (shape, dtype):
                 raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, announced as {dtype}{list(shape)}")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-            del array, source  # freed before the next one is made
+            del array, source  # free the memory before the next array is made
         file.flush()
-        os.fsync(file.fileno())  # the files that these replace will be gone
+        os.fsync(file.fileno())  # must be on disk before the old files are deleted
 
 
 def _move_in(new, names, directory):
-    """Move the named files into the directory, in place of the weights there; undone if one cannot be moved."""
-    # One file replaces another in a single step. Shards of two models must never be there together.
+    """Move the named files into the directory, and replace its weights; all moves are undone if one fails."""
+    # A single file replaces another in one step. Shards of two models must never be in the directory together.
     replaces = _WEIGHTS.fullmatch(names[0])
     old = [n for n in sorted(os.listdir(directory)) if replaces and _WEIGHTS.fullmatch(n) and [n] != names]
     aside = pathlib.Path(tempfile.mkdtemp(prefix="replaced-", dir=directory))

@@ -290,12 +290,12 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8), **more):
         ({"__metadata__": {"a": 1}}, b"", "__metadata__"),
         (b'{"x": 1, "x": 2}', b"", "'x' is there twice"),
         (b'{"x": {"shape": [1], "shape": [2]}}', b"", "'shape' is there twice"),
-        (b'{"x": ', b"", "no JSON"),
-        (b"[" * 100_000, b"", "no JSON"),
-        (b"\xff\xfe{}", b"", "no JSON"),
-        (b'{"x": 1' + b"0" * 5000 + b"}", b"", "no JSON"),
+        (b'{"x": ', b"", "no valid JSON"),
+        (b"[" * 100_000, b"", "no valid JSON"),
+        (b"\xff\xfe{}", b"", "no valid JSON"),
+        (b'{"x": 1' + b"0" * 5000 + b"}", b"", "no valid JSON"),
         (b"[]", b"", "must be an object"),
-        (b"", b"", "no JSON"),
+        (b"", b"", "no valid JSON"),
     ],
 )
 def test_lying_headers_are_refused(tmp_path, header, data, said):

@@ -294,7 +294,7 @@ def test_a_bottleneck_is_of_models_with_sources_and_not_of_transformers(tmp_path
             bottleneck="mean",
         )
     )
-    with pytest.raises(UserError, match="nearest is t5, but for model.bottleneck='mean'"):
+    with pytest.raises(UserError, match="nearest is t5, except model.bottleneck='mean'"):
         hf.save(tmp_path, model.config, params)
 
 

@@ -561,7 +561,7 @@ def test_a_trained_head_goes_along(config, kind, tmp_path):
     np.testing.assert_allclose(forward(model, back), forward(model, added), atol=1e-6)
     assert peft.trainable(back, c2) == peft.trainable(added, c)
     for trained, message in [
-        ("adapters,biases", "peft saves .* as a whole, and peft.trained has"),
+        ("adapters,biases", "peft saves complete modules, but peft.trained names only a part"),
         ("adapters,.*query/.*", "peft cannot both adapt"),
     ]:
         if config.bias or "query" in trained:
@@ -658,7 +658,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj."
             "bias=all is not supported; modules_to_save=lm_head is not supported",
         ),
         ({"modules_to_save": [1]}, {}, r"modules_to_save=\[1\] is not supported"),
-        ({"modules_to_save": ["up_proj", "embed_tokens"]}, {}, "embed_tokens.weight is missing: modules_"),
+        ({"modules_to_save": ["up_proj", "embed_tokens"]}, {}, "embed_tokens.weight is missing, but modules_"),
         (
             {"modules_to_save": ["embed_tokens"]},
             {"base_model.model.model.embed_tokens.weight": np.zeros((2, 32), np.float32)},
@@ -667,7 +667,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj."
         ({"init_lora_weights": "pissa"}, {}, "init_lora_weights=pissa"),
         ({"rank_pattern": [1]}, {}, "rank_pattern"),
         ({"init_r": "4"}, {}, "peft.rank='4' must be an integer"),
-        ({"init_r": 5}, {}, "q_proj: rank_pattern keeps 4 ranks of 4, the tensors 4 of init_r=5"),
+        ({"init_r": 5}, {}, "q_proj: rank_pattern keeps 4 of 4 ranks, but the tensors have 4 of init_r=5"),
         ({}, {FIRST + "lora_A": np.zeros((4, 9), np.float32)}, r"has shape \[4, 9\], not \[4, 32\]"),
         ({}, {FIRST + "lora_E": None}, "q_proj has lora_A, lora_B and needs lora_A, lora_B, lora_E"),
         ({}, {"base_model.model.lm_head.weight": np.zeros(2, np.float32)}, "weight has no place"),
