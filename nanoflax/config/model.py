@@ -106,9 +106,7 @@ class ModelConfig:
     output_delay: int = field(0, "n: add GELU(W h) of the final state n steps before; 0: none.", at_least=0)
 
     lstm_attention: str = field("additive", "Attention of an lstm.", choices=LSTM_ATTENTIONS)
-    lstm_start: str = field(
-        "encoder", "First state of an lstm's decoder: encoder's last or zeros.", choices=LSTM_STARTS
-    )
+    lstm_start: str = field("encoder", "First state of the decoder: the encoder's last or zeros.", choices=LSTM_STARTS)
 
     dropout: float = field(0.0, "Share of activations that are set to 0 in training.", within="[0, 1)")
     dtype: str = field("auto", "Dtype of activations; auto: float32 on CPU, bfloat16 elsewhere.", choices=DTYPES)

@@ -1,4 +1,4 @@
-"""What a model can be fine-tuned for: examples, their rows and batches, objectives, metrics."""
+"""Fine-tuning tasks: examples, their rows and batches, objectives, metrics."""
 
 from nanoflax.tasks.batches import ExampleBatches
 from nanoflax.tasks.encoding import encode, show_row, weigh_classes

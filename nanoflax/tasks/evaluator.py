@@ -1,4 +1,4 @@
-"""Measure a model on the examples of a task, or predict from texts without labels."""
+"""Measures a model on the examples of a task, and predicts from texts without labels."""
 
 import copy
 import dataclasses
@@ -29,8 +29,8 @@ def encode_for_task(
     multi_label: bool = False,
     report: DataReport | None = None,
 ) -> Rows:
-    """Examples as the Rows of a Config's task, with its noise. See `encode`."""
-    task: Any = config.task  # of any kind but Pretrain, which has no examples
+    """Encodes examples as Rows for the task of a Config, with the noise of this task. See `encode`."""
+    task: Any = config.task  # any kind except Pretrain, which has no examples
     target_length = length_limits(task).get("task.target_length")
     noise = noise_for(task, with_sentinels(task, tokenizer))
     return encode(examples, tokenizer, task.length, labels, multi_label, task.truncate, target_length, report, noise)
@@ -45,7 +45,7 @@ def encode_texts(
     report: DataReport | None = None,
     place: str = "text",
 ) -> Rows:
-    """Texts to predict from, without labels, as the Rows of a Config's task; their places are "text 1" and so on."""
+    """Encodes texts without labels as Rows for prediction. Their places are "text 1", "text 2", ..."""
     make = TASKS[config.task.kind].unlabelled
     examples = [make(text, f"{place} {i}") for i, text in enumerate(texts, 1)]
     return encode_for_task(examples, config, tokenizer, labels, multi_label, report)
@@ -54,8 +54,8 @@ def encode_texts(
 class Evaluator:
     """Measures parameters on rows: the loss and the metrics of the task.
 
-    After a call, `report` holds all figures in a form for JSON. With several processes all must call it, and all
-    find the same figures.
+    After a call, `report` has the details for JSON. In a run of several processes, all must call the Evaluator, and
+    all get the same results.
     """
 
     def __init__(
@@ -82,28 +82,28 @@ class Evaluator:
         self._sums, self.guesses, self._logits = (jax.jit(parallel.with_mesh(mesh, f)) for f in (sums, guesses, logits))
 
     def _with_noise(self, rows: Rows) -> Rows:
-        """The rows with noise drawn once; the example of a denoising row is the Pair that the noise made."""
-        drawn = rows.with_noise([(i, 0) for i in range(len(rows))])
-        if "source" not in drawn.rows[0] or self.task.examples is not Text:
-            return drawn
+        """The rows with the noise of epoch 0. For denoising, their examples are Pairs (corrupted text, target)."""
+        noisy = rows.with_noise([(i, 0) for i in range(len(rows))])
+        if "source" not in noisy.rows[0] or self.task.examples is not Text:
+            return noisy
         pairs = [
             Pair(self.tokenizer.decode(row["source"]), self.tokenizer.decode(row["targets"]), text.place)
-            for row, text in zip(drawn.rows, rows.examples, strict=True)
+            for row, text in zip(noisy.rows, rows.examples, strict=True)
         ]
-        return dataclasses.replace(drawn, examples=pairs)
+        return dataclasses.replace(noisy, examples=pairs)
 
     def with_rows(self, rows: Rows) -> "Evaluator":
-        """This evaluator, and what it has compiled, for other rows."""
+        """An evaluator of other rows that shares the compiled functions of this one."""
         other = copy.copy(self)
         other.rows, other.report = self._with_noise(rows), {}
         return other
 
     def __call__(self, params: Any, batches: int = 0) -> tuple[dict[str, float], list]:
-        """(numbers, predictions) on the first `batches` batches of the rows, 0 for all.
+        """(numbers, predictions) on the first `batches` batches of the rows; 0: on all.
 
-        numbers: validation_loss in nats and the metrics of the task; predictions: one for each row, or none where the
-        task is measured by its loss. With config.task.max_shift also the figures on the same rows shifted (in the
-        same way in each evaluation), as NAME_shifted.
+        numbers: validation_loss in nats and the metrics of the task. predictions: one for each row, or [] if only the
+        loss measures the task. With config.task.max_shift, numbers also has NAME_shifted, measured on the same rows
+        with a shift; each evaluation uses the same shifts.
         """
         number = len(self.rows)
         if batches:
@@ -133,18 +133,18 @@ class Evaluator:
         return numbers | figures, predictions, report
 
     def predict(self, params: Any, number: int | None = None) -> list:
-        """A prediction for each of the first rows (default: all), labelled or not; [] for a task that is measured by
-        its loss alone."""
+        """A prediction for each of the first `number` rows (default: all), with or without labels; [] if only the
+        loss measures the task."""
         number = len(self.rows) if number is None else number
         return self.task.predict(self, params, number) if self.task.predict else []
 
     def describe(self, params: Any) -> list:
-        """What to tell of each row: {class: probability}, (word, tag) pairs, or a text; Task.show writes it."""
-        assert self.task.describe, "Task.prompt is the way to predict with this task"
+        """The result to show for each row: {class: probability}, (word, tag) pairs, or a text. See Task.show."""
+        assert self.task.describe, "this task predicts by Task.prompt"
         return self.task.describe(self, params, len(self.rows))
 
     def batches(self, number: int) -> Iterator[dict[str, Any]]:
-        """The first rows in batches on the mesh, the last filled with rows of weight 0."""
+        """The first `number` rows in batches on the mesh. Rows of weight 0 fill the last batch."""
         B = parallel.divisible_batch_size(self.config.train.batch_size, self.mesh)
         host_rows = parallel.own_rows(self.mesh, B)
         for batch in itertools.islice(evaluation_batches(self.rows, B, host_rows), -(-number // B)):
@@ -152,7 +152,7 @@ class Evaluator:
             parallel.reset_watchdog()
 
     def logits(self, params: Any, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(logits, weights) of each of the first rows: for classes [classes] and [], for tags [T, tags] and [T]."""
+        """(logits, weights) of each of the first `number` rows, of shapes [classes] and [], or [T, tags] and [T]."""
         found = []
         for batch in self.batches(number):
             logits, weights = map(parallel.fetch, (self._logits(params, batch), batch["weights"]))
@@ -161,7 +161,7 @@ class Evaluator:
 
 
 def prediction_records(examples: Sequence[Example], predictions: Sequence) -> Iterator[dict[str, Any]]:
-    """The fields and the prediction of each example, as a dict for JSON; examples without a prediction are left out."""
+    """A dict for JSON for each example that has a prediction: the fields of the example, and the prediction."""
     for example, prediction in zip(examples, predictions, strict=False):
         fields = {field: getattr(example, field) for field in example.fields if hasattr(example, field)}
         if isinstance(example, Classification):

@@ -1,4 +1,4 @@
-"""The examples of a source: cleaned, checked and split; everything that is left out is counted."""
+"""Reads the examples of a source, cleans, checks and splits them, and counts those that are left out."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ Clean = Callable[[str, str], str]  # (text, place) -> the cleaned text
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """labels: the classes in order; for tags O, then B- and I- of each type; () for other kinds."""
+    """Examples of a task. labels: the classes in order; for tags O, then B- and I- of each type; else ()."""
 
     train: list
     validation: list
@@ -31,10 +31,10 @@ class TaskData:
 
 
 def load(source: TaskSource | str, kind: type, labels: Sequence[str] | None = None) -> TaskData:
-    """Both splits of a TaskSource (or its name) as examples of a kind.
+    """Both splits of a TaskSource, or of the source with this name, as examples of a kind.
 
-    labels: those of a model; otherwise the labels in the training data. Examples with other labels are left out and
-    counted. Raises: UserError if a split has no usable example, or the training data only one class.
+    labels: the labels that are kept (default: those of the training data). Examples with other labels are left out
+    and counted. Raises: UserError if a split has no usable example, or the training data have only one class.
     """
     source = source if isinstance(source, TaskSource) else TaskSource(source)
     report = DataReport()
@@ -52,7 +52,7 @@ def load(source: TaskSource | str, kind: type, labels: Sequence[str] | None = No
     train_inputs = {_digest(example.input) for example in train}
     for example in validation:
         if _digest(example.input) in train_inputs:
-            report.add("validation examples whose input is in the training data too, kept", example.place)
+            report.add("validation examples that are also training inputs, kept", example.place)
     if kind in (Classification, Tagging):
         labels = tuple(labels) if labels else _label_names(train)
         train, validation = (_with_known_labels(part, labels, report) for part in (train, validation))
@@ -69,9 +69,9 @@ def read(
     report: DataReport | None = None,
     split: str = "all",
 ) -> list:
-    """The examples of a TaskSource (or its name), to evaluate on.
+    """The examples of a TaskSource, or of the source with this name, for evaluation.
 
-    split: all of them, or train, validation or (of TFDS) test. Raises: UserError if there is no example.
+    split: all, train, validation or (only TFDS) test. Raises: UserError if there is no example.
     """
     source = source if isinstance(source, TaskSource) else TaskSource(source)
     report = DataReport() if report is None else report
@@ -104,7 +104,7 @@ def _split(examples: list, fraction: float) -> tuple[list, list]:
     parts = [], []
     for example in examples:
         parts[is_held_out(repr(example.input), fraction)].append(example)
-    if not parts[1] and len(examples) > 1:  # of a few examples a hash may choose none
+    if not parts[1] and len(examples) > 1:  # with few examples, the hash may choose none for validation
         parts[1].append(parts[0].pop())
     return parts
 
@@ -167,7 +167,7 @@ def _check_classes(name: str, examples: list) -> None:
         )
 
 
-# From a record, {our name of a field: its value}, to an example. A bad record is counted, and gives None.
+# Each function makes an example from a record, {our name of a field: value}. It counts a bad record and returns None.
 
 
 def _texts(
@@ -235,7 +235,7 @@ def _tagging(record: dict[str, Any], place: str, clean: Clean, report: DataRepor
             report.add("examples with a tag that is not BIO (O, B-X or I-X), left out", f"{at} {tag!r}")
             return None
         if tag[0] == "I" and before[2:] != tag[2:]:
-            report.add("I- tags that continue nothing, read as B-", f"{at} {tag!r}")
+            report.add("I- tags without a tag before, read as B-", f"{at} {tag!r}")
             tag = f"B-{tag[2:]}"
         checked.append(tag)
         before = tag

@@ -1,4 +1,4 @@
-"""The kinds of examples. `place` is the file and line; a label is None where it is to be predicted."""
+"""The kinds of examples. `place` is the file and line. The label (labels, tags, target) is None for prediction."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ def _place() -> Any:
 @dataclasses.dataclass(frozen=True)
 class Classification:
     text: str
-    labels: tuple[str, ...] | None  # one, unless a text may have several or none
+    labels: tuple[str, ...] | None  # one label; with multi_label any number
     place: str = _place()
     fields: ClassVar = ("text", "label")
     input = property(lambda self: self.text)

@@ -1,7 +1,7 @@
-"""How good the predictions of a model are: perplexity, classes, entities, translations, summaries.
+"""Metrics of predictions: perplexity, classes, entities, translations, summaries.
 
-BLEU and chrF are sacrebleu's. Entities give the numbers of seqeval, classes those of scikit-learn and ROUGE-L those
-of rouge-score: each a large dependency for a page of code; tests compare them.
+sacrebleu computes BLEU and chrF. The other metrics are short functions here, so that seqeval, scikit-learn and
+rouge-score are no dependencies; tests compare the results with theirs.
 """
 
 import collections
@@ -30,18 +30,18 @@ def exact_match(predictions: Sequence, references: Sequence) -> float:
 def _same_number(predictions: Sequence, references: Sequence) -> None:
     if len(predictions) != len(references) or not references:
         raise UserError(
-            f"{len(predictions)} predictions for {len(references)} references: they must be as many, and not none"
+            f"{len(predictions)} predictions for {len(references)} references: the numbers must be equal and not 0"
         )
 
 
-# Classes and entities: both count true positives, predictions and references of each class.
+# Classes and entities. Both metrics count true positives, predictions and references of each class.
 
 
 def classes(predictions: Sequence[str | Iterable[str]], references: Sequence[str | Iterable[str]]) -> dict[str, Any]:
-    """Classification: predicted and true labels of each example, one name or several.
+    """The scores of a classification. predictions, references: the label or labels of each example.
 
     Returns: {"accuracy": the share of examples with all labels right, "micro", "macro" and "weighted": scores,
-    "classes": {name: scores}}, where scores are {"precision", "recall", "f1", "support"}, 0 instead of a division by 0.
+    "classes": {name: scores}}; scores are {"precision", "recall", "f1", "support"}. A division by 0 gives 0.
     """
     _same_number(predictions, references)
     predicted, true = ([{x} if isinstance(x, str) else set(x) for x in side] for side in (predictions, references))
@@ -51,10 +51,10 @@ def classes(predictions: Sequence[str | Iterable[str]], references: Sequence[str
 def tags(
     predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], strict: bool = False
 ) -> dict[str, Any]:
-    """Entities of tagged sentences, as seqeval counts them: right if the type and both ends are right.
+    """The scores of tagging, as in seqeval: an entity is right if its type, start and end are right.
 
-    predictions, references: a list of BIO tags for each sentence, one tag a word. strict: see `entities`.
-    Returns: as `classes`; accuracy is the share of words.
+    predictions, references: a list of BIO tags for each sentence, one tag per word. strict: see `entities`.
+    Returns: as `classes`; accuracy is the share of words with the right tag.
     """
     _same_number(predictions, references)
     for i, (p, r) in enumerate(zip(predictions, references, strict=True)):
@@ -85,39 +85,39 @@ def entities(tags: Sequence[str], strict: bool = False) -> list[tuple[str, int, 
 
 
 def _scores(predicted: list[set], true: list[set], class_of: Callable[[Any], str]) -> dict[str, Any]:
-    right, guessed, there = (collections.Counter() for _ in range(3))
+    n_right, n_predicted, n_true = (collections.Counter() for _ in range(3))
     for p, t in zip(predicted, true, strict=True):
-        for counter, items in ((right, p & t), (guessed, p), (there, t)):
+        for counter, items in ((n_right, p & t), (n_predicted, p), (n_true, t)):
             counter.update(map(class_of, items))
-    names = sorted(guessed | there)
-    by_class = {name: _score(right[name], guessed[name], there[name]) for name in names}
+    names = sorted(n_predicted | n_true)
+    by_class = {name: _score(n_right[name], n_predicted[name], n_true[name]) for name in names}
 
     def mean(weights: dict[str, int]) -> dict[str, float]:
         total = sum(weights.values()) or 1
         return {
             key: sum(weights[name] * by_class[name][key] for name in names) / total
             for key in ("precision", "recall", "f1")
-        } | {"support": there.total()}
+        } | {"support": n_true.total()}
 
     return {
-        "micro": _score(right.total(), guessed.total(), there.total()),
+        "micro": _score(n_right.total(), n_predicted.total(), n_true.total()),
         "macro": mean(dict.fromkeys(names, 1)),
-        "weighted": mean(there),
+        "weighted": mean(n_true),
         "classes": by_class,
     }
 
 
-def _score(right: int, guessed: int, there: int) -> dict[str, float]:
+def _score(n_right: int, n_predicted: int, n_true: int) -> dict[str, float]:
     return {
-        "precision": right / guessed if guessed else 0.0,
-        "recall": right / there if there else 0.0,
-        "f1": 2 * right / (guessed + there) if guessed + there else 0.0,
-        "support": there,
+        "precision": n_right / n_predicted if n_predicted else 0.0,
+        "recall": n_right / n_true if n_true else 0.0,
+        "f1": 2 * n_right / (n_predicted + n_true) if n_predicted + n_true else 0.0,
+        "support": n_true,
     }
 
 
 def metrics_table(result: dict[str, Any]) -> list[str]:
-    """The report of `classes` or `tags` as lines for people."""
+    """The lines of a readable table of the result of `classes` or `tags`."""
     rows = [*result["classes"].items(), *((f"{name} average", result[name]) for name in ("micro", "macro", "weighted"))]
     width = max(len(name) for name, _ in rows)
     head = f"{'':{width}}  precision  recall      F1  support"
@@ -135,9 +135,9 @@ def metrics_table(result: dict[str, Any]) -> list[str]:
 
 
 def translation(predictions: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> dict[str, Any]:
-    """Corpus BLEU and chrF by sacrebleu, each with the signature that a paper must print.
+    """Corpus BLEU and chrF by sacrebleu, with its signatures, which papers print.
 
-    tokenize: sacrebleu's: "13a" for languages with spaces, "zh", "ja-mecab", "char", ...
+    tokenize: of sacrebleu: "13a" for languages with spaces, "zh", "ja-mecab", "char", ...
     Returns: {"bleu", "chrf", "bleu_signature", "chrf_signature"}.
     """
     import sacrebleu

@@ -1,6 +1,6 @@
-"""Corrupted text, from which a model learns to restore it: masked tokens, hidden spans, infilling.
+"""Corruptions of text, for models that learn to restore the text: masked tokens, hidden spans, infilling.
 
-The corruptions are functions of ids and a NumPy Generator; a `Noise` makes the rows of a task with them.
+The corruptions are functions of ids and a NumPy Generator. A `Noise` uses them to make the rows of a task.
 """
 
 import itertools
@@ -12,19 +12,19 @@ from jaxtyping import Bool, Int
 
 from nanoflax.tokenizers import prefix_and_suffix
 
-SENTINELS = 100  # as many as T5 has
+SENTINELS = 100  # the number in T5
 
 
 # Tokens that stand for hidden text.
 
 
 class TokenizerWithSentinels:
-    """A tokenizer with a mask and sentinels: its own (BERT's [MASK], T5's <extra_id_0> to _99), or ids beyond its
-    vocabulary, for which the model then needs embeddings.
+    """A tokenizer with a mask and sentinels: its own (BERT's [MASK], T5's <extra_id_0> to _99), or new ids after its
+    vocabulary, for which the model needs embeddings.
 
-    Attributes: mask_id; sentinels, ids in the order of the spans that they stand for, descending; ordinary, the ids
+    Attributes: mask_id; sentinels, the id for the first span, the second and so on, descending; ordinary, the ids
     of the tokenizer that are not special tokens; vocab_size and special, which include the mask and the sentinels.
-    All other attributes are the tokenizer's, files and fingerprint too.
+    All other attributes, files and fingerprint too, are those of the tokenizer.
     """
 
     def __init__(self, tokenizer: Any, sentinels: bool = False) -> None:
@@ -53,10 +53,10 @@ class TokenizerWithSentinels:
         return getattr(self._tokenizer, name)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text, with the names of the mask and the sentinels."""
+        """The text. A mask or sentinel becomes its name, such as "<mask>"."""
         return "".join(
-            "".join(self._names[i] for i in run) if marks else self._tokenizer.decode(list(run))
-            for marks, run in itertools.groupby(map(int, ids), key=self._names.__contains__)
+            "".join(self._names[i] for i in run) if has_names else self._tokenizer.decode(list(run))
+            for has_names, run in itertools.groupby(map(int, ids), key=self._names.__contains__)
         )
 
 
@@ -66,23 +66,24 @@ class TokenizerWithSentinels:
 def mask_tokens(
     ids: Int[np.ndarray, " T"], rng: np.random.Generator, rate: float, mask_id: int, ordinary: Int[np.ndarray, " V"]
 ) -> tuple[Int[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
-    """BERT's noise (Devlin et al. 2019, section 3.1): the model must guess a share `rate` of the tokens, at least
-    one; of these 80% become mask_id, 10% a random token, and 10% do not change.
+    """BERT's noise (Devlin et al. 2019, section 3.1): a share `rate` of the tokens is chosen, at least one. Of the
+    chosen tokens 80% become mask_id, 10% a random token, and 10% do not change.
 
-    ordinary: ascending ids; only these are guessed and drawn at random. Returns: ids, and which tokens to guess.
+    ordinary: ascending ids; only these are chosen and used as random tokens. Returns: the new ids, and a mask of the
+    chosen tokens, which the model must predict.
     """
     places = np.flatnonzero(np.isin(ids, ordinary))
     number = min(len(places), max(1, round(rate * len(places))))
     chosen = rng.choice(places, number, replace=False)
-    fate, noisy = rng.random(number), ids.copy()
-    noisy[chosen[fate < 0.8]] = mask_id
-    redrawn = chosen[fate >= 0.9]
-    noisy[redrawn] = rng.choice(ordinary, len(redrawn))
+    u, noisy = rng.random(number), ids.copy()
+    noisy[chosen[u < 0.8]] = mask_id
+    randomized = chosen[u >= 0.9]
+    noisy[randomized] = rng.choice(ordinary, len(randomized))
     return noisy, np.isin(np.arange(len(ids)), chosen)
 
 
 def span_sizes(n: int, rate: float, mean_span: float) -> tuple[int, int]:
-    """How many of n tokens span corruption hides, and in how many spans."""
+    """(number of hidden tokens, number of spans) of span corruption on n tokens."""
     hidden = min(max(round(n * rate), 1), n - 1)
     return (hidden, min(max(round(hidden / mean_span), 1), hidden, n - hidden)) if n > 1 else (0, 0)
 
@@ -90,11 +91,11 @@ def span_sizes(n: int, rate: float, mean_span: float) -> tuple[int, int]:
 def span_corruption(
     ids: Int[np.ndarray, " n"], rng: np.random.Generator, rate: float, mean_span: float, sentinels: Sequence[int]
 ) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " T"]]:
-    """T5's noise (Raffel et al. 2020, section 3.1.4): in the source a sentinel replaces each hidden span; the target
-    is the sentinels, each before the span that it hides.
+    """T5's noise (Raffel et al. 2020, section 3.1.4): in the source a sentinel replaces each hidden span. The target
+    has each sentinel, followed by the tokens of its span.
 
-    The spans are those of T5's random_spans_noise_mask: the hidden tokens and the others are cut at random into
-    equally many pieces, which alternate, so that a text begins with visible tokens. Returns: source, target.
+    As in T5's random_spans_noise_mask, the visible and the hidden tokens are cut at random places into the same
+    number of pieces, which alternate; a text begins with visible tokens. Returns: source, target.
     """
     hidden, spans = span_sizes(len(ids), rate, mean_span)
     if not spans:
@@ -106,9 +107,9 @@ def span_corruption(
     lengths = np.stack([cut(len(ids) - hidden), cut(hidden)], axis=1).reshape(-1)
     pieces = np.split(ids, np.cumsum(lengths)[:-1])
     source, target = [], []
-    for mark, seen, unseen in zip(sentinels[:spans], pieces[::2], pieces[1::2], strict=True):
-        source += [*seen, mark]
-        target += [mark, *unseen]
+    for sentinel, visible, span in zip(sentinels[:spans], pieces[::2], pieces[1::2], strict=True):
+        source += [*visible, sentinel]
+        target += [sentinel, *span]
     return np.asarray(source, np.int32), np.asarray(target, np.int32)
 
 
@@ -126,14 +127,14 @@ def infilling(
     masks = np.isin(np.arange(slots), rng.choice(slots, len(lengths), replace=False))
     steps = np.ones(slots, int)
     steps[masks] = rng.permutation(lengths)
-    at = np.minimum(np.cumsum(steps) - steps, len(ids) - 1)  # the token before which each slot is
+    at = np.minimum(np.cumsum(steps) - steps, len(ids) - 1)  # for each slot, the position of its token
     return np.where(masks, mask_id, ids[at]).astype(np.int32)
 
 
 def permuted_sentences(
     ids: Int[np.ndarray, " n"], rng: np.random.Generator, closing: Sequence[int]
 ) -> Int[np.ndarray, " n"]:
-    """The sentences in random order (Lewis et al. 2020). closing: ids that end a sentence."""
+    """The ids with their sentences in random order (Lewis et al. 2020). closing: ids that end a sentence."""
     after = np.flatnonzero(np.isin(ids[:-1], closing)) + 1
     sentences = np.split(ids, after)
     return np.concatenate([sentences[i] for i in rng.permutation(len(sentences))])
@@ -143,14 +144,14 @@ def permuted_sentences(
 
 
 class Noise:
-    """noise(ids, rng) -> a row of Rows, made of a text as a MaskedLM or Denoise task says.
+    """noise(ids, rng) corrupts a text and returns a row of Rows, for a MaskedLM or Denoise task.
 
-    This base class changes nothing: the target is the source, as for an autoencoder.
-    ids: a text without special tokens, of at most `max_ids` tokens. target_length: the longest targets of a row,
-    with their special tokens.
+    This base class corrupts nothing: the target equals the source, as for an autoencoder.
+    ids: a text without special tokens, of at most `max_ids` tokens. target_length: the largest length of the targets
+    of a row, with special tokens.
     """
 
-    default_rate = 0.15  # share of the tokens, where task.noise_rate is None
+    default_rate = 0.15  # share of the tokens, if task.noise_rate is None
 
     def __init__(self, task: Any, tokenizer: Any) -> None:
         """tokenizer: as `prepare` returns it."""
@@ -167,11 +168,11 @@ class Noise:
         return tokenizer
 
     def limits(self) -> tuple[int, int]:
-        """The longest source and target, with special tokens."""
+        """The largest lengths of source and target, with special tokens."""
         return self.task.length, self.task.target_length
 
     def _max_ids(self, source: int, target: int) -> int:
-        """The longest text whose source and target, without special tokens, are not longer than these."""
+        """The largest length of a text whose source and target fit these lengths, all without special tokens."""
         return min(source, target)
 
     def _framed(self, ids: Iterable[int]) -> Int[np.ndarray, " T"]:

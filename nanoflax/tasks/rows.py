@@ -1,6 +1,6 @@
-"""Rows of token ids to batches with padding to a few lengths.
+"""Makes padded batches from rows of token ids. Lengths are rounded up, so that few shapes are compiled.
 
-examples --encode--> Rows --> ExampleBatches[step] (shuffled, without end) or evaluation_batches (once)
+examples --encode--> Rows --> ExampleBatches[step] (shuffled, endless) or evaluation_batches (once)
 """
 
 import dataclasses
@@ -12,22 +12,22 @@ from jaxtyping import Bool, Float, Int
 from nanoflax.generate import bucket
 from nanoflax.tasks.noise import Noise
 
-SHORTEST = 16  # the smallest length that batches are padded to
+SHORTEST = 16  # the smallest padded length of a batch
 Row = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Encoded examples, one dict of arrays each, and how they become a batch. See `encode`."""
+    """Encoded examples, one dict of arrays each, and the settings of their batches. See `encode`."""
 
     rows: list[Row]
     examples: list  # the example of each row
     pad_id: int
-    length: int  # the most tokens of a source or text
+    length: int  # the largest number of tokens in a source or text
     target_length: int
-    noise: Noise | None = None  # makes the rows, which hold only a text
-    ends: tuple[int, int] = (0, 0)  # how many ids at the start and end of a source or text `shifted` keeps in place
-    class_weights: Float[np.ndarray, " labels"] | None = None  # factors of the weights, by class
+    noise: Noise | None = None  # for rows that contain only a text; see `with_noise`
+    ends: tuple[int, int] = (0, 0)  # numbers of ids at the start and end of a source or text that `shifted` keeps
+    class_weights: Float[np.ndarray, " labels"] | None = None  # a factor for the weights of each class
     multi_label: bool = False  # a text may have several classes, or none
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class Rows:
         return dataclasses.replace(self, rows=rows, examples=[self.examples[i] for i, _ in draws], noise=None)
 
     def lengths(self, indices: Sequence[int]) -> dict[str, int]:
-        """The lengths that a batch of these rows is padded to, by the name of the tokens."""
+        """The padded lengths of a batch of these rows: {"tokens", "source" or "targets": length}."""
         limits = {"tokens": self.length, "source": self.length, "targets": self.target_length}
         rows = [self.rows[i] for i in indices if i < len(self)]
         return {
@@ -58,16 +58,16 @@ class Rows:
         }
 
     def batch(self, indices: Sequence[int], lengths: dict[str, int] | None = None) -> dict[str, np.ndarray]:
-        """The rows with these numbers [B] as arrays; a number past the end gives padding alone.
+        """A batch of the rows with these numbers [B]. A number after the last row gives only padding.
 
         Classification: tokens [B, T] int32, padding_mask [B, T] bool (True for real tokens), label [B] int32 (of
         multi-label rows [B, labels] float32, 0 or 1), weights [B] float32.
         Tagging: tokens, padding_mask, tags [B, T] int32, weights [B, T] float32.
         Pair: source [B, S] int32, source_mask [B, S] bool, targets [B, T] int32, weights [B, T] float32.
         Chat and Text: first [B] int32, the token before the targets [B, T] int32, and weights [B, T] float32.
-        Noise: of Masking tokens, padding_mask, targets [B, T] and weights [B, T]; other noise as a Pair.
-        Rows without a label have no label, tags or targets. Weights are 0 for padding.
-        lengths: what to pad to, by name; default `self.lengths(indices)`.
+        Masking noise: tokens, padding_mask, targets [B, T] and weights [B, T]. Other noise: the same as Pair.
+        Batches for prediction have no label, tags or targets. Weights are 0 for padding.
+        lengths: the padded lengths by name; default `self.lengths(indices)`.
         """
         lengths = lengths or self.lengths(indices)
         empty = {
@@ -108,10 +108,10 @@ class Rows:
     def shifted(
         self, max_shift: int, probability: float, seed: tuple[int, ...], indices: Sequence[int] | None = None
     ) -> "Rows":
-        """Rows (these `indices`, default all), each with `random_shift` in its source or text at this probability.
+        """The rows `indices` (default: all). With this probability, `random_shift` changes the source or text of a row.
 
-        Deterministic in (*seed, row number). The target of a source does not change. The targets of a text are its
-        shifted tokens; inserted tokens have weight 0.
+        Deterministic in (*seed, row number). If a row has a source, its target does not change. The targets of a text
+        are its shifted tokens; inserted tokens have weight 0.
         """
         indices = range(len(self)) if indices is None else indices
         name = "source" if "source" in self.rows[0] else "targets"
@@ -137,10 +137,10 @@ class Rows:
 def random_shift(
     n: int, max_shift: int, rng: np.random.Generator
 ) -> tuple[Int[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
-    """One of three changes of n tokens, by 1 to max_shift tokens: random tokens of the text are copied to one place,
-    a window is dropped (never all tokens), or all tokens are rotated, in either direction.
+    """A random shift of n tokens by 1 to max_shift: random tokens of the text are inserted at one place, or successive
+    tokens are dropped (never all), or the tokens are rotated to the left or right.
 
-    Returns: for each token afterwards its position before, and whether it was inserted.
+    Returns: for each token of the result, its position in the text, and whether it was inserted.
     """
     origins, inserted = np.arange(n), np.zeros(n, bool)
     shift, change = rng.integers(1, max_shift + 1), rng.integers(3)

@@ -1,9 +1,9 @@
-"""Where the examples of a task come from: a source named by one string, and its records with their places.
+"""Sources of task examples, each named by one string; their records, with file and line.
 
-A source is jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, or one that needs no download
-(tasks.builtin): dates:en-fr, pytags, pymodules, pychats, bible:kjv-web. Files may be .gz. Texts also come from pydocs
-and text:GLOB (data.Source), and from both sides of pairs. Each kind of examples has its fields, as keys of a JSON line
-or as TSV columns:
+A source is jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, or built in (tasks.builtin):
+dates:en-fr, pytags, pymodules, pychats, bible:kjv-web. Files may be .gz. Sources of Text are also pydocs, text:GLOB
+(data.Source), and sources of Pair, of which both sides are read. The fields of each kind of example are keys of a JSON
+line or columns of a TSV file:
 
     Classification   text, and label (one) or labels (several, or none)
     Tagging          tokens, tags (O, B-TYPE, I-TYPE)
@@ -40,7 +40,7 @@ HELP = (
     "dates:en-fr, pytags, pymodules, pychats, bible:kjv-web, or for texts pydocs or text:GLOB"
 )
 
-# Features of well-known TFDS data sets; translations name their two languages in the names of their configs.
+# Features of some TFDS data sets. Translation data sets need no entry: their config name contains the two languages.
 DATASETS = {
     "glue/sst2": {"text": "sentence"},
     "conll2003": {"tags": "ner"},
@@ -52,19 +52,19 @@ Records = Iterable[tuple[str, dict[str, Any]]]  # (place, {field: value})
 
 @dataclasses.dataclass(frozen=True)
 class TaskSource:
-    """Where examples come from, how they split and how they are cleaned.
+    """A source of examples, its splits, and the settings of cleaning.
 
     name: see the docstring of this module.
-    validation: another source, which is then the validation split. Otherwise it is the data's own split (TFDS:
-      validation, or else test); otherwise each example whose input hashes under `validation_fraction`, so that no
-      input is in both splits.
+    validation: another source, for the validation split. If empty, the data's own split (TFDS: validation, or else
+      test). Without such a split, examples chosen by the hash of their input, with probability `validation_fraction`;
+      no input is in both splits.
     data_dir: of TFDS.
-    fields: what the file calls our fields, as "text=sentence,label=stars"; for CoNLL the numbers of the columns from
-      0, as "tokens=1,tags=3" (by default the first and the last).
-    unicode: NFC, NFKC, or "" to leave characters as they are.
-    whitespace: "trim" it at the ends of lines and text, "collapse" each run to one space, or "".
-    keep_duplicates: exact duplicates of an example stay in the training data.
-    limit: examples read of a split, 0 for all: they are held in memory.
+    fields: the names of our fields in the file, as "text=sentence,label=stars"; for CoNLL the column numbers from 0,
+      as "tokens=1,tags=3" (default: the first and the last column).
+    unicode: NFC, NFKC, or "" for no change.
+    whitespace: "trim" (at the ends of lines and text), "collapse" (each run to one space), or "" for no change.
+    keep_duplicates: keep exact duplicates in the training data.
+    limit: the largest number of examples from a split, because they are kept in memory; 0: all.
     """
 
     name: str
@@ -88,28 +88,28 @@ class TaskSource:
         self.renamed_fields()
 
     def read_as(self, name: str) -> "TaskSource":
-        """Another source, read and cleaned in the same way."""
+        """Another source with the same settings."""
         return dataclasses.replace(self, name=name, validation="")
 
     def clean(self, text: str, place: str, report: DataReport) -> str:
-        """The cleaned text; each step that changes it is counted in the report."""
+        """The cleaned text. The report counts each step that changes the text."""
         return data.clean(text, data.cleaning_steps(self.unicode, self.whitespace), place, report)
 
     def renamed_fields(self, kind: type | None = None) -> dict[str, str]:
-        """The option `fields` as {our name: the file's}; with a kind, refuses names that are not its fields."""
+        """The option `fields` as {our name: name in the file}. Raises: UserError for a name that is not of `kind`."""
         pairs = [pair.strip().split("=") for pair in self.fields.split(",")] if self.fields else []
         if not all(len(pair) == 2 and all(pair) for pair in pairs):
-            raise UserError(f"fields {self.fields!r}: write our names and the file's, as in text=sentence,label=stars")
+            raise UserError(f"fields {self.fields!r}: write OURS=THEIRS,..., as in text=sentence,label=stars")
         ours = _field_names(kind) if kind else ()
         if kind and (unknown := [name for name, _ in pairs if name not in ours]):
             raise UserError(
-                f"fields {self.fields!r}: {unknown[0]!r} is none of our names, which are {', '.join(ours)} here"
+                f"fields {self.fields!r}: {unknown[0]!r} is not a field of these examples, which have {', '.join(ours)}"
             )
         return dict(pairs)
 
 
 def examples_of(config: ExampleData, name: str | None = None) -> TaskSource:
-    """The TaskSource of an ExampleData; with `name`, all of that source, read and cleaned in the same way."""
+    """The TaskSource of an ExampleData. name: another source, read completely, with the same settings."""
     return TaskSource(
         name or config.train,
         "" if name else config.validation,
@@ -126,9 +126,9 @@ def examples_of(config: ExampleData, name: str | None = None) -> TaskSource:
 
 
 def records(source: TaskSource, kind: type, report: DataReport, split: str | None = None) -> Mapping[str, Records]:
-    """{"train": records} and perhaps "validation".
+    """{"train": records}, and "validation" if the source has this split.
 
-    split: train, validation, test or all, to read that instead of the two splits for training.
+    split: train, validation, test or all: read only this, instead of the two splits for training.
     """
     scheme, _, rest = source.name.partition(":")
     if kind is Text and (source.name == "pydocs" or scheme == "text"):
@@ -155,7 +155,7 @@ def records(source: TaskSource, kind: type, report: DataReport, split: str | Non
 
 
 def _documents(source: TaskSource, report: DataReport, split: str | None) -> dict[str, Records]:
-    """The splits of a data.Source, as pretraining makes them."""
+    """The splits of a data.Source, the same as in pretraining."""
     field = source.renamed_fields().get("text", "text")
     texts = data.Source(source.name, field, validation_fraction=source.validation_fraction)
 
@@ -167,15 +167,16 @@ def _documents(source: TaskSource, report: DataReport, split: str | None) -> dic
         return {split: read(split, report)}
     if source.validation:
         return {"train": read("all", report)}
-    return {"train": read("train", report), "validation": read("validation", DataReport())}  # counted once
+    # The second report is not used: both splits read the same files, and problems are counted once.
+    return {"train": read("train", report), "validation": read("validation", DataReport())}
 
 
 def _split_pairs(source: TaskSource, pairs: Records) -> Mapping[str, Records]:
-    """Pairs by the hash of their sources, as translate splits them: denoising trains on no target that translation
-    is measured by."""
+    """Splits pairs by the hash of their sources, as translate does, so that denoising does not train on targets of
+    the validation split of translate."""
     splits = {"train": [], "validation": []}
     for place, record in pairs:
-        text = source.clean(record["source"], place, DataReport())  # counted when the example is made
+        text = source.clean(record["source"], place, DataReport())  # problems are counted later
         held_out = is_held_out(repr(text), source.validation_fraction)
         splits["validation" if held_out else "train"].append((place, record))
     return splits
@@ -191,7 +192,7 @@ def _field_names(kind: type) -> tuple[str, ...]:
 
 
 def _missing(kind: type, found: Iterable[str]) -> list[str]:
-    """The fields of a kind that are not among those found; `labels` stands for `label`."""
+    """The fields of a kind that are not in `found`; `labels` may replace `label`."""
     return [name for name in kind.fields if name not in found and not (name == "label" and "labels" in found)]
 
 
@@ -207,11 +208,11 @@ def _jsonl(source: TaskSource, path: str, kind: type, report: DataReport) -> Rec
             if isinstance(value, dict):
                 yield place, {name: value.get(renamed.get(name, name)) for name in _field_names(kind)}
             else:
-                report.add("JSON lines that are no object, left out", place)
+                report.add("JSON lines that are not objects, left out", place)
 
 
 def _tsv(source: TaskSource, path: str, kind: type, report: DataReport) -> Records:
-    """Columns by a header if the first line names one of them, else in the order of the kind's fields."""
+    """The first line is a header if it names a field. Without a header, columns are in the order of the fields."""
     if kind is Chat:
         raise UserError(f"{path}: a TSV file cannot hold messages; write them as JSON lines")
     renamed, columns, width = source.renamed_fields(kind), {}, 0
@@ -237,7 +238,7 @@ def _tsv(source: TaskSource, path: str, kind: type, report: DataReport) -> Recor
 
 
 def _tsv_header(place: str, cells: list[str], kind: type, renamed: dict[str, str]) -> dict[str, int]:
-    """{our name: column} of a header; {} if the line is none."""
+    """{our name: column number} from a header; {} if the line is not a header."""
     names = {renamed.get(name, name): name for name in _field_names(kind)}
     columns = {names[cell]: i for i, cell in enumerate(cells) if cell in names}
     if not (renamed or columns):
@@ -251,13 +252,13 @@ def _tsv_header(place: str, cells: list[str], kind: type, renamed: dict[str, str
 
 
 def _conll(source: TaskSource, path: str, kind: type, report: DataReport) -> Records:
-    """Sentences between empty lines: on each line a word, other columns, and its tag, between blanks."""
+    """Each line has a word, other columns and a tag, with spaces between. Empty lines separate sentences."""
     renamed, width = source.renamed_fields(kind), 0
     try:
         word, tag = int(renamed.get("tokens", 0)), int(renamed.get("tags", -1))
     except ValueError as error:
         raise UserError(
-            f"fields {source.fields!r}: of a CoNLL file give numbers of columns, as in tokens=0,tags=3"
+            f"fields {source.fields!r}: for a CoNLL file, give column numbers, as in tokens=0,tags=3"
         ) from error
     rows, malformed = [], False
     for place, line in itertools.chain(_lines(path, report), [("", "")]):
@@ -288,8 +289,8 @@ def _pairs(source: TaskSource, paths: str, kind: type, report: DataReport) -> Re
     sides = [list(_lines(path, report)) for path in names]
     if len(sides[0]) != len(sides[1]):
         raise UserError(
-            f"{source.name}: {names[0]} has {len(sides[0])} lines and {names[1]} {len(sides[1])}; line for line they "
-            "must be the same"
+            f"{source.name}: {names[0]} has {len(sides[0])} lines and {names[1]} {len(sides[1])}; the numbers must be "
+            "equal"
         )
     for (place, text), (_, other) in zip(*sides, strict=True):
         yield place, {"source": text, "target": other}
@@ -321,7 +322,7 @@ def _dataset(source: TaskSource, name: str, kind: type, report: DataReport, only
 
 
 def _dataset_fields(source: TaskSource, builder: Any, kind: type) -> dict[str, str]:
-    """{our name: the feature}, by equal names, by DATASETS, and by the option `fields`."""
+    """{our name: name of the feature}, from equal names, from DATASETS, and from the option `fields`."""
     import tensorflow_datasets as tfds
 
     features, config = builder.info.features, builder.builder_config
@@ -341,7 +342,7 @@ def _dataset_fields(source: TaskSource, builder: Any, kind: type) -> dict[str, s
 
 
 def _value(raw: Any, feature: Any, place: str, report: DataReport) -> Any:
-    """A value of TFDS as Python's own; the names of class labels, None for a hidden label (-1)."""
+    """A TFDS value as a Python value. A class label becomes its name; a hidden label (-1) becomes None."""
     if isinstance(raw, (list, tuple)) or getattr(raw, "ndim", 0):
         return [_value(item, getattr(feature, "feature", feature), place, report) for item in raw]
     if hasattr(feature, "int2str"):  # a ClassLabel

@@ -1,4 +1,4 @@
-"""The table of tasks: everything that depends on `config.task.kind` is a field of its row.
+"""The table of tasks: everything that depends on `config.task.kind` is in the row of this kind.
 
 task = TASKS["classify"]
 rows = encode_for_task(examples, config, tokenizer, labels)
@@ -21,42 +21,42 @@ from nanoflax.tasks.noise import DENOISING, Masking, Noise
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """A row of TASKS. An `evaluator` is a tasks.Evaluator; `number` counts its first rows."""
+    """A row of TASKS. `evaluator` is a tasks.Evaluator, `number` means its first rows, `task` is a configuration."""
 
-    examples: type  # the kind of its examples, of tasks.kinds
+    examples: type  # the kind of example, from tasks.kinds
     unlabelled: Callable[[str, str], Any]  # (text, place) -> an example without its label, for prediction
-    architectures: tuple[str, ...]  # of the models that can learn it
-    head: str = ""  # the model head that it trains; empty keeps the head of the model
-    has_labels: bool = False  # the training data name its classes, which labels.json keeps
-    length_fields: tuple[str, ...] = ("length",)  # fields of its configuration that limit the tokens of a row
-    noise: Callable[[Any], type[Noise]] | None = None  # task configuration -> how its texts are corrupted
-    objective: Callable  # of nanoflax.train, over the batches of Rows
-    metrics: tuple[str, ...] = ("perplexity",)  # names of the figures that an evaluation finds beside validation_loss
+    architectures: tuple[str, ...]  # architectures that can learn the task
+    head: str = ""  # the head of the model; empty: the head does not change
+    has_labels: bool = False  # the classes come from the training data and are saved in labels.json
+    length_fields: tuple[str, ...] = ("length",)  # fields of the configuration that limit the tokens of a row
+    noise: Callable[[Any], type[Noise]] | None = None  # task -> the class that corrupts its texts
+    objective: Callable  # from nanoflax.train, for the batches of Rows
+    metrics: tuple[str, ...] = ("perplexity",)  # metrics of an evaluation besides validation_loss
     token_accuracy: str = ""  # name of the token-accuracy metric; empty if not reported
-    predict: Callable | None = None  # (evaluator, params, number) -> a prediction for each row, not from its label
-    # (evaluator, params, number) -> what to tell of each row: {class: probability}, (word, tag) pairs, or a text
+    predict: Callable | None = None  # (evaluator, params, number) -> a prediction for each row
+    # (evaluator, params, number) -> the result to show for each row: {class: probability}, (word, tag) pairs, or a text
     describe: Callable | None = None
-    show: Callable[[Any], str] = str  # what `describe` tells of a row -> lines of text
-    score: Callable | None = None  # (predictions, examples, task configuration) -> (numbers, report)
-    scores_table: Callable[[dict], list[str]] | None = None  # report -> lines for people
-    # (tokenizer, text, is_source) -> the ids that generation continues. Without it, `describe` answers a prompt.
+    show: Callable[[Any], str] = str  # a result of `describe` -> lines of text
+    score: Callable | None = None  # (predictions, examples, task) -> (numbers, report)
+    scores_table: Callable[[dict], list[str]] | None = None  # report -> lines of a readable table
+    # (tokenizer, text, is_source) -> the ids of a prompt for generation. If None, `describe` answers prompts.
     prompt: Callable[..., list[int]] | None = None
-    generation: Callable[[Any], dict] = lambda task: {}  # task configuration -> default options of the generation
-    needs_prompt: bool = True  # an empty prompt has no answer
-    plots_alignment: bool = False  # a run ends with a picture of the attention between source and target
+    generation: Callable[[Any], dict] = lambda task: {}  # task -> default settings of generation
+    needs_prompt: bool = True  # an empty prompt is an error
+    plots_alignment: bool = False  # a run ends with a plot of the attention between source and target
 
 
 # Predictions.
 
 
 def class_probabilities(evaluator: Any, params: Any, number: int) -> Float[np.ndarray, "number classes"]:
-    """Softmax, or the sigmoid of each class where a text may have several."""
+    """The softmax of the logits, or their sigmoid if a text may have several classes."""
     logits = np.array([row for row, _ in evaluator.logits(params, number)])
     return np.asarray(jax.nn.sigmoid(logits) if evaluator.rows.multi_label else jax.nn.softmax(logits))
 
 
 def predict_classes(evaluator: Any, params: Any, number: int) -> list[tuple[str, ...]]:
-    """A tuple of class names for each text: the most probable one, or of several all above 0.5."""
+    """A tuple of class names for each text: the most probable one, or with multi_label all above 0.5."""
     names, found = evaluator.labels, class_probabilities(evaluator, params, number)
     if evaluator.rows.multi_label:
         return [tuple(name for name, p in zip(names, row, strict=True) if p > 0.5) for row in found]
@@ -94,7 +94,7 @@ def generate_targets(evaluator: Any, params: Any, number: int) -> list[str]:
     sources, found = [row["source"].tolist() for row in evaluator.rows.rows[:number]], []
     for i in range(0, number, B):
         part = sources[i : i + B]
-        part += [part[-1]] * (B - len(part))  # a full last batch needs no second compilation
+        part += [part[-1]] * (B - len(part))  # the last batch has the same shape, so nothing is compiled again
         new = (
             generate.beam_search(evaluator.model, params, part, task.beams, **options)
             if task.beams > 1
@@ -106,7 +106,7 @@ def generate_targets(evaluator: Any, params: Any, number: int) -> list[str]:
 
 
 def fill_masks(evaluator: Any, params: Any, number: int) -> list[str]:
-    """Each text with the model's guesses, between ⟦ and ⟧, at its masked tokens."""
+    """Each text, with the model's predictions for masked tokens between ⟦ and ⟧."""
     found = []
     for batch in evaluator.batches(number):
         tokens, guesses, weights, real = map(
@@ -252,11 +252,11 @@ TASKS = {
 }
 
 
-# What the table decides for a task configuration.
+# Values from the table for a task configuration.
 
 
 def length_limits(task: Any) -> dict[str, int]:
-    """{"task.length": tokens, ...}: how long the rows of a task configuration may be."""
+    """{"task.length": tokens, ...}: the largest lengths of rows for a task configuration."""
     return {f"task.{name}": getattr(task, name) for name in TASKS[task.kind].length_fields}
 
 

@@ -278,7 +278,7 @@ def test_a_field_that_is_not_ours_is_named(tmp_path):
         ("jsonl", Text, "txt=b", "text"),
         ("conll", Tagging, "tags=1,token=0", "tokens, tags"),
     ):
-        with pytest.raises(UserError, match=f"is none of our names, which are {ours} here"):
+        with pytest.raises(UserError, match=f"is not a field of these examples, which have {ours}"):
             tasks.load(TaskSource(f"{name}:{tmp_path}/x", fields=fields), kind)
 
 
@@ -359,7 +359,7 @@ def test_duplicates_and_shared_inputs_are_counted(tmp_path):
     assert [e.text for e in data.validation] == ["b", "c", "c"], "others' figures are of them all"
     assert data.report.lines() == [
         f"exact duplicates, left out: 1 ({tmp_path}/t.jsonl:3)",
-        f"validation examples whose input is in the training data too, kept: 1 ({tmp_path}/d.jsonl:1)",
+        f"validation examples that are also training inputs, kept: 1 ({tmp_path}/d.jsonl:1)",
     ]
     data = tasks.load(TaskSource(train, validation=dev, keep_duplicates=True, limit=1), Text)
     assert (len(data.train), len(data.validation)) == (1, 1)
@@ -625,7 +625,7 @@ def test_pymodules_has_ten_classes_and_no_shared_docstring():
     assert (
         len(data.train) > 1200
         and len(data.validation) > 300
-        and not data.report.counts["validation examples whose input is in the training data too, kept"]
+        and not data.report.counts["validation examples that are also training inputs, kept"]
     )
     for label in data.labels:
         assert sum(e.labels == (label,) for e in data.validation) >= 10

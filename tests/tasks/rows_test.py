@@ -267,7 +267,7 @@ def test_rows_hold_what_the_examples_say():
         "abc012",
         report=report,
     )
-    assert len(one) == 2 and "without just one label, left out: 2 (, f:9)" in report.lines()[-1]
+    assert len(one) == 2 and "without exactly one label, left out: 2 (, f:9)" in report.lines()[-1]
 
 
 def test_a_text_begins_after_its_first_token_and_a_chat_with_it(both):
