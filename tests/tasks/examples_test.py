@@ -121,7 +121,7 @@ def test_conll_columns(tmp_path):
     assert [e.place for e in found] == [f"{path}:3", f"{path}:6"]
     found, _ = read(TaskSource(f"conll:{path}", fields="tokens=1,tags=3"), Tagging)
     assert found[0].tokens == ("NNP", "VBZ")
-    with pytest.raises(UserError, match="numbers of columns"):
+    with pytest.raises(UserError, match="column numbers"):
         read(TaskSource(f"conll:{path}", fields="tags=ner"), Tagging)
     with pytest.raises(UserError, match="tags=7.*x.conll:3 has 4 columns"):
         read(TaskSource(f"conll:{path}", fields="tags=7"), Tagging)
