@@ -4,7 +4,7 @@ import contextlib
 import functools
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -66,7 +66,7 @@ class Batches:
         return self.windows.batch(self.indices(step))
 
     def describe(self, step: int) -> list[tuple[int, int, int]]:
-        """The (window, first document, last document) of each row of a step, for all processes, to report a bad batch."""
+        """The (window, first document, last document) of each row of a step, to report a bad batch."""
         found, windows = [], self.windows
         for i in Batches(windows, self.batch_size, self.seed, self.shuffle).indices(step):
             last = min((i + 1) * windows.length, windows.store.n_tokens) - 1
@@ -86,7 +86,7 @@ def evaluation_batches(
         yield windows.batch(start + rows)
 
 
-def prefetch(iterator: Iterable[Item], n: int = 2) -> Iterator[Item]:
+def prefetch(iterator: Iterable[Item], n: int = 2) -> Generator[Item, None, None]:
     """Yields the items of `iterator`. A thread reads up to n items ahead; its exceptions are raised here."""
     items, closed = queue.Queue(n), threading.Event()  # of (item, exception)
 

@@ -1,25 +1,30 @@
-"""Generation: prefill, a scanned decode loop, and the filters that choose a token.
+"""Sampling: prefill, a scanned decode loop, and the filters that choose a token.
 
-Everything the loop carries is one value, `Generation`. Prompts of a batch are padded on the left to
-a length bucket, so all rows write the same cache slot and one compilation serves every prompt of a
-bucket.
+The state of the loop is one value, `Generation`. The prompts of a batch are padded on the left to a
+bucket of lengths, so all rows write the same cache slot, and one compilation serves the bucket.
 """
 
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
+from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
+from nanoflax.nn import Array, LanguageModel
+
+Prompts = Sequence[Sequence[int]]  # token ids, of any lengths; of a model with a source, the sources
 
 
 class Filters(NamedTuple):
-    """How the next token is drawn; None leaves a filter out. Plain numbers or traced scalars."""
+    """How the next token is drawn: numbers or traced scalars; None for no such filter."""
 
     temperature: Any = 1.0  # None is greedy
     top_k: Any = None  # Fan et al. 2018
@@ -31,33 +36,33 @@ class Filters(NamedTuple):
 class Generation(NamedTuple):
     """The state between two tokens."""
 
-    cache: Any
-    token: jax.Array  # [B] int32, not yet in the cache
-    done: jax.Array  # [B] bool: the row has met its end of sequence
-    seen: Any  # [B, V] bool for the repetition penalty, else None
+    cache: dict
+    token: Int[Array, " B"]  # not yet in the cache
+    done: Bool[Array, " B"]  # the row has reached its end of sequence
+    used: Bool[Array, "B V"] | None  # the tokens with a repetition penalty, if there is one
     rng: jax.Array
 
 
-def bucket(n, least=16):
+def bucket(n: int, least: int = 16) -> int:
     """The padded length of a prompt of n tokens: the next power of two, at least `least`."""
     return max(least, 1 << (n - 1).bit_length())
 
 
-def choose(logits, rng, filters, seen=None):
-    """The next token of each row. logits: [B, V] float32; seen: [B, V] bool. Returns [B] int32.
-
-    In the order of Transformers: repetition penalty, temperature, top-k, top-p, min-p.
-    """
+def choose(
+    logits: Float[Array, "B V"], rng: jax.Array, filters: Filters, used: Bool[Array, "B V"] | None = None
+) -> Int[Array, " B"]:
+    """The next token of each row, with filters in the order of Transformers: repetition penalty,
+    temperature, top-k, top-p, min-p."""
     f = filters
     if f.repetition_penalty is not None:
         penalised = jnp.where(logits > 0, logits / f.repetition_penalty, logits * f.repetition_penalty)
-        logits = jnp.where(seen, penalised, logits)
+        logits = jnp.where(used, penalised, logits)  # type: ignore  # the penalty comes with `used`
     if f.temperature is None:
         return logits.argmax(-1).astype(jnp.int32)
     return jax.random.categorical(rng, filtered(logits, f)).astype(jnp.int32)
 
 
-def filtered(logits, filters):
+def filtered(logits: Float[Array, "B V"], filters: Filters) -> Float[Array, "B V"]:
     """Logits over temperature, with -inf for the tokens that top-k, top-p and min-p exclude."""
     f, out = filters, -jnp.inf
     logits = logits / f.temperature
@@ -78,64 +83,74 @@ def filtered(logits, filters):
     return logits
 
 
-def only_below(vocab_size, logits):
-    """Logits [B, V], -inf from id vocab_size on (a padded vocabulary's); None is V."""
+def only_below(vocab_size: int | None, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """Logits with -inf from id vocab_size on, the padding of a vocabulary; None means V."""
     if vocab_size is None:
         return logits
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
 
-def start(model, params, tokens, lengths, new_tokens, rng, filters):
-    """Read the prompts: tokens [B, P] int32 padded on the left, lengths [B] int32.
-
-    The cache has room for new_tokens. Returns a Generation.
-    """
+def start(
+    model: LanguageModel,
+    params: dict,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    new_tokens: int,
+    rng: jax.Array,
+    filters: Filters,
+) -> Generation:
+    """Read prompts that are padded on the left. The cache has room for new_tokens."""
     B, P = tokens.shape
     token, cache = model.prefill(params, tokens, lengths, new_tokens)
-    seen = None
+    used = None
     if filters.repetition_penalty is not None:
-        seen = jnp.zeros((B, model.config.vocab_size), bool)
+        used = jnp.zeros((B, model.config.vocab_size), bool)
         if model.config.reads_source:  # the prompt may be copied without a penalty
-            seen = seen.at[jnp.arange(B), token].set(True)
+            used = used.at[jnp.arange(B), token].set(True)
         else:
             real = jnp.arange(P)[None] >= P - lengths[:, None]
-            seen = seen.at[jnp.arange(B)[:, None], tokens].max(real)
-    return Generation(cache, token, jnp.zeros(B, bool), seen, rng)
+            used = used.at[jnp.arange(B)[:, None], tokens].max(real)
+    return Generation(cache, token, jnp.zeros(B, bool), used, rng)
 
 
-def advance(model, params, state, filters, steps, eos_id=None, vocab_size=None):
-    """Generate `steps` tokens by a scan. A finished row is frozen: it goes on with eos_id.
-
-    vocab_size: ids from there on (a padded vocabulary's) are never drawn.
-    Returns (Generation, tokens [B, steps] int32).
-    """
+def advance(
+    model: LanguageModel,
+    params: dict,
+    state: Generation,
+    filters: Filters,
+    steps: int,
+    eos_id: int | None = None,
+    vocab_size: int | None = None,
+) -> tuple[Generation, Int[Array, "B steps"]]:
+    """Generate `steps` tokens by a scan. A finished row repeats eos_id. Ids from vocab_size on, the
+    padding of a vocabulary, are never drawn. Returns (the new state, the tokens)."""
 
     def step(state, _):
         logits, cache = model.decode(params, state.token[:, None], state.cache)
         logits = only_below(vocab_size, logits[:, -1])
         rng, key = jax.random.split(state.rng)
-        token, done, seen = choose(logits, key, filters, state.seen), state.done, state.seen
+        token, done, used = choose(logits, key, filters, state.used), state.done, state.used
         if eos_id is not None:
             token = jnp.where(done, eos_id, token)
             done |= token == eos_id
-        if seen is not None:
-            seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-        return Generation(cache, token, done, seen, rng), token
+        if used is not None:
+            used = used.at[jnp.arange(token.shape[0]), token].set(True)
+        return Generation(cache, token, done, used, rng), token
 
     state, tokens = jax.lax.scan(step, state, length=steps)
     return state, tokens.T
 
 
-def untied(model, rows):
-    """The model whose parameters are `decoding_params`."""
+def untied(model: LanguageModel, rows: int) -> LanguageModel:
+    """The model of the parameters that `decoding_params` returns."""
     if rows == 1 or not model.config.tied:
         return model
     return model.clone(config=dataclasses.replace(model.config, tied=False))
 
 
-def decoding_params(model, params, rows):
-    """Parameters as the loop reads them at every token: matrices in the compute dtype, and a tied
-    head as [D, V] besides, which several rows multiply twice as fast on CPU."""
+def decoding_params(model: LanguageModel, params: dict, rows: int) -> dict:
+    """The parameters for the decode loop: matrices in the compute dtype, and for several rows a copy
+    of a tied head as [D, V], whose product is twice as fast on CPU."""
     dtype = model.compute_dtype
     params = jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
     if not model.config.tied or rows == 1:
@@ -144,7 +159,7 @@ def decoding_params(model, params, rows):
 
 
 @functools.cache
-def compiled(function, donate=(), mesh=None):
+def compiled(function: Callable, donate: str | tuple = (), mesh: Any = None) -> Any:
     """jax.jit of a sampling function for parameters on a mesh, with the options of the platform."""
     static = {"model", "rows", "beams", "steps", "new_tokens", "early_stopping", "eos_id", "vocab_size"}
     return jax.jit(
@@ -163,25 +178,24 @@ def _sample(model, params, tokens, lengths, rng, filters, steps, eos_id, vocab_s
 
 
 def sample(
-    model,
-    params,
-    prompts,
-    max_new_tokens=64,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    min_p=None,
-    repetition_penalty=None,
-    rng=None,
-    eos_id=None,
-    vocab_size=None,
-):
+    model: LanguageModel,
+    params: dict,
+    prompts: Prompts,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    rng: jax.Array | None = None,
+    eos_id: int | None = None,
+    vocab_size: int | None = None,
+) -> list[list[int]]:
     """Continue each prompt.
 
-    prompts: a list of lists of token ids, of any lengths; temperature 0 is greedy; rng: a PRNG key
-    (default: key 0); eos_id: a row ends with it; vocab_size: ids from there on are never drawn.
-    Compiled once for a bucket of prompt lengths, batch size and max_new_tokens.
-    Returns a list of lists: the new tokens of each prompt, cut before its eos_id.
+    temperature: 0 is greedy; rng: default key 0; eos_id: ends a row; vocab_size: ids from there on
+    are never drawn. Compiled once for a bucket of prompt lengths, a batch size and max_new_tokens.
+    Returns the new tokens of each prompt, cut before its eos_id.
     Raises: UserError for an empty prompt, an id out of range, a prompt that with its new tokens
     exceeds the model's context, or a filter out of its range.
     """
@@ -195,23 +209,23 @@ def sample(
 
 
 def stream(
-    model,
-    params,
-    prompts,
-    max_new_tokens=64,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    min_p=None,
-    repetition_penalty=None,
-    rng=None,
-    eos_id=None,
-    vocab_size=None,
-    chunk=8,
-):
-    """`sample`, giving tokens as they come: yields lists of up to `chunk` new tokens per prompt.
+    model: LanguageModel,
+    params: dict,
+    prompts: Prompts,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    rng: jax.Array | None = None,
+    eos_id: int | None = None,
+    vocab_size: int | None = None,
+    chunk: int = 8,
+) -> Iterator[list[list[int]]]:
+    """`sample` as a stream: yields up to `chunk` new tokens of each prompt at a time.
 
-    The tokens are those of `sample` with the same key. Ends when every row has met eos_id.
+    The tokens are those of `sample` with the same key. Ends when every row has reached eos_id.
     """
     check_prompts(model.config, prompts, max_new_tokens)
     tokens, lengths = pad_left(prompts)
@@ -224,13 +238,13 @@ def stream(
     for i in range(chunks):
         state, new = on(advance, "state")(model, params, state, filters, chunk, eos_id, vocab_size)
         rows = np.asarray(new)[:, : max_new_tokens - i * chunk].tolist()
-        yield [cut(row, eos_id) for row in rows]  # a finished row repeats eos_id: nothing is left
+        yield [cut(row, eos_id) for row in rows]  # a finished row repeats eos_id, so nothing is left of it
         ended |= np.array([eos_id is not None and eos_id in row for row in rows])
         if ended.all():
             return
 
 
-def check_prompts(config, prompts, max_new_tokens):
+def check_prompts(config: ModelConfig, prompts: Prompts, max_new_tokens: int) -> None:
     """Raises: UserError for prompts that the model cannot continue by max_new_tokens."""
     if config.head != "lm":
         raise UserError(
@@ -259,8 +273,14 @@ def check_prompts(config, prompts, max_new_tokens):
             )
 
 
-def make_filters(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=None):
-    """Filters as float32 and int32 scalars, so that a new value compiles nothing.
+def make_filters(
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+) -> Filters:
+    """Filters as float32 and int32 scalars, so that a new value needs no new compilation.
 
     Raises: UserError for a value out of its range.
     """
@@ -283,8 +303,8 @@ def make_filters(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition
     )
 
 
-def pad_left(prompts, pad=0):
-    """Ragged lists of ids to ([B, P] int32 in a length bucket, [B] int32 lengths)."""
+def pad_left(prompts: Prompts, pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(prompts padded on the left to a bucket of lengths [B, P], their lengths [B]), int32."""
     lengths = np.array([len(p) for p in prompts], np.int32)
     tokens = np.full((len(prompts), bucket(int(lengths.max()))), pad, np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -292,7 +312,7 @@ def pad_left(prompts, pad=0):
     return tokens, lengths
 
 
-def cut(row, eos_id):
+def cut(row: list[int], eos_id: int | None) -> list[int]:
     """The tokens of a list before its first eos_id."""
     return row[: row.index(eos_id)] if eos_id is not None and eos_id in row else row
 

@@ -1,28 +1,34 @@
-"""Ranking: how likely a model finds each of several continuations of a prompt.
+"""Ranking of several continuations of a prompt by their log-likelihood.
 
 totals = log_likelihoods(model, params, prompts, continuations)     # of ids
 place = rank(totals, answer)
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import numpy as np
 
 from nanoflax import nn
-from nanoflax.errors import UserError
-from nanoflax.generate.sampling import bucket
-from nanoflax.nn import head_kernel
+from nanoflax.errors import UserError, listed
+from nanoflax.generate.sampling import Prompts, bucket
+from nanoflax.nn import LanguageModel, head_kernel
 
 
-def log_likelihoods(model, params, prompts, continuations, batch_size=16, names=None):
+def log_likelihoods(
+    model: LanguageModel,
+    params: dict,
+    prompts: Prompts,
+    continuations: Prompts,
+    batch_size: int = 16,
+    names: Sequence[str] | None = None,
+) -> np.ndarray:
     """log p(continuation | prompt), summed over its tokens, in nats.
 
-    prompts, continuations: lists of as many lists of ids, none empty; the prompts of an
-    encoder-decoder or LSTM are sources. Padded to powers of two, and compiled once for each.
-    names: what errors call each pair; default pair 0, pair 1, ...
-    Returns [N] float64 (each of float32 precision).
-    Raises: UserError naming every pair that the model's context has no room for.
+    Pairs are padded to powers of two; each of these lengths is compiled once. names: of the pairs, for
+    errors; default pair 0, pair 1, ... Returns one float64 per pair, of float32 precision.
+    Raises: UserError naming every pair that is longer than the model's context or has an empty side.
     """
     c, decoder = model.config, not model.config.reads_source
     if c.head != "lm":
@@ -42,11 +48,11 @@ def log_likelihoods(model, params, prompts, continuations, batch_size=16, names=
         if not all(map(len, pair))
     ]
     if found:
-        raise UserError("; ".join(found[:8]) + (f"; {len(found) - 8} more" if found[8:] else ""))
+        raise UserError(listed(found))
     pairs = list(zip(prompts, continuations, strict=True))
 
     def lengths(i):
-        """What a pair is padded to: of a decoder the two together, but for the last token."""
+        """The padded lengths of a pair: of both together without the last token, or of source and target."""
         sizes = [sum(map(len, pairs[i])) - 1] if decoder else [len(ids) for ids in pairs[i]]
         return [min(bucket(n), c.context) for n in sizes]
 
@@ -56,15 +62,15 @@ def log_likelihoods(model, params, prompts, continuations, batch_size=16, names=
     for sizes, members in groups.items():
         for at in range(0, len(members), batch_size):
             part = members[at : at + batch_size]
-            part += part[-1:] * (batch_size - len(part))  # no compilation for the last batch
+            part += part[-1:] * (batch_size - len(part))  # so that the last batch needs no compilation
             batch = _batch([pairs[i] for i in part], sizes, None if decoder else c.start_id)
             totals[part] = _scores(model, params, batch)
     return totals
 
 
-def rank(scores, answer):
-    """The place, from 1, of `answer` (an index) among candidates by their scores [N], best first;
-    of equal ones the first given leads. 1 / rank is what the mean reciprocal rank averages."""
+def rank(scores: Sequence[float], answer: int) -> int:
+    """The rank, from 1, of the candidate `answer` by its score. Of equal scores the first comes first.
+    The mean of 1 / rank is the mean reciprocal rank."""
     return 1 + np.argsort(-np.asarray(scores), kind="stable").tolist().index(answer)
 
 
@@ -93,9 +99,9 @@ def _scores(model, params, batch):
     hidden, _ = model.apply({"params": params}, batch["inputs"], **source, method="hidden")
     kernel, chunks = head_kernel(c, params), nn.chunks_of(1, T, c.vocab_size, least=16)
 
-    def row(xs):  # at a time, so that all logits are never held
+    def row(xs):  # one row at a time, so that all logits are never held
         hidden, targets, weights = (x[None] for x in xs)
-        return -nn.chunked_cross_entropy(
+        return -nn.chunked_cross_entropy(  # type: ignore  # custom_vjp hides the type
             hidden, kernel, targets, weights, params.get("logit_bias"), chunks, 0.0, 0.0, c.logit_softcap
         )[1]
 

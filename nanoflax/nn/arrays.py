@@ -1,6 +1,11 @@
 """The arrays of annotations: JAX's, and NumPy's, which JAX functions take as well."""
 
+from typing import TYPE_CHECKING
+
 import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray
+if TYPE_CHECKING:
+    Array = jax.Array
+else:
+    Array = jax.Array | np.ndarray

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +172,7 @@ def splash(
     t, s = (next(n for n in (512, 256, 128) if size % n == 0) for size in (T, S))
     blocks = lib.BlockSizes(block_q=t, block_kv=s, block_q_dkv=t, block_kv_dkv=s, block_q_dq=t, block_kv_dq=s)
 
-    def local(q, k, v, ids):
+    def local(q, k, v, ids) -> Any:
         kernel = lib.make_splash_mha(
             lib.MultiHeadMask([mask] * q.shape[1]),
             block_sizes=blocks,

@@ -148,7 +148,7 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
     else:
         carry, dh = jax.lax.scan(piece, carry, pieces)
     if gradients:
-        dh = dh.transpose(1, 3, 2, 0, 4, 5).reshape(B, T, D)
+        dh = dh.transpose(1, 3, 2, 0, 4, 5).reshape(B, T, D)  # type: ignore  # not None with gradients
     loss, nll, dw, db = jax.tree.map(lambda x: x.sum((0, 1)), carry)
     return (loss, nll), (dh, dw, db)
 

@@ -2,7 +2,7 @@
 
 import re
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +10,23 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from nanoflax.config import AdaLoRA
 from nanoflax.errors import UserError
-
-# AdaLoRA (Zhang et al. 2023).
 
 
 class AdaLoraState(NamedTuple):
-    """What `adalora_update` hands on: two averages for every entry of lora_a, lora_b and lora_e,
-    {path: array}."""
+    """Moving averages of each entry of lora_a, lora_b and lora_e: {path: array}."""
 
     sensitivity: dict
     uncertainty: dict
 
 
-def adalora_optimizer(optimizer, peft_config, steps):
-    """An optax transformation: `optimizer` with the penalty's gradient added, then adalora_update.
+def adalora_optimizer(
+    optimizer: optax.GradientTransformation, peft_config: AdaLoRA, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """`optimizer` with the gradient of the penalty added, followed by `adalora_update`.
 
-    Its update takes `step`, () int32 from 1, beside the mean gradients of the loss.
+    Its update takes `step`, [] int32 from 1, in addition to the mean gradients of the loss.
     """
     c, optimizer = peft_config, optax.with_extra_args_support(optimizer)
 
@@ -39,36 +39,40 @@ def adalora_optimizer(optimizer, peft_config, steps):
         updates, inner = optimizer.update(grads, state["optimizer"], params)
         moved = optax.apply_updates(params, updates)
         ranks, masked = adalora_update(state["ranks"], moved, grads, step, steps, c)
-        # What was not masked keeps its update to the bit, what was becomes exactly 0.
+        # An unmasked parameter keeps its update bit by bit; a masked one becomes exactly 0.
         updates = jax.tree.map(lambda u, p, m, new: jnp.where(new == m, u, new - p), updates, params, moved, masked)
         return updates, {"optimizer": inner, "ranks": ranks}
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore  # `step` is one of the extra args
 
 
-def adalora_init(params):
-    """The state before the first step, zeros; params need hold no more than the adapters.
+def adalora_init(params: dict) -> AdaLoraState:
+    """The state before the first step: zeros.
 
-    Raises: UserError if a part of an adapter, or all of them, is absent.
+    Raises: UserError if params lack a part of an adapter, or all adapters.
     """
-    flat = flatten_dict(params, sep="/")
+    flat: Any = flatten_dict(params, sep="/")
     entries = {path: x for path, x in flat.items() if re.search(r"/lora_[abe]$", path)}
-    whole = {path.rpartition("/")[0] + "/lora_" + end for path in entries for end in "abe"}
-    if not entries or entries.keys() != whole:
+    needed = {path.rpartition("/")[0] + "/lora_" + end for path in entries for end in "abe"}
+    if not entries or entries.keys() != needed:
         raise UserError("peft.trained must include the whole of AdaLoRA's adapters, so that ranks can be weighed")
     zeros = partial(jax.tree.map, jnp.zeros_like)
     return AdaLoraState(zeros(entries), zeros(entries))
 
 
-def adalora_update(state, params, grads, step, steps, peft_config):
-    """After an optimizer's step: weigh every rank, and mask all but the step's budget of them.
+def adalora_update(
+    state: AdaLoraState, params: Any, grads: Any, step: jax.Array, steps: int, peft_config: AdaLoRA
+) -> tuple[AdaLoraState, dict]:
+    """Score every rank after an optimizer's step, and mask all but the budget of the step.
 
-    params, grads: trees with the adapters, after and of the step; step: () int32 from 1, of
-    `steps`. Nothing changes shape. From step steps - final_steps on exactly target_rank ranks a
-    matrix are left, on average; until then those masked may come back. Ties go to the first.
+    params: after the step; grads: of the step; step: [] int32 from 1, of `steps`. No shape changes.
+    From step steps - final_steps on, exactly target_rank ranks per matrix are left on average; until
+    then a masked rank may return. Of equal scores the first is kept.
     Returns (state, params).
     """
-    c, flat, slopes = peft_config, flatten_dict(params, sep="/"), flatten_dict(grads, sep="/")
+    c = peft_config
+    flat: Any = flatten_dict(params, sep="/")
+    slopes: Any = flatten_dict(grads, sep="/")
     now = {path: jnp.abs(flat[path] * slopes[path]) for path in state.sensitivity}  # equation 8
     mean = {path: c.beta1 * state.sensitivity[path] + (1 - c.beta1) * x for path, x in now.items()}
     spread = {
@@ -88,24 +92,25 @@ def adalora_update(state, params, grads, step, steps, peft_config):
     return AdaLoraState(mean, spread), unflatten_dict(flat, sep="/")
 
 
-def adalora_budget(step, steps, ranks, linears, peft_config):
-    """How many of `ranks` in all stay at a step, () int32: all, a cubic fall, the target."""
+def adalora_budget(step: jax.Array, steps: int, ranks: int, linears: int, peft_config: AdaLoRA) -> jax.Array:
+    """The number of all `ranks` to keep at a step, [] int32: all, then a cubic decay to the target
+    (Zhang et al. 2023, section 3.3)."""
     c, target = peft_config, linears * peft_config.target_rank
     left = (steps - c.final_steps - step) / (steps - c.final_steps - c.warmup_steps)
     return jnp.floor((ranks - target) * jnp.clip(left, 0, 1) ** 3 + target).astype(jnp.int32)
 
 
-def orthogonality(params):
-    """AdaLoRA's penalty, a float32 scalar to add to the mean loss times peft_config.orthogonality.
+def orthogonality(params: dict) -> jax.Array:
+    """The penalty, [] float32, that peft_config.orthogonality adds to the mean loss.
 
-    The mean of the Frobenius norms of a^T a - I and b b^T - I; the paper's sum of squares would
-    weigh more in a larger model.
+    The mean of the Frobenius norms of a^T a - I and b b^T - I. The paper's sum of squares grows with
+    the size of the model.
     """
-    flat = flatten_dict(params, sep="/")
+    flat: Any = flatten_dict(params, sep="/")
     norms = [
         jnp.sqrt(((w @ w.T - jnp.eye(len(w))) ** 2).sum() + 1e-12)
         for path, x in flat.items()
         if re.search(r"/lora_[ab]$", path)
         for w in [x.T if path.endswith("a") else x]
     ]
-    return sum(norms) / len(norms)
+    return sum(norms) / len(norms)  # type: ignore  # not the number 0: there are adapters

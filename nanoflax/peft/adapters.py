@@ -1,40 +1,42 @@
-"""Cheap adaptation, as transforms of the parameter tree: add adapters, choose what is trained, fold
-adapters into plain weights. The layers apply what their parameters hold: layers.adapt, blocks.Block
-and Stack, attention.Attention. The peft library's files are peft_format's.
+"""Adapters as transforms of the parameter tree: add them, choose what is trained, fold them into
+plain weights. The layers apply the adapters that their parameters hold: nn.layers.adapt, nn.blocks,
+nn.attention. hf.adapters reads and writes the files of the `peft` library.
 
     params = peft.add(params, config.peft, rng)
     trained, frozen = peft.split(params, peft.trainable(params, config.peft))
     model.apply({"params": peft.join(trained, frozen)}, tokens)
 
-`trained` alone is differentiated, held by the optimizer and saved.
+Only `trained` is differentiated, held by the optimizer and saved.
 """
 
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nanoflax.config import FullFineTuning, Houlsby, LowRank, Pfeiffer, PrefixTuning, PromptTuning, validate
+from nanoflax.config import FullFineTuning, Houlsby, LowRank, PeftConfig, Pfeiffer, PrefixTuning, PromptTuning, validate
 from nanoflax.errors import UserError
 from nanoflax.nn import column_lengths, low_rank
 
 _ADAPTER = re.compile(r"(.*/)?(lora_\w+|adapter_\w+/.+|prefix_\w+|prompt)")
 _HEAD = r"(unembed|logit_bias|transform|norm_transform|pooler|labels|delay)(/.*)?"
-# What an LSTM reads inside a scan, where no adapter is applied.
+# The matrices that an LSTM reads inside a scan, where no adapter is applied.
 _MATRIX = r"(query|combine|decoder_\d+|encoder_\d+/(forward|backward))/kernel"
 
 
-def add(params, peft_config, rng):
-    """Parameters with the adapters of a configuration such as LoRA(rank=4) among them, float32. rng: a PRNG key.
+def add(params: dict, peft_config: PeftConfig, rng: jax.Array) -> dict:
+    """Parameters with the float32 adapters of a configuration such as LoRA(rank=4) among them.
 
-    LoRA, AdaLoRA and bottleneck adapters at first change nothing at all, DoRA only by rounding; a
-    prompt begins as random rows of the embedding. Can be traced: `jax.eval_shape` gives the shapes.
-    Raises: UserError for a bad configuration, one that finds no place in the model, or adapters
-    that are there already.
+    At first, LoRA, AdaLoRA and bottleneck adapters change no output, and DoRA only by rounding. A
+    prompt begins as random rows of the embedding. `jax.eval_shape` gives the shapes.
+    Raises: UserError for a bad configuration, one that fits no part of the model, or a model that has
+    adapters already.
     """
-    c, flat = peft_config, flatten_dict(params, sep="/")
+    c: Any = peft_config
+    flat: Any = flatten_dict(params, sep="/")
     validate(c)
     if any(map(_ADAPTER.fullmatch, flat)):
         raise UserError("the parameters hold adapters already; merge them first")
@@ -46,8 +48,8 @@ def add(params, peft_config, rng):
     return unflatten_dict(flat, sep="/")
 
 
-def _places(flat, c):
-    """Where adapters go, and how they are made: {start of their paths: key -> {end: leaf}}."""
+def _places(flat, c: Any):
+    """{the beginning of an adapter's paths: a function of a PRNG key -> {the rest of a path: leaf}}."""
     kernels = {
         path.removesuffix("/kernel"): x
         for path, x in flat.items()
@@ -82,7 +84,7 @@ def _places(flat, c):
         raise UserError(f"peft.targets={c.targets!r} is the end of none of {', '.join(known)}")
     if not places:
         raise UserError(f"peft.kind={c.kind!r} needs a Transformer; this model has no blocks")
-    if "unembed/" in places:
+    if isinstance(c, LowRank) and "unembed/" in places:
         raise UserError(
             f"peft.targets={c.targets!r} includes the output head, which losses read "
             "as a plain matrix; train it whole with peft.trained='adapters,head'"
@@ -90,30 +92,37 @@ def _places(flat, c):
     return places
 
 
-_PFEIFFER = {"mlp/down": "mlp"}  # what a sublayer ends with, and its name in blocks.Block
+_PFEIFFER = {"mlp/down": "mlp"}  # the last Linear of a sublayer, and the sublayer's name in nn.Block
 _HOULSBY = _PFEIFFER | {"attention/out": "attention", "cross_attention/out": "cross"}
 _SUBLAYERS = {"houlsby": _HOULSBY, "pfeiffer": _PFEIFFER}
 
 
 def _low_rank(c, kernel, rng):
+    return {"lora_scale": jnp.float32(c.scale)} | _LOW_RANK[c.kind](c.rank, kernel, rng)
+
+
+def _lora(rank, kernel, rng):
     D_in, D_out = kernel.shape
-    leaves = {"lora_scale": jnp.float32(c.scale)}
-    if c.kind == "adalora":
-        a, b = jax.random.split(rng)
-        return leaves | {
-            "lora_a": 0.02 * jax.random.normal(a, (D_in, c.rank)),
-            "lora_b": 0.02 * jax.random.normal(b, (c.rank, D_out)),
-            "lora_e": jnp.zeros(c.rank),
-            "lora_mask": jnp.ones(c.rank),
-        }
     bound = D_in**-0.5
-    leaves |= {
-        "lora_a": jax.random.uniform(rng, (D_in, c.rank), minval=-bound, maxval=bound),
-        "lora_b": jnp.zeros((c.rank, D_out)),
+    a = jax.random.uniform(rng, (D_in, rank), minval=-bound, maxval=bound)
+    return {"lora_a": a, "lora_b": jnp.zeros((rank, D_out))}
+
+
+def _dora(rank, kernel, rng):
+    return _lora(rank, kernel, rng) | {"lora_magnitude": column_lengths(kernel.astype(jnp.float32))}
+
+
+def _adalora(rank, kernel, rng):
+    (D_in, D_out), (a, b) = kernel.shape, jax.random.split(rng)
+    return {
+        "lora_a": 0.02 * jax.random.normal(a, (D_in, rank)),
+        "lora_b": 0.02 * jax.random.normal(b, (rank, D_out)),
+        "lora_e": jnp.zeros(rank),
+        "lora_mask": jnp.ones(rank),
     }
-    if c.kind == "dora":
-        leaves["lora_magnitude"] = column_lengths(kernel.astype(jnp.float32))
-    return leaves
+
+
+_LOW_RANK = {"lora": _lora, "dora": _dora, "adalora": _adalora}
 
 
 def _prefix(shape, rng):
@@ -130,13 +139,13 @@ def _bottleneck(dim, hidden, rng):
     }
 
 
-def trainable(params, peft_config):
-    """Which parameters are trained, by peft_config.trained: a tree of bool.
+def trainable(params: dict, peft_config: PeftConfig) -> dict:
+    """A tree of bool: True at the parameters that peft_config.trained names.
 
-    The scale and mask of low-rank adapters belong to the adapters; no gradient reaches them.
-    Raises: UserError for a part of it that no parameter fits, or adapters that are not trained.
+    The scale and mask of low-rank adapters count as adapters, but get no gradient.
+    Raises: UserError for a pattern that fits no parameter, or adapters that are not trained.
     """
-    flat = flatten_dict(params, sep="/")
+    flat: Any = flatten_dict(params, sep="/")
     default = "all" if isinstance(peft_config, FullFineTuning) else "adapters"
     chosen = set()
     for part in (peft_config.trained or default).split(","):
@@ -168,25 +177,24 @@ def _last_blocks(flat, part):
     return rf"{stack}/(block_({blocks})|norm)/.*|{_HEAD}"
 
 
-def split(params, mask):
-    """(the parameters where a tree of bool is true, the others): nested dicts without holes."""
+def split(params: dict, mask: dict) -> tuple[dict, dict]:
+    """(the parameters where the tree of bool is True, the others), as nested dicts."""
     flat, mask = flatten_dict(params), flatten_dict(mask)
-    return tuple(
-        unflatten_dict({path: x for path, x in flat.items() if mask[path] == wanted}) for wanted in (True, False)
-    )
+    chosen, others = ({path: x for path, x in flat.items() if mask[path] == wanted} for wanted in (True, False))
+    return unflatten_dict(chosen), unflatten_dict(others)
 
 
-def join(trained, frozen):
-    """The parameters that `split` took apart."""
+def join(trained: dict, frozen: dict) -> dict:
+    """The inverse of `split`."""
     return unflatten_dict(flatten_dict(frozen) | flatten_dict(trained))
 
 
-def merge(params):
-    """Plain parameters that compute the same: low-rank adapters folded into their kernels.
+def merge(params: dict) -> dict:
+    """Parameters with the low-rank adapters folded into their kernels; the outputs stay the same.
 
-    Raises: UserError for adapters of another kind, which no plain weights can stand for.
+    Raises: UserError for adapters of another kind, which cannot be folded into kernels.
     """
-    flat = flatten_dict(params, sep="/")
+    flat: Any = flatten_dict(params, sep="/")
     linears = [path.removesuffix("lora_a") for path in flat if path.endswith("/lora_a")]
     for start in linears:
         p = {

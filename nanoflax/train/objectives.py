@@ -54,7 +54,7 @@ def guesses(model: LanguageModel, params: dict, batch: Batch, vocab_size: int | 
     given the true targets before it."""
 
     def guess(states):  # for a piece of T at a time, so that all logits are never held
-        logits = model.apply({"params": params}, states.reshape(B, -1, D), method="head")
+        logits: Any = model.apply({"params": params}, states.reshape(B, -1, D), method="head")
         return logits[..., :vocab_size].argmax(-1)
 
     states = _states(model, params, batch)
@@ -96,7 +96,7 @@ def _dropout(rng):
     return {"deterministic": rng is None, "rngs": None if rng is None else {"dropout": rng}}
 
 
-def _states(model, params, batch, rng=None):
+def _states(model, params, batch, rng=None) -> Any:
     """The states that the head reads, of an encoder or of a model with a source."""
     if "source" not in batch:
         return model.apply({"params": params}, batch["tokens"], batch["padding_mask"], method="hidden", **_dropout(rng))
@@ -106,7 +106,7 @@ def _states(model, params, batch, rng=None):
     )[0]
 
 
-def _encoded(model, params, batch, rng):
+def _encoded(model, params, batch, rng) -> Any:
     return model.apply({"params": params}, batch["tokens"], batch["padding_mask"], **_dropout(rng))
 
 
@@ -115,16 +115,16 @@ def _sums(objective, nll, weights):
 
 
 def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0, label_smoothing=0.0):
-    c = model.config
+    c, (B, T) = model.config, targets.shape
     if chunks:  # they divide the context; a batch of examples may be shorter
-        chunks = math.gcd(chunks, targets.shape[1])
-    objective, nll = nn.chunked_cross_entropy(
+        chunks = math.gcd(chunks, T)
+    objective, nll = nn.chunked_cross_entropy(  # type: ignore  # custom_vjp hides the type
         hidden,
         head_kernel(c, params),
         targets,
         weights,
         params.get("logit_bias"),
-        chunks or nn.chunks_of(*targets.shape, c.vocab_size),
+        chunks or nn.chunks_of(B, T, c.vocab_size),
         z_loss,
         label_smoothing,
         c.logit_softcap,

@@ -98,20 +98,23 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     Returns (optax.GradientTransformation, schedule of the learning rate).
     """
     c, schedule = config, make_schedule(config, steps, config.learning_rate)
-    decay = {"weight_decay": c.weight_decay}
     if c.name == "adamw":
-        tx = optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, **decay)
+        tx = optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, weight_decay=c.weight_decay)
     elif c.name == "muon":
         # optax's muon would decay all of the other parameters or none, but only the head should.
         tx = optax.partition(
             {
-                True: optax.contrib.muon(make_schedule(c, steps, c.muon_learning_rate), beta=0.95, **decay),
-                False: optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, nesterov=True, **decay),
+                True: optax.contrib.muon(
+                    make_schedule(c, steps, c.muon_learning_rate), beta=0.95, weight_decay=c.weight_decay
+                ),
+                False: optax.adamw(
+                    schedule, c.b1, c.b2, c.eps, mask=decay_mask, nesterov=True, weight_decay=c.weight_decay
+                ),
             },
             partial(jax.tree_util.tree_map_with_path, is_kernel),
         )
     elif c.name == "lion":
-        tx = optax.lion(schedule, c.b1, c.b2, mask=decay_mask, **decay)
+        tx = optax.lion(schedule, c.b1, c.b2, mask=decay_mask, weight_decay=c.weight_decay)
     elif c.name == "adafactor":
         # optax's adafactor does not scale weight decay by the learning rate.
         tx = optax.chain(

@@ -25,11 +25,7 @@ class TrainState(NamedTuple):
 
 
 def new_state(
-    model: LanguageModel,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    rng: jax.Array,
-    params: dict | None = None,
+    model: LanguageModel, optimizer: optax.GradientTransformation, config: Config, rng: jax.Array, params: Any = None
 ) -> TrainState:
     """The TrainState of step 0. params: initial values (a tree per block), or None to draw them from
     rng. Blocks are stacked if config.train.scan_layers."""

@@ -281,7 +281,7 @@ def test_repetition_penalty_counts_the_prompt_and_what_was_drawn():
     state = jax.jit(sampling.start, static_argnums=(0, 4))(
         model, params, tokens, lengths, 20, jax.random.PRNGKey(0), sampling.make_filters(repetition_penalty=2.0)
     )
-    assert np.flatnonzero(state.seen[0]).tolist() == [5, 6]
+    assert np.flatnonzero(state.used[0]).tolist() == [5, 6]
 
 
 @pytest.mark.parametrize("n, expected", [(1, 16), (15, 16), (16, 16), (17, 32), (32, 32), (33, 64), (1000, 1024)])
