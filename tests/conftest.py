@@ -8,6 +8,8 @@ import pathlib
 import jaxtyping
 import pytest
 
+import tests.typechecker  # noqa: F401  # found by its name below
+
 # Set before JAX is imported, and inherited by the processes that tests start.
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,7 +20,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # In the tests, calls of the annotated functions of these rooms are checked: types, shapes and dtypes.
 # Nothing is checked in users' programs, nor in the processes that tests start.
 CHECKED = ["nanoflax.nn", "nanoflax.generate", "nanoflax.train"]
-jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+jaxtyping.install_import_hook(CHECKED, "tests.typechecker.check")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from nanoflax import generate, hf
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.generate import sampling
-from nanoflax.nn import build, shift_right
+from nanoflax.nn import LanguageModel, build, shift_right
 from nanoflax.parallel import init
 from tests.nn.models_test import randomize, scaled
 
@@ -199,19 +199,19 @@ def test_the_best_is_the_first_of_the_n_best():
     assert all(isinstance(score, float) for p in pairs for _, score in p)
 
 
-class Constant:
+STEPS = []  # one entry for each step of a Constant
+
+
+class Constant(LanguageModel):
     """The decode interface and nothing else: the same logits at every step, and each one noted."""
 
-    config, compute_dtype = ModelConfig(vocab_size=4, tied=False), jnp.float32
-
-    def __init__(self, logits):
-        self.logits, self.steps = logits, []
+    logits: tuple = ()
 
     def prefill(self, params, tokens, lengths, new_tokens):
         return tokens[:, -1], {"index": jnp.int32(0), "rows": tokens}
 
     def decode(self, params, tokens, cache):
-        jax.debug.callback(lambda: self.steps.append(1))
+        jax.debug.callback(lambda: STEPS.append(1))
         return jnp.tile(jnp.float32(self.logits), (len(tokens), 1, 1)), cache
 
 
@@ -219,12 +219,13 @@ class Constant:
 def test_the_loop_ends_when_every_search_is_closed(early_stopping, steps):
     # The end is likely: one hypothesis at the first step, two more at the second. A penalty so
     # strong that a sequence of nine could still be the best keeps "never" going.
-    model = Constant([0, 5, 0, 0])
+    STEPS.clear()
+    model = Constant(ModelConfig(vocab_size=4, tied=False, dtype="float32"), logits=(0, 5, 0, 0))
     found = generate.beam_search(
         model, {}, [[2], [3, 2]], 2, 9, 3.0 if steps == 9 else 1.0, eos_id=1, early_stopping=early_stopping
     )
     jax.effects_barrier()
-    assert len(model.steps) == steps
+    assert len(STEPS) == steps
     if steps == 2:
         assert found == [[], []]
 
@@ -239,7 +240,7 @@ def test_one_compilation_for_a_bucket_whatever_the_penalty(compilations):
 
 def test_bad_requests_are_refused_all_at_once():
     model = build(ModelConfig(**TINY))
-    search = lambda **k: generate.beam_search(model, None, [[1]], **k)  # no parameters: none are read
+    search = lambda **k: generate.beam_search(model, {}, [[1]], **k)  # no parameters: none are read
     with pytest.raises(UserError) as caught:
         search(beams=0, length_penalty=float("nan"), early_stopping="always", n_best=5, vocab_size=0)
     for words in (

@@ -121,7 +121,7 @@ def test_bad_requests_are_refused_before_anything_runs(options, words):
     options = {"prompts": [[1]], "max_new_tokens": 2} | options
     for call in (sample, lambda *a, **k: list(stream(*a, **k))):
         with pytest.raises(UserError) as caught:
-            call(model, None, **options)  # no parameters: none are read
+            call(model, {}, **options)  # no parameters: none are read
         assert words in str(caught.value)
 
 
