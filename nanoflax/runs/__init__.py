@@ -1,4 +1,4 @@
-"""Runs: pretraining and fine-tuning in a directory, its checkpoints and lock, and opening any trained model."""
+"""Runs: pretraining and fine-tuning in a directory, checkpoints, locks, and opening trained models."""
 
 from nanoflax.runs.checkpoint import Checkpoints, restore_params
 from nanoflax.runs.console import answer_typed_prompts, chat, print_answers

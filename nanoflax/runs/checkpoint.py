@@ -1,19 +1,19 @@
-"""Checkpoints: orbax saves and restores, a manifest proves each step, a damaged step is skipped.
+"""Checkpoints: orbax saves and restores them, a manifest with checksums reveals damage, damaged steps are skipped.
 
 A checkpoint directory holds
 
-    <step>/state/            the arrays, written by orbax (OCDBT: a few files, whatever the tree)
-    <step>/meta/metadata     the JSON given as `meta`
+    <step>/state/            the arrays, written by orbax (OCDBT: a few files for any number of arrays)
+    <step>/meta/metadata     the argument `meta` of `save`, as JSON
     <step>/manifest.json     the metric, and the size and CRC-32 of every file above
-    damaged-<step>/          a step that failed its check, moved out of the way, never deleted
+    damaged-<step>/          a damaged step, renamed and never deleted
 
-orbax writes a step under a temporary name and renames it when it is complete. Its background thread
-writes the manifest just before that rename, so every committed step has one: a kill leaves either a
-step that can be checked or a temporary directory, which the next writer removes. Nothing is synced
-to the disk, so a power cut may damage the newest step; the manifest shows the damage.
+orbax writes a step under a temporary name and renames it when it is complete. A callback writes the
+manifest just before the renaming, so every committed step has a manifest. A killed run leaves complete
+steps and perhaps a temporary directory, which the next run removes. Files are not synced to the disk,
+so a power failure may damage the newest step; the manifest shows the damage.
 
-In a run of several processes each writes its own parts, so they must share the file system of the
-directory. Process 0 commits, writes manifests, and decides for all which step is read.
+In a run of several processes each process writes its own parts, so all must share the file system.
+Process 0 commits, writes manifests, and chooses the step that all processes read.
 """
 
 import contextlib
@@ -49,9 +49,9 @@ _make_loud: Callable[[], None] = lambda: None
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """While entered (contexts may overlap), orbax logs nothing and a failed save prints nothing.
+    """A context in which orbax logs nothing. Contexts may overlap.
 
-    orbax logs every save, and a traceback of a failed one. What matters comes as an exception.
+    orbax logs every save, and the traceback of a failed save. Failures are raised as exceptions anyway.
     """
     global _quiet_contexts, _make_loud
     _quiet_contexts += 1
@@ -73,8 +73,8 @@ def _make_quiet() -> Callable[[], None]:
         return "orbax" not in record.pathname
 
     def show_others(event):
-        # The first array that a full disk refuses closes orbax's event loop. Threads of tensorstore
-        # then print that they cannot report the other arrays to that loop.
+        # When the disk is full, the first failed array closes orbax's event loop. For the other arrays,
+        # threads of tensorstore then print that the loop is closed.
         if not (event.exc_type is RuntimeError and str(event.exc_value) == "Event loop is closed"):
             hook(event)
 
@@ -87,7 +87,7 @@ def _make_quiet() -> Callable[[], None]:
     return undo
 
 
-# Reading: no function here changes a directory, so another process may be writing it.
+# Reading. These functions do not change a directory, so another process may write it at the same time.
 
 
 def list_steps(directory: Path) -> list[int]:
@@ -111,15 +111,14 @@ def restore_params(
     subtree: str = "params",
     log: Log = print,
 ) -> tuple[PyTree, Any]:
-    """Reads one subtree of a saved state and no other array. All processes must call it.
+    """Reads only one subtree of a saved state. All processes must call it.
 
-    step: default the newest ("latest") or the best step by `which`; a damaged step is reported to
-    `log` and the step before it is used. shardings: a sharding, a tree of them, or a function from
-    the tree of ShapeDtypeStructs to either; None means the default device.
+    step: default the newest (which="latest") or the best step; a damaged step is reported to `log`, and
+    the next one is tried. shardings: a sharding, a tree of shardings, or a function that makes one of
+    these from a tree of ShapeDtypeStructs; None means the default device.
 
-    Returns (the subtree, meta). The structure is that of the checkpoint: lists and dicts as they
-    were, tuples as lists, stacked blocks as a tree per block.
-    Raises: UserError if no step is usable, `step` is absent or damaged, or has no such subtree.
+    Returns (the subtree, meta). Tuples become lists, and stacked blocks become one tree for each block.
+    Raises: UserError if no step is usable, or `step` does not exist, is damaged or lacks the subtree.
     """
     step = parallel.run_on_main_process(lambda: _choose_step(directory, step, which, log))
     saved = _read_shapes(directory, step)
@@ -137,10 +136,10 @@ def restore_params(
 
 
 class Checkpoints:
-    """The checkpoints of one run, opened for writing by all of its processes. Use as a context manager.
+    """The checkpoints of one run, for writing by all of its processes. Use as a context manager.
 
-    Keeps the `keep` newest steps and the best one. Opening removes the temporary directories that a
-    kill left. While it is open, orbax is quiet (`quiet_orbax`).
+    Keeps the `keep` newest steps and the best one. Opening removes temporary directories of a killed
+    run. In the context, orbax logs nothing (`quiet_orbax`).
 
     Raises: UserError if the directory cannot be written or is not a local path.
     """
@@ -156,15 +155,15 @@ class Checkpoints:
             self._on_close = stack.pop_all()
 
     def _open(self):
-        """Starts orbax with the steps that are on the disk now."""
-        if jax.process_index() == 0:  # orbax would remove them too, but later
+        """Starts orbax with the steps on the disk."""
+        if jax.process_index() == 0:  # orbax would remove the temporary directories too, but later
             for path in self.directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(path, ignore_errors=True)
         parallel.gather_from_processes("opened")
         self._metrics = {step: manifest.read_metric(self.directory / str(step)) for step in self.steps()}
         self._saving = None
         registry = ocp.DefaultCheckpointHandlerRegistry()
-        # Compression would shrink trained floats by 8%, for as much CPU time as the rest of a save.
+        # Compression would save 8% of the size and double the CPU time of a save.
         handler = ocp.PyTreeCheckpointHandler(use_compression=False)
         registry.add("state", ocp.args.PyTreeSave, handler)
         self._manager = ocp.CheckpointManager(
@@ -186,13 +185,13 @@ class Checkpoints:
         return [s in kept for s in steps]
 
     def save(self, step: int, state: PyTree, meta: Any, metric: float | None = None) -> bool:
-        """Starts to save `state` (a tree of arrays) and `meta` (JSON), and returns.
+        """Saves `state` (a tree of arrays) and `meta` (JSON) in the background, after the previous save.
 
-        The caller may donate or change both at once. The save before this one is waited for. A step
-        that is saved already only gets the metric, if it has none.
+        When this method returns, the caller may donate or change both. If the step is already saved, only
+        a missing metric is added.
 
-        Returns False if the step is saved already, else True.
-        Raises: UserError if the disk refused this save or the one before it, or a later step exists.
+        Returns False if the step is already saved, else True.
+        Raises: UserError if this save or the previous one failed, or a later step exists.
         """
         self.wait()
         found = parallel.run_on_main_process(self.steps)
@@ -248,23 +247,23 @@ class Checkpoints:
         return max(parallel.run_on_main_process(self.steps), default=None)
 
     def metric(self, step: int) -> float | None:
-        """The metric that a step was saved with or got later, or None."""
+        """The metric of a step, or None."""
         return self._metrics.get(step)
 
     def best(self) -> int | None:
-        """The committed step of the lowest metric (of equal ones the newest), or None."""
+        """The committed step with the lowest metric (if equal, the newest), or None."""
         return _best_step({s: self._metrics.get(s) for s in self.steps()})
 
     def restore(self, abstract_state: PyTree, step: int | None = None) -> tuple[PyTree, Any]:
-        """Restores onto the shardings of `abstract_state`, a tree of jax.ShapeDtypeStruct.
+        """Restores a state with the shardings of `abstract_state`, a tree of jax.ShapeDtypeStruct.
 
-        step: default the newest undamaged step; damaged ones are reported, and moved to
-        damaged-<step>. The saved state and `abstract_state` may differ in whether their blocks are
-        stacked.
+        step: default the newest undamaged step; damaged steps are reported and renamed to
+        damaged-<step>. Blocks may be stacked in the saved state and not in `abstract_state`, or the
+        reverse.
 
         Returns (state, meta).
-        Raises: UserError if no step is undamaged, `step` is absent or damaged, or paths, shapes or
-        dtypes differ from the saved ones (the differences are listed).
+        Raises: UserError if all steps are damaged, `step` does not exist or is damaged, or paths,
+        shapes or dtypes differ from the saved ones (the message lists the differences).
         """
         self.wait()
         step = self._choose_undamaged(step)
@@ -281,7 +280,7 @@ class Checkpoints:
         return _read_arrays(self.directory, step, target), _read_meta(self.directory, step)
 
     def _choose_undamaged(self, step):
-        """`_choose_step` by process 0 for all processes; damaged steps are moved aside."""
+        """`_choose_step`, called by process 0 for all processes. Damaged steps are renamed."""
 
         def choose():
             chosen, problem, damaged = None, None, []
@@ -290,7 +289,7 @@ class Checkpoints:
             except UserError as error:
                 problem = str(error)
             for s in damaged:
-                _move_aside(self.directory, s, self._log)
+                _rename_damaged(self.directory, s, self._log)
             return chosen, problem, damaged
 
         chosen, problem, damaged = parallel.run_on_main_process(choose)
@@ -302,10 +301,9 @@ class Checkpoints:
         return chosen
 
     def _abandon(self, error):
-        """Raises a UserError for a failed save, after removing what the save left on the disk.
+        """Removes the files of a failed save and raises a UserError.
 
-        In a run of several processes the others may not know of the failure: this one exits, and
-        their next exchange with it fails.
+        In a run of several processes, the others learn of the failure when this process has exited.
         """
         step = self._saving
         if jax.process_count() == 1:
@@ -315,7 +313,7 @@ class Checkpoints:
         raise UserError(f"{self.directory}: step {step} could not be saved: {reason}") from error
 
     def _write_manifest(self):
-        """orbax's commit thread on process 0 calls it when the files of all processes are written."""
+        """Called by orbax's commit thread on process 0 when all processes have written their files."""
         step = self._saving
         assert step is not None
         (path,) = self.directory.glob(f"{step}.*")  # still under its temporary name
@@ -323,7 +321,7 @@ class Checkpoints:
 
 
 def check_same_shapes(what: str, saved: PyTree, wanted: PyTree) -> None:
-    """Raises: UserError if paths, shapes or dtypes of two trees differ; orbax would cast silently."""
+    """Raises: UserError if paths, shapes or dtypes of two trees differ. (orbax would cast without a message.)"""
 
     def describe(tree):
         flat = ocp.tree.to_flat_dict(tree, keep_empty_nodes=True)
@@ -339,7 +337,7 @@ def check_same_shapes(what: str, saved: PyTree, wanted: PyTree) -> None:
 
 
 def _copy_on_cpu(x):
-    """A copy of an array on CPU: orbax keeps a view of it, and XLA silently copies a donated buffer
+    """A copy of an array that is on a CPU. orbax keeps a view of the array, and XLA cannot donate a buffer
     that has a view."""
     if not isinstance(x, jax.Array) or next(iter(x.devices())).platform != "cpu":
         return x
@@ -376,7 +374,7 @@ def _read_meta(directory, step):
 
 
 def _best_step(metrics: Mapping[int, float | None]) -> int | None:
-    """The step of the lowest metric, of equal ones the newest; None if no step has a metric."""
+    """The step with the lowest metric (if equal, the newest); None if no step has a metric."""
     scored = [(metric, -step) for step, metric in metrics.items() if metric is not None]
     return -min(scored)[1] if scored else None
 
@@ -384,9 +382,9 @@ def _best_step(metrics: Mapping[int, float | None]) -> int | None:
 def _choose_step(
     directory: Path, step: int | None, which: str, log: Log, on_damage: Callable[[int], None] = lambda step: None
 ) -> int:
-    """The step to read: `step`, else the newest or best undamaged one. Raises UserError.
+    """The step to read: `step`, else the newest or best undamaged one. Raises: UserError.
 
-    on_damage is called with each damaged step that is skipped.
+    on_damage: called with each damaged step that is skipped.
     """
     if which not in ("latest", "best"):
         raise UserError(f"which={which!r}: give 'latest' or 'best'")
@@ -400,7 +398,7 @@ def _choose_step(
             raise UserError(f"{directory}: step {step} is damaged: {problem}")
         return step
     candidates = found[::-1]
-    if which == "best":  # by metric, of equal or absent ones the newest first
+    if which == "best":  # sort by metric; without a metric, or if equal, the newest first
         metrics = {s: manifest.read_metric(directory / str(s)) for s in candidates}
         candidates.sort(key=lambda s: math.inf if (metric := metrics[s]) is None else metric)
     for candidate in candidates:
@@ -412,7 +410,7 @@ def _choose_step(
     raise UserError(f"{directory}: every checkpoint is damaged: steps {found}")
 
 
-def _move_aside(directory: pathlib.Path, step: int, log: Log) -> None:
+def _rename_damaged(directory: pathlib.Path, step: int, log: Log) -> None:
     target = directory / f"damaged-{step}"
     while target.exists():
         target = target.with_name(target.name + "-again")

@@ -1,4 +1,4 @@
-"""A Run at the keyboard: its text is printed as it is generated, messages are typed and answered."""
+"""A Run in a terminal: prints text while it is generated, and answers typed prompts and chat messages."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,16 +10,16 @@ from nanoflax.runs.run import Run
 
 
 def print_answers(run: Run, prompts: Sequence[str], as_task: bool = False, **settings: Any) -> None:
-    """Print what the model writes after each prompt, or with as_task what its task finds for it.
+    """Print the continuation of each prompt, or with as_task the prediction of the run's task.
 
-    The text of a single prompt appears piece by piece; several are printed at the end, numbered.
+    With one prompt, text is printed while it is generated; with several, at the end and with numbers.
     """
     if as_task and not run.task.prompt:
         texts = [run.task.show(prediction) for prediction in run.predict(prompts)]
     else:
         pieces = run.stream(prompts, as_task, **settings)
         if as_task and run.task.needs_prompt or run.model.config.reads_source:
-            prompts = [""] * len(prompts)  # an answer is shown without its prompt
+            prompts = [""] * len(prompts)  # print only the answer
         if len(prompts) == 1:
             _print_pieces(prompts[0], (piece for (piece,) in pieces))
             return
@@ -29,7 +29,7 @@ def print_answers(run: Run, prompts: Sequence[str], as_task: bool = False, **set
 
 
 def answer_typed_prompts(run: Run, as_task: bool = False, **settings: Any) -> None:
-    """Answer each line that is typed, until an empty one."""
+    """Answer each typed line, until an empty line."""
     for prompt in _typed_lines():
         try:
             print_answers(run, [prompt], as_task, **settings)
@@ -38,9 +38,9 @@ def answer_typed_prompts(run: Run, as_task: bool = False, **settings: Any) -> No
 
 
 def chat(run: Run, system: str = "", **settings: Any) -> None:
-    """Reply to each message that is typed, until an empty one; the model reads the conversation so far.
+    """Reply to each typed message, until an empty line. The model reads the conversation so far.
 
-    system: the system's message.
+    system: the system message.
     """
     messages = [{"role": "system", "content": system}] if system else []
     for text in _typed_lines():
@@ -52,7 +52,7 @@ def chat(run: Run, system: str = "", **settings: Any) -> None:
 
 
 def _print_pieces(prompt: str, pieces: Iterable[str]) -> str:
-    """Print a prompt and the pieces after it as they come; returns the pieces as one text."""
+    """Print a prompt, then each piece when it is generated; returns the joined pieces."""
     written = []
     print(_safe(prompt), end="", flush=True)
     for piece in pieces:
@@ -63,12 +63,12 @@ def _print_pieces(prompt: str, pieces: Iterable[str]) -> str:
 
 
 def _safe(text: str) -> str:
-    """On a terminal, text with escaped control characters, which could drive it."""
+    """The text; on a terminal with escaped control characters."""
     return report.printable(text) if sys.stdout.isatty() else text
 
 
 def _typed_lines() -> Iterator[str]:
-    """The lines that a person types, until an empty one or the end of the input."""
+    """Yields typed lines, until an empty line or the end of the input."""
     if reconfigure := getattr(sys.stdin, "reconfigure", None):
         reconfigure(errors="replace")  # bytes that are not UTF-8
     try:

@@ -1,9 +1,9 @@
-"""The directory of a run: its configuration, tokenizer and labels, and what may be started in it.
+"""The directory of a run: its configuration, tokenizer and labels, and checks before a run starts there.
 
 config.json  tokenizer/  checkpoints/  metrics.jsonl  loss.png  (tensorboard/  wandb/)
-labels.json                 of a fine-tuned run: the names of its classes
-final/                      of a finished fine-tuning: a run directory of the whole model
-previous-1/                 the run that --restart_from_weights replaced
+labels.json                 only after finetune: the names of the classes
+final/                      when finetune has finished: a run directory with all parameters
+previous-1/                 the old run that --restart_from_weights archived
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from nanoflax.runs.lock import WorkdirLock
 
 @contextlib.contextmanager
 def exclusive(workdir: str) -> Iterator[None]:
-    """Hold the lock of workdir; of several processes only the first prints to stdout.
+    """Hold the lock of workdir. Only process 0 prints to stdout.
 
     Raises: UserError if another process holds it.
     """
@@ -61,7 +61,7 @@ def read_config(path: str | os.PathLike) -> Config:
 
 
 def read_labels(workdir: str | os.PathLike, config: Config) -> tuple[tuple[str, ...], bool] | None:
-    """(class names, whether a text may have several) of a fine-tuned run; None of a pretrained one.
+    """(class names, whether a text may have several classes) of a fine-tuned run; None for a pretrained run.
 
     Raises: UserError if the task has classes and labels.json is missing or damaged.
     """
@@ -73,7 +73,7 @@ def read_labels(workdir: str | os.PathLike, config: Config) -> tuple[tuple[str, 
     except FileNotFoundError:
         if isinstance(config.task, LabelTask):
             raise UserError(
-                f"{path} does not exist: it names the classes of task.kind={config.task.kind!r}; finetune wrote it"
+                f"{path} does not exist: finetune writes this file, with the classes of task.kind={config.task.kind!r}"
             ) from None
         return None if isinstance(config.task, Pretrain) else ((), False)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -90,7 +90,7 @@ def model_directory(workdir: str, which: str = "best") -> str:
 
 
 def write_run(workdir: str, config: Config, tokenizer: Any) -> None:
-    """Write config.json and tokenizer/ of a new run; config.json last, so that it marks a complete run."""
+    """Write tokenizer/ and config.json of a new run. config.json is last: it marks a complete run."""
     final, part = (os.path.join(workdir, name) for name in ("tokenizer", ".tokenizer.tmp"))
     shutil.rmtree(part, ignore_errors=True)
     tokenizer.save(part)
@@ -103,7 +103,7 @@ def write_run(workdir: str, config: Config, tokenizer: Any) -> None:
 
 
 def write_labels(workdir: str, labels: Iterable[str], several: bool) -> None:
-    """Write labels.json, which marks a fine-tuned run: its classes, and whether a text may have several."""
+    """Write labels.json: the classes, and whether a text may have several. This file marks a fine-tuned run."""
     with open(os.path.join(workdir, "labels.json"), "w") as f:
         json.dump({"labels": labels, "several": several}, f)
 
@@ -118,9 +118,9 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
-# What may be started in a directory.
+# Checks before a run starts in a directory.
 
-# Fields that may change between a run and its resumption: they do not change the numbers.
+# Fields that may differ when a run resumes, because they do not change the losses.
 FREE_FIELDS = {
     "data": ("workers", "cache"),
     "model": ("attention_backend",),
@@ -133,12 +133,12 @@ FREE_FIELDS = {
 
 
 def check_workdir(workdir: str, config: Config, restart: bool | None = False) -> tuple[Config | None, str | None]:
-    """(Config of the run in workdir or None, directory of the run whose weights a new run starts from or None).
+    """(Config of the run in workdir or None, directory of the run with the weights for a new run or None).
 
-    restart: whether a new run shall start from the weights of the one in workdir (a repeated command
-    resumes the new run); None where the program has no such option.
-    Raises: UserError with the differences if the run in workdir has other settings that change its
-    numbers, or if there is no run to restart from.
+    restart: start a new run from the weights of the run in workdir; the same command again resumes the
+    new run. None if the program has no such option.
+    Raises: UserError with the differences if the settings of the run in workdir would give other losses,
+    or if there is no run to restart from.
     """
     from nanoflax.runs import checkpoint
 
@@ -154,7 +154,7 @@ def check_workdir(workdir: str, config: Config, restart: bool | None = False) ->
         return check_same_tokenizer(saved, config), archived[-1]
     if not os.path.exists(path):
         if restart:
-            raise UserError(f"--restart_from_weights: --workdir={workdir} holds no run to begin from")
+            raise UserError(f"--restart_from_weights: --workdir={workdir} holds no run")
         return None, None
     saved = read_config(path)
     changed = changed_fields(saved, config)
@@ -166,15 +166,15 @@ def check_workdir(workdir: str, config: Config, restart: bool | None = False) ->
             f"--workdir={workdir} holds a run with another configuration ({'; '.join(changed)}); choose another "
             f"--workdir, or start a new run from its weights with {from_weights}"
         )
-    if not restart or archived and not changed:  # the second: this command is repeated
+    if not restart or archived and not changed:  # a repeated restart command resumes the new run
         return saved, None
     return check_same_tokenizer(saved, config), workdir
 
 
 def changed_fields(saved: Config, config: Config) -> list[str]:
-    """The fields that change a run's numbers and differ, as "name: old -> new"."""
+    """The fields that differ and change the losses, as "name: old -> new"."""
     old, new = configs.to_dict(saved), configs.to_dict(config)
-    new["model"] |= configs.to_dict(with_saved_vocabulary(config.model, saved))  # padded for another mesh too
+    new["model"] |= configs.to_dict(with_saved_vocabulary(config.model, saved))  # the padding may be for another mesh
     for section, names in FREE_FIELDS.items():
         for name in names:
             for fields in (old, new):
@@ -183,7 +183,7 @@ def changed_fields(saved: Config, config: Config) -> list[str]:
 
 
 def check_same_tokenizer(saved: Config, config: Config) -> Config:
-    """The saved Config. Raises: UserError if the other one names another tokenizer."""
+    """Returns `saved`. Raises: UserError if `config` has another tokenizer."""
     old, new = saved.data.tokenizer, config.data.tokenizer
     if old != new:
         raise UserError(
@@ -193,7 +193,7 @@ def check_same_tokenizer(saved: Config, config: Config) -> Config:
 
 
 def check_same_data(meta: dict, identity: dict) -> None:
-    """Raises: UserError if a checkpoint's `meta` names another tokenizer or other text than `identity`."""
+    """Raises: UserError if the tokenizer or data in the `meta` of a checkpoint differ from `identity`."""
     for key, what in [
         ("tokenizer", "tokenizer/ of the workdir"),
         ("data", "text of data.train"),
@@ -208,16 +208,16 @@ def check_same_data(meta: dict, identity: dict) -> None:
 
 
 def archived_runs(workdir: str) -> list[str]:
-    """The directories of the runs that were archived in workdir, the newest last."""
+    """The directories of the archived runs in workdir, the newest last."""
     found = glob.glob(os.path.join(glob.escape(workdir), "previous-*", "checkpoints"))
     return sorted(map(os.path.dirname, found), key=lambda path: int(path.rsplit("-", 1)[1]))
 
 
 def archive_run(workdir: str) -> str:
-    """Move the run in workdir into a new directory previous-N in it; returns that directory.
+    """Move the run in workdir into a new directory workdir/previous-N; returns that directory.
 
-    checkpoints/ is moved first and config.json last. A move that was interrupted (the one is there
-    and the other is not) is finished.
+    checkpoints/ is moved first and config.json last. If only config.json is still in workdir, an earlier
+    move was interrupted, and this call finishes it.
     """
     from nanoflax.runs import checkpoint
 
@@ -237,7 +237,7 @@ def archive_run(workdir: str) -> str:
 
 
 def get_tokenizer(config: DataConfig, directory: str, texts: Callable[[], Iterable[str]]) -> Any:
-    """The tokenizer of the run in directory if there is one; else data.tokenizer, trained on texts() if need be."""
+    """The tokenizer of the run in directory; without a run, data.tokenizer, trained on texts() if necessary."""
     from nanoflax import tokenizers
 
     kind, size = tokenizers.parse(config.tokenizer)
@@ -250,7 +250,7 @@ def get_tokenizer(config: DataConfig, directory: str, texts: Callable[[], Iterab
 
 
 def _train_on_first_process(train: Callable[[], Any], directory: str) -> Any:
-    """The tokenizer of train(); of several processes the first trains it and the others read its files."""
+    """The tokenizer of train(). Process 0 trains it; the other processes read its files."""
     import jax
 
     from nanoflax import tokenizers
@@ -267,8 +267,8 @@ def _train_on_first_process(train: Callable[[], Any], directory: str) -> Any:
 
 
 def with_saved_vocabulary(model: ModelConfig, saved: Config) -> ModelConfig:
-    """The ModelConfig with the padded vocabulary of a saved Config, if it asks for that vocabulary or the
-    tokenizer's."""
+    """The ModelConfig with the vocabulary size and padding of a saved Config, if `model` has no padding, and no
+    vocabulary size or the same one."""
     old = saved.model
     if model.vocab_padding or model.vocab_size not in (0, old.vocab_size - old.vocab_padding):
         return model
@@ -276,8 +276,8 @@ def with_saved_vocabulary(model: ModelConfig, saved: Config) -> ModelConfig:
 
 
 def with_vocabulary(model: ModelConfig, tokenizer: Any, mesh: Any, saved: Config | None = None) -> ModelConfig:
-    """The ModelConfig with its vocabulary size V: that of a saved Config, or the tokenizer's (if V is 0),
-    padded where the mesh needs it.
+    """The ModelConfig with its vocabulary size V: from a saved Config, or the tokenizer's (if V is 0), padded if
+    the mesh needs it.
 
     Raises: UserError if V is less than the tokenizer's.
     """

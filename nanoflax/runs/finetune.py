@@ -1,4 +1,4 @@
-"""Fine-tuning: a model learns a task from examples, all of it or a small adapter."""
+"""Fine-tuning: a model learns a task from examples, with all parameters or with small adapters."""
 
 import dataclasses
 import hashlib
@@ -44,16 +44,16 @@ def finetune(
     validation: str | None = None,
     config: Config | None = None,
 ) -> Run:
-    """Fine-tune in workdir; the same call again resumes, and measures the best step again.
+    """Fine-tune in workdir. The same call again resumes the run and measures the best step again.
 
     source: a Run, its directory, a directory of Transformers, a hub name or a .gguf file; None trains a new model
     of config.model. data, validation: sources of examples, such as "jsonl:train.jsonl". task: a kind, such as
-    "classify", or its dataclass. peft: a kind, such as "lora", or its dataclass. config: everything else; what is
-    given here replaces its fields. Without config, texts are cut to the context of the source.
-    At the end the best step is measured: result.json, predictions.jsonl, and in final/ a run with all parameters.
-    Returns the Run in workdir, with `reason`, why it ended. SIGTERM and SIGINT save and return; then `signal` is
-    their number.
-    Raises: UserError for anything to put right, before training.
+    "classify", or its dataclass. peft: a kind, such as "lora", or its dataclass. config: all other settings; the
+    arguments before replace its fields. Without config, texts are cut to the context of the source.
+    At the end the best step is measured; result.json, predictions.jsonl and final/ (all parameters) are written.
+    Returns the Run in workdir; its `reason` says why training ended. After SIGTERM or SIGINT the state is saved and
+    `signal` is the number of the signal.
+    Raises: UserError for a mistake of the user, before training.
     """
     config = with_arguments(config, source, data, validation, task, peft)
     check(config)
@@ -77,7 +77,7 @@ def finetune(
 def with_arguments(
     config: Config | None, source: Any, data: str | None, validation: str | None, task: Any, adapter: Any
 ) -> Config:
-    """The Config with the arguments of `finetune` in it."""
+    """The Config, with the arguments of `finetune` in its fields."""
     given, config = config, config or Config()
     if source is not None:
         source = str(getattr(source, "source", source))  # of a Run
@@ -101,7 +101,10 @@ def with_arguments(
 
 
 def of_kind(value: Any, current: Any, kinds: Mapping[str, type], section: str) -> Any:
-    """The dataclass of a kind given by name: the current one if it is of that kind. Raises: UserError."""
+    """`value`, or if it is the name of a kind: `current` if that has this kind, else the kind's defaults.
+
+    Raises: UserError for an unknown name.
+    """
     if not isinstance(value, str):
         return value
     if value not in kinds:
@@ -110,15 +113,15 @@ def of_kind(value: Any, current: Any, kinds: Mapping[str, type], section: str) -
 
 
 def check(config: Config) -> None:
-    """Raises: UserError for settings that would train nothing of use."""
+    """Raises: UserError for settings that cannot be trained here."""
     if isinstance(config.task, configs.Pretrain):
         kinds = ", ".join(kind for kind in configs.TASK_KINDS if kind != "pretrain")
         raise UserError(f"task.kind='pretrain' is for experiments.pretrain; choose --config.task.kind from {kinds}")
     p = config.peft
     if not isinstance(p, configs.FullFineTuning) and not (config.model.init_from or p.trained):
         raise UserError(
-            f"peft.kind={p.kind!r} without model.init_from would adapt a model that stays as it was drawn; say what is "
-            "trained with it in peft.trained"
+            f"peft.kind={p.kind!r} without model.init_from would adapt a model with random weights; set "
+            "model.init_from, or list in peft.trained what else is trained"
         )
     check_metric(config, tasks.TASKS[config.task.kind].metrics)
     check_wandb(config)
@@ -129,12 +132,12 @@ def check(config: Config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a fine-tuning starts from."""
+    """The starting point of a fine-tuning."""
 
     config: Config  # with the final sizes of the model
     tokenizer: Any
     source: ModelSource | None
-    new_head: bool = False  # the source's classes are others: its head is not used
+    new_head: bool = False  # the source has other classes, so its head is not used
 
     def load(self, model: Any, mesh: jax.sharding.Mesh) -> Any:
         """The initial parameters on the mesh."""
@@ -146,9 +149,9 @@ class Start:
 
 
 def start_from(config: Config, examples: Any, workdir: str, mesh: jax.sharding.Mesh) -> Start:
-    """What the model, its head, tokenizer and vocabulary are.
+    """Decides the model, its head, tokenizer and vocabulary.
 
-    Raises: UserError if the source has no tokenizer, or the model does not suit the task or its lengths.
+    Raises: UserError if the source has no tokenizer, or the model cannot learn the task or is too short for it.
     """
     m, task, kind = config.model, config.task, tasks.TASKS[config.task.kind]
     source, new_head = None, False
@@ -170,8 +173,9 @@ def start_from(config: Config, examples: Any, workdir: str, mesh: jax.sharding.M
     path = os.path.join(workdir, "config.json")
     m = with_vocabulary(m, tokenizer, mesh, read_config(path) if os.path.exists(path) else None)
     m = with_head(m, task, examples.labels)
-    adapts = not isinstance(config.peft, configs.FullFineTuning) and not config.peft.trained
-    if source and adapts and (new_head or has_new_parameters(m, source.config)):  # frozen they would stay random
+    only_adapters = not isinstance(config.peft, configs.FullFineTuning) and not config.peft.trained
+    # Train new parameters too: frozen, they would stay random.
+    if source and only_adapters and (new_head or has_new_parameters(m, source.config)):
         config = dataclasses.replace(config, peft=dataclasses.replace(config.peft, trained="adapters,head"))
     if long := [f"{name}={n}" for name, n in tasks.length_limits(task).items() if n > m.context]:
         raise UserError(f"{' and '.join(long)} must be at most the model's context of {m.context}")
@@ -181,14 +185,14 @@ def start_from(config: Config, examples: Any, workdir: str, mesh: jax.sharding.M
 
 
 def has_other_labels(source: str, config: Config, labels: Sequence[str]) -> bool:
-    """Whether a run that has labels.json has other classes (perhaps as many)."""
+    """Whether `source` is a fine-tuned run with other classes; their number may be the same."""
     if not os.path.exists(os.path.join(source, "labels.json")):
         return False
     return (read_labels(source, config) or ((), False))[0] != labels
 
 
 def with_head(model: ModelConfig, task: Any, labels: Sequence[str]) -> ModelConfig:
-    """The ModelConfig with the head of the task. Raises: UserError for an architecture that cannot learn it."""
+    """The ModelConfig with the head of the task. Raises: UserError if the architecture cannot learn the task."""
     kind = tasks.TASKS[task.kind]
     if model.architecture not in kind.architectures:
         raise UserError(
@@ -200,7 +204,7 @@ def with_head(model: ModelConfig, task: Any, labels: Sequence[str]) -> ModelConf
 
 
 def has_new_parameters(model: ModelConfig, source: ModelConfig) -> bool:
-    """Whether a model has a head or an output delay that its source has not."""
+    """Whether a model has a head or an output delay that its source does not have."""
     return (
         model.head != source.head
         or model.labels != source.labels
@@ -212,7 +216,7 @@ def has_new_parameters(model: ModelConfig, source: ModelConfig) -> bool:
 
 
 def fingerprint(examples: Iterable[Any]) -> str:
-    """A hash of examples: a run does not continue on others."""
+    """A hash of examples. A run resumes only with the same examples."""
     text = "\n".join(map(repr, examples))
     return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
 
@@ -234,7 +238,7 @@ def texts_of(examples: Iterable[Any]) -> Iterator[str]:
 
 
 class Finetuning:
-    """One fine-tuning: reads its examples, makes the Job, and measures and exports the best step."""
+    """One fine-tuning: reads its examples, makes its Job, measures and exports its best step."""
 
     def __init__(self, config: Config, workdir: str):
         self.workdir, self.task = workdir, tasks.TASKS[config.task.kind]
@@ -243,8 +247,7 @@ class Finetuning:
         self.examples = tasks.load(tasks.examples_of(config.data), self.task.examples)
         if config.train.label_smoothing and self.examples.multi_label:
             raise UserError(
-                f"train.label_smoothing={config.train.label_smoothing} does not work with several labels: each is a "
-                "question of its own; set it to 0"
+                f"train.label_smoothing={config.train.label_smoothing} does not work with several labels; set it to 0"
             )
         start = start_from(config, self.examples, workdir, self.mesh)
         self.config, self.tokenizer = config, _ = start.config, start.tokenizer
@@ -259,7 +262,7 @@ class Finetuning:
         self.job = self.make_job(start)
 
     def encode(self) -> tuple[Any, Any]:
-        """The training and validation rows; prints what they are."""
+        """The training and validation rows. Prints their numbers, labels and an example."""
         examples, task = self.examples, self.config.task
         rows, held_out = (
             tasks.encode_for_task(
@@ -276,7 +279,7 @@ class Finetuning:
             weights = zip(examples.labels, np.asarray(rows.class_weights), strict=True)
             print("class weights: " + ", ".join(f"{name} {weight:.3g}" for name, weight in weights))
         if example := tasks.show_row(rows, self.tokenizer):
-            print("an example; what is trained stands in ⟦⟧:\n  | " + "\n  | ".join(example.splitlines()))
+            print("an example; trained tokens are between ⟦ and ⟧:\n  | " + "\n  | ".join(example.splitlines()))
         return rows, held_out
 
     def make_job(self, start: Start) -> Job:
@@ -316,7 +319,7 @@ class Finetuning:
     # At the end.
 
     def finish(self, frozen: Any) -> None:
-        """Measure the best step on every validation example; write and print what it can do."""
+        """Measure the best step on all validation examples; write and print the results."""
         best, saved = checkpoint.restore_params(
             os.path.join(self.workdir, "checkpoints"),
             which="best",
@@ -345,7 +348,7 @@ class Finetuning:
         print(f"{self.workdir}: {', '.join(wrote)}")
 
     def measure(self, params: Any, step: int, trained_parameters: int) -> dict[str, Any]:
-        """The figures on all validation examples; writes result.json and predictions.jsonl, prints some answers."""
+        """The metrics on all validation examples. Writes result.json and predictions.jsonl, prints some answers."""
         evaluator = self.evaluator
         found, predictions = evaluator(params)
         examples = evaluator.rows.examples
@@ -364,7 +367,7 @@ class Finetuning:
         return found
 
     def write_adapter(self, params: Any) -> None:
-        """Write adapter/, which the peft library reads, if the model is one of Transformers."""
+        """Write adapter/ for the peft library, if Transformers has this model."""
         if not parallel.is_main_process():
             return
         config, directory = self.config, os.path.join(self.workdir, "adapter")
@@ -374,7 +377,7 @@ class Finetuning:
             print(f"no adapter/ for the peft library: {error}")
 
     def write_final(self, params: Any) -> None:
-        """Write final/, a run directory with all parameters; it appears complete or not at all."""
+        """Write final/, a run directory with all parameters, atomically."""
         final, part = (os.path.join(self.workdir, name) for name in ("final", ".final"))
         parallel.run_on_main_process(lambda: shutil.rmtree(part, ignore_errors=True))
         with Checkpoints(os.path.join(part, "checkpoints")) as saves:

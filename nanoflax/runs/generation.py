@@ -1,4 +1,4 @@
-"""Text from prompts, with any model that `generate` samples: settings, stop strings, pieces as they come."""
+"""Text generation from prompts: settings, stop strings, and text in pieces while it is generated."""
 
 import dataclasses
 import itertools
@@ -15,14 +15,13 @@ DEFAULT_NEW_TOKENS = 100
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
-    """How text is generated.
+    """Settings of text generation.
 
-    max_new_tokens: None means 100, or fewer if the model's context has no room for them.
-    temperature: 0 is greedy. top_k, top_p, min_p: the filters of `nanoflax.sample`; 0, 1 and 0 switch
-    them off. repetition_penalty: 1 switches it off. stop: strings, each of which ends a text and is
-    not part of it. beams: above 0, a beam search of this width, which ignores temperature, the
-    filters and the penalty. length_penalty: of the beam search; above 0 favours longer texts.
-    seed: of the random draws.
+    max_new_tokens: None means 100, or fewer if the model's context is too short.
+    temperature: 0 is greedy. top_k, top_p, min_p: the filters of `nanoflax.sample`; the values 0, 1 and 0
+    switch them off. repetition_penalty: 1 switches it off. stop: a text ends before any of these strings.
+    beams: above 0, beam search with this width, without temperature, filters and repetition penalty.
+    length_penalty: for beam search; above 0 favours longer texts. seed: for sampling.
     """
 
     max_new_tokens: int | None = None
@@ -38,10 +37,10 @@ class GenerationSettings:
 
     @classmethod
     def of(cls, given: dict[str, Any], defaults: dict[str, Any] | None = None) -> "GenerationSettings":
-        """The given settings, before a task's defaults. A given temperature asks for draws, so it
-        replaces the beams of the defaults.
+        """The settings in `given`, the others from `defaults`. A given temperature asks for sampling, so it
+        cancels beams from the defaults.
 
-        Raises: UserError for a name that is no setting.
+        Raises: UserError for an unknown name.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := given.keys() - set(names):
@@ -56,10 +55,10 @@ class GenerationSettings:
 def stream_texts(
     model: Any, params: dict, tokenizer: Any, prompts: list[list[int]], settings: GenerationSettings
 ) -> Iterator[list[str]]:
-    """Yields, for each prompt of token ids, the text that follows what was yielded before.
+    """Yields the next piece of text for each prompt of token ids.
 
-    Text that could still change is held back: the beginning of a stop string, half a character.
-    Raises: UserError for what `nanoflax.sample` refuses.
+    Text that more tokens could change is not yielded yet: the beginning of a stop string, half a character.
+    Raises: UserError as `nanoflax.sample` does.
     """
     ends = {*getattr(tokenizer, "stop_ids", ()), tokenizer.eos_id}
     ids: list[list[int]] = [[] for _ in prompts]
@@ -90,7 +89,7 @@ def stream_texts(
 def _tokens(
     model: Any, params: dict, tokenizer: Any, prompts: list[list[int]], settings: GenerationSettings
 ) -> Iterator[list[list[int]]]:
-    """Lists of new token ids for each prompt: chunks of a stream of draws, or the result of a beam search."""
+    """Yields lists of new token ids for each prompt: several times when sampling, once for beam search."""
     s, limit = settings, settings.max_new_tokens or _default_limit(model.config, prompts)
     ids = dict(eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
     if s.beams:
@@ -117,15 +116,15 @@ def _default_limit(config: Any, prompts: list[list[int]]) -> int:
 
 
 def unchanging_text(text: str, stops: Sequence[str], complete: bool) -> tuple[str, bool]:
-    """The part of a text that more tokens cannot change, and whether a stop string ended it.
+    """(the part of a text that more tokens cannot change, whether a stop string ended the text).
 
-    complete: no more tokens come, so only a stop string cuts the text.
+    complete: there are no more tokens, so only a stop string cuts the text.
     """
     found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
     if found:
         return text[: min(found)], True
     if complete:
         return text, False
-    text = text.rstrip("\ufffd")  # the first bytes of a character
-    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-    return text[: len(text) - held], False
+    text = text.rstrip("\ufffd")  # an incomplete character
+    kept_back = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text[: len(text) - kept_back], False

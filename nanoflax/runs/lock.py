@@ -1,4 +1,4 @@
-"""The lock of a run's directory: only one run writes it."""
+"""The lock of a run's directory, so that only one run writes there."""
 
 import fcntl
 import os
@@ -11,11 +11,11 @@ from nanoflax import parallel
 from nanoflax.errors import UserError
 
 Path: TypeAlias = str | os.PathLike[str]
-VISIBLE_SECONDS = 30  # until all hosts see a new file on a network file system
+VISIBLE_SECONDS = 30  # largest delay until all hosts see a new file on a network file system
 
 
 def make_writable(directory: Path) -> pathlib.Path:
-    """The absolute path of a directory, which is made if absent. Raises: UserError if it cannot be written."""
+    """Makes a directory if it does not exist; returns its absolute path. Raises: UserError if it is not writable."""
     if "://" in str(directory):
         raise UserError(f"{directory} is not a local path: mount the bucket and give its path")
     path = pathlib.Path(directory).expanduser().resolve()
@@ -29,13 +29,13 @@ def make_writable(directory: Path) -> pathlib.Path:
 
 
 class WorkdirLock:
-    """An exclusive lock (flock) of a workdir. The kernel drops it when the process dies.
+    """An exclusive lock (flock) of a workdir. The kernel releases the lock when the process dies.
 
     Use as a context manager, or call `release()`. Process 0 takes the lock for all processes of a
-    run; the others read its file, to check that their workdir is the same directory.
+    run. The others read the lock file to check that their workdir is the same directory.
 
-    Raises: UserError if another process holds the lock (its id and host are named), the lock cannot
-    be written, or the processes do not share the workdir.
+    Raises: UserError if another process holds the lock (the message gives its id and host), the lock
+    file cannot be written, or the processes do not share the workdir.
     """
 
     def __init__(self, directory: Path):
@@ -48,12 +48,12 @@ class WorkdirLock:
             time.sleep(0.1)
         if others := [i for i, saw in enumerate(parallel.gather_from_processes(seen)) if not saw]:
             raise UserError(
-                f"workdir {directory} of process {others[0]} is not that of process 0: "
-                "hosts need one that they share, for the checkpoints"
+                f"workdir {directory} of process {others[0]} is not the directory of process 0: "
+                "all hosts must share one workdir, for the checkpoints"
             )
 
     def _take(self, directory: Path) -> str:
-        """Takes the lock; returns the text of its file."""
+        """Takes the lock; returns the text of the lock file."""
         path = make_writable(directory) / ".lock"
         try:
             file = open(path, "a+")  # noqa: SIM115 (it stays open until the lock is released)

@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: its metric, and the size and CRC-32 of every file of the step.
 
-orbax does not check what it reads: one flipped bit in an array's file loads without an error.
+orbax does not check files: it reads an array with a flipped bit without an error.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from nanoflax.errors import UserError
 
 NAME = "manifest.json"
-WRITTEN_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # by orbax; restoring does not read them
+WRITTEN_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # orbax writes these after the manifest
 
 
 def write(path: pathlib.Path, metric: float | None) -> None:
@@ -25,7 +25,7 @@ def write(path: pathlib.Path, metric: float | None) -> None:
 
 
 def set_metric(path: pathlib.Path, metric: float) -> None:
-    """Gives the step a metric, atomically. Does nothing if its manifest is damaged."""
+    """Writes the metric of a step, atomically. Does nothing if its manifest is damaged."""
     if body := _read_body(path):
         _write_body(path / f"{NAME}.tmp", body | {"metric": metric})
         (path / f"{NAME}.tmp").rename(path / NAME)
@@ -38,7 +38,7 @@ def read_metric(path: pathlib.Path) -> float | None:
 
 
 def find_damage(path: pathlib.Path) -> str | None:
-    """A text that says how a step is damaged, or None. Raises: UserError if a file is not readable."""
+    """A description of the damage of a step, or None. Raises: UserError if a file is not readable."""
     body = _read_body(path)
     if body is None:
         return f"{NAME} is missing or damaged"

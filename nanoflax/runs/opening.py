@@ -1,4 +1,4 @@
-"""Open a trained or published model, and make the parameters that a new run starts from."""
+"""Opens trained and published models, and makes the initial parameters of a new run."""
 
 import dataclasses
 import os
@@ -17,24 +17,24 @@ from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint
 from nanoflax.runs.directory import is_run, model_directory, read_run
 
-Params = dict[str, Any]  # nested dict of arrays, a tree per block
+Params = dict[str, Any]  # nested dict of arrays, with one subtree for each block
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A trained model that is opened, its parameters not read yet."""
+    """An opened model. Its parameters are read by `load`."""
 
     config: ModelConfig  # without the padding of the vocabulary
-    tokenizer: Any  # None if the source has none that nanoflax reads
+    tokenizer: Any  # None if nanoflax cannot read a tokenizer from the source
     load: Callable[[], Params]  # reads the parameters
 
 
 def open_source(source: str | os.PathLike, which: str = "best") -> ModelSource:
-    """Open a run's directory, a directory of Transformers, a hub name, a .gguf file, or a directory of the peft
-    library: low-rank adapters, which are merged into the model that it names.
+    """Open a run's directory, a directory of Transformers, a hub name, a .gguf file, or low-rank adapters of the peft
+    library, which are merged into their base model.
 
     which: the "best" or the "latest" checkpoint of a run.
-    Raises: UserError for what cannot be opened, or for a tokenizer with more tokens than the model has embeddings.
+    Raises: UserError if the source cannot be opened, or its tokenizer has more tokens than the model has embeddings.
     """
     source = str(source)
     if is_run(source):
@@ -46,7 +46,7 @@ def open_source(source: str | os.PathLike, which: str = "best") -> ModelSource:
         return ModelSource(plain, tokenizer, lambda: restore_model(directory, config, tokenizer, which)[1])
     if base := hf.base_of_adapter(source):
         if hf.base_of_adapter(base):
-            raise UserError(f"{source} belongs to {base}, which holds adapters too; merge those first")
+            raise UserError(f"the base model of {source} is {base}, which has adapters too; merge those first")
         model = open_source(base, which)
         load = lambda: peft.merge(hf.load_adapter(source, model.config, model.load())[0])
         return dataclasses.replace(model, load=load)
@@ -61,9 +61,9 @@ def open_source(source: str | os.PathLike, which: str = "best") -> ModelSource:
 
 
 def open_initial(model: ModelConfig) -> ModelSource:
-    """The source of model.init_from; its config keeps init_from, dropout and attention_backend of `model`.
+    """The source model.init_from; its config gets init_from, dropout and attention_backend of `model`.
 
-    Raises: UserError if it has no tokenizer.
+    Raises: UserError if the source has no tokenizer.
     """
     source = open_source(model.init_from)
     if source.tokenizer is None:
@@ -79,18 +79,18 @@ def open_model(source: str | os.PathLike, which: str = "best") -> tuple[Any, Par
 
 
 def restore_model(workdir: str, config: Config, tokenizer: Any, which: str = "best") -> tuple[Any, Params]:
-    """The model of a run and its parameters (their moving average, if the run keeps one), without the padding of
-    the vocabulary.
+    """The model of a run and its parameters (their moving average, with optim.ema), without the padding of the
+    vocabulary.
 
-    Parameters that finetune does not train are not in its checkpoints; they are read from config.model.init_from.
-    Raises: UserError if there is no sound checkpoint or the tokenizer is not the run's.
+    Checkpoints of finetune contain only trained parameters; the others are read from config.model.init_from.
+    Raises: UserError if there is no undamaged checkpoint, or the tokenizer is not the tokenizer of the run.
     """
     subtree = "ema" if config.optim.ema else "params"
     params, meta = checkpoint.restore_params(os.path.join(workdir, "checkpoints"), which=which, subtree=subtree)
     if meta["tokenizer"] != tokenizer.fingerprint:
         raise UserError(
             f"the tokenizer in --workdir={workdir} (fingerprint {tokenizer.fingerprint[:12]}) is not the one that the "
-            f"checkpoint was trained with ({meta['tokenizer'][:12]}); put that one back"
+            f"checkpoint was trained with ({meta['tokenizer'][:12]}); restore that tokenizer"
         )
     model = nn.build(config.model)
     if not _has_all(params, model) and config.peft != configs.FullFineTuning():
@@ -107,7 +107,7 @@ def restore_model(workdir: str, config: Config, tokenizer: Any, which: str = "be
 
 
 def _has_all(params: Params, model: Any) -> bool:
-    """Whether params hold every parameter of the model, perhaps with adapters among them."""
+    """Whether params contain every parameter of the model; they may contain adapters too."""
     paths = jax.tree_util.tree_leaves_with_path
     own = dict(paths(params))
     return all(path in own and own[path].shape == x.shape for path, x in paths(parallel.param_shapes(model)))
@@ -122,8 +122,8 @@ def parameter_shapes(model: Any, config: Config) -> Params:
 
 
 def initial_parameters(model: Any, load: Callable[[], Params] | None, config: Config, mesh: Any) -> Params:
-    """float32 parameters on the mesh: those of a source (`load` reads them) whose path and shape match, the rest
-    drawn from config.train.seed; with the adapters of config.peft. Prints to stderr which are drawn or not needed.
+    """float32 parameters on the mesh, with the adapters of config.peft. Parameters of load() are used if their path
+    and shape match; the rest are random, from config.train.seed. Prints to stderr which are random or not used.
 
     Raises: UserError for a source with adapters that cannot be merged.
     """
@@ -137,30 +137,30 @@ def _add_adapters(params: Params, config: Config) -> Params:
 
 
 def initialize_from(model: Any, load: Callable[[], Params] | None, seed: int, mesh: Any) -> Params:
-    """Parameters copied from those of load() where path and shape match, the rest drawn from the seed."""
+    """Parameters copied from load() if their path and shape match; the rest are random, from the seed."""
     if load is None:
         return parallel.init(model, jax.random.PRNGKey(seed), mesh)
     shapes = _flat(parallel.param_shapes(model))
     places = _flat(parallel.shardings(parallel.param_shapes(model), mesh))
     given = _flat(peft.merge(load()))
-    # A vocabulary may have more tokens than the source's (a mask, sentinels, padding): they follow its own.
+    # The vocabulary may have new tokens (a mask, sentinels, padding) after those of the source.
     longer = {p for p in nn.VOCABULARY & shapes.keys() & given.keys() if given[p].shape != shapes[p].shape}
     same = {path for path, x in shapes.items() if path in given and given[path].shape == x.shape}
     params = _draw_only(model, {path: places[path] for path in shapes.keys() - same}, seed)
-    for path in sorted(longer):  # sorted: all processes fetch in one order
+    for path in sorted(longer):  # sorted: all processes must fetch in the same order
         extended = np.array(parallel.fetch(params[path]))
         extended[tuple(map(slice, given[path].shape))] = given[path]
         given[path] = extended
-    _say("not in the source, drawn anew", shapes.keys() - same - longer)
-    _say("in the source, not needed", given.keys() - same - longer)
-    for path in same | longer:  # one at a time, each array of the source freed at once
+    _print_modules("not in the source, initialized randomly", shapes.keys() - same - longer)
+    _print_modules("in the source, not needed", given.keys() - same - longer)
+    for path in same | longer:  # one by one, so that each array of the source is freed early
         x = np.asarray(given.pop(path)).astype(shapes[path].dtype)
         params[path] = jax.make_array_from_callback(x.shape, places[path], lambda index, x=x: x[index])
     return traverse_util.unflatten_dict(params, sep="/")
 
 
 def _draw_only(model: Any, places: dict[str, jax.sharding.Sharding], seed: int) -> dict[str, jax.Array]:
-    """Those parameters of `parallel.init` whose paths have places; the others are not allocated."""
+    """The parameters of `parallel.init` with a path in `places`; the others are not allocated."""
     if not places:
         return {}
 
@@ -176,7 +176,7 @@ def _flat(tree: Params) -> dict[str, Any]:
     return dict(traverse_util.flatten_dict(tree, sep="/"))
 
 
-def _say(what: str, paths: set[str]) -> None:
-    """Print the modules of these paths to stderr, on the first process."""
+def _print_modules(what: str, paths: set[str]) -> None:
+    """Print the modules of these paths to stderr, on process 0."""
     if paths and parallel.is_main_process():
         print(f"{what}: {', '.join(sorted({path.split('/')[0] for path in paths}))}", file=sys.stderr)

@@ -20,14 +20,14 @@ from nanoflax.runs.trainer import Job, Result, TrainingData, check_metric, check
 
 
 def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False) -> Run:
-    """Pretrain in workdir; the same call again resumes.
+    """Pretrain in workdir. The same call again resumes the run.
 
     With config.model.init_from (a run, a directory of Transformers, a hub name or a .gguf file) training
     continues from that model, with its sizes and its tokenizer.
-    restart_from_weights: start a new run from the weights of the one in workdir, which is archived in it.
-    Returns the Run in workdir, with `reason`, why it ended. SIGTERM and SIGINT save and return; then `signal` is
-    their number.
-    Raises: UserError for anything to put right, before training.
+    restart_from_weights: start a new run from the weights of the old run in workdir, and archive the old run there.
+    Returns the Run in workdir; its `reason` says why training ended. After SIGTERM or SIGINT the state is saved and
+    `signal` is the number of the signal.
+    Raises: UserError for a mistake of the user, before training.
     """
     check(config)
     setup_jax()
@@ -40,7 +40,7 @@ def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False
 
 
 def check(config: Config) -> None:
-    """Raises: UserError for a bad Config, or for anything but all of a decoder trained on text."""
+    """Raises: UserError for a wrong Config. Pretraining trains all parameters of a decoder on text."""
     configs.validate(config)
     found = [
         f"model.{name}={getattr(config.model, name)!r}"
@@ -55,14 +55,14 @@ def check(config: Config) -> None:
         found.append(f"data.kind={config.data.kind!r}")
     if found:
         raise UserError(
-            f"{', '.join(found)}: pretrain trains a decoder on text; for anything else there is experiments.finetune"
+            f"{', '.join(found)}: pretrain trains a decoder on text; use experiments.finetune for other training"
         )
     check_metric(config, () if config.train.evaluate_batches else ("bits_per_byte",))
     check_wandb(config)
 
 
 def make_job(config: Config, workdir: str, restart: bool) -> Job:
-    """The Job of a Config. Its text is read later, unless a tokenizer has to be trained on it."""
+    """The Job of a Config. The text is read later, except to train a tokenizer."""
     source = open_initial(config.model) if config.model.init_from else None
     if source:
         if source.config.architecture != "decoder":
@@ -72,12 +72,12 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
             )
         config = dataclasses.replace(config, model=dataclasses.replace(source.config, head="lm"))
         configs.validate(config)
-    saved, weights = look_into(workdir, config, restart)
+    saved, weights = check_workdir_once(workdir, config, restart)
     mesh = parallel.make_mesh(config.train.mesh)
     parallel.check_mesh(dataclasses.replace(config, model=parallel.pad_vocabulary(config.model, mesh)), mesh)
     assert isinstance(config.data, TextData)  # see `check`
     text = data.source_of(config.data)
-    data.source_version(text)  # raises for files that are missing
+    data.source_version(text)  # raises UserError for missing files
     if source and not weights:
         tokenizer = source.tokenizer
     else:
@@ -109,19 +109,19 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
     )
 
 
-def look_into(workdir: str, config: Config, restart: bool) -> tuple[Config | None, str | None]:
-    """`check_workdir`, done by the first process for all."""
+def check_workdir_once(workdir: str, config: Config, restart: bool) -> tuple[Config | None, str | None]:
+    """`check_workdir`, called by process 0 for all processes."""
 
-    def look():
+    def check_as_dict():
         saved, weights = check_workdir(workdir, config, restart)
         return saved and configs.to_dict(saved), weights
 
-    saved, weights = parallel.run_on_main_process(look)
+    saved, weights = parallel.run_on_main_process(check_as_dict)
     return saved and configs.from_dict(Config, saved), weights
 
 
 def restore_weights(directory: str, model: Any, mesh: jax.sharding.Mesh) -> Any:
-    """The parameters of the run in a directory. Raises: UserError if they are not those of the model."""
+    """The parameters of the run in a directory. Raises: UserError if they do not fit the model."""
     params, _ = checkpoint.restore_params(
         os.path.join(directory, "checkpoints"), shardings=lambda shapes: parallel.shardings(shapes, mesh)
     )
@@ -132,7 +132,7 @@ def restore_weights(directory: str, model: Any, mesh: jax.sharding.Mesh) -> Any:
 def read_text(
     config: Config, mesh: jax.sharding.Mesh, model: Any, tokenizer: Any, source: data.Source, prompt: list[int]
 ) -> TrainingData:
-    """The tokens of both splits, tokenized once and kept on disk, as windows."""
+    """The TrainingData: windows of both splits, whose tokens are cached on disk."""
     d, t, stores = config.data, config.train, []
     assert isinstance(d, TextData)  # see `check`
     for split in ("train", "validation"):
@@ -166,7 +166,7 @@ def read_text(
 
 
 def continue_prompt(config: Config, model: Any, params: Any, tokenizer: Any, prompt: list[int]) -> str:
-    """train.sample_prompt and a continuation, always by the same random numbers; empty without sample_tokens."""
+    """train.sample_prompt and a continuation, always with the same random key; "" without train.sample_tokens."""
     if not config.train.sample_tokens:
         return ""
     (new,) = generate.sample(

@@ -1,4 +1,4 @@
-"""Candidate texts ranked by their likelihood after a prompt, and how often the right one comes first."""
+"""Multiple choice: ranks candidate texts by their likelihood after a prompt, and measures the accuracy."""
 
 import json
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from nanoflax.errors import UserError, listed
 
 
 class Question(NamedTuple):
-    place: str  # file:line, or its number, for messages
+    place: str  # file:line, or the number of the question, for messages
     prompt: str
     candidates: list[str]
     answer: int | None  # index of the right candidate, if known
@@ -34,10 +34,10 @@ def read_questions(path: str) -> list[Question]:
 
 
 def questions_of(records: Iterable[tuple[str, Any]], problems: Iterable[str] = ()) -> list[Question]:
-    """(place, record) pairs as Questions. A record is a dict with `prompt`, `candidates` (texts) and,
-    if known, `answer`: the right candidate, or its index.
+    """Questions from (place, record) pairs. A record is a dict with `prompt`, `candidates` (texts) and,
+    if known, `answer`: the right candidate or its index.
 
-    Raises: UserError with these problems and those of the records.
+    Raises: UserError that names `problems` and the problems of the records.
     """
     questions, problems = [], list(problems)
     for place, record in records:
@@ -54,8 +54,7 @@ def questions_of(records: Iterable[tuple[str, Any]], problems: Iterable[str] = (
             answer = texts.index(answer)
         if answer is not None and (type(answer) is not int or not 0 <= answer < len(texts)):
             problems.append(
-                f"{place} has the answer {answer!r}, which is neither a candidate nor "
-                f"the number of one (0 to {len(texts) - 1})"
+                f"{place} has the answer {answer!r}, which is neither a candidate nor an index (0 to {len(texts) - 1})"
             )
             continue
         questions.append(
@@ -67,13 +66,12 @@ def questions_of(records: Iterable[tuple[str, Any]], problems: Iterable[str] = (
 
 
 def rank_candidates(model: Any, params: dict, tokenizer: Any, questions: list[Question]) -> dict[str, Any]:
-    """The figures of all questions, and `rankings`: for each question its candidates, likeliest first.
+    """The metrics of all questions, and `rankings`: the candidates of each question, the most probable first.
 
-    A candidate's log_likelihood (nats) is divided by its tokens in per_token, by its UTF-8 bytes in
-    per_byte. With answers: the share of questions whose likeliest candidate is right (accuracy; by
-    per_byte accuracy_normalised), and the mean reciprocal rank of the right one (by per_byte
-    mean_reciprocal_rank_normalised).
-    Raises: UserError naming every candidate for which the model's context has no room.
+    log_likelihood is in nats; per_token and per_byte are log_likelihood divided by the number of tokens and
+    of UTF-8 bytes of the candidate. With answers: accuracy, the share of questions whose most probable
+    candidate is right, and mean_reciprocal_rank of the right candidate; NAME_normalised ranks by per_byte.
+    Raises: UserError that names every candidate that is too long for the model's context.
     """
     reads_source = model.config.reads_source
     pairs = [candidate_ids(tokenizer, q.prompt, text, reads_source) for q in questions for text in q.candidates]
@@ -101,7 +99,7 @@ def _ranking(question: Question, totals: Iterable[float], sizes: Iterable[int]) 
             "per_token": float(total) / n,
             "per_byte": float(total) / len(text.encode()),
         }
-        for text, total, n in zip(question.candidates, totals, sizes, strict=False)  # each takes its own
+        for text, total, n in zip(question.candidates, totals, sizes, strict=False)  # iterators over all questions
     ]
     record = {"prompt": question.prompt, "candidates": sorted(rows, key=lambda row: -row["log_likelihood"])}
     if question.answer is None:
@@ -111,10 +109,10 @@ def _ranking(question: Question, totals: Iterable[float], sizes: Iterable[int]) 
 
 
 def candidate_ids(tokenizer: Any, prompt: str, text: str, reads_source: bool) -> tuple[list[int], list[int]]:
-    """The ids of a prompt and of a candidate after it.
+    """(ids of the prompt, ids of the candidate after it).
 
-    For a decoder the two are encoded as one text, if that leaves the prompt's ids as they are. For a
-    model that reads a source, the candidate is framed as the targets of training are.
+    A decoder gets both encoded as one text, if this does not change the ids of the prompt. For a model
+    that reads a source, the candidate gets the same special tokens as a target in training.
     """
     ids = tokenizers.prompt_ids(tokenizer, prompt, reads_source)
     if reads_source:

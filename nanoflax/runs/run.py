@@ -1,4 +1,4 @@
-"""A run or any trained model as one object: it writes text, predicts, is measured, drawn and exported.
+"""Run: an object for a run or any trained model, to generate, predict, evaluate, plot and export.
 
 run = nanoflax.open("runs/notes")                # or a Hugging Face directory, hub name, .gguf, adapter directory
 run.plot()
@@ -27,28 +27,28 @@ from nanoflax.runs.opening import ModelSource, open_source
 
 def open_run(source: "str | os.PathLike | Run", checkpoint: str = "best", dtype: str | None = None) -> "Run":
     """The Run of a run's directory, a Hugging Face directory, a hub name, a .gguf file or a directory
-    of adapters of the peft library. Weights are read when they are first needed.
+    of adapters of the peft library. Weights are read at their first use.
 
-    checkpoint: "best" or "latest", of a run. dtype: of the parameters; None keeps theirs.
-    Raises: UserError if the source is none of these.
+    checkpoint: "best" or "latest", for a run. dtype: of the parameters; None: unchanged.
+    Raises: UserError if the source cannot be opened.
     """
     if isinstance(source, Run):
         return source
     run = Run(source, checkpoint, dtype)
     if run.workdir is None:
-        run._opened  # noqa: B018 (refuses what is no model)
+        run._opened  # noqa: B018 (raises UserError if the source is not a model)
     return run
 
 
 class Run:
-    """A trained or published model, and the run that made it if there is one.
+    """A trained or published model, with its run if there is one.
 
-    source: what it was opened from. workdir: the directory of the run; None for other models.
-    config: the Config of the run; for other models one that holds their ModelConfig. labels: the class
-    names of a fine-tuned run, else (). task: the row of tasks.TASKS that a fine-tuned run was trained
-    for; None for a pretrained run and other models. model, params, tokenizer: read when first used.
-    reason, signal: how the training ended that returned this Run: "finished", "early stop" or the name of a
-    signal, and the signal's number or 0; "" and 0 of a Run that was opened.
+    source: the path or name that was opened. workdir: the directory of the run; None for other models.
+    config: the Config of the run; for other models, default settings with their ModelConfig. labels: the class
+    names of a fine-tuned run, else (). task: the row of tasks.TASKS of a fine-tuned run; None for a
+    pretrained run and other models. model, params, tokenizer: read at their first use.
+    reason, signal: how training ended, if it returned this Run: "finished", "early stop" or the name of a
+    signal, and the number of the signal or 0. For an opened Run: "" and 0.
     """
 
     def __init__(
@@ -105,9 +105,9 @@ class Run:
     # Text.
 
     def generate(self, prompts: str | Sequence[str] = "", **settings: Any) -> Any:
-        """The prompt with its continuation; of a model that reads a source, what it writes for it.
+        """The prompt and its continuation. For a model that reads a source: only the generated target.
 
-        prompts: a text, or a list of them, for which a list is returned; "" begins a document.
+        prompts: a text, or a list of texts for a list of results; "" begins a document.
         settings: the fields of GenerationSettings, such as max_new_tokens=60, temperature=0.8, top_k=40,
         stop=["\\n"], beams=4, seed=1.
         Raises: UserError for a setting out of its range or a prompt longer than the model's context.
@@ -119,10 +119,10 @@ class Run:
         return found[0] if isinstance(prompts, str) else found
 
     def stream(self, prompts: Sequence[str], as_task: bool = False, **settings: Any) -> Iterator[list[str]]:
-        """Yields the next piece of text after each prompt, as the model writes it, prompts not included.
+        """Yields lists of the next piece of text for each prompt, without the prompts, during generation.
 
-        as_task: treat the prompts as `predict` does: cleaned as the run's data was, in the form and with
-        the default settings of its task (a message gets its reply, a source its translation).
+        as_task: use prompts as `predict` does: cleaned like the run's data, with the prompt format and
+        the default settings of the run's task (such as the reply to a message).
         """
         form, defaults = tokenizers.prompt_ids, {}
         if as_task:
@@ -134,7 +134,7 @@ class Run:
         return stream_texts(self.model, self.params, self.tokenizer, ids, chosen)
 
     def reply(self, messages: list[dict[str, str]], **settings: Any) -> Iterator[str]:
-        """Yields the reply to a chat, piece by piece, through the tokenizer's chat template.
+        """Yields the reply to a chat, piece by piece, using the tokenizer's chat template.
 
         messages: dicts with role ("system", "user" or "assistant") and content.
         Raises: UserError if the tokenizer has no template, or the chat exceeds the model's context.
@@ -146,8 +146,8 @@ class Run:
     # The task of a fine-tuned run.
 
     def cleaned_texts(self, texts: Sequence[str]) -> list[str]:
-        """The texts of a fine-tuned run's task, cleaned as the data of the run was; "" if nothing is left of one."""
-        if not self.task.needs_prompt:  # a prompt that is continued ends as it was given
+        """Texts for the task of a fine-tuned run, cleaned like the run's data. A cleaned text may be empty."""
+        if not self.task.needs_prompt:  # the model continues the prompt, so its end must not change
             return list(texts)
         source = tasks.examples_of(configs.as_kind(configs.ExampleData, self.config.data))
         return [source.clean(text, f"text {i}", data.DataReport()) for i, text in enumerate(texts, 1)]
@@ -155,21 +155,21 @@ class Run:
     def _task_texts(self, texts: Sequence[str]) -> list[str]:
         found = self.cleaned_texts(texts)
         if self.task.needs_prompt and not all(found):
-            raise UserError(f"text {found.index('') + 1} is empty when it is cleaned as the run's data was")
+            raise UserError(f"text {found.index('') + 1} is empty after cleaning, with the settings of the run's data")
         return found
 
     def predict(self, texts: str | Sequence[str], **settings: Any) -> Any:
-        """What a fine-tuned run answers for a text, or for each text of a list:
+        """The prediction of a fine-tuned run for a text, or a list of predictions for a list of texts.
 
-        classify {class: probability}, the most probable first; tag [(word, tag), ...] for the words
-        between spaces; masked_lm and denoise the text restored after the noise of the task, a line for
-        each part of task.length tokens; translate the target; instruct the reply; language_model the
-        continuation. settings: of GenerationSettings, for the last three. Texts that had to be cut are
-        counted on stderr.
+        classify: {class: probability}, the most probable first. tag: [(word, tag), ...]; spaces separate
+        words. masked_lm, denoise: the text, corrupted by the noise of the task and restored; one line for
+        each part of task.length tokens. translate: the target. instruct: the reply. language_model: the
+        continuation. settings: of GenerationSettings, for the last three. The number of cut texts is
+        printed to stderr.
         Raises: UserError if the run was not fine-tuned, or a text is empty.
         """
         if self.task is None:
-            raise UserError(f"{self.source} was not fine-tuned for a task that it could predict; use generate")
+            raise UserError(f"{self.source} was not fine-tuned, so it cannot predict; use generate")
         prompts = [texts] if isinstance(texts, str) else list(texts)
         if self.task.prompt:
             found = ["".join(new) for new in zip(*self.stream(prompts, as_task=True, **settings), strict=True)]
@@ -178,7 +178,7 @@ class Run:
         return found[0] if isinstance(texts, str) else found
 
     def _predictions(self, texts: list[str]) -> list[Any]:
-        # A text is cut to be predicted, even where a training example would be refused.
+        # Texts are always cut for prediction, also if task.truncate is false.
         task = dataclasses.replace(self.config.task, truncate=True)
         config = dataclasses.replace(self.config, task=task)
         labels, several = self._labels or ((), False)
@@ -201,7 +201,7 @@ class Run:
         return parallel.put_params(self.params, self._mesh)
 
     def _evaluator(self, rows: Any) -> Any:
-        """A tasks.Evaluator of rows, which shares its compiled functions with the ones before."""
+        """A tasks.Evaluator of rows. All Evaluators of a Run share their compiled functions."""
         if self._compiled_evaluator is None:
             self._compiled_evaluator = tasks.Evaluator(
                 self.model, self.config, self.tokenizer, self.labels, rows, self._mesh
@@ -211,22 +211,22 @@ class Run:
     # Measurements.
 
     def evaluate(self, data: str = "", split: str = "all", out: str = "") -> dict[str, Any]:
-        """The figures of the model on data, as a dict of JSON values; see experiments.evaluate.
+        """The metrics of the model on data, as a dict of JSON values; see experiments.evaluate.
 
-        data: a source of text, or of examples for a fine-tuned run; empty takes the run's own
-        validation data. split: all, train, validation or (of examples) test, of `data`. out: a .jsonl
-        file for the predictions of a fine-tuned run. A fine-tuned run is measured by its task; any other
-        model by loss, perplexity and bits per byte on windows as in training.
-        Raises: UserError for data that cannot be read, and for `out` where nothing is predicted.
+        A fine-tuned run has the metrics of its task; other models have loss, perplexity and bits per byte
+        on windows as in training. data: a source of text, or for a fine-tuned run of examples; empty: the
+        run's own validation data. split of `data`: all, train, validation or (only examples) test. out: a
+        .jsonl file for the predictions of a fine-tuned run.
+        Raises: UserError for data that cannot be read, or for `out` if there are no predictions.
         """
         if self.task is not None:
             return self._evaluate_on_examples(data, split, out)
         if out:
             raise UserError("--out needs --candidates or a run of finetune: text has no predictions")
         if split == "test":
-            raise UserError("--split=test is of examples; text has train, validation and all")
+            raise UserError("--split=test is only for examples; text has train, validation and all")
         if not data and self.workdir is None:
-            raise UserError(f"{self.source} has no data of its own; name some")
+            raise UserError(f"{self.source} is not a run and has no validation data; give data")
         return self._evaluate_on_text(data, split)
 
     def _evaluate_on_text(self, name: str, split: str) -> dict[str, Any]:
@@ -251,7 +251,7 @@ class Run:
     def _evaluate_on_examples(self, name: str, split: str, out: str) -> dict[str, Any]:
         c, (labels, several), report = self.config, self._labels or ((), False), data.DataReport()
         if out and not self.task.predict:
-            raise UserError(f"--out: task.kind={c.task.kind!r} is measured by its loss, and has no predictions")
+            raise UserError(f"--out: task.kind={c.task.kind!r} has no predictions, only a loss")
         source = tasks.examples_of(configs.as_kind(configs.ExampleData, c.data), name)
         if name:
             examples = tasks.read(source, self.task.examples, labels, report, split)
@@ -272,12 +272,12 @@ class Run:
         }
 
     def rank(self, questions: str | Sequence[Any], out: str = "") -> dict[str, Any]:
-        """How likely the model finds each of several candidates after a prompt: see rank_candidates.
+        """Ranks candidates by their likelihood after a prompt: see rank_candidates.
 
-        questions: a .jsonl file, what read_questions made of one, or a list of {"prompt": text,
+        questions: a .jsonl file, the result of read_questions, or a list of {"prompt": text,
         "candidates": [text, ...], "answer": the right one or its index, if known}. out: a .jsonl file
-        that gets the `rankings` instead.
-        Raises: UserError naming every bad question.
+        for the `rankings`, which are then not in the result.
+        Raises: UserError that names every wrong question.
         """
         if isinstance(questions, str):
             found = ranking.read_questions(questions)
@@ -291,8 +291,8 @@ class Run:
     # Pictures and files.
 
     def plot(self) -> pathlib.Path | None:
-        """Draw the loss curve of the run again; in a notebook also show it. Returns the path of
-        loss.png, or None before the first step."""
+        """Draw the loss curve of the run, and show it in a notebook. Returns the path of loss.png, or None
+        before the first step."""
         if self.workdir is None:
             raise UserError(f"{self.source} is not the directory of a run, so it has no loss curve")
         # Examples have no fixed number of tokens in a step.
@@ -306,19 +306,19 @@ class Run:
         return path
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write a directory that Transformers' AutoModel opens.
+        """Write a directory for Transformers' AutoModel.
 
         Raises: UserError if no family of Transformers has such a model.
         """
         hf.save(str(path), self.model.config, self.params, self.tokenizer, labels=self.labels)
 
     def save_run(self, workdir: str) -> None:
-        """Write the model as a run of no steps, which sample, evaluate and finetune open.
+        """Write the model as a run with 0 steps, for sample, evaluate and finetune.
 
-        Raises: UserError if the model came without a tokenizer.
+        Raises: UserError if the model has no tokenizer.
         """
         if self.tokenizer is None:
-            raise UserError(f"{self.source} has no tokenizer that nanoflax reads")
+            raise UserError(f"{self.source} has no tokenizer that nanoflax can read")
         os.makedirs(workdir, exist_ok=True)
         meta = {"tokenizer": self.tokenizer.fingerprint, "step": 0}
         with Checkpoints(os.path.join(workdir, "checkpoints")) as checkpoints:

@@ -1,8 +1,8 @@
-"""A sweep: trials of one program with different settings, each in a directory of its own.
+"""A sweep: trials of one program with different settings, each in its own directory.
 
-The directory of a sweep holds trial-NNN/ (the run, trial.json with its settings and result, and
-log.txt with what it printed), results.jsonl with a line for each trial, and sweep.png. The same
-sweep again continues: a trial that has finished is not run again, an interrupted one resumes.
+The directory of a sweep contains trial-NNN/ (the run, trial.json with its settings and result, and
+log.txt with its output), results.jsonl with a line for each trial, and sweep.png. The same sweep
+started again continues: finished trials are not run again, an interrupted trial resumes.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from nanoflax.errors import UserError
 
 SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")  # parts of the names of such metrics
 Space = list[str] | tuple[str, float, float]  # choices, or ("log" | "uniform" | "int", low, high)
-Values = dict[str, str]  # a flag's name, such as config.optim.learning_rate -> its text
-Result = dict[str, Any]  # {"trial", "values", "status"}, and the figures or the error of the trial
+Values = dict[str, str]  # {name of a flag, such as config.optim.learning_rate: its value as text}
+Result = dict[str, Any]  # {"trial", "values", "status"}, and the metrics or the error of the trial
 
 
 def parse_setting(text: str, random: bool, check: Callable[[str, str], None]) -> tuple[str, Space]:
-    """Read KEY=VALUE,VALUE,... (";" between values that hold commas), or for a random draw also
-    KEY=log:LOW:HIGH, uniform:LOW:HIGH or int:LOW:HIGH.
+    """(key, space) from KEY=VALUE,VALUE,... (";" between values that contain commas). If `random`, also
+    from KEY=log:LOW:HIGH, uniform:LOW:HIGH or int:LOW:HIGH.
 
-    check(key, text) raises ValueError for an impossible value, and LookupError for an unknown key.
+    check(key, text) raises ValueError for a wrong value, and LookupError for an unknown key.
     Raises: UserError.
     """
     flag = f"--{'random' if random else 'grid'} {text}"
@@ -60,7 +60,7 @@ def parse_setting(text: str, random: bool, check: Callable[[str, str], None]) ->
 
 
 def draw_settings(spaces: Sequence[tuple[str, Space]], seed: int, trial: int) -> Values:
-    """Random values of a trial; the same for the same seed and trial number."""
+    """Random values for a trial; deterministic in (seed, trial)."""
     rng, values = np.random.default_rng((seed, trial)), {}
     for key, space in spaces:
         if isinstance(space, list):
@@ -79,8 +79,8 @@ def draw_settings(spaces: Sequence[tuple[str, Space]], seed: int, trial: int) ->
 def suggest_settings(
     spaces: Sequence[tuple[str, Space]], seed: int, trial: int, results: Sequence[Result], metric: str
 ) -> Values:
-    """Values that Optuna's tree-structured Parzen estimator draws, given the results so far; the same
-    for the same seed, trial number and results."""
+    """Values for a trial from Optuna's tree-structured Parzen estimator; deterministic in (seed, trial,
+    results so far)."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -106,7 +106,7 @@ def suggest_settings(
 
 @dataclasses.dataclass
 class Sweep:
-    """The trials of `python -m PROGRAM` with the flags that all share, in a directory."""
+    """The trials of `python -m PROGRAM`, with shared flags, in one directory."""
 
     workdir: str
     program: str  # such as experiments.finetune
@@ -115,11 +115,11 @@ class Sweep:
     keys: list[str]  # the names of the settings, in the order of the table
 
     def trial(self, number: int, title: str, expected: Values | None, suggest: Callable[[], Values]) -> Result:
-        """Run a trial, or continue it, unless it has finished; its line of results.jsonl.
+        """Start or continue a trial, unless it has finished; returns its line of results.jsonl.
 
-        expected: the values that a trial of this sweep must have; None if they depend on results.
-        suggest: makes the values of a new trial. Raises: UserError if the directory holds another
-        sweep, or the metric is not measured.
+        expected: the values of this trial; None if they depend on results. suggest: makes the values of a
+        new trial. Raises: UserError if the directory contains another sweep, or the metric is not
+        measured.
         """
         workdir = os.path.join(self.workdir, f"trial-{number:03d}")
         path = pathlib.Path(workdir, "trial.json")
@@ -150,7 +150,7 @@ class Sweep:
         return result
 
     def _read_trial(self, path: pathlib.Path, expected: Values | None) -> dict[str, Any] | None:
-        """{"values", "flags"} and maybe "result" of a trial.json, None if there is none."""
+        """{"values", "flags"} and perhaps "result" from a trial.json; None if the file does not exist."""
         if not path.exists():
             return None
         try:
@@ -188,17 +188,17 @@ class Sweep:
 
 
 def run_program(program: str, arguments: Sequence[str], log: str) -> tuple[int, str]:
-    """(exit status, last line of its output) of a program whose output is appended to the file `log`.
+    """Run a program and append its output to the file `log`; returns (exit status, last line of the output).
 
-    SIGINT and SIGTERM are passed to the program, which saves; then this process exits too.
+    SIGINT and SIGTERM are forwarded to the program, which saves its state; then this process exits too.
     """
     with open(log, "a+") as f:
         process = subprocess.Popen(
             [sys.executable, "-m", program, *arguments],
             stdout=f,
             stderr=f,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},  # or an error might not be the last line
-            start_new_session=True,  # or the program would get Ctrl-C twice
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},  # so that an error is the last line
+            start_new_session=True,  # otherwise the program would get Ctrl-C twice
         )
         caught = []
 
@@ -221,7 +221,7 @@ def run_program(program: str, arguments: Sequence[str], log: str) -> tuple[int, 
 
 
 def read_figures(workdir: str) -> dict[str, float]:
-    """The figures of a run: those of result.json (finetune), else of its best evaluation (pretrain)."""
+    """The metrics of a run: from result.json (finetune), else from its best evaluation (pretrain)."""
     path = pathlib.Path(workdir, "result.json")
     if path.exists():
         found = json.loads(path.read_text())

@@ -1,7 +1,7 @@
-"""The one trainer: a Job says what is trained, `run_job` does everything else.
+"""The trainer of all runs: a Job describes what to train, `run_job` trains it.
 
-It checks memory from shapes before it allocates, compiles while the data is read, restores the
-newest checkpoint or initializes, and runs the loop to its end, an early stop or a signal.
+`run_job` checks memory from shapes before it allocates, compiles while the data is read, restores the
+newest checkpoint or initializes, and trains until the last step, an early stop or a signal.
 """
 
 import concurrent.futures
@@ -27,9 +27,9 @@ from nanoflax.runs.opening import Params
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """What a run reads, and how it is measured."""
+    """The data of a run, and its evaluation."""
 
-    batches: Any  # batches[step] -> this process's rows of a batch; describe(step) names what it read
+    batches: Any  # batches[step] is the batch of this process; describe(step) names its rows for error messages
     evaluate: Callable[[Params, int], tuple[dict[str, float], str]]  # (parameters, step) -> (metrics, text to show)
     identity: dict[str, str]  # fingerprints of tokenizer, data and validation, saved with every checkpoint
     tokens_per_step: float
@@ -37,22 +37,22 @@ class TrainingData:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one run trains."""
+    """The description of a training run."""
 
     config: Config  # with the final sizes of the model
     mesh: jax.sharding.Mesh
     model: Any  # a Linen module
     tokenizer: Any  # saved in the run's directory
-    shapes: Params  # of all parameters, a tree per block
-    load: Callable[[], Params] | None = None  # all initial parameters on the mesh; None: drawn from train.seed
+    shapes: Params  # of all parameters
+    load: Callable[[], Params] | None = None  # all initial parameters on the mesh; None: random, from train.seed
     trained: Params | None = None  # tree of bool; None: all parameters are trained
     objective: Callable = train.causal_lm
-    batch: dict[str, jax.ShapeDtypeStruct]  # shapes of a batch over all processes
-    fixed_batch: bool = False  # every batch has these shapes: the step is compiled while the data is read
+    batch: dict[str, jax.ShapeDtypeStruct]  # shapes of a batch of all processes together
+    fixed_batch: bool = False  # every batch has these shapes, so the step is compiled while the data is read
     read_data: Callable[[], TrainingData]
     flops_per_token: float | None = None  # for the MFU
-    replaces: str | None = None  # directory of a run that is archived once the data is read
-    write_extra: Callable[[], None] = lambda: None  # writes further files of a new run
+    replaces: str | None = None  # directory of an old run, which is archived after the data is read
+    write_extra: Callable[[], None] = lambda: None  # writes more files of a new run
 
 
 class Result(NamedTuple):
@@ -60,22 +60,22 @@ class Result(NamedTuple):
 
     reason: str  # "finished", "early stop" or the name of a signal
     step: int
-    signal: int  # 0 without one
+    signal: int  # its number, or 0
     trained_now: bool  # False if an earlier call had finished the run
     best_step: int
-    frozen: Params  # the parameters that are not trained, a tree per block
+    frozen: Params  # the parameters that are not trained
 
 
 def run_job(job: Job, workdir: str) -> Result:
-    """Train in workdir, whose lock the caller holds; the same job again resumes.
+    """Train in workdir; the caller holds its lock. The same job again resumes.
 
-    Raises: UserError for what does not fit (memory, data, a saved state), before training.
+    Raises: UserError, before training, if memory is too small, or data or a saved state do not fit.
     """
     return Trainer(job, workdir).run()
 
 
 class Trainer:
-    """One job in one directory. `__init__` checks from shapes alone; `run` allocates and trains."""
+    """A Job in its directory. `__init__` checks shapes only; `run` allocates and trains."""
 
     def __init__(self, job: Job, workdir: str):
         self.job, self.workdir = job, workdir
@@ -99,10 +99,10 @@ class Trainer:
         self._describe()
         if job.replaces:
             parallel.gather_from_processes("restored")
-            print(f"the run before is kept in {parallel.run_on_main_process(lambda: archive_run(self.workdir))}")
+            print(f"the old run is archived in {parallel.run_on_main_process(lambda: archive_run(self.workdir))}")
         with Checkpoints(self.checkpoints, job.config.train.keep) as saves:
             state, tracking = self._restore(saves) if self.resuming else self._begin(saves, trained)
-            del trained  # the state has them
+            del trained  # the state contains these parameters
             step = int(state.step)
             if text := finished_before(job.config, step, tracking):
                 print(text)
@@ -123,14 +123,14 @@ class Trainer:
         return train.abstract_state(job.model, self.optimizer, job.config, job.mesh, trained), frozen
 
     def _split(self, params: Params) -> tuple[Params, Params]:
-        """(the trained parameters, a tree per block; the others, stacked if train.scan_layers)."""
+        """(the trained parameters, not stacked; the others, stacked if train.scan_layers)."""
         if self.job.trained is None:
             return params, {}
         trained, frozen = peft.split(params, self.job.trained)
         return trained, parallel.stack(frozen) if self.job.config.train.scan_layers else frozen
 
     def _compile(self) -> None:
-        """Compile in the background what the shapes decide: the step of a fixed batch, and drawn parameters."""
+        """Compile in the background: the training step if batches have fixed shapes, and the random initialization."""
         job, arguments = self.job, (self.job.model, self.optimizer, self.job.config)
         step = train.make_train_step(*arguments, job.objective)
         self._step = train.jit_step(step, self.shapes, job.mesh)
@@ -140,12 +140,12 @@ class Trainer:
             self._compiled_step = threads.submit(train.compile_step, step, self.shapes, job.batch, job.mesh)
         if job.load is None and not self.resuming:
             self._compiled_init = threads.submit(train.compile_init, *arguments, job.mesh)
-        threads.shutdown(wait=False)  # an error in the data ends the run without waiting for the compiler
+        threads.shutdown(wait=False)  # after an error in the data, the run does not wait for the compiler
 
     def _load_parameters(self) -> tuple[Params | None, Params]:
-        """(initial trained parameters, or None if they are drawn or restored; those that are not trained).
+        """(initial trained parameters, or None if they are random or restored; parameters that are not trained).
 
-        On a resume the trained ones are freed before the state is restored: memory never holds both.
+        A resumed run frees the initial trained parameters before it restores the state, to save memory.
         """
         if self.job.load is None or self.resuming and not self.frozen_shapes:
             return None, {}
@@ -153,7 +153,7 @@ class Trainer:
         return None if self.resuming else trained, frozen
 
     def _describe(self) -> None:
-        """Print the parameters and what a step costs."""
+        """Print the parameters, and the FLOPs per token."""
         job = self.job
         print(report.parameter_table(job.shapes))
         if job.trained is not None:
@@ -169,7 +169,7 @@ class Trainer:
             print(f"attention {self.attention}")
 
     def _begin(self, saves: Checkpoints, trained: Params | None) -> tuple[train.TrainState, train.Tracking]:
-        """The state of step 0, and the files of a new run. trained: donated; None draws them."""
+        """The state of step 0; writes the files of a new run. trained: donated; None: random parameters."""
         job, tracking = self.job, train.Tracking()
         if self._compiled_init:
             state = self._compiled_init.result()()
@@ -178,13 +178,13 @@ class Trainer:
         if parallel.is_main_process():
             job.write_extra()
             write_run(self.workdir, job.config, job.tokenizer)
-        if job.replaces:  # at once: until then the archive alone holds these weights
+        if job.replaces:  # save now: only the archived run has these weights
             meta = {"step": 0, "position": 0, "tracking": tracking._asdict()}
             saves.save(0, state._asdict(), self.identity | meta)
         return state, tracking
 
     def _restore(self, saves: Checkpoints) -> tuple[train.TrainState, train.Tracking]:
-        """The newest sound checkpoint. Raises: UserError if it was trained on other data."""
+        """The state of the newest undamaged checkpoint. Raises: UserError if it was trained on other data."""
         state, meta = saves.restore(self.shapes._asdict())
         check_same_data({**self.identity, **meta}, self.identity)
         tracking = train.Tracking.read(meta["tracking"], meta["step"], saves.metric(meta["step"]))
@@ -198,7 +198,7 @@ class Trainer:
         job, start, flops = self.job, int(state.step), self.job.flops_per_token
         step = self._compiled_step.result() if self._compiled_step else partial(self._step, frozen=frozen)
         evaluate = lambda params, at: data.evaluate(peft.join(params, frozen) if frozen else params, at)
-        peak = peak_flops(job.mesh) if flops else None  # now that nothing is compiled beside it
+        peak = peak_flops(job.mesh) if flops else None  # measured now, because compilation has ended
         shown = displays(self.workdir, job.config, start, data.tokens_per_step, flops, peak)
         with shown as (log, progress):
             if start == 0 and job.config.model.init_from:
@@ -222,7 +222,7 @@ class Trainer:
 
 
 def finished_before(config: Config, step: int, tracking: train.Tracking) -> str:
-    """What to print of a run that has nothing left to do; empty if it has."""
+    """A message if the run is already complete; "" if there are steps left."""
     if tracking.evaluation_pending:
         return ""
     if step >= config.train.steps:
@@ -233,7 +233,7 @@ def finished_before(config: Config, step: int, tracking: train.Tracking) -> str:
 
 
 def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
-    """FLOP/s of all devices of the mesh together; measured on a CPU, while nothing is compiled."""
+    """FLOP/s of all devices of the mesh together. On a CPU it is measured, so call it while nothing compiles."""
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return parallel.measure_peak_flops()
@@ -250,8 +250,8 @@ def displays(
     flops_per_token: float | None = None,
     peak_flops: float | None = None,
 ) -> Iterator[tuple[Any, Any]]:
-    """The (log, progress) of `train.fit`; silent ones on processes that do not write. The last two arguments
-    (of all devices together) make progress show the MFU."""
+    """The (log, progress) for `train.fit`; silent on all processes except process 0. The last two arguments are
+    for the MFU; peak_flops is of all devices together."""
     if not parallel.is_main_process():
         yield report.NoDisplay(), report.NoDisplay()
         return
@@ -267,7 +267,7 @@ def displays(
 
 
 def setup_jax() -> None:
-    """Keep compiled programs between runs, unless JAX has a directory for them: a compile of 1.4 s becomes 0.13 s."""
+    """Cache compiled programs on disk, if JAX has no cache directory yet. Compiling takes 0.13 s instead of 1.4 s."""
     from nanoflax.data import default_cache_dir
 
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
@@ -276,13 +276,13 @@ def setup_jax() -> None:
 
 
 def check_metric(config: Config, measured: tuple[str, ...]) -> None:
-    """Raises: UserError if train.metric is neither validation_loss nor among `measured`."""
+    """Raises: UserError if train.metric is not validation_loss and not in `measured`."""
     known = ("validation_loss", *measured)
     if config.train.metric not in known:
         raise UserError(f"train.metric={config.train.metric!r} is not measured here; choose one of {', '.join(known)}")
 
 
 def check_wandb(config: Config) -> None:
-    """Raises: UserError if train.wandb asks for a package that is not installed."""
+    """Raises: UserError if train.wandb is set and wandb is not installed."""
     if config.train.wandb and not importlib.util.find_spec("wandb"):
         raise UserError(f"train.wandb={config.train.wandb} needs Weights & Biases: pip install nanoflax[wandb]")

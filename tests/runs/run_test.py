@@ -107,7 +107,7 @@ def test_a_text_and_candidates_are_measured(decoder, tmp_path):
     assert run.rank(path) == run.rank(runs.read_questions(path)) == ranked
     with pytest.raises(UserError, match="question 2 must have a 'prompt'"):
         run.rank([{"prompt": "a", "candidates": ["b"]}, {"prompt": "a", "candidates": []}])
-    with pytest.raises(UserError, match="has no data of its own"):
+    with pytest.raises(UserError, match="has no validation data"):
         run.save_pretrained(tmp_path / "theirs")
         nanoflax.open(tmp_path / "theirs").evaluate()
 
@@ -159,5 +159,5 @@ def test_a_fine_tuned_run_does_its_task(kind, tmp_path, capsys):
         assert "longer than" in capsys.readouterr().err
         one = run.predict(texts[0])
         assert run.task.show(one) == run.task.show(found[0])
-    with pytest.raises(UserError, match="text 2 is empty when it is cleaned"):
+    with pytest.raises(UserError, match="text 2 is empty after cleaning"):
         run.predict(["a", " "])

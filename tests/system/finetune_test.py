@@ -164,7 +164,7 @@ def test_a_head_of_other_classes_is_drawn_anew_and_trained(topics, tmp_path):
         "--config.peft.kind=lora",
         f"--config.model.init_from={tmp_path / 'base' / 'final'}",
     )
-    assert tuned.returncode == 0 and "drawn anew: labels" in tuned.stderr, tuned.stderr
+    assert tuned.returncode == 0 and "initialized randomly: labels" in tuned.stderr, tuned.stderr
     from nanoflax import runs
 
     trained, _ = runs.restore_params(tmp_path / "lora" / "checkpoints")
@@ -466,7 +466,7 @@ def test_masked_tokens_are_guessed_and_the_encoder_is_gone_on_with(texts, topics
         f"--config.model.init_from={tmp_path / 'mlm' / 'final'}",
     )
     assert other.returncode == 0, other.stderr
-    assert "drawn anew: labels, pooler\n" in other.stderr
+    assert "initialized randomly: labels, pooler\n" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -505,7 +505,7 @@ def test_a_denoiser_is_what_translate_begins_from(noise, tokenizer, architecture
         "--config.train.steps=4",
     )
     assert tuned.returncode == 0, tuned.stderr
-    assert "drawn anew" not in tuned.stderr and "not needed" not in tuned.stderr
+    assert "initialized randomly" not in tuned.stderr and "not needed" not in tuned.stderr
     from nanoflax import runs
 
     models = [runs.open_model(str(path)) for path in (final, tmp_path / "run" / "final")]
