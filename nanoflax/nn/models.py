@@ -229,7 +229,7 @@ class EncoderDecoder(SourceModel):
         return min(layers, key=lambda weights: float(jax.scipy.special.entr(weights).sum()))
 
 
-def alignment(model: SourceModel, params: dict, source: Sequence[int], targets: Sequence[int]) -> Float[Array, "T S"]:
+def alignment(model: LanguageModel, params: dict, source: Sequence[int], targets: Sequence[int]) -> Float[Array, "T S"]:
     """The float32 attention weights over a source as each target is predicted. Rows sum to 1."""
     inputs = shift_right(jnp.asarray([targets]), model.config.start_id)
     return model.apply({"params": params}, inputs, jnp.asarray([source]), method="alignment")[0]

@@ -396,6 +396,6 @@ class Finetuning:
     def plot_alignment(self, params: Any) -> None:
         """Draw attention.png: the attention from the first validation target to its source."""
         row = self.evaluator.rows.rows[0]
-        weights = nn.alignment(nn.build(self.config.model), params, row["source"], row["targets"])
+        weights = nn.alignment(nn.build(self.config.model), params, row["source"].tolist(), row["targets"].tolist())
         words = ([self.tokenizer.decode([i]) or "·" for i in row[side].tolist()] for side in ("source", "targets"))
         report.plot_alignment(os.path.join(self.workdir, "attention.png"), np.asarray(weights), *words)

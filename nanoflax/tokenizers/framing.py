@@ -100,7 +100,7 @@ def _end_of_reply(tokenizer, ids, start):
     raise UserError("the chat template writes no special token after a reply, so a model cannot learn to stop")
 
 
-def show_mask(tokenizer: Any, ids: Sequence[int], weights: Sequence[float]) -> str:
+def show_mask(tokenizer: Any, ids: Iterable[int], weights: Iterable[float]) -> str:
     """The text of the ids with names of special tokens; ⟦ and ⟧ enclose the trained parts (weight not 0)."""
     check_ids(ids, tokenizer.vocab_size)
     names = {i: name for name, i in getattr(tokenizer, "special", {}).items()}

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+from typing import Any
 
 from nanoflax.errors import UserError
 from nanoflax.tokenizers.base import Tokenizer
@@ -12,7 +13,7 @@ from nanoflax.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer
 CHOICES = "bytes, bpe:SIZE, unigram:SIZE, a SentencePiece .model file or a tokenizer's directory"
 
 
-def parse(spec: str | pathlib.Path) -> tuple[str, int | pathlib.Path | None]:
+def parse(spec: str | pathlib.Path) -> tuple[str, Any]:
     """The kind ("bytes", "bpe", "unigram" or "path") and its vocabulary size or path.
 
     Examples: "bytes", "bpe:2048", "unigram:8192", a path. Raises: UserError for anything else.

@@ -41,7 +41,7 @@ def compile_init(
     model: LanguageModel,
     optimizer: optax.GradientTransformation,
     config: Config,
-    mesh: jax.sharding.Mesh,
+    mesh: parallel.AnyMesh,
     params: dict | None = None,
 ) -> Callable[[], TrainState]:
     """A compiled function without arguments that returns the `new_state` of config.train.seed, created
@@ -58,7 +58,7 @@ def init_state(
     model: LanguageModel,
     optimizer: optax.GradientTransformation,
     config: Config,
-    mesh: jax.sharding.Mesh,
+    mesh: parallel.AnyMesh,
     params: dict | None = None,
 ) -> TrainState:
     """The result of `compile_init`."""
@@ -69,7 +69,7 @@ def abstract_state(
     model: LanguageModel,
     optimizer: optax.GradientTransformation,
     config: Config,
-    mesh: jax.sharding.Mesh,
+    mesh: parallel.AnyMesh,
     params: Any = None,
 ) -> TrainState:
     """The shapes, dtypes and shardings of `init_state`, without computing it: the target of a restore.
@@ -81,7 +81,7 @@ def abstract_state(
     )
 
 
-def abstract_batch(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: Config, mesh: parallel.AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes, dtypes and shardings of a batch of packed windows, for `compile_step`."""
     B, T = config.train.batch_size, config.window
     arrays = {"targets": ((B, T), jnp.int32), "first": ((B,), jnp.int32), "weights": ((B, T), jnp.float32)}

@@ -12,10 +12,12 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def pip(*arguments):
-    done = subprocess.run([sys.executable, "-m", "pip", *map(str, arguments)], text=True, capture_output=True)
+    command = [sys.executable, "-m", "pip", *map(str, arguments)]
+    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
@@ -55,6 +57,5 @@ def test_an_installed_wheel_works_outside_the_checkout(wheel, tmp_path):
     pip("--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
     site = tmp_path / "venv" / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([python, "-c", USE], cwd=tmp_path, env=env, text=True, capture_output=True)
+    done = subprocess.run([python, "-c", USE], cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
