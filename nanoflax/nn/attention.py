@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
 from nanoflax.nn import kernels, masking
-from nanoflax.nn.arrays import Array
+from nanoflax.nn.arrays import Array, Keys, Queries, States
 from nanoflax.nn.kernels import MaskSpec
 from nanoflax.nn.layers import Linear, Norm
 from nanoflax.nn.positions import Angles, rotate
@@ -46,15 +46,15 @@ def dot_product_attention(
 
 
 def heads_first(
-    q: Float[Array, "B H T K"],
-    k: Float[Array, "B G S K"],
-    v: Float[Array, "B G S K"],
+    q: Queries,
+    k: Keys,
+    v: Keys,
     mask: Mask | None = None,
     causal: bool = False,
     bias: Bias | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
-) -> Float[Array, "B H T K"]:
+) -> Queries:
     """`dot_product_attention` with heads before time: its products are then plain batched matrix
     products, twice as fast on CPU."""
     B, H, T, K = q.shape
@@ -80,11 +80,7 @@ def heads_first(
 
 
 def attention_weights(
-    q: Float[Array, "B H T K"],
-    k: Float[Array, "B G S K"],
-    mask: Mask | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
+    q: Queries, k: Keys, mask: Mask | None = None, scale: float | None = None, softcap: float = 0.0
 ) -> Float[Array, "B H T S"]:
     """The float32 weights of `heads_first`, without its causal mask: for pictures."""
     B, H, T, K = q.shape
@@ -193,8 +189,8 @@ class Attention(nn.Module):
             self.key_norm = Norm("rmsnorm", c.norm_eps, False, c.norm_unit_offset)
 
     def __call__(
-        self, x: Float[Array, "B T D"], inputs: AttentionInputs, cache: LayerCache | None = None
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        self, x: States, inputs: AttentionInputs, cache: LayerCache | None = None
+    ) -> tuple[States, LayerCache | None]:
         """Self-attention. cache: this layer's, to be written at slot inputs.index.
         Returns (the output, the new cache)."""
         q = self.queries(x, inputs.angles)
@@ -230,23 +226,16 @@ class Attention(nn.Module):
         return k, v, mask, bias
 
     def cross(
-        self,
-        x: Float[Array, "B T D"],
-        keys: Float[Array, "B G S K"],
-        values: Float[Array, "B G S K"],
-        mask: Bool[Array, "B 1 1 S"] | None,
-        cached: bool = False,
-    ) -> Float[Array, "B T D"]:
+        self, x: States, keys: Keys, values: Keys, mask: Bool[Array, "B 1 1 S"] | None, cached: bool = False
+    ) -> States:
         """Cross-attention of x to the keys and values of a source."""
         spec = MaskSpec(valid=None if mask is None else mask[:, 0, 0])
         return self.attend(self.queries(x), keys, values, mask, False, None, spec, cached)
 
-    def queries(self, x: Float[Array, "B T D"], angles: Angles | None = None) -> Float[Array, "B H T K"]:
+    def queries(self, x: States, angles: Angles | None = None) -> Queries:
         return self._heads(x, self.query, self.config.heads, "query_norm", angles)
 
-    def keys_values(
-        self, x: Float[Array, "B S D"], angles: Angles | None = None
-    ) -> tuple[Float[Array, "B G S K"], Float[Array, "B G S K"]]:
+    def keys_values(self, x: Float[Array, "B S D"], angles: Angles | None = None) -> tuple[Keys, Keys]:
         G = self.config.G
         return self._heads(x, self.key, G, "key_norm", angles), self._heads(x, self.value, G, None, None)
 
@@ -262,15 +251,15 @@ class Attention(nn.Module):
 
     def attend(
         self,
-        q: Float[Array, "B H T K"],
-        k: Float[Array, "B G S K"],
-        v: Float[Array, "B G S K"],
+        q: Queries,
+        k: Keys,
+        v: Keys,
         mask: Mask | None,
         causal: bool,
         bias: Bias | None = None,
         spec: MaskSpec | None = None,
         cached: bool = False,
-    ) -> Float[Array, "B T D"]:
+    ) -> States:
         """Attention and the output projection, by the kernel that `choose` names; with a cache, and
         for init, by `heads_first`. spec: the mask as a MaskSpec, or None."""
         c, name = self.config, "plain"

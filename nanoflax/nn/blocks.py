@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
 from nanoflax.nn import masking, positions
-from nanoflax.nn.arrays import Array
+from nanoflax.nn.arrays import Array, Keys, SourceMask, States, Tokens
 from nanoflax.nn.attention import Attention, AttentionInputs, LayerCache
 from nanoflax.nn.kernels import MaskSpec
 from nanoflax.nn.layers import MLP, Embedding, Norm, bottleneck
@@ -54,12 +54,8 @@ class Block(nn.Module):
                 setattr(self, f"norm_{name}_out", norm(c))
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        inputs: AttentionInputs,
-        cache: LayerCache | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        self, x: States, inputs: AttentionInputs, cache: LayerCache | None = None, deterministic: bool = True
+    ) -> tuple[States, LayerCache | None]:
         """cache: this layer's. Returns (the output, the new cache)."""
         x = parallel.split_batch(x)
         h, cache = self.attention(self._before("attention", x), inputs, cache)
@@ -78,9 +74,7 @@ class Block(nn.Module):
             x = self._after("cross", x, h, deterministic)
         return self._after("mlp", x, self.mlp(self._before("mlp", x)), deterministic), cache
 
-    def cross_keys_values(
-        self, source: Float[Array, "B S D"]
-    ) -> tuple[Float[Array, "B G S K"], Float[Array, "B G S K"]]:
+    def cross_keys_values(self, source: Float[Array, "B S D"]) -> tuple[Keys, Keys]:
         """The keys and values by which cross-attention reads a source."""
         return self.cross_attention.keys_values(source)
 
@@ -146,13 +140,13 @@ class Stack(nn.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
-        segments: Int[Array, "B T"] | None = None,
+        x: States,
+        segments: Tokens | None = None,
         cache: dict | None = None,
         source: Float[Array, "B S D"] | None = None,
-        source_mask: Bool[Array, "B S"] | None = None,
+        source_mask: SourceMask | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], dict | None]:
+    ) -> tuple[States, dict | None]:
         """The last hidden states of the embeddings x, and the new cache.
 
         segments: a causal token attends within its segment, a token of an encoder to all segments

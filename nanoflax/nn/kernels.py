@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
 from nanoflax.errors import UserError
-from nanoflax.nn.arrays import Array
+from nanoflax.nn.arrays import Array, Keys, Queries, SourceMask, Tokens
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("segments", "valid"), meta_fields=("window",))
@@ -25,8 +24,8 @@ from nanoflax.nn.arrays import Array
 class MaskSpec:
     """Segments, valid keys and window, for kernels that take no dense mask. Causality is separate."""
 
-    segments: Int[Array, "B T"] | None = None  # a query attends to the keys of its own segment
-    valid: Bool[Array, "B S"] | None = None  # a query attends to the keys that are True
+    segments: Tokens | None = None  # a query attends to the keys of its own segment
+    valid: SourceMask | None = None  # a query attends to the keys that are True
     window: int = 0  # a query attends to keys fewer than `window` positions before it; 0: to all
 
 
@@ -101,15 +100,7 @@ def _compute_capability():
     return float(gpus[0].compute_capability) if gpus else 9.0
 
 
-def cudnn(
-    q: Float[Array, "B H T K"],
-    k: Float[Array, "B G S K"],
-    v: Float[Array, "B G S K"],
-    causal: bool,
-    spec: MaskSpec,
-    scale: float | None = None,
-    softcap: float = 0.0,
-) -> Float[Array, "B H T K"]:
+def cudnn(q: Queries, k: Keys, v: Keys, causal: bool, spec: MaskSpec, scale: float | None, softcap: float) -> Queries:
     """`attention.heads_first` by cuDNN. A row without a valid key is finite, but not the mean."""
     lengths = None
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # time before heads
@@ -145,15 +136,15 @@ def _splash_refusals(call):
 
 
 def splash(
-    q: Float[Array, "B H T K"],
-    k: Float[Array, "B G S K"],
-    v: Float[Array, "B G S K"],
+    q: Queries,
+    k: Keys,
+    v: Keys,
     causal: bool,
     spec: MaskSpec,
-    scale: float | None = None,
-    softcap: float = 0.0,
+    scale: float | None,
+    softcap: float,
     interpret: bool = False,
-) -> Float[Array, "B H T K"]:
+) -> Queries:
     """`attention.heads_first` by the Splash kernel; each device computes its own rows and heads.
 
     interpret: run the kernel's code on any platform, slowly.

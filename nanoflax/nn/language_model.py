@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
-from nanoflax.nn.arrays import Array
+from nanoflax.nn.arrays import Array, Logits, Source, SourceMask, States, Tokens
 from nanoflax.nn.layers import Embedding, Linear, activate
 
 
@@ -31,13 +31,13 @@ class LanguageModel(nn.Module):
             self.delay = Linear(c.dim, bias=False, stddev=0.0)  # at first it changes nothing
         self.drop = nn.Dropout(c.dropout)
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(self, tokens: Tokens) -> States:
         """The embeddings of tokens below V, in the compute dtype."""
         return parallel.split_embedded(self.embedding(tokens)) * self.config.embed_scale
 
     def output(
-        self, x: Float[Array, "B T D"], segments: Int[Array, "B T"] | None = None, cache: dict | None = None
-    ) -> tuple[Float[Array, "B T D"], dict | None]:
+        self, x: States, segments: Tokens | None = None, cache: dict | None = None
+    ) -> tuple[States, dict | None]:
         """The states that `head` reads, from the last hidden states x, and the new cache.
 
         With config.output_delay = n, GELU(W h) is added to each state, where h is the state n steps
@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
             cache = cache | {"delay": {"states": states[:, T:], "padding": jnp.maximum(delay["padding"] - T, 0)}}
         return x + activate("gelu", self.delay(before)), cache
 
-    def head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def head(self, x: States) -> Logits:
         """The float32 logits of the states that `hidden` returns."""
         c = self.config
         if c.tied:
@@ -77,7 +77,7 @@ class LanguageModel(nn.Module):
             return jnp.dtype(self.config.dtype)
         return jnp.dtype("float32" if parallel.current_platform() == "cpu" else "bfloat16")
 
-    def decode(self, params: dict, tokens: Int[Array, "B T"], cache: dict) -> tuple[Float[Array, "B T V"], dict]:
+    def decode(self, params: dict, tokens: Tokens, cache: dict) -> tuple[Logits, dict]:
         """One step of generation: (float32 logits, the cache extended by the tokens).
 
         Samplers use nothing else of a model, and of a cache only that it is a tree of scalars and
@@ -86,7 +86,7 @@ class LanguageModel(nn.Module):
         return self.apply({"params": params}, tokens, cache=cache)  # type: ignore  # Linen's apply has no type
 
 
-def mean_pool(states: Float[Array, "B S D"], padding_mask: Bool[Array, "B S"]) -> Float[Array, "B D"]:
+def mean_pool(states: Float[Array, "B S D"], padding_mask: SourceMask) -> Float[Array, "B D"]:
     """A vector of each text: the mean of its tokens' states (Reimers and Gurevych 2019)."""
     weights = padding_mask[..., None].astype(states.dtype)
     return (states * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
@@ -107,12 +107,12 @@ class SourceModel(LanguageModel):
 
     def __call__(
         self,
-        targets_in: Int[Array, "B T"],
-        source: Int[Array, "B S"] | None = None,
-        source_mask: Bool[Array, "B S"] | None = None,
+        targets_in: Tokens,
+        source: Source | None = None,
+        source_mask: SourceMask | None = None,
         cache: dict | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T V"], dict | None]:
+    ) -> tuple[Logits, dict | None]:
         """(float32 logits of the next target at every position, the new cache).
 
         targets_in: the targets shifted right; source_mask: True at real tokens, default all;
@@ -121,12 +121,12 @@ class SourceModel(LanguageModel):
         x, cache = self.hidden(targets_in, source, source_mask, cache, deterministic)
         return self.head(x), cache
 
-    def vector(self, source: Int[Array, "B S"], source_mask: Bool[Array, "B S"] | None = None) -> Float[Array, "B D"]:
+    def vector(self, source: Source, source_mask: SourceMask | None = None) -> Float[Array, "B D"]:
         """The embedding of a text: config.bottleneck of the encoder's states (2D numbers for the LSTM)."""
         return self.through_bottleneck(self.encode(source, source_mask), source_mask)[0][:, 0]
 
     def through_bottleneck(
-        self, states: Float[Array, "B S D"], mask: Bool[Array, "B S"] | None
+        self, states: Float[Array, "B S D"], mask: SourceMask | None
     ) -> tuple[Float[Array, "B _ D"], Bool[Array, "B _"] | None]:
         """The states, and their mask, that the decoder attends to: the encoder's, or by
         config.bottleneck one state for each text."""

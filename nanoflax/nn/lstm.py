@@ -9,10 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from nanoflax import parallel
-from nanoflax.nn.arrays import Array
+from nanoflax.nn.arrays import Array, Source, SourceMask, States, Tokens
 from nanoflax.nn.blocks import REMAT_POLICIES
 from nanoflax.nn.language_model import SourceModel, empty_delay
 from nanoflax.nn.layers import Linear
@@ -32,7 +32,7 @@ def lstm_cell(
 
 
 def lstm(
-    x: Float[Array, "B S _gates"], kernel: Float[Array, "D _gates"], mask: Bool[Array, "B S"], reverse: bool = False
+    x: Float[Array, "B S _gates"], kernel: Float[Array, "D _gates"], mask: SourceMask, reverse: bool = False
 ) -> tuple[Float[Array, "B S D"], Float[Array, "B D"], Float[Array, "B D"]]:
     """An LSTM over a sequence, from a state of zeros. Padding leaves the state unchanged.
 
@@ -56,7 +56,7 @@ def attend(
     query: Float[Array, "B D"],
     keys: Float[Array, "B S D"],
     values: Float[Array, "B S E"],
-    mask: Bool[Array, "B S"],
+    mask: SourceMask,
     score: Float[Array, " D"] | None = None,
 ) -> tuple[Float[Array, "B E"], Float[Array, "B S"]]:
     """(the mean of the values weighted by the softmax of scores over S, the float32 weights).
@@ -96,7 +96,7 @@ class BiLSTM(nn.Module):
     dim: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S I"], mask: Bool[Array, "B S"]) -> list[Array]:
+    def __call__(self, x: Float[Array, "B S I"], mask: SourceMask) -> list[Array]:
         """[h of every token [B, S, 2D], the last h [B, 2D], the last c [B, 2D]]; the backward LSTM's
         last state is that of the first token."""
         outputs = []
@@ -131,22 +131,22 @@ class AttentionLSTM(SourceModel):
             self.score = self.param("score", nn.initializers.normal(D**-0.5), (D,))
         self.combine = Matrix(3 * D, D)
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(self, tokens: Tokens) -> States:
         """Embeddings of initial variance 1, which suits the gates."""
         return super().embed(tokens) / 0.02
 
     def hidden(
         self,
-        targets_in: Int[Array, "B T"],
-        source: Int[Array, "B S"] | None = None,
-        source_mask: Bool[Array, "B S"] | None = None,
+        targets_in: Tokens,
+        source: Source | None = None,
+        source_mask: SourceMask | None = None,
         cache: dict | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], dict | None]:
+    ) -> tuple[States, dict | None]:
         """(the states that `head` reads, in the compute dtype; the new cache)."""
         return self._decoded(targets_in, source, source_mask, cache, deterministic)[:2]
 
-    def alignment(self, targets_in: Int[Array, "B T"], source: Int[Array, "B S"]) -> Float[Array, "B T S"]:
+    def alignment(self, targets_in: Tokens, source: Source) -> Float[Array, "B T S"]:
         """The float32 attention weights of each prediction over the source."""
         return self._decoded(targets_in, source)[2]
 
@@ -182,14 +182,12 @@ class AttentionLSTM(SourceModel):
         return x, cache, attention.swapaxes(0, 1)
 
     def encode(
-        self, source: Int[Array, "B S"], source_mask: Bool[Array, "B S"] | None = None, deterministic: bool = True
+        self, source: Source, source_mask: SourceMask | None = None, deterministic: bool = True
     ) -> Float[Array, "B S _width"]:
         """The states of the last encoder layer."""
         return self._encode(source, source_mask, deterministic)[0]
 
-    def read(
-        self, source: Int[Array, "B S"], source_mask: Bool[Array, "B S"] | None = None, deterministic: bool = True
-    ) -> dict:
+    def read(self, source: Source, source_mask: SourceMask | None = None, deterministic: bool = True) -> dict:
         """The cache before the first target of a source."""
         mask = jnp.ones(source.shape, bool) if source_mask is None else source_mask
         x, ends = self._encode(source, mask, deterministic)
@@ -222,7 +220,7 @@ class AttentionLSTM(SourceModel):
         return x, ends
 
     def prefill(
-        self, params: dict, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], new_tokens: int
+        self, params: dict, tokens: Source, lengths: Int[Array, " B"], new_tokens: int
     ) -> tuple[Int[Array, " B"], dict]:
         """Read sources that are padded on the left. Returns (config.start_id of each row, the cache)."""
         B, S = tokens.shape

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
-from nanoflax.nn.arrays import Array
+from nanoflax.nn.arrays import Array, Logits, Source, SourceMask, States, Tokens
 from nanoflax.nn.attention import Attention, LayerCache, attention_weights, empty_cache
 from nanoflax.nn.blocks import Stack, norm
 from nanoflax.nn.language_model import LanguageModel, SourceModel, empty_delay
@@ -32,12 +32,8 @@ class Decoder(LanguageModel):
         self.decoder = Stack(self.config, self.config.layers, remat=self.remat)
 
     def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        segments: Int[Array, "B T"] | None = None,
-        cache: dict | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T V"], dict | None]:
+        self, tokens: Tokens, segments: Tokens | None = None, cache: dict | None = None, deterministic: bool = True
+    ) -> tuple[Logits, dict | None]:
         """(float32 logits of the next token at every position, the new cache).
 
         tokens: below V; segments: the document of each token of a packed window (0 is padding);
@@ -48,12 +44,8 @@ class Decoder(LanguageModel):
         return self.head(x), cache
 
     def hidden(
-        self,
-        tokens: Int[Array, "B T"],
-        segments: Int[Array, "B T"] | None = None,
-        cache: dict | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], dict | None]:
+        self, tokens: Tokens, segments: Tokens | None = None, cache: dict | None = None, deterministic: bool = True
+    ) -> tuple[States, dict | None]:
         """(the states that `head` reads, in the compute dtype; the new cache)."""
         x, cache = self.decoder(self.embed(tokens), segments, cache, deterministic=deterministic)
         return self.output(x, segments, cache)
@@ -86,7 +78,7 @@ class DecoderClassifier(Decoder):
         self.labels = Linear(self.config.labels, bias=False)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], padding_mask: Bool[Array, "B T"] | None = None, deterministic: bool = True
+        self, tokens: Tokens, padding_mask: Bool[Array, "B T"] | None = None, deterministic: bool = True
     ) -> Float[Array, "B labels"]:
         """float32 logits. tokens: padded on the right; padding_mask: True at real tokens, default all."""
         # A token does not attend to those after it, so the padding needs no mask.
@@ -115,9 +107,9 @@ class Encoder(LanguageModel):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Tokens,
         padding_mask: Bool[Array, "B T"] | None = None,
-        token_types: Int[Array, "B T"] | None = None,
+        token_types: Tokens | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B ..."]:
         """The hidden states [B, T, D], or the head's float32 logits: mlm [B, T, V], tag [B, T,
@@ -140,11 +132,11 @@ class Encoder(LanguageModel):
 
     def hidden(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Tokens,
         padding_mask: Bool[Array, "B T"] | None = None,
-        token_types: Int[Array, "B T"] | None = None,
+        token_types: Tokens | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "B T D"]:
+    ) -> States:
         """The states that the head reads, in the compute dtype."""
         c = self.config
         x = self.embed(tokens)
@@ -156,7 +148,7 @@ class Encoder(LanguageModel):
             x = self.norm_transform(activate(c.activation, self.transform(x)))
         return x * c.logit_scale
 
-    def pool(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+    def pool(self, x: States) -> Float[Array, "B D"]:
         """The first state through the pooler's Linear and activation."""
         return activate(self.config.pooler_activation, self.pooler(x[:, 0]))
 
@@ -172,12 +164,12 @@ class EncoderDecoder(SourceModel):
 
     def hidden(
         self,
-        targets_in: Int[Array, "B T"],
-        source: Int[Array, "B S"] | None = None,
-        source_mask: Bool[Array, "B S"] | None = None,
+        targets_in: Tokens,
+        source: Source | None = None,
+        source_mask: SourceMask | None = None,
         cache: dict | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B T D"], dict | None]:
+    ) -> tuple[States, dict | None]:
         """(the states that `head` reads, in the compute dtype; the new cache)."""
         states = None
         if cache is None:
@@ -187,21 +179,21 @@ class EncoderDecoder(SourceModel):
         return self.output(x, cache=cache)
 
     def encode(
-        self, source: Int[Array, "B S"], source_mask: Bool[Array, "B S"] | None = None, deterministic: bool = True
+        self, source: Source, source_mask: SourceMask | None = None, deterministic: bool = True
     ) -> Float[Array, "B S D"]:
         """The encoder's states."""
         segments = None if source_mask is None else source_mask.astype(jnp.int32)
         return self.encoder(self.embed(source), segments, deterministic=deterministic)[0]
 
     def cross_cache(
-        self, source: Int[Array, "B S"], source_mask: Bool[Array, "B S"]
+        self, source: Source, source_mask: SourceMask
     ) -> tuple[list[LayerCache], Bool[Array, "B _"] | None]:
         """(the cross-attention keys and values of every decoder layer, their mask)."""
         states, mask = self.through_bottleneck(self.encode(source, source_mask), source_mask)
         return self.decoder.cross_cache(states), mask
 
     def prefill(
-        self, params: dict, tokens: Int[Array, "B S"], lengths: Int[Array, " B"], new_tokens: int
+        self, params: dict, tokens: Source, lengths: Int[Array, " B"], new_tokens: int
     ) -> tuple[Int[Array, " B"], dict]:
         """Read sources that are padded on the left.
         Returns (config.start_id of each row, a cache with room for new_tokens)."""
@@ -212,7 +204,7 @@ class EncoderDecoder(SourceModel):
         cache["layers"] = [layer | more for layer, more in zip(cache["layers"], cross, strict=True)]
         return jnp.full(B, self.config.start_id, jnp.int32), cache | {"source_mask": mask}
 
-    def alignment(self, targets_in: Int[Array, "B T"], source: Int[Array, "B S"]) -> Float[Array, "B T S"]:
+    def alignment(self, targets_in: Tokens, source: Source) -> Float[Array, "B T S"]:
         """The float32 cross-attention weights, averaged over heads, of the layer that attends to the
         fewest tokens: the one with the least entropy."""
         layers, c = [], self.config

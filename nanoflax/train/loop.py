@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from nanoflax import parallel
 from nanoflax.config import METRICS, Config
@@ -51,7 +51,7 @@ def fit(
     step: Callable[[TrainState, dict], tuple[TrainState, dict]],
     batches: Any,
     config: Config,
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
     *,
     evaluate: Callable[[Any, int], tuple[dict, str]],
     checkpoints: Any,

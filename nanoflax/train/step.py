@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from nanoflax import parallel, peft
 from nanoflax.config import Config
@@ -88,7 +89,7 @@ def accumulate(gradient: Callable, params: dict, batch: dict, rng: jax.Array | N
 
 
 def make_evaluation(
-    model: LanguageModel, config: Config, mesh: jax.sharding.Mesh, objective: Callable = causal_lm
+    model: LanguageModel, config: Config, mesh: Mesh, objective: Callable = causal_lm
 ) -> Callable[[Any, Any], tuple[float, float]]:
     """A function (params, windows) -> (cross entropy in nats, target tokens), summed over windows.
 
@@ -120,7 +121,7 @@ def make_evaluation(
     return evaluate
 
 
-def jit_step(step: Callable, state: TrainState, mesh: jax.sharding.Mesh) -> Any:
+def jit_step(step: Callable, state: TrainState, mesh: Mesh) -> Any:
     """jax.jit of a train step, compiled for each shape of batch. state: the state or its shapes; the
     state is donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -130,13 +131,13 @@ def jit_step(step: Callable, state: TrainState, mesh: jax.sharding.Mesh) -> Any:
     )
 
 
-def compile_step(step: Callable, state: TrainState, batch: dict, mesh: jax.sharding.Mesh) -> Any:
+def compile_step(step: Callable, state: TrainState, batch: dict, mesh: Mesh) -> Any:
     """`jit_step`, compiled for a batch or its shapes."""
     return jit_step(step, state, mesh).lower(state, batch).compile()
 
 
 def attention_backends(
-    model: LanguageModel, params: Any, batch: dict, mesh: jax.sharding.Mesh, objective: Callable = causal_lm
+    model: LanguageModel, params: Any, batch: dict, mesh: Mesh, objective: Callable = causal_lm
 ) -> str:
     """The kernels that compute a step's attention on the mesh, as text; "" for a model without attention.
 
