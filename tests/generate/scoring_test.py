@@ -1,7 +1,6 @@
 """Log-likelihoods of candidates: Transformers', every sequence there is, and few compilations."""
 
 import itertools
-import types
 
 import jax
 import numpy as np
@@ -86,7 +85,7 @@ def test_a_softcap_and_a_bias_count():
 
 
 def test_errors_call_pairs_by_their_names():
-    model = types.SimpleNamespace(config=ModelConfig(vocab_size=8, context=4))
+    model = build(ModelConfig(vocab_size=8, context=4))
     with pytest.raises(UserError, match="^q:3 candidate 1: 4 and 2 tokens.*4; q:4 has an empty side$"):
         generate.log_likelihoods(
             model, {}, [[1], [1] * 4, [1]], [[2], [2, 3], []], names=["q:1", "q:3 candidate 1", "q:4"]
