@@ -9,6 +9,7 @@ import pytest
 from nanoflax import generate, hf
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
+from nanoflax.nn import build
 from tests.generate.beams_test import KINDS, make, ragged
 
 
