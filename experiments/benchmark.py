@@ -1,13 +1,13 @@
-"""The speed of nanoflax beside that of Transformers' GPT-2 in PyTorch, and beside the machine's limits.
+"""Compares the speed of nanoflax with Transformers' GPT-2 in PyTorch, and with the machine's limits.
 
     python -m experiments.benchmark train --shape=small        # also --shape=vocabulary, gpt2
     python -m experiments.benchmark decode --batch_size=1      # GPT-2 124M, random weights
-    python -m experiments.benchmark compile --layers=32        # train.scan_layers beside the loop
+    python -m experiments.benchmark compile --layers=32        # with and without train.scan_layers
 
-Each side has a process of its own, and they take turns, round after round. When the speed of the
-machine changes, all sides change: compare the paired ratio, not the seconds. The limits are measured
-on this machine: a float32 matrix product, and reading memory. Without torch and transformers
-(pip install nanoflax[test]) nanoflax runs alone, as it does on a GPU or TPU.
+Each side (nanoflax, PyTorch, machine) has its own process, and the sides run in turn. The speed of a
+machine can change, so compare the ratio within a round, not the seconds. The limits are measured on
+this machine: a float32 matrix product, and reading memory. On a GPU or TPU, or without torch and
+transformers (pip install nanoflax[test]), nanoflax runs alone.
 """
 
 import importlib.util

@@ -1,12 +1,12 @@
-"""Between nanoflax and the Hugging Face world, in both directions.
+"""Converts models between nanoflax and Hugging Face, in both directions.
 
-    python -m experiments.convert --from=runs/pydocs_tiny --to=exported      # AutoModel opens it
-    python -m experiments.convert --from=SmolLM2.gguf --to=runs/smollm2      # sample --workdir= too
+    python -m experiments.convert --from=runs/pydocs_tiny --to=exported      # for AutoModel
+    python -m experiments.convert --from=SmolLM2.gguf --to=runs/smollm2      # for sample --workdir=runs/smollm2
     python -m experiments.convert --from=owner/name --to=runs/x --dtype=float32
 
---from is a run's workdir, a directory of Transformers, a name on the hub or a .gguf file. From a run,
---to becomes a directory of Transformers; from anything else, a run's workdir. A table of the converted
-tensors is printed.
+--from is a run's workdir, a directory of Transformers, a hub name or a .gguf file. If --from is a run,
+--to becomes a directory of Transformers; otherwise --to becomes a run's workdir. The program prints a
+table of the converted tensors.
 """
 
 import os
@@ -21,7 +21,7 @@ from nanoflax.errors import UserError
 FLAGS = flags.FLAGS
 flags.DEFINE_string("from", None, "workdir, Transformers directory, hub name or .gguf", required=True)
 flags.DEFINE_string("to", None, "directory to write; must not exist or be empty", required=True)
-flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "of the weights written; default: as they are")
+flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "dtype of the weights in --to; default: unchanged")
 flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "checkpoint of the run")
 flags.DEFINE_bool("to_transformers", False, "write a Transformers directory whatever --from is")
 
@@ -49,7 +49,7 @@ def main():
 
 
 def print_mapping(run):
-    """A line for each tensor: its name in Transformers, ours, shape and dtype; only the first block's."""
+    """Print a line for each tensor: its name in Transformers, our name, shape, dtype. Only block 0 is listed."""
     from flax import traverse_util
 
     config, ours = run.model.config, traverse_util.flatten_dict(run.params, sep="/")
@@ -62,7 +62,7 @@ def print_mapping(run):
     widths = [max(len(line[i]) for line in lines) for i in range(3)]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, (*widths, 0), strict=True)))
-    print(f"{family.model_type}: {len(mapping)} tensors; of the blocks, only the first is listed")
+    print(f"{family.model_type}: {len(mapping)} tensors; only the first block is listed")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws the pictures of the README into docs/: rooms.png, data_flow.png and, of a finished run, loss.png.
+"""Draws the pictures of the README in docs/: rooms.png, data_flow.png and, for a finished run, loss.png.
 
 python -m experiments.draw_readme [WORKDIR]
 """
@@ -53,13 +53,13 @@ def count_lines(room):
 
 
 def save(figure, name):
-    """A PNG of few colours, a third as large."""
+    """Save a PNG with 64 colours, which needs a third of the space."""
     figure.savefig(path := ROOT / "docs" / name)
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def draw_rooms():
-    """The floors of the import-linter contract in setup.cfg, with the programs above them."""
+    """Draw the floors of the import-linter contract in setup.cfg, and the programs above them."""
     contract = configparser.ConfigParser()
     contract.read(ROOT / "setup.cfg")
     layers = contract["importlinter:contract:floors"]["layers"].replace("nanoflax.", "").strip().split("\n")
@@ -95,7 +95,7 @@ def chain(axes, y, columns, values, rooms):
 
 
 def draw_data_flow():
-    """Boxes are rooms. Between them stand the values that they take and give."""
+    """Draw the rooms as boxes, and between them their inputs and outputs."""
     figure, axes = canvas(10, 2.9)
     columns, top, middle, bottom = [0.5, 2.72, 4.94, 7.16, 9.38], 2.5, 1.5, 0.5
     values = [("text", ""), ("tokens", "[T]"), ("batch", "[B, T]"), ("hidden", "[B, T, D]"), ("loss", "one number")]

@@ -7,15 +7,15 @@
     python -m experiments.evaluate --model=SOURCE --candidates=FILE.jsonl --out=ranked.jsonl
 
 Prints one JSON object. For a pretrained run: loss, perplexity and bits per byte of text; each token is
-predicted once, from those before it in its window of the model's context. For a fine-tuned run: the
-figures of its result.json, for these examples; --out gets the predictions. Without --data: on the run's
-own validation data.
+predicted once, from the tokens before it in its window (data.window, or else model.context). For a
+fine-tuned run: the metrics in its result.json, for these examples; --out receives the predictions.
+Without --data, the run's own validation data is used.
 
 A line of the candidates' file has `prompt`, `candidates` (a list of texts) and, if known, `answer`
 (the right one, or its number from 0). Each candidate gets its log-likelihood after the prompt, also
-divided by its tokens and by its bytes. With answers: how often the most probable candidate is right
-(accuracy; divided by bytes accuracy_normalised) and the mean reciprocal rank of the right one. A space
-between prompt and candidate belongs to one of them. An encoder-decoder reads the prompt as its source.
+divided by its tokens and by its bytes. With answers: accuracy (how often the most probable candidate is
+right) and the mean reciprocal rank of the right one; NAME_normalised is the same per byte. Write a space
+between prompt and candidate in one of the two texts. An encoder-decoder reads the prompt as its source.
 """
 
 import json
@@ -31,16 +31,14 @@ from nanoflax.errors import UserError
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "directory of a run")
 flags.DEFINE_string(
-    "model",
-    "",
-    "with --candidates, instead of --workdir: a directory of Transformers, a name on the hub or a .gguf file",
+    "model", "", "with --candidates, instead of --workdir: a directory of Transformers, a hub name or a .gguf file"
 )
 flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "checkpoint of the run")
 flags.DEFINE_string(
     "data",
     "",
-    "for a pretrained run pydocs | text:GLOB | tfds:NAME[:FIELD], for a fine-tuned one a source of examples; "
-    "empty is the run's own validation data",
+    "for a pretrained run pydocs | text:GLOB | tfds:NAME[:FIELD], for a fine-tuned run a source of examples; "
+    "empty: the run's own validation data",
 )
 flags.DEFINE_enum("split", "all", ["all", "train", "validation", "test"], "part of --data")
 flags.DEFINE_string("candidates", "", "a .jsonl file of candidates to rank")
@@ -52,12 +50,12 @@ def main():
         raise UserError("give either --workdir, of a run, or, with --candidates, --model")
     if FLAGS.model and not FLAGS.candidates:
         raise UserError(
-            "--model needs --candidates=FILE.jsonl; to measure text, import the model into a run by experiments.convert"
+            "--model needs --candidates=FILE.jsonl; to measure text, first make a run of the model: experiments.convert"
         )
     if FLAGS.candidates and FLAGS.data:
         raise UserError("give either --data or --candidates")
     if FLAGS["split"].present and not FLAGS.data:
-        raise UserError(f"--split={FLAGS.split} is of --data, which is missing; for the run's own source name it")
+        raise UserError(f"--split={FLAGS.split} needs --data; for the run's own data, give its source")
     runs.setup_jax()
     if FLAGS.candidates:
         questions = runs.read_questions(FLAGS.candidates)
@@ -67,7 +65,7 @@ def main():
         if run.task is None and FLAGS.out:
             raise UserError("--out needs --candidates or a run of finetune: text has no predictions")
         if run.task is None and FLAGS.split == "test":
-            raise UserError("--split=test is of examples; text has train, validation and all")
+            raise UserError("--split=test is only for examples; text has train, validation and all")
         result = run.evaluate(FLAGS.data, FLAGS.split, FLAGS.out)
         if run.task is not None and run.task.scores_table:
             print("\n".join(run.task.scores_table(result["report"])), file=sys.stderr)
@@ -76,7 +74,7 @@ def main():
 
 def open_run():
     if FLAGS.workdir:
-        runs.read_run(FLAGS.workdir)  # refuses any other directory
+        runs.read_run(FLAGS.workdir)  # raises UserError if this is not the directory of a run
     return nanoflax.open(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
 
 

@@ -1,17 +1,16 @@
-"""Teach a model a task from a file of examples, all of the model or a small adapter.
+"""Fine-tune a model for a task on examples: all parameters, or small adapters.
 
     python -m experiments.finetune --config=classify --workdir=runs/topics
     python -m experiments.finetune --config=classify --config.data.train=jsonl:train.jsonl \\
         --config.data.validation=jsonl:dev.jsonl --config.model.init_from=SOURCE \\
         --config.peft.kind=lora --workdir=runs/y
 
-SOURCE is a workdir, a directory of Transformers, a name on the hub or a .gguf file; without one the
-model is trained from scratch. The same command resumes. At the end the best step is measured on
-the validation examples: a printed report, result.json, predictions.jsonl, and in final/ the
-complete model, low-rank adapters merged (and beside it in adapter/, as the peft library reads them).
-`evaluate --workdir=runs/y --data=jsonl:new.jsonl` gives the same for new examples, and
-`sample --workdir=runs/y --prompt=TEXT` predicts; `convert` opens final/. Exit status, and several
-hosts: as of pretrain.
+SOURCE is a workdir, a directory of Transformers, a hub name or a .gguf file; without SOURCE the model
+is trained from scratch. The same command resumes. At the end the best step is measured on the
+validation examples. The program prints a report and writes result.json, predictions.jsonl, the complete
+model in final/ (with low-rank adapters merged), and adapter/ for the peft library if possible.
+`evaluate --workdir=runs/y --data=jsonl:new.jsonl` measures new examples, `sample --workdir=runs/y
+--prompt=TEXT` predicts, `convert` opens final/. Exit status and several hosts: see pretrain.
 """
 
 import os

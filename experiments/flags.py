@@ -1,4 +1,4 @@
-"""What the programs share: flags, one typed flag for each field of a configuration, help, and how a program ends."""
+"""Shared by all programs: flags, one typed flag for each field of a configuration, help, errors and exit status."""
 
 import dataclasses
 import errno
@@ -30,11 +30,11 @@ def launch(
     arguments: bool = False,
     data: type[configs.DataConfig] | None = None,
 ) -> None:
-    """Run a program: parse its flags, call main(), and turn what goes wrong into one line.
+    """Run a program: parse its flags, call main(), and print a mistake of the user as one line.
 
     default_config: the default of --config; each field of its Config becomes a typed flag (--config.model.dim=256).
-    arguments: words that are no flags are allowed, as FLAGS.arguments. data: the only kind of data that is read.
-    Exit status: what main returns (0); 2 for what the user can correct; 130 for Ctrl-C outside training; else 1.
+    arguments: allow words that are not flags; they become FLAGS.arguments. data: the only allowed kind of data.
+    Exit status: the result of main(), or 0; 2 for a mistake of the user; 130 for Ctrl-C outside training; else 1.
     """
 
     def parse(argv):
@@ -52,7 +52,7 @@ def launch(
                 flags.DEFINE_multi_string("arguments", rest[1:], "", flag_values=FLAGS)
                 FLAGS.arguments = rest[1:]
             elif len(rest) > 1:
-                raise UserError(f"argument {rest[1]!r} is not understood; flags begin with --")
+                raise UserError(f"argument {rest[1]!r} is unknown; flags begin with --")
             return rest
         except (flags.Error, UserError) as error:
             _fail(error)
@@ -73,12 +73,12 @@ def launch(
             _crash()
 
     _use_huge_pages()
-    logging.set_verbosity(logging.WARNING)  # JAX logs which backends it did not find
+    logging.set_verbosity(logging.WARNING)  # hides JAX's messages about missing backends
     app.run(guarded, flags_parser=parse)
 
 
 def _use_huge_pages():
-    """On Linux, restart with huge pages, which glibc chooses at the start: page faults take 1/8 of a step on CPU."""
+    """On Linux, restart with huge pages (glibc reads this setting at the start): page faults took 1/8 of a CPU step."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
         os.environ["GLIBC_TUNABLES"] = f"{tunables}:glibc.malloc.hugetlb=1".lstrip(":")
@@ -99,7 +99,7 @@ def _fail(error):
 
 
 def last_value(argv: list[str], name: str) -> str | None:
-    """The value of the last --name=value or --name value, or None: read before the other flags can be defined."""
+    """The value of the last --name=value or --name value, or None. For flags that decide which flags are defined."""
     found = None
     for arg, following in itertools.zip_longest(argv, argv[1:]):
         flag, equals, value = arg.partition("=")
@@ -109,20 +109,20 @@ def last_value(argv: list[str], name: str) -> str | None:
 
 
 def load_config(path: str) -> configs.Config:
-    """The Config of a file's get_config(). A bare name is looked up in experiments/configs."""
+    """The Config that get_config() of a file returns. A name without a path is a file in experiments/configs."""
     folder = os.path.join(HERE, "configs")
-    shipped = os.path.join(folder, os.path.basename(path).removesuffix(".py") + ".py")
-    file = path if os.path.isfile(path) else shipped
+    in_folder = os.path.join(folder, os.path.basename(path).removesuffix(".py") + ".py")
+    file = path if os.path.isfile(path) else in_folder
     if not os.path.isfile(file):
         known = sorted(name[:-3] for name in os.listdir(folder) if name.endswith(".py") and name[0] != "_")
-        raise UserError(f"--config={path} does not exist; shipped: {', '.join(known)}")
+        raise UserError(f"--config={path} does not exist; included configs: {', '.join(known)}")
     if not file.endswith(".py"):
-        raise UserError(f"--config={path} must be a Python file, named .py")
+        raise UserError(f"--config={path} must be a Python file with the suffix .py")
     try:
         config = runpy.run_path(file)["get_config"]()
     except UserError:
         raise
-    except Exception as error:  # any mistake in a person's own file
+    except Exception as error:  # any mistake in the user's file
         raise UserError(f"--config={path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, configs.Config):
         raise UserError(f"--config={path}: get_config() must return a nanoflax.config.Config, not {config!r:.60}")
@@ -132,8 +132,8 @@ def load_config(path: str) -> configs.Config:
 def _define_config(path, argv, data):
     """Define --config, --config.SECTION.kind and a typed flag for every field, with the file's values as defaults.
 
-    Flags in argv that choose a kind decide which fields there are: those that the file's kind has too keep the file's
-    values. Raises: UserError for a flag of argv that no kind in use has.
+    If a flag in argv chooses another kind than the file, the fields of both kinds keep the file's values.
+    Raises: UserError for a flag in argv that is not a field of the chosen kinds.
     """
     config = load_config(path)
     _define(flags.ArgumentParser(), "config", path, "Python file whose get_config() returns the configuration.")
@@ -149,7 +149,7 @@ def _define_config(path, argv, data):
             text = f"Chooses the fields of config.{section}. (one of {', '.join(known)})"
             _define(flags.EnumParser([*known]), f"config.{section}.kind", kind, text)
         for name, kind, value, text in leaves(values, f"config.{section}"):
-            _define(_Leaf(kind), name, value, text)
+            _define(_FieldParser(kind), name, value, text)
         for arg in argv[1:]:
             name = arg.lstrip("-").split("=")[0]
             if arg.startswith("-") and name.startswith(f"config.{section}.") and name not in FLAGS:
@@ -183,8 +183,8 @@ def parsed_config() -> configs.Config:
     return config
 
 
-class _Leaf(flags.ArgumentParser):
-    """Reads text as the type of a configuration field; None is written none, a tuple 0,2,4."""
+class _FieldParser(flags.ArgumentParser):
+    """Parses the text of a flag as the type of a configuration field. See `fields.parse`."""
 
     def __init__(self, kind):
         super().__init__()

@@ -13,7 +13,7 @@ FLAGS = flags.FLAGS
 
 
 def print_help(full: bool) -> None:
-    """Print what the program does and its flags; in full also the fields of the configuration, those of all kinds."""
+    """Print the program's docstring and flags. full: also the fields of the configuration, for all kinds."""
     own = {flag.name: flag for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
     shown = own | {flag.name: flag for flag in FLAGS.get_key_flags_for_module("experiments.hosts")} if full else own
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
@@ -22,7 +22,7 @@ def print_help(full: bool) -> None:
             lines += _entry(f"--{name}={_text(flag)}", flag.help)
     number = sum(name.startswith("config.") for name in own)
     if number and full:
-        lines += ["", "Fields of other kinds, as chosen by --config.peft.kind and --config.task.kind:"]
+        lines += ["", "Fields of other kinds (choose a kind with --config.peft.kind and --config.task.kind):"]
         for section, hint in fields.field_types(configs.Config).items():
             for (name, text), kinds in fields.fields_of_kinds(hint).items():
                 if f"config.{section}.{name}" not in own:
@@ -31,7 +31,7 @@ def print_help(full: bool) -> None:
         lines += ["", f"--config.SECTION.FIELD=VALUE changes the configuration; --helpfull lists all {number} fields."]
     try:
         print("\n".join(lines), flush=True)
-    except BrokenPipeError:  # the reader closed the pipe; without this Python fails again when it flushes at exit
+    except BrokenPipeError:  # the pipe is closed; with /dev/null as stdout, Python's flush at exit does not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

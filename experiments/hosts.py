@@ -1,4 +1,4 @@
-"""Flags of the programs that several processes run together, and how these processes join."""
+"""Flags for training with several processes; connects the processes."""
 
 from typing import Any
 
@@ -15,19 +15,19 @@ def define_hosts() -> None:
     flags.DEFINE_string(
         "coordinator",
         "",
-        "HOST:PORT of process 0, where several processes train together. On Cloud TPU and under Slurm and Open MPI "
-        "JAX finds it.",
+        "HOST:PORT of process 0, if several processes train together. Not needed on Cloud TPU or under Slurm or Open "
+        "MPI.",
     )
     flags.DEFINE_integer("processes", None, "Number of processes.")
     flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
-    flags.DEFINE_integer("join_seconds", 300, "Seconds in which all processes must answer at the start.", 1)
+    flags.DEFINE_integer("join_seconds", 300, "Longest time in seconds until all processes have started.", 1)
     flags.DEFINE_integer("heartbeat_seconds", 50, "Seconds of silence after which a process counts as dead.", 1)
 
 
 def join(config: configs.Config, **others: Any) -> None:
-    """Join the processes of a run, if there are several. Their Configs, and `others`, must be equal.
+    """Connect the processes of a run, if there are several. All must have the same Config and `others`.
 
-    Raises: UserError if the processes do not find each other or differ, before anything is compiled.
+    Raises: UserError if processes are missing or their settings differ, before anything is compiled.
     """
     parallel.join_processes(
         FLAGS.coordinator, FLAGS.processes, FLAGS.process_id, FLAGS.join_seconds, FLAGS.heartbeat_seconds

@@ -1,4 +1,4 @@
-"""What a training run needs, before a machine is rented: memory, work, traffic and the least time.
+"""Estimates the memory, FLOPs, communication and minimum time of a training run before a machine is rented.
 
     python -m experiments.plan --config=llama_8b --topology=v5e:16x16
     python -m experiments.plan --config=gpt2_124m --devices=8 --chip=h100 --meshes=1,8,1
@@ -37,14 +37,14 @@ flags.DEFINE_bool("compile", True, "Also compile for the TPU slice, if libtpu is
 
 
 def main() -> None:
-    # Set before JAX starts its backends: no chip is opened, and other processes may use libtpu too.
+    # Set before JAX starts its backends, so that no chip is opened and other processes can use libtpu.
     jax.config.update("jax_platforms", "cpu")
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     config = planning.for_accelerator(parsed_config())
     if bool(FLAGS.topology) == bool(FLAGS.devices):
         raise UserError("plan needs one of --topology=v5e:16x16 and --devices=8")
     chip, count = parallel.tpu_slice(FLAGS.topology) if FLAGS.topology else (parallel.CHIPS[FLAGS.chip], FLAGS.devices)
-    write(None)  # a file that cannot be written is refused before minutes of work
+    write(None)  # report a file that is not writable before minutes of work
     machine = FLAGS.topology or f"{FLAGS.chip} x {count}"
     found = {"config": FLAGS.config, "machine": machine}
     found |= planning.compare_meshes(config, chip, count, FLAGS.meshes, "tpu" if FLAGS.topology else "gpu")
@@ -59,14 +59,14 @@ def main() -> None:
 
 
 def on_best_mesh(config: Config, best: dict[str, Any]) -> Config:
-    """The Config that the compiler gets: of the best mesh, with the vocabulary of a run there."""
+    """The Config for the compiler: with the best mesh, and the vocabulary padded for this mesh."""
     config = planning.with_mesh_vocabulary(config, parallel.abstract_mesh(tuple(best["mesh"].values())))
     train = dataclasses.replace(config.train, mesh=planning.mesh_of_row(best))
     return dataclasses.replace(config, train=train)
 
 
 def write(found: dict[str, Any] | None) -> None:
-    """Write a plan to the file of --json; None: only check that the file can be written, and keep it."""
+    """Write a plan to the file --json. None: only check that the file can be written, without a change."""
     if not FLAGS.json:
         return
     try:

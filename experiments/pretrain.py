@@ -1,19 +1,19 @@
-"""Pretrain a decoder-only Transformer on a corpus, from text to text.
+"""Pretrain a decoder-only Transformer on a corpus.
 
     python -m experiments.pretrain                                  # the main job
     python -m experiments.pretrain --config=gpt2_124m --workdir=runs/gpt2
     python -m experiments.pretrain --config.model.dim=384 --config.train.steps=800 --workdir=runs/x
     python -m experiments.pretrain --config.model.init_from=SOURCE --workdir=runs/y
 
-The same command again resumes. SOURCE, a model to continue from, is a workdir, a directory of
-Transformers, a hub name or a .gguf file. Exit status: 0 finished (early stopping too), 2 something
-to put right, 130 Ctrl-C and 143 SIGTERM, after saving: run the command again to continue.
+The same command resumes. SOURCE, a model to continue from, is a workdir, a directory of Transformers,
+a hub name or a .gguf file. Exit status: 0 finished or stopped early; 2 a mistake of the user; 130
+Ctrl-C and 143 SIGTERM: the state is saved, and the same command continues.
 
-On several hosts run it on each, with a workdir that they share. JAX finds the others on Cloud TPU
-and under Slurm (srun) and Open MPI; else add --coordinator=HOST:PORT --processes=N --process_id=I,
-with the address of process 0. If one dies or hangs, the others end with their stacks and status 1,
-or by SIGABRT from JAX, within train.watchdog_seconds or --heartbeat_seconds: run the command again
-on all of them, or on any other number of hosts, to continue.
+On several hosts, run the command on each, with a shared workdir. JAX finds the other hosts on Cloud
+TPU and under Slurm (srun) and Open MPI; elsewhere add --coordinator=HOST:PORT --processes=N
+--process_id=I, with the address of process 0. If a process dies or hangs, the others print their
+stacks and end with status 1, or by SIGABRT from JAX, within train.watchdog_seconds or
+--heartbeat_seconds. The same command on any number of hosts continues.
 """
 
 import os
@@ -27,12 +27,12 @@ from nanoflax import config as configs
 from nanoflax import parallel
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", "", "directory of the run; empty means runs/NAME of the config")
+flags.DEFINE_string("workdir", "", "directory of the run; empty: runs/NAME, for the NAME of the config")
 define_hosts()
 flags.DEFINE_bool(
     "restart_from_weights",
     False,
-    "start a new run in workdir from the weights of the one there, which is archived in workdir",
+    "start a new run from the weights of the run in workdir; the old run is archived in workdir",
 )
 
 

@@ -1,4 +1,4 @@
-"""Continue prompts with a trained or imported model, or do the task of a fine-tuned run with them.
+"""Generate text after prompts with a trained or imported model, or predict with a fine-tuned run.
 
     python -m experiments.sample --workdir=runs/pydocs_tiny --prompt="The function returns"
     python -m experiments.sample --model=SmolLM2.gguf --prompt="The capital of France is"
@@ -7,10 +7,10 @@
     python -m experiments.sample --workdir=runs/x --prompt_file=prompts.txt --stop="\\n\\n"
     python -m experiments.sample --workdir=runs/x --interactive
 
-Text appears as it is generated. Without a prompt, a new document is begun. An encoder-decoder reads the
-prompt as its source. A fine-tuned run does its task with each prompt: it prints classes and their
-probabilities, the tag of each word (as separated by spaces), a translation (by default generated as in
-the run's evaluation), or the reply to a message.
+Text is printed while it is generated. Without a prompt, the model begins a new document. An
+encoder-decoder reads the prompt as its source. A fine-tuned run does its task: it prints classes and
+their probabilities, the tag of each word (spaces separate words), a translation (by default with the
+settings of the run's evaluation), or the reply to a message.
 """
 
 import dataclasses
@@ -25,23 +25,23 @@ from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "directory of a run")
-flags.DEFINE_string("model", "", "instead of --workdir: a directory of Transformers, a name on the hub or a .gguf file")
+flags.DEFINE_string("model", "", "instead of --workdir: a directory of Transformers, a hub name or a .gguf file")
 flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "checkpoint of the run")
 flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
 flags.DEFINE_string("prompt_file", "", "file with a prompt on each line")
 flags.DEFINE_bool("interactive", False, "ask for prompts until an empty line or Ctrl-D")
-flags.DEFINE_bool("chat", False, "talk with the model through its chat template")
+flags.DEFINE_bool("chat", False, "chat with the model, using its chat template")
 flags.DEFINE_string("system", "", "system message of --chat")
-flags.DEFINE_integer("beams", 0, "beams of a search for the most probable text; 0 draws tokens instead", 0)
-flags.DEFINE_float("length_penalty", 1.0, "of --beams: above 0 favours longer texts")
-flags.DEFINE_integer("max_new_tokens", None, "default 100, or fewer if the model's context has no room", 1)
-flags.DEFINE_float("temperature", 0.8, "of the draws; 0 always takes the most probable token", 0)
-flags.DEFINE_integer("top_k", 40, "draw among so many most probable tokens; 0 means all", 0)
-flags.DEFINE_float("top_p", 1.0, "draw among the fewest tokens that have this probability together", 0, 1)
-flags.DEFINE_float("min_p", 0.0, "draw among tokens with this fraction of the best one's probability", 0, 1)
-flags.DEFINE_float("repetition_penalty", 1.0, "above 1 makes tokens that were seen before less probable")
+flags.DEFINE_integer("beams", 0, "number of beams of a beam search; 0: sampling", 0)
+flags.DEFINE_float("length_penalty", 1.0, "for --beams: above 0 favours longer texts")
+flags.DEFINE_integer("max_new_tokens", None, "default 100, or fewer if the model's context is too short", 1)
+flags.DEFINE_float("temperature", 0.8, "temperature of sampling; 0: always the most probable token", 0)
+flags.DEFINE_integer("top_k", 40, "sample from the K most probable tokens; 0: all", 0)
+flags.DEFINE_float("top_p", 1.0, "sample from the smallest set of tokens whose total probability is P", 0, 1)
+flags.DEFINE_float("min_p", 0.0, "sample from tokens with at least this fraction of the highest probability", 0, 1)
+flags.DEFINE_float("repetition_penalty", 1.0, "above 1: earlier tokens become less probable")
 flags.DEFINE_multi_string("stop", [], "text that ends a continuation; \\n is a newline")
-flags.DEFINE_integer("seed", 0, "of the random draws", 0, MAX_SEED)
+flags.DEFINE_integer("seed", 0, "seed of sampling", 0, MAX_SEED)
 
 
 def main():
@@ -56,7 +56,7 @@ def main():
         if not prompts:
             raise UserError(f"--prompt is missing: the text that task.kind={run.config.task.kind!r} is about")
         if not all(run.cleaned_texts(prompts)):
-            raise UserError("--prompt is empty when it is cleaned as the run's data was")
+            raise UserError("--prompt is empty after cleaning, with the settings of the run's data")
     if FLAGS.chat:
         if not run.tokenizer.chat_template:
             raise UserError("--chat: the tokenizer of this model has no chat template")

@@ -1,4 +1,4 @@
-"""Try settings of pretrain or finetune: all points of a grid, random draws, or suggestions of Optuna.
+"""Try settings of pretrain or finetune: all points of a grid, random values, or suggestions of Optuna.
 
     python -m experiments.sweep --config=classify --workdir=runs/sweep \\
         --grid config.optim.learning_rate=1e-3,3e-3 --grid config.model.layers=1,2
@@ -7,12 +7,12 @@
         --trials=10 --config.train.steps=200
 
 --grid KEY=VALUE,VALUE,... (";" between values that contain commas); --random KEY=log:LOW:HIGH, uniform:LOW:HIGH,
-int:LOW:HIGH or VALUE,VALUE,... With both, each point of the grid gets --trials draws. With --optuna
-(pip install -e '.[sweep]') each draw follows from the results so far. All other --config flags hold for every trial.
+int:LOW:HIGH or VALUE,VALUE,... With both, there are --trials random trials for each point of the grid. With --optuna
+(pip install -e '.[sweep]') Optuna chooses values from the results so far. Other --config flags are for all trials.
 
 Each trial is a run in trial-NNN/ of the workdir, with its output in log.txt. The same command continues an
-interrupted sweep: finished trials are kept, others resume. At the end: a table, best first, and sweep.png;
-results.jsonl has a line for each trial. If a trial failed, the exit status is 1.
+interrupted sweep: finished trials are kept, others resume. At the end the program prints a table, the best trial
+first, and draws sweep.png; results.jsonl has a line for each trial. If a trial failed, the exit status is 1.
 """
 
 import importlib.util
@@ -33,10 +33,10 @@ flags.DEFINE_multi_string("grid", [], "KEY=VALUE,VALUE,...: values to try.")
 flags.DEFINE_multi_string(
     "random", [], "KEY=log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or VALUE,VALUE,...: values to draw."
 )
-flags.DEFINE_integer("trials", 0, "Draws of --random, for each point of the grid.", 0)
+flags.DEFINE_integer("trials", 0, "Number of random trials, for each point of the grid.", 0)
 flags.DEFINE_string("metric", "validation_loss", "Metric of result.json or metrics.jsonl that ranks the trials.")
-flags.DEFINE_bool("optuna", False, "Draw with Optuna's tree-structured Parzen estimator.")
-flags.DEFINE_integer("seed", 0, "Seed of the draws.", 0, MAX_SEED)
+flags.DEFINE_bool("optuna", False, "Choose values with Optuna's tree-structured Parzen estimator.")
+flags.DEFINE_integer("seed", 0, "Seed of the random values.", 0, MAX_SEED)
 
 DEFAULT_CONFIG = os.path.join(HERE, "configs", "classify.py")
 
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def check_flags(grid: list, spaces: list) -> None:
-    """Raises: UserError for flags that do not fit together."""
+    """Raises: UserError for flags that contradict each other."""
     if not grid and not spaces:
         raise UserError("nothing to try: give --grid KEY=VALUE,... or --random KEY=log:LOW:HIGH")
     if bool(spaces) != bool(FLAGS.trials):
@@ -88,7 +88,7 @@ def check_value(key: str, text: str) -> None:
 
 
 def shared_flags() -> list[str]:
-    """The flags that all trials share: the configuration of this command."""
+    """The flags of all trials: --config and its fields, as given to this command."""
 
     def text(value):
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

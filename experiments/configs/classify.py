@@ -13,8 +13,8 @@ Figure:    78.3% of the 456 validation docstrings. From MiniLM (model.init_from:
                of adalora, 5e-3               84.4%     484,078 (2.1%)    1.41 MB   51
                of houlsby, 2e-3               83.8%     451,594 (2.0%)    1.81 MB   7.7
 
-           The minutes are beside other work (adalora took 12 of processor time). adalora with
-           peft.warmup_steps=30, final_steps=60 ends with 144 ranks in 36 modules; houlsby with
+           The machine had other work too (adalora took 12 minutes of processor time). adalora has
+           peft.warmup_steps=30, final_steps=60 and ends with 144 ranks in 36 modules; houlsby has
            peft.bottleneck=32.
 """
 

@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.pretrain --config=gpt2_124m --workdir=runs/gpt2_124m
 Hardware:  eight GPUs of 80 GB, or a TPU v4-16 or v5e-16 slice
-Data:      any TensorFlow data set with a text feature, prepared beforehand on a machine with a network:
+Data:      any TensorFlow data set with a text feature; prepare it first, on a machine with a network:
            --config.data.train=tfds:NAME:FIELD
 Figure:    not measured.
 """

@@ -2,9 +2,9 @@
 
 Command:   python -m experiments.finetune --config=language_model --workdir=runs/own \\
                --config.data.train='text:notes/*.md' --config.model.init_from=SOURCE
-           With --config.peft.kind=lora few parameters are trained. For a large corpus use pretrain.
+           --config.peft.kind=lora trains only few parameters. For a large corpus use pretrain.
 Hardware:  two CPU cores, 4 minutes from scratch
-Figure:    perplexity 167 from scratch: the learning rate is one for trained models.
+Figure:    perplexity 167 from scratch; the learning rate is chosen for pretrained models.
 """
 
 from nanoflax.config import Config, ExampleData, LanguageModel, OptimConfig, TrainConfig, preset

@@ -4,7 +4,7 @@ Command:   python -m experiments.finetune --config=masked_lm --workdir=runs/mask
            Continue with an encoder: --config.model.init_from=SOURCE; with your own texts:
            --config.data.train=jsonl:FILE or text:GLOB. `classify` and `tag` start from
            runs/masked/final
-Hardware:  two CPU cores, 18 minutes beside other work (1,044 s of processor time)
+Hardware:  two CPU cores with other work too, 18 minutes (1,044 s of processor time)
 Figure:    30.2% of the masked tokens guessed right, perplexity 52.9.
 """
 

@@ -3,7 +3,7 @@
 Command:   python -m experiments.sweep --config=shift --workdir=runs/shift \\
                --grid config.task.shift_probability=0,0.5 --grid config.model.output_delay=0,2 \\
                --metric=bleu_shifted
-Hardware:  two CPU cores, 18 minutes of processor time for the four
+Hardware:  two CPU cores, 18 minutes of processor time for the four runs
 Figure:    BLEU (and exactly right) on 1,105 unseen dates, one seed each:
 
                trained with                    clean          shifted
@@ -12,9 +12,9 @@ Figure:    BLEU (and exactly right) on 1,105 unseen dates, one seed each:
                half of the inputs shifted      99.5 (98.8%)   91.3 (79.6%)
                both                            99.9 (99.6%)   92.5 (81.7%)
 
-           Shifted inputs help. A delay without them is best on the clean task and worst on the shifted one.
+           Training on shifted inputs helps. The delay alone is best on clean and worst on shifted sources.
 
-To shift a source is to insert, drop or rotate one or two of its tokens; its target stays the same.
+A shift inserts, drops or rotates one or two tokens of a source; the target stays the same.
 """
 
 import dataclasses

@@ -91,7 +91,7 @@ def test_classes_are_learnt_reported_and_gone_on_with(topics, tmp_path):
         shares = [float(line.split("\t")[1]) for line in lines]
         assert sum(shares) == pytest.approx(1, abs=2e-4) and shares[0] > 0.5
     blank = run("sample", f"--workdir={tmp_path}", "--prompt= ")
-    assert blank.returncode == 2 and "--prompt is empty when" in blank.stderr
+    assert blank.returncode == 2 and "--prompt is empty after" in blank.stderr
     none = run("sample", f"--workdir={tmp_path}")
     assert none.returncode == 2 and "--prompt is missing" in none.stderr
     wrong = run("evaluate", f"--workdir={tmp_path}", "--data=dates:en-fr")

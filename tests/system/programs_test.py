@@ -15,7 +15,7 @@ import time
 import pytest
 from absl import flags
 
-from experiments.flags import _Leaf, leaves
+from experiments.flags import _FieldParser, leaves
 from nanoflax import config as configs
 from nanoflax import parallel, runs
 from nanoflax.errors import UserError
@@ -384,7 +384,7 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
         ("pretrain", ["--config.model.architecture=lstm"], "model.architecture='lstm': pretrain"),
         ("pretrain", ["--config=pydocs_tiny", "--config=nowhere"], "--config=nowhere does not exist"),
         ("evaluate", ["--model=x"], "--model needs --candidates"),
-        ("evaluate", ["--workdir=x", "--split=train"], "--split=train is of --data"),
+        ("evaluate", ["--workdir=x", "--split=train"], "--split=train needs --data"),
         ("sample", ["--workdir=x", "--interactive", "--prompt=a"], "give one of --chat"),
         ("evaluate", ["--model=x", "--candidates=nowhere.jsonl"], "nowhere.jsonl"),
         ("benchmark", ["race"], "train, decode or compile"),
@@ -449,7 +449,7 @@ class Outer:
 def test_tuples_are_flags(text, field, value):
     values = flags.FlagValues()
     for name, kind, default, _ in leaves(Outer(), "c"):
-        flags.DEFINE(_Leaf(kind), name, default, "", flag_values=values)
+        flags.DEFINE(_FieldParser(kind), name, default, "", flag_values=values)
     if isinstance(value, str) and field != "name":
         with pytest.raises(flags.IllegalFlagValueError, match=value):
             values(["program", text])
