@@ -26,7 +26,7 @@ from nanoflax.runs.lock import WorkdirLock
 def exclusive(workdir: str) -> Iterator[None]:
     """Hold the lock of workdir. Only process 0 prints to stdout.
 
-    Raises: UserError if another process holds it.
+    Raises: UserError if another process holds the lock.
     """
     silent = contextlib.nullcontext() if parallel.is_main_process() else contextlib.redirect_stdout(None)
     with WorkdirLock(workdir), silent:

@@ -86,9 +86,7 @@ def _split_of(splits: Mapping[str, Records], source: TaskSource, split: str) -> 
     if split == "all":
         return itertools.chain.from_iterable(splits.values())
     if split not in splits:
-        raise UserError(
-            f"{source.name} has no split {split!r} of its own, only {', '.join(splits)}; all reads everything"
-        )
+        raise UserError(f"{source.name} has no split {split!r}, only {', '.join(splits)}; choose one of these, or all")
     return splits[split]
 
 

@@ -15,7 +15,7 @@ from nanoflax.tokenizers import prefix_and_suffix
 SENTINELS = 100  # the number in T5
 
 
-# Tokens that stand for hidden text.
+# Mask and sentinel tokens.
 
 
 class TokenizerWithSentinels:

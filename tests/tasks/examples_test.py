@@ -521,7 +521,7 @@ def test_well_known_tfds_data_sets_need_no_field_map(tmp_path):
     assert read(hidden, Classification, split="validation") == (sentiment[1], {})
     ted = TaskSource("tfds:ted_hrlr_translate/pt_to_en", data_dir=str(tmp_path))
     assert read(ted, Pair)[0] == pairs[0] + pairs[1] and read(ted, Pair, split="test")[0] == pairs[1]
-    with pytest.raises(UserError, match="no split .validation. of its own"):
+    with pytest.raises(UserError, match="has no split .validation., only"):
         read(ted, Pair, split="validation")
     with pytest.raises(UserError, match="which of .*sentence.* is source and target"):
         tasks.load(TaskSource("tfds:glue/sst2", data_dir=str(tmp_path)), Pair)
