@@ -1,4 +1,4 @@
-"""Text out of a model: sampling by a compiled scan, beam search, log-likelihoods of given texts."""
+"""Generation of text by a compiled scan, beam search, and log-likelihoods of given texts."""
 
 from nanoflax.generate.beams import beam_search
 from nanoflax.generate.sampling import bucket, check_prompts, sample, stream

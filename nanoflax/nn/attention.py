@@ -21,7 +21,7 @@ Mask = Bool[Array, "#B #H #T #S"]
 Bias = Float[Array, "1 H T S"]  # added to the scores, float32
 LayerCache = dict[str, Float[Array, "B G _ K"]]  # key and value; of a source cross_key and cross_value
 
-CAUSAL_BLOCKS = 2  # of queries; each computes only the scores of keys up to its last query
+CAUSAL_BLOCKS = 2  # blocks of queries; a block computes only the scores of keys up to its last query
 
 
 def dot_product_attention(
@@ -67,7 +67,7 @@ def heads_first(
     mask, bias = grouped(mask), grouped(bias)
     if not causal:
         return _softmax_attention(q, k, v, mask, bias, softcap).reshape(B, H, T, K)  # type: ignore  # of custom_vjp
-    # Where the mesh's context axis splits T, few of the devices would hold a block: there is one block.
+    # If the mesh's context axis splits T, a block would be on a part of the devices only: use one block.
     size = -(-T // CAUSAL_BLOCKS) if T >= 128 and parallel.axis_size("context") == 1 else T
     blocks = []
     for a in range(0, T, size):
@@ -82,7 +82,7 @@ def heads_first(
 def attention_weights(
     q: Queries, k: Keys, mask: Mask | None = None, scale: float | None = None, softcap: float = 0.0
 ) -> Float[Array, "B H T S"]:
-    """The float32 weights of `heads_first`, without its causal mask: for pictures."""
+    """The float32 weights of `heads_first` without the causal mask; only for pictures."""
     B, H, T, K = q.shape
     k = jnp.repeat(k, H // k.shape[1], axis=1)
     scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
@@ -121,8 +121,8 @@ def _forward(q, k, v, mask, bias, softcap):
 
 
 def _backward(softcap, saved, dy):
-    # FlashAttention's gradient (Dao et al. 2022, appendix B.4): sum(dy y) replaces a sum over S. The
-    # mask is not needed, because a masked weight is exactly 0.
+    # FlashAttention's gradient (Dao et al. 2022, appendix B.4): sum(dy y) replaces a sum over S. No mask
+    # is needed, because masked weights are exactly 0.
     q, k, v, bias, capped, weights, total, y = saved
     dy = (dy / total).astype(dy.dtype)
     dv = jnp.einsum("bgnts,bgntk->bgsk", weights, dy)
@@ -162,17 +162,17 @@ class AttentionInputs(NamedTuple):
     """Mask, bias, rotary angles and cache slot, shared by the layers of a kind."""
 
     mask: Mask | None = None
-    spec: MaskSpec | None = None  # the same mask for kernels, or None where no MaskSpec describes it
-    bias: Bias | None = None  # of relative positions
-    angles: Angles | None = None  # of rotary positions
+    spec: MaskSpec | None = None  # the same mask for kernels, or None if a MaskSpec cannot describe the mask
+    bias: Bias | None = None  # from relative positions
+    angles: Angles | None = None  # from rotary positions
     index: Any = None  # [] int32, the cache slot of the first token, or None
-    source: Any = None  # [B, S, D], what cross-attention reads: an encoder's output, or None
+    source: Any = None  # [B, S, D], the encoder's output for cross-attention, or None
     source_mask: Mask | None = None
 
 
 class Attention(nn.Module):
-    """Multi-head attention with H query heads and G key/value heads: self-attention when called,
-    cross-attention by `cross`."""
+    """Multi-head attention with H query heads and G key/value heads: `__call__` is self-attention,
+    `cross` is cross-attention."""
 
     config: ModelConfig
     out_stddev: float
@@ -205,8 +205,8 @@ class Attention(nn.Module):
         return self.attend(q, k, v, mask, causal, bias, spec, cache is not None), cache
 
     def _after_prefix(self, k, v, mask, bias, T, causal):
-        """Prefix tuning (Li and Liang 2021): trained keys and values [P, G K], visible to every query,
-        before those of the tokens."""
+        """Prefix tuning (Li and Liang 2021): put trained keys and values [P, G K], visible to every query,
+        before the keys and values of the tokens."""
         B, G, S, K = k.shape
 
         def join(name, x):

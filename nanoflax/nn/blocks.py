@@ -83,7 +83,7 @@ class Block(nn.Module):
         return getattr(self, f"norm_{name}")(x) if normed else x
 
     def _adapt(self, name, h):
-        """The output of a sublayer through its bottleneck adapter, if the parameters hold one."""
+        """The output of a sublayer, after its bottleneck adapter if the parameters have one."""
         if not self.has_variable("params", f"adapter_{name}"):
             return h
         return bottleneck(h, self.get_variable("params", f"adapter_{name}"), self.config.activation)
@@ -101,19 +101,19 @@ class Block(nn.Module):
 
 
 class Places(NamedTuple):
-    """Where the tokens of a call stand. The P vectors of a prompt stand at -P .. -1."""
+    """The positions of the tokens of a call. The P vectors of a prompt have positions -P .. -1."""
 
     queries: Int[Array, "#B T"]  # the slot of each token, minus P
     keys: Int[Array, "1 S"]  # the slot of each key, minus P
-    positions: Int[Array, "#B T"]  # of each token in its document, as position embeddings count
+    positions: Int[Array, "#B T"]  # of each token in its document, for position embeddings
     prompt_keys: Bool[Array, "1 1 1 S"] | bool  # True at the keys of the prompt, which every query attends to
 
 
 class Stack(nn.Module):
     """Positions, blocks and the last norm: the body of an encoder or a decoder.
 
-    The blocks run one by one; if the parameters hold them stacked (`parallel.stack`), in a scan over
-    layers, which computes the same numbers except for dropout's keys.
+    The blocks run one by one. If the parameters are stacked (`parallel.stack`), a scan over layers runs
+    them; it computes the same numbers, except that dropout has other keys.
     """
 
     config: ModelConfig
@@ -152,8 +152,8 @@ class Stack(nn.Module):
         segments: a causal token attends within its segment, a token of an encoder to all segments
         but 0 (padding). cache: x extends its slots. source, source_mask: for cross-attention.
 
-        Prompt tuning (Lester et al. 2021): P trained vectors among the parameters stand before
-        position 0, visible to all tokens. A call with T = 0 reads them into the cache's first slots.
+        Prompt tuning (Lester et al. 2021): P trained vectors precede position 0, visible to all tokens.
+        A call with T = 0 writes their keys and values to the cache's first slots.
         """
         c, P, prompted = self.config, 0, False
         if self.has_variable("params", "prompt"):
@@ -239,7 +239,7 @@ class Stack(nn.Module):
         return self.relative_bias(buckets).astype(jnp.float32).transpose(2, 0, 1)[None]
 
     def _inputs_of(self, local, inputs, places):
-        """The AttentionInputs of the layers with a window (local) or without."""
+        """The AttentionInputs of the layers with a window (local), or of the layers without."""
         c = self.config
         if c.positions == "rotary":
             rates = positions.rotary_rates(c, local)
@@ -252,8 +252,8 @@ class Stack(nn.Module):
         return inputs
 
     def _loop(self, x, by_kind, local, caches, deterministic):
-        """Run the blocks one by one. by_kind: AttentionInputs of layers that are local, or not; local,
-        caches: of each layer. Returns (the output, the new caches)."""
+        """Run the blocks one by one. by_kind: local -> AttentionInputs; local, caches: of each layer.
+        Returns (the output, the new caches)."""
         new = []
         for block, kind, cache in zip(self.blocks, local, caches, strict=True):
             x, cache = block(x, by_kind[kind], cache, deterministic)

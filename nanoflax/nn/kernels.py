@@ -1,7 +1,7 @@
-"""Fused kernels in place of plain attention: what each can compute, and how it is called.
+"""Fused attention kernels: what each can compute, and how it is called.
 
-A kernel is chosen only where it computes exactly the mask, bias, scale and cap that a layer asks for.
-Otherwise attention is plain.
+A kernel is chosen only if it computes exactly the mask, bias, scale and cap that a layer needs.
+Otherwise attention is plain (`attention.heads_first`).
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ class MaskSpec:
 
 
 class Call(NamedTuple):
-    """What a layer asks of a kernel, as far as it is known when a step is traced."""
+    """The static properties of an attention call, known when a step is traced."""
 
     platform: str
     q: tuple[int, ...]  # the shape [B, H, T, K]
     k: tuple[int, ...]  # the shape [B, G, S, K]
     dtype: DTypeLike
     causal: bool
-    spec: MaskSpec | None  # None: no MaskSpec describes the mask
+    spec: MaskSpec | None  # None: a MaskSpec cannot describe the mask
     bias: bool
     softcap: float
 
@@ -51,7 +51,7 @@ class Backend(NamedTuple):
 
 
 def choose(wanted: str, call: Call) -> tuple[str, str]:
-    """(the name of the backend for a call, the reasons against a kernel or ""). wanted: a name or auto.
+    """(the name of the backend for a call, the reasons why it is not a kernel, or ""). wanted: a name or "auto".
 
     Raises: UserError if a kernel is wanted by name and cannot compute the call.
     """
@@ -65,13 +65,13 @@ def choose(wanted: str, call: Call) -> tuple[str, str]:
         f"it runs on {row.platform}, not {call.platform}": row.platform != call.platform,
         f"context={context} splits the sequence": context > 1,
         "attention has a bias of relative positions": call.bias,
-        "prompt and prefix tuning mask by an array": call.spec is None,
+        "prompt and prefix tuning need a dense mask": call.spec is None,
     }
     if call.spec is not None:
         refusals |= row.refusals(call)
     why = ", ".join(reason for reason, applies in refusals.items() if applies)
     if why and wanted != "auto":
-        raise UserError(f"model.attention_backend={wanted!r} cannot serve: {why}; auto takes it wherever it can")
+        raise UserError(f"model.attention_backend={wanted!r} is not possible: {why}; auto uses it only if possible")
     return ("plain", f"not {name}: {why}") if why else (name, "")
 
 
@@ -80,22 +80,22 @@ def choose(wanted: str, call: Call) -> tuple[str, str]:
 
 def _cudnn_refusals(call):
     spec, K, dtype, capability = call.spec, call.q[-1], jnp.dtype(call.dtype).name, _compute_capability()
-    most = 256 if capability >= 9 else 128
+    max_size = 256 if capability >= 9 else 128
     return {
         f"it takes bfloat16 and float16, not {dtype}": dtype not in ("bfloat16", "float16"),
-        f"heads of {K} are not a multiple of 8 up to {most}": K % 8 > 0 or K > most,
+        f"the head size {K} is not a multiple of 8 up to {max_size}": K % 8 > 0 or K > max_size,
         "the GPU is older than Ampere": capability < 8,
         "scores have a softcap": call.softcap > 0,
         "packed documents need a mask of segments": spec.segments is not None,
         "a window without causality": spec.window > 0 and not call.causal,
-        "padding beside causality": spec.valid is not None and call.causal,
-        "causality between sequences of two lengths": call.causal and call.q[2] != call.k[2],
+        "padding with causality": spec.valid is not None and call.causal,
+        "causality between sequences of different lengths": call.causal and call.q[2] != call.k[2],
     }
 
 
 @functools.cache
 def _compute_capability():
-    """Of the first GPU; without a GPU, which may still be compiled for, that of the newest."""
+    """The compute capability of the first GPU; without a GPU (when compiling for one) 9.0."""
     gpus = [d for d in jax.devices() if d.platform == "gpu"]
     return float(gpus[0].compute_capability) if gpus else 9.0
 
@@ -105,8 +105,8 @@ def cudnn(q: Queries, k: Keys, v: Keys, causal: bool, spec: MaskSpec, scale: flo
     lengths = None
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # time before heads
     if spec.valid is not None:
-        # cuDNN takes a number of keys, so the valid ones are moved to the front: without causality
-        # attention does not depend on the order of keys.
+        # cuDNN takes the number of valid keys, so move them to the front: attention without causality
+        # does not depend on the order of keys.
         order = jnp.argsort(~spec.valid, axis=1, stable=True)[:, :, None, None]
         k, v = (jnp.take_along_axis(x, order, axis=1) for x in (k, v))
         lengths = jnp.maximum(spec.valid.sum(1), 1).astype(jnp.int32)
@@ -131,7 +131,7 @@ def _splash_refusals(call):
     return {
         f"lengths of {T} and {S} are not multiples of 128": T % 128 > 0 or S % 128 > 0,
         f"{B} rows are not divisible by data x fsdp = {rows}": B % rows > 0,
-        "causality between sequences of two lengths": call.causal and T != S,
+        "causality between sequences of different lengths": call.causal and T != S,
     }
 
 

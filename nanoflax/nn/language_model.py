@@ -1,4 +1,4 @@
-"""What every language model shares: the embedding, the output head, the encoded source."""
+"""The common parts of all language models: the embedding, the output head, the encoded source."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from nanoflax.nn.layers import Embedding, Linear, activate
 
 
 class LanguageModel(nn.Module):
-    """The embedding, the head and the decode interface: all that a loss and a sampler use of a model.
+    """The embedding, the head and the decode interface. A subclass adds `hidden`, `__call__` and `prefill`.
 
-    A subclass adds `hidden`, `__call__` and `prefill`.
+    Losses and samplers use only these.
     """
 
     config: ModelConfig
@@ -28,7 +28,7 @@ class LanguageModel(nn.Module):
             if c.head_bias:
                 self.logit_bias = self.param("logit_bias", nn.initializers.zeros, (c.vocab_size,))
         if c.output_delay:
-            self.delay = Linear(c.dim, bias=False, stddev=0.0)  # at first it changes nothing
+            self.delay = Linear(c.dim, bias=False, stddev=0.0)  # starts as 0, so that it changes nothing at first
         self.drop = nn.Dropout(c.dropout)
 
     def embed(self, tokens: Tokens) -> States:
@@ -40,8 +40,8 @@ class LanguageModel(nn.Module):
     ) -> tuple[States, dict | None]:
         """The states that `head` reads, from the last hidden states x, and the new cache.
 
-        With config.output_delay = n, GELU(W h) is added to each state, where h is the state n steps
-        before, of the same segment; before the first state h is zero. The cache holds the last n states.
+        With config.output_delay = n, GELU(W h) is added to each state; h is the state n steps before, or
+        0 if this is in another segment or before the first token. The cache holds the last n states.
         """
         n, T = self.config.output_delay, x.shape[1]
         x *= self.config.logit_scale
@@ -72,7 +72,7 @@ class LanguageModel(nn.Module):
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """The dtype of activations: `auto` is float32 on CPU, where bfloat16 gains nothing."""
+        """The dtype of activations: `auto` is float32 on CPU, where bfloat16 is not faster, else bfloat16."""
         if self.config.dtype != "auto":
             return jnp.dtype(self.config.dtype)
         return jnp.dtype("float32" if parallel.current_platform() == "cpu" else "bfloat16")
@@ -80,8 +80,7 @@ class LanguageModel(nn.Module):
     def decode(self, params: dict, tokens: Tokens, cache: dict) -> tuple[Logits, dict]:
         """One step of generation: (float32 logits, the cache extended by the tokens).
 
-        Samplers use nothing else of a model, and of a cache only that it is a tree of scalars and
-        arrays [B, ...].
+        For samplers a cache is any tree of scalars and arrays [B, ...].
         """
         return self.apply({"params": params}, tokens, cache=cache)  # type: ignore  # Linen's apply has no type
 
@@ -128,8 +127,8 @@ class SourceModel(LanguageModel):
     def through_bottleneck(
         self, states: Float[Array, "B S D"], mask: SourceMask | None
     ) -> tuple[Float[Array, "B _ D"], Bool[Array, "B _"] | None]:
-        """The states, and their mask, that the decoder attends to: the encoder's, or by
-        config.bottleneck one state for each text."""
+        """The states that the decoder attends to, and their mask: all encoder states, or one state per text
+        if there is a config.bottleneck."""
         kind = self.config.bottleneck
         if kind == "none":
             return states, mask

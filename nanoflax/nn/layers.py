@@ -1,4 +1,4 @@
-"""The smallest parts: functions, and the thin Linen modules that own their weights.
+"""Basic layers: functions, and the Linen modules that own their weights.
 
 Parameters are float32; a module computes in the dtype of its input.
 """
@@ -26,11 +26,8 @@ ACTIVATIONS = {
 
 @jax.custom_vjp
 def matmul(x: Float[Array, "*B I"], w: Float[Array, "I O"]) -> Float[Array, "*B O"]:
-    """x @ w in value and gradient.
-
-    If w narrows x, its gradient is the transpose of dy^T x: XLA's CPU backend computes that in about
-    half the time.
-    """
+    """x @ w, with a faster gradient on CPU: for I > O, dw is the transpose of dy^T x, which XLA computes
+    in about half the time of x^T dy."""
     return x @ w
 
 
@@ -110,7 +107,7 @@ def adapt(y: Float[Array, "*B O"], x: Float[Array, "*B I"], p: Mapping[str, Any]
     h = x @ p["lora_a"].astype(x.dtype) * scale.astype(x.dtype)
     y = y + h @ p["lora_b"].astype(x.dtype)
     if "lora_magnitude" in p:
-        # Section 4.3: the divisor counts as a constant.
+        # Section 4.3: no gradient through the divisor.
         length = jax.lax.stop_gradient(column_lengths(p["kernel"] + low_rank(p)))
         y = y * (p["lora_magnitude"] / length).astype(y.dtype)
     return y
@@ -123,7 +120,7 @@ def low_rank(p: Mapping[str, Any]) -> Float[Array, "I O"]:
 
 
 def masked(p: Mapping[str, Any]) -> Float[Array, " R"]:
-    """lora_e where lora_mask is 1, else 0. Its gradient ignores the mask, so that a masked rank can
+    """lora_e where lora_mask is 1, else 0. The gradient ignores the mask, so that masked ranks can
     return (Zhang et al. 2023, section 3.3)."""
     e = p["lora_e"]
     return e + jax.lax.stop_gradient(e * p["lora_mask"] - e)
@@ -142,7 +139,7 @@ def bottleneck(h: Float[Array, "B T D"], p: dict[str, Any], activation: str) -> 
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias. Applies the low-rank adapters that `peft.add` put beside the kernel."""
+    """x @ kernel + bias, and the low-rank adapters of `peft.add` if the parameters have them."""
 
     features: int
     bias: bool = True

@@ -18,10 +18,10 @@ def shift_right(
     segments: Int[Array, "B T"] | None = None,
     start: Int[Array, "#B"] | Int[Array, ""] | int | None = None,
 ) -> Int[Array, "B T"]:
-    """The inputs that predict `targets`: the same tokens one position later. No other code shifts.
+    """The inputs that predict `targets`: the same tokens one position later. No other code shifts tokens.
 
-    first: the token before targets[:, 0]. segments: every document of a packed window but the first
-    begins with `start` (default `first`), not with the last token of the document before it.
+    first: the token before targets[:, 0]. segments: in a packed window, every document except the first
+    begins with `start` (default `first`), not with the last token of the previous document.
     """
 
     def column(x):
@@ -59,8 +59,8 @@ def _token_losses(logits, targets, z_loss, label_smoothing):
 
 
 def chunks_of(B: int, T: int, V: int, budget: int = 2**22, least: int = 512) -> int:
-    """The number of pieces of T in which to compute the loss of [B, T] targets: a divisor of T such
-    that the logits of a piece are near `budget` numbers (a CPU cache), in at least `least` rows."""
+    """The number of pieces of T for the loss of [B, T] targets: a divisor of T such that a piece has
+    about `budget` logits (the size of a CPU cache), and at least `least` targets."""
     wanted = min(-(-B * T * V // budget), max(1, B * T // least))
     return max(n for n in range(1, T + 1) if T % n == 0 and n <= max(wanted, 1))
 
@@ -80,9 +80,9 @@ def chunked_cross_entropy(
     """Weighted sums of `token_losses`, from hidden states, without holding all logits at once.
 
     kernel, bias: of the output head; softcap: logits become cap tanh(logit / cap), 0 for none.
-    Computes `chunks` pieces of T one after another. When differentiated, the gradients are computed
-    in the forward pass, so that the logits of a piece are computed once (as in Liger Kernel, Hsu et
-    al. 2024). Returns (sum of objectives, sum of cross entropies), float32; the second has no gradient.
+    Computes `chunks` pieces of T one after another. Under jax.grad, the forward pass also computes the
+    gradients, so that the logits of a piece are computed once (as in Liger Kernel, Hsu et al. 2024).
+    Returns (sum of objectives, sum of cross entropies), float32; the second sum has no gradient.
     """
     options = (chunks, z_loss, label_smoothing, softcap)
     return _chunked(hidden, kernel, targets, weights, bias, *options, gradients=False)[0]
@@ -90,8 +90,8 @@ def chunked_cross_entropy(
 
 def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoothing, softcap, gradients):
     # On a mesh, fsdp splits V here if it divides V, instead of the rows: each device then sums the
-    # gradient of its own part of the kernel. b and t are the remaining splits of B and T. Sums are
-    # kept for each of them and reduced once at the end, not once per chunk.
+    # gradient of its own part of the kernel. b and t are the numbers of splits of B and T. There is one
+    # sum per split; these sums are reduced once at the end, not once per chunk.
     B, T, D = hidden.shape
     fits = kernel.shape[1] % parallel.axis_size("tensor", "fsdp") == 0
     rows, words = (("data",), ("tensor", "fsdp")) if fits else (("data", "fsdp"), ("tensor",))

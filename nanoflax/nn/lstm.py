@@ -1,8 +1,7 @@
 """The attention LSTM: a bidirectional encoder, and a decoder that attends to its states.
 
-The encoder is that of Bahdanau et al. 2015, the decoder that of Luong et al. 2015 with input feeding.
-The attention scores are Luong's `general` or Bahdanau's additive ones. Modules own the weights; what
-runs inside a scan over time is a function.
+Encoder: Bahdanau et al. 2015. Decoder: Luong et al. 2015 with input feeding. Attention scores: Luong's
+`general` or Bahdanau's additive scores. Modules own the weights; a scan over time calls only functions.
 """
 
 import flax.linen as nn
@@ -36,8 +35,8 @@ def lstm(
 ) -> tuple[Float[Array, "B S D"], Float[Array, "B D"], Float[Array, "B D"]]:
     """An LSTM over a sequence, from a state of zeros. Padding leaves the state unchanged.
 
-    x: the inputs' part of the gates; kernel: gives the state's part; mask: True at real tokens;
-    reverse: from the last token to the first. Returns (h of every token, the last h, the last c float32).
+    The gates of a step are x + h @ kernel. mask: True at real tokens; reverse: from the last token to
+    the first. Returns (h of every token, the last h, the last c float32).
     """
 
     def step(state, now):
@@ -59,7 +58,7 @@ def attend(
     mask: SourceMask,
     score: Float[Array, " D"] | None = None,
 ) -> tuple[Float[Array, "B E"], Float[Array, "B S"]]:
-    """(the mean of the values weighted by the softmax of scores over S, the float32 weights).
+    """(the mean of the values, weighted by the softmax over S of the scores; the float32 weights).
 
     The scores are score . tanh(query + key) (additive, Bahdanau et al. 2015), or without `score`
     query . key (multiplicative, Luong et al. 2015).
@@ -74,7 +73,7 @@ def attend(
 
 
 class Matrix(nn.Module):
-    """Owns a kernel [rows, columns] for use inside a scan, where Linen allows no call of a module."""
+    """A kernel [rows, columns] for use inside a scan, where Linen modules cannot be called."""
 
     rows: int
     columns: int
@@ -109,10 +108,10 @@ class BiLSTM(nn.Module):
 
 
 class AttentionLSTM(SourceModel):
-    """L bidirectional LSTM layers that read a source, and L that write the target.
+    """L bidirectional LSTM layers encode a source, and L LSTM layers generate the target.
 
-    Called like an EncoderDecoder. Its cache holds the decoder's state, the source's states and their
-    keys; its size does not grow with the tokens written.
+    Called like an EncoderDecoder. The cache holds the decoder's state, the source's states and their
+    keys; the size of the cache does not depend on the number of generated tokens.
     """
 
     def setup(self):
@@ -123,7 +122,7 @@ class AttentionLSTM(SourceModel):
             width = 4 * D if c.bottleneck == "none" else 2 * D
             self.start = [Linear(2 * D, stddev=width**-0.5, name=f"start_{i}") for i in range(c.layers)]
         self.input = Linear(4 * D, False, D**-0.5)
-        # The first D rows of each kernel multiply the layer's input, the others its own h.
+        # The first D rows of each kernel multiply the layer's input, the other rows its own h.
         self.decoder = [Matrix(2 * D, 4 * D, gates=True, name=f"decoder_{i}") for i in range(c.layers)]
         self.key = Linear(D, False, (2 * D) ** -0.5)
         if c.lstm_attention == "additive":
@@ -211,7 +210,7 @@ class AttentionLSTM(SourceModel):
         }
 
     def _encode(self, source, source_mask, deterministic):
-        """(the states [B, S, 2D] of the last layer, [of each layer the last h and c [B, 4D]])."""
+        """(the states [B, S, 2D] of the last layer, a list with the last h and c [B, 4D] of each layer)."""
         mask = jnp.ones(source.shape, bool) if source_mask is None else source_mask
         x, ends = self.embed(source), []
         for encoder in self.encoder:

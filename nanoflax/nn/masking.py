@@ -10,7 +10,7 @@ from nanoflax.nn.arrays import Array
 
 
 def causal(query_positions: Int[Array, "*#B T"], key_positions: Int[Array, "*#B S"]) -> Bool[Array, "_ 1 T S"]:
-    """A query attends to keys at its own position or before. Positions without B are those of every row."""
+    """A query attends to keys at its own position or before. Positions [T] without B are the same for all rows."""
     q, k = jnp.atleast_2d(query_positions), jnp.atleast_2d(key_positions)
     return (k[:, None, :] <= q[:, :, None])[:, None]
 

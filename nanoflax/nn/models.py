@@ -1,4 +1,4 @@
-"""The models: `build(config)` gives a decoder, an encoder, an encoder-decoder or the LSTM."""
+"""The models: `build(config)` returns a decoder, an encoder, an encoder-decoder or the LSTM."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from nanoflax.nn.lstm import AttentionLSTM
 class Decoder(LanguageModel):
     """A decoder-only Transformer.
 
-    `apply({"params": params}, tokens)` gives the logits of every position; `hidden` and `head` are
-    its two halves, for a loss that never holds all logits; samplers use `prefill` and `decode`.
+    `apply({"params": params}, tokens)` returns the logits of every position: `head` of `hidden`. Losses
+    call only `hidden`, because all logits need too much memory; samplers use `prefill` and `decode`.
     """
 
     def setup(self):
@@ -37,8 +37,8 @@ class Decoder(LanguageModel):
         """(float32 logits of the next token at every position, the new cache).
 
         tokens: below V; segments: the document of each token of a packed window (0 is padding);
-        cache: from `empty_cache`, the tokens extend it; deterministic: False turns dropout on (pass
-        rngs={"dropout": key}).
+        cache: from `empty_cache`; the tokens are added to it; deterministic: False turns dropout on
+        (pass rngs={"dropout": key}).
         """
         x, cache = self.hidden(tokens, segments, cache, deterministic)
         return self.head(x), cache
@@ -57,8 +57,8 @@ class Decoder(LanguageModel):
     def prefill(
         self, params: dict, tokens: Int[Array, "B P"], lengths: Int[Array, " B"], new_tokens: int
     ) -> tuple[Int[Array, " B"], dict]:
-        """Read prompts that are padded on the left, all but their last token.
-        Returns (the last tokens, a cache with room for new_tokens more)."""
+        """Read prompts that are padded on the left, except their last tokens.
+        Returns (the last tokens, a cache with room for new_tokens)."""
         B, P = tokens.shape
         virtual = len(params["decoder"].get("prompt", ()))
         cache = self.empty_cache(B, virtual + P + new_tokens - 1, P - lengths)
@@ -81,7 +81,7 @@ class DecoderClassifier(Decoder):
         self, tokens: Tokens, padding_mask: Bool[Array, "B T"] | None = None, deterministic: bool = True
     ) -> Float[Array, "B labels"]:
         """float32 logits. tokens: padded on the right; padding_mask: True at real tokens, default all."""
-        # A token does not attend to those after it, so the padding needs no mask.
+        # No real token attends to the padding after it, so no mask is needed.
         x, _ = self.hidden(tokens, deterministic=deterministic)
         last = jnp.full(len(tokens), -1) if padding_mask is None else padding_mask.sum(-1) - 1
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
@@ -89,8 +89,8 @@ class DecoderClassifier(Decoder):
 
 
 class Encoder(LanguageModel):
-    """A bidirectional Transformer, with the head of config.head: none, the masked language model's
-    (mlm), or a Linear over labels for each text (classify) or token (tag)."""
+    """A bidirectional Transformer. config.head: none, mlm (masked language model), or a Linear over
+    labels for each text (classify) or each token (tag)."""
 
     def setup(self):
         super().setup()
@@ -121,7 +121,7 @@ class Encoder(LanguageModel):
         x = self.hidden(tokens, padding_mask, token_types, deterministic)
         head = self.config.head
         if self.is_initializing() and self.config.pooler:
-            self.pool(x)  # Linen makes parameters on first use
+            self.pool(x)  # Linen creates parameters on first use
         if head == "mlm":
             return self.head(x)
         if head == "none":
@@ -209,14 +209,14 @@ class EncoderDecoder(SourceModel):
         fewest tokens: the one with the least entropy."""
         layers, c = [], self.config
 
-        def look(cross, arguments, named, context):
+        def record(cross, arguments, named, context):
             if isinstance(context.module, Attention) and context.method_name == "cross":
                 x, keys, _, mask = arguments
                 q = context.module.queries(x)
                 layers.append(attention_weights(q, keys, mask, c.attention_scale, c.attention_softcap).mean(1))
             return cross(*arguments, **named)
 
-        with nn.intercept_methods(look):
+        with nn.intercept_methods(record):
             self.hidden(targets_in, source)
         return min(layers, key=lambda weights: float(jax.scipy.special.entr(weights).sum()))
 
@@ -251,7 +251,7 @@ def without_padding(config: ModelConfig, params: dict) -> tuple[ModelConfig, dic
 
 
 def head_kernel(config: ModelConfig, params: dict) -> Float[Array, "D V"]:
-    """The output projection among a model's parameters."""
+    """The kernel of the output head, from a model's parameters."""
     return params["embed"]["embedding"].T if config.tied else params["unembed"]["kernel"]
 
 

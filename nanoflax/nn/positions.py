@@ -30,11 +30,11 @@ def sinusoidal(positions: Int[Array, "B T"], dim: int, halves: bool = False) -> 
 
 
 def rotary_rates(config: ModelConfig, local: bool = False) -> Float[Array, " R"]:
-    """Angle in radians by which each rotary pair turns per position (Su et al. 2021).
+    """The angle, in radians per position, by which each rotary pair turns (Su et al. 2021).
 
-    local: for a layer with a window, which uses rope_local_theta without scaling, if it is set.
-    Scalings: linear (Chen et al. 2023) slows every pair by rope_factor; llama3 (Llama 3.1) slows
-    pairs that turn fewer than rope_low times in rope_context fully, and those below rope_high partly.
+    local: for a layer with a window; if rope_local_theta is set, the layer uses it without scaling.
+    Scalings: linear (Chen et al. 2023) divides every rate by rope_factor; llama3 (Llama 3.1) divides
+    the rates of fewer than rope_low turns in rope_context, and rates below rope_high turns in part.
     """
     c = config
     if local and c.rope_local_theta is not None:
@@ -50,7 +50,7 @@ def rotary_rates(config: ModelConfig, local: bool = False) -> Float[Array, " R"]
 
 
 def base_rates(theta: float, dim: int) -> Float[Array, " R"]:
-    """Angle in radians by which each rotary pair turns per position, without scaling."""
+    """The angle, in radians per position, by which each rotary pair turns, without scaling."""
     return theta ** (-jnp.arange(0, dim, 2) / dim)
 
 
@@ -79,9 +79,9 @@ def relative_buckets(
 ) -> Int[Array, "*D"]:
     """The bucket, in [0, buckets), of a distance between key and query (Raffel et al. 2020, section 2.1).
 
-    distance: key position minus query position. Each near distance has its own bucket; farther ones
-    share buckets of logarithmic width up to `furthest`. Without `causal` half of the buckets
-    are for keys after the query.
+    distance: key position minus query position. Each short distance has its own bucket; longer distances
+    share buckets of logarithmic width up to `furthest`. Without `causal`, half of the buckets are for
+    keys after the query.
     """
     first = 0
     if causal:

@@ -35,9 +35,9 @@ class Tracking(NamedTuple):
 
     @classmethod
     def read(cls, saved: dict[str, Any], step: int = 0, metric: float | None = None) -> "Tracking":
-        """The Tracking of a checkpoint. metric: of that step, if its pending evaluation was made later."""
-        found = cls(**saved)
-        return found.after(metric, step) if found.evaluation_pending and metric is not None else found
+        """The Tracking of a checkpoint. metric: the result, if the pending evaluation of `step` was made later."""
+        tracking = cls(**saved)
+        return tracking.after(metric, step) if tracking.evaluation_pending and metric is not None else tracking
 
     def after(self, metric: float, step: int) -> "Tracking":
         """The Tracking after the evaluation of a step."""
@@ -61,18 +61,18 @@ def fit(
     tracking: Tracking = Tracking(),  # noqa: B008  # a constant
     schedule: Callable[[int], Any] | None = None,
 ) -> tuple[TrainState, Tracking, Outcome]:
-    """Run the compiled `step` from state.step to config.train.steps; evaluate and save on the way.
+    """Run the compiled `step` from state.step to config.train.steps, with evaluations and checkpoints.
 
-    batches[i]: this process's rows of the batch of step i; batches.describe(i): where they come from;
+    batches[i]: this process's rows of the batch of step i; batches.describe(i): the source of the rows;
     evaluate(params, step): (metrics with config.train.metric, text to print); checkpoints: a
-    Checkpoints; log, progress: of `report`; meta: saved with every checkpoint. Continues with a
-    pending evaluation. SIGTERM and SIGINT save and return; a second one interrupts. All processes act
-    alike at the same step: on a signal to any of them, and on the clock and metrics of process 0.
+    Checkpoints; log, progress: of `report`; meta: saved with every checkpoint. A pending evaluation is
+    done first. SIGTERM and SIGINT save and return; a second signal interrupts. All processes stop and
+    save at the same step: after a signal to any process, and by the clock and metrics of process 0.
     Raises: UserError after config.train.max_skipped non-finite steps in a row, naming the batch.
     """
     run = _Run(config, batches, evaluate, checkpoints, log, progress, meta, schedule, state, tracking)
     steps, first = config.train.steps, run.done
-    # Queued steps of several fake CPU devices can wait for each other forever on few cores.
+    # With few cores, queued steps of virtual CPU devices can deadlock: wait for each step.
     eager = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
     reason, caught = "finished", 0
     parallel.gather_from_processes("compiled")
@@ -86,9 +86,9 @@ def fit(
             if batch is not None:
                 run.state, metrics = step(run.state, parallel.put_batch(batch, mesh))
                 run.add(metrics, wait=eager or run.done == first)
-            votes = poll(run.done, [int(signals.caught), run.save_is_due()])
-            caught = next((number for number, _ in votes if number), 0)
-            save = run.done % config.train.checkpoint_every == 0 or bool(votes) and votes[0][1]
+            answers = poll(run.done, [int(signals.caught), run.save_is_due()])
+            caught = next((number for number, _ in answers if number), 0)
+            save = run.done % config.train.checkpoint_every == 0 or bool(answers) and answers[0][1]
             metric, last = None, run.done == steps or caught
             evaluates = run.done % config.train.evaluate_every == 0 or run.done == steps
             run.tracking = run.tracking._replace(evaluation_pending=bool(evaluates and caught))
@@ -106,7 +106,7 @@ def fit(
 
 
 class _Run:
-    """The state of `fit`: what is trained, what was measured, and what is not yet read or saved."""
+    """The state of `fit`: the training state, the tracking, and metrics that are still on the device."""
 
     def __init__(self, config, batches, evaluate, checkpoints, log, progress, meta, schedule, state, tracking):
         self.config, self.batches, self.evaluator, self.checkpoints = config, batches, evaluate, checkpoints
@@ -115,13 +115,13 @@ class _Run:
         self.unread, self.saved_at = [], time.monotonic()
 
     def add(self, metrics, wait):
-        """Count a step. Its metrics are read one step later, so that the device is never idle; or now."""
+        """Count a step. wait: read its metrics now, not after the next step (which keeps the device busy)."""
         self.done += 1
         self.unread.append((self.done, metrics))
         self.read_metrics(keep=0 if wait else 1)
 
     def read_metrics(self, keep=0):
-        """Report all steps but the last `keep`."""
+        """Report all unread steps except the last `keep`."""
         while len(self.unread) > keep:
             self._report(*self.unread.pop(0))
 
@@ -137,24 +137,24 @@ class _Run:
         if values["skipped"] >= self.config.train.max_skipped:
             raise UserError(
                 f"{values['skipped']} steps in a row had a non-finite loss or gradient; the last, step {at}, read "
-                f"{self.batches.describe(at - 1)}; lower optim.learning_rate or look at those documents"
+                f"{self.batches.describe(at - 1)}; lower optim.learning_rate or check these documents"
             )
 
     def evaluate(self):
-        """Evaluate, report and track this step. Returns its metric, or None if it may not be the best."""
+        """Evaluate, report and track this step. Returns its metric, or None if the step cannot be the best."""
         self.read_metrics()
         state, name = self.state, self.config.train.metric
         with self.progress.pause():
-            found, text = self.evaluator(state.params if state.ema is None else state.ema, self.done)
-        found = parallel.gather_from_processes({k: float(v) for k, v in found.items()})[0]
+            metrics, text = self.evaluator(state.params if state.ema is None else state.ema, self.done)
+        metrics = parallel.gather_from_processes({k: float(v) for k, v in metrics.items()})[0]
         parallel.reset_watchdog()
-        self.log.log(self.done, **found)
+        self.log.log(self.done, **metrics)
         self.progress.write(text)
         first = self.config.peft.first_best_step(self.config.train.steps)
         if self.done < first:
-            self.progress.write(f"  not for the best step: before step {first} there are more ranks than the budget")
+            self.progress.write(f"  cannot be the best step: before step {first} there are more ranks than the target")
             return None
-        metric = found[name] * (-1 if METRICS[name] else 1)
+        metric = metrics[name] * (-1 if METRICS[name] else 1)
         self.tracking = self.tracking.after(metric, self.done)
         return metric
 
@@ -170,11 +170,11 @@ class _Run:
 
 
 class Signals:
-    """While entered, the first SIGTERM or SIGINT is recorded in `caught` instead of ending the process."""
+    """A context in which the first SIGTERM or SIGINT does not end the process, but is recorded in `caught`."""
 
     def __enter__(self) -> "Signals":
         self.caught, self._old = 0, {}
-        with contextlib.suppress(ValueError):  # outside the main thread, as in a notebook's worker
+        with contextlib.suppress(ValueError):  # raised outside the main thread, as in a notebook's worker
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._record)
         return self

@@ -41,15 +41,15 @@ def is_kernel(path: tuple, leaf: Any) -> bool:
 
 
 def decay_mask(params: Any) -> Any:
-    """A tree of bool: True for the parameters with weight decay, which are the matrices but embeddings."""
+    """A tree of bool: True for the parameters with weight decay, all matrices except embeddings."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf.ndim >= 2 and getattr(path[-1], "key", None) != "embedding", params
     )
 
 
 def layers_above(params: Any) -> Any:
-    """The number of layers above each parameter, a tree of int: 0 for the head and the last norm, 1
-    for the last block, the most for the embeddings. A decoder's blocks are above an encoder's.
+    """The depth of each parameter below the output, a tree of int: 0 for the head and the last norm, 1
+    for the last block, the maximum for embeddings. A decoder's blocks are above an encoder's blocks.
     For stacked blocks, an array of L ints that broadcasts to the leaf.
     """
 
@@ -101,7 +101,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     if c.name == "adamw":
         tx = optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, weight_decay=c.weight_decay)
     elif c.name == "muon":
-        # optax's muon would decay all of the other parameters or none, but only the head should.
+        # optax's muon decays all other parameters or none of them, but here only the head has weight decay.
         tx = optax.partition(
             {
                 True: optax.contrib.muon(
@@ -131,4 +131,4 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
         tx = optax.chain(tx, layerwise_decay(c.layer_decay))
     if c.clip:
         tx = optax.chain(optax.clip_by_global_norm(c.clip), tx)
-    return tx, jax.jit(schedule)  # otherwise each of its operations is compiled by itself
+    return tx, jax.jit(schedule)  # without jit, each operation of the schedule is compiled separately

@@ -1,4 +1,4 @@
-"""The training state: a value of arrays, born sharded."""
+"""The training state: a tree of arrays, created in shards."""
 
 from collections.abc import Callable
 from functools import partial
@@ -49,7 +49,7 @@ def compile_init(
     make = partial(new_state, model, optimizer, config)
     arguments = jax.random.PRNGKey(config.train.seed), params
     shardings = parallel.shardings(jax.eval_shape(make, *arguments), mesh)
-    donated = () if config.train.scan_layers else 1  # the buffer of a given block does not fit a stacked one
+    donated = () if config.train.scan_layers else 1  # buffers of single blocks cannot hold stacked blocks
     made = jax.jit(make, out_shardings=shardings, donate_argnums=donated)
     return partial(made.lower(*arguments).compile(), *arguments)
 

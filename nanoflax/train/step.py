@@ -1,4 +1,4 @@
-"""One training step and one evaluation, as pure functions to be compiled."""
+"""One training step and one evaluation, as pure functions for jax.jit."""
 
 import contextlib
 import itertools
@@ -25,10 +25,10 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict]]:
     """The pure function (state, batch, frozen=None) -> (state, metrics) of a Config.
 
-    batch: arrays [B, ...], split into config.train.accumulate micro-batches, whose gradients a scan
-    sums. The sums are divided once, by the weight of all B rows, so neither padding nor accumulation
-    nor the mesh changes the result. A non-finite loss or gradient leaves parameters and optimizer
-    unchanged. frozen: parameters that are not trained (peft.split).
+    batch: arrays [B, ...]. A scan sums the gradients of config.train.accumulate micro-batches. The
+    sums are divided once, by the weight of all B rows, so padding, accumulation and mesh do not change
+    the result. After a non-finite loss or gradient, parameters and optimizer stay unchanged. frozen:
+    parameters that are not trained (peft.split).
     """
     t = config.train
     optimizer = optax.with_extra_args_support(optimizer)
@@ -75,7 +75,7 @@ def accumulate(gradient: Callable, params: dict, batch: dict, rng: jax.Array | N
     """Sums of `gradient(params, micro_batch, rng)` over `pieces` micro-batches, one at a time."""
     if pieces == 1:
         return gradient(params, batch, rng)
-    # [B, ...] -> [pieces, B / pieces, ...], such that the mesh still splits the rows of each piece.
+    # [B, ...] -> [pieces, B / pieces, ...]; the mesh splits the rows of each piece.
     split = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def body(total, xs):
@@ -93,7 +93,7 @@ def make_evaluation(
 ) -> Callable[[Any, Any], tuple[float, float]]:
     """A function (params, windows) -> (cross entropy in nats, target tokens), summed over windows.
 
-    It is compiled once, and every window counts once, whatever the batch size.
+    It is compiled once. Every window counts once, for every batch size.
     """
 
     @jax.jit
@@ -106,15 +106,15 @@ def make_evaluation(
         B = parallel.divisible_batch_size(config.train.batch_size, mesh)
         batches = evaluation_batches(windows, B, parallel.own_rows(mesh, B))
         nats = tokens = 0.0  # float64: a sum over millions of tokens
-        waiting = []
+        pending = []
         with contextlib.closing(prefetch(itertools.islice(batches, config.train.evaluate_batches or None))) as queue:
             for batch in queue:
-                waiting.append(step(params, parallel.put_batch(batch, mesh)))
-                if len(waiting) > 1 or mesh.size > 1:
-                    nll, weight = waiting.pop(0)
+                pending.append(step(params, parallel.put_batch(batch, mesh)))
+                if len(pending) > 1 or mesh.size > 1:
+                    nll, weight = pending.pop(0)
                     nats, tokens = nats + float(nll), tokens + float(weight)
                     parallel.reset_watchdog()
-        for nll, weight in waiting:
+        for nll, weight in pending:
             nats, tokens = nats + float(nll), tokens + float(weight)
         return nats, tokens
 
@@ -142,17 +142,17 @@ def attention_backends(
     """The kernels that compute a step's attention on the mesh, as text; "" for a model without attention.
 
     params, batch: arrays or their shapes. Nothing is compiled.
-    Raises: UserError if config.attention_backend names a kernel that cannot compute it.
+    Raises: UserError if config.attention_backend names a kernel that cannot compute the attention.
     """
-    found = []
+    kernels = []
 
-    def look(method, arguments, named, context):
+    def record(method, arguments, named, context):
         result = method(*arguments, **named)
         if isinstance(context.module, Attention) and context.method_name == "backend":
             name, why = result
-            found.append(f"{name} ({why})" if why else name)
+            kernels.append(f"{name} ({why})" if why else name)
         return result
 
-    with nn.intercept_methods(look):
+    with nn.intercept_methods(record):
         jax.eval_shape(parallel.with_mesh(mesh, lambda params, batch: objective(model, params, batch)), params, batch)
-    return ", ".join(dict.fromkeys(found))
+    return ", ".join(dict.fromkeys(kernels))

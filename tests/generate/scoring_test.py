@@ -70,7 +70,7 @@ def test_one_compilation_for_a_bucket(compilations):
 def test_ranks_and_what_has_no_room():
     assert [generate.rank([-3.0, -1, -2, -1], i) for i in range(4)] == [4, 1, 3, 2]
     model, params = make("decoder")
-    with pytest.raises(UserError, match="pair 1: 30 and 4 tokens.*pair 2 has an empty side"):
+    with pytest.raises(UserError, match="pair 1: 30 and 4 tokens.*pair 2 has an empty prompt or continuation"):
         generate.log_likelihoods(model, params, ragged(29, 30, 3), ragged(4, 4, 0))
     with pytest.raises(UserError, match="pair 0: 3 and 33 tokens"):
         generate.log_likelihoods(*make("lstm"), ragged(3), ragged(33))

@@ -163,12 +163,12 @@ SEGMENTED, PADDED = MaskSpec(jnp.asarray(SEGMENTS)), MaskSpec(valid=jnp.asarray(
         (dict(q=(B, H, T, 264)), "heads of 264 are not a multiple of 8 up to 256"),
         (dict(q=(B, H, T, 60)), "heads of 60 are not a multiple of 8"),
         (dict(spec=SEGMENTED), "packed documents need a mask of segments"),
-        (dict(spec=PADDED), "padding beside causality"),
+        (dict(spec=PADDED), "padding with causality"),
         (dict(spec=MaskSpec(window=9), causal=False), "a window without causality"),
-        (dict(spec=None), "prompt and prefix tuning mask by an array"),
+        (dict(spec=None), "prompt and prefix tuning need a dense mask"),
         (dict(bias=True), "attention has a bias of relative positions"),
         (dict(softcap=30.0), "scores have a softcap"),
-        (dict(k=(B, G, 77, K)), "causality between sequences of two lengths"),
+        (dict(k=(B, G, 77, K)), "causality between sequences of different lengths"),
     ],
 )
 def test_cudnn_is_chosen_only_where_it_is_exact(change, why):
@@ -187,9 +187,9 @@ def test_cudnn_is_chosen_only_where_it_is_exact(change, why):
         (dict(q=(B, H, T, 60)), ""),
         (dict(q=(B, H, 128, K), causal=False), ""),
         (dict(q=(B, H, 100, K), k=(B, G, 100, K)), "lengths of 100 and 100 are not multiples of 128"),
-        (dict(spec=None), "prompt and prefix tuning mask by an array"),
+        (dict(spec=None), "prompt and prefix tuning need a dense mask"),
         (dict(bias=True), "attention has a bias of relative positions"),
-        (dict(q=(B, H, 128, K)), "causality between sequences of two lengths"),
+        (dict(q=(B, H, 128, K)), "causality between sequences of different lengths"),
     ],
 )
 def test_splash_is_chosen_only_where_it_is_exact(change, why):
@@ -203,7 +203,7 @@ def check_choice(name, asked, why):
         assert (chosen, reason) == (name, "") and choose(name, asked) == (name, "")
         return
     assert chosen == "plain" and reason.startswith(f"not {name}: ") and why in reason
-    with pytest.raises(UserError, match=f"model.attention_backend='{name}' cannot serve: .*{why}"):
+    with pytest.raises(UserError, match=f"model.attention_backend='{name}' is not possible: .*{why}"):
         choose(name, asked)
 
 
@@ -348,7 +348,7 @@ def test_what_is_chosen_is_named_and_a_cache_and_init_are_plain(monkeypatch):
     batch = batch_of("decoder")
     with pytest.raises(
         UserError,
-        match="model.attention_backend='splash' cannot serve: it runs on tpu, not cpu; auto takes it wherever it can",
+        match="model.attention_backend='splash' is not possible: it runs on tpu, not cpu; auto uses it only if possible",
     ):
         train.attention_backends(model, params, batch, mesh)
     prompts = [[1, 2, 3]]

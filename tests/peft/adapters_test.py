@@ -352,7 +352,7 @@ def test_biases_are_chosen_everywhere_and_only_they():
     assert all(mask[path] == path.endswith("/bias") for path in mask) and any(mask.values())
     mask = peft.trainable(params, FullFineTuning())
     assert all(jax.tree.leaves(mask))
-    with pytest.raises(UserError, match="peft.trained='adapters' fits no parameter"):
+    with pytest.raises(UserError, match="peft.trained='adapters' matches no parameter"):
         peft.trainable(params, FullFineTuning(trained="adapters"))
     with pytest.raises(UserError, match="peft.trained='head'"):
         peft.trainable(params, FullFineTuning(trained="head"))  # tied
@@ -697,7 +697,7 @@ def test_bad_configurations_are_refused_by_name(llama):
             "peft.rank_stabilized is a field of peft.kind=lora or dora, not of adalora",
         ),
         (dict(kind="adalora", beta1=1.0), r"peft.beta1=1.0 must be in \(0, 1\)"),
-        (dict(kind="lora", targets="c_attn"), r"'c_attn' is the end of none of decoder/block_\*/attention/key"),
+        (dict(kind="lora", targets="c_attn"), r"'c_attn' matches the end of none of decoder/block_\*/attention/key"),
         (dict(kind="lora", targets="out|unembed"), "the output head"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -709,7 +709,7 @@ def test_bad_configurations_are_refused_by_name(llama):
         add(t5, "prompt")
     with pytest.raises(UserError, match="peft.kind='prefix' needs a Transformer"):
         add({"embed": {"embedding": jnp.ones((4, 4))}}, "prefix")
-    with pytest.raises(UserError, match="hold adapters already"):
+    with pytest.raises(UserError, match="have adapters already"):
         add(add(params, "lora"), "lora")
     with pytest.raises(UserError, match="prompt cannot be merged"):
         peft.merge(add(params, "prompt"))
@@ -797,7 +797,7 @@ def test_the_penalty_is_a_part_of_the_gradient():
 def test_adalora_needs_its_whole_adapters_and_no_average(llama):
     c = config_of("adalora", trained=".*lora_a")
     added = peft.add(llama[1], c, jax.random.PRNGKey(0))
-    with pytest.raises(UserError, match="peft.trained must include the whole"):
+    with pytest.raises(UserError, match="peft.trained must include all parts"):
         peft.adalora_optimizer(optax.sgd(1), c, 9).init(peft.split(added, peft.trainable(added, c))[0])
     with pytest.raises(UserError, match="optim.ema=0.9 does not work with peft.kind='adalora'"):
         validate(Config(peft=AdaLoRA(), optim=OptimConfig(ema=0.9)))
