@@ -1,4 +1,4 @@
-"""Beam search: the whole search is one compiled loop over a model's decode interface."""
+"""Beam search: one compiled loop that calls `model.decode` for each new token."""
 
 import math
 from typing import Any, NamedTuple
@@ -78,12 +78,12 @@ def advance(
     # An entry that the step returns unchanged (a source's keys) is the same for all beams of a prompt.
     cache = jax.tree.map(lambda new, old: new if new is old or new.ndim == 0 else new[rows], cache, s.cache)
 
-    # Could the best beam still beat the worst hypothesis?
+    # The search continues if the best beam can still get a better score than the worst hypothesis.
     length = jnp.where((early_stopping == "never") & (penalty > 0), N, step).astype(jnp.float32)
     worst = best_scores[:, -1]
     is_open = s.is_open & (scores[:, 0] / length**penalty > worst)
     if early_stopping is True:
-        is_open &= worst == -jnp.inf  # not W hypotheses yet
+        is_open &= worst == -jnp.inf  # there are fewer than W hypotheses
     return Beams(step, cache, tokens[:, :, s.step].reshape(-1), tokens, scores, best, best_scores, is_open)
 
 
@@ -120,16 +120,16 @@ def beam_search(
     """The most probable continuation of each prompt that a beam search finds.
 
     The score of a hypothesis is its log-probability divided by length ** length_penalty, where length
-    counts its new tokens and its eos_id. It ends with eos_id or at max_new_tokens. early_stopping:
-    True ends a search that has `beams` hypotheses; False, when the best beam at its present length
-    cannot beat the worst of them; "never", when it cannot at any length. vocab_size: ids from there
-    on are never chosen. All as in Transformers' `generate`.
+    counts its new tokens and its eos_id. It ends with eos_id or at max_new_tokens. A search ends, as in
+    Transformers' `generate`, by early_stopping: True: with `beams` hypotheses; False: if also the best
+    beam, at its present length, has no better score than the worst hypothesis; "never": if it cannot get
+    a better score at any length. vocab_size: only smaller ids are chosen.
     Compiled once for a bucket of prompt lengths, a batch size, beams and max_new_tokens.
     Returns the new tokens of each prompt, cut before eos_id. With n_best=n, for each prompt a list of
     at most n (tokens, score) pairs, best first.
-    Raises: UserError for what `sample` refuses, and naming every argument out of its range.
+    Raises: UserError as `sample` does, and naming every argument out of its range.
     """
-    found = [
+    problems = [
         f"{name}={value!r} must be {right}"
         for name, value, good, right in [
             ("beams", beams, beams >= 1, "at least 1"),
@@ -140,8 +140,8 @@ def beam_search(
         ]
         if not good
     ]
-    if found:
-        raise UserError("; ".join(found))
+    if problems:
+        raise UserError("; ".join(problems))
     check_prompts(model.config, prompts, max_new_tokens)
     tokens, lengths = pad_left(prompts)
     early_stopping = early_stopping if early_stopping == "never" else bool(early_stopping)

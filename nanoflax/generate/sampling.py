@@ -20,13 +20,13 @@ from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.nn import Array, LanguageModel
 
-Prompts = Sequence[Sequence[int]]  # token ids, of any lengths; of a model with a source, the sources
+Prompts = Sequence[Sequence[int]]  # token ids, of any lengths; for a model with a source, the sources
 
 
 class Filters(NamedTuple):
-    """How the next token is drawn: numbers or traced scalars; None for no such filter."""
+    """How the next token is drawn: numbers or traced scalars; None turns a filter off."""
 
-    temperature: Any = 1.0  # None is greedy
+    temperature: Any = 1.0  # None: greedy
     top_k: Any = None  # Fan et al. 2018
     top_p: Any = None  # Holtzman et al. 2020
     min_p: Any = None  # Nguyen et al. 2024
@@ -74,7 +74,7 @@ def filtered(logits: Float[Array, "B V"], filters: Filters) -> Float[Array, "B V
             ordered = jnp.where(ordered < kth, out, ordered)
         if f.top_p is not None:
             p = jax.nn.softmax(ordered, axis=-1)
-            kept = jnp.cumsum(p, axis=-1) - p < f.top_p  # the first to reach top_p stays
+            kept = jnp.cumsum(p, axis=-1) - p < f.top_p  # includes the first token whose sum reaches top_p
             least = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
             logits = jnp.where(logits < least, out, logits)
     if f.min_p is not None:
@@ -142,7 +142,7 @@ def advance(
 
 
 def untied(model: LanguageModel, rows: int) -> LanguageModel:
-    """The model of the parameters that `decoding_params` returns."""
+    """The model for the parameters that `decoding_params` returns: with a separate head for several rows."""
     if rows == 1 or not model.config.tied:
         return model
     return model.clone(config=dataclasses.replace(model.config, tied=False))
@@ -225,7 +225,7 @@ def stream(
 ) -> Iterator[list[list[int]]]:
     """`sample` as a stream: yields up to `chunk` new tokens of each prompt at a time.
 
-    The tokens are those of `sample` with the same key. Ends when every row has reached eos_id.
+    The tokens are the same as from `sample` with the same key. Ends when every row has its eos_id.
     """
     check_prompts(model.config, prompts, max_new_tokens)
     tokens, lengths = pad_left(prompts)
@@ -238,33 +238,33 @@ def stream(
     for i in range(chunks):
         state, new = on(advance, "state")(model, params, state, filters, chunk, eos_id, vocab_size)
         rows = np.asarray(new)[:, : max_new_tokens - i * chunk].tolist()
-        yield [cut(row, eos_id) for row in rows]  # a finished row repeats eos_id, so nothing is left of it
+        yield [cut(row, eos_id) for row in rows]  # [] for a finished row, which repeats eos_id
         ended |= np.array([eos_id is not None and eos_id in row for row in rows])
         if ended.all():
             return
 
 
 def check_prompts(config: ModelConfig, prompts: Prompts, max_new_tokens: int) -> None:
-    """Raises: UserError for prompts that the model cannot continue by max_new_tokens."""
+    """Raises: UserError if the model cannot continue the prompts by max_new_tokens."""
     if config.head != "lm":
         raise UserError(
-            f"an {config.architecture} with model.head={config.head!r} writes no text; "
-            "give a decoder or an encoder-decoder"
+            f"model.architecture={config.architecture!r} with model.head={config.head!r} generates no text; "
+            "use a decoder or an encoder-decoder"
         )
     if not prompts:
-        raise UserError("prompts is empty; give at least one")
+        raise UserError("prompts is empty; give at least one prompt")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise UserError(f"prompt {i} is empty; give at least one token, such as the one a document starts with")
+            raise UserError(f"prompt {i} is empty; give at least one token, such as the tokenizer's bos_id")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             bad = next(t for t in prompt if not 0 <= t < config.vocab_size)
-            raise UserError(f"prompt {i} holds token id {bad}, outside the model's vocabulary of {config.vocab_size}")
+            raise UserError(f"prompt {i} has token id {bad}, outside the model's vocabulary of {config.vocab_size}")
         if not config.reads_source and len(prompt) + max_new_tokens > config.context:
             raise UserError(
-                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that "
-                f"exceeds the model's context of {config.context}; shorten one of them"
+                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} this "
+                f"exceeds the model's context of {config.context}; shorten the prompt or lower max_new_tokens"
             )
         if max(len(prompt), max_new_tokens) > config.context:
             raise UserError(

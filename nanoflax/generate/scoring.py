@@ -1,7 +1,7 @@
 """Ranking of several continuations of a prompt by their log-likelihood.
 
-totals = log_likelihoods(model, params, prompts, continuations)     # of ids
-place = rank(totals, answer)
+totals = log_likelihoods(model, params, prompts, continuations)     # lists of ids
+position = rank(totals, answer)
 """
 
 from collections.abc import Sequence
@@ -28,27 +28,27 @@ def log_likelihoods(
 
     Pairs are padded to powers of two; each of these lengths is compiled once. names: of the pairs, for
     errors; default pair 0, pair 1, ... Returns one float64 per pair, of float32 precision.
-    Raises: UserError naming every pair that is longer than the model's context or has an empty side.
+    Raises: UserError naming every pair that is empty on a side or longer than the model's context.
     """
     c, decoder = model.config, not model.config.reads_source
     if c.head != "lm":
         raise UserError(
-            f"an {c.architecture} with model.head={c.head!r} gives texts no "
-            "likelihood; give a decoder or an encoder-decoder"
+            f"model.architecture={c.architecture!r} with model.head={c.head!r} computes no "
+            "likelihood of a text; use a decoder or an encoder-decoder"
         )
     names = names or [f"pair {i}" for i in range(len(prompts))]
-    found = [
-        f"{name}: {len(p)} and {len(t)} tokens, while the model's context is {c.context}"
+    problems = [
+        f"{name}: {len(p)} and {len(t)} tokens, but the model's context is {c.context}"
         for name, p, t in zip(names, prompts, continuations, strict=True)
         if (len(p) + len(t) - 1 if decoder else max(len(p), len(t))) > c.context
     ]
-    found += [
-        f"{name} has an empty side"
+    problems += [
+        f"{name} has an empty prompt or continuation"
         for name, *pair in zip(names, prompts, continuations, strict=True)
         if not all(map(len, pair))
     ]
-    if found:
-        raise UserError(listed(found))
+    if problems:
+        raise UserError(listed(problems))
     pairs = list(zip(prompts, continuations, strict=True))
 
     def lengths(i):
@@ -75,16 +75,16 @@ def rank(scores: Sequence[float], answer: int) -> int:
 
 
 def _batch(pairs, sizes, start_id):
-    """Padded on the right: inputs, targets, weights [B, T], and of a source tokens and mask."""
+    """inputs, targets, weights [B, T], and with a source also source, source_mask [B, S]; padded on the right."""
     *source, T = sizes
     arrays = {"inputs": np.zeros((len(pairs), T), np.int32)}
     arrays |= {"targets": arrays["inputs"].copy(), "weights": arrays["inputs"].astype(np.float32)}
     for S in source:
         arrays |= {"source": np.zeros((len(pairs), S), np.int32), "source_mask": np.zeros((len(pairs), S), bool)}
     for row, (prompt, new) in enumerate(pairs):
-        whole = [start_id, *new] if source else [*prompt, *new]
-        n = len(whole) - 1
-        arrays["inputs"][row, :n], arrays["targets"][row, :n] = whole[:-1], whole[1:]
+        ids = [start_id, *new] if source else [*prompt, *new]
+        n = len(ids) - 1
+        arrays["inputs"][row, :n], arrays["targets"][row, :n] = ids[:-1], ids[1:]
         arrays["weights"][row, n - len(new) : n] = 1
         if source:
             arrays["source"][row, : len(prompt)] = prompt
@@ -99,7 +99,7 @@ def _scores(model, params, batch):
     hidden, _ = model.apply({"params": params}, batch["inputs"], **source, method="hidden")
     kernel, chunks = head_kernel(c, params), nn.chunks_of(1, T, c.vocab_size, least=16)
 
-    def row(xs):  # one row at a time, so that all logits are never held
+    def row(xs):  # one row at a time, to limit the memory of logits
         hidden, targets, weights = (x[None] for x in xs)
         return -nn.chunked_cross_entropy(  # type: ignore  # custom_vjp hides the type
             hidden, kernel, targets, weights, params.get("logit_bias"), chunks, 0.0, 0.0, c.logit_softcap

@@ -77,12 +77,12 @@ def save_adapter(
         if c.kind == "dora":
             parts["lora_magnitude_vector"] = leaf("magnitude")
         tensors |= {f"{_BASE}{name}.{part}": x for part, x in parts.items()}
-    whole = _whole_modules(config, model_type, flat, flatten_dict(trainable(params, c), sep="/"))
-    tensors |= {f"{_BASE}{name}": x for name, x in whole.items()}
+    complete = _complete_modules(config, model_type, flat, flatten_dict(trainable(params, c), sep="/"))
+    tensors |= {f"{_BASE}{name}": x for name, x in complete.items()}
     theirs = {
         "peft_type": "ADALORA" if isinstance(c, AdaLoRA) else "LORA",
         "task_type": _TASKS.get(config.architecture) if config.head == "lm" else None,
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in complete}) or None,
         "base_model_name_or_path": str(base),
         "inference_mode": True,
         "target_modules": [modules[path][0] for path in linears],
@@ -111,7 +111,7 @@ def save_adapter(
         raise UserError(f"{directory} cannot be written: {error.strerror}") from error
 
 
-def _whole_modules(config, model_type, flat, trained):
+def _complete_modules(config, model_type, flat, trained):
     """Name in Transformers -> array, for the modules that are trained completely."""
     problems, tensors = [], {}
     for name, rows in _modules(config, model_type).items():
@@ -164,7 +164,7 @@ def load_adapter(
     modules = _modules(config, model_type)
     ours = {name: place for place, (name, layout) in _linears(modules).items() if layout in ("transposed", "same")}
     ends = "|".join(map(re.escape, theirs.get("modules_to_save") or ()))
-    whole = {
+    complete = {
         row.name: row
         for name, rows in modules.items()
         for row in rows
@@ -172,7 +172,7 @@ def load_adapter(
     }
     for name, tensor in safetensors_io.open_safetensors(directory, single=WEIGHTS).items():
         m = _TENSOR.fullmatch(name)
-        row = whole.pop(name.removeprefix(_BASE), None)
+        row = complete.pop(name.removeprefix(_BASE), None)
         if row is not None and tensor.shape == row.shape:
             x, path = tensor.read(), row.paths[0]
             new[path] = jnp.asarray(x.T if row.layout == "transposed" else x, jnp.float32)
@@ -182,7 +182,7 @@ def load_adapter(
             parts.setdefault(m[1], {})[m[2]] = tensor
         else:
             problems.append(f"{name} has no place in this model")
-    problems += [f"{_BASE}{name} is missing, but modules_to_save names it" for name in whole]
+    problems += [f"{_BASE}{name} is missing, but modules_to_save names it" for name in complete]
     if not parts:
         problems.append("the file has no adapter")
     saved = sorted({path.rpartition("/")[0] or path for path in new})
@@ -225,7 +225,7 @@ def _linears(modules):
 
 def _from_theirs(theirs, path):
     """(our LoRA, DoRA or AdaLoRA config, rank_pattern) of peft's adapter_config.json."""
-    patterns, whole = theirs.get("rank_pattern") or {}, theirs.get("modules_to_save") or []
+    patterns, complete = theirs.get("rank_pattern") or {}, theirs.get("modules_to_save") or []
     adalora, init = theirs.get("peft_type") == "ADALORA", theirs.get("init_lora_weights")
     wrong = {name for name, value in theirs.items() if value and name not in _KNOWN}
     wrong |= {
@@ -233,7 +233,7 @@ def _from_theirs(theirs, path):
         for name, fine in [
             ("peft_type", adalora or theirs.get("peft_type") == "LORA"),
             ("bias", theirs.get("bias", "none") == "none"),
-            ("modules_to_save", isinstance(whole, list) and all(isinstance(x, str) for x in whole)),
+            ("modules_to_save", isinstance(complete, list) and all(isinstance(x, str) for x in complete)),
             ("use_rslora", not (adalora and theirs.get("use_rslora"))),
             ("init_lora_weights", init in (None, True, False, "gaussian")),  # other values change the kernels
             (
@@ -269,17 +269,17 @@ def _problems(c, name, tensors, kernel, patterns):
         return [f"{name} has {', '.join(sorted(tensors))} and needs {', '.join(sorted(wanted))}"]
     r, (D_in, D_out) = next(iter(tensors["lora_A"].shape), 0), kernel
     shapes = {"lora_A": (r, D_in), "lora_B": (D_out, r), "lora_E": (r, 1), "lora_magnitude_vector": (D_out,)}
-    found = [
+    problems = [
         f"{x.name} has shape {list(x.shape)}, not {list(shapes[part])}"
         for part, x in tensors.items()
         if x.shape != shapes[part]
     ]
     kept = patterns.get(f"{name}.lora_E", [True] * c.rank)
     if isinstance(c, AdaLoRA) and (len(kept), sum(kept)) != (c.rank, r):
-        found.append(
+        problems.append(
             f"{name}: rank_pattern keeps {sum(kept)} of {len(kept)} ranks, but the tensors have {r} of init_r={c.rank}"
         )
-    return found
+    return problems
 
 
 def _leaves(c, arrays, kept):

@@ -17,21 +17,21 @@ def family_of_config(config: ModelConfig, model_type: str | None = None) -> Fami
 
     Raises: UserError naming the fields that the nearest family cannot express.
     """
-    found = {}
+    missing = {}
     for name in FAMILIES if model_type is None else [model_type]:
         family = family_of_type(name)
         try:
-            found[name] = differences(family, config)
+            missing[name] = differences(family, config)
         except UserError as error:  # a value that the family refuses
-            found[name] = [str(error)]
-        if not found[name]:
+            missing[name] = [str(error)]
+        if not missing[name]:
             return family
-    nearest = min(found, key=lambda name: (found[name][0] in ("architecture", "head"), len(found[name])))
+    nearest = min(missing, key=lambda name: (missing[name][0] in ("architecture", "head"), len(missing[name])))
     fields = ", ".join(
-        f"model.{name}={getattr(config, name)!r}" if name in FIELD_TYPES else name for name in found[nearest]
+        f"model.{name}={getattr(config, name)!r}" if name in FIELD_TYPES else name for name in missing[nearest]
     )
     raise UserError(
-        f"none of {', '.join(found)} in Transformers can express this model; the nearest is {nearest}, except {fields}"
+        f"no family of Transformers ({', '.join(missing)}) has such models; the nearest is {nearest}, except {fields}"
     )
 
 

@@ -85,7 +85,7 @@ def to_config(family: Family, hf: Json, head: str, max_layers: int = _MAX_SIZE) 
     """
     hf = family.defaults | hf
     ours: Json = {"head": head} | family.preset
-    found: list[str] = []
+    problems: list[str] = []
     for field, name in family.fields.items():
         value = hf.get(field)
         wrong = f"{field} is missing" if field not in hf else None
@@ -99,22 +99,22 @@ def to_config(family: Family, hf: Json, head: str, max_layers: int = _MAX_SIZE) 
             kind = FIELD_TYPES[name] if field in family.defaults else _required(FIELD_TYPES[name])
             wrong = _wrong_type(field, value, kind, limit)
         ours[name] = value
-        found += [wrong] if wrong else []
+        problems += [wrong] if wrong else []
     for field, allowed in family.only.items():
         value = hf.get(field)
         allowed = (hf.get(allowed),) if isinstance(allowed, str) else allowed
         if value is not None and value not in allowed:
-            found.append(f"{field}={value!r} is not supported; it must be " + " or ".join(map(repr, allowed)))
-    if not found:
+            problems.append(f"{field}={value!r} is not supported; it must be " + " or ".join(map(repr, allowed)))
+    if not problems:
         try:
             config = ModelConfig(**ours | family.read(hf))
             validate(config)
         except UserError as error:
-            found.append(str(error))
+            problems.append(str(error))
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-            found.append(f"a value that cannot be read: {type(error).__name__}: {error}")
-    if found:
-        raise UserError(f"config.json of model_type {family.model_type!r}: " + "; ".join(found))
+            problems.append(f"a value that cannot be read: {type(error).__name__}: {error}")
+    if problems:
+        raise UserError(f"config.json of model_type {family.model_type!r}: " + "; ".join(problems))
     return config
 
 

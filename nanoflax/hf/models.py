@@ -132,7 +132,7 @@ def save(
 
 def _special_ids(tokenizer: Any) -> dict[str, Any]:
     if tokenizer is None:
-        # Without them Transformers takes those of its class, which may lie beyond the vocabulary (Phi-3: 32000).
+        # Transformers' own defaults may be larger than the vocabulary (Phi-3: 32000).
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     stops = list(tokenizer.stop_ids)
     return {

@@ -149,8 +149,8 @@ class Stack(nn.Module):
     ) -> tuple[States, dict | None]:
         """The last hidden states of the embeddings x, and the new cache.
 
-        segments: a causal token attends within its segment, a token of an encoder to all segments
-        but 0 (padding). cache: x extends its slots. source, source_mask: for cross-attention.
+        segments: with `causal`, a token attends only to its own segment; else to all tokens except those
+        of segment 0 (padding). cache: x is added to it. source, source_mask: for cross-attention.
 
         Prompt tuning (Lester et al. 2021): P trained vectors precede position 0, visible to all tokens.
         A call with T = 0 writes their keys and values to the cache's first slots.

@@ -104,10 +104,10 @@ def gather_from_processes(value: Any) -> list[Any]:
     assert client is not None  # join_processes made it
     client.key_value_set(f"nanoflax/{number}/{jax.process_index():06}", json.dumps(value))
     client.wait_at_barrier(f"nanoflax/{number}", BARRIER_SECONDS * 1000)
-    found = sorted(client.key_value_dir_get(f"nanoflax/{number}/"))
+    answers = sorted(client.key_value_dir_get(f"nanoflax/{number}/"))
     if jax.process_index() == 0:  # every process has read the previous exchange
         client.key_value_delete(f"nanoflax/{number - 1}/")
-    return [json.loads(text) for _, text in found]
+    return [json.loads(text) for _, text in answers]
 
 
 def run_on_main_process(function: Callable[[], Any]) -> Any:
@@ -131,9 +131,9 @@ def run_on_main_process(function: Callable[[], Any]) -> Any:
 
 def check_processes_agree(what: str, value: dict[str, Any]) -> None:
     """Raises: UserError with the differences, on every process, if the processes have different dicts."""
-    found = gather_from_processes(value)
+    values = gather_from_processes(value)
     lines = [
-        f"process {i} has {', '.join(diff(found[0], other))}" for i, other in enumerate(found) if other != found[0]
+        f"process {i} has {', '.join(diff(values[0], other))}" for i, other in enumerate(values) if other != values[0]
     ]
     if lines:
         raise UserError(f"the processes differ in {what} (value of process 0 -> own value): {listed(lines)}")

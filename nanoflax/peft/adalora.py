@@ -34,8 +34,8 @@ def adalora_optimizer(
         return {"optimizer": optimizer.init(params), "ranks": adalora_init(params)}
 
     def update(grads, state, params, *, step, **_):
-        slopes = jax.grad(orthogonality)(params)
-        grads = jax.tree.map(lambda g, slope: g + c.orthogonality * slope, grads, slopes)
+        penalty_grads = jax.grad(orthogonality)(params)
+        grads = jax.tree.map(lambda g, penalty: g + c.orthogonality * penalty, grads, penalty_grads)
         updates, inner = optimizer.update(grads, state["optimizer"], params)
         moved = optax.apply_updates(params, updates)
         ranks, masked = adalora_update(state["ranks"], moved, grads, step, steps, c)
@@ -55,7 +55,7 @@ def adalora_init(params: dict) -> AdaLoraState:
     entries = {path: x for path, x in flat.items() if re.search(r"/lora_[abe]$", path)}
     needed = {path.rpartition("/")[0] + "/lora_" + end for path in entries for end in "abe"}
     if not entries or entries.keys() != needed:
-        raise UserError("peft.trained must include the whole of AdaLoRA's adapters, so that ranks can be weighed")
+        raise UserError("peft.trained must include all parts of AdaLoRA's adapters (write adapters into it)")
     zeros = partial(jax.tree.map, jnp.zeros_like)
     return AdaLoraState(zeros(entries), zeros(entries))
 
@@ -72,8 +72,8 @@ def adalora_update(
     """
     c = peft_config
     flat: Any = flatten_dict(params, sep="/")
-    slopes: Any = flatten_dict(grads, sep="/")
-    now = {path: jnp.abs(flat[path] * slopes[path]) for path in state.sensitivity}  # equation 8
+    flat_grads: Any = flatten_dict(grads, sep="/")
+    now = {path: jnp.abs(flat[path] * flat_grads[path]) for path in state.sensitivity}  # equation 8
     mean = {path: c.beta1 * state.sensitivity[path] + (1 - c.beta1) * x for path, x in now.items()}
     spread = {
         path: c.beta2 * state.uncertainty[path] + (1 - c.beta2) * jnp.abs(x - mean[path]) for path, x in now.items()
@@ -101,7 +101,7 @@ def adalora_budget(step: jax.Array, steps: int, ranks: int, linears: int, peft_c
 
 
 def orthogonality(params: dict) -> jax.Array:
-    """The penalty, [] float32, that peft_config.orthogonality adds to the mean loss.
+    """The penalty, [] float32; the mean loss plus peft_config.orthogonality times the penalty is minimised.
 
     The mean of the Frobenius norms of a^T a - I and b b^T - I. The paper's sum of squares grows with
     the size of the model.

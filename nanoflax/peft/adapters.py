@@ -1,12 +1,13 @@
-"""Adapters as transforms of the parameter tree: add them, choose what is trained, fold them into
-plain weights. The layers apply the adapters that their parameters hold: nn.layers.adapt, nn.blocks,
-nn.attention. hf.adapters reads and writes the files of the `peft` library.
+"""Functions of the parameter tree: add adapters, select what is trained, merge adapters into kernels.
+
+The layers apply the adapters that they find in their parameters: nn.layers.adapt, nn.blocks, nn.attention.
+hf.adapters reads and writes the files of the `peft` library.
 
     params = peft.add(params, config.peft, rng)
     trained, frozen = peft.split(params, peft.trainable(params, config.peft))
     model.apply({"params": peft.join(trained, frozen)}, tokens)
 
-Only `trained` is differentiated, held by the optimizer and saved.
+Gradients, optimizer state and checkpoints contain only `trained`.
 """
 
 import re
@@ -30,8 +31,8 @@ _MATRIX = r"(query|combine|decoder_\d+|encoder_\d+/(forward|backward))/kernel"
 def add(params: dict, peft_config: PeftConfig, rng: jax.Array) -> dict:
     """Parameters with the float32 adapters of a configuration such as LoRA(rank=4) among them.
 
-    At first, LoRA, AdaLoRA and bottleneck adapters change no output, and DoRA only by rounding. A
-    prompt begins as random rows of the embedding. `jax.eval_shape` gives the shapes.
+    New LoRA, AdaLoRA and bottleneck adapters do not change the output; DoRA changes it only by rounding.
+    A prompt begins as random rows of the embedding. `jax.eval_shape` works.
     Raises: UserError for a bad configuration, one that fits no part of the model, or a model that has
     adapters already.
     """
@@ -39,7 +40,7 @@ def add(params: dict, peft_config: PeftConfig, rng: jax.Array) -> dict:
     flat: Any = flatten_dict(params, sep="/")
     validate(c)
     if any(map(_ADAPTER.fullmatch, flat)):
-        raise UserError("the parameters hold adapters already; merge them first")
+        raise UserError("the parameters have adapters already; merge the adapters first")
     if isinstance(c, FullFineTuning):
         return params
     places = _places(flat, c)
@@ -81,13 +82,13 @@ def _places(flat, c: Any):
         }
     if not places and isinstance(c, LowRank):
         known = sorted({re.sub(r"block_\d+", "block_*", path) for path in kernels})
-        raise UserError(f"peft.targets={c.targets!r} is the end of none of {', '.join(known)}")
+        raise UserError(f"peft.targets={c.targets!r} matches the end of none of {', '.join(known)}")
     if not places:
         raise UserError(f"peft.kind={c.kind!r} needs a Transformer; this model has no blocks")
     if isinstance(c, LowRank) and "unembed/" in places:
         raise UserError(
-            f"peft.targets={c.targets!r} includes the output head, which losses read "
-            "as a plain matrix; train it whole with peft.trained='adapters,head'"
+            f"peft.targets={c.targets!r} includes the output head, but losses use its kernel "
+            "without adapters; train all of the head with peft.trained='adapters,head'"
         )
     return places
 
@@ -143,7 +144,7 @@ def trainable(params: dict, peft_config: PeftConfig) -> dict:
     """A tree of bool: True at the parameters that peft_config.trained names.
 
     The scale and mask of low-rank adapters count as adapters, but get no gradient.
-    Raises: UserError for a pattern that fits no parameter, or adapters that are not trained.
+    Raises: UserError for a pattern that matches no parameter, or if no adapter is trained.
     """
     flat: Any = flatten_dict(params, sep="/")
     default = "all" if isinstance(peft_config, FullFineTuning) else "adapters"
@@ -156,12 +157,12 @@ def trainable(params: dict, peft_config: PeftConfig) -> dict:
         )
         found = {path for path in flat if re.fullmatch(pattern, path)}
         if not found:
-            raise UserError(f"peft.trained={part!r} fits no parameter of this model")
+            raise UserError(f"peft.trained={part!r} matches no parameter of this model")
         chosen |= found
     if not isinstance(peft_config, FullFineTuning) and not any(re.fullmatch(_ADAPTER, path) for path in chosen):
         raise UserError(
-            f"peft.trained={peft_config.trained!r} leaves the adapters of "
-            f"peft.kind={peft_config.kind!r} out: add adapters, or set peft.kind=none"
+            f"peft.trained={peft_config.trained!r} does not include the adapters of "
+            f"peft.kind={peft_config.kind!r}: write adapters into it, or set peft.kind=none"
         )
     return unflatten_dict({path: path in chosen for path in flat}, sep="/")
 
@@ -190,9 +191,9 @@ def join(trained: dict, frozen: dict) -> dict:
 
 
 def merge(params: dict) -> dict:
-    """Parameters with the low-rank adapters folded into their kernels; the outputs stay the same.
+    """Parameters with the low-rank adapters merged into their kernels; the outputs stay the same.
 
-    Raises: UserError for adapters of another kind, which cannot be folded into kernels.
+    Raises: UserError for adapters of another kind, which cannot be merged.
     """
     flat: Any = flatten_dict(params, sep="/")
     linears = [path.removesuffix("lora_a") for path in flat if path.endswith("/lora_a")]

@@ -1,7 +1,7 @@
 """Training objectives: functions of a model, its parameters and a batch.
 
 Every objective returns float32 sums: (objective, cross entropy in nats, weight); the train step
-divides by the weight. rng: a PRNG key turns dropout on. options: those of the losses.
+divides by the weight. rng: a PRNG key turns dropout on. options: as in `_token_sums`.
 """
 
 import math
@@ -22,7 +22,7 @@ Sums = tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]
 def causal_lm(model: LanguageModel, params: dict, batch: Batch, rng: Array | None = None, **options: Any) -> Sums:
     """Next-token prediction.
 
-    batch: targets [B, T] int32, first [B] int32 (the token before them), weights [B, T] float32
+    batch: targets [B, T] int32, first [B] int32 (the token before targets), weights [B, T] float32
     (0 for padding); if packed documents are isolated, segments [B, T] int32 and start [B] int32, the
     token before each document.
     """
@@ -50,16 +50,16 @@ def masked_lm(model: LanguageModel, params: dict, batch: Batch, rng: Array | Non
 
 
 def guesses(model: LanguageModel, params: dict, batch: Batch, vocab_size: int | None = None) -> Int[Array, "B T"]:
-    """The most probable token, below vocab_size, at each target of a batch of masked_lm, or of seq2seq
-    given the true targets before it."""
+    """The most probable token, below vocab_size, for each target of a batch of masked_lm or seq2seq (which
+    reads the true previous targets)."""
 
-    def guess(states):  # for a piece of T at a time, so that all logits are never held
+    def guess(states):  # of a piece of T, to limit the memory of logits
         logits: Any = model.apply({"params": params}, states.reshape(B, -1, D), method="head")
         return logits[..., :vocab_size].argmax(-1)
 
     states = _states(model, params, batch)
     B, T, D = states.shape
-    t = parallel.batch_splits(B, T)[1]  # a piece takes an equal part of T on every device
+    t = parallel.batch_splits(B, T)[1]  # a piece has an equal part of T from every device
     chunks = math.gcd(nn.chunks_of(B, T, model.config.vocab_size), T // t)
     found = jax.lax.map(guess, jnp.moveaxis(states.reshape(B, t, chunks, -1, D), 2, 0))
     return jnp.moveaxis(found.reshape(chunks, B, t, -1), 0, 2).reshape(B, T)
@@ -86,7 +86,7 @@ def tag(
     """Prediction of each word's tag, at the word's first token.
 
     batch: tokens [B, T] int32, padding_mask [B, T] bool, tags [B, T] int32, weights [B, T] float32,
-    0 for padding and for every token but a word's first.
+    0 for padding and for every token of a word except the first.
     """
     logits = _encoded(model, params, batch, rng)
     return _sums(*nn.token_losses(logits, batch["tags"], 0.0, label_smoothing), batch["weights"])
@@ -116,7 +116,7 @@ def _sums(objective, nll, weights):
 
 def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0, label_smoothing=0.0):
     c, (B, T) = model.config, targets.shape
-    if chunks:  # they divide the context; a batch of examples may be shorter
+    if chunks:  # divides the context, but T of a batch of examples may be shorter
         chunks = math.gcd(chunks, T)
     objective, nll = nn.chunked_cross_entropy(  # type: ignore  # custom_vjp hides the type
         hidden,
