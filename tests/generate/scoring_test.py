@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanoflax import generate, hf, nn
+from nanoflax import generate, hf
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.nn import build
