@@ -87,7 +87,9 @@ def test_a_softcap_and_a_bias_count():
 
 def test_errors_call_pairs_by_their_names():
     model = build(ModelConfig(vocab_size=8, context=4))
-    with pytest.raises(UserError, match="^q:3 candidate 1: 4 and 2 tokens.*4; q:4 has an empty side$"):
+    with pytest.raises(
+        UserError, match="^q:3 candidate 1: 4 and 2 tokens.*4; q:4 has an empty prompt or continuation$"
+    ):
         generate.log_likelihoods(
             model, {}, [[1], [1] * 4, [1]], [[2], [2, 3], []], names=["q:1", "q:3 candidate 1", "q:4"]
         )
