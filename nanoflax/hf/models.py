@@ -115,7 +115,7 @@ def save(
     description["torch_dtype"] = str(flat["embed/embedding"].dtype)
     exported = None if tokenizer is None else tokenizers.to_huggingface(tokenizer)
     ids = _special_ids(exported)
-    if config.architecture == "encoder_decoder":
+    if config.reads_source:
         ids |= {"decoder_start_token_id": config.start_id, "forced_eos_token_id": None}
     directory = pathlib.Path(directory)
     try:

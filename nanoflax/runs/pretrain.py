@@ -65,7 +65,7 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
     """The Job of a Config. The text is read later, except to train a tokenizer."""
     source = open_initial(config.model) if config.model.init_from else None
     if source:
-        if source.config.architecture != "decoder":
+        if source.config.reads_source or not source.config.is_causal:
             raise UserError(
                 f"model.init_from={config.model.init_from} is of model.architecture={source.config.architecture!r}; "
                 "pretrain trains a decoder"
