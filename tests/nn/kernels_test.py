@@ -347,8 +347,7 @@ def test_what_is_chosen_is_named_and_a_cache_and_init_are_plain(monkeypatch):
     mesh = parallel.make_mesh("1,1,1", jax.devices()[:1])
     batch = batch_of("decoder")
     with pytest.raises(
-        UserError,
-        match="model.attention_backend='splash' is not possible: it runs on tpu, not cpu; auto uses it only if possible",
+        UserError, match="model.attention_backend='splash' is not possible: it runs on tpu, not cpu; auto uses it only"
     ):
         train.attention_backends(model, params, batch, mesh)
     prompts = [[1, 2, 3]]

@@ -461,7 +461,7 @@ def test_what_all_agree_on(members):
         assert found["gathered"] == [[0, 0.1, float("inf")], [1, 0.1 + 0.2, float("inf")]]
         assert found["first"] == 0 and found["refused"] == "refused by 0"
         assert "process 1 has a.b: 0 -> 1" in found["differ"] and found["same"] is None
-        assert "own-" in found["not shared"] and "of process 1 is not that" in found["not shared"]
+        assert "own-" in found["not shared"] and "of process 1 is not the directory" in found["not shared"]
     assert [found["locks"] for found in members] == [True, False]
     one, other = (found["votes"] for found in members)
     told = [votes for votes in one if votes]
