@@ -1,15 +1,8 @@
 """Text to token ids and back: tokenizers trained here, or read from Hugging Face, SentencePiece and GGUF files."""
 
 from nanoflax.tokenizers.base import Tokenizer, well_formed
-from nanoflax.tokenizers.framing import (
-    align_tags,
-    chat_ids,
-    chat_prompt,
-    prefix_and_suffix,
-    prompt_ids,
-    show_mask,
-    word_tags,
-)
+from nanoflax.tokenizers.chat import chat_ids, chat_prompt, show_mask
+from nanoflax.tokenizers.framing import align_tags, prefix_and_suffix, prompt_ids, word_tags
 from nanoflax.tokenizers.huggingface import from_gguf, to_huggingface
 from nanoflax.tokenizers.loading import check_fits, load, parse
 from nanoflax.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
