@@ -134,7 +134,7 @@ def _special_ids(tokenizer: Any) -> dict[str, Any]:
     if tokenizer is None:
         # Transformers' own defaults may be larger than the vocabulary (Phi-3: 32000).
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    stops = list(tokenizer.stop_ids)
+    stops = list(tokenizers.stop_ids(tokenizer))
     return {
         "bos_token_id": tokenizer.bos_id,
         "pad_token_id": tokenizer.pad_id,

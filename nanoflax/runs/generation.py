@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from nanoflax import generate
+from nanoflax import generate, tokenizers
 from nanoflax.errors import UserError
 
 DEFAULT_NEW_TOKENS = 100
@@ -60,7 +60,7 @@ def stream_texts(
     Text that more tokens could change is not yielded yet: the beginning of a stop string, half a character.
     Raises: UserError as `nanoflax.sample` does.
     """
-    ends = {*getattr(tokenizer, "stop_ids", ()), tokenizer.eos_id}
+    ends = tokenizers.stop_ids(tokenizer)
     ids: list[list[int]] = [[] for _ in prompts]
     shown, ended = [""] * len(prompts), [False] * len(prompts)
 

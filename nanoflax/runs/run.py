@@ -139,7 +139,9 @@ class Run:
         messages: dicts with role ("system", "user" or "assistant") and content.
         Raises: UserError if the tokenizer has no template, or the chat exceeds the model's context.
         """
-        ids = self.tokenizer.apply_chat(messages)
+        if self.tokenizer.chat_template is None:
+            raise UserError(f"{self.source}: its tokenizer has no chat template; use predict or generate")
+        ids = tokenizers.chat_prompt(self.tokenizer, messages)
         chosen = GenerationSettings.of(settings)
         return (piece for (piece,) in stream_texts(self.model, self.params, self.tokenizer, [ids], chosen))
 

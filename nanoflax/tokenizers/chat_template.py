@@ -4,6 +4,7 @@ A template is an untrusted program. So Jinja's sandbox runs it without access to
 processor time and the size of products are limited.
 """
 
+import dataclasses
 import datetime
 import functools
 import json
@@ -11,28 +12,37 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable
 from typing import Any
 
 from nanoflax.errors import UserError
+from nanoflax.tokenizers.base import well_formed
 
 MAX_SECONDS = 5  # of processor time; a long conversation takes some milliseconds
 MAX_PRODUCT = 2**20  # characters or items that one "*" in a template may make
 
 
+@dataclasses.dataclass(frozen=True)
+class Rendering:
+    """A conversation as a template writes it. Parts of the text are (start, end) in characters."""
+
+    text: str  # with the given replacements of special tokens
+    special: list[tuple[int, int, str]]  # the special tokens that the template wrote: start, end, name
+    marked: list[tuple[int, int]] | None  # what {% generation %} marks; None: the template has no such marks
+
+
 def render(
-    template: str, messages: list[dict[str, Any]], variables: dict[str, Any], specials: Iterable[str]
-) -> tuple[str, Callable[[str], str]]:
-    """The text of a conversation, and a function that restores special strings inside messages.
+    template: str, messages: list[dict[str, Any]], variables: dict[str, Any], specials: dict[str, str]
+) -> Rendering:
+    """The text of a conversation.
 
     Args:
       template: Jinja source.
       messages: list of {"role": str, "content": str, ...}.
       variables: other values that the template may read (add_generation_prompt, bos_token, ...).
-      specials: the strings that a tokenizer would read as special tokens.
-    Returns: (text, restore). Where a message (except its role) contains a special string, or ends with a prefix
-      of one, the text has a random placeholder. First find the special tokens that the template wrote, then
-      call restore(text). Limits: a template that inspects or cuts a content sees the placeholder, and a
+      specials: the strings that a tokenizer would read as special tokens, and the replacement of each. Only those
+        that the template writes are replaced; those inside a message stay as they are.
+    Limits: the template sees a random placeholder instead of a special string inside a message (except its role), or
+      of a prefix of one at the end. So a template that inspects or cuts a content sees the placeholder, and a
       template that joins parts of contents to a special string gets a special token.
     Raises: UserError if the template does not compile, raises, or runs too long.
     """
@@ -41,7 +51,8 @@ def render(
         raise UserError(problem + ', such as {"role": "user", "content": "Hello"}')
     nonce = secrets.token_hex(16)
     originals: list[str] = []
-    special = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
+    any_special = "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)"
+    special = re.compile(any_special)
     prefixes = {s[:n] for s in specials for n in range(1, len(s))}
 
     def placeholder(text):
@@ -56,22 +67,39 @@ def render(
             return [protected(v) for v in value]
         if not isinstance(value, str):
             return value
+        value = well_formed(value)
         end = len(value.rstrip())  # a template may trim
         start = min((end - len(p) for p in prefixes if value.endswith(p, 0, end)), default=end)
         tail = placeholder(value[start:end]) if start < end else ""
         return special.sub(lambda match: placeholder(match[0]), value[:start]) + tail + value[end:]
 
     try:
-        text = _time_limited(functools.partial(_compile(template).render, messages=protected(messages), **variables))
+        program, mark = _compile(template)
+        text = _time_limited(functools.partial(program.render, messages=protected(messages), **variables))
     except Exception as error:  # an untrusted template may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the chat template fails: {reason}") from error
-    pattern = re.compile(nonce + r"(\d{6})")
-    if nonce in pattern.sub("", text).lower():
+    pattern = re.compile(rf"{nonce}(?P<original>\d{{6}})|{mark}(?P<mark>[+-])|{any_special}")
+    if re.search(f"{nonce}|{mark}", pattern.sub("", text), re.IGNORECASE):
         raise UserError(
             "the chat template changes a special token inside a message; take the special token out of the message"
         )
-    return text, lambda text: pattern.sub(lambda match: originals[int(match[1])], text)
+    parts, length, end, found, marked, open_marks = [], 0, 0, [], [], []
+    for match in pattern.finditer(text):
+        before, part = text[end : match.start()], ""
+        length, end = length + len(before), match.end()
+        if match["original"]:
+            part = originals[int(match["original"])]
+        elif match["mark"] == "+":
+            open_marks.append(length)
+        elif match["mark"] and open_marks:
+            marked.append((open_marks.pop(), length))
+        elif not match["mark"]:
+            part = specials[match[0]]
+            found.append((length, length + len(part), match[0]))
+        parts += [before, part]
+        length += len(part)
+    return Rendering("".join(parts) + text[end:], found, marked if program.environment.has_marks else None)
 
 
 def _time_limited(function):
@@ -95,15 +123,19 @@ def _compile(template):
     # Templates get the same names and settings as in Transformers.
     from jinja2 import TemplateError, ext, nodes, sandbox
 
+    mark = secrets.token_hex(16)
+
     class Generation(ext.Extension):
-        """Renders the text of the assistant inside {% generation %} ... {% endgeneration %}."""
+        """Writes the text inside {% generation %} ... {% endgeneration %} between two marks."""
 
         tags = {"generation"}
 
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
+            self.environment.has_marks = True
+            start, end = (nodes.Output([nodes.TemplateData(mark + sign)]) for sign in "+-")
+            return nodes.Scope([start, *body, end], lineno=line)
 
     class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(["*", "**"])
@@ -124,4 +156,5 @@ def _compile(template):
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
+    environment.has_marks = False
+    return environment.from_string(template), mark

@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from nanoflax.errors import UserError
@@ -261,7 +261,7 @@ class HFTokenizer(_FileTokenizer):
         return self._tokenizer.decode([int(i) for i in ids])
 
     def apply_chat(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
         """The ids of a conversation, as the tokenizer's chat template writes it.
 
@@ -273,25 +273,39 @@ class HFTokenizer(_FileTokenizer):
         Transformers. See `chat_template.render` for the limits.
         Raises: UserError if there is no template, or if the template fails.
         """
+        return self._encode(self.render_chat(messages, add_generation_prompt, **variables).text)
+
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool, **variables: Any
+    ) -> chat_template.Rendering:
+        """The text of a conversation, for `encode_parts`. Arguments and errors: see `apply_chat`."""
         if self.chat_template is None:
             raise UserError(f"tokenizer {self.name} has no chat template; use plain text instead of messages")
         names = {f"{role}_token": token for role, token in self._roles.items()}
-        text, restore = chat_template.render(
-            self.chat_template,
-            messages,
-            names | {"tools": None, "documents": None} | variables | {"add_generation_prompt": add_generation_prompt},
-            self._aliases,
-        )
-        return self._encode(restore(self._with_aliases(text)))
+        names |= {"tools": None, "documents": None} | variables
+        names["add_generation_prompt"] = add_generation_prompt
+        return chat_template.render(self.chat_template, list(messages), names, self._aliases)
+
+    def encode_parts(self, text: str, parts: Sequence[tuple[int, int]]) -> tuple[list[int], list[float]]:
+        """The ids of a text of `render_chat`; 1.0 for ids with a character of one of the parts (start, end), else 0.0."""
+        encoding = self._encoding(text)
+        weights = [0.0] * len(encoding.ids)
+        for i, (start, end) in enumerate(encoding.offsets):
+            start = min(start, end - 1)  # the library leaves spaces out, so a token of spaces is empty
+            weights[i] = float(any(start < last and end > first for first, last in parts))
+        return encoding.ids, weights
 
     def _with_aliases(self, text: str) -> str:
         return self._special_pattern.sub(lambda match: self._aliases[match[0]], text)
 
     def _encode(self, text, pair=None, add_special_tokens=False):
+        return self._encoding(text, pair, add_special_tokens).ids
+
+    def _encoding(self, text, pair=None, add_special_tokens=False):
         try:
             return self._tokenizer.encode(
                 well_formed(text), None if pair is None else well_formed(pair), add_special_tokens=add_special_tokens
-            ).ids
+            )
         except Exception as error:  # such as a WordPiece model without its unknown token
             raise UserError(f"tokenizer {self.name} cannot encode: {error}") from error
 
