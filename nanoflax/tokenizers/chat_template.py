@@ -74,7 +74,7 @@ def render(
         return special.sub(lambda match: placeholder(match[0]), value[:start]) + tail + value[end:]
 
     try:
-        program, mark = _compile(template)
+        program, mark, has_marks = _compile(template)
         text = _time_limited(functools.partial(program.render, messages=protected(messages), **variables))
     except Exception as error:  # an untrusted template may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -99,7 +99,7 @@ def render(
             found.append((length, length + len(part), match[0]))
         parts += [before, part]
         length += len(part)
-    return Rendering("".join(parts) + text[end:], found, marked if program.environment.has_marks else None)
+    return Rendering("".join(parts) + text[end:], found, marked if has_marks else None)
 
 
 def _time_limited(function):
@@ -123,7 +123,7 @@ def _compile(template):
     # Templates get the same names and settings as in Transformers.
     from jinja2 import TemplateError, ext, nodes, sandbox
 
-    mark = secrets.token_hex(16)
+    mark, found = secrets.token_hex(16), []
 
     class Generation(ext.Extension):
         """Writes the text inside {% generation %} ... {% endgeneration %} between two marks."""
@@ -133,7 +133,7 @@ def _compile(template):
         def parse(self, parser):
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            self.environment.has_marks = True
+            found.append(line)
             start, end = (nodes.Output([nodes.TemplateData(mark + sign)]) for sign in "+-")
             return nodes.Scope([start, *body, end], lineno=line)
 
@@ -156,5 +156,4 @@ def _compile(template):
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.has_marks = False
-    return environment.from_string(template), mark
+    return environment.from_string(template), mark, bool(found)
