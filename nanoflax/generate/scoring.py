@@ -98,11 +98,12 @@ def _scores(model, params, batch):
     source = {name: batch[name] for name in ("source", "source_mask") if name in batch}
     hidden, _ = model.apply({"params": params}, batch["inputs"], **source, method="hidden")
     kernel, chunks = head_kernel(c, params), nn.chunks_of(1, T, c.vocab_size, least=16)
+    options = chunks, 0.0, 0.0, c.logit_softcap, c.vocab_padding
 
     def row(xs):  # one row at a time, to limit the memory of logits
         hidden, targets, weights = (x[None] for x in xs)
         return -nn.chunked_cross_entropy(  # type: ignore  # custom_vjp hides the type
-            hidden, kernel, targets, weights, params.get("logit_bias"), chunks, 0.0, 0.0, c.logit_softcap
+            hidden, kernel, targets, weights, params.get("logit_bias"), *options
         )[1]
 
     return jax.lax.map(row, (hidden, batch["targets"], batch["weights"]))

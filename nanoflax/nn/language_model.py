@@ -8,6 +8,7 @@ from nanoflax import parallel
 from nanoflax.config import ModelConfig
 from nanoflax.nn.arrays import Array, Logits, Source, SourceMask, States, Tokens
 from nanoflax.nn.layers import Embedding, Linear, activate
+from nanoflax.nn.losses import mask_padding
 
 
 class LanguageModel(nn.Module):
@@ -24,7 +25,7 @@ class LanguageModel(nn.Module):
         self.embedding = Embedding(c.vocab_size, c.dim, self.compute_dtype, name="embed")
         if c.head in ("lm", "mlm"):
             if not c.tied:
-                self.unembed = Linear(c.vocab_size, bias=False)
+                self.unembed = Linear(c.vocab_size, bias=False, padding=c.vocab_padding)
             if c.head_bias:
                 self.logit_bias = self.param("logit_bias", nn.initializers.zeros, (c.vocab_size,))
         if c.output_delay:
@@ -59,7 +60,7 @@ class LanguageModel(nn.Module):
         return x + activate("gelu", self.delay(before)), cache
 
     def head(self, x: States) -> Logits:
-        """The float32 logits of the states that `hidden` returns."""
+        """The float32 logits of the states that `hidden` returns; -inf for the ids of config.vocab_padding."""
         c = self.config
         if c.tied:
             table = self.embedding.embedding.astype(x.dtype)
@@ -68,7 +69,9 @@ class LanguageModel(nn.Module):
             logits = self.unembed(x).astype(jnp.float32)
         if c.head_bias:
             logits += self.logit_bias
-        return c.logit_softcap * jnp.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
+        if c.logit_softcap:
+            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        return mask_padding(logits, c.vocab_padding)
 
     @property
     def compute_dtype(self) -> jnp.dtype:

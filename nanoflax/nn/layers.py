@@ -144,10 +144,15 @@ class Linear(nn.Module):
     features: int
     bias: bool = True
     stddev: float = 0.02  # of the initial kernel (GPT-2)
+    padding: int = 0  # columns at the end that start as 0, and do not change the numbers drawn for the others
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        kernel = self.param("kernel", nn.initializers.normal(self.stddev), (x.shape[-1], self.features))
+        def draw(key, shape):
+            numbers = nn.initializers.normal(self.stddev)(key, (shape[0], shape[1] - self.padding))
+            return jnp.pad(numbers, [(0, 0), (0, self.padding)]) if self.padding else numbers
+
+        kernel = self.param("kernel", draw, (x.shape[-1], self.features))
         y = matmul(x, kernel.astype(x.dtype))
         if self.has_variable("params", "lora_a"):
             y = adapt(y, x, self.variables["params"])

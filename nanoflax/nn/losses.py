@@ -35,6 +35,15 @@ def shift_right(
     return inputs
 
 
+def mask_padding(logits: Float[Array, "*B V"], padding: int) -> Float[Array, "*B V"]:
+    """Logits with -inf in the last `padding` columns: config.vocab_padding ids have no probability and no gradient."""
+    return jnp.where(_real(logits, padding), logits, -jnp.inf) if padding else logits
+
+
+def _real(logits, padding):
+    return jnp.arange(logits.shape[-1]) < logits.shape[-1] - padding
+
+
 def token_losses(
     logits: Float[Array, "*B V"], targets: Int[Array, "*B"], z_loss: float = 0.0, label_smoothing: float = 0.0
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
@@ -47,12 +56,13 @@ def token_losses(
     return objective, nll
 
 
-def _token_losses(logits, targets, z_loss, label_smoothing):
+def _token_losses(logits, targets, z_loss, label_smoothing, padding=0):
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     objective = nll
     if label_smoothing:
-        objective = (1 - label_smoothing) * nll + label_smoothing * (log_z - logits.mean(axis=-1))
+        mean = logits.mean(axis=-1, where=_real(logits, padding) if padding else None)
+        objective = (1 - label_smoothing) * nll + label_smoothing * (log_z - mean)
     if z_loss:
         objective = objective + z_loss * log_z**2
     return objective, nll, log_z
@@ -65,7 +75,7 @@ def chunks_of(B: int, T: int, V: int, budget: int = 2**22, least: int = 512) -> 
     return max(n for n in range(1, T + 1) if T % n == 0 and n <= max(wanted, 1))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
 def chunked_cross_entropy(
     hidden: Float[Array, "B T D"],
     kernel: Float[Array, "D V"],
@@ -76,19 +86,21 @@ def chunked_cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     softcap: float = 0.0,
+    padding: int = 0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sums of `token_losses`, from hidden states, without holding all logits at once.
 
-    kernel, bias: of the output head; softcap: logits become cap tanh(logit / cap), 0 for none.
+    kernel, bias: of the output head; softcap: logits become cap tanh(logit / cap), 0 for none; padding:
+    the number of columns at the end of V that are no tokens (config.vocab_padding).
     Computes `chunks` pieces of T one after another. Under jax.grad, the forward pass also computes the
     gradients, so that the logits of a piece are computed once (as in Liger Kernel, Hsu et al. 2024).
     Returns (sum of objectives, sum of cross entropies), float32; the second sum has no gradient.
     """
-    options = (chunks, z_loss, label_smoothing, softcap)
+    options = (chunks, z_loss, label_smoothing, softcap, padding)
     return _chunked(hidden, kernel, targets, weights, bias, *options, gradients=False)[0]
 
 
-def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoothing, softcap, gradients):
+def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoothing, softcap, padding, gradients):
     # On a mesh, fsdp splits V here if it divides V, instead of the rows: each device then sums the
     # gradient of its own part of the kernel. b and t are the numbers of splits of B and T. There is one
     # sum per split; these sums are reduced once at the end, not once per chunk.
@@ -108,7 +120,8 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
             logits += bias
         if softcap:
             logits = softcap * jnp.tanh(logits / softcap)
-        objective, plain, log_z = _token_losses(logits, targets, z_loss, label_smoothing)
+        logits = mask_padding(logits, padding)
+        objective, plain, log_z = _token_losses(logits, targets, z_loss, label_smoothing, padding)
         loss, nll = loss + (objective * m).sum((2, 3)), nll + (plain * m).sum((2, 3))
         if not gradients:
             return (loss, nll, dw, db), None
@@ -117,10 +130,12 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
         dlogits = m[..., None] * (
             probability * (1 + 2 * z_loss * log_z)[..., None]
             - (1 - label_smoothing) * hit
-            - label_smoothing / logits.shape[-1]
+            - label_smoothing / (logits.shape[-1] - padding)
         )
         if softcap:
             dlogits *= 1 - (logits / softcap) ** 2
+        if padding:
+            dlogits = jnp.where(_real(logits, padding), dlogits, 0)
         if bias is not None:
             db += dlogits.sum((2, 3))
         dlogits = dlogits.astype(h.dtype)
@@ -158,7 +173,7 @@ def _chunked_forward(hidden, kernel, targets, weights, bias, *options):
     return sums, (dh, dw.astype(kernel.dtype), db if bias is None else db.astype(bias.dtype))
 
 
-def _chunked_backward(chunks, z_loss, label_smoothing, softcap, saved, cotangents):
+def _chunked_backward(chunks, z_loss, label_smoothing, softcap, padding, saved, cotangents):
     dh, dw, db = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), saved)
     return dh, dw, None, None, db
 

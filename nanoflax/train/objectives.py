@@ -128,5 +128,6 @@ def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0, l
         z_loss,
         label_smoothing,
         c.logit_softcap,
+        c.vocab_padding,
     )
     return objective, nll, jnp.sum(weights)

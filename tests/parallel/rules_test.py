@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from nanoflax import parallel
 from nanoflax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from nanoflax.errors import UserError
-from nanoflax.nn import build
+from nanoflax.nn import build, without_padding
 from nanoflax.parallel import mesh, rules
 from tests import processes
 
@@ -39,11 +39,11 @@ def run_child(name):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def config_of(mesh, tied):
+def config_of(mesh, tied, **sizes):
     # SGD: under Adam a gradient of rounding noise (a key's bias) moves by its sign alone.
     return Config(
         model=ModelConfig(
-            vocab_size=48,
+            **dict(vocab_size=48) | sizes,
             context=16,
             layers=2,
             dim=32,
@@ -57,17 +57,17 @@ def config_of(mesh, tied):
     )
 
 
-def batch_of(i):
+def batch_of(i, ids=48):
     rng = np.random.default_rng(i)
     weights = (rng.random((16, 16)) < 0.7).astype(np.float32)
     return {
-        "targets": rng.integers(0, 48, (16, 16)).astype(np.int32),
+        "targets": rng.integers(0, ids, (16, 16)).astype(np.int32),
         "weights": weights,
-        "first": rng.integers(0, 48, 16).astype(np.int32),
+        "first": rng.integers(0, ids, 16).astype(np.int32),
     }
 
 
-def train_on(config, devices):
+def train_on(config, devices, ids=48):
     """Three steps: (losses and gradient norms, the final state)."""
     from nanoflax import train
 
@@ -76,11 +76,11 @@ def train_on(config, devices):
     model = build(config.model)
     optimizer, _ = train.make_optimizer(config.optim, config.train.steps)
     state = train.init_state(model, optimizer, config, mesh)
-    first = parallel.put_batch(batch_of(0), mesh)
+    first = parallel.put_batch(batch_of(0, ids), mesh)
     step = train.compile_step(train.make_train_step(model, optimizer, config), state, first, mesh)
     metrics = []
     for i in range(config.train.steps):
-        state, m = step(state, parallel.put_batch(batch_of(i), mesh))
+        state, m = step(state, parallel.put_batch(batch_of(i, ids), mesh))
         metrics.append([float(m["loss"]), float(m["grad_norm"])])  # blocks, as it must
     return metrics, state
 
@@ -105,6 +105,29 @@ def meshes_against_one_device():
                 "moved": difference(state.params, train_on_nothing(mesh, tied)),
             }
     return out
+
+
+def padded_meshes_against_one_device():
+    """45 tokens: padded to 48 on meshes, and without padding on one device."""
+    out = {}
+    for tied in (True, False):
+        whole = train_on(config_of("1,1,1", tied, vocab_size=45), jax.devices()[:1], ids=45)
+        for sizes in ("1,2,1", "2,2,2") if tied else ("1,1,2",):
+            config = config_of(sizes, tied, vocab_size=48, vocab_padding=3)
+            metrics, state = train_on(config, jax.devices()[: math.prod(map(int, sizes.split(",")))], ids=45)
+            cut = without_padding(config.model, jax.tree.map(np.asarray, state.params))[1]
+            out[f"{sizes} tied={tied}"] = {
+                "metrics": float(np.abs(np.array(metrics) - whole[0]).max()),
+                "params": difference(cut, whole[1].params),
+            }
+    return out
+
+
+def test_a_padded_vocabulary_gives_the_numbers_of_one_device_without_padding():
+    found = run_child("padded_meshes_against_one_device")
+    assert len(found) == 3
+    for sizes, errors in found.items():
+        assert max(errors.values()) < 1e-5, (sizes, errors)
 
 
 def train_on_nothing(mesh, tied):
