@@ -207,6 +207,19 @@ def check_same_data(meta: dict, identity: dict) -> None:
             )
 
 
+def check_same_base(meta: dict, base: str, init_from: str) -> None:
+    """Raises: UserError if the parameters that a run does not train, and so does not save, have changed.
+
+    meta: of a checkpoint; older ones have no fingerprint of the base. base: the fingerprint now.
+    """
+    if base != meta.get("base", base):
+        raise UserError(
+            f"model.init_from={init_from} has changed since this run began (fingerprint {base[:12]}, not "
+            f"{meta['base'][:12]}), and the run's checkpoints hold only what it trains; restore that model, or choose "
+            "another --workdir"
+        )
+
+
 def archived_runs(workdir: str) -> list[str]:
     """The directories of the archived runs in workdir, the newest last."""
     found = glob.glob(os.path.join(glob.escape(workdir), "previous-*", "checkpoints"))

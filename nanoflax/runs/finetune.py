@@ -139,8 +139,8 @@ class Start:
     source: ModelSource | None
     new_head: bool = False  # the source has other classes, so its head is not used
 
-    def load(self, model: Any, mesh: jax.sharding.Mesh) -> Any:
-        """The initial parameters on the mesh."""
+    def load(self, model: Any, mesh: jax.sharding.Mesh) -> tuple[Any, str]:
+        """(the initial parameters on the mesh, the fingerprint of those of the source that are not trained)."""
         return initial_parameters(model, self._load_source if self.source else None, self.config, mesh)
 
     def _load_source(self) -> Any:
@@ -242,6 +242,7 @@ class Finetuning:
 
     def __init__(self, config: Config, workdir: str):
         self.workdir, self.task = workdir, tasks.TASKS[config.task.kind]
+        self.base = ""  # fingerprint of the parameters of the source that are not trained; set by `load`
         self.mesh = parallel.make_mesh(config.train.mesh)
         assert isinstance(config.data, configs.ExampleData)  # see `with_arguments`
         self.examples = tasks.load(tasks.examples_of(config.data), self.task.examples)
@@ -295,13 +296,18 @@ class Finetuning:
             model=self.model,
             tokenizer=self.tokenizer,
             shapes=shapes,
-            load=lambda: start.load(self.model, self.mesh),
+            load=lambda: self.load(start),
             trained=peft.trainable(shapes, config.peft),
             objective=self.task.objective,
             batch={n: jax.ShapeDtypeStruct((t.batch_size, *x.shape[1:]), x.dtype) for n, x in batches[0].items()},
             read_data=lambda: self.training_data(batches),
             write_extra=lambda: write_labels(self.workdir, self.examples.labels, self.examples.multi_label),
         )
+
+    def load(self, start: Start) -> Any:
+        """The initial parameters."""
+        params, self.base = start.load(self.model, self.mesh)
+        return params
 
     def training_data(self, batches: tasks.ExampleBatches) -> TrainingData:
         def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
@@ -312,6 +318,7 @@ class Finetuning:
             "tokenizer": self.tokenizer.fingerprint,
             "data": fingerprint(self.examples.train),
             "validation": fingerprint(self.examples.validation),
+            "base": self.base,
         }
         tokens = statistics.mean(map(self.rows.n_tokens, range(len(self.rows))))  # without padding
         return TrainingData(batches, evaluate, identity, self.config.train.batch_size * tokens)

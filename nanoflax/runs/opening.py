@@ -1,6 +1,7 @@
 """Opens trained and published models, and makes the initial parameters of a new run."""
 
 import dataclasses
+import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from nanoflax import hf, nn, parallel, peft, tokenizers
 from nanoflax.config import Config, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint
-from nanoflax.runs.directory import is_run, model_directory, read_run
+from nanoflax.runs.directory import check_same_base, is_run, model_directory, read_run
 
 Params = dict[str, Any]  # nested dict of arrays, with one subtree for each block
 
@@ -29,11 +30,11 @@ class ModelSource:
     load: Callable[[], Params]  # reads the parameters
 
 
-def open_source(source: str | os.PathLike, which: str = "best") -> ModelSource:
-    """Open a run's directory, a directory of Transformers, a hub name, a .gguf file, or low-rank adapters of the peft
-    library, which are merged into their base model.
+def open_source(source: str | os.PathLike, which: str = "best", merged: bool = True) -> ModelSource:
+    """Open a run's directory, a directory of Transformers, a hub name, a .gguf file, or adapters of the peft library
+    with their base model.
 
-    which: the "best" or the "latest" checkpoint of a run.
+    which: the "best" or the "latest" checkpoint of a run. merged: merge adapters of the peft library into their base.
     Raises: UserError if the source cannot be opened, or its tokenizer has more tokens than the model has embeddings.
     """
     source = str(source)
@@ -48,7 +49,9 @@ def open_source(source: str | os.PathLike, which: str = "best") -> ModelSource:
         if hf.base_of_adapter(base):
             raise UserError(f"the base model of {source} is {base}, which has adapters too; merge those first")
         model = open_source(base, which)
-        load = lambda: peft.merge(hf.load_adapter(source, model.config, model.load())[0])
+        load = lambda: hf.load_adapter(source, model.config, model.load())[0]
+        if merged:
+            load = lambda load=load: peft.merge(load())
         return dataclasses.replace(model, load=load)
     path = hf.find_source(source)
     config = hf.load_config(path)
@@ -61,11 +64,12 @@ def open_source(source: str | os.PathLike, which: str = "best") -> ModelSource:
 
 
 def open_initial(model: ModelConfig) -> ModelSource:
-    """The source model.init_from; its config gets init_from, dropout and attention_backend of `model`.
+    """The source model.init_from, its adapters not merged; its config gets init_from, dropout and attention_backend of
+    `model`.
 
     Raises: UserError if the source has no tokenizer.
     """
-    source = open_source(model.init_from)
+    source = open_source(model.init_from, merged=False)
     if source.tokenizer is None:
         raise UserError(f"model.init_from={model.init_from} has no tokenizer")
     own = {name: getattr(model, name) for name in ("init_from", "dropout", "attention_backend")}
@@ -83,7 +87,8 @@ def restore_model(workdir: str, config: Config, tokenizer: Any, which: str = "be
     vocabulary.
 
     Checkpoints of finetune contain only trained parameters; the others are read from config.model.init_from.
-    Raises: UserError if there is no undamaged checkpoint, or the tokenizer is not the tokenizer of the run.
+    Raises: UserError if there is no undamaged checkpoint, the tokenizer is not the tokenizer of the run, or
+    model.init_from has changed.
     """
     subtree = "ema" if config.optim.ema else "params"
     params, meta = checkpoint.restore_params(os.path.join(workdir, "checkpoints"), which=which, subtree=subtree)
@@ -94,8 +99,9 @@ def restore_model(workdir: str, config: Config, tokenizer: Any, which: str = "be
         )
     model = nn.build(config.model)
     if not _has_all(params, model) and config.peft != configs.FullFineTuning():
-        load = open_source(config.model.init_from).load if config.model.init_from else None
-        initial = initial_parameters(model, load, config, parallel.make_mesh("-1,1,1"))
+        load = open_source(config.model.init_from, merged=False).load if config.model.init_from else None
+        initial, base = initial_parameters(model, load, config, parallel.make_mesh("-1,1,1"))
+        check_same_base(meta, base, config.model.init_from)
         params = peft.join(params, peft.split(initial, peft.trainable(initial, config.peft))[1])
     if not _has_all(params, model):
         raise UserError(
@@ -121,15 +127,41 @@ def parameter_shapes(model: Any, config: Config) -> Params:
     return jax.eval_shape(lambda params: _add_adapters(params, config), parallel.param_shapes(model))
 
 
-def initial_parameters(model: Any, load: Callable[[], Params] | None, config: Config, mesh: Any) -> Params:
+def initial_parameters(model: Any, load: Callable[[], Params] | None, config: Config, mesh: Any) -> tuple[Params, str]:
     """float32 parameters on the mesh, with the adapters of config.peft. Parameters of load() are used if their path
     and shape match; the rest are random, from config.train.seed. Prints to stderr which are random or not used.
 
+    Returns (the parameters, the fingerprint of those of load() that are not trained; "" if there are none).
     Raises: UserError for a source with adapters that cannot be merged.
     """
-    params = initialize_from(model, load, config.train.seed, mesh)
+    mask = _flat(peft.trainable(parameter_shapes(model, config), config.peft))
+    frozen, base = {path for path, trained in mask.items() if not trained}, ""
+
+    def load_and_hash():
+        nonlocal base
+        source = load()
+        base = base_fingerprint(source, frozen)
+        return source
+
+    params = initialize_from(model, load and load_and_hash, config.train.seed, mesh)
     add = lambda params: _add_adapters(params, config)
-    return jax.jit(add, donate_argnums=0, out_shardings=parallel.shardings(jax.eval_shape(add, params), mesh))(params)
+    places = parallel.shardings(jax.eval_shape(add, params), mesh)
+    return jax.jit(add, donate_argnums=0, out_shardings=places)(params), base
+
+
+def base_fingerprint(source: Params, frozen: set[str]) -> str:
+    """A hash of the parameters of a source with a path in `frozen`, and of their adapters; "" if there are none.
+
+    The values decide, in float32: not the files, their dtype, the mesh or the machine.
+    """
+    total = hashlib.sha1(usedforsecurity=False)
+    flat = _flat(source)
+    used = sorted(path for path in flat if {path, f"{path.rpartition('/lora_')[0]}/kernel"} & frozen)
+    for path in used:
+        x = np.ascontiguousarray(parallel.fetch(flat[path]), np.float32)
+        total.update(f"{path}{x.shape}".encode())
+        total.update(x.view(np.uint8).data)
+    return total.hexdigest()[:32] if used else ""
 
 
 def _add_adapters(params: Params, config: Config) -> Params:

@@ -93,7 +93,7 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
     if weights:
         load = lambda: restore_weights(weights, model, mesh)
     elif source:
-        load = lambda: initial_parameters(model, source.load, config, mesh)
+        load = lambda: initial_parameters(model, source.load, config, mesh)[0]
     return Job(
         config=config,
         mesh=mesh,

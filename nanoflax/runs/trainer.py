@@ -21,7 +21,7 @@ from nanoflax.config import Config
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint
 from nanoflax.runs.checkpoint import Checkpoints
-from nanoflax.runs.directory import archive_run, check_same_data, write_run
+from nanoflax.runs.directory import archive_run, check_same_base, check_same_data, write_run
 from nanoflax.runs.opening import Params
 
 
@@ -31,7 +31,7 @@ class TrainingData:
 
     batches: Any  # batches[step] is the batch of this process; describe(step) names its rows for error messages
     evaluate: Callable[[Params, int], tuple[dict[str, float], str]]  # (parameters, step) -> (metrics, text to show)
-    identity: dict[str, str]  # fingerprints of tokenizer, data and validation, saved with every checkpoint
+    identity: dict[str, str]  # fingerprints of tokenizer, data, validation and base, saved with every checkpoint
     tokens_per_step: float
 
 
@@ -184,9 +184,11 @@ class Trainer:
         return state, tracking
 
     def _restore(self, saves: Checkpoints) -> tuple[train.TrainState, train.Tracking]:
-        """The state of the newest undamaged checkpoint. Raises: UserError if it was trained on other data."""
+        """The state of the newest undamaged checkpoint. Raises: UserError if it was trained on other data, or if
+        the parameters that are not trained have changed."""
         state, meta = saves.restore(self.shapes._asdict())
         check_same_data({**self.identity, **meta}, self.identity)
+        check_same_base(meta, self.identity.get("base", ""), self.job.config.model.init_from)
         tracking = train.Tracking.read(meta["tracking"], meta["step"], saves.metric(meta["step"]))
         print(f"resuming at step {meta['step']}")
         return train.TrainState(**state), tracking
