@@ -115,7 +115,8 @@ def prepare(
 
 
 def _cache_key(source: Source, tokenizer: Any, split: str) -> str:
-    parts = [FORMAT, dataclasses.asdict(source), split, tokenizer.fingerprint, source_version(source)]
+    of_tokenizer = [tokenizer.fingerprint, dataclasses.astuple(tokenizer.framing)]
+    parts = [FORMAT, dataclasses.asdict(source), split, of_tokenizer, source_version(source)]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -184,7 +185,7 @@ def _build(directory: pathlib.Path, source: Source, tokenizer: Any, split: str, 
         "n_bytes": n_bytes,
         "fingerprint": digest.hexdigest()[:32],
         "tokenizer": tokenizer.fingerprint,
-        "bos_id": tokenizer.bos_id,
+        "bos_id": tokenizer.framing.first_id,
         "report": report.lines(),
     }
     (directory / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
@@ -207,7 +208,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> tuple[Int[np.ndarray, " ids"], list[int], int]:
     """(the ids of all documents, the number of ids of each, the size of all texts in bytes)."""
-    encoded = [np.asarray([*tokenizer.encode(text), tokenizer.eos_id]) for text in texts]
+    encoded = [np.asarray(tokenizer.framing.document(tokenizer.encode(text))) for text in texts]
     return np.concatenate(encoded), [len(ids) for ids in encoded], sum(len(text.encode()) for text in texts)
 
 

@@ -113,7 +113,8 @@ def save(
             "label2id": {name: i for i, name in enumerate(labels)},
         }
     description["torch_dtype"] = str(flat["embed/embedding"].dtype)
-    exported = None if tokenizer is None else tokenizers.to_huggingface(tokenizer)
+    for_prompts = config.head == "lm" and not config.reads_source
+    exported = None if tokenizer is None else tokenizers.to_huggingface(tokenizer, for_prompts)
     ids = _special_ids(exported)
     if config.reads_source:
         ids |= {"decoder_start_token_id": config.start_id, "forced_eos_token_id": None}

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from nanoflax import config as configs
-from nanoflax import data, generate, nn, parallel, report, train
+from nanoflax import data, generate, nn, parallel, report, tokenizers, train
 from nanoflax.config import Config, ModelConfig, TextData
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint
@@ -85,7 +85,7 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
     config = dataclasses.replace(config, model=with_vocabulary(config.model, tokenizer, mesh, saved))
     lengths = {"data.window": config.window} if config.window < config.model.context else None
     parallel.check_mesh(config, mesh, lengths)  # with the final vocabulary
-    prompt = [tokenizer.bos_id, *tokenizer.encode(config.train.sample_prompt)]
+    prompt = tokenizers.prompt_ids(tokenizer, config.train.sample_prompt)
     if config.train.sample_tokens:
         generate.check_prompts(config.model, [prompt], config.train.sample_tokens)
     model = nn.build(config.model, config.train.remat)

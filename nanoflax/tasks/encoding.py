@@ -12,7 +12,7 @@ from nanoflax.errors import UserError, listed
 from nanoflax.tasks.kinds import Chat, Classification, Example, Pair, Tagging, Text
 from nanoflax.tasks.noise import Noise
 from nanoflax.tasks.rows import Row, Rows
-from nanoflax.tokenizers import align_tags, chat_ids, prefix_and_suffix, show_mask
+from nanoflax.tokenizers import align_tags, chat_ids, show_mask
 
 
 def encode(
@@ -46,9 +46,10 @@ def encode(
         raise UserError(f"{listed(encoder.too_long.lines())}; raise the length, or ask to truncate them")
     if not encoded:
         raise UserError(f"no example is left: {listed(report.lines()) or 'there was none'}")
-    target_length, edges = encoder.target_length, (len(encoder.prefix), len(encoder.suffix))
+    framing, target_length = tokenizer.framing, encoder.target_length
+    edges = len(framing.before), len(framing.after)
     if "first" in encoded[0][0]:  # the rows have targets without a source
-        target_length, edges = length, (0, 1)
+        target_length, edges = length, (max(len(framing.start) - 1, 0), 1)
     return Rows(
         [row for row, _ in encoded],
         [example for _, example in encoded],
@@ -70,8 +71,8 @@ class _Encoder:
         self.labels, self.numbers = labels, {name: i for i, name in enumerate(labels)}
         self.multi_label, self.truncate, self.report, self.noise = multi_label, truncate, report, noise
         self.too_long = DataReport()
-        self.prefix, self.suffix = prefix_and_suffix(tokenizer)
-        least = len(self.prefix) + len(self.suffix) + 1
+        self.framing = tokenizer.framing
+        least = len(self.framing.target(())) + 1
         if min(length, target_length) < least:
             raise UserError(
                 f"length {min(length, target_length)}: must be at least {least}, for the special tokens and one more"
@@ -87,9 +88,9 @@ class _Encoder:
             self._count_long(f"{what} longer than {limit} tokens", "cut", place)
         return ids[: limit - around]
 
-    def _framed(self, ids: list[int], limit: int, place: str, what: str = "texts") -> np.ndarray:
-        ids = self._cut(ids, limit, place, what, len(self.prefix) + len(self.suffix))
-        return np.asarray([*self.prefix, *ids, *self.suffix], np.int32)
+    def _whole(self, ids: list[int], place: str, what: str = "texts") -> np.ndarray:
+        ids = self._cut(ids, self.length, place, what, len(self.framing.whole(())))
+        return np.asarray(self.framing.whole(ids), np.int32)
 
     def classification(self, example: Classification) -> Iterator[tuple[Row, Example]]:
         label = {}
@@ -102,26 +103,28 @@ class _Encoder:
                 self.report.add("examples without exactly one label, left out", example.place)
                 return
         ids = self.tokenizer.encode(example.text)
-        yield {"tokens": self._framed(ids, self.length, example.place)} | label, example
+        yield {"tokens": self._whole(ids, example.place)} | label, example
 
     def tagging(self, example: Tagging) -> Iterator[tuple[Row, Example]]:
         tags = None if example.tags is None else [self.numbers[tag] for tag in example.tags]
         ids, tag_ids, weights = align_tags(example.tokens, tags or [0] * len(example.tokens), self.tokenizer)
 
-        def framed(values, dtype):
-            inner = values[: self.length - len(self.prefix) - len(self.suffix)]
-            return np.asarray([*[0] * len(self.prefix), *inner, *[0] * len(self.suffix)], dtype)
+        before, after = len(self.framing.before), len(self.framing.after)
 
-        row = {"tokens": self._framed(ids, self.length, example.place), "weights": framed(weights, np.float32)}
-        yield row if tags is None else row | {"tags": framed(tag_ids, np.int32)}, example
+        def padded(values, dtype):
+            return np.asarray([*[0] * before, *values[: self.length - before - after], *[0] * after], dtype)
+
+        row = {"tokens": self._whole(ids, example.place), "weights": padded(weights, np.float32)}
+        yield row if tags is None else row | {"tags": padded(tag_ids, np.int32)}, example
 
     def pair(self, example: Pair) -> Iterator[tuple[Row, Example]]:
         # Marian has a second vocabulary for targets.
         encode_target = getattr(self.tokenizer, "encode_target", self.tokenizer.encode)
-        row = {"source": self._framed(self.tokenizer.encode(example.source), self.length, example.place, "sources")}
+        row = {"source": self._whole(self.tokenizer.encode(example.source), example.place, "sources")}
         if example.target is not None:
-            target = encode_target(example.target)
-            row["targets"] = self._framed(target, self.target_length, example.place, "targets")
+            target, around = encode_target(example.target), len(self.framing.target(()))
+            target = self._cut(target, self.target_length, example.place, "targets", around)
+            row["targets"] = np.asarray(self.framing.target(target), np.int32)
         yield row, example
 
     def chat(self, example: Chat) -> Iterator[tuple[Row, Example]]:
@@ -141,8 +144,7 @@ class _Encoder:
         if self.noise:
             size, overlap = self.noise.max_ids, 0
         else:  # a part begins with the last token of the part before, as the input for its first target
-            first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-            ids, size, overlap = [first, *ids, tokenizer.eos_id], self.length - 1, 1
+            ids, size, overlap = self.framing.text(ids), self.length - 1, 1
         parts = [ids[at - overlap : at + size] for at in range(overlap, len(ids), size)]
         if not parts:
             self.report.add("texts without tokens, left out", example.place)

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from nanoflax.tokenizers import prefix_and_suffix
-
 SENTINELS = 100  # the number in T5
 
 
@@ -156,11 +154,11 @@ class Noise:
     def __init__(self, task: Any, tokenizer: Any) -> None:
         """tokenizer: as `prepare` returns it."""
         self.task, self.tokenizer = task, tokenizer
-        self.prefix, self.suffix = prefix_and_suffix(tokenizer)
+        self.framing = tokenizer.framing
         self.rate = getattr(task, "noise_rate", None) or self.default_rate
         limits = self.limits()
         self.target_length = limits[1]
-        self.max_ids = self._max_ids(*(limit - len(self.prefix) - len(self.suffix) for limit in limits))
+        self.max_ids = self._max_ids(limits[0] - len(self.framing.whole(())), limits[1] - len(self.framing.target(())))
 
     @staticmethod
     def prepare(tokenizer: Any) -> Any:
@@ -175,12 +173,10 @@ class Noise:
         """The largest length of a text whose source and target fit these lengths, all without special tokens."""
         return min(source, target)
 
-    def _framed(self, ids: Iterable[int]) -> Int[np.ndarray, " T"]:
-        return np.asarray([*self.prefix, *ids, *self.suffix], np.int32)
-
     def __call__(self, ids: Int[np.ndarray, " n"], rng: np.random.Generator) -> dict[str, np.ndarray]:
         source, target = self._corrupt(ids, rng)
-        return {"source": self._framed(source), "targets": self._framed(target)}
+        framed = {"source": self.framing.whole(source.tolist()), "targets": self.framing.target(target.tolist())}
+        return {name: np.asarray(ids, np.int32) for name, ids in framed.items()}
 
     def _corrupt(self, ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         return ids, ids
@@ -195,7 +191,7 @@ class Masking(Noise):
         return self.task.length, self.task.length
 
     def __call__(self, ids: Int[np.ndarray, " n"], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        targets, t = self._framed(ids), self.tokenizer
+        targets, t = np.asarray(self.framing.whole(ids.tolist()), np.int32), self.tokenizer
         tokens, chosen = mask_tokens(targets, rng, self.rate, t.mask_id, t.ordinary)
         return {"tokens": tokens, "targets": targets, "weights": chosen.astype(np.float32)}
 

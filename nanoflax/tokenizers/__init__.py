@@ -1,13 +1,13 @@
 """Text to token ids and back: tokenizers trained here, or read from Hugging Face, SentencePiece and GGUF files."""
 
-from nanoflax.tokenizers.base import Tokenizer, well_formed
+from nanoflax.tokenizers.base import Framing, Tokenizer, well_formed
 from nanoflax.tokenizers.chat import chat_ids, chat_prompt, show_mask, stop_ids
-from nanoflax.tokenizers.framing import align_tags, prefix_and_suffix, prompt_ids, word_tags
+from nanoflax.tokenizers.framing import align_tags, prompt_ids, word_tags
 from nanoflax.tokenizers.huggingface import from_gguf, to_huggingface
 from nanoflax.tokenizers.loading import check_fits, load, parse
 from nanoflax.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 
 __all__ = [
-    "ByteTokenizer", "SentencePieceTokenizer", "Tokenizer", "align_tags", "chat_ids", "chat_prompt", "check_fits",
-    "from_gguf", "load", "parse", "prefix_and_suffix", "prompt_ids", "show_mask", "stop_ids", "to_huggingface",
+    "ByteTokenizer", "Framing", "SentencePieceTokenizer", "Tokenizer", "align_tags", "chat_ids", "chat_prompt",
+    "check_fits", "from_gguf", "load", "parse", "prompt_ids", "show_mask", "stop_ids", "to_huggingface",
     "train_sentencepiece", "well_formed", "word_tags"]  # fmt: skip

@@ -1,12 +1,55 @@
-"""The interface of every tokenizer, and checks of texts and ids."""
+"""The interface of every tokenizer, the ids around its texts, and checks of texts and ids."""
 
+import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from nanoflax.errors import UserError
 
 SPACE = "\u2581"  # SentencePiece writes a space as this character
+
+
+@dataclasses.dataclass(frozen=True)
+class Framing:
+    """The ids around the texts of a tokenizer, in training, prompts, evaluation and exports.
+
+    before, after: around a text that is read as a whole: an encoder's input, a source, a text to classify.
+    start: before a text that a decoder continues.
+    bos_id: before a text without a start, if there must be a token. eos_id: after a document and a target.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    start: tuple[int, ...]
+    bos_id: int
+    eos_id: int
+
+    def whole(self, ids: Sequence[int]) -> list[int]:
+        """A text that is read as a whole."""
+        return [*self.before, *ids, *self.after]
+
+    def target(self, ids: Sequence[int]) -> list[int]:
+        """A text that a model with a source writes. It has an end, so that the model learns to stop."""
+        return self.whole(ids) + [self.eos_id] * (self.eos_id not in self.after)
+
+    def prompt(self, ids: Sequence[int]) -> list[int]:
+        """The beginning of a text, for a decoder; at least one id."""
+        return [*self.start, *ids] or [self.bos_id]
+
+    def text(self, ids: Sequence[int]) -> list[int]:
+        """A text that a decoder learns to write: its prompt, and its end."""
+        return [*self.start, *ids, self.eos_id]
+
+    @property
+    def first_id(self) -> int:
+        """The id before the first document of a stream of documents."""
+        return self.prompt(())[0]
+
+    def document(self, ids: Sequence[int]) -> list[int]:
+        """A document in a stream of documents. Its last id stands before the next document, as first_id does."""
+        between = [self.first_id] * (self.first_id != self.eos_id)
+        return [*self.start[1:], *ids, self.eos_id, *between]
 
 
 class Tokenizer(Protocol):
@@ -22,6 +65,7 @@ class Tokenizer(Protocol):
     bos_id: int  # the id that a document starts with
     fingerprint: str  # equal for tokenizers that encode alike
     chat_template: str | None  # Jinja source
+    framing: Framing
 
     def encode(self, text: str) -> list[int]: ...
 

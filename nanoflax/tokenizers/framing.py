@@ -6,16 +6,6 @@ from typing import Any
 from nanoflax.errors import UserError
 
 
-def prefix_and_suffix(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that a model expects before and after a text: [CLS] and [SEP], or nothing and </s>."""
-    if not hasattr(tokenizer, "encode_with_template"):
-        return [], [tokenizer.eos_id]
-    probe = "a"
-    inner, framed = tokenizer.encode(probe), tokenizer.encode_with_template(probe)
-    at = next(i for i in range(len(framed)) if framed[i : i + len(inner)] == inner)
-    return framed[:at], framed[at + len(inner) :]
-
-
 def align_tags(words: Sequence[str], tags: Sequence[int], tokenizer: Any) -> tuple[list[int], list[int], list[float]]:
     """Ids, labels and weights of words and their tags, three lists of one length.
 
@@ -46,12 +36,6 @@ def word_tags(predictions: Iterable[int], weights: Iterable[float], names: Seque
 
 
 def prompt_ids(tokenizer: Any, text: str, is_source: bool = False) -> list[int]:
-    """The ids of a prompt, with the special tokens before it; after a source also the end-of-sequence token."""
-    if hasattr(tokenizer, "encode_with_template"):
-        return (
-            tokenizer.encode_with_template(text)
-            or [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None][:1]
-        )
-    if is_source:
-        return [*tokenizer.encode(text), tokenizer.eos_id]
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
+    """The ids of a prompt for a decoder, or of a source. Never empty."""
+    ids, framing = tokenizer.encode(text), tokenizer.framing
+    return is_source and framing.whole(ids) or framing.prompt(ids)

@@ -21,7 +21,7 @@ from typing import Any
 
 from nanoflax.errors import UserError
 from nanoflax.tokenizers import chat_template, vocabularies
-from nanoflax.tokenizers.base import SPACE, check_ids, well_formed
+from nanoflax.tokenizers.base import SPACE, Framing, check_ids, well_formed
 
 VOCABULARIES = ("tokenizer.json", "source.spm", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 FILES = (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json", "tokenizer_config.json",
@@ -79,15 +79,17 @@ def _from_spec(spec: dict[str, Any], config: dict[str, Any], name: str) -> "HFTo
     return tokenizer
 
 
-def to_huggingface(tokenizer: Any) -> "HFTokenizer | MarianTokenizer":
+def to_huggingface(tokenizer: Any, for_prompts: bool = False) -> "HFTokenizer | MarianTokenizer":
     """The tokenizer in a form whose files Transformers reads.
 
     A tokenizer trained here becomes an HFTokenizer with the same ids for every text, except that U+2581 is read as
-    a space; others are returned unchanged.
+    a space; others are returned unchanged. Transformers then puts the ids of `Framing.whole` around every text.
+    for_prompts: those of `Framing.prompt`, for a causal language model.
     """
     if isinstance(tokenizer, (HFTokenizer, MarianTokenizer)):
         return tokenizer
-    spec = vocabularies.from_ours(tokenizer)
+    spec, framing = vocabularies.from_ours(tokenizer), tokenizer.framing
+    vocabularies.set_template(spec, *((framing.start, ()) if for_prompts else (framing.before, framing.after)))
     names = {token["id"]: token["content"] for token in spec["added_tokens"]}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {
@@ -114,6 +116,7 @@ class _FileTokenizer:
     sep_id: int | None
     cls_id: int | None
     mask_id: int | None
+    framing: Framing
     special: dict[str, int]
     chat_template: str | None = None
 
@@ -201,7 +204,23 @@ class HFTokenizer(_FileTokenizer):
         self.special = {token: i for token in specials if (i := self._id(token)) is not None}
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
         self._set_ids(self._id)
+        before, after = self._template()
+        self.framing = Framing(before, after, before, self.bos_id, self.eos_id)
         self.chat_template = self._chat_template()
+
+    def _template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that the post-processor adds before and after a text of one token."""
+        from tokenizers import Tokenizer, models
+
+        probe = Tokenizer(models.WordLevel({"x": 0}, "x"))
+        if (processor := self._tokenizer.post_processor) is None:
+            return (), ()
+        probe.post_processor = processor
+        framed = probe.encode("x")
+        if framed.sequence_ids.count(0) != 1:
+            raise UserError(f"tokenizer {self.name}: the template of its post-processor must contain the text once")
+        at = framed.sequence_ids.index(0)
+        return tuple(framed.ids[:at]), tuple(framed.ids[at + 1 :])
 
     def _id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(self._aliases.get(token, token))
@@ -335,6 +354,7 @@ class MarianTokenizer(_FileTokenizer):
         self._pieces = {i: piece for piece, i in self._ids.items()}
         self.vocab_size = 1 + max(self._pieces)
         self._set_ids(self._ids.get)
+        self.framing = Framing((), (self.eos_id,), (), self.bos_id, self.eos_id)
         self.special = {t: self._ids[t] for t in self._roles.values()}
         # A language code, such as ">>fr<<", names the target language.
         codes = [piece for piece in self._ids if re.fullmatch(r">>.*<<", piece)]
@@ -358,7 +378,7 @@ class MarianTokenizer(_FileTokenizer):
 
     def encode_with_template(self, text: str, pair: str | None = None, special: bool = False) -> list[int]:
         """The ids of one or two source texts, then the end-of-sequence token that the encoder expects."""
-        return [*self.encode(text, special), *(self.encode(pair, special) if pair else ()), self.eos_id]
+        return self.framing.whole([*self.encode(text, special), *(self.encode(pair, special) if pair else ())])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of target ids; special tokens give none."""

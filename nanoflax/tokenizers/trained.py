@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from nanoflax.errors import UserError
-from nanoflax.tokenizers.base import SPACE, check_ids, well_formed
+from nanoflax.tokenizers.base import SPACE, Framing, check_ids, well_formed
 
 CHUNK_CHARACTERS = 1000
 MAX_TRAINING_CHARACTERS = 200_000_000  # training on them takes minutes and a few gigabytes of memory
@@ -22,6 +22,7 @@ class ByteTokenizer:
     chat_template: str | None = None
     vocab_size, pad_id, eos_id, mask_id, sep_id = 260, 256, 257, 258, 259
     bos_id = eos_id
+    framing = Framing(before=(), after=(eos_id,), start=(bos_id,), bos_id=bos_id, eos_id=eos_id)
     fingerprint = hashlib.blake2b(b"nanoflax bytes 260", digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -61,6 +62,7 @@ class SentencePieceTokenizer:
             raise UserError(f"tokenizer {name} has no end-of-sequence token, which training needs")
         self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else self.eos_id
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
+        self.framing = Framing((), (self.eos_id,), (self.bos_id,), self.bos_id, self.eos_id)
         probe = " a  b\n "
         space = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         exact = sp.decode(sp.encode(probe)) == probe and all(sp.is_byte(i) for i in space)

@@ -6,6 +6,7 @@ function adds the usual names to roles ({"bos": "<s>", "eos": "</s>", ...}).
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from nanoflax.errors import UserError
@@ -170,10 +171,7 @@ def from_wordpieces(lines: str, roles: Roles, config: Config) -> Spec:
 
 
 def from_ours(tokenizer: Any) -> Spec:
-    """The spec of a ByteTokenizer, or of a SentencePieceTokenizer trained here, with the same ids for every text.
-
-    Its post-processor adds bos_id, the first id of a document.
-    """
+    """The spec of a ByteTokenizer or SentencePieceTokenizer, with the same ids for every text."""
     from tokenizers import decoders, models, normalizers
 
     if not hasattr(tokenizer, "model"):
@@ -183,7 +181,6 @@ def from_ours(tokenizer: Any) -> Spec:
         vocabulary = {letters[i]: i for i in range(256)} | {n: i for i, n in names.items()}
         spec = _byte_level(vocabulary, [], [GPT2])
         spec["added_tokens"] = [added_token(n, i) for i, n in names.items()]
-        set_ends(spec, {"add_bos_token": True}, {"bos": names[tokenizer.bos_id]})
         return spec
     proto, tokens, scores, types = _sentencepiece_model(tokenizer.model)
     unknown = proto.trainer_spec.unk_id
@@ -196,9 +193,7 @@ def from_ours(tokenizer: Any) -> Spec:
             None,
             decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]),
         )
-    spec["added_tokens"] = typed_tokens(tokens, types)
-    set_ends(spec, {"add_bos_token": True}, {"bos": tokens[tokenizer.bos_id]})
-    return spec
+    return spec | {"added_tokens": typed_tokens(tokens, types)}
 
 
 def bytes_to_letters() -> dict[int, str]:
@@ -287,20 +282,26 @@ def _sentencepiece_bpe(tokens, scores, types, unknown, prefix, normalize=()) -> 
 
 def set_ends(spec: Spec, config: Config, roles: Roles) -> None:
     """Set the post-processor that adds bos and eos, if config has add_bos_token or add_eos_token."""
-    from tokenizers import processors
-
     if {"add_bos_token", "add_eos_token"} & config.keys():
         ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
         bos, eos = (
-            [roles[role]] if config.get(f"add_{role}_token") and roles.get(role) in ids else []
+            [ids[roles[role]]] if config.get(f"add_{role}_token") and roles.get(role) in ids else []
             for role in ("bos", "eos")
         )
-        template = processors.TemplateProcessing(
-            single=[*bos, "$A", *eos],
-            pair=[*bos, "$A", *eos, *bos, "$B", *eos],
-            special_tokens=[(token, ids[token]) for token in {*bos, *eos}],
-        )
-        spec["post_processor"] = json.loads(template.__getstate__())
+        set_template(spec, bos, eos)
+
+
+def set_template(spec: Spec, before: Iterable[int], after: Iterable[int]) -> None:
+    """Set the post-processor that adds these ids of added tokens before and after a text, and each text of a pair."""
+    from tokenizers import processors
+
+    names = {token["id"]: token["content"] for token in spec["added_tokens"]}
+    ends = [*before], [*after]
+    first, second = ([*(names[i] for i in ends[0]), f"${text}", *(names[i] for i in ends[1])] for text in "AB")
+    template = processors.TemplateProcessing(
+        single=first, pair=[*first, *second], special_tokens=[(names[i], i) for i in {*ends[0], *ends[1]}]
+    )
+    spec["post_processor"] = json.loads(template.__getstate__())
 
 
 def added_token(content: str, i: int, special: bool = True, **more: Any) -> dict[str, Any]:

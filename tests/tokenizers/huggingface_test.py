@@ -709,14 +709,15 @@ def test_importing_is_light():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
+@pytest.mark.parametrize("for_prompts", [True, False])
 @pytest.mark.parametrize("spec", ["bytes", "bpe:400", "unigram:400"])
-def test_our_tokenizers_open_in_transformers(spec, tmp_path):
+def test_our_tokenizers_open_in_transformers(spec, for_prompts, tmp_path):
     corpus = [
         f"Line {i}: the quick brown fox jumps over {i * 37} lazy dogs.\n\n\tAnd more, naïve 犬." for i in range(300)
     ]
     kind, _, size = spec.partition(":")
     made = tokenizers.load("bytes") if kind == "bytes" else tokenizers.train_sentencepiece(corpus, int(size), kind)
-    tokenizers.to_huggingface(made).save(tmp_path)
+    tokenizers.to_huggingface(made, for_prompts).save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     read = tokenizers.load(tmp_path)
     assert (read.eos_id, read.bos_id, read.pad_id) == (made.eos_id, made.bos_id, made.pad_id)
@@ -724,5 +725,6 @@ def test_our_tokenizers_open_in_transformers(spec, tmp_path):
     for text in [*corpus[:20], " two  spaces ", "\n\n a\tb", "", "ünïcödé 🦊", "fox", "dogs.\n"]:
         ids = made.encode(text)
         assert ids == read.encode(text)
-        assert [made.bos_id, *ids] == theirs(text)["input_ids"] == read.encode_with_template(text)
+        framed = [made.bos_id, *ids] if for_prompts else [*ids, made.eos_id]
+        assert framed == theirs(text)["input_ids"] == read.encode_with_template(text)
         assert theirs.decode(ids) == text == read.decode(ids)
