@@ -4,11 +4,14 @@
     python -m experiments.evaluate --workdir=runs/x --data=tfds:tiny_shakespeare --split=validation
     python -m experiments.evaluate --workdir=runs/topics --data=jsonl:new.jsonl --out=predictions.jsonl
     python -m experiments.evaluate --workdir=runs/tags --data=tfds:conll2003 --split=test
+    python -m experiments.evaluate --model=CLASSIFIER --data=jsonl:new.jsonl
     python -m experiments.evaluate --model=SOURCE --candidates=FILE.jsonl --out=ranked.jsonl
 
 Prints one JSON object. For a pretrained run: loss, perplexity and bits per byte of text; each token is
 predicted once, from the tokens before it in its window (data.window, or else model.context). For a
-fine-tuned run: the metrics in its result.json, for these examples; --out receives the predictions.
+fine-tuned run: the metrics in its result.json, for these examples; --out receives the predictions. A published
+classifier or tagger has the same metrics; labels of the data mean its classes by their names, in any capitals, or by
+their numbers.
 Without --data, the run's own validation data is used.
 
 A line of the candidates' file has `prompt`, `candidates` (a list of texts) and, if known, `answer`
@@ -30,15 +33,13 @@ from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "directory of a run")
-flags.DEFINE_string(
-    "model", "", "with --candidates, instead of --workdir: a directory of Transformers, a hub name or a .gguf file"
-)
+flags.DEFINE_string("model", "", "instead of --workdir: a directory of Transformers, a hub name or a .gguf file")
 flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "checkpoint of the run")
 flags.DEFINE_string(
     "data",
     "",
-    "for a pretrained run pydocs | text:GLOB | tfds:NAME[:FIELD], for a fine-tuned run a source of examples; "
-    "empty: the run's own validation data",
+    "for a pretrained run pydocs | text:GLOB | tfds:NAME[:FIELD], for a fine-tuned run, a classifier or a tagger a "
+    "source of examples; empty: the run's own validation data",
 )
 flags.DEFINE_enum("split", "all", ["all", "train", "validation", "test"], "part of --data")
 flags.DEFINE_string("candidates", "", "a .jsonl file of candidates to rank")
@@ -47,11 +48,9 @@ flags.DEFINE_string("out", "", "a .jsonl file for predictions or rankings")
 
 def main():
     if bool(FLAGS.workdir) == bool(FLAGS.model):
-        raise UserError("give either --workdir, of a run, or, with --candidates, --model")
-    if FLAGS.model and not FLAGS.candidates:
-        raise UserError(
-            "--model needs --candidates=FILE.jsonl; to measure text, first make a run of the model: experiments.convert"
-        )
+        raise UserError("give either --workdir, of a run, or --model, of a published model")
+    if FLAGS.model and not FLAGS.candidates and not FLAGS.data:
+        raise UserError("--model needs --candidates=FILE.jsonl or --data=SOURCE: it is no run with data of its own")
     if FLAGS.candidates and FLAGS.data:
         raise UserError("give either --data or --candidates")
     if FLAGS["split"].present and not FLAGS.data:

@@ -8,9 +8,9 @@
     python -m experiments.sample --workdir=runs/x --interactive
 
 Text is printed while it is generated. Without a prompt, the model begins a new document. An
-encoder-decoder reads the prompt as its source. A fine-tuned run does its task: it prints classes and
-their probabilities, the tag of each word (spaces separate words), a translation (by default with the
-settings of the run's evaluation), or the reply to a message.
+encoder-decoder reads the prompt as its source. A fine-tuned run, or a published classifier or tagger, does
+its task: it prints classes and their probabilities, the tag of each word (spaces separate words), a
+translation (by default with the settings of the run's evaluation), or the reply to a message.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def main():
     settings["stop"] = [text.replace("\\n", "\n") for text in FLAGS.stop]
     runs.setup_jax()
     run = nanoflax.open(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
-    as_task = bool(FLAGS.workdir) and run.task is not None and not FLAGS.chat
+    as_task = run.task is not None and not FLAGS.chat
     if as_task and run.task.needs_prompt and not FLAGS.interactive:
         if not prompts:
             raise UserError(f"--prompt is missing: the text that task.kind={run.config.task.kind!r} is about")

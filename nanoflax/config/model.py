@@ -46,7 +46,7 @@ class ModelConfig:
     init_from: str = field(
         "",
         "Model to start from: a workdir, Transformers directory, hub name or .gguf file. This model decides all other "
-        "fields of model except head, labels, dropout, attention_backend and a nonzero output_delay.",
+        "fields of model except head, the classes, dropout, attention_backend and a nonzero output_delay.",
     )
     context: int = field(256, "Largest T, and largest S of a source.", unit="tokens", at_least=1)
     layers: int = field(4, "L, the number of blocks; for an encoder-decoder of its encoder.", at_least=1)
@@ -93,6 +93,8 @@ class ModelConfig:
 
     head: str = field("lm", "Output: lm or classify for a decoder; none, mlm, classify or tag for an encoder.")
     labels: int = field(2, "Classes of the heads classify and tag.", at_least=1)
+    class_names: tuple[str, ...] = field((), "Names of the classes, in the order of the head's outputs.")
+    multi_label: bool = field(False, "classify: a text may have several classes, or none.")
     pooler: bool = field(False, "A Linear and an activation on the first state; always in an encoder with classify.")
     pooler_activation: str = field("tanh", "Activation of the pooler.", choices=ACTIVATIONS)
     token_types: int = field(0, "Kinds of input segment (BERT: 2).", at_least=0)
@@ -146,6 +148,11 @@ class ModelConfig:
         return self.pooler or self.head == "classify" and not self.is_causal
 
     @property
+    def is_regression(self) -> bool:
+        """Whether the head gives one number for a text, so that there is no class to choose."""
+        return self.head == "classify" and self.labels == 1 and not self.multi_label
+
+    @property
     def G(self) -> int:
         return self.heads if self.kv_heads is None else self.kv_heads
 
@@ -197,6 +204,10 @@ class ModelConfig:
             found.append(f"model.parallel needs model.norm_place='pre', not {m.norm_place!r}")
         if m.rope_scaling == "llama3" and not m.rope_low < m.rope_high:
             found.append(f"model.rope_low={m.rope_low} must be less than model.rope_high={m.rope_high}")
+        if m.class_names and len(m.class_names) != m.labels:
+            found.append(f"model.class_names has {len(m.class_names)} names for model.labels={m.labels} classes")
+        if twice := [name for name in dict.fromkeys(m.class_names) if m.class_names.count(name) > 1]:
+            found.append(f"model.class_names has {', '.join(twice)} twice")
         if m.bottleneck != "none" and not m.reads_source:
             found.append(
                 f"model.bottleneck={m.bottleneck!r} is for model.architecture='encoder_decoder' "

@@ -117,10 +117,6 @@ def _write_window(c):
     }
 
 
-def _labels(hf):
-    return {"labels": len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels", 2)}
-
-
 # Decoders.
 
 _LLAMA = Family(
@@ -361,7 +357,6 @@ _BERT = Family(
     defaults={"hidden_act": "gelu", "type_vocab_size": 2, "layer_norm_eps": 1e-12,
               "tie_word_embeddings": True, "hidden_dropout_prob": 0.1},
     only={"position_embedding_type": ("absolute",), "is_decoder": (False,), "add_cross_attention": (False,)},
-    read=_labels,
     write=lambda c: {"attention_probs_dropout_prob": 0.0},
     # A file has this bias under two names; the model uses the one of the decoder.
     more_keys=lambda c: {"logit_bias": (f"cls.predictions.{'' if c.tied else 'decoder.'}bias",
@@ -380,7 +375,7 @@ def _read_roberta(hf):
         raise UserError(
             f"hidden_act={hf['hidden_act']!r} with RobertaForMaskedLM is not supported: its head always has gelu"
         )
-    return _labels(hf) | {"position_offset": offset, "context": hf["max_position_embeddings"] - offset}
+    return {"position_offset": offset, "context": hf["max_position_embeddings"] - offset}
 
 
 _ROBERTA = dataclasses.replace(
@@ -424,7 +419,6 @@ _DISTILBERT = Family(
     preset=dict(architecture="encoder", norm_place="post", embed_norm=True, head_bias=True,
                 norm_eps=1e-12, pooler_activation="relu"),
     defaults={"activation": "gelu", "tie_word_embeddings": True, "dropout": 0.1},
-    read=_labels,
     write=lambda c: {"attention_dropout": 0.0, "seq_classif_dropout": c.dropout},
     base="distilbert.")  # fmt: skip
 
@@ -550,10 +544,7 @@ def _with_classifier(family):
     name = re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", causal)
     name = name.replace("Gemma3For", "Gemma3TextFor")
     return dataclasses.replace(
-        family,
-        classes=family.classes | {"classify": (name,)},
-        keys=family.keys | {"labels": "score"},
-        read=lambda hf: family.read(hf) | _labels(hf),
+        family, classes=family.classes | {"classify": (name,)}, keys=family.keys | {"labels": "score"}
     )
 
 

@@ -1,6 +1,7 @@
 """The class Family, and conversions between config.json and ModelConfig that use a Family."""
 
 import dataclasses
+import json
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -107,7 +108,7 @@ def to_config(family: Family, hf: Json, head: str, max_layers: int = _MAX_SIZE) 
             problems.append(f"{field}={value!r} is not supported; it must be " + " or ".join(map(repr, allowed)))
     if not problems:
         try:
-            config = ModelConfig(**ours | family.read(hf))
+            config = ModelConfig(**ours | _read_classes(hf, head) | family.read(hf))
             validate(config)
         except UserError as error:
             problems.append(str(error))
@@ -135,16 +136,50 @@ def _wrong_type(field: str, value: Any, kind: Any, limit: int) -> str | None:
     return None
 
 
+def _read_classes(hf: Json, head: str) -> Json:
+    """The fields of ModelConfig for the classes of a head: their names in id2label, or else in label2id.
+
+    Raises: UserError for names that are not those of classes 0, 1, ..., and for several numbers instead of classes.
+    """
+    if head not in ("classify", "tag"):
+        return {}
+    numbers = hf.get("label2id") or {}
+    count = len(hf.get("id2label") or numbers) or hf.get("num_labels", 2)
+    default = {str(i): f"LABEL_{i}" for i in range(count)}
+    named = hf.get("id2label") or default
+    if named.keys() != default.keys():
+        raise UserError(f"id2label must name the classes 0 to {count - 1}, not {', '.join(map(str, named))}")
+    in_numbers = {str(i): name for name, i in numbers.items()}
+    if named == default and in_numbers.keys() == default.keys():
+        named = in_numbers
+    names = [named[i] if isinstance(named[i], str) else json.dumps(named[i]) for i in default]
+    kind, kinds = hf.get("problem_type"), ("regression", "single_label_classification", "multi_label_classification")
+    if head == "classify" and (kind not in (None, *kinds) or kind == "regression" and count > 1):
+        raise UserError(
+            f"problem_type={kind!r} with {count} outputs is not supported; it must be {' or '.join(kinds[1:])}"
+        )
+    return {"labels": count, "class_names": tuple(names), "multi_label": head == "classify" and kind == kinds[2]}
+
+
+def _write_classes(c: ModelConfig) -> Json:
+    found: Json = {
+        "id2label": {str(i): name for i, name in enumerate(c.class_names)},
+        "label2id": {name: i for i, name in enumerate(c.class_names)},
+    }
+    if c.head == "classify" and not c.is_regression:
+        found["problem_type"] = f"{'multi' if c.multi_label else 'single'}_label_classification"
+    return found
+
+
 def from_config(family: Family, config: ModelConfig) -> Json:
-    """The config.json of a ModelConfig, without token ids and names of labels."""
+    """The config.json of a ModelConfig, without token ids."""
     c = canonical(config)
     hf = {"architectures": [family.classes[c.head][0]], "model_type": family.model_type}
     for field, name in family.fields.items():
         value = getattr(c, name)
         hf[field] = THEIR_ACTIVATIONS[value] if name.endswith("activation") else value
     if c.head in ("classify", "tag"):
-        hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(c.labels)}
-        hf["label2id"] = {f"LABEL_{i}": i for i in range(c.labels)}
+        hf |= _write_classes(c)
     for field, allowed in family.only.items():
         hf[field] = hf[allowed] if isinstance(allowed, str) else allowed[0]
     return hf | family.write(c)
@@ -171,7 +206,11 @@ def canonical(config: ModelConfig) -> ModelConfig:
     if not window:
         unused += ["global_layers", "rope_local_theta"]
     if c.head not in ("classify", "tag"):
-        unused += ["labels"]
+        unused += ["labels", "class_names"]
+    elif not c.class_names:  # the names that Transformers gives to classes without names
+        c = dataclasses.replace(c, class_names=tuple(f"LABEL_{i}" for i in range(c.labels)))
+    if c.head != "classify":
+        unused += ["multi_label"]
     if not c.has_pooler:
         unused += ["pooler_activation"]
     if c.head not in ("lm", "mlm"):

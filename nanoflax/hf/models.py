@@ -5,7 +5,6 @@ import json
 import logging
 import pathlib
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from nanoflax.nn import build, without_padding
 
 Tensors = dict[str, safetensors_io.Tensor | QuantizedTensor]
 _MAX_CONFIG = 10_000_000  # bytes
-_FLOATS = ("float32", "float16", "bfloat16")
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _log = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ def load(
     Args:
       source: a directory with config.json and safetensors, a hub name ("owner/name", through the
         huggingface_hub package and its cache), or a .gguf file of llama type, which is dequantised.
-      dtype: of the parameters; None keeps the dtype of each tensor.
+      dtype: of the parameters; None keeps the dtype of each tensor, but float64 becomes float32.
       mesh: where the parameters are sharded, by default the mesh of `jax.set_mesh`; each host reads only
         its shards.
     Raises:
@@ -70,7 +69,6 @@ def save(
     tokenizer: Any = None,
     model_type: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    labels: Sequence[str] = (),
 ) -> Family:
     """Write a directory that Transformers' AutoModel...from_pretrained opens.
 
@@ -80,7 +78,6 @@ def save(
       params: of `nanoflax.build(config)`, written in their dtypes, one at a time.
       tokenizer: its files and the ids of its special tokens are written too.
       model_type: the family; by default the first that can express the configuration.
-      labels: the names of the classes.
     Returns: the family.
     Raises: UserError if no family can express the configuration, params are not of this configuration,
       or the directory cannot be written.
@@ -107,11 +104,6 @@ def save(
         max_shard_bytes,
     )
     description = from_config(family, config)
-    if labels:
-        description |= {
-            "id2label": {str(i): name for i, name in enumerate(labels)},
-            "label2id": {name: i for i, name in enumerate(labels)},
-        }
     description["torch_dtype"] = str(flat["embed/embedding"].dtype)
     for_prompts = config.head == "lm" and not config.reads_source
     exported = None if tokenizer is None else tokenizers.to_huggingface(tokenizer, for_prompts)
@@ -159,7 +151,9 @@ def _read_all(config, mappings: list[TensorMapping], tensors: Tensors, dtype, me
 
             def read(index, mapping=mapping, part=part):
                 x = mapping.read(tensors[mapping.name], part, index, config.K)
-                return x if dtype is None else x.astype(dtype)
+                if dtype is not None:
+                    return x.astype(dtype)
+                return x.astype(np.float32) if x.dtype == np.float64 else x
 
             if mesh is None:
                 flat[path] = jax.device_put(read((slice(None),) * len(shape))).block_until_ready()

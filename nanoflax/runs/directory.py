@@ -1,7 +1,6 @@
-"""The directory of a run: its configuration, tokenizer and labels, and checks before a run starts there.
+"""The directory of a run: its configuration and tokenizer, and checks before a run starts there.
 
 config.json  tokenizer/  checkpoints/  metrics.jsonl  loss.png  (tensorboard/  wandb/)
-labels.json                 only after finetune: the names of the classes
 final/                      when finetune has finished: a run directory with all parameters
 previous-1/                 the old run that --restart_from_weights archived
 """
@@ -17,7 +16,7 @@ from typing import Any
 
 from nanoflax import config as configs
 from nanoflax import parallel
-from nanoflax.config import Config, DataConfig, LabelTask, ModelConfig, Pretrain
+from nanoflax.config import Config, DataConfig, LabelTask, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.runs.lock import WorkdirLock
 
@@ -55,29 +54,31 @@ def read_config(path: str | os.PathLike) -> Config:
     """The Config of a config.json. Raises: UserError if the file is missing or damaged."""
     try:
         with open(path) as f:
-            return configs.from_dict(configs.Config, json.load(f))
+            config = configs.from_dict(configs.Config, json.load(f))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    return with_old_labels(config, os.path.dirname(path))
 
 
-def read_labels(workdir: str | os.PathLike, config: Config) -> tuple[tuple[str, ...], bool] | None:
-    """(class names, whether a text may have several classes) of a fine-tuned run; None for a pretrained run.
+def with_old_labels(config: Config, workdir: str) -> Config:
+    """The Config of a run, with the names of its classes. Older runs have these in labels.json.
 
-    Raises: UserError if the task has classes and labels.json is missing or damaged.
+    Raises: UserError if the run has no names of its classes, or labels.json is damaged.
     """
+    if not isinstance(config.task, LabelTask) or config.model.class_names:
+        return config
     path = os.path.join(workdir, "labels.json")
     try:
         with open(path) as f:
             found = json.load(f)
-            return tuple(found["labels"]), bool(found["several"])
+            names = {"class_names": tuple(found["labels"]), "multi_label": bool(found["several"])}
     except FileNotFoundError:
-        if isinstance(config.task, LabelTask):
-            raise UserError(
-                f"{path} does not exist: finetune writes this file, with the classes of task.kind={config.task.kind!r}"
-            ) from None
-        return None if isinstance(config.task, Pretrain) else ((), False)
+        raise UserError(
+            f"{workdir}: config.json names no classes (model.class_names), and there is no labels.json of an older run"
+        ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error!r}") from error
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **names))
 
 
 def model_directory(workdir: str, which: str = "best") -> str:
@@ -100,12 +101,6 @@ def write_run(workdir: str, config: Config, tokenizer: Any) -> None:
     with open(temporary, "w") as f:
         json.dump(configs.to_dict(config), f, indent=1)
     os.replace(temporary, os.path.join(workdir, "config.json"))
-
-
-def write_labels(workdir: str, labels: Iterable[str], several: bool) -> None:
-    """Write labels.json: the classes, and whether a text may have several. This file marks a fine-tuned run."""
-    with open(os.path.join(workdir, "labels.json"), "w") as f:
-        json.dump({"labels": labels, "several": several}, f)
 
 
 def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:

@@ -23,10 +23,8 @@ from nanoflax.runs.directory import (
     exclusive,
     get_tokenizer,
     read_config,
-    read_labels,
     with_vocabulary,
     write_jsonl,
-    write_labels,
     write_run,
 )
 from nanoflax.runs.opening import ModelSource, initial_parameters, open_initial, open_source, parameter_shapes
@@ -137,7 +135,7 @@ class Start:
     config: Config  # with the final sizes of the model
     tokenizer: Any
     source: ModelSource | None
-    new_head: bool = False  # the source has other classes, so its head is not used
+    new_head: bool = False  # the source has no head with classes of the data
 
     def load(self, model: Any, mesh: jax.sharding.Mesh) -> tuple[Any, str]:
         """(the initial parameters on the mesh, the fingerprint of those of the source that are not trained)."""
@@ -148,22 +146,42 @@ class Start:
         return {name: x for name, x in params.items() if name != "labels" or not self.new_head}
 
 
-def start_from(config: Config, examples: Any, workdir: str, mesh: jax.sharding.Mesh) -> Start:
-    """Decides the model, its head, tokenizer and vocabulary.
+def known_classes(config: Config, source: ModelSource | None) -> tuple[str, ...]:
+    """The classes of the model before its fine-tuning, in the order of its head: model.class_names, or the names in
+    the source; () if the source has no head for the task.
 
-    Raises: UserError if the source has no tokenizer, or the model cannot learn the task or is too short for it.
+    Raises: UserError if the head of the source has another number of classes than model.class_names.
     """
-    m, task, kind = config.model, config.task, tasks.TASKS[config.task.kind]
-    source, new_head = None, False
-    if m.init_from:
-        source = open_initial(m)
-        if kind.has_labels and source.config.head == kind.head:
-            new_head = has_other_labels(m.init_from, config, examples.labels)
+    given, kind = config.model.class_names, tasks.TASKS[config.task.kind]
+    if not (source and has_classes(source, kind)):
+        return given
+    if given and len(given) != source.config.labels:
+        raise UserError(
+            f"model.class_names={','.join(given)} must name the {source.config.labels} classes of model.init_from="
+            f"{config.model.init_from} in the order of its head: {', '.join(source.config.class_names)}"
+        )
+    return given or source.config.class_names
+
+
+def has_classes(source: ModelSource, kind: Any) -> bool:
+    """Whether a source has a head with the classes of a kind of task."""
+    return kind.has_labels and source.config.head == kind.head and not source.config.is_regression
+
+
+def start_from(config: Config, source: ModelSource | None, examples: Any, workdir: str, mesh: Any) -> Start:
+    """Decides the model, its head, tokenizer and vocabulary. source: of model.init_from.
+
+    Raises: UserError if the model cannot learn the task or is too short for it.
+    """
+    m, task = config.model, config.task
+    new_head = tasks.TASKS[task.kind].has_labels and not keeps_head(config, source, examples)
+    if source:
         tokenizer = tasks.with_sentinels(task, source.tokenizer)
         m = dataclasses.replace(
             source.config,
             output_delay=m.output_delay or source.config.output_delay,
             vocab_size=max(source.config.vocab_size, tokenizer.vocab_size),
+            multi_label=m.multi_label or source.config.multi_label and not new_head,
         )
     else:
         train_on = lambda: texts_of(examples.train)
@@ -172,7 +190,7 @@ def start_from(config: Config, examples: Any, workdir: str, mesh: jax.sharding.M
             m = dataclasses.replace(m, start_id=tokenizer.bos_id)
     path = os.path.join(workdir, "config.json")
     m = with_vocabulary(m, tokenizer, mesh, read_config(path) if os.path.exists(path) else None)
-    m = with_head(m, task, examples.labels)
+    m = with_head(m, task, examples)
     only_adapters = not isinstance(config.peft, configs.FullFineTuning) and not config.peft.trained
     # Train new parameters too: frozen, they would stay random.
     if source and only_adapters and (new_head or has_new_parameters(m, source.config)):
@@ -184,14 +202,38 @@ def start_from(config: Config, examples: Any, workdir: str, mesh: jax.sharding.M
     return Start(config, tokenizer, source, new_head)
 
 
-def has_other_labels(source: str, config: Config, labels: Sequence[str]) -> bool:
-    """Whether `source` is a fine-tuned run with other classes; their number may be the same."""
-    if not os.path.exists(os.path.join(source, "labels.json")):
+def keeps_head(config: Config, source: ModelSource | None, examples: Any) -> bool:
+    """Whether the head of the source is used: some of its classes are in the examples. Prints what becomes of it.
+
+    Raises: UserError if none of model.class_names is in the examples.
+    """
+    known = known_classes(config, source)
+    kept = examples.labels[: len(known)] == known
+    if config.model.class_names and not kept:
+        raise UserError(f"model.class_names={','.join(known)}: the labels of the data are {some(examples.labels)}")
+    if not (source and has_classes(source, tasks.TASKS[config.task.kind])):
         return False
-    return (read_labels(source, config) or ((), False))[0] != labels
+    if not kept:
+        print(
+            f"the head is drawn anew: none of its classes ({some(known)}) is a label of the data; if the labels are "
+            "other names of these classes, give them in the order of the head: --config.model.class_names=FIRST,SECOND"
+        )
+        return False
+    if new := examples.labels[len(known) :]:
+        print(f"classes drawn anew: {some(new)}; kept from the model: {some(known)}")
+    if absent := [name for name in known if name not in tasks.occurring_labels(examples.train)]:
+        print(f"classes of the model without a training example, kept: {some(absent)}")
+    if examples.multi_label and not source.config.multi_label:
+        print("texts have several classes or none: each class gets a probability of its own, unlike in the source")
+    return True
 
 
-def with_head(model: ModelConfig, task: Any, labels: Sequence[str]) -> ModelConfig:
+def some(names: Sequence[str]) -> str:
+    """The names with commas between; of many, the first 12."""
+    return ", ".join([*names[:12], *(["..."] if len(names) > 12 else [])])
+
+
+def with_head(model: ModelConfig, task: Any, examples: Any) -> ModelConfig:
     """The ModelConfig with the head of the task. Raises: UserError if the architecture cannot learn the task."""
     kind = tasks.TASKS[task.kind]
     if model.architecture not in kind.architectures:
@@ -200,7 +242,10 @@ def with_head(model: ModelConfig, task: Any, labels: Sequence[str]) -> ModelConf
             f"{model.architecture!r}"
         )
     model = dataclasses.replace(model, head=kind.head or model.head)
-    return dataclasses.replace(model, labels=len(labels)) if kind.has_labels else model
+    if not kind.has_labels:
+        return model
+    several = model.multi_label or examples.multi_label
+    return dataclasses.replace(model, labels=len(examples.labels), class_names=examples.labels, multi_label=several)
 
 
 def has_new_parameters(model: ModelConfig, source: ModelConfig) -> bool:
@@ -245,33 +290,31 @@ class Finetuning:
         self.base = ""  # fingerprint of the parameters of the source that are not trained; set by `load`
         self.mesh = parallel.make_mesh(config.train.mesh)
         assert isinstance(config.data, configs.ExampleData)  # see `with_arguments`
-        self.examples = tasks.load(tasks.examples_of(config.data), self.task.examples)
-        if config.train.label_smoothing and self.examples.multi_label:
+        source = open_initial(config.model) if config.model.init_from else None
+        known = known_classes(config, source)
+        self.examples = tasks.load(tasks.examples_of(config.data), self.task.examples, known, extend=True)
+        start = start_from(config, source, self.examples, workdir, self.mesh)
+        if config.train.label_smoothing and start.config.model.multi_label:
             raise UserError(
                 f"train.label_smoothing={config.train.label_smoothing} does not work with several labels; set it to 0"
             )
-        start = start_from(config, self.examples, workdir, self.mesh)
         self.config, self.tokenizer = config, _ = start.config, start.tokenizer
         lengths = tasks.length_limits(config.task) | {"the shortest batch": tasks.SHORTEST}
         parallel.check_mesh(config, self.mesh, lengths)
         parallel.run_on_main_process(lambda: check_workdir(workdir, config, None)[1])
         self.rows, self.held_out = self.encode()
         self.model = nn.build(config.model, config.train.remat)
-        self.evaluator = tasks.Evaluator(
-            self.model, config, self.tokenizer, self.examples.labels, self.held_out, self.mesh
-        )
+        self.evaluator = tasks.Evaluator(self.model, config, self.tokenizer, self.held_out, self.mesh)
         self.job = self.make_job(start)
 
     def encode(self) -> tuple[Any, Any]:
         """The training and validation rows. Prints their numbers, labels and an example."""
         examples, task = self.examples, self.config.task
         rows, held_out = (
-            tasks.encode_for_task(
-                part, self.config, self.tokenizer, examples.labels, examples.multi_label, examples.report
-            )
+            tasks.encode_for_task(part, self.config, self.tokenizer, examples.report)
             for part in (examples.train, examples.validation)
         )
-        labels = f", {len(examples.labels)} labels: {', '.join(examples.labels[:12])}" if examples.labels else ""
+        labels = f", {len(examples.labels)} labels: {some(examples.labels)}" if examples.labels else ""
         print(f"{len(rows):,} training and {len(held_out):,} validation examples{labels}")
         for line in examples.report.lines():
             print(f"  {line}")
@@ -301,7 +344,6 @@ class Finetuning:
             objective=self.task.objective,
             batch={n: jax.ShapeDtypeStruct((t.batch_size, *x.shape[1:]), x.dtype) for n, x in batches[0].items()},
             read_data=lambda: self.training_data(batches),
-            write_extra=lambda: write_labels(self.workdir, self.examples.labels, self.examples.multi_label),
         )
 
     def load(self, start: Start) -> Any:
@@ -395,7 +437,6 @@ class Finetuning:
         adapters = configs.FullFineTuning() if merged else configs.PEFT_KINDS[self.config.peft.kind]()
         optim = dataclasses.replace(self.config.optim, ema=0.0)
         config = dataclasses.replace(self.config, optim=optim, peft=adapters)
-        write_labels(part, self.examples.labels, self.examples.multi_label)
         write_run(part, config, self.tokenizer)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(part, final)

@@ -175,8 +175,9 @@ def initialize_from(model: Any, load: Callable[[], Params] | None, seed: int, me
     shapes = _flat(parallel.param_shapes(model))
     places = _flat(parallel.shardings(parallel.param_shapes(model), mesh))
     given = _flat(peft.merge(load()))
-    # The vocabulary may have new tokens (a mask, sentinels, padding) after those of the source.
-    longer = {p for p in nn.VOCABULARY & shapes.keys() & given.keys() if given[p].shape != shapes[p].shape}
+    # After those of the source, the vocabulary may have new tokens (a mask, sentinels, padding), the head new classes.
+    growing = nn.VOCABULARY | {"labels/kernel", "labels/bias"}
+    longer = {p for p in growing & shapes.keys() & given.keys() if given[p].shape != shapes[p].shape}
     same = {path for path, x in shapes.items() if path in given and given[path].shape == x.shape}
     params = _draw_only(model, {path: places[path] for path in shapes.keys() - same}, seed)
     for path in sorted(longer):  # sorted: all processes must fetch in the same order

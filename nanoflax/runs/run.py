@@ -44,8 +44,8 @@ class Run:
     """A trained or published model, with its run if there is one.
 
     source: the path or name that was opened. workdir: the directory of the run; None for other models.
-    config: the Config of the run; for other models, default settings with their ModelConfig. labels: the class
-    names of a fine-tuned run, else (). task: the row of tasks.TASKS of a fine-tuned run; None for a
+    config: the Config of the run; for other models, default settings with their ModelConfig. labels: the names of
+    the classes, else (). task: the row of tasks.TASKS of a fine-tuned run, a classifier or a tagger; None for a
     pretrained run and other models. model, params, tokenizer: read at their first use.
     reason, signal: how training ended, if it returned this Run: "finished", "early stop" or the name of a
     signal, and the number of the signal or 0. For an opened Run: "" and 0.
@@ -87,20 +87,16 @@ class Run:
     @functools.cached_property
     def config(self) -> configs.Config:
         if self.workdir is None:
-            return configs.Config(model=self._opened.config)
+            return tasks.config_of(self._opened.config)
         return directory.read_config(os.path.join(self.workdir, "config.json"))
-
-    @functools.cached_property
-    def _labels(self) -> tuple[tuple[str, ...], bool] | None:
-        return None if self.workdir is None else directory.read_labels(self.workdir, self.config)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        return self._labels[0] if self._labels else ()
+        return self.config.model.class_names
 
-    @functools.cached_property
+    @property
     def task(self) -> Any:
-        return None if self._labels is None else tasks.TASKS[self.config.task.kind]
+        return tasks.TASKS.get(self.config.task.kind)
 
     # Text.
 
@@ -145,7 +141,20 @@ class Run:
         chosen = GenerationSettings.of(settings)
         return (piece for (piece,) in stream_texts(self.model, self.params, self.tokenizer, [ids], chosen))
 
-    # The task of a fine-tuned run.
+    # The task of a fine-tuned run, a classifier or a tagger.
+
+    def _why_no_task(self) -> str:
+        """Why `predict` and `evaluate` cannot use this model."""
+        model = self.config.model
+        if model.is_regression:
+            return "gives one number for a text (a regression), not classes; model.apply computes it"
+        if model.reads_source:
+            return (
+                "generates a target for a source: fine-tune it to a task, or use generate, or evaluate with candidates"
+            )
+        if model.head != "lm":
+            return f"has model.head={model.head!r}, which has no task: fine-tune it first"
+        return "was not fine-tuned, so it cannot predict; use generate"
 
     def cleaned_texts(self, texts: Sequence[str]) -> list[str]:
         """Texts for the task of a fine-tuned run, cleaned like the run's data. A cleaned text may be empty."""
@@ -161,17 +170,17 @@ class Run:
         return found
 
     def predict(self, texts: str | Sequence[str], **settings: Any) -> Any:
-        """The prediction of a fine-tuned run for a text, or a list of predictions for a list of texts.
+        """The prediction of a task for a text, or a list of predictions for a list of texts.
 
         classify: {class: probability}, the most probable first. tag: [(word, tag), ...]; spaces separate
         words. masked_lm, denoise: the text, corrupted by the noise of the task and restored; one line for
         each part of task.length tokens. translate: the target. instruct: the reply. language_model: the
         continuation. settings: of GenerationSettings, for the last three. The number of cut texts is
         printed to stderr.
-        Raises: UserError if the run was not fine-tuned, or a text is empty.
+        Raises: UserError if the model has no task, or a text is empty.
         """
         if self.task is None:
-            raise UserError(f"{self.source} was not fine-tuned, so it cannot predict; use generate")
+            raise UserError(f"{self.source} {self._why_no_task()}")
         prompts = [texts] if isinstance(texts, str) else list(texts)
         if self.task.prompt:
             found = ["".join(new) for new in zip(*self.stream(prompts, as_task=True, **settings), strict=True)]
@@ -183,8 +192,7 @@ class Run:
         # Texts are always cut for prediction, also if task.truncate is false.
         task = dataclasses.replace(self.config.task, truncate=True)
         config = dataclasses.replace(self.config, task=task)
-        labels, several = self._labels or ((), False)
-        rows = tasks.encode_texts(texts, config, self.tokenizer, labels, several, report := data.DataReport())
+        rows = tasks.encode_texts(texts, config, self.tokenizer, report := data.DataReport())
         for line in report.lines():
             print(line, file=sys.stderr)
         evaluator = self._evaluator(rows)
@@ -205,9 +213,7 @@ class Run:
     def _evaluator(self, rows: Any) -> Any:
         """A tasks.Evaluator of rows. All Evaluators of a Run share their compiled functions."""
         if self._compiled_evaluator is None:
-            self._compiled_evaluator = tasks.Evaluator(
-                self.model, self.config, self.tokenizer, self.labels, rows, self._mesh
-            )
+            self._compiled_evaluator = tasks.Evaluator(self.model, self.config, self.tokenizer, rows, self._mesh)
         return self._compiled_evaluator.with_rows(rows)
 
     # Measurements.
@@ -215,20 +221,23 @@ class Run:
     def evaluate(self, data: str = "", split: str = "all", out: str = "") -> dict[str, Any]:
         """The metrics of the model on data, as a dict of JSON values; see experiments.evaluate.
 
-        A fine-tuned run has the metrics of its task; other models have loss, perplexity and bits per byte
-        on windows as in training. data: a source of text, or for a fine-tuned run of examples; empty: the
-        run's own validation data. split of `data`: all, train, validation or (only examples) test. out: a
-        .jsonl file for the predictions of a fine-tuned run.
+        A fine-tuned run, a classifier and a tagger have the metrics of their task; other models have loss,
+        perplexity and bits per byte on windows as in training. data: a source of text, or for a task of
+        examples; empty: the run's own validation data. split of `data`: all, train, validation or (only
+        examples) test. out: a .jsonl file for the predictions of a task.
         Raises: UserError for data that cannot be read, or for `out` if there are no predictions.
         """
+        if not data and (self.workdir is None or not self.config.data.train):
+            raise UserError(f"{self.source} is not a run and has no validation data; give data")
         if self.task is not None:
             return self._evaluate_on_examples(data, split, out)
+        model = self.config.model
+        if model.head != "lm" or model.reads_source:
+            raise UserError(f"{self.source} {self._why_no_task()}")
         if out:
             raise UserError("--out needs --candidates or a run of finetune: text has no predictions")
         if split == "test":
             raise UserError("--split=test is only for examples; text has train, validation and all")
-        if not data and self.workdir is None:
-            raise UserError(f"{self.source} is not a run and has no validation data; give data")
         return self._evaluate_on_text(data, split)
 
     def _evaluate_on_text(self, name: str, split: str) -> dict[str, Any]:
@@ -251,16 +260,16 @@ class Run:
         }
 
     def _evaluate_on_examples(self, name: str, split: str, out: str) -> dict[str, Any]:
-        c, (labels, several), report = self.config, self._labels or ((), False), data.DataReport()
+        c, report = self.config, data.DataReport()
         if out and not self.task.predict:
             raise UserError(f"--out: task.kind={c.task.kind!r} has no predictions, only a loss")
         source = tasks.examples_of(configs.as_kind(configs.ExampleData, c.data), name)
         if name:
-            examples = tasks.read(source, self.task.examples, labels, report, split)
+            examples = tasks.read(source, self.task.examples, self.labels, report, split)
         else:
-            loaded = tasks.load(source, self.task.examples, labels or None)
+            loaded = tasks.load(source, self.task.examples, self.labels)
             examples, report = loaded.validation, loaded.report
-        rows = tasks.encode_for_task(examples, c, self.tokenizer, labels, several, report)
+        rows = tasks.encode_for_task(examples, c, self.tokenizer, report)
         evaluator = self._evaluator(rows)
         numbers, predictions = evaluator(self._params_on_mesh)
         if out:
@@ -312,7 +321,7 @@ class Run:
 
         Raises: UserError if no family of Transformers has such a model.
         """
-        hf.save(str(path), self.model.config, self.params, self.tokenizer, labels=self.labels)
+        hf.save(str(path), self.model.config, self.params, self.tokenizer)
 
     def save_run(self, workdir: str) -> None:
         """Write the model as a run with 0 steps, for sample, evaluate and finetune.
@@ -325,4 +334,4 @@ class Run:
         meta = {"tokenizer": self.tokenizer.fingerprint, "step": 0}
         with Checkpoints(os.path.join(workdir, "checkpoints")) as checkpoints:
             checkpoints.save(0, {"params": self.params}, meta)
-        directory.write_run(workdir, configs.Config(model=self.model.config), self.tokenizer)
+        directory.write_run(workdir, tasks.config_of(self.model.config), self.tokenizer)

@@ -52,7 +52,6 @@ class Job:
     read_data: Callable[[], TrainingData]
     flops_per_token: float | None = None  # for the MFU
     replaces: str | None = None  # directory of an old run, which is archived after the data is read
-    write_extra: Callable[[], None] = lambda: None  # writes more files of a new run
 
 
 class Result(NamedTuple):
@@ -176,7 +175,6 @@ class Trainer:
         else:
             state = train.init_state(job.model, self.optimizer, job.config, job.mesh, trained)
         if parallel.is_main_process():
-            job.write_extra()
             write_run(self.workdir, job.config, job.tokenizer)
         if job.replaces:  # save now: only the archived run has these weights
             meta = {"step": 0, "position": 0, "tracking": tracking._asdict()}

@@ -3,14 +3,15 @@
 from nanoflax.tasks.batches import ExampleBatches
 from nanoflax.tasks.encoding import encode, show_row, weigh_classes
 from nanoflax.tasks.evaluator import Evaluator, encode_for_task, encode_texts, prediction_records
-from nanoflax.tasks.examples import load, read
+from nanoflax.tasks.examples import load, occurring_labels, read
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
 from nanoflax.tasks.metrics import metrics_table
 from nanoflax.tasks.rows import SHORTEST
 from nanoflax.tasks.sources import TaskSource, examples_of
-from nanoflax.tasks.table import TASKS, length_limits, with_sentinels
+from nanoflax.tasks.table import TASKS, config_of, length_limits, with_sentinels
 
 __all__ = [
     "Chat", "Classification", "Evaluator", "ExampleBatches", "Pair", "SHORTEST", "TASKS", "Tagging", "TaskSource",
-    "Text", "encode", "encode_for_task", "encode_texts", "examples_of", "length_limits", "load",
-    "metrics_table", "prediction_records", "read", "show_row", "weigh_classes", "with_sentinels"]  # fmt: skip
+    "Text", "config_of", "encode", "encode_for_task", "encode_texts", "examples_of", "length_limits", "load",
+    "metrics_table", "occurring_labels", "prediction_records", "read", "show_row", "weigh_classes",
+    "with_sentinels"]  # fmt: skip

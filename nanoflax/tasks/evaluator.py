@@ -22,33 +22,23 @@ from nanoflax.tasks.table import TASKS, length_limits, noise_for, with_sentinels
 
 
 def encode_for_task(
-    examples: Sequence[Example],
-    config: Config,
-    tokenizer: Any,
-    labels: Sequence[str] = (),
-    multi_label: bool = False,
-    report: DataReport | None = None,
+    examples: Sequence[Example], config: Config, tokenizer: Any, report: DataReport | None = None
 ) -> Rows:
     """Encodes examples as Rows for the task of a Config, with the noise of this task. See `encode`."""
     task: Any = config.task  # any kind except Pretrain, which has no examples
+    names, several = config.model.class_names, config.model.multi_label
     target_length = length_limits(task).get("task.target_length")
     noise = noise_for(task, with_sentinels(task, tokenizer))
-    return encode(examples, tokenizer, task.length, labels, multi_label, task.truncate, target_length, report, noise)
+    return encode(examples, tokenizer, task.length, names, several, task.truncate, target_length, report, noise)
 
 
 def encode_texts(
-    texts: Sequence[str],
-    config: Config,
-    tokenizer: Any,
-    labels: Sequence[str] = (),
-    multi_label: bool = False,
-    report: DataReport | None = None,
-    place: str = "text",
+    texts: Sequence[str], config: Config, tokenizer: Any, report: DataReport | None = None, place: str = "text"
 ) -> Rows:
     """Encodes texts without labels as Rows for prediction. Their places are "text 1", "text 2", ..."""
     make = TASKS[config.task.kind].unlabelled
     examples = [make(text, f"{place} {i}") for i, text in enumerate(texts, 1)]
-    return encode_for_task(examples, config, tokenizer, labels, multi_label, report)
+    return encode_for_task(examples, config, tokenizer, report)
 
 
 class Evaluator:
@@ -58,13 +48,10 @@ class Evaluator:
     all get the same results.
     """
 
-    def __init__(
-        self, model: Any, config: Config, tokenizer: Any, labels: Sequence[str], rows: Rows, mesh: jax.sharding.Mesh
-    ) -> None:
-        """labels: the class names of tasks with labels."""
+    def __init__(self, model: Any, config: Config, tokenizer: Any, rows: Rows, mesh: jax.sharding.Mesh) -> None:
         self.model, self.config = model, config
         self.tokenizer = with_sentinels(config.task, tokenizer)
-        self.labels, self.mesh, self.task = labels, mesh, TASKS[config.task.kind]
+        self.mesh, self.task = mesh, TASKS[config.task.kind]
         self.rows, self.report = self._with_noise(rows), {}
 
         def sums(params, batch):

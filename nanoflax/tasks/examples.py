@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 from nanoflax.data import DataReport, is_held_out
 from nanoflax.errors import UserError, listed
+from nanoflax.tasks.classes import classes_after_training, match_labels
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
 from nanoflax.tasks.sources import Records, TaskSource, records
 
@@ -18,7 +19,7 @@ Clean = Callable[[str, str], str]  # (text, place) -> the cleaned text
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """Examples of a task. labels: the classes in order; for tags O, then B- and I- of each type; else ()."""
+    """Examples of a task. labels: the classes in order (of a new tagger O, then B- and I- of each type), or ()."""
 
     train: list
     validation: list
@@ -30,11 +31,13 @@ class TaskData:
         return any(isinstance(example, Classification) and len(example.labels or ()) != 1 for example in self.train)
 
 
-def load(source: TaskSource | str, kind: type, labels: Sequence[str] | None = None) -> TaskData:
+def load(source: TaskSource | str, kind: type, labels: Sequence[str] | None = None, extend: bool = False) -> TaskData:
     """Both splits of a TaskSource, or of the source with this name, as examples of a kind.
 
-    labels: the labels that are kept (default: those of the training data). Examples with other labels are left out
-    and counted. Raises: UserError if a split has no usable example, or the training data have only one class.
+    labels: the classes of the model (default: the labels of the training data). The labels of the data become their
+    names, as `match_labels` finds them. Examples with other labels are left out and counted, or with `extend`, the
+    other labels of the training data are more classes; see `classes_after_training`.
+    Raises: UserError if a split has no usable example, or the training data have only one class.
     """
     source = source if isinstance(source, TaskSource) else TaskSource(source)
     report = DataReport()
@@ -54,8 +57,12 @@ def load(source: TaskSource | str, kind: type, labels: Sequence[str] | None = No
         if _digest(example.input) in train_inputs:
             report.add("validation examples that are also training inputs, kept", example.place)
     if kind in (Classification, Tagging):
-        labels = tuple(labels) if labels else _label_names(train)
-        train, validation = (_with_known_labels(part, labels, report) for part in (train, validation))
+        found, known = _label_names(train), tuple(labels or ())
+        meaning = match_labels(occurring_labels([*train, *validation]), known)
+        labels = known or found
+        if extend:
+            labels = classes_after_training(found, occurring_labels(train), known, meaning)
+        train, validation = (_with_classes(part, labels, meaning, report) for part in (train, validation))
     _check_any(source.name, "training", kind, train, report)
     _check_any(source.validation or source.name, "validation", kind, validation, report)
     _check_classes(source.name, train)
@@ -71,13 +78,14 @@ def read(
 ) -> list:
     """The examples of a TaskSource, or of the source with this name, for evaluation.
 
-    split: all, train, validation or (only TFDS) test. Raises: UserError if there is no example.
+    labels: the classes of the model, as for `load`. split: all, train, validation or (only TFDS) test.
+    Raises: UserError if there is no example.
     """
     source = source if isinstance(source, TaskSource) else TaskSource(source)
     report = DataReport() if report is None else report
     examples = _examples(source, kind, _split_of(records(source, kind, report, split), source, split), report)
     if labels:
-        examples = _with_known_labels(examples, labels, report)
+        examples = _with_classes(examples, labels, match_labels(occurring_labels(examples), labels), report)
     _check_any(source.name, "evaluation", kind, examples, report)
     return examples
 
@@ -128,21 +136,34 @@ def _labels_of(example: Any) -> tuple[str, ...]:
 
 
 def _label_names(examples: list) -> tuple[str, ...]:
-    names = {label for example in examples for label in _labels_of(example)}
+    names = occurring_labels(examples)
     if examples and isinstance(examples[0], Tagging):
         types = sorted({tag[2:] for tag in names - {"O"}})
         return ("O", *(f"{prefix}-{name}" for name in types for prefix in "BI"))
     return tuple(sorted(names, key=lambda name: (int(name) if re.fullmatch("[0-9]+", name) else -1, name)))
 
 
-def _with_known_labels(examples: list, labels: Sequence[str], report: DataReport) -> list:
-    known, kept = set(labels), []
+def occurring_labels(examples: list) -> set[str]:
+    """The labels or tags in examples."""
+    return {label for example in examples for label in _labels_of(example)}
+
+
+def _with_classes(examples: list, classes: Sequence[str], meaning: Mapping[str, str], report: DataReport) -> list:
+    """The examples with the model's names of their classes. Examples with an unknown label are counted and left out."""
+    known, kept = set(classes), []
+    names = ", ".join(f"{label!r} is {name!r}" for label, name in sorted(meaning.items()) if label != name)
     for example in examples:
-        unknown = next((label for label in _labels_of(example) if label not in known), None)
-        if unknown is None:
-            kept.append(example)
-        else:
+        given = _labels_of(example)
+        labels = tuple(meaning.get(label, label) for label in given)
+        unknown = next((label for label in labels if label not in known), None)
+        if unknown is not None:
             report.add("examples with an unknown label, left out", f"{example.place} {unknown!r}")
+            continue
+        if labels != given:
+            report.add(f"examples whose labels the model names otherwise ({names})", example.place)
+            field = "tags" if isinstance(example, Tagging) else "labels"
+            example = dataclasses.replace(example, **{field: labels})
+        kept.append(example)
     return kept
 
 

@@ -1,8 +1,8 @@
 """The table of tasks: everything that depends on `config.task.kind` is in the row of this kind.
 
 task = TASKS["classify"]
-rows = encode_for_task(examples, config, tokenizer, labels)
-numbers, predictions = Evaluator(model, config, tokenizer, labels, rows, mesh)(params)
+rows = encode_for_task(examples, config, tokenizer)
+numbers, predictions = Evaluator(model, config, tokenizer, rows, mesh)(params)
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nanoflax import generate, parallel, tokenizers, train
+from nanoflax.config import TASK_KINDS, Config, ExampleData, ModelConfig
 from nanoflax.tasks import metrics
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
 from nanoflax.tasks.noise import DENOISING, Masking, Noise
@@ -27,7 +28,7 @@ class Task:
     unlabelled: Callable[[str, str], Any]  # (text, place) -> an example without its label, for prediction
     architectures: tuple[str, ...]  # architectures that can learn the task
     head: str = ""  # the head of the model; empty: the head does not change
-    has_labels: bool = False  # the classes come from the training data and are saved in labels.json
+    has_labels: bool = False  # the model has classes, ModelConfig.class_names
     length_fields: tuple[str, ...] = ("length",)  # fields of the configuration that limit the tokens of a row
     noise: Callable[[Any], type[Noise]] | None = None  # task -> the class that corrupts its texts
     objective: Callable  # from nanoflax.train, for the batches of Rows
@@ -57,7 +58,7 @@ def class_probabilities(evaluator: Any, params: Any, number: int) -> Float[np.nd
 
 def predict_classes(evaluator: Any, params: Any, number: int) -> list[tuple[str, ...]]:
     """A tuple of class names for each text: the most probable one, or with multi_label all above 0.5."""
-    names, found = evaluator.labels, class_probabilities(evaluator, params, number)
+    names, found = evaluator.config.model.class_names, class_probabilities(evaluator, params, number)
     if evaluator.rows.multi_label:
         return [tuple(name for name, p in zip(names, row, strict=True) if p > 0.5) for row in found]
     return [(names[row.argmax()],) for row in found]
@@ -65,14 +66,14 @@ def predict_classes(evaluator: Any, params: Any, number: int) -> list[tuple[str,
 
 def describe_classes(evaluator: Any, params: Any, number: int) -> list[dict[str, float]]:
     """{class: probability} of each text, the most probable first."""
-    names, found = evaluator.labels, class_probabilities(evaluator, params, number)
+    names, found = evaluator.config.model.class_names, class_probabilities(evaluator, params, number)
     return [{names[i]: float(row[i]) for i in (-row).argsort()} for row in found]
 
 
 def predict_tags(evaluator: Any, params: Any, number: int) -> list[list[str]]:
     """The tag of each word of each sentence; O for words that truncation cut off."""
     return [
-        tokenizers.word_tags(row.argmax(-1), weights, evaluator.labels, len(example.tokens))
+        tokenizers.word_tags(row.argmax(-1), weights, evaluator.config.model.class_names, len(example.tokens))
         for (row, weights), example in zip(
             evaluator.logits(params, number), evaluator.rows.examples[:number], strict=True
         )
@@ -253,6 +254,19 @@ TASKS = {
 
 
 # Values from the table for a task configuration.
+
+
+def config_of(model: ModelConfig) -> Config:
+    """The Config of a model that is not a run: default settings, and the task of a head with classes.
+
+    Texts are read up to the context of the model. There are no data.
+    """
+    config = Config(model=model)
+    for kind, task in TASKS.items():
+        if task.has_labels and task.head == model.head and not model.is_regression:
+            chosen = TASK_KINDS[kind](length=model.context)
+            config = dataclasses.replace(config, data=ExampleData(train=""), task=chosen)
+    return config
 
 
 def length_limits(task: Any) -> dict[str, int]:

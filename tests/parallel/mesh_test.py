@@ -299,7 +299,7 @@ def evaluated():
         model, masked_model = build(MODELS["packed"]), build(MODELS["mlm"])
         evaluate = train.make_evaluation(model, config, mesh, objective)
         found = list(evaluate(put(parallel.init(model, jax.random.PRNGKey(0))), Windows()))
-        evaluator = tasks.Evaluator(masked_model, config, tokenizers.load("bytes"), (), rows, mesh)
+        evaluator = tasks.Evaluator(masked_model, config, tokenizers.load("bytes"), rows, mesh)
         params = put(jax.tree.map(lambda x: 6 * x, parallel.init(masked_model, jax.random.PRNGKey(0))))
         guesses = evaluator.guesses(params, parallel.put_batch(batch, mesh))
         out[shape] = {

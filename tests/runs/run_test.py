@@ -19,15 +19,13 @@ BYTES = tokenizers.ByteTokenizer()
 DECODER = ModelConfig(layers=1, dim=32, heads=2, context=64, vocab_size=BYTES.vocab_size)
 
 
-def write(workdir, model_config, config=None, labels=None):
+def write(workdir, model_config, config=None):
     """A run of no steps in workdir, its parameters drawn at random."""
     model = nanoflax.build(model_config)
     params = nanoflax.init(model, jax.random.PRNGKey(0))
     with runs.Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(0, {"params": params}, {"tokenizer": BYTES.fingerprint, "step": 0})
     directory.write_run(str(workdir), config or Config(model=model_config), BYTES)
-    if labels is not None:
-        directory.write_labels(str(workdir), labels, False)
     return model, params
 
 
@@ -141,9 +139,10 @@ def test_a_fine_tuned_run_does_its_task(kind, tmp_path, capsys):
         architecture=architecture,
         head=head,
         labels=len(labels) or 1,
+        class_names=labels,
         start_id=BYTES.bos_id,
     )
-    write(tmp_path, model, Config(model=model, data=ExampleData(), task=task, train=TrainConfig(batch_size=2)), labels)
+    write(tmp_path, model, Config(model=model, data=ExampleData(), task=task, train=TrainConfig(batch_size=2)))
     run = nanoflax.open(tmp_path)
     texts = ["a cat", "two words and many more than there is room for"]
     found = run.predict(texts, **(dict(max_new_tokens=8) if run.task.prompt else {}))

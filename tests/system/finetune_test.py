@@ -96,9 +96,14 @@ def test_classes_are_learnt_reported_and_gone_on_with(topics, tmp_path):
     assert none.returncode == 2 and "--prompt is missing" in none.stderr
     wrong = run("evaluate", f"--workdir={tmp_path}", "--data=dates:en-fr")
     assert wrong.returncode == 2 and "dates:en-fr" in wrong.stderr
-    (tmp_path / "final" / "labels.json").unlink()
+    path = tmp_path / "final" / "config.json"  # older runs have the names of their classes in labels.json
+    config = json.loads(path.read_text())
+    assert config["model"].pop("class_names") == ["cat", "dog"]
+    path.write_text(json.dumps(config))
     lost = run("evaluate", f"--workdir={tmp_path / 'final'}", f"--data={topics[1]}")
-    assert lost.returncode == 2 and "labels.json does not exist" in lost.stderr
+    assert lost.returncode == 2 and "there is no labels.json of an older run" in lost.stderr
+    (tmp_path / "final" / "labels.json").write_text('{"labels": ["cat", "dog"], "several": false}')
+    evaluated(tmp_path, topics[1], result, predictions)
 
 
 def evaluated(workdir, data, result, predictions):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflax import data, tasks, tokenizers
-from nanoflax.config import TASK_KINDS, Config
+from nanoflax.config import TASK_KINDS, Config, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.tasks import Classification, Tagging, Text, batches
 from nanoflax.tasks.batches import POOL
@@ -435,17 +435,18 @@ UNLABELLED = {"classify": "label", "tag": "tags", "translate": "targets"}
 
 @pytest.mark.parametrize("kind", UNLABELLED)
 def test_texts_without_labels_have_the_inputs_of_labelled_ones(kind):
-    config, labels = Config(task=TASK_KINDS[kind]()), ("O", "B-X", "I-X")
-    (row,) = tasks.encode_texts(["some words"], config, BYTES, labels).rows
+    model = ModelConfig(labels=3, class_names=("O", "B-X", "I-X"))
+    config = Config(model=model, task=TASK_KINDS[kind]())
+    (row,) = tasks.encode_texts(["some words"], config, BYTES).rows
     examples = {
         "classify": Classification("some words", ("O",)),
         "tag": Tagging(("some", "words"), ("O", "B-X")),
         "translate": Pair("some words", "others"),
     }
-    rows = tasks.encode_for_task([examples[kind]], config, BYTES, labels)
+    rows = tasks.encode_for_task([examples[kind]], config, BYTES)
     assert {*rows.rows[0]} - {*row} == {UNLABELLED[kind]}
     for name, array in row.items():
         assert array.tolist() == rows.rows[0][name].tolist()
     if kind != "translate":
-        batch = tasks.encode_texts(["a", "some words"], config, BYTES, labels).batch([0, 1, 2])
+        batch = tasks.encode_texts(["a", "some words"], config, BYTES).batch([0, 1, 2])
         assert batch["weights"].reshape(3, -1).sum(1).tolist() == ([1, 1, 0] if kind == "classify" else [1, 2, 0])

@@ -300,7 +300,7 @@ def test_an_evaluator_measures_clean_and_shifted_rows_always_alike():
 
     def evaluated(most, kind="language_model", rows=rows):
         config = Config(task=TASK_KINDS[kind](max_shift=most), train=TrainConfig(batch_size=8))
-        return tasks.Evaluator(model, config, BYTES, (), rows, make_mesh("-1,1,1"))(params)[0]
+        return tasks.Evaluator(model, config, BYTES, rows, make_mesh("-1,1,1"))(params)[0]
 
     clean, both = evaluated(0), evaluated(3)
     assert {*clean} == {"validation_loss", "perplexity"}
