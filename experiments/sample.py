@@ -19,7 +19,7 @@ from absl import flags
 
 import nanoflax
 from experiments.flags import launch
-from nanoflax import runs, tokenizers
+from nanoflax import data, runs, tokenizers
 from nanoflax.config import MAX_SEED
 from nanoflax.errors import UserError
 
@@ -74,11 +74,8 @@ def read_prompts():
         raise UserError("give one of --chat, --interactive, and --prompt with --prompt_file")
     prompts = list(FLAGS.prompt)
     if FLAGS.prompt_file:
-        try:
-            with open(FLAGS.prompt_file, encoding="utf-8") as file:
-                lines = [line.rstrip("\n") for line in file]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt_file={FLAGS.prompt_file}: {error}") from error
+        with data.open_text(FLAGS.prompt_file) as file:
+            lines = [line for _, line in data.text_lines(file, FLAGS.prompt_file)]
         if not any(lines):
             raise UserError(f"--prompt_file={FLAGS.prompt_file} holds no prompt; write one on each line")
         prompts += filter(None, lines)

@@ -2,6 +2,7 @@
 
 from nanoflax.data.batches import Batches, evaluation_batches, prefetch
 from nanoflax.data.files import (
+    MALFORMED,
     UNICODE,
     WHITESPACE,
     DataReport,
@@ -12,8 +13,8 @@ from nanoflax.data.files import (
     decode,
     is_held_out,
     json_lines,
-    open_binary,
     open_dataset,
+    open_text,
     standard_modules,
     text_lines,
 )
@@ -22,7 +23,8 @@ from nanoflax.data.token_store import TokenStore, default_cache_dir, prepare
 from nanoflax.data.windows import Windows
 
 __all__ = [
-    "Batches", "DataReport", "Source", "TokenStore", "UNICODE", "WHITESPACE", "Windows", "clean", "cleaning_steps",
-    "dataset_examples", "dataset_splits", "decode", "default_cache_dir", "documents", "evaluation_batches",
-    "is_held_out", "json_lines", "open_binary", "open_dataset", "prefetch", "prepare", "source_of", "source_version",
+    "Batches", "DataReport", "MALFORMED", "Source", "TokenStore", "UNICODE", "WHITESPACE", "Windows", "clean",
+    "cleaning_steps", "dataset_examples", "dataset_splits", "decode", "default_cache_dir", "documents",
+    "evaluation_batches", "is_held_out", "json_lines", "open_dataset", "open_text", "prefetch", "prepare", "source_of",
+    "source_version",
     "standard_modules", "text_lines"]  # fmt: skip

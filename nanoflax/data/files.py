@@ -9,6 +9,8 @@ import collections
 import contextlib
 import gzip
 import hashlib
+import io
+import itertools
 import json
 import logging
 import os
@@ -65,45 +67,96 @@ def is_held_out(text: str, fraction: float) -> bool:
 # Files.
 
 
+_BYTE_ORDER_MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+MALFORMED = "malformed JSON lines (write one object on each line, or a list of objects), left out"
+
+
 @contextlib.contextmanager
-def open_binary(path: str) -> Iterator[BinaryIO]:
-    """Opens a file, and decompresses it if its name ends in .gz. Raises: UserError if it cannot be opened or read."""
+def open_text(path: str | os.PathLike) -> Iterator[io.TextIOWrapper]:
+    """Opens a text file of a person: .gz is decompressed, a byte-order mark is removed and chooses UTF-16 or UTF-32.
+
+    Other files are UTF-8; their invalid bytes become surrogates, which `decoded` reports. Lines end with \\n, or with
+    \\r if the file has no \\n. Raises: UserError if the file cannot be opened or read, or is no text.
+    """
     try:
-        with open(path, "rb") as raw, gzip.open(raw) if path.endswith(".gz") else raw as file:
-            yield cast(BinaryIO, file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        with open(path, "rb", buffering=2**20) as raw:
+            zipped = raw.peek(2)[:2] == b"\x1f\x8b"
+            with gzip.open(raw) if zipped else raw as file:
+                head = cast(io.BufferedReader, file).peek(2**20)
+                marked = [name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)]
+                encoding = marked[0] if marked else "utf-8-sig"
+                if not marked and _is_utf16(head):
+                    raise UserError(
+                        f"{path} is UTF-16 without a byte-order mark, or no text: it has zero bytes; convert it, as in "
+                        f"iconv -f utf-16le -t utf-8 {path} > new.txt"
+                    )
+                errors = "strict" if marked else "surrogateescape"
+                begin = head.decode(encoding, "ignore")
+                newline = "\r" if "\r" in begin and "\n" not in begin else "\n"
+                with io.TextIOWrapper(cast(BinaryIO, file), encoding, errors, newline) as text:
+                    yield text
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', '') or error}") from error
 
 
-def bytes_read(file: BinaryIO) -> int:
-    """The number of bytes read from a file of open_binary; for .gz, compressed bytes."""
-    return getattr(file, "fileobj", file).tell()
+def _is_utf16(head: bytes) -> bool:
+    """Whether many bytes at even places, or many at odd places, are zero."""
+    return max(head[::2].count(0), head[1::2].count(0)) > max(2, len(head) / 20)
 
 
-def decode(text: bytes, place: str, report: DataReport) -> str:
-    """Decodes UTF-8; each invalid byte becomes U+FFFD."""
+def bytes_read(file: io.TextIOWrapper) -> int:
+    """The number of bytes read from a file of open_text; for .gz, compressed bytes."""
+    return getattr(file.buffer, "fileobj", file.buffer).tell()
+
+
+def decode(text: bytes, place: str, report: DataReport | None) -> str:
+    """Decodes UTF-8; each invalid byte becomes U+FFFD. Raises: UserError without a report."""
     try:
         return text.decode()
     except UnicodeDecodeError as error:
-        report.add("invalid UTF-8, read as U+FFFD", f"{place}, byte {error.start}")
+        at = f"{place}, byte {error.start}"
+        if report is None:
+            raise UserError(f"{at} is not UTF-8; convert the file, as in iconv -f cp1252 -t utf-8") from None
+        report.add("invalid UTF-8, read as U+FFFD", at)
         return text.decode("utf-8", "replace")
 
 
-def text_lines(file: BinaryIO, path: str, report: DataReport) -> Iterator[tuple[str, str]]:
-    """Yields (place, line) of a file of open_binary, without line ends and byte-order mark."""
+def decoded(text: str, place: str, report: DataReport | None) -> str:
+    """A text of open_text with U+FFFD for invalid bytes. Raises: UserError for invalid bytes without a report."""
+    return text if text.isascii() else decode(text.encode("utf-8", "surrogateescape"), place, report)
+
+
+def text_lines(
+    file: io.TextIOWrapper, path: str, report: DataReport | None = None, keep_ends: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Yields (place, line) of a file of open_text, without line ends. See `decode` for invalid bytes."""
     for number, line in enumerate(file, 1):
-        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        yield (place := f"{path}:{number}"), decode(line, place, report).rstrip("\r\n")
+        line = decoded(line, place := f"{path}:{number}", report)
+        yield place, line if keep_ends else line.rstrip("\r\n")
 
 
-def json_lines(file: BinaryIO, path: str, report: DataReport) -> Iterator[tuple[str, Any]]:
-    """Yields (place, value) of a file of JSON lines."""
-    for place, line in text_lines(file, path, report):
+def json_lines(file: io.TextIOWrapper, path: str, report: DataReport) -> Iterator[tuple[str, Any]]:
+    """Yields (place, value) of a file of JSON lines, or of a file that is one list."""
+    lines = text_lines(file, path, report)
+    first = next(lines, ("", ""))
+    lines = itertools.chain([first], lines)
+    if first[1].lstrip().startswith("["):
+        lines = list(lines)
+        with contextlib.suppress(ValueError, RecursionError):
+            values = json.loads("\n".join(line for _, line in lines))
+            yield from ((f"{path} item {number}", value) for number, value in enumerate(values, 1))
+            return
+    for place, line in lines:
         if line and not line.isspace():
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):
-                report.add("malformed JSON lines, left out", place)
+                report.add(MALFORMED, place)
             else:
                 yield place, value
 

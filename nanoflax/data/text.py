@@ -1,7 +1,6 @@
 """Sources of text, each named by one string; their documents and validation splits."""
 
 import ast
-import codecs
 import dataclasses
 import functools
 import glob
@@ -10,7 +9,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any, TextIO
 
 from nanoflax.config import TextData
 from nanoflax.data import files
@@ -188,11 +187,11 @@ def _suffix(path: str) -> str:
 def _read_files(paths: Sequence[str], field: str, report: DataReport) -> Iterator[str]:
     size, before = sum(map(os.path.getsize, paths)) or 1, 0
     for path in paths:
-        with files.open_binary(path) as file:
+        with files.open_text(path) as file:
             if _suffix(path) == ".jsonl":
                 texts = _read_json_lines(file, path, field, report)
             else:
-                texts = [_document(file.read().removeprefix(codecs.BOM_UTF8), path, report)]
+                texts = [_document(files.decoded(file.read(), path, report), path, report)]
             for text in texts:
                 report.share = (before + files.bytes_read(file)) / size
                 if text:
@@ -200,7 +199,7 @@ def _read_files(paths: Sequence[str], field: str, report: DataReport) -> Iterato
             before += files.bytes_read(file)
 
 
-def _read_json_lines(file: BinaryIO, path: str, field: str, report: DataReport) -> Iterator[str]:
+def _read_json_lines(file: TextIO, path: str, field: str, report: DataReport) -> Iterator[str]:
     for place, value in files.json_lines(file, path, report):
         text = value.get(field) if isinstance(value, dict) else None
         if isinstance(text, str):

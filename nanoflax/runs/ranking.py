@@ -1,10 +1,9 @@
 """Multiple choice: ranks candidate texts by their likelihood after a prompt, and measures the accuracy."""
 
-import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from nanoflax import generate, tokenizers
+from nanoflax import data, generate, tokenizers
 from nanoflax.errors import UserError, listed
 
 
@@ -17,18 +16,15 @@ class Question(NamedTuple):
 
 def read_questions(path: str) -> list[Question]:
     """The questions of a .jsonl file: see `questions_of`. Raises: UserError naming every bad line."""
-    records, problems = [], []
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [(f"{path}:{i}", line) for i, line in enumerate(file, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--candidates={path}: {error}") from error
-    for place, line in lines:
-        try:
-            records.append((place, json.loads(line)))
-        except ValueError as error:
-            problems.append(f"{place} is not JSON: {error}")
-    if not lines:
+    report = data.DataReport()
+    with data.open_text(path) as file:
+        records = list(data.json_lines(file, path, report))
+    problems = [
+        f"{place} is not JSON" if problem == data.MALFORMED else f"{place}: {problem}"
+        for problem, places in report.places.items()
+        for place in places
+    ]
+    if not records and not problems:
         raise UserError(f"--candidates={path} holds no question")
     return questions_of(records, problems)
 

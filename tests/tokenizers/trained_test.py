@@ -1,8 +1,11 @@
 """Tokenizers: every string comes back, no text is read as a special token."""
 
 import pickle
+import random
+import re
 import subprocess
 import sys
+import time
 from pydoc_data.topics import topics
 
 import pytest
@@ -188,6 +191,30 @@ def test_an_error_of_the_corpus_is_not_swallowed(texts):
 
     with pytest.raises(UserError, match="the file is damaged"):
         tokenizers.train_sentencepiece(corpus(), 300, "bpe")
+
+
+@pytest.mark.parametrize(
+    "letters", ["".join(map(chr, range(0x4E00, 0x4E00 + 400))), "ACGT", " "], ids=["Chinese", "DNA", "spaces"]
+)
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_long_line_without_spaces_trains_and_comes_back(kind, letters):
+    text = "".join(random.Random(0).choices(letters, k=70_000)) + "".join(letters)
+    size = 800 if len(letters) > 4 else 290
+    started = time.process_time()
+    try:
+        tokenizer = tokenizers.train_sentencepiece([text], size, kind)
+    except UserError as error:  # spaces give few pieces
+        tokenizer = tokenizers.train_sentencepiece([text], int(re.search(r"at most \w+:(\d+)", str(error))[1]), kind)
+    assert time.process_time() - started < 30
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("words", ["one two three\n" * 500, "x" * 5000 + " " + "y" * 900 + "\n" + " " * 3000 + "z\n"])
+def test_training_reads_every_character(words):
+    chunks = list(trained._training_chunks([words]))
+    assert "".join(chunks) == words
+    longest = max(len(run) for chunk in chunks for run in re.findall("[^ ]+| +", chunk))
+    assert longest <= trained.MAX_WORD_CHARACTERS
 
 
 def test_importing_is_light():
