@@ -61,29 +61,20 @@ def stream_texts(
     Raises: UserError as `nanoflax.sample` does.
     """
     ends = tokenizers.stop_ids(tokenizer)
-    ids: list[list[int]] = [[] for _ in prompts]
-    shown, ended = [""] * len(prompts), [False] * len(prompts)
-
-    def piece(i: int, complete: bool) -> str:
-        before = len(shown[i])
-        shown[i], stopped = unchanging_text(tokenizer.decode(ids[i]), settings.stop, complete)
-        ended[i] |= stopped
-        return shown[i][before:]
-
+    before: list[Any] = [()] * len(prompts) if model.config.reads_source else prompts
+    decoders = [tokenizers.StreamingDecoder(tokenizer, ids, settings.stop) for ids in before]
+    ended = [False] * len(prompts)
     for new in _tokens(model, params, tokenizer, prompts, settings):
-        texts = []
+        texts = [""] * len(prompts)
         for i, tokens in enumerate(new):
-            if ended[i]:
-                texts.append("")
-                continue
-            kept = list(itertools.takewhile(lambda token: token not in ends, tokens))
-            ids[i] += kept
-            texts.append(piece(i, complete=False))
-            ended[i] |= len(kept) < len(tokens)
+            if not ended[i]:
+                kept = list(itertools.takewhile(lambda token: token not in ends, tokens))
+                texts[i] = decoders[i].add(kept)
+                ended[i] = decoders[i].stopped or len(kept) < len(tokens)
         yield texts
         if all(ended):
             break
-    yield [piece(i, complete=True) for i in range(len(prompts))]
+    yield [decoder.finish() for decoder in decoders]
 
 
 def _tokens(
@@ -113,18 +104,3 @@ def _tokens(
 def _default_limit(config: Any, prompts: list[list[int]]) -> int:
     used = 0 if config.reads_source else max(map(len, prompts))
     return max(1, min(DEFAULT_NEW_TOKENS, config.context - used))
-
-
-def unchanging_text(text: str, stops: Sequence[str], complete: bool) -> tuple[str, bool]:
-    """(the part of a text that more tokens cannot change, whether a stop string ended the text).
-
-    complete: there are no more tokens, so only a stop string cuts the text.
-    """
-    found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
-    if found:
-        return text[: min(found)], True
-    if complete:
-        return text, False
-    text = text.rstrip("\ufffd")  # an incomplete character
-    kept_back = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-    return text[: len(text) - kept_back], False

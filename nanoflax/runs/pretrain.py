@@ -180,7 +180,8 @@ def continue_prompt(config: Config, model: Any, params: Any, tokenizer: Any, pro
         eos_id=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
     )
-    return config.train.sample_prompt + tokenizer.decode(new)
+    decoder = tokenizers.StreamingDecoder(tokenizer, prompt)
+    return config.train.sample_prompt + decoder.add(new) + decoder.finish()
 
 
 def summarise(workdir: str, config: Config, ended: Result) -> None:

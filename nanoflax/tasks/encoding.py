@@ -12,7 +12,7 @@ from nanoflax.errors import UserError, listed
 from nanoflax.tasks.kinds import Chat, Classification, Example, Pair, Tagging, Text
 from nanoflax.tasks.noise import Noise
 from nanoflax.tasks.rows import Row, Rows
-from nanoflax.tokenizers import align_tags, chat_ids, show_mask
+from nanoflax.tokenizers import align_tags, chat_ids, decode_parts, show_mask
 
 
 def encode(
@@ -150,9 +150,9 @@ class _Encoder:
             self.report.add("texts without tokens, left out", example.place)
         if len(parts) > 1:
             self._count_long(f"texts longer than {size + overlap} tokens", "read in several rows", example.place)
-        for part in parts:
+        texts = decode_parts(tokenizer, (part[overlap:] for part in parts))
+        for part, text in zip(parts, [example.text] if len(parts) == 1 else texts, strict=True):
             row = {"text": np.asarray(part, np.int32)} if self.noise else _next_tokens(part, [1.0] * len(part))
-            text = example.text if len(parts) == 1 else tokenizer.decode(part[overlap:])
             yield row, dataclasses.replace(example, text=text)
 
 

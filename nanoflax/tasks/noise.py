@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from nanoflax.tokenizers import decode_parts
+
 SENTINELS = 100  # the number in T5
 
 
@@ -52,9 +54,10 @@ class TokenizerWithSentinels:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text. A mask or sentinel becomes its name, such as "<mask>"."""
+        runs = [list(run) for _, run in itertools.groupby(map(int, ids), key=self._names.__contains__)]
+        texts = decode_parts(self._tokenizer, [[i for i in run if i not in self._names] for run in runs])
         return "".join(
-            "".join(self._names[i] for i in run) if has_names else self._tokenizer.decode(list(run))
-            for has_names, run in itertools.groupby(map(int, ids), key=self._names.__contains__)
+            "".join(self._names.get(i, "") for i in run) + text for run, text in zip(runs, texts, strict=True)
         )
 
 

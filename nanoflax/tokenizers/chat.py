@@ -9,6 +9,7 @@ from typing import Any
 from nanoflax.errors import UserError
 from nanoflax.report import printable
 from nanoflax.tokenizers.base import check_ids
+from nanoflax.tokenizers.streaming import StreamingDecoder
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[float]]:
@@ -194,10 +195,12 @@ def show_mask(tokenizer: Any, ids: Iterable[int], weights: Iterable[float]) -> s
     check_ids(ids, tokenizer.vocab_size)
     names = {i: name for name, i in getattr(tokenizer, "special", {}).items()}
     names.setdefault(tokenizer.eos_id, "<eos>")
-    text, pending, trained = [], [], False
+    text, before, pending, trained = [], [], [], False
 
     def flush():
-        text.append(tokenizer.decode(pending))
+        decoder = StreamingDecoder(tokenizer, before)
+        text.append(decoder.add(pending) + decoder.finish())
+        before.extend(pending)
         pending.clear()
 
     for i, weight in zip(ids, weights, strict=True):

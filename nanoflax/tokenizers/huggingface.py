@@ -11,6 +11,7 @@ first replaces them by their aliases.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -65,15 +66,16 @@ def from_gguf(metadata: dict[str, Any], name: str = "GGUF") -> "HFTokenizer":
     """The tokenizer of a GGUF file's metadata (the keys "tokenizer...").
 
     tokenizer.ggml.model "gpt2" is byte-level BPE, and tokenizer.ggml.pre names the patterns that split text into
-    words; "llama" is SentencePiece BPE. Control tokens become special tokens.
+    words; "llama" is SentencePiece BPE. Control tokens become special tokens, and the ids of the ends of a turn, a
+    message and an infilled part become stop ids.
     Raises: UserError (an unsupported model or pre, missing or damaged lists).
     """
-    spec, config = vocabularies.from_gguf(metadata, name)
-    return _from_spec(spec, config, name)
+    return _from_spec(*vocabularies.from_gguf(metadata, name), name=name)
 
 
-def _from_spec(spec: dict[str, Any], config: dict[str, Any], name: str) -> "HFTokenizer":
-    files = {"tokenizer.json": json.dumps(spec).encode(), "tokenizer_config.json": json.dumps(config).encode()}
+def _from_spec(spec: dict[str, Any], config: dict[str, Any], generation: dict[str, Any], name: str) -> "HFTokenizer":
+    files = {"tokenizer.json": spec, "tokenizer_config.json": config, "generation_config.json": generation}
+    files = {file: json.dumps(content).encode() for file, content in files.items() if content}
     tokenizer = from_files(files, name)
     assert isinstance(tokenizer, HFTokenizer)
     return tokenizer
@@ -97,7 +99,7 @@ def to_huggingface(tokenizer: Any, for_prompts: bool = False) -> "HFTokenizer | 
         for role, i in [("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id)]
         if i in names
     }
-    return _from_spec(spec, config, "exported from nanoflax")
+    return _from_spec(spec, config, {}, "exported from nanoflax")
 
 
 class _FileTokenizer:
@@ -203,6 +205,8 @@ class HFTokenizer(_FileTokenizer):
             )
         self.special = {token: i for token in specials if (i := self._id(token)) is not None}
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+        has_bytes = '"ByteFallback"' in json.dumps(spec.get("decoder"))
+        self._bytes = {f"<0x{byte:02X}>": byte for byte in range(256)} if has_bytes else {}
         self._set_ids(self._id)
         before, after = self._template()
         self.framing = Framing(before, after, before, self.bos_id, self.eos_id)
@@ -276,8 +280,13 @@ class HFTokenizer(_FileTokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
+        ids = [int(i) for i in ids]
         check_ids(ids, self.vocab_size)
-        return self._tokenizer.decode([int(i) for i in ids])
+        if not self._bytes:
+            return self._tokenizer.decode(ids)
+        special = set(self.special.values())
+        tokens = [self._tokenizer.id_to_token(i) or "" for i in ids if i not in special]
+        return self._tokenizer.decoder.decode(_replace_invalid_bytes(tokens, self._bytes))
 
     def apply_chat(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -405,6 +414,26 @@ def _fields(token: Any, name: str) -> dict[str, Any]:
     if not isinstance(fields, dict) or not fields.get("content") or not isinstance(fields["content"], str):
         raise UserError(f"tokenizer {name}: a special token must be text, not {token!r}")
     return {key: fields[key] for key in FIELDS if key in fields}
+
+
+def _replace_invalid_bytes(tokens: list[str], values: dict[str, int]) -> list[str]:
+    """The tokens, with U+FFFD for each byte that is not part of a character in UTF-8, as SentencePiece decodes.
+
+    The library would replace all neighbouring bytes. values: byte token -> byte.
+    """
+    found = []
+    for is_byte, run in itertools.groupby(tokens, values.__contains__):
+        run = list(run)
+        if not is_byte:
+            found += run
+            continue
+        at = 0
+        for character in bytes(values[token] for token in run).decode("utf-8", "surrogateescape"):
+            is_invalid = "\udc80" <= character <= "\udcff"
+            size = 1 if is_invalid else len(character.encode())
+            found += ["\ufffd"] if is_invalid else run[at : at + size]
+            at += size
+    return found
 
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str]:

@@ -24,21 +24,47 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+GPT4O = TEKKEN.replace("+|[^", f"+{_CONTRACTIONS}?|[^").replace(r"*|\p{N}|", rf"*{_CONTRACTIONS}?|\p{{N}}{{1,3}}|")
+DEEPSEEK3 = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 GGUF_PATTERNS = {  # tokenizer.ggml.pre -> the patterns, applied one after another
-    None: [GPT2], "default": [GPT2], "gpt-2": [GPT2], "olmo": [GPT2],
-    **dict.fromkeys(["smollm", "starcoder", "refact", "command-r"], [r"\p{N}", GPT2]),
-    **dict.fromkeys(["llama-bpe", "llama3", "llama-v3"], [LLAMA3]),
-    **dict.fromkeys(["qwen2", "deepseek-r1-qwen"], [QWEN2]),
+    **dict.fromkeys([None, "default", "gpt-2", "olmo", "mpt", "jais", "phi-2", "jina-es", "jina-de", "jina-v2-es",
+                     "jina-v2-de", "gigachat", "a.x-4.0", "mellum", "exaone4", "trillion", "granite-docling"], [GPT2]),
+    **dict.fromkeys(["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"],
+                    [r"\p{N}", GPT2]),
+    **dict.fromkeys(["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx",
+                     "smaug-bpe", "glm4", "chatglm-bpe"], [LLAMA3]),
+    **dict.fromkeys(["qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "kormo"], [QWEN2]),
+    **dict.fromkeys(["gpt-4o", "llama4", "kanana2"], [GPT4O]),
+    **dict.fromkeys(["bloom", "poro-chat", "gpt3-finnish"], [BLOOM]),
     "tekken": [TEKKEN],
+    "viking": [BLOOM, r"\p{N}"],
+    "falcon": [r"[\p{P}$+<=>^~|`]+", GPT2, "[0-9][0-9][0-9]"],
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"],
+    "deepseek-v3": [r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3],
+    **dict.fromkeys(["bailingmoe", "bailingmoe2", "llada-moe"], [QWEN2.replace(r"\s*[\r\n]+", r"\s*[\r\n]")]),
+    "seed-coder": [QWEN2.replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+")],
 }  # fmt: skip
-NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # types of pieces in SentencePiece and GGUF
+# A word of the vocabulary is one token, even if no merges make it, and bos is added by default.
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of pieces in SentencePiece and GGUF
 Spec = dict[str, Any]
 Roles = dict[str, str]
 Config = dict[str, Any]  # of a tokenizer_config.json
 
 
-def from_gguf(metadata: dict[str, Any], name: str) -> tuple[Spec, Config]:
-    """The spec and tokenizer_config of a GGUF file's metadata; see `huggingface.from_gguf`."""
+_GGUF_ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id",
+               "sep": "seperator_token_id", "mask": "mask_token_id"}  # fmt: skip
+# Tokens that end a reply besides eos: of a turn, of a message, and of an infilled part.
+_GGUF_ENDS = ("eot_token_id", "eom_token_id", "fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id")
+
+
+def from_gguf(metadata: dict[str, Any], name: str) -> tuple[Spec, Config, Config]:
+    """The spec, tokenizer_config and generation_config of a GGUF file's metadata; see `huggingface.from_gguf`."""
 
     def get(key: str, default: Any = None) -> Any:
         value: Any = metadata.get(f"tokenizer.ggml.{key}", default)
@@ -51,6 +77,10 @@ def from_gguf(metadata: dict[str, Any], name: str) -> tuple[Spec, Config]:
         raise UserError(
             f"{name}: tokenizer.ggml.pre is {pre!r}; supported: {', '.join(sorted(filter(None, GGUF_PATTERNS)))}"
         )
+    for key in ("remove_extra_whitespaces", "escape_whitespaces", "precompiled_charsmap"):
+        harmless = {"remove_extra_whitespaces": False, "escape_whitespaces": True}.get(key)
+        if (value := get(key, harmless)) != harmless:
+            raise UserError(f"{name}: tokenizer.ggml.{key}={str(value)[:20]} is not supported with the model {kind!r}")
     wanted = {"tokens": str, "token_type": int}
     wanted |= {"merges": str} if kind == "gpt2" else {"scores": (int, float)}
     for key, types in wanted.items():
@@ -61,39 +91,51 @@ def from_gguf(metadata: dict[str, Any], name: str) -> tuple[Spec, Config]:
             )
         if key != "merges" and len(values) != len(tokens):
             raise UserError(f"{name}: tokenizer.ggml.{key} has {len(values)} entries for {len(tokens)} tokens")
-    ids = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id",
-           "sep": "seperator_token_id", "mask": "mask_token_id"}  # fmt: skip
-    roles: Roles = {}
-    for role, key in ids.items():
-        if (i := get(key)) is not None:
-            if not isinstance(i, int) or not 0 <= i < len(tokens):
-                raise UserError(f"{name}: tokenizer.ggml.{key} is {i!r}, with {len(tokens)} tokens")
-            roles[role] = tokens[i]
-    config = {f"{role}_token": token for role, token in roles.items()}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+
+    def token_id(key: str, default: int | None = None) -> int | None:
+        i = get(key, default)
+        if i is not None and (not isinstance(i, int) or not 0 <= i < len(tokens)):
+            raise UserError(f"{name}: tokenizer.ggml.{key} is {i!r}, with {len(tokens)} tokens")
+        return i
+
+    # llama.cpp's defaults for SentencePiece.
+    usual = {"unk": 0, "bos": 1, "eos": 2} if kind == "llama" else {}
+    usual = {role: i for role, i in usual.items() if get("token_type")[i : i + 1] in ([UNKNOWN], [CONTROL])}
+    roles: Roles = {
+        role: tokens[i] for role, key in _GGUF_ROLES.items() if (i := token_id(key, usual.get(role))) is not None
+    }
+    ends = [i for key in _GGUF_ENDS if (i := token_id(key)) is not None]
+    config: Config = {f"{role}_token": token for role, token in roles.items()}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if "tokenizer.chat_template" in metadata:
         config["chat_template"] = metadata["tokenizer.chat_template"]
+    adds = {
+        "add_bos_token": get("add_bos_token", kind == "llama" or pre in WHOLE_WORDS and "bos" in roles),
+        "add_eos_token": get("add_eos_token", False),
+    }
+    for role in ("bos", "eos"):
+        if adds[f"add_{role}_token"] and role not in roles:
+            raise UserError(f"{name}: tokenizer.ggml.add_{role}_token is true, but there is no {role}_token_id")
     try:
         if kind == "gpt2":
             spec = _byte_level(
                 {token: i for i, token in enumerate(tokens)},
                 [tuple(merge.split(" ")) for merge in get("merges")],
                 GGUF_PATTERNS[pre],
+                ignore_merges=pre in WHOLE_WORDS,
             )
         else:
-            unknown = get("unknown_token_id", 0)
-            spec = _sentencepiece_bpe(
-                tokens, get("scores"), get("token_type"), tokens[unknown], get("add_space_prefix", True)
-            )
+            prefix = get("add_space_prefix", True)
+            spec = _sentencepiece_bpe(tokens, get("scores"), get("token_type"), roles.get("unk"), prefix)
     except Exception as error:
         raise UserError(f"{name}: its vocabulary is damaged: {' '.join(str(error).split())}") from error
-    spec["added_tokens"] = typed_tokens(tokens, get("token_type"))
-    set_ends(
-        spec,
-        {"add_bos_token": get("add_bos_token", kind == "llama"), "add_eos_token": get("add_eos_token", False)},
-        roles,
-    )
-    return spec, config
+    special = {token: CONTROL for role, token in roles.items() if role != "unk"} | {tokens[i]: CONTROL for i in ends}
+    types = [special.get(token, t) for token, t in zip(tokens, get("token_type"), strict=True)]
+    spec["added_tokens"] = typed_tokens(tokens, types)
+    set_ends(spec, adds, roles)
+    eos = tokens.index(roles["eos"]) if "eos" in roles else None
+    stops = list(dict.fromkeys([*([] if eos is None else [eos]), *ends]))
+    return spec, config, {"eos_token_id": stops} if ends else {}
 
 
 def _spec_of(model, normalizer=None, pre_tokenizer=None, decoder=None, post_processor=None) -> Spec:
@@ -111,7 +153,9 @@ def _spec_of(model, normalizer=None, pre_tokenizer=None, decoder=None, post_proc
     return json.loads(tokenizer.to_str())
 
 
-def _byte_level(vocabulary, merges, patterns, prefix=False, normalizer=None, post_processor=None) -> Spec:
+def _byte_level(
+    vocabulary, merges, patterns, prefix=False, normalizer=None, post_processor=None, ignore_merges=False
+) -> Spec:
     from tokenizers import Regex, decoders, models, pre_tokenizers
 
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
@@ -119,7 +163,7 @@ def _byte_level(vocabulary, merges, patterns, prefix=False, normalizer=None, pos
         splits = []
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not splits)
     return _spec_of(
-        models.BPE(vocab=vocabulary, merges=merges),
+        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges),
         normalizer,
         pre_tokenizers.Sequence([*splits, byte_level]),
         decoders.ByteLevel(),
@@ -241,7 +285,9 @@ def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
             models.Unigram([*zip(tokens, scores, strict=True)], trainer.unk_id, trainer.byte_fallback),
             normalizers.Sequence(normalize),
             pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(SPACE, "always")]),
-            decoders.Metaspace(SPACE, "always"),
+            decoders.Sequence(
+                [*([decoders.ByteFallback()] if trainer.byte_fallback else []), decoders.Metaspace(SPACE, "always")]
+            ),
             processors.TemplateProcessing(
                 single=["$A", eos[0]], pair=["$A", eos[0], "$B", eos[0]], special_tokens=[eos]
             ),
