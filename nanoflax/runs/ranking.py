@@ -112,8 +112,7 @@ def candidate_ids(tokenizer: Any, prompt: str, text: str, reads_source: bool) ->
     """
     ids = tokenizers.prompt_ids(tokenizer, prompt, reads_source)
     if reads_source:
-        encode = getattr(tokenizer, "encode_target", tokenizer.encode)
-        return ids, tokenizer.framing.target(encode(text))
+        return ids, tokenizer.framing.target(tokenizer.encode_target(text))
     both = tokenizers.prompt_ids(tokenizer, prompt + text)
     same = len(both) > len(ids) and both[: len(ids)] == ids
     return ids, both[len(ids) :] if same else tokenizer.encode(text)

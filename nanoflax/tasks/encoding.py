@@ -118,11 +118,9 @@ class _Encoder:
         yield row if tags is None else row | {"tags": padded(tag_ids, np.int32)}, example
 
     def pair(self, example: Pair) -> Iterator[tuple[Row, Example]]:
-        # Marian has a second vocabulary for targets.
-        encode_target = getattr(self.tokenizer, "encode_target", self.tokenizer.encode)
-        row = {"source": self._whole(self.tokenizer.encode(example.source), example.place, "sources")}
+        row = {"source": self._whole(self.tokenizer.encode_source(example.source), example.place, "sources")}
         if example.target is not None:
-            target, around = encode_target(example.target), len(self.framing.target(()))
+            target, around = self.tokenizer.encode_target(example.target), len(self.framing.target(()))
             target = self._cut(target, self.target_length, example.place, "targets", around)
             row["targets"] = np.asarray(self.framing.target(target), np.int32)
         yield row, example

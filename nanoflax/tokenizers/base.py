@@ -69,6 +69,14 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_source(self, text: str) -> list[int]:
+        """The ids of a text for an encoder-decoder, in which a person writes language codes and sentinels."""
+        ...
+
+    def encode_target(self, text: str) -> list[int]:
+        """The same for a target, which may be in another language."""
+        ...
+
     def decode(self, ids: Iterable[int]) -> str:
         """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
         ...

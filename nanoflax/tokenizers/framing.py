@@ -37,5 +37,5 @@ def word_tags(predictions: Iterable[int], weights: Iterable[float], names: Seque
 
 def prompt_ids(tokenizer: Any, text: str, is_source: bool = False) -> list[int]:
     """The ids of a prompt for a decoder, or of a source. Never empty."""
-    ids, framing = tokenizer.encode(text), tokenizer.framing
-    return is_source and framing.whole(ids) or framing.prompt(ids)
+    framing = tokenizer.framing
+    return is_source and framing.whole(tokenizer.encode_source(text)) or framing.prompt(tokenizer.encode(text))

@@ -8,6 +8,10 @@ models and the vocabulary of a GGUF file: `vocabularies` converts each to a toke
 Unigram model, or WordPiece over words, finds "</s>" in its vocabulary. So each special token is renamed
 to an alias, a random string that no text can contain. To read the special tokens in a text, HFTokenizer
 first replaces them by their aliases.
+
+In a source or target of an encoder-decoder, a person must write some special tokens: T5's <extra_id_0>, BART's
+<mask>, the code of a language. So `encode_source` and `encode_target` read those that are not the tokenizer's own:
+all except bos, eos, pad, unk, sep, cls and what ends an answer.
 """
 
 import hashlib
@@ -195,7 +199,8 @@ class HFTokenizer(_FileTokenizer):
         specials = [token["content"] for token in spec["added_tokens"] if token["special"]]
         # All aliases have the same length, so none is a prefix of another.
         self._aliases = {token: f"{nonce}{i:06d}" for i, token in enumerate(specials)}
-        self._special_pattern = _any_of(specials)
+        words = {token["content"] for token in spec["added_tokens"] if token.get("single_word")}
+        self._special_pattern = _any_of(specials, words)
         self._tokenizer = Tokenizer.from_str(json.dumps(_rename_special(spec, self._aliases)))
         wrong = [t["content"] for t in spec["added_tokens"] if t["id"] != self._id(t["content"])]
         if wrong:
@@ -211,6 +216,8 @@ class HFTokenizer(_FileTokenizer):
         before, after = self._template()
         self.framing = Framing(before, after, before, self.bos_id, self.eos_id)
         self.chat_template = self._chat_template()
+        own = {getattr(self, f"{role}_id") for role in ROLES if role != "mask"} | {*self.stop_ids}
+        self._writable = _any_of([token for token, i in self.special.items() if i not in own], words)
 
     def _template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids that the post-processor adds before and after a text of one token."""
@@ -252,16 +259,16 @@ class HFTokenizer(_FileTokenizer):
             )
         if kind == "vocab.json":
             return vocabularies.from_merges(
-                _json(files, kind, self.name), files["merges.txt"].decode(), self._roles, config
+                _json(files, kind, self.name), files["merges.txt"].decode("utf-8-sig"), self._roles, config
             )
         if kind == "vocab.txt":
-            return vocabularies.from_wordpieces(files[kind].decode(), self._roles, config)
+            return vocabularies.from_wordpieces(files[kind].decode("utf-8-sig"), self._roles, config)
         return vocabularies.from_sentencepiece(files[kind], self._roles, config)
 
     def _chat_template(self) -> str | None:
         template = self._config.get("chat_template")
         if "chat_template.jinja" in self.files:
-            template = self.files["chat_template.jinja"].decode()
+            template = self.files["chat_template.jinja"].decode("utf-8-sig")
         if isinstance(template, list):  # several named templates
             template = {t["name"]: t["template"] for t in template}.get("default")
         if not isinstance(template, str | None):
@@ -271,6 +278,12 @@ class HFTokenizer(_FileTokenizer):
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The ids of a text, without added tokens. special: read special tokens in the text."""
         return self._encode(self._with_aliases(text) if special else text)
+
+    def encode_source(self, text: str) -> list[int]:
+        """The ids of a source, in which a person writes the special tokens that are not the tokenizer's own."""
+        return self._encode(self._with_aliases(text, self._writable))
+
+    encode_target = encode_source
 
     def encode_with_template(self, text: str, pair: str | None = None, special: bool = False) -> list[int]:
         """The ids of one or two texts, with the special tokens that the model expects: [CLS] x [SEP], or x </s>."""
@@ -323,8 +336,8 @@ class HFTokenizer(_FileTokenizer):
             weights[i] = float(any(start < last and end > first for first, last in parts))
         return encoding.ids, weights
 
-    def _with_aliases(self, text: str) -> str:
-        return self._special_pattern.sub(lambda match: self._aliases[match[0]], text)
+    def _with_aliases(self, text: str, pattern: re.Pattern[str] | None = None) -> str:
+        return (pattern or self._special_pattern).sub(lambda match: self._aliases[match[0]], text)
 
     def _encode(self, text, pair=None, add_special_tokens=False):
         return self._encoding(text, pair, add_special_tokens).ids
@@ -365,9 +378,8 @@ class MarianTokenizer(_FileTokenizer):
         self._set_ids(self._ids.get)
         self.framing = Framing((), (self.eos_id,), (), self.bos_id, self.eos_id)
         self.special = {t: self._ids[t] for t in self._roles.values()}
-        # A language code, such as ">>fr<<", names the target language.
-        codes = [piece for piece in self._ids if re.fullmatch(r">>.*<<", piece)]
-        self._special_pattern = _any_of([*self.special, *codes])
+        self._codes = [piece for piece in self._ids if re.fullmatch(r">>.*<<", piece)]
+        self._special_pattern = _any_of([*self.special, *self._codes])
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The ids of a source text. special: read special tokens and language codes in it."""
@@ -376,6 +388,20 @@ class MarianTokenizer(_FileTokenizer):
             ids += [*self._encode_part(text[end : match.start()]), self._ids[match[0]]]
             end = match.end()
         return ids + self._encode_part(text[end:])
+
+    def encode_source(self, text: str) -> list[int]:
+        """The ids of a source text. At its beginning, a code such as >>fr<< names the language of the target.
+
+        Raises: UserError for a code that is not in the vocabulary, if others are.
+        """
+        code = re.match(r">>[^\s<>]+<<", text)
+        if not code or not self._codes:
+            return self.encode(text)
+        if code[0] not in self._ids:
+            raise UserError(
+                f"tokenizer {self.name} has no language code {code[0]}; it has {', '.join(sorted(self._codes))}"
+            )
+        return [self._ids[code[0]], *self.encode(text[code.end() :])]
 
     def encode_target(self, text: str) -> list[int]:
         """The ids of a text in the target language."""
@@ -436,10 +462,11 @@ def _replace_invalid_bytes(tokens: list[str], values: dict[str, int]) -> list[st
     return found
 
 
-def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that matches the longest of the strings at each position."""
+def _any_of(strings: Iterable[str], words: Iterable[str] = ()) -> re.Pattern[str]:
+    """A pattern that matches the longest of the strings at each position; those in `words` not inside a word."""
     longest = sorted(strings, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest)) or r"(?!)")
+    patterns = (rf"(?<!\w){re.escape(s)}(?!\w)" if s in words else re.escape(s) for s in longest)
+    return re.compile("|".join(patterns) or r"(?!)")
 
 
 def _add_special_tokens(spec, config, added, named, roles):
@@ -484,5 +511,8 @@ def _rename_special(spec, aliases):
         model["merges"] = [p for p in pairs if not {*p, "".join(p)} & aliases.keys()]
     if model.get("unk_token"):
         model["unk_token"] = new(model["unk_token"])
-    added = [token | {"content": new(token["content"])} for token in spec["added_tokens"]]
+    added = [
+        token | ({"content": aliases[token["content"]], "single_word": False} if token["content"] in aliases else {})
+        for token in spec["added_tokens"]
+    ]
     return spec | {"model": model, "added_tokens": added}

@@ -29,6 +29,8 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(well_formed(text).encode())
 
+    encode_source = encode_target = encode
+
     def decode(self, ids: Iterable[int]) -> str:
         """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
         check_ids(ids, self.vocab_size)
@@ -78,6 +80,8 @@ class SentencePieceTokenizer:
             return self._processor.encode(text)
         first, *rest = self._processor.encode(text.split(SPACE))
         return functools.reduce(lambda ids, part: ids + self._space_ids + part, rest, first)
+
+    encode_source = encode_target = encode
 
     def decode(self, ids: Iterable[int]) -> str:
         """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""

@@ -175,21 +175,21 @@ def from_merges(vocabulary: dict[str, int], merges: str, roles: Roles, config: C
     """The spec of vocab.json and merges.txt of GPT-2, OPT, RoBERTa, BART or Qwen2; adds to roles."""
     from tokenizers import normalizers, processors
 
-    pairs = [tuple(line.split(" ")) for line in merges.split("\n") if line and not line.startswith("#version")]
-    name = config.get("tokenizer_class") or ""
+    lines = (line.removesuffix("\r") for line in merges.split("\n"))
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    name, prefix = config.get("tokenizer_class") or "", bool(config.get("add_prefix_space"))
     if "Qwen2" in name:
         roles |= {r: "<|endoftext|>" for r in ("eos", "pad", "unk") if r not in roles}
-        return _byte_level(vocabulary, pairs, [QWEN2], normalizer=normalizers.NFC())
+        return _byte_level(vocabulary, pairs, [QWEN2], prefix, normalizers.NFC())
     bert_like = re.match("Roberta|Bart", name) or (not name and "<mask>" in vocabulary)
     if not bert_like:
         roles |= {r: "<|endoftext|>" for r in ("bos", "eos", "unk") if r not in roles}
-        return _byte_level(vocabulary, pairs, [GPT2], bool(config.get("add_prefix_space")))
+        return _byte_level(vocabulary, pairs, [GPT2], prefix)
     defaults = {"bos": "<s>", "eos": "</s>", "sep": "</s>", "cls": "<s>", "unk": "<unk>", "pad": "<pad>",
                 "mask": "<mask>"}  # fmt: skip
     roles |= {role: token for role, token in defaults.items() if role not in roles}
     sep, cls = ((roles[role], vocabulary[roles[role]]) for role in ("sep", "cls"))
     processor = processors.RobertaProcessing(sep, cls)
-    prefix = bool(config.get("add_prefix_space"))
     return _byte_level(vocabulary, pairs, [GPT2], prefix, post_processor=processor)
 
 
@@ -278,7 +278,9 @@ def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
         normalize += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     if trainer.model_type == trainer.BPE:
         config.setdefault("add_bos_token", True)  # as in Llama
-        spec = _sentencepiece_bpe(tokens, scores, types, tokens[trainer.unk_id], normal.add_dummy_prefix, normalize)
+        prefix = normal.add_dummy_prefix if config.get("add_prefix_space") is None else config["add_prefix_space"]
+        once = config.get("legacy") is False
+        spec = _sentencepiece_bpe(tokens, scores, types, tokens[trainer.unk_id], prefix, normalize, once)
     elif trainer.model_type == trainer.UNIGRAM:
         eos = (roles["eos"], ids["eos"])
         spec = _spec_of(
@@ -300,12 +302,13 @@ def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
     return spec | {"added_tokens": added}
 
 
-def _sentencepiece_bpe(tokens, scores, types, unknown, prefix, normalize=()) -> Spec:
+def _sentencepiece_bpe(tokens, scores, types, unknown, prefix, normalize=(), once=False) -> Spec:
     """The spec of SentencePiece's BPE. Its merges are all pairs of pieces that join to a piece, best score first.
 
     prefix: whether a space is added before the text, and after each special token.
+    once: only before the text, if it begins without a space (Transformers' legacy=false).
     """
-    from tokenizers import decoders, models, normalizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
     plain = {token: score for token, score, t in zip(tokens, scores, types, strict=True) if t == NORMAL}
@@ -316,19 +319,26 @@ def _sentencepiece_bpe(tokens, scores, types, unknown, prefix, normalize=()) -> 
         if token[:i] in plain and token[i:] in plain
     ]
     merges = [(token[:i], token[i:]) for _, i, token in sorted(merges, key=lambda m: m[:2])]
-    normalize = [*normalize, *([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)]
+    words = None
+    if once:
+        words = pre_tokenizers.Metaspace(SPACE, "first" if prefix else "never", split=False)
+    else:
+        normalize = [*normalize, *([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)]
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     return _spec_of(
         models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in types),
-        normalizers.Sequence(normalize),
-        None,
+        normalizers.Sequence([*normalize]),
+        words,
         decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]),
     )
 
 
 def set_ends(spec: Spec, config: Config, roles: Roles) -> None:
-    """Set the post-processor that adds bos and eos, if config has add_bos_token or add_eos_token."""
-    if {"add_bos_token", "add_eos_token"} & config.keys():
+    """Set the post-processor that adds bos and eos, if config has add_bos_token or add_eos_token.
+
+    A model with a template of its own, such as RoBERTa's, keeps it, as in Transformers.
+    """
+    if {"add_bos_token", "add_eos_token"} & config.keys() and not spec.get("post_processor"):
         ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
         bos, eos = (
             [ids[roles[role]]] if config.get(f"add_{role}_token") and roles.get(role) in ids else []
