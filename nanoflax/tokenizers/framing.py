@@ -13,9 +13,12 @@ def align_tags(words: Sequence[str], tags: Sequence[int], tokenizer: Any) -> tup
     pieces get label 0 and weight 0. A word that the tokenizer encodes as no ids becomes the unknown token, so the
     weights sum to the number of words. Raises: UserError if the tokenizer has no unknown token for such a word.
     """
+    parts = [tokenizer.encode(f" {word}" if i else word) for i, word in enumerate(words)]
+    alone = [tokenizer.encode(word) for word in words]  # some tokenizers add the space before a word themselves
+    if sum(alone, []) == tokenizer.encode(" ".join(words)):
+        parts = alone
     ids, labels, weights = [], [], []
-    for i, (word, tag) in enumerate(zip(words, tags, strict=True)):
-        pieces = tokenizer.encode(f" {word}" if i else word)
+    for word, tag, pieces in zip(words, tags, parts, strict=True):
         if not pieces:
             if getattr(tokenizer, "unk_id", None) is None:
                 raise UserError(f"the tokenizer has no ids for the word {word!r}, and no unknown token to replace it")

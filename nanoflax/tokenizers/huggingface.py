@@ -195,6 +195,10 @@ class HFTokenizer(_FileTokenizer):
         _add_special_tokens(spec, self._config, _json(files, "added_tokens.json", name), self._named, self._roles)
         if "tokenizer.json" not in files:  # a tokenizer.json has its own post-processor
             vocabularies.set_ends(spec, self._config, self._roles)
+        if self._config != _json(
+            files, "tokenizer_config.json", name
+        ):  # add_bos_token, which is not everyone's default
+            self.files = files | {"tokenizer_config.json": json.dumps(self._config).encode()}
         nonce = secrets.token_hex(16)
         specials = [token["content"] for token in spec["added_tokens"] if token["special"]]
         # All aliases have the same length, so none is a prefix of another.

@@ -227,15 +227,17 @@ def from_ours(tokenizer: Any) -> Spec:
         spec["added_tokens"] = [added_token(n, i) for i, n in names.items()]
         return spec
     proto, tokens, scores, types = _sentencepiece_model(tokenizer.model)
-    unknown = proto.trainer_spec.unk_id
-    if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
-        spec = _sentencepiece_bpe(tokens, scores, types, tokens[unknown], prefix=False)
+    trainer, prefix, normalize = proto.trainer_spec, proto.normalizer_spec.add_dummy_prefix, _normalizers(proto)
+    if trainer.model_type == trainer.BPE:
+        spec = _sentencepiece_bpe(tokens, scores, types, tokens[trainer.unk_id], prefix, normalize)
     else:
+        spaces = [*([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)]
+        strip = [decoders.Strip(" ", 1, 0)] if prefix else []
         spec = _spec_of(
-            models.Unigram([*zip(tokens, scores, strict=True)], unknown, True),
-            normalizers.Replace(" ", SPACE),
+            models.Unigram([*zip(tokens, scores, strict=True)], trainer.unk_id, trainer.byte_fallback),
+            normalizers.Sequence([*normalize, *spaces]),
             None,
-            decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]),
+            decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]),
         )
     return spec | {"added_tokens": typed_tokens(tokens, types)}
 
@@ -258,13 +260,25 @@ def _sentencepiece_model(model: bytes) -> tuple[Any, list[str], list[float], lis
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue] generated
-    pieces = proto.pieces
+    trainer, pieces = proto.trainer_spec, proto.pieces
+    if trainer.model_type not in (trainer.BPE, trainer.UNIGRAM) or trainer.treat_whitespace_as_suffix:
+        raise UserError("a SentencePiece model of words, of characters or with spaces after words is not supported")
     return proto, [p.piece for p in pieces], [p.score for p in pieces], [p.type for p in pieces]
+
+
+def _normalizers(proto: Any) -> list[Any]:
+    from tokenizers import Regex, normalizers
+
+    normal = proto.normalizer_spec
+    found = [normalizers.Precompiled(normal.precompiled_charsmap)] if normal.precompiled_charsmap else []
+    if normal.remove_extra_whitespaces:
+        found += [normalizers.Replace(Regex(pattern), by) for pattern, by in ((r"\A +| +\z", ""), (" {2,}", " "))]
+    return found
 
 
 def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
     """The spec of a SentencePiece model: BPE as in Llama, Unigram as in T5; adds to roles and config."""
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
     proto, tokens, scores, types = _sentencepiece_model(model)
     trainer, normal = proto.trainer_spec, proto.normalizer_spec
@@ -273,15 +287,13 @@ def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
         if i >= 0:
             roles.setdefault(role, tokens[i])
     added = typed_tokens(tokens, types)
-    normalize = [normalizers.Precompiled(normal.precompiled_charsmap)] if normal.precompiled_charsmap else []
-    if normal.remove_extra_whitespaces:
-        normalize += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    normalize = _normalizers(proto)
     if trainer.model_type == trainer.BPE:
         config.setdefault("add_bos_token", True)  # as in Llama
         prefix = normal.add_dummy_prefix if config.get("add_prefix_space") is None else config["add_prefix_space"]
         once = config.get("legacy") is False
         spec = _sentencepiece_bpe(tokens, scores, types, tokens[trainer.unk_id], prefix, normalize, once)
-    elif trainer.model_type == trainer.UNIGRAM:
+    else:
         eos = (roles["eos"], ids["eos"])
         spec = _spec_of(
             models.Unigram([*zip(tokens, scores, strict=True)], trainer.unk_id, trainer.byte_fallback),
@@ -297,8 +309,6 @@ def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
         # T5's sentinels follow the vocabulary, in reverse order.
         end = len(tokens) + config.get("extra_ids", 100)
         added += [added_token(f"<extra_id_{end - 1 - i}>", i) for i in range(len(tokens), end)]
-    else:
-        raise UserError("a SentencePiece model of words or characters is not supported")
     return spec | {"added_tokens": added}
 
 
