@@ -332,7 +332,7 @@ class HFTokenizer(_FileTokenizer):
         return chat_template.render(self.chat_template, list(messages), names, self._aliases)
 
     def encode_parts(self, text: str, parts: Sequence[tuple[int, int]]) -> tuple[list[int], list[float]]:
-        """The ids of a text of `render_chat`; 1.0 for ids with a character of one of the parts (start, end), else 0.0."""
+        """The ids of a text of `render_chat`; 1.0 for ids with a character of a part (start, end), else 0.0."""
         encoding = self._encoding(text)
         weights = [0.0] * len(encoding.ids)
         for i, (start, end) in enumerate(encoding.offsets):

@@ -826,15 +826,10 @@ def test_tensors_stream_one_at_a_time(tmp_path):
     assert saving < 1.3 * weights
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [None, LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 500_000.0}],
-    ids=["plain", "llama3"],
-)
-def test_gguf_with_the_rotary_pairs_put_right(rope, tmp_path):
+def write_gguf(file, theirs, metadata=(), tensors=()):
+    """A llama model as llama.cpp's converter writes it. metadata: (key, value, type); tensors: (name, array)."""
     gguf = pytest.importorskip("gguf")
-    theirs = make("llama", head_dim=16, rope_parameters=rope)
-    c, file = theirs.config, tmp_path / "model.gguf"
+    c = theirs.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
     writer = gguf.GGUFWriter(str(file), "llama")
     for write, value in [
@@ -850,24 +845,92 @@ def test_gguf_with_the_rotary_pairs_put_right(rope, tmp_path):
         (writer.add_rope_freq_base, c.rope_parameters["rope_theta"]),
     ]:
         write(value)
+    for key, value, kind in metadata:
+        writer.add_key_value(key, value, gguf.GGUFValueType[kind])
     for name, tensor in theirs.state_dict().items():
         x = tensor.numpy()
         if "q_proj" in name or "k_proj" in name:  # what llama.cpp's converter does
-            x = x.reshape(-1, 2, 8, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), x.copy())
-    if rope:
-        scaled = theirs.model.rotary_emb.inv_freq.numpy()
-        plain = c.rope_parameters["rope_theta"] ** (-np.arange(0, 16, 2) / 16)
-        writer.add_tensor("rope_freqs.weight", (plain / scaled).astype(np.float32))
+            x = x.reshape(-1, 2, 8, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), x.copy())
+    for name, x in tensors:
+        writer.add_tensor(name, x)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def assert_logits_of(file, theirs):
     config, params = hf.load(file)
-    assert config.rope_scaling == ("llama3" if rope else "none")
     ids = np.random.default_rng(0).integers(0, V, (2, 60))
     found = jax.jit(build(config).apply)({"params": params}, ids)[0]
     np.testing.assert_allclose(found, theirs(torch.tensor(ids)).logits.detach(), atol=1e-5)
+    return config
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [None, LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 500_000.0}],
+    ids=["plain", "llama3"],
+)
+def test_gguf_with_the_rotary_pairs_put_right(rope, tmp_path):
+    theirs, file = make("llama", head_dim=16, rope_parameters=rope), tmp_path / "model.gguf"
+    tensors = []
+    if rope:
+        scaled = theirs.model.rotary_emb.inv_freq.numpy()
+        plain = theirs.config.rope_parameters["rope_theta"] ** (-np.arange(0, 16, 2) / 16)
+        tensors = [("rope_freqs.weight", (plain / scaled).astype(np.float32))]
+    write_gguf(file, theirs, tensors=tensors)
+    assert assert_logits_of(file, theirs).rope_scaling == ("llama3" if rope else "none")
+
+
+@pytest.mark.parametrize(
+    "metadata, scaling",
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, "linear"),
+        ({"rope.scaling.factor": 4.0}, "linear"),
+        ({"rope.scale_linear": 4.0}, "linear"),
+        ({"rope.scaling.factor": 0.0}, "none"),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, "none"),
+    ],
+    ids=str,
+)
+def test_gguf_factors_of_the_rotary_rates(metadata, scaling, tmp_path):
+    rope = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0} if scaling == "linear" else None
+    theirs, file = make("llama", head_dim=16, rope_parameters=rope), tmp_path / "model.gguf"
+    kinds = {str: "STRING", float: "FLOAT32"}
+    write_gguf(file, theirs, [(f"llama.{key}", value, kinds[type(value)]) for key, value in metadata.items()])
+    assert assert_logits_of(file, theirs).rope_scaling == scaling
+
+
+def test_gguf_scales_and_biases(tmp_path):
+    theirs = make("llama", head_dim=16, attention_bias=True, mlp_bias=True)
+    metadata = [("llama.attention.scale", 0.5, "FLOAT32"), ("llama.embedding_scale", 3.0, "FLOAT32")]
+    write_gguf(tmp_path / "model.gguf", theirs, metadata)
+    for layer in theirs.model.layers:
+        layer.self_attn.scaling = 0.5
+    theirs.model.embed_tokens.register_forward_hook(lambda _, __, x: 3.0 * x)
+    assert_logits_of(tmp_path / "model.gguf", theirs)
+
+
+@pytest.mark.parametrize(
+    "key, value, kind, said",
+    [
+        ("rope.scaling.type", "yarn", "STRING", "llama.rope.scaling.type='yarn' is not supported"),
+        ("rope.scaling.type", "longrope", "STRING", "must be none or linear"),
+        ("logit_scale", 0.5, "FLOAT32", "llama.logit_scale=0.5"),
+        ("residual_scale", 0.5, "FLOAT32", "llama.residual_scale=0.5"),
+        ("expert_count", 8, "UINT32", "llama.expert_count=8"),
+        ("attention.causal", False, "BOOL", "llama.attention.causal=False"),
+        ("rope.scaling.attn_factor", 1.5, "FLOAT32", "llama.rope.scaling.attn_factor=1.5"),
+        ("attention.scale", -1.0, "FLOAT32", "llama.attention.scale=-1.0 must be"),
+        ("embedding_scale", "x", "STRING", "llama.embedding_scale='x' must be"),
+    ],
+)
+def test_gguf_metadata_that_is_not_computed_is_refused_by_name(key, value, kind, said, tmp_path):
+    write_gguf(tmp_path / "model.gguf", make("llama", head_dim=16), [(f"llama.{key}", value, kind)])
+    with pytest.raises(UserError, match=re.escape(said)):
+        hf.load(tmp_path / "model.gguf")
 
 
 WRONG = [
