@@ -7,6 +7,7 @@ previous-1/                 the old run that --restart_from_weights archived
 
 import contextlib
 import dataclasses
+import datetime
 import glob
 import json
 import os
@@ -255,6 +256,23 @@ def get_tokenizer(config: DataConfig, directory: str, texts: Callable[[], Iterab
     if kind in ("bytes", "path"):
         return tokenizers.load(config.tokenizer)
     return _train_on_first_process(lambda: tokenizers.train_sentencepiece(texts(), size, kind), own)
+
+
+def with_own_template(tokenizer: Any, workdir: str) -> Any:
+    """The tokenizer with the chat template of the run in workdir. In a new run, a template that reads the date keeps
+    the date of the run's start."""
+    from nanoflax import tokenizers
+
+    if tokenizer.chat_template is None:
+        return tokenizer
+    if os.path.exists(os.path.join(workdir, "config.json")):
+        saved = tokenizers.load(os.path.join(workdir, "tokenizer")).chat_template
+        return tokenizer.with_chat_template(saved) if saved not in (None, tokenizer.chat_template) else tokenizer
+    now = datetime.datetime.fromisoformat(parallel.gather_from_processes(datetime.datetime.now().isoformat())[0])
+    dated = tokenizers.with_date(tokenizer, now)
+    if dated is not tokenizer:
+        print(f"the chat template reads the date; this run always writes {now:%Y-%m-%d}, the date of its start")
+    return dated
 
 
 def _train_on_first_process(train: Callable[[], Any], directory: str) -> Any:

@@ -23,6 +23,7 @@ from nanoflax.runs.directory import (
     exclusive,
     get_tokenizer,
     read_config,
+    with_own_template,
     with_vocabulary,
     write_jsonl,
     write_run,
@@ -176,7 +177,7 @@ def start_from(config: Config, source: ModelSource | None, examples: Any, workdi
     m, task = config.model, config.task
     new_head = tasks.TASKS[task.kind].has_labels and not keeps_head(config, source, examples)
     if source:
-        tokenizer = tasks.with_sentinels(task, source.tokenizer)
+        tokenizer = tasks.with_sentinels(task, with_own_template(source.tokenizer, workdir))
         m = dataclasses.replace(
             source.config,
             output_delay=m.output_delay or source.config.output_delay,
@@ -185,7 +186,8 @@ def start_from(config: Config, source: ModelSource | None, examples: Any, workdi
         )
     else:
         train_on = lambda: texts_of(examples.train)
-        tokenizer = tasks.with_sentinels(task, get_tokenizer(config.data, workdir, train_on))
+        tokenizer = with_own_template(get_tokenizer(config.data, workdir, train_on), workdir)
+        tokenizer = tasks.with_sentinels(task, tokenizer)
         if m.reads_source:
             m = dataclasses.replace(m, start_id=tokenizer.bos_id)
     path = os.path.join(workdir, "config.json")

@@ -102,6 +102,30 @@ def render(
     return Rendering("".join(parts) + text[end:], found, marked if has_marks else None)
 
 
+def with_date(template: str, now: datetime.datetime) -> str:
+    """The template, which writes the date of `now` instead of the date of each rendering.
+
+    A template calls strftime_now with a format. The new template begins with a macro of this name, which knows the
+    dates for all formats in the template, so other programs write the same date. A format that the template makes
+    from parts raises an error when it is rendered. Raises: UserError if the template does not compile.
+    """
+    from jinja2 import TemplateError, nodes
+
+    try:
+        tree = _compile(template)[0].environment.parse(template)
+    except TemplateError as error:
+        raise UserError(f"the chat template fails: {error}") from error
+    names = {node.name for node in tree.find_all(nodes.Name)} - {node.name for node in tree.find_all(nodes.Macro)}
+    if "strftime_now" not in names:
+        return template
+    texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    dates = json.dumps({text: now.strftime(text) for text in sorted(texts) if "%" in text})
+    return (
+        f"{{%- macro strftime_now(format) -%}}{{%- set dates = {dates} -%}}{{{{- dates[format] if format in dates else "
+        "raise_exception('the date of this run has no format ' ~ format) -}}{%- endmacro %}\n" + template
+    )
+
+
 def _time_limited(function):
     # Jinja compiles a template to Python, which calls the tracer at each line.
     deadline, before = time.thread_time() + MAX_SECONDS, sys.gettrace()

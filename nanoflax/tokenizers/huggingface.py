@@ -279,6 +279,18 @@ class HFTokenizer(_FileTokenizer):
             raise UserError(f"tokenizer {self.name}: its chat template must be text")
         return template
 
+    def with_chat_template(self, template: str) -> "HFTokenizer":
+        """The tokenizer with another chat template, also in its files. The fingerprint does not change."""
+        files, config = dict(self.files), dict(self._config)
+        if "chat_template.jinja" in files:
+            files["chat_template.jinja"] = template.encode()
+        else:
+            named = config.get("chat_template")
+            if isinstance(named, list):
+                template = [t | {"template": template} if t["name"] == "default" else t for t in named]
+            files["tokenizer_config.json"] = json.dumps(config | {"chat_template": template}, indent=2).encode()
+        return HFTokenizer(files, self.name)
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The ids of a text, without added tokens. special: read special tokens in the text."""
         return self._encode(self._with_aliases(text) if special else text)
