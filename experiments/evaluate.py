@@ -41,6 +41,9 @@ flags.DEFINE_string(
     "for a pretrained run pydocs | text:GLOB | tfds:NAME[:FIELD], for a fine-tuned run, a classifier or a tagger a "
     "source of examples; empty: the run's own validation data",
 )
+flags.DEFINE_string(
+    "fields", None, "names of our fields in --data, as text=review,label=stars; default: those of the run"
+)
 flags.DEFINE_enum("split", "all", ["all", "train", "validation", "test"], "part of --data")
 flags.DEFINE_string("candidates", "", "a .jsonl file of candidates to rank")
 flags.DEFINE_string("out", "", "a .jsonl file for predictions or rankings")
@@ -55,6 +58,8 @@ def main():
         raise UserError("give either --data or --candidates")
     if FLAGS["split"].present and not FLAGS.data:
         raise UserError(f"--split={FLAGS.split} needs --data; for the run's own data, give its source")
+    if FLAGS.fields is not None and not FLAGS.data:
+        raise UserError(f"--fields={FLAGS.fields} needs --data; the run's own data has the fields of the run")
     runs.setup_jax()
     if FLAGS.candidates:
         questions = runs.read_questions(FLAGS.candidates)
@@ -65,7 +70,7 @@ def main():
             raise UserError("--out needs --candidates or a run of finetune: text has no predictions")
         if run.task is None and FLAGS.split == "test":
             raise UserError("--split=test is only for examples; text has train, validation and all")
-        result = run.evaluate(FLAGS.data, FLAGS.split, FLAGS.out)
+        result = run.evaluate(FLAGS.data, FLAGS.split, FLAGS.out, FLAGS.fields)
         if run.task is not None and run.task.scores_table:
             print("\n".join(run.task.scores_table(result["report"])), file=sys.stderr)
     print(json.dumps(result, indent=1, ensure_ascii=False))

@@ -16,8 +16,8 @@ class DataConfig:
     kind: ClassVar[str]
     train: str = field(
         "pydocs",
-        "Training data: pydocs, text:GLOB or tfds:NAME[:FIELD]; for finetune also jsonl:FILE, tsv:FILE, conll:FILE, "
-        "pairs:SOURCES,TARGETS, dates:FROM-TO, pytags, pymodules, pychats or bible:FROM-TO.",
+        "Training data: pydocs, text:GLOB or tfds:NAME[:FIELD]; for finetune also jsonl:FILE, csv:FILE, tsv:FILE, "
+        "conll:FILE, pairs:SOURCES,TARGETS, dates:FROM-TO, pytags, pymodules, pychats or bible:FROM-TO.",
     )
     validation: str = field("", "Validation data; empty: the data's own split, or else a part of the training data.")
     validation_fraction: float = field(0.05, "That part: a share of the texts, chosen by hash.", within="(0, 1)")

@@ -9,7 +9,8 @@ import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TextIO
+from io import TextIOWrapper
+from typing import Any
 
 from nanoflax.config import TextData
 from nanoflax.data import files
@@ -185,27 +186,39 @@ def _suffix(path: str) -> str:
 
 
 def _read_files(paths: Sequence[str], field: str, report: DataReport) -> Iterator[str]:
-    size, before = sum(map(os.path.getsize, paths)) or 1, 0
+    size, before, found, others = sum(map(os.path.getsize, paths)) or 1, 0, False, {}
     for path in paths:
         with files.open_text(path) as file:
             if _suffix(path) == ".jsonl":
-                texts = _read_json_lines(file, path, field, report)
+                texts = _read_json_lines(file, path, field, others, report)
             else:
                 texts = [_document(files.decoded(file.read(), path, report), path, report)]
             for text in texts:
                 report.share = (before + files.bytes_read(file)) / size
+                found = True
                 if text:
                     yield text
             before += files.bytes_read(file)
+    if others and not found:
+        raise UserError(
+            f"{others[next(iter(others))]}: no JSON line has text in field {field!r}; choose one of "
+            f"{', '.join(others)}, as in --config.data.field={next(iter(others))}"
+        )
 
 
-def _read_json_lines(file: TextIO, path: str, field: str, report: DataReport) -> Iterator[str]:
+def _read_json_lines(
+    file: TextIOWrapper, path: str, field: str, others: dict[str, str], report: DataReport
+) -> Iterator[str]:
+    """Yields the texts. `others` receives {name of another field with text: its first place}."""
     for place, value in files.json_lines(file, path, report):
         text = value.get(field) if isinstance(value, dict) else None
         if isinstance(text, str):
             yield _document(text, place, report)
         else:
             report.add(f"JSON lines without text in field {field!r}, left out", place)
+            for name, other in value.items() if isinstance(value, dict) else ():
+                if isinstance(other, str):
+                    others.setdefault(name, place)
 
 
 # TFDS.

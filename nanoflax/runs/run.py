@@ -218,19 +218,20 @@ class Run:
 
     # Measurements.
 
-    def evaluate(self, data: str = "", split: str = "all", out: str = "") -> dict[str, Any]:
+    def evaluate(self, data: str = "", split: str = "all", out: str = "", fields: str | None = None) -> dict[str, Any]:
         """The metrics of the model on data, as a dict of JSON values; see experiments.evaluate.
 
         A fine-tuned run, a classifier and a tagger have the metrics of their task; other models have loss,
         perplexity and bits per byte on windows as in training. data: a source of text, or for a task of
         examples; empty: the run's own validation data. split of `data`: all, train, validation or (only
-        examples) test. out: a .jsonl file for the predictions of a task.
+        examples) test. out: a .jsonl file for the predictions of a task. fields: names of our fields in
+        `data`, as text=review,label=stars; None: those of the run.
         Raises: UserError for data that cannot be read, or for `out` if there are no predictions.
         """
         if not data and (self.workdir is None or not self.config.data.train):
             raise UserError(f"{self.source} is not a run and has no validation data; give data")
         if self.task is not None:
-            return self._evaluate_on_examples(data, split, out)
+            return self._evaluate_on_examples(data, split, out, fields)
         model = self.config.model
         if model.head != "lm" or model.reads_source:
             raise UserError(f"{self.source} {self._why_no_task()}")
@@ -238,12 +239,15 @@ class Run:
             raise UserError("--out needs --candidates or a run of finetune: text has no predictions")
         if split == "test":
             raise UserError("--split=test is only for examples; text has train, validation and all")
-        return self._evaluate_on_text(data, split)
+        return self._evaluate_on_text(data, split, fields)
 
-    def _evaluate_on_text(self, name: str, split: str) -> dict[str, Any]:
+    def _evaluate_on_text(self, name: str, split: str, fields: str | None) -> dict[str, Any]:
         c = self.config
         text, split = configs.as_kind(configs.TextData, c.data), split if name else "validation"
         source = data.source_of(text, name)
+        if fields is not None:
+            field = tasks.TaskSource(name, fields=fields).renamed_fields(tasks.Text).get("text", "text")
+            source = dataclasses.replace(source, field=field)
         store = data.prepare(source, self.tokenizer, split, text.cache or None)
         windows = data.Windows(store, c.window, text.packing == "isolated")
         every_batch = dataclasses.replace(c, train=dataclasses.replace(c.train, evaluate_batches=0))
@@ -259,11 +263,11 @@ class Run:
             "report": store.report,
         }
 
-    def _evaluate_on_examples(self, name: str, split: str, out: str) -> dict[str, Any]:
+    def _evaluate_on_examples(self, name: str, split: str, out: str, fields: str | None) -> dict[str, Any]:
         c, report = self.config, data.DataReport()
         if out and not self.task.predict:
             raise UserError(f"--out: task.kind={c.task.kind!r} has no predictions, only a loss")
-        source = tasks.examples_of(configs.as_kind(configs.ExampleData, c.data), name)
+        source = tasks.examples_of(configs.as_kind(configs.ExampleData, c.data), name, fields)
         if name:
             examples = tasks.read(source, self.task.examples, self.labels, report, split)
         else:

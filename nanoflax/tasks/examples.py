@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
@@ -13,6 +14,7 @@ from nanoflax.errors import UserError, listed
 from nanoflax.tasks.classes import classes_after_training, match_labels
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
 from nanoflax.tasks.sources import Records, TaskSource, records
+from nanoflax.tasks.tags import TAG, from_bio, to_bio
 
 Clean = Callable[[str, str], str]  # (text, place) -> the cleaned text
 
@@ -57,7 +59,9 @@ def load(source: TaskSource | str, kind: type, labels: Sequence[str] | None = No
         if _digest(example.input) in train_inputs:
             report.add("validation examples that are also training inputs, kept", example.place)
     if kind in (Classification, Tagging):
-        found, known = _label_names(train), tuple(labels or ())
+        known = tuple(labels or ())
+        train, validation = (_in_scheme(part, known) for part in (train, validation))
+        found = _label_names(train)
         meaning = match_labels(occurring_labels([*train, *validation]), known)
         labels = known or found
         if extend:
@@ -85,6 +89,7 @@ def read(
     report = DataReport() if report is None else report
     examples = _examples(source, kind, _split_of(records(source, kind, report, split), source, split), report)
     if labels:
+        examples = _in_scheme(examples, labels)
         examples = _with_classes(examples, labels, match_labels(occurring_labels(examples), labels), report)
     _check_any(source.name, "evaluation", kind, examples, report)
     return examples
@@ -139,13 +144,22 @@ def _label_names(examples: list) -> tuple[str, ...]:
     names = occurring_labels(examples)
     if examples and isinstance(examples[0], Tagging):
         types = sorted({tag[2:] for tag in names - {"O"}})
-        return ("O", *(f"{prefix}-{name}" for name in types for prefix in "BI"))
+        prefixes = ["B", "I", *sorted({tag[0] for tag in names} - {*"OBI"})]
+        return ("O", *(f"{prefix}-{name}" for name in types for prefix in prefixes))
     return tuple(sorted(names, key=lambda name: (int(name) if re.fullmatch("[0-9]+", name) else -1, name)))
 
 
 def occurring_labels(examples: list) -> set[str]:
     """The labels or tags in examples."""
     return {label for example in examples for label in _labels_of(example)}
+
+
+def _in_scheme(examples: list, labels: Sequence[str]) -> list:
+    """The examples; with a type of entity of these classes, their tags are in the scheme of the classes (as BIOES)."""
+    if not any(isinstance(example, Tagging) for example in examples):
+        return examples
+    made = [dataclasses.replace(example, tags=tuple(from_bio(example.tags, labels))) for example in examples]
+    return made if match_labels(occurring_labels(made) - {"O"}, labels) else examples
 
 
 def _with_classes(examples: list, classes: Sequence[str], meaning: Mapping[str, str], report: DataReport) -> list:
@@ -224,12 +238,17 @@ def _classification(record: dict[str, Any], place: str, clean: Clean, report: Da
     elif not isinstance(labels, list):
         labels = [None]
     labels = [clean(label, place).strip() if isinstance(label, str) else label for label in labels]
-    if any(label in (None, "") or isinstance(label, (list, dict)) for label in labels):
+    if any(label in (None, "") or isinstance(label, (list, dict)) or _not_finite(label) for label in labels):
         report.add("examples without a label, left out", place)
         return None
     texts = _texts(record, ["text"], place, clean, report)
     names = (label if isinstance(label, str) else json.dumps(label) for label in labels)
     return Classification(texts[0], tuple(dict.fromkeys(names)), place) if texts else None
+
+
+def _not_finite(label: Any) -> bool:
+    """Whether a label is NaN or infinite, as pandas writes a missing one."""
+    return isinstance(label, float) and not math.isfinite(label)
 
 
 def _tagging(record: dict[str, Any], place: str, clean: Clean, report: DataReport) -> Tagging | None:
@@ -247,18 +266,17 @@ def _tagging(record: dict[str, Any], place: str, clean: Clean, report: DataRepor
     if not words or not all(words):
         report.add("examples with an empty token, left out", places[words.index("")] if words else place)
         return None
-    before, checked = "O", []
-    for tag, at in zip(tags, places, strict=True):
-        tag = clean(tag, at).strip()
-        if not re.fullmatch("O|[BI]-.+", tag):
-            report.add("examples with a tag that is not BIO (O, B-X or I-X), left out", f"{at} {tag!r}")
-            return None
-        if tag[0] == "I" and before[2:] != tag[2:]:
-            report.add("I- tags without a tag before, read as B-", f"{at} {tag!r}")
-            tag = f"B-{tag[2:]}"
-        checked.append(tag)
-        before = tag
-    return Tagging(tuple(words), tuple(checked), place)
+    tags = [clean(tag, at).strip() for tag, at in zip(tags, places, strict=True)]
+    if bad := [f"{at} {tag!r}" for tag, at in zip(tags, places, strict=True) if not TAG.fullmatch(tag)]:
+        report.add("examples with a tag that is not BIO (O, B-X or I-X), BIOES or BILOU, left out", bad[0])
+        return None
+    bio, begins = to_bio(tags)
+    for i in begins:
+        report.add("I- tags without a tag before, read as B-", f"{places[i]} {tags[i]!r}")
+    other = [i for i, tag in enumerate(tags) if tag[0] not in "OBI"]
+    if other:
+        report.add("sentences with tags of BIOES or BILOU, read as BIO", f"{places[other[0]]} {tags[other[0]]!r}")
+    return Tagging(tuple(words), tuple(bio), place)
 
 
 def _is_list_of_text(value: Any) -> TypeGuard[list[str]]:

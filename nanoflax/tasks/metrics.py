@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from nanoflax.errors import UserError
+from nanoflax.tasks.tags import to_bio
 
 
 def perplexity(nll: float, weight: float) -> float:
@@ -67,20 +68,19 @@ def tags(
 
 
 def entities(tags: Sequence[str], strict: bool = False) -> list[tuple[str, int, int]]:
-    """The (type, first word, last word + 1) of each entity in BIO tags, in order.
+    """The (type, first word, last word + 1) of each entity, in order.
 
-    An I- that continues no entity begins one, as in seqeval by default; with `strict` it is in no entity, as in
-    seqeval's mode "strict" with IOB2.
+    Tags may be of BIO, BIOES or BILOU: see `to_bio`. A tag that continues no entity begins one, as in seqeval by
+    default; with `strict`, which is for BIO, it is in no entity, as in seqeval's mode "strict" with IOB2.
     """
     found, kind, start = [], None, 0
-    for i, tag in enumerate([*tags, "O"]):
+    for i, tag in enumerate([*(tags if strict else to_bio(tags)[0]), "O"]):
         prefix, _, name = tag.partition("-")
         if prefix == "I" and name == kind:
             continue
         if kind is not None:
             found.append((kind, start, i))
-        begins = prefix == "B" or prefix == "I" and not strict
-        kind, start = (name, i) if begins else (None, i)
+        kind, start = (name, i) if prefix == "B" else (None, i)
     return found
 
 

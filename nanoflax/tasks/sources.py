@@ -1,9 +1,9 @@
 """Sources of task examples, each named by one string; their records, with file and line.
 
-A source is jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, or built in (tasks.builtin):
-dates:en-fr, pytags, pymodules, pychats, bible:kjv-web. Files may be .gz. Sources of Text are also pydocs, text:GLOB
-(data.Source), and sources of Pair, of which both sides are read. The fields of each kind of example are keys of a JSON
-line or columns of a TSV file:
+A source is jsonl:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, or built in
+(tasks.builtin): dates:en-fr, pytags, pymodules, pychats, bible:kjv-web. Files may be .gz. Sources of Text are also
+pydocs, text:GLOB (data.Source), and sources of Pair, of which both sides are read. The fields of each kind of example
+are keys of a JSON line or columns of a table (CSV, TSV):
 
     Classification   text, and label (one) or labels (several, or none)
     Tagging          tokens, tags (O, B-TYPE, I-TYPE)
@@ -13,9 +13,11 @@ line or columns of a TSV file:
 """
 
 import dataclasses
+import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nanoflax import data
@@ -34,9 +36,11 @@ from nanoflax.data import (
 from nanoflax.errors import UserError
 from nanoflax.tasks import builtin
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
+from nanoflax.tasks.tables import table_rows
+from nanoflax.tasks.tags import TAG
 
 HELP = (
-    "choose jsonl:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, "
+    "choose jsonl:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, "
     "dates:en-fr, pytags, pymodules, pychats, bible:kjv-web, or for texts pydocs or text:GLOB"
 )
 
@@ -108,13 +112,16 @@ class TaskSource:
         return dict(pairs)
 
 
-def examples_of(config: ExampleData, name: str | None = None) -> TaskSource:
-    """The TaskSource of an ExampleData. name: another source, read completely, with the same settings."""
+def examples_of(config: ExampleData, name: str | None = None, fields: str | None = None) -> TaskSource:
+    """The TaskSource of an ExampleData. name: another source, read completely, with the same settings.
+
+    fields: instead of the configuration's.
+    """
     return TaskSource(
         name or config.train,
         "" if name else config.validation,
         config.validation_fraction,
-        fields=config.fields,
+        fields=config.fields if fields is None else fields,
         unicode=config.unicode,
         whitespace=config.whitespace,
         keep_duplicates=config.keep_duplicates,
@@ -196,38 +203,85 @@ def _missing(kind: type, found: Iterable[str]) -> list[str]:
     return [name for name in kind.fields if name not in found and not (name == "label" and "labels" in found)]
 
 
+def _named(kind: type, renamed: Mapping[str, str], names: Sequence[str]) -> dict[str, int]:
+    """{our name: number of its column} for columns with these names. Capitals and blanks around a name may differ."""
+    simple, found = [_simple(name) for name in names], {}
+    for ours in _field_names(kind):
+        theirs = renamed.get(ours, ours)
+        if theirs in names:
+            found[ours] = names.index(theirs)
+        elif _simple(theirs) in simple:
+            found[ours] = simple.index(_simple(theirs))
+    return found
+
+
+def _simple(name: str) -> str:
+    return " ".join(name.split()).casefold()
+
+
+# Names that other data give to our fields, for the flag in messages.
+_OTHER_NAMES = {
+    "text": "sentence review content body document comment tweet question input",
+    "label": "class category stars rating score sentiment topic intent target",
+    "tokens": "words word text sentence",
+    "tags": "ner_tags ner labels tag",
+    "source": "src input question article document text english en",
+    "target": "tgt output answer summary translation response completion",
+    "messages": "conversations conversation chat dialog",
+}
+
+
+def _mapping_flag(kind: type, names: Sequence[str]) -> str:
+    """The flag that says which of these names are our fields; where the names do not tell, the first that is left."""
+    left, pairs = list(names), {}
+    for ours in kind.fields:
+        known = [ours, *_OTHER_NAMES[ours].split()]
+        pairs[ours] = next((name for word in known for name in left if _simple(name) == word), "")
+        left = [name for name in left if name != pairs[ours]]
+    for ours in kind.fields:
+        pairs[ours] = pairs[ours] or (left.pop(0) if left else "NAME")
+    value = shlex.quote(",".join(f"{ours}={theirs}" for ours, theirs in pairs.items() if ours != theirs))
+    return f"--config.data.fields={value} (evaluate: --fields)"
+
+
 def _lines(path: str, report: DataReport) -> Iterator[tuple[str, str]]:
     with open_text(path) as file:
         yield from text_lines(file, path, report)
 
 
 def _jsonl(source: TaskSource, path: str, kind: type, report: DataReport) -> Records:
-    renamed = source.renamed_fields(kind)
+    renamed, found, seen = source.renamed_fields(kind), set(), {}
     with open_text(path) as file:
         for place, value in json_lines(file, path, report):
-            if isinstance(value, dict):
-                yield place, {name: value.get(renamed.get(name, name)) for name in _field_names(kind)}
-            else:
+            if not isinstance(value, dict):
                 report.add("JSON lines that are not objects, left out", place)
+                continue
+            names = list(value)
+            columns = _named(kind, renamed, names)
+            found |= columns.keys()
+            seen |= dict.fromkeys(names)
+            yield place, {ours: value[names[column]] for ours, column in columns.items()}
+    if seen and (missing := _missing(kind, found)):
+        raise UserError(
+            f"{path}: no object has {' or '.join(renamed.get(name, name) for name in missing)}; their fields are "
+            f"{', '.join(seen)}; say which is which, as in {_mapping_flag(kind, [*seen])}"
+        )
 
 
-def _tsv(source: TaskSource, path: str, kind: type, report: DataReport) -> Records:
+def _table(source: TaskSource, path: str, kind: type, report: DataReport, delimiter: str) -> Records:
     """The first line is a header if it names a field. Without a header, columns are in the order of the fields."""
     if kind is Chat:
-        raise UserError(f"{path}: a TSV file cannot hold messages; write them as JSON lines")
-    renamed, columns, width = source.renamed_fields(kind), {}, 0
-    for place, line in _lines(path, report):
-        cells = line.split("\t")
-        if not columns:
-            columns = _tsv_header(place, cells, kind, renamed)
-            width = len(cells) if columns else len(kind.fields)
-            if columns:
-                continue
-            columns = {name: i for i, name in enumerate(kind.fields)}
-        if not line:
-            continue
+        raise UserError(f"{path}: a table cannot hold messages; write them as JSON lines")
+    rows = table_rows(path, delimiter, report)
+    ahead = list(itertools.islice(rows, 1000))
+    columns = _header(source, kind, ahead)
+    rows = itertools.chain(ahead[bool(columns) :], rows)
+    width = len(ahead[0][1]) if columns else len(kind.fields)
+    columns = columns or {name: i for i, name in enumerate(kind.fields)}
+    between = "tabs" if delimiter == "\t" else "commas"
+    for place, cells in rows:
         if len(cells) != width:
-            report.add(f"lines without {width} columns between tabs, left out", f"{place} {len(cells)}")
+            report.add(f"lines without {width} columns between {between}, left out", f"{place} {len(cells)}")
             continue
         record: dict[str, Any] = {name: cells[i] for name, i in columns.items()}
         if "labels" in record:
@@ -237,23 +291,32 @@ def _tsv(source: TaskSource, path: str, kind: type, report: DataReport) -> Recor
         yield place, record
 
 
-def _tsv_header(place: str, cells: list[str], kind: type, renamed: dict[str, str]) -> dict[str, int]:
-    """{our name: column number} from a header; {} if the line is not a header."""
-    names = {renamed.get(name, name): name for name in _field_names(kind)}
-    columns = {names[cell]: i for i, cell in enumerate(cells) if cell in names}
-    if not (renamed or columns):
+def _header(source: TaskSource, kind: type, rows: Sequence[tuple[str, list[str]]]) -> dict[str, int]:
+    """{our name: column number} from the first row of a table; {} if it is no header.
+
+    Raises: UserError if it lacks a field, or if it looks like a header (single words, and no other row of them).
+    """
+    renamed = source.renamed_fields(kind)
+    place, cells = rows[0] if rows else ("", [])
+    columns = _named(kind, renamed, cells)
+    words = [all(re.fullmatch("[A-Za-z_][A-Za-z0-9_.-]*", cell) for cell in row) for _, row in rows]
+    looks_so = words[:1] == [True] and words.count(True) == 1 and len(rows) > 1 and len({*cells}) == len(cells)
+    if not (renamed or columns or looks_so):
         return {}
     if missing := [renamed.get(name, name) for name in _missing(kind, columns)]:
         raise UserError(
-            f"{place}: the header {cells} lacks {', '.join(missing)}; name the columns, as in "
-            "fields=text=sentence,label=stars"
+            f"{place}: the header {', '.join(cells)} lacks {' and '.join(missing)}; say which column is which, as in "
+            f"{_mapping_flag(kind, cells)}; before a first line that is an example, write a header"
         )
     return columns
 
 
 def _conll(source: TaskSource, path: str, kind: type, report: DataReport) -> Records:
-    """Each line has a word, other columns and a tag, with spaces between. Empty lines separate sentences."""
-    renamed, width = source.renamed_fields(kind), 0
+    """Each line has a word, other columns and a tag: between tabs if the first line has tabs, else between blanks.
+
+    Empty lines separate sentences. Before a sentence, a line that begins with # and has no tag is a comment.
+    """
+    renamed, width, separator = source.renamed_fields(kind), 0, ""
     try:
         word, tag = int(renamed.get("tokens", 0)), int(renamed.get("tags", -1))
     except ValueError as error:
@@ -262,14 +325,19 @@ def _conll(source: TaskSource, path: str, kind: type, report: DataReport) -> Rec
         ) from error
     rows, malformed = [], False
     for place, line in itertools.chain(_lines(path, report), [("", "")]):
-        cells = line.split()
-        if not cells or cells[0] == "-DOCSTART-":
+        line = line.rstrip(" \t")
+        cells = [cell.strip(" ") or cell for cell in re.split(separator or ("\t" if "\t" in line else "[ \t]+"), line)]
+        if not line.strip() or cells[0] == "-DOCSTART-":
             if rows and not malformed:
                 words, tags, places = map(list, zip(*rows, strict=True))
                 yield places[0], {"tokens": words, "tags": tags, "places": places}
             rows, malformed = [], False
             continue
-        width = width or len(cells)
+        fits = len(cells) == (width or len(cells)) and -len(cells) <= tag < len(cells)
+        if line[0] == "#" and not rows and not malformed and not (fits and TAG.fullmatch(cells[tag])):
+            continue
+        if not width:
+            width, separator = len(cells), "\t" if "\t" in line else "[ \t]+"
         if not all(-width <= column < width for column in (word, tag)):
             raise UserError(f"fields {source.fields!r}: {place} has {width} columns, from 0 to {width - 1}")
         if len(cells) != width or width < 2:
@@ -296,7 +364,13 @@ def _pairs(source: TaskSource, paths: str, kind: type, report: DataReport) -> Re
         yield place, {"source": text, "target": other}
 
 
-READERS = {"jsonl": _jsonl, "tsv": _tsv, "conll": _conll, "pairs": _pairs}
+READERS = {
+    "jsonl": _jsonl,
+    "tsv": functools.partial(_table, delimiter="\t"),
+    "csv": functools.partial(_table, delimiter=","),
+    "conll": _conll,
+    "pairs": _pairs,
+}
 
 
 # TFDS.
@@ -335,8 +409,8 @@ def _dataset_fields(source: TaskSource, builder: Any, kind: type) -> dict[str, s
     names = {ours: theirs for ours, theirs in names.items() if theirs in features}
     if missing := _missing(kind, names):
         raise UserError(
-            f"{source.name}: which of {', '.join(features)} is {' and '.join(missing)}?"
-            f" Say so, as in fields={missing[0]}={next(iter(features))}"
+            f"{source.name}: which of {', '.join(features)} is {' and '.join(missing)}? Say so, as in "
+            f"{_mapping_flag(kind, [*features])}"
         )
     return names
 

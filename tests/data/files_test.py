@@ -134,3 +134,11 @@ def test_a_corpus_of_utf16_is_the_corpus(tmp_path):
         (tmp_path / f"{i}.txt").write_text(text, encoding=encoding)
     (tmp_path / "2.jsonl").write_text('{"text": "x\u2028y"}\n', encoding="utf-16")
     assert list(data.documents(f"text:{tmp_path}/*", "all")) == [*texts, "x\u2028y"]
+
+
+def test_a_corpus_with_another_field_names_the_flag(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 3, "body": "x"}\n{"title": "y"}\n')
+    with pytest.raises(UserError, match="a.jsonl:1: .*choose one of body, title, as in --config.data.field=body"):
+        list(data.documents(f"text:{tmp_path}/*.jsonl", "all"))
+    (tmp_path / "b.jsonl").write_text('{"text": "z"}\n')  # then the other file is only reported
+    assert list(data.documents(f"text:{tmp_path}/*.jsonl", "all")) == ["z"]

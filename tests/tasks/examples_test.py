@@ -188,7 +188,7 @@ def test_bad_examples_are_counted_with_their_lines(tmp_path):
                 "lists of text": [{"tokens": "a b", "tags": ["O"]}, {"tokens": ["a"], "tags": [0]}],
                 "unequal numbers": [{"tokens": ["a"], "tags": ["O", "O"]}],
                 "an empty token": [{"tokens": ["a", " "], "tags": ["O", "O"]}, {"tokens": [], "tags": []}],
-                "not BIO": [{"tokens": ["a"], "tags": ["S-X"]}, {"tokens": ["a"], "tags": ["B-"]}],
+                "not BIO": [{"tokens": ["a"], "tags": ["X-Y"]}, {"tokens": ["a"], "tags": ["B-"]}],
             },
             {"tokens": ["a"], "tags": ["O"]},
         ),
