@@ -325,7 +325,8 @@ class Run:
 
         Raises: UserError if no family of Transformers has such a model.
         """
-        hf.save(str(path), self.model.config, self.params, self.tokenizer)
+        tokenizer = tasks.with_sentinels(self.config.task, self.tokenizer) if self.task else self.tokenizer
+        hf.save(str(path), self.model.config, self.params, tokenizer)
 
     def save_run(self, workdir: str) -> None:
         """Write the model as a run with 0 steps, for sample, evaluate and finetune.

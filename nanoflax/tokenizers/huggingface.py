@@ -27,6 +27,7 @@ from typing import Any
 from nanoflax.errors import UserError
 from nanoflax.tokenizers import chat_template, vocabularies
 from nanoflax.tokenizers.base import SPACE, Framing, check_ids, well_formed
+from nanoflax.tokenizers.sentinels import TokenizerWithSentinels
 
 VOCABULARIES = ("tokenizer.json", "source.spm", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 FILES = (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json", "tokenizer_config.json",
@@ -91,7 +92,10 @@ def to_huggingface(tokenizer: Any, for_prompts: bool = False) -> "HFTokenizer | 
     A tokenizer trained here becomes an HFTokenizer with the same ids for every text, except that U+2581 is read as
     a space; others are returned unchanged. Transformers then puts the ids of `Framing.whole` around every text.
     for_prompts: those of `Framing.prompt`, for a causal language model.
+    The mask and the sentinels of a TokenizerWithSentinels become special tokens.
     """
+    if isinstance(tokenizer, TokenizerWithSentinels):
+        return _with_tokens(to_huggingface(tokenizer.plain, for_prompts), tokenizer)
     if isinstance(tokenizer, (HFTokenizer, MarianTokenizer)):
         return tokenizer
     spec, framing = vocabularies.from_ours(tokenizer), tokenizer.framing
@@ -100,10 +104,24 @@ def to_huggingface(tokenizer: Any, for_prompts: bool = False) -> "HFTokenizer | 
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {
         f"{role}_token": names[i]
-        for role, i in [("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id)]
-        if i in names
+        for role in ("bos", "eos", "pad", "mask")
+        if (i := getattr(tokenizer, f"{role}_id", None)) in names
     }
     return _from_spec(spec, config, {}, "exported from nanoflax")
+
+
+def _with_tokens(exported, tokenizer):
+    """`exported` with the new tokens of a TokenizerWithSentinels in its settings, where Transformers reads them."""
+    if not tokenizer.added:
+        return exported
+    config = _json(exported.files, "tokenizer_config.json", exported.name)
+    own = config.get("added_tokens_decoder") or {}
+    tokens = {str(i): _fields(vocabularies.added_token(name, i), name) for name, i in tokenizer.special.items()}
+    config["added_tokens_decoder"] = tokens | own
+    config["additional_special_tokens"] = [*(config.get("additional_special_tokens") or []), *tokenizer.added]
+    if tokenizer.mask_id in tokenizer.added.values():
+        config["mask_token"] = "<mask>"
+    return from_files(exported.files | {"tokenizer_config.json": json.dumps(config).encode()}, exported.name)
 
 
 class _FileTokenizer:
@@ -195,9 +213,7 @@ class HFTokenizer(_FileTokenizer):
         _add_special_tokens(spec, self._config, _json(files, "added_tokens.json", name), self._named, self._roles)
         if "tokenizer.json" not in files:  # a tokenizer.json has its own post-processor
             vocabularies.set_ends(spec, self._config, self._roles)
-        if self._config != _json(
-            files, "tokenizer_config.json", name
-        ):  # add_bos_token, which is not everyone's default
+        if self._config != _json(files, "tokenizer_config.json", name):  # add_bos_token, not everyone's default
             self.files = files | {"tokenizer_config.json": json.dumps(self._config).encode()}
         nonce = secrets.token_hex(16)
         specials = [token["content"] for token in spec["added_tokens"] if token["special"]]

@@ -23,6 +23,7 @@ from nanoflax.hf.family import to_config
 from nanoflax.hf.layouts import parameter_shapes
 from nanoflax.runs.ranking import candidate_ids
 from nanoflax.tasks import Classification, Pair, Tagging, Text
+from nanoflax.tokenizers.huggingface import MarianTokenizer
 
 WORDS = "the cat sat on a mat while New York dogs ran home quickly def return for in range print value 12 345".split()
 
@@ -192,6 +193,28 @@ def test_exported_ids_are_the_ids_trained_on(tokenizer, tmp_path):
         joint = tokenizers.prompt_ids(tokenizer, f"{text} {other}")
         ids, candidate = candidate_ids(tokenizer, text, f" {other}", False)
         assert ids == prompt and (joint[: len(prompt)] != prompt or [*prompt, *candidate] == joint)
+
+
+def test_exports_have_the_mask_and_the_sentinels(tokenizer, tmp_path):
+    task = configs.Denoise(length=64, target_length=64)
+    marked = tasks.with_sentinels(task, tokenizer)
+    if isinstance(marked.plain, MarianTokenizer):
+        pytest.skip("it has no mask of its own, and no model of Transformers reads one")
+    tokenizers.to_huggingface(marked).save(tmp_path)
+    theirs, mine = transformers.AutoTokenizer.from_pretrained(tmp_path), tokenizers.load(tmp_path)
+    assert len(theirs) == marked.vocab_size == mine.vocab_size
+    assert mine.mask_id == marked.mask_id
+    again = tasks.with_sentinels(task, mine)
+    assert (again.added, again.sentinels) == ({}, marked.sentinels)
+    row = rows(Text("the cat sat on a mat", "p"), tokenizer, task)
+    for name in ("source", "targets"):
+        assert theirs.decode(row[name], skip_special_tokens=False).count("<extra_id_") == 1
+    for i, name in [
+        (marked.mask_id, theirs.mask_token),
+        *((i, f"<extra_id_{n}>") for n, i in enumerate(marked.sentinels)),
+    ]:
+        assert theirs.convert_tokens_to_ids(name) == i
+        assert i in theirs(name).input_ids
 
 
 def test_documents_of_pretraining_begin_like_prompts(tokenizer, tmp_path):
