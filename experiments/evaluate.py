@@ -21,14 +21,13 @@ right) and the mean reciprocal rank of the right one; NAME_normalised is the sam
 between prompt and candidate in one of the two texts. An encoder-decoder reads the prompt as its source.
 """
 
-import json
 import sys
 
 from absl import flags
 
 import nanoflax
 from experiments.flags import launch
-from nanoflax import runs
+from nanoflax import report, runs
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -73,7 +72,7 @@ def main():
         result = run.evaluate(FLAGS.data, FLAGS.split, FLAGS.out, FLAGS.fields)
         if run.task is not None and run.task.scores_table:
             print("\n".join(run.task.scores_table(result["report"])), file=sys.stderr)
-    print(json.dumps(result, indent=1, ensure_ascii=False))
+    print(report.to_json(result, indent=1, ensure_ascii=False))
 
 
 def open_run():

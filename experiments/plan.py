@@ -11,7 +11,6 @@ mistake of the user.
 
 import dataclasses
 import importlib.util
-import json
 import os
 from typing import Any
 
@@ -19,7 +18,7 @@ import jax
 from absl import flags
 
 from experiments.flags import launch, parsed_config
-from nanoflax import parallel, planning
+from nanoflax import parallel, planning, report
 from nanoflax.config import Config
 from nanoflax.errors import UserError
 
@@ -72,7 +71,7 @@ def write(found: dict[str, Any] | None) -> None:
     try:
         with open(FLAGS.json, "w" if found else "a") as f:
             if found:
-                json.dump(found, f, indent=1)
+                f.write(report.to_json(found, indent=1))
     except OSError as error:
         raise UserError(f"--json={FLAGS.json} cannot be written: {error.strerror}") from error
 

@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any
 
+from nanoflax import report
 from nanoflax.errors import UserError
 
 Results = dict[str, list[dict[str, float]]]  # side -> {"seconds", and the machine's limit} of each round
@@ -16,11 +17,11 @@ Results = dict[str, list[dict[str, float]]]  # side -> {"seconds", and the machi
 def serve(side: tuple) -> None:
     """Run in the process of a side: print its facts, then run one round for each line read."""
     facts, run = side
-    print(json.dumps(facts), flush=True)
+    print(report.to_json(facts), flush=True)
     for _ in sys.stdin:
         begin = time.perf_counter()
         found = run() or {}
-        print(json.dumps({"seconds": time.perf_counter() - begin} | found), flush=True)
+        print(report.to_json({"seconds": time.perf_counter() - begin} | found), flush=True)
 
 
 def measure(arguments: list[str], names: list[str], num_rounds: int) -> tuple[dict[str, Any], Results]:

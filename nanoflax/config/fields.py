@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -110,6 +111,8 @@ def value_problems(config: Any, prefix: str) -> list[str]:
 def _out_of_range(value, limits):
     if limits.get("choices") and value not in limits["choices"]:
         return f"is not one of {', '.join(limits['choices'])}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
     # Each comparison is written so that NaN fails it.
     if limits.get("at_least") is not None and not value >= limits["at_least"]:
         return f"must be at least {limits['at_least']}"

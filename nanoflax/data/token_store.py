@@ -27,7 +27,7 @@ from jaxtyping import Int
 from nanoflax.data.files import DataReport
 from nanoflax.data.text import Source, documents, source_version
 from nanoflax.errors import UserError
-from nanoflax.report import ProgressBar, format_count, format_duration
+from nanoflax.report import ProgressBar, format_count, format_duration, to_json
 
 FORMAT = 1  # version of the file format; part of the cache key
 CHUNK = 1 << 20  # characters that a worker tokenizes at once
@@ -117,7 +117,7 @@ def prepare(
 def _cache_key(source: Source, tokenizer: Any, split: str) -> str:
     of_tokenizer = [tokenizer.fingerprint, dataclasses.astuple(tokenizer.framing)]
     parts = [FORMAT, dataclasses.asdict(source), split, of_tokenizer, source_version(source)]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(to_json(parts).encode(), digest_size=16).hexdigest()
 
 
 @contextlib.contextmanager
@@ -188,7 +188,7 @@ def _build(directory: pathlib.Path, source: Source, tokenizer: Any, split: str, 
         "bos_id": tokenizer.framing.first_id,
         "report": report.lines(),
     }
-    (directory / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    (directory / "meta.json").write_text(to_json(meta, indent=1) + "\n")
     for path in (*directory.iterdir(), directory):
         _sync(path)
 

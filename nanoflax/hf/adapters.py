@@ -1,7 +1,6 @@
 """Adapters in the format of the `peft` library: LoRA, DoRA, AdaLoRA, and modules that were trained in full."""
 
 import dataclasses
-import json
 import pathlib
 import re
 from typing import Any
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from nanoflax import report
 from nanoflax.config import PEFT_KINDS, AdaLoRA, LoRA, LowRank, ModelConfig, validate
 from nanoflax.errors import UserError, listed
 from nanoflax.hf import families, safetensors_io
@@ -106,7 +106,7 @@ def save_adapter(
         directory, [(name, x.shape, x.dtype, x) for name, x in tensors.items()], single=WEIGHTS
     )
     try:
-        pathlib.Path(directory, CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
+        pathlib.Path(directory, CONFIG).write_text(report.to_json(theirs, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from error
 

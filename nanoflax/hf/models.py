@@ -12,7 +12,7 @@ import numpy as np
 from flax import traverse_util
 from numpy.typing import DTypeLike
 
-from nanoflax import parallel, tokenizers
+from nanoflax import parallel, report, tokenizers
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.hf import safetensors_io
@@ -136,7 +136,7 @@ def _special_ids(tokenizer: Any) -> dict[str, Any]:
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(report.to_json(value, indent=2) + "\n")
 
 
 def _read_all(config, mappings: list[TensorMapping], tensors: Tensors, dtype, mesh) -> dict[str, Any]:

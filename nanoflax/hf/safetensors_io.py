@@ -24,6 +24,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from nanoflax import report
 from nanoflax.errors import UserError, listed
 
 SINGLE = "model.safetensors"
@@ -289,7 +290,7 @@ def save_safetensors(
                     "metadata": {"total_size": sum(map(_nbytes, announced))},
                     "weight_map": {t[0]: n for n, shard in zip(names, shards, strict=True) for t in shard},
                 }
-                pathlib.Path(new, INDEX).write_text(json.dumps(index, indent=1) + "\n")
+                pathlib.Path(new, INDEX).write_text(report.to_json(index, indent=1) + "\n")
                 names.append(INDEX)
             _move_in(pathlib.Path(new), names, directory)
     except OSError as error:
@@ -312,7 +313,7 @@ def _write_file(path, tensors):
         end = position + _nbytes(tensor)
         header[name] = {"dtype": _TAGS[dtype], "shape": shape, "data_offsets": [position, end]}
         position = end
-    text = json.dumps(header).encode()
+    text = report.to_json(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -14,6 +14,7 @@ from nanoflax.parallel.arrays import (
     put_batch,
     put_params,
 )
+from nanoflax.parallel.compilation import compile_seconds
 from nanoflax.parallel.constraints import (
     AnyMesh,
     axis_size,
@@ -38,6 +39,7 @@ from nanoflax.parallel.hardware import (
     measure_peak_flops,
     memory_bandwidth,
     peak_flops,
+    quiet_peak_flops,
     tpu_slice,
 )
 from nanoflax.parallel.hosts import (
@@ -57,11 +59,11 @@ from nanoflax.parallel.stacking import STACKED, is_stacked, stack, unstack, vmap
 
 __all__ = [
     "AXES", "AnyMesh", "CHIPS", "Chip", "HostPoll", "STACKED", "abstract_mesh", "axis_size", "batch_sharding",
-    "batch_splits", "bytes_per_device", "check_memory", "check_mesh", "check_processes_agree", "compiler_options",
-    "constrain", "current_mesh", "current_platform", "divisible_batch_size", "exit_process", "fetch",
-    "gather_from_processes", "gather_sequence", "init", "initial_params", "is_main_process", "is_stacked",
+    "batch_splits", "bytes_per_device", "check_memory", "check_mesh", "check_processes_agree", "compile_seconds",
+    "compiler_options", "constrain", "current_mesh", "current_platform", "divisible_batch_size", "exit_process",
+    "fetch", "gather_from_processes", "gather_sequence", "init", "initial_params", "is_main_process", "is_stacked",
     "join_processes", "make_mesh", "map_shards", "measure_bandwidth", "measure_peak_flops", "memory_bandwidth",
     "mesh_name", "mesh_of", "mesh_sizes", "own_rows", "pad_vocabulary", "param_shapes", "partition_spec",
-    "peak_flops", "put_batch", "put_params", "replicate", "reset_watchdog", "run_on_main_process", "shardings",
-    "split_batch", "split_cache", "split_embedded", "stack", "tpu_slice", "unstack", "vmap_over_layers", "watchdog",
-    "with_mesh"]  # fmt: skip
+    "peak_flops", "put_batch", "put_params", "quiet_peak_flops", "replicate", "reset_watchdog", "run_on_main_process",
+    "shardings", "split_batch", "split_cache", "split_embedded", "stack", "tpu_slice", "unstack", "vmap_over_layers",
+    "watchdog", "with_mesh"]  # fmt: skip

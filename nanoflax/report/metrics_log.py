@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanoflax.errors import UserError
-
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+from nanoflax.report.strict_json import number_of, to_json
 
 
 class MetricsLog:
@@ -51,7 +50,7 @@ class MetricsLog:
         step = int(step)
         values = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
         try:
-            self._file.write(json.dumps({"step": step} | json_numbers(values), allow_nan=False) + "\n")
+            self._file.write(to_json({"step": step} | values) + "\n")
             self._file.flush()
         except OSError as error:
             raise self._unwritable(error) from error
@@ -97,7 +96,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], bytes]]:
             if number == len(lines) and not line.endswith(b"\n"):
                 return
             raise UserError(f"{path}, line {number}: not a metrics record") from error
-        yield {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()}, line
+        yield {k: number_of(v) for k, v in record.items()}, line
 
 
 def _truncate(path: pathlib.Path, resume_step: int) -> None:
@@ -119,15 +118,6 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def json_numbers(value: Any) -> Any:
-    """A value for strict JSON: non-finite floats in it become the strings "nan", "inf" and "-inf"."""
-    if isinstance(value, dict):
-        return {k: json_numbers(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return list(map(json_numbers, value))
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _TensorBoard:

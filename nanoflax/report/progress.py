@@ -81,9 +81,10 @@ class ProgressBar:
 class TrainingProgress(ProgressBar):
     """The bar of a training run.
 
-    flops_per_token and peak_flops (FLOP/s of all devices together) are for the MFU; both may be None.
-    Rates cover the last `window` seconds of training. The first update, which compiles, and the time
-    inside `pause()` do not count.
+    flops_per_token and peak_flops (FLOP/s of all devices together) are for the MFU; both may be None. An MFU
+    above 100% shows that peak_flops was measured too low, so no MFU is shown from then on.
+    Rates cover the last `window` seconds of training. The first update, the time inside `pause()` and
+    ignored(), the seconds so far that compiled something, do not count.
     """
 
     window = 20.0  # seconds over which rates are measured
@@ -97,8 +98,10 @@ class TrainingProgress(ProgressBar):
         peak_flops: float | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        ignored: Callable[[], float] = lambda: 0.0,
     ):
         super().__init__(total_steps, start_step, stream, clock)
+        self._counted = lambda: clock() - ignored()
         self.loss, self.tokens_per_step = None, tokens_per_step
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self._paused, self._note = 0.0, "compiling"
@@ -107,25 +110,27 @@ class TrainingProgress(ProgressBar):
 
     def update(self, step: int, loss: float) -> None:
         """Shows the number of finished steps and the loss of the last step."""
-        now = self._clock()
+        now = self._counted()
         self.loss, self._note = float(loss), None
         self._marks.append((now - self._paused, int(step)))
         self._first = self._first or (now, now - self._paused)
         while len(self._marks) > 2 and self._marks[1][0] <= now - self._paused - self.window:
             self._marks.popleft()
+        if (self.mfu or 0) > 1:
+            self.peak_flops = None
         self.advance(int(step))
 
     @contextlib.contextmanager
     def pause(self, note: str = "evaluating") -> Iterator[None]:
         """A context for work that is not training. Its time does not count in the rates."""
-        begin, before, self._note = self._clock(), self._note, note
+        begin, before, self._note = self._counted(), self._note, note
         if self._bar:
             self._draw()
         try:
             yield
         finally:
             self._note = before
-            self._paused += self._clock() - begin
+            self._paused += self._counted() - begin
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -147,7 +152,7 @@ class TrainingProgress(ProgressBar):
         rate = self.tokens_per_second
         if rate is None or self._first is None:
             return None
-        wall, training = self._clock() - self._first[0], self._marks[-1][0] - self._first[1]
+        wall, training = self._counted() - self._first[0], self._marks[-1][0] - self._first[1]
         steps_per_second = rate / self.tokens_per_step
         return (self.total - self.done) / steps_per_second * max(1.0, wall / training)
 

@@ -17,7 +17,6 @@ Process 0 commits, writes manifests, and chooses the step that all processes rea
 """
 
 import contextlib
-import errno
 import json
 import logging
 import math
@@ -34,15 +33,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
-from nanoflax import parallel
+from nanoflax import parallel, report
 from nanoflax.errors import UserError, listed
 from nanoflax.runs import manifest
-from nanoflax.runs.lock import Path, make_writable
+from nanoflax.runs.lock import DISK_ERRORS, Path, make_writable
 
 Log = Callable[[str], Any]  # receives warnings, each of one line
-_DISK_ERRORS = [
-    os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
-]
 _quiet_contexts = 0
 _make_loud: Callable[[], None] = lambda: None
 
@@ -67,10 +63,11 @@ def quiet_orbax() -> Iterator[None]:
 
 def _make_quiet() -> Callable[[], None]:
     """Installs a log filter and an unraisablehook; returns the function that removes them."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
 
     def not_from_orbax(record):
-        return "orbax" not in record.pathname
+        # asyncio reports the errors of the arrays after the first one that failed; that one is raised.
+        return "orbax" not in record.pathname and "never retrieved" not in record.getMessage()
 
     def show_others(event):
         # When the disk is full, the first failed array closes orbax's event loop. For the other arrays,
@@ -79,15 +76,27 @@ def _make_quiet() -> Callable[[], None]:
             hook(event)
 
     def undo():
-        logger.removeFilter(not_from_orbax)
+        for logger in loggers:
+            logger.removeFilter(not_from_orbax)
         sys.unraisablehook = hook
 
-    logger.addFilter(not_from_orbax)
+    for logger in loggers:
+        logger.addFilter(not_from_orbax)
     sys.unraisablehook = show_others
     return undo
 
 
 # Reading. These functions do not change a directory, so another process may write it at the same time.
+
+
+REPAIR = "copy an undamaged one there, choose another --workdir, or move the directory away to begin again"
+
+
+def check_not_all_damaged(directory: Path) -> None:
+    """Raises: UserError if all steps of a run were moved to damaged-<step>: the run must not begin again in silence."""
+    damaged = sorted(path.name for path in pathlib.Path(directory).glob("damaged-*"))
+    if damaged and not list_steps(directory):
+        raise UserError(f"{directory}: every checkpoint is damaged: {', '.join(damaged)}; {REPAIR}")
 
 
 def list_steps(directory: Path) -> list[int]:
@@ -204,7 +213,7 @@ class Checkpoints:
             return False
         if found and step < found[-1]:
             raise UserError(f"{self.directory}: cannot save step {step} before step {found[-1]}")
-        meta = json.loads(json.dumps(meta))
+        meta = json.loads(report.to_json(meta))
         self._metrics[step] = metric
         self._saving = step
         args = ocp.args.Composite(
@@ -309,7 +318,7 @@ class Checkpoints:
         if jax.process_count() == 1:
             self._manager.close()
             self._open()
-        reason = next((text for text in _DISK_ERRORS if text in str(error)), repr(error)[:200])
+        reason = next((text for text in map(os.strerror, DISK_ERRORS) if text in str(error)), repr(error)[:200])
         raise UserError(f"{self.directory}: step {step} could not be saved: {reason}") from error
 
     def _write_manifest(self):
@@ -407,7 +416,7 @@ def _choose_step(
             return candidate
         log(f"warning: {directory}: step {candidate} is damaged ({problem}) and is not used")
         on_damage(candidate)
-    raise UserError(f"{directory}: every checkpoint is damaged: steps {found}")
+    raise UserError(f"{directory}: every checkpoint is damaged: steps {found}; {REPAIR}")
 
 
 def _rename_damaged(directory: pathlib.Path, step: int, log: Log) -> None:

@@ -9,28 +9,97 @@ import contextlib
 import dataclasses
 import datetime
 import glob
+import itertools
 import json
 import os
+import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from nanoflax import config as configs
-from nanoflax import parallel
+from nanoflax import parallel, report
 from nanoflax.config import Config, DataConfig, LabelTask, ModelConfig
-from nanoflax.errors import UserError
-from nanoflax.runs.lock import WorkdirLock
+from nanoflax.errors import UserError, listed
+from nanoflax.runs.lock import DISK_ERRORS, WorkdirLock
+
+DIRECTORIES = ("checkpoints", "tokenizer", "tensorboard", "final", "adapter")
+FILES = (
+    "config.json", "labels.json", "metrics.jsonl", "result.json", "predictions.jsonl", "loss.png", "attention.png"
+)  # fmt: skip
 
 
 @contextlib.contextmanager
 def exclusive(workdir: str) -> Iterator[None]:
-    """Hold the lock of workdir. Only process 0 prints to stdout.
+    """Hold the lock of workdir. Only process 0 prints to stdout. A start that fails before it writes leaves nothing.
 
-    Raises: UserError if another process holds the lock.
+    Raises: UserError if another process holds the lock, a name of a run is taken by something else, or the disk is
+    full or cannot be written.
     """
     silent = contextlib.nullcontext() if parallel.is_main_process() else contextlib.redirect_stdout(None)
-    with WorkdirLock(workdir), silent:
+    with _removed_if_empty(workdir), WorkdirLock(workdir), silent:
+        parallel.run_on_main_process(lambda: check_names(workdir))
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise UserError(f"{error.filename or workdir}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _removed_if_empty(workdir: str) -> Iterator[None]:
+    """After an error, removes the new directories of workdir and its new lock file, if nothing else is in them."""
+    path = pathlib.Path(workdir).expanduser().absolute()
+    new = [p for p in (path / ".lock", path / "checkpoints", path, *path.parents) if not os.path.lexists(p)]
+    try:
         yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first directory that holds something ends this
+            for p in new if parallel.is_main_process() else ():
+                if p.is_dir():
+                    p.rmdir()
+                elif p.name == ".lock":
+                    p.unlink(missing_ok=True)
+        raise
+
+
+def check_names(workdir: str) -> None:
+    """Raises: UserError if something that is not of a run has a name that a run writes in workdir."""
+    found = []
+    for name in (*DIRECTORIES, *FILES):
+        path, real = (function(os.path.join(workdir, name)) for function in (os.path.abspath, os.path.realpath))
+        if not os.path.lexists(path):
+            continue
+        if not os.path.exists(real):
+            found.append(f"{path} is a link to {real}, which does not exist")
+        elif os.path.isdir(real) != (name in DIRECTORIES):
+            found.append(f"{path} is {'a file' if name in DIRECTORIES else 'a directory'}")
+        elif name == "final" and os.path.ismount(real):
+            found.append(f"{path} is a mount point; make it a link to a directory inside the mounted disk")
+        elif name == "final" and os.listdir(real) and not is_run(real):
+            found.append(f"{path} holds other files")
+    if found:
+        raise UserError(f"{listed(found)}: a run writes there; move it, or choose another --workdir")
+
+
+def part_of(path: str) -> str:
+    """The name under which a directory is written before `replace_directory`: beside it, or beside the target of a
+    link."""
+    real = os.path.realpath(path)
+    return os.path.join(os.path.dirname(real), f".{os.path.basename(real)}")
+
+
+def replace_directory(path: str) -> None:
+    """Rename part_of(path) to `path`, in place of an earlier directory. If path is a link, it stays, and its target is
+    replaced."""
+    part, real = part_of(path), os.path.realpath(path)
+    old = f"{part}.old"  # a killed process leaves no half-removed directory under the name of `path`
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(real):
+        os.rename(real, old)
+    os.rename(part, real)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 # Reading.
@@ -93,14 +162,17 @@ def model_directory(workdir: str, which: str = "best") -> str:
 
 def write_run(workdir: str, config: Config, tokenizer: Any) -> None:
     """Write tokenizer/ and config.json of a new run. config.json is last: it marks a complete run."""
-    final, part = (os.path.join(workdir, name) for name in ("tokenizer", ".tokenizer.tmp"))
-    shutil.rmtree(part, ignore_errors=True)
-    tokenizer.save(part)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(part, final)
+    path = os.path.join(workdir, "tokenizer")
+    if not os.path.exists(os.path.join(workdir, "config.json")) and os.path.isdir(path) and os.listdir(path):
+        kept = next(name for i in itertools.count(1) if not os.path.lexists(name := f"{path}-{i}"))
+        os.rename(path, kept)
+        print(f"{path} was there before the run; it is now {kept}")
+    shutil.rmtree(part_of(path), ignore_errors=True)
+    tokenizer.save(part_of(path))
+    replace_directory(path)
     temporary = os.path.join(workdir, ".config.json.tmp")
     with open(temporary, "w") as f:
-        json.dump(configs.to_dict(config), f, indent=1)
+        f.write(report.to_json(configs.to_dict(config), indent=1))
     os.replace(temporary, os.path.join(workdir, "config.json"))
 
 
@@ -109,7 +181,7 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
     try:
         with open(path, "w", encoding="utf-8") as f:
             for record in records:
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+                f.write(report.to_json(record, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 

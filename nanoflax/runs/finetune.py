@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 import statistics
@@ -22,7 +21,9 @@ from nanoflax.runs.directory import (
     check_workdir,
     exclusive,
     get_tokenizer,
+    part_of,
     read_config,
+    replace_directory,
     with_own_template,
     with_vocabulary,
     write_jsonl,
@@ -406,7 +407,7 @@ class Finetuning:
         result = found | {"step": step, "report": evaluator.report, "trained_parameters": trained_parameters}
         if parallel.is_main_process():
             with open(os.path.join(self.workdir, "result.json"), "w") as f:
-                json.dump(report.json_numbers(result), f, indent=1, allow_nan=False)
+                f.write(report.to_json(result, indent=1))
             if predictions:
                 records = tasks.prediction_records(examples, predictions)
                 write_jsonl(os.path.join(self.workdir, "predictions.jsonl"), records)
@@ -429,7 +430,8 @@ class Finetuning:
 
     def write_final(self, params: Any) -> None:
         """Write final/, a run directory with all parameters, atomically."""
-        final, part = (os.path.join(self.workdir, name) for name in ("final", ".final"))
+        final = os.path.join(self.workdir, "final")
+        part = part_of(final)
         parallel.run_on_main_process(lambda: shutil.rmtree(part, ignore_errors=True))
         with Checkpoints(os.path.join(part, "checkpoints")) as saves:
             saves.save(0, {"params": params}, {"tokenizer": self.tokenizer.fingerprint, "step": 0})
@@ -440,8 +442,7 @@ class Finetuning:
         optim = dataclasses.replace(self.config.optim, ema=0.0)
         config = dataclasses.replace(self.config, optim=optim, peft=adapters)
         write_run(part, config, self.tokenizer)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(part, final)
+        replace_directory(final)
 
     def plot_alignment(self, params: Any) -> None:
         """Draw attention.png: the attention from the first validation target to its source."""

@@ -1,5 +1,6 @@
 """The lock of a run's directory, so that only one run writes there."""
 
+import errno
 import fcntl
 import os
 import pathlib
@@ -11,6 +12,8 @@ from nanoflax import parallel
 from nanoflax.errors import UserError
 
 Path: TypeAlias = str | os.PathLike[str]
+# Errors of a disk that is full, read-only or broken: the run stops with one line.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 VISIBLE_SECONDS = 30  # largest delay until all hosts see a new file on a network file system
 
 

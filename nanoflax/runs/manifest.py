@@ -8,6 +8,7 @@ import pathlib
 import zlib
 from typing import Any
 
+from nanoflax import report
 from nanoflax.errors import UserError
 
 NAME = "manifest.json"
@@ -57,7 +58,7 @@ def find_damage(path: pathlib.Path) -> str | None:
 
 
 def _write_body(file: pathlib.Path, body: dict[str, Any]) -> None:
-    file.write_text(json.dumps({"crc32": _crc32_of_json(body), **body}))
+    file.write_text(report.to_json({"crc32": _crc32_of_json(body), **body}))
 
 
 def _read_body(path: pathlib.Path) -> dict[str, Any] | None:
@@ -80,4 +81,4 @@ def _crc32_of_file(file: pathlib.Path) -> int:
 
 
 def _crc32_of_json(body: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+    return zlib.crc32(report.to_json(body, sort_keys=True).encode())

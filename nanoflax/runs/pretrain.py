@@ -1,7 +1,6 @@
 """Pretraining: a decoder learns to predict the next token of a corpus, from scratch or from a source."""
 
 import dataclasses
-import json
 import math
 import os
 from typing import Any
@@ -194,6 +193,6 @@ def summarise(workdir: str, config: Config, ended: Result) -> None:
         best = next((r for r in records if r["step"] == ended.best_step and "validation_loss" in r), {})
         print(
             f"{ended.reason} at step {ended.step}; best at step {ended.best_step}: "
-            + json.dumps({k: round(v, 4) for k, v in best.items() if not isinstance(v, str)})
+            + report.to_json({k: round(v, 4) for k, v in best.items() if not isinstance(v, str)})
         )
         print(f"loss curve: {plot}")

@@ -7,6 +7,7 @@ started again continues: finished trials are not run again, an interrupted trial
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -129,12 +130,14 @@ class Sweep:
             known = {"values": suggest(), "flags": self.flags}
             _write_json(path, known)
         elif self.metric in known.get("result", {}):
-            return known["result"]
+            return self._judged(known["result"])
         settings = [f"{key}={value}" for key, value in known["values"].items()]
         print(f"{title}: {', '.join(settings)}", flush=True)
         arguments = [*self.flags, *(f"--{setting}" for setting in settings), f"--workdir={workdir}"]
         status, last_line = run_program(self.program, arguments, os.path.join(workdir, "log.txt"))
         result = {"trial": number, "values": known["values"]}
+        if status < 0:
+            last_line = f"killed by {signal.Signals(-status).name}" + "; the memory may be too small" * (status == -9)
         if status != 0:
             result |= {"status": "failed", "error": last_line or f"exit status {status}"}
             print(f"  failed with status {status}: {result['error']}", flush=True)
@@ -144,10 +147,18 @@ class Sweep:
             raise UserError(
                 f"--metric={self.metric} is not measured by trial {number}; it measures " + ", ".join(figures)
             )
-        result |= {"status": "finished"} | figures
+        result = self._judged(result | {"status": "finished"} | figures)
         _write_json(path, known | {"result": result})
-        print(f"  {self.metric} {result[self.metric]:.4f}", flush=True)
+        print(f"  {result.get('error') or f'{self.metric} {result[self.metric]:.4f}'}", flush=True)
         return result
+
+    def _judged(self, result: Result) -> Result:
+        """The result of a trial that ended, as failed if its metric is no finite number: such a trial cannot win."""
+        result = {name: report.number_of(value) for name, value in result.items()}
+        value = result[self.metric]
+        if math.isfinite(value):
+            return result
+        return result | {"status": "failed", "error": f"{self.metric} is {value}: the training diverged"}
 
     def _read_trial(self, path: pathlib.Path, expected: Values | None) -> dict[str, Any] | None:
         """{"values", "flags"} and perhaps "result" from a trial.json; None if the file does not exist."""
@@ -224,10 +235,12 @@ def read_figures(workdir: str) -> dict[str, float]:
     """The metrics of a run: from result.json (finetune), else from its best evaluation (pretrain)."""
     path = pathlib.Path(workdir, "result.json")
     if path.exists():
-        found = json.loads(path.read_text())
+        found = {name: report.number_of(value) for name, value in json.loads(path.read_text()).items()}
     else:
         records = report.read_metrics(pathlib.Path(workdir, "metrics.jsonl"))
-        found = min((r for r in records if "validation_loss" in r), key=lambda r: r["validation_loss"])
+        order = lambda loss: (math.isnan(loss), loss)  # min() would keep a NaN that comes first
+        evaluations = [r for r in records if "validation_loss" in r]
+        found = min(evaluations, key=lambda r: order(r["validation_loss"]), default={})
     return {name: value for name, value in found.items() if isinstance(value, (int, float))}
 
 
@@ -237,4 +250,4 @@ def smaller_is_better(metric: str) -> bool:
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
-    report.write_atomically(path, json.dumps(value, indent=1).encode())
+    report.write_atomically(path, report.to_json(value, indent=1).encode())

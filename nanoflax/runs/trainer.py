@@ -85,6 +85,8 @@ class Trainer:
         self.shapes, self.frozen_shapes = self._state_shapes()
         parallel.check_memory((self.shapes, self.frozen_shapes), job.mesh)
         self.attention = train.attention_backends(job.model, job.shapes, job.batch, job.mesh, job.objective)
+        if not job.replaces:
+            parallel.run_on_main_process(lambda: checkpoint.check_not_all_damaged(self.checkpoints))
         saved = parallel.run_on_main_process(lambda: checkpoint.list_steps(self.checkpoints))
         self.resuming = bool(saved) and not job.replaces
         self._compile()
@@ -236,7 +238,7 @@ def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
     """FLOP/s of all devices of the mesh together. On a CPU it is measured, so call it while nothing compiles."""
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
-        return parallel.measure_peak_flops()
+        return parallel.quiet_peak_flops()
     peak = parallel.peak_flops(device)
     return peak and peak * mesh.size
 
@@ -256,9 +258,10 @@ def displays(
         yield report.NoDisplay(), report.NoDisplay()
         return
     t = config.train
+    sizes = t.steps, start_step, tokens_per_step, flops_per_token, peak_flops
     with (
         report.MetricsLog(workdir, t.tensorboard, t.wandb or None, start_step, configs.to_dict(config)) as log,
-        report.TrainingProgress(t.steps, start_step, tokens_per_step, flops_per_token, peak_flops) as progress,
+        report.TrainingProgress(*sizes, ignored=parallel.compile_seconds) as progress,
     ):
         yield log, progress
 

@@ -36,7 +36,7 @@ class Tracking(NamedTuple):
     @classmethod
     def read(cls, saved: dict[str, Any], step: int = 0, metric: float | None = None) -> "Tracking":
         """The Tracking of a checkpoint. metric: the result, if the pending evaluation of `step` was made later."""
-        tracking = cls(**saved)
+        tracking = cls(**saved | {"best": float(saved["best"])})  # strict JSON has no number for infinity, but "inf"
         return tracking.after(metric, step) if tracking.evaluation_pending and metric is not None else tracking
 
     def after(self, metric: float, step: int) -> "Tracking":
@@ -165,7 +165,8 @@ class _Run:
         self.read_metrics()
         position = self.done * self.config.train.batch_size
         meta = self.meta | {"step": self.done, "position": position, "tracking": self.tracking._asdict()}
-        self.checkpoints.save(self.done, self.state._asdict(), meta, metric)
+        with self.progress.pause("saving"):
+            self.checkpoints.save(self.done, self.state._asdict(), meta, metric)
         self.saved_at = time.monotonic()
 
 

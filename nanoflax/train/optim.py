@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -90,12 +91,21 @@ def layerwise_decay(decay: float) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u, n: u * decay**n, updates, layers_above(updates)))
 
 
+def at_step(opt_state: Any, step: Any) -> Any:
+    """The state of an optimizer with its schedules at `step`. Skipped steps count for the schedule, so that the logged
+    rate is the one in use and the schedule ends with the run, but not for the moments (as with torch's GradScaler)."""
+    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    put = lambda x: x._replace(count=jnp.full_like(x.count, step)) if is_schedule(x) else x
+    return jax.tree.map(put, opt_state, is_leaf=is_schedule)
+
+
 def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTransformation, Callable]:
     """The optimizer of a run of `steps`.
 
     Muon (Jordan 2024) orthogonalises the hidden matrices and leaves the rest to AdamW, here with
     Nesterov momentum (NAdam).
-    Returns (optax.GradientTransformation, schedule of the learning rate).
+    Returns (optax.GradientTransformation, schedule of config.learning_rate; that of muon_learning_rate is
+    proportional to it).
     """
     c, schedule = config, make_schedule(config, steps, config.learning_rate)
     if c.name == "adamw":

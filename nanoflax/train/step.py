@@ -17,6 +17,7 @@ from nanoflax.config import Config
 from nanoflax.data import evaluation_batches, prefetch
 from nanoflax.nn import Attention, LanguageModel
 from nanoflax.train.objectives import causal_lm
+from nanoflax.train.optim import at_step
 from nanoflax.train.state import TrainState
 
 
@@ -27,8 +28,8 @@ def make_train_step(
 
     batch: arrays [B, ...]. A scan sums the gradients of config.train.accumulate micro-batches. The
     sums are divided once, by the weight of all B rows, so padding, accumulation and mesh do not change
-    the result. After a non-finite loss or gradient, parameters and optimizer stay unchanged. frozen:
-    parameters that are not trained (peft.split).
+    the result. After a non-finite loss or gradient, parameters and optimizer stay unchanged, and the next
+    step has the learning rate of its own number. frozen: parameters that are not trained (peft.split).
     """
     t = config.train
     optimizer = optax.with_extra_args_support(optimizer)
@@ -48,7 +49,8 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(total) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step + 1)
+        opt_state = at_step(state.opt_state, state.step)
+        updates, opt_state = optimizer.update(grads, opt_state, state.params, step=state.step + 1)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:

@@ -217,6 +217,41 @@ def test_rates_leave_out_compilation_and_pauses():
     assert progress.seconds_left() == pytest.approx(41 * 27 / 18)
 
 
+def test_rates_and_the_time_left_leave_out_what_compiles():
+    compiled = [0.0]
+    progress, clock = make_progress(ignored=lambda: compiled[0])
+
+    def compile_for(seconds):
+        clock.now += seconds
+        compiled[0] += seconds
+
+    for step in range(1, 31):
+        if step in (1, 4, 5, 20):  # a batch of another shape
+            compile_for(7)
+        clock.now += 1
+        progress.update(step, 5.0)
+        if step % 10 == 0:
+            with progress.pause():
+                if step == 10:
+                    compile_for(60)
+                clock.now += 2
+    assert progress.tokens_per_second == pytest.approx(1000)
+    assert progress.seconds_left() == pytest.approx(70 * (29 + 6) / 29)
+
+
+def test_an_mfu_above_100_percent_is_never_shown():
+    progress, clock = make_progress(peak_flops=20_000)
+    shown = []
+    with progress:
+        for step in range(1, 99):
+            clock.now += 0.4 if 20 <= step < 90 else 1  # 50%, then up to 125%
+            progress.update(step, 5.0)
+            shown.append(progress.mfu)
+            assert "MFU" in progress.status() if progress.mfu else "MFU" not in progress.status()
+    assert shown[1] == pytest.approx(0.5) and max(x or 0 for x in shown) <= 1
+    assert shown[-1] is None, "the peak has proved wrong"
+
+
 def test_rates_slide():
     progress, clock = make_progress(total_steps=1000)
     for step in range(1, 101):

@@ -180,6 +180,19 @@ def test_ruff_finds_nothing(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_json_is_written_by_one_function():
+    # It is strict. The others write no numbers of ours: text of tokenizers, and messages between processes.
+    free = {"nanoflax/report/strict_json.py", "nanoflax/parallel/hosts.py", "nanoflax/tasks/examples.py"}
+    found = []
+    for path in sources("nanoflax", "experiments"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps", "dump", "dumps"):
+                strict = any(k.arg == "allow_nan" and ast.unparse(k.value) == "False" for k in node.keywords)
+                if not strict and name_of(path) not in free and path.parent.name != "tokenizers":
+                    found.append(f"{name_of(path)}:{node.lineno}: use report.to_json")
+    assert not found, "\n".join(found)
+
+
 # Effects of an import.
 
 EFFECTS = """

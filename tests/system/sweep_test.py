@@ -1,11 +1,14 @@
 """experiments.sweep as a person runs it: trials, a failure among them, and going on."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
+from nanoflax import runs
+from nanoflax.runs import sweep as sweeps
 from tests.system.finetune_test import TINY, topics  # noqa: F401
 from tests.system.programs_test import ROOT, run
 
@@ -114,3 +117,58 @@ def test_misuse_gets_one_line_and_status_2(flags, words, tmp_path):
     done = run("sweep", f"--workdir={tmp_path}", *flags)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+def fake_trials(monkeypatch, outcomes):
+    """Replace the programs of trials: each outcome is the exit status, or the text of result.json or metrics.jsonl."""
+    ran = []
+
+    def run_program(program, arguments, log):
+        outcome = outcomes[len(ran)]
+        ran.append(arguments)
+        if isinstance(outcome, int):
+            return outcome, "the last line"
+        name, text = outcome
+        pathlib.Path(log).with_name(name).write_text(text)
+        return 0, ""
+
+    monkeypatch.setattr(sweeps, "run_program", run_program)
+    return ran
+
+
+def test_a_diverged_trial_neither_ends_a_sweep_nor_wins_it(tmp_path, monkeypatch, capsys):
+    outcomes = [
+        ("result.json", '{"validation_loss": "nan", "step": 1}'),
+        ("metrics.jsonl", "".join(f'{{"step": {i}, "validation_loss": {x}}}\n' for i, x in enumerate(['"nan"', 2, 3]))),
+        -9,
+        2,
+        ("result.json", '{"validation_loss": "inf"}'),
+        ("result.json", '{"validation_loss": 1.5}'),
+        ("metrics.jsonl", '{"step": 1, "validation_loss": "nan"}\n'),
+        ("result.json", '{"validation_loss": "-inf"}'),
+    ]
+    ran = fake_trials(monkeypatch, outcomes)
+    sweep = runs.Sweep(str(tmp_path), "program", [], "validation_loss", ["a"])
+
+    def everything():
+        return [sweep.trial(i, "trial", {"a": str(i)}, lambda i=i: {"a": str(i)}) for i in range(8)]
+
+    found = everything()
+    assert [r["trial"] for r in found if r["status"] == "finished"] == [1, 5]
+    assert (found[1]["validation_loss"], found[5]["validation_loss"]) == (2, 1.5)
+    assert "validation_loss is nan: the training diverged" in found[0]["error"] and "SIGKILL" in found[2]["error"]
+    runs.write_jsonl(tmp_path / "results.jsonl", found)
+    for file in (tmp_path / "results.jsonl", *tmp_path.glob("*/trial.json")):
+        for text in file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]:
+            json.loads(text, parse_constant=lambda name: pytest.fail(f"{file}: {name} is no JSON"))
+    capsys.readouterr()
+    assert sweep.summarise(found) == 6
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[1:]][:2] == ["5", "1"]
+    # Again: only the programs that broke run again; a trial that diverged is known.
+    outcomes += [("result.json", '{"validation_loss": 1}')] * 2
+    again = everything()
+    assert len(ran) == 10 and [r["status"] for r in again].count("finished") == 4
+    pytest.importorskip("optuna")
+    spaces = [("a", ("int", 0, 9))]
+    assert runs.suggest_settings(spaces, 0, 8, again, "validation_loss")

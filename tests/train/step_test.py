@@ -509,3 +509,65 @@ def test_abstract_state_is_the_states_shape():
     abstract = train.abstract_state(model, optimizer, config, mesh)
     described = lambda x: (x.shape, x.dtype, x.sharding)
     assert jax.tree.map(described, abstract) == jax.tree.map(described, state)
+
+
+SPOILED = (1, 2, 5)  # steps whose gradients are NaN
+
+
+def moves(optimizer, torch_optimizer=None, **fields):
+    """(learning rate of each step, parameters after each step) with gradients that do not depend on the parameters."""
+    config = config_of(optimizer=dict(schedule="linear", end_factor=0.1, clip=0.0) | optimizer, steps=8, **fields)
+    mesh, model = parallel.make_mesh("1,1,1", jax.devices()[:1]), build(config.model)
+    transformation, schedule = train.make_optimizer(config.optim, config.train.steps)
+    state = train.init_state(model, transformation, config, mesh)
+    draw = lambda path, x: np.random.default_rng(len(str(path))).normal(size=x.shape).astype(np.float32)
+    direction = jax.tree_util.tree_map_with_path(draw, jax.device_get(state.params))
+
+    def linear(model, params, batch, rng=None, **_):
+        total = sum(jnp.vdot(p, d) for p, d in zip(*map(jax.tree.leaves, (params, direction)), strict=True))
+        return total * batch["factor"].sum(), jnp.float32(0), jnp.float32(len(batch["factor"]))
+
+    step = jax.jit(train.make_train_step(model, transformation, config, linear))
+    leaves = lambda: [np.array(p) for p in jax.tree.leaves(state.params)]
+    found, rates, oracle = [leaves()], [], None
+    if torch_optimizer:
+        import torch
+
+        theirs = [torch.nn.Parameter(torch.tensor(p)) for p in found[0]]
+        oracle = torch_optimizer(theirs)
+        decay = torch.optim.lr_scheduler.LambdaLR(oracle, lambda i: float(schedule(i) / schedule(0)))
+    for i in range(8):
+        factor = np.nan if i in SPOILED else 1 + 0.3 * i
+        state, _ = step(state, {"factor": np.full(2, factor, np.float32)})
+        found.append(leaves())
+        rates.append(float(schedule(i)))
+        if oracle:  # as torch.amp.GradScaler: no step of the optimizer, but one of the schedule
+            for p, d in zip(theirs, jax.tree.leaves(direction), strict=True):
+                p.grad = factor * torch.tensor(d)
+            if np.isfinite(factor):
+                oracle.step()
+            decay.step()
+            for p, q in zip(theirs, found[-1], strict=True):
+                np.testing.assert_allclose(q, p.detach(), rtol=1e-4, atol=1e-6)
+    return rates, found
+
+
+def test_after_skipped_steps_training_equals_torch_with_its_schedule():
+    torch = pytest.importorskip("torch")
+    rate = {"learning_rate": 0.1, "weight_decay": 0.0}
+    moves({"name": "sgd", "b1": 0.9} | rate, lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True))
+    adam = lambda p: torch.optim.Adam(p, 0.1, (0.9, 0.95), 1e-8)
+    moves({"name": "adamw", "b1": 0.9, "b2": 0.95, "eps": 1e-8} | rate, adam)
+
+
+@pytest.mark.parametrize("name, scan_layers", [*((name, False) for name in OPTIMIZERS), ("muon", True)])
+def test_the_rate_that_is_logged_moves_the_parameters(name, scan_layers):
+    # Updates are proportional to the rate: the same gradients at a constant rate of 1 tell the rate that was used.
+    settings = {"name": name, "learning_rate": 1.0, "muon_learning_rate": 1.0, "weight_decay": 0.0, "layer_decay": 0.5}
+    fields = {"accumulate": 2, "scan_layers": scan_layers}
+    rates, found = moves(settings, **fields)
+    _, unit = moves(settings | {"schedule": "constant"}, **fields)
+    for i, rate in enumerate(rates):
+        for before, after, start, end in zip(found[i], found[i + 1], unit[i], unit[i + 1], strict=True):
+            np.testing.assert_allclose(after - before, rate * (end - start), rtol=1e-3, atol=1e-4)
+            assert (i in SPOILED) == np.array_equal(before, after)
