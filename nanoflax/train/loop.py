@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -40,8 +41,8 @@ class Tracking(NamedTuple):
         return tracking.after(metric, step) if tracking.evaluation_pending and metric is not None else tracking
 
     def after(self, metric: float, step: int) -> "Tracking":
-        """The Tracking after the evaluation of a step."""
-        if metric < self.best:
+        """The Tracking after the evaluation of a step. NaN and infinity are never the best."""
+        if math.isfinite(metric) and metric < self.best:
             return Tracking(metric, step)
         return self._replace(waited=self.waited + 1, evaluation_pending=False)
 
