@@ -25,7 +25,7 @@ from nanoflax.runs.lock import DISK_ERRORS, WorkdirLock
 
 DIRECTORIES = ("checkpoints", "tokenizer", "tensorboard", "final", "adapter")
 FILES = (
-    "config.json", "labels.json", "metrics.jsonl", "result.json", "predictions.jsonl", "loss.png", "attention.png"
+    "config.json", "metrics.jsonl", "result.json", "predictions.jsonl", "loss.png", "attention.png"
 )  # fmt: skip
 
 
