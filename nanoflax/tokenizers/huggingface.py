@@ -129,7 +129,7 @@ class _FileTokenizer:
 
     Attributes: vocab_size (largest id + 1); bos_id, eos_id, pad_id (if absent, the id of another role: BERT's bos is
     [CLS]); unk_id, sep_id, cls_id, mask_id (None if absent); stop_ids (all ids that end an answer); special (special
-    string -> id); chat_template; fingerprint.
+    string -> id); cleans_up (spaces before punctuation are removed in decoding); chat_template; fingerprint.
     """
 
     vocab_size: int
@@ -217,8 +217,8 @@ class HFTokenizer(_FileTokenizer):
             self.files = files | {"tokenizer_config.json": json.dumps(self._config).encode()}
         nonce = secrets.token_hex(16)
         specials = [token["content"] for token in spec["added_tokens"] if token["special"]]
-        # All aliases have the same length, so none is a prefix of another.
-        self._aliases = {token: f"{nonce}{i:06d}" for i, token in enumerate(specials)}
+        # All aliases have the same length, so none is a prefix of another. Beside "|" a word can begin or end.
+        self._aliases = {token: f"|{nonce}{i:06d}|" for i, token in enumerate(specials)}
         words = {token["content"] for token in spec["added_tokens"] if token.get("single_word")}
         self._special_pattern = _any_of(specials, words)
         self._tokenizer = Tokenizer.from_str(json.dumps(_rename_special(spec, self._aliases)))
@@ -232,6 +232,8 @@ class HFTokenizer(_FileTokenizer):
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
         has_bytes = '"ByteFallback"' in json.dumps(spec.get("decoder"))
         self._bytes = {f"<0x{byte:02X}>": byte for byte in range(256)} if has_bytes else {}
+        # Transformers ignores this setting for BPE.
+        self.cleans_up = bool(self._config.get("clean_up_tokenization_spaces")) and spec["model"].get("type") != "BPE"
         self._set_ids(self._id)
         before, after = self._template()
         self.framing = Framing(before, after, before, self.bos_id, self.eos_id)
@@ -328,10 +330,12 @@ class HFTokenizer(_FileTokenizer):
         ids = [int(i) for i in ids]
         check_ids(ids, self.vocab_size)
         if not self._bytes:
-            return self._tokenizer.decode(ids)
-        special = set(self.special.values())
-        tokens = [self._tokenizer.id_to_token(i) or "" for i in ids if i not in special]
-        return self._tokenizer.decoder.decode(_replace_invalid_bytes(tokens, self._bytes))
+            text = self._tokenizer.decode(ids)
+        else:
+            special = set(self.special.values())
+            tokens = [self._tokenizer.id_to_token(i) or "" for i in ids if i not in special]
+            text = self._tokenizer.decoder.decode(_replace_invalid_bytes(tokens, self._bytes))
+        return _without_spaces_before_marks(text) if self.cleans_up else text
 
     def apply_chat(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -410,6 +414,7 @@ class MarianTokenizer(_FileTokenizer):
         self._set_ids(self._ids.get)
         self.framing = Framing((), (self.eos_id,), (), self.bos_id, self.eos_id)
         self.special = {t: self._ids[t] for t in self._roles.values()}
+        self.cleans_up = bool(self._config.get("clean_up_tokenization_spaces"))
         self._codes = [piece for piece in self._ids if re.fullmatch(r">>.*<<", piece)]
         self._special_pattern = _any_of([*self.special, *self._codes])
 
@@ -451,7 +456,8 @@ class MarianTokenizer(_FileTokenizer):
         """The text of target ids; special tokens give none."""
         check_ids(ids, self.vocab_size)
         pieces = [self._pieces.get(int(i), "") for i in ids if i not in self.special.values()]
-        return self._target.decode_pieces(pieces).replace(SPACE, " ").strip()
+        text = self._target.decode_pieces(pieces).replace(SPACE, " ").strip()
+        return _without_spaces_before_marks(text) if self.cleans_up else text
 
 
 def _json(files: Files, file: str, name: str) -> dict[str, Any]:
@@ -472,6 +478,13 @@ def _fields(token: Any, name: str) -> dict[str, Any]:
     if not isinstance(fields, dict) or not fields.get("content") or not isinstance(fields["content"], str):
         raise UserError(f"tokenizer {name}: a special token must be text, not {token!r}")
     return {key: fields[key] for key in FIELDS if key in fields}
+
+
+def _without_spaces_before_marks(text: str) -> str:
+    """What Transformers does with a decoded text if clean_up_tokenization_spaces is true."""
+    for mark in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(mark, mark.strip())
+    return text
 
 
 def _replace_invalid_bytes(tokens: list[str], values: dict[str, int]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 REPLACEMENT = "\ufffd"  # stands for bytes that are not UTF-8
 MAX_PENDING = 64  # ids that are decoded again for each new id
+CLEANED_UP = 4  # characters that a tokenizer may still change if it removes spaces before punctuation
 MIN_CONTEXT = 16  # their text always begins with a complete character
 
 
@@ -21,6 +22,7 @@ class StreamingDecoder:
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = (), stops: Iterable[str] = ()) -> None:
         self._tokenizer, self._stops, self.stopped = tokenizer, [stop for stop in stops if stop], False
+        self._tail = CLEANED_UP if getattr(tokenizer, "cleans_up", False) else 0
         size = MIN_CONTEXT
         while size < len(prompt_ids) and not tokenizer.decode(prompt_ids[-size:]).strip():
             size *= 2
@@ -34,7 +36,7 @@ class StreamingDecoder:
         """The text that the next ids complete."""
         self._ids = [*self._ids, *map(int, ids)]
         text = self._tokenizer.decode(self._ids)
-        complete = _without_incomplete(text)
+        complete = self._complete(text)
         piece = complete[len(os.path.commonprefix([self._before, complete])) :]
         if piece:
             self._before = complete
@@ -46,7 +48,7 @@ class StreamingDecoder:
         elif len(self._ids) > MAX_PENDING + len(self._context):  # a long run of bytes that are not UTF-8
             fewer = self._context + self._ids[-MIN_CONTEXT:]
             shorter = self._tokenizer.decode(fewer)
-            kept = _without_incomplete(shorter)
+            kept = self._complete(shorter)
             if len(shorter) - len(kept) == len(text) - len(complete):
                 self._ids, self._before = fewer, kept
         return self._up_to_stop(piece)
@@ -57,6 +59,12 @@ class StreamingDecoder:
         piece = self._up_to_stop(text[len(os.path.commonprefix([self._before, text])) :])
         rest, self._held, self._before = self._held, "", text
         return piece + rest
+
+    def _complete(self, text: str) -> str:
+        """The part of a text that more ids do not change: the bytes of the last character, at most three, may be
+        incomplete, and each may be U+FFFD."""
+        text = text[:-3] + text[-3:].rstrip(REPLACEMENT)
+        return text[: max(len(text) - self._tail, 0)]
 
     def _up_to_stop(self, piece: str) -> str:
         """The text before the stop string that is complete first, or before what may become a stop string."""
@@ -80,8 +88,3 @@ def decode_parts(tokenizer: Any, parts: Iterable[Sequence[int]]) -> Iterator[str
         decoder = StreamingDecoder(tokenizer, before)
         yield decoder.add(part) + decoder.finish()
         before += map(int, part)
-
-
-def _without_incomplete(text: str) -> str:
-    """The text without a last character whose bytes are incomplete: at most three bytes, each may be U+FFFD."""
-    return text[:-3] + text[-3:].rstrip(REPLACEMENT)

@@ -84,9 +84,10 @@ def kinds(tmp_path_factory):
         found[name] = ours, lambda ids, sp=processor: sp.decode([i for i in ids if i != sp.unk_id()])
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     directories = {"llama": write(path, "llama", tokenizer__model=llama, tokenizer_config__json=config)}
-    for kind in ("wordpiece", "suffixes", "byte level"):
-        spec, eos = json_tokenizer(kind)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "clean_up_tokenization_spaces": False}
+    for kind in ("wordpiece", "suffixes", "byte level", "cleaned wordpiece"):
+        spec, eos = json_tokenizer(kind.removeprefix("cleaned "))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+        config["clean_up_tokenization_spaces"] = kind.startswith("cleaned")
         directories[kind] = write(path, kind, tokenizer__json=spec, tokenizer_config__json=config)
     for name, directory in directories.items():
         theirs = transformers.AutoTokenizer.from_pretrained(directory)
@@ -99,7 +100,8 @@ def kinds(tmp_path_factory):
     return found
 
 
-NAMES = ["bytes", "trained", "file", "stripping file", "llama", "wordpiece", "suffixes", "byte level", "t5 with bytes"]
+NAMES = ["bytes", "trained", "file", "stripping file", "llama", "wordpiece", "cleaned wordpiece", "suffixes",
+         "byte level", "t5 with bytes"]  # fmt: skip
 
 
 def parts_of(rng, ids):
