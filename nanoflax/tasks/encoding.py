@@ -127,7 +127,7 @@ class _Encoder:
 
     def chat(self, example: Chat) -> Iterator[tuple[Row, Example]]:
         try:
-            ids, weights = chat_ids(self.tokenizer, example.messages)
+            ids, weights = chat_ids(self.tokenizer, example.messages, example.tools)
         except UserError as error:
             self.report.add(f"chats left out: {error}", example.place)
             return

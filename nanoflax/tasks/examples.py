@@ -1,5 +1,6 @@
 """Reads the examples of a source, cleans, checks and splits them, and counts those that are left out."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -288,18 +289,27 @@ def _chat(record: dict[str, Any], place: str, clean: Clean, report: DataReport) 
     if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
         report.add("examples without messages of role and content, left out", place)
         return None
-    messages = [message | {"content": clean(message["content"], place)} for message in messages]
-    if not all(message["content"] for message in messages):
+    tools = record.get("tools") or None
+    with contextlib.suppress(ValueError):
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    if not (tools is None or isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        report.add("examples whose tools are not a list of objects, left out", place)
+        return None
+    messages = [m | {"content": clean(m["content"], place)} if m.get("content") else m for m in messages]
+    if not all(message.get("content") or message.get("tool_calls") for message in messages):
         report.add("examples with an empty message, left out", place)
         return None
     if all(message["role"] != "assistant" for message in messages):
         report.add("examples without a reply of the role 'assistant', left out", place)
         return None
-    return Chat(tuple(messages), place)
+    return Chat(tuple(messages), place, None if tools is None else tuple(tools))
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+    if not (isinstance(value, dict) and isinstance(value.get("role"), str)):
+        return False
+    content = value.get("content")
+    return isinstance(content, str) or content is None and isinstance(value.get("tool_calls"), list)
 
 
 _MAKE = {Classification: _classification, Tagging: _tagging, Pair: _pair, Chat: _chat, Text: _text}

@@ -37,8 +37,9 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    messages: tuple[dict[str, str], ...]  # each with role and content
+    messages: tuple[dict[str, Any], ...]  # each with role and content, or tool_calls
     place: str = _place()
+    tools: tuple[dict[str, Any], ...] | None = dataclasses.field(default=None, repr=False)  # functions for the template
     fields: ClassVar = ("messages",)
     input = property(lambda self: self.messages)
 

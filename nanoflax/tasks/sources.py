@@ -8,7 +8,7 @@ are keys of a JSON line or columns of a table (CSV, TSV):
     Classification   text, and label (one) or labels (several, or none)
     Tagging          tokens, tags (O, B-TYPE, I-TYPE)
     Pair             source, target
-    Chat             messages, each with role and content
+    Chat             messages, each with role and content (or tool_calls); tools, if there are any
     Text             text
 """
 
@@ -195,7 +195,7 @@ def _both_sides(pairs: Records) -> Records:
 
 
 def _field_names(kind: type) -> tuple[str, ...]:
-    return (*kind.fields, *(["labels"] if kind is Classification else []))
+    return (*kind.fields, *{Classification: ["labels"], Chat: ["tools"]}.get(kind, []))
 
 
 def _missing(kind: type, found: Iterable[str]) -> list[str]:

@@ -303,10 +303,10 @@ class HFTokenizer(_FileTokenizer):
         if "chat_template.jinja" in files:
             files["chat_template.jinja"] = template.encode()
         else:
-            named = config.get("chat_template")
-            if isinstance(named, list):
-                template = [t | {"template": template} if t["name"] == "default" else t for t in named]
-            files["tokenizer_config.json"] = json.dumps(config | {"chat_template": template}, indent=2).encode()
+            new: Any = template
+            if isinstance(named := config.get("chat_template"), list):
+                new = [t | {"template": template} if t["name"] == "default" else t for t in named]
+            files["tokenizer_config.json"] = json.dumps(config | {"chat_template": new}, indent=2).encode()
         return HFTokenizer(files, self.name)
 
     def encode(self, text: str, special: bool = False) -> list[int]:

@@ -61,7 +61,13 @@ def test_json_lines_of_every_kind(tmp_path):
         assert (found, problems, found.place) == (expected, {}, f"{path}.gz:1")
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "x": 1}]
     (found,), _ = read(jsonl(path, [{"messages": messages}]), Chat)
-    assert list(found.messages) == messages
+    assert list(found.messages) == messages and found.tools is None
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    tools = [{"name": "add"}]
+    records = [{"messages": [messages[0], call], "tools": t} for t in (tools, json.dumps(tools), "add")]
+    (found, same), report = read(jsonl(path, records), Chat)
+    assert found == same and list(found.messages) == [messages[0], call] and found.tools == (*tools,)
+    assert report["examples whose tools are not a list of objects, left out"][0] == 1
 
 
 def test_fields_may_have_other_names(tmp_path):
