@@ -179,8 +179,28 @@ def parsed_config() -> configs.Config:
         known = fields.kinds(hint)
         cls = known[str(FLAGS[f"config.{section}.kind"].value)] if known else hint
         sections[section] = cls(**{name: FLAGS[f"config.{section}.{name}"].value for name in fields.field_types(cls)})
-    configs.validate(config := configs.Config(**sections))
+    config = _without_other_recipe(configs.Config(**sections))
+    configs.validate(config)
     return config
+
+
+def _without_other_recipe(config):
+    """The Config without the file's settings of the optimizer and the batch that are for other trained parameters.
+
+    The rates of a file without model.init_from are for a model from scratch. If flags change what is trained, these
+    settings become open, and `with_recipe` chooses them. The same for a warmup longer than the steps of a flag.
+    """
+    file = load_config(FLAGS["config"].value)
+    given = lambda name: FLAGS[f"config.{name}"].present
+    open_fields = []
+    if configs.recipe_of(file) != configs.recipe_of(config):
+        open_fields = [name for name in configs.RECIPE_FIELDS if not given(f"optim.{name}")]
+        if not given("train.batch_size"):
+            config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=0))
+    elif (config.optim.warmup_steps or 0) >= config.train.steps and not given("optim.warmup_steps"):
+        open_fields = ["warmup_steps"]
+    optim = dataclasses.replace(config.optim, **dict.fromkeys(open_fields))
+    return dataclasses.replace(config, optim=optim)
 
 
 class _FieldParser(flags.ArgumentParser):

@@ -18,6 +18,7 @@ import jax
 from absl import flags
 
 from experiments.flags import launch, parsed_config
+from nanoflax import config as configs
 from nanoflax import parallel, planning, report
 from nanoflax.config import Config
 from nanoflax.errors import UserError
@@ -39,7 +40,7 @@ def main() -> None:
     # Set before JAX starts its backends, so that no chip is opened and other processes can use libtpu.
     jax.config.update("jax_platforms", "cpu")
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    config = planning.for_accelerator(parsed_config())
+    config, _ = configs.with_recipe(planning.for_accelerator(parsed_config()))
     if bool(FLAGS.topology) == bool(FLAGS.devices):
         raise UserError("plan needs one of --topology=v5e:16x16 and --devices=8")
     chip, count = parallel.tpu_slice(FLAGS.topology) if FLAGS.topology else (parallel.CHIPS[FLAGS.chip], FLAGS.devices)

@@ -22,6 +22,7 @@ from nanoflax.config.peft import (
     PrefixTuning,
     PromptTuning,
 )
+from nanoflax.config.recipes import RECIPE_FIELDS, RECIPES, Recipe, fill, recipe_of, with_recipe
 from nanoflax.config.run import MAX_SEED, METRICS, OPTIMIZERS, SCHEDULES, Config, OptimConfig, TrainConfig
 from nanoflax.config.task import (
     TASK_KINDS,
@@ -44,8 +45,9 @@ from nanoflax.config.task import (
 __all__ = [
     "AdaLoRA", "AnyPeft", "AnyTask", "Classify", "Config", "DataConfig", "Denoise", "DoRA", "ExampleData",
     "ExampleTask", "FullFineTuning", "Houlsby", "Instruct", "LSTM_ATTENTIONS", "LSTM_STARTS", "LabelTask",
-    "LanguageModel", "LoRA", "LowRank", "MAX_SEED", "METRICS", "MaskedLM", "ModelConfig", "OPTIMIZERS",
-    "OptimConfig", "PEFT_KINDS", "POSITIONS", "PRESETS", "PeftConfig", "Pfeiffer", "PrefixTuning", "Pretrain",
-    "PromptTuning", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag", "TargetTask", "TextData", "TrainConfig",
-    "Translate", "as_kind", "diff", "fields", "from_dict", "preset", "read_class_weights", "to_dict", "validate",
+    "LanguageModel", "LoRA", "LowRank", "MAX_SEED", "METRICS", "MaskedLM", "ModelConfig", "OPTIMIZERS", "OptimConfig",
+    "PEFT_KINDS", "POSITIONS", "PRESETS", "PeftConfig", "Pfeiffer", "PrefixTuning", "Pretrain", "PromptTuning",
+    "RECIPES", "RECIPE_FIELDS", "Recipe", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag", "TargetTask", "TextData",
+    "TrainConfig", "Translate", "as_kind", "diff", "fields", "fill", "from_dict", "preset", "read_class_weights",
+    "recipe_of", "to_dict", "validate", "with_recipe",
 ]  # fmt: skip

@@ -21,16 +21,24 @@ MAX_SEED = 2**32 - 1  # JAX ignores the upper 32 bits of larger seeds
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its schedule."""
+    """The optimizer and its schedule. What a run trains decides the fields that are none: see `recipes`."""
 
     section: ClassVar[str] = "optim"
-    name: str = field("adamw", "Optimizer.", choices=OPTIMIZERS)
-    learning_rate: float = field(1e-3, "Peak learning rate (muon: for parameters that AdamW trains).", at_least=0)
+    name: str | None = field(None, "Optimizer; none: by what is trained.", choices=OPTIMIZERS)
+    learning_rate: float | None = field(
+        None, "Peak learning rate (muon: for parameters that AdamW trains); none: by what is trained.", at_least=0
+    )
     muon_learning_rate: float = field(0.02, "Peak learning rate of the matrices that Muon trains.", at_least=0)
-    schedule: str = field("cosine", "Decay of the learning rate; wsd: only at the end.", choices=SCHEDULES)
-    warmup_steps: int = field(100, "Steps in which the learning rate rises linearly from 0.", at_least=0)
+    schedule: str | None = field(
+        None, "Decay of the learning rate; wsd: only at the end; none: by what is trained.", choices=SCHEDULES
+    )
+    warmup_steps: int | None = field(
+        None, "Steps in which the learning rate rises linearly from 0; none: a tenth, at most 100.", at_least=0
+    )
     decay_fraction: float = field(0.2, "wsd: share of the steps, at the end, with decay.", within="(0, 1]")
-    end_factor: float = field(0.1, "Last learning rate as a fraction of the peak.", at_least=0)
+    end_factor: float | None = field(
+        None, "Last learning rate as a fraction of the peak; none: by what is trained.", at_least=0
+    )
     weight_decay: float = field(0.1, "Weight decay on matrices; no norm, bias or embedding.", at_least=0)
     b1: float = field(0.9, "Decay of the first moment; the momentum of sgd and lion.", within="[0, 1)")
     b2: float = field(0.95, "Decay of the second moment.", within="[0, 1)")
@@ -46,7 +54,9 @@ class TrainConfig:
 
     section: ClassVar[str] = "train"
     steps: int = field(1000, "Steps of the run.", at_least=1)
-    batch_size: int = field(16, "Rows of a step (windows, examples), over all devices and micro-batches.", at_least=1)
+    batch_size: int = field(
+        0, "Rows of a step (windows, examples), over all devices and micro-batches; 0: by what is trained.", at_least=0
+    )
     accumulate: int = field(1, "Micro-batches of a step.", at_least=1)
     seed: int = field(0, "Seed of all random numbers of the run.", at_least=0, at_most=MAX_SEED)
     z_loss: float = field(0.0, "Weight of log(Z)^2 in the loss (PaLM, section 5).", at_least=0)
@@ -102,7 +112,7 @@ def _step_problems(c: Config) -> list[str]:
     t, found = c.train, []
     if t.accumulate >= 1 and t.batch_size % t.accumulate:
         found.append(f"train.accumulate={t.accumulate} does not divide train.batch_size={t.batch_size}")
-    if c.optim.warmup_steps >= t.steps > 1:
+    if c.optim.warmup_steps is not None and c.optim.warmup_steps >= t.steps > 1:
         found.append(f"optim.warmup_steps={c.optim.warmup_steps} must be less than train.steps={t.steps}")
     name = "model.context" if c.window == c.model.context else "data.window"
     if c.window > c.model.context:

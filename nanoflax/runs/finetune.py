@@ -200,7 +200,9 @@ def start_from(config: Config, source: ModelSource | None, examples: Any, workdi
         config = dataclasses.replace(config, peft=dataclasses.replace(config.peft, trained="adapters,head"))
     if long := [f"{name}={n}" for name, n in tasks.length_limits(task).items() if n > m.context]:
         raise UserError(f"{' and '.join(long)} must be at most the model's context of {m.context}")
-    config = dataclasses.replace(config, model=m)
+    config, chosen = configs.with_recipe(dataclasses.replace(config, model=m))
+    if chosen:
+        print(chosen)
     configs.validate(config)
     return Start(config, tokenizer, source, new_head)
 

@@ -71,6 +71,9 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
             )
         config = dataclasses.replace(config, model=dataclasses.replace(source.config, head="lm"))
         configs.validate(config)
+    config, chosen = configs.with_recipe(config)
+    if chosen:
+        print(chosen)
     saved, weights = check_workdir_once(workdir, config, restart)
     mesh = parallel.make_mesh(config.train.mesh)
     parallel.check_mesh(dataclasses.replace(config, model=parallel.pad_vocabulary(config.model, mesh)), mesh)

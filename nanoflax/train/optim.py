@@ -11,16 +11,19 @@ import numpy as np
 import optax
 
 from nanoflax import parallel
-from nanoflax.config import OptimConfig
+from nanoflax.config import RECIPES, OptimConfig, fill
 
 
 def make_schedule(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
     """Learning rate by step: linear warmup to `peak`, then the schedule to end_factor * peak.
 
     cosine, linear, constant, or wsd: constant, then linear over the last decay_fraction of the
-    steps (warmup-stable-decay, Hu et al. 2024).
+    steps (warmup-stable-decay, Hu et al. 2024). Fields that are none: those of a model from scratch.
     """
-    warmup, end = config.warmup_steps, config.end_factor * peak
+    config = fill(config, RECIPES["scratch"], steps)
+    warmup, end = config.warmup_steps, config.end_factor
+    assert warmup is not None and end is not None  # filled
+    end *= peak
     rest = max(steps - warmup, 1)
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     if config.schedule == "cosine":
@@ -103,11 +106,13 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     """The optimizer of a run of `steps`.
 
     Muon (Jordan 2024) orthogonalises the hidden matrices and leaves the rest to AdamW, here with
-    Nesterov momentum (NAdam).
+    Nesterov momentum (NAdam). Fields that are none: those of a model from scratch.
     Returns (optax.GradientTransformation, schedule of config.learning_rate; that of muon_learning_rate is
     proportional to it).
     """
-    c, schedule = config, make_schedule(config, steps, config.learning_rate)
+    c = fill(config, RECIPES["scratch"], steps)
+    assert c.learning_rate is not None  # filled
+    schedule = make_schedule(c, steps, c.learning_rate)
     if c.name == "adamw":
         tx = optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, weight_decay=c.weight_decay)
     elif c.name == "muon":

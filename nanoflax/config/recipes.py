@@ -1,0 +1,79 @@
+"""Defaults of the optimizer and the batch, chosen by what a run trains.
+
+A learning rate for random weights destroys published ones, and one for published weights hardly moves adapters. So
+`optim` leaves some fields open (none), and `with_recipe` fills them. MEASURED.
+"""
+
+import dataclasses
+import math
+
+from nanoflax.config.peft import FullFineTuning, PrefixTuning, PromptTuning
+from nanoflax.config.run import Config, OptimConfig
+
+REFERENCE_DIM = 384  # D of MiniLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Defaults for one kind of trained parameters."""
+
+    trains: str  # what is trained, for messages
+    learning_rate: float  # peak
+    batch_size: int = 16  # rows
+    name: str = "adamw"
+    schedule: str = "linear"
+    end_factor: float = 0.0
+    max_warmup_steps: int = 500  # else a tenth of the steps
+    falls_with_width: bool = True  # learning_rate is for D = REFERENCE_DIM, and proportional to 1 / D
+
+
+RECIPES = {
+    "scratch": Recipe("a model from scratch", 1e-3, 16, "adamw", "cosine", 0.1, 100, False),
+    "published": Recipe("the parameters of a published model", 2e-4),
+    "adapters": Recipe("adapters in a published model", 2e-3),
+    "prompts": Recipe("virtual tokens before a published model", 1e-2),
+    "head": Recipe("the head of a published model", 1e-2),
+}
+
+
+RECIPE_FIELDS = ("name", "learning_rate", "schedule", "end_factor", "warmup_steps")  # of OptimConfig
+
+
+def recipe_of(config: Config) -> Recipe:
+    """The Recipe for what a run of this Config trains."""
+    peft = config.peft
+    if not config.model.init_from:
+        return RECIPES["scratch"]
+    if isinstance(peft, (PromptTuning, PrefixTuning)):
+        return RECIPES["prompts"]
+    if not isinstance(peft, FullFineTuning) or peft.trained == "biases":
+        return RECIPES["adapters"]
+    return RECIPES["head" if peft.trained == "head" else "published"]
+
+
+def fill(optim: OptimConfig, recipe: Recipe, steps: int, dim: int = REFERENCE_DIM) -> OptimConfig:
+    """The OptimConfig with the values of a Recipe in its open fields (none), for a run of `steps` and a width D."""
+    rate = recipe.learning_rate * (REFERENCE_DIM / dim if recipe.falls_with_width else 1)
+    values = {
+        "name": recipe.name,
+        "learning_rate": float(f"{rate:.2g}"),
+        "schedule": recipe.schedule,
+        "end_factor": recipe.end_factor,
+        "warmup_steps": min(math.ceil(steps / 10), recipe.max_warmup_steps, steps - 1),
+    }
+    return dataclasses.replace(optim, **{name: x for name, x in values.items() if getattr(optim, name) is None})
+
+
+def with_recipe(config: Config) -> tuple[Config, str]:
+    """The Config with its open fields filled by what it trains, and a line that says so ("" if none was open).
+
+    config.model must have its final width.
+    """
+    recipe, train = recipe_of(config), config.train
+    optim = fill(config.optim, recipe, train.steps, config.model.dim)
+    chosen = [f"optim.{name}={x}" for name, x in vars(optim).items() if getattr(config.optim, name) is None]
+    if not train.batch_size:
+        train = dataclasses.replace(train, batch_size=recipe.batch_size + -recipe.batch_size % train.accumulate)
+        chosen.append(f"train.batch_size={train.batch_size}")
+    line = f"chosen for {recipe.trains} (a flag changes each): {', '.join(chosen)}" if chosen else ""
+    return dataclasses.replace(config, optim=optim, train=train), line

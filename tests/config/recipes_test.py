@@ -1,0 +1,96 @@
+"""Defaults of the optimizer: what a run trains decides them, a flag changes each."""
+
+import dataclasses
+
+import pytest
+
+from nanoflax import config as cfg
+from nanoflax.config import Config, FullFineTuning, LoRA, ModelConfig, OptimConfig, PrefixTuning, TrainConfig
+from tests import processes
+
+PUBLISHED = ModelConfig(init_from="a", dim=384)
+
+
+@pytest.mark.parametrize(
+    "model, peft, recipe",
+    [
+        (ModelConfig(), FullFineTuning(), "scratch"),
+        (ModelConfig(), LoRA(trained="all"), "scratch"),
+        (PUBLISHED, FullFineTuning(), "published"),
+        (PUBLISHED, FullFineTuning(trained="last:2"), "published"),
+        (PUBLISHED, FullFineTuning(trained="head"), "head"),
+        (PUBLISHED, FullFineTuning(trained="biases"), "adapters"),
+        (PUBLISHED, LoRA(), "adapters"),
+        (PUBLISHED, LoRA(trained="adapters,head"), "adapters"),
+        (PUBLISHED, PrefixTuning(), "prompts"),
+    ],
+)
+def test_what_is_trained_decides_the_open_fields(model, peft, recipe):
+    config = Config(model=model, peft=peft, train=TrainConfig(steps=200))
+    assert cfg.recipe_of(config) is cfg.RECIPES[recipe]
+    filled, line = cfg.with_recipe(config)
+    expected = cfg.RECIPES[recipe]
+    assert filled.optim.learning_rate == expected.learning_rate
+    assert (filled.optim.name, filled.optim.schedule) == (expected.name, expected.schedule)
+    assert filled.optim.warmup_steps == 20 and filled.train.batch_size == expected.batch_size
+    assert expected.trains in line and f"optim.learning_rate={expected.learning_rate}" in line
+    cfg.validate(filled)
+    assert cfg.with_recipe(filled) == (filled, "")  # nothing is open any more
+
+
+def test_the_chosen_batch_is_a_multiple_of_the_micro_batches():
+    config = cfg.with_recipe(Config(model=PUBLISHED, train=TrainConfig(accumulate=3)))[0]
+    assert config.train.batch_size == 18
+    cfg.validate(config)
+
+
+def test_given_values_stay():
+    given = OptimConfig(name="lion", learning_rate=0.0, schedule="wsd", warmup_steps=0, end_factor=0.0)
+    config = Config(model=PUBLISHED, optim=given, train=TrainConfig(batch_size=3))
+    assert cfg.with_recipe(config) == (config, "")
+
+
+def test_rates_of_published_models_fall_with_the_width():
+    rates = [
+        cfg.with_recipe(Config(model=dataclasses.replace(PUBLISHED, dim=dim)))[0].optim.learning_rate
+        for dim in (384, 768, 4096)
+    ]
+    assert rates[0] == 2 * rates[1] and 1e-5 < rates[2] < 3e-5
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0), (2, 1), (5, 1), (50, 5), (10**6, 100)])
+def test_the_chosen_warmup_is_shorter_than_the_run(steps, warmup):
+    config = cfg.with_recipe(Config(train=TrainConfig(steps=steps)))[0]
+    assert config.optim.warmup_steps == warmup
+    cfg.validate(config)
+
+
+PROGRAM = """
+from experiments.flags import launch, parsed_config
+def main():
+    c = parsed_config()
+    print(c.optim.name, c.optim.learning_rate, c.optim.warmup_steps, c.train.batch_size)
+launch(main, "classify")
+"""
+
+
+def parsed(*flags):
+    """What `parsed_config` makes of flags: optimizer, learning rate, warmup and batch size, or the error."""
+    done = processes.run(["-c", PROGRAM, *flags])
+    return done.stdout.split() or done.stderr
+
+
+def test_flags_that_change_what_is_trained_open_the_rates_of_the_file():
+    assert parsed() == ["None", "0.002", "30", "32"]
+    source = "--config.model.init_from=somewhere"
+    assert parsed(source) == ["None", "None", "None", "0"]
+    assert parsed(source, "--config.optim.learning_rate=3e-4", "--config.train.batch_size=7") == [
+        "None", "0.0003", "None", "7"]  # fmt: skip
+    assert parsed("--config=tag", source)[0] == "None"  # not muon
+
+
+def test_a_warmup_of_the_file_is_cut_for_a_short_run_and_one_of_a_flag_is_refused():
+    assert parsed("--config.train.steps=5") == ["None", "0.002", "None", "32"]
+    assert "optim.warmup_steps=30 must be less than train.steps=5" in parsed(
+        "--config.train.steps=5", "--config.optim.warmup_steps=30"
+    )
