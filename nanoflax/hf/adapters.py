@@ -2,30 +2,24 @@
 
 import dataclasses
 import pathlib
-import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
-from nanoflax import report
-from nanoflax.config import PEFT_KINDS, AdaLoRA, LoRA, LowRank, ModelConfig, validate
+from nanoflax import report, tokenizers
+from nanoflax.config import AdaLoRA, LoRA, LowRank, ModelConfig
 from nanoflax.errors import UserError, listed
-from nanoflax.hf import families, safetensors_io
-from nanoflax.hf.layouts import tensor_mapping
-from nanoflax.nn import without_padding
+from nanoflax.hf import families, models, safetensors_io
+from nanoflax.hf.layouts import parameter_shapes
+from nanoflax.hf.peft_names import BASE, CONFIG, SCHEDULE, WEIGHTS, PeftNames, inside, join_outputs
+from nanoflax.hf.peft_reader import AdapterFile
+from nanoflax.nn import column_lengths, without_padding
 from nanoflax.peft import trainable
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KNOWN = """peft_type task_type auto_mapping peft_version base_model_name_or_path revision
-    inference_mode r target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias
-    use_rslora use_dora init_lora_weights layers_to_transform layers_pattern rank_pattern
-    modules_to_save megatron_core qalora_group_size ensure_weight_tying target_r init_r tinit tfinal
-    deltaT beta1 beta2 orth_reg_weight total_step""".split()
-_SCHEDULE = {"target_rank": "target_r", "warmup_steps": "tinit", "final_steps": "tfinal", "beta1": "beta1",
-             "beta2": "beta2", "orthogonality": "orth_reg_weight"}  # fmt: skip
-_TASKS = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}
+# Writing.
 
 
 def save_adapter(
@@ -33,104 +27,234 @@ def save_adapter(
     config: ModelConfig,
     params: dict[str, Any],
     peft_config: Any,
-    base: str = "",
+    base: str | pathlib.Path = "",
     model_type: str | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Write the low-rank adapters in params for the `peft` library, which adds them to the model of `hf.save`.
 
     Other modules that peft_config.trained names, such as a head, become modules_to_save of `peft`, without rows of
-    config.vocab_padding.
+    config.vocab_padding. A trained tied embedding becomes two of them, because `peft` would train only one. Adapters
+    of several Linears that are one in Transformers (GPT-2's c_attn) become one adapter with the sum of their ranks.
 
     Args:
-      base: the name or directory of the model, for peft's Auto classes.
-      model_type: the family of the model, as in `hf.save`.
+      base: the directory or hub name of the model, for peft's Auto classes.
+      model_type: the family of the model, as in `hf.save`; by default that of the base.
+      tokenizer: written too if the base has no rows for its last tokens: peft's Auto classes then add the rows.
     Raises:
-      UserError: other kinds of adapters, adapters of Linears that are one tensor in Transformers (GPT-2's c_attn), a
-        module trained in part, or what `hf.save` refuses.
+      UserError: other kinds of adapters, a base that Transformers cannot open, a parameter that is neither in the base
+        nor in the adapters, a module trained in part, or what `hf.save` refuses.
     """
     config, params = without_padding(config, params)
     c = peft_config
     flat: dict[str, Any] = flatten_dict(params, sep="/")
-    modules = _linears(_modules(config, model_type))
-    linears = [path.removesuffix("/lora_a") for path in flat if path.endswith("/lora_a")]
-    if not isinstance(c, LowRank) or not linears:
+    if not isinstance(c, LowRank):
         raise UserError(f"peft.kind={c.kind!r} cannot be written for the peft library; lora, dora and adalora can")
-    safetensors_io.raise_problems(
-        directory,
-        [
-            f"{path} is a part of {modules[path][0]}, which peft adapts as one; leave it out of peft.targets"
-            for path in linears
-            if modules[path][1] not in ("transposed", "same")
-        ],
-    )
-    tensors, rank_pattern = {}, {}
-    for path in linears:
-        name = modules[path][0]
-        leaf = lambda end, path=path: np.asarray(flat[f"{path}/lora_{end}"], np.float32)
-        a, b = leaf("a").T, leaf("b").T
-        if isinstance(c, AdaLoRA):
-            kept = leaf("mask") > 0
-            rank_pattern[f"{name}.lora_E"] = kept.tolist()
-            parts = {"lora_A": a[kept], "lora_B": b[:, kept], "lora_E": leaf("e")[kept, None]}
-        else:
-            parts = {"lora_A.weight": a, "lora_B.weight": b}
-        if c.kind == "dora":
-            parts["lora_magnitude_vector"] = leaf("magnitude")
-        tensors |= {f"{_BASE}{name}.{part}": x for part, x in parts.items()}
-    complete = _complete_modules(config, model_type, flat, flatten_dict(trainable(params, c), sep="/"))
-    tensors |= {f"{_BASE}{name}": x for name, x in complete.items()}
-    theirs = {
-        "peft_type": "ADALORA" if isinstance(c, AdaLoRA) else "LORA",
-        "task_type": _TASKS.get(config.architecture) if config.head == "lm" else None,
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in complete}) or None,
-        "base_model_name_or_path": str(base),
+    if not any(path.endswith("/lora_a") for path in flat):
+        raise UserError("no Linear has an adapter, and peft writes nothing without one")
+    found_base = _open_base(base) if base else None
+    given = parameter_shapes(found_base.config) if found_base else None
+    model_type = model_type or (found_base.model_type if found_base else None)
+    names = PeftNames(families.family_of_config(config, model_type), config)
+    trained = {path for path, x in flatten_dict(trainable(params, c), sep="/").items() if x}
+    found, settings = _low_rank_tensors(names, c, flat, str(directory))
+    if given and names.has_bias_buffer and np.any(flat["logit_bias"][given["logit_bias"][0] :]):
+        raise UserError("logit_bias of new tokens is not 0, and peft cannot save it")
+    modules = _modules_to_save(names, trained, set(settings["target_modules"]), given)
+    found |= {
+        names.written(name): names.row(name).join(flat, config.K) for module in modules for name in names.under(module)
+    }
+    settings |= _task(names) | {
+        "modules_to_save": [names.written(module) for module in modules] or None,
+        "base_model_name_or_path": found_base.name if found_base else "",
         "inference_mode": True,
-        "target_modules": [modules[path][0] for path in linears],
-        "lora_alpha": int(c.alpha) if c.alpha == int(c.alpha) else c.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(modules[path][1] == "same" for path in linears),
-        "use_rslora": isinstance(c, LoRA) and c.rank_stabilized,
-        "use_dora": c.kind == "dora",
     }
-    if not isinstance(c, AdaLoRA):
-        theirs["r"] = c.rank
-    else:
-        # peft needs the full schedule, even if training has ended.
-        theirs |= {name: getattr(c, ours) for ours, name in _SCHEDULE.items()} | {
-            "init_r": c.rank,
-            "total_step": c.warmup_steps + c.final_steps + 1,
-            "rank_pattern": rank_pattern,
-        }
+    if given and tokenizer is not None and config.vocab_size > given["embed/embedding"][0]:
+        tokenizers.to_huggingface(tokenizer, config.head == "lm").save(directory)
     safetensors_io.save_safetensors(
-        directory, [(name, x.shape, x.dtype, x) for name, x in tensors.items()], single=WEIGHTS
+        directory, [(BASE + name, x.shape, x.dtype, x) for name, x in found.items()], single=WEIGHTS
     )
     try:
-        pathlib.Path(directory, CONFIG).write_text(report.to_json(theirs, indent=2) + "\n")
+        pathlib.Path(directory, CONFIG).write_text(report.to_json(settings, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from error
 
 
-def _complete_modules(config, model_type, flat, trained):
-    """Name in Transformers -> array, for the modules that are trained completely."""
-    problems, tensors = [], {}
-    for name, rows in _modules(config, model_type).items():
-        paths = [path for row in rows for path in row.paths]
-        frozen = [path for path in paths if not trained[path]]
-        if len(frozen) == len(paths):
-            continue
-        if frozen or any(row.layout not in ("transposed", "same") for row in rows):
-            problems.append(f"peft saves complete modules, but peft.trained names only a part of {name}")
-        if any(f"{path.removesuffix('kernel')}lora_a" in flat for path in paths):
-            problems.append(f"peft cannot both adapt {name} and save it as a complete module")
-        tensors |= {
-            row.name: np.asarray(flat[path].T if row.layout == "transposed" else flat[path])
-            for row in rows
-            for path in row.paths
+class _Base(NamedTuple):
+    """A model of Transformers that adapters belong to."""
+
+    name: str  # the hub name, or the absolute directory
+    model_type: str
+    config: ModelConfig
+
+
+def _open_base(base: str | pathlib.Path) -> _Base:
+    """Raises: UserError for a base that Transformers cannot open, or that has adapters itself."""
+    path = models.find_source(base)
+    if path.is_file():
+        raise UserError(f"{base} is a .gguf file, which peft cannot open")
+    if (path / CONFIG).exists():
+        raise UserError(f"{base} has adapters itself, and peft would not add them")
+    described = safetensors_io.read_json(path / "config.json") if (path / "config.json").exists() else {}
+    if not isinstance(described.get("model_type"), str):
+        raise UserError(f"{base} is not a model of Transformers, so peft cannot open it")
+    name = str(path.absolute()) if pathlib.Path(base).expanduser().is_dir() else str(base)
+    return _Base(name, described["model_type"], models.load_config(path))
+
+
+def problem_of_base(base: str | pathlib.Path, config: ModelConfig) -> str:
+    """Why peft's Auto classes cannot open adapters of a model with this configuration over a base; "" if they can."""
+    if not base:
+        return "the model began with random weights"
+    try:
+        own = _open_base(base).config
+    except UserError as error:
+        return str(error)
+    classes = (own.labels, own.class_names) if own.head == config.head else ()
+    if config.head in ("classify", "tag") and classes != (config.labels, config.class_names):
+        return f"{base} has no head with these classes"
+    return ""
+
+
+def _task(names: PeftNames) -> dict[str, Any]:
+    """The fields that tell peft's Auto classes the class of the model."""
+    c = names.config
+    kinds = {"classify": "SEQ_CLS", "tag": "TOKEN_CLS", "none": "FEATURE_EXTRACTION"}
+    if c.head == "mlm":  # peft has no name for this task
+        family = names.family.model_type
+        library = f"transformers.models.{family}.modeling_{family}"
+        return {"auto_mapping": {"base_model_class": names.family.classes["mlm"][0], "parent_library": library}}
+    return {"task_type": kinds.get(c.head) or ("SEQ_2_SEQ_LM" if c.reads_source else "CAUSAL_LM")}
+
+
+def _low_rank_tensors(names: PeftNames, c: Any, flat: Mapping[str, Any], directory: str) -> tuple[dict, dict]:
+    """(name of a tensor -> array, the settings of peft) of all low-rank adapters."""
+    rows = [
+        row
+        for row in names.rows.values()
+        if any(f"{path.removesuffix('/kernel')}/lora_a" in flat for path in row.paths if path.endswith("/kernel"))
+    ]
+    fused = {path.removesuffix("/kernel"): row.name for row in rows if len(row.parts) > 1 for path in row.paths}
+    if isinstance(c, AdaLoRA):
+        safetensors_io.raise_problems(
+            directory,
+            [
+                f"{path} is a part of {names.written(name).removesuffix('.weight')}, which peft adapts as one; leave "
+                "it out of peft.targets"
+                for path, name in fused.items()
+                if f"{path}/lora_a" in flat
+            ],
+        )
+    tensors, ranks, alphas = {}, {}, {}
+    for row in rows:
+        module = names.written(row.name).removesuffix(".weight")
+        parts, scale, rank = (
+            _adalora_parts(row, flat, c) if isinstance(c, AdaLoRA) else _lora_parts(row, flat, names.config)
+        )
+        tensors |= {f"{module}.{part}": x for part, x in parts.items()}
+        if isinstance(c, AdaLoRA):
+            ranks[f"{module}.lora_E"] = rank
+        else:
+            alpha = scale * rank ** (0.5 if c.rank_stabilized else 1)
+            ranks |= {module: rank} if rank != c.rank else {}
+            alphas |= {module: alpha} if abs(alpha - c.alpha) > 1e-5 * c.alpha else {}
+    settings = {
+        "peft_type": "ADALORA" if isinstance(c, AdaLoRA) else "LORA",
+        "target_modules": [names.written(row.name).removesuffix(".weight") for row in rows],
+        "lora_alpha": int(c.alpha) if c.alpha == int(c.alpha) else c.alpha,
+        "fan_in_fan_out": any(row.layout in ("same", "fused_columns") for row in rows),
+        "use_rslora": isinstance(c, LoRA) and c.rank_stabilized,
+        "use_dora": c.kind == "dora",
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+    }
+    if not isinstance(c, AdaLoRA):
+        return tensors, settings | {"r": c.rank}
+    # peft needs the full schedule, even if training has ended.
+    schedule = {name: getattr(c, ours) for ours, name in SCHEDULE.items()}
+    return tensors, settings | schedule | {"init_r": c.rank, "total_step": c.warmup_steps + c.final_steps + 1}
+
+
+def _adalora_parts(row, flat, c):
+    """(name of a part -> array, scale, the ranks that are kept) of an adapter of AdaLoRA."""
+    start = row.paths[0].removesuffix("kernel")
+    leaf = lambda end: np.asarray(flat[f"{start}lora_{end}"], np.float32)
+    kept = leaf("mask") > 0
+    parts = {"lora_A": leaf("a").T[kept], "lora_B": leaf("b").T[:, kept], "lora_E": leaf("e")[kept, None]}
+    return parts, c.scale, kept.tolist()
+
+
+def _lora_parts(row, flat, config):
+    """(name of a part -> array, scale, rank) of an adapter of LoRA or DoRA on the Linears in one tensor.
+
+    Linears with the same lora_a share it. Otherwise each has its own ranks: lora_A is [a_0; a_1; ...], and lora_B is
+    zero outside the blocks of a Linear's outputs and its own ranks.
+    """
+    starts = [path.removesuffix("kernel") for path in row.paths]
+    adapted = [start for start in starts if f"{start}lora_a" in flat]
+    a, b = ([np.asarray(flat[f"{start}lora_{end}"], np.float32) for start in adapted] for end in "ab")
+    scales = [float(flat[f"{start}lora_scale"]) for start in adapted]
+    shared = adapted == starts and all(np.array_equal(a[0], x) for x in a) and len({*scales}) == 1
+    stacked = a[0] if shared else np.concatenate(a, 1)
+    ends = np.cumsum([x.shape[1] for x in a])
+    wide = {}
+    for start, path in zip(starts, row.paths, strict=True):
+        wide[path] = np.zeros((stacked.shape[1], flat[path].shape[1]), np.float32)
+        if start in adapted:
+            i = adapted.index(start)
+            ranks = slice(None) if shared else slice(ends[i] - len(b[i]), ends[i])
+            wide[path][ranks] = b[i] * np.float32(scales[i] / scales[0])
+    parts = {"lora_A.weight": stacked.T, "lora_B.weight": join_outputs(row, wide, config.K)}
+    if f"{adapted[0]}lora_magnitude" in flat:
+        lengths = {
+            path: np.asarray(
+                flat.get(f"{start}lora_magnitude", column_lengths(jnp.asarray(flat[path], jnp.float32))), np.float32
+            )
+            for start, path in zip(starts, row.paths, strict=True)
         }
+        parts["lora_magnitude_vector"] = join_outputs(row, lengths, config.K)
+    return parts, scales[0], stacked.shape[1]
+
+
+def _modules_to_save(names: PeftNames, trained: set[str], adapted: set[str], given: dict | None) -> list[str]:
+    """The modules that are trained completely, and the head of a classifier, which peft always saves.
+
+    Raises: UserError for a module that is trained in part, or that is new and not trained, or also adapted.
+    """
+    problems, roots, by_module = [], set(), {}
+    shapes = parameter_shapes(names.config)
+    for row in names.rows.values():
+        by_module.setdefault(row.name.rpartition(".")[0], []).append(row)
+    for module, rows in by_module.items():
+        paths = [path for row in rows for path in row.paths]
+        chosen = [path for path in paths if path in trained]
+        new = [path for path in paths if given is not None and given.get(path) != shapes[path] and path not in trained]
+        if new and module:
+            problems.append(f"{new[0]} is not in the base, or has another shape there, and is not trained")
+        if chosen and len(chosen) < len(paths):
+            problems.append(f"peft saves complete modules, but peft.trained names only a part of {module}")
+        if chosen and not module:
+            problems.append(f"{paths[0]} is {rows[0].name}, which is in no module that peft could save")
+        if chosen:
+            roots |= {name.rpartition(".")[0] for row in rows for name in names.read_by_model(row)}
+    if names.config.head in ("classify", "tag"):
+        roots |= {"classifier", "score"}
+    # peft saves every module whose name ends with a name in modules_to_save.
+    roots = {module for module in names.modules if any(module.endswith(root) for root in roots)}
+    roots = {module for module in roots if not inside(module.rpartition(".")[0], roots)}
+    problems += [
+        f"peft cannot both adapt {module} and save it as a complete module"
+        for module in sorted(adapted)
+        if inside(module, map(names.written, roots))
+    ]
     if problems:
         raise UserError(listed(problems, 4))
-    return tensors
+    return sorted(roots)
+
+
+# Reading.
 
 
 def base_of_adapter(directory: str | pathlib.Path) -> str | None:
@@ -144,157 +268,37 @@ def base_of_adapter(directory: str | pathlib.Path) -> str | None:
     base = safetensors_io.read_json(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base_model_name_or_path={base!r} must name the model that the adapters belong to")
-    return base
+    beside = path.parent / "base"  # of finetune, when the directory was moved
+    return str(beside) if beside.is_dir() and not pathlib.Path(base).is_dir() else base
+
+
+def adapted_config(directory: str | pathlib.Path, config: ModelConfig, model_type: str | None = None) -> ModelConfig:
+    """The configuration of a base model with the adapters in a directory, as `peft` computes it: they may bring a new
+    head, more tokens, or an output head that is no longer tied to the embedding.
+
+    Raises: UserError as `load_adapter`.
+    """
+    return AdapterFile(directory, config, model_type).config
 
 
 def load_adapter(
     directory: str | pathlib.Path, config: ModelConfig, params: dict[str, Any], model_type: str | None = None
 ) -> tuple[dict[str, Any], Any]:
-    """Add LoRA, DoRA or AdaLoRA of the `peft` library to params, and replace the modules in its modules_to_save.
+    """Add LoRA, DoRA or AdaLoRA of the `peft` library to params, and replace what else it trained.
 
-    config, model_type: as in `save_adapter`; params: without adapters.
-    Returns: (params, the config of the adapters, whose `trained` names the replaced modules).
+    An adapter of several of our Linears (GPT-2's c_attn) is split exactly: they share lora_a. Adapters of an embedding
+    or of the output head are merged, because losses read only their tables.
+
+    config: `adapted_config` of the directory; params: of the base model, without adapters; model_type: as in
+    `save_adapter`, by default the family whose names the file has.
+    Returns: (params, the config of the adapters, whose `trained` names what is replaced).
     Raises: UserError with every unsupported setting, or with every tensor that is unexpected, missing or misshapen.
     """
-    path = safetensors_io.locate(directory, CONFIG)
-    theirs = safetensors_io.read_json(path)
-    c, patterns = _from_theirs(theirs, path)
-    flat: dict[str, Any] = flatten_dict(params, sep="/")
-    problems, parts, new = [], {}, {}
-    modules = _modules(config, model_type)
-    ours = {name: place for place, (name, layout) in _linears(modules).items() if layout in ("transposed", "same")}
-    ends = "|".join(map(re.escape, theirs.get("modules_to_save") or ()))
-    complete = {
-        row.name: row
-        for name, rows in modules.items()
-        for row in rows
-        if ends and re.search(rf"({ends})(\.|$)", name) and row.layout in ("transposed", "same")
-    }
-    for name, tensor in safetensors_io.open_safetensors(directory, single=WEIGHTS).items():
-        m = _TENSOR.fullmatch(name)
-        row = complete.pop(name.removeprefix(_BASE), None)
-        if row is not None and tensor.shape == row.shape:
-            x, path = tensor.read(), row.paths[0]
-            new[path] = jnp.asarray(x.T if row.layout == "transposed" else x, jnp.float32)
-        elif row is not None:
-            problems.append(f"{name} has shape {list(tensor.shape)}, not {list(row.shape)}")
-        elif m and m[1] in ours:
-            parts.setdefault(m[1], {})[m[2]] = tensor
-        else:
-            problems.append(f"{name} has no place in this model")
-    problems += [f"{_BASE}{name} is missing, but modules_to_save names it" for name in complete]
-    if not parts:
-        problems.append("the file has no adapter")
-    saved = sorted({path.rpartition("/")[0] or path for path in new})
-    c = dataclasses.replace(c, trained=",".join(["adapters", *saved]) if saved else "")
-    for name, tensors in parts.items():
-        place = ours[name]
-        wrong = _problems(c, name, tensors, flat[f"{place}/kernel"].shape, patterns)
-        problems += wrong
-        if not wrong:
-            arrays = {part: tensor.read() for part, tensor in tensors.items()}
-            leaves = _leaves(c, arrays, patterns.get(f"{name}.lora_E"))
-            new |= {f"{place}/{leaf}": jnp.asarray(x, jnp.float32) for leaf, x in leaves.items()}
-    safetensors_io.raise_problems(pathlib.Path(directory, WEIGHTS), problems)
-    return unflatten_dict(flat | new, sep="/"), c
-
-
-_BASE = "base_model.model."
-_TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_[ABE]|lora_magnitude_vector)(\.weight)?")
-
-
-def _modules(config, model_type):
-    """The tensors of each module in Transformers, by its name."""
-    family, modules = families.family_of_config(config, model_type), {}
-    for row in tensor_mapping(family, config):
-        name = row.name.removeprefix(family.base) if config.head == "none" else row.name
-        modules.setdefault(name.rpartition(".")[0], []).append(dataclasses.replace(row, name=name))
-    return modules
-
-
-def _linears(modules):
-    """Path of our Linear -> (name in Transformers, layout of the kernel there)."""
-    return {
-        path.removesuffix("/kernel"): (name, row.layout)
-        for name, rows in modules.items()
-        for row in rows
-        for path in row.paths
-        if path.endswith("/kernel")
-    }
-
-
-def _from_theirs(theirs, path):
-    """(our LoRA, DoRA or AdaLoRA config, rank_pattern) of peft's adapter_config.json."""
-    patterns, complete = theirs.get("rank_pattern") or {}, theirs.get("modules_to_save") or []
-    adalora, init = theirs.get("peft_type") == "ADALORA", theirs.get("init_lora_weights")
-    wrong = {name for name, value in theirs.items() if value and name not in _KNOWN}
-    wrong |= {
-        name
-        for name, fine in [
-            ("peft_type", adalora or theirs.get("peft_type") == "LORA"),
-            ("bias", theirs.get("bias", "none") == "none"),
-            ("modules_to_save", isinstance(complete, list) and all(isinstance(x, str) for x in complete)),
-            ("use_rslora", not (adalora and theirs.get("use_rslora"))),
-            ("init_lora_weights", init in (None, True, False, "gaussian")),  # other values change the kernels
-            (
-                "rank_pattern",
-                isinstance(patterns, dict)
-                and all(
-                    isinstance(x, list) and all(type(keep) is bool for keep in x) if adalora else type(x) is int
-                    for x in patterns.values()
-                ),
-            ),
-        ]
-        if not fine
-    }
-    safetensors_io.raise_problems(
-        path, [f"{name}={str(theirs.get(name))[:200]} is not supported" for name in sorted(wrong)]
-    )
-    kind = "adalora" if adalora else "dora" if theirs.get("use_dora") else "lora"
-    own = _SCHEDULE if adalora else {"rank_stabilized": "use_rslora"}
-    rank = theirs.get("init_r", 12) if adalora else theirs.get("r", 8)
-    c = PEFT_KINDS[kind](
-        rank=rank,
-        alpha=theirs.get("lora_alpha", 8),
-        **{ours: theirs[name] for ours, name in own.items() if name in theirs},
-    )
-    validate(c)
-    return c, patterns
-
-
-def _problems(c, name, tensors, kernel, patterns):
-    """The problems of the tensors {part: Tensor} of a module whose kernel has this shape."""
-    wanted = {"lora_A", "lora_B", *{"dora": ["lora_magnitude_vector"], "adalora": ["lora_E"]}.get(c.kind, [])}
-    if tensors.keys() != wanted:
-        return [f"{name} has {', '.join(sorted(tensors))} and needs {', '.join(sorted(wanted))}"]
-    r, (D_in, D_out) = next(iter(tensors["lora_A"].shape), 0), kernel
-    shapes = {"lora_A": (r, D_in), "lora_B": (D_out, r), "lora_E": (r, 1), "lora_magnitude_vector": (D_out,)}
-    problems = [
-        f"{x.name} has shape {list(x.shape)}, not {list(shapes[part])}"
-        for part, x in tensors.items()
-        if x.shape != shapes[part]
-    ]
-    kept = patterns.get(f"{name}.lora_E", [True] * c.rank)
-    if isinstance(c, AdaLoRA) and (len(kept), sum(kept)) != (c.rank, r):
-        problems.append(
-            f"{name}: rank_pattern keeps {sum(kept)} of {len(kept)} ranks, but the tensors have {r} of init_r={c.rank}"
+    file = AdapterFile(directory, config, model_type)
+    old, new = dataclasses.asdict(config), dataclasses.asdict(file.config)
+    if changed := [f"model.{name}={value!r}" for name, value in new.items() if value != old[name]]:
+        raise UserError(
+            f"{file.path}: with these adapters, peft computes a model of {', '.join(changed)}; open the directory, or "
+            "pass the config of hf.adapted_config"
         )
-    return problems
-
-
-def _leaves(c, arrays, kept):
-    """The leaves of our Linear from the arrays in the file. kept: list of bool, the ranks of AdaLoRA in the arrays."""
-    a, b = arrays["lora_A"].T, arrays["lora_B"].T
-    if isinstance(c, AdaLoRA):
-        mask = np.ones(c.rank, bool) if kept is None else np.array(kept)
-        place = np.eye(c.rank)[mask]  # [kept, rank]
-        return {
-            "lora_scale": c.alpha / c.rank,
-            "lora_a": a @ place,
-            "lora_b": place.T @ b,
-            "lora_e": arrays["lora_E"][:, 0] @ place,
-            "lora_mask": mask,
-        }
-    scale = dataclasses.replace(c, rank=len(b)).scale  # rank_pattern may give each Linear its own
-    magnitude = {"lora_magnitude": arrays["lora_magnitude_vector"]} if c.kind == "dora" else {}
-    return {"lora_scale": scale, "lora_a": a, "lora_b": b} | magnitude
+    return file.load(params)

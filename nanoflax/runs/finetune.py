@@ -195,9 +195,10 @@ def start_from(config: Config, source: ModelSource | None, examples: Any, workdi
     m = with_vocabulary(m, tokenizer, mesh, read_config(path) if os.path.exists(path) else None)
     m = with_head(m, task, examples)
     only_adapters = not isinstance(config.peft, configs.FullFineTuning) and not config.peft.trained
-    # Train new parameters too: frozen, they would stay random.
-    if source and only_adapters and (new_head or has_new_parameters(m, source.config)):
-        config = dataclasses.replace(config, peft=dataclasses.replace(config.peft, trained="adapters,head"))
+    if source and only_adapters and (new := new_parts(m, source.config, new_head)):
+        # Frozen, new parameters would stay random.
+        config = dataclasses.replace(config, peft=dataclasses.replace(config.peft, trained=f"adapters,{new}"))
+        print(f"peft.trained={config.peft.trained}: these parts of the model are new")
     if long := [f"{name}={n}" for name, n in tasks.length_limits(task).items() if n > m.context]:
         raise UserError(f"{' and '.join(long)} must be at most the model's context of {m.context}")
     config, chosen = configs.with_recipe(dataclasses.replace(config, model=m))
@@ -253,13 +254,14 @@ def with_head(model: ModelConfig, task: Any, examples: Any) -> ModelConfig:
     return dataclasses.replace(model, labels=len(examples.labels), class_names=examples.labels, multi_label=several)
 
 
-def has_new_parameters(model: ModelConfig, source: ModelConfig) -> bool:
-    """Whether a model has a head or an output delay that its source does not have."""
-    return (
-        model.head != source.head
-        or model.labels != source.labels
-        or bool(model.output_delay and not source.output_delay)
-    )
+def new_parts(model: ModelConfig, source: ModelConfig, new_head: bool) -> str:
+    """The parts of a model that its source does not have, as a value of peft.trained: a head or an output delay, and
+    the tables with rows of new tokens; "" if there are none."""
+    head = new_head or model.head != source.head or model.labels != source.labels
+    parts = ["head"] if head or model.output_delay and not source.output_delay else []
+    if model.vocab_size - model.vocab_padding > source.vocab_size:
+        parts += ["embed"] if model.tied or model.head not in ("lm", "mlm") else ["embed", "unembed"]
+    return ",".join(parts)
 
 
 # The data.
@@ -421,13 +423,24 @@ class Finetuning:
         return found
 
     def write_adapter(self, params: Any) -> None:
-        """Write adapter/ for the peft library, if Transformers has this model."""
+        """Write adapter/ for the peft library, if Transformers has this model; and adapter/base/, the model without
+        the adapters, if peft cannot open model.init_from."""
         if not parallel.is_main_process():
             return
         config, directory = self.config, os.path.join(self.workdir, "adapter")
+        base = config.model.init_from
+        shutil.rmtree(directory, ignore_errors=True)
         try:
-            hf.save_adapter(directory, config.model, params, config.peft, base=config.model.init_from)
+            if problem := hf.problem_of_base(base, config.model):
+                if jax.process_count() > 1:  # other processes hold parts of the parameters
+                    raise UserError(problem)
+                adapters = peft.trainable(params, dataclasses.replace(config.peft, trained="adapters"))
+                base = os.path.join(directory, "base")
+                hf.save(base, config.model, peft.split(params, adapters)[1], self.tokenizer)
+                print(f"adapter/base/ is the model under adapter/: {problem}")
+            hf.save_adapter(directory, config.model, params, config.peft, base=base, tokenizer=self.tokenizer)
         except UserError as error:
+            shutil.rmtree(directory, ignore_errors=True)
             print(f"no adapter/ for the peft library: {error}")
 
     def write_final(self, params: Any) -> None:

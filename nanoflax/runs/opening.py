@@ -45,15 +45,18 @@ def open_source(source: str | os.PathLike, which: str = "best", merged: bool = T
             config.model, vocab_size=config.model.vocab_size - config.model.vocab_padding, vocab_padding=0
         )
         return ModelSource(plain, tokenizer, lambda: restore_model(directory, config, tokenizer, which)[1])
-    if base := hf.base_of_adapter(source):
+    path = hf.find_source(source)
+    if base := hf.base_of_adapter(path):
         if hf.base_of_adapter(base):
             raise UserError(f"the base model of {source} is {base}, which has adapters too; merge those first")
         model = open_source(base, which)
-        load = lambda: hf.load_adapter(source, model.config, model.load())[0]
+        config = hf.adapted_config(path, model.config)
+        own = tokenizers.load(path) if (path / "tokenizer_config.json").exists() else None
+        tokenizer = own if own and own.vocab_size <= config.vocab_size else model.tokenizer
+        load = lambda: hf.load_adapter(path, config, model.load())[0]
         if merged:
             load = lambda load=load: peft.merge(load())
-        return dataclasses.replace(model, load=load)
-    path = hf.find_source(source)
+        return ModelSource(config, tokenizer, load)
     config = hf.load_config(path)
     if path.suffix == ".gguf":
         tokenizer = tokenizers.from_gguf(hf.open_gguf(path)[0], str(path))
@@ -139,7 +142,7 @@ def initial_parameters(model: Any, load: Callable[[], Params] | None, config: Co
 
     def load_and_hash():
         nonlocal base
-        source = load()
+        source = load() if load else {}
         base = base_fingerprint(source, frozen)
         return source
 
@@ -179,12 +182,15 @@ def initialize_from(model: Any, load: Callable[[], Params] | None, seed: int, me
     growing = nn.VOCABULARY | {"labels/kernel", "labels/bias"}
     longer = {p for p in growing & shapes.keys() & given.keys() if given[p].shape != shapes[p].shape}
     same = {path for path, x in shapes.items() if path in given and given[path].shape == x.shape}
+    tokens = model.config.vocab_size - model.config.vocab_padding
+    rows = {path: given[path].shape[0 if path == "embed/embedding" else -1] for path in longer & nn.VOCABULARY}
     params = _draw_only(model, {path: places[path] for path in shapes.keys() - same}, seed)
     for path in sorted(longer):  # sorted: all processes must fetch in the same order
         extended = np.array(parallel.fetch(params[path]))
         extended[tuple(map(slice, given[path].shape))] = given[path]
         given[path] = extended
     _print_modules("not in the source, initialized randomly", shapes.keys() - same - longer)
+    _print_modules("rows of new tokens, drawn anew", {path for path, n in rows.items() if n < tokens})
     _print_modules("in the source, not needed", given.keys() - same - longer)
     for path in same | longer:  # one by one, so that each array of the source is freed early
         x = np.asarray(given.pop(path)).astype(shapes[path].dtype)

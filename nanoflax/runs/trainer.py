@@ -188,7 +188,7 @@ class Trainer:
         the parameters that are not trained have changed."""
         state, meta = saves.restore(self.shapes._asdict())
         check_same_data({**self.identity, **meta}, self.identity)
-        check_same_base(meta, self.identity.get("base", ""), self.job.config.model.init_from)
+        check_same_base(meta, str(self.identity.get("base", "")), self.job.config.model.init_from)
         tracking = train.Tracking.read(meta["tracking"], meta["step"], saves.metric(meta["step"]))
         print(f"resuming at step {meta['step']}")
         return train.TrainState(**state), tracking

@@ -612,6 +612,7 @@ def test_names_of_a_bare_encoder_and_of_transposed_kernels_are_theirs(tmp_path):
     for name, config, auto, targets in [
         ("bert", bert, "AutoModel", "query|down"),
         ("gpt2", GPT2, "AutoModelForCausalLM", "out|up|down"),
+        ("gpt2-all", GPT2, "AutoModelForCausalLM", "query|value|out|up|down"),
     ]:
         c, model = config_of("lora", targets=targets), build(config)
         params = parallel.init(model, jax.random.PRNGKey(0))
@@ -621,13 +622,13 @@ def test_names_of_a_bare_encoder_and_of_transposed_kernels_are_theirs(tmp_path):
         np.testing.assert_allclose(
             forward(model, added), theirs_of(tmp_path / name, tmp_path / f"{name}-adapter", auto=auto), atol=1e-4
         )
-    added = add(params, "lora")
+    added = add(params, "adalora")
     with pytest.raises(
         UserError,
         match=r"query is a part of transformer.h.0.attn.c_attn, which "
         r"peft adapts as one",
     ):
-        hf.save_adapter(tmp_path / "x", GPT2, added, config_of("lora"))
+        hf.save_adapter(tmp_path / "x", GPT2, added, config_of("adalora"))
     assert not (tmp_path / "x").exists()
 
 
