@@ -23,7 +23,15 @@ from nanoflax.config import Config, ExampleData, OptimConfig, TrainConfig, Trans
 
 def get_config():
     return Config(
-        model=preset("nano-5m", architecture="encoder_decoder", layers=3, context=96, dropout=0.1),
+        model=preset(
+            "nano-5m",
+            architecture="encoder_decoder",
+            layers=3,
+            context=96,
+            positions="relative",
+            attention_scale=1.0,
+            dropout=0.1,
+        ),
         data=ExampleData(train="bible:kjv-web", tokenizer="bpe:4096"),
         optim=OptimConfig(name="muon", learning_rate=2e-3, warmup_steps=50, schedule="linear", end_factor=0.0),
         task=Translate(length=96, target_length=96),

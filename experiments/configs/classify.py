@@ -23,7 +23,9 @@ from nanoflax.config import Classify, Config, ExampleData, OptimConfig, TrainCon
 
 def get_config():
     return Config(
-        model=preset("nano-1m", architecture="encoder", head="classify", layers=2, dropout=0.1),
+        model=preset(
+            "nano-1m", architecture="encoder", head="classify", pooler_activation="gelu", layers=2, dropout=0.1
+        ),
         data=ExampleData(train="pymodules", tokenizer="bpe:2048"),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=30, schedule="linear", end_factor=0.0),
         task=Classify(length=128),

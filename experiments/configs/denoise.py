@@ -14,7 +14,15 @@ from nanoflax.config import Config, Denoise, ExampleData, OptimConfig, TrainConf
 
 def get_config():
     return Config(
-        model=preset("nano-1m", architecture="encoder_decoder", layers=3, dim=192, heads=6),
+        model=preset(
+            "nano-1m",
+            architecture="encoder_decoder",
+            layers=3,
+            dim=192,
+            heads=6,
+            positions="relative",
+            attention_scale=1.0,
+        ),
         data=ExampleData(train="pydocs", tokenizer="bpe:2048"),
         optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=20, schedule="linear", end_factor=0.05),
         task=Denoise(length=128, target_length=64),

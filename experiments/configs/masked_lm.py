@@ -13,7 +13,7 @@ from nanoflax.config import Config, ExampleData, MaskedLM, OptimConfig, TrainCon
 
 def get_config():
     return Config(
-        model=preset("nano-1m", architecture="encoder", head="mlm", dim=192, heads=6),
+        model=preset("nano-1m", architecture="encoder", head="mlm", mlm_transform=False, dim=192, heads=6),
         data=ExampleData(train="pydocs", tokenizer="bpe:2048"),
         optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=20, schedule="linear", end_factor=0.05),
         task=MaskedLM(length=128),

@@ -11,7 +11,9 @@ from nanoflax.config import Config, ExampleData, OptimConfig, TrainConfig, Trans
 
 def get_config():
     return Config(
-        model=preset("nano-1m", architecture="encoder_decoder", layers=2, context=64, positions="learned"),
+        model=preset(
+            "nano-1m", architecture="encoder_decoder", layers=2, context=64, positions="relative", attention_scale=1.0
+        ),
         data=ExampleData(train="dates:en-fr", tokenizer="bytes"),
         optim=OptimConfig(name="muon", learning_rate=2e-3, warmup_steps=20, schedule="linear", end_factor=0.0),
         task=Translate(length=64, target_length=64),

@@ -80,7 +80,11 @@ class ModelConfig:
     relative_buckets: int = field(32, "Buckets of relative positions (T5).", at_least=1)
     relative_distance: int = field(128, "Distance where the last bucket begins (T5).", unit="tokens", at_least=1)
 
-    window: int = field(0, "Keys that a query sees: its own position and window - 1 before; 0: all.", at_least=0)
+    window: int = field(
+        0,
+        "Keys that a query sees: its own position and window - 1 before, in an encoder also after; 0: all.",
+        at_least=0,
+    )
     global_layers: tuple[int, ...] = field((), "Layers, from 0, that ignore the window.")
     attention_scale: float | None = field(None, "Factor of the attention scores; none: K^-1/2.", above=0)
     attention_softcap: float = field(0.0, "c: scores become c tanh(score / c) (Gemma 2); 0: unchanged.", at_least=0)
@@ -95,6 +99,7 @@ class ModelConfig:
     labels: int = field(2, "Classes of the heads classify and tag.", at_least=1)
     class_names: tuple[str, ...] = field((), "Names of the classes, in the order of the head's outputs.")
     multi_label: bool = field(False, "classify: a text may have several classes, or none.")
+    mlm_transform: bool = field(True, "mlm: a Linear, the activation and a norm before the output layer (BERT).")
     pooler: bool = field(False, "A Linear and an activation on the first state; always in an encoder with classify.")
     pooler_activation: str = field("tanh", "Activation of the pooler.", choices=ACTIVATIONS)
     token_types: int = field(0, "Kinds of input segment (BERT: 2).", at_least=0)

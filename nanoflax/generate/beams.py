@@ -143,7 +143,7 @@ def beam_search(
     if problems:
         raise UserError("; ".join(problems))
     check_prompts(model.config, prompts, max_new_tokens)
-    tokens, lengths = pad_left(prompts)
+    tokens, lengths = pad_left(prompts, model.config.context)
     early_stopping = early_stopping if early_stopping == "never" else bool(early_stopping)
     search, penalty = compiled(_search, mesh=parallel.mesh_of(params)), jnp.float32(length_penalty)
     options = beams, max_new_tokens, early_stopping, eos_id, vocab_size

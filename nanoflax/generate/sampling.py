@@ -200,7 +200,7 @@ def sample(
     exceeds the model's context, or a filter out of its range.
     """
     check_prompts(model.config, prompts, max_new_tokens)
-    tokens, lengths = pad_left(prompts)
+    tokens, lengths = pad_left(prompts, model.config.context)
     filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty)
     new = compiled(_sample, mesh=parallel.mesh_of(params))(
         model, params, tokens, lengths, _key(rng), filters, max_new_tokens, eos_id, vocab_size
@@ -228,7 +228,7 @@ def stream(
     The tokens are the same as from `sample` with the same key. Ends when every row has its eos_id.
     """
     check_prompts(model.config, prompts, max_new_tokens)
-    tokens, lengths = pad_left(prompts)
+    tokens, lengths = pad_left(prompts, model.config.context)
     filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty)
     chunks = -(-max_new_tokens // chunk)
     rows, on = len(prompts), functools.partial(compiled, mesh=parallel.mesh_of(params))
@@ -303,10 +303,11 @@ def make_filters(
     )
 
 
-def pad_left(prompts: Prompts, pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(prompts padded on the left to a bucket of lengths [B, P], their lengths [B]), int32."""
+def pad_left(prompts: Prompts, most: int | None = None, pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(prompts padded on the left to a bucket of lengths, of at most `most` [B, P], their lengths [B]), int32."""
     lengths = np.array([len(p) for p in prompts], np.int32)
-    tokens = np.full((len(prompts), bucket(int(lengths.max()))), pad, np.int32)
+    P = bucket(int(lengths.max()))
+    tokens = np.full((len(prompts), min(P, most or P)), pad, np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[len(row) - len(prompt) :] = prompt
     return tokens, lengths

@@ -3,6 +3,7 @@
 In `read` and `write`, hf is a parsed config.json and c a ModelConfig.
 """
 
+import contextlib
 import dataclasses
 import re
 from typing import Any
@@ -15,6 +16,7 @@ from nanoflax.hf.family import ACTIVATIONS, FIELD_TYPES, THEIR_ACTIVATIONS, Fami
 def family_of_config(config: ModelConfig, model_type: str | None = None) -> Family:
     """The family that a configuration is exported as: model_type, or the first that can express it.
 
+    If no family has models without token types, the first that can express it with one; see `save`.
     Raises: UserError naming the fields that the nearest family cannot express.
     """
     missing = {}
@@ -26,6 +28,9 @@ def family_of_config(config: ModelConfig, model_type: str | None = None) -> Fami
             missing[name] = [str(error)]
         if not missing[name]:
             return family
+    if ["token_types"] in missing.values():
+        with contextlib.suppress(UserError):
+            return family_of_config(dataclasses.replace(config, token_types=1), model_type)
     nearest = min(missing, key=lambda name: (missing[name][0] in ("architecture", "head"), len(missing[name])))
     fields = ", ".join(
         f"model.{name}={getattr(config, name)!r}" if name in FIELD_TYPES else name for name in missing[nearest]
@@ -422,6 +427,25 @@ _DISTILBERT = Family(
     write=lambda c: {"attention_dropout": 0.0, "seq_classif_dropout": c.dropout},
     base="distilbert.")  # fmt: skip
 
+
+def _read_eurobert(hf):
+    pooling = hf.get("classifier_pooling", "late")
+    if "EuroBertForSequenceClassification" in (hf.get("architectures") or []) and pooling != "bos":
+        raise UserError(f"classifier_pooling={pooling!r} is not supported; it must be 'bos', the first state")
+    return _LLAMA.read(hf) | {"head_bias": hf["mlp_bias"]}
+
+
+_EUROBERT = dataclasses.replace(
+    _LLAMA, model_type="eurobert",
+    classes={"none": ("EuroBertModel",), "mlm": ("EuroBertForMaskedLM",),
+             "classify": ("EuroBertForSequenceClassification",), "tag": ("EuroBertForTokenClassification",)},
+    keys={ours.replace("decoder/", "encoder/"): theirs for ours, theirs in _LLAMA.keys.items()} | {
+        "logit_bias": ("lm_head.bias", "same"), "pooler": "dense", "labels": "classifier"},
+    preset=_LLAMA.preset | dict(architecture="encoder", mlm_transform=False, pooler_activation="gelu"),
+    defaults=_LLAMA.defaults | {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192},
+    read=_read_eurobert,
+    write=lambda c: _write_rope(c) | {"classifier_pooling": "bos"})  # fmt: skip
+
 # Encoder-decoders.
 
 _T5_BLOCK = {"norm_attention": "0.layer_norm", "attention/query": "0.SelfAttention.q",
@@ -551,4 +575,4 @@ def _with_classifier(family):
 FAMILIES = {family.model_type: family for family in (
     *map(_with_classifier, (_GPT2, _OPT, _LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _OLMO2,
                             _NEOX, _PHI3)),
-    _BERT, _ROBERTA, _DISTILBERT, _T5, _BART, _MARIAN)}  # fmt: skip
+    _BERT, _ROBERTA, _DISTILBERT, _EUROBERT, _T5, _BART, _MARIAN)}  # fmt: skip

@@ -211,6 +211,8 @@ def canonical(config: ModelConfig) -> ModelConfig:
         c = dataclasses.replace(c, class_names=tuple(f"LABEL_{i}" for i in range(c.labels)))
     if c.head != "classify":
         unused += ["multi_label"]
+    if c.head != "mlm":
+        unused += ["mlm_transform"]
     if not c.has_pooler:
         unused += ["pooler_activation"]
     if c.head not in ("lm", "mlm"):
@@ -247,7 +249,9 @@ def differences(family: Family, config: ModelConfig) -> list[str]:
     kept = {name: getattr(c, name) for name in family.present if c.head in ("none", "lm")}
     back = to_config(family, from_config(family, config), c.head)
     back = canonical(dataclasses.replace(back, **kept, tied=c.tied))
-    return [
+    # Transformers adds a row of the table of token types to every token, so there must be one.
+    no_row = not c.token_types and "token_types" in family.fields.values()
+    return ["token_types"] * no_row + [
         name
         for name in FIELD_TYPES
         if name != "dropout"  # it does not change the trained model's output

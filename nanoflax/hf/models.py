@@ -72,7 +72,8 @@ def save(
 ) -> Family:
     """Write a directory that Transformers' AutoModel...from_pretrained opens.
 
-    Rows of config.vocab_padding are left out.
+    Rows of config.vocab_padding are left out. A model without token types gets the table of one row, of zeros, that
+    Transformers needs.
 
     Args:
       params: of `nanoflax.build(config)`, written in their dtypes, one at a time.
@@ -84,6 +85,11 @@ def save(
     """
     config, params = without_padding(config, params)
     family = family_of_config(config, model_type)
+    if not config.token_types and "token_types" in family.fields.values():
+        # Transformers adds a row of this table to every token; zeros change nothing.
+        config = dataclasses.replace(config, token_types=1)
+        table = params["embed"]["embedding"]
+        params = params | {"type_embed": {"embedding": np.zeros((1, config.dim), table.dtype)}}
     flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     safetensors_io.raise_problems("params", shape_problems(flat, parameter_shapes(config)))
 

@@ -156,6 +156,7 @@ class Stack(nn.Module):
         A call with T = 0 writes their keys and values to the cache's first slots.
         """
         c, P, prompted = self.config, 0, False
+        positions.check_context(c, x.shape[1])
         if self.has_variable("params", "prompt"):
             prompt = self.get_variable("params", "prompt").astype(x.dtype)
             P, prompted = len(prompt), cache is None or x.shape[1] == 0
@@ -214,6 +215,7 @@ class Stack(nn.Module):
     def _after_cache(self, x, P, cache):
         """(Places, mask, no MaskSpec) of tokens that extend a cache."""
         start = cache["start"][:, None]
+        positions.check_context(self.config, cache["index"] + x.shape[1] - P - start.min())
         slots = cache["index"] + jnp.arange(x.shape[1], dtype=jnp.int32)[None] - P
         keys = jnp.arange(cache["layers"][0]["key"].shape[2], dtype=jnp.int32)[None] - P
         places = jnp.maximum(slots - start, jnp.minimum(slots, 0) if P else 0)

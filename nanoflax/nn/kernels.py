@@ -26,7 +26,7 @@ class MaskSpec:
 
     segments: Tokens | None = None  # a query attends to the keys of its own segment
     valid: SourceMask | None = None  # a query attends to the keys that are True
-    window: int = 0  # a query attends to keys fewer than `window` positions before it; 0: to all
+    window: int = 0  # a query attends to keys fewer than `window` positions before or after it; 0: to all
 
 
 class Call(NamedTuple):
@@ -159,7 +159,8 @@ def splash(
         ids = lib.SegmentIds(jnp.ones((len(q), T), jnp.int32), valid)
     mask = lib.FullMask((T, S))
     if causal or spec.window:
-        mask = lib.LocalMask((T, S), (spec.window - 1 if spec.window else None, 0 if causal else None), 0)
+        side = spec.window - 1 if spec.window else None
+        mask = lib.LocalMask((T, S), (side, 0 if causal else side), 0)
     t, s = (next(n for n in (512, 256, 128) if size % n == 0) for size in (T, S))
     blocks = lib.BlockSizes(block_q=t, block_kv=s, block_q_dkv=t, block_kv_dkv=s, block_q_dq=t, block_kv_dq=s)
 

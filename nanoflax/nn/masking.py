@@ -28,7 +28,7 @@ def segments(query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"])
 def window(
     query_positions: Int[Array, "*#B T"], key_positions: Int[Array, "*#B S"], size: int
 ) -> Bool[Array, "_ 1 T S"]:
-    """A query attends to keys fewer than `size` positions before its own (sliding window, Beltagy et
-    al. 2020); combine with `causal`."""
+    """A query attends to keys fewer than `size` positions before or after its own (sliding window,
+    Beltagy et al. 2020); in a decoder, combine with `causal`."""
     q, k = jnp.atleast_2d(query_positions), jnp.atleast_2d(key_positions)
-    return (q[:, :, None] - k[:, None, :] < size)[:, None]
+    return (jnp.abs(q[:, :, None] - k[:, None, :]) < size)[:, None]

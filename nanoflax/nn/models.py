@@ -18,6 +18,7 @@ from nanoflax.nn.language_model import LanguageModel, SourceModel, empty_delay
 from nanoflax.nn.layers import Embedding, Linear, activate
 from nanoflax.nn.losses import shift_right
 from nanoflax.nn.lstm import AttentionLSTM
+from nanoflax.nn.positions import check_context
 
 
 class Decoder(LanguageModel):
@@ -52,6 +53,8 @@ class Decoder(LanguageModel):
 
     def empty_cache(self, batch: int, length: int, start: Int[Array, " B"] | None = None) -> dict:
         """A cache of `length` slots. start: the number of padding tokens before each row's first token."""
+        if start is None:
+            check_context(self.config, length)
         return _empty_cache(self, self.config.layers, batch, length, start)
 
     def prefill(
@@ -100,7 +103,7 @@ class Encoder(LanguageModel):
             self.type_embed = Embedding(c.token_types, c.dim, self.compute_dtype)
         if c.has_pooler:
             self.pooler = Linear(c.dim)
-        if c.head == "mlm":
+        if c.head == "mlm" and c.mlm_transform:
             self.transform, self.norm_transform = Linear(c.dim), norm(c)
         elif c.head in ("classify", "tag"):
             self.labels = Linear(c.labels)
@@ -144,7 +147,7 @@ class Encoder(LanguageModel):
             x += self.type_embed(jnp.zeros_like(tokens) if token_types is None else token_types)
         segments = None if padding_mask is None else padding_mask.astype(jnp.int32)
         x, _ = self.encoder(x, segments, deterministic=deterministic)
-        if c.head == "mlm":
+        if c.head == "mlm" and c.mlm_transform:
             x = self.norm_transform(activate(c.activation, self.transform(x)))
         return x * c.logit_scale
 

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from nanoflax.config import ModelConfig
+from nanoflax.errors import UserError
 from nanoflax.nn.arrays import Array
+
+
+def check_context(config: ModelConfig, needed: int | Int[Array, ""]) -> None:
+    """Raises: UserError if a call needs more learned positions than there are. A traced number is not checked."""
+    if config.positions == "learned" and not isinstance(needed, jax.core.Tracer) and needed > config.context:
+        raise UserError(
+            f"{needed} tokens are too many: the model has learned positions for model.context={config.context}"
+        )
 
 
 def restarting(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
