@@ -76,8 +76,8 @@ def main():
 
 
 def open_run():
-    if FLAGS.workdir:
-        runs.read_run(FLAGS.workdir)  # raises UserError if this is not the directory of a run
+    if FLAGS.workdir and not runs.is_run(FLAGS.workdir):
+        raise UserError(f"--workdir={FLAGS.workdir} holds no run (no checkpoints/); for a published model give --model")
     return nanoflax.open(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
 
 

@@ -52,6 +52,8 @@ def main():
     runs.setup_jax()
     run = nanoflax.open(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
     as_task = run.task is not None and not FLAGS.chat
+    if run.task is None and run.config.model.head != "lm":
+        raise UserError(f"{run.source} {run.why_no_task()}")
     if as_task and run.task.needs_prompt and not FLAGS.interactive:
         if not prompts:
             raise UserError(f"--prompt is missing: the text that task.kind={run.config.task.kind!r} is about")

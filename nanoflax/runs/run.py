@@ -143,7 +143,7 @@ class Run:
 
     # The task of a fine-tuned run, a classifier or a tagger.
 
-    def _why_no_task(self) -> str:
+    def why_no_task(self) -> str:
         """Why `predict` and `evaluate` cannot use this model."""
         model = self.config.model
         if model.is_regression:
@@ -180,7 +180,7 @@ class Run:
         Raises: UserError if the model has no task, or a text is empty.
         """
         if self.task is None:
-            raise UserError(f"{self.source} {self._why_no_task()}")
+            raise UserError(f"{self.source} {self.why_no_task()}")
         prompts = [texts] if isinstance(texts, str) else list(texts)
         if self.task.prompt:
             found = ["".join(new) for new in zip(*self.stream(prompts, as_task=True, **settings), strict=True)]
@@ -234,7 +234,7 @@ class Run:
             return self._evaluate_on_examples(data, split, out, fields)
         model = self.config.model
         if model.head != "lm" or model.reads_source:
-            raise UserError(f"{self.source} {self._why_no_task()}")
+            raise UserError(f"{self.source} {self.why_no_task()}")
         if out:
             raise UserError("--out needs --candidates or a run of finetune: text has no predictions")
         if split == "test":

@@ -9,7 +9,8 @@ def match_labels(labels: Iterable[str], classes: Sequence[str]) -> dict[str, str
     """{label of the data: class of the model with the same name}; labels without a class are left out.
 
     Names may differ in capitals, spaces and underscores, if they are still different names without these. If no label
-    is the name of a class and all are numbers (3 or LABEL_3), the class with this number, from 0, is meant.
+    is the name of a class and all are numbers (3 or LABEL_3), the class with this number, from 0, is meant. Of a tagger
+    without any B-, an I- class is meant by its B- tag too.
     """
     labels = set(labels)
     numbers = [re.fullmatch("(?:LABEL_)?([0-9]{1,6})", label) for label in labels]
@@ -20,6 +21,8 @@ def match_labels(labels: Iterable[str], classes: Sequence[str]) -> dict[str, str
     for plain, label in _unambiguous(labels).items():
         if plain in near:
             found.setdefault(label, near[plain])
+    if not any(name.startswith("B-") for name in classes):
+        found |= {f"B-{name[2:]}": name for name in classes if name.startswith("I-") and f"B-{name[2:]}" in labels}
     return found
 
 

@@ -231,3 +231,12 @@ def saved_run(workdir, model):
         checkpoints.save(0, {"params": params}, {"tokenizer": tokenizer.fingerprint, "step": 0})
     directory.write_run(str(workdir), Config(model=model), tokenizer)
     return workdir
+
+
+def test_a_tagger_without_b_is_right_on_what_it_labelled_itself(tmp_path):
+    torch.manual_seed(0)
+    model, texts = published(tmp_path / "m", "tagger", ["I-a", "O", "I-b"]), texts_of(random.Random(0), 40)
+    labels = predicted(model, tmp_path / "m", texts)
+    rows = [{"tokens": text.split(), "tags": tags} for text, tags in zip(texts, labels, strict=True)]
+    finetuning, _, metrics = start(tmp_path, tmp_path / "m", write(tmp_path / "d.jsonl", rows), "tag")
+    assert metrics["accuracy"] == 1.0 and finetuning.config.model.class_names == ("I-a", "O", "I-b")
