@@ -105,6 +105,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+EURO = LLAMA | dict(num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2, mask_token_id=3)
 LONGROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0] * 4,
@@ -279,6 +280,11 @@ CASES = {
     "distilbert-mlm-untied": ("DistilBertForMaskedLM", DISTIL | dict(tie_word_embeddings=False)),
     "distilbert-classify": ("DistilBertForSequenceClassification", DISTIL),
     "distilbert-tag": ("DistilBertForTokenClassification", DISTIL | dict(sinusoidal_pos_embds=True)),
+    "eurobert": ("EuroBertModel", EURO),
+    "eurobert-mlm": ("EuroBertForMaskedLM", EURO | dict(tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "eurobert-mlm-bias": ("EuroBertForMaskedLM", EURO | dict(attention_bias=True, mlp_bias=True, hidden_act="gelu")),
+    "eurobert-classify": ("EuroBertForSequenceClassification", EURO | dict(classifier_pooling="bos")),
+    "eurobert-tag": ("EuroBertForTokenClassification", EURO | dict(num_key_value_heads=1)),
     "t5": ("T5ForConditionalGeneration", T5),
     "t5-1.1": ("T5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
     "t5-deep": (
@@ -554,6 +560,7 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.1}, "rope_fraction"),
         ("bert", {"position_embedding_type": "relative_key"}, "relative_key"),
         ("roberta-mlm", {"hidden_act": "relu"}, "hidden_act"),
+        ("eurobert-classify", {"classifier_pooling": "late"}, "classifier_pooling='late'"),
         ("t5", {"feed_forward_proj": "gated-xielu"}, "gated-xielu"),
         ("t5", {"d_ff": None}, "d_ff"),
         ("bart", {"decoder_ffn_dim": 40}, "decoder_ffn_dim"),
