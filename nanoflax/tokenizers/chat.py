@@ -36,6 +36,8 @@ def chat_ids(
     if messages[0]["role"] == "assistant":
         raise UserError("message 1 is a reply, so there is no prompt for it")
     parts = chat.marked
+    if parts is not None and all(start == end for start, end in parts):
+        raise UserError("the chat template has {% generation %} marks, but marks nothing in this conversation")
     if parts is None:
         stops = {name for name, i in tokenizer.special.items() if i in stop_ids(tokenizer)}
         replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

@@ -62,7 +62,7 @@ def render(
     def protected(value):
         if isinstance(value, dict):
             # Roles come from our programs, and templates compare them.
-            return {k: v if k in ("role", "type") else protected(v) for k, v in value.items() if v is not None}
+            return {k: v if k in ("role", "type") else protected(v) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return [protected(v) for v in value]
         if not isinstance(value, str):
@@ -73,9 +73,11 @@ def render(
         tail = placeholder(value[start:end]) if start < end else ""
         return special.sub(lambda match: placeholder(match[0]), value[:start]) + tail + value[end:]
 
+    tools = protected(variables.get("tools"))
+    variables = variables | {"messages": [protected(_as_in_transformers(m)) for m in messages], "tools": tools}
     try:
         program, mark, has_marks = _compile(template)
-        text = _time_limited(functools.partial(program.render, messages=protected(messages), **variables))
+        text = _time_limited(functools.partial(program.render, **variables))
     except Exception as error:  # an untrusted template may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the chat template fails: {reason}") from error
@@ -100,6 +102,13 @@ def render(
         parts += [before, part]
         length += len(part)
     return Rendering("".join(parts) + text[end:], found, marked if has_marks else None)
+
+
+def _as_in_transformers(message):
+    """The message without keys of None, and with its thoughts under the names that templates read."""
+    message = {key: value for key, value in message.items() if value is not None}
+    thoughts = next((message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
+    return message if thoughts is None else {"thinking": thoughts} | message | {"reasoning_content": thoughts}
 
 
 def with_date(template: str, now: datetime.datetime) -> str:

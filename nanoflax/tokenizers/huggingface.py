@@ -358,6 +358,11 @@ class HFTokenizer(_FileTokenizer):
         """The text of a conversation, for `encode_parts`. Arguments and errors: see `apply_chat`."""
         if self.chat_template is None:
             raise UserError(f"tokenizer {self.name} has no chat template; use plain text instead of messages")
+        named = self._config.get("chat_template")
+        if variables.get("tools") and isinstance(named, list) and "tool_use" in {t["name"] for t in named}:
+            raise UserError(
+                f"tokenizer {self.name} has a chat template of its own for tools, tool_use, which is not read"
+            )
         names = {f"{role}_token": token for role, token in self._roles.items()}
         names |= {"tools": None, "documents": None} | variables
         names["add_generation_prompt"] = add_generation_prompt

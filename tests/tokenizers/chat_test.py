@@ -274,7 +274,7 @@ TOOL = (
     "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
     + R
-    + "{{ m.content or '' }}"
+    + "{{ m.reasoning_content }}{{ m.content or '' }}"
     "{% for call in m.tool_calls or [] %}{{ '<call>' + call.function | tojson + '</call>' }}{% endfor %}"
     "{{ '<|im_end|>' }}" + E + "{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -288,7 +288,8 @@ def test_tool_calls_are_a_part_of_the_reply(tmp_path, content):
     call = {
         "role": "assistant",
         "content": content,
-        "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}],
+        "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2, "b": None}}}],
+        "thinking": "hm",
     }
     tools = [{"name": "add"}]
     for messages in ([USER, call], [USER, call, {"role": "tool", "content": "4"}, REPLY], [USER, REPLY, REPLY]):
@@ -298,6 +299,8 @@ def test_tool_calls_are_a_part_of_the_reply(tmp_path, content):
         for tokenizer in (mine, plain):
             ids, weights = tokenizers.chat_ids(tokenizer, messages, tools=tools)
             assert (ids, weights) == (expected["input_ids"], expected["assistant_masks"])
+    ids, _ = tokenizers.chat_ids(plain, [USER, REPLY], tools=[{"name": "<|im_start|>"}])
+    assert ids.count(mine.special["<|im_start|>"]) == 3  # special tokens in tools stay text
 
 
 @pytest.mark.parametrize(
@@ -310,6 +313,10 @@ def test_tool_calls_are_a_part_of_the_reply(tmp_path, content):
         ("{% for m in messages %}{{ m.content + m.content + '</s>' }}{% endfor %}", "changes or repeats the text"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "no special token after a reply"),
         ("{% for m in messages | reverse %}{{ m.content + '</s>' }}{% endfor %}", "prompt for message 2"),
+        (
+            "{% for m in messages %}{{ m.content + '</s>' }}{% endfor %}" + R + E,
+            "but marks nothing in this conversation",
+        ),
         ("{% if messages[1:] %}{{ raise_exception('one message') }}{% endif %}</s>", "fails: one message"),
     ],
 )
