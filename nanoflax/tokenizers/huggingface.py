@@ -101,12 +101,11 @@ def to_huggingface(tokenizer: Any, for_prompts: bool = False) -> "HFTokenizer | 
     spec, framing = vocabularies.from_ours(tokenizer), tokenizer.framing
     vocabularies.set_template(spec, *((framing.start, ()) if for_prompts else (framing.before, framing.after)))
     names = {token["id"]: token["content"] for token in spec["added_tokens"]}
+    ids = {role: getattr(tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad", "unk", "mask")}
+    if ids["pad"] in framing.after:  # then a classifier of Transformers would read the state before the final eos
+        ids["pad"] = ids["unk"]
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {
-        f"{role}_token": names[i]
-        for role in ("bos", "eos", "pad", "mask")
-        if (i := getattr(tokenizer, f"{role}_id", None)) in names
-    }
+    config |= {f"{role}_token": names[i] for role, i in ids.items() if i in names}
     return _from_spec(spec, config, {}, "exported from nanoflax")
 
 

@@ -64,6 +64,7 @@ class SentencePieceTokenizer:
         if self.eos_id < 0:
             raise UserError(f"tokenizer {name} has no end-of-sequence token, which training needs")
         self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else self.eos_id
+        self.unk_id = sp.unk_id()
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
         self.framing = Framing((), (self.eos_id,), (self.bos_id,), self.bos_id, self.eos_id)
         probe = " a  b\n "

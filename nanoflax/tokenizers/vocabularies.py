@@ -239,7 +239,8 @@ def from_ours(tokenizer: Any) -> Spec:
             None,
             decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]),
         )
-    return spec | {"added_tokens": typed_tokens(tokens, types)}
+    unknown = added_token(tokens[trainer.unk_id], trainer.unk_id)
+    return spec | {"added_tokens": [unknown, *typed_tokens(tokens, types)]}
 
 
 def bytes_to_letters() -> dict[int, str]:
