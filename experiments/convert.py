@@ -32,15 +32,16 @@ def main():
         raise UserError(f"--to={target} exists and is not an empty directory; choose another")
     runs.setup_jax()
     run = nanoflax.open(source, FLAGS.checkpoint, FLAGS.dtype)
-    if run.workdir or FLAGS.to_transformers:
-        run.save_pretrained(target)
+    to_transformers = run.workdir or FLAGS.to_transformers
+    with runs.emptied_on_error(target):
+        (run.save_pretrained if to_transformers else run.save_run)(target)
+    if to_transformers:
         print_mapping(run)
         print(
             f"{target}: open it with transformers.AutoModel.from_pretrained, or "
             f"python -m experiments.sample --model={target}"
         )
     else:
-        run.save_run(target)
         if source.endswith(".gguf"):
             print(report.parameter_table(run.params))
         else:

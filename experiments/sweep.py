@@ -47,7 +47,7 @@ def main() -> int:
     grid = [runs.parse_setting(text, False, check_value) for text in FLAGS.grid]
     spaces = [runs.parse_setting(text, True, check_value) for text in FLAGS.random]
     check_flags(grid, spaces)
-    os.makedirs(FLAGS.workdir, exist_ok=True)
+    runs.make_writable(FLAGS.workdir)
     keys = [key for key, _ in grid + spaces]
     sweep = runs.Sweep(FLAGS.workdir, f"experiments.{FLAGS.program}", shared_flags(), FLAGS.metric, keys)
     grid_keys, results = [key for key, _ in grid], []

@@ -121,7 +121,7 @@ class TrainingProgress(ProgressBar):
         self.advance(int(step))
 
     @contextlib.contextmanager
-    def pause(self, note: str = "evaluating") -> Iterator[None]:
+    def pause(self, note: str = "evaluating or saving") -> Iterator[None]:
         """A context for work that is not training. Its time does not count in the rates."""
         begin, before, self._note = self._counted(), self._note, note
         if self._bar:

@@ -2,9 +2,10 @@
 
 from nanoflax.runs.checkpoint import Checkpoints, restore_params
 from nanoflax.runs.console import answer_typed_prompts, chat, print_answers
-from nanoflax.runs.directory import is_run, read_run, write_jsonl
+from nanoflax.runs.directory import emptied_on_error, is_run, read_run, write_jsonl
 from nanoflax.runs.finetune import finetune
 from nanoflax.runs.generation import GenerationSettings
+from nanoflax.runs.lock import make_writable
 from nanoflax.runs.opening import open_model
 from nanoflax.runs.pretrain import pretrain
 from nanoflax.runs.ranking import read_questions
@@ -13,6 +14,7 @@ from nanoflax.runs.sweep import Sweep, draw_settings, parse_setting, suggest_set
 from nanoflax.runs.trainer import setup_jax
 
 __all__ = [
-    "Checkpoints", "GenerationSettings", "Run", "Sweep", "answer_typed_prompts", "chat", "draw_settings", "finetune",
-    "is_run", "open_model", "open_run", "parse_setting", "pretrain", "print_answers", "read_questions", "read_run",
-    "restore_params", "setup_jax", "suggest_settings", "write_jsonl"]  # fmt: skip
+    "Checkpoints", "GenerationSettings", "Run", "Sweep", "answer_typed_prompts", "chat", "draw_settings",
+    "emptied_on_error", "finetune", "is_run", "make_writable", "open_model", "open_run", "parse_setting", "pretrain",
+    "print_answers", "read_questions", "read_run", "restore_params", "setup_jax", "suggest_settings",
+    "write_jsonl"]  # fmt: skip

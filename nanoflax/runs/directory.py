@@ -102,6 +102,18 @@ def replace_directory(path: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def emptied_on_error(path: str) -> Iterator[None]:
+    """A context that fills a directory, which is empty or does not exist. After an error it is so again."""
+    with _removed_if_empty(path):
+        try:
+            yield
+        except BaseException:
+            for entry in pathlib.Path(path).iterdir() if os.path.isdir(path) else ():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            raise
+
+
 # Reading.
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import pathlib
 import shutil
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -410,8 +411,8 @@ class Finetuning:
         examples = evaluator.rows.examples
         result = found | {"step": step, "report": evaluator.report, "trained_parameters": trained_parameters}
         if parallel.is_main_process():
-            with open(os.path.join(self.workdir, "result.json"), "w") as f:
-                f.write(report.to_json(result, indent=1))
+            path = pathlib.Path(self.workdir, "result.json")
+            report.write_atomically(path, report.to_json(result, indent=1).encode())
             if predictions:
                 records = tasks.prediction_records(examples, predictions)
                 write_jsonl(os.path.join(self.workdir, "predictions.jsonl"), records)

@@ -142,7 +142,10 @@ class Sweep:
             result |= {"status": "failed", "error": last_line or f"exit status {status}"}
             print(f"  failed with status {status}: {result['error']}", flush=True)
             return result
-        figures = read_figures(workdir)
+        try:
+            figures = read_figures(workdir)
+        except (OSError, ValueError, UserError) as error:
+            return result | {"status": "failed", "error": f"its results cannot be read: {error}"}
         if self.metric not in figures:
             raise UserError(
                 f"--metric={self.metric} is not measured by trial {number}; it measures " + ", ".join(figures)

@@ -166,7 +166,7 @@ class _Run:
         self.read_metrics()
         position = self.done * self.config.train.batch_size
         meta = self.meta | {"step": self.done, "position": position, "tracking": self.tracking._asdict()}
-        with self.progress.pause("saving"):
+        with self.progress.pause():
             self.checkpoints.save(self.done, self.state._asdict(), meta, metric)
         self.saved_at = time.monotonic()
 

@@ -154,3 +154,15 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path):
         assert sorted(now.values(), key=repr) == sorted(kept.values(), key=repr), "only names of directories changed"
     (workdir / "checkpoints").rename(tmp_path / "away")
     assert nanoflax.pretrain(config, str(workdir)).reason == "finished"
+
+
+def test_a_directory_that_could_not_be_filled_is_as_before(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new/deep"):
+        for error in (OSError, KeyboardInterrupt):
+            with pytest.raises(error), directory.emptied_on_error(str(tmp_path / name)):
+                os.makedirs(tmp_path / name / "half")
+                (tmp_path / name / "half" / "file").write_text("x")
+                (tmp_path / name / "file").write_text("x")
+                raise error
+            assert contents(tmp_path) == {"empty": None}
