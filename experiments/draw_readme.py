@@ -1,20 +1,23 @@
 """Draws the pictures of the README in docs/: rooms.png, data_flow.png and, for a finished run, loss.png.
 
-python -m experiments.draw_readme [WORKDIR]
+python -m experiments.draw_readme
+python -m experiments.draw_readme WORKDIR       # also loss.png
 """
 
 import configparser
 import pathlib
 import shutil
-import sys
 
+from absl import flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
+from experiments.flags import launch
 from nanoflax import report
 
+FLAGS = flags.FLAGS
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CORE = ("nn", "nn.losses", "generate", "train")
 INK, GREY, CORE_FILL, FILL, EDGE = "#1f2933", "#6b7785", "#cfe3f7", "#f3f5f7", "#b8c2cc"
@@ -113,8 +116,12 @@ def draw_data_flow():
     save(figure, "data_flow.png")
 
 
-if __name__ == "__main__":
+def main():
     draw_rooms()
     draw_data_flow()
-    for workdir in sys.argv[1:]:
+    for workdir in FLAGS.arguments:
         shutil.copy(report.plot_losses(workdir), ROOT / "docs" / "loss.png")
+
+
+if __name__ == "__main__":
+    launch(main, arguments=True)

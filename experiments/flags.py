@@ -1,9 +1,12 @@
 """Shared by all programs: flags, one typed flag for each field of a configuration, help, errors and exit status."""
 
 import dataclasses
+import difflib
 import errno
+import io
 import itertools
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -54,8 +57,11 @@ def launch(
             elif len(rest) > 1:
                 raise UserError(f"argument {rest[1]!r} is unknown; flags begin with --")
             return rest
+        except flags.UnrecognizedFlagError as error:
+            _fail(_no_such_flag(error.flagname))
         except (flags.Error, UserError) as error:
-            _fail(error)
+            missing = re.findall("Flag --(\\S+) must have a value other than None", str(error))
+            _fail("; ".join(f"--{name} is missing: {FLAGS[name].help}" for name in missing) or error)
 
     def guarded(_):
         try:
@@ -73,6 +79,7 @@ def launch(
             _crash()
 
     _use_huge_pages()
+    _drop_output_that_nobody_reads()
     logging.set_verbosity(logging.WARNING)  # hides JAX's messages about missing backends
     app.run(guarded, flags_parser=parse)
 
@@ -85,6 +92,34 @@ def _use_huge_pages():
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+class _Output(io.TextIOWrapper):
+    """Standard output. After its reader has ended, as `head` does, the program goes on and its text is dropped."""
+
+    def write(self, text):
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._drop()
+            return len(text)
+
+    def flush(self):
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._drop()
+
+    def _drop(self):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
+def _drop_output_that_nobody_reads():
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper) and out.fileno() == 1:
+        out.flush()
+        file = io.BufferedWriter(io.FileIO(1, "w", closefd=False))
+        sys.stdout = _Output(file, out.encoding, out.errors, line_buffering=out.line_buffering)
+
+
 def _crash():
     traceback.print_exc()
     parallel.exit_process(1)
@@ -93,6 +128,17 @@ def _crash():
 def _fail(error):
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
     parallel.exit_process(2)
+
+
+def _no_such_flag(name):
+    """The message for an unknown flag: the flags with this last word, or else the most similar one."""
+    plain, known = name.replace("-", "_"), [*FLAGS]
+    last = {flag: flag.rpartition(".")[2] for flag in known}
+    found = [flag for flag in known if last[flag] == plain.rpartition(".")[2]]
+    near = found or difflib.get_close_matches(plain, known, 1, 0.7)
+    near = near or [flag for flag in known if last[flag] in difflib.get_close_matches(plain, last.values(), 1)]
+    hint = f"did you mean {fields.either([f'--{flag}' for flag in near])}?" if near else "--help lists all flags"
+    return f"flag --{name} does not exist; {hint}"
 
 
 # The configuration.

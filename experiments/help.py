@@ -1,6 +1,5 @@
 """The text of --help and --helpfull."""
 
-import os
 import sys
 import textwrap
 
@@ -19,27 +18,26 @@ def print_help(full: bool) -> None:
     lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
     for name, flag in sorted(shown.items()):
         if full or not name.startswith("config."):
-            lines += _entry(f"--{name}={_text(flag)}", flag.help)
+            lines += _entry(f"--{name}={_text(flag.value)}", flag.help)
     number = sum(name.startswith("config.") for name in own)
     if number and full:
         lines += ["", "Fields of other kinds (choose a kind with --config.peft.kind and --config.task.kind):"]
         for section, hint in fields.field_types(configs.Config).items():
-            for (name, text), kinds in fields.fields_of_kinds(hint).items():
+            for (name, text, default), kinds in fields.fields_of_kinds(hint).items():
                 if f"config.{section}.{name}" not in own:
-                    lines += _entry(f"--config.{section}.{name}", f"{text} [{section}.kind={fields.either(kinds)}]")
+                    flag = f"--config.{section}.{name}={_text(default)}"
+                    lines += _entry(flag, f"{text} [{section}.kind={fields.either(kinds)}]")
     elif number:
         lines += ["", f"--config.SECTION.FIELD=VALUE changes the configuration; --helpfull lists all {number} fields."]
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:  # the pipe is closed; with /dev/null as stdout, Python's flush at exit does not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("\n".join(lines))
 
 
 def _entry(flag, text):
     return [f"  {flag}", *textwrap.wrap(" ".join(text.split()), 100, initial_indent=" " * 8, subsequent_indent=" " * 8)]
 
 
-def _text(flag):
-    if flag.value is None or isinstance(flag.value, bool):
-        return str(flag.value).lower()
-    return flag.serialize().partition("=")[2]
+def _text(value):
+    """A value as it is written after the equals sign of its flag."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

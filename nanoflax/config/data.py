@@ -44,8 +44,12 @@ class ExampleData(DataConfig):
     kind: ClassVar[str] = "examples"
     fields: str = field("", "Names of our fields in the data, as text=sentence,label=stars.")
     limit: int = field(0, "Largest number of examples from a split; 0: all.", unit="examples", at_least=0)
-    unicode: str = field("NFC", "Unicode normalisation: NFC, NFKC, or empty for none.")
-    whitespace: str = field("trim", "trim: at the ends of lines and texts; collapse: each run to one space; or empty.")
+    unicode: str = field("NFC", "Unicode normalisation; empty: none.", choices=("NFC", "NFKC", ""))
+    whitespace: str = field(
+        "trim",
+        "trim: at the ends of lines and texts; collapse: each run to one space; empty: none.",
+        choices=("trim", "collapse", ""),
+    )
     keep_duplicates: bool = field(False, "Keep exact duplicates of a training example.")
 
 

@@ -37,7 +37,7 @@ def field(
 def describe(field: dataclasses.Field, kind: Any) -> str:
     """One line: the help text of a field, its choices or type, its unit and its range."""
     m = field.metadata
-    parts = [f"one of {', '.join(map(str, m['choices']))}" if m.get("choices") else type_name(kind)]
+    parts = [f"one of {', '.join(str(c) or 'empty' for c in m['choices'])}" if m.get("choices") else type_name(kind)]
     parts += [f"{words} {m[name]}" for name, words in _LIMITS.items() if m.get(name) not in (None, "")]
     return f"{m.get('help', '')} ({', '.join(parts)})".strip()
 
@@ -63,12 +63,12 @@ def as_kind(cls: type, config: Any) -> Any:
     return config if type(config) is cls else cls(**kept)
 
 
-def fields_of_kinds(hint: Any) -> dict[tuple[str, str], list[str]]:
-    """{(name, help): the kinds with this field} for every field of a union of kinds."""
-    found: dict[tuple[str, str], list[str]] = {}
+def fields_of_kinds(hint: Any) -> dict[tuple[str, str, Any], list[str]]:
+    """{(name, help, default): the kinds with this field} for every field of a union of kinds."""
+    found: dict[tuple[str, str, Any], list[str]] = {}
     for kind, cls in kinds(hint).items():
         for f in dataclasses.fields(cls):
-            found.setdefault((f.name, describe(f, field_types(cls)[f.name])), []).append(kind)
+            found.setdefault((f.name, describe(f, field_types(cls)[f.name]), f.default), []).append(kind)
     return found
 
 
@@ -110,7 +110,7 @@ def value_problems(config: Any, prefix: str) -> list[str]:
 
 def _out_of_range(value, limits):
     if limits.get("choices") and value not in limits["choices"]:
-        return f"is not one of {', '.join(limits['choices'])}"
+        return f"is not one of {', '.join(str(choice) or 'empty' for choice in limits['choices'])}"
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     # Each comparison is written so that NaN fails it.

@@ -136,7 +136,7 @@ def text_lines(
 ) -> Iterator[tuple[str, str]]:
     """Yields (place, line) of a file of open_text, without line ends. See `decode` for invalid bytes."""
     for number, line in enumerate(file, 1):
-        line = decoded(line, place := f"{path}:{number}", report)
+        line = decoded(line, place := f"{path}:{number}", report).removeprefix("\ufeff")  # of files that were joined
         yield place, line if keep_ends else line.rstrip("\r\n")
 
 

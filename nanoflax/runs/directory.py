@@ -151,7 +151,7 @@ def with_old_labels(config: Config, workdir: str) -> Config:
         return config
     path = os.path.join(workdir, "labels.json")
     try:
-        with open(path) as f:
+        with open(path, "rb") as f:
             found = json.load(f)
             names = {"class_names": tuple(found["labels"]), "multi_label": bool(found["several"])}
     except FileNotFoundError:

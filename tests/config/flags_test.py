@@ -1,7 +1,9 @@
 """Flags of the configuration: kinds, their fields in any order, and help."""
 
+import dataclasses
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -79,3 +81,61 @@ def test_full_help_has_every_field_of_every_kind_and_survives_a_closed_pipe():
         capture_output=True,
     )
     assert closed.returncode == 0 and closed.stderr == "" and closed.stdout.count("\n") == 1
+
+
+def test_every_field_says_what_it_is_with_its_choices_and_default():
+    done = run("-m", "experiments.pretrain", "--helpfull")
+    entries = re.findall(r"^  --(config\.[\w.]+=.*)\n((?: {8}.*\n)+)", done.stdout, re.M)
+    entries = [(name, " ".join(text.split())) for name, text in entries]
+    for section, hint in fields.field_types(cfg.Config).items():
+        for cls in fields.kinds(hint).values() or [hint]:
+            for field in dataclasses.fields(cls):
+                name, meta = f"config.{section}.{field.name}=", field.metadata
+                found = [(flag, text) for flag, text in entries if flag.startswith(name)]
+                (flag, text), *_ = [(flag, text) for flag, text in found if meta["help"] in text]
+                assert len(meta["help"]) > 3 and all(str(choice) or "empty" in text for choice in meta["choices"])
+                own = section in ("model", "data", "optim", "train") and cls is not cfg.ExampleData
+                value = "none" if field.default is None else str(field.default)
+                if not own and not isinstance(field.default, (bool, tuple)):  # own ones have the file's values
+                    assert flag == name + value, flag
+                assert "()" not in flag and "(None" not in flag
+
+
+def test_output_that_nobody_reads_ends_no_program(tmp_path):
+    code = (
+        "from experiments.flags import launch\n"
+        "def main():\n"
+        "    for i in range(50_000):\n"
+        "        print(i, flush=i % 100 == 0)\n"
+        f"    open({str(tmp_path / 'end')!r}, 'w').close()\n"
+        "launch(main)\n"
+    )
+    (tmp_path / "program.py").write_text(code)
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {tmp_path}/program.py | head -n 1; exit ${{PIPESTATUS[0]}}"],
+        cwd=ROOT,
+        text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "") and (tmp_path / "end").exists()
+
+
+@pytest.mark.parametrize(
+    "program, flag, words",
+    [
+        ("pretrain", "--steps=5", "--config.train.steps?"),
+        ("pretrain", "--learning-rate=5", "--config.optim.learning_rate?"),
+        ("pretrain", "--config.trian.steps=5", "--config.train.steps?"),
+        ("pretrain", "--workdr=x", "--workdir?"),
+        ("sample", "--max-new-tokens=5", "--max_new_tokens?"),
+        ("evaluate", "--zzz", "--help lists all flags"),
+        ("finetune", "", "--workdir is missing: directory of the run"),
+        ("convert", "", "--from is missing: "),
+        ("finetune", "--workdir=x --config.data.unicode=NFD", "data.unicode='NFD' is not one of NFC, NFKC, empty"),
+        ("finetune", "--config=clasify", "--config=clasify does not exist; included configs: bible, classify"),
+    ],
+)
+def test_a_wrong_or_missing_flag_is_one_line_with_the_nearest(program, flag, words):
+    done = run("-m", f"experiments.{program}", *flag.split())
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -123,6 +123,7 @@ def test_an_empty_file_has_no_line_and_a_name_does_not_decide(tmp_path):
         ("a.gz", b"plain", ["plain"]),  # decompressed by a browser that kept the name
         ("a", gzip.compress(b"packed"), ["packed"]),
         ("a", b"a\0b\n", ["a\0b"]),
+        ("a", b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n", ["one", "two"]),  # two files, joined
     ):
         (tmp_path / name).write_bytes(content)
         assert lines_of(tmp_path / name) == lines
