@@ -1,4 +1,4 @@
-"""Adapters in the format of the `peft` library: LoRA, DoRA, AdaLoRA, and modules that were trained in full."""
+"""Adapters in the format of the `peft` library: LoRA, DoRA, AdaLoRA, modules trained in full, and virtual tokens."""
 
 import dataclasses
 import pathlib
@@ -10,11 +10,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from nanoflax import report, tokenizers
-from nanoflax.config import AdaLoRA, LoRA, LowRank, ModelConfig
+from nanoflax.config import AdaLoRA, LoRA, LowRank, ModelConfig, PrefixTuning, PromptTuning
 from nanoflax.errors import UserError, listed
 from nanoflax.hf import families, models, safetensors_io
 from nanoflax.hf.layouts import parameter_shapes
 from nanoflax.hf.peft_names import BASE, CONFIG, SCHEDULE, WEIGHTS, PeftNames, inside, join_outputs
+from nanoflax.hf.peft_prompts import PROMPTS, check_prompt, read_prompt, write_prompt
 from nanoflax.hf.peft_reader import AdapterFile
 from nanoflax.nn import column_lengths, without_padding
 from nanoflax.peft import trainable
@@ -31,7 +32,7 @@ def save_adapter(
     model_type: str | None = None,
     tokenizer: Any = None,
 ) -> None:
-    """Write the low-rank adapters in params for the `peft` library, which adds them to the model of `hf.save`.
+    """Write the adapters in params for the `peft` library, which adds them to the model of `hf.save`.
 
     Other modules that peft_config.trained names, such as a head, become modules_to_save of `peft`, without rows of
     config.vocab_padding. A trained tied embedding becomes two of them, because `peft` would train only one. Adapters
@@ -42,44 +43,53 @@ def save_adapter(
       model_type: the family of the model, as in `hf.save`; by default that of the base.
       tokenizer: written too if the base has no rows for its last tokens: peft's Auto classes then add the rows.
     Raises:
-      UserError: other kinds of adapters, a base that Transformers cannot open, a parameter that is neither in the base
-        nor in the adapters, a module trained in part, or what `hf.save` refuses.
+      UserError: adapters that peft does not have, a base that Transformers cannot open, a parameter that is neither in
+        the base nor in the adapters, a module trained in part, or what `hf.save` refuses.
     """
     config, params = without_padding(config, params)
     c = peft_config
     flat: dict[str, Any] = flatten_dict(params, sep="/")
-    if not isinstance(c, LowRank):
-        raise UserError(f"peft.kind={c.kind!r} cannot be written for the peft library; lora, dora and adalora can")
-    if not any(path.endswith("/lora_a") for path in flat):
-        raise UserError("no Linear has an adapter, and peft writes nothing without one")
     found_base = _open_base(base) if base else None
     given = parameter_shapes(found_base.config) if found_base else None
     model_type = model_type or (found_base.model_type if found_base else None)
     names = PeftNames(families.family_of_config(config, model_type), config)
     trained = {path for path, x in flatten_dict(trainable(params, c), sep="/").items() if x}
-    found, settings = _low_rank_tensors(names, c, flat, str(directory))
-    if given and names.has_bias_buffer and np.any(flat["logit_bias"][given["logit_bias"][0] :]):
-        raise UserError("logit_bias of new tokens is not 0, and peft cannot save it")
-    modules = _modules_to_save(names, trained, set(settings["target_modules"]), given)
-    found |= {
-        names.written(name): names.row(name).join(flat, config.K) for module in modules for name in names.under(module)
-    }
+    if isinstance(c, (PromptTuning, PrefixTuning)):
+        tensors, settings = write_prompt(config, flat, c, trained)
+    elif isinstance(c, LowRank):
+        tensors, settings = _low_rank_and_complete(names, c, flat, trained, given, str(directory))
+    else:
+        raise UserError(f"peft.kind={c.kind!r} cannot be written for the peft library")
     settings |= _task(names) | {
-        "modules_to_save": [names.written(module) for module in modules] or None,
         "base_model_name_or_path": found_base.name if found_base else "",
         "inference_mode": True,
-        "lora_dropout": 0.0,
-        "bias": "none",
     }
     if given and tokenizer is not None and config.vocab_size > given["embed/embedding"][0]:
         tokenizers.to_huggingface(tokenizer, config.head == "lm").save(directory)
     safetensors_io.save_safetensors(
-        directory, [(BASE + name, x.shape, x.dtype, x) for name, x in found.items()], single=WEIGHTS
+        directory, [(name, x.shape, x.dtype, x) for name, x in tensors.items()], single=WEIGHTS
     )
     try:
         pathlib.Path(directory, CONFIG).write_text(report.to_json(settings, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from error
+
+
+def _low_rank_and_complete(
+    names: PeftNames, c: LowRank, flat: Mapping[str, Any], trained: set[str], given: dict | None, directory: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """({name of a tensor: array}, the settings of peft) of low-rank adapters and of what else is trained."""
+    if not any(path.endswith("/lora_a") for path in flat):
+        raise UserError("no Linear has an adapter, and peft writes nothing without one")
+    found, settings = _low_rank_tensors(names, c, flat, directory)
+    if given and names.has_bias_buffer and np.any(flat["logit_bias"][given["logit_bias"][0] :]):
+        raise UserError("logit_bias of new tokens is not 0, and peft cannot save it")
+    modules = _modules_to_save(names, trained, set(settings["target_modules"]), given)
+    K = names.config.K
+    found |= {names.written(name): names.row(name).join(flat, K) for root in modules for name in names.under(root)}
+    saved = [names.written(module) for module in modules] or None
+    settings |= {"modules_to_save": saved, "lora_dropout": 0.0, "bias": "none"}
+    return {BASE + name: x for name, x in found.items()}, settings
 
 
 class _Base(NamedTuple):
@@ -278,13 +288,18 @@ def adapted_config(directory: str | pathlib.Path, config: ModelConfig, model_typ
 
     Raises: UserError as `load_adapter`.
     """
+    theirs = safetensors_io.read_json(safetensors_io.locate(directory, CONFIG))
+    if (kind := PROMPTS.get(theirs.get("peft_type"))) is not None:
+        check_prompt(config, kind.kind)
+        return config
     return AdapterFile(directory, config, model_type).config
 
 
 def load_adapter(
     directory: str | pathlib.Path, config: ModelConfig, params: dict[str, Any], model_type: str | None = None
 ) -> tuple[dict[str, Any], Any]:
-    """Add LoRA, DoRA or AdaLoRA of the `peft` library to params, and replace what else it trained.
+    """Add adapters of the `peft` library to params (LoRA, DoRA, AdaLoRA, a prompt or prefixes), and replace what else
+    it trained.
 
     An adapter of several of our Linears (GPT-2's c_attn) is split exactly: they share lora_a. Adapters of an embedding
     or of the output head are merged, because losses read only their tables.
@@ -294,6 +309,9 @@ def load_adapter(
     Returns: (params, the config of the adapters, whose `trained` names what is replaced).
     Raises: UserError with every unsupported setting, or with every tensor that is unexpected, missing or misshapen.
     """
+    theirs = safetensors_io.read_json(safetensors_io.locate(directory, CONFIG))
+    if theirs.get("peft_type") in PROMPTS:
+        return read_prompt(directory, theirs, config, params)
     file = AdapterFile(directory, config, model_type)
     old, new = dataclasses.asdict(config), dataclasses.asdict(file.config)
     if changed := [f"model.{name}={value!r}" for name, value in new.items() if value != old[name]]:

@@ -385,8 +385,10 @@ class Finetuning:
         )
         params = peft.join(best, frozen)
         found = self.measure(params, saved["step"], sum(x.size for x in jax.tree.leaves(best)))
-        if isinstance(self.config.peft, configs.LowRank):
+        for_peft = (configs.LowRank, configs.PromptTuning, configs.PrefixTuning)
+        if isinstance(self.config.peft, for_peft):
             self.write_adapter(peft.join(jax.tree.map(parallel.fetch, best), frozen))
+        if isinstance(self.config.peft, configs.LowRank):
             params = peft.merge(params)
         self.write_final(params)
         aligned = self.task.plots_alignment and self.config.model.bottleneck == "none"

@@ -34,7 +34,7 @@ def open_source(source: str | os.PathLike, which: str = "best", merged: bool = T
     """Open a run's directory, a directory of Transformers, a hub name, a .gguf file, or adapters of the peft library
     with their base model.
 
-    which: the "best" or the "latest" checkpoint of a run. merged: merge adapters of the peft library into their base.
+    which: the "best" or the "latest" checkpoint of a run. merged: merge low-rank adapters of the peft library.
     Raises: UserError if the source cannot be opened, or its tokenizer has more tokens than the model has embeddings.
     """
     source = str(source)
@@ -53,9 +53,11 @@ def open_source(source: str | os.PathLike, which: str = "best", merged: bool = T
         config = hf.adapted_config(path, model.config)
         own = tokenizers.load(path) if (path / "tokenizer_config.json").exists() else None
         tokenizer = own if own and own.vocab_size <= config.vocab_size else model.tokenizer
-        load = lambda: hf.load_adapter(path, config, model.load())[0]
-        if merged:
-            load = lambda load=load: peft.merge(load())
+
+        def load() -> Params:
+            params, adapters = hf.load_adapter(path, config, model.load())
+            return peft.merge(params) if merged and isinstance(adapters, configs.LowRank) else params
+
         return ModelSource(config, tokenizer, load)
     config = hf.load_config(path)
     if path.suffix == ".gguf":

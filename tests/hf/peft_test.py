@@ -198,3 +198,57 @@ def test_adapters_of_peft_compute_the_same_here_and_written_back(name, bases, tm
         if count == COMPARED:
             return
     raise AssertionError(f"{name}: only {count} of the draws could be compared")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name, kind", [("llama", "Prefix"), ("neox", "Prefix"), ("llama", "Prompt"), ("gpt2", "Prompt")]
+)
+def test_virtual_tokens_of_peft_are_the_same_here_and_written_back(name, kind, bases, tmp_path):
+    import peft
+    import torch
+
+    settings = getattr(peft, f"{kind}TuningConfig")(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = peft.get_peft_model(base_model(bases(name), name), settings)
+    torch.manual_seed(0)
+    for path, parameter in model.named_parameters():
+        if "prompt" in path:
+            parameter.data = torch.randn_like(parameter) / 2
+    model.save_pretrained(tmp_path / "theirs")
+    if name == "gpt2":
+        with pytest.raises(UserError, match="for positions='learned': peft counts those of the text from after"):
+            loaded(bases(name), tmp_path / "theirs")
+        return
+    want = theirs(model)[:, -IDS.shape[1] :]  # with a prompt, peft returns its logits too
+    config, params, c = loaded(bases(name), tmp_path / "theirs")
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(ours(config, params), want, atol=1e-4 * scale)
+    hf.save_adapter(tmp_path / "ours", config, params, c, base=bases(name))
+    again = read_back(bases(name), name, tmp_path / "ours")[:, -IDS.shape[1] :]
+    np.testing.assert_allclose(again, want, atol=1e-4 * scale)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
+def test_ranks_that_adalora_has_pruned_are_gone_here_too(name, bases, tmp_path):
+    import peft
+    import torch
+
+    settings = dict(init_r=4, target_r=2, tinit=1, tfinal=1, total_step=6, deltaT=1, lora_alpha=6)
+    model = peft.get_peft_model(base_model(bases(name), name), peft.AdaLoraConfig(task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(0)
+    for path, parameter in model.named_parameters():
+        if "lora_" in path:
+            parameter.data = 0.3 * torch.randn_like(parameter)
+    for step in range(7):
+        model(input_ids=torch.tensor(IDS)).logits.square().mean().backward()
+        model.base_model.update_and_allocate(step)
+    assert model.peft_config["default"].rank_pattern
+    model.save_pretrained(tmp_path)
+    want = read_back(bases(name), name, tmp_path)
+    config, params, c = loaded(bases(name), tmp_path)
+    np.testing.assert_allclose(ours(config, params), want, atol=1e-4 * np.abs(want).max())
+    if name == "llama":
+        hf.save_adapter(tmp_path / "ours", config, params, c, base=bases(name))
+        again = read_back(bases(name), name, tmp_path / "ours")
+        np.testing.assert_allclose(again, want, atol=1e-4 * np.abs(want).max())

@@ -714,8 +714,8 @@ def test_bad_configurations_are_refused_by_name(llama):
         add(add(params, "lora"), "lora")
     with pytest.raises(UserError, match="prompt cannot be merged"):
         peft.merge(add(params, "prompt"))
-    with pytest.raises(UserError, match="peft.kind='prefix' cannot be written"):
-        hf.save_adapter("x", LLAMA, add(params, "prefix"), config_of("prefix"))
+    with pytest.raises(UserError, match="peft.kind='houlsby' cannot be written"):
+        hf.save_adapter("x", LLAMA, add(params, "houlsby"), config_of("houlsby"))
     assert add(params, "none") is params
 
 
