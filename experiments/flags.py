@@ -224,7 +224,7 @@ def parsed_config() -> configs.Config:
     for section, hint in fields.field_types(configs.Config).items():
         known = fields.kinds(hint)
         cls = known[str(FLAGS[f"config.{section}.kind"].value)] if known else hint
-        sections[section] = cls(**{name: FLAGS[f"config.{section}.{name}"].value for name in fields.field_types(cls)})
+        sections[section] = _values(cls, f"config.{section}")
     config = _without_other_recipe(configs.Config(**sections))
     configs.validate(config)
     return config
@@ -247,6 +247,15 @@ def _without_other_recipe(config):
         open_fields = ["warmup_steps"]
     optim = dataclasses.replace(config.optim, **dict.fromkeys(open_fields))
     return dataclasses.replace(config, optim=optim)
+
+
+def _values(cls, prefix):
+    """A configuration of class `cls` from the flags that begin with `prefix`."""
+    found = {}
+    for name, kind in fields.field_types(cls).items():
+        path = f"{prefix}.{name}"
+        found[name] = _values(kind, path) if dataclasses.is_dataclass(kind) else FLAGS[path].value
+    return cls(**found)
 
 
 class _FieldParser(flags.ArgumentParser):

@@ -14,6 +14,7 @@ translation (by default with the settings of the run's evaluation), or the reply
 """
 
 import dataclasses
+import sys
 
 from absl import flags
 
@@ -45,10 +46,7 @@ flags.DEFINE_integer("seed", 0, "seed of sampling", 0, MAX_SEED)
 
 
 def main():
-    prompts = read_prompts()
-    names = [field.name for field in dataclasses.fields(runs.GenerationSettings)]
-    settings = {name: FLAGS[name].value for name in names if FLAGS[name].present}
-    settings["stop"] = [text.replace("\\n", "\n") for text in FLAGS.stop]
+    prompts, settings = read_prompts(), read_settings()
     runs.setup_jax()
     run = nanoflax.open(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
     as_task = run.task is not None and not FLAGS.chat
@@ -59,7 +57,11 @@ def main():
             raise UserError(f"--prompt is missing: the text that task.kind={run.config.task.kind!r} is about")
         if not all(run.cleaned_texts(prompts)):
             raise UserError("--prompt is empty after cleaning, with the settings of the run's data")
+    if not as_task or run.task.prompt:
+        show_model_settings(run, settings)
     if FLAGS.chat:
+        if run.model.config.head != "lm":
+            raise UserError(f"--chat: the model has model.head={run.model.config.head!r}, so it generates no text")
         if not run.tokenizer.chat_template:
             raise UserError("--chat: the tokenizer of this model has no chat template")
         runs.chat(run, FLAGS.system, **settings)
@@ -69,11 +71,32 @@ def main():
         runs.print_answers(run, prompts or [""], as_task, **settings)
 
 
+def read_settings():
+    """The settings of generation that are given. Raises: UserError for ranges and contradictions."""
+    names = [field.name for field in dataclasses.fields(runs.GenerationSettings)]
+    settings = {name: FLAGS[name].value for name in names if FLAGS[name].present}
+    if "stop" in settings:
+        settings["stop"] = [text.replace("\\n", "\n") for text in FLAGS.stop]
+    runs.GenerationSettings.of(settings, prefix="--")
+    return settings
+
+
+def show_model_settings(run, settings):
+    own = runs.model_settings(run.model.config.generation)
+    chosen = vars(runs.GenerationSettings.of(settings, {}, run.model.config.generation, prefix="--"))
+    if used := [f"{name}={value}" for name, value in own.items() if name not in settings and chosen[name] == value]:
+        print(f"set by the model's generation_config.json: {', '.join(used)}", file=sys.stderr)
+
+
 def read_prompts():
     """The prompts of the flags. Raises: UserError for flags that contradict each other."""
     given = FLAGS.prompt or FLAGS.prompt_file
     if FLAGS.interactive and given or FLAGS.chat and (FLAGS.interactive or given):
         raise UserError("give one of --chat, --interactive, and --prompt with --prompt_file")
+    if FLAGS.system and not FLAGS.chat:
+        raise UserError("--system is only read with --chat")
+    if FLAGS.model and FLAGS["checkpoint"].present:
+        raise UserError(f"--checkpoint={FLAGS.checkpoint} is of a run, so it needs --workdir, not --model")
     prompts = list(FLAGS.prompt)
     if FLAGS.prompt_file:
         with data.open_text(FLAGS.prompt_file) as file:

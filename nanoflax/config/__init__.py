@@ -7,6 +7,7 @@
 from nanoflax.config import fields
 from nanoflax.config.data import DataConfig, ExampleData, TextData
 from nanoflax.config.fields import as_kind, diff, from_dict, to_dict, validate
+from nanoflax.config.generation import GenerationDefaults
 from nanoflax.config.model import LSTM_ATTENTIONS, LSTM_STARTS, POSITIONS, PRESETS, ModelConfig, preset
 from nanoflax.config.peft import (
     PEFT_KINDS,
@@ -44,10 +45,9 @@ from nanoflax.config.task import (
 
 __all__ = [
     "AdaLoRA", "AnyPeft", "AnyTask", "Classify", "Config", "DataConfig", "Denoise", "DoRA", "ExampleData",
-    "ExampleTask", "FullFineTuning", "Houlsby", "Instruct", "LSTM_ATTENTIONS", "LSTM_STARTS", "LabelTask",
-    "LanguageModel", "LoRA", "LowRank", "MAX_SEED", "METRICS", "MaskedLM", "ModelConfig", "OPTIMIZERS", "OptimConfig",
-    "PEFT_KINDS", "POSITIONS", "PRESETS", "PeftConfig", "Pfeiffer", "PrefixTuning", "Pretrain", "PromptTuning",
-    "RECIPES", "RECIPE_FIELDS", "Recipe", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag", "TargetTask", "TextData",
-    "TrainConfig", "Translate", "as_kind", "diff", "fields", "fill", "from_dict", "preset", "read_class_weights",
-    "recipe_of", "to_dict", "validate", "with_recipe",
-]  # fmt: skip
+    "ExampleTask", "FullFineTuning", "GenerationDefaults", "Houlsby", "Instruct", "LSTM_ATTENTIONS", "LSTM_STARTS",
+    "LabelTask", "LanguageModel", "LoRA", "LowRank", "MAX_SEED", "METRICS", "MaskedLM", "ModelConfig", "OPTIMIZERS",
+    "OptimConfig", "PEFT_KINDS", "POSITIONS", "PRESETS", "PeftConfig", "Pfeiffer", "PrefixTuning", "Pretrain",
+    "PromptTuning", "RECIPES", "RECIPE_FIELDS", "Recipe", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag", "TargetTask",
+    "TextData", "TrainConfig", "Translate", "as_kind", "diff", "fields", "fill", "from_dict", "preset",
+    "read_class_weights", "recipe_of", "to_dict", "validate", "with_recipe"]  # fmt: skip

@@ -148,13 +148,16 @@ def type_name(kind: Any) -> str:
 
 
 def parse(kind: Any, text: str) -> Any:
-    """A value of type `kind` from the text of a flag: "none" for None, "0,2,4" for a tuple. Raises: ValueError."""
+    """A value of type `kind` from the text of a flag: "none" for None, "0,2,4" for a tuple, "0,2;4" for a
+    tuple of tuples. Raises: ValueError."""
     if isinstance(kind, types.UnionType):
         if text.lower() == "none":
             return None
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
     if typing.get_origin(kind) is tuple:
-        return tuple(parse(typing.get_args(kind)[0], part) for part in text.split(",") if text)
+        member = typing.get_args(kind)[0]
+        separator = ";" if typing.get_origin(member) is tuple else ","
+        return tuple(parse(member, part) for part in text.split(separator) if text)
     if kind is bool and text.lower() not in ("true", "1", "false", "0"):
         raise ValueError(text)
     return text.lower() in ("true", "1") if kind is bool else kind(text)
@@ -191,11 +194,15 @@ def from_dict(cls: Any, values: Any, where: str = "config") -> Any:
             if isinstance(value, dict) and (kind := getattr(default, "kind", None)):
                 value = {"kind": kind} | value
             value = from_dict(types_of[name], value, f"{where}.{name}")
-        found[name] = tuple(value) if isinstance(value, list) else value
+        found[name] = _tuples(value)
     config = cls(**found)
     if problems := type_problems(config, f"{where}."):
         raise UserError("; ".join(problems))
     return config
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def no_such_field(name: str, cls: type, known: dict[str, type], where: str) -> str:

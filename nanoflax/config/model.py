@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 from nanoflax.config.fields import field, from_dict
+from nanoflax.config.generation import GenerationDefaults
 from nanoflax.errors import UserError
 
 
@@ -120,6 +121,7 @@ class ModelConfig:
     attention_backend: str = field(
         "auto", "Kernel; auto: cudnn on GPU and splash on TPU if exact, else plain.", choices=ATTENTION_BACKENDS
     )
+    generation: GenerationDefaults = field(GenerationDefaults(), "How the model generates text by default.")
 
     @property
     def _properties(self) -> Architecture:  # `validate` reports an unknown architecture
@@ -230,6 +232,10 @@ class ModelConfig:
             )
         if m.vocab_size > 0 and m.start_id >= m.vocab_size - m.vocab_padding:
             found.append(f"model.start_id={m.start_id} must be below model.vocab_size={m.vocab_size - m.vocab_padding}")
+        g = m.generation
+        for i in {g.forced_bos_token_id, g.decoder_start_token_id, *g.forced_eos_token_id} - {None}:
+            if m.vocab_size and i >= m.vocab_size:
+                found.append(f"model.generation has the token id {i}, but model.vocab_size={m.vocab_size}")
         return found
 
 

@@ -1,6 +1,8 @@
 """Beam search: one compiled loop that calls `model.decode` for each new token."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,15 +12,15 @@ from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
 from nanoflax.errors import UserError
+from nanoflax.generate.processors import Written, make_filters, mask, only_below, process
 from nanoflax.generate.sampling import (
     Prompts,
-    check_prompts,
     compiled,
     cut,
+    decoding_model,
     decoding_params,
-    only_below,
-    pad_left,
-    untied,
+    request_of,
+    written_prompt,
 )
 from nanoflax.nn import Array, LanguageModel
 
@@ -43,28 +45,31 @@ def advance(
     model: LanguageModel,
     params: dict,
     s: Beams,
+    prompt: Int[Array, "BW P"],
     penalty: Float[Array, ""],
+    repetition_penalty: Float[Array, ""] | None,
     early_stopping: bool | str,
-    eos_id: int | None = None,
+    eos_ids: tuple[int, ...] = (),
     vocab_size: int | None = None,
 ) -> Beams:
     """Extend each beam by one token, and move the beams that end to the hypotheses.
 
-    As in Transformers' `generate`: of the 2 W best continuations, the first W that do not end become
-    the beams, and those that end become hypotheses if they are among the first W.
+    As in Transformers' `generate`: of the best continuations, W for each end and W more, the first W that do not end
+    become the beams, and those that end become hypotheses if they are among the first W. prompt: see `Written`.
     """
-    B, W, N = s.tokens.shape
+    (B, W, N), rules = s.tokens.shape, model.config.generation
     logits, cache = model.decode(params, s.token[:, None], s.cache)
-    logits = only_below(vocab_size, logits[:, -1])
-    V = logits.shape[-1]
-    total = s.scores[:, :, None] + jax.nn.log_softmax(logits).reshape(B, W, V)
-    scores, flat = jax.lax.top_k(total.reshape(B, W * V), min(2 * W, W * V))
+    logp = jax.nn.log_softmax(only_below(vocab_size, logits[:, -1]))
+    written = Written(prompt, s.tokens.reshape(B * W, N), s.step, jnp.int32(N))
+    logp = process(logp, rules, eos_ids, repetition_penalty, written)
+    logp = jax.nn.log_softmax(logp) if rules.renormalize_logits else logp
+    V = logp.shape[-1]
+    total = s.scores[:, :, None] + logp.reshape(B, W, V)
+    scores, flat = jax.lax.top_k(total.reshape(B, W * V), min(max(2, 1 + len(eos_ids)) * W, W * V))
     parent, token = flat // V, (flat % V).astype(jnp.int32)
     tokens = _take(s.tokens, parent).at[:, :, s.step].set(token)
     step = s.step + 1
-    ended = jnp.broadcast_to(step == N, token.shape)
-    if eos_id is not None:
-        ended |= token == eos_id
+    ended = (step == N) | jnp.array(mask(eos_ids, V))[token]
 
     # A closed search takes no more hypotheses.
     finishes = ended & (jnp.arange(token.shape[1]) < W) & s.is_open[:, None]
@@ -87,19 +92,22 @@ def advance(
     return Beams(step, cache, tokens[:, :, s.step].reshape(-1), tokens, scores, best, best_scores, is_open)
 
 
-def _search(model, params, tokens, lengths, penalty, beams, steps, early_stopping, eos_id, vocab_size):
+def _search(
+    model, params, tokens, lengths, penalty, repetition_penalty, beams, steps, early_stopping, eos_ids, vocab_size
+):
     rows = len(tokens) * beams
-    model, params = untied(model, rows), decoding_params(model, params, rows)
+    model, params = decoding_model(model, rows), decoding_params(model, params, rows)
     token, cache = model.prefill(params, tokens, lengths, steps)
     repeat = lambda x: jnp.repeat(x, beams, axis=0) if x.ndim else x  # a scalar belongs to all rows
     B, W, N = len(token), beams, steps
     scores = jnp.full((B, W), -jnp.inf)  # one beam at first: the others would equal it
-    none = jnp.full((B, W, N), 0 if eos_id is None else eos_id, jnp.int32)
+    none = jnp.full((B, W, N), eos_ids[0] if eos_ids else 0, jnp.int32)
+    prompt = repeat(written_prompt(model.config, tokens, lengths, token))
     cache, first = jax.tree.map(repeat, cache), scores.at[:, 0].set(0)
     state = Beams(jnp.int32(0), cache, repeat(token), none, first, none, scores, jnp.ones(B, bool))
     state = jax.lax.while_loop(
         lambda s: (s.step < N) & s.is_open.any(),
-        lambda s: advance(model, params, s, penalty, early_stopping, eos_id, vocab_size),
+        lambda s: advance(model, params, s, prompt, penalty, repetition_penalty, early_stopping, eos_ids, vocab_size),
         state,
     )
     return state.best, state.best_scores
@@ -111,24 +119,31 @@ def beam_search(
     prompts: Prompts,
     beams: int = 4,
     max_new_tokens: int = 64,
-    length_penalty: float = 1.0,
-    eos_id: int | None = None,
-    early_stopping: bool | str = False,
+    length_penalty: float | None = None,
+    eos_id: int | Sequence[int] | None = None,
+    early_stopping: bool | str | None = None,
     n_best: int | None = None,
     vocab_size: int | None = None,
+    repetition_penalty: float | None = None,
 ) -> list[Any]:
     """The most probable continuation of each prompt that a beam search finds.
 
     The score of a hypothesis is its log-probability divided by length ** length_penalty, where length
-    counts its new tokens and its eos_id. It ends with eos_id or at max_new_tokens. A search ends, as in
+    counts its new tokens and its eos_id. It ends with an eos_id or at max_new_tokens. A search ends, as in
     Transformers' `generate`, by early_stopping: True: with `beams` hypotheses; False: if also the best
     beam, at its present length, has no better score than the worst hypothesis; "never": if it cannot get
     a better score at any length. vocab_size: only smaller ids are chosen.
+    None takes the value of model.config.generation, else length_penalty 1, early_stopping False and no
+    repetition_penalty; the other rules there hold as in `sample`.
     Compiled once for a bucket of prompt lengths, a batch size, beams and max_new_tokens.
     Returns the new tokens of each prompt, cut before eos_id. With n_best=n, for each prompt a list of
     at most n (tokens, score) pairs, best first.
     Raises: UserError as `sample` does, and naming every argument out of its range.
     """
+    given = dict(length_penalty=length_penalty, early_stopping=early_stopping, repetition_penalty=repetition_penalty)
+    g = dataclasses.replace(model.config.generation, **{name: x for name, x in given.items() if x is not None})
+    length_penalty = 1.0 if g.length_penalty is None else g.length_penalty
+    early_stopping = g.early_stopping or False
     problems = [
         f"{name}={value!r} must be {right}"
         for name, value, good, right in [
@@ -142,14 +157,13 @@ def beam_search(
     ]
     if problems:
         raise UserError("; ".join(problems))
-    check_prompts(model.config, prompts, max_new_tokens)
-    tokens, lengths = pad_left(prompts, model.config.context)
+    tokens, lengths, ends = request_of(model, prompts, max_new_tokens, eos_id, vocab_size)
     early_stopping = early_stopping if early_stopping == "never" else bool(early_stopping)
-    search, penalty = compiled(_search, mesh=parallel.mesh_of(params)), jnp.float32(length_penalty)
-    options = beams, max_new_tokens, early_stopping, eos_id, vocab_size
-    best, scores = map(parallel.fetch, search(model, params, tokens, lengths, penalty, *options))
+    penalties = jnp.float32(length_penalty), make_filters(defaults=g).repetition_penalty
+    search, options = compiled(_search, mesh=parallel.mesh_of(params)), (beams, max_new_tokens, early_stopping, *ends)
+    best, scores = map(parallel.fetch, search(model, params, tokens, lengths, *penalties, *options))
     pairs = [
-        [(cut(row.tolist(), eos_id), float(s)) for row, s in zip(rows, of_rows, strict=True) if s != -np.inf]
+        [(cut(row.tolist(), ends[0]), float(s)) for row, s in zip(rows, of_rows, strict=True) if s != -np.inf]
         for rows, of_rows in zip(best, scores, strict=True)
     ]
     return [prompt[0][0] for prompt in pairs] if n_best is None else [p[:n_best] for p in pairs]

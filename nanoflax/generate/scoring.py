@@ -12,8 +12,9 @@ import numpy as np
 
 from nanoflax import nn
 from nanoflax.errors import UserError, listed
-from nanoflax.generate.sampling import Prompts, bucket
+from nanoflax.generate.sampling import Prompts
 from nanoflax.nn import LanguageModel, head_kernel
+from nanoflax.tokenizers import bucket
 
 
 def log_likelihoods(

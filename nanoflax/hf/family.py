@@ -254,7 +254,7 @@ def differences(family: Family, config: ModelConfig) -> list[str]:
     return ["token_types"] * no_row + [
         name
         for name in FIELD_TYPES
-        if name != "dropout"  # it does not change the trained model's output
+        if name not in ("dropout", "generation")  # they do not change the model's logits
         and not _close(getattr(c, name), getattr(back, name))
     ]
 

@@ -13,11 +13,12 @@ from flax import traverse_util
 from numpy.typing import DTypeLike
 
 from nanoflax import parallel, report, tokenizers
-from nanoflax.config import ModelConfig
+from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.hf import safetensors_io
 from nanoflax.hf.families import family_of_config, family_of_type
 from nanoflax.hf.family import Family, from_config, head_of, to_config
+from nanoflax.hf.generation import read_generation, write_generation
 from nanoflax.hf.gguf import QuantizedTensor, open_gguf_model
 from nanoflax.hf.layouts import TensorMapping, parameter_shapes, shape_problems, tensor_mapping
 from nanoflax.nn import build, without_padding
@@ -116,14 +117,18 @@ def save(
     ids = _special_ids(exported)
     if config.reads_source:
         ids |= {"decoder_start_token_id": config.start_id, "forced_eos_token_id": None}
+    generation = config.generation
+    if generation.eos_token_id:  # with the ends of the tokenizer first
+        own = ids["eos_token_id"] or []
+        ends = dict.fromkeys([*(own if isinstance(own, list) else [own]), *generation.eos_token_id])
+        generation = dataclasses.replace(generation, eos_token_id=tuple(ends))
     directory = pathlib.Path(directory)
     try:
         _write_json(directory / "config.json", ids | description)
-        if config.head == "lm":
-            generation = {name: description.get(name, i) for name, i in ids.items()}
-            _write_json(directory / "generation_config.json", generation)
-        if exported is not None:  # it may have a generation_config.json of its own
+        if exported is not None:
             exported.save(directory)
+        if config.head == "lm":
+            write_generation(directory, generation, {name: description.get(name, i) for name, i in ids.items()})
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from error
     return family
@@ -231,6 +236,9 @@ def _open_directory(directory: pathlib.Path) -> tuple[Family, ModelConfig, Tenso
     head = head_of(family, hf.get("architectures"))
     tensors = safetensors_io.open_safetensors(directory)
     config = to_config(family, hf, head, len(tensors) + 1)
+    if head == "lm":
+        config = dataclasses.replace(config, generation=read_generation(directory, hf, config.start_id))
+        validate(config)
     return _normalized(family, config, tensors, directory)
 
 

@@ -15,7 +15,7 @@ def print_answers(run: Run, prompts: Sequence[str], as_task: bool = False, **set
     With one prompt, text is printed while it is generated; with several, at the end and with numbers.
     """
     if as_task and not run.task.prompt:
-        texts = [run.task.show(prediction) for prediction in run.predict(prompts)]
+        texts = [run.task.show(prediction) for prediction in run.predict(prompts, **settings)]
     else:
         pieces = run.stream(prompts, as_task, **settings)
         if as_task and run.task.needs_prompt or run.model.config.reads_source:

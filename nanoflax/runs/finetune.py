@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from nanoflax import config as configs
-from nanoflax import hf, nn, parallel, peft, report, tasks
+from nanoflax import hf, nn, parallel, peft, report, tasks, tokenizers
 from nanoflax.config import Config, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint
@@ -186,6 +186,8 @@ def start_from(config: Config, source: ModelSource | None, examples: Any, workdi
             vocab_size=max(source.config.vocab_size, tokenizer.vocab_size),
             multi_label=m.multi_label or source.config.multi_label and not new_head,
         )
+        if isinstance(task, configs.TargetTask):  # the evaluation generates targets
+            tokenizers.check_prompts(m, [[m.start_id]], 1)
     else:
         train_on = lambda: texts_of(examples.train)
         tokenizer = with_own_template(get_tokenizer(config.data, workdir, train_on), workdir)

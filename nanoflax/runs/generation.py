@@ -8,19 +8,29 @@ from typing import Any
 import jax
 
 from nanoflax import generate, tokenizers
+from nanoflax.config import GenerationDefaults, ModelConfig, fields
 from nanoflax.errors import UserError
 
 DEFAULT_NEW_TOKENS = 100
+# The settings that each mode reads; an explicit setting that its mode does not read is refused.
+_ALWAYS = {"max_new_tokens", "repetition_penalty", "stop", "temperature", "beams"}
+READ = {
+    "sampling": _ALWAYS | {"top_k", "top_p", "min_p", "seed"},
+    "temperature=0": _ALWAYS,
+    "beams": _ALWAYS | {"length_penalty"},
+}
+_DRAWING = READ["sampling"] - _ALWAYS | {"temperature"}  # a given one asks for sampling
+_UNSET = {"beams": 0, "temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
     """Settings of text generation.
 
-    max_new_tokens: None means 100, or fewer if the model's context is too short.
+    max_new_tokens: None means the model's own limit, else 100, or fewer if the model's context is too short.
     temperature: 0 is greedy. top_k, top_p, min_p: the filters of `nanoflax.sample`; the values 0, 1 and 0
     switch them off. repetition_penalty: 1 switches it off. stop: a text ends before any of these strings.
-    beams: above 0, beam search with this width, without temperature, filters and repetition penalty.
+    beams: above 0, beam search with this width, without temperature and filters.
     length_penalty: for beam search; above 0 favours longer texts. seed: for sampling.
     """
 
@@ -35,21 +45,85 @@ class GenerationSettings:
     length_penalty: float = 1.0
     seed: int = 0
 
-    @classmethod
-    def of(cls, given: dict[str, Any], defaults: dict[str, Any] | None = None) -> "GenerationSettings":
-        """The settings in `given`, the others from `defaults`. A given temperature asks for sampling, so it
-        cancels beams from the defaults.
+    @property
+    def mode(self) -> str:
+        return "beams" if self.beams else "sampling" if self.temperature else "temperature=0"
 
-        Raises: UserError for an unknown name.
+    def limit(self, config: ModelConfig, prompts: list[list[int]]) -> int:
+        """The largest number of new tokens: max_new_tokens, else that of the model, else 100; unless it is given,
+        fewer if the context is too short."""
+        if self.max_new_tokens:
+            return self.max_new_tokens
+        g, used = config.generation, 0 if config.reads_source else max(map(len, prompts), default=0)
+        wanted = g.max_new_tokens or (g.max_length - max(used, 1) if g.max_length else DEFAULT_NEW_TOKENS)
+        return max(1, min(wanted, config.context - used))
+
+    @classmethod
+    def of(
+        cls,
+        given: dict[str, Any],
+        defaults: dict[str, Any] | None = None,
+        generation: GenerationDefaults | None = None,
+        prefix: str = "",
+    ) -> "GenerationSettings":
+        """The settings in `given`, the others from `defaults`, the others from the model's `generation`.
+
+        A given setting of sampling cancels beams that are not given. prefix: of names in messages, such as "--".
+        Raises: UserError for an unknown name, a value out of its range, or a setting that the mode does not read.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := given.keys() - set(names):
             raise UserError(f"{', '.join(sorted(unknown))}: not a setting of generation, which are {', '.join(names)}")
-        defaults = dict(defaults or {})
-        if "temperature" in given:
+        check_ranges(given, prefix)
+        task = defaults or {}
+        defaults = model_settings(generation or GenerationDefaults()) | task
+        if given.keys() & _DRAWING:
             defaults.pop("beams", None)
         settings = cls(**(defaults | given))
+        # Without the model's settings, the mode is known only if its own settings are given.
+        if generation is not None or given.keys() & {"temperature", "beams"}:
+            mode = settings.mode
+            unread = [name for name in given if name not in READ[mode] and given[name] != _UNSET.get(name)]
+            if mode == "beams" and given.get("temperature"):
+                unread.insert(0, "temperature")
+            if unread:
+                mode = f"beams={settings.beams}" if mode == "beams" else mode
+                raise UserError(
+                    f"{', '.join(f'{prefix}{name}={given[name]}' for name in unread)}: not read with "
+                    f"{prefix if mode != 'sampling' else ''}{mode}; leave one out"
+                )
+            if settings.beams and "beams" not in task | given and generation and generation.do_sample:
+                raise UserError(
+                    f"model.generation has do_sample with num_beams={settings.beams}, sampling of beams, which "
+                    f"nanoflax does not compute; give {prefix}beams or {prefix}temperature"
+                )
         return dataclasses.replace(settings, stop=[settings.stop] if isinstance(settings.stop, str) else settings.stop)
+
+
+def check_ranges(given: dict[str, Any], prefix: str = "") -> None:
+    """Raises: UserError for settings out of their ranges. prefix: of names in messages, such as "--"."""
+    same = {name: value for name, value in given.items() if name in fields.field_types(GenerationDefaults)}
+    checked = dataclasses.replace(GenerationDefaults(), **same)
+    problems = fields.type_problems(checked, prefix) or fields.value_problems(checked, prefix)
+    for name in ("beams", "seed"):
+        if name in given and not (isinstance(given[name], int) and given[name] >= 0):
+            problems.append(f"{prefix}{name}={given[name]!r} must be an integer that is at least 0")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def model_settings(g: GenerationDefaults) -> dict[str, Any]:
+    """The settings that a model's generation_config.json decides, except the largest length."""
+    found = {name: getattr(g, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    found = {name: value for name, value in found.items() if value is not None}
+    if found or g.do_sample:  # the others as in Transformers
+        found = {"temperature": 1.0, "top_k": 50} | found
+    if g.do_sample is False:
+        found = {"temperature": 0.0}
+    found |= {name: x for name in ("repetition_penalty", "length_penalty") if (x := getattr(g, name)) is not None}
+    if g.num_beams and g.num_beams > 1:
+        found["beams"] = g.num_beams
+    return found | ({"stop": g.stop_strings} if g.stop_strings else {})
 
 
 def stream_texts(
@@ -81,10 +155,12 @@ def _tokens(
     model: Any, params: dict, tokenizer: Any, prompts: list[list[int]], settings: GenerationSettings
 ) -> Iterator[list[list[int]]]:
     """Yields lists of new token ids for each prompt: several times when sampling, once for beam search."""
-    s, limit = settings, settings.max_new_tokens or _default_limit(model.config, prompts)
-    ids = dict(eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
+    s, limit = settings, settings.limit(model.config, prompts)
+    ids = dict(eos_id=tokenizers.stop_ids(tokenizer), vocab_size=tokenizer.vocab_size)
     if s.beams:
-        best: Any = generate.beam_search(model, params, prompts, s.beams, limit, s.length_penalty, **ids)
+        best: Any = generate.beam_search(
+            model, params, prompts, s.beams, limit, s.length_penalty, repetition_penalty=s.repetition_penalty, **ids
+        )
         return iter([best])
     return generate.stream(
         model,
@@ -92,15 +168,10 @@ def _tokens(
         prompts,
         limit,
         temperature=s.temperature,
-        top_k=s.top_k or None,
-        top_p=None if s.top_p == 1 else s.top_p,
-        min_p=s.min_p or None,
-        repetition_penalty=None if s.repetition_penalty == 1 else s.repetition_penalty,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty,
         rng=jax.random.PRNGKey(s.seed),
         **ids,
     )
-
-
-def _default_limit(config: Any, prompts: list[list[int]]) -> int:
-    used = 0 if config.reads_source else max(map(len, prompts))
-    return max(1, min(DEFAULT_NEW_TOKENS, config.context - used))

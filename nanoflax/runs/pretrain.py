@@ -89,7 +89,7 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
     parallel.check_mesh(config, mesh, lengths)  # with the final vocabulary
     prompt = tokenizers.prompt_ids(tokenizer, config.train.sample_prompt)
     if config.train.sample_tokens:
-        generate.check_prompts(config.model, [prompt], config.train.sample_tokens)
+        tokenizers.check_prompts(config.model, [prompt], config.train.sample_tokens)
     model = nn.build(config.model, config.train.remat)
     load = None
     if weights:

@@ -120,13 +120,23 @@ class Run:
         as_task: use prompts as `predict` does: cleaned like the run's data, with the prompt format and
         the default settings of the run's task (such as the reply to a message).
         """
+        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise UserError(f"prompts has {wrong[0]!r:.60}, which is no text; nanoflax.sample continues token ids")
+        if self.tokenizer is None:
+            raise UserError(f"{self.source} has no tokenizer that nanoflax can read")
         form, defaults = tokenizers.prompt_ids, {}
         if as_task:
             prompts = self._task_texts(prompts)
             form, defaults = self.task.prompt, self.task.generation(self.config.task)
-        chosen = GenerationSettings.of(settings, defaults)
         reads_source = self.model.config.reads_source
         ids = [form(self.tokenizer, tokenizers.well_formed(text), reads_source) for text in prompts]
+        return self._continued(ids, settings, defaults)
+
+    def _continued(self, ids: list[list[int]], settings: dict, defaults: dict | None = None) -> Iterator[list[str]]:
+        """Checks everything before the weights are read."""
+        config = self.model.config
+        chosen = GenerationSettings.of(settings, defaults, config.generation)
+        tokenizers.check_prompts(config, ids, chosen.limit(config, ids))
         return stream_texts(self.model, self.params, self.tokenizer, ids, chosen)
 
     def reply(self, messages: list[dict[str, str]], **settings: Any) -> Iterator[str]:
@@ -138,8 +148,7 @@ class Run:
         if self.tokenizer.chat_template is None:
             raise UserError(f"{self.source}: its tokenizer has no chat template; use predict or generate")
         ids = tokenizers.chat_prompt(self.tokenizer, messages)
-        chosen = GenerationSettings.of(settings)
-        return (piece for (piece,) in stream_texts(self.model, self.params, self.tokenizer, [ids], chosen))
+        return (piece for (piece,) in self._continued([ids], settings))
 
     # The task of a fine-tuned run, a classifier or a tagger.
 
@@ -182,6 +191,9 @@ class Run:
         if self.task is None:
             raise UserError(f"{self.source} {self.why_no_task()}")
         prompts = [texts] if isinstance(texts, str) else list(texts)
+        if settings and not self.task.prompt:
+            given = ", ".join(f"{name}={value}" for name, value in settings.items())
+            raise UserError(f"{given}: not read by task.kind={self.config.task.kind!r}, which generates no text")
         if self.task.prompt:
             found = ["".join(new) for new in zip(*self.stream(prompts, as_task=True, **settings), strict=True)]
         else:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from nanoflax.generate import bucket
 from nanoflax.tasks.noise import Noise
+from nanoflax.tokenizers import bucket
 
 SHORTEST = 16  # the smallest padded length of a batch
 Row = dict[str, np.ndarray]

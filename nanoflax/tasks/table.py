@@ -91,7 +91,9 @@ def describe_tags(evaluator: Any, params: Any, number: int) -> list[list[tuple[s
 def generate_targets(evaluator: Any, params: Any, number: int) -> list[str]:
     """The text that the model generates for each source, greedily or with config.task.beams."""
     task, B, tokenizer = evaluator.config.task, evaluator.config.train.batch_size, evaluator.tokenizer
-    options = dict(max_new_tokens=task.target_length, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
+    options = dict(
+        max_new_tokens=task.target_length, eos_id=tokenizers.stop_ids(tokenizer), vocab_size=tokenizer.vocab_size
+    )
     sources, found = [row["source"].tolist() for row in evaluator.rows.rows[:number]], []
     for i in range(0, number, B):
         part = sources[i : i + B]

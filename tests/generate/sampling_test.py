@@ -9,10 +9,11 @@ import pytest
 from scipy import stats
 
 from nanoflax import generate
-from nanoflax.config import ModelConfig
+from nanoflax.config import GenerationDefaults, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.generate import sample, sampling, stream
 from nanoflax.nn import build
+from nanoflax.tokenizers import bucket
 
 
 def make(sharpness=4.0, **fields):
@@ -69,8 +70,6 @@ def test_filters_equal_transformers_in_every_combination():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(16, 40)).astype(np.float32) * 3
     seen_ids = rng.integers(0, 40, (16, 6))
-    seen = np.zeros((16, 40), bool)
-    np.put_along_axis(seen, seen_ids, True, axis=1)
     choose, key = jax.jit(sampling.choose), jax.random.PRNGKey(3)
     for options in COMBINATIONS:
         expected = transformers_filtered(logits, seen_ids, **options)
@@ -80,26 +79,33 @@ def test_filters_equal_transformers_in_every_combination():
             np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected), str(options))
             np.testing.assert_allclose(found, expected, rtol=1e-5)
         # The same key draws the same tokens from Transformers' scores.
+        penalised = after_rules(logits, seen_ids, filters)
         np.testing.assert_array_equal(
-            choose(logits, key, filters, seen), jax.random.categorical(key, expected), str(options)
+            choose(penalised, key, filters), jax.random.categorical(key, expected), str(options)
         )
+
+
+def after_rules(logits, seen_ids, filters):
+    written = sampling.Written(
+        jnp.asarray(seen_ids, jnp.int32), jnp.full((len(logits), 1), -1, jnp.int32), jnp.int32(0), jnp.int32(1)
+    )
+    return sampling.process(jnp.asarray(logits), GenerationDefaults(), (), filters.repetition_penalty, written)
 
 
 def test_repetition_penalty_moves_only_what_was_seen_towards_less():
     logits = jnp.array([[2.0, -1.0, 1.5, -0.6]])
-    seen = jnp.array([[True, True, False, False]])
     filters = sampling.make_filters(temperature=0, repetition_penalty=2.0)
-    assert sampling.choose(logits, jax.random.PRNGKey(0), filters, seen).tolist() == [2]
+    assert sampling.choose(after_rules(logits, [[0, 1]], filters), jax.random.PRNGKey(0), filters).tolist() == [2]
     all_negative = jnp.array([[-1.0, -1.4, -1.9, -3.0]])
-    assert sampling.choose(all_negative, jax.random.PRNGKey(0), filters, seen).tolist() == [2]
+    assert sampling.choose(after_rules(all_negative, [[0, 1]], filters), jax.random.PRNGKey(0), filters).tolist() == [2]
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
         (dict(temperature=-0.1), "temperature=-0.1 must be at least 0"),
-        (dict(temperature=float("nan")), "temperature=nan must be at least 0"),
-        (dict(top_k=0), "top_k=0 must be at least 1"),
+        (dict(temperature=float("nan")), "temperature=nan must be a finite number"),
+        (dict(top_k=-1), "top_k=-1 must be at least 0"),
         (dict(top_p=0.0), "top_p=0.0 must be in (0, 1]"),
         (dict(top_p=1.5), "top_p=1.5 must be in (0, 1]"),
         (dict(min_p=-0.1), "min_p=-0.1 must be in [0, 1]"),
@@ -228,7 +234,7 @@ def test_finished_rows_are_cut_and_frozen_and_do_not_disturb_others():
     # Before cutting: the end, and nothing but the end after it.
     tokens, lengths = sampling.pad_left(prompts)
     raw = sampling.compiled(sampling._sample)(
-        model, params, tokens, lengths, jax.random.PRNGKey(0), sampling.make_filters(0), 24, eos, None
+        model, params, tokens, lengths, jax.random.PRNGKey(0), sampling.make_filters(0), 24, (eos,), None
     )
     assert (np.asarray(raw)[0, len(cut[0]) :] == eos).all()
 
@@ -278,15 +284,16 @@ def test_repetition_penalty_counts_the_prompt_and_what_was_drawn():
         assert len(set(row)) == len(row) and not set(row) & set(prompt)
     # Padding (id 0) is not part of a prompt: a penalty of its own making would forbid it.
     tokens, lengths = sampling.pad_left([[5, 6]])
-    state = jax.jit(sampling.start, static_argnums=(0, 4))(
-        model, params, tokens, lengths, 20, jax.random.PRNGKey(0), sampling.make_filters(repetition_penalty=2.0)
-    )
-    assert np.flatnonzero(state.used[0]).tolist() == [5, 6]
+    start = jax.jit(sampling.start, static_argnums=(0, 4))
+    written = start(model, params, tokens, lengths, 20, jax.random.PRNGKey(0)).written
+    assert written.prompt.tolist() == [[-1] * 14 + [5, 6]]
+    penalised = sampling.process(jnp.ones((1, 29)), GenerationDefaults(), (), 2.0, written)
+    assert np.flatnonzero(penalised[0] < 1).tolist() == [5, 6]
 
 
 @pytest.mark.parametrize("n, expected", [(1, 16), (15, 16), (16, 16), (17, 32), (32, 32), (33, 64), (1000, 1024)])
 def test_buckets_are_powers_of_two(n, expected):
-    assert sampling.bucket(n) == expected
+    assert bucket(n) == expected
 
 
 def test_twenty_prompt_lengths_compile_once_per_bucket(compilations):
@@ -296,7 +303,7 @@ def test_twenty_prompt_lengths_compile_once_per_bucket(compilations):
     with compilations() as names:
         for n in lengths:
             generate.sample(model, params, ragged(n), 4, temperature=0.5 + n / 100, top_k=n, rng=jax.random.PRNGKey(n))
-    buckets = {sampling.bucket(n) for n in lengths}
+    buckets = {bucket(n) for n in lengths}
     assert len(lengths) == 20 and len(buckets) == 3
     assert sampling.compiled(sampling._sample)._cache_size() - before == 3
     assert sum("_sample" in name for name in names) == 3

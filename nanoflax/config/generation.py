@@ -1,0 +1,55 @@
+"""How a published model generates text: the settings of its generation_config.json."""
+
+import dataclasses
+
+from nanoflax.config.fields import field
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationDefaults:
+    """The settings of Transformers' generation_config.json, by the names and with the meaning that they have there.
+
+    `nanoflax.sample` and `beam_search` follow the rules on tokens and take unset arguments from here; programs also
+    take do_sample, num_beams, the lengths and stop_strings. `unsupported` are settings that nanoflax does not compute.
+    """
+
+    eos_token_id: tuple[int, ...] = field((), "Ids that end a text.")
+    bad_words_ids: tuple[tuple[int, ...], ...] = field((), "Sequences of ids that are never generated.")
+    suppress_tokens: tuple[int, ...] = field((), "Ids that are never generated.")
+    begin_suppress_tokens: tuple[int, ...] = field((), "Ids that are not generated first.")
+    forced_bos_token_id: int | None = field(None, "Id of the token after a first one alone.", at_least=0)
+    forced_eos_token_id: tuple[int, ...] = field((), "Ids of the last token, at the largest length.")
+    decoder_start_token_id: int | None = field(None, "Id before the target; none: model.start_id.", at_least=0)
+    min_length: int = field(0, "No end before a text, with its prompt, has this length.", unit="tokens", at_least=0)
+    min_new_tokens: int | None = field(
+        None, "No end before this many new tokens; none: min_length decides.", unit="tokens", at_least=0
+    )
+    max_length: int | None = field(None, "Largest length of a text with its prompt.", unit="tokens", at_least=1)
+    max_new_tokens: int | None = field(None, "Largest number of new tokens.", unit="tokens", at_least=1)
+    no_repeat_ngram_size: int = field(0, "n: no n tokens come twice; 0: no such rule.", unit="tokens", at_least=0)
+    repetition_penalty: float | None = field(None, "Above 1: earlier tokens become less probable.", above=0)
+    do_sample: bool | None = field(None, "Sample, or choose the most probable.")
+    temperature: float | None = field(None, "Temperature of sampling.", at_least=0)
+    top_k: int | None = field(None, "Sample from the K most probable tokens; 0: all.", at_least=0)
+    top_p: float | None = field(None, "Sample from the fewest tokens with this total probability.", within="(0, 1]")
+    min_p: float | None = field(None, "Sample from tokens with this share of the highest probability.", within="[0, 1]")
+    num_beams: int | None = field(None, "Beams of a beam search; 1: none.", at_least=1)
+    length_penalty: float | None = field(None, "Of beam search; above 0 favours longer texts.")
+    early_stopping: bool | str | None = field(None, "When a beam search ends: true, false or never.")
+    renormalize_logits: bool = field(False, "Beam search normalises probabilities after the rules on tokens.")
+    stop_strings: tuple[str, ...] = field((), "Texts that end a text.")
+    unsupported: str = field("", "JSON of settings that nanoflax does not compute, so generation is refused.")
+
+    def problems(self) -> list[str]:
+        found = []
+        ids = {"bad_words_ids": [i for word in self.bad_words_ids for i in word]}
+        for name in ("eos_token_id", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"):
+            ids[name] = getattr(self, name)
+        for name, values in ids.items():
+            if any(i < 0 for i in values):
+                found.append(f"model.generation.{name}={getattr(self, name)!r} must be token ids, which are at least 0")
+        if () in self.bad_words_ids:
+            found.append("model.generation.bad_words_ids has an empty sequence")
+        if self.early_stopping not in (None, True, False, "never"):
+            found.append(f"model.generation.early_stopping={self.early_stopping!r} must be true, false or never")
+        return found

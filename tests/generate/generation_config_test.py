@@ -1,0 +1,220 @@
+"""generation_config.json: the rules on tokens are those of Transformers' `generate`, one by one and together."""
+
+import json
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanoflax import generate, hf
+from nanoflax.config import GenerationDefaults, ModelConfig, from_dict
+from nanoflax.errors import UserError
+from nanoflax.generate.processors import Written, filtered, make_filters, process
+from nanoflax.nn import build
+from tests.generate.beams_test import theirs_of
+from tests.nn.models_test import randomize
+
+V = 61
+
+
+def drawn_rules(rng, length):
+    """Random settings of generation_config.json. length: of the prompts."""
+    token = lambda: rng.randrange(2, V)
+    choices = {
+        "eos_token_id": lambda: rng.choice([7, [7, 9], [7, 9, 30, 31]]),
+        "bad_words_ids": lambda: [[token() for _ in range(rng.choice([1, 1, 2, 3]))] for _ in range(25)] + [[7]],
+        "suppress_tokens": lambda: [token() for _ in range(20)],
+        "begin_suppress_tokens": lambda: [token() for _ in range(20)],
+        "forced_bos_token_id": token,
+        "forced_eos_token_id": lambda: rng.choice([7, [7, 9]]),
+        "min_length": lambda: rng.choice([3, length + 3, length + 7]),
+        "min_new_tokens": lambda: rng.choice([1, 4]),
+        "no_repeat_ngram_size": lambda: rng.choice([1, 2, 3]),
+        "repetition_penalty": lambda: rng.choice([0.7, 1.3, 5.0]),
+    }
+    kept = rng.sample(sorted(choices), rng.randrange(1, len(choices) + 1))
+    found = {"eos_token_id": 7} | {name: choices[name]() for name in kept}
+    forced = {found.get("forced_bos_token_id"), *np.atleast_1d(found.get("forced_eos_token_id", -1)).tolist()}
+    for name in {"suppress_tokens", "begin_suppress_tokens"} & found.keys():  # Transformers refuses both for one token
+        found[name] = [i for i in found[name] if i not in forced]
+    return found
+
+
+@pytest.mark.parametrize("source", [False, True])
+def test_rules_equal_transformers_processors(source):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    theirs = theirs_of("bart" if source else "gpt2", 0)
+    moved = 0
+    for seed in range(25):
+        rng, draw = random.Random(seed), np.random.default_rng(seed)
+        B, N, P = 3, 9, 1 if source else rng.choice([1, 5])
+        given, step = drawn_rules(rng, P), rng.randrange(9)
+        few = rng.choice([3, V])  # few different tokens repeat often
+        tokens = draw.integers(2, 2 + few - 2, (B, P + step)).astype(np.int32)
+        logits = draw.integers(-6, 6, (B, V)).astype(np.float32) / 2
+        config = transformers.GenerationConfig(**given, max_length=P + N)
+        config._eos_token_tensor = torch.tensor(np.atleast_1d(given["eos_token_id"]))
+        if "min_new_tokens" in given:  # as `generate` does
+            config.min_length = P + given["min_new_tokens"]
+        processors = theirs._get_logits_processor(config, P, encoder_input_ids=torch.zeros(B, 4).long())
+        expected = processors(torch.tensor(tokens).long(), torch.tensor(logits)).numpy()
+
+        ours = from_json(given)
+        new = np.full((B, N), -1, np.int32)
+        new[:, :step] = tokens[:, P:]
+        prompt = np.pad(tokens[:, :P], [(0, 0), (0 if source else 16 - P, 0)], constant_values=-1)
+        written = Written(jnp.asarray(prompt), jnp.asarray(new), jnp.int32(step), jnp.int32(N))
+        found = process(jnp.asarray(logits), ours, ours.eos_token_id, ours.repetition_penalty, written)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=f"{seed} {given}")
+        moved += not np.array_equal(expected, logits)
+    assert moved > 12
+
+
+def from_json(given):
+    """The GenerationDefaults of settings of generation_config.json."""
+    as_lists = {name: [x] if name.endswith("eos_token_id") and isinstance(x, int) else x for name, x in given.items()}
+    return from_dict(GenerationDefaults, as_lists)
+
+
+def test_filters_keep_what_transformers_keep_where_many_are_equal():
+    torch, hf_ = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    for seed in range(150):
+        draw = np.random.default_rng(seed)
+        # Few different values, so that ties cross every border.
+        logits = (draw.integers(0, draw.integers(1, 5) + 1, (4, 20)) * draw.choice([0.5, 1.0, 3.0])).astype(np.float32)
+        temperature = float(draw.choice([1.0, 0.6]))
+        top_k = int(draw.choice([0, 1, 3, 19, 50]))
+        top_p = float(draw.choice([1.0, 0.1, 0.25, 0.5, 0.8, 0.95]))
+        min_p = float(draw.choice([0.0, 0.3]))
+        scores = torch.tensor(logits)
+        for cls, value, off in [
+            (hf_.TemperatureLogitsWarper, temperature, 1),
+            (hf_.TopKLogitsWarper, top_k, 0),
+            (hf_.TopPLogitsWarper, top_p, 1),
+            (hf_.MinPLogitsWarper, min_p, 0),
+        ]:
+            scores = scores if value == off else cls(value)(None, scores)
+        found = filtered(jnp.asarray(logits), make_filters(temperature, top_k, top_p, min_p))
+        message = f"{seed} {temperature} {top_k} {top_p} {min_p}"
+        # Which of equal tokens remain is not defined there, as its sort is not stable; their number is.
+        ordered = [np.sort(x, axis=-1) for x in (np.asarray(found), scores.numpy())]
+        np.testing.assert_allclose(*ordered, rtol=1e-6, err_msg=message)
+
+
+def test_five_of_ten_equal_tokens_make_a_half():
+    kept = np.isfinite(filtered(jnp.zeros((1, 10)), make_filters(1.0, None, 0.5)))
+    assert kept.sum() == 5
+
+
+def saved_model(family, seed, settings, directory):
+    """A tiny model of Transformers whose generation_config.json has these settings, read back from the directory."""
+    transformers = pytest.importorskip("transformers")
+    if family == "marian":
+        config = transformers.MarianConfig(
+            vocab_size=V, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
+            pad_token_id=V - 1, eos_token_id=0, decoder_start_token_id=V - 1, scale_embedding=True)  # fmt: skip
+        transformers.set_seed(seed)
+        theirs = transformers.MarianMTModel(config)
+    else:
+        theirs = theirs_of(family, seed)
+    randomize(theirs, seed, std=0.2)
+    own = {} if family == "gpt2" else {"decoder_start_token_id": theirs.config.decoder_start_token_id}
+    theirs.generation_config = transformers.GenerationConfig(pad_token_id=0, **own | settings)
+    theirs.save_pretrained(directory)
+    return type(theirs).from_pretrained(directory).eval()
+
+
+CASES = [
+    ("gpt2", dict(eos_token_id=[7, 9, 30], no_repeat_ngram_size=2, repetition_penalty=1.3)),
+    ("marian", dict(eos_token_id=0, bad_words_ids=[[V - 1], [5], [8, 9]], forced_eos_token_id=0,
+                    length_penalty=0.6, num_beams=3)),
+    ("bart", dict(eos_token_id=2, forced_bos_token_id=0, forced_eos_token_id=2, min_length=6, no_repeat_ngram_size=3,
+                  early_stopping=True, length_penalty=2.0, num_beams=3)),
+    ("t5", dict(eos_token_id=1, suppress_tokens=[3, 59], begin_suppress_tokens=[16, 8], renormalize_logits=True,
+                decoder_start_token_id=4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family, settings", CASES, ids=[family for family, _ in CASES])
+def test_generation_equals_transformers(family, settings, tmp_path):
+    torch = pytest.importorskip("torch")
+    theirs = saved_model(family, 3, settings, tmp_path)
+    config, params = hf.load(tmp_path)
+    model, draw, N = build(config), np.random.default_rng(0), 10
+    prompts = [draw.integers(10, 50, n).tolist() for n in (5, 1, 9, 12)]
+    ends = np.atleast_1d(settings["eos_token_id"]).tolist()
+
+    def expected(prompt, beams):
+        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=N, num_beams=beams, do_sample=False)[0]
+        return generate.sampling.cut(out[len(prompt) if family == "gpt2" else 1 :].tolist(), ends)
+
+    greedy = generate.sample(model, params, prompts, N, temperature=0)
+    assert greedy == [expected(p, 1) for p in prompts]
+    assert generate.beam_search(model, params, prompts, 3, N) == [expected(p, 3) for p in prompts]
+    free = build(ModelConfig(**vars(config) | {"generation": GenerationDefaults()}))
+    assert greedy != generate.sample(free, params, prompts, N, temperature=0), "the settings changed nothing"
+    streamed = zip(*generate.stream(model, params, prompts, N, temperature=0, chunk=3), strict=True)
+    assert [sum(pieces, []) for pieces in streamed] == greedy
+
+    # What is written is what was read, also without a tokenizer.
+    hf.save(tmp_path / "again", config, params)
+    assert hf.load_config(tmp_path / "again").generation == config.generation
+    again = type(theirs).from_pretrained(tmp_path / "again").eval()
+    theirs = again
+    assert greedy == [expected(p, 1) for p in prompts]
+
+
+def test_settings_that_are_not_computed_are_refused_by_name(tmp_path):
+    theirs = saved_model("gpt2", 0, {}, tmp_path)
+    path = tmp_path / "generation_config.json"
+    for name, value in dict(
+        penalty_alpha=0.6, encoder_no_repeat_ngram_size=3, typical_p=0.9, sequence_bias=[[[3], 1.0]], guidance_scale=2.0
+    ).items():
+        path.write_text(json.dumps({name: value}))
+        config, params = hf.load(tmp_path)  # the model can still be measured and trained
+        for call in (generate.sample, generate.beam_search):
+            with pytest.raises(UserError, match=f"{name}.*not compute"):
+                call(build(config), params, [[1, 2]], max_new_tokens=1)
+        hf.save(tmp_path / "again", config, params)
+        assert json.loads((tmp_path / "again/generation_config.json").read_text())[name] == value
+    path.write_text('{"penalty_alpha": 0, "typical_p": 1.0, "use_cache": true, "temperature": "hot", "top_k": -1}')
+    with pytest.raises(UserError, match="generation_config.json: generation.temperature='hot' must be a number"):
+        hf.load(tmp_path)
+    # Without the file, config.json has them, as in version 4.
+    path.unlink()
+    old = json.loads((tmp_path / "config.json").read_text()) | {"bad_words_ids": [[5]], "num_beams": 4}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert hf.load_config(tmp_path).generation.bad_words_ids == ((5,),)
+    assert type(theirs).from_pretrained(tmp_path).generation_config.bad_words_ids == [[5]]
+
+
+# Prompts of `sample`.
+
+
+@pytest.mark.parametrize("as_given", [
+    lambda ids: ids[0], lambda ids: np.array(ids), lambda ids: jnp.array(ids), lambda ids: np.array(ids[0]),
+    lambda ids: [np.array(row) for row in ids], lambda ids: tuple(map(tuple, ids)), lambda ids: list(np.array(ids[0])),
+])  # fmt: skip
+def test_prompts_may_be_arrays_or_lists(as_given):
+    model = build(ModelConfig(vocab_size=29, context=32, layers=1, dim=8, heads=2))
+    params = model.init(jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    ids = [[3, 4, 5]]
+    expected = generate.sample(model, params, ids, 4, temperature=0)
+    assert generate.sample(model, params, as_given(ids), 4, temperature=0, top_k=0, top_p=1, min_p=0) == expected
+
+
+@pytest.mark.parametrize("prompts, words", [
+    ("the", "prompts='the' is a text; give a tokenizer"), (["a", "b"], "is a text"), (3, "must be token ids"),
+    ([[1.5]], "prompt 0 has 1.5, which is no token id"), (np.array([[1.0]]), "prompt 0 has 1.0"), ([[True]], "True"),
+    (np.zeros((1, 1, 1), int), "prompt 0 has [0], which is no token id"), (None, "must be token ids"),
+    ([[1], []], "prompt 1 is empty"), ([], "prompts is empty"), ([[29]], "outside the model's vocabulary of 29"),
+])  # fmt: skip
+def test_other_prompts_are_refused_in_a_line(prompts, words):
+    model = build(ModelConfig(vocab_size=29, context=32, layers=1, dim=8, heads=2))
+    for call in (generate.sample, generate.beam_search):
+        with pytest.raises(UserError) as caught:
+            call(model, {}, prompts, max_new_tokens=1)
+        assert words in str(caught.value)
