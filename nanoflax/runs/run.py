@@ -241,7 +241,7 @@ class Run:
         Raises: UserError for data that cannot be read, or for `out` if there are no predictions.
         """
         if not data and (self.workdir is None or not self.config.data.train):
-            raise UserError(f"{self.source} is not a run and has no validation data; give data")
+            raise UserError(f"{self.source} has no validation data of its own; give data")
         if self.task is not None:
             return self._evaluate_on_examples(data, split, out, fields)
         model = self.config.model

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nanoflax import generate, parallel, tokenizers, train
-from nanoflax.config import TASK_KINDS, Config, ExampleData, ModelConfig
+from nanoflax.config import TASK_KINDS, Config, ExampleData, ModelConfig, with_recipe
 from nanoflax.tasks import metrics
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
 from nanoflax.tasks.noise import DENOISING, Masking, Noise
@@ -268,7 +268,7 @@ def config_of(model: ModelConfig) -> Config:
         if task.has_labels and task.head == model.head and not model.is_regression:
             chosen = TASK_KINDS[kind](length=model.context)
             config = dataclasses.replace(config, data=ExampleData(train=""), task=chosen)
-    return config
+    return with_recipe(config)[0]  # fills train.batch_size
 
 
 def length_limits(task: Any) -> dict[str, int]:
