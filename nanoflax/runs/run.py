@@ -337,7 +337,7 @@ class Run:
 
         Raises: UserError if no family of Transformers has such a model.
         """
-        tokenizer = tasks.with_sentinels(self.config.task, self.tokenizer) if self.task else self.tokenizer
+        tokenizer = tasks.exported_tokenizer(self.config.task, self.tokenizer) if self.task else self.tokenizer
         hf.save(str(path), self.model.config, self.params, tokenizer)
 
     def save_run(self, workdir: str) -> None:

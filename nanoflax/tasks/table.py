@@ -282,6 +282,12 @@ def with_sentinels(task: Any, tokenizer: Any) -> Any:
     return kind(task).prepare(tokenizer) if kind else tokenizer
 
 
+def exported_tokenizer(task: Any, tokenizer: Any) -> Any:
+    """The tokenizer for Transformers: with the mask or sentinels of the task, and the template of its chats."""
+    tokenizer = with_sentinels(task, tokenizer)
+    return tokenizers.with_plain_template(tokenizer) if TASKS[task.kind].examples is Chat else tokenizer
+
+
 def noise_for(task: Any, tokenizer: Any) -> Noise | None:
     """The Noise of a task configuration, or None for tasks without noise. tokenizer: see with_sentinels."""
     kind = TASKS[task.kind].noise

@@ -1,7 +1,7 @@
 """Text to token ids and back: tokenizers trained here, or read from Hugging Face, SentencePiece and GGUF files."""
 
 from nanoflax.tokenizers.base import Framing, Tokenizer, well_formed
-from nanoflax.tokenizers.chat import chat_ids, chat_prompt, show_mask, stop_ids, with_date
+from nanoflax.tokenizers.chat import chat_ids, chat_prompt, show_mask, stop_ids, with_date, with_plain_template
 from nanoflax.tokenizers.framing import align_tags, prompt_ids, word_tags
 from nanoflax.tokenizers.huggingface import from_gguf, to_huggingface
 from nanoflax.tokenizers.loading import check_fits, load, parse
@@ -14,4 +14,5 @@ __all__ = [
     "ByteTokenizer", "Framing", "SentencePieceTokenizer", "StreamingDecoder", "Tokenizer", "TokenizerWithSentinels",
     "align_tags", "bucket", "chat_ids", "chat_prompt", "check_fits", "check_prompts", "decode_parts", "from_gguf",
     "load", "pad_left", "parse", "prompt_ids", "show_mask", "stop_ids", "to_huggingface", "token_lists",
-    "train_sentencepiece", "well_formed", "with_date", "word_tags"]  # fmt: skip
+    "train_sentencepiece", "well_formed", "with_date",
+    "with_plain_template", "word_tags"]  # fmt: skip

@@ -1,5 +1,6 @@
 """The ids of conversations, which of them are trained, and the prompt for a reply."""
 
+import contextlib
 import datetime
 import functools
 import os
@@ -11,7 +12,13 @@ from nanoflax.errors import UserError
 from nanoflax.report import printable
 from nanoflax.tokenizers import chat_template
 from nanoflax.tokenizers.base import check_ids
+from nanoflax.tokenizers.huggingface import HFTokenizer, to_huggingface
 from nanoflax.tokenizers.streaming import StreamingDecoder
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}:\n{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
 
 
 def chat_ids(
@@ -26,7 +33,8 @@ def chat_ids(
     Raises: UserError if the template fails, or if the start or the end of a reply cannot be found.
     """
     if tokenizer.chat_template is None:
-        ids, weights = [], []
+        ids = _plain_start(tokenizer)
+        weights = [0.0] * len(ids)
         for message, (head, reply) in zip(messages, _plain_turns(tokenizer, messages, tools), strict=True):
             ids += head + reply
             weights += [0.0] * len(head) + [float(message["role"] == "assistant")] * len(reply)
@@ -51,7 +59,8 @@ def chat_prompt(
     """The prompt for the reply to the messages: what precedes a reply in `chat_ids` (that begins without a space)."""
     if tokenizer.chat_template is None:
         turns = _plain_turns(tokenizer, messages, tools)
-        return [i for turn in turns for part in turn for i in part] + tokenizer.encode("assistant:\n")
+        ids = _plain_start(tokenizer) + [i for turn in turns for part in turn for i in part]
+        return ids + tokenizer.encode("assistant:\n")
     render = functools.partial(tokenizer.render_chat, tools=tools)
     prompt, (reply, _) = _prompt(render, messages), _example_reply(render, messages)
     if reply is None or not reply.text.startswith(prompt):
@@ -72,6 +81,27 @@ def with_date(tokenizer: Any, now: datetime.datetime) -> Any:
         return tokenizer
     template = chat_template.with_date(tokenizer.chat_template, now)
     return tokenizer if template == tokenizer.chat_template else tokenizer.with_chat_template(template)
+
+
+def with_plain_template(tokenizer: Any) -> Any:
+    """For Transformers: the tokenizer with a chat template that writes the chats of tokenizers without a template.
+
+    Unchanged if it has a template, or if a template would give other ids.
+    """
+    exported = to_huggingface(tokenizer, for_prompts=True)
+    if exported.chat_template is not None or not isinstance(exported, HFTokenizer):
+        return tokenizer
+    made = exported.with_chat_template(("{{ bos_token }}" if _plain_start(tokenizer) else "") + PLAIN_TEMPLATE)
+    roles = enumerate(["system", "user", "assistant", "user", "assistant"])
+    messages = [{"role": role, "content": f"Message {i}, with a word."} for i, role in roles]
+    with contextlib.suppress(UserError):  # the template of a tokenizer without eos_token ends no reply
+        if chat_ids(made, messages) == chat_ids(tokenizer, messages):
+            return made
+    return tokenizer
+
+
+def _plain_start(tokenizer):
+    return [i for i in tokenizer.framing.start if i != tokenizer.eos_id]  # an eos only separates documents
 
 
 def _plain_turns(tokenizer, messages, tools):

@@ -217,6 +217,24 @@ def test_exports_have_the_mask_and_the_sentinels(tokenizer, tmp_path):
         assert i in theirs(name).input_ids
 
 
+def test_exports_of_instruct_runs_write_the_chats_trained_on(tokenizer, tmp_path):
+    exported = tasks.exported_tokenizer(configs.Instruct(length=64), tokenizer)
+    messages = [
+        {"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, sentences(4, 5), strict=True)
+    ]
+    ids, weights = tokenizers.chat_ids(tokenizer, messages)
+    assert [*tokenizer.framing.start] in ([tokenizer.eos_id], ids[: len(tokenizer.framing.start)])
+    if exported is tokenizer:
+        assert not isinstance(tokenizer, tokenizers.ByteTokenizer)
+        pytest.skip("no template gives the ids of parts that are encoded separately")
+    tokenizers.to_huggingface(exported, for_prompts=True).save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.apply_chat_template(messages).input_ids == ids
+    prompt = theirs.apply_chat_template(messages[:3], add_generation_prompt=True).input_ids
+    assert prompt == tokenizers.chat_prompt(tokenizer, messages[:3]) == ids[: len(prompt)]
+    assert tokenizers.chat_ids(exported, messages) == (ids, weights)
+
+
 def test_documents_of_pretraining_begin_like_prompts(tokenizer, tmp_path):
     texts = sentences(5, seed=2)
     for i, text in enumerate(texts):
