@@ -139,9 +139,11 @@ def _special_ids(tokenizer: Any) -> dict[str, Any]:
         # Transformers' own defaults may be larger than the vocabulary (Phi-3: 32000).
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     stops = list(tokenizers.stop_ids(tokenizer))
+    # A classifier of Transformers reads the last token that is not padding. That may be an eos after the text.
+    pad = None if tokenizer.pad_id in tokenizer.framing.after else tokenizer.pad_id
     return {
         "bos_token_id": tokenizer.bos_id,
-        "pad_token_id": tokenizer.pad_id,
+        "pad_token_id": pad,
         "eos_token_id": stops if len(stops) > 1 else stops[0],
     }
 

@@ -65,7 +65,7 @@ class SentencePieceTokenizer:
             raise UserError(f"tokenizer {name} has no end-of-sequence token, which training needs")
         self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else self.eos_id
         self.unk_id = sp.unk_id()
-        self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
+        self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.unk_id  # not eos, which ends texts
         self.framing = Framing((), (self.eos_id,), (self.bos_id,), self.bos_id, self.eos_id)
         probe = " a  b\n "
         space = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]

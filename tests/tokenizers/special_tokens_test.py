@@ -3,11 +3,15 @@
 import json
 import random
 
+import jax
+import numpy as np
 import pytest
 import sentencepiece
 import transformers
 
-from nanoflax import tokenizers
+import nanoflax
+from nanoflax import hf, tokenizers
+from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.tasks import Pair, encode
 from nanoflax.tokenizers import vocabularies
@@ -219,3 +223,36 @@ def test_gguf_patterns_keep_every_text(pre):
 def test_gguf_settings_that_are_not_read_are_refused_by_name(change, said):
     with pytest.raises(UserError, match=said.replace("(", "\\(")):
         tokenizers.from_gguf(gguf(**change))
+
+
+@pytest.mark.parametrize("name", ["model file", "bytes", "pad is eos", "eos is added", "pad is eos and is added"])
+def test_an_end_of_text_is_not_padding_for_an_exported_classifier(name, tmp_path):
+    spec, eos = json_tokenizer("byte level")
+    model, settings = sentencepiece_model(**LLAMA), {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    llama = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    llama |= {"add_eos_token": True}
+    if name == "model file":
+        tokenizer = tokenizers.SentencePieceTokenizer(model)
+    elif name == "bytes":
+        tokenizer = tokenizers.ByteTokenizer()
+    elif name == "pad is eos":
+        files = dict(tokenizer__json=spec, tokenizer_config__json=settings | {"pad_token": eos})
+        tokenizer = tokenizers.load(write(tmp_path, "t", **files))
+    else:
+        settings = llama | ({"pad_token": "</s>"} if name.startswith("pad") else {})
+        tokenizer = tokenizers.load(write(tmp_path, "t", tokenizer__model=model, tokenizer_config__json=settings))
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, layers=1, dim=32, heads=2, context=64, norm="rmsnorm",
+                         activation="silu", gated=True, positions="rotary", bias=False, tied=False, head="classify",
+                         labels=3, class_names=("a", "b", "c"))  # fmt: skip
+    ours = nanoflax.build(config)
+    params = nanoflax.init(ours, jax.random.PRNGKey(0))
+    hf.save(tmp_path / "out", config, params, tokenizer)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    reader, texts = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), ["the cat", "the cat sat on a mat"]
+    rows = [np.array([tokenizer.framing.whole(tokenizer.encode(text))]) for text in texts]
+    expected = [ours.apply({"params": params}, ids, np.ones_like(ids, bool))[0] for ids in rows]
+    for text, logits in zip(texts, expected, strict=True):
+        np.testing.assert_allclose(theirs(**reader(text, return_tensors="pt")).logits[0].detach(), logits, atol=1e-5)
+    if name in ("model file", "bytes", "pad is eos"):
+        found = theirs(**reader(texts, return_tensors="pt", padding=True)).logits.detach()
+        np.testing.assert_allclose(found, expected, atol=1e-5)

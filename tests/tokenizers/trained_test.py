@@ -121,7 +121,7 @@ def test_a_model_file_is_loaded_and_its_own_rules_are_kept(tmp_path):
     ours = tokenizers.load(f"{prefix}.model")
     for text in ["The cat sat", "a▁b", "x"]:
         assert ours.encode(text) == theirs.encode(text)
-    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (1, 2, 2)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (1, 2, 0)
 
 
 def test_a_model_without_byte_pieces_is_left_as_it_is(tmp_path):
