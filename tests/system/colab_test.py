@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import re
+import subprocess
 import sys
 import types
 
@@ -154,16 +155,24 @@ def test_notebooks_hold_no_results(name):
 )
 def test_on_colab_the_first_cell_installs_for_its_runtime(name, devices, extra, monkeypatch):
     cell = next(c for c in nbformat.read(NOTEBOOKS[name], 4).cells if c.cell_type == "code")
-    code, ran = TransformerManager().transform_cell(cell.source), []
+    code, ran, status = TransformerManager().transform_cell(cell.source), [], 0
     monkeypatch.setattr(
         "glob.glob", lambda pattern: [d for d in devices if re.fullmatch(pattern.replace("*", ".*"), d)]
     )
     monkeypatch.setattr("os.path.exists", lambda path: path in devices)
-    shell = types.SimpleNamespace(system=ran.append)
-    names = {"get_ipython": lambda: shell}
-    exec(code, names)
+
+    def run(command, **options):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, status, "", "ERROR: no such repository")
+
+    monkeypatch.setattr("subprocess.run", run)
+    exec(code, {})
     assert not ran  # here is no Colab
     monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
-    exec(code, names)
-    install = ran[0].format(**names)  # as IPython does
-    assert re.fullmatch(rf'pip install -q "nanoflax{re.escape(extra)} @ git\+https://\S+"', install)
+    exec(code, {})
+    assert ran[0][:-1] == [sys.executable, "-m", "pip", "install", "-q"]
+    assert re.fullmatch(rf"nanoflax{re.escape(extra)} @ git\+https://\S+", ran[0][-1])
+    status = 1  # the notebook stops, and says why
+    with pytest.raises(RuntimeError, match="is REPOSITORY right.\nERROR: no such repository"):
+        exec(code, {})
+    assert "!pip" not in cell.source and "%pip" not in cell.source
