@@ -125,15 +125,11 @@ def test_output_that_nobody_reads_ends_no_program(tmp_path):
     "program, flag, words",
     [
         ("pretrain", "--steps=5", "--config.train.steps?"),
-        ("pretrain", "--learning-rate=5", "--config.optim.learning_rate?"),
         ("pretrain", "--config.trian.steps=5", "--config.train.steps?"),
-        ("pretrain", "--workdr=x", "--workdir?"),
         ("sample", "--max-new-tokens=5", "--max_new_tokens?"),
-        ("evaluate", "--zzz", "--help lists all flags"),
         ("finetune", "", "--workdir is missing: directory of the run"),
         ("convert", "", "--from is missing: "),
         ("finetune", "--workdir=x --config.data.unicode=NFD", "data.unicode='NFD' is not one of NFC, NFKC, empty"),
-        ("finetune", "--config=clasify", "--config=clasify does not exist; included configs: bible, classify"),
     ],
 )
 def test_a_wrong_or_missing_flag_is_one_line_with_the_nearest(program, flag, words):

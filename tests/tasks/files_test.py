@@ -188,7 +188,7 @@ SCHEMES = {"IOB2": ("B", "I"), "IOBES": ("S", "E"), "BILOU": ("U", "L")}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(true=ENTITIES, predicted=ENTITIES)
 def test_f1_is_seqevals_in_strict_mode(scheme, true, predicted):
     """Also after the tags became BIO, and back."""
