@@ -3,11 +3,12 @@
 import collections
 import threading
 import time
+from typing import Any
 
 import jax.monitoring
 
 _spans: dict[int, list[tuple[float, float]]] = {}  # thread: (start, end) of its compilations, without overlaps
-_totals: collections.Counter[int] = collections.Counter()  # thread: the sum of its spans, in seconds
+_totals: dict[int, float] = collections.defaultdict(float)  # thread: the sum of its spans, in seconds
 
 
 def compile_seconds() -> float:
@@ -18,13 +19,13 @@ def compile_seconds() -> float:
     return _totals[threading.get_ident()]
 
 
-def _record(name: str, seconds: float, **_) -> None:
-    if not name.startswith("/jax/core/compile/"):
+def _record(event: str, duration_secs: float, **_: Any) -> None:
+    if not event.startswith("/jax/core/compile/"):
         return
     thread, end = threading.get_ident(), time.monotonic()
     spans = _spans.setdefault(thread, [])
-    while spans and spans[-1][0] >= end - seconds:  # inside this one: the trace of an inner function
+    while spans and spans[-1][0] >= end - duration_secs:  # inside this one: the trace of an inner function
         start, inner_end = spans.pop()
         _totals[thread] -= inner_end - start
-    spans.append((end - seconds, end))
-    _totals[thread] += seconds
+    spans.append((end - duration_secs, end))
+    _totals[thread] += duration_secs

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -273,6 +274,8 @@ def setup_jax() -> None:
     """Cache compiled programs on disk, if JAX has no cache directory yet. Compiling takes 0.13 s instead of 1.4 s."""
     from nanoflax.data import default_cache_dir
 
+    # On a full disk, JAX warns for each program. Without the cache, only the next start takes longer.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", os.path.join(default_cache_dir(), "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -37,7 +37,8 @@ class Tracking(NamedTuple):
     @classmethod
     def read(cls, saved: dict[str, Any], step: int = 0, metric: float | None = None) -> "Tracking":
         """The Tracking of a checkpoint. metric: the result, if the pending evaluation of `step` was made later."""
-        tracking = cls(**saved | {"best": float(saved["best"])})  # strict JSON has no number for infinity, but "inf"
+        tracking = cls(**saved)
+        tracking = tracking._replace(best=float(tracking.best))  # strict JSON holds infinity as the text "inf"
         return tracking.after(metric, step) if tracking.evaluation_pending and metric is not None else tracking
 
     def after(self, metric: float, step: int) -> "Tracking":
