@@ -347,11 +347,9 @@ def with_own_template(tokenizer: Any, workdir: str) -> Any:
     the date of the run's start."""
     from nanoflax import tokenizers
 
-    if tokenizer.chat_template is None:
-        return tokenizer
     if os.path.exists(os.path.join(workdir, "config.json")):
-        saved = tokenizers.load(os.path.join(workdir, "tokenizer")).chat_template
-        return tokenizer.with_chat_template(saved) if saved not in (None, tokenizer.chat_template) else tokenizer
+        saved = tokenizers.load(os.path.join(workdir, "tokenizer"))
+        return saved if saved.fingerprint == tokenizer.fingerprint else tokenizer  # another one is refused later
     now = datetime.datetime.fromisoformat(parallel.gather_from_processes(datetime.datetime.now().isoformat())[0])
     dated = tokenizers.with_date(tokenizer, now)
     if dated is not tokenizer:

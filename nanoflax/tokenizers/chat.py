@@ -184,7 +184,8 @@ def _end(render, messages, i, chat, at, stops):
     if i + 1 < len(messages):
         as_last = render(messages[: i + 1], False)
         if as_last.text[:at] != chat.text[:at]:
-            there = _place(render, messages[: i + 1], i, len(messages[i]["content"].rstrip()), as_last)
+            text = messages[i].get("content")
+            there = _place(render, messages[: i + 1], i, len(text.rstrip()), as_last) if text else None
     found = [] if there is None else _special_from(as_last, there)
     end = next((end - there for _, end, name in found if name in stops), None)
     if end is None:

@@ -27,6 +27,7 @@ def base(tmp_path):
     config = ModelConfig(layers=1, dim=32, heads=2, context=64, vocab_size=tokenizer.vocab_size)
     params = nanoflax.init(nanoflax.build(config), jax.random.PRNGKey(0))
     nanoflax.hf.save(tmp_path / "base", config, params, tokenizer)
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_id}))
     return tmp_path / "base"
 
 
