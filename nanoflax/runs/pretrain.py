@@ -179,7 +179,7 @@ def continue_prompt(config: Config, model: Any, params: Any, tokenizer: Any, pro
         temperature=0.8,
         top_k=40,
         rng=jax.random.PRNGKey(0),
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizers.stop_ids(tokenizer),
         vocab_size=tokenizer.vocab_size,
     )
     decoder = tokenizers.StreamingDecoder(tokenizer, prompt)
