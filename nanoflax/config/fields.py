@@ -111,8 +111,6 @@ def value_problems(config: Any, prefix: str) -> list[str]:
 def _out_of_range(value, limits):
     if limits.get("choices") and value not in limits["choices"]:
         return f"is not one of {', '.join(str(choice) or 'empty' for choice in limits['choices'])}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "must be a finite number"
     # Each comparison is written so that NaN fails it.
     if limits.get("at_least") is not None and not value >= limits["at_least"]:
         return f"must be at least {limits['at_least']}"
@@ -124,6 +122,8 @@ def _out_of_range(value, limits):
         low, high = map(float, interval[1:-1].split(","))
         if not (low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"):
             return f"must be in {interval}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
     return ""
 
 

@@ -12,14 +12,16 @@ from nanoflax.config import GenerationDefaults, ModelConfig, fields
 from nanoflax.errors import UserError
 
 DEFAULT_NEW_TOKENS = 100
-# The settings that each mode reads; an explicit setting that its mode does not read is refused.
-_ALWAYS = {"max_new_tokens", "repetition_penalty", "stop", "temperature", "beams"}
+# The settings that each mode reads; an explicit setting that its mode does not read is refused. A penalty
+# multiplies the log-probabilities of beams, as in Transformers, where it hardly changes likely tokens; so beams follow
+# only the model's own.
+_ALWAYS = {"max_new_tokens", "stop", "temperature", "beams"}
 READ = {
-    "sampling": _ALWAYS | {"top_k", "top_p", "min_p", "seed"},
-    "temperature=0": _ALWAYS,
+    "sampling": _ALWAYS | {"repetition_penalty", "top_k", "top_p", "min_p", "seed"},
+    "temperature=0": _ALWAYS | {"repetition_penalty"},
     "beams": _ALWAYS | {"length_penalty"},
 }
-_DRAWING = READ["sampling"] - _ALWAYS | {"temperature"}  # a given one asks for sampling
+_DRAWING = READ["sampling"] - READ["beams"] | {"temperature"}  # a given one asks for sampling
 _UNSET = {"beams": 0, "temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
 
 
@@ -30,7 +32,7 @@ class GenerationSettings:
     max_new_tokens: None means the model's own limit, else 100, or fewer if the model's context is too short.
     temperature: 0 is greedy. top_k, top_p, min_p: the filters of `nanoflax.sample`; the values 0, 1 and 0
     switch them off. repetition_penalty: 1 switches it off. stop: a text ends before any of these strings.
-    beams: above 0, beam search with this width, without temperature and filters.
+    beams: above 0, beam search with this width, without temperature, filters and repetition_penalty.
     length_penalty: for beam search; above 0 favours longer texts. seed: for sampling.
     """
 

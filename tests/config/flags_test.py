@@ -83,14 +83,22 @@ def test_full_help_has_every_field_of_every_kind_and_survives_a_closed_pipe():
     assert closed.returncode == 0 and closed.stderr == "" and closed.stdout.count("\n") == 1
 
 
+def leaf_fields(cls, prefix=""):
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.default):
+            yield from leaf_fields(type(field.default), f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field
+
+
 def test_every_field_says_what_it_is_with_its_choices_and_default():
     done = run("-m", "experiments.pretrain", "--helpfull")
     entries = re.findall(r"^  --(config\.[\w.]+=.*)\n((?: {8}.*\n)+)", done.stdout, re.M)
     entries = [(name, " ".join(text.split())) for name, text in entries]
     for section, hint in fields.field_types(cfg.Config).items():
         for cls in fields.kinds(hint).values() or [hint]:
-            for field in dataclasses.fields(cls):
-                name, meta = f"config.{section}.{field.name}=", field.metadata
+            for path, field in leaf_fields(cls):
+                name, meta = f"config.{section}.{path}=", field.metadata
                 found = [(flag, text) for flag, text in entries if flag.startswith(name)]
                 (flag, text), *_ = [(flag, text) for flag, text in found if meta["help"] in text]
                 assert len(meta["help"]) > 3 and all(str(choice) or "empty" in text for choice in meta["choices"])

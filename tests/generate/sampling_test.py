@@ -104,7 +104,7 @@ def test_repetition_penalty_moves_only_what_was_seen_towards_less():
     "options, words",
     [
         (dict(temperature=-0.1), "temperature=-0.1 must be at least 0"),
-        (dict(temperature=float("nan")), "temperature=nan must be a finite number"),
+        (dict(temperature=float("nan")), "temperature=nan must be at least 0"),
         (dict(top_k=-1), "top_k=-1 must be at least 0"),
         (dict(top_p=0.0), "top_p=0.0 must be in (0, 1]"),
         (dict(top_p=1.5), "top_p=1.5 must be in (0, 1]"),
