@@ -289,7 +289,7 @@ def adapted_config(directory: str | pathlib.Path, config: ModelConfig, model_typ
     Raises: UserError as `load_adapter`.
     """
     theirs = safetensors_io.read_json(safetensors_io.locate(directory, CONFIG))
-    if (kind := PROMPTS.get(theirs.get("peft_type"))) is not None:
+    if (kind := PROMPTS.get(theirs.get("peft_type", ""))) is not None:
         check_prompt(config, kind.kind)
         return config
     return AdapterFile(directory, config, model_type).config
