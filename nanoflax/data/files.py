@@ -85,7 +85,7 @@ def open_text(path: str | os.PathLike) -> Iterator[io.TextIOWrapper]:
     """
     try:
         with open(path, "rb", buffering=2**20) as raw:
-            zipped = raw.peek(2)[:2] == b"\x1f\x8b"
+            zipped = cast(io.BufferedReader, raw).peek(2)[:2] == b"\x1f\x8b"
             with gzip.open(raw) if zipped else raw as file:
                 head = cast(io.BufferedReader, file).peek(2**20)
                 marked = [name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)]
@@ -111,7 +111,8 @@ def _is_utf16(head: bytes) -> bool:
 
 def bytes_read(file: io.TextIOWrapper) -> int:
     """The number of bytes read from a file of open_text; for .gz, compressed bytes."""
-    return getattr(file.buffer, "fileobj", file.buffer).tell()
+    buffer: Any = file.buffer
+    return getattr(buffer, "fileobj", buffer).tell()
 
 
 def decode(text: bytes, place: str, report: DataReport | None) -> str:

@@ -44,7 +44,8 @@ class Source:
         for name in (self.name, self.validation or "pydocs"):
             scheme, _, rest = name.partition(":")
             if name != "pydocs" and not (scheme in ("text", "tfds") and rest):
-                raise UserError(f"data source {name!r} is not known; {HELP}")
+                hint = f"write text:{name}, or " if os.path.exists(name) else ""
+                raise UserError(f"data source {name!r} is not known; {hint}{HELP}")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction {self.validation_fraction}: must be between 0 and 1")
 

@@ -12,6 +12,7 @@ are keys of a JSON line or columns of a table (CSV, TSV):
     Text             text
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -155,7 +156,10 @@ def records(source: TaskSource, kind: type, report: DataReport, split: str | Non
     if scheme == "tfds" and rest:
         return _dataset(source, rest, kind, report, split)
     if scheme not in READERS or not rest:
-        raise UserError(f"task data {source.name!r} is not known; {HELP}")
+        ending = source.name.removesuffix(".gz").rpartition(".")[2]
+        ending = "jsonl" if ending == "json" else ending
+        hint = f"write {ending}:{source.name}, or " if ending in READERS and not rest else ""
+        raise UserError(f"task data {source.name!r} is not known; {hint}{HELP}")
     if {"conll": Tagging, "pairs": Pair}.get(scheme, kind) is not kind:
         raise UserError(f"{source.name}: {scheme} files do not hold {' and '.join(kind.fields)}")
     return {"train": READERS[scheme](source, rest, kind, report)}
@@ -233,7 +237,7 @@ _OTHER_NAMES = {
 
 def _mapping_flag(kind: type, names: Sequence[str]) -> str:
     """The flag that says which of these names are our fields; where the names do not tell, the first that is left."""
-    left, pairs = list(names), {}
+    left, pairs = [" ".join(name.split()) for name in names], {}
     for ours in kind.fields:
         known = [ours, *_OTHER_NAMES[ours].split()]
         pairs[ours] = next((name for word in known for name in left if _simple(name) == word), "")
@@ -274,6 +278,10 @@ def _table(source: TaskSource, path: str, kind: type, report: DataReport, delimi
         raise UserError(f"{path}: a table cannot hold messages; write them as JSON lines")
     rows = table_rows(path, delimiter, report)
     ahead = list(itertools.islice(rows, 1000))
+    other = {"\t": ",", ",": "\t"}[delimiter]
+    if ahead and len(ahead[0][1]) == 1 < len(kind.fields) and other in ahead[0][1][0]:
+        right = {"\t": "tsv", ",": "csv"}[other]
+        raise UserError(f"{ahead[0][0]} is not divided as {source.name} says; write {right}:{path}")
     columns = _header(source, kind, ahead)
     rows = itertools.chain(ahead[bool(columns) :], rows)
     width = len(ahead[0][1]) if columns else len(kind.fields)
@@ -294,21 +302,32 @@ def _table(source: TaskSource, path: str, kind: type, report: DataReport, delimi
 def _header(source: TaskSource, kind: type, rows: Sequence[tuple[str, list[str]]]) -> dict[str, int]:
     """{our name: column number} from the first row of a table; {} if it is no header.
 
-    Raises: UserError if it lacks a field, or if it looks like a header (single words, and no other row of them).
+    Raises: UserError if it lacks a field, or if it has none, but looks like a header (`_looks_like_header`).
     """
     renamed = source.renamed_fields(kind)
     place, cells = rows[0] if rows else ("", [])
     columns = _named(kind, renamed, cells)
-    words = [all(re.fullmatch("[A-Za-z_][A-Za-z0-9_.-]*", cell) for cell in row) for _, row in rows]
-    looks_so = words[:1] == [True] and words.count(True) == 1 and len(rows) > 1 and len({*cells}) == len(cells)
-    if not (renamed or columns or looks_so):
+    if not (renamed or columns or _looks_like_header(kind, [cells for _, cells in rows])):
         return {}
     if missing := [renamed.get(name, name) for name in _missing(kind, columns)]:
+        hint = "" if renamed or columns else "; if it is an example, write a header above it"
         raise UserError(
             f"{place}: the header {', '.join(cells)} lacks {' and '.join(missing)}; say which column is which, as in "
-            f"{_mapping_flag(kind, cells)}; before a first line that is an example, write a header"
+            f"{_mapping_flag(kind, cells)}{hint}"
         )
     return columns
+
+
+def _looks_like_header(kind: type, rows: Sequence[list[str]]) -> bool:
+    """Whether the first row is different single words, and no other row is of words; or of 20 rows or more, the first
+    has a label that no other has, and all other labels are repeated."""
+    if len(rows) < 2 or len({*rows[0]}) < len(rows[0]):
+        return False
+    words = [all(re.fullmatch(r"\s*[A-Za-z_][A-Za-z0-9_.-]*\s*", cell) for cell in row) for row in rows]
+    labels = collections.Counter(row[1] for row in rows if len(row) == 2)
+    alone = [label for label, count in labels.items() if count == 1]
+    lonely = kind is Classification and len(rows) >= 20 and len(labels) > 2 and alone == rows[0][1:]
+    return lonely or words[0] and not any(words[1:])
 
 
 def _conll(source: TaskSource, path: str, kind: type, report: DataReport) -> Records:

@@ -105,6 +105,9 @@ def test_json_fields_may_have_capitals(tmp_path):
         ("tsv", "review\tstars\ngood\t5\nbad\t1\n", Classification, "review, stars", "text=review,label=stars"),
         ("tsv", "id\treview\tstars\n1\tgood\t5\n2\tso so\t1\n", Classification, "id, review, stars",
          "text=review,label=stars"),
+        ("csv", "Review text,Number of stars\n" + "a film,5\nno film,1\n" * 10, Classification,
+         "Review text, Number of stars", "'text=Review text,label=Number of stars'"),
+        ("csv", "Review ,Stars\ngood film,5\n", Classification, "Review , Stars", "text=Review,label=Stars"),
         ("csv", "label,body\n1,good one\n2,bad one\n", Classification, "label, body", "text=body"),
         ("csv", "English,Finnish\na house,talo\n", Pair, "English, Finnish", "source=English,target=Finnish"),
         ("jsonl", '{"stars": 5, "review": "good"}\n', Classification, "stars, review", "text=review,label=stars"),
@@ -236,3 +239,18 @@ def test_examples_have_the_tags_of_the_models_classes(tmp_path, labels, wanted):
     assert lines == [f"sentences with tags of BIOES or BILOU, read as BIO: 1 ({tmp_path}/x:1 'S-X')"]
     (example,) = tasks.read(f"jsonl:{tmp_path}/x", Tagging, labels=labels.split())
     assert " ".join(example.tags) == wanted
+
+
+def test_the_kind_of_a_file_is_proposed_by_its_name_and_content(tmp_path):
+    (tmp_path / "x.csv").write_text("text,label\na,b\n")
+    (tmp_path / "x.tsv").write_text("text\tlabel\na\tb\n")
+    for source, words in (
+        ("{}/x.csv", "write csv:{}/x.csv, or choose jsonl"),
+        ("{}/x.json.gz", "write jsonl:{}/x.json.gz, or choose jsonl"),
+        ("{}/x.zip", "is not known; choose jsonl"),
+        ("tsv:{}/x.csv", "write csv:{}/x.csv"),
+        ("csv:{}/x.tsv", "write tsv:{}/x.tsv"),
+    ):
+        with pytest.raises(UserError) as error:
+            tasks.read(source.format(tmp_path), Classification)
+        assert words.format(tmp_path) in str(error.value)
