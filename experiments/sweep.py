@@ -12,8 +12,8 @@ int:LOW:HIGH or VALUE,VALUE,... With both, there are --trials random trials for 
 
 Each trial is a run in trial-NNN/ of the workdir, with its output in log.txt. The same command continues an
 interrupted sweep: finished trials are kept, others resume. At the end the program prints a table, the best trial
-first, and draws sweep.png; results.jsonl has a line for each trial. A trial whose metric is no finite number has failed.
-If a trial failed, the exit status is 1.
+first, and draws sweep.png; results.jsonl has a line for each trial. A trial whose metric is not finite has failed. If a
+trial failed, the exit status is 1.
 """
 
 import importlib.util
