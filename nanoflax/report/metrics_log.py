@@ -111,13 +111,18 @@ def _truncate(path: pathlib.Path, resume_step: int) -> None:
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file completely or not at all."""
+    """Writes a file completely or not at all. A link stays, and its target is written."""
+    path = pathlib.Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class _TensorBoard:

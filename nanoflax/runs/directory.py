@@ -182,10 +182,8 @@ def write_run(workdir: str, config: Config, tokenizer: Any) -> None:
     shutil.rmtree(part_of(path), ignore_errors=True)
     tokenizer.save(part_of(path))
     replace_directory(path)
-    temporary = os.path.join(workdir, ".config.json.tmp")
-    with open(temporary, "w") as f:
-        f.write(report.to_json(configs.to_dict(config), indent=1))
-    os.replace(temporary, os.path.join(workdir, "config.json"))
+    text = report.to_json(configs.to_dict(config), indent=1)
+    report.write_atomically(pathlib.Path(workdir, "config.json"), text.encode())
 
 
 def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:

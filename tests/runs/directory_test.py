@@ -1,13 +1,14 @@
 """A run's directory: failed starts leave nothing, what a user made is kept, and links stay links."""
 
 import errno
+import logging
 import os
 import pathlib
 
 import pytest
 
 import nanoflax
-from nanoflax import tokenizers
+from nanoflax import report, tokenizers
 from nanoflax.config import Config, ModelConfig, OptimConfig, TextData, TrainConfig
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint, directory
@@ -119,6 +120,27 @@ def test_a_tokenizer_that_a_user_made_is_kept(tmp_path, capsys):
     assert (tmp_path / "tokenizer-1" / "tokenizer.json").read_text() == "mine"
     assert "it is now" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path)) == ["config.json", "tokenizer", "tokenizer-1"]
+
+
+def test_files_are_written_through_links_and_leave_no_part(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    path = tmp_path / "config.json"
+    path.symlink_to(tmp_path / "disk" / "config.json")
+    report.write_atomically(path, b"new")
+    assert path.is_symlink() and (tmp_path / "disk" / "config.json").read_bytes() == b"new"
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError):
+        report.write_atomically(path, b"newer")
+    assert os.listdir(tmp_path / "disk") == ["config.json"] and path.read_bytes() == b"new"
+
+
+def test_the_other_errors_of_a_failed_save_are_not_logged(caplog):
+    logger = logging.getLogger("asyncio")
+    with checkpoint.quiet_orbax():
+        logger.error("Task exception was never retrieved")
+        logger.error("another")
+    logger.error("Task exception was never retrieved")
+    assert [record.getMessage() for record in caplog.records] == ["another", "Task exception was never retrieved"]
 
 
 @pytest.mark.parametrize("named", [True, False])
