@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from nanoflax.config import ModelConfig
@@ -11,7 +12,7 @@ from nanoflax.nn.arrays import Array
 
 def check_context(config: ModelConfig, needed: int | Int[Array, ""]) -> None:
     """Raises: UserError if a call needs more learned positions than there are. A traced number is not checked."""
-    if config.positions == "learned" and not isinstance(needed, jax.core.Tracer) and needed > config.context:
+    if config.positions == "learned" and not isinstance(needed, Tracer) and needed > config.context:
         raise UserError(
             f"{needed} tokens are too many: the model has learned positions for model.context={config.context}"
         )

@@ -144,6 +144,20 @@ def test_a_model_is_right_on_what_it_labelled_itself(kind, change, seed, tmp_pat
     assert found["accuracy"] == 1.0 and found["examples"] == len(texts)
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_a_model_of_several_classes_stays_one(several, tmp_path):
+    torch.manual_seed(0)
+    names = ["toxic", "insult", "threat"]
+    model = published(tmp_path / "m", "bert", names, problem_type="multi_label_classification")
+    texts = texts_of(random.Random(0), 60)
+    found = [[names[i] for i in np.flatnonzero(p > 0.5)] for p in theirs(model, tmp_path / "m", texts, True)]
+    rows = [{"text": text, "labels": labels} for text, labels in zip(texts, found, strict=True)]
+    if not several:  # also if each text of the data has one
+        rows = [{"text": row["text"], "label": row["labels"][0]} for row in rows if len(row["labels"]) == 1]
+    finetuning, _, metrics = start(tmp_path, tmp_path / "m", write(tmp_path / "d.jsonl", rows))
+    assert metrics["accuracy"] == 1.0 and finetuning.config.model.multi_label
+
+
 def test_numbers_mean_the_classes_in_their_order(tmp_path, capsys):
     names = ["positive", "negative", "neutral"]
     model = published(tmp_path / "m", "bert", names)
