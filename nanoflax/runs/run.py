@@ -88,7 +88,8 @@ class Run:
     def config(self) -> configs.Config:
         if self.workdir is None:
             return tasks.config_of(self._opened.config)
-        return directory.read_config(os.path.join(self.workdir, "config.json"))
+        config = directory.read_config(os.path.join(self.workdir, "config.json"))
+        return configs.with_recipe(config)[0]  # a run without training may have open fields
 
     @property
     def labels(self) -> tuple[str, ...]:
