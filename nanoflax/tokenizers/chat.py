@@ -188,6 +188,11 @@ def _end(render, messages, i, chat, at, stops):
             there = _place(render, messages[: i + 1], i, len(text.rstrip()), as_last) if text else None
     found = [] if there is None else _special_from(as_last, there)
     end = next((end - there for _, end, name in found if name in stops), None)
+    if end is None and found:
+        raise UserError(
+            f"the chat template ends message {i + 1} with {found[-1][2]}, which does not end a generated text; add it "
+            "to eos_token_id in generation_config.json"
+        )
     if end is None:
         raise UserError("the chat template writes no special token after a reply, so a model cannot learn to stop")
     shared = len(os.path.commonprefix([chat.text[at:], as_last.text[there:]]))

@@ -299,6 +299,11 @@ def test_tool_calls_are_a_part_of_the_reply(tmp_path, content):
         for tokenizer in (mine, plain):
             ids, weights = tokenizers.chat_ids(tokenizer, messages, tools=tools)
             assert (ids, weights) == (expected["input_ids"], expected["assistant_masks"])
+    other_end = plain.with_chat_template(
+        plain.chat_template.replace("{{ '<|im_end|>' }}", "{{ '<|im_start|>' if m.tool_calls else '<|im_end|>' }}")
+    )
+    with pytest.raises(UserError, match=r"ends message 2 with <\|im_start\|>, which does not end a generated text"):
+        tokenizers.chat_ids(other_end, [USER, call])
     ids, _ = tokenizers.chat_ids(plain, [USER, REPLY], tools=[{"name": "<|im_start|>"}])
     assert ids.count(mine.special["<|im_start|>"]) == 3  # special tokens in tools stay text
 
