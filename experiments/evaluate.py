@@ -53,6 +53,8 @@ def main():
         raise UserError("give either --workdir, of a run, or --model, of a published model")
     if FLAGS.model and not FLAGS.candidates and not FLAGS.data:
         raise UserError("--model needs --candidates=FILE.jsonl or --data=SOURCE: it is no run with data of its own")
+    if FLAGS.model and FLAGS["checkpoint"].present:
+        raise UserError(f"--checkpoint={FLAGS.checkpoint} is of a run, so it needs --workdir, not --model")
     if FLAGS.candidates and FLAGS.data:
         raise UserError("give either --data or --candidates")
     if FLAGS["split"].present and not FLAGS.data:

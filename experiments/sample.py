@@ -11,6 +11,7 @@ Text is printed while it is generated. Without a prompt, the model begins a new 
 encoder-decoder reads the prompt as its source. A fine-tuned run, or a published classifier or tagger, does
 its task: it prints classes and their probabilities, the tag of each word (spaces separate words), a
 translation (by default with the settings of the run's evaluation), or the reply to a message.
+Settings that no flag gives are those of the model's generation_config.json, if there is one.
 """
 
 import dataclasses
@@ -57,8 +58,8 @@ def main():
             raise UserError(f"--prompt is missing: the text that task.kind={run.config.task.kind!r} is about")
         if not all(run.cleaned_texts(prompts)):
             raise UserError("--prompt is empty after cleaning, with the settings of the run's data")
-    if not as_task or run.task.prompt:
-        show_model_settings(run, settings)
+    if not as_task and (used := runs.used_of_model(settings, run.model.config.generation)):
+        print(f"set by the model's generation_config.json: {used}", file=sys.stderr)
     if FLAGS.chat:
         if run.model.config.head != "lm":
             raise UserError(f"--chat: the model has model.head={run.model.config.head!r}, so it generates no text")
@@ -79,13 +80,6 @@ def read_settings():
         settings["stop"] = [text.replace("\\n", "\n") for text in FLAGS.stop]
     runs.GenerationSettings.of(settings, prefix="--")
     return settings
-
-
-def show_model_settings(run, settings):
-    own = runs.model_settings(run.model.config.generation)
-    chosen = vars(runs.GenerationSettings.of(settings, {}, run.model.config.generation, prefix="--"))
-    if used := [f"{name}={value}" for name, value in own.items() if name not in settings and chosen[name] == value]:
-        print(f"set by the model's generation_config.json: {', '.join(used)}", file=sys.stderr)
 
 
 def read_prompts():

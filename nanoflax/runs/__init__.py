@@ -4,7 +4,7 @@ from nanoflax.runs.checkpoint import Checkpoints, restore_params
 from nanoflax.runs.console import answer_typed_prompts, chat, print_answers
 from nanoflax.runs.directory import emptied_on_error, is_run, read_run, write_jsonl
 from nanoflax.runs.finetune import finetune
-from nanoflax.runs.generation import GenerationSettings, model_settings
+from nanoflax.runs.generation import GenerationSettings, used_of_model
 from nanoflax.runs.lock import make_writable
 from nanoflax.runs.opening import open_model
 from nanoflax.runs.pretrain import pretrain
@@ -15,6 +15,6 @@ from nanoflax.runs.trainer import setup_jax
 
 __all__ = [
     "Checkpoints", "GenerationSettings", "Run", "Sweep", "answer_typed_prompts", "chat", "draw_settings",
-    "emptied_on_error", "finetune", "is_run", "make_writable", "model_settings", "open_model", "open_run",
+    "emptied_on_error", "finetune", "is_run", "make_writable", "open_model", "open_run",
     "parse_setting", "pretrain", "print_answers", "read_questions", "read_run", "restore_params", "setup_jax",
-    "suggest_settings", "write_jsonl"]  # fmt: skip
+    "suggest_settings", "used_of_model", "write_jsonl"]  # fmt: skip

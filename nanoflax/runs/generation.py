@@ -128,6 +128,14 @@ def model_settings(g: GenerationDefaults) -> dict[str, Any]:
     return found | ({"stop": g.stop_strings} if g.stop_strings else {})
 
 
+def used_of_model(given: dict[str, Any], generation: GenerationDefaults) -> str:
+    """The settings of the model's generation_config.json that are used, such as "temperature=0.6, top_p=0.9"."""
+    own, chosen = model_settings(generation), GenerationSettings.of(given, {}, generation)
+    names = [name for name in own if name not in given and getattr(chosen, name) == own[name]]
+    read = READ[chosen.mode] - ({"temperature"} if chosen.beams else set()) | {"repetition_penalty"}
+    return ", ".join(f"{name}={own[name]}" for name in names if name in read)
+
+
 def stream_texts(
     model: Any, params: dict, tokenizer: Any, prompts: list[list[int]], settings: GenerationSettings
 ) -> Iterator[list[str]]:
@@ -158,7 +166,7 @@ def _tokens(
 ) -> Iterator[list[list[int]]]:
     """Yields lists of new token ids for each prompt: several times when sampling, once for beam search."""
     s, limit = settings, settings.limit(model.config, prompts)
-    ids = dict(eos_id=tokenizers.stop_ids(tokenizer), vocab_size=tokenizer.vocab_size)
+    ids: dict[str, Any] = dict(eos_id=tokenizers.stop_ids(tokenizer), vocab_size=tokenizer.vocab_size)
     if s.beams:
         best: Any = generate.beam_search(
             model, params, prompts, s.beams, limit, s.length_penalty, repetition_penalty=s.repetition_penalty, **ids

@@ -1,11 +1,13 @@
 """Settings of generation: ranges, the model's defaults, and settings that a mode does not read."""
 
+import types
+
 import pytest
 
 from nanoflax.config import GenerationDefaults, ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.runs import GenerationSettings
-from nanoflax.runs.generation import READ
+from nanoflax.runs import GenerationSettings, Run
+from nanoflax.runs.generation import READ, used_of_model
 
 OFF = dict(top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, beams=0)
 ON = dict(top_k=5, top_p=0.5, min_p=0.1, seed=3, length_penalty=2.0, stop=["x"], max_new_tokens=3,
@@ -63,6 +65,10 @@ def test_the_models_settings_are_defaults():
     with pytest.raises(UserError, match="do_sample with num_beams=4"):
         of({}, do_sample=True, num_beams=4)
     assert of(dict(beams=2), do_sample=True, num_beams=4).beams == 2
+    own = GenerationDefaults(do_sample=True, top_p=0.9, repetition_penalty=1.2)
+    assert used_of_model({}, own) == "temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.2"
+    assert used_of_model(dict(top_k=3, temperature=0.5), own) == "top_p=0.9, repetition_penalty=1.2"
+    assert used_of_model(dict(beams=2), own) == "repetition_penalty=1.2"
 
 
 def test_the_largest_length_is_given_the_models_or_a_hundred():
@@ -72,3 +78,10 @@ def test_the_largest_length_is_given_the_models_or_a_hundred():
     assert (limit({}), limit({"max_new_tokens": 500}), limit({}, max_new_tokens=7)) == (100, 500, 7)
     assert (limit({}, max_length=50), limit({}, max_length=10), limit({}, max_length=900)) == (20, 1, 170)
     assert limit({}, "encoder_decoder", max_length=50) == 49
+
+
+def test_a_classifier_reads_no_settings():
+    config = types.SimpleNamespace(task=types.SimpleNamespace(kind="classify"))
+    classifier = types.SimpleNamespace(task=types.SimpleNamespace(prompt=None), config=config)
+    with pytest.raises(UserError, match="stop=.'x'.: not read by task.kind='classify'"):
+        Run.predict(classifier, "a text", stop=["x"])
