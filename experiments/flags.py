@@ -93,7 +93,7 @@ def _use_huge_pages():
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output. After its reader has ended, as `head` does, the program goes on and its text is dropped."""
+    """Standard output or errors. After their reader has ended, as `head` does, the program goes on and its text is dropped."""
 
     def write(self, text):
         try:
@@ -113,11 +113,12 @@ class _Output(io.TextIOWrapper):
 
 
 def _drop_output_that_nobody_reads():
-    out = sys.stdout
-    if isinstance(out, io.TextIOWrapper) and out.fileno() == 1:
-        out.flush()
-        file = io.BufferedWriter(io.FileIO(1, "w", closefd=False))
-        sys.stdout = _Output(file, out.encoding, out.errors, line_buffering=out.line_buffering)
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        out = getattr(sys, name)
+        if isinstance(out, io.TextIOWrapper) and out.fileno() == fd:
+            out.flush()
+            file = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
+            setattr(sys, name, _Output(file, out.encoding, out.errors, line_buffering=out.line_buffering))
 
 
 def _crash():

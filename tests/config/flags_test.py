@@ -111,16 +111,18 @@ def test_every_field_says_what_it_is_with_its_choices_and_default():
 
 def test_output_that_nobody_reads_ends_no_program(tmp_path):
     code = (
+        "import sys\n"
         "from experiments.flags import launch\n"
         "def main():\n"
         "    for i in range(50_000):\n"
         "        print(i, flush=i % 100 == 0)\n"
+        "        print(i, file=sys.stderr)\n"
         f"    open({str(tmp_path / 'end')!r}, 'w').close()\n"
         "launch(main)\n"
     )
     (tmp_path / "program.py").write_text(code)
     done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} {tmp_path}/program.py | head -n 1; exit ${{PIPESTATUS[0]}}"],
+        ["bash", "-c", f"{sys.executable} {tmp_path}/program.py 2>&1 | head -n 1; exit ${{PIPESTATUS[0]}}"],
         cwd=ROOT,
         text=True,
         env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
