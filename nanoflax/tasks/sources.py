@@ -321,7 +321,7 @@ def _header(source: TaskSource, kind: type, rows: Sequence[tuple[str, list[str]]
 def _looks_like_header(kind: type, rows: Sequence[list[str]]) -> bool:
     """Whether the first row is different single words, and no other row is of words; or of 20 rows or more, the first
     has a label that no other has, and all other labels are repeated."""
-    if len(rows) < 2 or len({*rows[0]}) < len(rows[0]):
+    if len(rows) < 2 or not 1 < len(rows[0]) == len({*rows[0]}):
         return False
     words = [all(re.fullmatch(r"\s*[A-Za-z_][A-Za-z0-9_.-]*\s*", cell) for cell in row) for row in rows]
     labels = collections.Counter(row[1] for row in rows if len(row) == 2)
@@ -357,6 +357,9 @@ def _conll(source: TaskSource, path: str, kind: type, report: DataReport) -> Rec
             continue
         if not width:
             width, separator = len(cells), "\t" if "\t" in line else "[ \t]+"
+            if fits and width > 1 and not TAG.fullmatch(cells[tag]):
+                report.add("first lines without a tag, read as a header", f"{place} {cells[tag]!r}")
+                continue
         if not all(-width <= column < width for column in (word, tag)):
             raise UserError(f"fields {source.fields!r}: {place} has {width} columns, from 0 to {width - 1}")
         if len(cells) != width or width < 2:

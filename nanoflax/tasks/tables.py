@@ -1,6 +1,7 @@
 """Rows of CSV and TSV files."""
 
 import csv
+import re
 from collections.abc import Iterator
 
 from nanoflax.data import DataReport, open_text, text_lines
@@ -10,15 +11,17 @@ def table_rows(path: str, delimiter: str, report: DataReport) -> Iterator[tuple[
     """Yields (place, cells) of each row that is not empty; the place is that of its first line.
 
     A cell may be in quotes and then hold delimiters, line ends and doubled quotes, as the module csv writes it. A line
-    with other quotes is read as it is, without a meaning of quotes, and reported. A first line with semicolons and
-    without commas makes the semicolon the delimiter of a CSV file.
+    with other quotes is read as it is, without a meaning of quotes, and reported. The delimiter of a CSV file is the
+    semicolon if its first line has one and no comma, or the one that Excel's first line names ("sep=;").
     """
     csv.field_size_limit(2**31 - 1)
     with open_text(path) as file:
         lines = list(text_lines(file, path, report, keep_ends=True))
     if delimiter == "," and lines and "," not in lines[0][1] and ";" in lines[0][1]:
         delimiter = ";"
-    i = 0
+    named = re.fullmatch("sep=(.)[\r\n]*", lines[0][1]) if lines else None
+    delimiter = named[1] if named else delimiter
+    i = bool(named)
     while i < len(lines):
         (place, line), used = lines[i], 1
         if '"' in line:

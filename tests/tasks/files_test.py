@@ -81,6 +81,7 @@ def test_quotes_that_enclose_no_cell_are_read_as_they_are_and_reported(tmp_path)
         ("tsv", '"text"\t"label"'),
         ("csv", "Text,Label"),
         ("csv", "Text;Label"),
+        ("csv", "sep=;\nText;Label"),
     ],
 )
 def test_a_header_may_be_written_otherwise(tmp_path, kind, header):
@@ -167,6 +168,14 @@ def test_conll_files_of_every_kind(tmp_path_factory, data, tabs, columns, end, l
     assert [e.tokens for e in found] == [tuple(word for word, _ in sentence) for sentence in sentences]
     wanted = [to_bio([tag for _, tag in sentence])[0] for sentence in sentences]
     assert [list(e.tags) for e in found] == wanted
+
+
+@pytest.mark.parametrize("between", ["\t", " "])
+def test_a_conll_header_is_no_word(tmp_path, between):
+    text = "word tag\nEU B-ORG\n\nsays O\n".replace(" ", between)
+    found, lines = read("conll", Tagging, text, tmp_path / "x")
+    assert [e.tokens for e in found] == [("EU",), ("says",)]
+    assert lines == [f"first lines without a tag, read as a header: 1 ({tmp_path}/x:1 'tag')"]
 
 
 # Tags.
