@@ -270,14 +270,19 @@ def _modules_to_save(names: PeftNames, trained: set[str], adapted: set[str], giv
 def base_of_adapter(directory: str | pathlib.Path) -> str | None:
     """The base model that is named in a directory of adapters; None if the directory has no adapters.
 
-    Raises: UserError if the adapters name no base model.
+    Raises: UserError if the adapters name no base model, or a revision of one on the hub.
     """
     path = pathlib.Path(directory) / CONFIG
     if not path.exists():
         return None
-    base = safetensors_io.read_json(path).get("base_model_name_or_path")
+    theirs = safetensors_io.read_json(path)
+    base, revision = theirs.get("base_model_name_or_path"), theirs.get("revision")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base_model_name_or_path={base!r} must name the model that the adapters belong to")
+    if revision not in (None, "", "main") and not pathlib.Path(base).is_dir():
+        raise UserError(
+            f"{path}: revision={revision!r} of {base} is not supported; name a directory with that revision"
+        )
     beside = path.parent / "base"  # of finetune, when the directory was moved
     return str(beside) if beside.is_dir() and not pathlib.Path(base).is_dir() else base
 

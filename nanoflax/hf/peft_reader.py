@@ -99,7 +99,7 @@ class AdapterFile:
 
     def _change_of(self, name: str) -> Any:
         """A value that is equal for two tensors if the adapters change them equally."""
-        hashed = lambda x: hashlib.sha1(np.ascontiguousarray(x).data, usedforsecurity=False).digest()
+        hashed = lambda x: hashlib.sha1(x.tobytes(), usedforsecurity=False).digest()
         parts = {part: tensor.read() for part, tensor in self.parts.get(name, {}).items()}
         if "lora_embedding_A" in parts:  # an adapter of the transposed table
             parts["lora_A"], parts["lora_B"] = parts.pop("lora_embedding_B").T, parts.pop("lora_embedding_A").T
