@@ -40,17 +40,14 @@ class StreamingDecoder:
         piece = complete[len(os.path.commonprefix([self._before, complete])) :]
         if piece:
             self._before = complete
-        if complete == text:
-            if piece.strip():
-                self._context = self._ids[len(self._context) :]
-            self._ids = self._context or self._ids[:MAX_PENDING]
+        if complete == text and piece.strip():
+            self._ids = self._context = self._ids[len(self._context) :]
             self._before = self._tokenizer.decode(self._ids)
-        elif len(self._ids) > MAX_PENDING + len(self._context):  # a long run of bytes that are not UTF-8
+        elif len(self._ids) > MAX_PENDING + len(self._context):  # a long run of spaces, or of bytes that are not UTF-8
             fewer = self._context + self._ids[-MIN_CONTEXT:]
-            shorter = self._tokenizer.decode(fewer)
-            kept = self._complete(shorter)
-            if len(shorter) - len(kept) == len(text) - len(complete):
-                self._ids, self._before = fewer, kept
+            shorter, pending = self._tokenizer.decode(fewer), text[len(self._before) :]
+            if text.startswith(self._before) and shorter.endswith(pending):
+                self._ids, self._before = fewer, shorter[: len(shorter) - len(pending)]
         return self._up_to_stop(piece)
 
     def finish(self) -> str:

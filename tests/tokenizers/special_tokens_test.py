@@ -15,7 +15,7 @@ from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.tasks import Pair, encode
 from nanoflax.tokenizers import vocabularies
-from tests.tokenizers.streaming_test import LLAMA, json_tokenizer, sentencepiece_model, write
+from tests.tokenizers.streaming_test import LLAMA, json_tokenizer, marian_directory, sentencepiece_model, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:Recommended")
 TEXTS = ["the cat", " the  cat <x> sat", "a <x>  b", "a<x>b <y z> c", "<X>the", "cat <y z>sat", "<mask> the",
@@ -62,13 +62,7 @@ def test_a_source_is_read_as_in_transformers(name, tokens, tmp_path):
 
 @pytest.fixture(scope="module")
 def marian(tmp_path_factory):
-    raw = sentencepiece_model(model_type="unigram", vocab_size=200)
-    model = sentencepiece.SentencePieceProcessor(model_proto=raw)
-    pieces = [model.id_to_piece(i) for i in range(3, model.get_piece_size())]
-    vocabulary = {p: i for i, p in enumerate(["</s>", "<unk>", *pieces, ">>fr<<", ">>pt_BR<<", "<pad>"])}
-    config = {"tokenizer_class": "MarianTokenizer", "source_lang": "en", "target_lang": "ROMANCE"}
-    files = dict(source__spm=raw, target__spm=raw, vocab__json=vocabulary, tokenizer_config__json=config)
-    return write(tmp_path_factory.mktemp("marian"), "marian", **files)
+    return marian_directory(tmp_path_factory.mktemp("marian"))
 
 
 def test_marian_reads_the_code_of_a_language_at_the_beginning(marian):
@@ -225,7 +219,7 @@ def test_gguf_settings_that_are_not_read_are_refused_by_name(change, said):
         tokenizers.from_gguf(gguf(**change))
 
 
-@pytest.mark.parametrize("name", ["model file", "bytes", "pad is eos", "eos is added", "pad is eos and is added"])
+@pytest.mark.parametrize("name", ["model file", "pad is eos", "eos is added", "pad is eos and is added"])
 def test_an_end_of_text_is_not_padding_for_an_exported_classifier(name, tmp_path):
     spec, eos = json_tokenizer("byte level")
     model, settings = sentencepiece_model(**LLAMA), {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
@@ -233,8 +227,6 @@ def test_an_end_of_text_is_not_padding_for_an_exported_classifier(name, tmp_path
     llama |= {"add_eos_token": True}
     if name == "model file":
         tokenizer = tokenizers.SentencePieceTokenizer(model)
-    elif name == "bytes":
-        tokenizer = tokenizers.ByteTokenizer()
     elif name == "pad is eos":
         files = dict(tokenizer__json=spec, tokenizer_config__json=settings | {"pad_token": eos})
         tokenizer = tokenizers.load(write(tmp_path, "t", **files))
@@ -249,10 +241,12 @@ def test_an_end_of_text_is_not_padding_for_an_exported_classifier(name, tmp_path
     hf.save(tmp_path / "out", config, params, tokenizer)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     reader, texts = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), ["the cat", "the cat sat on a mat"]
-    rows = [np.array([tokenizer.framing.whole(tokenizer.encode(text))]) for text in texts]
-    expected = [ours.apply({"params": params}, ids, np.ones_like(ids, bool))[0] for ids in rows]
+    rows = [tokenizer.framing.whole(tokenizer.encode(text)) for text in texts]
+    ids = np.array([row + [tokenizer.pad_id] * (max(map(len, rows)) - len(row)) for row in rows])
+    mask = np.arange(ids.shape[1]) < np.array([[len(row)] for row in rows])
+    expected = jax.jit(ours.apply)({"params": params}, ids, mask)
     for text, logits in zip(texts, expected, strict=True):
         np.testing.assert_allclose(theirs(**reader(text, return_tensors="pt")).logits[0].detach(), logits, atol=1e-5)
-    if name in ("model file", "bytes", "pad is eos"):
+    if name in ("model file", "pad is eos"):
         found = theirs(**reader(texts, return_tensors="pt", padding=True)).logits.detach()
         np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -70,6 +70,16 @@ def json_tokenizer(kind):
     return tokenizer.to_str(), specials[1]
 
 
+def marian_directory(path):
+    raw = sentencepiece_model(model_type="unigram", vocab_size=200)
+    model = sentencepiece.SentencePieceProcessor(model_proto=raw)
+    pieces = [model.id_to_piece(i) for i in range(3, model.get_piece_size())]
+    vocabulary = {p: i for i, p in enumerate(["</s>", "<unk>", *pieces, ">>fr<<", ">>pt_BR<<", "<pad>"])}
+    config = {"tokenizer_class": "MarianTokenizer", "source_lang": "en", "target_lang": "ROMANCE"}
+    files = dict(source__spm=raw, target__spm=raw, vocab__json=vocabulary, tokenizer_config__json=config)
+    return write(path, "marian", **files)
+
+
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
     """{name: (our tokenizer, decode of an oracle for ids that are complete characters)}"""
@@ -89,6 +99,7 @@ def kinds(tmp_path_factory):
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
         config["clean_up_tokenization_spaces"] = kind.startswith("cleaned")
         directories[kind] = write(path, kind, tokenizer__json=spec, tokenizer_config__json=config)
+    directories["marian"] = marian_directory(path)
     for name, directory in directories.items():
         theirs = transformers.AutoTokenizer.from_pretrained(directory)
         found[name] = tokenizers.load(directory), lambda ids, hf=theirs: hf.decode(ids, skip_special_tokens=True)
@@ -101,7 +112,7 @@ def kinds(tmp_path_factory):
 
 
 NAMES = ["bytes", "trained", "file", "stripping file", "llama", "wordpiece", "cleaned wordpiece", "suffixes",
-         "byte level", "t5 with bytes"]  # fmt: skip
+         "byte level", "t5 with bytes", "marian"]  # fmt: skip
 
 
 def parts_of(rng, ids):
