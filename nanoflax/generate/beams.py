@@ -13,16 +13,9 @@ from jaxtyping import Bool, Float, Int
 from nanoflax import parallel
 from nanoflax.errors import UserError
 from nanoflax.generate.processors import Written, make_filters, mask, only_below, process
-from nanoflax.generate.sampling import (
-    Prompts,
-    compiled,
-    cut,
-    decoding_model,
-    decoding_params,
-    request_of,
-    written_prompt,
-)
+from nanoflax.generate.sampling import Prompts, compiled, cut, decoding_model, decoding_params, written_prompt
 from nanoflax.nn import Array, LanguageModel
+from nanoflax.tokenizers import request_of
 
 
 class Beams(NamedTuple):
@@ -157,7 +150,7 @@ def beam_search(
     ]
     if problems:
         raise UserError("; ".join(problems))
-    tokens, lengths, ends = request_of(model, prompts, max_new_tokens, eos_id, vocab_size)
+    tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size)
     early_stopping = early_stopping if early_stopping == "never" else bool(early_stopping)
     penalties = jnp.float32(length_penalty), make_filters(defaults=g).repetition_penalty
     search, options = compiled(_search, mesh=parallel.mesh_of(params)), (beams, max_new_tokens, early_stopping, *ends)

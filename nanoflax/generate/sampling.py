@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from nanoflax import parallel, tokenizers
+from nanoflax import parallel
 from nanoflax.config import ModelConfig
 from nanoflax.generate.processors import Filters, Written, filtered, make_filters, mask, only_below, process
 from nanoflax.nn import Array, LanguageModel
-from nanoflax.tokenizers import check_prompts, pad_left
+from nanoflax.tokenizers import request_of
 
 # Token ids: lists of any lengths, one list, or an array [B, T] or [T]; for a model with a source, the sources.
 Prompts = Any
@@ -165,7 +165,7 @@ def sample(
     Raises: UserError for an empty prompt, an id out of range, a prompt that with its new tokens exceeds the model's
     context, a filter out of its range, or a setting in model.config.generation that is not computed.
     """
-    tokens, lengths, ends = request_of(model, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
+    tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
     filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty, model.config.generation)
     new = compiled(_sample, mesh=parallel.mesh_of(params))(
         model, params, tokens, lengths, _key(rng), filters, max_new_tokens, *ends
@@ -190,7 +190,7 @@ def stream(
     filters: temperature to repetition_penalty of `sample`. The tokens are the same as from `sample` with the same
     key. Ends when every row has its eos_id.
     """
-    tokens, lengths, ends = request_of(model, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
+    tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
     made, chunks = make_filters(**filters, defaults=model.config.generation), -(-max_new_tokens // chunk)
     rows, on = len(tokens), functools.partial(compiled, mesh=parallel.mesh_of(params))
     params, model = on(decoding_params)(model, params, rows), decoding_model(model, rows)
@@ -203,25 +203,6 @@ def stream(
         ended |= np.array([not {*ends[0]}.isdisjoint(row) for row in found])
         if ended.all():
             return
-
-
-def request_of(
-    model: LanguageModel, prompts: Prompts, new: int, eos_id: Any, vocab_size: int | None, tokenizer: Any = None
-) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, ...], int | None]]:
-    """(prompts padded on the left [B, P], their lengths [B], (eos_ids, vocab_size)) of the arguments of `sample`.
-
-    Raises: UserError for a prompt or a setting of model.config.generation that the model cannot follow.
-    """
-    c = model.config
-    if tokenizer is not None:
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        prompts = [tokenizers.prompt_ids(tokenizer, p, c.reads_source) if isinstance(p, str) else p for p in texts]
-        eos_id = tokenizers.stop_ids(tokenizer) if eos_id is None else eos_id
-        vocab_size = vocab_size or tokenizer.vocab_size
-    check_prompts(c, prompts := tokenizers.token_lists(prompts), new)
-    eos_id = c.generation.eos_token_id if eos_id is None else eos_id
-    eos_ids = tuple(map(int, eos_id)) if isinstance(eos_id, Sequence) else (int(eos_id),)
-    return *pad_left(prompts, c.context), (eos_ids, vocab_size or c.vocab_size - c.vocab_padding)
 
 
 def cut(row: list[int], eos_ids: Sequence[int]) -> list[int]:

@@ -5,7 +5,7 @@ from nanoflax.tokenizers.chat import chat_ids, chat_prompt, show_mask, stop_ids,
 from nanoflax.tokenizers.framing import align_tags, prompt_ids, word_tags
 from nanoflax.tokenizers.huggingface import from_gguf, to_huggingface
 from nanoflax.tokenizers.loading import check_fits, load, parse
-from nanoflax.tokenizers.prompts import bucket, check_prompts, pad_left, token_lists
+from nanoflax.tokenizers.prompts import bucket, check_prompts, pad_left, request_of
 from nanoflax.tokenizers.sentinels import TokenizerWithSentinels
 from nanoflax.tokenizers.streaming import StreamingDecoder, decode_parts
 from nanoflax.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
@@ -13,6 +13,5 @@ from nanoflax.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer, t
 __all__ = [
     "ByteTokenizer", "Framing", "SentencePieceTokenizer", "StreamingDecoder", "Tokenizer", "TokenizerWithSentinels",
     "align_tags", "bucket", "chat_ids", "chat_prompt", "check_fits", "check_prompts", "decode_parts", "from_gguf",
-    "load", "pad_left", "parse", "prompt_ids", "show_mask", "stop_ids", "to_huggingface", "token_lists",
-    "train_sentencepiece", "well_formed", "with_date",
-    "with_plain_template", "word_tags"]  # fmt: skip
+    "load", "pad_left", "parse", "prompt_ids", "request_of", "show_mask", "stop_ids", "to_huggingface",
+    "train_sentencepiece", "well_formed", "with_date", "with_plain_template", "word_tags"]  # fmt: skip

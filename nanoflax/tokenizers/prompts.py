@@ -1,4 +1,4 @@
-"""Prompts of token ids: their forms, checks and padding."""
+"""Requests to a generating model: the forms, checks and padding of prompts, and the ids that end a text."""
 
 import numbers
 from collections.abc import Sequence
@@ -8,6 +8,28 @@ import numpy as np
 
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
+from nanoflax.tokenizers.chat import stop_ids
+from nanoflax.tokenizers.framing import prompt_ids
+
+
+def request_of(
+    config: ModelConfig, prompts: Any, new: int, eos_id: Any, vocab_size: int | None, tokenizer: Any = None
+) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, ...], int]]:
+    """(prompts padded on the left [B, P], their lengths [B], (eos_ids, vocab_size)) of the arguments of
+    `nanoflax.sample`; new: max_new_tokens.
+
+    Raises: UserError for a prompt or a setting of config.generation that the model cannot follow.
+    """
+    if tokenizer is not None:
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        prompts = [prompt_ids(tokenizer, p, config.reads_source) if isinstance(p, str) else p for p in texts]
+        eos_id = stop_ids(tokenizer) if eos_id is None else eos_id
+        vocab_size = vocab_size or tokenizer.vocab_size
+    prompts = token_lists(prompts)
+    check_prompts(config, prompts, new)
+    eos_id = config.generation.eos_token_id if eos_id is None else eos_id
+    eos_ids = tuple(map(int, eos_id)) if isinstance(eos_id, Sequence) else (int(eos_id),)
+    return *pad_left(prompts, config.context), (eos_ids, vocab_size or config.vocab_size - config.vocab_padding)
 
 
 def token_lists(prompts: Any) -> list[list[int]]:

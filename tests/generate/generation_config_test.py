@@ -13,6 +13,7 @@ from nanoflax.config import GenerationDefaults, ModelConfig, from_dict
 from nanoflax.errors import UserError
 from nanoflax.generate.processors import Written, filtered, make_filters, process
 from nanoflax.nn import build
+from nanoflax.tokenizers import ByteTokenizer, prompt_ids
 from tests.generate.beams_test import theirs_of
 from tests.nn.models_test import randomize
 
@@ -204,6 +205,17 @@ def test_prompts_may_be_arrays_or_lists(as_given):
     ids = [[3, 4, 5]]
     expected = generate.sample(model, params, ids, 4, temperature=0)
     assert generate.sample(model, params, as_given(ids), 4, temperature=0, top_k=0, top_p=1, min_p=0) == expected
+
+
+def test_prompts_may_be_texts_where_a_tokenizer_is_given():
+    tokenizer = ByteTokenizer()
+    model = build(ModelConfig(vocab_size=tokenizer.vocab_size, context=32, layers=1, dim=8, heads=2))
+    params = model.init(jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    ids = [prompt_ids(tokenizer, text) for text in ("ab", "c")]
+    ends = dict(eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
+    expected = generate.sample(model, params, ids, 4, **ends)
+    assert generate.sample(model, params, ["ab", "c"], 4, tokenizer=tokenizer) == expected
+    assert len(generate.sample(model, params, "ab", 4, tokenizer=tokenizer)) == 1
 
 
 @pytest.mark.parametrize("prompts, words", [

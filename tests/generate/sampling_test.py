@@ -13,7 +13,7 @@ from nanoflax.config import GenerationDefaults, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.generate import sample, sampling, stream
 from nanoflax.nn import build
-from nanoflax.tokenizers import bucket
+from nanoflax.tokenizers import bucket, pad_left
 
 
 def make(sharpness=4.0, **fields):
@@ -232,7 +232,7 @@ def test_finished_rows_are_cut_and_frozen_and_do_not_disturb_others():
     assert cut == [row[: row.index(eos)] if eos in row else row for row in rows]
     assert len(cut[0]) < len(cut[1])
     # Before cutting: the end, and nothing but the end after it.
-    tokens, lengths = sampling.pad_left(prompts)
+    tokens, lengths = pad_left(prompts)
     raw = sampling.compiled(sampling._sample)(
         model, params, tokens, lengths, jax.random.PRNGKey(0), sampling.make_filters(0), 24, (eos,), None
     )
@@ -283,7 +283,7 @@ def test_repetition_penalty_counts_the_prompt_and_what_was_drawn():
     ):
         assert len(set(row)) == len(row) and not set(row) & set(prompt)
     # Padding (id 0) is not part of a prompt: a penalty of its own making would forbid it.
-    tokens, lengths = sampling.pad_left([[5, 6]])
+    tokens, lengths = pad_left([[5, 6]])
     start = jax.jit(sampling.start, static_argnums=(0, 4))
     written = start(model, params, tokens, lengths, 20, jax.random.PRNGKey(0)).written
     assert written.prompt.tolist() == [[-1] * 14 + [5, 6]]
