@@ -148,11 +148,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        def draw(key, shape):
-            numbers = nn.initializers.normal(self.stddev)(key, (shape[0], shape[1] - self.padding))
-            return jnp.pad(numbers, [(0, 0), (0, self.padding)]) if self.padding else numbers
-
-        kernel = self.param("kernel", draw, (x.shape[-1], self.features))
+        normal, drawn = nn.initializers.normal(self.stddev), (x.shape[-1], self.features - self.padding)
+        kernel = self.param("kernel", lambda key: jnp.pad(normal(key, drawn), [(0, 0), (0, self.padding)]))
         y = matmul(x, kernel.astype(x.dtype))
         if self.has_variable("params", "lora_a"):
             y = adapt(y, x, self.variables["params"])

@@ -37,11 +37,8 @@ def shift_right(
 
 def mask_padding(logits: Float[Array, "*B V"], padding: int) -> Float[Array, "*B V"]:
     """Logits with -inf in the last `padding` columns: config.vocab_padding ids have no probability and no gradient."""
-    return jnp.where(_real(logits, padding), logits, -jnp.inf) if padding else logits
-
-
-def _real(logits, padding):
-    return jnp.arange(logits.shape[-1]) < logits.shape[-1] - padding
+    V = logits.shape[-1]
+    return jnp.where(jnp.arange(V) < V - padding, logits, -jnp.inf) if padding else logits
 
 
 def token_losses(
@@ -61,7 +58,7 @@ def _token_losses(logits, targets, z_loss, label_smoothing, padding=0):
     nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     objective = nll
     if label_smoothing:
-        mean = logits.mean(axis=-1, where=_real(logits, padding) if padding else None)
+        mean = logits.mean(axis=-1, where=~jnp.isneginf(logits) if padding else None)
         objective = (1 - label_smoothing) * nll + label_smoothing * (log_z - mean)
     if z_loss:
         objective = objective + z_loss * log_z**2
@@ -135,7 +132,7 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
         if softcap:
             dlogits *= 1 - (logits / softcap) ** 2
         if padding:
-            dlogits = jnp.where(_real(logits, padding), dlogits, 0)
+            dlogits = jnp.where(jnp.isneginf(logits), 0, dlogits)
         if bias is not None:
             db += dlogits.sum((2, 3))
         dlogits = dlogits.astype(h.dtype)

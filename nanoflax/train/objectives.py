@@ -118,16 +118,7 @@ def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0, l
     c, (B, T) = model.config, targets.shape
     if chunks:  # divides the context, but T of a batch of examples may be shorter
         chunks = math.gcd(chunks, T)
-    objective, nll = nn.chunked_cross_entropy(  # type: ignore  # custom_vjp hides the type
-        hidden,
-        head_kernel(c, params),
-        targets,
-        weights,
-        params.get("logit_bias"),
-        chunks or nn.chunks_of(B, T, c.vocab_size),
-        z_loss,
-        label_smoothing,
-        c.logit_softcap,
-        c.vocab_padding,
-    )
-    return objective, nll, jnp.sum(weights)
+    chunks = chunks or nn.chunks_of(B, T, c.vocab_size)
+    options = params.get("logit_bias"), chunks, z_loss, label_smoothing, c.logit_softcap, c.vocab_padding
+    sums: Any = nn.chunked_cross_entropy(hidden, head_kernel(c, params), targets, weights, *options)
+    return *sums, jnp.sum(weights)
