@@ -6,6 +6,7 @@ from typing import Any
 
 from nanoflax.config import GenerationDefaults, fields, from_dict
 from nanoflax.errors import UserError
+from nanoflax.report import to_json
 
 NAME = "generation_config.json"
 _KNOWN = fields.field_types(GenerationDefaults)
@@ -61,7 +62,7 @@ def read_generation(directory: pathlib.Path, config: dict[str, Any], start_id: i
     if ours.get("decoder_start_token_id") == start_id:
         del ours["decoder_start_token_id"]
     if refused := {name: given[name] for name, off in _UNSUPPORTED.items() if name in given and given[name] not in off}:
-        ours["unsupported"] = json.dumps(refused)
+        ours["unsupported"] = to_json(refused)
     try:
         generation = from_dict(GenerationDefaults, ours, "generation")
         if problems := fields.value_problems(generation, ""):
@@ -81,4 +82,4 @@ def write_generation(directory: pathlib.Path, generation: GenerationDefaults, id
         value = getattr(generation, name)
         if value != getattr(GenerationDefaults(), name) and name != "unsupported":
             found[name] = value[0] if name.endswith("eos_token_id") and len(value) == 1 else value
-    path.write_text(json.dumps(found | json.loads(generation.unsupported or "{}"), indent=2) + "\n")
+    path.write_text(to_json(found | json.loads(generation.unsupported or "{}"), indent=2) + "\n")
