@@ -211,7 +211,7 @@ class ModelConfig:
             found.append(f"model.parallel needs model.norm_place='pre', not {m.norm_place!r}")
         if m.rope_scaling == "llama3" and not m.rope_low < m.rope_high:
             found.append(f"model.rope_low={m.rope_low} must be less than model.rope_high={m.rope_high}")
-        if m.class_names and len(m.class_names) != m.labels:
+        if m.class_names and len(m.class_names) != m.labels and m.vocab_size:  # finetune sets both
             found.append(f"model.class_names has {len(m.class_names)} names for model.labels={m.labels} classes")
         if twice := [name for name in dict.fromkeys(m.class_names) if m.class_names.count(name) > 1]:
             found.append(f"model.class_names has {', '.join(twice)} twice")
