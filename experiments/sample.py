@@ -8,7 +8,8 @@
     python -m experiments.sample --workdir=runs/x --interactive
 
 Text is printed while it is generated. Without a prompt, the model begins a new document. An
-encoder-decoder reads the prompt as its source. A fine-tuned run, or a published classifier or tagger, does
+encoder-decoder reads the prompt as its source, with language codes (>>fr<<, fr_XX), <mask> and sentinels
+(<extra_id_0>) as tokens; "</s>" stays text. A fine-tuned run, or a published classifier or tagger, does
 its task: it prints classes and their probabilities, the tag of each word (spaces separate words), a
 translation (by default with the settings of the run's evaluation), or the reply to a message.
 Settings that no flag gives are those of the model's generation_config.json, if there is one.

@@ -129,9 +129,10 @@ def from_gguf(metadata: dict[str, Any], name: str) -> tuple[Spec, Config, Config
             spec = _sentencepiece_bpe(tokens, get("scores"), get("token_type"), roles.get("unk"), prefix)
     except Exception as error:
         raise UserError(f"{name}: its vocabulary is damaged: {' '.join(str(error).split())}") from error
-    special = {token: CONTROL for role, token in roles.items() if role != "unk"} | {tokens[i]: CONTROL for i in ends}
-    types = [special.get(token, t) for token, t in zip(tokens, get("token_type"), strict=True)]
-    spec["added_tokens"] = typed_tokens(tokens, types)
+    special = {token for role, token in roles.items() if role != "unk"} | {tokens[i] for i in ends}
+    pairs = zip(tokens, get("token_type"), strict=True)
+    piece_types = [CONTROL if token in special else kind for token, kind in pairs]
+    spec["added_tokens"] = typed_tokens(tokens, piece_types)
     set_ends(spec, adds, roles)
     eos = tokens.index(roles["eos"]) if "eos" in roles else None
     stops = list(dict.fromkeys([*([] if eos is None else [eos]), *ends]))
