@@ -46,6 +46,7 @@ def load(source: TaskSource | str, kind: type, labels: Sequence[str] | None = No
     report = DataReport()
     splits = records(source, kind, report)
     train = _examples(source, kind, splits["train"], report)
+    _check_any(source.name, "training", kind, train, report)
     if not source.keep_duplicates:
         train = _without_duplicates(train, report)
     if source.validation:
