@@ -1,23 +1,20 @@
 """Draws the pictures of the README in docs/: rooms.png, data_flow.png and, for a finished run, loss.png.
 
-python -m experiments.draw_readme
-python -m experiments.draw_readme WORKDIR       # also loss.png
+python -m experiments.draw_readme [WORKDIR]
 """
 
+import argparse
 import configparser
 import pathlib
 import shutil
 
-from absl import flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
-from experiments.flags import launch
 from nanoflax import report
 
-FLAGS = flags.FLAGS
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CORE = ("nn", "nn.losses", "generate", "train")
 INK, GREY, CORE_FILL, FILL, EDGE = "#1f2933", "#6b7785", "#cfe3f7", "#f3f5f7", "#b8c2cc"
@@ -56,9 +53,8 @@ def count_lines(room):
 
 
 def save(figure, name):
-    """Save a PNG with 64 colours, which needs a third of the space."""
     figure.savefig(path := ROOT / "docs" / name)
-    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)  # 64 colours: a third of the space
 
 
 def draw_rooms():
@@ -116,12 +112,9 @@ def draw_data_flow():
     save(figure, "data_flow.png")
 
 
-def main():
-    draw_rooms()
-    draw_data_flow()
-    for workdir in FLAGS.arguments:
-        shutil.copy(report.plot_losses(workdir), ROOT / "docs" / "loss.png")
-
-
 if __name__ == "__main__":
-    launch(main, arguments=True)
+    (parser := argparse.ArgumentParser(usage=__doc__)).add_argument("workdirs", nargs="*")
+    workdirs = parser.parse_args().workdirs
+    draw_rooms(), draw_data_flow()
+    for workdir in workdirs:
+        shutil.copy(report.plot_losses(workdir), ROOT / "docs" / "loss.png")

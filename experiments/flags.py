@@ -93,7 +93,7 @@ def _use_huge_pages():
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output or errors. After their reader has ended, as `head` does, the program goes on and its text is dropped."""
+    """Standard output or errors. After the reader has ended (`head`), text is dropped and the program goes on."""
 
     def write(self, text):
         try:
