@@ -31,9 +31,7 @@ PURPOSE = {
 
 def canvas(width, height):
     figure = FigureCanvasAgg(Figure(figsize=(width, height), dpi=160)).figure
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
-    axes.set_axis_off()
-    return figure, axes
+    return figure, figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), frameon=False, xticks=[], yticks=[])
 
 
 def write(axes, x, y, text, size, align="center", color=INK, **options):
@@ -41,15 +39,15 @@ def write(axes, x, y, text, size, align="center", color=INK, **options):
 
 
 def box(axes, x, y, width, height, room, align="center"):
-    style, fill = "round,pad=0,rounding_size=0.08", CORE_FILL if room in CORE else FILL
-    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=fill, edgecolor=EDGE, linewidth=1))
+    style = dict(boxstyle="round,pad=0,rounding_size=0.08", facecolor=CORE_FILL if room in CORE else FILL)
+    axes.add_patch(FancyBboxPatch((x, y), width, height, **style, edgecolor=EDGE, linewidth=1))
     start, size = (x + 0.15, 11) if align == "left" else (x + width / 2, 9)
     write(axes, start, y + height / 2, room, size, align, weight="bold", family="monospace")
 
 
 def count_lines(room):
-    files = [*ROOT.glob(f"{room}/*.py"), *ROOT.glob(f"nanoflax/{room}/*.py"), *ROOT.glob(f"nanoflax/{room}.py")]
-    return sum(file.read_text().count("\n") for file in files)
+    patterns = (f"{room}/*.py", f"nanoflax/{room}/*.py", f"nanoflax/{room}.py")
+    return sum(file.read_text().count("\n") for pattern in patterns for file in ROOT.glob(pattern))
 
 
 def save(figure, name):
@@ -94,7 +92,6 @@ def chain(axes, y, columns, values, rooms):
 
 
 def draw_data_flow():
-    """Draw the rooms as boxes, and between them their inputs and outputs."""
     figure, axes = canvas(10, 2.9)
     columns, top, middle, bottom = [0.5, 2.72, 4.94, 7.16, 9.38], 2.5, 1.5, 0.5
     values = [("text", ""), ("tokens", "[T]"), ("batch", "[B, T]"), ("hidden", "[B, T, D]"), ("loss", "one number")]
@@ -113,8 +110,10 @@ def draw_data_flow():
 
 
 if __name__ == "__main__":
-    (parser := argparse.ArgumentParser(usage=__doc__)).add_argument("workdirs", nargs="*")
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("workdirs", nargs="*")
     workdirs = parser.parse_args().workdirs
-    draw_rooms(), draw_data_flow()
+    draw_rooms()
+    draw_data_flow()
     for workdir in workdirs:
         shutil.copy(report.plot_losses(workdir), ROOT / "docs" / "loss.png")

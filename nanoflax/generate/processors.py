@@ -87,12 +87,12 @@ def process(
         for i, token in enumerate(last(n - 1).T):
             same &= history[:, i : i + max(starts, 0)] == token[:, None]
         logits = jnp.where(_members(jnp.where(same, history[:, n - 1 :], -1), V), OUT, logits)
-    for word in rules.bad_words_ids:
-        if len(word) > 1:
-            ends = (last(len(word) - 1) == jnp.array(word[:-1])).all(1)
-            logits = jnp.where(ends[:, None] & mask(word[-1:], V), OUT, logits)
-        elif word[0] not in eos_ids:
-            logits = jnp.where(mask(word, V), OUT, logits)
+    for *start, token in rules.bad_words_ids:
+        if start:
+            ends = (last(len(start)) == jnp.array(start)).all(1)
+            logits = jnp.where(ends[:, None] & mask([token], V), OUT, logits)
+        elif token not in eos_ids:
+            logits = jnp.where(mask([token], V), OUT, logits)
     least = rules.min_new_tokens
     if rules.min_length or least:
         early = length < rules.min_length if least is None else jnp.full(B, w.step < least)

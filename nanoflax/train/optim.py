@@ -21,13 +21,13 @@ def make_schedule(config: OptimConfig, steps: int, peak: float) -> optax.Schedul
     steps (warmup-stable-decay, Hu et al. 2024). Fields that are none: those of a model from scratch.
     """
     config = fill(config, RECIPES["scratch"], steps)
-    warmup, end = config.warmup_steps, config.end_factor
-    assert warmup is not None and end is not None  # filled
-    end *= peak
+    warmup, end_factor = config.warmup_steps, config.end_factor
+    assert warmup is not None and end_factor is not None  # filled
+    end = end_factor * peak
     rest = max(steps - warmup, 1)
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, config.end_factor)
+        after = optax.cosine_decay_schedule(peak, rest, end_factor)
     elif config.schedule == "linear":
         after = optax.linear_schedule(peak, end, rest)
     elif config.schedule == "wsd":
