@@ -29,8 +29,8 @@ class Recipe:
 
 RECIPES = {
     "scratch": Recipe("a model from scratch", 1e-3, 16, "adamw", "cosine", 0.1, 100, False),
-    "published": Recipe("the parameters of a published model", 2e-4),
-    "adapters": Recipe("adapters in a published model", 2e-3),
+    "published": Recipe("the parameters of a published model", 3e-4),
+    "adapters": Recipe("adapters in a published model", 3e-3),
     "prompts": Recipe("virtual tokens before a published model", 1e-2),
     "head": Recipe("the head of a published model", 1e-2),
 }

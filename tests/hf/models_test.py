@@ -477,6 +477,8 @@ def test_greedy_generation_equals_transformers(case, tmp_path):
         pad_token_id=theirs.config.pad_token_id or 0,
         decoder_start_token_id=config.start_id,
     )
+    theirs.generation_config.save_pretrained(tmp_path)  # without an end, so that all 48 tokens are compared
+    config = hf.load_config(tmp_path)
     expected = theirs.generate(torch.tensor(ids), attention_mask=torch.tensor(mask))[:, -48:]
     assert len(set(expected.flatten().tolist())) > 5
     found = sample(build(config), params, prompts, 48, temperature=0, repetition_penalty=penalty)

@@ -390,7 +390,7 @@ def test_the_lstm_takes_the_same_road(tmp_path):
             ["--config.train.metric=bleu"],
             "train.metric='bleu' is not measured here; choose one of validation_loss, accuracy, macro_f1",
         ),
-        (["--config.task.kind=translate"], "'source'"),
+        (["--config.task.kind=translate"], "no object has source or target; their fields are text, label"),
         (["--config.model.init_from=nothing"], "nothing: neither a directory"),
         (["--config.task.length=64"], "task.length=64 must be at most the model's context of 32"),
         (
@@ -399,7 +399,7 @@ def test_the_lstm_takes_the_same_road(tmp_path):
         ),
         (["--config.peft.kind=lora"], "peft.kind='lora' without model.init_from"),
         (["--config.data.packing=isolated"], "config.data.packing is a field of data.kind=text, not of examples"),
-        (["--config.data.unicode=NFD"], "unicode 'NFD': choose NFC"),
+        (["--config.data.unicode=NFD"], "data.unicode='NFD' is not one of NFC"),
         (["--config.task.kind=translate", "--config.task.bleu_tokenize=mecab"], "is not one of 13a"),
     ],
 )
