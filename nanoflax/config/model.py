@@ -251,6 +251,10 @@ PRESETS = {
     "nano-1m": _with(_LLAMA, layers=4, dim=128, heads=4, context=128, tied=True),
     "nano-5m": _with(_LLAMA, layers=4, dim=256, heads=4, context=256, tied=True),
     "nano-15m": _with(_LLAMA, layers=8, dim=384, heads=6, context=512, tied=True),
+    # BART (Lewis et al. 2019), small; Transformers has this shape for an encoder-decoder.
+    "nano-bart": ModelConfig(
+        architecture="encoder_decoder", context=128, layers=2, dim=128, heads=4, activation="gelu", positions="learned",
+        position_offset=2, norm_place="post", embed_norm=True, head_bias=True),
     "gpt2": _with(_GPT2, layers=12, dim=768, heads=12),
     "gpt2-medium": _with(_GPT2, layers=24, dim=1024, heads=16),
     "gpt2-large": _with(_GPT2, layers=36, dim=1280, heads=20),
