@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import itertools
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +35,7 @@ from nanoflax.data import (
 )
 from nanoflax.errors import UserError
 from nanoflax.tasks import builtin
+from nanoflax.tasks.columns import field_names, mapping_flag, match_columns, missing_fields
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
 from nanoflax.tasks.tables import table_rows
 from nanoflax.tasks.tags import TAG
@@ -105,7 +105,7 @@ class TaskSource:
         pairs = [pair.strip().split("=") for pair in self.fields.split(",")] if self.fields else []
         if not all(len(pair) == 2 and all(pair) for pair in pairs):
             raise UserError(f"fields {self.fields!r}: write OURS=THEIRS,..., as in text=sentence,label=stars")
-        ours = _field_names(kind) if kind else ()
+        ours = field_names(kind) if kind else ()
         if kind and (unknown := [name for name, _ in pairs if name not in ours]):
             raise UserError(
                 f"fields {self.fields!r}: {unknown[0]!r} is not a field of these examples, which have {', '.join(ours)}"
@@ -198,56 +198,6 @@ def _both_sides(pairs: Records) -> Records:
         yield from ((place, {"text": record[name]}) for name in Pair.fields)
 
 
-def _field_names(kind: type) -> tuple[str, ...]:
-    return (*kind.fields, *{Classification: ["labels"], Chat: ["tools"]}.get(kind, []))
-
-
-def _missing(kind: type, found: Iterable[str]) -> list[str]:
-    """The fields of a kind that are not in `found`; `labels` may replace `label`."""
-    return [name for name in kind.fields if name not in found and not (name == "label" and "labels" in found)]
-
-
-def _named(kind: type, renamed: Mapping[str, str], names: Sequence[str]) -> dict[str, int]:
-    """{our name: number of its column} for columns with these names. Capitals and blanks around a name may differ."""
-    simple, found = [_simple(name) for name in names], {}
-    for ours in _field_names(kind):
-        theirs = renamed.get(ours, ours)
-        if theirs in names:
-            found[ours] = names.index(theirs)
-        elif _simple(theirs) in simple:
-            found[ours] = simple.index(_simple(theirs))
-    return found
-
-
-def _simple(name: str) -> str:
-    return " ".join(name.split()).casefold()
-
-
-# Names that other data give to our fields, for the flag in messages.
-_OTHER_NAMES = {
-    "text": "sentence review content body document comment tweet question input",
-    "label": "class category stars rating score sentiment topic intent target",
-    "tokens": "words word text sentence",
-    "tags": "ner_tags ner labels tag",
-    "source": "src input question article document text english en",
-    "target": "tgt output answer summary translation response completion",
-    "messages": "conversations conversation chat dialog",
-}
-
-
-def _mapping_flag(kind: type, names: Sequence[str]) -> str:
-    """The flag that says which of these names are our fields; where the names do not tell, the first that is left."""
-    left, pairs = [" ".join(name.split()) for name in names], {}
-    for ours in kind.fields:
-        known = [ours, *_OTHER_NAMES[ours].split()]
-        pairs[ours] = next((name for word in known for name in left if _simple(name) == word), "")
-        left = [name for name in left if name != pairs[ours]]
-    for ours in kind.fields:
-        pairs[ours] = pairs[ours] or (left.pop(0) if left else "NAME")
-    value = shlex.quote(",".join(f"{ours}={theirs}" for ours, theirs in pairs.items() if ours != theirs))
-    return f"--config.data.fields={value} (evaluate: --fields)"
-
-
 def _lines(path: str, report: DataReport) -> Iterator[tuple[str, str]]:
     with open_text(path) as file:
         yield from text_lines(file, path, report)
@@ -261,14 +211,14 @@ def _jsonl(source: TaskSource, path: str, kind: type, report: DataReport) -> Rec
                 report.add("JSON lines that are not objects, left out", place)
                 continue
             names = list(value)
-            columns = _named(kind, renamed, names)
+            columns = match_columns(kind, renamed, names)
             found |= columns.keys()
             seen |= dict.fromkeys(names)
             yield place, {ours: value[names[column]] for ours, column in columns.items()}
-    if seen and (missing := _missing(kind, found)):
+    if seen and (missing := missing_fields(kind, found)):
         raise UserError(
             f"{path}: no object has {' or '.join(renamed.get(name, name) for name in missing)}; their fields are "
-            f"{', '.join(seen)}; say which is which, as in {_mapping_flag(kind, [*seen])}"
+            f"{', '.join(seen)}; say which is which, as in {mapping_flag(kind, [*seen])}"
         )
 
 
@@ -306,14 +256,14 @@ def _header(source: TaskSource, kind: type, rows: Sequence[tuple[str, list[str]]
     """
     renamed = source.renamed_fields(kind)
     place, cells = rows[0] if rows else ("", [])
-    columns = _named(kind, renamed, cells)
+    columns = match_columns(kind, renamed, cells)
     if not (renamed or columns or _looks_like_header(kind, [cells for _, cells in rows])):
         return {}
-    if missing := [renamed.get(name, name) for name in _missing(kind, columns)]:
+    if missing := [renamed.get(name, name) for name in missing_fields(kind, columns)]:
         hint = "" if renamed or columns else "; if it is an example, write a header above it"
         raise UserError(
             f"{place}: the header {', '.join(cells)} lacks {' and '.join(missing)}; say which column is which, as in "
-            f"{_mapping_flag(kind, cells)}{hint}"
+            f"{mapping_flag(kind, cells)}{hint}"
         )
     return columns
 
@@ -423,16 +373,16 @@ def _dataset_fields(source: TaskSource, builder: Any, kind: type) -> dict[str, s
 
     features, config = builder.info.features, builder.builder_config
     config = config.name if config else ""
-    names = {name: name for name in _field_names(kind)}
+    names = {name: name for name in field_names(kind)}
     if isinstance(features, tfds.features.Translation):
         names |= zip(Pair.fields, re.split("-|_to_", config), strict=True)
     names |= DATASETS.get(f"{builder.name}/{config}") or DATASETS.get(builder.name, {})
     names |= source.renamed_fields(kind)
     names = {ours: theirs for ours, theirs in names.items() if theirs in features}
-    if missing := _missing(kind, names):
+    if missing := missing_fields(kind, names):
         raise UserError(
             f"{source.name}: which of {', '.join(features)} is {' and '.join(missing)}? Say so, as in "
-            f"{_mapping_flag(kind, [*features])}"
+            f"{mapping_flag(kind, [*features])}"
         )
     return names
 
