@@ -1,0 +1,94 @@
+"""Try to break runs and readers: kills, damage, signals, full disks, lost hosts, malformed files.
+
+    python -m tests.campaign --minutes=20
+    python -m tests.campaign --minutes=3 --parts=kills,signals --seed=7
+
+Every part is a module of this package with one function, `run(budget_seconds, rng) -> list[Outcome]`. It makes
+random trials until its seconds have passed (it may finish the trial that it has begun), and says what each trial
+lost. Parts run in processes of their own, as many at once as the machine has cores. The program prints a table and,
+below it, every problem. Exit status 1 if anything was lost or a part made no trial.
+"""
+
+import argparse
+import concurrent.futures
+import importlib
+import multiprocessing
+import os
+import pathlib
+import random
+import sys
+import time
+import traceback
+
+from tests.campaign import Outcome
+
+# The parts, and their shares of the time. The longest parts are first, so that no core waits at the end.
+PARTS = {"fuzz": 4}
+
+
+def run_part(name: str, seconds: float, seed: int) -> tuple[list[Outcome], float]:
+    """(the outcomes of a part, its seconds). An exception in a part is a problem too."""
+    begin = time.monotonic()
+    try:
+        module = importlib.import_module(f"tests.campaign.{name}")
+        outcomes = module.run(seconds, random.Random(f"{name} {seed}"))
+    except Exception:
+        outcomes = [Outcome("the part itself", 0, [traceback.format_exc()])]
+    return outcomes, time.monotonic() - begin
+
+
+def print_table(results: dict[str, tuple[list[Outcome], float]]) -> None:
+    """One line for each outcome; then the problems."""
+    rows = [
+        (name, outcome.what, str(outcome.trials), str(len(outcome.problems)), f"{seconds / 60:.1f}" if not i else "")
+        for name, (outcomes, seconds) in results.items()
+        for i, outcome in enumerate(outcomes)
+    ]
+    rows.insert(0, ("part", "what", "trials", "lost", "minutes"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.rjust(width) if i > 1 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        print("  ".join(cells).rstrip())
+    for name, (outcomes, _) in results.items():
+        for outcome in outcomes:
+            for problem in outcome.problems:
+                print(f"LOST {name}, {outcome.what}: {problem}")
+
+
+def main(minutes: float, parts: list[str], seed: int, jobs: int) -> int:
+    """Run the parts. Returns the exit status."""
+    unit = 60 * minutes * jobs / sum(PARTS[name] for name in parts)
+    spawn = multiprocessing.get_context("spawn")  # each part has a fresh Python
+    with concurrent.futures.ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1) as pool:
+        futures = {name: pool.submit(run_part, name, min(unit * PARTS[name], 60 * minutes), seed) for name in parts}
+        results = {name: future.result() for name, future in futures.items()}
+    print_table(results)
+    outcomes = [outcome for found, _ in results.values() for outcome in found]
+    return int(not outcomes or any(outcome.problems or not outcome.trials for outcome in outcomes))
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=20, help="length of the campaign (20)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parts at the same time; default: the cores")
+    options = parser.parse_args()
+    options.parts = options.parts.split(",")
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    return options
+
+
+if __name__ == "__main__":
+    options = parse()
+    # Set before JAX is imported, and inherited by the parts and the programs that they start.
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "nanoflax", "tests")
+    for name, value in {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }.items():
+        os.environ.setdefault(name, value)
+    sys.exit(main(options.minutes, options.parts, options.seed, options.jobs))
