@@ -1,5 +1,9 @@
 """The campaign tries to break runs, and readers of files, for many minutes. See __main__.py; pytest does not run it."""
 
+import importlib
+import random
+import time
+import traceback
 from typing import NamedTuple
 
 
@@ -9,3 +13,14 @@ class Outcome(NamedTuple):
     what: str
     trials: int
     problems: list[str]
+
+
+def run_part(name: str, seconds: float, seed: int) -> tuple[list[Outcome], float]:
+    """(the outcomes of a part, its seconds). An exception in a part is a problem too."""
+    begin = time.monotonic()
+    try:
+        module = importlib.import_module(f"tests.campaign.{name}")
+        outcomes = module.run(seconds, random.Random(f"{name} {seed}"))
+    except Exception:
+        outcomes = [Outcome("the part itself", 0, [traceback.format_exc()])]
+    return outcomes, time.monotonic() - begin

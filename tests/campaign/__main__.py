@@ -11,30 +11,15 @@ below it, every problem. Exit status 1 if anything was lost or a part made no tr
 
 import argparse
 import concurrent.futures
-import importlib
 import multiprocessing
 import os
 import pathlib
-import random
 import sys
-import time
-import traceback
 
-from tests.campaign import Outcome
+from tests.campaign import Outcome, run_part
 
 # The parts, and their shares of the time. The longest parts are first, so that no core waits at the end.
 PARTS = {"fuzz": 4}
-
-
-def run_part(name: str, seconds: float, seed: int) -> tuple[list[Outcome], float]:
-    """(the outcomes of a part, its seconds). An exception in a part is a problem too."""
-    begin = time.monotonic()
-    try:
-        module = importlib.import_module(f"tests.campaign.{name}")
-        outcomes = module.run(seconds, random.Random(f"{name} {seed}"))
-    except Exception:
-        outcomes = [Outcome("the part itself", 0, [traceback.format_exc()])]
-    return outcomes, time.monotonic() - begin
 
 
 def print_table(results: dict[str, tuple[list[Outcome], float]]) -> None:
@@ -47,7 +32,10 @@ def print_table(results: dict[str, tuple[list[Outcome], float]]) -> None:
     rows.insert(0, ("part", "what", "trials", "lost", "minutes"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [cell.rjust(width) if i > 1 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        cells = [
+            cell.rjust(width) if i > 1 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         print("  ".join(cells).rstrip())
     for name, (outcomes, _) in results.items():
         for outcome in outcomes:
