@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from nanoflax.config.fields import field, kinds
 
@@ -21,6 +21,10 @@ class PeftConfig:
 
     def problems(self) -> list[str]:
         return _pattern_problems("trained", self.trained)
+
+    def for_steps(self, steps: int) -> Self:
+        """This setting with its open fields (none) filled for a run of `steps`."""
+        return self
 
     def first_best_step(self, steps: int) -> int:
         """The first step of a run of `steps` that may be its best: 0, unless the model still shrinks."""
@@ -75,14 +79,29 @@ class AdaLoRA(LowRank):
 
     kind: ClassVar[str] = "adalora"
     target_rank: int = field(4, "Mean rank of a matrix at the end.", at_least=1)
-    warmup_steps: int = field(100, "Steps before the first rank is pruned.", at_least=0)
-    final_steps: int = field(100, "Steps after the last rank is pruned.", at_least=0)
+    warmup_steps: int | None = field(
+        None, "Steps before the first rank is pruned; none: 100, in a short run fewer.", at_least=0
+    )
+    final_steps: int | None = field(
+        None, "Steps after the last rank is pruned; none: 100, in a short run fewer.", at_least=0
+    )
     orthogonality: float = field(0.1, "Weight of the penalty that keeps the factors orthogonal.", at_least=0)
     beta1: float = field(0.85, "Decay of the moving average of the sensitivities.", within="(0, 1)")
     beta2: float = field(0.85, "Decay of the moving average of their uncertainties.", within="(0, 1)")
 
+    def schedule(self, steps: int) -> tuple[int, int]:
+        """(warmup_steps, final_steps) of a run of `steps`: open ones (none) leave at least one step for pruning."""
+        given = [n for n in (self.warmup_steps, self.final_steps) if n is not None]
+        longest = max(0, steps - 1 - sum(given)) // max(1, 2 - len(given))
+        warmup, final = (min(100, longest) if n is None else n for n in (self.warmup_steps, self.final_steps))
+        return warmup, final
+
+    def for_steps(self, steps: int) -> Self:
+        warmup, final = self.schedule(steps)
+        return dataclasses.replace(self, warmup_steps=warmup, final_steps=final)
+
     def first_best_step(self, steps: int) -> int:
-        return steps - self.final_steps  # before it, there are more ranks than the budget
+        return steps - self.schedule(steps)[1]  # before it, there are more ranks than the budget
 
     def problems(self) -> list[str]:
         found = super().problems()

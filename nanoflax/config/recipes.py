@@ -84,9 +84,13 @@ def with_recipe(config: Config) -> tuple[Config, str]:
     """
     recipe, train = recipe_of(config), config.train
     optim = fill(config.optim, recipe, train.steps, config.model.dim)
-    chosen = [f"optim.{name}={x}" for name, x in vars(optim).items() if getattr(config.optim, name) is None]
+    adapter = config.peft.for_steps(train.steps)
+    filled = ((config.optim, optim), (config.peft, adapter))
+    chosen = [
+        f"{new.section}.{name}={x}" for old, new in filled for name, x in vars(new).items() if getattr(old, name) != x
+    ]
     if not train.batch_size:
         train = dataclasses.replace(train, batch_size=recipe.batch_size + -recipe.batch_size % train.accumulate)
         chosen.append(f"train.batch_size={train.batch_size}")
     line = f"chosen for {recipe.trains} (a flag changes each): {', '.join(chosen)}" if chosen else ""
-    return dataclasses.replace(config, optim=optim, train=train), line
+    return dataclasses.replace(config, optim=optim, peft=adapter, train=train), line

@@ -135,9 +135,10 @@ def _adalora_problems(c: Config) -> list[str]:
     p, found = c.peft, []
     if not isinstance(p, AdaLoRA):
         return found
-    if p.warmup_steps + p.final_steps >= c.train.steps:
+    warmup, final = p.schedule(c.train.steps)
+    if warmup + final >= c.train.steps:
         found.append(
-            f"peft.warmup_steps={p.warmup_steps} and peft.final_steps={p.final_steps} must leave some of "
+            f"peft.warmup_steps={warmup} and peft.final_steps={final} must leave some of "
             f"train.steps={c.train.steps} for pruning ranks"
         )
     if c.optim.ema:

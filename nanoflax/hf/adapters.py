@@ -183,6 +183,7 @@ def _low_rank_tensors(names: PeftNames, c: Any, flat: Mapping[str, Any], directo
     if not isinstance(c, AdaLoRA):
         return tensors, settings | {"r": c.rank}
     # peft needs the full schedule, even if training has ended.
+    c = c.for_steps(1000)
     schedule = {name: getattr(c, ours) for ours, name in SCHEDULE.items()}
     return tensors, settings | schedule | {"init_r": c.rank, "total_step": c.warmup_steps + c.final_steps + 1}
 

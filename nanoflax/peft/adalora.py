@@ -85,7 +85,7 @@ def adalora_update(
     keep = (order < adalora_budget(step, steps, order.size, len(linears), c)).astype(jnp.float32)
     sizes = np.cumsum([len(s) for s in scores])
     left = sum(flat[f"{p}lora_mask"].sum() for p in linears)
-    final = (step > steps - c.final_steps) & (left == len(linears) * c.target_rank)
+    final = (step > steps - c.schedule(steps)[1]) & (left == len(linears) * c.target_rank)
     for p, mask in zip(linears, jnp.split(keep, sizes[:-1]), strict=True):
         mask = jnp.where(final, flat[f"{p}lora_mask"], mask)
         flat |= {f"{p}lora_mask": mask, f"{p}lora_e": flat[f"{p}lora_e"] * mask}
@@ -96,7 +96,8 @@ def adalora_budget(step: jax.Array, steps: int, ranks: int, linears: int, peft_c
     """The number of all `ranks` to keep at a step, [] int32: all, then a cubic decay to the target
     (Zhang et al. 2023, section 3.3)."""
     c, target = peft_config, linears * peft_config.target_rank
-    left = (steps - c.final_steps - step) / (steps - c.final_steps - c.warmup_steps)
+    warmup, final = c.schedule(steps)
+    left = (steps - final - step) / (steps - final - warmup)
     return jnp.floor((ranks - target) * jnp.clip(left, 0, 1) ** 3 + target).astype(jnp.int32)
 
 

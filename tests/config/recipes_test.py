@@ -6,13 +6,15 @@ import pytest
 
 from nanoflax import config as cfg
 from nanoflax.config import Config, FullFineTuning, LoRA, ModelConfig, OptimConfig, PrefixTuning, TrainConfig
+from nanoflax.errors import UserError
+from nanoflax.peft.adalora import adalora_budget
 from tests import processes
 
 PUBLISHED = ModelConfig(init_from="a", dim=384)
 
 
 @pytest.mark.parametrize(
-    "model, peft, recipe",
+    "model, adapter, recipe",
     [
         (ModelConfig(), FullFineTuning(), "scratch"),
         (ModelConfig(), LoRA(trained="all"), "scratch"),
@@ -25,8 +27,8 @@ PUBLISHED = ModelConfig(init_from="a", dim=384)
         (PUBLISHED, PrefixTuning(), "prompts"),
     ],
 )
-def test_what_is_trained_decides_the_open_fields(model, peft, recipe):
-    config = Config(model=model, peft=peft, train=TrainConfig(steps=200))
+def test_what_is_trained_decides_the_open_fields(model, adapter, recipe):
+    config = Config(model=model, peft=adapter, train=TrainConfig(steps=200))
     assert cfg.recipe_of(config) is cfg.RECIPES[recipe]
     filled, line = cfg.with_recipe(config)
     expected = cfg.RECIPES[recipe]
@@ -63,6 +65,38 @@ def test_the_chosen_warmup_is_shorter_than_the_run(steps, warmup):
     config = cfg.with_recipe(Config(train=TrainConfig(steps=steps)))[0]
     assert config.optim.warmup_steps == warmup
     cfg.validate(config)
+
+
+@pytest.mark.parametrize(
+    "steps, given, expected",
+    [
+        (1, {}, (0, 0)),
+        (2, {}, (0, 0)),
+        (5, {}, (2, 2)),
+        (5, dict(warmup_steps=3), (3, 1)),
+        (5, dict(final_steps=0), (4, 0)),
+        (201, {}, (100, 100)),
+        (5000, {}, (100, 100)),
+        (5000, dict(warmup_steps=700, final_steps=0), (700, 0)),
+    ],
+)
+def test_adalora_prunes_in_short_runs_too(steps, given, expected):
+    config = Config(model=PUBLISHED, peft=cfg.AdaLoRA(**given), train=TrainConfig(steps=steps))
+    cfg.validate(config)
+    filled, line = cfg.with_recipe(config)
+    assert (filled.peft.warmup_steps, filled.peft.final_steps) == expected
+    chosen = [f"peft.{name}={n}" in line for name, n in zip(("warmup_steps", "final_steps"), expected, strict=True)]
+    assert chosen == ["warmup_steps" not in given, "final_steps" not in given]
+    cfg.validate(filled)
+    assert cfg.with_recipe(filled) == (filled, "")
+    budget = [int(adalora_budget(step, steps, 80, 10, filled.peft)) for step in range(1, steps + 1)]
+    assert budget[-1] == 40 and sorted(budget, reverse=True) == budget
+
+
+def test_a_given_schedule_of_adalora_that_is_too_long_is_refused():
+    config = Config(model=PUBLISHED, peft=cfg.AdaLoRA(warmup_steps=5), train=TrainConfig(steps=5))
+    with pytest.raises(UserError, match="peft.warmup_steps=5 and peft.final_steps=0 must leave some of train.steps=5"):
+        cfg.validate(config)
 
 
 PROGRAM = """

@@ -485,7 +485,7 @@ def masked_for(kind, params):
 @pytest.mark.parametrize("kind", ["lora", "dora", "adalora"])
 def test_an_adapter_is_the_same_to_transformers_and_peft(llama, kind, tmp_path, monkeypatch):
     model, params = llama
-    c = config_of(kind, rank_stabilized=kind == "dora", alpha=6.0)
+    c = config_of(kind, rank_stabilized=kind == "dora", alpha=6.0, final_steps=7)
     added = masked_for(kind, randomized(peft.add(params, c, jax.random.PRNGKey(3))))
     hf.save(tmp_path / "model", LLAMA, params)
     hf.save_adapter(tmp_path / "adapter", LLAMA, added, c, base=tmp_path / "model")
@@ -703,8 +703,9 @@ def test_bad_configurations_are_refused_by_name(llama):
     ]:
         with pytest.raises(UserError, match=message):
             peft.add(params, from_dict(AnyPeft, {"kind": "lora"} | fields, "peft"), jax.random.PRNGKey(0))
+    long = AdaLoRA(warmup_steps=100, final_steps=100)
     with pytest.raises(UserError, match="peft.warmup_steps=100 and peft.final_steps=100 must leave"):
-        validate(Config(model=ModelConfig(vocab_size=9), peft=AdaLoRA(), train=TrainConfig(steps=200)))
+        validate(Config(model=ModelConfig(vocab_size=9), peft=long, train=TrainConfig(steps=200)))
     t5 = parallel.param_shapes(build(ModelConfig(**vars(BART) | {"positions": "relative"})))
     with pytest.raises(UserError, match="'prompt' does not work with relative positions"):
         add(t5, "prompt")
