@@ -14,6 +14,7 @@ In a source or target of an encoder-decoder, a person must write some special to
 all except bos, eos, pad, unk, sep, cls and what ends an answer.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -34,6 +35,9 @@ FILES = (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json", "tokeni
          "special_tokens_map.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
 Files = dict[str, bytes]  # name -> content
 ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+CLASSES_OF_MODELS = {"gpt2": "GPT2Tokenizer", "bert": "BertTokenizer", "distilbert": "DistilBertTokenizer",
+                     "roberta": "RobertaTokenizer", "bart": "BartTokenizer", "t5": "T5Tokenizer"}  # fmt: skip
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # run a tokenizer.json as it is, with named tokens
 FIELDS = ("content", "special", "lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -44,7 +48,22 @@ def load_huggingface(directory: str | os.PathLike) -> "HFTokenizer | MarianToken
         files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()}
     except OSError as error:
         raise UserError(f"tokenizer {directory}: {error.strerror}: {error.filename}") from error
-    return from_files(files, str(directory))
+    return from_files(_with_class_of_model(files, directory), str(directory))
+
+
+def _with_class_of_model(files: Files, directory: pathlib.Path) -> Files:
+    """The files. If they name neither a class nor ends, as in the first models on the hub, config.json tells the class,
+    which then is in tokenizer_config.json."""
+    settings = [_json(files, name, str(directory)) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    if "tokenizer.json" not in files or {"tokenizer_class", "eos_token", "sep_token"} & {*settings[0], *settings[1]}:
+        return files
+    with contextlib.suppress(
+        OSError, ValueError, AttributeError, LookupError, TypeError
+    ):  # the reader of the model names what is wrong
+        model_type = json.loads((directory / "config.json").read_bytes()).get("model_type")
+        config = settings[0] | {"tokenizer_class": CLASSES_OF_MODELS[model_type]}
+        files = files | {"tokenizer_config.json": json.dumps(config).encode()}
+    return files
 
 
 def from_files(files: Files, name: str) -> "HFTokenizer | MarianTokenizer":
@@ -265,6 +284,10 @@ class HFTokenizer(_FileTokenizer):
             spec = _json(files, kind, self.name)
             if not isinstance(spec.get("model"), dict):
                 raise UserError(f"tokenizer {self.name}: tokenizer.json holds no model")
+            if name and name not in PLAIN_CLASSES and not {"eos", "sep"} & self._roles.keys():
+                self._roles = (
+                    vocabularies.usual_roles(t["content"] for t in spec.get("added_tokens") or []) | self._roles
+                )
             return spec | {"truncation": None, "padding": None}
         known = {
             "vocab.json": "GPT2|Roberta|Bart|Qwen2",

@@ -172,6 +172,20 @@ def _byte_level(
     )
 
 
+def usual_roles(names: Iterable[str]) -> Roles:
+    """The roles of these special tokens in files that name none, such as those of GPT-2, BERT, RoBERTa and BART."""
+    names = {*names}
+    if {"[CLS]", "[SEP]"} <= names:
+        roles = {role: f"[{role.upper()}]" for role in ("unk", "sep", "pad", "cls", "mask")}
+    elif "</s>" in names:
+        roles = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>"}
+        if "<mask>" in names:
+            roles |= {"sep": "</s>", "cls": "<s>", "mask": "<mask>"}
+    else:
+        roles = dict.fromkeys(("bos", "eos", "unk"), "<|endoftext|>")
+    return {role: token for role, token in roles.items() if token in names}
+
+
 def from_merges(vocabulary: dict[str, int], merges: str, roles: Roles, config: Config) -> Spec:
     """The spec of vocab.json and merges.txt of GPT-2, OPT, RoBERTa, BART or Qwen2; adds to roles."""
     from tokenizers import normalizers, processors
@@ -184,11 +198,9 @@ def from_merges(vocabulary: dict[str, int], merges: str, roles: Roles, config: C
         return _byte_level(vocabulary, pairs, [QWEN2], prefix, normalizers.NFC())
     bert_like = re.match("Roberta|Bart", name) or (not name and "<mask>" in vocabulary)
     if not bert_like:
-        roles |= {r: "<|endoftext|>" for r in ("bos", "eos", "unk") if r not in roles}
+        roles |= usual_roles(["<|endoftext|>"]) | roles
         return _byte_level(vocabulary, pairs, [GPT2], prefix)
-    defaults = {"bos": "<s>", "eos": "</s>", "sep": "</s>", "cls": "<s>", "unk": "<unk>", "pad": "<pad>",
-                "mask": "<mask>"}  # fmt: skip
-    roles |= {role: token for role, token in defaults.items() if role not in roles}
+    roles |= usual_roles(["<s>", "</s>", "<unk>", "<pad>", "<mask>"]) | roles
     sep, cls = ((roles[role], vocabulary[roles[role]]) for role in ("sep", "cls"))
     processor = processors.RobertaProcessing(sep, cls)
     return _byte_level(vocabulary, pairs, [GPT2], prefix, post_processor=processor)
@@ -199,8 +211,7 @@ def from_wordpieces(lines: str, roles: Roles, config: Config) -> Spec:
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
     vocabulary = {line.rstrip("\r"): i for i, line in enumerate(lines.rstrip("\n").split("\n"))}
-    for role in ("unk", "sep", "pad", "cls", "mask"):
-        roles.setdefault(role, f"[{role.upper()}]")
+    roles |= usual_roles(["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"]) | roles
     sep, cls = ((roles[role], vocabulary[roles[role]]) for role in ("sep", "cls"))
     return _spec_of(
         models.WordPiece(vocabulary, unk_token=roles["unk"]),

@@ -250,3 +250,39 @@ def test_an_end_of_text_is_not_padding_for_an_exported_classifier(name, tmp_path
     if name in ("model file", "pad is eos"):
         found = theirs(**reader(texts, return_tensors="pt", padding=True)).logits.detach()
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+ROBERTA = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+PUBLISHED = {  # directories of the first years name no special tokens: the class of model_type knows them
+    "gpt2": ("gpt2", ["<|endoftext|>"], {"model_max_length": 1024}),
+    "gpt2 with a pad": ("gpt2", ["<|endoftext|>"], {"pad_token": "<|endoftext|>"}),
+    "no settings": ("gpt2", ["<|endoftext|>"], None),
+    "bert": ("bert", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], {"do_lower_case": True}),
+    "distilbert": ("distilbert", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], {"model_max_length": 512}),
+    "roberta": ("roberta", ROBERTA, {"model_max_length": 512}),
+    "bart": ("bart", ROBERTA, {"tokenizer_class": "BartTokenizer"}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_files_that_name_no_special_tokens_are_read_as_in_transformers(name, tmp_path):
+    model_type, special, config = PUBLISHED[name]
+    spec = json.loads(
+        json_tokenizer("wordpiece" if "bert" in model_type and special[0] == "[PAD]" else "byte level")[0]
+    )
+    vocabulary = [*special, *(token for token in spec["model"]["vocab"] if token not in special)]
+    spec["model"]["vocab"] = {token: i for i, token in enumerate(vocabulary)}
+    spec["added_tokens"] = [vocabularies.added_token(token, i) for i, token in enumerate(special)]
+    files = {} if config is None else {"tokenizer_config__json": config}
+    write(tmp_path, "t", tokenizer__json=spec, config__json={"model_type": model_type}, **files)
+    ours, theirs = tokenizers.load(tmp_path / "t"), transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
+    for role in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"):
+        if (expected := getattr(theirs, f"{role}_token_id")) is not None:
+            assert getattr(ours, f"{role}_id") == expected, role
+    assert ours.eos_id == (theirs.sep_token_id if theirs.eos_token_id is None else theirs.eos_token_id)
+    config = (config or {}) | {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": special[0]}
+    write(tmp_path, "u", tokenizer__json=spec, tokenizer_config__json=config)
+    ours.save(tmp_path / "saved")  # in a run, without config.json
+    assert tokenizers.load(tmp_path / "saved").fingerprint == ours.fingerprint
+    with pytest.raises(UserError, match="has no end-of-sequence token"):  # this class has no names of its own
+        tokenizers.load(tmp_path / "u")
