@@ -1,13 +1,19 @@
-"""Compares the speed of nanoflax with Transformers' GPT-2 in PyTorch, and with the machine's limits.
+"""Compares the speed of nanoflax with PyTorch, and with the machine's limits.
 
-    python -m experiments.benchmark train --shape=small        # also --shape=vocabulary, gpt2
+    python -m experiments.benchmark train --shape=small        # also --shape=vocabulary, gpt2; --no_bias
     python -m experiments.benchmark decode --batch_size=1      # GPT-2 124M, random weights
+    python -m experiments.benchmark encode                     # BERT-base, forward, 8 texts of 128 tokens
     python -m experiments.benchmark compile --layers=32        # with and without train.scan_layers
+    python -m experiments.benchmark all --out=FILE.json        # nanoflax on this machine's accelerator or CPU
 
-Each side (nanoflax, PyTorch, machine) has its own process, and the sides run in turn. The speed of a
-machine can change, so compare the ratio within a round, not the seconds. The limits are measured on
-this machine: a float32 matrix product, and reading memory. On a GPU or TPU, or without torch and
-transformers (pip install nanoflax[test]), nanoflax runs alone.
+Each side (nanoflax, machine, torch: eager PyTorch, compiled: torch.compile) has its own process, and the
+sides run in turn, in both orders. The speed of a machine can change, so compare the ratio within a round,
+not the seconds. Training is compared with a GPT like nanoGPT's, which is faster in eager mode than
+Transformers' GPT-2; decoding and encoding with Transformers. The limits are measured on this machine: a
+float32 matrix product, and reading memory. On a GPU or TPU, or without torch and transformers (pip install
+nanoflax[test]), nanoflax runs alone. `all` trains GPT-2 124M on an accelerator, with the batch chosen by
+memory, and the small shapes on a CPU; it prints a table and writes all figures to --out. Exit status: 0,
+1 if a measurement of `all` failed, 2 for a mistake of the user.
 """
 
 import importlib.util
@@ -15,34 +21,54 @@ import sys
 
 from absl import flags
 
-from experiments.benchmarks import rounds, sides
+from experiments.benchmarks import everything, rounds, sides
 from experiments.flags import launch
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("shape", "small", list(sides.SHAPES), "Shape of the model, for train.")
-flags.DEFINE_integer("batch_size", 0, "Rows of a batch; 0: those of the shape, or 1 for decode.", 0)
+flags.DEFINE_enum("shape", "small", list(sides.SHAPES), "Shape of the model for train; tiny: for all kinds.")
+flags.DEFINE_integer("batch_size", 0, "Rows of a batch; 0: those of the shape, 1 for decode, 8 for encode.", 0)
 flags.DEFINE_integer("new_tokens", 64, "Tokens that decode generates in a round.", 1)
-flags.DEFINE_integer("steps", 3, "Training steps in a round.", 1)
+flags.DEFINE_integer("steps", 3, "Training steps, or batches to encode, in a round.", 1)
 flags.DEFINE_integer("layers", 32, "Layers of the model, for compile.", 1)
 flags.DEFINE_integer("rounds", 7, "Number of rounds.", 1)
+flags.DEFINE_bool("no_bias", False, "Train without biases, on both sides.")
 flags.DEFINE_bool("alone", False, "Do not measure PyTorch.")
-flags.DEFINE_string("side", "", "Internal: this process is a side (nanoflax, torch or machine).")
+flags.DEFINE_string("out", "", "File that `all` writes its figures to, as JSON.")
+flags.DEFINE_string("side", "", "Internal: this process is a side (nanoflax, torch, compiled or machine).")
+KINDS = ("train", "decode", "encode", "compile", "all")
 
 
-def main() -> None:
-    if len(FLAGS.arguments) != 1 or FLAGS.arguments[0] not in ("train", "decode", "compile"):
-        raise UserError("benchmark needs one argument: train, decode or compile")
+def main() -> int | None:
+    if len(FLAGS.arguments) != 1 or FLAGS.arguments[0] not in KINDS:
+        raise UserError(f"benchmark needs one argument: {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     (kind,) = FLAGS.arguments
+    if FLAGS.no_bias and kind != "train":
+        raise UserError(f"--no_bias is for train, not {kind}")
+    if FLAGS.out and kind != "all":
+        raise UserError(f"--out is for all, not {kind}")
+    if FLAGS.side:
+        return rounds.serve(side(kind))
     if kind == "compile":
         return sides.compile_times(FLAGS.layers)
-    if FLAGS.side:
-        job = sides.Job(kind, FLAGS.shape, FLAGS.batch_size, FLAGS.steps, FLAGS.new_tokens)
-        return rounds.serve(getattr(sides, f"{FLAGS.side}_side")(job))
-    has_torch = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-    names = ["nanoflax", "machine", *["torch"] * (has_torch and not FLAGS.alone)]
+    if kind == "all":
+        given = {name: FLAGS[name].value for name in ("shape", "steps", "new_tokens") if FLAGS[name].present}
+        return everything.measure_all(given, FLAGS.rounds, FLAGS.out)
+    names = ["nanoflax", "machine"]
+    if not FLAGS.alone and all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        names += ["torch", *["compiled"] * (kind != "decode")]
     facts, results = rounds.measure(sys.argv[1:], names, FLAGS.rounds)
     rounds.summarise(kind, facts, results)
+
+
+def side(kind: str) -> sides.Side:
+    """The side of this process."""
+    job = sides.Job(kind, FLAGS.shape, FLAGS.batch_size, FLAGS.steps, FLAGS.new_tokens, not FLAGS.no_bias)
+    if FLAGS.side in ("nanoflax", "machine"):
+        return getattr(sides, f"{FLAGS.side}_side")(job)
+    from experiments.benchmarks.torch_sides import torch_side
+
+    return torch_side(job, compiled=FLAGS.side == "compiled")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """How it is measured: each side in a process of its own, in turns, and the summary of the rounds."""
 
+import itertools
 import json
 import os
+import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -12,6 +15,9 @@ from nanoflax import report
 from nanoflax.errors import UserError
 
 Results = dict[str, list[dict[str, float]]]  # side -> {"seconds", and the machine's limit} of each round
+LIMITS = {"flops": ("matrix-product rate", "GFLOP/s"), "bytes": ("memory bandwidth", "GB/s")}
+PYTORCH = {"torch": "eager PyTorch", "compiled": "torch.compile"}
+OTHER_LOAD = 0.05  # share of the machine's processor time, above which other work is worth a warning
 
 
 def serve(side: tuple) -> None:
@@ -25,22 +31,38 @@ def serve(side: tuple) -> None:
 
 
 def measure(arguments: list[str], names: list[str], num_rounds: int) -> tuple[dict[str, Any], Results]:
-    """(facts about nanoflax, results) of all sides. arguments: of experiments.benchmark."""
+    """(facts about nanoflax, results) of all sides. arguments: of experiments.benchmark.
+
+    facts["other_load"]: the share of the machine's processor time that other processes took; None if not known.
+    Raises: UserError if a side ends early, except "compiled", which is left out with a line.
+    """
+    names = names if compiler() else [name for name in names if name != "compiled"]
     sides = {name: _start(arguments, name) for name in names}
     try:
-        facts = {name: _ask(side) for name, side in sides.items()}  # compiled and warm
-        if not facts["nanoflax"]["cpu"] and "torch" in names:  # PyTorch runs on the CPU here
-            names = [name for name in names if name != "torch"]
-        results = {name: [] for name in names}
+        facts = {name: found for name, side in sides.items() if (found := _ask(side, name))}  # compiled and warm
+        # On an accelerator, PyTorch and the measured limits, which run on the CPU, are left out.
+        names = [name for name in names if name in facts and (facts["nanoflax"]["cpu"] or name == "nanoflax")]
+        results, before = {name: [] for name in names}, _processor_seconds(sides)
         for i in range(num_rounds):
-            for name in names if i % 2 else reversed(names):
-                results[name].append(_ask(sides[name], "go"))
+            for name in in_turn(names, i):
+                results[name].append(_ask(sides[name], name, "go"))
             seconds = [f"{name} {results[name][-1]['seconds']:.3f} s" for name in names if name != "machine"]
             print(f"round {i + 1}/{num_rounds}: " + "  ".join(seconds), file=sys.stderr, flush=True)
+        facts["nanoflax"]["other_load"] = _other_load(before, _processor_seconds(sides))
     finally:
         for side in sides.values():
             side.kill()
     return facts["nanoflax"], results
+
+
+def in_turn(names: list[str], i: int) -> list[str]:
+    """The order of the sides in round i. In every two rounds, each side runs once before and once after each other."""
+    return names[::-1] if i % 2 else names
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile needs on a CPU."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))), None)
 
 
 def _start(arguments: list[str], name: str) -> subprocess.Popen:
@@ -53,50 +75,95 @@ def _start(arguments: list[str], name: str) -> subprocess.Popen:
     )
 
 
-def _ask(side: subprocess.Popen, word: str | None = None) -> dict[str, Any]:
-    """The next answer of a side, after it has been sent a word."""
+def _ask(side: subprocess.Popen, name: str, word: str | None = None) -> dict[str, Any]:
+    """The next answer of a side, after it has been sent a word; {} for a side that is left out."""
+    assert side.stdin and side.stdout
     if word:
         side.stdin.write(word + "\n")
         side.stdin.flush()
     line = side.stdout.readline()
+    if not line and name == "compiled" and not word:
+        print("torch.compile does not work here (its error is printed above); measured without it", file=sys.stderr)
+        return {}
     if not line:
-        raise UserError("a side of the benchmark ended early; its error is printed above")
-    return json.loads(line)
+        raise UserError(f"the side {name} of the benchmark ended early; its error is printed above")
+    return json.loads(line) | ({} if word else {"side": name})
+
+
+def _processor_seconds(sides: dict[str, subprocess.Popen]) -> tuple[float, float, float] | None:
+    """Processor seconds of the machine (all; not idle) and of the sides since their starts; None without /proc."""
+    try:
+        total = [int(n) for n in pathlib.Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        own = 0
+        for side in sides.values():
+            if side.poll() is None:
+                fields = pathlib.Path(f"/proc/{side.pid}/stat").read_text().rpartition(")")[2].split()
+                own += sum(map(int, fields[11:15]))  # user and system time, also of ended children
+    except (OSError, ValueError):
+        return None
+    return sum(total), sum(total) - total[3] - total[4], own
+
+
+def _other_load(before: tuple | None, after: tuple | None) -> float | None:
+    if before is None or after is None or after[0] <= before[0]:
+        return None
+    total, busy, own = (b - a for a, b in zip(before, after, strict=True))
+    return max(0.0, (busy - own) / total)
+
+
+# The summary.
 
 
 def summarise(job: str, facts: dict[str, Any], results: Results) -> None:
-    """Print medians, the paired ratio, and the fraction of the machine's limit."""
+    """Print medians, the paired ratios, the fraction of the machine's limit, and a warning of other load."""
     print(f"{job}: {facts['what']}, on {facts['device']}")
-    for name in ("nanoflax", "torch"):
+    for name in ("nanoflax", *PYTORCH):
         if name in results:
-            seconds = _median(results[name])
+            seconds = median(results[name])
             print(f"  {name:9} median {seconds:8.3f} s a round  {facts['tokens'] / seconds:10,.0f} tokens/s")
-    if "torch" in results:
-        pairs = zip(results["torch"], results["nanoflax"], strict=True)
-        ratios = sorted(torch["seconds"] / ours["seconds"] for torch, ours in pairs)
+    for name, title in PYTORCH.items():
+        if name in results:
+            ratios = paired_ratios(results, name)
+            print(
+                f"  nanoflax is {statistics.median(ratios):.2f} times as fast as {title} (paired, "
+                f"{ratios[0]:.2f} to {ratios[-1]:.2f} over {len(ratios)} rounds)"
+            )
+    if "torch" in results and "compiled" not in results and not compiler():
+        print("  torch.compile is not measured: it needs a C++ compiler (g++)")
+    if (fraction := share_of_limit(facts, results)) is not None:
+        name, unit = LIMITS[facts["limit"]]
+        top = facts["peak"] or median(results["machine"], facts["limit"])
         print(
-            f"  nanoflax is {statistics.median(ratios):.2f} times as fast (paired, "
-            f"{ratios[0]:.2f} to {ratios[-1]:.2f} over {len(ratios)} rounds)"
+            f"  {facts['work'] / median(results['nanoflax']) / 1e9:,.1f} {unit}: {fraction:.0%} of the "
+            f"{'stated' if facts['peak'] else 'measured'} {name}, {top / 1e9:,.1f} {unit}\n  ({facts['formula']})"
         )
-    if facts["cpu"] or facts["peak"]:
-        _print_limit(facts, results)
     else:
         print("  the limit of this device is not known")
+    if warning := load_warning(facts):
+        print(f"  {warning}")
 
 
-def _print_limit(facts: dict[str, Any], results: Results) -> None:
-    """Print the speed of nanoflax as a fraction of the vendor's figure or of the measured limit."""
-    limit, work, peak = facts["limit"], facts["work"], facts["peak"]
-    name, unit = {"flops": ("matrix-product rate", "GFLOP/s"), "bytes": ("memory bandwidth", "GB/s")}[limit]
-    pairs = zip(results["nanoflax"], results["machine"], strict=True)
-    fractions = [work / ours["seconds"] / (peak or machine[limit]) for ours, machine in pairs]
-    top = peak or _median(results["machine"], limit)
-    print(
-        f"  {work / _median(results['nanoflax']) / 1e9:,.1f} {unit}: "
-        f"{statistics.median(fractions):.0%} of the {'stated' if peak else 'measured'} "
-        f"{name}, {top / 1e9:,.1f} {unit}\n  ({facts['formula']})"
-    )
+def paired_ratios(results: Results, name: str) -> list[float]:
+    """Seconds of a side / seconds of nanoflax in each round, ascending."""
+    pairs = zip(results[name], results["nanoflax"], strict=True)
+    return sorted(other["seconds"] / ours["seconds"] for other, ours in pairs)
 
 
-def _median(rounds: list[dict[str, float]], key: str = "seconds") -> float:
+def share_of_limit(facts: dict[str, Any], results: Results) -> float | None:
+    """The speed of nanoflax as a fraction of the vendor's figure, or of the limit measured in the same round."""
+    limits = [facts["peak"]] * len(results["nanoflax"]) if facts["peak"] else []
+    limits = limits or [machine[facts["limit"]] for machine in results.get("machine", [])]
+    pairs = list(itertools.zip_longest(results["nanoflax"], limits))
+    return statistics.median(facts["work"] / ours["seconds"] / limit for ours, limit in pairs) if limits else None
+
+
+def load_warning(facts: dict[str, Any]) -> str:
+    """A warning if other processes took much of the processor time during the rounds, else ""."""
+    share = facts["other_load"]
+    if share is None or share <= OTHER_LOAD:
+        return ""
+    return f"warning: other work took {share:.0%} of the machine's processor time; measure again on a quiet machine"
+
+
+def median(rounds: list[dict[str, float]], key: str = "seconds") -> float:
     return statistics.median(r[key] for r in rounds)

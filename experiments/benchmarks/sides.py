@@ -1,9 +1,11 @@
-"""What is measured: a training step or decoding by nanoflax, by PyTorch, and the machine's limits.
+"""What is measured: a training step, decoding or encoding by nanoflax, and the machine's limits.
 
-A side is (facts about it as a dict for JSON, a function that runs one round).
+A side is (facts about it as a dict for JSON, a function that runs one round). The sides of PyTorch are in
+torch_sides.py.
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,27 +14,31 @@ import jax
 import numpy as np
 
 import nanoflax
-from nanoflax import nn, parallel, runs, train
+from nanoflax import nn, parallel, planning, runs, train
 from nanoflax.config import Config, ModelConfig, OptimConfig, TrainConfig, preset
 
 Side = tuple[dict[str, Any], Callable[[], dict[str, float] | None]]
 PROMPT_TOKENS = 16  # before the new tokens of decoding
+ENCODED_TOKENS = 128  # T of a text that is encoded
 SHAPES = {  # layers, dim, heads, length T, vocabulary V, batch B
     "small": (6, 384, 6, 256, 256, 16),
     "vocabulary": (4, 256, 4, 128, 8192, 32),
     "gpt2": (12, 768, 12, 1024, 50257, 8),
+    "tiny": (2, 64, 2, 64, 256, 4),  # to try the program; also a tiny model of decode and encode
 }
+USED_MEMORY = 0.8  # of an accelerator, by the plan's estimate, when the batch is chosen by memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A round of the benchmark."""
 
-    kind: str  # train or decode
-    shape: str = "small"  # a key of SHAPES, for train
-    batch_size: int = 0  # rows; 0: that of the shape, or 1 for decode
-    steps: int = 3  # training steps in a round
+    kind: str  # train, decode or encode
+    shape: str = "small"  # a key of SHAPES
+    batch_size: int = 0  # rows; 0: that of the shape (gpt2 on an accelerator: by memory), 1 for decode, 8 for encode
+    steps: int = 3  # training steps or batches to encode in a round
     new_tokens: int = 64  # tokens that decoding generates in a round
+    bias: bool = True  # biases in every Linear and norm, for train
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -40,22 +46,41 @@ class Job:
         *sizes, B = SHAPES[self.shape]
         return (*sizes, self.batch_size or B)
 
+    @property
+    def decoder(self) -> ModelConfig:
+        """The model of `train` and `decode`."""
+        layers, dim, heads, T, V, _ = self.sizes
+        if self.kind == "decode" and self.shape != "tiny":
+            return preset("gpt2")
+        return ModelConfig(vocab_size=V, context=T, layers=layers, dim=dim, heads=heads, bias=self.bias)
+
+    @property
+    def encoder(self) -> ModelConfig:
+        """The model of `encode`: BERT-base (Devlin et al. 2018) without its pooler."""
+        layers, dim, heads = (2, 64, 2) if self.shape == "tiny" else (12, 768, 12)
+        return ModelConfig(
+            architecture="encoder", head="none", vocab_size=30522, context=512, layers=layers, dim=dim, heads=heads,
+            activation="gelu", norm_place="post", norm_eps=1e-12, embed_norm=True, token_types=2)  # fmt: skip
+
 
 def nanoflax_side(job: Job) -> Side:
     """nanoflax on JAX's default device, or for training on all of them."""
     runs.setup_jax()
     device = jax.devices()[0]
-    facts, run = (_nanoflax_train if job.kind == "train" else _nanoflax_decode)(job, device)
-    run()  # compiles
+    facts, run = {"train": _train, "decode": _decode, "encode": _encode}[job.kind](job, device)
+    begin = time.perf_counter()
+    run()
     count = jax.device_count() if job.kind == "train" else 1
-    return facts | {"device": f"{device.device_kind} x {count}", "cpu": device.platform == "cpu"}, run
+    facts |= {"device": f"{device.device_kind} x {count}", "cpu": device.platform == "cpu"}
+    facts["first_round_seconds"] = time.perf_counter() - begin
+    facts["peak_bytes"] = (device.memory_stats() or {}).get("peak_bytes_in_use")  # of the whole process
+    return facts, run
 
 
 def prepare_step(model_config: ModelConfig, **options: Any) -> tuple[Any, Any, Any, Any, Callable]:
     """(model, mesh, state, batch, step function to compile) of random tokens. options: of TrainConfig."""
-    optim = OptimConfig(schedule="constant", warmup_steps=0)
-    config = Config(model=model_config, optim=optim, train=TrainConfig(**options))
-    mesh = parallel.make_mesh("-1,1,1")
+    config = training_config(model_config, **options)
+    mesh = parallel.make_mesh(config.train.mesh)
     parallel.check_mesh(config, mesh)
     model = nanoflax.build(config.model)
     optimizer, _ = train.make_optimizer(config.optim, 1000)
@@ -66,11 +91,47 @@ def prepare_step(model_config: ModelConfig, **options: Any) -> tuple[Any, Any, A
     return model, mesh, state, parallel.put_batch(batch, mesh), train.make_train_step(model, optimizer, config)
 
 
-def _nanoflax_train(job: Job, device: Any) -> Side:
-    layers, dim, heads, T, V, B = job.sizes
-    config = ModelConfig(vocab_size=V, context=T, layers=layers, dim=dim, heads=heads)
-    model, mesh, state, batch, step = prepare_step(config, batch_size=B)
+def training_config(model: ModelConfig, **options: Any) -> Config:
+    """The Config of a training step. options: of TrainConfig."""
+    optim = OptimConfig(schedule="constant", warmup_steps=0)
+    return Config(model=model, optim=optim, train=TrainConfig(mesh="-1,1,1", **options))
+
+
+def planned_bytes(config: ModelConfig, batch_size: int) -> int:
+    """Bytes of one device that a training step needs, by the estimate of experiments.plan."""
+    config = dataclasses.replace(config, dtype=nanoflax.build(config).compute_dtype.name)
+    return planning.make_plan(training_config(config, batch_size=batch_size), parallel.make_mesh("-1,1,1")).memory
+
+
+def batch_that_fits(config: ModelConfig, device: Any) -> int:
+    """The largest batch size, a power of two up to 256 for each device, whose plan fits the device's memory."""
+    limit = device.memory_stats()["bytes_limit"] * USED_MEMORY
+    sizes = [2**n * jax.device_count() for n in range(8, -1, -1)]
+    return next((B for B in sizes if planned_bytes(config, B) <= limit), sizes[-1])
+
+
+def _train(job: Job, device: Any) -> Side:
+    B, by_memory = job.sizes[-1], job.shape == "gpt2" and not job.batch_size and device.memory_stats()
+    if by_memory:
+        B = batch_that_fits(job.decoder, device)
+    while True:
+        try:
+            facts, run = _train_batch(job, device, B)
+            run()
+            return facts, run
+        except jax.errors.JaxRuntimeError as error:
+            if not by_memory or B == 1 or "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"B={B} does not fit; trying half of it", file=sys.stderr, flush=True)
+            B //= 2
+
+
+def _train_batch(job: Job, device: Any, B: int) -> Side:
+    c = job.decoder
+    model, mesh, state, batch, step = prepare_step(c, batch_size=B)
+    begin = time.perf_counter()
     step = train.compile_step(step, state, batch, mesh)
+    seconds, memory = time.perf_counter() - begin, step.memory_analysis()
 
     def run():
         nonlocal state
@@ -78,77 +139,80 @@ def _nanoflax_train(job: Job, device: Any) -> Side:
             state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
 
-    tokens = job.steps * B * T
-    peak = parallel.peak_flops(device)
-    return {
-        "what": f"GPT-2 with L={layers} D={dim} T={T} V={V} B={B}, {model.compute_dtype}, AdamW, clipping",
+    tokens, peak = job.steps * B * c.context, parallel.peak_flops(device)
+    facts = {
+        "what": f"GPT-2 with L={c.layers} D={c.dim} T={c.context} V={c.vocab_size} B={B}, {model.compute_dtype}, "
+        f"{'' if job.bias else 'no biases, '}AdamW, clipping",
         "tokens": tokens,
-        "work": tokens * nn.flops_per_token(config),
+        "work": tokens * nn.flops_per_token(c),
         "limit": "flops",
         "peak": peak and peak * mesh.size,
-        "formula": "6 FLOPs per weight of a product and token, 12 L H K T for attention",
-    }, run
+        "formula": "6 FLOPs per weight of a product and token, 12 L H K T for attention, not halved for the mask",
+        "compile_seconds": seconds,
+        "planned_bytes": planned_bytes(c, B),
+    }
+    if memory is not None:
+        written = memory.output_size_in_bytes - memory.alias_size_in_bytes  # the state is written in place
+        facts["compiler_bytes"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes + written
+    return facts, run
 
 
-def _nanoflax_decode(job: Job, device: Any) -> Side:
-    B, config = job.batch_size or 1, preset("gpt2")
+def _decode(job: Job, device: Any) -> Side:
+    B, config = job.batch_size or 1, job.decoder
     model = nanoflax.build(config)
     params = nanoflax.init(model, jax.random.PRNGKey(0))
+    new = min(job.new_tokens, config.context - PROMPT_TOKENS)
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (B, PROMPT_TOKENS)).tolist()
     size = sum(p.size for p in jax.tree.leaves(params)) - config.context * config.dim
+    itemsize = model.compute_dtype.itemsize
+    cached = sum(range(PROMPT_TOKENS, PROMPT_TOKENS + new)) * B  # tokens whose keys and values are read
+    weight_bytes, cache_bytes = size * itemsize * new, cached * 2 * config.layers * config.G * config.K * itemsize
     return {
-        "what": f"GPT-2 124M, greedy, B={B}, {PROMPT_TOKENS} + {job.new_tokens} tokens, {model.compute_dtype}",
-        "tokens": B * job.new_tokens,
-        "work": size * model.compute_dtype.itemsize * job.new_tokens,
+        "what": f"GPT-2 with L={config.layers} D={config.dim}, greedy, B={B}, {PROMPT_TOKENS} + {new} tokens, "
+        f"{model.compute_dtype}",
+        "tokens": B * new,
+        "work": weight_bytes + cache_bytes,
+        "weight_bytes": weight_bytes,
+        "cache_bytes": cache_bytes,
         "limit": "bytes",
         "peak": parallel.memory_bandwidth(device),
-        "formula": "every weight but the position table read once for each token of a row",
-    }, lambda: nanoflax.sample(model, params, prompts, job.new_tokens, temperature=0) and None
+        "formula": "for each token of a row: every weight but the position table, read once for all rows "
+        f"({weight_bytes / 1e9:.3g} GB a round), and the keys and values of all tokens before it "
+        f"({cache_bytes / 1e9:.3g} GB)",
+    }, lambda: nanoflax.sample(model, params, prompts, new, temperature=0) and None
 
 
-def torch_side(job: Job) -> Side:
-    """Transformers' GPT-2 in PyTorch, on CPU."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-    from transformers.utils import logging
+def _encode(job: Job, device: Any) -> Side:
+    B, T, config = job.batch_size or 8, ENCODED_TOKENS, job.encoder
+    model = nanoflax.build(config)
+    params = nanoflax.init(model, jax.random.PRNGKey(0))
+    params = jax.tree.map(lambda p: p.astype(model.compute_dtype) if p.ndim > 1 else p, params)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (B, T), np.int32)
+    options = parallel.compiler_options(device.platform)
+    forward = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens), compiler_options=options)
 
-    logging.set_verbosity_error()
-    torch.manual_seed(0)
-    if job.kind == "decode":
-        model = GPT2LMHeadModel(GPT2Config()).eval()
-        prompts = torch.randint(0, 50257, (job.batch_size or 1, PROMPT_TOKENS))
-        lengths = {"max_new_tokens": job.new_tokens, "min_new_tokens": job.new_tokens}
+    def run():
+        for _ in range(job.steps):
+            states = forward(params, tokens)
+        jax.block_until_ready(states)
 
-        def run():
-            with torch.no_grad():
-                mask = torch.ones_like(prompts)
-                model.generate(prompts, attention_mask=mask, do_sample=False, pad_token_id=0, **lengths)
-    else:
-        layers, dim, heads, T, V, B = job.sizes
-        off = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
-        config = GPT2Config(vocab_size=V, n_positions=T, n_layer=layers, n_embd=dim, n_head=heads, **off)
-        model = GPT2LMHeadModel(config).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        tokens = torch.randint(0, V, (B, T))
-
-        def run():
-            for _ in range(job.steps):
-                optimizer.zero_grad()
-                model(tokens, labels=tokens, use_cache=False).loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-
-    run()
-    return {}, run
+    return {
+        "what": f"BERT with L={config.layers} D={config.dim}, forward, {B}x{T} tokens, {model.compute_dtype}",
+        "tokens": job.steps * B * T,
+        "work": job.steps * B * T * nn.flops_per_token(config, T) // 3,
+        "limit": "flops",
+        "peak": parallel.peak_flops(device),
+        "formula": "2 FLOPs per weight of a product and token, 4 L H K T for attention",
+    }, run
 
 
 def machine_side(job: Job) -> Side:
     """The machine's limits, measured in each round: FLOP/s of a matrix product, or bytes/s of reading."""
 
     def run():
-        if job.kind == "train":
-            return {"flops": parallel.measure_peak_flops(2048, 0.5)}
-        return {"bytes": parallel.measure_bandwidth()}
+        if job.kind == "decode":
+            return {"bytes": parallel.measure_bandwidth()}
+        return {"flops": parallel.measure_peak_flops(2048, 0.5)}
 
     run()
     return {}, run

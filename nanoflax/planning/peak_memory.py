@@ -82,10 +82,9 @@ class _Trace:
 
         for eqn in jaxpr.eqns:
             name, ins = eqn.primitive.name, [get(v) for v in eqn.invars]
-            inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
-            inner = getattr(inner, "jaxpr", inner)
+            inner = _open(eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr"))
             if name == "cond":  # its branches are kinds of layers, which need the same memory
-                inner, ins = eqn.params["branches"][0].jaxpr, ins[1:]
+                inner, ins = _open(eqn.params["branches"][0]), ins[1:]
             if inner is not None and name not in ("scan", "while", "pallas_call"):
                 # A call may have more inputs than its jaxpr: the inputs of its gradient rule.
                 outs = self.run(inner, dict(zip(inner.invars, ins, strict=False)))
@@ -97,7 +96,7 @@ class _Trace:
                 continue
             for b in merged.buffers:
                 b.last = len(self.extra)
-            self.write(eqn, values)
+            self.write(eqn, values, inner)
             self.extra.append(self.extra_bytes(eqn, inner, ins, merged.gathered))
         return [get(v) for v in jaxpr.outvars]
 
@@ -111,7 +110,7 @@ class _Trace:
         in_bytes = sum(b.read_size for b in buffers)
         return in_bytes <= MAX_FUSED_INPUTS * out_bytes or any(v in self.carries for v in eqn.outvars)
 
-    def write(self, eqn: Any, values: dict[Any, _Value]) -> None:
+    def write(self, eqn: Any, values: dict[Any, _Value], inner: Any) -> None:
         """Record a buffer for each result of an operation."""
         name = eqn.primitive.name
         # The TPU compiler does not write attention scores, [B, H, T, S] float32: it writes the
@@ -125,15 +124,15 @@ class _Trace:
             buffer = _Buffer(_bytes(v), len(self.extra), bool(fused))
             self.buffers.append(buffer)
             values[v] = _Value(buffers=frozenset([buffer]))
-            if name == "scan" and i >= eqn.params["num_carry"]:
+            if name == "scan" and i >= _scan_sizes(eqn, inner)[1]:
                 self.stacked.add(buffer)
 
     def extra_bytes(self, eqn: Any, inner: Any, ins: list[_Value], gathered: Collection[tuple[Any, int]]) -> int:
         """Bytes of the gathered inputs of an operation, or of the memory inside a scan."""
         if eqn.primitive.name != "scan":
             return sum(n for _, n in gathered) if eqn.primitive.name == "dot_general" else 0
-        num_carry = eqn.params["num_carry"]
-        first = eqn.params["num_consts"] + num_carry  # the first input that is scanned layer by layer
+        num_consts, num_carry = _scan_sizes(eqn, inner)
+        first = num_consts + num_carry  # the first input that is scanned layer by layer
         layer = {v for v, value in zip(inner.invars[first:], ins[first:], strict=True) if value.gathered}
         stacks = zip(inner.outvars[num_carry:], eqn.outvars[num_carry:], strict=True)
         parts = {v: self.parts[out] for v, out in stacks if out in self.parts}
@@ -143,3 +142,18 @@ class _Trace:
 
 def _bytes(v: Any) -> int:
     return math.prod(v.aval.shape) * v.aval.dtype.itemsize
+
+
+def _open(jaxpr: Any) -> Any:
+    """The Jaxpr of a ClosedJaxpr; anything else unchanged. An equation may hold either, by the version of JAX."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _scan_sizes(eqn: Any, inner: Any) -> tuple[int, int]:
+    """(constants, carries) of a scan, from its shapes: the parameters that say it differ between versions of JAX."""
+
+    def stacked(outside, inside):  # arrays with one dimension more outside of the scan
+        return sum(a.aval.ndim > b.aval.ndim for a, b in zip(outside, inside, strict=True))
+
+    num_carry = len(eqn.outvars) - stacked(eqn.outvars, inner.outvars)
+    return len(eqn.invars) - stacked(eqn.invars, inner.invars) - num_carry, num_carry

@@ -184,7 +184,8 @@ def _abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     if m.reads_source:
         return {"source": tokens, "source_mask": flags, "targets": tokens, "weights": weights}
     if m.head == "lm":
-        return train.abstract_batch(config, parallel.abstract_mesh((1, 1, 1)))
+        batch = train.abstract_batch(config, parallel.abstract_mesh((1, 1, 1)))
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
     row = jax.ShapeDtypeStruct((B,), jnp.int32)
     batch = {"tokens": tokens, "padding_mask": flags}
     if m.head == "classify":

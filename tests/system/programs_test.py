@@ -387,7 +387,8 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
         ("evaluate", ["--workdir=x", "--split=train"], "--split=train needs --data"),
         ("sample", ["--workdir=x", "--interactive", "--prompt=a"], "give one of --chat"),
         ("evaluate", ["--model=x", "--candidates=nowhere.jsonl"], "nowhere.jsonl"),
-        ("benchmark", ["race"], "train, decode or compile"),
+        ("benchmark", ["race"], "train, decode, encode, compile or all"),
+        ("benchmark", ["encode", "--no_bias"], "--no_bias is for train"),
     ],
 )
 def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):

@@ -1,0 +1,135 @@
+"""experiments.benchmark: what is counted, the order of the rounds, the warning of other load, `all`."""
+
+import io
+import itertools
+import json
+import types
+
+import jax
+import pytest
+
+import nanoflax
+from experiments.benchmarks import everything, rounds, sides
+from nanoflax.errors import UserError
+
+TINY = {kind: sides.Job(kind, "tiny", 2, 1, 4) for kind in ("train", "decode", "encode")}
+
+
+class Side:
+    """A side that answers at once; writes its rounds into `log`. The side `broken` ends before it is ready."""
+
+    pid, kill = 1, lambda self: None
+
+    def __init__(self, name, log, seconds, broken=False, cpu=True):
+        facts = {"cpu": cpu, "what": "w", "device": "d", "tokens": 6, "work": 6.0, "limit": "flops", "peak": None,
+                 "formula": "f"}  # fmt: skip
+        answers = itertools.chain([facts], itertools.repeat({"seconds": seconds, "flops": 10.0}))
+        self.stdin, self.stdout = io.StringIO(), types.SimpleNamespace()
+        self.stdin.write = lambda word: log.append(name)
+        self.stdout.readline = lambda: "" if broken else json.dumps(next(answers))
+
+    def poll(self):
+        return 0
+
+
+def measured(monkeypatch, names, num_rounds, compiler="g++", **options):
+    log = []
+    seconds = {"nanoflax": 0.5, "machine": 1.0, "torch": 1.0, "compiled": 0.75}
+    monkeypatch.setattr(rounds, "compiler", lambda: compiler)
+    monkeypatch.setattr(
+        rounds, "_start", lambda _, name: Side(name, log, seconds[name], **options.get(name, options.get("all", {})))
+    )
+    return (*rounds.measure([], names, num_rounds), log)
+
+
+def test_every_two_rounds_run_each_pair_of_sides_in_both_orders(monkeypatch, capsys):
+    names = ["nanoflax", "machine", "torch", "compiled"]
+    facts, results, log = measured(monkeypatch, names, 4)
+    turns = [log[i : i + 4] for i in range(0, 16, 4)]
+    assert all(sorted(turn) == sorted(names) for turn in turns)
+    for a, b in itertools.combinations(names, 2):
+        assert [turn.index(a) < turn.index(b) for turn in turns] in ([True, False] * 2, [False, True] * 2)
+    rounds.summarise("train", facts | {"other_load": 0.3}, results)
+    out = capsys.readouterr().out
+    assert "2.00 times as fast as eager PyTorch" in out and "1.50 times as fast as torch.compile" in out
+    assert "120% of the measured matrix-product rate" in out  # 6 / 0.5 s of 10 a second
+    assert "warning: other work took 30%" in out
+
+
+@pytest.mark.parametrize(
+    "options, left",
+    [
+        ({"compiled": {"broken": True}}, ["nanoflax", "machine", "torch"]),
+        ({"compiler": None}, ["nanoflax", "machine", "torch"]),
+        ({"all": {"cpu": False}}, ["nanoflax"]),
+    ],
+)
+def test_sides_that_cannot_run_here_are_left_out(options, left, monkeypatch, capsys):
+    facts, results, _ = measured(monkeypatch, ["nanoflax", "machine", "torch", "compiled"], 2, **options)
+    assert [*results] == left
+    rounds.summarise("train", facts, results)
+    words = "needs a C++ compiler" if "compiler" in options else "limit" if len(left) == 1 else "2.00 times"
+    assert words in capsys.readouterr().out
+
+
+def test_another_side_that_ends_early_is_an_error(monkeypatch):
+    with pytest.raises(UserError, match="side torch"):
+        measured(monkeypatch, ["nanoflax", "torch"], 1, torch={"broken": True})
+
+
+def test_other_load_is_what_the_sides_did_not_use():
+    assert rounds._other_load((100, 50, 0), (200, 110, 40)) == pytest.approx(0.2)
+    assert rounds._other_load(None, (1, 1, 1)) is None
+    assert not rounds.load_warning({"other_load": 0.04}) and not rounds.load_warning({"other_load": None})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_both_sides_train_the_same_parameters(bias):
+    pytest.importorskip("torch")
+    from experiments.benchmarks import torch_sides
+
+    job = sides.Job("train", "tiny", 2, 1, bias=bias)
+    facts, _ = torch_sides.torch_side(job)
+    shapes = nanoflax.parallel.param_shapes(nanoflax.build(job.decoder))
+    assert facts["parameters"] == sum(x.size for x in jax.tree.leaves(shapes))
+
+
+def test_decoding_counts_weights_and_cache():
+    facts, run = sides.nanoflax_side(TINY["decode"])
+    c = TINY["decode"].decoder
+    matrices = c.vocab_size * c.dim + c.layers * 12 * c.dim**2
+    assert facts["weight_bytes"] == pytest.approx(4 * 4 * matrices, rel=0.03)  # float32, 4 tokens; and biases, norms
+    assert facts["cache_bytes"] == 2 * (16 + 17 + 18 + 19) * c.layers * 2 * c.dim * 4
+    assert run() is None and facts["tokens"] == 8
+
+
+def test_the_batch_is_the_largest_whose_plan_fits():
+    config = TINY["train"].decoder
+    need = sides.planned_bytes(config, 16)
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1.01 * need / sides.USED_MEMORY})
+    B = sides.batch_that_fits(config, device)
+    assert B == 16 and sides.planned_bytes(config, 32) > 1.01 * need
+
+
+def test_all_writes_a_table_and_strict_json(monkeypatch, tmp_path, capsys):
+    def measure(arguments, names, num_rounds):
+        if arguments[0] == "decode":
+            raise UserError("the side nanoflax of the benchmark ended early")
+        facts, run = sides.nanoflax_side(TINY[arguments[0]])
+        run()
+        return facts | {"other_load": None}, {"nanoflax": [{"seconds": 0.5}], "machine": [{"flops": 1e9}]}
+
+    monkeypatch.setattr(rounds, "measure", measure)
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+    path = tmp_path / "figures.json"
+    assert everything.measure_all({"shape": "tiny"}, 1, str(path)) == 1  # decoding failed
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)
+    rows = {row["command"].split()[0]: row for row in found["measurements"]}
+    assert rows["train"]["tokens_per_second"] == 2 * 64 / 0.5 and "ended early" in rows["decode"]["error"]
+    flops = nanoflax.nn.flops_per_token(TINY["train"].decoder) * 128
+    assert rows["train"]["share_of_limit"] == pytest.approx(flops / 0.5 / 1e9)
+    assert rows["train"]["compiler_bytes"] > rows["train"]["planned_bytes"] / 2
+    out = capsys.readouterr().out
+    assert all(row["command"] in out for row in found["measurements"]) and "GiB used" in out
+    with pytest.raises(UserError, match="--out=.* cannot be written"):
+        everything.measure_all({}, 1, str(tmp_path))
