@@ -223,7 +223,8 @@ def _jsonl(source: TaskSource, path: str, kind: type, report: DataReport) -> Rec
 
 
 def _table(source: TaskSource, path: str, kind: type, report: DataReport, delimiter: str) -> Records:
-    """The first line is a header if it names a field. Without a header, columns are in the order of the fields."""
+    """The first line is a header if it names a field; a title or comments may precede one with all fields, and it may
+    come again in joined files. Without a header, columns are in the order of the fields."""
     if kind is Chat:
         raise UserError(f"{path}: a table cannot hold messages; write them as JSON lines")
     rows = table_rows(path, delimiter, report)
@@ -232,12 +233,17 @@ def _table(source: TaskSource, path: str, kind: type, report: DataReport, delimi
     if ahead and len(ahead[0][1]) == 1 < len(kind.fields) and other in ahead[0][1][0]:
         right = {"\t": "tsv", ",": "csv"}[other]
         raise UserError(f"{ahead[0][0]} is not divided as {source.name} says; write {right}:{path}")
+    ahead = _without_title(source, kind, ahead, report)
     columns = _header(source, kind, ahead)
+    header = ahead[0][1] if columns else []
     rows = itertools.chain(ahead[bool(columns) :], rows)
-    width = len(ahead[0][1]) if columns else len(kind.fields)
+    width = len(header or kind.fields)
     columns = columns or {name: i for i, name in enumerate(kind.fields)}
     between = "tabs" if delimiter == "\t" else "commas"
     for place, cells in rows:
+        if cells == header:
+            report.add("headers between the lines, left out", place)
+            continue
         if len(cells) != width:
             report.add(f"lines without {width} columns between {between}, left out", f"{place} {len(cells)}")
             continue
@@ -247,6 +253,16 @@ def _table(source: TaskSource, path: str, kind: type, report: DataReport, delimi
         if kind is Tagging:
             record |= {name: record[name].split() for name in kind.fields}
         yield place, record
+
+
+def _without_title(source: TaskSource, kind: type, rows: list, report: DataReport) -> list:
+    """The rows from the header on, if one of the first rows names all fields; else all. Above it may be a title."""
+    renamed, several = source.renamed_fields(kind), len(kind.fields) > 1
+    named = (not missing_fields(kind, match_columns(kind, renamed, cells)) for _, cells in rows[:20] if several)
+    top = next((i for i, has_all in enumerate(named) if has_all), 0)
+    for place, _ in rows[:top]:
+        report.add("lines above the header, left out", place)
+    return rows[top:]
 
 
 def _header(source: TaskSource, kind: type, rows: Sequence[tuple[str, list[str]]]) -> dict[str, int]:

@@ -56,6 +56,16 @@ def test_tables_are_read_as_pythons_csv_writes_them(tmp_path_factory, rows, kind
     assert [(e.source, e.target) for e in found] == rows
 
 
+@pytest.mark.parametrize("title", ["", "# made in 2024\n", "Reviews, of films\n\n", "a,b,c,d\n"])
+def test_a_header_below_a_title_and_between_the_lines(tmp_path, title):
+    text = f"{title}Label,text\nx,one\ny,two\nLabel,text\nx,three\n"  # the lines of two files
+    found, report = read("csv", Classification, text, tmp_path / "t.csv")
+    assert [(e.text, *e.labels) for e in found] == [("one", "x"), ("two", "y"), ("three", "x")]
+    assert [line.split(":")[0] for line in report] == [
+        *(["lines above the header, left out"] if title else []), "headers between the lines, left out"
+    ]  # fmt: skip
+
+
 def test_quotes_that_enclose_no_cell_are_read_as_they_are_and_reported(tmp_path):
     text = 'text\tlabel\n"Hello" he said\tx\nan "odd one\ty\n"never closed\tx\n"tab\there ""so"""\ty\n'
     found, lines = read("tsv", Classification, text, path := tmp_path / "x.tsv")
