@@ -159,6 +159,6 @@ def texts_of(examples: Iterable[Any]) -> Iterator[str]:
             if field == "tokens":
                 yield " ".join(value or ())
             elif field == "messages":
-                yield from (message["content"] for message in value or ())
+                yield from (message.get("content") or "" for message in value or ())  # None beside a call of a tool
             elif isinstance(value, str) and field != "label":
                 yield value

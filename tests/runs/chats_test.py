@@ -12,6 +12,8 @@ import nanoflax
 from nanoflax import tokenizers
 from nanoflax.config import Config, Instruct, ModelConfig, OptimConfig, TrainConfig
 from nanoflax.runs import directory
+from nanoflax.runs.start import texts_of
+from nanoflax.tasks import Chat
 from tests.tokenizers.chat_test import TEMPLATES, make, without_marks
 
 SPECIAL, CHATML = TEMPLATES["eos is another token than the end of a reply"]
@@ -59,3 +61,9 @@ def test_the_date_is_that_of_the_start_and_the_reply_ends(base, tmp_path, monkey
         prompt = tokenizers.chat_prompt(nanoflax.open(workdir).tokenizer, CHAT[:1])
         assert prompt == theirs.apply_chat_template(CHAT[:1], add_generation_prompt=True)["input_ids"]
     assert "03 February 2001" in theirs.decode(prompt)
+
+
+def test_a_tokenizer_is_trained_on_chats_with_calls_of_tools():
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    messages = ({"role": "user", "content": "2+2?"}, call, call | {"content": None}, {"role": "tool", "content": "4"})
+    assert "".join(texts_of([Chat(messages, "here")])) == "2+2?4"
