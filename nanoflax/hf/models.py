@@ -114,6 +114,13 @@ def save(
     description["torch_dtype"] = str(flat["embed/embedding"].dtype)
     for_prompts = config.head == "lm" and not config.reads_source
     exported = None if tokenizer is None else tokenizers.to_huggingface(tokenizer, for_prompts)
+    own = b"" if tokenizer is None else getattr(tokenizer, "files", {}).get("tokenizer_config.json", b"")
+    if exported is not None and family.model_type == "qwen2" and b'"Qwen2Tokenizer' not in own:
+        _log.warning(
+            "%s: for model_type qwen2, Transformers' AutoTokenizer divides texts as Qwen2 does, not as this tokenizer; "
+            "open it with PreTrainedTokenizerFast",
+            directory,
+        )
     ids = _special_ids(exported)
     if config.reads_source:
         ids |= {"decoder_start_token_id": config.start_id, "forced_eos_token_id": None}

@@ -109,21 +109,24 @@ def to_huggingface(tokenizer: Any, for_prompts: bool = False) -> "HFTokenizer | 
     """The tokenizer in a form whose files Transformers reads.
 
     A tokenizer trained here becomes an HFTokenizer with the same ids for every text, except that U+2581 is read as
-    a space; others are returned unchanged. Transformers then puts the ids of `Framing.whole` around every text.
-    for_prompts: those of `Framing.prompt`, for a causal language model.
+    a space; see `HFTokenizer.for_transformers` for those of files. Transformers then puts the ids of `Framing.whole`
+    around every text. for_prompts: those of `Framing.prompt`, for a causal language model.
     The mask and the sentinels of a TokenizerWithSentinels become special tokens.
     """
     if isinstance(tokenizer, TokenizerWithSentinels):
         return _with_tokens(to_huggingface(tokenizer.plain, for_prompts), tokenizer)
-    if isinstance(tokenizer, (HFTokenizer, MarianTokenizer)):
+    if isinstance(tokenizer, MarianTokenizer):
         return tokenizer
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.for_transformers()
     spec, framing = vocabularies.from_ours(tokenizer), tokenizer.framing
     vocabularies.set_template(spec, *((framing.start, ()) if for_prompts else (framing.before, framing.after)))
     names = {token["id"]: token["content"] for token in spec["added_tokens"]}
     ids = {role: getattr(tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad", "unk", "mask")}
     if ids["pad"] in framing.after:  # then a classifier of Transformers would read the state before the final eos
         ids["pad"] = ids["unk"]
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config = {"tokenizer_class": PLAIN_CLASSES[0], "model_input_names": ["input_ids", "attention_mask"]}
+    config |= {"clean_up_tokenization_spaces": False}
     config |= {f"{role}_token": names[i] for role, i in ids.items() if i in names}
     return _from_spec(spec, config, {}, "exported from nanoflax")
 
@@ -227,10 +230,7 @@ class HFTokenizer(_FileTokenizer):
         from tokenizers import Tokenizer
 
         super().__init__(files, name)
-        spec = self._spec()
-        _add_special_tokens(spec, self._config, _json(files, "added_tokens.json", name), self._named, self._roles)
-        if "tokenizer.json" not in files:  # a tokenizer.json has its own post-processor
-            vocabularies.set_ends(spec, self._config, self._roles)
+        spec = self._spec_with_special_tokens()
         if self._config != _json(files, "tokenizer_config.json", name):  # add_bos_token, not everyone's default
             self.files = files | {"tokenizer_config.json": json.dumps(self._config).encode()}
         nonce = secrets.token_hex(16)
@@ -275,6 +275,30 @@ class HFTokenizer(_FileTokenizer):
 
     def _id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(self._aliases.get(token, token))
+
+    def for_transformers(self) -> "HFTokenizer":
+        """The tokenizer with a tokenizer.json, and with a class of Transformers that follows all of it.
+
+        Of the other classes, Transformers 5 takes only the vocabulary and decides the rest by the name of the class:
+        the normalization, the words, and whether a text begins with a space.
+        """
+        own = self._config.get("tokenizer_class")
+        if "tokenizer.json" in self.files and own in PLAIN_CLASSES:
+            return self
+        is_bert = re.fullmatch("(Bert|Electra)Tokenizer(Fast)?", own or "") or not own and "vocab.txt" in self.files
+        names = ["input_ids", *(["token_type_ids"] if is_bert else []), "attention_mask"]
+        config = {f"{role}_token": token for role, token in self._roles.items()} | {"model_input_names": names}
+        new = {"tokenizer_config.json": config | self._config | {"tokenizer_class": PLAIN_CLASSES[0]}}
+        if "tokenizer.json" not in self.files:
+            new["tokenizer.json"] = self._spec_with_special_tokens()
+        return HFTokenizer(self.files | {file: json.dumps(x).encode() for file, x in new.items()}, self.name)
+
+    def _spec_with_special_tokens(self) -> dict[str, Any]:
+        spec, added = self._spec(), _json(self.files, "added_tokens.json", self.name)
+        _add_special_tokens(spec, self._config, added, self._named, self._roles)
+        if "tokenizer.json" not in self.files:  # a tokenizer.json has its own post-processor
+            vocabularies.set_ends(spec, self._config, self._roles)
+        return spec
 
     def _spec(self) -> dict[str, Any]:
         files, config = self.files, self._config

@@ -286,3 +286,37 @@ def test_files_that_name_no_special_tokens_are_read_as_in_transformers(name, tmp
     assert tokenizers.load(tmp_path / "saved").fingerprint == ours.fingerprint
     with pytest.raises(UserError, match="has no end-of-sequence token"):  # this class has no names of its own
         tokenizers.load(tmp_path / "u")
+
+
+def with_class(path, name):
+    """A tokenizer whose class in Transformers 5 encodes otherwise than its files; and a model_type."""
+    if name.endswith("Model"):  # without a tokenizer.json
+        config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        files = {"tokenizer__model": sentencepiece_model(**LLAMA), "tokenizer_config__json": config}
+        return tokenizers.load(write(path, "t", **files)), "llama"
+    spec, eos = json_tokenizer("wordpiece" if name.startswith("Bert") else "byte level")
+    spec, config = json.loads(spec), {"tokenizer_class": name, "eos_token": eos}
+    if name.startswith("Bert"):
+        spec["normalizer"] = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+                              "strip_accents": None, "lowercase": False}  # fmt: skip
+        config |= {"unk_token": "[UNK]", "sep_token": eos}
+    else:
+        digits = {"type": "Digits", "individual_digits": True}
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, spec["pre_tokenizer"]]}
+    return tokenizers.load(write(path, "t", tokenizer__json=spec, tokenizer_config__json=config)), "gpt2"
+
+
+@pytest.mark.parametrize("name", ["LlamaModel", "GPT2Tokenizer", "RobertaTokenizer", "BertTokenizer"])
+def test_exports_are_read_by_their_files_not_by_the_name_of_a_class(name, tmp_path):
+    ours, model_type = with_class(tmp_path, name)
+    tokenizers.to_huggingface(ours).save(tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), tokenizers.load(tmp_path / "out")
+    for text in [*TEXTS, "The 12345 cats", "the</s>\n cat"]:
+        ids = ours.encode_with_template(text, special=True)
+        assert theirs(text).input_ids == again.encode_with_template(text, special=True) == ids, text
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+    assert ("token_type_ids" in theirs("the")) == (name == "BertTokenizer")
+    for role in ("bos", "eos", "pad", "unk", "sep", "cls"):
+        assert getattr(theirs, f"{role}_token_id") in (None, getattr(ours, f"{role}_id"))
+    assert tokenizers.to_huggingface(again) is again
