@@ -65,9 +65,10 @@ def _token_losses(logits, targets, z_loss, label_smoothing, padding=0):
     return objective, nll, log_z
 
 
-def chunks_of(B: int, T: int, V: int, budget: int = 2**22, least: int = 512) -> int:
-    """The number of pieces of T for the loss of [B, T] targets: a divisor of T such that a piece has
-    about `budget` logits (the size of a CPU cache), and at least `least` targets."""
+def chunks_of(B: int, T: int, V: int, least: int = 512) -> int:
+    """The number of pieces of T for the loss of [B, T] targets: a divisor of T such that a piece has about 2^22
+    logits (the cache of a CPU; elsewhere 2^28 on each device), and at least `least` targets."""
+    budget = 2**22 if parallel.current_platform() == "cpu" else 2**28 * parallel.axis_size(*parallel.AXES)
     wanted = min(-(-B * T * V // budget), max(1, B * T // least))
     return max(n for n in range(1, T + 1) if T % n == 0 and n <= max(wanted, 1))
 
@@ -97,11 +98,23 @@ def chunked_cross_entropy(
     return _chunked(hidden, kernel, targets, weights, bias, *options, gradients=False)[0]
 
 
+def _pad_vocabulary(kernel, bias):
+    """(kernel, bias, the number of columns added): on a GPU, products with V a multiple of 128 take half the time."""
+    extra = -kernel.shape[1] % 128 if parallel.current_platform() == "gpu" else 0
+    if extra:
+        kernel = jnp.pad(kernel, [(0, 0), (0, extra)])
+        bias = bias if bias is None else jnp.pad(bias, (0, extra))
+    return kernel, bias, extra
+
+
 def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoothing, softcap, padding, gradients):
     # On a mesh, fsdp splits V here if it divides V, instead of the rows: each device then sums the
     # gradient of its own part of the kernel. b and t are the numbers of splits of B and T. There is one
     # sum per split; these sums are reduced once at the end, not once per chunk.
     B, T, D = hidden.shape
+    V = kernel.shape[1]
+    kernel, bias, extra = _pad_vocabulary(kernel, bias)
+    padding += extra
     fits = kernel.shape[1] % parallel.axis_size("tensor", "fsdp") == 0
     rows, words = (("data",), ("tensor", "fsdp")) if fits else (("data", "fsdp"), ("tensor",))
     b, t = parallel.batch_splits(B, T, rows)
@@ -162,7 +175,7 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
     if gradients:
         dh = dh.transpose(1, 3, 2, 0, 4, 5).reshape(B, T, D)  # type: ignore  # not None with gradients
     loss, nll, dw, db = jax.tree.map(lambda x: x.sum((0, 1)), carry)
-    return (loss, nll), (dh, dw, db)
+    return (loss, nll), (dh, *jax.tree.map(lambda x: x[..., :V], (dw, db)))
 
 
 def _chunked_forward(hidden, kernel, targets, weights, bias, *options):

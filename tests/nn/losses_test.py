@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from nanoflax import nn, train
+from nanoflax import nn, parallel, train
 from nanoflax.config import POSITIONS, ModelConfig
 from nanoflax.data import Windows
 from nanoflax.nn import build
@@ -64,6 +64,26 @@ def test_chunked_cross_entropy_is_the_naive_one(chunks, options):
     assert_trees_close(dours, dplain, 5e-6)
 
 
+def test_columns_that_a_gpu_needs_change_nothing(monkeypatch):
+    """There the vocabulary is padded to a multiple of 128 inside the loss."""
+    hidden, kernel, targets, weights = problem()
+    bias = jnp.linspace(-1, 1, V)
+
+    def numbers(name):
+        monkeypatch.setattr(parallel, "current_platform", lambda: name)
+
+        def loss(hidden, kernel, bias):
+            options = dict(chunks=2, z_loss=0.05, label_smoothing=0.1, softcap=5.0)
+            return nn.chunked_cross_entropy(hidden, kernel, targets, weights, bias, **options)
+
+        step = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+        return step(hidden, kernel, bias), f"{D},128" in str(step.trace(hidden, kernel, bias).jaxpr)
+
+    (plain, unpadded), (found, padded) = numbers("cpu"), numbers("gpu")
+    assert padded and not unpadded
+    assert_trees_close(found, plain, 1e-6)
+
+
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_bfloat16_hidden_states_give_float32_sums_and_kernel_gradients(chunks):
     hidden, kernel, targets, weights = problem(dtype=jnp.bfloat16)
@@ -117,10 +137,12 @@ def test_chunks_divide_the_window_and_are_neither_large_nor_thin(rows, length, v
         assert n == 1
 
 
-def test_chunks_of_common_shapes():
+def test_chunks_of_common_shapes(monkeypatch):
     assert nn.chunks_of(16, 256, 256) == 1
     for rows, length in ((8, 1024), (64, 1024), (2, 2048)):  # GPT-2's vocabulary: thin pieces
         assert rows * length // nn.chunks_of(rows, length, 50257) == 512
+    monkeypatch.setattr(parallel, "current_platform", lambda: "gpu")
+    assert nn.chunks_of(16, 1024, 50257) == 4  # of 0.2 G logits
 
 
 @pytest.mark.parametrize("whole", [False, True])
