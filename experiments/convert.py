@@ -33,8 +33,8 @@ def main():
     runs.setup_jax()
     run = nanoflax.open(source, FLAGS.checkpoint, FLAGS.dtype)
     to_transformers = run.workdir or FLAGS.to_transformers
-    with runs.emptied_on_error(target):
-        (run.save_pretrained if to_transformers else run.save_run)(target)
+    with runs.filled_directory(target) as part:
+        (run.save_pretrained if to_transformers else run.save_run)(part)
     if to_transformers:
         print_mapping(run)
         print(

@@ -48,7 +48,12 @@ def main() -> int:
     grid = [runs.parse_setting(text, False, check_value) for text in FLAGS.grid]
     spaces = [runs.parse_setting(text, True, check_value) for text in FLAGS.random]
     check_flags(grid, spaces)
-    runs.make_writable(FLAGS.workdir)
+    with runs.locked(FLAGS.workdir):
+        return 1 if run_trials(grid, spaces) else 0
+
+
+def run_trials(grid: list, spaces: list) -> int:
+    """Run the trials that are left, and print the table. Returns the number of failed trials."""
     keys = [key for key, _ in grid + spaces]
     sweep = runs.Sweep(FLAGS.workdir, f"experiments.{FLAGS.program}", shared_flags(), FLAGS.metric, keys)
     grid_keys, results = [key for key, _ in grid], []
@@ -63,7 +68,7 @@ def main() -> int:
             suggest = lambda expected=expected: expected
         results.append(sweep.trial(i, f"trial {i + 1}/{len(points)}", expected, suggest))
         runs.write_jsonl(os.path.join(FLAGS.workdir, "results.jsonl"), results)
-    return 1 if sweep.summarise(results) else 0
+    return sweep.summarise(results)
 
 
 def check_flags(grid: list, spaces: list) -> None:

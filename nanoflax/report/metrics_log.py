@@ -1,6 +1,6 @@
 """The log of a run: metrics.jsonl, TensorBoard and Weights & Biases."""
 
-import contextlib
+import errno
 import json
 import math
 import os
@@ -36,36 +36,47 @@ class MetricsLog:
         workdir = pathlib.Path(workdir)
         self.path = workdir / "metrics.jsonl"
         self._wandb = _start_wandb(workdir, wandb, config) if wandb else None
-        self._tensorboard = None
+        self._tensorboard, self._unwritten = None, b""
         if tensorboard:
             self._tensorboard = _TensorBoard(workdir / "tensorboard", resume_step)
         try:
             _truncate(self.path, resume_step)
-            self._file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (until close())
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (until close())
         except OSError as error:
             raise self._unwritable(error) from error
 
     def log(self, step: int, **values: Any) -> None:
-        """Adds one line. Values are numbers, arrays of one number, or strings. Raises: UserError."""
+        """Adds one line. Values are numbers, arrays of one number, or strings. While the disk is full, lines are kept
+        in memory, and the next call tries again. Raises: UserError for other errors of the disk."""
         step = int(step)
         values = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
+        self._unwritten += to_json({"step": step} | values).encode() + b"\n"
         try:
-            self._file.write(to_json({"step": step} | values) + "\n")
-            self._file.flush()
+            self._write()
         except OSError as error:
-            raise self._unwritable(error) from error
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise self._unwritable(error) from error
         if self._tensorboard:
             self._tensorboard.add(step, values)
         if self._wandb:
             self._wandb.log({"step": step} | values)
 
+    def _write(self):
+        while self._unwritten:  # a disk that becomes full takes a part of a line
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
+
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # the disk is full: log() has already raised this
+        """Raises: UserError if lines are left that cannot be written."""
+        try:
+            self._write()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
             self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
+            if self._tensorboard:
+                self._tensorboard.close()
+            if self._wandb:
+                self._wandb.finish()
 
     def _unwritable(self, error):
         return UserError(f"cannot write {self.path}: {error.strerror}")

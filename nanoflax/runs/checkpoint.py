@@ -4,7 +4,7 @@ A checkpoint directory holds
 
     <step>/state/            the arrays, written by orbax (OCDBT: a few files for any number of arrays)
     <step>/meta/metadata     the argument `meta` of `save`, as JSON
-    <step>/manifest.json     the metric, and the size and CRC-32 of every file above
+    <step>/manifest.json     the step, the metric, and the size and CRC-32 of every file above
     damaged-<step>/          a damaged step, renamed and never deleted
 
 orbax writes a step under a temporary name and renames it when it is complete. A callback writes the
@@ -36,7 +36,7 @@ from jaxtyping import PyTree
 from nanoflax import parallel, report
 from nanoflax.errors import UserError, listed
 from nanoflax.runs import manifest
-from nanoflax.runs.lock import DISK_ERRORS, Path, make_writable
+from nanoflax.runs.lock import DISK_ERRORS, FULL, Path, make_writable
 
 Log = Callable[[str], Any]  # receives warnings, each of one line
 _quiet_contexts = 0
@@ -144,6 +144,10 @@ def restore_params(
     return parallel.unstack(state[subtree]), _read_meta(directory, step)
 
 
+class DiskFull(UserError):
+    """A save failed, and may succeed later, when there is room."""
+
+
 class Checkpoints:
     """The checkpoints of one run, for writing by all of its processes. Use as a context manager.
 
@@ -170,7 +174,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
         parallel.gather_from_processes("opened")
         self._metrics = {step: manifest.read_metric(self.directory / str(step)) for step in self.steps()}
-        self._saving = None
+        self._saving = self._failure = None
         registry = ocp.DefaultCheckpointHandlerRegistry()
         # Compression would save 8% of the size and double the CPU time of a save.
         handler = ocp.PyTreeCheckpointHandler(use_compression=False)
@@ -197,12 +201,16 @@ class Checkpoints:
         """Saves `state` (a tree of arrays) and `meta` (JSON) in the background, after the previous save.
 
         When this method returns, the caller may donate or change both. If the step is already saved, only
-        a missing metric is added.
+        a missing metric is added. If the previous save failed because the disk is full, a line is logged, and this
+        save tries again; `wait` raises for the last save.
 
         Returns False if the step is already saved, else True.
-        Raises: UserError if this save or the previous one failed, or a later step exists.
+        Raises: UserError if this save or the previous one failed for another reason, or a later step exists.
         """
-        self.wait()
+        try:
+            self.wait()
+        except DiskFull as error:
+            self._log(f"warning: {error}; the training goes on, and step {step} is saved instead")
         found = parallel.run_on_main_process(self.steps)
         metric = float(metric) if metric is not None and math.isfinite(metric) else None
         if step in found:
@@ -222,14 +230,17 @@ class Checkpoints:
         try:
             self._manager.save(step, args=args, force=True)  # force: the caller decides when
         except OSError as error:
-            self._abandon(error)
+            self._failure = error  # for `wait`
         return True
 
     def wait(self) -> None:
         """Blocks until the last save is committed. Raises: UserError if it failed."""
+        error, self._failure = self._failure, None
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # orbax and tensorstore raise several types for a full disk
+        except Exception as later:  # orbax and tensorstore raise several types for a full disk
+            error = error or later
+        if error:
             self._abandon(error)
         self._saving = None
 
@@ -314,19 +325,21 @@ class Checkpoints:
 
         In a run of several processes, the others learn of the failure when this process has exited.
         """
-        step = self._saving
+        step, kind = self._saving, UserError
+        reason = next((text for text in map(os.strerror, DISK_ERRORS) if text in str(error)), repr(error)[:200])
         if jax.process_count() == 1:
             self._manager.close()
             self._open()
-        reason = next((text for text in map(os.strerror, DISK_ERRORS) if text in str(error)), repr(error)[:200])
-        raise UserError(f"{self.directory}: step {step} could not be saved: {reason}") from error
+            if reason in map(os.strerror, FULL):
+                kind = DiskFull
+        raise kind(f"{self.directory}: step {step} could not be saved: {reason}") from error
 
     def _write_manifest(self):
         """Called by orbax's commit thread on process 0 when all processes have written their files."""
         step = self._saving
         assert step is not None
         (path,) = self.directory.glob(f"{step}.*")  # still under its temporary name
-        manifest.write(path, self._metrics[step])
+        manifest.write(path, step, self._metrics[step])
 
 
 def check_same_shapes(what: str, saved: PyTree, wanted: PyTree) -> None:

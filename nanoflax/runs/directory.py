@@ -21,7 +21,7 @@ from nanoflax import config as configs
 from nanoflax import parallel, report
 from nanoflax.config import Config, DataConfig, LabelTask, ModelConfig
 from nanoflax.errors import UserError, listed
-from nanoflax.runs.lock import DISK_ERRORS, WorkdirLock
+from nanoflax.runs.lock import DISK_ERRORS, WorkdirLock, remove_lock
 
 DIRECTORIES = ("checkpoints", "tokenizer", "tensorboard", "final", "adapter")
 FILES = (
@@ -55,12 +55,13 @@ def _removed_if_empty(workdir: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # the first directory that holds something ends this
+        # The first directory that holds something ends this, and so does the lock of another run.
+        with contextlib.suppress(OSError):
             for p in new if parallel.is_main_process() else ():
                 if p.is_dir():
                     p.rmdir()
                 elif p.name == ".lock":
-                    p.unlink(missing_ok=True)
+                    remove_lock(p)
         raise
 
 
@@ -103,13 +104,25 @@ def replace_directory(path: str) -> None:
 
 
 @contextlib.contextmanager
-def emptied_on_error(path: str) -> Iterator[None]:
-    """A context that fills a directory, which is empty or does not exist. After an error it is so again."""
-    with _removed_if_empty(path):
+def filled_directory(path: str) -> Iterator[str]:
+    """A context that fills a directory, which is empty or does not exist; gives the name under which to write.
+
+    The directory gets its own name when it is complete. After an error all is as before. After a kill a part is
+    left, which the next call removes. A mounted disk, and a directory in one that cannot be written, are filled in
+    place.
+    """
+    part = part_of(path)
+    if os.path.ismount(path) or os.path.isdir(path) and not os.access(os.path.dirname(part), os.W_OK):
+        part = path
+    else:
+        shutil.rmtree(part, ignore_errors=True)
+    with _removed_if_empty(part):
         try:
-            yield
+            yield part
+            if part != path:
+                replace_directory(path)
         except BaseException:
-            for entry in pathlib.Path(path).iterdir() if os.path.isdir(path) else ():
+            for entry in pathlib.Path(part).iterdir() if os.path.isdir(part) else ():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             raise
 

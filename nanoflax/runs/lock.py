@@ -1,19 +1,22 @@
 """The lock of a run's directory, so that only one run writes there."""
 
+import contextlib
 import errno
 import fcntl
 import os
 import pathlib
 import socket
 import time
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO, TypeAlias
 
 from nanoflax import parallel
 from nanoflax.errors import UserError
 
 Path: TypeAlias = str | os.PathLike[str]
 # Errors of a disk that is full, read-only or broken: the run stops with one line.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_ERRORS = (*FULL, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 VISIBLE_SECONDS = 30  # largest delay until all hosts see a new file on a network file system
 
 
@@ -29,6 +32,70 @@ def make_writable(directory: Path) -> pathlib.Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{path} cannot be written: choose another directory or change its mode")
     return path
+
+
+def take_lock(directory: Path) -> tuple[TextIO, str]:
+    """(the locked file .lock of a directory, its text). Closing the file releases the lock. Raises: UserError."""
+    holder = f"process {os.getpid()} on {socket.gethostname()}\n"
+    while True:
+        path = make_writable(directory) / ".lock"
+        try:
+            file = open(path, "a+")  # noqa: SIM115 (it stays open until the lock is released)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(file, path):
+                file.truncate(0)
+                file.write(holder)
+                file.flush()
+                return file, holder
+            file.close()
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"workdir {directory} is in use by {holder}: wait for it or stop it, or choose another --workdir"
+            ) from error
+        except FileNotFoundError:  # another process has failed, and has removed the directory that it made
+            continue
+        except OSError as error:
+            raise UserError(f"{path} cannot be locked: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """A context that holds the lock of a directory, in a process that must not start JAX. Raises: UserError."""
+    with take_lock(directory)[0]:
+        yield
+
+
+def remove_lock(path: pathlib.Path) -> None:
+    """Removes a lock file, if there is one. Raises: BlockingIOError if a process holds the lock."""
+    with contextlib.suppress(FileNotFoundError), open(path, "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(file, path):
+            path.unlink()
+
+
+def wait_until_free(directory: Path, log: Callable[[str], Any] = print) -> None:
+    """Waits while a process holds the lock of a directory; says so once."""
+    path, said = pathlib.Path(directory) / ".lock", False
+    while path.exists():
+        with open(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if not said:
+                    log(f"{directory}: waiting for {file.read().strip() or 'another process'}, which still runs")
+        said = True
+        time.sleep(0.5)
+
+
+def _is_at(file: TextIO, path: pathlib.Path) -> bool:
+    """Whether an open file still has this path: another process may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 class WorkdirLock:
@@ -57,23 +124,7 @@ class WorkdirLock:
 
     def _take(self, directory: Path) -> str:
         """Takes the lock; returns the text of the lock file."""
-        path = make_writable(directory) / ".lock"
-        try:
-            file = open(path, "a+")  # noqa: SIM115 (it stays open until the lock is released)
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            holder = f"process {os.getpid()} on {socket.gethostname()}\n"
-            file.write(holder)
-            file.flush()
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(
-                f"workdir {directory} is in use by {holder}: wait for it or stop it, or choose another --workdir"
-            ) from error
-        except OSError as error:
-            raise UserError(f"{path} cannot be locked: {error.strerror}") from error
-        self._file = file
+        self._file, holder = take_lock(directory)
         # A forked worker may outlive its parent: it must not keep the parent's lock.
         os.register_at_fork(after_in_child=self.release)
         return holder

@@ -15,14 +15,14 @@ NAME = "manifest.json"
 WRITTEN_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # orbax writes these after the manifest
 
 
-def write(path: pathlib.Path, metric: float | None) -> None:
-    """Writes the manifest of the step in the directory `path`. metric: finite, or None."""
+def write(path: pathlib.Path, step: int, metric: float | None) -> None:
+    """Writes the manifest of a step into its directory `path`. metric: finite, or None."""
     files = {}
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         name = file.relative_to(path).as_posix()
         if name not in WRITTEN_LATER:
             files[name] = [file.stat().st_size, _crc32_of_file(file)]
-    _write_body(path / NAME, {"metric": metric, "files": files})
+    _write_body(path / NAME, {"step": step, "metric": metric, "files": files})
 
 
 def set_metric(path: pathlib.Path, metric: float) -> None:
@@ -39,10 +39,12 @@ def read_metric(path: pathlib.Path) -> float | None:
 
 
 def find_damage(path: pathlib.Path) -> str | None:
-    """A description of the damage of a step, or None. Raises: UserError if a file is not readable."""
+    """The damage of the step in the directory `path`, in words, or None. Raises: UserError for an unreadable file."""
     body = _read_body(path)
     if body is None:
         return f"{NAME} is missing or damaged"
+    if (step := body.get("step")) is not None and str(step) != path.name:  # older manifests have no step
+        return f"it is a copy of step {step}"
     for name, (size, crc) in body["files"].items():
         try:
             found = (path / name).stat().st_size
@@ -62,7 +64,7 @@ def _write_body(file: pathlib.Path, body: dict[str, Any]) -> None:
 
 
 def _read_body(path: pathlib.Path) -> dict[str, Any] | None:
-    """{"metric": .., "files": ..} of a step; None if the manifest is missing or damaged."""
+    """{"step": .., "metric": .., "files": ..}; None if the manifest is missing or damaged."""
     try:
         body = json.loads((path / NAME).read_bytes())
         return body if body.pop("crc32") == _crc32_of_json(body) else None

@@ -21,6 +21,7 @@ import numpy as np
 from nanoflax import report
 from nanoflax.config import MAX_SEED
 from nanoflax.errors import UserError
+from nanoflax.runs.lock import wait_until_free
 
 SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")  # parts of the names of such metrics
 Space = list[str] | tuple[str, float, float]  # choices, or ("log" | "uniform" | "int", low, high)
@@ -131,6 +132,7 @@ class Sweep:
             _write_json(path, known)
         elif self.metric in known.get("result", {}):
             return self._judged(known["result"])
+        wait_until_free(workdir)  # after SIGKILL of the sweep, its trial still runs
         settings = [f"{key}={value}" for key, value in known["values"].items()]
         print(f"{title}: {', '.join(settings)}", flush=True)
         arguments = [*self.flags, *(f"--{setting}" for setting in settings), f"--workdir={workdir}"]

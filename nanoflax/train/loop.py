@@ -68,7 +68,7 @@ def fit(
     batches[i]: this process's rows of the batch of step i; batches.describe(i): the source of the rows;
     evaluate(params, step): (metrics with config.train.metric, text to print); checkpoints: a
     Checkpoints; log, progress: of `report`; meta: saved with every checkpoint. A pending evaluation is
-    done first. SIGTERM and SIGINT save and return; a second signal interrupts. All processes stop and
+    done first. SIGTERM and SIGINT save and return; a second SIGINT interrupts. All processes stop and
     save at the same step: after a signal to any process, and by the clock and metrics of process 0.
     Raises: UserError after config.train.max_skipped non-finite steps in a row, naming the batch.
     """
@@ -78,32 +78,34 @@ def fit(
     eager = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
     reason, caught = "finished", 0
     parallel.gather_from_processes("compiled")
-    with (
-        Signals() as signals,
-        parallel.watchdog(config.train.watchdog_seconds),
-        contextlib.closing(prefetch(batches[i] for i in range(first, steps))) as queue,
-    ):
-        poll = parallel.HostPoll(first)
-        for batch in itertools.chain([None] * tracking.evaluation_pending, queue):
-            if batch is not None:
-                run.state, metrics = step(run.state, parallel.put_batch(batch, mesh))
-                run.add(metrics, wait=eager or run.done == first)
-            answers = poll(run.done, [int(signals.caught), run.save_is_due()])
-            caught = next((number for number, _ in answers if number), 0)
-            save = run.done % config.train.checkpoint_every == 0 or bool(answers) and answers[0][1]
-            metric, last = None, run.done == steps or caught
-            evaluates = run.done % config.train.evaluate_every == 0 or run.done == steps
-            run.tracking = run.tracking._replace(evaluation_pending=bool(evaluates and caught))
-            if evaluates and not caught:
-                metric = run.evaluate()
-                save |= metric is not None and run.tracking.best_step == run.done
-                if 0 < config.train.patience <= run.tracking.waited:
-                    reason, last = "early stop", True
-            if save or last:
-                run.save(metric)
-            if last:
-                break
-    checkpoints.wait()
+    with Signals() as signals:
+        with (
+            parallel.watchdog(config.train.watchdog_seconds),
+            contextlib.closing(prefetch(batches[i] for i in range(first, steps))) as queue,
+        ):
+            poll = parallel.HostPoll(first)
+            for batch in itertools.chain([None] * tracking.evaluation_pending, queue):
+                if batch is not None:
+                    run.state, metrics = step(run.state, parallel.put_batch(batch, mesh))
+                    run.add(metrics, wait=eager or run.done == first)
+                answers = poll(run.done, [int(signals.caught), run.save_is_due()])
+                caught = next((number for number, _ in answers if number), 0)
+                save = run.done % config.train.checkpoint_every == 0 or bool(answers) and answers[0][1]
+                metric, last = None, run.done == steps or caught
+                evaluates = run.done % config.train.evaluate_every == 0 or run.done == steps
+                run.tracking = run.tracking._replace(evaluation_pending=bool(evaluates and caught))
+                if evaluates and not caught:
+                    metric = run.evaluate()
+                    save |= metric is not None and run.tracking.best_step == run.done
+                    if 0 < config.train.patience <= run.tracking.waited:
+                        reason, last = "early stop", True
+                if save or last:
+                    run.save(metric)
+                if last:
+                    break
+        checkpoints.wait()
+        late = parallel.gather_from_processes(int(signals.caught))  # during the last evaluation or save
+        caught = caught or next(filter(None, late), 0)
     return run.state, run.tracking, Outcome(signal.Signals(caught).name if caught else reason, run.done, caught)
 
 
@@ -173,7 +175,11 @@ class _Run:
 
 
 class Signals:
-    """A context in which the first SIGTERM or SIGINT does not end the process, but is recorded in `caught`."""
+    """A context in which SIGTERM and SIGINT do not end the process: the first is recorded in `caught`.
+
+    A second SIGINT, of a person who does not wait, interrupts. A second SIGTERM is often sent by a scheduler to the
+    process and to its group.
+    """
 
     def __enter__(self) -> "Signals":
         self.caught, self._old = 0, {}
@@ -183,9 +189,9 @@ class Signals:
         return self
 
     def _record(self, number, frame):
-        if self.caught:
+        if self.caught and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.caught = number
+        self.caught = self.caught or number
 
     def __exit__(self, *_: object) -> None:
         for number, old in self._old.items():

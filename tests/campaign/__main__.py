@@ -19,7 +19,7 @@ import sys
 from tests.campaign import Outcome, run_part
 
 # The parts, and their shares of the time. The longest parts are first, so that no core waits at the end.
-PARTS = {"fuzz": 4}
+PARTS = {"fuzz": 4, "kills": 4, "corruptions": 2, "signals": 2, "disk": 2, "prompts": 1, "hosts": 4, "surroundings": 2}
 
 
 def print_table(results: dict[str, tuple[list[Outcome], float]]) -> None:

@@ -102,11 +102,17 @@ def test_no_room_and_no_directory_are_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot write .*metrics.jsonl: No such file"):
         report.MetricsLog(tmp_path / "absent", tensorboard=False)
     log = report.MetricsLog(tmp_path, tensorboard=False)
-    log._file.close()
-    log._file = open("/dev/full", "w")
+    file, log._file = log._file, open("/dev/full", "wb", buffering=0)
+    for step in (1, 2):
+        log.log(step, loss=2.5)
+    full, log._file = log._file, file
+    log.log(3, loss=2.5)  # now there is room
+    assert [record["step"] for record in report.read_metrics(log.path)] == [1, 2, 3]
+    log._file = full
+    log.log(4, loss=2.5)
     with pytest.raises(UserError, match="metrics.jsonl: No space left"):
-        log.log(1, loss=2.5)
-    log.close()
+        log.close()
+    assert full.closed
 
 
 def read_events(workdir):

@@ -4,6 +4,7 @@ import logging
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -225,6 +226,26 @@ def test_a_step_that_is_there_gets_its_metric_later(tmp_path):
         assert checkpoints.best() == 2
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_copy_of_another_step_is_damage(swapped, tmp_path):
+    save_steps(tmp_path, 2)
+    (tmp_path / "2").rename(tmp_path / "other")
+    if swapped:
+        (tmp_path / "1").rename(tmp_path / "2")
+        (tmp_path / "other").rename(tmp_path / "1")
+    else:
+        shutil.copytree(tmp_path / "1", tmp_path / "2")
+        shutil.rmtree(tmp_path / "other")
+    said = []
+    with Checkpoints(tmp_path, log=said.append) as checkpoints:
+        if swapped:
+            with pytest.raises(UserError, match="every checkpoint is damaged"):
+                checkpoints.restore(abstract(make_state(1)))
+        else:
+            assert checkpoints.restore(abstract(make_state(1)))[1] == {"position": 1}
+    assert "step 2 is damaged (it is a copy of step 1)" in said[0] and (tmp_path / "damaged-2").is_dir()
+
+
 def flip(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 4
@@ -378,6 +399,18 @@ def fill_disk(directory):
         assert_same_bits(checkpoints.restore(abstract(small))[0], small)
         checkpoints.save(3, small, {})
     assert checkpoints.steps() == [1, 3]
+    # A save while the disk is full is reported by the next save, which succeeds.
+    said = []
+    with Checkpoints(directory, log=said.append) as checkpoints:
+        checkpoints.save(4, big, {})
+        if resource.getrlimit(resource.RLIMIT_FSIZE)[0] < 0:  # a file that is too large is no full disk
+            checkpoints.save(5, small, {})
+            assert len(said) == 1 and "step 4 could not be saved: No space" in said[0] and "step 5" in said[0]
+        else:
+            with pytest.raises(UserError, match="File too large"):
+                checkpoints.save(5, small, {})
+            checkpoints.save(5, small, {})
+    assert checkpoints.steps() == [3, 5] and checkpoints.metric(4) is None
     return str(error.value)
 
 

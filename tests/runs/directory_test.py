@@ -1,6 +1,7 @@
 """A run's directory: failed starts leave nothing, what a user made is kept, and links stay links."""
 
 import errno
+import fcntl
 import logging
 import os
 import pathlib
@@ -12,6 +13,7 @@ from nanoflax import report, tokenizers
 from nanoflax.config import Config, ModelConfig, OptimConfig, TextData, TrainConfig
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint, directory
+from nanoflax.runs.lock import WorkdirLock
 
 
 def contents(path):
@@ -61,6 +63,36 @@ def test_what_was_written_before_an_error_stays(tmp_path):
         with pytest.raises(UserError, match="is in use by process"), directory.exclusive(str(tmp_path / "c")):
             pass
         assert contents(tmp_path) == before
+
+
+def test_a_refused_start_of_the_same_instant_leaves_the_lock_and_the_directories_of_the_other(tmp_path, monkeypatch):
+    workdir, first = tmp_path / "w", []
+
+    def second(path):  # its directory was absent when this start looked; now the other run has it
+        first.append(WorkdirLock(path))
+        (workdir / "checkpoints").mkdir()
+        return WorkdirLock(path)
+
+    monkeypatch.setattr(directory, "WorkdirLock", second)
+    with pytest.raises(UserError, match="is in use by process"), directory.exclusive(str(workdir)):
+        pass
+    assert sorted(os.listdir(workdir)) == [".lock", "checkpoints"]
+    with pytest.raises(UserError, match="is in use by process"):
+        WorkdirLock(workdir)
+    first[0].release()
+
+
+def test_a_lock_file_that_another_run_removed_is_no_lock(tmp_path, monkeypatch):
+    real, removed = fcntl.flock, []
+
+    def slow(file, operation):  # between opening and locking, the run that held the lock fails and removes the file
+        if not removed:
+            removed.append(os.unlink(tmp_path / ".lock"))
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with WorkdirLock(tmp_path), pytest.raises(UserError, match="is in use by process"):
+        WorkdirLock(tmp_path)
 
 
 @pytest.mark.parametrize("name", [*directory.DIRECTORIES, *directory.FILES])
@@ -182,9 +214,26 @@ def test_a_directory_that_could_not_be_filled_is_as_before(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new/deep"):
         for error in (OSError, KeyboardInterrupt):
-            with pytest.raises(error), directory.emptied_on_error(str(tmp_path / name)):
-                os.makedirs(tmp_path / name / "half")
-                (tmp_path / name / "half" / "file").write_text("x")
-                (tmp_path / name / "file").write_text("x")
+            with pytest.raises(error), directory.filled_directory(str(tmp_path / name)) as part:
+                os.makedirs(pathlib.Path(part, "half"))
+                pathlib.Path(part, "half", "file").write_text("x")
+                pathlib.Path(part, "file").write_text("x")
                 raise error
             assert contents(tmp_path) == {"empty": None}
+
+
+@pytest.mark.parametrize("name", ["empty", "new/deep"])
+def test_a_killed_filling_is_not_seen_and_does_not_stop_the_next(name, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    path = tmp_path / name
+    for text in ("killed", "second"):
+        filling = directory.filled_directory(str(path))
+        os.makedirs(part := filling.__enter__(), exist_ok=True)
+        pathlib.Path(part, text).write_text(text)
+        assert not path.exists() or not os.listdir(path)
+    filling.__exit__(None, None, None)
+    assert os.listdir(path) == ["second"] and os.listdir(path.parent) == [path.name]
+    # A directory that cannot be renamed is filled in place.
+    monkeypatch.setattr(os.path, "ismount", lambda _: True)
+    with directory.filled_directory(str(tmp_path / "disk")) as part:
+        assert part == str(tmp_path / "disk")

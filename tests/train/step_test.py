@@ -467,6 +467,28 @@ def test_a_second_signal_interrupts():
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize("later", [0, 1])
+def test_a_second_sigterm_does_not_stop_the_save(later):
+    real = os.kill
+
+    class Saving(Run):
+        def wait(self):  # the last save is written in the background
+            real(os.getpid(), signal.SIGTERM)
+            super().wait()
+
+    loop = Saving() if later else Run()
+
+    def step(state, batch):
+        if int(state.step) == 4:
+            for _ in range(2 - later):
+                real(os.getpid(), signal.SIGTERM)
+        return loop.step(state, batch)
+
+    _, _, outcome = loop.fit(config_of(steps=50), step=step)
+    assert outcome == Outcome("SIGTERM", 5, signal.SIGTERM)
+    assert [s for s, *_ in loop.saved] == [5] and loop.waited
+
+
 def test_an_error_in_the_data_comes_through():
     class Broken(Run):
         def __getitem__(self, step):
