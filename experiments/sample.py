@@ -57,7 +57,7 @@ def main():
     if as_task and run.task.needs_prompt and not FLAGS.interactive:
         if not prompts:
             raise UserError(f"--prompt is missing: the text that task.kind={run.config.task.kind!r} is about")
-        if not all(run.cleaned_texts(prompts)):
+        if not all(map(str.strip, run.cleaned_texts(prompts))):
             raise UserError("--prompt is empty after cleaning, with the settings of the run's data")
     if not as_task and (used := runs.used_of_model(settings, run.model.config.generation)):
         print(f"set by the model's generation_config.json: {used}", file=sys.stderr)

@@ -175,8 +175,9 @@ class Run:
 
     def _task_texts(self, texts: Sequence[str]) -> list[str]:
         found = self.cleaned_texts(texts)
-        if self.task.needs_prompt and not all(found):
-            raise UserError(f"text {found.index('') + 1} is empty after cleaning, with the settings of the run's data")
+        empty = [i for i, text in enumerate(found, 1) if not text or text.isspace()]
+        if self.task.needs_prompt and empty:
+            raise UserError(f"text {empty[0]} is empty after cleaning, with the settings of the run's data")
         return found
 
     def predict(self, texts: str | Sequence[str], **settings: Any) -> Any:

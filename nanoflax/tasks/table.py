@@ -261,13 +261,14 @@ TASKS = {
 def config_of(model: ModelConfig) -> Config:
     """The Config of a model that is not a run: default settings, and the task of a head with classes.
 
-    Texts are read up to the context of the model. There are no data.
+    Texts are read as they are, up to the context of the model. There are no data.
     """
     config = Config(model=model)
     for kind, task in TASKS.items():
         if task.has_labels and task.head == model.head and not model.is_regression:
             chosen = TASK_KINDS[kind](length=model.context)
-            config = dataclasses.replace(config, data=ExampleData(train=""), task=chosen)
+            data = ExampleData(train="", unicode="", whitespace="")
+            config = dataclasses.replace(config, data=data, task=chosen)
     return with_recipe(config)[0]  # fills train.batch_size
 
 

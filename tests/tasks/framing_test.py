@@ -321,3 +321,17 @@ def test_translations_from_text_agree(tmp_path):
                                  eos_id=tokenizer.eos_id)  # fmt: skip
         found = model.generate(**auto(text, return_tensors="pt"), max_new_tokens=12, do_sample=False)[0].tolist()[1:]
         assert own == (found[: found.index(tokenizer.eos_id)] if tokenizer.eos_id in found else found)
+
+
+def test_a_published_classifier_reads_texts_as_they_are(tmp_path):
+    """Unlike a run of ours, it has no settings of cleaning."""
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer = KINDS["json bos"](tmp_path / "tokenizer")
+    _, auto = export(tmp_path / "exported", model_config(tokenizer, "llama", "classify"), tokenizer)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported").eval()
+    texts = ["the cat ", "  the  cat", "a\n\nb", "cafe\u0301", "the cat"]
+    with torch.no_grad():
+        found = [model(**auto(text, return_tensors="pt")).logits[0].softmax(-1).tolist() for text in texts]
+    run = nanoflax.open(tmp_path / "exported")
+    for text, mine, theirs in zip(texts, run.predict(texts), found, strict=True):
+        assert [mine[name] for name in run.labels] == pytest.approx(theirs, abs=1e-5), text
