@@ -54,8 +54,9 @@ def make_filters(
     """
     given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     s = dataclasses.replace(defaults, **{name: x for name, x in given.items() if x is not None})
-    if problems := fields.value_problems(s, ""):
-        raise UserError("; ".join(problems))
+    problems = fields.value_problems(s, "")
+    if problems or (s.top_k or 0) % 1:
+        raise UserError("; ".join(problems) or f"top_k={s.top_k} must be an integer")
     real = lambda x, off: None if x in (None, off) else jnp.float32(x)
     heat = jnp.float32(1) if s.temperature is None else real(s.temperature, 0)
     top_k = None if not s.top_k else jnp.int32(min(s.top_k, 2**31 - 1))

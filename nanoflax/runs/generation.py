@@ -110,6 +110,9 @@ def check_ranges(given: dict[str, Any], prefix: str = "") -> None:
     for name in ("beams", "seed"):
         if name in given and not (isinstance(given[name], int) and given[name] >= 0):
             problems.append(f"{prefix}{name}={given[name]!r} must be an integer that is at least 0")
+    stop = given.get("stop", ())
+    if not isinstance(stop, str) and not (isinstance(stop, Sequence) and all(isinstance(text, str) for text in stop)):
+        problems.append(f"{prefix}stop={stop!r} must be a text or a list of texts")
     if problems:
         raise UserError("; ".join(problems))
 

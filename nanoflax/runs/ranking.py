@@ -58,6 +58,8 @@ def questions_of(records: Iterable[tuple[str, Any]], problems: Iterable[str] = (
         )
     if problems:
         raise UserError(listed(problems))
+    if not questions:
+        raise UserError("there is no question to rank")
     return questions
 
 

@@ -30,10 +30,16 @@ def open_run(source: "str | os.PathLike | Run", checkpoint: str = "best", dtype:
     of adapters of the peft library. Weights are read at their first use.
 
     checkpoint: "best" or "latest", for a run. dtype: of the parameters; None: unchanged.
-    Raises: UserError if the source cannot be opened.
+    Raises: UserError if the source cannot be opened, or for another dtype or checkpoint.
     """
     if isinstance(source, Run):
         return source
+    if checkpoint not in ("best", "latest"):
+        raise UserError(f"checkpoint={checkpoint!r} must be 'best' or 'latest'")
+    try:
+        jax.numpy.dtype(dtype)
+    except TypeError as error:
+        raise UserError(f"dtype={dtype!r} must be float32, bfloat16 or float16") from error
     run = Run(source, checkpoint, dtype)
     if run.workdir is None:
         run._opened  # noqa: B018 (raises UserError if the source is not a model)

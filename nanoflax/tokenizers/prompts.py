@@ -28,7 +28,7 @@ def request_of(
     prompts = token_lists(prompts)
     check_prompts(config, prompts, new)
     eos_id = config.generation.eos_token_id if eos_id is None else eos_id
-    eos_ids = tuple(map(int, eos_id)) if isinstance(eos_id, Sequence) else (int(eos_id),)
+    eos_ids = tuple(map(int, np.ravel(eos_id)))
     return *pad_left(prompts, config.context), (eos_ids, vocab_size or config.vocab_size - config.vocab_padding)
 
 
@@ -66,8 +66,8 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
         )
     if not prompts:
         raise UserError("prompts is empty; give at least one prompt")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1, and an integer")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError(f"prompt {i} is empty; give at least one token, such as the tokenizer's bos_id")

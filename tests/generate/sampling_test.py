@@ -115,6 +115,8 @@ def test_repetition_penalty_moves_only_what_was_seen_towards_less():
         (dict(prompts=[[1, 29]]), "prompt 0 has token id 29, outside the model's vocabulary of 29"),
         (dict(prompts=[[1, -2]]), "prompt 0 has token id -2"),
         (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (dict(max_new_tokens=2.0), "max_new_tokens=2.0 must be at least 1, and an integer"),
+        (dict(top_k=2.5), "top_k=2.5 must be an integer"),
         (
             dict(prompts=[[1] * 60], max_new_tokens=5),
             "prompt 0 has 60 tokens; with max_new_tokens=5 this exceeds the model's context of 64",
@@ -229,6 +231,7 @@ def test_finished_rows_are_cut_and_frozen_and_do_not_disturb_others():
     prompts = ragged(4, 6)
     rows, eos = greedy_with_an_end(model, params, prompts)
     cut = generate.sample(model, params, prompts, 24, temperature=0, eos_id=eos)
+    assert cut == generate.sample(model, params, prompts, 24, temperature=0, eos_id=np.array([eos]))
     assert cut == [row[: row.index(eos)] if eos in row else row for row in rows]
     assert len(cut[0]) < len(cut[1])
     # Before cutting: the end, and nothing but the end after it.

@@ -105,6 +105,13 @@ def test_a_text_and_candidates_are_measured(decoder, tmp_path):
     assert run.rank(path) == run.rank(runs.read_questions(path)) == ranked
     with pytest.raises(UserError, match="question 2 must have a 'prompt'"):
         run.rank([{"prompt": "a", "candidates": ["b"]}, {"prompt": "a", "candidates": []}])
+    for call, words in (
+        (lambda: run.rank([]), "no question"),
+        (lambda: nanoflax.open(workdir, dtype="float3"), "dtype='float3' must be"),
+        (lambda: nanoflax.open(workdir, "newest"), "checkpoint='newest' must be"),
+    ):
+        with pytest.raises(UserError, match=words):
+            call()
     with pytest.raises(UserError, match="has no validation data"):
         run.save_pretrained(tmp_path / "theirs")
         nanoflax.open(tmp_path / "theirs").evaluate()
