@@ -24,13 +24,14 @@ from nanoflax import config as configs
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "directory of the run", required=True)
+flags.DEFINE_string("profile", "", "FROM:TO, steps whose trace is written to workdir/profile, such as 10:12")
 define_hosts()
 
 
 def main() -> int:
     config = parsed_config()
     join(config)
-    run = nanoflax.finetune(config=config, workdir=FLAGS.workdir)
+    run = nanoflax.finetune(config=config, workdir=FLAGS.workdir, profile=FLAGS.profile)
     return 128 + run.signal if run.signal else 0
 
 

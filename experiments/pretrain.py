@@ -28,6 +28,7 @@ from nanoflax import parallel
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "directory of the run; empty: runs/NAME, for the NAME of the config")
+flags.DEFINE_string("profile", "", "FROM:TO, steps whose trace is written to workdir/profile, such as 10:12")
 define_hosts()
 flags.DEFINE_bool(
     "restart_from_weights",
@@ -40,7 +41,7 @@ def main() -> int:
     config = parsed_config()
     workdir = FLAGS.workdir or os.path.join("runs", os.path.basename(FLAGS.config).removesuffix(".py"))
     join(config, restart_from_weights=FLAGS.restart_from_weights)
-    run = nanoflax.pretrain(config, workdir, restart_from_weights=FLAGS.restart_from_weights)
+    run = nanoflax.pretrain(config, workdir, restart_from_weights=FLAGS.restart_from_weights, profile=FLAGS.profile)
     if run.signal:
         return 128 + run.signal
     if parallel.is_main_process():

@@ -166,6 +166,10 @@ def _decode(job: Job, device: Any) -> Side:
     size = sum(p.size for p in jax.tree.leaves(params)) - config.context * config.dim
     itemsize = model.compute_dtype.itemsize
     cached = sum(range(PROMPT_TOKENS, PROMPT_TOKENS + new)) * B  # tokens whose keys and values are read
+
+    def run():
+        nanoflax.sample(model, params, prompts, new, temperature=0)
+
     weight_bytes, cache_bytes = size * itemsize * new, cached * 2 * config.layers * config.G * config.K * itemsize
     return {
         "what": f"GPT-2 with L={config.layers} D={config.dim}, greedy, B={B}, {PROMPT_TOKENS} + {new} tokens, "
@@ -179,7 +183,7 @@ def _decode(job: Job, device: Any) -> Side:
         "formula": "for each token of a row: every weight but the position table, read once for all rows "
         f"({weight_bytes / 1e9:.3g} GB a round), and the keys and values of all tokens before it "
         f"({cache_bytes / 1e9:.3g} GB)",
-    }, lambda: nanoflax.sample(model, params, prompts, new, temperature=0) and None
+    }, run
 
 
 def _encode(job: Job, device: Any) -> Side:

@@ -331,7 +331,7 @@ def archive_run(workdir: str) -> str:
         archived.append(os.path.join(workdir, f"previous-{last + 1}"))
         os.makedirs(archived[-1], exist_ok=True)
     if not os.path.exists(os.path.join(archived[-1], "config.json")):
-        for name in ("checkpoints", "tokenizer", "metrics.jsonl", "tensorboard", "loss.png", "wandb", "config.json"):
+        for name in "checkpoints tokenizer metrics.jsonl tensorboard loss.png wandb profile config.json".split():
             if os.path.exists(path := os.path.join(workdir, name)):
                 os.rename(path, os.path.join(archived[-1], name))
     return archived[-1]

@@ -20,6 +20,7 @@ from nanoflax.runs import checkpoint
 from nanoflax.runs.checkpoint import Checkpoints
 from nanoflax.runs.directory import check_workdir, exclusive, part_of, replace_directory, write_jsonl, write_run
 from nanoflax.runs.opening import open_initial, open_source, parameter_shapes
+from nanoflax.runs.profile import parse_profile
 from nanoflax.runs.run import Run
 from nanoflax.runs.start import Start, known_classes, some, start_from
 from nanoflax.runs.trainer import Job, TrainingData, check_metric, check_wandb, run_job, setup_jax
@@ -34,6 +35,7 @@ def finetune(
     workdir: str,
     validation: str | None = None,
     config: Config | None = None,
+    profile: str = "",
 ) -> Run:
     """Fine-tune in workdir. The same call again resumes the run and measures the best step again.
 
@@ -41,6 +43,7 @@ def finetune(
     of config.model. data, validation: sources of examples, such as "jsonl:train.jsonl". task: a kind, such as
     "classify", or its dataclass. peft: a kind, such as "lora", or its dataclass. config: all other settings; the
     arguments before replace its fields. Without config, texts are cut to the context of the source.
+    profile: steps such as "10:12", whose trace is written to workdir/profile.
     At the end the best step is measured; result.json, predictions.jsonl and final/ (all parameters) are written.
     Returns the Run in workdir; its `reason` says why training ended. After SIGTERM or SIGINT the state is saved and
     `signal` is the number of the signal.
@@ -48,10 +51,11 @@ def finetune(
     """
     config = with_arguments(config, source, data, validation, task, peft)
     check(config)
+    steps = parse_profile(profile, config)
     setup_jax()
     with exclusive(workdir):
         finetuning = Finetuning(config, workdir)
-        ended = run_job(finetuning.job, workdir)
+        ended = run_job(dataclasses.replace(finetuning.job, profile=steps), workdir)
         if ended.signal:
             print(f"{ended.reason}: saved at step {ended.step}; the same command continues")
         else:

@@ -14,24 +14,27 @@ from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint
 from nanoflax.runs.directory import check_workdir, exclusive, get_tokenizer, with_vocabulary
 from nanoflax.runs.opening import initial_parameters, open_initial
+from nanoflax.runs.profile import parse_profile
 from nanoflax.runs.run import Run
 from nanoflax.runs.trainer import Job, Result, TrainingData, check_metric, check_wandb, run_job, setup_jax
 
 
-def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False) -> Run:
+def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False, profile: str = "") -> Run:
     """Pretrain in workdir. The same call again resumes the run.
 
     With config.model.init_from (a run, a directory of Transformers, a hub name or a .gguf file) training
     continues from that model, with its sizes and its tokenizer.
     restart_from_weights: start a new run from the weights of the old run in workdir, and archive the old run there.
+    profile: steps such as "10:12", whose trace is written to workdir/profile.
     Returns the Run in workdir; its `reason` says why training ended. After SIGTERM or SIGINT the state is saved and
     `signal` is the number of the signal.
     Raises: UserError for a mistake of the user, before training.
     """
     check(config)
+    steps = parse_profile(profile, config)
     setup_jax()
     with exclusive(workdir):
-        job = make_job(config, workdir, restart_from_weights)
+        job = dataclasses.replace(make_job(config, workdir, restart_from_weights), profile=steps)
         ended = run_job(job, workdir)
         if parallel.is_main_process():
             summarise(workdir, job.config, ended)

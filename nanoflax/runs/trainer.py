@@ -20,7 +20,7 @@ from nanoflax import config as configs
 from nanoflax import parallel, peft, report, train
 from nanoflax.config import Config
 from nanoflax.errors import UserError
-from nanoflax.runs import checkpoint
+from nanoflax.runs import checkpoint, profile
 from nanoflax.runs.checkpoint import Checkpoints
 from nanoflax.runs.directory import archive_run, check_same_base, check_same_data, write_run
 from nanoflax.runs.opening import Params
@@ -53,6 +53,7 @@ class Job:
     read_data: Callable[[], TrainingData]
     flops_per_token: float | None = None  # for the MFU
     replaces: str | None = None  # directory of an old run, which is archived after the data is read
+    profile: tuple[int, int] | None = None  # first and last step of a trace; see runs.profile
 
 
 class Result(NamedTuple):
@@ -108,6 +109,8 @@ class Trainer:
             step = int(state.step)
             if text := finished_before(job.config, step, tracking):
                 print(text)
+                if job.profile:
+                    print(profile.skipped(job.profile, step))
                 reason = "finished" if step >= job.config.train.steps else "early stop"
                 return Result(reason, step, 0, False, tracking.best_step, parallel.unstack(frozen))
             tracking, outcome = self._fit(data, state, frozen, tracking, saves)
@@ -203,7 +206,8 @@ class Trainer:
         evaluate = lambda params, at: data.evaluate(peft.join(params, frozen) if frozen else params, at)
         peak = peak_flops(job.mesh) if flops else None  # measured now, because compilation has ended
         shown = displays(self.workdir, job.config, start, data.tokens_per_step, flops, peak)
-        with shown as (log, progress):
+        wanted = job.profile if parallel.is_main_process() else None
+        with shown as (log, progress), profile.traced(step, wanted, start, self.workdir, progress.write) as step:
             if start == 0 and job.config.model.init_from:
                 metrics, text = evaluate(state.params, 0)
                 log.log(0, **metrics)
