@@ -113,7 +113,7 @@ def beam_search(
     beams: int = 4,
     max_new_tokens: int = 64,
     length_penalty: float | None = None,
-    eos_id: int | Sequence[int] | None = None,
+    eos_id: int | Sequence[int] | np.ndarray | None = None,
     early_stopping: bool | str | None = None,
     n_best: int | None = None,
     vocab_size: int | None = None,

@@ -149,7 +149,7 @@ def sample(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     rng: jax.Array | None = None,
-    eos_id: int | Sequence[int] | None = None,
+    eos_id: int | Sequence[int] | np.ndarray | None = None,
     vocab_size: int | None = None,
     tokenizer: Any = None,
 ) -> list[list[int]]:
@@ -179,7 +179,7 @@ def stream(
     prompts: Prompts,
     max_new_tokens: int = 64,
     rng: jax.Array | None = None,
-    eos_id: int | Sequence[int] | None = None,
+    eos_id: int | Sequence[int] | np.ndarray | None = None,
     vocab_size: int | None = None,
     tokenizer: Any = None,
     chunk: int = 8,

@@ -1,5 +1,6 @@
 """Sampling: Transformers' filters and greedy text, the right distribution, few compilations."""
 
+import inspect
 import itertools
 
 import jax
@@ -13,7 +14,7 @@ from nanoflax.config import GenerationDefaults, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.generate import sample, sampling, stream
 from nanoflax.nn import build
-from nanoflax.tokenizers import bucket, pad_left
+from nanoflax.tokenizers import bucket, check_prompts, pad_left
 
 
 def make(sharpness=4.0, **fields):
@@ -115,8 +116,6 @@ def test_repetition_penalty_moves_only_what_was_seen_towards_less():
         (dict(prompts=[[1, 29]]), "prompt 0 has token id 29, outside the model's vocabulary of 29"),
         (dict(prompts=[[1, -2]]), "prompt 0 has token id -2"),
         (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
-        (dict(max_new_tokens=2.0), "max_new_tokens=2.0 must be at least 1, and an integer"),
-        (dict(top_k=2.5), "top_k=2.5 must be an integer"),
         (
             dict(prompts=[[1] * 60], max_new_tokens=5),
             "prompt 0 has 60 tokens; with max_new_tokens=5 this exceeds the model's context of 64",
@@ -131,6 +130,14 @@ def test_bad_requests_are_refused_before_anything_runs(options, words):
         with pytest.raises(UserError) as caught:
             call(model, {}, **options)  # no parameters: none are read
         assert words in str(caught.value)
+
+
+def test_numbers_that_are_no_integers_are_refused():
+    unchecked = inspect.unwrap(sampling.make_filters)  # the annotations are only checked in tests
+    with pytest.raises(UserError, match="top_k=2.5 must be an integer"):
+        unchecked(top_k=2.5)
+    with pytest.raises(UserError, match="max_new_tokens=2.0 must be at least 1, and an integer"):
+        check_prompts(ModelConfig(), [[1]], 2.0)
 
 
 # Generation.

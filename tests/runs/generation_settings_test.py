@@ -43,7 +43,8 @@ def test_beams_do_not_sample():
     (dict(repetition_penalty=0.0), "--repetition_penalty=0.0 must be positive"),
     (dict(length_penalty=float("nan")), "--length_penalty=nan must be"),
     (dict(max_new_tokens=-1), "--max_new_tokens=-1 must be at least 1"), (dict(beams=-1), "--beams=-1 must be"),
-    (dict(stop=3), "--stop=3 must be a text or a list"), (dict(seed=-1), "--seed=-1 must be"), (dict(tempreature=1), "tempreature: not a setting of generation"),
+    (dict(stop=3), "--stop=3 must be a text or a list"),
+    (dict(seed=-1), "--seed=-1 must be"), (dict(tempreature=1), "tempreature: not a setting of generation"),
 ])  # fmt: skip
 def test_ranges_are_checked_without_a_model(given, words):
     with pytest.raises(UserError) as caught:
