@@ -26,6 +26,7 @@ PURPOSE = {
     "nn": "layers, attention, models, losses", "data": "files, clean text, tokens, windows",
     "tokenizers": "trained here, or read from files", "parallel": "mesh, sharding table, hosts",
     "config": "every choice of a run, checked", "report": "progress, metrics, plots",
+    "untrusted": "strangers' files: JSON, sizes, links",
     "errors": "UserError: one line for the user"}  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import io
 import itertools
-import json
 import logging
 import os
 import pathlib
@@ -29,6 +28,7 @@ from typing import Any, BinaryIO, cast
 
 from nanoflax.errors import UserError
 from nanoflax.tokenizers import well_formed
+from nanoflax.untrusted import parse_json
 
 SKIPPED_MODULES = set(
     "test tests idle_test idlelib lib2to3 turtledemo pydoc_data site-packages dist-packages __pycache__".split()
@@ -148,15 +148,15 @@ def json_lines(file: io.TextIOWrapper, path: str, report: DataReport) -> Iterato
     lines = itertools.chain([first], lines)
     if first[1].lstrip().startswith("["):
         lines = list(lines)
-        with contextlib.suppress(ValueError, RecursionError):
-            values = json.loads("\n".join(line for _, line in lines))
+        with contextlib.suppress(UserError):
+            values = parse_json("\n".join(line for _, line in lines), path)
             yield from ((f"{path} item {number}", value) for number, value in enumerate(values, 1))
             return
     for place, line in lines:
         if line and not line.isspace():
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
+                value = parse_json(line, place)
+            except UserError:
                 report.add(MALFORMED, place)
             else:
                 yield place, value

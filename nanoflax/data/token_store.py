@@ -11,7 +11,6 @@ import dataclasses
 import fcntl
 import hashlib
 import itertools
-import json
 import os
 import pathlib
 import shutil
@@ -28,6 +27,7 @@ from nanoflax.data.files import DataReport
 from nanoflax.data.text import Source, documents, source_version
 from nanoflax.errors import UserError
 from nanoflax.report import ProgressBar, format_count, format_duration, to_json
+from nanoflax.untrusted import json_object
 
 FORMAT = 1  # version of the file format; part of the cache key
 CHUNK = 1 << 20  # characters that a worker tokenizes at once
@@ -58,7 +58,7 @@ class TokenStore:
         """Raises: UserError for a directory without a complete token store."""
         directory = pathlib.Path(directory)
         try:
-            meta = json.loads((directory / "meta.json").read_text())
+            meta = json_object((directory / "meta.json").read_bytes(), directory / "meta.json")
             tokens = np.memmap(directory / "tokens.bin", meta["dtype"], "r")
             offsets = np.memmap(directory / "offsets.bin", np.int64, "r")
             if (len(tokens), len(offsets)) != (meta["n_tokens"], meta["n_documents"] + 1):

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from nanoflax import report, tokenizers
+from nanoflax import report, tokenizers, untrusted
 from nanoflax.config import AdaLoRA, LoRA, LowRank, ModelConfig, PrefixTuning, PromptTuning
 from nanoflax.errors import UserError, listed
 from nanoflax.hf import families, models, safetensors_io
 from nanoflax.hf.layouts import parameter_shapes
-from nanoflax.hf.peft_names import BASE, CONFIG, SCHEDULE, WEIGHTS, PeftNames, inside, join_outputs
+from nanoflax.hf.peft_names import BASE, CONFIG, SCHEDULE, WEIGHTS, PeftNames, inside, join_outputs, read_settings
 from nanoflax.hf.peft_prompts import PROMPTS, check_prompt, read_prompt, write_prompt
 from nanoflax.hf.peft_reader import AdapterFile
 from nanoflax.nn import column_lengths, without_padding
@@ -107,7 +107,8 @@ def _open_base(base: str | pathlib.Path) -> _Base:
         raise UserError(f"{base} is a .gguf file, which peft cannot open")
     if (path / CONFIG).exists():
         raise UserError(f"{base} has adapters itself, and peft would not add them")
-    described = safetensors_io.read_json(path / "config.json") if (path / "config.json").exists() else {}
+    config = path / "config.json"
+    described = untrusted.json_object(untrusted.read_bytes(path, config.name), config) if config.exists() else {}
     if not isinstance(described.get("model_type"), str):
         raise UserError(f"{base} is not a model of Transformers, so peft cannot open it")
     name = str(path.absolute()) if pathlib.Path(base).expanduser().is_dir() else str(base)
@@ -276,7 +277,7 @@ def base_of_adapter(directory: str | pathlib.Path) -> str | None:
     path = pathlib.Path(directory) / CONFIG
     if not path.exists():
         return None
-    theirs = safetensors_io.read_json(path)
+    theirs = read_settings(directory)
     base, revision = theirs.get("base_model_name_or_path"), theirs.get("revision")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base_model_name_or_path={base!r} must name the model that the adapters belong to")
@@ -294,7 +295,7 @@ def adapted_config(directory: str | pathlib.Path, config: ModelConfig, model_typ
 
     Raises: UserError as `load_adapter`.
     """
-    theirs = safetensors_io.read_json(safetensors_io.locate(directory, CONFIG))
+    theirs = read_settings(directory)
     if (kind := PROMPTS.get(theirs.get("peft_type", ""))) is not None:
         check_prompt(config, kind.kind)
         return config
@@ -315,7 +316,7 @@ def load_adapter(
     Returns: (params, the config of the adapters, whose `trained` names what is replaced).
     Raises: UserError with every unsupported setting, or with every tensor that is unexpected, missing or misshapen.
     """
-    theirs = safetensors_io.read_json(safetensors_io.locate(directory, CONFIG))
+    theirs = read_settings(directory)
     if theirs.get("peft_type") in PROMPTS:
         return read_prompt(directory, theirs, config, params)
     file = AdapterFile(directory, config, model_type)

@@ -1,9 +1,9 @@
 """generation_config.json of Transformers, to and from GenerationDefaults."""
 
-import json
 import pathlib
 from typing import Any
 
+from nanoflax import untrusted
 from nanoflax.config import GenerationDefaults, fields, from_dict
 from nanoflax.errors import UserError
 from nanoflax.report import to_json
@@ -42,14 +42,8 @@ def read_generation(directory: pathlib.Path, config: dict[str, Any], start_id: i
     """
     path = directory / NAME
     found, where = config, directory / "config.json"
-    if path.is_file():
-        where = path
-        try:
-            found = json.loads(path.read_bytes())
-            if not isinstance(found, dict):
-                raise ValueError("not an object")
-        except (ValueError, RecursionError, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
+    if path.exists():
+        where, found = path, untrusted.json_object(untrusted.read_bytes(directory, NAME), path)
     given = {name: value for name, value in found.items() if value is not None}
     if config is found and given.get("force_bos_token_to_be_generated"):  # BART's files of 2020
         given["forced_bos_token_id"] = given.get("bos_token_id")
@@ -76,10 +70,11 @@ def write_generation(directory: pathlib.Path, generation: GenerationDefaults, id
     """Write generation_config.json. ids: of special tokens. Settings that we do not read remain from a file that is
     there already, a copy of the source's. Raises: OSError."""
     path = directory / NAME
-    old = json.loads(path.read_bytes()) if path.is_file() else {}
+    old = untrusted.json_object(untrusted.read_bytes(directory, NAME), path) if path.exists() else {}
     found = {name: x for name, x in old.items() if name not in _KNOWN and name not in _UNSUPPORTED} | ids
     for name in _KNOWN:
         value = getattr(generation, name)
         if value != getattr(GenerationDefaults(), name) and name != "unsupported":
             found[name] = value[0] if name.endswith("eos_token_id") and len(value) == 1 else value
-    path.write_text(to_json(found | json.loads(generation.unsupported or "{}"), indent=2) + "\n")
+    unsupported = untrusted.json_object((generation.unsupported or "{}").encode(), "model.generation.unsupported")
+    path.write_text(to_json(found | unsupported, indent=2) + "\n")

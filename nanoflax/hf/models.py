@@ -1,7 +1,6 @@
 """Published models: `load` a directory, a hub name or a .gguf file; `save` a directory for Transformers."""
 
 import dataclasses
-import json
 import logging
 import pathlib
 import re
@@ -12,7 +11,7 @@ import numpy as np
 from flax import traverse_util
 from numpy.typing import DTypeLike
 
-from nanoflax import parallel, report, tokenizers
+from nanoflax import parallel, report, tokenizers, untrusted
 from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.hf import safetensors_io
@@ -209,7 +208,9 @@ def find_source(source: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(source).expanduser()
     if path.is_dir() or path.suffix == ".gguf":
         return path
-    if not _HUB_NAME.fullmatch(str(source)):
+    if path.suffix in safetensors_io.PICKLES and path.is_file():
+        raise UserError(safetensors_io.refusal_of_pickles(path.parent, [path.name]))
+    if path.exists() or not _HUB_NAME.fullmatch(str(source)):
         raise UserError(f"{source}: neither a directory, nor a .gguf file, nor a hub name such as owner/name")
     try:
         import huggingface_hub
@@ -232,15 +233,8 @@ def find_source(source: str | pathlib.Path) -> pathlib.Path:
 
 def _open_directory(directory: pathlib.Path) -> tuple[Family, ModelConfig, Tensors]:
     """The family, the configuration, and the tensors by the names in the family's keys."""
-    path = safetensors_io.locate(directory, "config.json")
-    try:
-        if path.stat().st_size > _MAX_CONFIG:
-            raise ValueError(f"larger than {_MAX_CONFIG} bytes")
-        hf = json.loads(path.read_bytes())
-        if not isinstance(hf, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    content = untrusted.read_bytes(directory, "config.json", _MAX_CONFIG)
+    hf = untrusted.json_object(content, directory / "config.json")
     family = family_of_type(hf.get("model_type"))
     head = head_of(family, hf.get("architectures"))
     tensors = safetensors_io.open_safetensors(directory)

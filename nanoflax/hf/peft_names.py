@@ -1,13 +1,16 @@
 """The names that the peft library gives to the modules and tensors of a model of Transformers."""
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from nanoflax import untrusted
 from nanoflax.config import ModelConfig
+from nanoflax.errors import UserError, listed
 from nanoflax.hf.family import Family
 from nanoflax.hf.layouts import TensorMapping, tensor_mapping
 
@@ -20,6 +23,40 @@ _UNREAD = re.compile(r"(model\.)?shared\.weight|cls\.predictions\.bias|lm_head\.
 _RENAMED = {"embed_out": "lm_head"}  # GPT-NeoX's name in its files -> the module in Transformers 5
 # lora_B is [out, rank] in every file, also for a kernel that is not transposed.
 _LAYOUT_OF_B = {"same": "transposed", "fused_columns": "fused"}
+
+
+# Of adapter_config.json; other fields have any type.
+_TYPES = {"peft_type": str, "task_type": str, "modules_to_save": list, "rank_pattern": dict, "alpha_pattern": dict,
+          "trainable_token_indices": list | dict}  # fmt: skip
+# A key of alpha_pattern is a regular expression. One without groups and with few repetitions cannot take long.
+_SIMPLE_PATTERN = re.compile(r"[\w.\-\\^$|]*([*+][\w.\-\\^$|]*){0,3}")
+
+
+def read_settings(directory: str | pathlib.Path) -> dict[str, Any]:
+    """The parsed adapter_config.json of a directory. Raises: UserError for a field of a wrong type."""
+    path = pathlib.Path(directory, CONFIG)
+    theirs = untrusted.json_object(untrusted.read_bytes(directory, CONFIG), path)
+    wrong = [
+        name for name, kind in _TYPES.items() if theirs.get(name) is not None and not isinstance(theirs[name], kind)
+    ]
+    problems = [f"{name}={str(theirs[name])[:200]} has a wrong type" for name in wrong]
+    patterns = theirs.get("alpha_pattern") or {}
+    problems += [
+        f"alpha_pattern has {key[:200]!r}, which is not a simple pattern of names"
+        for key in (patterns if isinstance(patterns, dict) else ())
+        if not _SIMPLE_PATTERN.fullmatch(key) or not _is_pattern(key)
+    ]
+    if problems:
+        raise UserError(f"{path}: {listed(problems)}")
+    return theirs
+
+
+def _is_pattern(key: str) -> bool:
+    try:
+        re.compile(key)
+    except re.error:
+        return False
+    return True
 
 
 class PeftNames:

@@ -15,7 +15,7 @@ from nanoflax.config import PEFT_KINDS, AdaLoRA, ModelConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.hf import families, safetensors_io
 from nanoflax.hf.layouts import TensorMapping, parameter_shapes
-from nanoflax.hf.peft_names import BASE, CONFIG, SCHEDULE, WEIGHTS, PeftNames, split_outputs
+from nanoflax.hf.peft_names import BASE, CONFIG, SCHEDULE, WEIGHTS, PeftNames, read_settings, split_outputs
 
 # Fields that are read below, or that decide nothing more once the tensors are there.
 _KNOWN = """peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
@@ -40,8 +40,8 @@ class AdapterFile:
     """
 
     def __init__(self, directory: str | pathlib.Path, config: ModelConfig, model_type: str | None):
-        self.path, self.directory = safetensors_io.locate(directory, CONFIG), directory
-        self.theirs = safetensors_io.read_json(self.path)
+        self.path, self.directory = pathlib.Path(directory, CONFIG), directory
+        self.theirs = read_settings(directory)
         self.peft = _from_theirs(self.theirs, self.path)
         found = safetensors_io.open_safetensors(directory, single=WEIGHTS)
         # With bias="all", peft also writes the frozen biases inside its wrappers.

@@ -8,9 +8,7 @@ With NumPy, the package also has a tensor in memory twice while reading it (mapp
 no slices with negative steps and no float8. It writes only tensors that are all in memory.
 """
 
-import collections
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -24,13 +22,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from nanoflax import report
+from nanoflax import report, untrusted
 from nanoflax.errors import UserError, listed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_JSON = 100_000_000  # bytes; also the limit of the safetensors library
 DTYPES = {tag: np.dtype(dtype) for tag, dtype in {
     "BOOL": np.bool_, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64,
@@ -73,28 +71,6 @@ class Tensor:
             raise UserError(f"{self.file}: {self.name} cannot be read any more: {error}") from error
 
 
-def locate(directory: str | os.PathLike, name: str) -> pathlib.Path:
-    """The path of the file `name` in a directory.
-
-    Raises:
-      UserError: not a plain file name, no such file, or a link. Links of the Hugging Face cache are
-        allowed: REPOSITORY/snapshots/REVISION/name links to REPOSITORY/blobs, which in newer versions
-        links to blobs/HA/HASH, shared by all repositories of the cache.
-    """
-    path = pathlib.Path(directory, name)
-    if name != pathlib.PureWindowsPath(name).name:  # knows both kinds of slash
-        raise UserError(f"{name!r} must be a plain file name, inside {directory}")
-    if not (os.path.isfile(path) and os.access(path, os.R_OK)):
-        raise UserError(f"{name!r} is not a file that can be read in {directory}")
-    if path.is_symlink():
-        target, snapshots = path.resolve(), path.parent.resolve().parent
-        shared = snapshots.parent.parent / "blobs" / target.name[:2]
-        blobs = (snapshots.parent / "blobs", shared)
-        if snapshots.name != "snapshots" or target.parent not in blobs:
-            raise UserError(f"{path} is a link out of its directory; put the file itself there")
-    return path
-
-
 def open_safetensors(directory: str | os.PathLike, single: str = SINGLE) -> dict[str, Tensor]:
     """The tensors in a directory, by name; only headers are read.
 
@@ -114,7 +90,7 @@ def open_safetensors(directory: str | os.PathLike, single: str = SINGLE) -> dict
             raise UserError(_why_nothing_opens(directory, single))
     for shard, indexed in shards.items():
         try:
-            found = _read_header(locate(directory, shard), problems)
+            found = _read_header(untrusted.locate(directory, shard), problems)
         except UserError as error:
             problems.append(str(error))
             continue
@@ -135,52 +111,29 @@ def raise_problems(path: object, problems: Sequence[str]) -> None:
 def _why_nothing_opens(directory: pathlib.Path, single: str) -> str:
     if not directory.is_dir():
         return f"{directory} is not a directory with {single} in it"
-    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
     if not pickles and single != SINGLE:
         return f"{directory} has no {single}"
     if not pickles:
         return f"{directory} has neither {SINGLE} nor {INDEX}"
+    return refusal_of_pickles(directory, pickles, "AutoModel" if single == SINGLE else "PeftModel")
+
+
+def refusal_of_pickles(directory: pathlib.Path, names: Sequence[str], cls: str = "AutoModel") -> str:
+    """Why files with pickles are not opened, and what to do. cls: the class of Transformers or peft that opens them."""
+    opened = f"{cls}.from_pretrained({'directory' if cls == 'AutoModel' else 'base_model, directory'})"
     return (
-        f"{directory}: {', '.join(pickles)}: a pickle can run code when it is opened; if you "
-        "trust it, convert it with Transformers: AutoModel.from_pretrained(directory)"
+        f"{directory}: {', '.join(names)}: a pickle can run code when it is opened; if you trust it, convert it with "
+        f"{'Transformers' if cls == 'AutoModel' else 'peft'}: {opened}"
         ".save_pretrained(new_directory, safe_serialization=True)"
     )
 
 
-def read_json(path: pathlib.Path, max_bytes: int = _MAX_JSON) -> dict[str, Any]:
-    """The JSON object in a file of at most max_bytes. Raises: UserError if there is none, or a name appears twice."""
-    with path.open("rb") as file:
-        return _read_json(path, file, path.stat().st_size, max_bytes)
-
-
-def _read_json(path, file, size, max_bytes=_MAX_JSON):
-    """The JSON object in the next `size` bytes; a name may appear only once in each object."""
-
-    def without_repeats(pairs):
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            counts = collections.Counter(name for name, _ in pairs)
-            repeated.extend(name for name, count in counts.items() if count > 1)
-        return table
-
-    repeated: list[str] = []
-    if size > max_bytes:
-        raise UserError(f"{path}: {size} bytes of JSON are more than {max_bytes}")
-    try:
-        value = json.loads(file.read(size).decode(), object_pairs_hook=without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} has no valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: its JSON must be an object, not {type(value).__name__}")
-    raise_problems(path, [f"{name!r} is there twice" for name in repeated])
-    return value
-
-
 def _read_index(directory: pathlib.Path) -> dict[str, set[str] | None]:
     """File name -> the names of its tensors."""
-    path = locate(directory, INDEX)
-    shards: dict[str, set[str]] = {}
-    weight_map = read_json(path).get("weight_map")
+    path, shards = pathlib.Path(directory, INDEX), dict[str, set[str]]()
+    content = untrusted.read_bytes(directory, INDEX, _MAX_JSON)
+    weight_map = untrusted.json_object(content, path, repeats=False).get("weight_map")
     if not (isinstance(weight_map, dict) and all(isinstance(f, str) for f in weight_map.values())):
         raise UserError(f"{path}: weight_map must be an object, name of tensor: name of file")
     for name, shard in weight_map.items():
@@ -195,7 +148,9 @@ def _read_header(path: pathlib.Path, problems: list[str]) -> dict[str, Tensor]:
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
             raise UserError(f"{path}: a header of {length} bytes cannot be in a file of {size}")
-        header = _read_json(path, file, length)
+        if length > _MAX_JSON:
+            raise UserError(f"{path}: {length} bytes of JSON are more than {_MAX_JSON}")
+        header = untrusted.json_object(file.read(length), f"{path}: its header", repeats=False)
     metadata = header.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         problems.append(f"{path.name}: __metadata__ must hold text only")

@@ -1,7 +1,6 @@
 """The log of a run: metrics.jsonl, TensorBoard and Weights & Biases."""
 
 import errno
-import json
 import math
 import os
 import pathlib
@@ -12,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from nanoflax import untrusted
 from nanoflax.errors import UserError
 from nanoflax.report.strict_json import number_of, to_json
 
@@ -101,9 +101,9 @@ def _records(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = untrusted.json_object(line, path)
             int(record["step"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 return
             raise UserError(f"{path}, line {number}: not a metrics record") from error

@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
-from nanoflax import parallel, report
+from nanoflax import parallel, report, untrusted
 from nanoflax.errors import UserError, listed
 from nanoflax.runs import manifest
 from nanoflax.runs.lock import DISK_ERRORS, FULL, Path, make_writable
@@ -375,24 +375,37 @@ def _step_path(directory: Path, step: int) -> epath.Path:
     return epath.Path(pathlib.Path(directory).resolve()) / str(step)
 
 
-@quiet_orbax()
+@contextlib.contextmanager
+def _refused(directory, step):
+    """A context in which orbax reads. Raises: UserError for what it cannot read, though the checksums are right."""
+    try:
+        with quiet_orbax():
+            yield
+    except Exception as error:  # orbax and tensorstore raise many types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{directory}: step {step} cannot be restored: {reason}") from error
+
+
 def _read_shapes(directory, step):
     """The tree of a saved state, with the shape and dtype of every array."""
-    return ocp.PyTreeCheckpointHandler().metadata(_step_path(directory, step) / "state").tree
+    with _refused(directory, step):
+        tree = ocp.PyTreeCheckpointHandler().metadata(_step_path(directory, step) / "state").tree
+        if not isinstance(tree, dict) or not all(hasattr(x, "shape") for x in jax.tree.leaves(tree)):
+            raise ValueError("it does not hold a tree of arrays")
+        return tree
 
 
-@quiet_orbax()
 def _read_arrays(directory, step, target, partial_restore=False):
     args = ocp.args.PyTreeRestore(
         target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial_restore
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _refused(directory, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(_step_path(directory, step) / "state", args=args)
 
 
-@quiet_orbax()
 def _read_meta(directory, step):
-    return ocp.JsonCheckpointHandler().restore(_step_path(directory, step) / "meta")
+    path = pathlib.Path(directory, str(step), "meta")
+    return untrusted.parse_json(untrusted.read_bytes(path, "metadata"), path / "metadata")
 
 
 def _best_step(metrics: Mapping[int, float | None]) -> int | None:

@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import glob
 import itertools
-import json
 import os
 import pathlib
 import shutil
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from nanoflax import config as configs
-from nanoflax import parallel, report
+from nanoflax import parallel, report, untrusted
 from nanoflax.config import Config, DataConfig, LabelTask, ModelConfig
 from nanoflax.errors import UserError, listed
 from nanoflax.runs.lock import DISK_ERRORS, WorkdirLock, remove_lock
@@ -147,10 +146,11 @@ def read_run(workdir: str | os.PathLike) -> tuple[Config, Any]:
 
 def read_config(path: str | os.PathLike) -> Config:
     """The Config of a config.json. Raises: UserError if the file is missing or damaged."""
+    directory, name = os.path.split(path)
     try:
-        with open(path) as f:
-            config = configs.from_dict(configs.Config, json.load(f))
-    except (OSError, ValueError) as error:
+        found = untrusted.json_object(untrusted.read_bytes(directory, name), path)
+        config = configs.from_dict(configs.Config, found)
+    except UserError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     return with_old_labels(config, os.path.dirname(path))
 
@@ -163,16 +163,16 @@ def with_old_labels(config: Config, workdir: str) -> Config:
     if not isinstance(config.task, LabelTask) or config.model.class_names:
         return config
     path = os.path.join(workdir, "labels.json")
-    try:
-        with open(path, "rb") as f:
-            found = json.load(f)
-            names = {"class_names": tuple(found["labels"]), "multi_label": bool(found["several"])}
-    except FileNotFoundError:
+    if not os.path.exists(path):
         raise UserError(
             f"{workdir}: config.json names no classes (model.class_names), and there is no labels.json of an older run"
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} cannot be read: {error!r}") from error
+        )
+    found = untrusted.json_object(untrusted.read_bytes(workdir, "labels.json"), path)
+    match found:
+        case {"labels": list(labels), "several": bool(several)} if all(isinstance(label, str) for label in labels):
+            names = {"class_names": tuple(labels), "multi_label": several}
+        case _:
+            raise UserError(f"{path} must hold labels, a list of texts, and several, true or false")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **names))
 
 

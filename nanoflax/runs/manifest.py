@@ -3,12 +3,11 @@
 orbax does not check files: it reads an array with a flipped bit without an error.
 """
 
-import json
 import pathlib
 import zlib
 from typing import Any
 
-from nanoflax import report
+from nanoflax import report, untrusted
 from nanoflax.errors import UserError
 
 NAME = "manifest.json"
@@ -45,6 +44,8 @@ def find_damage(path: pathlib.Path) -> str | None:
         return f"{NAME} is missing or damaged"
     if (step := body.get("step")) is not None and str(step) != path.name:  # older manifests have no step
         return f"it is a copy of step {step}"
+    if link := next((p for p in (path, *path.rglob("*")) if p.is_symlink()), None):
+        return f"{link.name} is a link, and links are not followed in a checkpoint"
     for name, (size, crc) in body["files"].items():
         try:
             found = (path / name).stat().st_size
@@ -66,12 +67,27 @@ def _write_body(file: pathlib.Path, body: dict[str, Any]) -> None:
 def _read_body(path: pathlib.Path) -> dict[str, Any] | None:
     """{"step": .., "metric": .., "files": ..}; None if the manifest is missing or damaged."""
     try:
-        body = json.loads((path / NAME).read_bytes())
-        return body if body.pop("crc32") == _crc32_of_json(body) else None
+        body = untrusted.json_object((path / NAME).read_bytes(), path / NAME)
     except PermissionError as error:
         raise UserError(f"{path / NAME} cannot be read: {error.strerror}") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, UserError):
         return None
+    is_sound = body.pop("crc32", None) == _crc32_of_json(body)
+    match body:
+        case {"metric": None | int() | float(), "files": dict(files)} if is_sound and all(
+            map(_is_entry, files.items())
+        ):
+            return body
+    return None
+
+
+def _is_entry(entry: tuple[str, Any]) -> bool:
+    """Whether this is (name of a file of the step, [size, CRC-32])."""
+    name = pathlib.PurePosixPath(entry[0])
+    match entry[1]:
+        case [int(), int()]:
+            return not name.is_absolute() and ".." not in name.parts
+    return False
 
 
 def _crc32_of_file(file: pathlib.Path) -> int:

@@ -6,7 +6,6 @@ started again continues: finished trials are not run again, an interrupted trial
 """
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoflax import report
+from nanoflax import report, untrusted
 from nanoflax.config import MAX_SEED
 from nanoflax.errors import UserError
 from nanoflax.runs.lock import wait_until_free
@@ -170,7 +169,7 @@ class Sweep:
         if not path.exists():
             return None
         try:
-            known = json.loads(path.read_text())
+            known = untrusted.json_object(path.read_bytes(), path)
             values, flags = known["values"], known["flags"]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} cannot be read: {error!r}") from error
@@ -240,7 +239,9 @@ def read_figures(workdir: str) -> dict[str, float]:
     """The metrics of a run: from result.json (finetune), else from its best evaluation (pretrain)."""
     path = pathlib.Path(workdir, "result.json")
     if path.exists():
-        found = {name: report.number_of(value) for name, value in json.loads(path.read_text()).items()}
+        found = {
+            name: report.number_of(value) for name, value in untrusted.json_object(path.read_bytes(), path).items()
+        }
     else:
         records = report.read_metrics(pathlib.Path(workdir, "metrics.jsonl"))
         order = lambda loss: (math.isnan(loss), loss)  # min() would keep a NaN that comes first

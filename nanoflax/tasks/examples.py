@@ -16,6 +16,7 @@ from nanoflax.tasks.classes import classes_after_training, match_labels
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
 from nanoflax.tasks.sources import Records, TaskSource, records
 from nanoflax.tasks.tags import TAG, from_bio, to_bio
+from nanoflax.untrusted import parse_json
 
 Clean = Callable[[str, str], str]  # (text, place) -> the cleaned text
 
@@ -291,8 +292,8 @@ def _chat(record: dict[str, Any], place: str, clean: Clean, report: DataReport) 
         report.add("examples without messages of role and content, left out", place)
         return None
     tools = record.get("tools") or None
-    with contextlib.suppress(ValueError):
-        tools = json.loads(tools) if isinstance(tools, str) else tools
+    with contextlib.suppress(UserError):
+        tools = parse_json(tools, place) if isinstance(tools, str) else tools
     if not (tools is None or isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         report.add("examples whose tools are not a list of objects, left out", place)
         return None

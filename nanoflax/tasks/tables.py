@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 
 from nanoflax.data import DataReport, open_text, text_lines
+from nanoflax.errors import UserError
 
 
 def table_rows(path: str, delimiter: str, report: DataReport) -> Iterator[tuple[str, list[str]]]:
@@ -21,6 +22,8 @@ def table_rows(path: str, delimiter: str, report: DataReport) -> Iterator[tuple[
         delimiter = ";"
     named = re.fullmatch("sep=(.)[\r\n]*", lines[0][1]) if lines else None
     delimiter = named[1] if named else delimiter
+    if delimiter in '"\r':
+        raise UserError(f"{path}:1: sep={delimiter!r} cannot divide cells; write a comma, a semicolon or a tab")
     i = bool(named)
     while i < len(lines):
         (place, line), used = lines[i], 1

@@ -67,7 +67,7 @@ def chat_prompt(
         return tokenizer.encode_parts(prompt, [])[0]
     # A token may hold characters of both: a space of the prompt and the first word of the reply. The model writes it.
     ids, weights = tokenizer.encode_parts(reply.text, [(len(prompt), len(reply.text))])
-    return ids[: weights.index(1.0)]
+    return ids[: weights.index(1.0)] if 1.0 in weights else tokenizer.encode_parts(prompt, [])[0]
 
 
 def stop_ids(tokenizer: Any) -> tuple[int, ...]:

@@ -1,24 +1,26 @@
 """Chat templates: messages to text, by the Jinja template that came with a tokenizer.
 
-A template is an untrusted program. So Jinja's sandbox runs it without access to Python's objects, and
-processor time and the size of products are limited.
+A template is an untrusted program. So it runs in Jinja's sandbox, in a process of its own (`template_process`) with
+little memory, a limited time, and no files.
 """
 
 import dataclasses
 import datetime
-import functools
 import json
+import os
+import pathlib
 import re
 import secrets
+import signal
+import subprocess
 import sys
-import time
+import threading
 from typing import Any
 
 from nanoflax.errors import UserError
 from nanoflax.tokenizers.base import well_formed
 
 MAX_SECONDS = 5  # of processor time; a long conversation takes some milliseconds
-MAX_PRODUCT = 2**20  # characters or items that one "*" in a template may make
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +78,10 @@ def render(
     tools = protected(variables.get("tools"))
     variables = variables | {"messages": [protected(_as_in_transformers(m)) for m in messages], "tools": tools}
     try:
-        program, mark, has_marks = _compile(template)
-        text = _time_limited(functools.partial(program.render, **variables))
-    except Exception as error:  # an untrusted template may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"the chat template fails: {reason}") from error
+        found = _process.ask(do="render", template=template, variables=variables)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise error if isinstance(error, UserError) else UserError(f"a chat must hold JSON values: {error}") from error
+    text, mark, has_marks = found["text"], found["mark"], found["has_marks"]
     pattern = re.compile(rf"{nonce}(?P<original>\d{{6}})|{mark}(?P<mark>[+-])|{any_special}")
     if re.search(f"{nonce}|{mark}", pattern.sub("", text), re.IGNORECASE):
         raise UserError(
@@ -118,75 +119,53 @@ def with_date(template: str, now: datetime.datetime) -> str:
     dates for all formats in the template, so other programs write the same date. A format that the template makes
     from parts raises an error when it is rendered. Raises: UserError if the template does not compile.
     """
-    from jinja2 import TemplateError, nodes
-
-    try:
-        tree = _compile(template)[0].environment.parse(template)
-    except TemplateError as error:
-        raise UserError(f"the chat template fails: {error}") from error
-    names = {node.name for node in tree.find_all(nodes.Name)} - {node.name for node in tree.find_all(nodes.Macro)}
-    if "strftime_now" not in names:
+    found = _process.ask(do="dates", template=template)
+    if not found["reads"]:
         return template
-    texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    dates = json.dumps({text: now.strftime(text) for text in sorted(texts) if "%" in text})
+    dates = json.dumps({text: now.strftime(text) for text in found["formats"]})
     return (
         f"{{%- macro strftime_now(format) -%}}{{%- set dates = {dates} -%}}{{{{- dates[format] if format in dates else "
         "raise_exception('the date of this run has no format ' ~ format) -}}{%- endmacro %}\n" + template
     )
 
 
-def _time_limited(function):
-    # Jinja compiles a template to Python, which calls the tracer at each line.
-    deadline, before = time.thread_time() + MAX_SECONDS, sys.gettrace()
+class _Process:
+    """The process of `template_process`: started by the first request, and again after a template ended it."""
 
-    def trace(*_):
-        if time.thread_time() > deadline:
-            raise TimeoutError(f"it took more than {MAX_SECONDS} seconds")
-        return trace
+    def __init__(self) -> None:
+        self.lock, self.popen, self.owner = threading.Lock(), None, 0
 
-    sys.settrace(trace)
-    try:
-        return function()
-    finally:
-        sys.settrace(before)
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """The answer. Raises: UserError if the template fails or needs too much."""
+        line = json.dumps(request | {"seconds": MAX_SECONDS}).encode() + b"\n"
+        with self.lock:
+            if self.popen is None or self.owner != os.getpid() or self.popen.poll() is not None:
+                self._start()
+            assert self.popen and self.popen.stdin and self.popen.stdout
+            try:
+                self.popen.stdin.write(line)
+                self.popen.stdin.flush()
+                answer = self.popen.stdout.readline()
+            except BrokenPipeError:
+                answer = b""
+            except BaseException:  # Ctrl-C: the next request must not read this answer
+                self.popen.kill()
+                raise
+            ended = None if answer.endswith(b"\n") else self.popen.wait()
+        if ended == -signal.SIGPROF:
+            raise UserError(f"the chat template fails: it took more than {MAX_SECONDS} seconds")
+        if ended is not None:
+            raise UserError(f"the chat template fails: its process ended with status {ended}")
+        answer = json.loads(answer)
+        if "error" in answer:
+            raise UserError(f"the chat template fails: {answer['error']}")
+        return answer
+
+    def _start(self) -> None:
+        program = pathlib.Path(__file__).with_name("template_process.py")
+        pipes: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        # -P: the folder of the program is no place of modules.
+        self.popen, self.owner = subprocess.Popen([sys.executable, "-P", program], **pipes), os.getpid()
 
 
-@functools.lru_cache
-def _compile(template):
-    # Templates get the same names and settings as in Transformers.
-    from jinja2 import TemplateError, ext, nodes, sandbox
-
-    mark, found = secrets.token_hex(16), []
-
-    class Generation(ext.Extension):
-        """Writes the text inside {% generation %} ... {% endgeneration %} between two marks."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            found.append(line)
-            start, end = (nodes.Output([nodes.TemplateData(mark + sign)]) for sign in "+-")
-            return nodes.Scope([start, *body, end], lineno=line)
-
-    class Sandbox(sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["*", "**"])
-
-        def call_binop(self, context, operator, left, right):
-            sizes = [len(v) if hasattr(v, "__len__") else v for v in (left, right)]
-            if operator == "**" or abs(sizes[0] * sizes[1]) > MAX_PRODUCT:
-                raise OverflowError(f"the result of {operator} is too large")
-            return left * right
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template), mark, bool(found)
+_process = _Process()

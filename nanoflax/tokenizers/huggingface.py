@@ -25,6 +25,7 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from nanoflax import untrusted
 from nanoflax.errors import UserError
 from nanoflax.tokenizers import chat_template, vocabularies
 from nanoflax.tokenizers.base import SPACE, Framing, check_ids, well_formed
@@ -44,10 +45,7 @@ FIELDS = ("content", "special", "lstrip", "rstrip", "single_word", "normalized")
 def load_huggingface(directory: str | os.PathLike) -> "HFTokenizer | MarianTokenizer":
     """The tokenizer of a Hugging Face directory. Raises: UserError (missing or damaged files)."""
     directory = pathlib.Path(directory)
-    try:
-        files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()}
-    except OSError as error:
-        raise UserError(f"tokenizer {directory}: {error.strerror}: {error.filename}") from error
+    files = {name: untrusted.read_bytes(directory, name) for name in FILES if (directory / name).exists()}
     return from_files(_with_class_of_model(files, directory), str(directory))
 
 
@@ -57,11 +55,9 @@ def _with_class_of_model(files: Files, directory: pathlib.Path) -> Files:
     settings = [_json(files, name, str(directory)) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     if "tokenizer.json" not in files or {"tokenizer_class", "eos_token", "sep_token"} & {*settings[0], *settings[1]}:
         return files
-    with contextlib.suppress(
-        OSError, ValueError, AttributeError, LookupError, TypeError
-    ):  # the reader of the model names what is wrong
-        model_type = json.loads((directory / "config.json").read_bytes()).get("model_type")
-        config = settings[0] | {"tokenizer_class": CLASSES_OF_MODELS[model_type]}
+    with contextlib.suppress(UserError, LookupError, TypeError):  # the reader of the model names what is wrong
+        described = untrusted.json_object(untrusted.read_bytes(directory, "config.json"), "config.json")
+        config = settings[0] | {"tokenizer_class": CLASSES_OF_MODELS[described.get("model_type")]}
         files = files | {"tokenizer_config.json": json.dumps(config).encode()}
     return files
 
@@ -308,6 +304,8 @@ class HFTokenizer(_FileTokenizer):
             spec = _json(files, kind, self.name)
             if not isinstance(spec.get("model"), dict):
                 raise UserError(f"tokenizer {self.name}: tokenizer.json holds no model")
+            if not isinstance(spec["model"].get("vocab"), list):  # Unigram's is a list without ids
+                vocabularies.check_vocabulary(spec["model"].get("vocab"), f"tokenizer {self.name}: {kind}")
             if name and name not in PLAIN_CLASSES and not {"eos", "sep"} & self._roles.keys():
                 self._roles = (
                     vocabularies.usual_roles(t["content"] for t in spec.get("added_tokens") or []) | self._roles
@@ -326,9 +324,9 @@ class HFTokenizer(_FileTokenizer):
                 "Transformers first"
             )
         if kind == "vocab.json":
-            return vocabularies.from_merges(
-                _json(files, kind, self.name), files["merges.txt"].decode("utf-8-sig"), self._roles, config
-            )
+            vocabulary = _json(files, kind, self.name)
+            vocabularies.check_vocabulary(vocabulary, f"tokenizer {self.name}: {kind}")
+            return vocabularies.from_merges(vocabulary, files["merges.txt"].decode("utf-8-sig"), self._roles, config)
         if kind == "vocab.txt":
             return vocabularies.from_wordpieces(files[kind].decode("utf-8-sig"), self._roles, config)
         return vocabularies.from_sentencepiece(files[kind], self._roles, config)
@@ -451,6 +449,7 @@ class MarianTokenizer(_FileTokenizer):
 
         super().__init__(files, name)
         self._ids = _json(files, "vocab.json", name)
+        vocabularies.check_vocabulary(self._ids, f"tokenizer {name}: vocab.json")
         if self._config.get("separate_vocabs"):
             raise UserError(f"tokenizer {name}: separate_vocabs is not supported")
         self._roles = {"eos": "</s>", "pad": "<pad>", "unk": "<unk>"} | self._roles
@@ -512,15 +511,7 @@ class MarianTokenizer(_FileTokenizer):
 
 
 def _json(files: Files, file: str, name: str) -> dict[str, Any]:
-    if file not in files:
-        return {}
-    try:
-        value = json.loads(files[file])
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"tokenizer {name}: {file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"tokenizer {name}: {file} must hold an object")
-    return value
+    return untrusted.json_object(files[file], f"tokenizer {name}: {file}") if file in files else {}
 
 
 def _fields(token: Any, name: str) -> dict[str, Any]:
@@ -588,6 +579,7 @@ def _add_special_tokens(spec, config, added, named, roles):
     for token in [*named, *({"content": content} for content in roles.values())]:
         add(None, **token)
         tokens[token["content"]]["special"] = True
+    vocabularies.check_vocabulary({token["content"]: token["id"] for token in tokens.values()}, "added tokens")
     spec["added_tokens"] = sorted(tokens.values(), key=lambda token: token["id"])
 
 

@@ -1,10 +1,10 @@
 """Tokenizers by name: bytes, SentencePiece models, and those of Hugging Face directories."""
 
-import json
 import pathlib
 import re
 from typing import Any
 
+from nanoflax import untrusted
 from nanoflax.errors import UserError
 from nanoflax.tokenizers.base import Tokenizer
 from nanoflax.tokenizers.huggingface import load_huggingface
@@ -41,24 +41,18 @@ def load(name_or_path: str | pathlib.Path) -> Tokenizer:
         return ByteTokenizer()
     if not isinstance(path, pathlib.Path):
         raise UserError(f"tokenizer {name_or_path!r} must first be trained on a corpus")
-    try:
-        if not path.is_dir():
-            return SentencePieceTokenizer(path.read_bytes(), name=str(path))
-        saved = path / "tokenizer.json"
-        saved = saved.read_bytes() if saved.exists() else b""
-        if not re.match(rb'\s*{\s*"kind"', saved):  # `save` writes this key first
-            return load_huggingface(path)
-        saved = json.loads(saved)
-        if saved["kind"] == "bytes":
-            return ByteTokenizer()
-        model = path / "tokenizer.model"
-        tokenizer = SentencePieceTokenizer(model.read_bytes(), name=str(model))
-    except OSError as error:
-        raise UserError(f"tokenizer {path}: {error.strerror}: {error.filename}") from error
-    except (ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"tokenizer {path}: its tokenizer.json is damaged: {error}") from error
+    if not path.is_dir():  # a file that the user names may be a link
+        if not path.exists():
+            raise UserError(f"tokenizer {path}: No such file")
+        return SentencePieceTokenizer(untrusted.read_bytes(path.resolve().parent, path.resolve().name), name=str(path))
+    saved = path / "tokenizer.json"
+    content = untrusted.read_bytes(path, saved.name) if saved.exists() else b""
+    if not re.match(rb'\s*{\s*"kind"', content):  # `save` writes this key first
+        return load_huggingface(path)
+    saved = untrusted.json_object(content, f"tokenizer {path} is damaged: tokenizer.json")
+    if saved["kind"] == "bytes":
+        return ByteTokenizer()
+    tokenizer = SentencePieceTokenizer(untrusted.read_bytes(path, "tokenizer.model"), name=f"{path}/tokenizer.model")
     if tokenizer.fingerprint != saved.get("fingerprint"):
         raise UserError(f"tokenizer {path}: tokenizer.model is damaged: it does not match the saved fingerprint")
     return tokenizer

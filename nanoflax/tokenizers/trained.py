@@ -58,7 +58,10 @@ class SentencePieceTokenizer:
         try:
             self._processor = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = sp.vocab_size()
-        except RuntimeError as error:
+            sp.id_to_piece(list(range(self.vocab_size)))  # all are UTF-8
+            probe = " a  b\n "
+            is_exact = sp.decode(sp.encode(probe)) == probe
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(f"tokenizer {name} is not a SentencePiece model") from error
         self.eos_id = sp.eos_id()
         if self.eos_id < 0:
@@ -67,10 +70,8 @@ class SentencePieceTokenizer:
         self.unk_id = sp.unk_id()
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.unk_id  # not eos, which ends texts
         self.framing = Framing((), (self.eos_id,), (self.bos_id,), self.bos_id, self.eos_id)
-        probe = " a  b\n "
         space = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        exact = sp.decode(sp.encode(probe)) == probe and all(sp.is_byte(i) for i in space)
-        self._space_ids = space if exact else None
+        self._space_ids = space if is_exact and all(sp.is_byte(i) for i in space) else None
 
     def __reduce__(self):  # for worker processes: the processor cannot be pickled, its model can
         return SentencePieceTokenizer, (self.model,)
@@ -88,7 +89,10 @@ class SentencePieceTokenizer:
         """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
         check_ids(ids, self.vocab_size)
         unknown = self._processor.unk_id()  # would be written as " ⁇ "
-        return self._processor.decode([int(i) for i in ids if i != unknown])
+        try:
+            return self._processor.decode([int(i) for i in ids if i != unknown])
+        except UnicodeDecodeError as error:  # rules of a model for decoded text can write any bytes
+            raise UserError(f"the tokenizer's model cannot decode: {error}") from error
 
     def save(self, directory: str | os.PathLike) -> None:
         _write(directory, {"kind": "sentencepiece", "fingerprint": self.fingerprint}, self.model)

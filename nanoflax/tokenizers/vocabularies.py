@@ -52,6 +52,8 @@ GGUF_PATTERNS = {  # tokenizer.ggml.pre -> the patterns, applied one after anoth
 # A word of the vocabulary is one token, even if no merges make it, and bos is added by default.
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of pieces in SentencePiece and GGUF
+MAX_ID = 2**24  # the libraries need time and memory for each id below the largest one, used or not
+MAX_EXTRA = 10_000  # sentinels; T5 has 100
 Spec = dict[str, Any]
 Roles = dict[str, str]
 Config = dict[str, Any]  # of a tokenizer_config.json
@@ -137,6 +139,14 @@ def from_gguf(metadata: dict[str, Any], name: str) -> tuple[Spec, Config, Config
     eos = tokens.index(roles["eos"]) if "eos" in roles else None
     stops = list(dict.fromkeys([*([] if eos is None else [eos]), *ends]))
     return spec, config, {"eos_token_id": stops} if ends else {}
+
+
+def check_vocabulary(vocabulary: Any, where: str) -> None:
+    """Raises: UserError for a vocabulary {token: id} with an id that is no number from 0 to below MAX_ID."""
+    if not isinstance(vocabulary, dict):
+        raise UserError(f"{where} is damaged: it must hold a vocabulary, token: id")
+    if wrong := [(token, i) for token, i in vocabulary.items() if type(i) is not int or not 0 <= i < MAX_ID]:
+        raise UserError(f"{where}: the id of {wrong[0][0]!r} is {wrong[0][1]!r}, not a number from 0 to below {MAX_ID}")
 
 
 def _spec_of(model, normalizer=None, pre_tokenizer=None, decoder=None, post_processor=None) -> Spec:
@@ -320,7 +330,10 @@ def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
             ),
         )
         # T5's sentinels follow the vocabulary, in reverse order.
-        end = len(tokens) + config.get("extra_ids", 100)
+        extra = config.get("extra_ids", 100)
+        if type(extra) is not int or not 0 <= extra <= MAX_EXTRA:
+            raise UserError(f"extra_ids={extra!r} must be a number from 0 to {MAX_EXTRA}")
+        end = len(tokens) + extra
         added += [added_token(f"<extra_id_{end - 1 - i}>", i) for i in range(len(tokens), end)]
     return spec | {"added_tokens": added}
 
