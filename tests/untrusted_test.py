@@ -96,7 +96,7 @@ def step(tmp_path):
     (path / "state" / "a").write_bytes(b"123")
     (path / "meta").mkdir()
     (path / "meta" / "metadata").write_text("{}")
-    manifest.write(path, 1.5)
+    manifest.write(path, 1, 1.5)
     assert manifest.find_damage(path) is None
     return path
 
@@ -137,7 +137,7 @@ def test_a_state_that_orbax_cannot_read_is_one_line(step):
     for name, content in (("_METADATA", b"{"), ("_METADATA", b'{"tree_metadata": 1}'), ("manifest.ocdbt", b"x")):
         (step / "state" / name).write_bytes(content)
         (step / manifest.NAME).unlink()
-        manifest.write(step, 1.0)
+        manifest.write(step, 1, 1.0)
         with pytest.raises(UserError, match="step 1 cannot be restored"):
             checkpoint.restore_params(step.parent)
 
