@@ -133,6 +133,7 @@ def save(
         _write_json(directory / "config.json", ids | description)
         if exported is not None:
             exported.save(directory)
+            _limit_length(directory / "tokenizer_config.json", config.context)
         if config.head == "lm":
             write_generation(directory, generation, {name: description.get(name, i) for name, i in ids.items()})
     except OSError as error:
@@ -152,6 +153,14 @@ def _special_ids(tokenizer: Any) -> dict[str, Any]:
         "pad_token_id": pad,
         "eos_token_id": stops if len(stops) > 1 else stops[0],
     }
+
+
+def _limit_length(path: pathlib.Path, context: int) -> None:
+    """Write the context of the model in the settings of its tokenizer, which truncates texts only to a known length."""
+    settings = json.loads(path.read_bytes()) if path.exists() else {}
+    given = settings.get("model_max_length")
+    if not isinstance(given, int | float) or given > context:
+        _write_json(path, settings | {"model_max_length": context})
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:

@@ -280,7 +280,7 @@ class Finetuning:
         try:
             if problem := hf.problem_of_base(base, config.model):
                 if jax.process_count() > 1:  # other processes hold parts of the parameters
-                    raise UserError(problem)
+                    raise UserError(f"{problem}; the same command in one process writes it")
                 adapters = peft.trainable(params, dataclasses.replace(config.peft, trained="adapters"))
                 base = os.path.join(directory, "base")
                 hf.save(base, config.model, peft.split(params, adapters)[1], self.tokenizer)

@@ -329,9 +329,11 @@ def test_a_published_classifier_reads_texts_as_they_are(tmp_path):
     tokenizer = KINDS["json bos"](tmp_path / "tokenizer")
     _, auto = export(tmp_path / "exported", model_config(tokenizer, "llama", "classify"), tokenizer)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported").eval()
-    texts = ["the cat ", "  the  cat", "a\n\nb", "cafe\u0301", "the cat"]
+    texts = ["the cat ", "  the  cat", "a\n\nb", "cafe\u0301", "the cat", "longer than the context " * 30]
     with torch.no_grad():
-        found = [model(**auto(text, return_tensors="pt")).logits[0].softmax(-1).tolist() for text in texts]
+        found = [
+            model(**auto(text, return_tensors="pt", truncation=True)).logits[0].softmax(-1).tolist() for text in texts
+        ]
     run = nanoflax.open(tmp_path / "exported")
     for text, mine, theirs in zip(texts, run.predict(texts), found, strict=True):
         assert [mine[name] for name in run.labels] == pytest.approx(theirs, abs=1e-5), text
