@@ -1,6 +1,7 @@
 """Published models: `load` a directory, a hub name or a .gguf file; `save` a directory for Transformers."""
 
 import dataclasses
+import json
 import logging
 import pathlib
 import re
