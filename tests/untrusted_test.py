@@ -145,3 +145,134 @@ def test_a_state_that_orbax_cannot_read_is_one_line(step):
 def test_a_message_is_one_line_whatever_it_quotes():
     error = UserError("x='\x1b[2J\n\u202e\ud800' é日 \t" + "y" * 10**6)
     assert str(error).startswith("x='\\x1b[2J\\n\\u202e\\ud800' é日 \\ty") and len(str(error)) < 6000
+
+
+# What the fuzzer found, and what is like it: each refused in one line, at once.
+
+
+def byte_tokenizer_files(**changes):
+    """The files of a tokenizer.json, with changes to its contents; a name with __ is nested."""
+    files = dict(tokenizers.to_huggingface(tokenizers.ByteTokenizer()).files)
+    spec = json.loads(files["tokenizer.json"])
+    for name, value in changes.items():
+        *outer, last = name.split("__")
+        inner = spec
+        for part in outer:
+            inner = inner[part]
+        inner[last] = value
+    return files | {"tokenizer.json": json.dumps(spec).encode()}
+
+
+GROWING = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+LETTERS = {chr(c): i for i, c in enumerate(range(33, 127))} | {"<|endoftext|>": 100}
+
+
+@pytest.mark.parametrize(
+    "files,said",
+    [
+        (byte_tokenizer_files(model__vocab=LETTERS | {"x": 2**31}), "the id of 'x' is 2147483648, not a number from 0"),
+        (byte_tokenizer_files(model__vocab=LETTERS | {"x": -1}), "the id of 'x' is -1"),
+        (byte_tokenizer_files(model__vocab=LETTERS | {"x": True}), "the id of 'x' is True"),
+        (byte_tokenizer_files(model__vocab=LETTERS | {"x": 1e300}), "the id of 'x' is 1e[+]300"),
+        (byte_tokenizer_files(model__vocab=3), "must hold a vocabulary"),
+        (byte_tokenizer_files(normalizer={"type": "Sequence", "normalizers": [GROWING] * 9}), "its normalizer can"),
+        (byte_tokenizer_files() | {"added_tokens.json": b'{"<x>": 4000000000}'}, "the id of '<x>' is 4000000000"),
+        ({"vocab.json": json.dumps(LETTERS | {"x": 2**31}).encode(), "merges.txt": b""}, "the id of 'x' is 2147483648"),
+        (byte_tokenizer_files() | {"tokenizer_config.json": b'{"a": ' + b"[" * 99 + b"]" * 99 + b"}"}, "64 levels"),
+    ],
+)  # fmt: skip
+def test_vocabularies_that_lie(tmp_path, files, said):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        tokenizers.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """The bytes of a SentencePiece model."""
+    return tokenizers.train_sentencepiece(["The quick brown fox jumps over the lazy dog.\n" * 3], 289, "unigram").model
+
+
+def test_sentencepiece_models_that_lie(tmp_path, pieces):
+    (tmp_path / "x.model").write_bytes(pieces.replace("\u2581".encode(), b"\xff\xfe\xfd"))
+    assert b"\xff\xfe\xfd" in (tmp_path / "x.model").read_bytes()
+    with pytest.raises(UserError, match="x.model is not a SentencePiece model"):
+        tokenizers.load(tmp_path / "x.model")
+    (tmp_path / "spiece.model").write_bytes(pieces)
+    for wrong in (10**9, -1, "3", None, 1.5):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_ids": wrong, "eos_token": "<eos>"}))
+        with pytest.raises(UserError, match="extra_ids="):
+            tokenizers.load(tmp_path)
+
+
+def test_a_piece_of_a_gguf_that_takes_hours():
+    values = {"tokens": ["<unk>", "<s>", "</s>", "a", "b" * 10**6], "token_type": [2, 3, 3, 1, 1], "scores": [0.0] * 5}
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in ({"model": "llama"} | values).items()}
+    with pytest.raises(UserError, match="has 1000000 characters, more than 1000"):
+        tokenizers.from_gguf(metadata)
+
+
+def test_a_tokenizer_without_ids_for_a_reply(tmp_path):
+    nothing = {"type": "Replace", "pattern": {"Regex": "."}, "content": ""}
+    files = byte_tokenizer_files(normalizer=nothing)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert tokenizers.chat_prompt(tokenizers.load(tmp_path), [{"role": "user", "content": "Hello"}]) == []
+
+
+@pytest.mark.parametrize(
+    "settings,said",
+    [
+        ({"peft_type": []}, "peft_type=.* has a wrong type"),
+        ({"task_type": {}}, "task_type=.* has a wrong type"),
+        ({"modules_to_save": "all"}, "modules_to_save=all has a wrong type"),
+        ({"trainable_token_indices": "1"}, "trainable_token_indices=1 has a wrong type"),
+        ({"alpha_pattern": {"((a+)+)+$": 1}}, "not a simple pattern"),
+        ({"alpha_pattern": {"[": 1}}, "not a simple pattern"),
+        ({"alpha_pattern": {".*.*.*.*x": 1}}, "not a simple pattern"),
+    ],
+)
+def test_adapters_that_lie(tmp_path, settings, said):
+    from nanoflax import hf
+    from nanoflax.config import preset
+
+    wrong = {"peft_type": "LORA", "r": 8, "base_model_name_or_path": "x"} | settings
+    (tmp_path / "adapter_config.json").write_text(json.dumps(wrong))
+    for open_ in (hf.base_of_adapter, lambda directory: hf.adapted_config(directory, preset("gpt2"))):
+        with pytest.raises(UserError, match=said):
+            open_(tmp_path)
+
+
+@pytest.mark.parametrize("number", [10**9, -1, 0, "3", 2.0, [1]])
+def test_a_number_of_classes_that_lies(number):
+    from nanoflax.hf.families import family_of_type
+    from nanoflax.hf.family import to_config
+
+    described = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+                 "intermediate_size": 16, "max_position_embeddings": 16, "type_vocab_size": 2}  # fmt: skip
+    assert to_config(family_of_type("bert"), described | {"num_labels": 3}, "classify").labels == 3
+    with pytest.raises(UserError, match="num_labels=.* must be a number from 1 to 1000000"):
+        to_config(family_of_type("bert"), described | {"num_labels": number}, "classify")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "x.pt", "x.pth", "x.ckpt", "x.pkl"])
+def test_a_pickle_is_refused_by_its_name(tmp_path, name):
+    from nanoflax import hf
+
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch executed'\ntR.")
+    for source in (tmp_path / name, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+        with pytest.raises(UserError, match=f"{name}: a pickle can run code .* safe_serialization"):
+            hf.load(source)
+    assert not pathlib.Path("executed").exists() and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("delimiter", ['"', "\r"])
+def test_a_delimiter_that_divides_nothing(tmp_path, delimiter):
+    from nanoflax import tasks
+
+    (tmp_path / "x.csv").write_text(f'sep={delimiter}\ntext{delimiter}label\n"a",b\n')
+    with pytest.raises(UserError, match="x.csv:1: sep=.* cannot divide cells"):
+        tasks.read(f"csv:{tmp_path}/x.csv", tasks.Classification)

@@ -24,6 +24,7 @@ ACTIVATIONS = {
 THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
 FIELD_TYPES = typing.get_type_hints(ModelConfig)
 _MAX_SIZE = 2**31
+_MAX_CLASSES = 1_000_000
 
 
 Json = dict[str, Any]  # a parsed config.json
@@ -145,6 +146,8 @@ def _read_classes(hf: Json, head: str) -> Json:
         return {}
     numbers = hf.get("label2id") or {}
     count = len(hf.get("id2label") or numbers) or hf.get("num_labels", 2)
+    if type(count) is not int or not 0 < count <= _MAX_CLASSES:
+        raise UserError(f"num_labels={count!r} must be a number from 1 to {_MAX_CLASSES}")
     default = {str(i): f"LABEL_{i}" for i in range(count)}
     named = hf.get("id2label") or default
     if named.keys() != default.keys():

@@ -304,6 +304,7 @@ class HFTokenizer(_FileTokenizer):
             spec = _json(files, kind, self.name)
             if not isinstance(spec.get("model"), dict):
                 raise UserError(f"tokenizer {self.name}: tokenizer.json holds no model")
+            vocabularies.check_growth(spec.get("normalizer"), f"tokenizer {self.name}: {kind}")
             if not isinstance(spec["model"].get("vocab"), list):  # Unigram's is a list without ids
                 vocabularies.check_vocabulary(spec["model"].get("vocab"), f"tokenizer {self.name}: {kind}")
             if name and name not in PLAIN_CLASSES and not {"eos", "sep"} & self._roles.keys():

@@ -54,6 +54,8 @@ WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtr
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of pieces in SentencePiece and GGUF
 MAX_ID = 2**24  # the libraries need time and memory for each id below the largest one, used or not
 MAX_EXTRA = 10_000  # sentinels; T5 has 100
+MAX_PIECE = 1_000  # characters of a piece of SentencePiece, which has 16 by default; merges take time in their square
+MAX_GROWTH = 1_000_000  # how many characters a normalizer may make of one; ALBERT's makes 360
 Spec = dict[str, Any]
 Roles = dict[str, str]
 Config = dict[str, Any]  # of a tokenizer_config.json
@@ -139,6 +141,21 @@ def from_gguf(metadata: dict[str, Any], name: str) -> tuple[Spec, Config, Config
     eos = tokens.index(roles["eos"]) if "eos" in roles else None
     stops = list(dict.fromkeys([*([] if eos is None else [eos]), *ends]))
     return spec, config, {"eos_token_id": stops} if ends else {}
+
+
+def check_growth(normalizer: Any, where: str) -> None:
+    """Raises: UserError for a normalizer of a tokenizer.json that can make a text too long: each step multiplies."""
+    growth, steps = 1, [normalizer]
+    while steps and growth <= MAX_GROWTH:
+        step = steps.pop()
+        if isinstance(step, dict):
+            nested = step.get("normalizers")
+            steps += nested if isinstance(nested, list) else []
+            if step.get("type") == "Replace":
+                growth *= max(1, len(str(step.get("content"))))
+            growth *= {"NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "Precompiled": 20}.get(str(step.get("type")), 1)
+    if growth > MAX_GROWTH:
+        raise UserError(f"{where}: its normalizer can make more than {MAX_GROWTH} characters of one")
 
 
 def check_vocabulary(vocabulary: Any, where: str) -> None:
@@ -348,6 +365,8 @@ def _sentencepiece_bpe(tokens, scores, types, unknown, prefix, normalize=(), onc
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
     plain = {token: score for token, score, t in zip(tokens, scores, types, strict=True) if t == NORMAL}
+    if longest := [token for token in plain if len(token) > MAX_PIECE]:
+        raise UserError(f"the piece {longest[0][:20]!r}... has {len(longest[0])} characters, more than {MAX_PIECE}")
     merges = [
         (-score, i, token)
         for token, score in plain.items()
