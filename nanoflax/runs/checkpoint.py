@@ -17,6 +17,7 @@ Process 0 commits, writes manifests, and chooses the step that all processes rea
 """
 
 import contextlib
+import importlib
 import json
 import logging
 import math
@@ -24,6 +25,8 @@ import os
 import pathlib
 import shutil
 import sys
+import time
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -84,6 +87,14 @@ def _make_quiet() -> Callable[[], None]:
         logger.addFilter(not_from_orbax)
     sys.unraisablehook = show_others
     return undo
+
+
+def _give_orbax_a_steady_clock() -> None:
+    """orbax measures time limits with time.time(). If that clock is set, as when a laptop wakes up, a save fails."""
+    for name in ("signaling_client", "future"):
+        with contextlib.suppress(ImportError):
+            module: Any = importlib.import_module(f"orbax.checkpoint._src.futures.{name}")
+            module.time = types.SimpleNamespace(time=time.monotonic)
 
 
 # Reading. These functions do not change a directory, so another process may write it at the same time.
@@ -169,6 +180,7 @@ class Checkpoints:
 
     def _open(self):
         """Starts orbax with the steps on the disk."""
+        _give_orbax_a_steady_clock()
         if jax.process_index() == 0:  # orbax would remove the temporary directories too, but later
             for path in self.directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(path, ignore_errors=True)

@@ -13,7 +13,7 @@ import time
 
 from nanoflax.runs import checkpoint, manifest
 from tests.campaign import Outcome
-from tests.campaign.lab import EVERY, Lab, contents, last_lines
+from tests.campaign.lab import EVERY, Lab, contents, last_lines, one_line
 
 COPIES = ("an older copy of the step", "swapped steps")
 
@@ -108,9 +108,11 @@ def trial(lab, kind, source, accident, rng):
             return f"files of {kept.name} are lost"
         shutil.rmtree(kept)
     if damaged == steps:
-        lines = done.stderr.strip().splitlines()
-        refused = done.returncode == 2 and "every checkpoint is damaged" in lines[-1] and len(lines) == 1
-        return "" if refused and not contents(directory) else f"not refused: {last_lines(done)}"
+        return (
+            ""
+            if one_line(done, "every checkpoint is damaged") and not contents(directory)
+            else f"not refused: {last_lines(done)}"
+        )
     return last_lines(done) if done.returncode else lab.difference(kind, output)
 
 
@@ -122,8 +124,7 @@ def exported(lab, rng):
     file = rng.choice(files(output / "final" / "checkpoints" / "0"))
     rng.choice([flip, truncate, delete])(file, rng)
     done = lab.program("experiments.convert", f"--from={output}", f"--to={target}")
-    lines = done.stderr.strip().splitlines()
-    if done.returncode != 2 or len(lines) != 1 or "every checkpoint is damaged" not in lines[0] or target.exists():
+    if not one_line(done, "every checkpoint is damaged") or target.exists():
         return f"{file.name} of final/: {last_lines(done)}"
     return ""
 

@@ -13,7 +13,7 @@ import subprocess
 import time
 
 from tests.campaign import Outcome
-from tests.campaign.lab import Lab, contents, difference, last_lines
+from tests.campaign.lab import Lab, contents, difference, last_lines, messages, one_line
 from tests.kills import count_lines
 
 # Long enough for several checkpoints after the moment.
@@ -42,27 +42,20 @@ def used(path):
     return {"size": (found.f_blocks - found.f_bfree) * found.f_frsize, "nr_inodes": found.f_files - found.f_ffree}
 
 
-def one_line(done):
-    """Whether a program without room says so in one line."""
-    lines = [line for line in done.stderr.strip().splitlines() if line]
-    return done.returncode == 2 and len(lines) == 1 and "No space left" in lines[0]
-
-
 def full_from_the_start(lab, kind, limit, most, rng):
     """A disk that is too small, which becomes larger during the run or after it."""
     disk = lab.new()
     limits = {limit: rng.randint(most[limit] // 50, most[limit] * 11 // 10)}
-    flags = [f"--config.data.cache={disk}/cache"] * (kind == "pretrain")
     with small_disk(disk, **limits):
-        victim = lab.start(kind, disk / "w", *flags)
+        victim = lab.start(kind, disk / "w")
         if room_comes := rng.random() < 0.3:
             time.sleep(rng.uniform(0, lab.seconds[kind]))
             mount(disk, remount=True, **ROOMY)
         done = victim.done()
-        if done.returncode and not one_line(done):
+        if done.returncode and not one_line(done, "No space left"):
             return f"{limits}: {last_lines(done)}"
         mount(disk, remount=True, **ROOMY)
-        again = lab.run(kind, disk / "w", *flags)
+        again = lab.run(kind, disk / "w")
         if again.returncode:
             return f"{limits}, {room_comes=}, and then with room {last_lines(again)}"
         return (problem := lab.difference(kind, disk / "w")) and f"{limits}, {room_comes=}: {problem}"
@@ -88,8 +81,8 @@ def full_for_a_moment(lab, kind, limit, most, rng):
         mount(disk, remount=True, **ROOMY)
         done = victim.done()
         if early:  # the last save had no room
-            return "" if done.returncode == 0 or one_line(done) else last_lines(done)
-        if done.returncode or done.stderr.strip():
+            return "" if done.returncode == 0 or one_line(done, "No space left") else last_lines(done)
+        if done.returncode or messages(done):
             return f"{limit} full from line {first} on: {last_lines(done)}"
         return (problem := difference(contents(whole), contents(disk / "w"))) and f"{limit}, line {first}: {problem}"
 
@@ -98,14 +91,17 @@ def run(budget_seconds: float, rng: random.Random) -> list[Outcome]:
     end, found = time.monotonic() + budget_seconds, {}
     with Lab() as lab:
         most = {}
-        for kind in ("pretrain", "lora"):
+        for kind in ("pretrain", "lora", "tokenize"):
             lab.reference(kind)
             with small_disk(disk := lab.new()):
                 lab.run(kind, disk / "w")
                 most[kind] = used(disk)
         i = 0
         while time.monotonic() < end:
-            kind, limit = ("pretrain", "pretrain", "lora")[i % 3], ("size", "size", "size", "nr_inodes")[i % 4]
+            kind, limit = (
+                ("pretrain", "lora", "pretrain", "tokenize")[i // 2 % 4],
+                ("size", "size", "size", "nr_inodes")[i % 4],
+            )
             what = full_for_a_moment if i % 5 == 4 else full_from_the_start
             kind = "pretrain" if what == full_for_a_moment else kind
             name = f"{'full disk' if limit == 'size' else 'no inodes'}, {what.__name__.replace('_', ' ')}"

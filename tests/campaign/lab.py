@@ -205,6 +205,17 @@ def difference(expected: dict[str, str], found: dict[str, str]) -> str:
     return "; ".join(f"{name} is {words(name)}" for name in names[:5])
 
 
+def messages(done: subprocess.CompletedProcess) -> list[str]:
+    """The lines of stderr that are not of the progress display."""
+    return [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("step ", "  | "))]
+
+
+def one_line(done: subprocess.CompletedProcess, *words: str) -> bool:
+    """Whether a program ended with status 2 and one line, which has one of these words."""
+    lines = messages(done)
+    return done.returncode == 2 and len(lines) == 1 and any(word in lines[0] for word in words)
+
+
 def last_lines(done: subprocess.CompletedProcess) -> str:
     """How a program ended, for the report of a problem."""
-    return f"status {done.returncode}: {' | '.join(done.stderr.strip().splitlines()[-3:])[-400:]}"
+    return f"status {done.returncode}: {' | '.join(messages(done)[-3:])[-500:]}"

@@ -13,13 +13,8 @@ import signal
 import time
 
 from tests.campaign import Outcome
-from tests.campaign.lab import NEVER, STEPS, Lab, contents, difference, last_lines
+from tests.campaign.lab import NEVER, STEPS, Lab, contents, difference, last_lines, messages, one_line
 from tests.kills import count_lines
-
-
-def one_line(done, *words):
-    lines = done.stderr.strip().splitlines()
-    return done.returncode == 2 and len(lines) == 1 and any(word in lines[0] for word in words)
 
 
 def finished(lab, kind, output, *flags):
@@ -39,7 +34,7 @@ def started(lab, kind, output, lines, *flags, accident=NEVER):
 def clock_that_jumps(lab, rng):
     output = lab.new()
     done = lab.run("pretrain", output, accident=NEVER | {"clock": rng.randrange(1000)})
-    return last_lines(done) if done.returncode or done.stderr.strip() else lab.difference("pretrain", output)
+    return last_lines(done) if done.returncode or messages(done) else lab.difference("pretrain", output)
 
 
 def workdir_that_turns_read_only(lab, rng):

@@ -1,5 +1,6 @@
 """Checkpoints: every bit comes back, and no damage, kill or full disk costs more than one step."""
 
+import itertools
 import logging
 import os
 import pathlib
@@ -455,6 +456,16 @@ def test_arrays_refused_after_the_first_print_no_traceback():
     late, others = done.stderr.split("then\n")
     assert late == "" and "ZeroDivisionError" in others, "others are still shown"
     assert "RuntimeError: Event loop is closed" in others and done.returncode == 1
+
+
+def test_a_clock_that_is_set_during_a_save_changes_nothing(tmp_path, monkeypatch):
+    real, jumps = time.time, itertools.cycle([0, 1e9])
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    with Checkpoints(tmp_path, log=pytest.fail) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(step), {})
+        checkpoints.wait()
+        assert_same_bits(checkpoints.restore(abstract(make_state(2)))[0], make_state(2))
 
 
 def test_logs_and_hooks_are_changed_only_while_checkpoints_are_open(tmp_path):

@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import pathlib
+import threading
 
 import pytest
 
@@ -12,7 +13,7 @@ import nanoflax
 from nanoflax import report, tokenizers
 from nanoflax.config import Config, ModelConfig, OptimConfig, TextData, TrainConfig
 from nanoflax.errors import UserError
-from nanoflax.runs import checkpoint, directory
+from nanoflax.runs import checkpoint, directory, lock
 from nanoflax.runs.lock import WorkdirLock
 
 
@@ -80,6 +81,19 @@ def test_a_refused_start_of_the_same_instant_leaves_the_lock_and_the_directories
     with pytest.raises(UserError, match="is in use by process"):
         WorkdirLock(workdir)
     first[0].release()
+
+
+def test_a_sweep_waits_for_a_trial_that_still_runs_and_two_sweeps_exclude_each_other(tmp_path):
+    trial, said = WorkdirLock(tmp_path), []
+    with pytest.raises(UserError, match="is in use by process"), lock.locked(tmp_path):
+        pass
+    threading.Timer(0.2, trial.release).start()
+    lock.wait_until_free(tmp_path, said.append)
+    assert len(said) == 1 and f"waiting for process {os.getpid()}" in said[0]
+    lock.wait_until_free(tmp_path / "absent", said.append)
+    with lock.locked(tmp_path), pytest.raises(UserError, match="is in use by process"):
+        WorkdirLock(tmp_path)
+    assert len(said) == 1
 
 
 def test_a_lock_file_that_another_run_removed_is_no_lock(tmp_path, monkeypatch):
