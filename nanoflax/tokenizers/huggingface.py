@@ -279,7 +279,8 @@ class HFTokenizer(_FileTokenizer):
         the normalization, the words, and whether a text begins with a space.
         """
         own = self._config.get("tokenizer_class")
-        if "tokenizer.json" in self.files and own in PLAIN_CLASSES:
+        # Transformers 5 reads every tokenizer of the model_type qwen2 by this class.
+        if "tokenizer.json" in self.files and own in (*PLAIN_CLASSES, "Qwen2Tokenizer", "Qwen2TokenizerFast"):
             return self
         is_bert = re.fullmatch("(Bert|Electra)Tokenizer(Fast)?", own or "") or not own and "vocab.txt" in self.files
         names = ["input_ids", *(["token_type_ids"] if is_bert else []), "attention_mask"]

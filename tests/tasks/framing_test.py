@@ -1,5 +1,6 @@
 """The ids around texts: an exported tokenizer gives Transformers the ids that the model was trained on."""
 
+import dataclasses
 import io
 import json
 import random
@@ -337,3 +338,13 @@ def test_a_published_classifier_reads_texts_as_they_are(tmp_path):
     run = nanoflax.open(tmp_path / "exported")
     for text, mine, theirs in zip(texts, run.predict(texts), found, strict=True):
         assert [mine[name] for name in run.labels] == pytest.approx(theirs, abs=1e-5), text
+
+
+def test_an_export_that_autotokenizer_reads_as_qwen2_says_so(tmp_path, caplog):
+    tokenizer = KINDS["bpe"](tmp_path)
+    config = dataclasses.replace(model_config(tokenizer, "llama", "lm"), qkv_bias=True)  # then the family is qwen2
+    export(tmp_path / "exported", config, tokenizer)
+    assert "AutoTokenizer divides texts as Qwen2 does" in caplog.text
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "exported")
+    for text in sentences(5):
+        assert theirs(text).input_ids == tokenizers.prompt_ids(tokenizer, text)
