@@ -4,6 +4,7 @@
     python -m experiments.benchmark decode --batch_size=1      # GPT-2 124M, random weights
     python -m experiments.benchmark encode                     # BERT-base, forward, 8 texts of 128 tokens
     python -m experiments.benchmark compile --layers=32        # with and without train.scan_layers
+    python -m experiments.benchmark where --shape=small        # the kinds of operations in a CPU's training step
     python -m experiments.benchmark all --out=FILE.json        # nanoflax on this machine's accelerator or CPU
 
 Each side (nanoflax, machine, torch: eager PyTorch, compiled: torch.compile) has its own process, and the
@@ -21,7 +22,7 @@ import sys
 
 from absl import flags
 
-from experiments.benchmarks import everything, rounds, sides
+from experiments.benchmarks import everything, rounds, sides, where
 from experiments.flags import launch
 from nanoflax.errors import UserError
 
@@ -36,21 +37,24 @@ flags.DEFINE_bool("no_bias", False, "Train without biases, on both sides.")
 flags.DEFINE_bool("alone", False, "Do not measure PyTorch.")
 flags.DEFINE_string("out", "", "File that `all` writes its figures to, as JSON.")
 flags.DEFINE_string("side", "", "Internal: this process is a side (nanoflax, torch, compiled or machine).")
-KINDS = ("train", "decode", "encode", "compile", "all")
+KINDS = ("train", "decode", "encode", "compile", "where", "all")
 
 
 def main() -> int | None:
     if len(FLAGS.arguments) != 1 or FLAGS.arguments[0] not in KINDS:
         raise UserError(f"benchmark needs one argument: {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     (kind,) = FLAGS.arguments
-    if FLAGS.no_bias and kind != "train":
-        raise UserError(f"--no_bias is for train, not {kind}")
+    if FLAGS.no_bias and kind not in ("train", "where"):
+        raise UserError(f"--no_bias is for train and where, not {kind}")
     if FLAGS.out and kind != "all":
         raise UserError(f"--out is for all, not {kind}")
+    job = sides.Job(kind, FLAGS.shape, FLAGS.batch_size, FLAGS.steps, FLAGS.new_tokens, not FLAGS.no_bias)
     if FLAGS.side:
-        return rounds.serve(side(kind))
+        return rounds.serve(side(job))
     if kind == "compile":
         return sides.compile_times(FLAGS.layers)
+    if kind == "where":
+        return where.print_table(job)
     if kind == "all":
         given = {name: FLAGS[name].value for name in ("shape", "steps", "new_tokens") if FLAGS[name].present}
         return everything.measure_all(given, FLAGS.rounds, FLAGS.out)
@@ -61,9 +65,8 @@ def main() -> int | None:
     rounds.summarise(kind, facts, results)
 
 
-def side(kind: str) -> sides.Side:
+def side(job: sides.Job) -> sides.Side:
     """The side of this process."""
-    job = sides.Job(kind, FLAGS.shape, FLAGS.batch_size, FLAGS.steps, FLAGS.new_tokens, not FLAGS.no_bias)
     if FLAGS.side in ("nanoflax", "machine"):
         return getattr(sides, f"{FLAGS.side}_side")(job)
     from experiments.benchmarks.torch_sides import torch_side

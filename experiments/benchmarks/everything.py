@@ -48,11 +48,12 @@ def measure_all(given: dict[str, Any], num_rounds: int, out: str) -> int:
         check_writable(out)
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # so that compile times are those of a first start
     found: dict[str, Any] = {"machine": describe_machine(), "measurements": []}
-    jobs = ON_CPU if found["machine"]["platform"] == "cpu" else ON_ACCELERATOR
+    on_cpu = found["machine"]["platform"] == "cpu"
+    jobs, names = (ON_CPU, ["nanoflax", "machine"]) if on_cpu else (ON_ACCELERATOR, ["nanoflax"])
     commands = [(kind, *(f"--{name}={value}" for name, value in (flags | given).items())) for kind, flags in jobs]
     for command in dict.fromkeys(commands):
         print(" ".join(["benchmark", *command]), file=sys.stderr, flush=True)
-        found["measurements"].append(_measure([*command], num_rounds))
+        found["measurements"].append(_measure([*command], names, num_rounds))
         if out:  # after each measurement, so that an interruption loses nothing
             with open(out, "w") as f:
                 f.write(report.to_json(found, indent=1) + "\n")
@@ -76,10 +77,10 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _measure(arguments: list[str], num_rounds: int) -> dict[str, Any]:
+def _measure(arguments: list[str], names: list[str], num_rounds: int) -> dict[str, Any]:
     begin, row = time.perf_counter(), {"command": " ".join(arguments)}
     try:
-        facts, results = rounds.measure(arguments, ["nanoflax", "machine"], num_rounds)
+        facts, results = rounds.measure(arguments, names, num_rounds)
     except UserError as error:
         return row | {"error": str(error)}
     seconds = rounds.median(results["nanoflax"])

@@ -3,13 +3,14 @@
 import io
 import itertools
 import json
+import re
 import types
 
 import jax
 import pytest
 
 import nanoflax
-from experiments.benchmarks import everything, rounds, sides
+from experiments.benchmarks import everything, rounds, sides, where
 from nanoflax.errors import UserError
 
 TINY = {kind: sides.Job(kind, "tiny", 2, 1, 4) for kind in ("train", "decode", "encode")}
@@ -133,3 +134,48 @@ def test_all_writes_a_table_and_strict_json(monkeypatch, tmp_path, capsys):
     assert all(row["command"] in out for row in found["measurements"]) and "GiB used" in out
     with pytest.raises(UserError, match="--out=.* cannot be written"):
         everything.measure_all({}, 1, str(tmp_path))
+
+
+def test_operations_at_the_same_time_share_it():
+    times = where.seconds_of_ops([(0, 4, "a"), (1, 3, "b"), (6, 7, "a"), (1, 2, "b")])
+    assert times["a"] == pytest.approx(1 + 1 / 3 + 1 / 2 + 1 + 1) and times["b"] == pytest.approx(2 / 3 + 1 / 2)
+
+
+@pytest.mark.parametrize(
+    "opcode, shape, name, kind",
+    [
+        ("dot", (64, 256), "transpose(jvp(Decoder.hidden))/decoder/block_0/mlp/up/transpose", "products with weights"),
+        ("dot", (64, 64), "jvp(Decoder.hidden)/attention/attention.attend/out/dot_general", "products with weights"),
+        ("dot", (4, 2, 8, 8), "jvp()/attention.attend/bgntk,bgsk->bgnts/dot_general", "attention: scores"),
+        ("dot", (1, 64), "transpose(jvp(Decoder.hidden))/mlp/up/dot_general", "sums of bias"),
+        ("fusion", (64,), "transpose(jvp(Decoder.hidden))/decoder/block_0/mlp/down/reduce_sum", "sums of bias"),
+        ("fusion", (4, 64), "jvp(Decoder.hidden)/decoder/block_0/block_0._before/norm_mlp/mul", "norms"),
+        ("fusion", (4, 64), "jvp(Decoder.hidden)/decoder/block_0/mlp/tanh", "activations"),
+        ("fusion", (4,), "jvp()/log", "loss"),
+        ("fusion", (4,), "is_finite", "optimizer"),
+        ("copy", (4,), "", "copies"),
+    ],
+)
+def test_an_operation_has_a_kind(opcode, shape, name, kind):
+    assert where.Op(opcode, shape, [], "", f"jit(step)/{name}" if name else "").kind.startswith(kind)
+
+
+def test_the_products_of_a_program_are_measured_alone():
+    def f(a, b):
+        return jax.numpy.tanh(jax.numpy.einsum("bij,bjk->bik", a, b))
+
+    arrays = jax.numpy.ones((2, 8, 16)), jax.numpy.ones((2, 16, 4))
+    ops = where.parse_program(jax.jit(f).lower(*arrays).compile().as_text())
+    (dot,) = [op for op in ops.values() if op.opcode == "dot"]
+    assert where.alone(dot, ops)[1] == 2 * 2 * 8 * 16 * 4 and "dot_general" in dot.op_name
+    assert {op.shape for op in ops.values()} >= {(2, 8, 16), (2, 16, 4), (2, 8, 4)}
+
+
+def test_the_table_accounts_for_the_step(capsys):
+    where.print_table(TINY["train"])
+    out = capsys.readouterr().out
+    rows = re.findall(r"^([^\d\n]+?) +[\d.]+ +([\d.]+)%(?: +[\d.]+ +([\d.]+)%)?$", out, re.MULTILINE)
+    shares = {kind: float(share) for kind, share, _ in rows}
+    assert sum(shares.values()) == pytest.approx(100, abs=1) and shares["products with weights"] > 1
+    assert {kind for kind, _, products in rows if products} >= {"products with weights"}
+    assert re.search(r"all products, each alone: [\d.]+ ms, [\d.]+% of the step, \d+ GFLOP/s", out)
