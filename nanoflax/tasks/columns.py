@@ -52,6 +52,7 @@ def mapping_flag(kind: type, names: Sequence[str]) -> str:
         pairs[ours] = next((name for word in known for name in left if _simple(name) == word), "")
         left = [name for name in left if name != pairs[ours]]
     for ours in kind.fields:
-        pairs[ours] = pairs[ours] or (left.pop(0) if left else "NAME")
+        pairs[ours] = pairs[ours] or (left.pop(0) if left and kind is not Chat else "NAME")
     value = shlex.quote(",".join(f"{ours}={theirs}" for ours, theirs in pairs.items() if ours != theirs))
-    return f"--config.data.fields={value} (evaluate: --fields)"
+    form = "; messages is a list of objects with role and content" if kind is Chat else ""
+    return f"--config.data.fields={value} (evaluate: --fields){form}"

@@ -268,7 +268,8 @@ def _without_title(source: TaskSource, kind: type, rows: list, report: DataRepor
 def _header(source: TaskSource, kind: type, rows: Sequence[tuple[str, list[str]]]) -> dict[str, int]:
     """{our name: column number} from the first row of a table; {} if it is no header.
 
-    Raises: UserError if it lacks a field, or if it has none, but looks like a header (`_looks_like_header`).
+    Raises: UserError if it lacks a field or has it twice, or if it has none, but looks like a header
+    (`_looks_like_header`).
     """
     renamed = source.renamed_fields(kind)
     place, cells = rows[0] if rows else ("", [])
@@ -281,6 +282,8 @@ def _header(source: TaskSource, kind: type, rows: Sequence[tuple[str, list[str]]
             f"{place}: the header {', '.join(cells)} lacks {' and '.join(missing)}; say which column is which, as in "
             f"{mapping_flag(kind, cells)}{hint}"
         )
+    if twice := [cells[i] for i in columns.values() if cells.count(cells[i]) > 1]:
+        raise UserError(f"{place}: the header has {twice[0]!r} twice; rename the one that is not meant")
     return columns
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nanoflax import data, tasks
 from nanoflax.errors import UserError
-from nanoflax.tasks import Classification, Pair, Tagging, Text, metrics
+from nanoflax.tasks import Chat, Classification, Pair, Tagging, Text, metrics
 from nanoflax.tasks.sources import TaskSource
 from nanoflax.tasks.tags import from_bio, to_bio
 
@@ -64,6 +64,12 @@ def test_a_header_below_a_title_and_between_the_lines(tmp_path, title):
     assert [line.split(":")[0] for line in report] == [
         *(["lines above the header, left out"] if title else []), "headers between the lines, left out"
     ]  # fmt: skip
+
+
+def test_a_column_that_is_there_twice_is_not_guessed(tmp_path):
+    with pytest.raises(UserError, match="t.csv:1: the header has 'label' twice; rename"):
+        read("csv", Classification, "text,label,label\na,x,1\n", tmp_path / "t.csv")
+    assert len(read("csv", Classification, "id,text,label,id\n1,a,x,1\n", tmp_path / "t.csv")[0]) == 1
 
 
 def test_quotes_that_enclose_no_cell_are_read_as_they_are_and_reported(tmp_path):
@@ -126,6 +132,7 @@ def test_json_fields_may_have_capitals(tmp_path):
         ("jsonl", '{"body": "b"}\n', Classification, "body", "text=body,label=NAME"),
         ("jsonl", '{"words": ["a"], "ner_tags": ["O"]}\n', Tagging, "words, ner_tags", "tokens=words,tags=ner_tags"),
         ("jsonl", '[\n{"content": "b"}\n]', Text, "content", "text=content"),
+        ("jsonl", '{"instruction": "a", "output": "b"}\n', Chat, "instruction, output", "messages=NAME"),
     ],
 )  # fmt: skip
 def test_other_names_are_shown_with_the_flag_that_maps_them(tmp_path, kind, text, example, names, fields):
