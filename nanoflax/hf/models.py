@@ -134,7 +134,7 @@ def save(
         _write_json(directory / "config.json", ids | description)
         if exported is not None:
             exported.save(directory)
-            _limit_length(directory / "tokenizer_config.json", config.context)
+            _fit_to_model(directory / "tokenizer_config.json", config)
         if config.head == "lm":
             write_generation(directory, generation, {name: description.get(name, i) for name, i in ids.items()})
     except OSError as error:
@@ -156,12 +156,16 @@ def _special_ids(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _limit_length(path: pathlib.Path, context: int) -> None:
-    """Write the context of the model in the settings of its tokenizer, which truncates texts only to a known length."""
+def _fit_to_model(path: pathlib.Path, config: ModelConfig) -> None:
+    """Write the context of the model in the settings of its tokenizer, which truncates texts only to a known length;
+    and that it gives no token types to a model without them."""
     settings = json.loads(path.read_bytes()) if path.exists() else {}
-    given = settings.get("model_max_length")
-    if not isinstance(given, int | float) or given > context:
-        _write_json(path, settings | {"model_max_length": context})
+    given, names = settings.get("model_max_length"), settings.get("model_input_names")
+    if not isinstance(given, int | float) or given > config.context:
+        settings["model_max_length"] = config.context
+    if isinstance(names, list) and not config.token_types:
+        settings["model_input_names"] = [name for name in names if name != "token_type_ids"]
+    _write_json(path, settings)
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:

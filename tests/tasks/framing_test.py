@@ -340,6 +340,14 @@ def test_a_published_classifier_reads_texts_as_they_are(tmp_path):
         assert [mine[name] for name in run.labels] == pytest.approx(theirs, abs=1e-5), text
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_token_types_are_given_only_to_models_that_have_them(family, tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer = KINDS["vocab.txt"](tmp_path / "tokenizer")
+    _, auto = export(tmp_path / "exported", model_config(tokenizer, family, "classify"), tokenizer)
+    assert set(auto("the cat")) == {"input_ids", "attention_mask"} | ({"token_type_ids"} if family == "bert" else set())
+
+
 def test_an_export_that_autotokenizer_reads_as_qwen2_says_so(tmp_path, caplog):
     tokenizer = KINDS["bpe"](tmp_path)
     config = dataclasses.replace(model_config(tokenizer, "llama", "lm"), qkv_bias=True)  # then the family is qwen2
