@@ -417,7 +417,7 @@ def _read_arrays(directory, step, target, partial_restore=False):
 
 def _read_meta(directory, step):
     path = pathlib.Path(directory, str(step), "meta")
-    return untrusted.parse_json(untrusted.read_bytes(path, "metadata"), path / "metadata")
+    return untrusted.json_object(untrusted.read_bytes(path, "metadata"), path / "metadata")
 
 
 def _best_step(metrics: Mapping[int, float | None]) -> int | None:

@@ -97,10 +97,10 @@ def restore_model(workdir: str, config: Config, tokenizer: Any, which: str = "be
     """
     subtree = "ema" if config.optim.ema else "params"
     params, meta = checkpoint.restore_params(os.path.join(workdir, "checkpoints"), which=which, subtree=subtree)
-    if meta["tokenizer"] != tokenizer.fingerprint:
+    if (known := str(meta.get("tokenizer"))) != tokenizer.fingerprint:
         raise UserError(
             f"the tokenizer in --workdir={workdir} (fingerprint {tokenizer.fingerprint[:12]}) is not the one that the "
-            f"checkpoint was trained with ({meta['tokenizer'][:12]}); restore that tokenizer"
+            f"checkpoint was trained with ({known[:12]}); restore that tokenizer"
         )
     model = nn.build(config.model)
     if not _has_all(params, model) and config.peft != configs.FullFineTuning():

@@ -57,7 +57,7 @@ def _with_class_of_model(files: Files, directory: pathlib.Path) -> Files:
         return files
     with contextlib.suppress(UserError, LookupError, TypeError):  # the reader of the model names what is wrong
         described = untrusted.json_object(untrusted.read_bytes(directory, "config.json"), "config.json")
-        config = settings[0] | {"tokenizer_class": CLASSES_OF_MODELS[described.get("model_type")]}
+        config = settings[0] | {"tokenizer_class": CLASSES_OF_MODELS[described["model_type"]]}
         files = files | {"tokenizer_config.json": json.dumps(config).encode()}
     return files
 
