@@ -15,31 +15,38 @@ all except bos, eos, pad, unk, sep, cls and what ends an answer.
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
 import pathlib
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nanoflax import untrusted
 from nanoflax.errors import UserError
 from nanoflax.tokenizers import chat_template, vocabularies
-from nanoflax.tokenizers.base import SPACE, Framing, check_ids, well_formed
+from nanoflax.tokenizers.base import Framing, check_ids, well_formed
+from nanoflax.tokenizers.file_tokenizer import (
+    FIELDS,
+    ROLES,
+    VOCABULARIES,
+    Files,
+    FileTokenizer,
+    any_of,
+    read_json,
+    token_fields,
+    without_spaces_before_marks,
+)
+from nanoflax.tokenizers.marian import MarianTokenizer
 from nanoflax.tokenizers.sentinels import TokenizerWithSentinels
 
-VOCABULARIES = ("tokenizer.json", "source.spm", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 FILES = (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json", "tokenizer_config.json",
          "special_tokens_map.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
-Files = dict[str, bytes]  # name -> content
-ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 CLASSES_OF_MODELS = {"gpt2": "GPT2Tokenizer", "bert": "BertTokenizer", "distilbert": "DistilBertTokenizer",
                      "roberta": "RobertaTokenizer", "bart": "BartTokenizer", "t5": "T5Tokenizer"}  # fmt: skip
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # run a tokenizer.json as it is, with named tokens
-FIELDS = ("content", "special", "lstrip", "rstrip", "single_word", "normalized")
 
 
 def load_huggingface(directory: str | os.PathLike) -> "HFTokenizer | MarianTokenizer":
@@ -52,10 +59,10 @@ def load_huggingface(directory: str | os.PathLike) -> "HFTokenizer | MarianToken
 def _with_class_of_model(files: Files, directory: pathlib.Path) -> Files:
     """The files. If they name neither a class nor ends, as in the first models on the hub, config.json tells the class,
     which then is in tokenizer_config.json."""
-    settings = [_json(files, name, str(directory)) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    settings = [read_json(files, name, str(directory)) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     if "tokenizer.json" not in files or {"tokenizer_class", "eos_token", "sep_token"} & {*settings[0], *settings[1]}:
         return files
-    with contextlib.suppress(UserError, LookupError, TypeError):  # the reader of the model names what is wrong
+    with contextlib.suppress(UserError, LookupError):  # the reader of the model names what is wrong
         described = untrusted.json_object(untrusted.read_bytes(directory, "config.json"), "config.json")
         config = settings[0] | {"tokenizer_class": CLASSES_OF_MODELS[described["model_type"]]}
         files = files | {"tokenizer_config.json": json.dumps(config).encode()}
@@ -131,9 +138,9 @@ def _with_tokens(exported, tokenizer):
     """`exported` with the new tokens of a TokenizerWithSentinels in its settings, where Transformers reads them."""
     if not tokenizer.added:
         return exported
-    config = _json(exported.files, "tokenizer_config.json", exported.name)
+    config = read_json(exported.files, "tokenizer_config.json", exported.name)
     own = config.get("added_tokens_decoder") or {}
-    tokens = {str(i): _fields(vocabularies.added_token(name, i), name) for name, i in tokenizer.special.items()}
+    tokens = {str(i): token_fields(vocabularies.added_token(name, i), name) for name, i in tokenizer.special.items()}
     config["added_tokens_decoder"] = tokens | own
     config["additional_special_tokens"] = [*(config.get("additional_special_tokens") or []), *tokenizer.added]
     if tokenizer.mask_id in tokenizer.added.values():
@@ -141,85 +148,7 @@ def _with_tokens(exported, tokenizer):
     return from_files(exported.files | {"tokenizer_config.json": json.dumps(config).encode()}, exported.name)
 
 
-class _FileTokenizer:
-    """The base of HFTokenizer and MarianTokenizer: their files, kept byte for byte, and the ids of special tokens.
-
-    Attributes: vocab_size (largest id + 1); bos_id, eos_id, pad_id (if absent, the id of another role: BERT's bos is
-    [CLS]); unk_id, sep_id, cls_id, mask_id (None if absent); stop_ids (all ids that end an answer); special (special
-    string -> id); cleans_up (spaces before punctuation are removed in decoding); chat_template; fingerprint.
-    """
-
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    pad_id: int
-    unk_id: int | None
-    sep_id: int | None
-    cls_id: int | None
-    mask_id: int | None
-    framing: Framing
-    special: dict[str, int]
-    chat_template: str | None = None
-
-    def __init__(self, files: Files, name: str):
-        self.files, self.name = files, name
-        self._config = _json(files, "tokenizer_config.json", name)
-        self._generation = _json(files, "generation_config.json", name)
-        maps = _json(files, "special_tokens_map.json", name) | self._config
-        named = {role: maps[f"{role}_token"] for role in ROLES if maps.get(f"{role}_token") is not None}
-        more = []
-        for key in ("additional_special_tokens", "extra_special_tokens"):
-            tokens = maps.get(key) or []
-            more += tokens.values() if isinstance(tokens, dict) else tokens
-        self._named = [_fields(token, name) for token in [*named.values(), *more]]
-        # {"eos": "</s>", ...}
-        self._roles: dict[str, str] = {role: token["content"] for role, token in zip(named, self._named, strict=False)}
-
-    def _set_ids(self, token_to_id: Callable[[str], int | None]) -> None:
-        for role in ROLES:
-            i = token_to_id(self._roles[role]) if role in self._roles else None
-            if i is None:
-                i = next(iter(self._generation_ids(role)), None)
-            setattr(self, f"{role}_id", i)
-        for role, *others in (("eos", "sep"), ("bos", "cls", "eos"), ("pad", "eos")):
-            ids = (getattr(self, f"{r}_id") for r in (role, *others))
-            setattr(self, f"{role}_id", next((i for i in ids if i is not None), None))
-        if self.eos_id is None:
-            raise UserError(f"tokenizer {self.name} has no end-of-sequence token")
-        self.stop_ids = tuple(dict.fromkeys([self.eos_id, *self._generation_ids("eos")]))
-        digest = hashlib.blake2b(digest_size=16)
-        for file in (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json"):
-            digest.update(hashlib.blake2b(self.files.get(file, b"")).digest())
-        settings = {k: v for k, v in self._config.items() if k != "chat_template"}
-        digest.update(json.dumps([settings, self._roles, self._named, self.stop_ids], sort_keys=True).encode())
-        self.fingerprint = digest.hexdigest()
-
-    def _generation_ids(self, role: str) -> list[int]:
-        ids = self._generation.get(f"{role}_token_id")
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        for i in ids:
-            if not isinstance(i, int) or not 0 <= i < self.vocab_size:
-                raise UserError(
-                    f"tokenizer {self.name}: generation_config.json: {role}_token_id "
-                    f"is {i!r}, with {self.vocab_size} tokens"
-                )
-        return ids
-
-    def __reduce__(self):
-        return from_files, (self.files, self.name)
-
-    def save(self, directory: str | os.PathLike) -> None:
-        """Write the files as they were loaded. Raises: UserError."""
-        directory = pathlib.Path(directory)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            for name, content in self.files.items():
-                (directory / name).write_bytes(content)
-        except OSError as error:
-            raise UserError(f"tokenizer cannot be saved in {directory}: {error.strerror}") from error
-
-
-class HFTokenizer(_FileTokenizer):
+class HFTokenizer(FileTokenizer):
     """A tokenizer that the `tokenizers` library runs; made by `from_files` and `from_gguf`."""
 
     def __init__(self, files: Files, name: str):
@@ -227,14 +156,14 @@ class HFTokenizer(_FileTokenizer):
 
         super().__init__(files, name)
         spec = self._spec_with_special_tokens()
-        if self._config != _json(files, "tokenizer_config.json", name):  # add_bos_token, not everyone's default
+        if self._config != read_json(files, "tokenizer_config.json", name):  # add_bos_token, not everyone's default
             self.files = files | {"tokenizer_config.json": json.dumps(self._config).encode()}
         nonce = secrets.token_hex(16)
         specials = [token["content"] for token in spec["added_tokens"] if token["special"]]
         # All aliases have the same length, so none is a prefix of another. Beside "|" a word can begin or end.
         self._aliases = {token: f"|{nonce}{i:06d}|" for i, token in enumerate(specials)}
         words = {token["content"] for token in spec["added_tokens"] if token.get("single_word")}
-        self._special_pattern = _any_of(specials, words)
+        self._special_pattern = any_of(specials, words)
         self._tokenizer = Tokenizer.from_str(json.dumps(_rename_special(spec, self._aliases)))
         wrong = [t["content"] for t in spec["added_tokens"] if t["id"] != self._id(t["content"])]
         if wrong:
@@ -253,7 +182,7 @@ class HFTokenizer(_FileTokenizer):
         self.framing = Framing(before, after, before, self.bos_id, self.eos_id)
         self.chat_template = self._chat_template()
         own = {getattr(self, f"{role}_id") for role in ROLES if role != "mask"} | {*self.stop_ids}
-        self._writable = _any_of([token for token, i in self.special.items() if i not in own], words)
+        self._writable = any_of([token for token, i in self.special.items() if i not in own], words)
 
     def _template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids that the post-processor adds before and after a text of one token."""
@@ -291,7 +220,7 @@ class HFTokenizer(_FileTokenizer):
         return HFTokenizer(self.files | {file: json.dumps(x).encode() for file, x in new.items()}, self.name)
 
     def _spec_with_special_tokens(self) -> dict[str, Any]:
-        spec, added = self._spec(), _json(self.files, "added_tokens.json", self.name)
+        spec, added = self._spec(), read_json(self.files, "added_tokens.json", self.name)
         _add_special_tokens(spec, self._config, added, self._named, self._roles)
         if "tokenizer.json" not in self.files:  # a tokenizer.json has its own post-processor
             vocabularies.set_ends(spec, self._config, self._roles)
@@ -302,7 +231,7 @@ class HFTokenizer(_FileTokenizer):
         kind = next(v for v in VOCABULARIES if v in files)
         name = config.get("tokenizer_class") or ""
         if kind == "tokenizer.json":
-            spec = _json(files, kind, self.name)
+            spec = read_json(files, kind, self.name)
             if not isinstance(spec.get("model"), dict):
                 raise UserError(f"tokenizer {self.name}: tokenizer.json holds no model")
             vocabularies.check_growth(spec.get("normalizer"), f"tokenizer {self.name}: {kind}")
@@ -326,7 +255,7 @@ class HFTokenizer(_FileTokenizer):
                 "Transformers first"
             )
         if kind == "vocab.json":
-            vocabulary = _json(files, kind, self.name)
+            vocabulary = read_json(files, kind, self.name)
             vocabularies.check_vocabulary(vocabulary, f"tokenizer {self.name}: {kind}")
             return vocabularies.from_merges(vocabulary, files["merges.txt"].decode("utf-8-sig"), self._roles, config)
         if kind == "vocab.txt":
@@ -381,7 +310,7 @@ class HFTokenizer(_FileTokenizer):
             special = set(self.special.values())
             tokens = [self._tokenizer.id_to_token(i) or "" for i in ids if i not in special]
             text = self._tokenizer.decoder.decode(_replace_invalid_bytes(tokens, self._bytes))
-        return _without_spaces_before_marks(text) if self.cleans_up else text
+        return without_spaces_before_marks(text) if self.cleans_up else text
 
     def apply_chat(
         self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -438,99 +367,6 @@ class HFTokenizer(_FileTokenizer):
             raise UserError(f"tokenizer {self.name} cannot encode: {error}") from error
 
 
-class MarianTokenizer(_FileTokenizer):
-    """Marian: a SentencePiece model for each language (source.spm, target.spm), ids from vocab.json.
-
-    Transformers also normalizes punctuation if sacremoses is installed; this class does not.
-    """
-
-    unk_id: int
-
-    def __init__(self, files: Files, name: str):
-        import sentencepiece
-
-        super().__init__(files, name)
-        self._ids = _json(files, "vocab.json", name)
-        vocabularies.check_vocabulary(self._ids, f"tokenizer {name}: vocab.json")
-        if self._config.get("separate_vocabs"):
-            raise UserError(f"tokenizer {name}: separate_vocabs is not supported")
-        self._roles = {"eos": "</s>", "pad": "<pad>", "unk": "<unk>"} | self._roles
-        missing = [t for t in self._roles.values() if t not in self._ids]
-        if missing:
-            raise UserError(f"tokenizer {name}: vocab.json lacks {', '.join(missing)}")
-        self._source, self._target = (
-            sentencepiece.SentencePieceProcessor(model_proto=files[f"{side}.spm"]) for side in ("source", "target")
-        )
-        self._pieces = {i: piece for piece, i in self._ids.items()}
-        self.vocab_size = 1 + max(self._pieces)
-        self._set_ids(self._ids.get)
-        self.framing = Framing((), (self.eos_id,), (), self.bos_id, self.eos_id)
-        self.special = {t: self._ids[t] for t in self._roles.values()}
-        self.cleans_up = bool(self._config.get("clean_up_tokenization_spaces"))
-        self._codes = [piece for piece in self._ids if re.fullmatch(r">>.*<<", piece)]
-        self._special_pattern = _any_of([*self.special, *self._codes])
-
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """The ids of a source text. special: read special tokens and language codes in it."""
-        text, ids, end = well_formed(text), [], 0
-        for match in self._special_pattern.finditer(text) if special else ():
-            ids += [*self._encode_part(text[end : match.start()]), self._ids[match[0]]]
-            end = match.end()
-        return ids + self._encode_part(text[end:])
-
-    def encode_source(self, text: str) -> list[int]:
-        """The ids of a source text. At its beginning, a code such as >>fr<< names the language of the target.
-
-        Raises: UserError for a code that is not in the vocabulary, if others are.
-        """
-        code = re.match(r">>[^\s<>]+<<", text)
-        if not code or not self._codes:
-            return self.encode(text)
-        if code[0] not in self._ids:
-            raise UserError(
-                f"tokenizer {self.name} has no language code {code[0]}; it has {', '.join(sorted(self._codes))}"
-            )
-        return [self._ids[code[0]], *self.encode(text[code.end() :])]
-
-    def encode_target(self, text: str) -> list[int]:
-        """The ids of a text in the target language."""
-        return self._encode_part(well_formed(text), self._target)
-
-    def _encode_part(self, text, model=None):
-        pieces = (model or self._source).encode(text, out_type=str)
-        return [self._ids.get(piece, self.unk_id) for piece in pieces]
-
-    def encode_with_template(self, text: str, pair: str | None = None, special: bool = False) -> list[int]:
-        """The ids of one or two source texts, then the end-of-sequence token that the encoder expects."""
-        return self.framing.whole([*self.encode(text, special), *(self.encode(pair, special) if pair else ())])
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of target ids; special tokens give none."""
-        check_ids(ids, self.vocab_size)
-        pieces = [self._pieces.get(int(i), "") for i in ids if i not in self.special.values()]
-        text = self._target.decode_pieces(pieces).replace(SPACE, " ").strip()
-        return _without_spaces_before_marks(text) if self.cleans_up else text
-
-
-def _json(files: Files, file: str, name: str) -> dict[str, Any]:
-    return untrusted.json_object(files[file], f"tokenizer {name}: {file}") if file in files else {}
-
-
-def _fields(token: Any, name: str) -> dict[str, Any]:
-    """A token in a settings file, "</s>" or {"content": "</s>", ...}, as a dict."""
-    fields = {"content": token} if isinstance(token, str) else token
-    if not isinstance(fields, dict) or not fields.get("content") or not isinstance(fields["content"], str):
-        raise UserError(f"tokenizer {name}: a special token must be text, not {token!r}")
-    return {key: fields[key] for key in FIELDS if key in fields}
-
-
-def _without_spaces_before_marks(text: str) -> str:
-    """What Transformers does with a decoded text if clean_up_tokenization_spaces is true."""
-    for mark in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
-        text = text.replace(mark, mark.strip())
-    return text
-
-
 def _replace_invalid_bytes(tokens: list[str], values: dict[str, int]) -> list[str]:
     """The tokens, with U+FFFD for each byte that is not part of a character in UTF-8, as SentencePiece decodes.
 
@@ -549,13 +385,6 @@ def _replace_invalid_bytes(tokens: list[str], values: dict[str, int]) -> list[st
             found += ["\ufffd"] if is_invalid else run[at : at + size]
             at += size
     return found
-
-
-def _any_of(strings: Iterable[str], words: Iterable[str] = ()) -> re.Pattern[str]:
-    """A pattern that matches the longest of the strings at each position; those in `words` not inside a word."""
-    longest = sorted(strings, key=len, reverse=True)
-    patterns = (rf"(?<!\w){re.escape(s)}(?!\w)" if s in words else re.escape(s) for s in longest)
-    return re.compile("|".join(patterns) or r"(?!)")
 
 
 def _add_special_tokens(spec, config, added, named, roles):
