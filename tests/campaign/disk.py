@@ -6,6 +6,7 @@ it. Needs the right to mount (root); else the part makes no trial, which counts 
 """
 
 import contextlib
+import functools
 import os
 import random
 import shutil
@@ -42,10 +43,19 @@ def used(path):
     return {"size": (found.f_blocks - found.f_bfree) * found.f_frsize, "nr_inodes": found.f_files - found.f_ffree}
 
 
-def full_from_the_start(lab, kind, limit, most, rng):
+@functools.cache
+def needs(lab, kind):
+    """What a run of this kind uses."""
+    lab.reference(kind)
+    with small_disk(disk := lab.new()):
+        lab.run(kind, disk / "w")
+        return used(disk)
+
+
+def full_from_the_start(lab, kind, limit, rng):
     """A disk that is too small, which becomes larger during the run or after it."""
-    disk = lab.new()
-    limits = {limit: rng.randint(most[limit] // 50, most[limit] * 11 // 10)}
+    disk, most = lab.new(), needs(lab, kind)[limit]
+    limits = {limit: rng.randint(most // 50, most * 11 // 10)}
     with small_disk(disk, **limits):
         victim = lab.start(kind, disk / "w")
         if room_comes := rng.random() < 0.3:
@@ -61,7 +71,7 @@ def full_from_the_start(lab, kind, limit, most, rng):
         return (problem := lab.difference(kind, disk / "w")) and f"{limits}, {room_comes=}: {problem}"
 
 
-def full_for_a_moment(lab, kind, limit, most, rng):
+def full_for_a_moment(lab, kind, limit, rng):
     """The disk fills between two steps, and has room again a moment later: the run must go on by itself."""
     disk, whole = lab.new(), lab.home / "long"
     if not whole.exists():
@@ -90,12 +100,6 @@ def full_for_a_moment(lab, kind, limit, most, rng):
 def run(budget_seconds: float, rng: random.Random) -> list[Outcome]:
     end, found = time.monotonic() + budget_seconds, {}
     with Lab() as lab:
-        most = {}
-        for kind in ("pretrain", "lora", "tokenize"):
-            lab.reference(kind)
-            with small_disk(disk := lab.new()):
-                lab.run(kind, disk / "w")
-                most[kind] = used(disk)
         i = 0
         while time.monotonic() < end:
             kind, limit = (
@@ -106,7 +110,7 @@ def run(budget_seconds: float, rng: random.Random) -> list[Outcome]:
             kind = "pretrain" if what == full_for_a_moment else kind
             name = f"{'full disk' if limit == 'size' else 'no inodes'}, {what.__name__.replace('_', ' ')}"
             i += 1
-            problem = what(lab, kind, limit, most[kind], rng)
+            problem = what(lab, kind, limit, rng)
             found.setdefault(name, []).append(problem and f"{kind}: {problem}")
             shutil.rmtree(lab.home / f"trial-{lab.made}", ignore_errors=True)
     return [Outcome(name, len(problems), [p for p in problems if p]) for name, problems in found.items()]

@@ -58,7 +58,7 @@ def draw(kind: str, output, seconds: float, rng: random.Random) -> tuple[str, di
     if (kinds := rng.random()) < 0.3:
         return "random time", NEVER, rng.uniform(0, seconds)
     if kinds < 0.6:  # before a change of a file
-        return "file change", {"at": "write", "inside": str(output), "n": rng.randint(1, CHANGES[kind])}, None
+        return "file change", {"at": "write", "inside": str(output.parent), "n": rng.randint(1, CHANGES[kind])}, None
     name, function, calls, delay = rng.choice(AIMS[kind])
     delay = rng.choice([0.0, rng.uniform(0, delay)])
     return name, {"at": "call", "of": function, "n": rng.randint(1, calls), "delay": delay}, None

@@ -45,7 +45,7 @@ def trial(lab, kind, name, rng):
         saved = re.search(r"saved at step (\d+)", done.stdout)
         if not saved or int(saved[1]) != max(checkpoint.list_steps(output / "checkpoints")):
             return f"{accident} {after}: the last step was not saved: {done.stdout[-300:]}"
-    elif done.returncode and "step 1/" in done.stdout and f"step {STEPS}/{STEPS}" not in done.stdout:
+    elif done.returncode and "step 1/" in done.stderr and f"step {STEPS}/{STEPS}" not in done.stderr:
         return f"{accident} {after}: the signal was not caught during training"
     done = lab.run(kind, output)
     if done.returncode:
