@@ -179,3 +179,21 @@ def test_the_table_accounts_for_the_step(capsys):
     assert sum(shares.values()) == pytest.approx(100, abs=1) and shares["products with weights"] > 1
     assert {kind for kind, _, products in rows if products} >= {"products with weights"}
     assert re.search(r"all products, each alone: [\d.]+ ms, [\d.]+% of the step, \d+ GFLOP/s", out)
+
+
+def test_a_batch_that_does_not_fit_after_all_is_halved(monkeypatch, capsys):
+    sizes = []
+
+    def train_batch(job, device, B):
+        sizes.append(B)
+        if B > 16:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        return {"B": B}, lambda: None
+
+    monkeypatch.setattr(sides, "_train_batch", train_batch)
+    monkeypatch.setattr(sides, "batch_that_fits", lambda config, device: 64)
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1})
+    assert sides._train(sides.Job("train", "gpt2"), device)[0] == {"B": 16} and sizes == [64, 32, 16]
+    assert "B=64 does not fit; trying half of it" in capsys.readouterr().err
+    with pytest.raises(jax.errors.JaxRuntimeError):  # a batch that was asked for is not changed
+        sides._train(sides.Job("train", "gpt2", batch_size=64), device)
