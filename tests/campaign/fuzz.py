@@ -222,7 +222,8 @@ class Watch:
     """Notes what Python does besides reading the files in a directory."""
 
     def __init__(self, directory):
-        self.directory, self.allowed = str(directory), (str(directory), sys.prefix, sys.base_prefix)
+        code = str(pathlib.Path(__file__).parents[2])  # read for tracebacks
+        self.allowed = (str(directory), sys.prefix, sys.base_prefix, code)
         self.is_on, self.seen = False, []
         sys.addaudithook(self._hook)
 
