@@ -306,8 +306,8 @@ def check_same_base(meta: dict, base: str, init_from: str) -> None:
     if base != meta.get("base", base):
         raise UserError(
             f"model.init_from={init_from} has changed since this run began (fingerprint {base[:12]}, not "
-            f"{str(meta['base'])[:12]}), and the run's checkpoints hold only what it trains; restore that model, or choose "
-            "another --workdir"
+            f"{str(meta['base'])[:12]}), and the run's checkpoints hold only what it trains; restore that model, or "
+            "choose another --workdir"
         )
 
 
