@@ -10,6 +10,8 @@ from nanoflax import tokenizers, untrusted
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint, manifest
 from nanoflax.runs import directory as runs
+from tests.campaign import fuzz
+from tests.campaign.mutation import mutate, pack, unpack
 
 
 @pytest.mark.parametrize(
@@ -276,3 +278,17 @@ def test_a_delimiter_that_divides_nothing(tmp_path, delimiter):
     (tmp_path / "x.csv").write_text(f'sep={delimiter}\ntext{delimiter}label\n"a",b\n')
     with pytest.raises(UserError, match="x.csv:1: sep=.* cannot divide cells"):
         tasks.read(f"csv:{tmp_path}/x.csv", tasks.Classification)
+
+
+@pytest.mark.parametrize("name", ["safetensors", "index", "gguf", "tokenizer_json", "vocabularies", "template", "jsonl",
+                                  "csv", "conll", "text"])  # fmt: skip
+def test_some_damage_of_the_fuzzer(tmp_path, name):
+    # The fuzzer itself makes a million inputs: python -m tests.campaign.fuzz
+    target = fuzz.TARGETS[name]
+    for seed, files in enumerate(target.seeds() * 12):
+        if seed >= len(target.seeds()):
+            files = unpack(mutate(pack(files), 10**6, seed))
+        for file, content in files.items():
+            (tmp_path / str(seed)).mkdir(exist_ok=True)
+            (tmp_path / str(seed) / file).write_bytes(content)
+        target.open(tmp_path / str(seed))
