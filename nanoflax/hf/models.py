@@ -74,7 +74,7 @@ def save(
     """Write a directory that Transformers' AutoModel...from_pretrained opens.
 
     Rows of config.vocab_padding are left out. A model without token types gets the table of one row, of zeros, that
-    Transformers needs.
+    Transformers needs; an untied table takes the factor config.embed_scale.
 
     Args:
       params: of `nanoflax.build(config)`, written in their dtypes, one at a time.
@@ -84,7 +84,7 @@ def save(
     Raises: UserError if no family can express the configuration, params are not of this configuration,
       or the directory cannot be written.
     """
-    config, params = without_padding(config, params)
+    config, params = _with_scaled_table(*without_padding(config, params))
     family = family_of_config(config, model_type)
     if not config.token_types and "token_types" in family.fields.values():
         # Transformers adds a row of this table to every token; zeros change nothing.
@@ -140,6 +140,17 @@ def save(
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from error
     return family
+
+
+def _with_scaled_table(config, params):
+    """The model with config.embed_scale in its table, where no head shares it. The usual factor, sqrt(D), has
+    families of its own (Gemma, BART)."""
+    scale = config.embed_scale
+    if config.tied or config.head != "lm" or scale in (1, config.dim**0.5):
+        return config, params
+    table = params["embed"]["embedding"]
+    params = params | {"embed": {"embedding": (np.asarray(table, np.float32) * scale).astype(table.dtype)}}
+    return dataclasses.replace(config, embed_scale=1.0), params
 
 
 def _special_ids(tokenizer: Any) -> dict[str, Any]:
