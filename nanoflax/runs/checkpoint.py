@@ -64,13 +64,17 @@ def quiet_orbax() -> Iterator[None]:
             _make_loud()
 
 
+def _is_retrieved(record: logging.LogRecord) -> bool:
+    """False for asyncio's report of the arrays after the first one that failed; that one is raised."""
+    return "never retrieved" not in record.getMessage()
+
+
 def _make_quiet() -> Callable[[], None]:
     """Installs a log filter and an unraisablehook; returns the function that removes them."""
     loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
 
     def not_from_orbax(record):
-        # asyncio reports the errors of the arrays after the first one that failed; that one is raised.
-        return "orbax" not in record.pathname and "never retrieved" not in record.getMessage()
+        return "orbax" not in record.pathname and _is_retrieved(record)
 
     def show_others(event):
         # When the disk is full, the first failed array closes orbax's event loop. For the other arrays,
@@ -338,6 +342,8 @@ class Checkpoints:
         In a run of several processes, the others learn of the failure when this process has exited.
         """
         step, kind = self._saving, UserError
+        # asyncio logs the errors of the other arrays when their tasks are freed, which may be after `close`.
+        logging.getLogger("asyncio").addFilter(_is_retrieved)
         reason = next((text for text in map(os.strerror, DISK_ERRORS) if text in str(error)), repr(error)[:200])
         if jax.process_count() == 1:
             self._manager.close()

@@ -15,9 +15,9 @@ import time
 from tests.campaign import Outcome
 from tests.campaign.lab import NEVER, Lab, contents, difference, last_lines
 
-HEARTBEAT, WATCHDOG, JOIN = 10, 10, 25
+HEARTBEAT, WATCHDOG, JOIN = 10, 20, 25
 DEADLINE = max(HEARTBEAT, WATCHDOG, JOIN) + 20 + 15  # parallel.SHUTDOWN_SECONDS, and 15 s for a busy machine
-FLAGS = [f"--heartbeat_seconds={HEARTBEAT}", f"--join_seconds={JOIN}", f"--config.train.watchdog_seconds={WATCHDOG}"]
+FLAGS = [f"--heartbeat_seconds={HEARTBEAT}", f"--join_seconds={JOIN}"]
 ADDRESSES = ["10.213.77.1", "10.213.77.2"]
 
 
@@ -27,12 +27,13 @@ def free_port():
         return s.getsockname()[1]
 
 
-PATIENT = ["--heartbeat_seconds=300", "--config.train.watchdog_seconds=0"]  # of pairs that nobody disturbs
+PATIENT = ["--heartbeat_seconds=300"]  # of pairs that nobody disturbs
 
 
 def start(lab, workdir, flags=PATIENT, networks=None):
     host = ADDRESSES[0] if networks else "localhost"
-    common = [*flags, f"--coordinator={host}:{free_port()}", "--processes=2", "--config.train.mesh=2,1,1"]
+    common = [*flags, f"--coordinator={host}:{free_port()}", "--processes=2"]
+    common += ["--config.train.mesh=2,1,1", f"--config.train.watchdog_seconds={WATCHDOG}"]
     accidents = [NEVER | ({"network": [networks[i], ADDRESSES[i]]} if networks else {}) for i in range(2)]
     return [lab.start("pretrain", workdir, *common, f"--process_id={i}", accident=accidents[i]) for i in range(2)]
 

@@ -77,7 +77,7 @@ class Lab:
         return [
             "experiments.pretrain",
             *flags,
-            *_flags(train=[f"evaluate_every={2 * EVERY}", f"checkpoint_every={EVERY}"]),
+            *_flags(train=[f"evaluate_every={2 * EVERY}", f"checkpoint_every={EVERY}", "max_skipped=3"]),
         ]
 
     def _finetune(self, output):
@@ -204,8 +204,12 @@ def difference(expected: dict[str, str], found: dict[str, str]) -> str:
 
 
 def messages(done: subprocess.CompletedProcess) -> list[str]:
-    """The lines of stderr that are not of the progress display."""
-    return [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("step ", "  | "))]
+    """The lines of stderr that are not of the progress display, and do not say which parameters are new."""
+    return [
+        line
+        for line in done.stderr.splitlines()
+        if line.strip() and not line.startswith(("step ", "  | ", "not in the source"))
+    ]
 
 
 def one_line(done: subprocess.CompletedProcess, *words: str) -> bool:

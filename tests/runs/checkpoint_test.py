@@ -1,5 +1,6 @@
 """Checkpoints: every bit comes back, and no damage, kill or full disk costs more than one step."""
 
+import errno
 import itertools
 import logging
 import os
@@ -466,6 +467,17 @@ def test_a_clock_that_is_set_during_a_save_changes_nothing(tmp_path, monkeypatch
             checkpoints.save(step, make_state(step), {})
         checkpoints.wait()
         assert_same_bits(checkpoints.restore(abstract(make_state(2)))[0], make_state(2))
+
+
+def test_a_failed_save_stays_quiet(tmp_path, caplog):
+    """asyncio logs the error of each further array when the task is freed, which may be after the context."""
+    with pytest.raises(UserError, match="could not be saved: No space"), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(), {})
+        checkpoints._failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    logger = logging.getLogger("asyncio")
+    logger.error("Task exception was never retrieved")
+    assert not caplog.records
+    logger.removeFilter(checkpoint._is_retrieved)
 
 
 def test_logs_and_hooks_are_changed_only_while_checkpoints_are_open(tmp_path):
