@@ -25,8 +25,9 @@ Shorter runs of MiniLM (20 steps of 16 texts of 16 tokens, 96 examples; dates: 1
 LoRA in SmolLM2-135M (D = 576), sums in words as chats, 20 steps of 4: perplexity 1.102 at 5e-4, 1.067 at 2e-3.
 
 The other tasks with small models of our own: decoders and a BART with 2 layers, pretrained on Python's docstrings for
-150 to 300 steps (D = 256 for fewer than D = 128). Validation loss after 40 steps of 16 (Grimm's tales, tweets), 25 of 8 (chats about sums,
-dates, docstrings) and 30 of 16 (translation of dates, CLDR names, verses of the Bible); one seed, 48 to 96 examples:
+150 to 300 steps of 16 texts (D = 256 for fewer and shorter ones than D = 128). Validation loss after 40 steps of 16
+(Grimm's tales, tweets), 25 of 8 (chats about sums, dates, docstrings) and 30 of 16 (translation of dates, CLDR names,
+verses of the Bible); one seed, 48 to 96 examples:
 
     trained                   tales            tweets           | sums             dates            docstrings
     all   128   1, 3, 10e-3   5.11 4.77 4.71   5.19 4.91 4.82   | 3.19 1.75 1.30   4.58 3.64 3.42   5.60 5.76 6.06
