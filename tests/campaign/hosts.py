@@ -13,7 +13,7 @@ import subprocess
 import time
 
 from tests.campaign import Outcome
-from tests.campaign.lab import NEVER, Lab, contents, difference, last_lines
+from tests.campaign.lab import HUNG, NEVER, Lab, contents, difference, last_lines
 
 HEARTBEAT, WATCHDOG, JOIN = 10, 20, 25
 DEADLINE = max(HEARTBEAT, WATCHDOG, JOIN) + 20 + 15  # parallel.SHUTDOWN_SECONDS, and 15 s for a busy machine
@@ -79,12 +79,10 @@ def trial(lab, what, seconds, rng):
             others = [pair[1 - number]]
         begin, problem = time.monotonic(), ""
         for process in others:
-            try:
-                ended = process.done(max(begin + DEADLINE - time.monotonic(), 1))
-            except subprocess.TimeoutExpired as error:
-                problem = f"process {pair.index(process)} was still there after {DEADLINE} s: {error.stderr[-300:]}"
-                continue
-            if ended.returncode == 2 and "Traceback" in ended.stderr:
+            ended = process.done(max(begin + DEADLINE - time.monotonic(), 1))
+            if ended.returncode == HUNG:
+                problem = f"process {pair.index(process)} was still there after {DEADLINE} s: {last_lines(ended)}"
+            elif ended.returncode == 2 and "Traceback" in ended.stderr:
                 problem = last_lines(ended)
         pair[number].child.kill()
         pair[number].child.wait()

@@ -19,6 +19,7 @@ from tests import kills, processes
 STEPS, EVERY = 30, 5  # of a run; between its checkpoints
 PICTURES = {"loss.png", "sweep.png", "attention.png"}
 NEVER = {"at": "never"}
+HUNG = 124  # as of `timeout`
 
 
 class Lab:
@@ -142,11 +143,15 @@ class Victim:
         self.child = processes.start(["-m", "tests.campaign.victim", json.dumps(accident), *command])
 
     def done(self, timeout=300) -> subprocess.CompletedProcess:
-        """Wait for its end. A program that hangs is killed after `timeout` seconds, and raises TimeoutExpired."""
-        out, error = self.child.communicate(timeout)
+        """Wait for its end. A program that hangs is killed after `timeout` seconds, and gets the status HUNG."""
+        try:
+            status = self.child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            status = HUNG
+        out, error = self.child.out.read_text(), self.child.err.read_text()
         self.child.out.unlink()
         self.child.err.unlink()
-        return subprocess.CompletedProcess(self.child.args, self.child.returncode, out, error)
+        return subprocess.CompletedProcess(self.child.args, status, out, error)
 
 
 def contents(directory: pathlib.Path) -> dict[str, str]:
@@ -205,11 +210,8 @@ def difference(expected: dict[str, str], found: dict[str, str]) -> str:
 
 def messages(done: subprocess.CompletedProcess) -> list[str]:
     """The lines of stderr that are not of the progress display, and do not say which parameters are new."""
-    return [
-        line
-        for line in done.stderr.splitlines()
-        if line.strip() and not line.startswith(("step ", "  | ", "not in the source"))
-    ]
+    others = ("step ", "  | ", "not in the source")
+    return [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(others)]
 
 
 def one_line(done: subprocess.CompletedProcess, *words: str) -> bool:
