@@ -5,6 +5,7 @@ must finish with the results of an undisturbed run. Without one it must refuse, 
 that is damaged must still be there.
 """
 
+import functools
 import os
 import random
 import shutil
@@ -81,6 +82,7 @@ def damage_steps(directory, accident, rng):
     return damaged
 
 
+@functools.cache
 def interrupted(lab, kind):
     """The workdir of a run that was killed after its third checkpoint, and so has two steps."""
     lab.reference(kind)
@@ -92,9 +94,9 @@ def interrupted(lab, kind):
             return output
 
 
-def trial(lab, kind, source, accident, rng):
+def trial(lab, kind, accident, rng):
     output = lab.new()
-    shutil.copytree(source, output)
+    shutil.copytree(interrupted(lab, kind), output)
     directory = output / "checkpoints"
     steps, damaged = checkpoint.list_steps(directory), damage_steps(directory, accident, rng)
     before = {step: {p.relative_to(directory / str(step)): p.read_bytes() for p in files(directory / str(step))}
@@ -132,12 +134,11 @@ def exported(lab, rng):
 def run(budget_seconds: float, rng: random.Random) -> list[Outcome]:
     end, found = time.monotonic() + budget_seconds, {}
     with Lab() as lab:
-        sources = {kind: interrupted(lab, kind) for kind in ("pretrain", "lora")}
         names = [*ACCIDENTS, *ACCIDENTS, *COPIES, "in final/"]
         i = 0
         while time.monotonic() < end:
             name, kind = names[i % len(names)], ("pretrain", "lora")[i % 3 == 2]
             i += 1
-            problem = exported(lab, rng) if name == "in final/" else trial(lab, kind, sources[kind], name, rng)
+            problem = exported(lab, rng) if name == "in final/" else trial(lab, kind, name, rng)
             found.setdefault(name, []).append(problem and f"{kind}: {problem}")
     return [Outcome(name, len(problems), [p for p in problems if p]) for name, problems in found.items()]
