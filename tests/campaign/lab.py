@@ -210,7 +210,7 @@ def difference(expected: dict[str, str], found: dict[str, str]) -> str:
 
 def messages(done: subprocess.CompletedProcess) -> list[str]:
     """The lines of stderr that are not of the progress display, and do not say which parameters are new."""
-    others = ("step ", "  | ", "not in the source")
+    others = ("step ", "  | ", "not in the source", "in the source", "rows of new tokens")
     return [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(others)]
 
 
