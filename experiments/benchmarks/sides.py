@@ -65,7 +65,7 @@ class Job:
 
 def nanoflax_side(job: Job) -> Side:
     """nanoflax on JAX's default device, or for training on all of them."""
-    runs.setup_jax()
+    runs.setup_jax(trains=job.kind == "train")
     device = jax.devices()[0]
     facts, run = {"train": _train, "decode": _decode, "encode": _encode}[job.kind](job, device)
     begin = time.perf_counter()

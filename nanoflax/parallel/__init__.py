@@ -35,6 +35,7 @@ from nanoflax.parallel.hardware import (
     CHIPS,
     Chip,
     compiler_options,
+    keep_freed_memory,
     measure_bandwidth,
     measure_peak_flops,
     memory_bandwidth,
@@ -62,8 +63,8 @@ __all__ = [
     "batch_splits", "bytes_per_device", "check_memory", "check_mesh", "check_processes_agree", "compile_seconds",
     "compiler_options", "constrain", "current_mesh", "current_platform", "divisible_batch_size", "exit_process",
     "fetch", "gather_from_processes", "gather_sequence", "init", "initial_params", "is_main_process", "is_stacked",
-    "join_processes", "make_mesh", "map_shards", "measure_bandwidth", "measure_peak_flops", "memory_bandwidth",
-    "mesh_name", "mesh_of", "mesh_sizes", "own_rows", "pad_vocabulary", "param_shapes", "partition_spec",
-    "peak_flops", "put_batch", "put_params", "quiet_peak_flops", "replicate", "reset_watchdog", "run_on_main_process",
-    "shardings", "split_batch", "split_cache", "split_embedded", "stack", "tpu_slice", "unstack", "vmap_over_layers",
-    "watchdog", "with_mesh"]  # fmt: skip
+    "join_processes", "keep_freed_memory", "make_mesh", "map_shards", "measure_bandwidth", "measure_peak_flops",
+    "memory_bandwidth", "mesh_name", "mesh_of", "mesh_sizes", "own_rows", "pad_vocabulary", "param_shapes",
+    "partition_spec", "peak_flops", "put_batch", "put_params", "quiet_peak_flops", "replicate", "reset_watchdog",
+    "run_on_main_process", "shardings", "split_batch", "split_cache", "split_embedded", "stack", "tpu_slice",
+    "unstack", "vmap_over_layers", "watchdog", "with_mesh"]  # fmt: skip

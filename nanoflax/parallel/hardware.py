@@ -1,6 +1,7 @@
-"""The speed and memory of accelerators: published figures, and measurements of this machine."""
+"""The speed and memory of devices: published figures, measurements of this machine, and its allocator."""
 
 import concurrent.futures
+import ctypes
 import math
 import os
 import re
@@ -94,6 +95,18 @@ def compiler_options(platform: str) -> dict[str, str] | None:
     """
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     return options if platform == "cpu" else None
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse the memory that it frees; without glibc nothing changes. Call it before JAX has threads.
+
+    XLA frees the temporary memory of every training step on a CPU. Each gigabyte that the next step gets anew from
+    the kernel costs 260,000 page faults: 10 to 17% of a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:  # malloc.h: M_ARENA_MAX (only the main arena can hold large blocks), M_MMAP_MAX, M_TRIM_THRESHOLD
+        for name, value in ((-8, 1), (-4, 0), (-1, -1)):
+            mallopt(name, value)
 
 
 def measure_bandwidth(num_bytes: int = 2**28, tries: int = 5) -> float:

@@ -52,7 +52,7 @@ def finetune(
     config = with_arguments(config, source, data, validation, task, peft)
     check(config)
     steps = parse_profile(profile, config)
-    setup_jax()
+    setup_jax(trains=True)
     with exclusive(workdir):
         finetuning = Finetuning(config, workdir)
         ended = run_job(dataclasses.replace(finetuning.job, profile=steps), workdir)

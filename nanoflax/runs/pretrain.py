@@ -32,7 +32,7 @@ def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False
     """
     check(config)
     steps = parse_profile(profile, config)
-    setup_jax()
+    setup_jax(trains=True)
     with exclusive(workdir):
         job = dataclasses.replace(make_job(config, workdir, restart_from_weights), profile=steps)
         ended = run_job(job, workdir)

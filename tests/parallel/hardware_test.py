@@ -1,6 +1,9 @@
 """Peak rates and slices of known chips."""
 
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -67,3 +70,29 @@ def test_seconds_of_compilation_are_those_of_a_clock():
     assert parallel.compile_seconds() - before == counted
     threading.Thread(target=lambda: jax.jit(lambda x: x * 3)(1.0)).start()  # another thread does not count
     assert parallel.compile_seconds() - before == counted
+
+
+STEPS = """
+import resource, sys
+from nanoflax import parallel
+if sys.argv[1] == "keep":
+    parallel.keep_freed_memory()
+import jax, jax.numpy as jnp
+x = jnp.ones((2000, 2000))
+step = jax.jit(lambda x: jnp.tanh(jnp.tanh(x @ x) @ x) @ x)  # 16 MB each
+step(x).block_until_ready(), step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "confstr") or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="glibc"
+)
+def test_memory_that_is_kept_costs_no_page_faults():
+    new, kept = (int(subprocess.check_output([sys.executable, "-c", STEPS, how])) for how in ("", "keep"))
+    if new < 5000:
+        pytest.skip("this kernel gives memory in large pages")
+    assert kept < new / 4
