@@ -26,8 +26,8 @@ LoRA in SmolLM2-135M (D = 576), sums in words as chats, 20 steps of 4: perplexit
 
 The other tasks with small models of our own: decoders and a BART with 2 layers, pretrained on Python's docstrings for
 150 to 300 steps of 16 texts (D = 256 for fewer and shorter ones than D = 128). Validation loss after 40 steps of 16
-(Grimm's tales, tweets; masked tokens of an encoder), 25 of 8 (chats about sums, dates, docstrings) and 30 of 16 (translation of dates, CLDR names,
-verses of the Bible; denoising); one seed, 48 to 96 examples:
+(Grimm's tales, tweets; masked tokens of an encoder), 25 of 8 (chats about sums, dates, docstrings) and 30 of 16
+(translation of dates, CLDR names, verses of the Bible; denoising); one seed, 48 to 96 examples:
 
     trained                   tales            tweets           | sums             dates            docstrings
     all   128   1, 3, 10e-3   5.11 4.77 4.71   5.19 4.91 4.82   | 3.19 1.75 1.30   4.58 3.64 3.42   5.60 5.76 6.06
