@@ -16,7 +16,8 @@ from nanoflax.hf.family import ACTIVATIONS, FIELD_TYPES, THEIR_ACTIVATIONS, Fami
 def family_of_config(config: ModelConfig, model_type: str | None = None) -> Family:
     """The family that a configuration is exported as: model_type, or the first that can express it.
 
-    If no family has models without token types, the first that can express it with one; see `save`.
+    If no family has models without token types, the first that can express it with one; if none scales an untied
+    table, the first that can express it without the scale; see `save`.
     Raises: UserError naming the fields that the nearest family cannot express.
     """
     missing = {}
@@ -31,6 +32,8 @@ def family_of_config(config: ModelConfig, model_type: str | None = None) -> Fami
     if ["token_types"] in missing.values():
         with contextlib.suppress(UserError):
             return family_of_config(dataclasses.replace(config, token_types=1), model_type)
+    if ["embed_scale"] in missing.values() and not config.tied:
+        return family_of_config(dataclasses.replace(config, embed_scale=1.0), model_type)
     nearest = min(missing, key=lambda name: (missing[name][0] in ("architecture", "head"), len(missing[name])))
     fields = ", ".join(
         f"model.{name}={getattr(config, name)!r}" if name in FIELD_TYPES else name for name in missing[nearest]

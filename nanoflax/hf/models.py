@@ -17,7 +17,7 @@ from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.hf import safetensors_io
 from nanoflax.hf.families import family_of_config, family_of_type
-from nanoflax.hf.family import Family, from_config, head_of, to_config
+from nanoflax.hf.family import Family, differences, from_config, head_of, to_config
 from nanoflax.hf.generation import read_generation, write_generation
 from nanoflax.hf.gguf import QuantizedTensor, open_gguf_model
 from nanoflax.hf.layouts import TensorMapping, parameter_shapes, shape_problems, tensor_mapping
@@ -84,8 +84,12 @@ def save(
     Raises: UserError if no family can express the configuration, params are not of this configuration,
       or the directory cannot be written.
     """
-    config, params = _with_scaled_table(*without_padding(config, params))
+    config, params = without_padding(config, params)
     family = family_of_config(config, model_type)
+    if "embed_scale" in differences(family, config):
+        table = params["embed"]["embedding"]
+        scaled = (np.asarray(table, np.float32) * config.embed_scale).astype(table.dtype)
+        config, params = dataclasses.replace(config, embed_scale=1.0), params | {"embed": {"embedding": scaled}}
     if not config.token_types and "token_types" in family.fields.values():
         # Transformers adds a row of this table to every token; zeros change nothing.
         config = dataclasses.replace(config, token_types=1)
@@ -140,17 +144,6 @@ def save(
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from error
     return family
-
-
-def _with_scaled_table(config, params):
-    """The model with config.embed_scale in its table, where no head shares it. The usual factor, sqrt(D), has
-    families of its own (Gemma, BART)."""
-    scale = config.embed_scale
-    if config.tied or config.head != "lm" or scale in (1, config.dim**0.5):
-        return config, params
-    table = params["embed"]["embedding"]
-    params = params | {"embed": {"embedding": (np.asarray(table, np.float32) * scale).astype(table.dtype)}}
-    return dataclasses.replace(config, embed_scale=1.0), params
 
 
 def _special_ids(tokenizer: Any) -> dict[str, Any]:

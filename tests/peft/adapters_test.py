@@ -653,11 +653,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj."
     "settings, tensors, message",
     [
         ({"peft_type": "IA3"}, {}, "peft_type=IA3 is not supported"),
-        (
-            {"bias": "all", "modules_to_save": "lm_head"},
-            {},
-            "bias=all is not supported; modules_to_save=lm_head is not supported",
-        ),
+        ({"bias": "all", "modules_to_save": "lm_head"}, {}, "modules_to_save=lm_head has a wrong type"),
         ({"modules_to_save": [1]}, {}, r"modules_to_save=\[1\] is not supported"),
         ({"modules_to_save": ["up_proj", "embed_tokens"]}, {}, "embed_tokens.weight is missing, but modules_"),
         (

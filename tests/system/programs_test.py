@@ -404,9 +404,9 @@ def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):
     "text, words",
     [
         ('{"model": ', "Expecting value"),
-        ("[1]", "must be the fields of a Config"),
+        ("[1]", "must hold a"),
         ('{"model": {"dim": "64"}}', "config.model.dim='64' must be an integer"),
-        (None, "directory"),
+        (None, "is not a file"),
     ],
 )
 def test_a_config_that_cannot_be_read_is_named(text, words, tmp_path):
