@@ -72,13 +72,17 @@ def at_call(accident):
     for parent in parents:
         owner = getattr(owner, parent)
     real, count = getattr(owner, name), itertools.count(1)
+    # A function may also be a name of other modules: of its room's face, and of those that import it.
+    modules = [m for m in [*sys.modules.values()] if getattr(m, "__dict__", {}).get(name) is real]
+    owners = [owner] if parents else modules
 
     def called(*args, **options):
         if next(count) == accident["n"]:
             threading.Thread(target=strike, args=(accident,), daemon=True).start()
         return real(*args, **options)
 
-    setattr(owner, name, called)
+    for owner in owners:
+        setattr(owner, name, called)
 
 
 def with_jumping_clock(seed):
