@@ -14,6 +14,7 @@ import pathlib
 import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -90,6 +91,13 @@ def run(arguments, *, env=None, cwd=ROOT, timeout=300):
     child.out.unlink()
     child.err.unlink()
     return subprocess.CompletedProcess(child.args, child.returncode, out, err)
+
+
+def free_port():
+    """A port of this machine that no program uses now."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
 
 
 def _directory():

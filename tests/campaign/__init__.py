@@ -15,6 +15,11 @@ class Outcome(NamedTuple):
     problems: list[str]
 
 
+def outcomes_of(found: dict[str, list[str]]) -> list[Outcome]:
+    """The outcomes of a part. found: for each thing that was tried, the problem of each trial, or ""."""
+    return [Outcome(what, len(problems), [*filter(None, problems)]) for what, problems in found.items()]
+
+
 def run_part(name: str, seconds: float, seed: int) -> tuple[list[Outcome], float]:
     """(the outcomes of a part, its seconds). An exception in a part is a problem too."""
     begin = time.monotonic()

@@ -13,7 +13,7 @@ import signal
 import time
 
 from nanoflax.runs import checkpoint, manifest
-from tests.campaign import Outcome
+from tests.campaign import Outcome, outcomes_of
 from tests.campaign.lab import EVERY, Lab, contents, last_lines, one_line
 
 COPIES = ("an older copy of the step", "swapped steps")
@@ -110,11 +110,8 @@ def trial(lab, kind, accident, rng):
             return f"files of {kept.name} are lost"
         shutil.rmtree(kept)
     if damaged == steps:
-        return (
-            ""
-            if one_line(done, "every checkpoint is damaged") and not contents(directory)
-            else f"not refused: {last_lines(done)}"
-        )
+        refused = one_line(done, "every checkpoint is damaged") and not contents(directory)
+        return "" if refused else f"not refused: {last_lines(done)}"
     return last_lines(done) if done.returncode else lab.difference(kind, output)
 
 
@@ -141,4 +138,4 @@ def run(budget_seconds: float, rng: random.Random) -> list[Outcome]:
             i += 1
             problem = exported(lab, rng) if name == "in final/" else trial(lab, kind, name, rng)
             found.setdefault(name, []).append(problem and f"{kind}: {problem}")
-    return [Outcome(name, len(problems), [p for p in problems if p]) for name, problems in found.items()]
+    return outcomes_of(found)

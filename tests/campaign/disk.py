@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 
-from tests.campaign import Outcome
+from tests.campaign import Outcome, outcomes_of
 from tests.campaign.lab import Lab, contents, difference, last_lines, messages, one_line
 from tests.kills import count_lines
 
@@ -102,10 +102,8 @@ def run(budget_seconds: float, rng: random.Random) -> list[Outcome]:
     with Lab() as lab:
         i = 0
         while time.monotonic() < end:
-            kind, limit = (
-                ("pretrain", "lora", "pretrain", "tokenize")[i // 2 % 4],
-                ("size", "size", "size", "nr_inodes")[i % 4],
-            )
+            kind = ("pretrain", "lora", "pretrain", "tokenize")[i // 2 % 4]
+            limit = ("size", "size", "size", "nr_inodes")[i % 4]
             what = full_for_a_moment if i % 5 == 4 else full_from_the_start
             kind = "pretrain" if what == full_for_a_moment else kind
             name = f"{'full disk' if limit == 'size' else 'no inodes'}, {what.__name__.replace('_', ' ')}"
@@ -113,4 +111,4 @@ def run(budget_seconds: float, rng: random.Random) -> list[Outcome]:
             problem = what(lab, kind, limit, rng)
             found.setdefault(name, []).append(problem and f"{kind}: {problem}")
             shutil.rmtree(lab.home / f"trial-{lab.made}", ignore_errors=True)
-    return [Outcome(name, len(problems), [p for p in problems if p]) for name, problems in found.items()]
+    return outcomes_of(found)

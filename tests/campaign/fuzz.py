@@ -3,8 +3,9 @@
     python -m tests.campaign.fuzz --runs=1000000 [--target=NAME] [--seconds=N] [--keep=DIRECTORY]
 
 A target opens a directory of files. It may raise UserError, of one line; anything else is a finding: another exception,
-more than 10 s, 2 GB or a crash, a file opened outside the directory or for writing, a program or connection started.
-Needs atheris (pip install "nanoflax[fuzz]"). Each target runs in a process of its own. Exits 1 if there is a finding.
+more than 5 s of processor time, 2 GB or a crash, a file opened outside the directory or for writing, a program or
+connection started. Needs atheris (pip install "nanoflax[fuzz]"). Each target runs in a process of its own. Exits 1 if
+there is a finding.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from nanoflax.errors import UserError
 from tests.campaign import Outcome, seeds
 from tests.campaign.mutation import mutate, pack, unpack
 
-MAX_SECONDS, MAX_BYTES = 10, 2**31
+MAX_SECONDS, MAX_BYTES = 5, 2**31
 MEMORY_DISK = "/dev/shm" if os.path.isdir("/dev/shm") else None
 TEXTS = ["", "Hello world 12", " é日▁\n😀</s><0x0A>", "<|im_end|> a"]
 CHAT = [{"role": "user", "content": "2+2?</s>"}, {"role": "assistant", "content": "4 <|im_end|>"}]
@@ -294,8 +295,8 @@ def child(name, results, corpus, arguments):
             keep(f"{type(error).__name__} {where} {what}", data)
         finally:
             watch.is_on = False
-        if time.process_time() - begin > MAX_SECONDS / 2:
-            keep(f"slow: {MAX_SECONDS / 2} s or more", data)
+        if time.process_time() - begin > MAX_SECONDS:
+            keep(f"slow: more than {MAX_SECONDS} s", data)
         for event in watch.seen:
             keep(re.sub("[0-9a-f]{6,}|[0-9]+", "#", event)[:100], data)
         watch.seen.clear()
@@ -333,7 +334,7 @@ def fuzz(name, runs, seconds, seed, keep):
     left = lambda: seconds - (time.monotonic() - begin)
     while done < runs and left() > 1:
         command = [sys.executable, "-c", CHILD, name, str(keep), str(fresh), str(corpus), str(fresh),
-                   f"-runs={runs - done}", f"-max_total_time={int(left())}", f"-timeout={60 * MAX_SECONDS}",
+                   f"-runs={runs - done}", f"-max_total_time={int(left())}", f"-timeout={120 * MAX_SECONDS}",
                    "-max_len=400000", "-rss_limit_mb=8000", "-print_final_stats=1",
                    f"-seed={seed + done + 1}", f"-artifact_prefix={keep}/finding-", "-verbosity=0"]  # fmt: skip
         ended = subprocess.run(command, capture_output=True, text=True, errors="replace")

@@ -8,23 +8,18 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import subprocess
 import time
 
-from tests.campaign import Outcome
+from nanoflax.parallel.hosts import SHUTDOWN_SECONDS
+from tests import processes
+from tests.campaign import Outcome, outcomes_of
 from tests.campaign.lab import HUNG, NEVER, Lab, contents, difference, last_lines
 
 HEARTBEAT, WATCHDOG, JOIN = 10, 20, 25
-DEADLINE = max(HEARTBEAT, WATCHDOG, JOIN) + 20 + 15  # parallel.SHUTDOWN_SECONDS, and 15 s for a busy machine
+DEADLINE = max(HEARTBEAT, WATCHDOG, JOIN) + SHUTDOWN_SECONDS + 15  # 15 s for a busy machine
 FLAGS = [f"--heartbeat_seconds={HEARTBEAT}", f"--join_seconds={JOIN}"]
 ADDRESSES = ["10.213.77.1", "10.213.77.2"]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
 
 
 PATIENT = ["--heartbeat_seconds=300"]  # of pairs that nobody disturbs
@@ -32,7 +27,7 @@ PATIENT = ["--heartbeat_seconds=300"]  # of pairs that nobody disturbs
 
 def start(lab, workdir, flags=PATIENT, networks=None):
     host = ADDRESSES[0] if networks else "localhost"
-    common = [*flags, f"--coordinator={host}:{free_port()}", "--processes=2"]
+    common = [*flags, f"--coordinator={host}:{processes.free_port()}", "--processes=2"]
     common += ["--config.train.mesh=2,1,1", f"--config.train.watchdog_seconds={WATCHDOG}"]
     accidents = [NEVER | ({"network": [networks[i], ADDRESSES[i]]} if networks else {}) for i in range(2)]
     return [lab.start("pretrain", workdir, *common, f"--process_id={i}", accident=accidents[i]) for i in range(2)]
@@ -101,6 +96,4 @@ def run(budget_seconds: float, rng: random.Random) -> list[Outcome]:
             what = [*found][i % 3]
             found[what].append(trial(lab, what, seconds, rng))
             i += 1
-    return [
-        Outcome(f"one of two {what}", len(problems), [p for p in problems if p]) for what, problems in found.items()
-    ]
+    return outcomes_of({f"one of two {what}": problems for what, problems in found.items()})

@@ -54,9 +54,9 @@ ORDER = [
 
 def draw(kind: str, output, seconds: float, rng: random.Random) -> tuple[str, dict, float | None]:
     """(name, accident, seconds after which the program is killed from outside, or None)."""
-    if (kinds := rng.random()) < 0.3:
+    if (chance := rng.random()) < 0.3:
         return "random time", NEVER, rng.uniform(0, seconds)
-    if kinds < 0.6:  # before a change of a file
+    if chance < 0.6:  # before a change of a file
         return "file change", {"at": "write", "inside": str(output.parent), "n": rng.randint(1, CHANGES[kind])}, None
     name, function, calls, delay = rng.choice(AIMS[kind])
     delay = rng.choice([0.0, rng.uniform(0, delay)])

@@ -10,7 +10,7 @@ import signal
 import time
 
 from nanoflax.runs import checkpoint
-from tests.campaign import Outcome
+from tests.campaign import Outcome, outcomes_of
 from tests.campaign.lab import EVERY, NEVER, STEPS, Lab, last_lines
 
 MOMENTS = {  # functions in which the signal comes, and their calls in a run
@@ -60,4 +60,4 @@ def run(budget_seconds: float, rng: random.Random) -> list[Outcome]:
             name, kind = NAMES[i % len(NAMES)], ("pretrain", "pretrain", "finetune", "lora")[i % 4]
             i += 1
             found[name].append((problem := trial(lab, kind, name, rng)) and f"{kind}: {problem}")
-    return [Outcome(f"SIGTERM {name}", len(problems), [p for p in problems if p]) for name, problems in found.items()]
+    return outcomes_of({f"SIGTERM {name}": problems for name, problems in found.items()})

@@ -10,7 +10,6 @@ import pathlib
 import random
 import shutil
 import signal
-import socket
 import time
 
 import jax
@@ -54,15 +53,9 @@ class Process:
         pytest.fail(f"still running: {self.paths[1].read_text()[-3000:]}")
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
 def start(arguments, home, name, each=lambda i: []):
     """The two processes of a run, with the flags that join them, and each(i)."""
-    port = free_port()
+    port = processes.free_port()
     return [
         Process(
             [*arguments, f"--coordinator=localhost:{port}", "--processes=2", f"--process_id={i}", QUIET, *each(i)],
@@ -267,7 +260,7 @@ def test_other_data_is_refused(home):  # and Open MPI's mpirun is understood
         place.mkdir()
         (place / "a.txt").write_text(place.name * 500)
     flags = ["--config.data.train=text:*.txt", "--config.data.tokenizer=bytes", "--config.data.validation=text:*.txt"]
-    port = free_port()
+    port = processes.free_port()
     pair = [
         Process(
             [*pretrain(home, home / "d"), *flags, QUIET],
@@ -288,7 +281,7 @@ def test_other_data_is_refused(home):  # and Open MPI's mpirun is understood
 
 
 def test_a_coordinator_that_does_not_answer(home):
-    port = free_port()
+    port = processes.free_port()
     status, out, error = Process(
         pretrain(
             home, home / "w", f"--coordinator=localhost:{port}", "--processes=2", "--process_id=1", "--join_seconds=2"
@@ -435,7 +428,7 @@ def agreement(directory, index):
 @pytest.fixture(scope="module")
 def members(home):
     """What the two processes of a run found."""
-    port = free_port()  # as srun starts them
+    port = processes.free_port()  # as srun starts them
     pair = [
         Process(
             ["-c", MEMBER, str(home)],
