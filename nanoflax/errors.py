@@ -1,11 +1,15 @@
-"""The exception that programs print as one line with exit status 2, and the text of a list of problems."""
+"""The exception that programs print as one line with exit status 2, what else they print so, and lists of problems."""
 
+import errno
 import re
 from collections.abc import Sequence
 
 # Of a line or a terminal: C0, DEL, C1, bidirectional controls, line separators, lone surrogates.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LONGEST = 5000  # characters
+# Numbers of an OSError: the disk is full, so a run goes on and saves later; or it cannot be written at all.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_ERRORS = (*FULL, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class UserError(ValueError):

@@ -185,6 +185,7 @@ def _abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
         return {"source": tokens, "source_mask": flags, "targets": tokens, "weights": weights}
     if m.head == "lm":
         batch = train.abstract_batch(config, parallel.abstract_mesh((1, 1, 1)))
+        # Without the shardings: JAX 0.12 refuses to trace a step with two meshes.
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
     row = jax.ShapeDtypeStruct((B,), jnp.int32)
     batch = {"tokens": tokens, "padding_mask": flags}

@@ -1,6 +1,5 @@
 """The log of a run: metrics.jsonl, TensorBoard and Weights & Biases."""
 
-import errno
 import math
 import os
 import pathlib
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanoflax import untrusted
-from nanoflax.errors import UserError
+from nanoflax.errors import FULL, UserError
 from nanoflax.report.strict_json import number_of, to_json
 
 
@@ -54,7 +53,7 @@ class MetricsLog:
         try:
             self._write()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise self._unwritable(error) from error
         if self._tensorboard:
             self._tensorboard.add(step, values)

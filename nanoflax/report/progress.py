@@ -83,8 +83,8 @@ class TrainingProgress(ProgressBar):
 
     flops_per_token and peak_flops (FLOP/s of all devices together) are for the MFU; both may be None. An MFU
     above 100% shows that peak_flops was measured too low, so no MFU is shown from then on.
-    Rates cover the last `window` seconds of training. The first update, the time inside `pause()` and
-    ignored(), the seconds so far that compiled something, do not count.
+    ignored() gives the seconds that compilations have taken so far. Rates cover the last `window` seconds of
+    training, without the first update, the time inside `pause()`, and ignored().
     """
 
     window = 20.0  # seconds over which rates are measured

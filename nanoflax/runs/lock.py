@@ -1,7 +1,6 @@
 """The lock of a run's directory, so that only one run writes there."""
 
 import contextlib
-import errno
 import fcntl
 import os
 import pathlib
@@ -11,12 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO, TypeAlias
 
 from nanoflax import parallel
+from nanoflax.errors import DISK_ERRORS as DISK_ERRORS
+from nanoflax.errors import FULL as FULL
 from nanoflax.errors import UserError
 
 Path: TypeAlias = str | os.PathLike[str]
-# Errors of a disk that is full, read-only or broken: the run stops with one line.
-FULL = (errno.ENOSPC, errno.EDQUOT)
-DISK_ERRORS = (*FULL, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 VISIBLE_SECONDS = 30  # largest delay until all hosts see a new file on a network file system
 
 
@@ -79,7 +77,7 @@ def wait_until_free(directory: Path, log: Callable[[str], Any] = print) -> None:
     """Waits while a process holds the lock of a directory; says so once."""
     path, said = pathlib.Path(directory) / ".lock", False
     while path.exists():
-        with open(path) as file:
+        with contextlib.suppress(FileNotFoundError), open(path) as file:  # removed since: nobody holds it
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return
