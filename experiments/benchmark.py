@@ -56,7 +56,8 @@ def main() -> int | None:
     if kind == "where":
         return where.print_table(job)
     if kind == "all":
-        given = {name: FLAGS[name].value for name in ("shape", "steps", "new_tokens") if FLAGS[name].present}
+        settings = ("shape", "batch_size", "steps", "new_tokens")
+        given = {name: FLAGS[name].value for name in settings if FLAGS[name].present}
         return everything.measure_all(given, FLAGS.rounds, FLAGS.out)
     names = ["nanoflax", "machine"]
     if not FLAGS.alone and all(importlib.util.find_spec(name) for name in ("torch", "transformers")):

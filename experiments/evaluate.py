@@ -25,15 +25,13 @@ import sys
 
 from absl import flags
 
-import nanoflax
 from experiments.flags import launch
+from experiments.source import check_source, define_source, open_source
 from nanoflax import report, runs
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", "", "directory of a run")
-flags.DEFINE_string("model", "", "instead of --workdir: a directory of Transformers, a hub name or a .gguf file")
-flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "checkpoint of the run")
+define_source()
 flags.DEFINE_string(
     "data",
     "",
@@ -49,12 +47,9 @@ flags.DEFINE_string("out", "", "a .jsonl file for predictions or rankings")
 
 
 def main():
-    if bool(FLAGS.workdir) == bool(FLAGS.model):
-        raise UserError("give either --workdir, of a run, or --model, of a published model")
+    check_source()
     if FLAGS.model and not FLAGS.candidates and not FLAGS.data:
         raise UserError("--model needs --candidates=FILE.jsonl or --data=SOURCE: it is no run with data of its own")
-    if FLAGS.model and FLAGS["checkpoint"].present:
-        raise UserError(f"--checkpoint={FLAGS.checkpoint} is of a run, so it needs --workdir, not --model")
     if FLAGS.candidates and FLAGS.data:
         raise UserError("give either --data or --candidates")
     if FLAGS["split"].present and not FLAGS.data:
@@ -64,9 +59,9 @@ def main():
     runs.setup_jax()
     if FLAGS.candidates:
         questions = runs.read_questions(FLAGS.candidates)
-        result = {"data": FLAGS.candidates} | open_run().rank(questions, FLAGS.out)
+        result = {"data": FLAGS.candidates} | open_source().rank(questions, FLAGS.out)
     else:
-        run = open_run()
+        run = open_source()
         if run.task is None and FLAGS.out:
             raise UserError("--out needs --candidates or a run of finetune: text has no predictions")
         if run.task is None and FLAGS.split == "test":
@@ -75,12 +70,6 @@ def main():
         if run.task is not None and run.task.scores_table:
             print("\n".join(run.task.scores_table(result["report"])), file=sys.stderr)
     print(report.to_json(result, indent=1, ensure_ascii=False))
-
-
-def open_run():
-    if FLAGS.workdir and not runs.is_run(FLAGS.workdir):
-        raise UserError(f"--workdir={FLAGS.workdir} holds no run (no checkpoints/); for a published model give --model")
-    return nanoflax.open(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import errno
 import io
 import itertools
 import os
@@ -17,9 +16,9 @@ from absl import app, flags, logging
 
 from experiments.help import print_help
 from nanoflax import config as configs
-from nanoflax import parallel
+from nanoflax import parallel, report
 from nanoflax.config import fields
-from nanoflax.errors import UserError
+from nanoflax.errors import DISK_ERRORS, UserError
 
 FLAGS = flags.FLAGS
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -69,7 +68,7 @@ def launch(
         except UserError as error:
             _fail(error)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            if error.errno in DISK_ERRORS:
                 _fail(f"{error.filename or 'a file that is written'}: {error.strerror}")
             _crash()
         except KeyboardInterrupt:
@@ -140,6 +139,20 @@ def _no_such_flag(name):
     near = near or [flag for flag in known if last[flag] in difflib.get_close_matches(plain, last.values(), 1)]
     hint = f"did you mean {fields.either([f'--{flag}' for flag in near])}?" if near else "--help lists all flags"
     return f"flag --{name} does not exist; {hint}"
+
+
+def write_json(flag: str, path: str, value: Any = None) -> None:
+    """Write a value to the file that a flag names, if any. None: only check that this is possible, before long work.
+
+    Raises: UserError if the file cannot be written.
+    """
+    if not path:
+        return
+    try:
+        with open(path, "a" if value is None else "w") as f:
+            f.write("" if value is None else report.to_json(value, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--{flag}={path} cannot be written: {error.strerror}") from error
 
 
 # The configuration.

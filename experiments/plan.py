@@ -17,9 +17,9 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments.flags import launch, parsed_config
+from experiments.flags import launch, parsed_config, write_json
 from nanoflax import config as configs
-from nanoflax import parallel, planning, report
+from nanoflax import parallel, planning
 from nanoflax.config import Config
 from nanoflax.errors import UserError
 
@@ -44,18 +44,18 @@ def main() -> None:
     if bool(FLAGS.topology) == bool(FLAGS.devices):
         raise UserError("plan needs one of --topology=v5e:16x16 and --devices=8")
     chip, count = parallel.tpu_slice(FLAGS.topology) if FLAGS.topology else (parallel.CHIPS[FLAGS.chip], FLAGS.devices)
-    write(None)  # report a file that is not writable before minutes of work
+    write_json("json", FLAGS.json)
     machine = FLAGS.topology or f"{FLAGS.chip} x {count}"
     found = {"config": FLAGS.config, "machine": machine}
     found |= planning.compare_meshes(config, chip, count, FLAGS.meshes, "tpu" if FLAGS.topology else "gpu")
     print(planning.comparison_table(found, config, f"{FLAGS.config} on {machine}", count), flush=True)
-    write(found)
+    write_json("json", FLAGS.json, found)
     if FLAGS.topology and FLAGS.compile and importlib.util.find_spec("libtpu"):
         print(f"compiling for {FLAGS.topology} ...", flush=True)
         best = found["meshes"][0]
         best["compiler"] = planning.compile_for_topology(on_best_mesh(config, best), FLAGS.topology)
         print(planning.compiler_line(best, chip))
-        write(found)
+        write_json("json", FLAGS.json, found)
 
 
 def on_best_mesh(config: Config, best: dict[str, Any]) -> Config:
@@ -63,18 +63,6 @@ def on_best_mesh(config: Config, best: dict[str, Any]) -> Config:
     config = planning.with_mesh_vocabulary(config, parallel.abstract_mesh(tuple(best["mesh"].values())))
     train = dataclasses.replace(config.train, mesh=planning.mesh_of_row(best))
     return dataclasses.replace(config, train=train)
-
-
-def write(found: dict[str, Any] | None) -> None:
-    """Write a plan to the file --json. None: only check that the file can be written, without a change."""
-    if not FLAGS.json:
-        return
-    try:
-        with open(FLAGS.json, "w" if found else "a") as f:
-            if found:
-                f.write(report.to_json(found, indent=1))
-    except OSError as error:
-        raise UserError(f"--json={FLAGS.json} cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -20,16 +20,14 @@ import sys
 
 from absl import flags
 
-import nanoflax
 from experiments.flags import launch
+from experiments.source import check_source, define_source, open_source
 from nanoflax import data, runs, tokenizers
 from nanoflax.config import MAX_SEED
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", "", "directory of a run")
-flags.DEFINE_string("model", "", "instead of --workdir: a directory of Transformers, a hub name or a .gguf file")
-flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "checkpoint of the run")
+define_source()
 flags.DEFINE_multi_string("prompt", [], "text to continue; may be given several times")
 flags.DEFINE_string("prompt_file", "", "file with a prompt on each line")
 flags.DEFINE_bool("interactive", False, "ask for prompts until an empty line or Ctrl-D")
@@ -49,8 +47,9 @@ flags.DEFINE_integer("seed", 0, "seed of sampling", 0, MAX_SEED)
 
 def main():
     prompts, settings = read_prompts(), read_settings()
+    check_source()
     runs.setup_jax()
-    run = nanoflax.open(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
+    run = open_source()
     as_task = run.task is not None and not FLAGS.chat
     if run.task is None and run.config.model.head != "lm":
         raise UserError(f"{run.source} {run.why_no_task()}")
@@ -90,8 +89,6 @@ def read_prompts():
         raise UserError("give one of --chat, --interactive, and --prompt with --prompt_file")
     if FLAGS.system and not FLAGS.chat:
         raise UserError("--system is only read with --chat")
-    if FLAGS.model and FLAGS["checkpoint"].present:
-        raise UserError(f"--checkpoint={FLAGS.checkpoint} is of a run, so it needs --workdir, not --model")
     prompts = list(FLAGS.prompt)
     if FLAGS.prompt_file:
         with data.open_text(FLAGS.prompt_file) as file:
@@ -101,12 +98,6 @@ def read_prompts():
         prompts += filter(None, lines)
     if "" in prompts:
         raise UserError("--prompt is empty; leave the flag out to begin a document")
-    if bool(FLAGS.workdir) == bool(FLAGS.model):
-        raise UserError("give either --workdir, of a run, or --model, of a published model")
-    if FLAGS.workdir and not runs.is_run(FLAGS.workdir):
-        raise UserError(
-            f"--workdir={FLAGS.workdir} holds no run (no checkpoints/); give the directory that pretrain wrote"
-        )
     return [tokenizers.well_formed(prompt) for prompt in prompts]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from experiments.benchmarks import rounds
-from nanoflax import report
+from experiments.flags import write_json
 from nanoflax.errors import UserError
 
 ON_CPU = [
@@ -29,23 +29,13 @@ ON_ACCELERATOR = [
 GIB = 2**30
 
 
-def check_writable(path: str) -> None:
-    """Raises: UserError if the file cannot be written; an existing file is not changed."""
-    try:
-        with open(path, "a"):
-            pass
-    except OSError as error:
-        raise UserError(f"--out={path} cannot be written: {error.strerror}") from error
-
-
 def measure_all(given: dict[str, Any], num_rounds: int, out: str) -> int:
     """Measure everything in turn, print a table, and write all figures to the file `out` unless it is "".
 
     given: flags that replace those of each measurement. A measurement that fails is a row that says so.
     Returns the exit status: 1 if a measurement failed.
     """
-    if out:
-        check_writable(out)
+    write_json("out", out)
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # so that compile times are those of a first start
     found: dict[str, Any] = {"machine": describe_machine(), "measurements": []}
     on_cpu = found["machine"]["platform"] == "cpu"
@@ -54,9 +44,7 @@ def measure_all(given: dict[str, Any], num_rounds: int, out: str) -> int:
     for command in dict.fromkeys(commands):
         print(" ".join(["benchmark", *command]), file=sys.stderr, flush=True)
         found["measurements"].append(_measure([*command], names, num_rounds))
-        if out:  # after each measurement, so that an interruption loses nothing
-            with open(out, "w") as f:
-                f.write(report.to_json(found, indent=1) + "\n")
+        write_json("out", out, found)  # after each measurement, so that an interruption loses nothing
     print(table(found))
     return int(any("error" in row for row in found["measurements"]))
 

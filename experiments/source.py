@@ -1,0 +1,32 @@
+"""Flags of the programs that read a model: a run, with a choice of its checkpoint, or a published model."""
+
+from absl import flags
+
+import nanoflax
+from nanoflax import runs
+from nanoflax.errors import UserError
+
+FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # the flags are those of the program, so --help lists them
+
+
+def define_source() -> None:
+    """Define --workdir, --model and --checkpoint."""
+    flags.DEFINE_string("workdir", "", "directory of a run")
+    flags.DEFINE_string("model", "", "instead of --workdir: a directory of Transformers, a hub name or a .gguf file")
+    flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "checkpoint of the run")
+
+
+def check_source() -> None:
+    """Raises: UserError unless the flags name one of a run and a model."""
+    if bool(FLAGS.workdir) == bool(FLAGS.model):
+        raise UserError("give either --workdir, of a run, or --model, of a published model")
+    if FLAGS.model and FLAGS["checkpoint"].present:
+        raise UserError(f"--checkpoint={FLAGS.checkpoint} is of a run, so it needs --workdir, not --model")
+    if FLAGS.workdir and not runs.is_run(FLAGS.workdir):
+        raise UserError(f"--workdir={FLAGS.workdir} holds no run (no checkpoints/); for a published model give --model")
+
+
+def open_source():
+    """The run or model of the flags."""
+    return nanoflax.open(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
