@@ -17,7 +17,7 @@ changes the one above it. All but the last row ran on a GPU (660 runs of 300 rec
     unigram:2048, not bpe:2048 (bpe:4096: 1.885)                                 1.880
     L=3, batch 8, Muon's rate 0.03 (600 steps)                                   1.81 (one seed, two CPU cores)
 
-Alone, measured before the last two rows, from 1.922: L=3 1.884, batch 8 and Muon's rate 0.03 1.890 (the rate 0.02
+Other changes, each alone, of the row with 1.922: L=3 1.884, batch 8 and Muon's rate 0.03 1.890 (the rate 0.02
 1.916), D=96 1.869, D=160 1.959, L=6 1.958, two heads 1.912, three Newton-Schulz steps 1.907, parallel blocks 1.917,
 squared ReLU 1.919, query-key norm 1.926, F=512 1.941, T=512 1.987, output projections that start as 0 1.925, Muon's
 rate 0.01 1.947. A mix of each embedding with the one before it gives 1.843: no published family has it.
