@@ -86,15 +86,7 @@ def save(
     """
     config, params = without_padding(config, params)
     family = family_of_config(config, model_type)
-    if "embed_scale" in differences(family, config):
-        table = params["embed"]["embedding"]
-        scaled = (np.asarray(table, np.float32) * config.embed_scale).astype(table.dtype)
-        config, params = dataclasses.replace(config, embed_scale=1.0), params | {"embed": {"embedding": scaled}}
-    if not config.token_types and "token_types" in family.fields.values():
-        # Transformers adds a row of this table to every token; zeros change nothing.
-        config = dataclasses.replace(config, token_types=1)
-        table = params["embed"]["embedding"]
-        params = params | {"type_embed": {"embedding": np.zeros((1, config.dim), table.dtype)}}
+    config, params = _as_family_has_it(family, config, params)
     flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     safetensors_io.raise_problems("params", shape_problems(flat, parameter_shapes(config)))
 
@@ -144,6 +136,22 @@ def save(
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}") from error
     return family
+
+
+def _as_family_has_it(
+    family: Family, config: ModelConfig, params: dict[str, Any]
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The same model, with a table of token types if the family has one, and without a scale that it lacks."""
+    if "embed_scale" in differences(family, config):
+        table = params["embed"]["embedding"]
+        scaled = (np.asarray(table, np.float32) * config.embed_scale).astype(table.dtype)
+        config, params = dataclasses.replace(config, embed_scale=1.0), params | {"embed": {"embedding": scaled}}
+    if not config.token_types and "token_types" in family.fields.values():
+        # Transformers adds a row of this table to every token; zeros change nothing.
+        config = dataclasses.replace(config, token_types=1)
+        table = params["embed"]["embedding"]
+        params = params | {"type_embed": {"embedding": np.zeros((1, config.dim), table.dtype)}}
+    return config, params
 
 
 def _special_ids(tokenizer: Any) -> dict[str, Any]:

@@ -17,88 +17,26 @@ Process 0 commits, writes manifests, and chooses the step that all processes rea
 """
 
 import contextlib
-import importlib
 import json
 import logging
 import math
 import os
 import pathlib
 import shutil
-import sys
-import time
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jaxtyping import PyTree
 
 from nanoflax import parallel, report, untrusted
 from nanoflax.errors import UserError, listed
-from nanoflax.runs import manifest
+from nanoflax.runs import manifest, orbax_io
 from nanoflax.runs.lock import DISK_ERRORS, FULL, Path, make_writable
 
 Log = Callable[[str], Any]  # receives warnings, each of one line
-_quiet_contexts = 0
-_make_loud: Callable[[], None] = lambda: None
-
-
-@contextlib.contextmanager
-def quiet_orbax() -> Iterator[None]:
-    """A context in which orbax logs nothing. Contexts may overlap.
-
-    orbax logs every save, and the traceback of a failed save. Failures are raised as exceptions anyway.
-    """
-    global _quiet_contexts, _make_loud
-    _quiet_contexts += 1
-    if _quiet_contexts == 1:
-        _make_loud = _make_quiet()
-    try:
-        yield
-    finally:
-        _quiet_contexts -= 1
-        if _quiet_contexts == 0:
-            _make_loud()
-
-
-def _is_retrieved(record: logging.LogRecord) -> bool:
-    """False for asyncio's report of the arrays after the first one that failed; that one is raised."""
-    return "never retrieved" not in record.getMessage()
-
-
-def _make_quiet() -> Callable[[], None]:
-    """Installs a log filter and an unraisablehook; returns the function that removes them."""
-    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
-
-    def not_from_orbax(record):
-        return "orbax" not in record.pathname and _is_retrieved(record)
-
-    def show_others(event):
-        # When the disk is full, the first failed array closes orbax's event loop. For the other arrays,
-        # threads of tensorstore then print that the loop is closed.
-        if not (event.exc_type is RuntimeError and str(event.exc_value) == "Event loop is closed"):
-            hook(event)
-
-    def undo():
-        for logger in loggers:
-            logger.removeFilter(not_from_orbax)
-        sys.unraisablehook = hook
-
-    for logger in loggers:
-        logger.addFilter(not_from_orbax)
-    sys.unraisablehook = show_others
-    return undo
-
-
-def _give_orbax_a_steady_clock() -> None:
-    """orbax measures time limits with time.time(). If that clock is set, as when a laptop wakes up, a save fails."""
-    for name in ("signaling_client", "future"):
-        with contextlib.suppress(ImportError):
-            module: Any = importlib.import_module(f"orbax.checkpoint._src.futures.{name}")
-            module.time = types.SimpleNamespace(time=time.monotonic)
 
 
 # Reading. These functions do not change a directory, so another process may write it at the same time.
@@ -144,19 +82,19 @@ def restore_params(
     Returns (the subtree, meta). Tuples become lists, and stacked blocks become one tree for each block.
     Raises: UserError if no step is usable, or `step` does not exist, is damaged or lacks the subtree.
     """
-    step = parallel.run_on_main_process(lambda: _choose_step(directory, step, which, log))
-    saved = _read_shapes(directory, step)
+    chosen: int = parallel.run_on_main_process(lambda: _choose_step(directory, step, which, log))
+    saved = orbax_io.read_shapes(directory, chosen)
     if subtree not in saved:
-        raise UserError(f"{directory}: step {step} has no {subtree!r}, only {sorted(saved)}")
+        raise UserError(f"{directory}: step {chosen} has no {subtree!r}, only {sorted(saved)}")
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved[subtree])
     if callable(shardings):
         shardings = shardings(target)
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
-        target = jax.tree.map(lambda x: _with_sharding(x, shardings), target)
+        target = jax.tree.map(lambda x: orbax_io.with_sharding(x, shardings), target)
     else:
-        target = jax.tree.map(_with_sharding, target, shardings)
-    state = _read_arrays(directory, step, {subtree: target}, partial_restore=True)
-    return parallel.unstack(state[subtree]), _read_meta(directory, step)
+        target = jax.tree.map(orbax_io.with_sharding, target, shardings)
+    state = orbax_io.read_arrays(directory, chosen, {subtree: target}, partial_restore=True)
+    return parallel.unstack(state[subtree]), _read_meta(directory, chosen)
 
 
 class DiskFull(UserError):
@@ -167,7 +105,7 @@ class Checkpoints:
     """The checkpoints of one run, for writing by all of its processes. Use as a context manager.
 
     Keeps the `keep` newest steps and the best one. Opening removes temporary directories of a killed
-    run. In the context, orbax logs nothing (`quiet_orbax`).
+    run. In the context, orbax logs nothing (`orbax_io.quiet_orbax`).
 
     Raises: UserError if the directory cannot be written or is not a local path.
     """
@@ -178,13 +116,13 @@ class Checkpoints:
         self.directory = make_writable(directory)
         self._keep, self._log = keep, log
         with contextlib.ExitStack() as stack:
-            stack.enter_context(quiet_orbax())
+            stack.enter_context(orbax_io.quiet_orbax())
             self._open()
             self._on_close = stack.pop_all()
 
     def _open(self):
         """Starts orbax with the steps on the disk."""
-        _give_orbax_a_steady_clock()
+        orbax_io.use_steady_clock()
         if jax.process_index() == 0:  # orbax would remove the temporary directories too, but later
             for path in self.directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -241,7 +179,7 @@ class Checkpoints:
         self._metrics[step] = metric
         self._saving = step
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(jax.tree.map(_copy_on_cpu, state)), meta=ocp.args.JsonSave(meta)
+            state=ocp.args.PyTreeSave(jax.tree.map(orbax_io.copy_on_cpu, state)), meta=ocp.args.JsonSave(meta)
         )
         try:
             self._manager.save(step, args=args, force=True)  # force: the caller decides when
@@ -302,18 +240,18 @@ class Checkpoints:
         shapes or dtypes differ from the saved ones (the message lists the differences).
         """
         self.wait()
-        step = self._choose_undamaged(step)
-        stacked, saved = parallel.is_stacked(abstract_state), _read_shapes(self.directory, step)
+        chosen: int = self._choose_undamaged(step)
+        stacked, saved = parallel.is_stacked(abstract_state), orbax_io.read_shapes(self.directory, chosen)
         if parallel.is_stacked(saved) != stacked:
             convert, revert = parallel.stack, parallel.unstack
             if not stacked:
                 convert, revert = revert, convert
-            state, meta = self.restore(revert(abstract_state), step)
+            state, meta = self.restore(revert(abstract_state), chosen)
             places = jax.tree.map(lambda x: x.sharding, abstract_state)
             return jax.jit(convert, out_shardings=places)(state), meta
-        check_same_shapes(f"{self.directory}: step {step}", saved, abstract_state)
-        target = jax.tree.map(lambda x: _with_sharding(x, getattr(x, "sharding", None)), abstract_state)
-        return _read_arrays(self.directory, step, target), _read_meta(self.directory, step)
+        check_same_shapes(f"{self.directory}: step {chosen}", saved, abstract_state)
+        target = jax.tree.map(lambda x: orbax_io.with_sharding(x, getattr(x, "sharding", None)), abstract_state)
+        return orbax_io.read_arrays(self.directory, chosen, target), _read_meta(self.directory, chosen)
 
     def _choose_undamaged(self, step):
         """`_choose_step`, called by process 0 for all processes. Damaged steps are renamed."""
@@ -343,7 +281,7 @@ class Checkpoints:
         """
         step, kind = self._saving, UserError
         # asyncio logs the errors of the other arrays when their tasks are freed, which may be after `close`.
-        logging.getLogger("asyncio").addFilter(_is_retrieved)
+        logging.getLogger("asyncio").addFilter(orbax_io.is_retrieved)
         reason = next((text for text in map(os.strerror, DISK_ERRORS) if text in str(error)), repr(error)[:200])
         if jax.process_count() == 1:
             self._manager.close()
@@ -374,51 +312,6 @@ def check_same_shapes(what: str, saved: PyTree, wanted: PyTree) -> None:
     pairs = {path: (old.get(path, "absent"), new.get(path, "absent")) for path in sorted(old.keys() | new.keys())}
     if lines := [f"{path} is {a}, not {b}" for path, (a, b) in pairs.items() if a != b]:
         raise UserError(f"{what} does not fit: {listed(lines, 10)}")
-
-
-def _copy_on_cpu(x):
-    """A copy of an array that is on a CPU. orbax keeps a view of the array, and XLA cannot donate a buffer
-    that has a view."""
-    if not isinstance(x, jax.Array) or next(iter(x.devices())).platform != "cpu":
-        return x
-    return jax.device_put(x, x.sharding, may_alias=False)
-
-
-def _with_sharding(x, sharding=None):
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _step_path(directory: Path, step: int) -> epath.Path:
-    return epath.Path(pathlib.Path(directory).resolve()) / str(step)
-
-
-@contextlib.contextmanager
-def _refused(directory, step):
-    """A context in which orbax reads. Raises: UserError for what it cannot read, though the checksums are right."""
-    try:
-        with quiet_orbax():
-            yield
-    except Exception as error:  # orbax and tensorstore raise many types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{directory}: step {step} cannot be restored: {reason}") from error
-
-
-def _read_shapes(directory, step):
-    """The tree of a saved state, with the shape and dtype of every array."""
-    with _refused(directory, step):
-        tree = ocp.PyTreeCheckpointHandler().metadata(_step_path(directory, step) / "state").tree
-        if not isinstance(tree, dict) or not all(hasattr(x, "shape") for x in jax.tree.leaves(tree)):
-            raise ValueError("it does not hold a tree of arrays")
-        return tree
-
-
-def _read_arrays(directory, step, target, partial_restore=False):
-    args = ocp.args.PyTreeRestore(
-        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial_restore
-    )
-    with _refused(directory, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(_step_path(directory, step) / "state", args=args)
 
 
 def _read_meta(directory, step):

@@ -12,11 +12,12 @@ from nanoflax import data, generate, nn, parallel, report, tokenizers, train
 from nanoflax.config import Config, ModelConfig, TextData
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint
-from nanoflax.runs.directory import check_workdir, exclusive, get_tokenizer, with_vocabulary
+from nanoflax.runs.directory import check_workdir, exclusive
 from nanoflax.runs.opening import initial_parameters, open_initial
 from nanoflax.runs.profile import parse_profile
 from nanoflax.runs.run import Run
 from nanoflax.runs.trainer import Job, Result, TrainingData, check_metric, check_wandb, run_job, setup_jax
+from nanoflax.runs.vocabulary import get_tokenizer, with_vocabulary
 
 
 def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False, profile: str = "") -> Run:

@@ -11,8 +11,9 @@ from nanoflax import config as configs
 from nanoflax import tasks, tokenizers
 from nanoflax.config import Config, ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.runs.directory import get_tokenizer, read_config, with_own_template, with_vocabulary
+from nanoflax.runs.directory import read_config
 from nanoflax.runs.opening import ModelSource, initial_parameters
+from nanoflax.runs.vocabulary import get_tokenizer, with_own_template, with_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)

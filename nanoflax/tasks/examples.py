@@ -14,7 +14,8 @@ from nanoflax.data import DataReport, is_held_out
 from nanoflax.errors import UserError, listed
 from nanoflax.tasks.classes import classes_after_training, match_labels
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
-from nanoflax.tasks.sources import Records, TaskSource, records
+from nanoflax.tasks.readers import Records
+from nanoflax.tasks.sources import TaskSource, records
 from nanoflax.tasks.tags import TAG, from_bio, to_bio
 from nanoflax.untrusted import parse_json
 

@@ -2,8 +2,9 @@
 
 from nanoflax.tokenizers.base import Framing, Tokenizer, well_formed
 from nanoflax.tokenizers.chat import chat_ids, chat_prompt, show_mask, stop_ids, with_date, with_plain_template
+from nanoflax.tokenizers.export import to_huggingface
 from nanoflax.tokenizers.framing import align_tags, prompt_ids, word_tags
-from nanoflax.tokenizers.huggingface import from_gguf, to_huggingface
+from nanoflax.tokenizers.huggingface import from_gguf
 from nanoflax.tokenizers.loading import check_fits, load, parse
 from nanoflax.tokenizers.prompts import bucket, check_prompts, pad_left, request_of
 from nanoflax.tokenizers.sentinels import TokenizerWithSentinels

@@ -12,7 +12,8 @@ from nanoflax.errors import UserError
 from nanoflax.report import printable
 from nanoflax.tokenizers import chat_template
 from nanoflax.tokenizers.base import check_ids
-from nanoflax.tokenizers.huggingface import HFTokenizer, to_huggingface
+from nanoflax.tokenizers.export import to_huggingface
+from nanoflax.tokenizers.huggingface import HFTokenizer
 from nanoflax.tokenizers.streaming import StreamingDecoder
 
 PLAIN_TEMPLATE = (

@@ -26,7 +26,7 @@ from typing import Any
 
 from nanoflax import untrusted
 from nanoflax.errors import UserError
-from nanoflax.tokenizers import chat_template, vocabularies
+from nanoflax.tokenizers import chat_template, specs, vocabularies
 from nanoflax.tokenizers.base import Framing, check_ids, well_formed
 from nanoflax.tokenizers.file_tokenizer import (
     FIELDS,
@@ -36,11 +36,9 @@ from nanoflax.tokenizers.file_tokenizer import (
     FileTokenizer,
     any_of,
     read_json,
-    token_fields,
     without_spaces_before_marks,
 )
 from nanoflax.tokenizers.marian import MarianTokenizer
-from nanoflax.tokenizers.sentinels import TokenizerWithSentinels
 
 FILES = (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json", "tokenizer_config.json",
          "special_tokens_map.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
@@ -97,55 +95,16 @@ def from_gguf(metadata: dict[str, Any], name: str = "GGUF") -> "HFTokenizer":
     message and an infilled part become stop ids.
     Raises: UserError (an unsupported model or pre, missing or damaged lists).
     """
-    return _from_spec(*vocabularies.from_gguf(metadata, name), name=name)
+    return from_spec(*vocabularies.from_gguf(metadata, name), name=name)
 
 
-def _from_spec(spec: dict[str, Any], config: dict[str, Any], generation: dict[str, Any], name: str) -> "HFTokenizer":
+def from_spec(spec: dict[str, Any], config: dict[str, Any], generation: dict[str, Any], name: str) -> "HFTokenizer":
+    """The tokenizer of the contents of a tokenizer.json, tokenizer_config.json and generation_config.json."""
     files = {"tokenizer.json": spec, "tokenizer_config.json": config, "generation_config.json": generation}
     files = {file: json.dumps(content).encode() for file, content in files.items() if content}
     tokenizer = from_files(files, name)
     assert isinstance(tokenizer, HFTokenizer)
     return tokenizer
-
-
-def to_huggingface(tokenizer: Any, for_prompts: bool = False) -> "HFTokenizer | MarianTokenizer":
-    """The tokenizer in a form whose files Transformers reads.
-
-    A tokenizer trained here becomes an HFTokenizer with the same ids for every text, except that U+2581 is read as
-    a space; see `HFTokenizer.for_transformers` for those of files. Transformers then puts the ids of `Framing.whole`
-    around every text. for_prompts: those of `Framing.prompt`, for a causal language model.
-    The mask and the sentinels of a TokenizerWithSentinels become special tokens.
-    """
-    if isinstance(tokenizer, TokenizerWithSentinels):
-        return _with_tokens(to_huggingface(tokenizer.plain, for_prompts), tokenizer)
-    if isinstance(tokenizer, MarianTokenizer):
-        return tokenizer
-    if isinstance(tokenizer, HFTokenizer):
-        return tokenizer.for_transformers()
-    spec, framing = vocabularies.from_ours(tokenizer), tokenizer.framing
-    vocabularies.set_template(spec, *((framing.start, ()) if for_prompts else (framing.before, framing.after)))
-    names = {token["id"]: token["content"] for token in spec["added_tokens"]}
-    ids = {role: getattr(tokenizer, f"{role}_id", None) for role in ("bos", "eos", "pad", "unk", "mask")}
-    if ids["pad"] in framing.after:  # then a classifier of Transformers would read the state before the final eos
-        ids["pad"] = ids["unk"]
-    config = {"tokenizer_class": PLAIN_CLASSES[0], "model_input_names": ["input_ids", "attention_mask"]}
-    config |= {"clean_up_tokenization_spaces": False}
-    config |= {f"{role}_token": names[i] for role, i in ids.items() if i in names}
-    return _from_spec(spec, config, {}, "exported from nanoflax")
-
-
-def _with_tokens(exported, tokenizer):
-    """`exported` with the new tokens of a TokenizerWithSentinels in its settings, where Transformers reads them."""
-    if not tokenizer.added:
-        return exported
-    config = read_json(exported.files, "tokenizer_config.json", exported.name)
-    own = config.get("added_tokens_decoder") or {}
-    tokens = {str(i): token_fields(vocabularies.added_token(name, i), name) for name, i in tokenizer.special.items()}
-    config["added_tokens_decoder"] = tokens | own
-    config["additional_special_tokens"] = [*(config.get("additional_special_tokens") or []), *tokenizer.added]
-    if tokenizer.mask_id in tokenizer.added.values():
-        config["mask_token"] = "<mask>"
-    return from_files(exported.files | {"tokenizer_config.json": json.dumps(config).encode()}, exported.name)
 
 
 class HFTokenizer(FileTokenizer):
@@ -223,7 +182,7 @@ class HFTokenizer(FileTokenizer):
         spec, added = self._spec(), read_json(self.files, "added_tokens.json", self.name)
         _add_special_tokens(spec, self._config, added, self._named, self._roles)
         if "tokenizer.json" not in self.files:  # a tokenizer.json has its own post-processor
-            vocabularies.set_ends(spec, self._config, self._roles)
+            specs.set_ends(spec, self._config, self._roles)
         return spec
 
     def _spec(self) -> dict[str, Any]:
@@ -234,9 +193,9 @@ class HFTokenizer(FileTokenizer):
             spec = read_json(files, kind, self.name)
             if not isinstance(spec.get("model"), dict):
                 raise UserError(f"tokenizer {self.name}: tokenizer.json holds no model")
-            vocabularies.check_growth(spec.get("normalizer"), f"tokenizer {self.name}: {kind}")
+            specs.check_growth(spec.get("normalizer"), f"tokenizer {self.name}: {kind}")
             if not isinstance(spec["model"].get("vocab"), list):  # Unigram's is a list without ids
-                vocabularies.check_vocabulary(spec["model"].get("vocab"), f"tokenizer {self.name}: {kind}")
+                specs.check_vocabulary(spec["model"].get("vocab"), f"tokenizer {self.name}: {kind}")
             if name and name not in PLAIN_CLASSES and not {"eos", "sep"} & self._roles.keys():
                 self._roles = (
                     vocabularies.usual_roles(t["content"] for t in spec.get("added_tokens") or []) | self._roles
@@ -256,7 +215,7 @@ class HFTokenizer(FileTokenizer):
             )
         if kind == "vocab.json":
             vocabulary = read_json(files, kind, self.name)
-            vocabularies.check_vocabulary(vocabulary, f"tokenizer {self.name}: {kind}")
+            specs.check_vocabulary(vocabulary, f"tokenizer {self.name}: {kind}")
             return vocabularies.from_merges(vocabulary, files["merges.txt"].decode("utf-8-sig"), self._roles, config)
         if kind == "vocab.txt":
             return vocabularies.from_wordpieces(files[kind].decode("utf-8-sig"), self._roles, config)
@@ -399,7 +358,7 @@ def _add_special_tokens(spec, config, added, named, roles):
         nonlocal free
         if content not in tokens:
             i = vocabulary.get(content, free if i is None else i)
-            tokens[content] = vocabularies.added_token(content, i, **more)
+            tokens[content] = specs.added_token(content, i, **more)
             free = max(free, i + 1)
 
     decoder = config.get("added_tokens_decoder") or {}
@@ -410,7 +369,7 @@ def _add_special_tokens(spec, config, added, named, roles):
     for token in [*named, *({"content": content} for content in roles.values())]:
         add(None, **token)
         tokens[token["content"]]["special"] = True
-    vocabularies.check_vocabulary({token["content"]: token["id"] for token in tokens.values()}, "added tokens")
+    specs.check_vocabulary({token["content"]: token["id"] for token in tokens.values()}, "added tokens")
     spec["added_tokens"] = sorted(tokens.values(), key=lambda token: token["id"])
 
 

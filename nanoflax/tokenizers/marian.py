@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from nanoflax.errors import UserError
-from nanoflax.tokenizers import vocabularies
+from nanoflax.tokenizers import specs
 from nanoflax.tokenizers.base import SPACE, Framing, check_ids, well_formed
 from nanoflax.tokenizers.file_tokenizer import Files, FileTokenizer, any_of, read_json, without_spaces_before_marks
 
@@ -22,7 +22,7 @@ class MarianTokenizer(FileTokenizer):
 
         super().__init__(files, name)
         self._ids = read_json(files, "vocab.json", name)
-        vocabularies.check_vocabulary(self._ids, f"tokenizer {name}: vocab.json")
+        specs.check_vocabulary(self._ids, f"tokenizer {name}: vocab.json")
         if self._config.get("separate_vocabs"):
             raise UserError(f"tokenizer {name}: separate_vocabs is not supported")
         self._roles = {"eos": "</s>", "pad": "<pad>", "unk": "<unk>"} | self._roles

@@ -4,13 +4,25 @@ The `tokenizers` library runs a spec; see `huggingface`. If a format has no name
 function adds the usual names to roles ({"bos": "<s>", "eos": "</s>", ...}).
 """
 
-import json
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from nanoflax.errors import UserError
 from nanoflax.tokenizers.base import SPACE
+from nanoflax.tokenizers.specs import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    Config,
+    Roles,
+    Spec,
+    added_token,
+    set_ends,
+    spec_of,
+    typed_tokens,
+)
 
 # Patterns that split text into words, before byte-level BPE merges the bytes of each word; from their authors.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -51,14 +63,8 @@ GGUF_PATTERNS = {  # tokenizer.ggml.pre -> the patterns, applied one after anoth
 }  # fmt: skip
 # A word of the vocabulary is one token, even if no merges make it, and bos is added by default.
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of pieces in SentencePiece and GGUF
-MAX_ID = 2**24  # the libraries need time and memory for each id below the largest one, used or not
 MAX_EXTRA = 10_000  # sentinels; T5 has 100
 MAX_PIECE = 1_000  # characters of a piece of SentencePiece, which has 16 by default; merges take time in their square
-MAX_GROWTH = 1_000_000  # how many characters a normalizer may make of one; ALBERT's makes 360
-Spec = dict[str, Any]
-Roles = dict[str, str]
-Config = dict[str, Any]  # of a tokenizer_config.json
 
 
 _GGUF_ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id",
@@ -143,44 +149,6 @@ def from_gguf(metadata: dict[str, Any], name: str) -> tuple[Spec, Config, Config
     return spec, config, {"eos_token_id": stops} if ends else {}
 
 
-def check_growth(normalizer: Any, where: str) -> None:
-    """Raises: UserError for a normalizer of a tokenizer.json that can make a text too long: each step multiplies."""
-    growth, steps = 1, [normalizer]
-    while steps and growth <= MAX_GROWTH:
-        step = steps.pop()
-        if isinstance(step, dict):
-            nested = step.get("normalizers")
-            steps += nested if isinstance(nested, list) else []
-            if step.get("type") == "Replace":
-                growth *= max(1, len(str(step.get("content"))))
-            growth *= {"NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "Precompiled": 20}.get(str(step.get("type")), 1)
-    if growth > MAX_GROWTH:
-        raise UserError(f"{where}: its normalizer can make more than {MAX_GROWTH} characters of one")
-
-
-def check_vocabulary(vocabulary: Any, where: str) -> None:
-    """Raises: UserError for a vocabulary {token: id} with an id that is no number from 0 to below MAX_ID."""
-    if not isinstance(vocabulary, dict):
-        raise UserError(f"{where} is damaged: it must hold a vocabulary, token: id")
-    if wrong := [(token, i) for token, i in vocabulary.items() if type(i) is not int or not 0 <= i < MAX_ID]:
-        raise UserError(f"{where}: the id of {wrong[0][0]!r} is {wrong[0][1]!r}, not a number from 0 to below {MAX_ID}")
-
-
-def _spec_of(model, normalizer=None, pre_tokenizer=None, decoder=None, post_processor=None) -> Spec:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer(model)
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    if pre_tokenizer is not None:
-        tokenizer.pre_tokenizer = pre_tokenizer
-    if decoder is not None:
-        tokenizer.decoder = decoder
-    if post_processor is not None:
-        tokenizer.post_processor = post_processor
-    return json.loads(tokenizer.to_str())
-
-
 def _byte_level(
     vocabulary, merges, patterns, prefix=False, normalizer=None, post_processor=None, ignore_merges=False
 ) -> Spec:
@@ -190,7 +158,7 @@ def _byte_level(
     if patterns == [GPT2]:  # built into ByteLevel, which can then add the prefix space before it splits
         splits = []
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not splits)
-    return _spec_of(
+    return spec_of(
         models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges),
         normalizer,
         pre_tokenizers.Sequence([*splits, byte_level]),
@@ -240,7 +208,7 @@ def from_wordpieces(lines: str, roles: Roles, config: Config) -> Spec:
     vocabulary = {line.rstrip("\r"): i for i, line in enumerate(lines.rstrip("\n").split("\n"))}
     roles |= usual_roles(["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"]) | roles
     sep, cls = ((roles[role], vocabulary[roles[role]]) for role in ("sep", "cls"))
-    return _spec_of(
+    return spec_of(
         models.WordPiece(vocabulary, unk_token=roles["unk"]),
         normalizers.BertNormalizer(
             lowercase=config.get("do_lower_case", True),
@@ -272,7 +240,7 @@ def from_ours(tokenizer: Any) -> Spec:
     else:
         spaces = [*([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)]
         strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-        spec = _spec_of(
+        spec = spec_of(
             models.Unigram([*zip(tokens, scores, strict=True)], trainer.unk_id, trainer.byte_fallback),
             normalizers.Sequence([*normalize, *spaces]),
             None,
@@ -335,7 +303,7 @@ def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
         spec = _sentencepiece_bpe(tokens, scores, types, tokens[trainer.unk_id], prefix, normalize, once)
     else:
         eos = (roles["eos"], ids["eos"])
-        spec = _spec_of(
+        spec = spec_of(
             models.Unigram([*zip(tokens, scores, strict=True)], trainer.unk_id, trainer.byte_fallback),
             normalizers.Sequence(normalize),
             pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(SPACE, "always")]),
@@ -380,51 +348,9 @@ def _sentencepiece_bpe(tokens, scores, types, unknown, prefix, normalize=(), onc
     else:
         normalize = [*normalize, *([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)]
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    return _spec_of(
+    return spec_of(
         models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in types),
         normalizers.Sequence([*normalize]),
         words,
         decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]),
     )
-
-
-def set_ends(spec: Spec, config: Config, roles: Roles) -> None:
-    """Set the post-processor that adds bos and eos, if config has add_bos_token or add_eos_token.
-
-    A model with a template of its own, such as RoBERTa's, keeps it, as in Transformers.
-    """
-    if {"add_bos_token", "add_eos_token"} & config.keys() and not spec.get("post_processor"):
-        ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        bos, eos = (
-            [ids[roles[role]]] if config.get(f"add_{role}_token") and roles.get(role) in ids else []
-            for role in ("bos", "eos")
-        )
-        set_template(spec, bos, eos)
-
-
-def set_template(spec: Spec, before: Iterable[int], after: Iterable[int]) -> None:
-    """Set the post-processor that adds these ids of added tokens before and after a text, and each text of a pair."""
-    from tokenizers import processors
-
-    names = {token["id"]: token["content"] for token in spec["added_tokens"]}
-    ends = [*before], [*after]
-    first, second = ([*(names[i] for i in ends[0]), f"${text}", *(names[i] for i in ends[1])] for text in "AB")
-    template = processors.TemplateProcessing(
-        single=first, pair=[*first, *second], special_tokens=[(names[i], i) for i in {*ends[0], *ends[1]}]
-    )
-    spec["post_processor"] = json.loads(template.__getstate__())
-
-
-def added_token(content: str, i: int, special: bool = True, **more: Any) -> dict[str, Any]:
-    """An entry of "added_tokens" in a tokenizer.json."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": i, "content": content, **flags, "special": special} | more
-
-
-def typed_tokens(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
-    """Entries of "added_tokens" for control and user-defined pieces."""
-    return [
-        added_token(token, i, special=t == CONTROL)
-        for i, (token, t) in enumerate(zip(tokens, types, strict=True))
-        if t in (CONTROL, USER_DEFINED)
-    ]

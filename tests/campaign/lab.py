@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from nanoflax.runs import checkpoint, manifest
+from nanoflax.runs import manifest, orbax_io
 from tests import kills, processes
 
 STEPS, EVERY = 30, 5  # of a run; between its checkpoints
@@ -193,8 +193,8 @@ def step_digest(path: pathlib.Path, directory: pathlib.Path) -> str:
     total = hashlib.sha1(
         without_path(path / "meta" / "metadata", directory) + repr(manifest.read_metric(path)).encode()
     )
-    target = jax.tree.map(checkpoint._with_sharding, checkpoint._read_shapes(path.parent, int(path.name)))
-    state = checkpoint._read_arrays(path.parent, int(path.name), target)
+    target = jax.tree.map(orbax_io.with_sharding, orbax_io.read_shapes(path.parent, int(path.name)))
+    state = orbax_io.read_arrays(path.parent, int(path.name), target)
     for where, x in jax.tree_util.tree_leaves_with_path(state):
         x = np.asarray(x)
         total.update(f"{jax.tree_util.keystr(where)} {x.dtype} {x.shape}".encode() + x.tobytes())

@@ -22,7 +22,7 @@ import pytest
 
 from nanoflax import runs
 from nanoflax.errors import UserError
-from nanoflax.runs import Checkpoints, checkpoint, manifest
+from nanoflax.runs import Checkpoints, checkpoint, manifest, orbax_io
 from nanoflax.runs.lock import WorkdirLock
 
 ROOT = str(pathlib.Path(__file__).resolve().parents[2])
@@ -447,7 +447,7 @@ def test_arrays_refused_after_the_first_print_no_traceback():
             thread = threading.Thread(target=promise.set_result, args=(1,))
             thread.start()
             thread.join()
-        with checkpoint.quiet_orbax():
+        with orbax_io.quiet_orbax():
             end_in_a_thread()
             print("then", file=sys.stderr)
             end_in_a_thread(lambda future: 1 / 0)
@@ -477,7 +477,7 @@ def test_a_failed_save_stays_quiet(tmp_path, caplog):
     logger = logging.getLogger("asyncio")
     logger.error("Task exception was never retrieved")
     assert not caplog.records
-    logger.removeFilter(checkpoint._is_retrieved)
+    logger.removeFilter(orbax_io.is_retrieved)
 
 
 def test_logs_and_hooks_are_changed_only_while_checkpoints_are_open(tmp_path):

@@ -13,7 +13,7 @@ import nanoflax
 from nanoflax import report, tokenizers
 from nanoflax.config import Config, ModelConfig, OptimConfig, TextData, TrainConfig
 from nanoflax.errors import UserError
-from nanoflax.runs import checkpoint, directory, lock
+from nanoflax.runs import checkpoint, directory, lock, orbax_io
 from nanoflax.runs.lock import WorkdirLock
 
 
@@ -182,8 +182,8 @@ def test_files_are_written_through_links_and_leave_no_part(tmp_path, monkeypatch
 
 def test_the_other_errors_of_a_failed_save_are_not_logged(caplog):
     logger = logging.getLogger("asyncio")
-    logger.removeFilter(checkpoint._is_retrieved)  # of a save that failed in another test
-    with checkpoint.quiet_orbax():
+    logger.removeFilter(orbax_io.is_retrieved)  # of a save that failed in another test
+    with orbax_io.quiet_orbax():
         logger.error("Task exception was never retrieved")
         logger.error("another")
     logger.error("Task exception was never retrieved")

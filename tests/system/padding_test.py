@@ -13,7 +13,7 @@ from nanoflax import hf, parallel, peft, runs
 from nanoflax.config import Config, LoRA, ModelConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.nn import build, without_padding
-from nanoflax.runs.directory import with_vocabulary
+from nanoflax.runs.vocabulary import with_vocabulary
 from tests.system.programs_test import SMALL, run
 
 EIGHT = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}

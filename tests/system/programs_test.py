@@ -19,7 +19,7 @@ from experiments.flags import _FieldParser, leaves
 from nanoflax import config as configs
 from nanoflax import parallel, runs
 from nanoflax.errors import UserError
-from nanoflax.runs import directory, trainer
+from nanoflax.runs import directory, trainer, vocabulary
 from nanoflax.tokenizers import ByteTokenizer, StreamingDecoder
 from tests import kills, processes
 
@@ -183,10 +183,10 @@ def test_a_restart_may_be_killed_anywhere(tmp_path, monkeypatch):
 def test_a_tokenizer_without_a_run_is_not_trusted(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("")
-    found = directory.get_tokenizer(configs.TextData(tokenizer="bytes"), str(tmp_path), list)
+    found = vocabulary.get_tokenizer(configs.TextData(tokenizer="bytes"), str(tmp_path), list)
     assert found.decode(found.encode("é")) == "é"
     directory.write_run(str(tmp_path), configs.Config(), found)
-    again = directory.get_tokenizer(configs.TextData(tokenizer="bpe:300"), str(tmp_path), list)
+    again = vocabulary.get_tokenizer(configs.TextData(tokenizer="bpe:300"), str(tmp_path), list)
     assert again.fingerprint == found.fingerprint
 
 

@@ -14,7 +14,7 @@ from nanoflax import hf, tokenizers
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.tasks import Pair, encode
-from nanoflax.tokenizers import vocabularies
+from nanoflax.tokenizers import specs, vocabularies
 from tests.tokenizers.streaming_test import LLAMA, json_tokenizer, marian_directory, sentencepiece_model, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:Recommended")
@@ -272,7 +272,7 @@ def test_files_that_name_no_special_tokens_are_read_as_in_transformers(name, tmp
     )
     vocabulary = [*special, *(token for token in spec["model"]["vocab"] if token not in special)]
     spec["model"]["vocab"] = {token: i for i, token in enumerate(vocabulary)}
-    spec["added_tokens"] = [vocabularies.added_token(token, i) for i, token in enumerate(special)]
+    spec["added_tokens"] = [specs.added_token(token, i) for i, token in enumerate(special)]
     files = {} if config is None else {"tokenizer_config__json": config}
     write(tmp_path, "t", tokenizer__json=spec, config__json={"model_type": model_type}, **files)
     ours, theirs = tokenizers.load(tmp_path / "t"), transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
