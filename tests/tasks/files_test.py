@@ -50,6 +50,8 @@ def test_tables_are_read_as_pythons_csv_writes_them(tmp_path_factory, rows, kind
     first = file.getvalue().split("\n")[0]
     # Without a header, the first row must not look like one.
     assume(header or not ("," not in first and ";" in first) and not re.search(r"\A[\w.-]+\Z", "".join(rows[0])))
+    # Python does not quote a carriage return at the end of a line, which is then a part of the line's end.
+    assume(quoting == csv.QUOTE_ALL or not any(row[0 if header else 1].endswith("\r") for row in rows))
     path = tmp_path_factory.getbasetemp() / "table"
     # Without cleaning, so that each character counts.
     found, _ = read(kind, Pair, file.getvalue(), path, encoding=encoding, unicode="", whitespace="")
