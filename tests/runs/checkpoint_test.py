@@ -431,7 +431,7 @@ def test_arrays_refused_after_the_first_print_no_traceback():
     code = """
         import asyncio, sys, threading
         import tensorstore
-        from nanoflax.runs import checkpoint, manifest
+        from nanoflax.runs import orbax_io
 
         def end_in_a_thread(callback=None):
             promise, future = tensorstore.Promise.new()
