@@ -32,9 +32,9 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from nanoflax import parallel, report, untrusted
-from nanoflax.errors import UserError, listed
+from nanoflax.errors import DISK_ERRORS, FULL, UserError, listed
 from nanoflax.runs import manifest, orbax_io
-from nanoflax.runs.lock import DISK_ERRORS, FULL, Path, make_writable
+from nanoflax.runs.lock import Path, make_writable
 
 Log = Callable[[str], Any]  # receives warnings, each of one line
 

@@ -18,8 +18,8 @@ from typing import Any
 from nanoflax import config as configs
 from nanoflax import parallel, report, untrusted
 from nanoflax.config import Config, LabelTask
-from nanoflax.errors import UserError, listed
-from nanoflax.runs.lock import DISK_ERRORS, WorkdirLock, remove_lock
+from nanoflax.errors import DISK_ERRORS, UserError, listed
+from nanoflax.runs.lock import WorkdirLock, remove_lock
 from nanoflax.runs.vocabulary import with_saved_vocabulary
 
 DIRECTORIES = ("checkpoints", "tokenizer", "tensorboard", "final", "adapter")

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO, TypeAlias
 
 from nanoflax import parallel
-from nanoflax.errors import DISK_ERRORS as DISK_ERRORS
-from nanoflax.errors import FULL as FULL
 from nanoflax.errors import UserError
 
 Path: TypeAlias = str | os.PathLike[str]
