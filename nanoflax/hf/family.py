@@ -284,3 +284,11 @@ def head_of(family: Family, architectures: Any) -> str:
             f"architectures={names!r} of model_type {family.model_type!r} is not supported; supported are {known}"
         )
     return next(iter(family.classes))
+
+
+def under(ours: str, theirs: str, parts: Keys) -> dict[str, Any]:
+    """The keys `parts`, with the prefix `ours` for our names and `theirs` for the names in Transformers."""
+    return {
+        f"{ours}/{a}": (f"{theirs}.{b}" if isinstance(b, str) else (f"{theirs}.{b[0]}", *b[1:]))
+        for a, b in parts.items()
+    }

@@ -1,0 +1,123 @@
+"""The encoders among the families of Hugging Face Transformers.
+
+In `read` and `write`, hf is a parsed config.json and c a ModelConfig.
+"""
+
+import dataclasses
+
+from nanoflax.errors import UserError
+from nanoflax.hf.decoders import LLAMA, write_rope
+from nanoflax.hf.family import Family, under
+
+_BERT = Family(
+    model_type="bert",
+    classes={"none": ("BertModel",), "mlm": ("BertForMaskedLM", "BertForPreTraining"),
+             "classify": ("BertForSequenceClassification",),
+             "tag": ("BertForTokenClassification",)},
+    keys={"embed": "bert.embeddings.word_embeddings",
+          "type_embed": "bert.embeddings.token_type_embeddings",
+          "encoder/position_embed": "bert.embeddings.position_embeddings",
+          "encoder/embed_norm": "bert.embeddings.LayerNorm", "pooler": "bert.pooler.dense",
+          "transform": "cls.predictions.transform.dense",
+          "norm_transform": "cls.predictions.transform.LayerNorm",
+          "unembed": "cls.predictions.decoder", "labels": "classifier",
+          **under("encoder/block_{i}", "bert.encoder.layer.{i}", {
+              "norm_attention": "attention.output.LayerNorm", "norm_mlp": "output.LayerNorm",
+              "attention/query": "attention.self.query", "attention/key": "attention.self.key",
+              "attention/value": "attention.self.value", "attention/out": "attention.output.dense",
+              "mlp/up": "intermediate.dense", "mlp/down": "output.dense"})},
+    fields={"vocab_size": "vocab_size", "max_position_embeddings": "context",
+            "num_hidden_layers": "layers", "hidden_size": "dim", "num_attention_heads": "heads",
+            "intermediate_size": "mlp_dim", "hidden_act": "activation",
+            "type_vocab_size": "token_types", "layer_norm_eps": "norm_eps",
+            "tie_word_embeddings": "tied", "hidden_dropout_prob": "dropout"},
+    preset=dict(architecture="encoder", norm_place="post", embed_norm=True, head_bias=True),
+    defaults={"hidden_act": "gelu", "type_vocab_size": 2, "layer_norm_eps": 1e-12,
+              "tie_word_embeddings": True, "hidden_dropout_prob": 0.1},
+    only={"position_embedding_type": ("absolute",), "is_decoder": (False,), "add_cross_attention": (False,)},
+    write=lambda c: {"attention_probs_dropout_prob": 0.0},
+    # A file has this bias under two names; the model uses the one of the decoder.
+    more_keys=lambda c: {"logit_bias": (f"cls.predictions.{'' if c.tied else 'decoder.'}bias",
+                                        "same")},
+    present={"pooler": "bert.pooler.dense.weight"},
+    same=lambda c: {"cls.predictions.decoder.bias": "cls.predictions.bias"} if c.tied else {
+        "cls.predictions.bias": "cls.predictions.decoder.bias"},
+    ignored=r"bert\.embeddings\.position_ids|bert\.pooler\..*|cls\.seq_relationship\..*",
+    base="bert.")  # fmt: skip
+
+
+def _read_roberta(hf):
+    # max_position_embeddings also counts the first rows, up to the row of the padding token, which are not positions.
+    offset = hf["pad_token_id"] + 1
+    if "RobertaForMaskedLM" in (hf.get("architectures") or []) and hf["hidden_act"] != "gelu":
+        raise UserError(
+            f"hidden_act={hf['hidden_act']!r} with RobertaForMaskedLM is not supported: its head always has gelu"
+        )
+    return {"position_offset": offset, "context": hf["max_position_embeddings"] - offset}
+
+
+_ROBERTA = dataclasses.replace(
+    _BERT, model_type="roberta",
+    classes={head: tuple(name.replace("Bert", "Roberta") for name in classes[:1])
+             for head, classes in _BERT.classes.items()},
+    keys={ours: theirs.replace("bert.", "roberta.") for ours, theirs in _BERT.keys.items()} | {
+        "transform": "lm_head.dense", "norm_transform": "lm_head.layer_norm",
+        "unembed": "lm_head.decoder"},
+    defaults=_BERT.defaults | {"pad_token_id": 1},
+    read=_read_roberta,
+    write=lambda c: {"attention_probs_dropout_prob": 0.0, "pad_token_id": c.position_offset - 1,
+                     "max_position_embeddings": c.context + c.position_offset},
+    present={"pooler": "roberta.pooler.dense.weight"},
+    more_keys=lambda c: {
+        "logit_bias": (f"lm_head.{'' if c.tied else 'decoder.'}bias", "same"),
+        **({"pooler": "classifier.dense", "labels": "classifier.out_proj"}
+           if c.head == "classify" else {})},
+    same=lambda c: {"lm_head.decoder.bias": "lm_head.bias"} if c.tied else {"lm_head.bias": "lm_head.decoder.bias"},
+    ignored=r"roberta\.embeddings\.position_ids|roberta\.pooler\..*",
+    base="roberta.")  # fmt: skip
+
+_DISTILBERT = Family(
+    model_type="distilbert",
+    classes={"none": ("DistilBertModel",), "mlm": ("DistilBertForMaskedLM",),
+             "classify": ("DistilBertForSequenceClassification",), "tag": ("DistilBertForTokenClassification",)},
+    keys={"embed": "distilbert.embeddings.word_embeddings",
+          "encoder/position_embed": "distilbert.embeddings.position_embeddings",
+          "encoder/embed_norm": "distilbert.embeddings.LayerNorm", "pooler": "pre_classifier",
+          "transform": "vocab_transform", "norm_transform": "vocab_layer_norm",
+          "unembed": "vocab_projector", "logit_bias": ("vocab_projector.bias", "same"),
+          "labels": "classifier",
+          **under("encoder/block_{i}", "distilbert.transformer.layer.{i}", {
+              "norm_attention": "sa_layer_norm", "norm_mlp": "output_layer_norm",
+              "attention/query": "attention.q_lin", "attention/key": "attention.k_lin",
+              "attention/value": "attention.v_lin", "attention/out": "attention.out_lin",
+              "mlp/up": "ffn.lin1", "mlp/down": "ffn.lin2"})},
+    fields={"vocab_size": "vocab_size", "max_position_embeddings": "context", "n_layers": "layers", "dim": "dim",
+            "n_heads": "heads", "hidden_dim": "mlp_dim", "activation": "activation", "tie_word_embeddings": "tied",
+            "dropout": "dropout"},
+    preset=dict(architecture="encoder", norm_place="post", embed_norm=True, head_bias=True,
+                norm_eps=1e-12, pooler_activation="relu"),
+    defaults={"activation": "gelu", "tie_word_embeddings": True, "dropout": 0.1},
+    write=lambda c: {"attention_dropout": 0.0, "seq_classif_dropout": c.dropout},
+    base="distilbert.")  # fmt: skip
+
+
+def _read_eurobert(hf):
+    pooling = hf.get("classifier_pooling", "late")
+    if "EuroBertForSequenceClassification" in (hf.get("architectures") or []) and pooling != "bos":
+        raise UserError(f"classifier_pooling={pooling!r} is not supported; it must be 'bos', the first state")
+    return LLAMA.read(hf) | {"head_bias": hf["mlp_bias"]}
+
+
+_EUROBERT = dataclasses.replace(
+    LLAMA, model_type="eurobert",
+    classes={"none": ("EuroBertModel",), "mlm": ("EuroBertForMaskedLM",),
+             "classify": ("EuroBertForSequenceClassification",), "tag": ("EuroBertForTokenClassification",)},
+    keys={ours.replace("decoder/", "encoder/"): theirs for ours, theirs in LLAMA.keys.items()} | {
+        "logit_bias": ("lm_head.bias", "same"), "pooler": "dense", "labels": "classifier"},
+    preset=LLAMA.preset | dict(architecture="encoder", mlm_transform=False, pooler_activation="gelu"),
+    defaults=LLAMA.defaults | {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192},
+    read=_read_eurobert,
+    write=lambda c: write_rope(c) | {"classifier_pooling": "bos"})  # fmt: skip
+
+
+ENCODERS = [_BERT, _ROBERTA, _DISTILBERT, _EUROBERT]
