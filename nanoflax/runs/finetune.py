@@ -193,7 +193,7 @@ class Finetuning:
             shapes=shapes,
             load=lambda: self.load(start),
             trained=peft.trainable(shapes, config.peft),
-            objective=self.task.objective,
+            objective=tasks.objective_of(config.task),
             batch={n: jax.ShapeDtypeStruct((t.batch_size, *x.shape[1:]), x.dtype) for n, x in batches[0].items()},
             read_data=lambda: self.training_data(batches),
         )

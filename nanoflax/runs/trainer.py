@@ -51,6 +51,9 @@ class Job:
     batch: dict[str, jax.ShapeDtypeStruct]  # shapes of a batch of all processes together
     fixed_batch: bool = False  # every batch has these shapes, so the step is compiled while the data is read
     read_data: Callable[[], TrainingData]
+    # (the compiled step (state, batch) -> (state, metrics), the parameters that are not trained) -> a step that does
+    # more, such as sampling the texts that it trains on; None: no more
+    wrap_step: Callable[[Callable, Params], Callable] | None = None
     flops_per_token: float | None = None  # for the MFU
     replaces: str | None = None  # directory of an old run, which is archived after the data is read
     profile: tuple[int, int] | None = None  # first and last step of a trace; see runs.profile
@@ -203,6 +206,8 @@ class Trainer:
         """Run `train.fit`; a model from a source is evaluated before the first step. Returns (Tracking, Outcome)."""
         job, start, flops = self.job, int(state.step), self.job.flops_per_token
         step = self._compiled_step.result() if self._compiled_step else partial(self._step, frozen=frozen)
+        if job.wrap_step:
+            step = job.wrap_step(step, frozen)
         evaluate = lambda params, at: data.evaluate(peft.join(params, frozen) if frozen else params, at)
         peak = peak_flops(job.mesh) if flops else None  # measured now, because compilation has ended
         shown = displays(self.workdir, job.config, start, data.tokens_per_step, flops, peak)

@@ -8,10 +8,10 @@ from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
 from nanoflax.tasks.metrics import metrics_table
 from nanoflax.tasks.rows import SHORTEST
 from nanoflax.tasks.sources import TaskSource, examples_of
-from nanoflax.tasks.table import TASKS, config_of, exported_tokenizer, length_limits, with_sentinels
+from nanoflax.tasks.table import TASKS, config_of, exported_tokenizer, length_limits, objective_of, with_sentinels
 
 __all__ = [
     "Chat", "Classification", "Evaluator", "ExampleBatches", "Pair", "SHORTEST", "TASKS", "Tagging", "TaskSource",
     "Text", "config_of", "encode", "encode_for_task", "encode_texts", "examples_of", "exported_tokenizer",
-    "length_limits", "load", "metrics_table", "occurring_labels", "prediction_records", "read", "show_row",
-    "weigh_classes", "with_sentinels"]  # fmt: skip
+    "length_limits", "load", "metrics_table", "objective_of", "occurring_labels", "prediction_records", "read",
+    "show_row", "weigh_classes", "with_sentinels"]  # fmt: skip

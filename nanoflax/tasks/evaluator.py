@@ -1,5 +1,6 @@
 """Measures a model on the examples of a task, and predicts from texts without labels."""
 
+import collections
 import copy
 import dataclasses
 import itertools
@@ -18,7 +19,7 @@ from nanoflax.tasks.batches import evaluation_batches
 from nanoflax.tasks.encoding import encode
 from nanoflax.tasks.kinds import Classification, Example, Pair, Text
 from nanoflax.tasks.rows import Rows
-from nanoflax.tasks.table import TASKS, length_limits, noise_for, with_sentinels
+from nanoflax.tasks.table import TASKS, length_limits, noise_for, objective_of, with_sentinels
 
 
 def encode_for_task(
@@ -54,11 +55,14 @@ class Evaluator:
         self.mesh, self.task = mesh, TASKS[config.task.kind]
         self.rows, self.report = self._with_noise(rows), {}
 
+        objective = objective_of(config.task)
+
         def sums(params, batch):
-            _, nll, weight = self.task.objective(model, params, batch)
-            if not self.task.token_accuracy:
-                return nll, weight, weight
-            return nll, weight, jnp.sum(batch["weights"] * (guesses(params, batch) == batch["targets"]))
+            found = objective(model, params, batch)
+            logged = dict(found.logged)
+            if name := self.task.token_accuracy:
+                logged[name] = jnp.sum(batch["weights"] * (guesses(params, batch) == batch["targets"]))
+            return {"validation_loss": found.loss, "weight": found.weight} | logged
 
         def logits(params, batch):
             return model.apply({"params": params}, batch["tokens"], batch["padding_mask"])
@@ -104,15 +108,13 @@ class Evaluator:
         return numbers, predictions
 
     def _measure(self, params: Any, number: int) -> tuple[dict[str, float], list, dict]:
-        sums = np.zeros(3)
+        sums = collections.Counter()  # of float64
         for batch in self.batches(number):
-            sums += [float(x) for x in self._sums(params, batch)]
-        nats, weight, right = sums.tolist()
-        numbers = {"validation_loss": nats / max(weight, 1)}
-        if self.task.score is None:
-            numbers["perplexity"] = metrics.perplexity(nats, max(weight, 1))
-        if self.task.token_accuracy:
-            numbers[self.task.token_accuracy] = right / max(weight, 1)
+            sums.update({name: float(x) for name, x in self._sums(params, batch).items()})
+        weight = max(sums.pop("weight"), 1)
+        numbers = {name: total / weight for name, total in sums.items()}
+        if "perplexity" in self.task.metrics:
+            numbers["perplexity"] = metrics.perplexity(sums["validation_loss"], weight)
         predictions = self.predict(params, number)
         if self.task.score is None:
             return numbers, predictions, {}

@@ -6,6 +6,7 @@ numbers, predictions = Evaluator(model, config, tokenizer, rows, mesh)(params)
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,8 @@ class Task:
     has_labels: bool = False  # the model has classes, ModelConfig.class_names
     length_fields: tuple[str, ...] = ("length",)  # fields of the configuration that limit the tokens of a row
     noise: Callable[[Any], type[Noise]] | None = None  # task -> the class that corrupts its texts
-    objective: Callable  # from nanoflax.train, for the batches of Rows
+    objective: Callable  # of nanoflax.train or nanoflax.alignment, for the batches of Rows
+    objective_fields: tuple[str, ...] = ()  # fields of the configuration that are keyword arguments of the objective
     metrics: tuple[str, ...] = ("perplexity",)  # metrics of an evaluation besides validation_loss
     token_accuracy: str = ""  # name of the token-accuracy metric; empty if not reported
     predict: Callable | None = None  # (evaluator, params, number) -> a prediction for each row
@@ -275,6 +277,12 @@ def config_of(model: ModelConfig) -> Config:
 def length_limits(task: Any) -> dict[str, int]:
     """{"task.length": tokens, ...}: the largest lengths of rows for a task configuration."""
     return {f"task.{name}": getattr(task, name) for name in TASKS[task.kind].length_fields}
+
+
+def objective_of(task: Any) -> Callable:
+    """The objective of a task configuration: a function (model, params, batch, rng=None, **options) -> train.Sums."""
+    row = TASKS[task.kind]
+    return functools.partial(row.objective, **{name: getattr(task, name) for name in row.objective_fields})
 
 
 def with_sentinels(task: Any, tokenizer: Any) -> Any:

@@ -1,11 +1,12 @@
 """Training objectives: functions of a model, its parameters and a batch.
 
-Every objective returns float32 sums: (objective, cross entropy in nats, weight); the train step
-divides by the weight. rng: a PRNG key turns dropout on. options: as in `_token_sums`.
+Every objective returns `Sums`; the train step divides them by their weight. rng: a PRNG key turns dropout on.
+options: as in `_token_sums`.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,15 @@ from nanoflax import nn, parallel
 from nanoflax.nn import Array, LanguageModel, head_kernel
 
 Batch = dict[str, Array]
-Sums = tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]
+
+
+class Sums(NamedTuple):
+    """float32 sums over a batch, whose quotients by `weight` are means."""
+
+    objective: Float[Array, ""]  # what is minimised
+    loss: Float[Array, ""]  # what is reported: the cross entropy in nats, without smoothing and other terms
+    weight: Float[Array, ""]  # of tokens or rows
+    logged: dict[str, Array] = {}  # noqa: RUF012  # {name: sum} of more metrics
 
 
 def causal_lm(model: LanguageModel, params: dict, batch: Batch, rng: Array | None = None, **options: Any) -> Sums:
@@ -28,7 +37,7 @@ def causal_lm(model: LanguageModel, params: dict, batch: Batch, rng: Array | Non
     """
     targets, segments = batch["targets"], batch.get("segments")
     inputs = nn.shift_right(targets, batch["first"], segments, batch.get("start"))
-    hidden, _ = model.apply({"params": params}, inputs, segments, method="hidden", **_dropout(rng))
+    hidden, _ = model.apply({"params": params}, inputs, segments, method="hidden", **dropout(rng))
     return _token_sums(model, params, hidden, targets, batch["weights"], **options)
 
 
@@ -52,17 +61,34 @@ def masked_lm(model: LanguageModel, params: dict, batch: Batch, rng: Array | Non
 def guesses(model: LanguageModel, params: dict, batch: Batch, vocab_size: int | None = None) -> Int[Array, "B T"]:
     """The most probable token, below vocab_size, for each target of a batch of masked_lm or seq2seq (which
     reads the true previous targets)."""
+    most_probable = lambda logits: logits[..., :vocab_size].argmax(-1)
+    return map_logits(model, params, _states(model, params, batch), most_probable)
 
-    def guess(states):  # of a piece of T, to limit the memory of logits
-        logits: Any = model.apply({"params": params}, states.reshape(B, -1, D), method="head")
-        return logits[..., :vocab_size].argmax(-1)
 
-    states = _states(model, params, batch)
-    B, T, D = states.shape
+def map_logits(
+    model: LanguageModel, params: dict, hidden: Float[Array, "B T D"], function: Callable, *arrays: Array
+) -> Any:
+    """function(logits, *arrays) without holding all logits at once, also in the backward pass.
+
+    hidden: the states that `head` reads. arrays: [B, T, ...]. function gets pieces of T, logits [B, t, V] float32 and
+    [B, t, ...], and returns an array or a tree of arrays [B, t, ...]. Returns the same with the whole T.
+    """
+    B, T, _ = hidden.shape
     t = parallel.batch_splits(B, T)[1]  # a piece has an equal part of T from every device
     chunks = math.gcd(nn.chunks_of(B, T, model.config.vocab_size), T // t)
-    found = jax.lax.map(guess, jnp.moveaxis(states.reshape(B, t, chunks, -1, D), 2, 0))
-    return jnp.moveaxis(found.reshape(chunks, B, t, -1), 0, 2).reshape(B, T)
+
+    @jax.checkpoint  # the backward pass computes the logits of a piece again
+    def piece(xs):
+        hidden, *rest = (x.reshape(B, -1, *x.shape[3:]) for x in xs)
+        return function(model.apply({"params": params}, hidden, method="head"), *rest)
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(B, t, chunks, -1, *x.shape[2:]), 2, 0)
+
+    def joined(x):
+        return jnp.moveaxis(x.reshape(chunks, B, t, -1, *x.shape[3:]), 0, 2).reshape(B, T, *x.shape[3:])
+
+    return jax.tree.map(joined, jax.lax.map(piece, jax.tree.map(split, (hidden, *arrays))))
 
 
 def classify(
@@ -92,26 +118,27 @@ def tag(
     return _sums(*nn.token_losses(logits, batch["tags"], 0.0, label_smoothing), batch["weights"])
 
 
-def _dropout(rng):
+def dropout(rng: Array | None) -> dict[str, Any]:
+    """The arguments of a model's apply for dropout with this PRNG key; None: without."""
     return {"deterministic": rng is None, "rngs": None if rng is None else {"dropout": rng}}
 
 
 def _states(model, params, batch, rng=None) -> Any:
     """The states that the head reads, of an encoder or of a model with a source."""
     if "source" not in batch:
-        return model.apply({"params": params}, batch["tokens"], batch["padding_mask"], method="hidden", **_dropout(rng))
+        return model.apply({"params": params}, batch["tokens"], batch["padding_mask"], method="hidden", **dropout(rng))
     inputs = nn.shift_right(batch["targets"], model.config.start_id)
     return model.apply(
-        {"params": params}, inputs, batch["source"], batch["source_mask"], method="hidden", **_dropout(rng)
+        {"params": params}, inputs, batch["source"], batch["source_mask"], method="hidden", **dropout(rng)
     )[0]
 
 
 def _encoded(model, params, batch, rng) -> Any:
-    return model.apply({"params": params}, batch["tokens"], batch["padding_mask"], **_dropout(rng))
+    return model.apply({"params": params}, batch["tokens"], batch["padding_mask"], **dropout(rng))
 
 
 def _sums(objective, nll, weights):
-    return jnp.sum(objective * weights), jnp.sum(nll * weights), jnp.sum(weights)
+    return Sums(jnp.sum(objective * weights), jnp.sum(nll * weights), jnp.sum(weights))
 
 
 def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0, label_smoothing=0.0):
@@ -121,4 +148,4 @@ def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0, l
     chunks = chunks or nn.chunks_of(B, T, c.vocab_size)
     options = params.get("logit_bias"), chunks, z_loss, label_smoothing, c.logit_softcap, c.vocab_padding
     sums: Any = nn.chunked_cross_entropy(hidden, head_kernel(c, params), targets, weights, *options)
-    return *sums, jnp.sum(weights)
+    return Sums(*sums, jnp.sum(weights))

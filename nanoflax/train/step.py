@@ -36,15 +36,16 @@ def make_train_step(
     options = dict(chunks=t.loss_chunks, z_loss=t.z_loss, label_smoothing=t.label_smoothing)
 
     def step(state, batch, frozen=None):
-        def sums(params, batch, rng):
+        def objective_sum(params, batch, rng):
             if frozen is not None:
                 params = peft.join(params, frozen)
-            objective_sum, nll, weight = objective(model, params, batch, rng, **options)
-            return objective_sum, (objective_sum, nll, weight)
+            found = objective(model, params, batch, rng, **options)
+            return found.objective, found
 
-        gradient = jax.grad(sums, has_aux=True)
+        gradient = jax.grad(objective_sum, has_aux=True)
         rng = jax.random.fold_in(state.rng, state.step) if model.config.dropout else None
-        grads, (total, nll, weight) = accumulate(gradient, state.params, batch, rng, t.accumulate)
+        grads, sums = accumulate(gradient, state.params, batch, rng, t.accumulate)
+        total, loss, weight, logged = sums
         weight = jnp.where(weight > 0, weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
@@ -65,7 +66,8 @@ def make_train_step(
             state.rng,
             jnp.where(good, 0, state.skipped + 1),
         )
-        metrics = {"loss": nll / weight, "grad_norm": norm, "tokens": weight, "skipped": state.skipped}
+        metrics = {"loss": loss / weight, "grad_norm": norm, "tokens": weight, "skipped": state.skipped}
+        metrics |= {name: x / weight for name, x in logged.items()}
         if t.z_loss or t.label_smoothing:
             metrics["objective"] = total / weight
         return state, metrics
@@ -101,8 +103,8 @@ def make_evaluation(
     @jax.jit
     @partial(parallel.with_mesh, mesh)
     def step(params, batch):
-        _, nll, weight = objective(model, params, batch, chunks=config.train.loss_chunks)
-        return nll, weight
+        sums = objective(model, params, batch, chunks=config.train.loss_chunks)
+        return sums.loss, sums.weight
 
     def evaluate(params, windows):
         B = parallel.divisible_batch_size(config.train.batch_size, mesh)

@@ -257,7 +257,7 @@ def test_objective_sums_skip_what_has_no_weight():
     weights = np.float32([[1, 1, 1, 0, 0, 0, 0, 0], [1] * 8])
     batch = {"targets": targets, "first": np.zeros(2, np.int32), "weights": weights}
     causal = jax.jit(lambda batch: train.causal_lm(model, params, batch, z_loss=1e-3))
-    objective, nll, weight = causal(batch)
+    objective, nll, weight, _ = causal(batch)
     assert weight == 11 and objective > nll
     other = np.where(weights > 0, targets, (targets + 1) % 13)
     np.testing.assert_array_equal(causal(batch | {"targets": other}), causal(batch))

@@ -144,7 +144,7 @@ CORE_LINES = lines(sources("nanoflax/nn", "nanoflax/generate", "nanoflax/train")
 
 
 def test_what_everyone_reads_stays_small():
-    assert CORE_LINES <= 3400
+    assert CORE_LINES <= 3700
 
 
 def test_the_readme_counts_what_everyone_reads():

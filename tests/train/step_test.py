@@ -130,12 +130,13 @@ def spoiled(where):
     """causal_lm, but a batch whose first token is 22 has a NaN loss, or only a NaN gradient."""
 
     def objective(model, params, batch, rng=None, **options):
-        total, nll, weight = train.causal_lm(model, params, batch, rng, **options)
+        sums = train.causal_lm(model, params, batch, rng, **options)
         bad = batch["first"][0] == 22
         if where == "loss":
-            return jnp.where(bad, jnp.inf, total), nll, weight
+            return sums._replace(objective=jnp.where(bad, jnp.inf, sums.objective))
         # sqrt(0 * x) is 0 and its gradient NaN: the loss alone would not show it.
-        return total + jnp.sqrt(jnp.where(bad, 0.0, 1.0) * params["decoder"]["norm"]["scale"][0]), nll, weight
+        root = jnp.sqrt(jnp.where(bad, 0.0, 1.0) * params["decoder"]["norm"]["scale"][0])
+        return sums._replace(objective=sums.objective + root)
 
     return objective
 
