@@ -548,7 +548,7 @@ def moves(optimizer, torch_optimizer=None, **fields):
 
     def linear(model, params, batch, rng=None, **_):
         total = sum(jnp.vdot(p, d) for p, d in zip(*map(jax.tree.leaves, (params, direction)), strict=True))
-        return total * batch["factor"].sum(), jnp.float32(0), jnp.float32(len(batch["factor"]))
+        return train.Sums(total * batch["factor"].sum(), jnp.float32(0), jnp.float32(len(batch["factor"])))
 
     step = jax.jit(train.make_train_step(model, transformation, config, linear))
     leaves = lambda: [np.array(p) for p in jax.tree.leaves(state.params)]
