@@ -190,6 +190,13 @@ def join(trained: dict, frozen: dict) -> dict:
     return unflatten_dict(flatten_dict(frozen) | flatten_dict(trained))
 
 
+def without_adapters(params: dict) -> dict:
+    """The parameters without adapters: those of the model under them, the same arrays. Tuned parameters that are no
+    adapters (peft.trained) stay as they are."""
+    flat: Any = flatten_dict(params, sep="/")
+    return unflatten_dict({path: x for path, x in flat.items() if not _ADAPTER.fullmatch(path)}, sep="/")
+
+
 def merge(params: dict) -> dict:
     """Parameters with the low-rank adapters merged into their kernels; the outputs stay the same.
 

@@ -134,6 +134,14 @@ def test_adapters_change_nothing_at_first_and_all_of_them_count(llama, kind):
     assert np.abs(forward(model, randomized(added)) - before).max() > 1e-2
 
 
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_without_adapters_is_the_same_model_and_the_same_arrays(llama, kind):
+    params = llama[1]
+    bare = flatten_dict(peft.without_adapters(randomized(add(params, kind))), sep="/")
+    assert bare.keys() == flatten_dict(params, sep="/").keys()
+    assert all(x is bare[path] for path, x in flatten_dict(params, sep="/").items())
+
+
 @pytest.mark.parametrize(
     "config, kind",
     [(BERT, kind) for kind in ADAPTERS] + [(BART, kind) for kind in ("lora", "houlsby", "prompt", "prefix")],
