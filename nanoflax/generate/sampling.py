@@ -74,9 +74,13 @@ def advance(
     steps: int,
     eos_ids: tuple[int, ...] = (),
     vocab_size: int | None = None,
-) -> tuple[Generation, Int[Array, "B steps"]]:
+    record: Callable | None = None,
+) -> tuple[Generation, Any]:
     """Generate `steps` tokens by a scan. A finished row repeats eos_ids[0]. Ids from vocab_size on, the
-    padding of a vocabulary, are never drawn. Returns (the new state, the tokens)."""
+    padding of a vocabulary, are never drawn. Returns (the new state, the tokens [B, steps]).
+
+    record: (the logits [B, V] that a token is drawn from, after rules and filters, the token [B]) -> a tree of
+    arrays [B, ...]; then the result is (the new state, (the tokens, this tree with arrays [B, steps, ...]))."""
 
     def step(state, _):
         logits, cache = model.decode(params, state.token[:, None], state.cache)
@@ -88,10 +92,11 @@ def advance(
             token = jnp.where(done, eos_ids[0], token)
             done |= jnp.array(mask(eos_ids, logits.shape[-1]))[token]
         written = w._replace(new=w.new.at[:, w.step].set(token), step=w.step + 1)
-        return Generation(cache, token, done, written, rng), token
+        found = (token, record(filtered(logits, filters), token)) if record else token  # XLA filters once
+        return Generation(cache, token, done, written, rng), found
 
-    state, tokens = jax.lax.scan(step, state, length=steps)
-    return state, tokens.T
+    state, found = jax.lax.scan(step, state, length=steps)
+    return state, jax.tree.map(lambda x: x.swapaxes(0, 1), found)
 
 
 def choose(logits: Float[Array, "B V"], rng: jax.Array, filters: Filters) -> Int[jax.Array, " B"]:
@@ -122,7 +127,7 @@ def decoding_params(model: LanguageModel, params: dict, rows: int) -> dict:
 @functools.cache
 def compiled(function: Callable, donate: str | tuple = (), mesh: Any = None) -> Any:
     """jax.jit of a sampling function for parameters on a mesh, with the options of the platform."""
-    static = {"model", "rows", "beams", "steps", "new_tokens", "early_stopping", "eos_ids", "vocab_size"}
+    static = {"model", "rows", "beams", "steps", "new_tokens", "early_stopping", "eos_ids", "vocab_size", "record"}
     return jax.jit(
         parallel.with_mesh(mesh, function),
         donate_argnames=donate,
@@ -191,18 +196,39 @@ def stream(
     key. Ends when every row has its eos_id.
     """
     tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
-    made, chunks = make_filters(**filters, defaults=model.config.generation), -(-max_new_tokens // chunk)
-    rows, on = len(tokens), functools.partial(compiled, mesh=parallel.mesh_of(params))
-    params, model = on(decoding_params)(model, params, rows), decoding_model(model, rows)
-    state = on(start)(model, params, tokens, lengths, chunks * chunk, _key(rng), np.int32(max_new_tokens))
-    ended = np.zeros(rows, bool)
-    for i in range(chunks):
-        state, new = on(advance, "state")(model, params, state, made, chunk, *ends)
+    made = make_filters(**filters, defaults=model.config.generation)
+    pieces = sample_in_chunks(model, params, tokens, lengths, max_new_tokens, made, _key(rng), *ends, chunk)
+    ended = np.zeros(len(tokens), bool)
+    for i, (_, new) in enumerate(pieces):
         found = np.asarray(new)[:, : max_new_tokens - i * chunk].tolist()
         yield [cut(row, ends[0]) for row in found]  # [] for a finished row, which repeats its end
         ended |= np.array([not {*ends[0]}.isdisjoint(row) for row in found])
         if ended.all():
             return
+
+
+def sample_in_chunks(
+    model: LanguageModel,
+    params: dict,
+    tokens: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    max_new_tokens: int,
+    filters: Filters,
+    rng: jax.Array,
+    eos_ids: tuple[int, ...],
+    vocab_size: int | None,
+    chunk: int,
+    record: Callable | None = None,
+) -> Iterator[tuple[Bool[Array, " B"], Any]]:
+    """Yields (whether a row has ended, the result of `advance`) for each `chunk` of tokens, until there are at least
+    max_new_tokens. tokens: prompts padded on the left. Compiled functions do the work; call this without jit."""
+    chunks, rows = -(-max_new_tokens // chunk), len(tokens)
+    on = functools.partial(compiled, mesh=parallel.mesh_of(params))
+    params, model = on(decoding_params)(model, params, rows), decoding_model(model, rows)
+    state = on(start)(model, params, tokens, lengths, chunks * chunk, rng, np.int32(max_new_tokens))
+    for _ in range(chunks):
+        state, found = on(advance, "state")(model, params, state, filters, chunk, eos_ids, vocab_size, record)
+        yield state.done, found
 
 
 def cut(row: list[int], eos_ids: Sequence[int]) -> list[int]:
