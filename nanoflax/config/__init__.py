@@ -35,6 +35,7 @@ from nanoflax.config.task import (
     LabelTask,
     LanguageModel,
     MaskedLM,
+    PackedTask,
     Pretrain,
     ShiftTask,
     Tag,
@@ -47,7 +48,7 @@ __all__ = [
     "AdaLoRA", "AnyPeft", "AnyTask", "Classify", "Config", "DataConfig", "Denoise", "DoRA", "ExampleData",
     "ExampleTask", "FullFineTuning", "GenerationDefaults", "Houlsby", "Instruct", "LSTM_ATTENTIONS", "LSTM_STARTS",
     "LabelTask", "LanguageModel", "LoRA", "LowRank", "MAX_SEED", "METRICS", "MaskedLM", "ModelConfig", "OPTIMIZERS",
-    "OptimConfig", "PEFT_KINDS", "POSITIONS", "PRESETS", "PeftConfig", "Pfeiffer", "PrefixTuning", "Pretrain",
-    "PromptTuning", "RECIPES", "RECIPE_FIELDS", "Recipe", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag", "TargetTask",
-    "TextData", "TrainConfig", "Translate", "as_kind", "diff", "fields", "fill", "from_dict", "preset",
+    "OptimConfig", "PEFT_KINDS", "POSITIONS", "PRESETS", "PackedTask", "PeftConfig", "Pfeiffer", "PrefixTuning",
+    "Pretrain", "PromptTuning", "RECIPES", "RECIPE_FIELDS", "Recipe", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag",
+    "TargetTask", "TextData", "TrainConfig", "Translate", "as_kind", "diff", "fields", "fill", "from_dict", "preset",
     "read_class_weights", "recipe_of", "to_dict", "validate", "with_recipe"]  # fmt: skip

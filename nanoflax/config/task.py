@@ -6,6 +6,7 @@ from typing import ClassVar
 from nanoflax.config.fields import field, kinds
 
 NOISES = ("spans", "infilling", "none")
+TASK_PACKINGS = ("none", "best_fit")
 BLEU_TOKENIZERS = ("13a", "intl", "zh", "char", "none")  # sacrebleu's that need no other package
 
 
@@ -68,6 +69,17 @@ class ShiftTask(ExampleTask):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedTask(ExampleTask):
+    """A task whose batches may hold several examples in a row."""
+
+    packing: str = field(
+        "none",
+        "best_fit: fill training rows of task.length tokens with examples that cannot see each other.",
+        choices=TASK_PACKINGS,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Classify(LabelTask):
     """The class, or classes, of a text."""
 
@@ -90,17 +102,24 @@ class Translate(TargetTask, ShiftTask):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Instruct(ExampleTask):
+class Instruct(PackedTask):
     """The assistant's replies in a chat."""
 
     kind: ClassVar[str] = "instruct"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageModel(ShiftTask):
+class LanguageModel(PackedTask, ShiftTask):
     """Next-token prediction on examples."""
 
     kind: ClassVar[str] = "language_model"
+
+    def problems(self) -> list[str]:
+        clash = (
+            f"task.packing={self.packing!r} does not work with task.shift_probability={self.shift_probability}, which "
+            "changes the lengths of texts; set one of them to its default"
+        )
+        return super().problems() + [clash] * (self.packing != "none" and self.shift_probability > 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

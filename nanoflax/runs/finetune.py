@@ -5,7 +5,6 @@ import hashlib
 import os
 import pathlib
 import shutil
-import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -180,11 +179,11 @@ class Finetuning:
 
     def make_job(self, start: Start) -> Job:
         config, shapes = self.config, parameter_shapes(self.model, self.config)
-        task, t, shift = config.task, config.train, None
-        if isinstance(task, configs.ShiftTask) and task.shift_probability:
-            shift = (task.max_shift, task.shift_probability)
-        own = parallel.own_rows(self.mesh, t.batch_size)
-        batches = tasks.ExampleBatches(self.rows, t.batch_size, t.seed, True, own, shift)
+        B = config.train.batch_size
+        batches = tasks.training_batches(self.rows, config, parallel.own_rows(self.mesh, B))
+        packed = isinstance(batches, tasks.PackedBatches)
+        if packed:
+            print(batches.summary(config.train.steps))
         return Job(
             config=config,
             mesh=self.mesh,
@@ -194,7 +193,8 @@ class Finetuning:
             load=lambda: self.load(start),
             trained=peft.trainable(shapes, config.peft),
             objective=tasks.objective_of(config.task),
-            batch={n: jax.ShapeDtypeStruct((t.batch_size, *x.shape[1:]), x.dtype) for n, x in batches[0].items()},
+            fixed_batch=packed,
+            batch={n: jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype) for n, x in batches[0].items()},
             read_data=lambda: self.training_data(batches),
         )
 
@@ -203,7 +203,7 @@ class Finetuning:
         params, self.base = start.load(self.model, self.mesh)
         return params
 
-    def training_data(self, batches: tasks.ExampleBatches) -> TrainingData:
+    def training_data(self, batches: Any) -> TrainingData:
         def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
             metrics: dict[str, Any] = self.evaluator(params, self.config.train.evaluate_batches)[0]
             return metrics, f"step {step}: {report.format_metrics(metrics)}"
@@ -214,8 +214,7 @@ class Finetuning:
             "validation": fingerprint(self.examples.validation),
             "base": self.base,
         }
-        tokens = statistics.mean(map(self.rows.n_tokens, range(len(self.rows))))  # without padding
-        return TrainingData(batches, evaluate, identity, self.config.train.batch_size * tokens)
+        return TrainingData(batches, evaluate, identity, batches.tokens_per_step)
 
     # At the end.
 

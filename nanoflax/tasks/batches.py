@@ -1,13 +1,37 @@
 """Batches of rows of similar lengths, with random access."""
 
+import statistics
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from nanoflax.config import Config, PackedTask, PromptTuning, ShiftTask
 from nanoflax.data import Batches
+from nanoflax.errors import UserError
+from nanoflax.tasks.packing import PackedBatches
 from nanoflax.tasks.rows import Rows
 
 POOL = 16  # batches whose rows are sorted by length together
+
+
+def training_batches(
+    rows: Rows, config: Config, host_rows: Sequence[int] | None = None
+) -> "ExampleBatches | PackedBatches":
+    """The batches that a run trains on: packed, shifted, or only sorted by length, as config.task says.
+
+    Raises: UserError if the model cannot read packed examples.
+    """
+    task, t, shift = config.task, config.train, None
+    if isinstance(task, PackedTask) and task.packing != "none":
+        if isinstance(config.peft, PromptTuning) and config.model.positions == "relative":
+            raise UserError(
+                f"task.packing={task.packing!r} does not work with peft.kind='prompt' in a model of "
+                "model.positions='relative': only the first example of a row would be near the virtual tokens"
+            )
+        return PackedBatches(rows, t.batch_size, t.seed, host_rows)
+    if isinstance(task, ShiftTask) and task.shift_probability:
+        shift = (task.max_shift, task.shift_probability)
+    return ExampleBatches(rows, t.batch_size, t.seed, True, host_rows, shift)
 
 
 class ExampleBatches:
@@ -31,6 +55,11 @@ class ExampleBatches:
         self._pools = Batches(rows, POOL * batch_size, seed, shuffle)
         self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
         self.host_rows, self.shift = range(batch_size) if host_rows is None else host_rows, shift
+
+    @property
+    def tokens_per_step(self) -> float:
+        """The mean number of tokens in a batch, without padding."""
+        return self.batch_size * statistics.mean(map(self.rows.n_tokens, range(len(self.rows))))
 
     def draws(self, step: int) -> list[tuple[int, int]]:
         """(row number, epoch) for each row of batches[step], in all processes: [batch_size]."""

@@ -33,7 +33,7 @@ def causal_lm(model: LanguageModel, params: dict, batch: Batch, rng: Array | Non
 
     batch: targets [B, T] int32, first [B] int32 (the token before targets), weights [B, T] float32
     (0 for padding); if packed documents are isolated, segments [B, T] int32 and start [B] int32, the
-    token before each document.
+    token before each document, or [B, T] int32, which holds this token at the first position of a document.
     """
     targets, segments = batch["targets"], batch.get("segments")
     inputs = nn.shift_right(targets, batch["first"], segments, batch.get("start"))

@@ -1,0 +1,114 @@
+"""Batches of rows that hold several examples each, with random access.
+
+A row is filled with examples (best fit). Each example is a segment: its tokens attend only to each other and its
+positions begin at 0, so its loss is the loss of the example alone. All batches have the same shape.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from nanoflax.data import Batches
+from nanoflax.errors import UserError
+from nanoflax.tasks.rows import Row, Rows
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Packs items in order: each goes to the row with the least room that is enough for it, or else to a new row.
+
+    lengths: at least 1, at most `capacity`. Returns: for each row the positions of its items in `lengths`. With
+    decreasing lengths there are at most 11/9 of the fewest possible rows, and 4 (Johnson et al. 1974, SIAM J. Comput.).
+    """
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # the numbers of the rows that have this much room
+    some = 0  # bit r is 1 if a row has room r
+    for item, length in enumerate(lengths):
+        if fitting := some >> length:
+            room = length + (fitting & -fitting).bit_length() - 1  # the lowest bit
+            row = with_room[room].pop()
+            if not with_room[room]:
+                some ^= 1 << room
+        else:
+            row, room = len(rows), capacity
+            rows.append([])
+        rows[row].append(item)
+        with_room[room - length].append(row)
+        some |= 1 << (room - length)
+    return rows
+
+
+class PackedBatches:
+    """batches[step] is the batch of a step: the rows that this process reads.
+
+    As in data.Batches, each epoch is a permutation of the packed rows seeded by (seed, epoch), a batch may contain rows
+    of two epochs, steps have random access, and the rows of all processes together do not depend on the number of
+    processes. Which lengths share a row is the same in every epoch, so all epochs have equally many rows; which of
+    the examples of a length is in which row depends on (seed, epoch).
+    rows: of Chats or Texts, which have targets without a source. host_rows: see data.Batches.
+    """
+
+    def __init__(self, rows: Rows, batch_size: int, seed: int = 0, host_rows: Sequence[int] | None = None) -> None:
+        self._lengths = np.array([len(row["targets"]) for row in rows.rows])
+        if (longest := self._lengths.max()) > rows.length:
+            raise UserError(f"an example of {longest} tokens does not fit into a row of {rows.length}")
+        self._packed = best_fit(np.sort(self._lengths)[::-1].tolist(), rows.length)
+        self._order = Batches(self._packed, batch_size, seed, host_rows=host_rows)
+        self._sorted = functools.lru_cache(maxsize=2)(self._sort)
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+
+    @property
+    def tokens_per_step(self) -> float:
+        """The mean number of tokens in a batch, without padding."""
+        return self.batch_size * self._lengths.sum() / len(self._packed)
+
+    def summary(self, steps: int) -> str:
+        """The number and fill of the rows, and how often a run of so many steps reads each example."""
+        examples, rows, T = len(self.rows), len(self._packed), self.rows.length
+        return (
+            f"packed: {examples:,} examples in {rows:,} rows of {T} tokens, {self._lengths.sum() / (rows * T):.1%} of "
+            f"them real; {steps:,} steps of {self.batch_size} rows read each example "
+            f"{steps * self.batch_size / rows:.3g} times"
+        )
+
+    def _sort(self, epoch: int) -> Int[np.ndarray, " examples"]:
+        """The numbers of the examples from the longest to the shortest; random for equal lengths."""
+        return np.lexsort((np.random.default_rng((self.seed, epoch)).random(len(self._lengths)), -self._lengths))
+
+    def examples(self, step: int, order: Batches | None = None) -> list[list[int]]:
+        """The numbers of the examples in each row of batches[step] of this process."""
+        order = order or self._order
+        epochs = [(step * self.batch_size + row) // len(self._packed) for row in order.host_rows]
+        pairs = zip(order.indices(step), epochs, strict=True)
+        return [self._sorted(epoch)[self._packed[row]].tolist() for row, epoch in pairs]
+
+    def describe(self, step: int) -> str:
+        """The places of examples of batches[step], in the rows of all processes, to report a bad batch."""
+        rows = self.examples(step, Batches(self._packed, self.batch_size, self.seed))
+        return ", ".join(self.rows.examples[i].place for row in rows[:4] for i in row[:2])
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """targets, segments, start [B, T] int32, weights [B, T] float32, first [B] int32: see train.causal_lm."""
+        rows, T = self.rows, self.rows.length
+        packed = [self._pack([rows.rows[i] for i in examples], T, rows.pad_id) for examples in self.examples(step)]
+        batch = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
+        return batch | {"first": batch["start"][:, 0]}
+
+    @staticmethod
+    def _pack(examples: list[Row], T: int, pad_id: int) -> Row:
+        """One row of a batch: the examples one after another, then padding of segment 0."""
+        ends = np.cumsum([len(example["targets"]) for example in examples])
+        row = {
+            "targets": np.full(T, pad_id, np.int32),
+            "weights": np.zeros(T, np.float32),
+            "segments": np.zeros(T, np.int32),
+            "start": np.zeros(T, np.int32),
+        }
+        for number, (example, end) in enumerate(zip(examples, ends, strict=True), 1):
+            begin = end - len(example["targets"])
+            row["targets"][begin:end] = example["targets"]
+            row["weights"][begin:end] = example["weights"]
+            row["segments"][begin:end] = number
+            row["start"][begin] = example["first"]
+        return row
