@@ -26,6 +26,7 @@ from nanoflax.config.peft import (
 from nanoflax.config.recipes import RECIPE_FIELDS, RECIPES, Recipe, fill, recipe_of, with_recipe
 from nanoflax.config.run import MAX_SEED, METRICS, OPTIMIZERS, SCHEDULES, Config, OptimConfig, TrainConfig
 from nanoflax.config.task import (
+    PREFERENCE_LOSSES,
     TASK_KINDS,
     AnyTask,
     Classify,
@@ -36,7 +37,10 @@ from nanoflax.config.task import (
     LanguageModel,
     MaskedLM,
     PackedTask,
+    PairTask,
+    Prefer,
     Pretrain,
+    RewardModel,
     ShiftTask,
     Tag,
     TargetTask,
@@ -48,7 +52,8 @@ __all__ = [
     "AdaLoRA", "AnyPeft", "AnyTask", "Classify", "Config", "DataConfig", "Denoise", "DoRA", "ExampleData",
     "ExampleTask", "FullFineTuning", "GenerationDefaults", "Houlsby", "Instruct", "LSTM_ATTENTIONS", "LSTM_STARTS",
     "LabelTask", "LanguageModel", "LoRA", "LowRank", "MAX_SEED", "METRICS", "MaskedLM", "ModelConfig", "OPTIMIZERS",
-    "OptimConfig", "PEFT_KINDS", "POSITIONS", "PRESETS", "PackedTask", "PeftConfig", "Pfeiffer", "PrefixTuning",
-    "Pretrain", "PromptTuning", "RECIPES", "RECIPE_FIELDS", "Recipe", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag",
-    "TargetTask", "TextData", "TrainConfig", "Translate", "as_kind", "diff", "fields", "fill", "from_dict", "preset",
-    "read_class_weights", "recipe_of", "to_dict", "validate", "with_recipe"]  # fmt: skip
+    "OptimConfig", "PEFT_KINDS", "POSITIONS", "PREFERENCE_LOSSES", "PRESETS", "PackedTask", "PairTask", "PeftConfig",
+    "Pfeiffer", "Prefer", "PrefixTuning", "Pretrain", "PromptTuning", "RECIPES", "RECIPE_FIELDS", "Recipe",
+    "RewardModel", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag", "TargetTask", "TextData", "TrainConfig",
+    "Translate", "as_kind", "diff", "fields", "fill", "from_dict", "preset", "read_class_weights", "recipe_of",
+    "to_dict", "validate", "with_recipe"]  # fmt: skip

@@ -7,11 +7,24 @@ from nanoflax.config.data import AnyData, TextData
 from nanoflax.config.fields import field
 from nanoflax.config.model import ModelConfig
 from nanoflax.config.peft import AdaLoRA, AnyPeft, FullFineTuning
-from nanoflax.config.task import AnyTask, LabelTask, Pretrain
+from nanoflax.config.task import PREFERENCE_LOSSES, AnyTask, LabelTask, PairTask, Prefer, Pretrain
 
 # Metrics of evaluations, and whether a larger value is better.
 METRICS = dict.fromkeys(("validation_loss", "perplexity", "bits_per_byte"), False) | dict.fromkeys(
-    ("accuracy", "masked_accuracy", "token_accuracy", "macro_f1", "f1", "exact_match", "bleu", "chrf", "rouge_l"), True
+    (
+        "accuracy",
+        "masked_accuracy",
+        "token_accuracy",
+        "macro_f1",
+        "f1",
+        "exact_match",
+        "bleu",
+        "chrf",
+        "rouge_l",
+        "preference_accuracy",
+        "reward_margin",
+    ),
+    True,
 )
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -154,6 +167,18 @@ def _task_problems(c: Config) -> list[str]:
     t, found = c.train, []
     if t.z_loss and isinstance(c.task, LabelTask):
         found.append(f"train.z_loss={t.z_loss} does not work with task.kind={c.task.kind!r}")
+    if isinstance(c.task, PairTask):
+        found += [
+            f"train.{name}={getattr(t, name)} does not work with task.kind={c.task.kind!r}{hint}"
+            for name, hint in (("z_loss", ""), ("label_smoothing", "; task.label_noise is for wrong preferences"))
+            if getattr(t, name)
+        ]
+    if isinstance(c.task, Prefer) and PREFERENCE_LOSSES[c.task.loss].reference and not c.model.init_from:
+        free = " or ".join(name for name, loss in PREFERENCE_LOSSES.items() if not loss.reference)
+        found.append(
+            f"task.loss={c.task.loss!r} compares with the model before training, and a new model is random: set "
+            f"model.init_from, or task.loss to {free}"
+        )
     if not isinstance(c.task, Pretrain):
         if t.sample_prompt:
             found.append(f"train.sample_prompt={t.sample_prompt!r} is for pretraining, not task.kind={c.task.kind!r}")

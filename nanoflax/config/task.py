@@ -1,7 +1,7 @@
 """Settings of tasks: one dataclass for each kind."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from nanoflax.config.fields import field, kinds
 
@@ -147,7 +147,77 @@ class Denoise(TargetTask):
         ]
 
 
-AnyTask = Classify | Tag | Translate | Instruct | LanguageModel | MaskedLM | Denoise | Pretrain
+class PreferenceLoss(NamedTuple):
+    """What a loss of `Prefer` compares, and the defaults of its settings."""
+
+    reference: bool  # with the log-probabilities of the model before training
+    beta: float
+    margin: float = 0.0
+    nll_weight: float = 0.0
+
+
+PREFERENCE_LOSSES = {
+    "dpo": PreferenceLoss(True, 0.1),  # Rafailov et al. 2023, equation 7
+    "dpo_norm": PreferenceLoss(True, 5.0),  # Lambert et al. 2024 (Tulu 3), section 5.1.2
+    "ipo": PreferenceLoss(True, 0.1),  # Azar et al. 2023, equation 17
+    "robust": PreferenceLoss(True, 0.1),  # Chowdhury et al. 2024, equation 12
+    "simpo": PreferenceLoss(False, 2.0, margin=1.0),  # Meng et al. 2024, equation 6
+    "orpo": PreferenceLoss(False, 0.1, nll_weight=1.0),  # Hong et al. 2024, equation 6
+}
+_NOISY_LOSSES = ("dpo", "dpo_norm", "robust", "simpo")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairTask(ExampleTask):
+    """A task on pairs of a better and a worse answer."""
+
+    chat: bool | None = field(
+        None, "true: a text is the message of a user, its answers are replies; none: as the data have them."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefer(PairTask):
+    """The better of two answers becomes more probable (DPO and its kin)."""
+
+    kind: ClassVar[str] = "preference"
+    loss: str = field(
+        "dpo",
+        "dpo (with label_noise: conservative DPO); dpo_norm: of means over tokens; ipo; robust: dpo without the bias "
+        "of label_noise; simpo and orpo: without a reference.",
+        choices=PREFERENCE_LOSSES,
+    )
+    beta: float | None = field(
+        None, "Scale of rewards (ipo: tau, orpo: lambda); none: 0.1, dpo_norm 5, simpo 2.", above=0
+    )
+    label_noise: float = field(0.0, "Probability that the better answer is called the worse.", within="[0, 0.5)")
+    margin: float | None = field(None, "simpo: gamma, the reward difference to reach; none: 1.", at_least=0)
+    nll_weight: float | None = field(
+        None, "Weight of the better answer's mean cross entropy in the loss; none: 0, orpo 1.", at_least=0
+    )
+
+    def problems(self) -> list[str]:
+        found, loss = [], f"task.loss={self.loss!r}"
+        if self.label_noise and self.loss not in _NOISY_LOSSES:
+            found.append(f"task.label_noise={self.label_noise} is for {', '.join(_NOISY_LOSSES)}, not {loss}")
+        if self.loss == "robust" and not self.label_noise:
+            found.append(f"{loss} needs task.label_noise above 0; without noise it is dpo")
+        if self.margin is not None and self.loss != "simpo":
+            found.append(f"task.margin={self.margin} is for task.loss='simpo', not {self.loss!r}")
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardModel(PairTask):
+    """A score of a text: larger for the better of two answers."""
+
+    kind: ClassVar[str] = "reward"
+    center: float = field(0.0, "Weight of (the sum of both scores)^2, so that scores are near 0.", at_least=0)
+
+
+AnyTask = (
+    Classify | Tag | Translate | Instruct | LanguageModel | MaskedLM | Denoise | Prefer | RewardModel | Pretrain
+)  # fmt: skip
 TASK_KINDS = kinds(AnyTask)  # {kind: class}
 
 

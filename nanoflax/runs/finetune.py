@@ -15,7 +15,7 @@ from nanoflax import config as configs
 from nanoflax import hf, nn, parallel, peft, report, tasks
 from nanoflax.config import Config
 from nanoflax.errors import UserError
-from nanoflax.runs import checkpoint
+from nanoflax.runs import checkpoint, reference
 from nanoflax.runs.checkpoint import Checkpoints
 from nanoflax.runs.directory import check_workdir, exclusive, part_of, replace_directory, write_jsonl, write_run
 from nanoflax.runs.opening import open_initial, open_source, parameter_shapes
@@ -165,6 +165,8 @@ class Finetuning:
             tasks.encode_for_task(part, self.config, self.tokenizer, examples.report)
             for part in (examples.train, examples.validation)
         )
+        if reference.is_needed(task):
+            rows, held_out = tasks.with_reference(rows), tasks.with_reference(held_out)
         labels = f", {len(examples.labels)} labels: {some(examples.labels)}" if examples.labels else ""
         print(f"{len(rows):,} training and {len(held_out):,} validation examples{labels}")
         for line in examples.report.lines():
@@ -184,6 +186,7 @@ class Finetuning:
         packed = isinstance(batches, tasks.PackedBatches)
         if packed:
             print(batches.summary(config.train.steps))
+        self.reference = reference.of_run(self.workdir, config, self.model, self.mesh, batches, self.held_out)
         return Job(
             config=config,
             mesh=self.mesh,
@@ -195,15 +198,22 @@ class Finetuning:
             objective=tasks.objective_of(config.task),
             fixed_batch=packed,
             batch={n: jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype) for n, x in batches[0].items()},
-            read_data=lambda: self.training_data(batches),
+            read_data=lambda: self.training_data(batches, start),
         )
 
     def load(self, start: Start) -> Any:
         """The initial parameters."""
         params, self.base = start.load(self.model, self.mesh)
+        if self.reference:
+            self.reference.measure(params)
         return params
 
-    def training_data(self, batches: Any) -> TrainingData:
+    def training_data(self, batches: Any, start: Start) -> TrainingData:
+        if self.reference:
+            if not self.reference.is_complete:  # a resumed run of more steps, which did not load its source
+                self.load(start)
+            self.reference.fill()
+
         def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
             metrics: dict[str, Any] = self.evaluator(params, self.config.train.evaluate_batches)[0]
             return metrics, f"step {step}: {report.format_metrics(metrics)}"

@@ -109,12 +109,10 @@ def _ranking(question: Question, totals: Iterable[float], sizes: Iterable[int]) 
 def candidate_ids(tokenizer: Any, prompt: str, text: str, reads_source: bool) -> tuple[list[int], list[int]]:
     """(ids of the prompt, ids of the candidate after it).
 
-    A decoder gets both encoded as one text, if this does not change the ids of the prompt. For a model
-    that reads a source, the candidate gets the same special tokens as a target in training.
+    For a decoder see `tokenizers.continuation_ids`. For a model that reads a source, the candidate gets the same
+    special tokens as a target in training.
     """
+    if not reads_source:
+        return tokenizers.continuation_ids(tokenizer, prompt, text)
     ids = tokenizers.prompt_ids(tokenizer, prompt, reads_source)
-    if reads_source:
-        return ids, tokenizer.framing.target(tokenizer.encode_target(text))
-    both = tokenizers.prompt_ids(tokenizer, prompt + text)
-    same = len(both) > len(ids) and both[: len(ids)] == ids
-    return ids, both[len(ids) :] if same else tokenizer.encode(text)
+    return ids, tokenizer.framing.target(tokenizer.encode_target(text))

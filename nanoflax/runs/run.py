@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from nanoflax import config as configs
 from nanoflax import data, hf, nn, parallel, report, tasks, tokenizers, train
 from nanoflax.errors import UserError
-from nanoflax.runs import directory, ranking
+from nanoflax.runs import directory, ranking, reference
 from nanoflax.runs.checkpoint import Checkpoints
 from nanoflax.runs.generation import GenerationSettings, stream_texts
 from nanoflax.runs.opening import ModelSource, open_source
@@ -134,7 +135,7 @@ class Run:
         form, defaults = tokenizers.prompt_ids, {}
         if as_task:
             prompts = self._task_texts(prompts)
-            form, defaults = self.task.prompt, self.task.generation(self.config.task)
+            form, defaults = tasks.prompt_of(self.config.task), self.task.generation(self.config.task)
         reads_source = self.model.config.reads_source
         ids = [form(self.tokenizer, tokenizers.well_formed(text), reads_source) for text in prompts]
         return self._continued(ids, settings, defaults)
@@ -222,6 +223,33 @@ class Run:
         predictions = (parts.get(f"text {i}", [""]) for i in range(1, len(texts) + 1))
         return ["\n".join(found) if len(found) > 1 else found[0] for found in predictions]
 
+    def rewards(self, texts: Sequence[Any], tools: Sequence[dict] | None = None) -> np.ndarray:
+        """The scores of texts by a reward model, [len(texts)] float32: larger is better.
+
+        texts: texts (a prompt with its answer; the end of a text is added), or chats (lists of messages that end with
+        the reply; the tokenizer's chat template writes them). tools: for that template. A text longer than the task's
+        length is cut; their number is printed to stderr.
+        Raises: UserError if the model gives no score, or a text or chat is empty.
+        """
+        if not (self.task and self.task.gives_score):
+            raise UserError(f"{self.source} is no reward model, a decoder whose head gives one number for a text")
+        if empty := [i for i, text in enumerate(texts, 1) if not text]:
+            raise UserError(f"text {empty[0]} of {len(texts)} is empty")
+        make = lambda text, place: (
+            tasks.Text(tokenizers.well_formed(text), place)
+            if isinstance(text, str)
+            else tasks.Chat(tuple(text), place, tuple(tools) if tools else None)
+        )
+        examples = [make(text, f"text {i}") for i, text in enumerate(texts, 1)]
+        if not examples:
+            return np.zeros(0, np.float32)
+        task = dataclasses.replace(self.config.task, truncate=True)
+        config = dataclasses.replace(self.config, task=task)
+        rows = tasks.encode_for_task(examples, config, self.tokenizer, report := data.DataReport())
+        for line in report.lines():
+            print(line, file=sys.stderr)
+        return np.asarray(self._evaluator(rows).describe(self._params_on_mesh), np.float32)
+
     @functools.cached_property
     def _mesh(self) -> Any:
         return parallel.make_mesh("-1,1,1")
@@ -294,6 +322,7 @@ class Run:
             loaded = tasks.load(source, self.task.examples, self.labels)
             examples, report = loaded.validation, loaded.report
         rows = tasks.encode_for_task(examples, c, self.tokenizer, report)
+        rows = reference.rows_to_evaluate(rows, self.workdir, c, self.model, self._mesh)
         evaluator = self._evaluator(rows)
         numbers, predictions = evaluator(self._params_on_mesh)
         if out:

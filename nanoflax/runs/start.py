@@ -61,8 +61,9 @@ def start_from(config: Config, source: ModelSource | None, examples: Any, workdi
 
     Raises: UserError if the model cannot learn the task or is too short for it.
     """
+    config = dataclasses.replace(config, task=tasks.in_form_of(config.task, examples.train))
     m, task = config.model, config.task
-    new_head = tasks.TASKS[task.kind].has_labels and not keeps_head(config, source, examples)
+    new_head = needs_new_head(config, source, examples)
     if source:
         tokenizer = tasks.with_sentinels(task, with_own_template(source.tokenizer, workdir))
         m = dataclasses.replace(
@@ -94,6 +95,14 @@ def start_from(config: Config, source: ModelSource | None, examples: Any, workdi
         print(chosen)
     configs.validate(config)
     return Start(config, tokenizer, source, new_head)
+
+
+def needs_new_head(config: Config, source: ModelSource | None, examples: Any) -> bool:
+    """Whether the head of the task is drawn anew; False for a task that keeps the head of any model."""
+    kind = tasks.TASKS[config.task.kind]
+    if kind.gives_score:
+        return not (source and source.config.is_regression)
+    return kind.has_labels and not keeps_head(config, source, examples)
 
 
 def keeps_head(config: Config, source: ModelSource | None, examples: Any) -> bool:
@@ -136,6 +145,9 @@ def with_head(model: ModelConfig, task: Any, examples: Any) -> ModelConfig:
             f"{model.architecture!r}"
         )
     model = dataclasses.replace(model, head=kind.head or model.head)
+    if kind.gives_score:
+        names = model.class_names if model.is_regression else ()
+        return dataclasses.replace(model, labels=1, class_names=names or ("reward",), multi_label=False)
     if not kind.has_labels:
         return model
     several = model.multi_label or examples.multi_label
@@ -159,7 +171,7 @@ def texts_of(examples: Iterable[Any]) -> Iterator[str]:
             value = getattr(example, field, None)
             if field == "tokens":
                 yield " ".join(value or ())
-            elif field == "messages":
+            elif isinstance(value, tuple) and field != "label":  # messages
                 yield from (message.get("content") or "" for message in value or ())  # None beside a call of a tool
             elif isinstance(value, str) and field != "label":
                 yield value

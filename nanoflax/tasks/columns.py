@@ -3,17 +3,20 @@
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
-from nanoflax.tasks.kinds import Chat, Classification
+from nanoflax.tasks.kinds import Chat, Classification, Preference
 
 
 def field_names(kind: type) -> tuple[str, ...]:
     """The names of our fields that examples of a kind may have."""
-    return (*kind.fields, *{Classification: ["labels"], Chat: ["tools"]}.get(kind, []))
+    more = {Classification: ["labels"], Chat: ["tools"], Preference: ["tools", "margin"]}
+    return (*kind.fields, *more.get(kind, []))
 
 
 def missing_fields(kind: type, found: Iterable[str]) -> list[str]:
-    """The fields of a kind that are not in `found`; `labels` may replace `label`."""
-    return [name for name in kind.fields if name not in found and not (name == "label" and "labels" in found)]
+    """The fields of a kind that are not in `found`; `labels` may replace `label`, and two answers may contain their
+    prompt."""
+    found, free = {*found}, {"prompt"} if kind is Preference else set()
+    return [n for n in kind.fields if n not in found | free and not (n == "label" and "labels" in found)]
 
 
 def match_columns(kind: type, renamed: Mapping[str, str], names: Sequence[str]) -> dict[str, int]:
@@ -41,6 +44,9 @@ _OTHER_NAMES = {
     "source": "src input question article document text english en",
     "target": "tgt output answer summary translation response completion",
     "messages": "conversations conversation chat dialog",
+    "prompt": "question instruction query input context",
+    "chosen": "preferred better winner response_j chosen_response answer_chosen",
+    "rejected": "dispreferred worse loser response_k rejected_response answer_rejected",
 }
 
 

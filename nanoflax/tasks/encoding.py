@@ -1,6 +1,7 @@
 """Encodes examples as rows of token ids."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 from nanoflax.config import read_class_weights
 from nanoflax.data import DataReport
 from nanoflax.errors import UserError, listed
-from nanoflax.tasks.kinds import Chat, Classification, Example, Pair, Tagging, Text
+from nanoflax.tasks.kinds import Chat, Classification, Example, Pair, Preference, Tagging, Text
 from nanoflax.tasks.noise import Noise
+from nanoflax.tasks.pairs import SIDES, PairEncoder, PairRows
 from nanoflax.tasks.rows import Row, Rows
 from nanoflax.tokenizers import align_tags, chat_ids, decode_parts, show_mask
 
@@ -25,6 +27,8 @@ def encode(
     target_length: int | None = None,
     report: DataReport | None = None,
     noise: Noise | None = None,
+    chat: bool | None = None,
+    scored: bool = False,
 ) -> Rows:
     """Encodes examples of one kind as Rows, in order.
 
@@ -37,11 +41,18 @@ def encode(
       multi_label: a text may have several labels, or none.
       truncate: cut longer examples but keep special tokens, and count them in `report`; otherwise raise an error.
       noise: for Texts: Rows.with_noise corrupts their rows differently in each epoch.
+      chat: for Preferences: their texts become chats. None: as they are.
+      scored: rows for a reward model, of Preferences, Texts and Chats.
     Raises: UserError that names the examples that are too long, or if no row is left.
     """
     report = DataReport() if report is None else report
     encoder = _Encoder(tokenizer, length, target_length or length, labels, multi_label, truncate, report, noise)
-    encoded = [pair for example in examples for pair in _ENCODE[type(example)](encoder, example)]
+    pairs = PairEncoder(tokenizer, length, truncate, scored, chat, report, encoder.too_long)
+    encode_one: dict[type, Any] = {kind: functools.partial(method, encoder) for kind, method in _ENCODE.items()}
+    encode_one[Preference] = pairs.pair
+    if scored:
+        encode_one |= {Text: pairs.text, Chat: pairs.chat}
+    encoded = [pair for example in examples for pair in encode_one[type(example)](example)]
     if encoder.too_long.counts:
         raise UserError(f"{listed(encoder.too_long.lines())}; raise the length, or ask to truncate them")
     if not encoded:
@@ -50,7 +61,8 @@ def encode(
     edges = len(framing.before), len(framing.after)
     if "first" in encoded[0][0]:  # the rows have targets without a source
         target_length, edges = length, (max(len(framing.start) - 1, 0), 1)
-    return Rows(
+    kind = PairRows if "chosen" in encoded[0][0] else Rows
+    return kind(
         [row for row, _ in encoded],
         [example for _, example in encoded],
         tokenizer.pad_id,
@@ -200,6 +212,12 @@ def weigh_classes(rows: Rows, labels: Sequence[str], class_weights: str) -> Rows
 def show_row(rows: Rows, tokenizer: Any) -> str | None:
     """The first row as text, with marks at the trained tokens (tokenizers.show_mask); None if all are trained."""
     row = rows.rows[0]
+    if isinstance(rows, PairRows):
+        if "first" not in row:
+            return None
+        return "\n".join(
+            show_mask(tokenizer, [int(row["first"]), *row[side]], [0, *row[f"{side}_weights"]]) for side in SIDES
+        )
     if "weights" not in row or row["weights"].all():
         return None
     if "first" in row:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from nanoflax import parallel, train
 from nanoflax.config import Config
@@ -30,7 +31,8 @@ def encode_for_task(
     names, several = config.model.class_names, config.model.multi_label
     target_length = length_limits(task).get("task.target_length")
     noise = noise_for(task, with_sentinels(task, tokenizer))
-    return encode(examples, tokenizer, task.length, names, several, task.truncate, target_length, report, noise)
+    form = dict(chat=getattr(task, "chat", None), scored=TASKS[task.kind].gives_score)
+    return encode(examples, tokenizer, task.length, names, several, task.truncate, target_length, report, noise, **form)
 
 
 def encode_texts(
@@ -70,7 +72,13 @@ class Evaluator:
         def guesses(params, batch):
             return train.guesses(model, params, batch, self.tokenizer.vocab_size)
 
-        self._sums, self.guesses, self._logits = (jax.jit(parallel.with_mesh(mesh, f)) for f in (sums, guesses, logits))
+        def rewards(params, batch):
+            return self.task.pair_rewards(model, params, batch, config.task)
+
+        functions = (sums, guesses, logits, rewards)
+        self._sums, self.guesses, self._logits, self._rewards = (
+            jax.jit(parallel.with_mesh(mesh, f)) for f in functions
+        )
 
     def _with_noise(self, rows: Rows) -> Rows:
         """The rows with the noise of epoch 0. For denoising, their examples are Pairs (corrupted text, target)."""
@@ -139,6 +147,11 @@ class Evaluator:
         for batch in itertools.islice(evaluation_batches(self.rows, B, host_rows), -(-number // B)):
             yield parallel.put_batch(batch, self.mesh)
             parallel.reset_watchdog()
+
+    def rewards(self, params: Any, number: int) -> Float[np.ndarray, "number 2"]:
+        """The rewards of the chosen and the rejected answer of each of the first `number` pairs."""
+        found = [parallel.fetch(self._rewards(params, batch)) for batch in self.batches(number)]
+        return np.concatenate(found)[:number]
 
     def logits(self, params: Any, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(logits, weights) of each of the first `number` rows, of shapes [classes] and [], or [T, tags] and [T]."""

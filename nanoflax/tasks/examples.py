@@ -1,25 +1,23 @@
 """Reads the examples of a source, cleans, checks and splits them, and counts those that are left out."""
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from nanoflax.data import DataReport, is_held_out
 from nanoflax.errors import UserError, listed
 from nanoflax.tasks.classes import classes_after_training, match_labels
-from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
+from nanoflax.tasks.kinds import Chat, Classification, Pair, Preference, Tagging, Text
+from nanoflax.tasks.messages import Clean, has_reply, messages_of, tools_of
+from nanoflax.tasks.preferences import preference
 from nanoflax.tasks.readers import Records
 from nanoflax.tasks.sources import TaskSource, records
 from nanoflax.tasks.tags import TAG, from_bio, to_bio
-from nanoflax.untrusted import parse_json
-
-Clean = Callable[[str, str], str]  # (text, place) -> the cleaned text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,31 +286,21 @@ def _is_list_of_text(value: Any) -> TypeGuard[list[str]]:
 
 
 def _chat(record: dict[str, Any], place: str, clean: Clean, report: DataReport) -> Chat | None:
-    messages = record.get("messages")
-    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
-        report.add("examples without messages of role and content, left out", place)
+    messages = messages_of(record.get("messages"), place, clean, report)
+    tools = tools_of(record, place, report)
+    if messages is None or tools is None:
         return None
-    tools = record.get("tools") or None
-    with contextlib.suppress(UserError):
-        tools = parse_json(tools, place) if isinstance(tools, str) else tools
-    if not (tools is None or isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        report.add("examples whose tools are not a list of objects, left out", place)
-        return None
-    messages = [m | {"content": clean(m["content"], place)} if m.get("content") else m for m in messages]
-    if not all(message.get("content") or message.get("tool_calls") for message in messages):
-        report.add("examples with an empty message, left out", place)
-        return None
-    if all(message["role"] != "assistant" for message in messages):
+    if not has_reply(messages):
         report.add("examples without a reply of the role 'assistant', left out", place)
         return None
-    return Chat(tuple(messages), place, None if tools is None else tuple(tools))
+    return Chat(messages, place, tools or None)
 
 
-def _is_message(value: Any) -> bool:
-    if not (isinstance(value, dict) and isinstance(value.get("role"), str)):
-        return False
-    content = value.get("content")
-    return isinstance(content, str) or content is None and isinstance(value.get("tool_calls"), list)
-
-
-_MAKE = {Classification: _classification, Tagging: _tagging, Pair: _pair, Chat: _chat, Text: _text}
+_MAKE = {
+    Classification: _classification,
+    Tagging: _tagging,
+    Pair: _pair,
+    Chat: _chat,
+    Text: _text,
+    Preference: preference,
+}

@@ -52,4 +52,19 @@ class Text:
     input = property(lambda self: self.text)
 
 
-Example = Classification | Tagging | Pair | Chat | Text
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Two answers to a prompt, the better one first: texts, or messages of a chat."""
+
+    prompt: str | tuple[dict[str, Any], ...]
+    chosen: str | tuple[dict[str, Any], ...]
+    rejected: str | tuple[dict[str, Any], ...]
+    place: str = _place()
+    tools: tuple[dict[str, Any], ...] | None = dataclasses.field(default=None, repr=False)  # functions for the template
+    margin: float = 0.0  # how much better, for reward models
+    found_prompt: bool = dataclasses.field(default=False, repr=False)  # it is the common beginning of both texts
+    fields: ClassVar = ("prompt", "chosen", "rejected")
+    input = property(lambda self: self.prompt)
+
+
+Example = Classification | Tagging | Pair | Chat | Text | Preference

@@ -181,4 +181,5 @@ READERS = {
     "csv": functools.partial(_table, delimiter=","),
     "conll": _conll,
     "pairs": _pairs,
+    "preferences": _jsonl,
 }

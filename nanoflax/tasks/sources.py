@@ -1,6 +1,7 @@
 """Sources of task examples, each named by one string; their records, with file and line.
 
-A source is jsonl:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, or built in
+A source is jsonl:FILE (for preferences also preferences:FILE), csv:FILE, tsv:FILE, conll:FILE,
+pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, or built in
 (tasks.builtin): dates:en-fr, pytags, pymodules, pychats, bible:kjv-web. Files may be .gz. Sources of Text are also
 pydocs, text:GLOB (data.Source), and sources of Pair, of which both sides are read. The fields of each kind of example
 are keys of a JSON line or columns of a table (CSV, TSV):
@@ -9,6 +10,8 @@ are keys of a JSON line or columns of a table (CSV, TSV):
     Tagging          tokens, tags (O, B-TYPE, I-TYPE)
     Pair             source, target
     Chat             messages, each with role and content (or tool_calls); tools, if there are any
+    Preference       prompt, chosen, rejected, as texts or messages, or only chosen and rejected with the prompt in
+                     both; tools and margin (how much better), if there are any
     Text             text
 """
 
@@ -23,11 +26,11 @@ from nanoflax.data import DataReport, dataset_examples, dataset_splits, decode, 
 from nanoflax.errors import UserError
 from nanoflax.tasks import builtin
 from nanoflax.tasks.columns import field_names, mapping_flag, missing_fields
-from nanoflax.tasks.kinds import Pair, Tagging, Text
+from nanoflax.tasks.kinds import Pair, Preference, Tagging, Text
 from nanoflax.tasks.readers import READERS, Records
 
 HELP = (
-    "choose jsonl:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, "
+    "choose jsonl:FILE, preferences:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, "
     "dates:en-fr, pytags, pymodules, pychats, bible:kjv-web, or for texts pydocs or text:GLOB"
 )
 
@@ -144,7 +147,7 @@ def records(source: TaskSource, kind: type, report: DataReport, split: str | Non
         ending = "jsonl" if ending == "json" else ending
         hint = f"write {ending}:{source.name}, or " if ending in READERS and not rest else ""
         raise UserError(f"task data {source.name!r} is not known; {hint}{HELP}")
-    if {"conll": Tagging, "pairs": Pair}.get(scheme, kind) is not kind:
+    if {"conll": Tagging, "pairs": Pair, "preferences": Preference}.get(scheme, kind) is not kind:
         raise UserError(f"{source.name}: {scheme} files do not hold {' and '.join(kind.fields)}")
     return {"train": READERS[scheme](rest, kind, renamed, report)}
 

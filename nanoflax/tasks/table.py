@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from nanoflax import generate, parallel, tokenizers, train
-from nanoflax.config import TASK_KINDS, Config, ExampleData, ModelConfig, with_recipe
+from nanoflax import alignment, generate, parallel, tokenizers, train
+from nanoflax.config import TASK_KINDS, Config, ExampleData, ModelConfig, PairTask, with_recipe
 from nanoflax.tasks import metrics
-from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging, Text
+from nanoflax.tasks.kinds import Chat, Classification, Pair, Preference, Tagging, Text
 from nanoflax.tasks.noise import DENOISING, Masking, Noise
 
 
@@ -30,6 +30,7 @@ class Task:
     architectures: tuple[str, ...]  # architectures that can learn the task
     head: str = ""  # the head of the model; empty: the head does not change
     has_labels: bool = False  # the model has classes, ModelConfig.class_names
+    gives_score: bool = False  # the head gives one number for a text
     length_fields: tuple[str, ...] = ("length",)  # fields of the configuration that limit the tokens of a row
     noise: Callable[[Any], type[Noise]] | None = None  # task -> the class that corrupts its texts
     objective: Callable  # of nanoflax.train or nanoflax.alignment, for the batches of Rows
@@ -42,6 +43,7 @@ class Task:
     show: Callable[[Any], str] = str  # a result of `describe` -> lines of text
     score: Callable | None = None  # (predictions, examples, task) -> (numbers, report)
     scores_table: Callable[[dict], list[str]] | None = None  # report -> lines of a readable table
+    pair_rewards: Callable | None = None  # (model, params, batch, task) -> [B, 2] float32, for PairRows
     # (tokenizer, text, is_source) -> the ids of a prompt for generation. If None, `describe` answers prompts.
     prompt: Callable[..., list[int]] | None = None
     generation: Callable[[Any], dict] = lambda task: {}  # task -> default settings of generation
@@ -123,6 +125,16 @@ def fill_masks(evaluator: Any, params: Any, number: int) -> list[str]:
             for row, w, mask in zip(np.where(weights > 0, guesses, tokens), weights, real, strict=True)
         ]
     return found[:number]
+
+
+def predict_rewards(evaluator: Any, params: Any, number: int) -> list[dict[str, float]]:
+    """The rewards of both answers of each pair."""
+    return [{"reward_chosen": float(a), "reward_rejected": float(b)} for a, b in evaluator.rewards(params, number)]
+
+
+def describe_score(evaluator: Any, params: Any, number: int) -> list[float]:
+    """The score of each text."""
+    return [float(scores[0]) for scores, _ in evaluator.logits(params, number)]
 
 
 # Scores: (numbers, report).
@@ -254,6 +266,34 @@ TASKS = {
         describe=generate_targets,
         score=score_exact,
     ),
+    "preference": Task(
+        examples=Preference,
+        unlabelled=Text,
+        architectures=("decoder",),
+        head="lm",
+        objective=alignment.preference,
+        objective_fields=("loss", "beta", "label_noise", "margin", "nll_weight"),
+        metrics=("preference_accuracy", "reward_margin"),
+        pair_rewards=lambda model, params, batch, task: alignment.answer_rewards(
+            model, params, batch, task.loss, task.beta
+        ),
+        predict=predict_rewards,
+        prompt=tokenizers.prompt_ids,
+    ),
+    "reward": Task(
+        examples=Preference,
+        unlabelled=Text,
+        architectures=("decoder",),
+        head="classify",
+        gives_score=True,
+        objective=alignment.bradley_terry,
+        objective_fields=("center",),
+        metrics=("preference_accuracy", "reward_margin"),
+        pair_rewards=lambda model, params, batch, task: alignment.pair_scores(model, params, batch),
+        predict=predict_rewards,
+        describe=describe_score,
+        show=lambda score: f"{score:.4f}",
+    ),
 }
 
 
@@ -261,13 +301,14 @@ TASKS = {
 
 
 def config_of(model: ModelConfig) -> Config:
-    """The Config of a model that is not a run: default settings, and the task of a head with classes.
+    """The Config of a model that is not a run: default settings, and the task of a head with classes or a score.
 
     Texts are read as they are, up to the context of the model. There are no data.
     """
     config = Config(model=model)
     for kind, task in TASKS.items():
-        if task.has_labels and task.head == model.head and not model.is_regression:
+        fits = task.gives_score if model.is_regression else task.has_labels
+        if fits and task.head == model.head and model.architecture in task.architectures:
             chosen = TASK_KINDS[kind](length=model.context)
             data = ExampleData(train="", unicode="", whitespace="")
             config = dataclasses.replace(config, data=data, task=chosen)
@@ -294,7 +335,21 @@ def with_sentinels(task: Any, tokenizer: Any) -> Any:
 def exported_tokenizer(task: Any, tokenizer: Any) -> Any:
     """The tokenizer for Transformers: with the mask or sentinels of the task, and the template of its chats."""
     tokenizer = with_sentinels(task, tokenizer)
-    return tokenizers.with_plain_template(tokenizer) if TASKS[task.kind].examples is Chat else tokenizer
+    has_chats = TASKS[task.kind].examples is Chat or getattr(task, "chat", False)
+    return tokenizers.with_plain_template(tokenizer) if has_chats else tokenizer
+
+
+def prompt_of(task: Any) -> Callable[..., list[int]] | None:
+    """Task.prompt of a task configuration; of a task on pairs with chats, the prompt for a reply."""
+    row = TASKS[task.kind]
+    return _chat_prompt if row.prompt and getattr(task, "chat", False) else row.prompt
+
+
+def in_form_of(task: Any, examples: list) -> Any:
+    """The task configuration; of a task on pairs, task.chat says whether they are chats."""
+    if not isinstance(task, PairTask) or task.chat is not None:
+        return task
+    return dataclasses.replace(task, chat=any(isinstance(example.prompt, tuple) for example in examples))
 
 
 def noise_for(task: Any, tokenizer: Any) -> Noise | None:

@@ -42,3 +42,14 @@ def prompt_ids(tokenizer: Any, text: str, is_source: bool = False) -> list[int]:
     """The ids of a prompt for a decoder, or of a source. Never empty."""
     framing = tokenizer.framing
     return is_source and framing.whole(tokenizer.encode_source(text)) or framing.prompt(tokenizer.encode(text))
+
+
+def continuation_ids(tokenizer: Any, prompt: str, text: str) -> tuple[list[int], list[int]]:
+    """(ids of a prompt for a decoder, ids of the text after it).
+
+    Both are encoded as one text, if this does not change the ids of the prompt; else each alone, because the model
+    will read the prompt alone.
+    """
+    ids, both = prompt_ids(tokenizer, prompt), prompt_ids(tokenizer, prompt + text)
+    same = len(both) > len(ids) and both[: len(ids)] == ids
+    return ids, both[len(ids) :] if same else tokenizer.encode(text)
