@@ -117,7 +117,7 @@ def save(
             "open it with PreTrainedTokenizerFast",
             directory,
         )
-    ids = _special_ids(exported)
+    ids = _special_ids(exported, scored=config.is_causal and config.is_regression)
     if config.reads_source:
         ids |= {"decoder_start_token_id": config.start_id, "forced_eos_token_id": None}
     generation = config.generation
@@ -154,13 +154,15 @@ def _as_family_has_it(
     return config, params
 
 
-def _special_ids(tokenizer: Any) -> dict[str, Any]:
+def _special_ids(tokenizer: Any, scored: bool = False) -> dict[str, Any]:
+    """scored: for a model that gives a score to a text with its end, so that no end may be taken for padding."""
     if tokenizer is None:
         # Transformers' own defaults may be larger than the vocabulary (Phi-3: 32000).
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     stops = list(tokenizers.stop_ids(tokenizer))
     # A classifier of Transformers reads the last token that is not padding. That may be an eos after the text.
-    pad = None if tokenizer.pad_id in tokenizer.framing.after else tokenizer.pad_id
+    ends = [*tokenizer.framing.after, *(stops if scored else [])]
+    pad = None if tokenizer.pad_id in ends else tokenizer.pad_id
     return {
         "bos_token_id": tokenizer.bos_id,
         "pad_token_id": pad,
