@@ -1,7 +1,6 @@
 """Preference losses and reward models, against trl on the same tiny models and pairs."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
