@@ -183,8 +183,8 @@ class Prefer(PairTask):
     kind: ClassVar[str] = "preference"
     loss: str = field(
         "dpo",
-        "Loss of a pair: dpo (conservative with label_noise), dpo_norm (of means over tokens), ipo, robust (dpo without "
-        "the bias of label_noise), or simpo and orpo, without a reference.",
+        "Loss of a pair: dpo (conservative with label_noise), dpo_norm (of means over tokens), ipo, robust (dpo "
+        "without the bias of label_noise), or simpo and orpo, without a reference.",
         choices=PREFERENCE_LOSSES,
     )
     beta: float | None = field(

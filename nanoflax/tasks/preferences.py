@@ -27,7 +27,8 @@ def preference(record: dict[str, Any], place: str, clean: Clean, report: DataRep
         return None
     if isinstance(prompt, list) and kinds == {str}:
         answers, kinds = [[{"role": "assistant", "content": answer}] for answer in answers], {list}
-    made = _texts(prompt, answers, place, clean) if kinds == {str} else _chats(prompt, answers, place, clean, report)
+    is_text = kinds == {str} and not isinstance(prompt, list)
+    made = _texts(prompt, answers, place, clean) if is_text else _chats(prompt, answers, place, clean, report)
     tools = tools_of(record, place, report)
     if made is None or tools is None:
         return None
@@ -53,7 +54,8 @@ def _problem(prompt: Any, chosen: Any, rejected: Any, found: bool) -> str:
 def _texts(prompt: str | None, answers: list, place: str, clean: Clean) -> tuple[str, str, str, bool]:
     """The texts, cleaned but for the spaces between prompt and answer."""
     if prompt is not None:
-        return clean(f"{prompt}.", place)[:-1], *(clean(f".{answer}", place)[1:] for answer in answers), False
+        chosen, rejected = (clean(f".{answer}", place)[1:] for answer in answers)
+        return clean(f"{prompt}.", place)[:-1], chosen, rejected, False
     chosen, rejected = (clean(answer, place) for answer in answers)
     at = _shared(chosen, rejected)
     if chosen != rejected and chosen[at - 1 : at] == " ":  # the space before a word is a part of its token
