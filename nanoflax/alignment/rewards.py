@@ -206,7 +206,9 @@ def passes_tests(completion: str, problem: Any, seconds: float = 10.0, continues
             stderr=subprocess.DEVNULL, cwd=empty, env={}, start_new_session=True,
         )  # fmt: skip
         try:
-            answer, _ = process.communicate(json.dumps(request, allow_nan=False).encode("utf-8", "replace"), timeout=seconds + 2)
+            answer, _ = process.communicate(
+                json.dumps(request, allow_nan=False).encode("utf-8", "replace"), timeout=seconds + 2
+            )
         except subprocess.TimeoutExpired:
             answer = b""
         finally:
