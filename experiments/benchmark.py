@@ -4,6 +4,7 @@
     python -m experiments.benchmark decode --batch_size=1      # GPT-2 124M, random weights
     python -m experiments.benchmark encode                     # BERT-base, forward, 8 texts of 128 tokens
     python -m experiments.benchmark compile --layers=32        # with and without train.scan_layers
+    python -m experiments.benchmark packing                    # task.packing=best_fit against padding, on chats
     python -m experiments.benchmark where --shape=small        # the kinds of operations in a CPU's training step
     python -m experiments.benchmark all --out=FILE.json        # nanoflax on this machine's accelerator or CPU
 
@@ -22,7 +23,7 @@ import sys
 
 from absl import flags
 
-from experiments.benchmarks import everything, rounds, sides, where
+from experiments.benchmarks import everything, packing, rounds, sides, where
 from experiments.flags import launch
 from nanoflax.errors import UserError
 
@@ -37,7 +38,7 @@ flags.DEFINE_bool("no_bias", False, "Train without biases, on both sides.")
 flags.DEFINE_bool("alone", False, "Do not measure PyTorch.")
 flags.DEFINE_string("out", "", "File that `all` writes its figures to, as JSON.")
 flags.DEFINE_string("side", "", "Internal: this process is a side (nanoflax, torch, compiled or machine).")
-KINDS = ("train", "decode", "encode", "compile", "where", "all")
+KINDS = ("train", "decode", "encode", "compile", "packing", "where", "all")
 
 
 def main() -> int | None:
@@ -48,11 +49,14 @@ def main() -> int | None:
         raise UserError(f"--no_bias is for train and where, not {kind}")
     if FLAGS.out and kind != "all":
         raise UserError(f"--out is for all, not {kind}")
-    job = sides.Job(kind, FLAGS.shape, FLAGS.batch_size, FLAGS.steps, FLAGS.new_tokens, not FLAGS.no_bias)
+    shape = "chats" if kind == "packing" and not FLAGS["shape"].present else FLAGS.shape
+    job = sides.Job(kind, shape, FLAGS.batch_size, FLAGS.steps, FLAGS.new_tokens, not FLAGS.no_bias)
     if FLAGS.side:
         return rounds.serve(side(job))
     if kind == "compile":
         return sides.compile_times(FLAGS.layers)
+    if kind == "packing":
+        return packing.measure_packing(job, FLAGS.rounds)
     if kind == "where":
         return where.print_table(job)
     if kind == "all":

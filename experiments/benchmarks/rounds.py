@@ -42,20 +42,20 @@ def measure(arguments: list[str], names: list[str], num_rounds: int) -> tuple[di
         facts = {name: found for name, side in sides.items() if (found := _ask(side, name))}  # compiled and warm
         # On an accelerator, PyTorch and the measured limits, which run on the CPU, are left out.
         names = [name for name in names if name in facts and (facts["nanoflax"]["cpu"] or name == "nanoflax")]
-        results, before = {name: [] for name in names}, _processor_seconds(sides)
+        results, before = {name: [] for name in names}, processor_seconds(_running(sides))
         for i in range(num_rounds):
             for name in in_turn(names, i):
                 results[name].append(_ask(sides[name], name, "go"))
             seconds = [f"{name} {results[name][-1]['seconds']:.3f} s" for name in names if name != "machine"]
             print(f"round {i + 1}/{num_rounds}: " + "  ".join(seconds), file=sys.stderr, flush=True)
-        facts["nanoflax"]["other_load"] = _other_load(before, _processor_seconds(sides))
+        facts["nanoflax"]["other_load"] = other_load(before, processor_seconds(_running(sides)))
     finally:
         for side in sides.values():
             side.kill()
     return facts["nanoflax"], results
 
 
-def in_turn(names: list[str], i: int) -> list[str]:
+def in_turn(names: list, i: int) -> list:
     """The order of the sides in round i. In every two rounds, each side runs once before and once after each other."""
     return names[::-1] if i % 2 else names
 
@@ -90,21 +90,25 @@ def _ask(side: subprocess.Popen, name: str, word: str | None = None) -> dict[str
     return json.loads(line) | ({} if word else {"side": name})
 
 
-def _processor_seconds(sides: dict[str, subprocess.Popen]) -> tuple[float, float, float] | None:
-    """Processor seconds of the machine (all; not idle) and of the sides since their starts; None without /proc."""
+def _running(sides: dict[str, subprocess.Popen]) -> list[int]:
+    return [side.pid for side in sides.values() if side.poll() is None]
+
+
+def processor_seconds(pids: list[int]) -> tuple[float, float, float] | None:
+    """Processor seconds: of the machine (all; not idle), of these processes since their starts. None without /proc."""
     try:
         total = [int(n) for n in pathlib.Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
         own = 0
-        for side in sides.values():
-            if side.poll() is None:
-                fields = pathlib.Path(f"/proc/{side.pid}/stat").read_text().rpartition(")")[2].split()
-                own += sum(map(int, fields[11:15]))  # user and system time, also of ended children
+        for pid in pids:
+            fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            own += sum(map(int, fields[11:15]))  # user and system time, also of ended children
     except (OSError, ValueError):
         return None
     return sum(total), sum(total) - total[3] - total[4], own
 
 
-def _other_load(before: tuple | None, after: tuple | None) -> float | None:
+def other_load(before: tuple | None, after: tuple | None) -> float | None:
+    """The share of the machine's processor time between two `processor_seconds` that other processes took."""
     if before is None or after is None or after[0] <= before[0]:
         return None
     total, busy, own = (b - a for a, b in zip(before, after, strict=True))

@@ -23,6 +23,7 @@ ENCODED_TOKENS = 128  # T of a text that is encoded
 SHAPES = {  # layers, dim, heads, length T, vocabulary V, batch B
     "small": (6, 384, 6, 256, 256, 16),
     "vocabulary": (4, 256, 4, 128, 8192, 32),
+    "chats": (4, 256, 4, 512, 2048, 8),  # of `packing`
     "gpt2": (12, 768, 12, 1024, 50257, 8),
     "tiny": (2, 64, 2, 64, 256, 4),  # to try the program; also a tiny model of decode and encode
 }

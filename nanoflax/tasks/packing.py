@@ -59,6 +59,11 @@ class PackedBatches:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
 
     @property
+    def num_rows(self) -> int:
+        """The number of packed rows in an epoch."""
+        return len(self._packed)
+
+    @property
     def tokens_per_step(self) -> float:
         """The mean number of tokens in a batch, without padding."""
         return self.batch_size * self._lengths.sum() / len(self._packed)

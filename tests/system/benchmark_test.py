@@ -10,7 +10,8 @@ import jax
 import pytest
 
 import nanoflax
-from experiments.benchmarks import everything, rounds, sides, where
+from experiments.benchmarks import everything, packing, rounds, sides, where
+from nanoflax import tasks
 from nanoflax.errors import UserError
 
 TINY = {kind: sides.Job(kind, "tiny", 2, 1, 4) for kind in ("train", "decode", "encode")}
@@ -79,8 +80,8 @@ def test_another_side_that_ends_early_is_an_error(monkeypatch):
 
 
 def test_other_load_is_what_the_sides_did_not_use():
-    assert rounds._other_load((100, 50, 0), (200, 110, 40)) == pytest.approx(0.2)
-    assert rounds._other_load(None, (1, 1, 1)) is None
+    assert rounds.other_load((100, 50, 0), (200, 110, 40)) == pytest.approx(0.2)
+    assert rounds.other_load(None, (1, 1, 1)) is None
     assert not rounds.load_warning({"other_load": 0.04}) and not rounds.load_warning({"other_load": None})
 
 
@@ -197,3 +198,26 @@ def test_a_batch_that_does_not_fit_after_all_is_halved(monkeypatch, capsys):
     assert "B=64 does not fit; trying half of it" in capsys.readouterr().err
     with pytest.raises(jax.errors.JaxRuntimeError):  # a batch that was asked for is not changed
         sides._train(sides.Job("train", "gpt2", batch_size=64), device)
+
+
+def test_packed_and_padded_sides_train_the_same_tokens(monkeypatch, capsys):
+    def chat(words):
+        return tasks.Chat(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * words}))
+
+    examples = [chat(40 if i % 10 == 0 else i % 5) for i in range(70)]
+    seen = {}
+    monkeypatch.setattr(packing, "summarise", lambda found, other_load: seen.update(found))
+    monkeypatch.setattr(packing.train, "jit_step", lambda *_: lambda state, batch: (state, batch))  # compiles nothing
+    packing.measure_packing(sides.Job("train", "tiny", 8, 1), 2, examples)
+    out = capsys.readouterr().out
+    assert "packing: 70 chats, mean 2" in out and "longest 59" in out
+    assert float(re.search(r"relative difference (\S+)", out)[1]) < 1e-6
+    many, few, pooled, plain = seen.values()
+    share = lambda of: sum(tokens for _, tokens, _ in of) / sum(positions for *_, positions in of)
+    assert min(share(many), share(few)) > 0.85 > share(pooled) > share(plain) > 0.2
+    for of in (many, few, pooled):
+        assert sum(tokens for _, tokens, _ in of) == pytest.approx(sum(tokens for _, tokens, _ in plain), rel=0.25)
+    monkeypatch.undo()
+    packing.summarise({"packed": [(1.0, 60, 60), (1.0, 40, 60)], "padded": [(3.0, 60, 99), (2.0, 40, 99)]}, 0.5)
+    out = capsys.readouterr().out
+    assert "packed: 2.50 times as fast (2.00 to 3.00)" in out and "other work took 50%" in out
