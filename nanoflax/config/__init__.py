@@ -31,6 +31,9 @@ from nanoflax.config.task import (
     AnyTask,
     Classify,
     Denoise,
+    Distill,
+    DistillChat,
+    DistillTask,
     ExampleTask,
     Instruct,
     LabelTask,
@@ -49,11 +52,11 @@ from nanoflax.config.task import (
 )
 
 __all__ = [
-    "AdaLoRA", "AnyPeft", "AnyTask", "Classify", "Config", "DataConfig", "Denoise", "DoRA", "ExampleData",
-    "ExampleTask", "FullFineTuning", "GenerationDefaults", "Houlsby", "Instruct", "LSTM_ATTENTIONS", "LSTM_STARTS",
-    "LabelTask", "LanguageModel", "LoRA", "LowRank", "MAX_SEED", "METRICS", "MaskedLM", "ModelConfig", "OPTIMIZERS",
-    "OptimConfig", "PEFT_KINDS", "POSITIONS", "PREFERENCE_LOSSES", "PRESETS", "PackedTask", "PairTask", "PeftConfig",
-    "Pfeiffer", "Prefer", "PrefixTuning", "Pretrain", "PromptTuning", "RECIPES", "RECIPE_FIELDS", "Recipe",
-    "RewardModel", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag", "TargetTask", "TextData", "TrainConfig",
-    "Translate", "as_kind", "diff", "fields", "fill", "from_dict", "preset", "read_class_weights", "recipe_of",
-    "to_dict", "validate", "with_recipe"]  # fmt: skip
+    "AdaLoRA", "AnyPeft", "AnyTask", "Classify", "Config", "DataConfig", "Denoise", "Distill", "DistillChat",
+    "DistillTask", "DoRA", "ExampleData", "ExampleTask", "FullFineTuning", "GenerationDefaults", "Houlsby",
+    "Instruct", "LSTM_ATTENTIONS", "LSTM_STARTS", "LabelTask", "LanguageModel", "LoRA", "LowRank", "MAX_SEED",
+    "METRICS", "MaskedLM", "ModelConfig", "OPTIMIZERS", "OptimConfig", "PEFT_KINDS", "POSITIONS", "PREFERENCE_LOSSES",
+    "PRESETS", "PackedTask", "PairTask", "PeftConfig", "Pfeiffer", "Prefer", "PrefixTuning", "Pretrain",
+    "PromptTuning", "RECIPES", "RECIPE_FIELDS", "Recipe", "RewardModel", "SCHEDULES", "ShiftTask", "TASK_KINDS",
+    "Tag", "TargetTask", "TextData", "TrainConfig", "Translate", "as_kind", "diff", "fields", "fill", "from_dict",
+    "preset", "read_class_weights", "recipe_of", "to_dict", "validate", "with_recipe"]  # fmt: skip

@@ -7,10 +7,10 @@ from nanoflax.config.data import AnyData, TextData
 from nanoflax.config.fields import field
 from nanoflax.config.model import ModelConfig
 from nanoflax.config.peft import AdaLoRA, AnyPeft, FullFineTuning
-from nanoflax.config.task import PREFERENCE_LOSSES, AnyTask, LabelTask, PairTask, Prefer, Pretrain
+from nanoflax.config.task import PREFERENCE_LOSSES, AnyTask, DistillTask, LabelTask, PairTask, Prefer, Pretrain
 
 # Metrics of evaluations, and whether a larger value is better.
-METRICS = dict.fromkeys(("validation_loss", "perplexity", "bits_per_byte"), False) | dict.fromkeys(
+METRICS = dict.fromkeys(("validation_loss", "perplexity", "bits_per_byte", "kl"), False) | dict.fromkeys(
     (
         "accuracy",
         "masked_accuracy",
@@ -179,6 +179,12 @@ def _task_problems(c: Config) -> list[str]:
             f"task.loss={c.task.loss!r} compares with the model before training, and a new model is random: set "
             f"model.init_from, or task.loss to {free}"
         )
+    if isinstance(c.task, DistillTask) and not c.task.mix:
+        found += [
+            f"train.{name}={getattr(t, name)} has no effect with task.mix=0: it changes the cross entropy"
+            for name in ("z_loss", "label_smoothing")
+            if getattr(t, name)
+        ]
     if not isinstance(c.task, Pretrain):
         if t.sample_prompt:
             found.append(f"train.sample_prompt={t.sample_prompt!r} is for pretraining, not task.kind={c.task.kind!r}")

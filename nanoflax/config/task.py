@@ -7,6 +7,7 @@ from nanoflax.config.fields import field, kinds
 
 NOISES = ("spans", "infilling", "none")
 TASK_PACKINGS = ("none", "best_fit")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 BLEU_TOKENIZERS = ("13a", "intl", "zh", "char", "none")  # sacrebleu's that need no other package
 
 
@@ -215,8 +216,57 @@ class RewardModel(PairTask):
     center: float = field(0.0, "Weight of (the sum of both scores)^2, so that scores are near 0.", at_least=0)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillTask(ExampleTask):
+    """A task whose targets are the probabilities of another model, the teacher."""
+
+    teacher: str = field("", "The teacher: a workdir, Transformers directory, hub name or .gguf file.")
+    teacher_dtype: str = field(
+        "float32", "Dtype of the teacher's parameters; bfloat16 halves their memory.", choices=("float32", "bfloat16")
+    )
+    divergence: str = field(
+        "forward_kl",
+        "forward_kl: KL(teacher, student); reverse_kl: KL(student, teacher); jsd: the generalised Jensen-Shannon "
+        "divergence (GKD).",
+        choices=DIVERGENCES,
+    )
+    beta: float = field(0.5, "jsd: the teacher's share in the mixture of both.", within="(0, 1)")
+    temperature: float = field(1.0, "Divides the logits of both in the divergence.", above=0)
+    mix: float = field(0.0, "Share of the plain cross entropy in the objective.", within="[0, 1]")
+
+    def problems(self) -> list[str]:
+        if self.divergence != "jsd" and self.beta != DistillTask.beta:
+            return [f"task.beta={self.beta} has no effect with task.divergence={self.divergence!r}; it is for jsd"]
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distill(DistillTask):
+    """A teacher's probabilities of the next token of texts."""
+
+    kind: ClassVar[str] = "distill"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillChat(DistillTask):
+    """A teacher's probabilities of the next token of the assistant's replies in chats."""
+
+    kind: ClassVar[str] = "distill_chat"
+
+
 AnyTask = (
-    Classify | Tag | Translate | Instruct | LanguageModel | MaskedLM | Denoise | Prefer | RewardModel | Pretrain
+    Classify
+    | Tag
+    | Translate
+    | Instruct
+    | LanguageModel
+    | MaskedLM
+    | Denoise
+    | Prefer
+    | RewardModel
+    | Distill
+    | DistillChat
+    | Pretrain
 )  # fmt: skip
 TASK_KINDS = kinds(AnyTask)  # {kind: class}
 

@@ -284,13 +284,14 @@ def check_same_tokenizer(saved: Config, config: Config) -> Config:
 
 
 def check_same_data(meta: dict, identity: dict) -> None:
-    """Raises: UserError if the tokenizer or data in the `meta` of a checkpoint differ from `identity`."""
+    """Raises: UserError if the tokenizer, data or teacher in the `meta` of a checkpoint differ from `identity`."""
     for key, what in [
         ("tokenizer", "tokenizer/ of the workdir"),
         ("data", "text of data.train"),
         ("validation", "validation text"),
+        ("teacher", "model of task.teacher"),
     ]:
-        if meta[key] != identity[key]:
+        if meta.get(key) != identity.get(key):
             raise UserError(
                 f"the {what} is not the one that the checkpoint was trained with (fingerprint {identity[key][:12]}, "
                 f"not {meta[key][:12]}); restore it or choose another --workdir (pretrain also takes "

@@ -13,7 +13,7 @@ import numpy as np
 
 from nanoflax import config as configs
 from nanoflax import hf, nn, parallel, peft, report, tasks
-from nanoflax.config import Config
+from nanoflax.config import Config, DistillTask
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint, reference
 from nanoflax.runs.checkpoint import Checkpoints
@@ -22,7 +22,8 @@ from nanoflax.runs.opening import open_initial, open_source, parameter_shapes
 from nanoflax.runs.profile import parse_profile
 from nanoflax.runs.run import Run
 from nanoflax.runs.start import Start, known_classes, some, start_from
-from nanoflax.runs.trainer import Job, TrainingData, check_metric, check_wandb, run_job, setup_jax
+from nanoflax.runs.teacher import Teacher
+from nanoflax.runs.trainer import Job, TrainingData, check_metric, check_wandb, run_job, setup_jax, without_models
 
 
 def finetune(
@@ -144,7 +145,9 @@ class Finetuning:
         source = open_initial(config.model) if config.model.init_from else None
         known = known_classes(config, source)
         self.examples = tasks.load(tasks.examples_of(config.data), self.task.examples, known, extend=True)
-        start = start_from(config, source, self.examples, workdir, self.mesh)
+        self.teacher = Teacher(config.task, workdir, self.mesh) if isinstance(config.task, DistillTask) else None
+        taught = self.teacher and self.teacher.tokenizer
+        start = start_from(config, source, self.examples, workdir, self.mesh, taught)
         if config.train.label_smoothing and start.config.model.multi_label:
             raise UserError(
                 f"train.label_smoothing={config.train.label_smoothing} does not work with several labels; set it to 0"
@@ -153,10 +156,18 @@ class Finetuning:
         lengths = tasks.length_limits(config.task) | {"the shortest batch": tasks.SHORTEST}
         parallel.check_mesh(config, self.mesh, lengths)
         parallel.run_on_main_process(lambda: check_workdir(workdir, config, None)[1])
+        self.objective = tasks.objective_of(config.task)
+        if self.teacher:
+            self.teacher.check_vocabulary(
+                self.tokenizer, config.model.init_from or f"data.tokenizer={config.data.tokenizer}"
+            )
+            self.objective = self.teacher.teach(self.objective, self.tokenizer)
         self.rows, self.held_out = self.encode()
         self.model = nn.build(config.model, config.train.remat)
-        self.evaluator = tasks.Evaluator(self.model, config, self.tokenizer, self.held_out, self.mesh)
-        self.job = self.make_job(start)
+        measured = self.model, config, self.tokenizer, self.held_out, self.mesh
+        self.evaluator = tasks.Evaluator(*measured, self.objective)
+        job = self.make_job(start)
+        self.job = self.teacher.join(job) if self.teacher else job
 
     def encode(self) -> tuple[Any, Any]:
         """The training and validation rows. Prints their numbers, labels and an example."""
@@ -195,7 +206,7 @@ class Finetuning:
             shapes=shapes,
             load=lambda: self.load(start),
             trained=peft.trainable(shapes, config.peft),
-            objective=tasks.objective_of(config.task),
+            objective=self.objective,
             fixed_batch=packed,
             batch={n: jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype) for n, x in batches[0].items()},
             read_data=lambda: self.training_data(batches, start),
@@ -223,7 +234,7 @@ class Finetuning:
             "data": fingerprint(self.examples.train),
             "validation": fingerprint(self.examples.validation),
             "base": self.base,
-        }
+        } | ({"teacher": self.teacher.fingerprint} if self.teacher else {})
         return TrainingData(batches, evaluate, identity, batches.tokens_per_step)
 
     # At the end.
@@ -238,6 +249,7 @@ class Finetuning:
         )
         params = peft.join(best, frozen)
         found = self.measure(params, saved["step"], sum(x.size for x in jax.tree.leaves(best)))
+        params, frozen = (without_models(tree, self.job.other_models)[0] for tree in (params, frozen))
         for_peft = (configs.LowRank, configs.PromptTuning, configs.PrefixTuning)
         if isinstance(self.config.peft, for_peft):
             self.write_adapter(peft.join(jax.tree.map(parallel.fetch, best), frozen))

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import jax
@@ -154,7 +154,7 @@ def initial_parameters(model: Any, load: Callable[[], Params] | None, config: Co
     return jax.jit(add, donate_argnums=0, out_shardings=places)(params), base
 
 
-def base_fingerprint(source: Params, frozen: set[str]) -> str:
+def base_fingerprint(source: Params, frozen: Set[str]) -> str:
     """A hash of the parameters of a source with a path in `frozen`, and of their adapters; "" if there are none.
 
     The values decide, in float32: not the files, their dtype, the mesh or the machine.
@@ -173,8 +173,13 @@ def _add_adapters(params: Params, config: Config) -> Params:
     return peft.add(params, config.peft, jax.random.PRNGKey(config.train.seed + 1))
 
 
-def initialize_from(model: Any, load: Callable[[], Params] | None, seed: int, mesh: Any) -> Params:
-    """Parameters copied from load() if their path and shape match; the rest are random, from the seed."""
+def initialize_from(
+    model: Any, load: Callable[[], Params] | None, seed: int, mesh: Any, dtype: str = "float32"
+) -> Params:
+    """Parameters copied from load() if their path and shape match; the rest are random, from the seed, in float32.
+
+    dtype: of those that are copied.
+    """
     if load is None:
         return parallel.init(model, jax.random.PRNGKey(seed), mesh)
     shapes = _flat(parallel.param_shapes(model))
@@ -195,7 +200,7 @@ def initialize_from(model: Any, load: Callable[[], Params] | None, seed: int, me
     _print_modules("rows of new tokens, drawn anew", {path for path, n in rows.items() if n < tokens})
     _print_modules("in the source, not needed", given.keys() - same - longer)
     for path in same | longer:  # one by one, so that each array of the source is freed early
-        x = np.asarray(given.pop(path)).astype(shapes[path].dtype)
+        x = np.asarray(given.pop(path)).astype(dtype)
         params[path] = jax.make_array_from_callback(x.shape, places[path], lambda index, x=x: x[index])
     return traverse_util.unflatten_dict(params, sep="/")
 

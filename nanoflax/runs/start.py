@@ -56,8 +56,11 @@ def has_classes(source: ModelSource, kind: Any) -> bool:
     return kind.has_labels and source.config.head == kind.head and not source.config.is_regression
 
 
-def start_from(config: Config, source: ModelSource | None, examples: Any, workdir: str, mesh: Any) -> Start:
-    """Decides the model, its head, tokenizer and vocabulary. source: of model.init_from.
+def start_from(
+    config: Config, source: ModelSource | None, examples: Any, workdir: str, mesh: Any, teacher: Any = None
+) -> Start:
+    """Decides the model, its head, tokenizer and vocabulary. source: of model.init_from. teacher: the tokenizer of the
+    teacher, which a new model reads if data.tokenizer names none that exists.
 
     Raises: UserError if the model cannot learn the task or is too short for it.
     """
@@ -76,7 +79,7 @@ def start_from(config: Config, source: ModelSource | None, examples: Any, workdi
             tokenizers.check_prompts(m, [[m.start_id]], 1)
     else:
         train_on = lambda: texts_of(examples.train)
-        tokenizer = with_own_template(get_tokenizer(config.data, workdir, train_on), workdir)
+        tokenizer = with_own_template(get_tokenizer(config.data, workdir, train_on, teacher), workdir)
         tokenizer = tasks.with_sentinels(task, tokenizer)
         if m.reads_source:
             m = dataclasses.replace(m, start_id=tokenizer.bos_id)

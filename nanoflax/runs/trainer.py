@@ -10,7 +10,7 @@ import dataclasses
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ class Job:
     shapes: Params  # of all parameters
     load: Callable[[], Params] | None = None  # all initial parameters on the mesh; None: random, from train.seed
     trained: Params | None = None  # tree of bool; None: all parameters are trained
+    other_models: tuple[str, ...] = ()  # subtrees of the parameters that are no part of the trained model: a teacher
     objective: Callable = train.causal_lm
     batch: dict[str, jax.ShapeDtypeStruct]  # shapes of a batch of all processes together
     fixed_batch: bool = False  # every batch has these shapes, so the step is compiled while the data is read
@@ -163,10 +164,13 @@ class Trainer:
     def _describe(self) -> None:
         """Print the parameters, and the FLOPs per token."""
         job = self.job
-        print(report.parameter_table(job.shapes))
+        own, others = without_models(job.shapes, job.other_models)
+        print(report.parameter_table(own))
         if job.trained is not None:
-            size, rest = (sum(x.size for x in jax.tree.leaves(t)) for t in (self.shapes.params, self.frozen_shapes))
-            print(f"{size:,} of {size + rest:,} parameters are trained ({size / (size + rest):.2%})")
+            size, total = (sum(x.size for x in jax.tree.leaves(t)) for t in (self.shapes.params, own))
+            print(f"{size:,} of {total:,} parameters are trained ({size / total:.2%})")
+        for name, shapes in others.items():
+            print(f"the {name}, which is not trained, has {sum(x.size for x in jax.tree.leaves(shapes)):,} parameters")
         if job.flops_per_token:
             print(
                 f"{report.format_count(job.flops_per_token)} FLOPs per trained token (6 per weight of a product, and "
@@ -231,6 +235,12 @@ class Trainer:
                 tracking=tracking,
                 schedule=self.schedule,
             )[1:]
+
+
+def without_models(params: Params, names: Collection[str]) -> tuple[Params, Params]:
+    """(parameters without these subtrees, the subtrees)."""
+    own = {name: x for name, x in params.items() if name not in names}
+    return own, {name: params[name] for name in names if name in params}
 
 
 def finished_before(config: Config, step: int, tracking: train.Tracking) -> str:

@@ -12,8 +12,11 @@ from nanoflax.config import Config, DataConfig, ModelConfig
 from nanoflax.errors import UserError
 
 
-def get_tokenizer(config: DataConfig, directory: str, texts: Callable[[], Iterable[str]]) -> Any:
-    """The tokenizer of the run in directory; without a run, data.tokenizer, trained on texts() if necessary."""
+def get_tokenizer(config: DataConfig, directory: str, texts: Callable[[], Iterable[str]], given: Any = None) -> Any:
+    """The tokenizer of the run in directory; without a run, data.tokenizer, trained on texts() if necessary.
+
+    given: a tokenizer instead of one that would be trained.
+    """
     from nanoflax import tokenizers
 
     kind, size = tokenizers.parse(config.tokenizer)
@@ -22,6 +25,8 @@ def get_tokenizer(config: DataConfig, directory: str, texts: Callable[[], Iterab
         return tokenizers.load(own)
     if kind in ("bytes", "path"):
         return tokenizers.load(config.tokenizer)
+    if given is not None:
+        return given
     return _train_on_first_process(lambda: tokenizers.train_sentencepiece(texts(), size, kind), own)
 
 

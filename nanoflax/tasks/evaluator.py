@@ -4,7 +4,8 @@ import collections
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,17 +48,25 @@ def encode_texts(
 class Evaluator:
     """Measures parameters on rows: the loss and the metrics of the task.
 
-    After a call, `report` has the details for JSON. In a run of several processes, all must call the Evaluator, and
-    all get the same results.
+    objective: default that of the task. After a call, `report` has the details for JSON. In a run of several processes,
+    all must call the Evaluator, and all get the same results.
     """
 
-    def __init__(self, model: Any, config: Config, tokenizer: Any, rows: Rows, mesh: jax.sharding.Mesh) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: Config,
+        tokenizer: Any,
+        rows: Rows,
+        mesh: jax.sharding.Mesh,
+        objective: Callable | None = None,
+    ) -> None:
         self.model, self.config = model, config
         self.tokenizer = with_sentinels(config.task, tokenizer)
         self.mesh, self.task = mesh, TASKS[config.task.kind]
         self.rows, self.report = self._with_noise(rows), {}
 
-        objective = objective_of(config.task)
+        objective = objective or objective_of(config.task)
 
         def sums(params, batch):
             found = objective(model, params, batch)
@@ -112,6 +121,7 @@ class Evaluator:
             shifted = copy.copy(self)
             shifted.rows = self.rows.shifted(max_shift, 1.0, (0,), range(number))
             found, _, self.report["shifted"] = shifted._measure(params, number)
+            found.pop("bits_per_byte", None)  # the bytes of shifted texts are not known
             numbers |= {f"{name}_shifted": value for name, value in found.items()}
         return numbers, predictions
 
@@ -123,6 +133,9 @@ class Evaluator:
         numbers = {name: total / weight for name, total in sums.items()}
         if "perplexity" in self.task.metrics:
             numbers["perplexity"] = metrics.perplexity(sums["validation_loss"], weight)
+        if "bits_per_byte" in self.task.metrics:
+            size = sum(len(example.text.encode(errors="replace")) for example in self.rows.examples[:number])
+            numbers["bits_per_byte"] = sums["validation_loss"] / math.log(2) / max(size, 1)
         predictions = self.predict(params, number)
         if self.task.score is None:
             return numbers, predictions, {}

@@ -2,7 +2,7 @@
 
 from nanoflax.tokenizers.base import Framing, Tokenizer, well_formed
 from nanoflax.tokenizers.chat import chat_ids, chat_prompt, show_mask, stop_ids, with_date, with_plain_template
-from nanoflax.tokenizers.export import to_huggingface
+from nanoflax.tokenizers.export import to_huggingface, token_ids
 from nanoflax.tokenizers.framing import align_tags, continuation_ids, prompt_ids, word_tags
 from nanoflax.tokenizers.huggingface import from_gguf
 from nanoflax.tokenizers.loading import check_fits, load, parse
@@ -12,8 +12,8 @@ from nanoflax.tokenizers.streaming import StreamingDecoder, decode_parts
 from nanoflax.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 
 __all__ = [
-    "ByteTokenizer", "Framing", "SentencePieceTokenizer", "StreamingDecoder", "Tokenizer",
-    "TokenizerWithSentinels", "align_tags", "bucket", "chat_ids", "chat_prompt", "check_fits",
-    "check_prompts", "continuation_ids", "decode_parts", "from_gguf", "load", "pad_left", "parse",
-    "prompt_ids", "request_of", "show_mask", "stop_ids", "to_huggingface", "train_sentencepiece",
-    "well_formed", "with_date", "with_plain_template", "word_tags"]  # fmt: skip
+    "ByteTokenizer", "Framing", "SentencePieceTokenizer", "StreamingDecoder", "Tokenizer", "TokenizerWithSentinels",
+    "align_tags", "bucket", "chat_ids", "chat_prompt", "check_fits", "check_prompts", "continuation_ids",
+    "decode_parts", "from_gguf", "load", "pad_left", "parse", "prompt_ids", "request_of", "show_mask", "stop_ids",
+    "to_huggingface", "token_ids", "train_sentencepiece", "well_formed", "with_date", "with_plain_template",
+    "word_tags"]  # fmt: skip

@@ -36,6 +36,11 @@ def to_huggingface(tokenizer: Any, for_prompts: bool = False) -> HFTokenizer | M
     return from_spec(spec, config, {}, "exported from nanoflax")
 
 
+def token_ids(tokenizer: Any) -> dict[str, int]:
+    """{token: id} of the vocabulary, as files of Transformers write it, with special tokens."""
+    return to_huggingface(tokenizer).token_ids()
+
+
 def _with_tokens(exported, tokenizer):
     """`exported` with the new tokens of a TokenizerWithSentinels in its settings, where Transformers reads them."""
     if not tokenizer.added:

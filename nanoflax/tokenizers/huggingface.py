@@ -157,6 +157,11 @@ class HFTokenizer(FileTokenizer):
         at = framed.sequence_ids.index(0)
         return tuple(framed.ids[:at]), tuple(framed.ids[at + 1 :])
 
+    def token_ids(self) -> dict[str, int]:
+        """{token: id} of the vocabulary, with special tokens."""
+        names = {alias: token for token, alias in self._aliases.items()}
+        return {names.get(token, token): i for token, i in self._tokenizer.get_vocab().items()}
+
     def _id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(self._aliases.get(token, token))
 

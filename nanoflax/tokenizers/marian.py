@@ -41,6 +41,10 @@ class MarianTokenizer(FileTokenizer):
         self._codes = [piece for piece in self._ids if re.fullmatch(r">>.*<<", piece)]
         self._special_pattern = any_of([*self.special, *self._codes])
 
+    def token_ids(self) -> dict[str, int]:
+        """{token: id} of the vocabulary."""
+        return dict(self._ids)
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The ids of a source text. special: read special tokens and language codes in it."""
         text, ids, end = well_formed(text), [], 0

@@ -303,7 +303,7 @@ def test_an_evaluator_measures_clean_and_shifted_rows_always_alike():
         return tasks.Evaluator(model, config, BYTES, rows, make_mesh("-1,1,1"))(params)[0]
 
     clean, both = evaluated(0), evaluated(3)
-    assert {*clean} == {"validation_loss", "perplexity"}
+    assert {*clean} == {"validation_loss", "perplexity", "bits_per_byte"}
     assert both == clean | {k: both[k] for k in ("validation_loss_shifted", "perplexity_shifted")}
     assert both == evaluated(3)
     moved = evaluated(0, rows=rows.shifted(3, 1.0, (0,)))
