@@ -60,9 +60,10 @@ def unstack(tree: PyTree) -> PyTree:
     def convert(path, node):
         if not _has_stacked_blocks(node):
             return node
+        own = [leaf.shape[0] for leaf in jax.tree.leaves(node["blocks"])[:1]]  # a teacher may have more blocks
         blocks = {
             f"block_{i}": jax.tree.map(lambda x, i=i: _layer(x, i), node["blocks"])
-            for i in range(num_blocks.get(str(path[-1:]), 0))
+            for i in range(own[0] if own else num_blocks.get(str(path[-1:]), 0))
         }
         return {name: x for name, x in node.items() if name != "blocks"} | blocks
 

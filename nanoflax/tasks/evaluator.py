@@ -130,7 +130,7 @@ class Evaluator:
         for batch in self.batches(number):
             sums.update({name: float(x) for name, x in self._sums(params, batch).items()})
         weight = max(sums.pop("weight"), 1)
-        numbers = {name: total / weight for name, total in sums.items()}
+        numbers = {"validation_loss": 0.0} | {name: total / weight for name, total in sums.items()}  # this one first
         if "perplexity" in self.task.metrics:
             numbers["perplexity"] = metrics.perplexity(sums["validation_loss"], weight)
         if "bits_per_byte" in self.task.metrics:

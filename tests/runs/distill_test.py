@@ -11,20 +11,21 @@ import pytest
 
 import nanoflax
 from nanoflax import nn, parallel, runs, tokenizers
-from nanoflax.config import Config, Distill, ExampleData, LoRA, ModelConfig, OptimConfig, TrainConfig
+from nanoflax.config import Config, Distill, ExampleData, ModelConfig, OptimConfig, TrainConfig, validate
 from nanoflax.errors import UserError
+from nanoflax.runs import trainer
 
 BYTES = tokenizers.load("bytes")
 SIZES = dict(vocab_size=260, context=32, layers=2, dim=16, heads=2)
 
 
-def write_model(directory, seed=0, config=ModelConfig(**SIZES)):
+def write_model(directory, seed=0, config=ModelConfig(**SIZES), tokenizer=BYTES):
     """A run with random weights."""
     model = nn.build(config)
     with runs.Checkpoints(directory / "checkpoints") as saves:
         params = parallel.init(model, jax.random.PRNGKey(seed))
-        saves.save(0, {"params": params}, {"tokenizer": BYTES.fingerprint, "step": 0})
-    runs.directory.write_run(str(directory), Config(model=model.config), BYTES)
+        saves.save(0, {"params": params}, {"tokenizer": tokenizer.fingerprint, "step": 0})
+    runs.directory.write_run(str(directory), Config(model=model.config), tokenizer)
     return params
 
 
@@ -51,7 +52,7 @@ def metrics_of(workdir):
 
 
 def test_a_distillation_from_its_start_to_its_final_model(tmp_path, teacher, capsys):
-    run = nanoflax.finetune(config=a_config(tmp_path), workdir=str(tmp_path / "run"))
+    nanoflax.finetune(config=a_config(tmp_path), workdir=str(tmp_path / "run"))
     printed = capsys.readouterr().out
     count = lambda layers: sum(
         x.size for x in jax.tree.leaves(parallel.param_shapes(nn.build(ModelConfig(**SIZES | {"layers": layers}))))
@@ -70,3 +71,96 @@ def test_a_distillation_from_its_start_to_its_final_model(tmp_path, teacher, cap
     assert "teacher" not in params
     found = nanoflax.open(tmp_path / "run").evaluate(f"jsonl:{tmp_path}/t.jsonl")
     assert found["perplexity"] > 1 and "kl" not in found
+
+
+def test_a_teacher_that_changed_is_refused(tmp_path, teacher):
+    config = a_config(tmp_path)
+    nanoflax.finetune(config=config, workdir=str(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    shutil.rmtree(teacher)
+    write_model(teacher, seed=1)
+    with pytest.raises(UserError, match=r"^the model of task.teacher is not the one that the checkpoint was trained"):
+        nanoflax.finetune(config=config, workdir=str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_adapters_of_a_student_beside_its_teacher(tmp_path, teacher, scan):
+    """The student's frozen parameters and the teacher's have blocks of the same names, and not as many."""
+    write_model(tmp_path / "student", 2, ModelConfig(**SIZES | {"layers": 3}))
+    config = a_config(tmp_path)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, scan_layers=scan))
+    nanoflax.finetune(str(tmp_path / "student"), peft="lora", config=config, workdir=str(tmp_path / "run"))
+    run = nanoflax.open(tmp_path / "run")
+    assert [*filter(lambda name: "block" in name, run.params["decoder"])] == ["block_0", "block_1", "block_2"]
+    assert (tmp_path / "run" / "adapter").exists() and run.evaluate(f"jsonl:{tmp_path}/t.jsonl")["perplexity"] > 1
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, teacher):
+    config = a_config(tmp_path)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4, scan_layers=True))
+    for name in ("whole", "cut"):
+        nanoflax.finetune(config=config, workdir=str(tmp_path / name))
+    for step in ("3", "4"):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / step)
+    nanoflax.finetune(config=config, workdir=str(tmp_path / "cut"))
+    states = [runs.restore_params(tmp_path / name / "checkpoints", which="latest")[0] for name in ("whole", "cut")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    plain = lambda name: [{k: v for k, v in m.items() if k != "tokens_per_second"} for m in metrics_of(tmp_path / name)]
+    assert plain("whole") == plain("cut")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"teacher": ""}, "^task.teacher is empty; give the model to learn from"),
+        ({"teacher": "nowhere"}, "^task.teacher=nowhere cannot be opened: "),
+        ({"teacher": "{}/run"}, "^task.teacher=.*/run is the --workdir of the student; choose another --workdir"),
+        (
+            {"teacher": "{}/encoder"},
+            "has model.architecture='encoder' and model.head='mlm'; a teacher must be a decoder",
+        ),
+        (
+            {"teacher": "{}/pieces"},
+            "another vocabulary than data.tokenizer=bytes: .* tokens have another id there or none",
+        ),
+        ({"length": 33}, "task.length=33 must be at most the context of task.teacher=.*/teacher, 32"),
+        ({"temperature": 0.0}, "^task.temperature=0.0 must be positive"),
+        ({"mix": 1.5}, "^task.mix=1.5 must be in"),
+        ({"divergence": "kl"}, "^task.divergence='kl' is not one of forward_kl, reverse_kl, jsd"),
+        ({"beta": 0.3}, "^task.beta=0.3 has no effect with task.divergence='forward_kl'"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_compiled(tmp_path, teacher, change, words, monkeypatch):
+    monkeypatch.setattr(trainer.Trainer, "__init__", lambda *_: pytest.fail("a run began"))
+    write_model(tmp_path / "encoder", config=ModelConfig(**SIZES, architecture="encoder", head="mlm"))
+    pieces = tokenizers.train_sentencepiece(["alpha beta gamma delta"] * 9, 275)
+    write_model(tmp_path / "pieces", config=ModelConfig(**SIZES | {"vocab_size": 275}), tokenizer=pieces)
+    change = {name: x.format(tmp_path) if isinstance(x, str) else x for name, x in change.items()}
+    config = a_config(tmp_path)
+    data = dataclasses.replace(config.data, tokenizer="bytes")
+    config = dataclasses.replace(config, data=data, task=dataclasses.replace(config.task, **change))
+    with pytest.raises(UserError, match=words) as error:
+        nanoflax.finetune(config=config, workdir=str(tmp_path / "run"))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_smoothing_without_cross_entropy_is_refused(tmp_path):
+    config = a_config(tmp_path)
+    task, settings = dataclasses.replace(config.task, mix=0.0), dataclasses.replace(config.train, z_loss=1e-4)
+    with pytest.raises(UserError, match="^train.z_loss=0.0001 has no effect with task.mix=0"):
+        validate(dataclasses.replace(config, task=task, train=settings))
+
+
+def test_a_teacher_in_a_directory_of_transformers_teaches_the_same(tmp_path, teacher):
+    """Its tokenizer has other files and another fingerprint, and the same ids; a new student reads its vocabulary."""
+    nanoflax.open(teacher).save_pretrained(str(tmp_path / "exported"))
+    config, results = a_config(tmp_path), []
+    for name, dtype in ((teacher, "float32"), (tmp_path / "exported", "float32"), (teacher, "bfloat16")):
+        task = dataclasses.replace(config.task, teacher=str(name), teacher_dtype=dtype)
+        data = dataclasses.replace(config.data, tokenizer="bpe:2048" if name == teacher else "bytes")
+        workdir = tmp_path / f"run{len(results)}"
+        nanoflax.finetune(config=dataclasses.replace(config, task=task, data=data), workdir=str(workdir))
+        assert runs.read_run(workdir)[1].fingerprint == BYTES.fingerprint
+        results.append(json.loads((workdir / "result.json").read_text())["kl"])
+    np.testing.assert_allclose(results, results[0], rtol=2e-2)
+    assert results[0] == pytest.approx(results[1], rel=1e-5) and results[2] != results[0]
