@@ -217,7 +217,7 @@ class RewardModel(PairTask):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillTask(ExampleTask):
+class DistillTask(PackedTask):
     """A task whose targets are the probabilities of another model, the teacher."""
 
     teacher: str = field("", "The teacher: a workdir, Transformers directory, hub name or .gguf file.")
