@@ -18,7 +18,6 @@ Process 0 commits, writes manifests, and chooses the step that all processes rea
 
 import contextlib
 import json
-import logging
 import math
 import os
 import pathlib
@@ -123,9 +122,7 @@ class Checkpoints:
     def _open(self):
         """Starts orbax with the steps on the disk."""
         orbax_io.use_steady_clock()
-        if jax.process_index() == 0:  # orbax would remove the temporary directories too, but later
-            for path in self.directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
-                shutil.rmtree(path, ignore_errors=True)
+        self._remove_unfinished()  # orbax would do this too, but later
         parallel.gather_from_processes("opened")
         self._metrics = {step: manifest.read_metric(self.directory / str(step)) for step in self.steps()}
         self._saving = self._failure = None
@@ -139,7 +136,10 @@ class Checkpoints:
                 preservation_policy=self,
                 lightweight_initialize=True,  # metrics are read from our manifests instead
                 save_root_metadata=False,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+                # If a full disk stops a thread that makes directories, orbax waits for it for twenty minutes.
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._write_manifest, create_directories_asynchronously=False
+                ),
             ),
             handler_registry=registry,
         )
@@ -203,8 +203,18 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._close_manager()
+            self._remove_unfinished()  # threads of a failed save may have made files after it was abandoned
             self._on_close.close()
+
+    def _close_manager(self):
+        with contextlib.suppress(Exception):  # the errors of a failed save, of which `wait` has raised the first
+            self._manager.close()
+
+    def _remove_unfinished(self):
+        if jax.process_index() == 0:
+            for path in self.directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -280,11 +290,10 @@ class Checkpoints:
         In a run of several processes, the others learn of the failure when this process has exited.
         """
         step, kind = self._saving, UserError
-        # asyncio logs the errors of the other arrays when their tasks are freed, which may be after `close`.
-        logging.getLogger("asyncio").addFilter(orbax_io.is_retrieved)
+        orbax_io.stay_quiet()
         reason = next((text for text in map(os.strerror, DISK_ERRORS) if text in str(error)), repr(error)[:200])
         if jax.process_count() == 1:
-            self._manager.close()
+            self._close_manager()
             self._open()
             if reason in map(os.strerror, FULL):
                 kind = DiskFull

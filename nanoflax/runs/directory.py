@@ -7,6 +7,7 @@ previous-1/                 the old run that --restart_from_weights archived
 
 import contextlib
 import dataclasses
+import filecmp
 import glob
 import itertools
 import os
@@ -188,15 +189,22 @@ def model_directory(workdir: str, which: str = "best") -> str:
 def write_run(workdir: str, config: Config, tokenizer: Any) -> None:
     """Write tokenizer/ and config.json of a new run. config.json is last: it marks a complete run."""
     path = os.path.join(workdir, "tokenizer")
-    if not os.path.exists(os.path.join(workdir, "config.json")) and os.path.isdir(path) and os.listdir(path):
+    shutil.rmtree(part_of(path), ignore_errors=True)
+    tokenizer.save(part_of(path))
+    new_run = not os.path.exists(os.path.join(workdir, "config.json"))
+    if new_run and os.path.isdir(path) and os.listdir(path) and not _same_files(path, part_of(path)):
         kept = next(name for i in itertools.count(1) if not os.path.lexists(name := f"{path}-{i}"))
         os.rename(path, kept)
         print(f"{path} was there before the run; it is now {kept}")
-    shutil.rmtree(part_of(path), ignore_errors=True)
-    tokenizer.save(part_of(path))
     replace_directory(path)
     text = report.to_json(configs.to_dict(config), indent=1)
     report.write_atomically(pathlib.Path(workdir, "config.json"), text.encode())
+
+
+def _same_files(a: str, b: str) -> bool:
+    """Whether two directories without subdirectories hold the same files. A run that was killed here leaves such."""
+    found = filecmp.dircmp(a, b)
+    return not any([found.left_only, found.right_only, found.diff_files, found.funny_files, found.common_dirs])
 
 
 def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:

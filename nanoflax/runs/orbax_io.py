@@ -5,8 +5,10 @@ import importlib
 import logging
 import pathlib
 import sys
+import threading
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +22,7 @@ from nanoflax.runs.lock import Path
 
 _quiet_contexts = 0
 _make_loud: Callable[[], None] = lambda: None
+_until_exit = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
@@ -40,14 +43,21 @@ def quiet_orbax() -> Iterator[None]:
             _make_loud()
 
 
+def stay_quiet() -> None:
+    """Enters `quiet_orbax` until the process ends: after a failed save, threads may report the error again later."""
+    _until_exit.enter_context(quiet_orbax())
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+
+
 def is_retrieved(record: logging.LogRecord) -> bool:
     """False for asyncio's report of the arrays after the first one that failed; that one is raised."""
     return "never retrieved" not in record.getMessage()
 
 
 def _make_quiet() -> Callable[[], None]:
-    """Installs a log filter and an unraisablehook; returns the function that removes them."""
+    """Installs a log filter, an unraisablehook and an excepthook of threads; returns the function that removes them."""
     loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    thread_hook = threading.excepthook
 
     def not_from_orbax(record):
         return "orbax" not in record.pathname and is_retrieved(record)
@@ -58,14 +68,19 @@ def _make_quiet() -> Callable[[], None]:
         if not (event.exc_type is RuntimeError and str(event.exc_value) == "Event loop is closed"):
             hook(event)
 
+    def show_other_threads(event):
+        # orbax keeps the exception of its thread, raises it later, and lets the thread fail with it too.
+        if not type(event.thread).__module__.startswith("orbax."):
+            thread_hook(event)
+
     def undo():
         for logger in loggers:
             logger.removeFilter(not_from_orbax)
-        sys.unraisablehook = hook
+        sys.unraisablehook, threading.excepthook = hook, thread_hook
 
     for logger in loggers:
         logger.addFilter(not_from_orbax)
-    sys.unraisablehook = show_others
+    sys.unraisablehook, threading.excepthook = show_others, show_other_threads
     return undo
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from nanoflax import report, untrusted
 from nanoflax.config import MAX_SEED
 from nanoflax.errors import UserError
-from nanoflax.runs.lock import wait_until_free
+from nanoflax.runs.lock import IN_USE, wait_until_free
 
 SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")  # parts of the names of such metrics
 Space = list[str] | tuple[str, float, float]  # choices, or ("log" | "uniform" | "int", low, high)
@@ -131,11 +131,13 @@ class Sweep:
             _write_json(path, known)
         elif self.metric in known.get("result", {}):
             return self._judged(known["result"])
-        wait_until_free(workdir)  # after SIGKILL of the sweep, its trial still runs
         settings = [f"{key}={value}" for key, value in known["values"].items()]
         print(f"{title}: {', '.join(settings)}", flush=True)
         arguments = [*self.flags, *(f"--{setting}" for setting in settings), f"--workdir={workdir}"]
-        status, last_line = run_program(self.program, arguments, os.path.join(workdir, "log.txt"))
+        status, last_line = 2, IN_USE
+        while status == 2 and IN_USE in last_line:  # after SIGKILL of the sweep, its trial still runs, or still starts
+            wait_until_free(workdir)
+            status, last_line = run_program(self.program, arguments, os.path.join(workdir, "log.txt"))
         result = {"trial": number, "values": known["values"]}
         if status < 0:
             last_line = f"killed by {signal.Signals(-status).name}" + "; the memory may be too small" * (status == -9)

@@ -471,13 +471,28 @@ def test_a_clock_that_is_set_during_a_save_changes_nothing(tmp_path, monkeypatch
 
 def test_a_failed_save_stays_quiet(tmp_path, caplog):
     """asyncio logs the error of each further array when the task is freed, which may be after the context."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(UserError, match="could not be saved: No space"), Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(), {})
-        checkpoints._failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        checkpoints._failure = full
     logger = logging.getLogger("asyncio")
     logger.error("Task exception was never retrieved")
     assert not caplog.records
-    logger.removeFilter(orbax_io.is_retrieved)
+    orbax_io._until_exit.close()
+
+
+def test_a_failed_save_whose_threads_fail_again_later_is_abandoned(tmp_path):
+    full, logged = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), []
+    with Checkpoints(tmp_path, log=logged.append) as checkpoints:
+        manager, close = checkpoints._manager, checkpoints._manager.close
+        manager.close = lambda: (close(), (_ for _ in ()).throw(full))
+        checkpoints._saving, checkpoints._failure = 1, full
+        checkpoints.save(2, make_state(2), {})
+        late = tmp_path / "1.orbax-checkpoint-tmp" / "state"  # by a thread of the failed save
+        late.mkdir(parents=True)
+    assert len(logged) == 1 and "step 1 could not be saved: No space left" in logged[0]
+    assert not late.parent.exists() and runs.restore_params(tmp_path)
+    orbax_io._until_exit.close()
 
 
 def test_logs_and_hooks_are_changed_only_while_checkpoints_are_open(tmp_path):

@@ -168,6 +168,13 @@ def test_a_tokenizer_that_a_user_made_is_kept(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "tokenizer", "tokenizer-1"]
 
 
+def test_the_tokenizer_of_a_run_that_was_killed_before_its_config_is_no_other(tmp_path):
+    for _ in range(2):
+        directory.write_run(str(tmp_path), Config(), tokenizers.load("bytes"))
+        (tmp_path / "config.json").unlink()
+    assert os.listdir(tmp_path) == ["tokenizer"]
+
+
 def test_files_are_written_through_links_and_leave_no_part(tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     path = tmp_path / "config.json"
@@ -182,7 +189,7 @@ def test_files_are_written_through_links_and_leave_no_part(tmp_path, monkeypatch
 
 def test_the_other_errors_of_a_failed_save_are_not_logged(caplog):
     logger = logging.getLogger("asyncio")
-    logger.removeFilter(orbax_io.is_retrieved)  # of a save that failed in another test
+    orbax_io._until_exit.close()  # after a save that failed in another test
     with orbax_io.quiet_orbax():
         logger.error("Task exception was never retrieved")
         logger.error("another")

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from nanoflax import runs
+from nanoflax.runs import lock
 from nanoflax.runs import sweep as sweeps
 from tests.system.finetune_test import TINY, topics  # noqa: F401
 from tests.system.programs_test import ROOT, run
@@ -172,3 +173,18 @@ def test_a_diverged_trial_neither_ends_a_sweep_nor_wins_it(tmp_path, monkeypatch
     pytest.importorskip("optuna")
     spaces = [("a", ("int", 0, 9))]
     assert runs.suggest_settings(spaces, 0, 8, again, "validation_loss")
+
+
+def test_a_trial_of_a_killed_sweep_that_takes_its_lock_late_is_waited_for(tmp_path, monkeypatch):
+    calls, busy = [], f"pretrain.py: workdir x {lock.IN_USE} process 1 on host: wait for it"
+
+    def run_program(program, arguments, log):
+        calls.append(program)
+        if len(calls) == 1:
+            return 2, busy
+        pathlib.Path(tmp_path, "trial-000", "result.json").write_text('{"loss": 1}')
+        return 0, ""
+
+    monkeypatch.setattr(sweeps, "run_program", run_program)
+    sweep = sweeps.Sweep(str(tmp_path), "program", [], "loss", [])
+    assert sweep.trial(0, "trial 0", {}, dict)["loss"] == 1 and len(calls) == 2
