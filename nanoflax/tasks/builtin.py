@@ -17,21 +17,25 @@ from typing import Any
 
 from nanoflax.data import DataReport, is_held_out, json_lines, open_text, standard_modules, text_lines
 from nanoflax.errors import UserError
-from nanoflax.tasks.kinds import Chat, Classification, Pair, Tagging
+from nanoflax.tasks.kinds import Chat, Classification, Pair, Problem, Tagging
 from nanoflax.tokenizers import well_formed
 
-KINDS = {"dates": Pair, "pytags": Tagging, "pymodules": Classification, "pychats": Chat, "bible": Pair}
+KINDS = {
+    "dates": Pair, "pytags": Tagging, "pymodules": Classification, "pychats": Chat, "bible": Pair, "arithmetic": Problem
+}  # fmt: skip
 Splits = dict[str, list[tuple[str, dict[str, Any]]]]  # {"train" and "validation": [(place, record)]}
 
 
 def records(name: str, rest: str) -> Splits:
     """Both splits of NAME or NAME:REST. Raises: UserError for a name that is not built in."""
-    if bool(rest) != (name in ("dates", "bible")):
+    with_rest = {"dates": _dates, "bible": _bible, "arithmetic": _arithmetic}
+    if bool(rest) != (name in with_rest):
         raise UserError(
-            f"task data {f'{name}:{rest}'!r}: write dates:en-fr, bible:kjv-web, pytags, pymodules or pychats"
+            f"task data {f'{name}:{rest}'!r}: write dates:en-fr, bible:kjv-web, arithmetic:2, pytags, pymodules or "
+            "pychats"
         )
     if rest:
-        return {"dates": _dates, "bible": _bible}[name](rest)
+        return with_rest[name](rest)
     return {"pytags": _pytags, "pymodules": _pymodules, "pychats": _pychats}[name]()
 
 
@@ -76,6 +80,29 @@ def _dates(locales: str) -> Splits:
             date, style = FIRST_DAY + datetime.timedelta(day), rng.choice(STYLES)
             source, target = (words(date, style, locale) for locale in sides)
             yield str(date), f"dates:{locales} {date}", {"source": source, "target": target}
+
+    return _partition(items(), 0.05)
+
+
+# Sums and differences.
+
+N_SUMS = 20_000
+
+
+def _arithmetic(digits: str) -> Splits:
+    """Problems such as "37-58=" with the answer "-21": sums and differences of numbers with up to `digits` digits.
+
+    At most 20,000, chosen by a fixed seed, in random order; one in twenty is for validation."""
+    if digits not in ("1", "2", "3", "4", "5", "6"):
+        raise UserError(f"task data arithmetic:{digits}: write the largest number of digits, 1 to 6, as arithmetic:2")
+    n, rng = 10 ** int(digits), random.Random(0)
+
+    def items():
+        for number in rng.sample(range(2 * n * n), min(2 * n * n, N_SUMS)):
+            number, minus = divmod(number, 2)
+            a, b = divmod(number, n)
+            prompt, answer = f"{a}{'-' if minus else '+'}{b}=", str(a - b if minus else a + b)
+            yield prompt, f"arithmetic:{digits} {prompt}", {"prompt": prompt, "answer": answer}
 
     return _partition(items(), 0.05)
 

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
-from nanoflax.tasks.kinds import Chat, Classification, Preference
+from nanoflax.tasks.kinds import Chat, Classification, Preference, Problem
 
 
 def field_names(kind: type) -> tuple[str, ...]:
@@ -13,9 +13,9 @@ def field_names(kind: type) -> tuple[str, ...]:
 
 
 def missing_fields(kind: type, found: Iterable[str]) -> list[str]:
-    """The fields of a kind that are not in `found`; `labels` may replace `label`, and two answers may contain their
-    prompt."""
-    found, free = {*found}, {"prompt"} if kind is Preference else set()
+    """The fields of a kind that are not in `found`; `labels` may replace `label`, two answers may contain their
+    prompt, and a problem may have no answer."""
+    found, free = {*found}, {Preference: {"prompt"}, Problem: {"answer"}}.get(kind, set())
     return [n for n in kind.fields if n not in found | free and not (n == "label" and "labels" in found)]
 
 
@@ -45,6 +45,7 @@ _OTHER_NAMES = {
     "target": "tgt output answer summary translation response completion",
     "messages": "conversations conversation chat dialog",
     "prompt": "question instruction query input context",
+    "answer": "target output solution completion response tests test_list ground_truth",
     "chosen": "preferred better winner response_j chosen_response answer_chosen",
     "rejected": "dispreferred worse loser response_k rejected_response answer_rejected",
 }

@@ -12,9 +12,10 @@ from typing import Any, TypeGuard
 from nanoflax.data import DataReport, is_held_out
 from nanoflax.errors import UserError, listed
 from nanoflax.tasks.classes import classes_after_training, match_labels
-from nanoflax.tasks.kinds import Chat, Classification, Pair, Preference, Tagging, Text
+from nanoflax.tasks.kinds import Chat, Classification, Pair, Preference, Problem, Tagging, Text
 from nanoflax.tasks.messages import Clean, has_reply, messages_of, tools_of
 from nanoflax.tasks.preferences import preference
+from nanoflax.tasks.problems import problem
 from nanoflax.tasks.readers import Records
 from nanoflax.tasks.sources import TaskSource, records
 from nanoflax.tasks.tags import TAG, from_bio, to_bio
@@ -303,4 +304,5 @@ _MAKE = {
     Chat: _chat,
     Text: _text,
     Preference: preference,
+    Problem: problem,
 }

@@ -67,4 +67,16 @@ class Preference:
     input = property(lambda self: self.prompt)
 
 
-Example = Classification | Tagging | Pair | Chat | Text | Preference
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A prompt, a text or the messages of a chat, and what a reward compares the completion with."""
+
+    prompt: str | tuple[dict[str, Any], ...]
+    answer: str  # or tests of a program; "" if the reward needs none
+    place: str = _place()
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # further fields of the record
+    fields: ClassVar = ("prompt", "answer")
+    input = property(lambda self: self.prompt)
+
+
+Example = Classification | Tagging | Pair | Chat | Text | Preference | Problem

@@ -13,7 +13,7 @@ from typing import Any
 from nanoflax.data import DataReport, json_lines, open_text, text_lines
 from nanoflax.errors import UserError
 from nanoflax.tasks.columns import mapping_flag, match_columns, missing_fields
-from nanoflax.tasks.kinds import Chat, Classification, Tagging
+from nanoflax.tasks.kinds import Chat, Classification, Problem, Tagging
 from nanoflax.tasks.tables import table_rows
 from nanoflax.tasks.tags import TAG
 
@@ -37,7 +37,11 @@ def _jsonl(path: str, kind: type, renamed: Renamed, report: DataReport) -> Recor
             columns = match_columns(kind, renamed, names)
             found |= columns.keys()
             seen |= dict.fromkeys(names)
-            yield place, {ours: value[names[column]] for ours, column in columns.items()}
+            record = {ours: value[names[column]] for ours, column in columns.items()}
+            if kind is Problem:
+                used = {names[column] for column in columns.values()}
+                record["extra"] = {name: x for name, x in value.items() if name not in used}
+            yield place, record
     if seen and (missing := missing_fields(kind, found)):
         raise UserError(
             f"{path}: no object has {' or '.join(renamed.get(name, name) for name in missing)}; their fields are "
@@ -182,4 +186,5 @@ READERS = {
     "conll": _conll,
     "pairs": _pairs,
     "preferences": _jsonl,
+    "problems": _jsonl,
 }

@@ -1,8 +1,9 @@
 """Sources of task examples, each named by one string; their records, with file and line.
 
 A source is jsonl:FILE (for preferences also preferences:FILE), csv:FILE, tsv:FILE, conll:FILE,
-pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, or built in
-(tasks.builtin): dates:en-fr, pytags, pymodules, pychats, bible:kjv-web. Files may be .gz. Sources of Text are also
+pairs:SOURCE_FILE,TARGET_FILE, problems:FILE (JSON lines), tfds:NAME, or built in (tasks.builtin): dates:en-fr, pytags,
+pymodules, pychats, bible:kjv-web, arithmetic:2. Problems are also read as Text (prompt and answer), Chat and Pair, and
+Pairs as Problem and Chat. Files may be .gz. Sources of Text are also
 pydocs, text:GLOB (data.Source), and sources of Pair, of which both sides are read. The fields of each kind of example
 are keys of a JSON line or columns of a table (CSV, TSV):
 
@@ -12,6 +13,8 @@ are keys of a JSON line or columns of a table (CSV, TSV):
     Chat             messages, each with role and content (or tool_calls); tools, if there are any
     Preference       prompt, chosen, rejected, as texts or messages, or only chosen and rejected with the prompt in
                      both; tools and margin (how much better), if there are any
+    Problem          prompt, a text or messages; answer, a text, number or list of lines, if the reward needs it; its
+                     other fields are for the reward
     Text             text
 """
 
@@ -26,12 +29,14 @@ from nanoflax.data import DataReport, dataset_examples, dataset_splits, decode, 
 from nanoflax.errors import UserError
 from nanoflax.tasks import builtin
 from nanoflax.tasks.columns import field_names, mapping_flag, missing_fields
-from nanoflax.tasks.kinds import Pair, Preference, Tagging, Text
+from nanoflax.tasks.kinds import Pair, Preference, Problem, Tagging, Text
+from nanoflax.tasks.problems import CONVERSIONS, converted
 from nanoflax.tasks.readers import READERS, Records
 
 HELP = (
-    "choose jsonl:FILE, preferences:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, tfds:NAME, "
-    "dates:en-fr, pytags, pymodules, pychats, bible:kjv-web, or for texts pydocs or text:GLOB"
+    "choose jsonl:FILE, preferences:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, "
+    "problems:FILE, tfds:NAME, dates:en-fr, pytags, pymodules, pychats, bible:kjv-web, arithmetic:2, or for texts "
+    "pydocs or text:GLOB"
 )
 
 # Features of some TFDS data sets. Translation data sets need no entry: their config name contains the two languages.
@@ -133,6 +138,11 @@ def records(source: TaskSource, kind: type, report: DataReport, split: str | Non
         if "validation" not in found and not source.validation and split != "all":
             found = _split_pairs(source, found["train"])
         return {split: _both_sides(pairs) for split, pairs in found.items()}
+    own = builtin.KINDS.get(scheme) or {"pairs": Pair, "problems": Problem}.get(scheme)
+    if (own, kind) in CONVERSIONS:
+        fraction = None if source.validation or split == "all" else source.validation_fraction
+        clean = lambda text, place: source.clean(text, place, DataReport())  # problems are counted later
+        return converted(records(source, own, report, split), own, kind, clean, fraction)
     if scheme in builtin.KINDS:
         if builtin.KINDS[scheme] is not kind:
             raise UserError(
@@ -147,7 +157,7 @@ def records(source: TaskSource, kind: type, report: DataReport, split: str | Non
         ending = "jsonl" if ending == "json" else ending
         hint = f"write {ending}:{source.name}, or " if ending in READERS and not rest else ""
         raise UserError(f"task data {source.name!r} is not known; {hint}{HELP}")
-    if {"conll": Tagging, "pairs": Pair, "preferences": Preference}.get(scheme, kind) is not kind:
+    if {"conll": Tagging, "pairs": Pair, "preferences": Preference, "problems": Problem}.get(scheme, kind) is not kind:
         raise UserError(f"{source.name}: {scheme} files do not hold {' and '.join(kind.fields)}")
     return {"train": READERS[scheme](rest, kind, renamed, report)}
 

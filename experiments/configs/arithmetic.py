@@ -1,0 +1,18 @@
+"""Sums and differences of numbers below 100, such as "37-58=-21", for a small policy that grpo improves.
+
+Command:   python -m experiments.finetune --config=arithmetic --workdir=runs/arithmetic
+"""
+
+from nanoflax.config import Config, ExampleData, LanguageModel, ModelConfig, OptimConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(
+            context=32, layers=4, dim=128, heads=4, norm="rmsnorm", gated=True, bias=False, positions="rotary"
+        ),
+        data=ExampleData(train="arithmetic:2", tokenizer="bytes"),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=50),
+        task=LanguageModel(length=16),
+        train=TrainConfig(steps=400, batch_size=64, evaluate_every=100, checkpoint_every=100),
+    )
