@@ -135,7 +135,7 @@ class Run:
         form, defaults = tokenizers.prompt_ids, {}
         if as_task:
             prompts = self._task_texts(prompts)
-            form, defaults = tasks.prompt_of(self.config.task), self.task.generation(self.config.task)
+            form, defaults = tasks.prompt_of(self.config.task) or form, self.task.generation(self.config.task)
         reads_source = self.model.config.reads_source
         ids = [form(self.tokenizer, tokenizers.well_formed(text), reads_source) for text in prompts]
         return self._continued(ids, settings, defaults)

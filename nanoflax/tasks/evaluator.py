@@ -32,7 +32,7 @@ def encode_for_task(
     names, several = config.model.class_names, config.model.multi_label
     target_length = length_limits(task).get("task.target_length")
     noise = noise_for(task, with_sentinels(task, tokenizer))
-    form = dict(chat=getattr(task, "chat", None), scored=TASKS[task.kind].gives_score)
+    form: dict[str, Any] = dict(chat=getattr(task, "chat", None), scored=TASKS[task.kind].gives_score)
     return encode(examples, tokenizer, task.length, names, several, task.truncate, target_length, report, noise, **form)
 
 
@@ -82,6 +82,7 @@ class Evaluator:
             return train.guesses(model, params, batch, self.tokenizer.vocab_size)
 
         def rewards(params, batch):
+            assert self.task.pair_rewards, "this task has no pairs"
             return self.task.pair_rewards(model, params, batch, config.task)
 
         functions = (sums, guesses, logits, rewards)

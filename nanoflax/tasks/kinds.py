@@ -54,11 +54,11 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """Two answers to a prompt, the better one first: texts, or messages of a chat."""
+    """Two answers to a prompt, the better one first: three texts, or three tuples of the messages of a chat."""
 
-    prompt: str | tuple[dict[str, Any], ...]
-    chosen: str | tuple[dict[str, Any], ...]
-    rejected: str | tuple[dict[str, Any], ...]
+    prompt: Any
+    chosen: Any
+    rejected: Any
     place: str = _place()
     tools: tuple[dict[str, Any], ...] | None = dataclasses.field(default=None, repr=False)  # functions for the template
     margin: float = 0.0  # how much better, for reward models

@@ -42,7 +42,7 @@ class PairRows(Rows):
         lengths = lengths or self.lengths(indices)
         empty = {name: array[:0] if array.ndim else np.zeros_like(array) for name, array in self.rows[0].items()}
         rows = [self.rows[i] if i < len(self) else empty for i in indices]
-        batch = {"weights": (np.asarray(indices) < len(self)).astype(np.float32)}
+        batch: dict[str, Any] = {"weights": (np.asarray(indices) < len(self)).astype(np.float32)}
         for name, array in empty.items():
             if not array.ndim:
                 batch[name] = np.stack([row[name] for row in rows])
@@ -68,9 +68,9 @@ def as_chat(pair: Preference) -> Preference:
     """The pair as chats: a text becomes the message of a user, and its answers become replies."""
     if isinstance(pair.prompt, tuple):
         return pair
-    prompt = ({"role": "user", "content": pair.prompt.strip()},)
-    replies = [({"role": "assistant", "content": text.strip()},) for text in (pair.chosen, pair.rejected)]
-    return Preference(prompt, *replies, pair.place, pair.tools, pair.margin)
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    messages = {name: ({"role": role, "content": getattr(pair, name).strip()},) for name, role in roles.items()}
+    return dataclasses.replace(pair, **messages)
 
 
 class PairEncoder:
@@ -185,7 +185,7 @@ class PairEncoder:
             both = self._from_shared(example)
         else:
             both = [self._answer(example.prompt, getattr(example, side)) for side in SIDES]
-        row = {"first": np.asarray(both[0][0][0], np.int32)}
+        row: Row = {"first": np.asarray(both[0][0][0], np.int32)}
         for side, (ids, weights) in zip(SIDES, both, strict=True):
             row[side] = np.asarray(ids[1:], np.int32)
             row[f"{side}_weights"] = np.asarray(weights[1:], np.float32)

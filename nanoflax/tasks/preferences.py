@@ -16,6 +16,7 @@ from nanoflax.tasks.messages import Clean, Messages, has_reply, messages_of, too
 
 def preference(record: dict[str, Any], place: str, clean: Clean, report: DataReport) -> Preference | None:
     """The Preference of a record; None if it cannot be used, which is counted."""
+    prompt: Any
     prompt, *answers = (record.get(name) for name in Preference.fields)
     margin = record.get("margin") or 0.0
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
@@ -27,8 +28,10 @@ def preference(record: dict[str, Any], place: str, clean: Clean, report: DataRep
         return None
     if isinstance(prompt, list) and kinds == {str}:
         answers, kinds = [[{"role": "assistant", "content": answer}] for answer in answers], {list}
-    is_text = kinds == {str} and not isinstance(prompt, list)
-    made = _texts(prompt, answers, place, clean) if is_text else _chats(prompt, answers, place, clean, report)
+    if kinds == {str}:
+        made = _texts(prompt, answers, place, clean)
+    else:
+        made = _chats(prompt, answers, place, clean, report)
     tools = tools_of(record, place, report)
     if made is None or tools is None:
         return None
@@ -51,7 +54,7 @@ def _problem(prompt: Any, chosen: Any, rejected: Any, found: bool) -> str:
     return "pairs with an empty answer" if not found and not (chosen.strip() and rejected.strip()) else ""
 
 
-def _texts(prompt: str | None, answers: list, place: str, clean: Clean) -> tuple[str, str, str, bool]:
+def _texts(prompt: Any, answers: list, place: str, clean: Clean) -> tuple[str, str, str, bool]:
     """The texts, cleaned but for the spaces between prompt and answer."""
     if prompt is not None:
         chosen, rejected = (clean(f".{answer}", place)[1:] for answer in answers)
