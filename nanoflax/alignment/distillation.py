@@ -57,9 +57,11 @@ def distill(
     cross_entropy. The factor temperature^2 keeps the size of the gradient (Hinton et al. 2015, section 2). The
     teacher has no dropout and no gradient. Neither model's logits are all in memory at once.
 
-    batch: as in `train.causal_lm`. params: of the student; params["teacher"]: of the teacher. vocab_size: the
-    divergence is between the probabilities of the ids below it; each table may have more rows, which are padding.
-    teacher: None measures the student alone, by `train.causal_lm`. z_loss and label_smoothing change the cross entropy.
+    batch: as in `train.causal_lm`; drawn [B] float32, if it is there, is 1 for rows that the student has drawn itself:
+    they have no cross entropy, whose gradient would only be noise.
+    params: of the student; params["teacher"]: of the teacher. vocab_size: the divergence is between the probabilities
+    of the ids below it; each table may have more rows, which are padding. teacher: None measures the student alone, by
+    `train.causal_lm`. z_loss and label_smoothing change the cross entropy.
     Logged: kl, KL(teacher || student) at temperature 1; and divergence, if the objective has another one.
     """
     smoothing: Any = {"z_loss": z_loss, "label_smoothing": label_smoothing}
@@ -71,16 +73,18 @@ def distill(
     held = {"params": params[TEACHER]}
     known = jax.lax.stop_gradient(teacher.apply(held, inputs, segments, method="hidden")[0])
     tokens = model.config.vocab_size - model.config.vocab_padding
+    drawn = batch["drawn"][:, None] if "drawn" in batch else 0.0
+    share = jnp.broadcast_to(mix * (1 - drawn), weights.shape)
 
-    def losses(logits, known, targets):
+    def losses(logits, known, targets, share):
         pair = logits[..., :vocab_size], teacher.apply(held, known, method="head")[..., :vocab_size]
         objective, nll = nn.token_losses(logits[..., :tokens], targets, **smoothing)
         found = {"nll": nll, "kl": divergence_between(*pair, "forward_kl", beta)}
         taught = found["kl"]
         if divergence != "forward_kl" or temperature != 1:
             taught = found["divergence"] = divergence_between(*(x / temperature for x in pair), divergence, beta)
-        return found | {"objective": (1 - mix) * temperature**2 * taught + mix * objective}
+        return found | {"objective": (1 - share) * temperature**2 * taught + share * objective}
 
-    found = train.map_logits(model, params, hidden, losses, known, targets)
+    found = train.map_logits(model, params, hidden, losses, known, targets, share)
     sums = {name: jnp.sum(x * weights) for name, x in found.items()}
     return Sums(sums.pop("objective"), sums.pop("nll"), jnp.sum(weights), sums)

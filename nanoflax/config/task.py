@@ -233,11 +233,22 @@ class DistillTask(PackedTask):
     beta: float = field(0.5, "jsd: the teacher's share in the mixture of both.", within="(0, 1)")
     temperature: float = field(1.0, "Divides the logits of both in the divergence.", above=0)
     mix: float = field(0.0, "Share of the plain cross entropy in the objective.", within="[0, 1]")
+    on_policy: float = field(
+        0.0, "Share of the steps that train on continuations by the student itself (GKD).", within="[0, 1]"
+    )
+    new_tokens: int = field(64, "on_policy: largest number of tokens of a continuation.", unit="tokens", at_least=1)
 
     def problems(self) -> list[str]:
+        found, prompt = [], getattr(self, "prompt_length", 1)
         if self.divergence != "jsd" and self.beta != DistillTask.beta:
-            return [f"task.beta={self.beta} has no effect with task.divergence={self.divergence!r}; it is for jsd"]
-        return []
+            found.append(f"task.beta={self.beta} has no effect with task.divergence={self.divergence!r}; it is for jsd")
+        if self.on_policy and self.packing != "none":
+            found.append(f"task.on_policy={self.on_policy} does not work with task.packing={self.packing!r}")
+        if self.on_policy and prompt + self.new_tokens > self.length:
+            found.append(
+                f"task.new_tokens={self.new_tokens} and a prompt of {prompt} must be at most task.length={self.length}"
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,6 +256,7 @@ class Distill(DistillTask):
     """A teacher's probabilities of the next token of texts."""
 
     kind: ClassVar[str] = "distill"
+    prompt_length: int = field(32, "on_policy: tokens of a text that are continued.", unit="tokens", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

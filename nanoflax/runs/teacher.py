@@ -13,6 +13,7 @@ from nanoflax import nn, parallel, peft, tokenizers
 from nanoflax.alignment import TEACHER
 from nanoflax.config import DistillTask
 from nanoflax.errors import UserError
+from nanoflax.runs.on_policy import OwnSamples
 from nanoflax.runs.opening import ModelSource, Params, base_fingerprint, initialize_from, open_source
 from nanoflax.runs.trainer import Job
 
@@ -112,4 +113,5 @@ class Teacher:
             load=lambda: load() | {TEACHER: self.load()},
             trained=job.trained | {TEACHER: jax.tree.map(lambda _: False, shapes)},
             other_models=(*job.other_models, TEACHER),
+            wrap_step=OwnSamples(job.config, job.model, job.mesh, job.tokenizer) if self.task.on_policy else None,
         )

@@ -96,8 +96,11 @@ def test_adapters_of_a_student_beside_its_teacher(tmp_path, teacher, scan):
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, teacher):
+    """Half of the steps train on texts by the student."""
     config = a_config(tmp_path)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4, scan_layers=True))
+    task = dataclasses.replace(config.task, on_policy=0.5, prompt_length=8, new_tokens=16)
+    settings = dataclasses.replace(config.train, steps=4, scan_layers=True, seed=10, evaluate_every=2)
+    config = dataclasses.replace(config, task=task, train=settings)
     for name in ("whole", "cut"):
         nanoflax.finetune(config=config, workdir=str(tmp_path / name))
     for step in ("3", "4"):
@@ -107,6 +110,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, teacher):
     jax.tree.map(np.testing.assert_array_equal, *states)
     plain = lambda name: [{k: v for k, v in m.items() if k != "tokens_per_second"} for m in metrics_of(tmp_path / name)]
     assert plain("whole") == plain("cut")
+    assert [m["on_policy"] for m in plain("whole") if "loss" in m] == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
