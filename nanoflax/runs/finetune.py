@@ -194,8 +194,7 @@ class Finetuning:
         config, shapes = self.config, parameter_shapes(self.model, self.config)
         B = config.train.batch_size
         batches = tasks.training_batches(self.rows, config, parallel.own_rows(self.mesh, B))
-        packed = isinstance(batches, tasks.PackedBatches)
-        if packed:
+        if isinstance(batches, tasks.PackedBatches):
             print(batches.summary(config.train.steps))
         self.reference = reference.of_run(self.workdir, config, self.model, self.mesh, batches, self.held_out)
         return Job(
@@ -207,7 +206,6 @@ class Finetuning:
             load=lambda: self.load(start),
             trained=peft.trainable(shapes, config.peft),
             objective=self.objective,
-            fixed_batch=packed,
             batch={n: jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype) for n, x in batches[0].items()},
             read_data=lambda: self.training_data(batches, start),
         )
