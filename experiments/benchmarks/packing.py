@@ -56,7 +56,7 @@ def encoded_chats(job: sides.Job, examples: Sequence[Any] | None = None) -> tupl
 
 def ways(rows: Any, B: int, mesh: Mesh) -> list[Way]:
     """B packed rows; as few packed rows as have the tokens of B padded ones; and B rows padded in two ways."""
-    tokens = B * statistics.mean(map(rows.n_tokens, range(len(rows))))  # of B examples
+    tokens = B * rows.mean_tokens  # of B examples
     few = B * tokens / tasks.PackedBatches(rows, B).tokens_per_step
     found = []
     for size in sorted({B, parallel.divisible_batch_size(max(1, round(few)), mesh)}, reverse=True):

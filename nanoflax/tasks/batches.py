@@ -1,7 +1,7 @@
 """Batches of rows of similar lengths, with random access."""
 
-import statistics
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +14,11 @@ from nanoflax.tasks.rows import Rows
 POOL = 16  # batches whose rows are sorted by length together
 
 
+def is_packed(task: Any) -> bool:
+    """Whether the batches of a task configuration hold several examples in a row."""
+    return isinstance(task, PackedTask) and task.packing != "none"
+
+
 def training_batches(
     rows: Rows, config: Config, host_rows: Sequence[int] | None = None
 ) -> "ExampleBatches | PackedBatches":
@@ -22,7 +27,7 @@ def training_batches(
     Raises: UserError if the model cannot read packed examples.
     """
     task, t, shift = config.task, config.train, None
-    if isinstance(task, PackedTask) and task.packing != "none":
+    if is_packed(task):
         if isinstance(config.peft, PromptTuning) and config.model.positions == "relative":
             raise UserError(
                 f"task.packing={task.packing!r} does not work with peft.kind='prompt' in a model of "
@@ -59,7 +64,7 @@ class ExampleBatches:
     @property
     def tokens_per_step(self) -> float:
         """The mean number of tokens in a batch, without padding."""
-        return self.batch_size * statistics.mean(map(self.rows.n_tokens, range(len(self.rows))))
+        return self.batch_size * self.rows.mean_tokens
 
     def draws(self, step: int) -> list[tuple[int, int]]:
         """(row number, epoch) for each row of batches[step], in all processes: [batch_size]."""

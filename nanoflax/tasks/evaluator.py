@@ -17,9 +17,10 @@ from nanoflax import parallel, train
 from nanoflax.config import Config
 from nanoflax.data import DataReport
 from nanoflax.tasks import metrics
-from nanoflax.tasks.batches import evaluation_batches
+from nanoflax.tasks.batches import evaluation_batches, is_packed
 from nanoflax.tasks.encoding import encode
 from nanoflax.tasks.kinds import Classification, Example, Pair, Text
+from nanoflax.tasks.packing import packed_evaluation
 from nanoflax.tasks.rows import Rows
 from nanoflax.tasks.table import TASKS, length_limits, noise_for, objective_of, with_sentinels
 
@@ -110,13 +111,15 @@ class Evaluator:
     def __call__(self, params: Any, batches: int = 0) -> tuple[dict[str, float], list]:
         """(numbers, predictions) on the first `batches` batches of the rows; 0: on all.
 
+        If the task packs its rows, so does the evaluation, with the same results: a batch holds more of them.
         numbers: validation_loss in nats and the metrics of the task. predictions: one for each row, or [] if only the
         loss measures the task. With config.task.max_shift, numbers also has NAME_shifted, measured on the same rows
         with a shift; each evaluation uses the same shifts.
         """
         number = len(self.rows)
         if batches:
-            number = min(number, batches * self.config.train.batch_size)
+            per_row = self.rows.length / self.rows.mean_tokens if is_packed(self.config.task) else 1
+            number = min(number, int(batches * self.config.train.batch_size * per_row))
         numbers, predictions, self.report = self._measure(params, number)
         if max_shift := getattr(self.config.task, "max_shift", 0):
             shifted = copy.copy(self)
@@ -158,7 +161,11 @@ class Evaluator:
         """The first `number` rows in batches on the mesh. Rows of weight 0 fill the last batch."""
         B = parallel.divisible_batch_size(self.config.train.batch_size, self.mesh)
         host_rows = parallel.own_rows(self.mesh, B)
-        for batch in itertools.islice(evaluation_batches(self.rows, B, host_rows), -(-number // B)):
+        if is_packed(self.config.task):
+            batches = packed_evaluation(self.rows, number, B, host_rows)
+        else:
+            batches = itertools.islice(evaluation_batches(self.rows, B, host_rows), -(-number // B))
+        for batch in batches:
             yield parallel.put_batch(batch, self.mesh)
             parallel.reset_watchdog()
 

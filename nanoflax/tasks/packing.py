@@ -5,14 +5,14 @@ positions begin at 0, so its loss is the loss of the example alone. All batches 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
 
 from nanoflax.data import Batches
 from nanoflax.errors import UserError
-from nanoflax.tasks.rows import Row, Rows
+from nanoflax.tasks.rows import Rows
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -94,26 +94,39 @@ class PackedBatches:
         return ", ".join(self.rows.examples[i].place for row in rows[:4] for i in row[:2])
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """targets, segments, start [B, T] int32, weights [B, T] float32, first [B] int32: see train.causal_lm."""
-        rows, T = self.rows, self.rows.length
-        packed = [self._pack([rows.rows[i] for i in examples], T, rows.pad_id) for examples in self.examples(step)]
-        batch = {name: np.stack([row[name] for row in packed]) for name in packed[0]}
-        return batch | {"first": batch["start"][:, 0]}
+        return packed_batch(self.rows, self.examples(step))
 
-    @staticmethod
-    def _pack(examples: list[Row], T: int, pad_id: int) -> Row:
-        """One row of a batch: the examples one after another, then padding of segment 0."""
-        ends = np.cumsum([len(example["targets"]) for example in examples])
-        row = {
-            "targets": np.full(T, pad_id, np.int32),
-            "weights": np.zeros(T, np.float32),
-            "segments": np.zeros(T, np.int32),
-            "start": np.zeros(T, np.int32),
-        }
-        for number, (example, end) in enumerate(zip(examples, ends, strict=True), 1):
-            begin = end - len(example["targets"])
-            row["targets"][begin:end] = example["targets"]
-            row["weights"][begin:end] = example["weights"]
-            row["segments"][begin:end] = number
-            row["start"][begin] = example["first"]
-        return row
+
+def packed_batch(rows: Rows, examples: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """A batch of B rows, from the numbers of the examples in each: for train.causal_lm.
+
+    Returns: targets, segments, start [B, T] int32, weights [B, T] float32, first [B] int32. The examples of a row
+    follow one another as segments 1, 2, ...; then comes padding, which has segment 0 and weight 0.
+    """
+    shape = len(examples), rows.length
+    targets, weights = np.full(shape, rows.pad_id, np.int32), np.zeros(shape, np.float32)
+    segments, start = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for line, numbers in enumerate(examples):
+        begin = 0
+        for segment, i in enumerate(numbers, 1):
+            row = rows.rows[i]
+            part = np.s_[line, begin : begin + len(row["targets"])]
+            targets[part], weights[part], segments[part] = row["targets"], row["weights"], segment
+            start[line, begin] = row["first"]
+            begin = part[1].stop
+    return {"targets": targets, "weights": weights, "segments": segments, "start": start, "first": start[:, 0]}
+
+
+def packed_evaluation(
+    rows: Rows, number: int, batch_size: int, host_rows: Sequence[int] | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields packed batches with each of the first `number` examples once. Rows of padding fill the last batch.
+
+    host_rows: see data.Batches.
+    """
+    longest_first = sorted(range(number), key=lambda i: -len(rows.rows[i]["targets"]))
+    packed = best_fit([len(rows.rows[i]["targets"]) for i in longest_first], rows.length)
+    examples = [[longest_first[k] for k in row] for row in packed]
+    host_rows = range(batch_size) if host_rows is None else host_rows
+    for at in range(0, len(examples), batch_size):
+        yield packed_batch(rows, [examples[at + i] if at + i < len(examples) else [] for i in host_rows])

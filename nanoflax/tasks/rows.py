@@ -4,6 +4,7 @@ examples --encode--> Rows --> ExampleBatches[step] (shuffled, endless) or evalua
 """
 
 import dataclasses
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,6 +36,11 @@ class Rows:
 
     def n_tokens(self, i: int) -> int:
         return sum(len(a) for name, a in self.rows[i].items() if name in ("text", "tokens", "source", "targets"))
+
+    @property
+    def mean_tokens(self) -> float:
+        """The mean number of tokens in a row, without padding."""
+        return statistics.mean(map(self.n_tokens, range(len(self))))
 
     def with_noise(self, draws: Sequence[tuple[int, int]], seed: int = 0) -> "Rows":
         """The rows (row number, epoch), corrupted if there is noise; deterministic in (seed, epoch, row number)."""

@@ -13,6 +13,7 @@ import nanoflax
 from nanoflax import hf, nn, peft, tasks, train
 from nanoflax.config import (
     POSITIONS,
+    TASK_KINDS,
     AnyTask,
     Config,
     Instruct,
@@ -27,7 +28,7 @@ from nanoflax.config import (
 )
 from nanoflax.errors import UserError
 from nanoflax.tasks import Chat, Text
-from nanoflax.tasks.packing import best_fit
+from nanoflax.tasks.packing import best_fit, packed_evaluation
 from tests.closeness import assert_trees_close
 
 BYTES = nanoflax.tokenizers.load("bytes")
@@ -217,13 +218,39 @@ def test_the_loss_is_that_of_transformers_on_each_example_alone(fields, tmp_path
     assert float(train.causal_lm(model, params, batches[0]).loss) == pytest.approx(total, rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["language_model", "instruct"])
+def test_the_evaluation_measures_the_same_examples_packed_and_one_in_a_row(kind):
+    model, params = model_and_params(positions="rotary")
+    mesh, rows = (
+        nanoflax.parallel.make_mesh("1,1,1"),
+        rows_of([*SIZES, *SIZES[:6]], 48, "chat" if kind == "instruct" else "text"),
+    )
+    found = []
+    for packing in ("none", "best_fit"):
+        config = Config(
+            model=model.config, task=TASK_KINDS[kind](length=48, packing=packing), train=TrainConfig(batch_size=3)
+        )
+        evaluator = tasks.Evaluator(model, config, BYTES, rows, mesh)
+        number = len(rows) // 3 * 3 - 3
+        found.append((evaluator(params)[0], evaluator._measure(params, number)[0]))
+    (plain, part), (packed, packed_part) = found
+    assert packed == pytest.approx(plain, rel=1e-6) and packed_part == pytest.approx(part, rel=1e-6)
+    assert plain["validation_loss"] != part["validation_loss"]
+    hosts = [list(packed_evaluation(rows, number, 4, own)) for own in ([0, 1], [2, 3], range(4))]
+    for one, two, both in zip(*hosts, strict=True):
+        for name, array in both.items():
+            np.testing.assert_array_equal(np.concatenate([one[name], two[name]]), array)
+    real = sum(len(row["targets"]) for row in rows.rows[:number])
+    assert sum(int((batch["segments"] > 0).sum()) for batch in hosts[2]) == real
+
+
 # Misuse.
 
 
 @pytest.mark.parametrize(
     "kind, fields, words",
     [
-        ("classify", dict(packing="best_fit"), "task.packing is a field of task.kind=instruct or language_model"),
+        ("classify", dict(packing="best_fit"), "task.packing is a field of task.kind=instruct, language_model"),
         ("instruct", dict(packing="first_fit"), "task.packing='first_fit' is not one of none, best_fit"),
         (
             "language_model",
