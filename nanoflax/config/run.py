@@ -179,6 +179,10 @@ def _task_problems(c: Config) -> list[str]:
             f"task.loss={c.task.loss!r} compares with the model before training, and a new model is random: set "
             f"model.init_from, or task.loss to {free}"
         )
+    if isinstance(c.task, DistillTask) and c.task.start == "teacher":
+        given = [f"model.init_from={c.model.init_from}"] * bool(c.model.init_from)
+        given += [f"peft.kind={c.peft.kind!r} and peft.trained={c.peft.trained!r}"] * (c.peft != FullFineTuning())
+        found += [f"task.start='teacher' is for all parameters of a new model, not for {what}" for what in given]
     if isinstance(c.task, DistillTask) and not c.task.mix:
         found += [
             f"train.{name}={getattr(t, name)} has no effect with task.mix=0: it changes the cross entropy"

@@ -224,6 +224,11 @@ class DistillTask(PackedTask):
     teacher_dtype: str = field(
         "float32", "Dtype of the teacher's parameters; bfloat16 halves their memory.", choices=("float32", "bfloat16")
     )
+    start: str = field(
+        "random",
+        "Start of a new student; teacher: the teacher's parameters of the same path and shape (its first layers).",
+        choices=("random", "teacher"),
+    )
     divergence: str = field(
         "forward_kl",
         "forward_kl: KL(teacher, student); reverse_kl: KL(student, teacher); jsd: the generalised Jensen-Shannon "

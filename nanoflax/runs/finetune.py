@@ -148,6 +148,8 @@ class Finetuning:
         self.teacher = Teacher(config.task, workdir, self.mesh) if isinstance(config.task, DistillTask) else None
         taught = self.teacher and self.teacher.tokenizer
         start = start_from(config, source, self.examples, workdir, self.mesh, taught)
+        if self.teacher and self.teacher.task.start == "teacher":
+            start = dataclasses.replace(start, source=self.teacher.source)
         if config.train.label_smoothing and start.config.model.multi_label:
             raise UserError(
                 f"train.label_smoothing={config.train.label_smoothing} does not work with several labels; set it to 0"
