@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from nanoflax import alignment, nn, parallel, train
 from nanoflax.config import ModelConfig
 from tests.closeness import assert_trees_close
+from tests.parallel.mesh_test import run_child
 
 with warnings.catch_warnings(action="ignore"):  # that trl may change this class
     from trl.experimental.gkd import GKDTrainer
@@ -184,6 +185,32 @@ def test_no_logits_of_either_model_are_whole_in_memory(monkeypatch):
     whole, pieces = planned(1), planned(8)
     assert whole > 3 * logits
     assert pieces < whole / 4 and pieces < logits
+
+
+def test_a_mesh_computes_the_same():
+    """Rows, T and both vocabularies are split; both tables have rows of padding."""
+    assert run_child("on_meshes", file="alignment.distillation_test") == "same"
+
+
+def on_meshes():
+    student, params = a_model(dataclasses.replace(STUDENT, vocab_size=40, vocab_padding=3))
+    teacher, held = a_model(dataclasses.replace(TEACHER, vocab_size=44, vocab_padding=7), 1)
+    batch = a_batch() | {"weights": np.ones((B, T), np.float32)}
+    batch = {name: np.concatenate([x[:1], x]) for name, x in batch.items()}
+
+    def gradient(mesh):
+        def loss(params, held, batch):
+            given = params | {"teacher": held}
+            return alignment.distill(student, given, batch, teacher=teacher, vocab_size=V, mix=0.2).objective
+
+        placed = (parallel.put_params(tree, mesh) for tree in (params, held))
+        step = jax.jit(parallel.with_mesh(mesh, jax.value_and_grad(loss)))
+        return jax.tree.map(np.asarray, step(*placed, parallel.put_batch(batch, mesh)))
+
+    expected = gradient(parallel.make_mesh("1,1,1", jax.devices()[:1]))
+    for shape in ("2,1,2,2", "1,4,2,1"):
+        assert_trees_close(gradient(parallel.make_mesh(shape)), expected, 1e-5)
+    return "same"
 
 
 def test_dropout_is_of_the_student_alone():

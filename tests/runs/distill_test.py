@@ -11,7 +11,7 @@ import pytest
 
 import nanoflax
 from nanoflax import nn, parallel, runs, tokenizers
-from nanoflax.config import Config, Distill, ExampleData, ModelConfig, OptimConfig, TrainConfig, validate
+from nanoflax.config import Config, Distill, DistillChat, ExampleData, ModelConfig, OptimConfig, TrainConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.runs import trainer
 
@@ -148,11 +148,51 @@ def test_mistakes_are_one_line_before_anything_is_compiled(tmp_path, teacher, ch
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
-def test_smoothing_without_cross_entropy_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(task={"mix": 0.0}, train={"z_loss": 1e-4}), "^train.z_loss=0.0001 has no effect with task.mix=0"),
+        (
+            dict(task={"start": "teacher"}, model={"init_from": "x"}),
+            "is for all parameters of a new model, not for model",
+        ),
+        (
+            dict(task={"start": "teacher"}, peft={"trained": "head"}),
+            "new model, not for peft.kind='none' and peft.trained",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused(tmp_path, changes, words):
     config = a_config(tmp_path)
-    task, settings = dataclasses.replace(config.task, mix=0.0), dataclasses.replace(config.train, z_loss=1e-4)
-    with pytest.raises(UserError, match="^train.z_loss=0.0001 has no effect with task.mix=0"):
-        validate(dataclasses.replace(config, task=task, train=settings))
+    sections = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in changes.items()}
+    with pytest.raises(UserError, match=words):
+        validate(dataclasses.replace(config, **sections))
+
+
+def test_a_student_that_starts_as_the_first_layers_of_its_teacher(tmp_path, teacher):
+    config = a_config(tmp_path)
+    task, still = (
+        dataclasses.replace(config.task, start="teacher"),
+        dataclasses.replace(config.optim, learning_rate=0.0),
+    )
+    nanoflax.finetune(config=dataclasses.replace(config, task=task, optim=still), workdir=str(tmp_path / "run"))
+    student, whole = nanoflax.open(tmp_path / "run").params, nanoflax.open(teacher).params
+    del whole["decoder"]["block_1"]
+    jax.tree.map(np.testing.assert_array_equal, student, whole)
+
+
+def test_replies_of_chats_are_distilled_on_the_corpus_and_by_the_student(tmp_path, teacher):
+    chat = '{"messages": [{"role": "user", "content": "%d?"}, {"role": "assistant", "content": "%d!"}]}'
+    (tmp_path / "chats.jsonl").write_text("".join(f"{chat % (i, i)}\n" for i in range(40)))
+    config = a_config(tmp_path)
+    task = DistillChat(length=32, teacher=str(teacher), divergence="jsd", on_policy=0.5, new_tokens=6)
+    data = dataclasses.replace(config.data, train=f"jsonl:{tmp_path}/chats.jsonl")
+    settings = dataclasses.replace(config.train, seed=10)
+    config = dataclasses.replace(config, task=task, data=data, train=settings)
+    nanoflax.finetune(config=config, workdir=str(tmp_path / "run"))
+    steps = [m for m in metrics_of(tmp_path / "run") if "loss" in m]
+    assert [m["on_policy"] for m in steps] == [0, 1]
+    assert {"kl", "perplexity"} <= json.loads((tmp_path / "run" / "result.json").read_text()).keys()
 
 
 def test_a_teacher_in_a_directory_of_transformers_teaches_the_same(tmp_path, teacher):
