@@ -227,8 +227,8 @@ class Run:
         """The scores of texts by a reward model, [len(texts)] float32: larger is better.
 
         texts: texts (a prompt with its answer; the end of a text is added), or chats (lists of messages that end with
-        the reply; the tokenizer's chat template writes them). tools: for that template. A text longer than the task's
-        length is cut; their number is printed to stderr.
+        the reply; the tokenizer's chat template writes them). tools: for that template. A text longer than the
+        model's context is cut; their number is printed to stderr.
         Raises: UserError if the model gives no score, or a text or chat is empty.
         """
         if not (self.task and self.task.gives_score):
@@ -243,7 +243,7 @@ class Run:
         examples = [make(text, f"text {i}") for i, text in enumerate(texts, 1)]
         if not examples:
             return np.zeros(0, np.float32)
-        task = dataclasses.replace(self.config.task, truncate=True)
+        task = dataclasses.replace(self.config.task, truncate=True, length=self.model.config.context)
         config = dataclasses.replace(self.config, task=task)
         rows = tasks.encode_for_task(examples, config, self.tokenizer, report := data.DataReport())
         for line in report.lines():

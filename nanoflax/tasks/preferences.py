@@ -28,10 +28,7 @@ def preference(record: dict[str, Any], place: str, clean: Clean, report: DataRep
         return None
     if isinstance(prompt, list) and kinds == {str}:
         answers, kinds = [[{"role": "assistant", "content": answer}] for answer in answers], {list}
-    if kinds == {str}:
-        made = _texts(prompt, answers, place, clean)
-    else:
-        made = _chats(prompt, answers, place, clean, report)
+    made = _texts(prompt, answers, place, clean) if kinds == {str} else _chats(prompt, answers, place, clean, report)
     tools = tools_of(record, place, report)
     if made is None or tools is None:
         return None

@@ -1,7 +1,6 @@
 """Runs on preferences: the reference, its file, resuming to the bit, meshes, and reward models in use."""
 
 import json
-import os
 import shutil
 
 import jax
@@ -13,7 +12,6 @@ from nanoflax import alignment, hf, nn, parallel, peft, runs, tasks, tokenizers
 from nanoflax.config import Config, ExampleData, LoRA, ModelConfig, OptimConfig, Prefer, RewardModel, TrainConfig
 from nanoflax.errors import UserError
 from nanoflax.runs import reference
-from tests import processes
 
 BYTES = tokenizers.ByteTokenizer()
 SIZES = dict(
@@ -82,7 +80,9 @@ def test_with_lora_the_reference_is_the_base_and_no_second_model(inputs, tmp_pat
     original = reference.Reference.fill
     monkeypatch.setattr(reference.Reference, "fill", fill)
     before = sum(x.nbytes for x in jax.live_arrays())
-    run = nanoflax.finetune(config=config_of(source, pairs, steps=16, evaluate_every=16), peft=LoRA(rank=2), workdir=str(tmp_path / "run"))
+    run = nanoflax.finetune(
+        config=config_of(source, pairs, steps=16, evaluate_every=16), peft=LoRA(rank=2), workdir=str(tmp_path / "run")
+    )
     model, params, _ = runs.open_model(source)
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     assert held[0] - before < 1.2 * size  # the parameters and their adapters
@@ -145,3 +145,133 @@ def test_a_killed_run_resumes_to_the_bit(inputs, tmp_path, monkeypatch, kind):
 
 def dying(patch):
     raise Killed
+
+
+def reference_of(workdir):
+    """{name: values} of a run's file."""
+    with np.load(workdir / reference.FILE) as file:
+        return {name.split("-")[0]: file[name] for name in file.files}
+
+
+def test_the_reference_is_computed_for_what_is_read_and_again_when_it_must_be(inputs, tmp_path, capsys):
+    source, pairs = shutil.copytree(inputs[0], tmp_path / "source"), inputs[1]
+    run, file = tmp_path / "run", tmp_path / "run" / reference.FILE
+    tune = lambda: nanoflax.finetune(config=config_of(source, pairs, steps=2), workdir=str(run))
+    tune()
+    first = reference_of(run)
+    known = np.isfinite(first["train"]).all(1)
+    assert known.sum() == 16 and np.isfinite(first["validation"]).all()  # two batches of 8
+    file.write_bytes(file.read_bytes()[:100])
+    capsys.readouterr()
+    tune()
+    assert "cannot be read and is computed again" in capsys.readouterr().out
+    np.testing.assert_array_equal(reference_of(run)["train"], first["train"])
+
+    shutil.rmtree(run / "checkpoints")  # a start that saved nothing: its file may be of another source
+    for name in ("config.json", "metrics.jsonl"):
+        (run / name).unlink()
+    written = write_source(tmp_path / "other", 1)
+    for path in source.glob("*.safetensors"):
+        shutil.copy(written / path.name, path)
+    tune()
+    assert not np.isclose(reference_of(run)["train"][known], first["train"][known]).any(1).all()
+    assert metrics(run)[0, True]["validation_loss"] == pytest.approx(np.log(2), abs=1e-5)
+    shutil.rmtree(source)
+    with pytest.raises(UserError, match="is measured against the model before training, model.init_from=.*source: "):
+        nanoflax.open(run / "final").evaluate(f"jsonl:{pairs}")
+
+
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        (Prefer(loss="robust"), "task.loss='robust' needs task.label_noise above 0"),
+        (Prefer(loss="ipo", label_noise=0.1), "task.label_noise=0.1 is for dpo, .* not task.loss='ipo'"),
+        (Prefer(label_noise=0.5), r"task.label_noise=0.5 must be in \[0, 0.5\)"),
+        (Prefer(margin=1.0), "task.margin=1.0 is for task.loss='simpo', not 'dpo'"),
+        (Prefer(beta=0.0), "task.beta=0.0 must be positive"),
+        (Prefer(loss="slic"), "task.loss='slic' is not one of dpo, dpo_norm, ipo, robust, simpo, orpo"),
+        (Prefer(length=64), "task.length=64 must be at most the model's context of 32"),
+    ],
+)
+def test_bad_settings_are_one_line(inputs, tmp_path, task, message):
+    with pytest.raises(UserError, match=message):
+        nanoflax.finetune(config=config_of(*inputs, task=task), workdir=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_preference_does_not_use_is_refused(inputs, tmp_path):
+    source, pairs = inputs
+    with pytest.raises(
+        UserError, match="train.label_smoothing=0.1 does not work with task.kind='preference'; task.label_"
+    ):
+        nanoflax.finetune(config=config_of(source, pairs, label_smoothing=0.1), workdir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="a new model is random: set model.init_from, or task.loss to simpo or orpo"):
+        nanoflax.finetune(config=config_of("", pairs), workdir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="train.metric='accuracy' is not measured here; .*preference_accuracy"):
+        nanoflax.finetune(config=config_of(source, pairs, metric="accuracy"), workdir=str(tmp_path / "run"))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="no object has chosen or rejected; their fields are text"):
+        nanoflax.finetune(config=config_of(source, texts), workdir=str(tmp_path / "run"))
+
+
+# Reward models.
+
+
+def test_a_reward_model_learns_and_gives_the_scores_of_transformers(inputs, tmp_path):
+    import torch
+    import transformers
+
+    source, pairs = inputs
+    config = config_of(source, pairs, RewardModel(length=16), steps=24, evaluate_every=24)
+    run = nanoflax.finetune(config=config, workdir=str(tmp_path / "run"))
+    assert metrics(tmp_path / "run")[24, True]["preference_accuracy"] == 1.0
+    texts = ["3+4=7", "3+4=13", "a much longer text 12"]
+    scores = run.rewards(texts)
+    assert scores[0] > scores[1] and run.predict(texts) == pytest.approx(scores.tolist())
+    assert run.rewards(texts[1:2]) == pytest.approx(scores[1:2], abs=1e-5)  # padding changes nothing
+    assert run.rewards([]).shape == (0,)
+    chat = [{"role": "user", "content": "3+4"}, {"role": "assistant", "content": "7"}]
+    ids, _ = tokenizers.chat_ids(BYTES, chat)
+    score = float(run.model.apply({"params": run.params}, np.asarray([ids]))[0, 0])
+    assert run.rewards([chat, texts[0]]).tolist() == pytest.approx([score, float(scores[0])], abs=1e-5)
+
+    run.save_pretrained(tmp_path / "exported")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    batch = tokenizer([text + tokenizer.eos_token for text in texts], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        found = theirs(**batch).logits[:, 0].numpy()
+    np.testing.assert_allclose(found, scores, atol=1e-5)
+    published = nanoflax.open(tmp_path / "exported")
+    np.testing.assert_allclose(published.rewards(texts), scores, atol=1e-5)
+    assert published.evaluate(f"jsonl:{pairs}")["preference_accuracy"] > 0.9
+    again = nanoflax.finetune(tmp_path / "exported", config=config, workdir=str(tmp_path / "again"))
+    first = metrics(tmp_path / "again")[0, True]
+    assert first["preference_accuracy"] == 1.0  # its head is kept
+    for bad, message in (([""], "text 1 of 1 is empty"), (["a", []], "text 2 of 2 is empty")):
+        with pytest.raises(UserError, match=message):
+            again.rewards(bad)
+    with pytest.raises(UserError, match="source is no reward model"):
+        nanoflax.open(source).rewards(texts)
+
+
+def test_an_end_that_is_padding_too_is_no_padding_id_in_transformers(tmp_path):
+    tokenizer = nanoflax.tokenizers.load(inputs_tokenizer(tmp_path))
+    config = ModelConfig(**SIZES | {"vocab_size": tokenizer.vocab_size}, head="classify", labels=1, class_names=("x",))
+    params = parallel.init(nn.build(config), jax.random.PRNGKey(0))
+    hf.save(tmp_path / "model", config, params, tokenizer)
+    assert tokenizer.pad_id == tokenizer.eos_id
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["pad_token_id"] is None
+
+
+def inputs_tokenizer(directory):
+    """A byte-level tokenizer whose only special token ends and pads texts, as that of GPT-2."""
+    import tokenizers as library
+    import transformers
+
+    made = library.ByteLevelBPETokenizer()
+    made.train_from_iterator(["a b"], 260, special_tokens=["<|endoftext|>"])
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, **names).save_pretrained(directory / "t")
+    return directory / "t"
