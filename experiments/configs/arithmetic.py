@@ -9,10 +9,10 @@ from nanoflax.config import Config, ExampleData, LanguageModel, ModelConfig, Opt
 def get_config() -> Config:
     return Config(
         model=ModelConfig(
-            context=32, layers=4, dim=128, heads=4, norm="rmsnorm", gated=True, bias=False, positions="rotary"
+            context=32, layers=2, dim=64, heads=4, norm="rmsnorm", gated=True, bias=False, positions="rotary"
         ),
         data=ExampleData(train="arithmetic:2", tokenizer="bytes"),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=50),
+        optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=50),
         task=LanguageModel(length=16),
-        train=TrainConfig(steps=400, batch_size=64, evaluate_every=100, checkpoint_every=100),
+        train=TrainConfig(steps=1300, batch_size=64, evaluate_every=325, checkpoint_every=325),
     )

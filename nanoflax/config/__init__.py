@@ -26,6 +26,7 @@ from nanoflax.config.peft import (
 from nanoflax.config.recipes import RECIPE_FIELDS, RECIPES, Recipe, fill, recipe_of, with_recipe
 from nanoflax.config.run import MAX_SEED, METRICS, OPTIMIZERS, SCHEDULES, Config, OptimConfig, TrainConfig
 from nanoflax.config.task import (
+    GRPO,
     PREFERENCE_LOSSES,
     TASK_KINDS,
     AnyTask,
@@ -53,7 +54,7 @@ from nanoflax.config.task import (
 
 __all__ = [
     "AdaLoRA", "AnyPeft", "AnyTask", "Classify", "Config", "DataConfig", "Denoise", "Distill", "DistillChat",
-    "DistillTask", "DoRA", "ExampleData", "ExampleTask", "FullFineTuning", "GenerationDefaults", "Houlsby",
+    "DistillTask", "DoRA", "ExampleData", "ExampleTask", "FullFineTuning", "GRPO", "GenerationDefaults", "Houlsby",
     "Instruct", "LSTM_ATTENTIONS", "LSTM_STARTS", "LabelTask", "LanguageModel", "LoRA", "LowRank", "MAX_SEED",
     "METRICS", "MaskedLM", "ModelConfig", "OPTIMIZERS", "OptimConfig", "PEFT_KINDS", "POSITIONS", "PREFERENCE_LOSSES",
     "PRESETS", "PackedTask", "PairTask", "PeftConfig", "Pfeiffer", "Prefer", "PrefixTuning", "Pretrain",

@@ -7,7 +7,7 @@ from nanoflax.config.data import AnyData, TextData
 from nanoflax.config.fields import field
 from nanoflax.config.model import ModelConfig
 from nanoflax.config.peft import AdaLoRA, AnyPeft, FullFineTuning
-from nanoflax.config.task import PREFERENCE_LOSSES, AnyTask, DistillTask, LabelTask, PairTask, Prefer, Pretrain
+from nanoflax.config.task import GRPO, PREFERENCE_LOSSES, AnyTask, DistillTask, LabelTask, PairTask, Prefer, Pretrain
 
 # Metrics of evaluations, and whether a larger value is better.
 METRICS = dict.fromkeys(("validation_loss", "perplexity", "bits_per_byte", "kl"), False) | dict.fromkeys(
@@ -23,6 +23,8 @@ METRICS = dict.fromkeys(("validation_loss", "perplexity", "bits_per_byte", "kl")
         "rouge_l",
         "preference_accuracy",
         "reward_margin",
+        "reward",
+        "pass_at_k",
     ),
     True,
 )
@@ -190,6 +192,16 @@ def _task_problems(c: Config) -> list[str]:
             for name in ("z_loss", "label_smoothing")
             if getattr(t, name)
         ]
+    if isinstance(c.task, GRPO):
+        found += [
+            f"train.{name}={getattr(t, name)} does not work with task.kind={c.task.kind!r}"
+            for name in ("z_loss", "label_smoothing")
+            if getattr(t, name)
+        ]
+        if t.batch_size % c.task.group:
+            found.append(
+                f"train.batch_size={t.batch_size} counts completions, so task.group={c.task.group} must divide it"
+            )
     if not isinstance(c.task, Pretrain):
         if t.sample_prompt:
             found.append(f"train.sample_prompt={t.sample_prompt!r} is for pretraining, not task.kind={c.task.kind!r}")

@@ -271,6 +271,46 @@ class DistillChat(DistillTask):
     kind: ClassVar[str] = "distill_chat"
 
 
+NORMALIZATIONS = ("grpo", "dr_grpo", "dapo")
+REWARD_SCALES = ("group", "batch", "none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPO(TargetTask):
+    """Completions with larger rewards than others of their prompt become more probable (Shao et al. 2024)."""
+
+    kind: ClassVar[str] = "grpo"
+    chat: bool | None = field(
+        None, "true: a text is the message of a user, a completion is the reply; none: as the data have them."
+    )
+    reward: str = field(
+        "exact",
+        "exact, regex:PATTERN, tests, tests:prompt, python:MODULE:FUNCTION, python:FILE.py:FUNCTION or model:SOURCE (a "
+        "reward model).",
+    )
+    reward_seconds: float = field(10.0, "Longest time of a reward function.", unit="seconds", above=0)
+    group: int = field(8, "Completions of a prompt; train.batch_size counts completions.", at_least=2)
+    temperature: float = field(1.0, "Temperature of completions.", above=0)
+    top_k: int = field(0, "Draw from the K most probable tokens; 0: all.", at_least=0)
+    top_p: float = field(1.0, "Draw from the fewest tokens with this total probability.", within="(0, 1]")
+    min_p: float = field(0.0, "Draw from tokens with this share of the highest probability.", within="[0, 1]")
+    beta: float = field(0.0, "Weight of the KL divergence from the model before training.", at_least=0)
+    clip_low: float = field(0.2, "The gradient of a token ends at a ratio of 1 - this.", within="(0, 1)")
+    clip_high: float = field(0.2, "The gradient of a token ends at a ratio of 1 + this.", above=0)
+    normalization: str = field(
+        "grpo",
+        "Mean of the loss: grpo (over rows, of the mean over a row's tokens), dr_grpo (sum over target_length) or dapo "
+        "(over all tokens).",
+        choices=NORMALIZATIONS,
+    )
+    scale_rewards: str = field(
+        "group", "What divides advantages: the standard deviation of the group or batch.", choices=REWARD_SCALES
+    )
+    updates: int = field(1, "Updates from each batch of completions.", at_least=1)
+    mask_truncated: bool = field(False, "Completions without an end get no gradient.")
+    attempts: int = field(0, "Completions of a validation problem for pass_at_k; 0: none.", at_least=0)
+
+
 AnyTask = (
     Classify
     | Tag
@@ -283,6 +323,7 @@ AnyTask = (
     | RewardModel
     | Distill
     | DistillChat
+    | GRPO
     | Pretrain
 )  # fmt: skip
 TASK_KINDS = kinds(AnyTask)  # {kind: class}

@@ -16,11 +16,11 @@ from nanoflax.report.strict_json import number_of, to_json
 
 
 class MetricsLog:
-    """Writes metrics to `workdir/metrics.jsonl`, TensorBoard and, if asked, Weights & Biases.
+    """Writes metrics to `workdir/metrics.jsonl` (or another `name`), TensorBoard and, if asked, Weights & Biases.
 
-    Each line of `metrics.jsonl` is a strict JSON object. Floats are exact; non-finite ones are the strings
+    Each line of the file is a strict JSON object. Floats are exact; non-finite ones are the strings
     "nan", "inf" and "-inf". resume_step: the step of the restored checkpoint, or 0 for a new run; lines of
-    later steps (from a killed run) are removed, so each step occurs once. wandb: the name of a project, or None.
+    later steps (from a killed run) are removed, so no step is written again. wandb: the name of a project, or None.
     Raises: UserError if the file cannot be written or Weights & Biases does not start.
     """
 
@@ -31,9 +31,10 @@ class MetricsLog:
         wandb: str | None = None,
         resume_step: int = 0,
         config: dict[str, Any] | None = None,
+        name: str = "metrics.jsonl",
     ):
         workdir = pathlib.Path(workdir)
-        self.path = workdir / "metrics.jsonl"
+        self.path = workdir / name
         self._wandb = _start_wandb(workdir, wandb, config) if wandb else None
         self._tensorboard, self._unwritten = None, b""
         if tensorboard:

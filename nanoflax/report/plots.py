@@ -70,14 +70,47 @@ def plot_losses(workdir: str | os.PathLike[str], tokens_per_step: float | None =
     return workdir / "loss.png"
 
 
-def _draw_training(axes, steps, losses):
+def plot_rewards(workdir: str | os.PathLike[str]) -> pathlib.Path | None:
+    """Draws the rewards of `workdir/metrics.jsonl` as `workdir/reward.png`; returns its path, or None without data.
+
+    Reads `rollout_reward`, of the completions that a step draws, and `reward`, of greedy ones for validation.
+    """
+    workdir = pathlib.Path(workdir)
+    records = read_metrics(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
+    drawn, greedy = ([(r["step"], r[name]) for r in records if name in r] for name in ("rollout_reward", "reward"))
+    if not drawn:
+        return None
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="mean reward")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    _draw_training(axes, *zip(*drawn, strict=True), label="completions of training problems, sampled")
+    if greedy:
+        steps, rewards = zip(*greedy, strict=True)
+        axes.plot(steps, rewards, "o-", color="tab:orange", markersize=4, label="held-out problems, greedy")
+        axes.set_title(f"held-out reward {rewards[0]:.3f} at step {steps[0]}, {rewards[-1]:.3f} at step {steps[-1]}")
+    values = [reward for _, reward in drawn + greedy]
+    margin = 0.03 * (max(values) - min(values)) + 0.01
+    axes.set_ylim(min(values) - margin, max(values) + margin)
+    axes.legend(frameon=False, loc="lower right")
+    canvas.print_png(buffer := io.BytesIO())
+    write_atomically(workdir / "reward.png", buffer.getvalue())
+    return workdir / "reward.png"
+
+
+def _draw_training(axes, steps, losses, label="training"):
     losses, width = np.array(losses), max(1, len(losses) // 100)
     # At both ends the window has fewer terms, so the sum is divided by their number.
     window = np.ones(2 * width + 1)
     smooth = np.convolve(losses, window)[width:-width] / np.convolve(np.ones_like(losses), window)[width:-width]
     thin = slice(None, None, 1 + len(losses) // 5000)
     axes.plot(steps[thin], losses[thin], color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps[thin], smooth[thin], color="tab:blue", linewidth=1.6, label="training")
+    axes.plot(steps[thin], smooth[thin], color="tab:blue", linewidth=1.6, label=label)
     low, high = min(smooth), max(smooth)
     axes.set_ylim(low - 0.12 * (high - low) - 0.01, high + 0.08 * (high - low) + 0.01)
 

@@ -102,16 +102,16 @@ class TrainingProgress(ProgressBar):
     ):
         super().__init__(total_steps, start_step, stream, clock)
         self._counted = lambda: clock() - ignored()
-        self.loss, self.tokens_per_step = None, tokens_per_step
+        self.loss, self.reward, self.tokens_per_step = None, None, tokens_per_step
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self._paused, self._note = 0.0, "compiling"
         self._first: tuple[float, float] | None = None  # (time, training time) at the end of the first update
         self._marks = collections.deque()  # (training time, step), the last `window` seconds
 
-    def update(self, step: int, loss: float) -> None:
-        """Shows the number of finished steps and the loss of the last step."""
+    def update(self, step: int, loss: float, reward: float | None = None) -> None:
+        """Shows the number of finished steps and the loss of the last step, and if there is one, its reward."""
         now = self._counted()
-        self.loss, self._note = float(loss), None
+        self.loss, self.reward, self._note = float(loss), reward, None
         self._marks.append((now - self._paused, int(step)))
         self._first = self._first or (now, now - self._paused)
         while len(self._marks) > 2 and self._marks[1][0] <= now - self._paused - self.window:
@@ -162,6 +162,8 @@ class TrainingProgress(ProgressBar):
     def status(self) -> str:
         """A text such as `loss 2.3456  12.3k tokens/s  MFU 41%  3:21 left`."""
         parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
+        if self.reward is not None:
+            parts.append(f"reward {self.reward:.3f}")
         if self.tokens_per_second is not None:
             parts.append(f"{format_count(self.tokens_per_second)} tokens/s")
         if self.mfu is not None:

@@ -25,7 +25,8 @@ from nanoflax.runs.vocabulary import with_saved_vocabulary
 
 DIRECTORIES = ("checkpoints", "tokenizer", "tensorboard", "final", "adapter")
 FILES = (
-    "config.json", "metrics.jsonl", "result.json", "predictions.jsonl", "loss.png", "attention.png"
+    "config.json", "metrics.jsonl", "result.json", "predictions.jsonl", "rollouts.jsonl", "reward.png", "loss.png",
+    "attention.png"
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from nanoflax import config as configs
 from nanoflax import hf, nn, parallel, peft, report, tasks
 from nanoflax.config import Config, DistillTask
 from nanoflax.errors import UserError
-from nanoflax.runs import checkpoint, reference
+from nanoflax.runs import checkpoint, grpo, reference
 from nanoflax.runs.checkpoint import Checkpoints
 from nanoflax.runs.directory import check_workdir, exclusive, part_of, replace_directory, write_jsonl, write_run
 from nanoflax.runs.opening import open_initial, open_source, parameter_shapes
@@ -36,6 +36,7 @@ def finetune(
     validation: str | None = None,
     config: Config | None = None,
     profile: str = "",
+    reward: Any = None,
 ) -> Run:
     """Fine-tune in workdir. The same call again resumes the run and measures the best step again.
 
@@ -43,19 +44,22 @@ def finetune(
     of config.model. data, validation: sources of examples, such as "jsonl:train.jsonl". task: a kind, such as
     "classify", or its dataclass. peft: a kind, such as "lora", or its dataclass. config: all other settings; the
     arguments before replace its fields. Without config, texts are cut to the context of the source.
-    profile: steps such as "10:12", whose trace is written to workdir/profile.
+    profile: steps such as "10:12", whose trace is written to workdir/profile. reward: for the task grpo, a function
+    (completion, problem) -> number, or a name for task.reward.
     At the end the best step is measured; result.json, predictions.jsonl and final/ (all parameters) are written.
     Returns the Run in workdir; its `reason` says why training ended. After SIGTERM or SIGINT the state is saved and
     `signal` is the number of the signal.
     Raises: UserError for a mistake of the user, before training.
     """
-    config = with_arguments(config, source, data, validation, task, peft)
+    config = grpo.with_reward(with_arguments(config, source, data, validation, task, peft), reward)
     check(config)
     steps = parse_profile(profile, config)
     setup_jax(trains=True)
     with exclusive(workdir):
-        finetuning = Finetuning(config, workdir)
+        finetuning = Finetuning(config, workdir, reward if callable(reward) else None)
         ended = run_job(dataclasses.replace(finetuning.job, profile=steps), workdir)
+        if finetuning.policy:
+            finetuning.policy.close()
         if ended.signal:
             print(f"{ended.reason}: saved at step {ended.step}; the same command continues")
         else:
@@ -118,7 +122,8 @@ def check(config: Config) -> None:
             f"peft.kind={p.kind!r} without model.init_from would adapt a model with random weights; set "
             "model.init_from, or list in peft.trained what else is trained"
         )
-    check_metric(config, tasks.TASKS[config.task.kind].metrics)
+    row = tasks.TASKS[config.task.kind]
+    check_metric(config, row.metrics, row.measures_loss)
     check_wandb(config)
 
 
@@ -137,7 +142,7 @@ def fingerprint(examples: Iterable[Any]) -> str:
 class Finetuning:
     """One fine-tuning: reads its examples, makes its Job, measures and exports its best step."""
 
-    def __init__(self, config: Config, workdir: str):
+    def __init__(self, config: Config, workdir: str, reward: Any = None):
         self.workdir, self.task = workdir, tasks.TASKS[config.task.kind]
         self.base = ""  # fingerprint of the parameters of the source that are not trained; set by `load`
         self.mesh = parallel.make_mesh(config.train.mesh)
@@ -168,8 +173,11 @@ class Finetuning:
         self.model = nn.build(config.model, config.train.remat)
         measured = self.model, config, self.tokenizer, self.held_out, self.mesh
         self.evaluator = tasks.Evaluator(*measured, self.objective)
+        self.policy: Any = None  # grpo.Policy
+        if isinstance(config.task, configs.GRPO):
+            self.evaluator.reward = grpo.open_reward(config.task, reward)
         job = self.make_job(start)
-        self.job = self.teacher.join(job) if self.teacher else job
+        self.job = self.teacher.join(job) if self.teacher else self.policy.join(job) if self.policy else job
 
     def encode(self) -> tuple[Any, Any]:
         """The training and validation rows. Prints their numbers, labels and an example."""
@@ -198,6 +206,9 @@ class Finetuning:
         batches = tasks.training_batches(self.rows, config, parallel.own_rows(self.mesh, B))
         if isinstance(batches, tasks.PackedBatches):
             print(batches.summary(config.train.steps))
+        if self.evaluator.reward:
+            parts = self.workdir, config, self.model, self.tokenizer, self.mesh, batches, self.evaluator.reward
+            self.policy = grpo.Policy(*parts, load=lambda: start.load(self.model, self.mesh)[0])
         self.reference = reference.of_run(self.workdir, config, self.model, self.mesh, batches, self.held_out)
         return Job(
             config=config,
@@ -224,10 +235,15 @@ class Finetuning:
             if not self.reference.is_complete:  # a resumed run of more steps, which did not load its source
                 self.load(start)
             self.reference.fill()
+        if self.policy and self.policy.needs_copy:
+            self.base = self.policy.load_reference()
 
         def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
-            metrics: dict[str, Any] = self.evaluator(params, self.config.train.evaluate_batches)[0]
-            return metrics, f"step {step}: {report.format_metrics(metrics)}"
+            metrics, predictions = self.evaluator(params, self.config.train.evaluate_batches)
+            lines, table = [f"step {step}: {report.format_metrics(metrics)}"], self.task.samples_table
+            if table:
+                lines += table(self.evaluator.rows.examples, predictions, self.config.task.show)
+            return metrics, "\n".join(lines)
 
         identity = {
             "tokenizer": self.tokenizer.fingerprint,
@@ -263,11 +279,20 @@ class Finetuning:
             return
         if aligned:
             self.plot_alignment(params)
-        report.plot_losses(self.workdir)
+        (report.plot_losses if self.task.measures_loss else report.plot_rewards)(self.workdir)
         print(f"best at step {saved['step']}: {report.format_metrics(found)}")
         if copied := self.evaluator.report.get("bleu_of_source"):
             print(f"bleu of the sources themselves: {copied:.4f}")
-        wrote = ("result.json", "predictions.jsonl", "loss.png", "attention.png", "final", "adapter")
+        wrote = (
+            "result.json",
+            "predictions.jsonl",
+            "rollouts.jsonl",
+            "reward.png",
+            "loss.png",
+            "attention.png",
+            "final",
+            "adapter",
+        )
         wrote = [name for name in wrote if os.path.exists(os.path.join(self.workdir, name))]
         print(f"{self.workdir}: {', '.join(wrote)}")
 

@@ -305,9 +305,9 @@ def setup_jax(trains: bool = False) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def check_metric(config: Config, measured: tuple[str, ...]) -> None:
-    """Raises: UserError if train.metric is not validation_loss and not in `measured`."""
-    known = ("validation_loss", *measured)
+def check_metric(config: Config, measured: tuple[str, ...], measures_loss: bool = True) -> None:
+    """Raises: UserError if train.metric is not in `measured`, nor validation_loss if that is measured."""
+    known = ("validation_loss",) * measures_loss + measured
     if config.train.metric not in known:
         raise UserError(f"train.metric={config.train.metric!r} is not measured here; choose one of {', '.join(known)}")
 

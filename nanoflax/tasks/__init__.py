@@ -1,6 +1,6 @@
 """Fine-tuning tasks: examples, their rows and batches, objectives, metrics."""
 
-from nanoflax.tasks.batches import POOL, ExampleBatches, training_batches
+from nanoflax.tasks.batches import POOL, ExampleBatches, PromptBatches, training_batches
 from nanoflax.tasks.encoding import encode, show_row, weigh_classes
 from nanoflax.tasks.evaluator import Evaluator, encode_for_task, encode_texts, prediction_records
 from nanoflax.tasks.examples import load, occurring_labels, read
@@ -23,7 +23,7 @@ from nanoflax.tasks.table import (
 
 __all__ = [
     "Chat", "Classification", "Evaluator", "ExampleBatches", "POOL", "PackedBatches", "Pair", "PairRows",
-    "Preference", "Problem", "SHORTEST", "SIDES", "TASKS", "Tagging", "TaskSource", "Text", "config_of", "encode",
-    "encode_for_task", "encode_texts", "examples_of", "exported_tokenizer", "in_form_of", "length_limits", "load",
-    "metrics_table", "objective_of", "occurring_labels", "prediction_records", "prompt_of", "read", "show_row",
-    "training_batches", "weigh_classes", "with_reference", "with_sentinels"]  # fmt: skip
+    "Preference", "Problem", "PromptBatches", "SHORTEST", "SIDES", "TASKS", "Tagging", "TaskSource", "Text",
+    "config_of", "encode", "encode_for_task", "encode_texts", "examples_of", "exported_tokenizer", "in_form_of",
+    "length_limits", "load", "metrics_table", "objective_of", "occurring_labels", "prediction_records", "prompt_of",
+    "read", "show_row", "training_batches", "weigh_classes", "with_reference", "with_sentinels"]  # fmt: skip

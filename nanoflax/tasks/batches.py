@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from nanoflax.config import Config, PackedTask, PromptTuning, ShiftTask
+from nanoflax.config import GRPO, Config, PackedTask, PromptTuning, ShiftTask
 from nanoflax.data import Batches
 from nanoflax.errors import UserError
 from nanoflax.tasks.packing import PackedBatches
 from nanoflax.tasks.rows import Rows
+from nanoflax.tokenizers import bucket
 
 POOL = 16  # batches whose rows are sorted by length together
 
@@ -21,12 +22,16 @@ def is_packed(task: Any) -> bool:
 
 def training_batches(
     rows: Rows, config: Config, host_rows: Sequence[int] | None = None
-) -> "ExampleBatches | PackedBatches":
-    """The batches that a run trains on: packed, shifted, or only sorted by length, as config.task says.
+) -> "ExampleBatches | PackedBatches | PromptBatches":
+    """The batches that a run trains on: prompts, packed, shifted, or only sorted by length, as config.task says.
 
-    Raises: UserError if the model cannot read packed examples.
+    Raises: UserError if the model cannot read packed examples, or prompts with the completions.
     """
     task, t, shift = config.task, config.train, None
+    if isinstance(task, GRPO):
+        return PromptBatches(
+            rows, t.batch_size, task.group, task.target_length, config.model.context, t.seed, host_rows
+        )
     if is_packed(task):
         if isinstance(config.peft, PromptTuning) and config.model.positions == "relative":
             raise UserError(
@@ -89,6 +94,61 @@ class ExampleBatches:
         if self.shift:
             rows = rows.shifted(*self.shift, (self.seed, step))
         return rows.batch(self.host_rows, rows.lengths(range(self.batch_size)))
+
+
+class PromptBatches:
+    """batches[step]: prompts padded on the left [rows, P] int32, their lengths [rows] int32 and the numbers of their
+    problems [rows] int32. Each prompt comes `group` times in a row. All steps have the same P.
+
+    Epochs, steps and host_rows: see data.Batches.
+    Raises: UserError if a prompt with `new_tokens` tokens exceeds the context of the model.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        batch_size: int,
+        group: int,
+        new_tokens: int,
+        context: int,
+        seed: int = 0,
+        host_rows: Sequence[int] | None = None,
+    ) -> None:
+        self._prompts = Batches(rows, batch_size // group, seed)
+        self.rows, self.batch_size, self.group, self.new_tokens = rows, batch_size, group, new_tokens
+        self.host_rows = range(batch_size) if host_rows is None else host_rows
+        longest = max(range(len(rows)), key=rows.n_tokens)
+        most = rows.n_tokens(longest)
+        if most + new_tokens > context:
+            raise UserError(
+                f"{rows.examples[longest].place} has a prompt of {most} tokens; with task.target_length={new_tokens} "
+                f"this exceeds the model's context of {context}; lower task.target_length, or task.length to leave "
+                "long prompts out"
+            )
+        self.length = min(bucket(most), context - new_tokens)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """The mean number of tokens in a batch, if all completions have new_tokens."""
+        prompts = statistics.mean(map(self.rows.n_tokens, range(len(self.rows))))
+        return self.batch_size * (prompts + self.new_tokens)
+
+    def indices(self, step: int) -> list[int]:
+        """The numbers of the problems of batches[step], in all processes: [batch_size]."""
+        return [i for i in self._prompts.indices(step) for _ in range(self.group)]
+
+    def describe(self, step: int) -> str:
+        """The places of the first problems of batches[step], to report a bad batch."""
+        return ", ".join(self.rows.examples[i].place for i in self._prompts.indices(step)[:4])
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        indices = self.indices(step)
+        numbers = [indices[row] for row in self.host_rows]
+        prompts = np.zeros((len(numbers), self.length), np.int32)
+        lengths = np.array([self.rows.n_tokens(i) for i in numbers], np.int32)
+        for line, i, n in zip(prompts, numbers, lengths, strict=True):
+            line[self.length - n :] = self.rows.rows[i]["source"]
+        return {"prompts": prompts, "lengths": lengths, "problems": np.asarray(numbers, np.int32)}
 
 
 def evaluation_batches(

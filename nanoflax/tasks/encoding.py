@@ -10,11 +10,11 @@ import numpy as np
 from nanoflax.config import read_class_weights
 from nanoflax.data import DataReport
 from nanoflax.errors import UserError, listed
-from nanoflax.tasks.kinds import Chat, Classification, Example, Pair, Preference, Tagging, Text
+from nanoflax.tasks.kinds import Chat, Classification, Example, Pair, Preference, Problem, Tagging, Text
 from nanoflax.tasks.noise import Noise
 from nanoflax.tasks.pairs import SIDES, PairEncoder, PairRows
 from nanoflax.tasks.rows import Row, Rows
-from nanoflax.tokenizers import align_tags, chat_ids, decode_parts, show_mask
+from nanoflax.tokenizers import align_tags, chat_ids, chat_prompt, decode_parts, prompt_ids, show_mask
 
 
 def encode(
@@ -41,7 +41,7 @@ def encode(
       multi_label: a text may have several labels, or none.
       truncate: cut longer examples but keep special tokens, and count them in `report`; otherwise raise an error.
       noise: for Texts: Rows.with_noise corrupts their rows differently in each epoch.
-      chat: for Preferences: their texts become chats. None: as they are.
+      chat: for Preferences and Problems: their texts become chats. None: as they are.
       scored: rows for a reward model, of Preferences, Texts and Chats.
     Raises: UserError that names the examples that are too long, or if no row is left.
     """
@@ -50,6 +50,7 @@ def encode(
     pairs = PairEncoder(tokenizer, length, truncate, scored, chat, report, encoder.too_long)
     encode_one: dict[type, Any] = {kind: functools.partial(method, encoder) for kind, method in _ENCODE.items()}
     encode_one[Preference] = pairs.pair
+    encode_one[Problem] = functools.partial(encoder.problem, bool(chat))
     if scored:
         encode_one |= {Text: pairs.text, Chat: pairs.chat}
     encoded = [pair for example in examples for pair in encode_one[type(example)](example)]
@@ -148,6 +149,22 @@ class _Encoder:
             yield _next_tokens(ids, weights), example
         else:
             self.report.add(f"chats without a reply in the first {self.length} tokens, left out", example.place)
+
+    def problem(self, chat: bool, example: Problem) -> Iterator[tuple[Row, Example]]:
+        """The prompt; a part of it would be another problem, so long ones are left out."""
+        prompt = example.prompt
+        if chat and isinstance(prompt, str):
+            prompt = ({"role": "user", "content": prompt},)
+        try:
+            is_text = isinstance(prompt, str)
+            ids = prompt_ids(self.tokenizer, prompt) if is_text else chat_prompt(self.tokenizer, prompt)
+        except UserError as error:
+            self.report.add(f"prompts left out: {error}", example.place)
+            return
+        if len(ids) > self.length:
+            self._count_long(f"prompts longer than {self.length} tokens", "left out", example.place)
+        else:
+            yield {"source": np.asarray(ids, np.int32)}, dataclasses.replace(example, prompt=prompt)
 
     def text(self, example: Text) -> Iterator[tuple[Row, Example]]:
         tokenizer, ids = self.tokenizer, self.tokenizer.encode(example.text)

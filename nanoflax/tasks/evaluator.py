@@ -66,6 +66,7 @@ class Evaluator:
         self.tokenizer = with_sentinels(config.task, tokenizer)
         self.mesh, self.task = mesh, TASKS[config.task.kind]
         self.rows, self.report = self._with_noise(rows), {}
+        self.reward: Any = None  # alignment.Reward; None: the one that task.reward names
 
         objective = objective or objective_of(config.task)
 
@@ -131,10 +132,11 @@ class Evaluator:
 
     def _measure(self, params: Any, number: int) -> tuple[dict[str, float], list, dict]:
         sums = collections.Counter()  # of float64
-        for batch in self.batches(number):
+        for batch in self.batches(number) if self.task.measures_loss else ():
             sums.update({name: float(x) for name, x in self._sums(params, batch).items()})
-        weight = max(sums.pop("weight"), 1)
-        numbers = {"validation_loss": 0.0} | {name: total / weight for name, total in sums.items()}  # this one first
+        weight = max(sums.pop("weight", 0), 1)
+        first = {"validation_loss": 0.0} if self.task.measures_loss else {}
+        numbers = first | {name: total / weight for name, total in sums.items()}
         if "perplexity" in self.task.metrics:
             numbers["perplexity"] = metrics.perplexity(sums["validation_loss"], weight)
         if "bits_per_byte" in self.task.metrics:

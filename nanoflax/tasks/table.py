@@ -14,11 +14,21 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from nanoflax import alignment, generate, parallel, tokenizers, train
-from nanoflax.config import TASK_KINDS, Config, ExampleData, ModelConfig, PairTask, with_recipe
+from nanoflax import alignment, parallel, tokenizers, train
+from nanoflax.config import TASK_KINDS, Config, ExampleData, ModelConfig, with_recipe
 from nanoflax.tasks import metrics
-from nanoflax.tasks.kinds import Chat, Classification, Pair, Preference, Tagging, Text
+from nanoflax.tasks.kinds import Chat, Classification, Pair, Preference, Problem, Tagging, Text
 from nanoflax.tasks.noise import DENOISING, Masking, Noise
+from nanoflax.tasks.targets import (
+    Scores,
+    complete_problems,
+    generate_targets,
+    generation_options,
+    score_exact,
+    score_rewards,
+    score_translations,
+    table_of_samples,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +45,7 @@ class Task:
     noise: Callable[[Any], type[Noise]] | None = None  # task -> the class that corrupts its texts
     objective: Callable  # of nanoflax.train or nanoflax.alignment, for the batches of Rows
     objective_fields: tuple[str, ...] = ()  # fields of the configuration that are keyword arguments of the objective
+    measures_loss: bool = True  # an evaluation measures the objective; else the first metric is that of the best step
     metrics: tuple[str, ...] = ("perplexity",)  # metrics of an evaluation besides validation_loss
     token_accuracy: str = ""  # name of the token-accuracy metric; empty if not reported
     predict: Callable | None = None  # (evaluator, params, number) -> a prediction for each row
@@ -43,6 +54,7 @@ class Task:
     show: Callable[[Any], str] = str  # a result of `describe` -> lines of text
     score: Callable | None = None  # (predictions, examples, task) -> (numbers, report)
     scores_table: Callable[[dict], list[str]] | None = None  # report -> lines of a readable table
+    samples_table: Callable[[Any, list, int], list[str]] | None = None  # (examples, predictions, most) -> lines
     pair_rewards: Callable | None = None  # (model, params, batch, task) -> [B, 2] float32, for PairRows
     # (tokenizer, text, is_source) -> the ids of a prompt for generation. If None, `describe` answers prompts.
     prompt: Callable[..., list[int]] | None = None
@@ -92,26 +104,6 @@ def describe_tags(evaluator: Any, params: Any, number: int) -> list[list[tuple[s
     ]
 
 
-def generate_targets(evaluator: Any, params: Any, number: int) -> list[str]:
-    """The text that the model generates for each source, greedily or with config.task.beams."""
-    task, B, tokenizer = evaluator.config.task, evaluator.config.train.batch_size, evaluator.tokenizer
-    options = dict(
-        max_new_tokens=task.target_length, eos_id=tokenizers.stop_ids(tokenizer), vocab_size=tokenizer.vocab_size
-    )
-    sources, found = [row["source"].tolist() for row in evaluator.rows.rows[:number]], []
-    for i in range(0, number, B):
-        part = sources[i : i + B]
-        part += [part[-1]] * (B - len(part))  # the last batch has the same shape, so nothing is compiled again
-        new = (
-            generate.beam_search(evaluator.model, params, part, task.beams, **options)
-            if task.beams > 1
-            else generate.sample(evaluator.model, params, part, temperature=0, **options)
-        )
-        found += map(tokenizer.decode, new)
-        parallel.reset_watchdog()
-    return found[:number]
-
-
 def fill_masks(evaluator: Any, params: Any, number: int) -> list[str]:
     """Each text, with the model's predictions for masked tokens between ⟦ and ⟧."""
     found = []
@@ -139,8 +131,6 @@ def describe_score(evaluator: Any, params: Any, number: int) -> list[float]:
 
 # Scores: (numbers, report).
 
-Scores = tuple[dict[str, float], dict[str, Any]]
-
 
 def score_classes(predictions: list, examples: list, _: Any) -> Scores:
     report = metrics.classes(predictions, [example.labels for example in examples])
@@ -152,33 +142,11 @@ def score_tags(predictions: list, examples: list, _: Any) -> Scores:
     return {"f1": report["micro"]["f1"], "accuracy": report["accuracy"]}, report
 
 
-def score_translations(predictions: list, examples: list, task: Any) -> Scores:
-    targets = [example.target for example in examples]
-    report = metrics.translation(predictions, targets, task.bleu_tokenize)
-    copied = metrics.translation([e.source for e in examples], targets, task.bleu_tokenize)
-    report["bleu_of_source"] = copied["bleu"]
-    return {
-        "exact_match": metrics.exact_match(predictions, targets),
-        "bleu": report["bleu"],
-        "chrf": report["chrf"],
-        "rouge_l": metrics.rouge_l(predictions, targets),
-    }, report
-
-
-def score_exact(predictions: list, examples: list, _: Any) -> Scores:
-    found = {"exact_match": metrics.exact_match(predictions, [e.target for e in examples])}
-    return found, found
-
-
 # Prompts.
 
 
 def _chat_prompt(tokenizer: Any, text: str, is_source: bool) -> list[int]:
     return tokenizers.chat_prompt(tokenizer, [{"role": "user", "content": text}])
-
-
-def _translation_options(task: Any) -> dict[str, Any]:
-    return {"max_new_tokens": task.target_length, "temperature": 0.0, "beams": task.beams if task.beams > 1 else 0}
 
 
 TASKS = {
@@ -221,7 +189,7 @@ TASKS = {
         describe=generate_targets,
         score=score_translations,
         prompt=tokenizers.prompt_ids,
-        generation=_translation_options,
+        generation=generation_options,
         plots_alignment=True,
     ),
     "instruct": Task(
@@ -262,6 +230,22 @@ TASKS = {
         head="lm",
         metrics=("perplexity", "kl"),
         prompt=_chat_prompt,
+    ),
+    "grpo": Task(
+        examples=Problem,
+        unlabelled=lambda text, place: Problem(text, "", place),
+        architectures=("decoder",),
+        head="lm",
+        length_fields=("length", "target_length"),
+        objective=alignment.policy_gradient,
+        objective_fields=("temperature", "clip_low", "clip_high", "beta"),
+        measures_loss=False,
+        metrics=("reward", "pass_at_k"),
+        predict=complete_problems,
+        score=score_rewards,
+        samples_table=table_of_samples,
+        prompt=tokenizers.prompt_ids,
+        generation=generation_options,
     ),
     "masked_lm": Task(
         examples=Text,
@@ -362,14 +346,14 @@ def exported_tokenizer(task: Any, tokenizer: Any) -> Any:
 
 
 def prompt_of(task: Any) -> Callable[..., list[int]] | None:
-    """Task.prompt of a task configuration; of a task on pairs with chats, the prompt for a reply."""
+    """Task.prompt of a task configuration; of a task with task.chat, the prompt for a reply."""
     row = TASKS[task.kind]
     return _chat_prompt if row.prompt and getattr(task, "chat", False) else row.prompt
 
 
 def in_form_of(task: Any, examples: list) -> Any:
-    """The task configuration; of a task on pairs, task.chat says whether they are chats."""
-    if not isinstance(task, PairTask) or task.chat is not None:
+    """The task configuration; if it has task.chat, this says whether the examples are chats."""
+    if getattr(task, "chat", True) is not None:
         return task
     return dataclasses.replace(task, chat=any(isinstance(example.prompt, tuple) for example in examples))
 

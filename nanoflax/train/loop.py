@@ -86,7 +86,8 @@ def fit(
             poll = parallel.HostPoll(first)
             for batch in itertools.chain([None] * tracking.evaluation_pending, queue):
                 if batch is not None:
-                    run.state, metrics = step(run.state, parallel.put_batch(batch, mesh))
+                    with run.saved_after_mistake(first):
+                        run.state, metrics = step(run.state, parallel.put_batch(batch, mesh))
                     run.add(metrics, wait=eager or run.done == first)
                 answers = poll(run.done, [int(signals.caught), run.save_is_due()])
                 caught = next((number for number, _ in answers if number), 0)
@@ -95,7 +96,8 @@ def fit(
                 evaluates = run.done % config.train.evaluate_every == 0 or run.done == steps
                 run.tracking = run.tracking._replace(evaluation_pending=bool(evaluates and caught))
                 if evaluates and not caught:
-                    metric = run.evaluate()
+                    with run.saved_after_mistake(first, evaluation_pending=True):
+                        metric = run.evaluate()
                     save |= metric is not None and run.tracking.best_step == run.done
                     if 0 < config.train.patience <= run.tracking.waited:
                         reason, last = "early stop", True
@@ -133,7 +135,7 @@ class _Run:
         values = {name: np.asarray(value).item() for name, value in metrics.items()}
         if self.schedule is not None:
             values["learning_rate"] = float(self.schedule(at - 1))
-        self.progress.update(at, values["loss"])
+        self.progress.update(at, values["loss"], values.get("rollout_reward"))
         if self.progress.tokens_per_second is not None:
             values["tokens_per_second"] = self.progress.tokens_per_second
         self.log.log(at, **values)
@@ -161,6 +163,18 @@ class _Run:
         metric = metrics[name] * (-1 if METRICS[name] else 1)
         self.tracking = self.tracking.after(metric, self.done)
         return metric
+
+    @contextlib.contextmanager
+    def saved_after_mistake(self, first, evaluation_pending=False):
+        """A context that saves the steps since `first` before it raises a UserError, as of a reward that fails."""
+        try:
+            yield
+        except UserError:
+            if self.done > first:
+                self.tracking = self.tracking._replace(evaluation_pending=evaluation_pending)
+                self.save(None)
+                self.checkpoints.wait()
+            raise
 
     def save_is_due(self):
         return 0 < self.config.train.checkpoint_seconds < time.monotonic() - self.saved_at

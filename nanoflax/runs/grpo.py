@@ -1,0 +1,217 @@
+"""The steps of group relative policy optimization: draw completions, reward them, update.
+
+One step of a run is one batch of completions and task.updates updates of the policy from them. The numbers of a step
+depend only on the state before it, so a resumed run repeats them, and writes the same lines of rollouts.jsonl.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanoflax import alignment, parallel, peft, report, tasks, tokenizers
+from nanoflax import config as configs
+from nanoflax.alignment import Completions, Reward
+from nanoflax.config import GRPO, Config
+from nanoflax.errors import UserError
+from nanoflax.runs.opening import Params, base_fingerprint
+from nanoflax.runs.trainer import Job
+from nanoflax.train import TrainState
+
+ROLLOUTS = 1  # folded into the key of a step, whose first use is dropout
+FILE = "rollouts.jsonl"
+MULTIPLE = 16  # of the length of training rows, for attention kernels
+
+
+class Policy:
+    """What a run of grpo adds to its Job.
+
+    batches: a tasks.PromptBatches. load: the initial parameters on the mesh, for a reference that is a copy.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        config: Config,
+        model: Any,
+        tokenizer: Any,
+        mesh: jax.sharding.Mesh,
+        batches: Any,
+        reward: Reward,
+        load: Callable[[], Params],
+    ):
+        self.workdir, self.config, self.model, self.tokenizer, self.mesh = workdir, config, model, tokenizer, mesh
+        self.task: GRPO = config.task  # type: ignore  # see finetune
+        self.batches, self.reward, self._load = batches, reward, load
+        self._told = False  # about the first completion without a reward
+        self._copy: Params | None = None  # of the initial parameters, if the reference needs one
+        self._log: Any = None
+        full = batches.length + self.task.target_length - 1
+        self.length = min(full + -full % MULTIPLE, config.model.context)  # T of training rows
+        m = config.model
+        every = tokenizer.vocab_size >= m.vocab_size - m.vocab_padding
+        self.filters = {name: getattr(self.task, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        self.stores_support = (
+            not every or any(map(self.task.__getattribute__, ("top_k", "min_p"))) or self.task.top_p < 1
+        )
+        self._reference = jax.jit(parallel.with_mesh(mesh, self._reference_log_probabilities))
+
+    # For the trainer.
+
+    def join(self, job: Job) -> Job:
+        """The Job with batches of completions, which its steps draw."""
+        B, T, V = self.config.train.batch_size, self.length, self.config.model.vocab_size
+        shapes = {"first": (B,), "targets": (B, T), "weights": (B, T), "old": (B, T), "advantages": (B,), "scale": (B,)}
+        shapes |= {"support": (B, T, -(-V // 8))} if self.stores_support else {}
+        shapes |= {"reference": (B, T)} if self.task.beta else {}
+        dtypes = {"first": jnp.int32, "targets": jnp.int32, "support": jnp.uint8}
+
+        def shape(name):
+            sharding = parallel.batch_sharding(self.mesh, len(shapes[name]))
+            return jax.ShapeDtypeStruct(shapes[name], dtypes.get(name, jnp.float32), sharding=sharding)
+
+        return dataclasses.replace(job, batch={name: shape(name) for name in shapes}, wrap_step=self.wrap_step)
+
+    @property
+    def needs_copy(self) -> bool:
+        """Whether the reference is a copy of the initial parameters: parameters under adapters are their own."""
+        p = self.config.peft
+        only_adapters = not isinstance(p, configs.FullFineTuning) and p.trained in ("", "adapters")
+        return self.task.beta > 0 and not only_adapters
+
+    def load_reference(self) -> str:
+        """Load the copy. Returns its fingerprint, by which a resumed run recognizes it."""
+        self._copy = self._load()
+        paths = [
+            jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(self._copy)
+        ]
+        fingerprint = base_fingerprint(self._copy, {*paths})
+        if self.config.train.scan_layers:
+            self._copy = parallel.stack(self._copy)
+        return fingerprint
+
+    def wrap_step(self, step: Callable, frozen: Params) -> Callable:
+        """The step (state, prompts of PromptBatches on the mesh) -> (state, metrics)."""
+
+        def rollout_step(state: TrainState, prompts: dict) -> tuple[TrainState, dict]:
+            batch, metrics = self.rollout(state, frozen, {name: parallel.fetch(x) for name, x in prompts.items()})
+            at, sharding, mismatch = np.asarray(state.step), state.step.sharding, None
+            for update in range(self.task.updates):
+                if update:  # all updates count as one step
+                    state = state._replace(step=jax.device_put(at, sharding))
+                state, found = step(state, batch)
+                mismatch = found["mismatch"] if mismatch is None else mismatch
+            return state, found | metrics | {"mismatch": mismatch}
+
+        return rollout_step
+
+    # A step.
+
+    def rollout(
+        self, state: TrainState, frozen: Params, prompts: dict[str, np.ndarray]
+    ) -> tuple[dict[str, jax.Array], dict[str, float]]:
+        """(a batch of completions on the mesh, its metrics). Writes the completions to rollouts.jsonl.
+
+        Raises: UserError if the reward fails for all completions.
+        """
+        task, params = self.task, peft.join(state.params, frozen) if frozen else state.params
+        tokens, lengths = prompts["prompts"], prompts["lengths"]
+        found = alignment.sample_completions(
+            self.model,
+            params,
+            tokens,
+            lengths,
+            jax.random.fold_in(jax.random.fold_in(np.asarray(state.rng), int(state.step)), ROLLOUTS),
+            max_new_tokens=task.target_length,
+            eos_ids=tokenizers.stop_ids(self.tokenizer),
+            vocab_size=self.tokenizer.vocab_size,
+            **self.filters,
+        )
+        problems = [self.batches.rows.examples[i] for i in prompts["problems"]]
+        texts = self.texts(found)
+        values, failures = parallel.run_on_main_process(lambda: self._rewards(texts, problems))
+        rewards = np.array(values, np.float64)
+        advantages, std = alignment.advantages(rewards, task.group, task.scale_rewards)
+        used = ~np.isnan(rewards) & (found.ended | (not task.mask_truncated))
+        batch = alignment.training_rows(tokens, lengths, found, self.length)
+        batch["weights"] *= used[:, None]
+        batch["advantages"] = advantages
+        batch["scale"] = alignment.row_scales(batch["weights"].sum(1), task.normalization, task.target_length)
+        own = parallel.own_rows(self.mesh, len(tokens))
+        placed = parallel.put_batch({name: x[own] for name, x in batch.items()}, self.mesh)
+        if task.beta:
+            reference = self._copy if self._copy is not None else peft.without_adapters(params)
+            placed["reference"] = self._reference(reference, placed)
+        self._write(int(state.step) + 1, problems, texts, found, rewards, advantages)
+        known = rewards[~np.isnan(rewards)]
+        return placed, {
+            "rollout_reward": known.mean(),
+            "rollout_reward_std": known.std(),
+            "equal_groups": float((std == 0).mean()),
+            "completion_length": found.mask.sum(1).mean(),
+            "truncated": 1 - found.ended.mean(),
+            "rewards_failed": len(failures),
+        }
+
+    def texts(self, found: Completions) -> list[str]:
+        """The texts of completions, without the ids that end them."""
+        counts = found.mask.sum(1) - found.ended
+        return [self.tokenizer.decode(row[:n].tolist()) for row, n in zip(found.tokens, counts, strict=True)]
+
+    def _rewards(self, texts: list[str], problems: list) -> tuple[list[float], list[str]]:
+        values, failures = self.reward(texts, problems)
+        if failures and not self._told:
+            self._told = True
+            print(f"{failures[0]}; such completions get no weight, and rewards_failed counts them")
+        return values.tolist(), failures
+
+    def _reference_log_probabilities(self, params, batch):
+        return alignment.log_probabilities(self.model, params, batch, temperature=self.task.temperature)
+
+    def _write(self, step, problems, texts, found, rewards, advantages):
+        """Add the lines of a step to rollouts.jsonl, on process 0."""
+        if not parallel.is_main_process():
+            return
+        if self._log is None:  # lines after the restored checkpoint are written again
+            self._log = report.MetricsLog(self.workdir, tensorboard=False, resume_step=step - 1, name=FILE)
+        for i, problem in enumerate(problems):
+            self._log.log(
+                step,
+                prompt=problem.prompt,
+                completion=texts[i],
+                reward=float(rewards[i]),
+                advantage=float(advantages[i]),
+                tokens=int(found.mask[i].sum()),
+                ended=bool(found.ended[i]),
+                place=problem.place,
+            )
+
+    def close(self) -> None:
+        if self._log:
+            self._log.close()
+
+
+def open_reward(task: GRPO, function: Callable | None = None) -> Reward:
+    """The Reward of a task configuration, or of a function that was given from Python.
+
+    Raises: UserError if task.reward names no reward.
+    """
+    if function is not None:
+        return Reward(task.reward, function, task.reward_seconds)
+    return alignment.open_reward(task.reward, task.reward_seconds)
+
+
+def with_reward(config: Config, function: Callable | None) -> Config:
+    """The Config with the name of a reward function, and with the metric of its task if that measures no loss."""
+    task, row = config.task, tasks.TASKS.get(config.task.kind)
+    if function is not None and not isinstance(task, GRPO):
+        raise UserError(f"reward={function!r} is for task='grpo', not task.kind={task.kind!r}")
+    if function is not None:
+        name = function if isinstance(function, str) else alignment.name_of(function)
+        config = dataclasses.replace(config, task=dataclasses.replace(task, reward=name))
+    if row and not row.measures_loss and config.train.metric == "validation_loss":
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, metric=row.metrics[0]))
+    return config

@@ -1,0 +1,256 @@
+"""Runs of grpo: what they write, resuming to the bit, rewards that fail, references, misuse."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import nanoflax
+from nanoflax import alignment, config, peft, tasks, tokenizers
+from nanoflax.config import GRPO, Config, ExampleData, LoRA, ModelConfig, OptimConfig, TrainConfig
+from nanoflax.errors import UserError
+from nanoflax.runs import grpo
+from nanoflax.runs.finetune import Finetuning
+from nanoflax.train import TrainState
+
+MODEL = ModelConfig(
+    context=32, layers=1, dim=16, heads=2, norm="rmsnorm", bias=False, positions="rotary", dropout=0.1, tied=False
+)
+TASK = GRPO(length=16, target_length=4, group=4, show=2)
+RUN = Config(
+    model=MODEL,
+    data=ExampleData(train="arithmetic:1", tokenizer="bytes"),
+    optim=OptimConfig(learning_rate=3e-2, warmup_steps=1),
+    task=TASK,
+    train=TrainConfig(steps=4, batch_size=16, evaluate_every=2, checkpoint_every=2, tensorboard=False),
+)
+
+
+def digits(completion, problem):
+    """The share of characters that are digits: easy to learn."""
+    return sum(c.isdigit() for c in completion) / 4
+
+
+def with_fields(run=RUN, **changes):
+    """RUN with changed fields: task__beta=1 is task.beta."""
+    for name, value in changes.items():
+        section, _, name = name.partition("__")
+        value = dataclasses.replace(getattr(run, section), **{name: value}) if name else value
+        run = dataclasses.replace(run, **{section: value})
+    return run
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def timeless(path):
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines(path)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four steps with two updates each and all filters."""
+    workdir = tmp_path_factory.mktemp("grpo") / "run"
+    run = with_fields(task__updates=2, task__top_p=0.9, task__attempts=2, task__normalization="dapo")
+    return workdir, nanoflax.finetune(config=run, workdir=str(workdir), reward=digits), run
+
+
+def test_a_run_writes_rollouts_metrics_samples_and_a_model(finished, capsys):
+    workdir, run, _ = finished
+    rollouts, metrics = lines(workdir / "rollouts.jsonl"), lines(workdir / "metrics.jsonl")
+    assert [r["step"] for r in rollouts] == sorted([1, 2, 3, 4] * 16)
+    for start in range(0, 64, 4):
+        group = rollouts[start : start + 4]
+        assert len({r["prompt"] for r in group}) == 1
+        rewards = np.array([r["reward"] for r in group])
+        assert [r["reward"] for r in group] == [digits(r["completion"], None) for r in group]
+        expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+        np.testing.assert_allclose([r["advantage"] for r in group], expected, atol=1e-5)
+    steps = [m for m in metrics if "loss" in m]
+    assert [m["step"] for m in steps] == [1, 2, 3, 4]
+    for m, at in zip(steps, range(4), strict=True):
+        own = rollouts[16 * at : 16 * at + 16]
+        np.testing.assert_allclose(m["rollout_reward"], np.mean([r["reward"] for r in own]))
+        np.testing.assert_allclose(m["truncated"], np.mean([not r["ended"] for r in own]))
+        np.testing.assert_allclose(m["completion_length"], np.mean([r["tokens"] for r in own]))
+        assert m["tokens"] == sum(r["tokens"] for r in own)
+        assert m["mismatch"] < 1e-5 < abs(m["ratio"] - 1)  # of the first and of the second update
+    evaluations = [m for m in metrics if "reward" in m]
+    assert [m["step"] for m in evaluations] == [2, 4] and all(m["pass_at_k"] >= 0 for m in evaluations)
+    predictions = lines(workdir / "predictions.jsonl")
+    result = json.loads((workdir / "result.json").read_text())
+    np.testing.assert_allclose(result["reward"], np.mean([p["prediction"]["reward"] for p in predictions]))
+    assert {"prompt", "answer", "prediction"} == predictions[0].keys()
+    assert (workdir / "reward.png").stat().st_size > 5000 and not (workdir / "loss.png").exists()
+    assert len(run.predict(["1+2="], max_new_tokens=4)) == 1
+    again = nanoflax.open(str(workdir)).evaluate()
+    np.testing.assert_allclose(again["reward"], result["reward"])
+
+
+def test_the_learning_rate_and_the_steps_follow_the_batches(finished):
+    workdir, _, run = finished
+    from nanoflax.runs import checkpoint
+    from nanoflax.train import make_optimizer
+
+    schedule = make_optimizer(run.optim, 4)[1]
+    steps = [m for m in lines(workdir / "metrics.jsonl") if "loss" in m]
+    np.testing.assert_allclose([m["learning_rate"] for m in steps], [float(schedule(i)) for i in range(4)], rtol=1e-6)
+    assert checkpoint.list_steps(str(workdir / "checkpoints"))[-1] == 4
+
+
+def test_a_reward_that_breaks_loses_nothing_and_resuming_is_exact(finished, tmp_path):
+    """The reward fails in step 4, after the checkpoint of step 2; the repeated command continues after step 3."""
+    workdir, _, run = finished
+    calls = []
+
+    def breaks(completion, problem):
+        calls.append(completion)
+        if len(calls) > breaks_after:
+            raise KeyError("no such model")
+        return digits(completion, problem)
+
+    held_out = len(tasks.load("arithmetic:1", tasks.Problem).validation)
+    breaks_after = 3 * 16 + 3 * held_out  # three batches, and an evaluation of greedy and of two drawn completions
+    breaks.__qualname__ = "digits"  # the same name, as in an edited notebook
+    other = tmp_path / "run"
+    run = dataclasses.replace(run, task=dataclasses.replace(run.task, reward=alignment.name_of(digits)))
+    breaks.__module__, name = __name__, alignment.name_of(breaks)
+    with pytest.raises(UserError, match=r"raised KeyError: 'no such model' for the prompt '\d[+-]\d=' and the comp"):
+        nanoflax.finetune(config=run, workdir=str(other), reward=breaks)
+    assert (name, alignment.name_of(digits)) == ("function:digits", f"python:{__name__}:digits")
+    assert max(m["step"] for m in lines(other / "metrics.jsonl")) == 3
+
+
+def test_resuming_after_a_kill_is_exact(finished, tmp_path):
+    workdir, _, run = finished
+    other = tmp_path / "run"
+
+    class Killed(BaseException):
+        pass
+
+    count = 0
+
+    def kills(completion, problem):
+        nonlocal count
+        count += 1
+        if count > 3 * 16 + 3 * held_out + 5:
+            raise Killed
+        return digits(completion, problem)
+
+    held_out = len(tasks.load("arithmetic:1", tasks.Problem).validation)
+    named = dataclasses.replace(run, task=dataclasses.replace(run.task, reward=alignment.name_of(digits)))
+    finetuning = Finetuning(grpo.with_reward(named, None), str(other), kills)
+    from nanoflax.runs.trainer import run_job
+
+    with pytest.raises(Killed):
+        run_job(finetuning.job, str(other))
+    assert len(lines(other / "rollouts.jsonl")) == 48
+    (other / "rollouts.jsonl").write_text((other / "rollouts.jsonl").read_text() + '{"step": 4, "pro')
+    nanoflax.finetune(config=run, workdir=str(other), reward=digits)  # from the checkpoint of step 2
+    assert timeless(other / "rollouts.jsonl") == timeless(workdir / "rollouts.jsonl")
+    assert timeless(other / "metrics.jsonl") == timeless(workdir / "metrics.jsonl")
+    params = [nanoflax.open(str(w)).params for w in (workdir, other)]
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), *params)))
+
+
+def policy_of(tmp_path, run, reward=None, **fields):
+    (tmp_path / "run").mkdir(exist_ok=True)
+    made = Finetuning(grpo.with_reward(with_fields(run, **fields), reward), str(tmp_path / "run"), reward)
+    return made, made.policy
+
+
+def first_batch(made, change=0.0):
+    """(batch, metrics) of the first step, after a change of the trained parameters."""
+    trained, frozen = peft.split(made.job.load(), made.job.trained)
+    trained = jax.tree.map(lambda x: x + change, trained)
+    state = TrainState(np.int32(0), trained, None, None, jax.random.PRNGKey(0), np.int32(0))
+    return made.policy.rollout(state, frozen, made.policy.batches[0])
+
+
+def test_completions_without_a_reward_or_an_end_get_no_weight(tmp_path):
+    def moody(completion, problem):
+        return math.nan if completion[:1] < "a" else float(len(completion))
+
+    made, policy = policy_of(tmp_path, RUN, moody, train__batch_size=64)
+    batch, metrics = first_batch(made)
+    rollouts = lines(tmp_path / "run" / "rollouts.jsonl")
+    failed = np.array([r["reward"] == "nan" for r in rollouts])
+    weights = np.asarray(batch["weights"]).sum(1)
+    assert 0 < metrics["rewards_failed"] == failed.sum() < 64
+    assert (weights == [0 if bad else r["tokens"] for bad, r in zip(failed, rollouts, strict=True)]).all()
+    assert not np.asarray(batch["advantages"])[failed].any()
+    policy.task = dataclasses.replace(policy.task, mask_truncated=True)
+    ended = np.array([r["ended"] for r in rollouts])
+    again = np.asarray(first_batch(made)[0]["weights"]).sum(1)
+    assert (again == weights * ended).all()
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_reference_is_the_model_before_training(finished, tmp_path, adapters):
+    source = str(finished[0] / "final")
+    kind = LoRA() if adapters else config.FullFineTuning()
+    run = with_fields(model=ModelConfig(init_from=source), peft=kind, task__beta=0.1, task__top_k=9)
+    made, policy = policy_of(tmp_path, run, digits)
+    assert policy.needs_copy is not adapters
+    if not adapters:
+        assert len(policy.load_reference()) == 32  # a fingerprint
+    batch, _ = first_batch(made)
+    np.testing.assert_allclose(batch["reference"] * batch["weights"], batch["old"], atol=1e-5)
+    moved, _ = first_batch(made, 0.02)
+    before = nanoflax.open(source).params
+    expected = jax.jit(lambda batch: alignment.log_probabilities(made.model, before, batch))(moved)
+    np.testing.assert_allclose(moved["reference"], expected, atol=1e-5)
+    assert np.abs(np.asarray(moved["reference"] * moved["weights"] - moved["old"])).max() > 0.01
+
+
+def test_prompts_have_one_shape_and_are_grouped(tmp_path):
+    file = tmp_path / "p.jsonl"
+    records = [{"prompt": "x" * n, "answer": "y"} for n in (1, 3, 9, 12, 15, 40)] + [{"prompt": ""}]
+    file.write_text("\n".join(map(json.dumps, records)))
+    made, policy = policy_of(tmp_path, with_fields(data__train=f"problems:{file}", data__validation=f"jsonl:{file}"))
+    report = "\n".join(made.examples.report.lines())
+    assert "prompts longer than 16 tokens, left out" in report and "with an empty prompt, left out" in report
+    assert len(made.rows) == 5
+    batches = policy.batches
+    assert {batches[i]["prompts"].shape for i in range(20)} == {(16, 16)}
+    assert all(len({*batches[i]["problems"][j : j + 4].tolist()}) == 1 for i in range(5) for j in (0, 4, 8, 12))
+    for line, n, i in zip(*(batches[3][name] for name in ("prompts", "lengths", "problems")), strict=True):
+        assert line[-n:].tolist() == made.rows.rows[i]["source"].tolist() and not line[:-n].any()
+
+
+def test_chats_are_asked_as_in_instruct(tmp_path):
+    made, policy = policy_of(tmp_path, RUN, task__chat=True, task__length=28)
+    expected = tokenizers.chat_prompt(made.tokenizer, [{"role": "user", "content": "1+2="}])
+    assert [row["source"].tolist() for row, e in zip(made.rows.rows, made.rows.examples, strict=True)
+            if e.prompt[0]["content"] == "1+2="][:1] in ([expected], [])  # fmt: skip
+    assert tasks.prompt_of(made.config.task)(made.tokenizer, "1+2=", False) == expected
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(task__reward="exakt"), "task.reward='exakt' is not known"),
+        (dict(task__reward="regex:("), "task.reward='regex:\\('"),
+        (dict(task__group=3), "task.group=3 must divide it"),
+        (dict(task__target_length=30), "exceeds the model's context of 32; lower task.target_length"),
+        (dict(task__temperature=0.0), "task.temperature"),
+        (dict(train__z_loss=0.1), "train.z_loss=0.1 does not work"),
+        (dict(train__metric="accuracy"), "choose one of reward, pass_at_k"),
+        (dict(data__train="pytags"), "has Tagging examples; this task needs Problem"),
+        (dict(model__architecture="encoder_decoder"), "needs model.architecture to be decoder"),
+    ],
+    ids=str,
+)
+def test_misuse_is_one_line_before_training(tmp_path, fields, words):
+    with pytest.raises(UserError, match=words):
+        nanoflax.finetune(config=with_fields(**fields), workdir=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_is_only_for_grpo(tmp_path):
+    with pytest.raises(UserError, match="is for task='grpo'"):
+        nanoflax.finetune(config=with_fields(task=config.LanguageModel()), workdir=str(tmp_path / "r"), reward=digits)
