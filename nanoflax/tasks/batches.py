@@ -130,7 +130,7 @@ class PromptBatches:
     @property
     def tokens_per_step(self) -> float:
         """The mean number of tokens in a batch, if all completions have new_tokens."""
-        prompts = statistics.mean(map(self.rows.n_tokens, range(len(self.rows))))
+        prompts = float(np.mean([self.rows.n_tokens(i) for i in range(len(self.rows))]))
         return self.batch_size * (prompts + self.new_tokens)
 
     def indices(self, step: int) -> list[int]:

@@ -46,7 +46,10 @@ def test_kinds_are_chosen_wherever_their_flag_stands():
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--config.task.beams=2"], "config.task.beams is a field of task.kind=translate or denoise, not of classify"),
+        (
+            ["--config.task.beams=2"],
+            "config.task.beams is a field of task.kind=translate, denoise or grpo, not of classify",
+        ),
         (["--config.peft.rnk=2"], "did you mean config.peft.rank (of peft.kind=lora, dora or adalora)?"),
         (["--config.peft.kind=dance"], "peft.kind='dance' is not one of none, lora"),
         (["--config.data.kind=text"], "data.kind='text' is not one of examples"),

@@ -58,7 +58,7 @@ def test_differences_between_kinds_are_the_kinds_and_what_both_have():
     [
         ({"kind": "dance"}, "task.kind='dance' is not one of classify, tag"),
         ({"kind": ["tag"]}, "task.kind=['tag'] is not one of classify, tag"),
-        ({"kind": "tag", "beams": 2}, "task.beams is a field of task.kind=translate or denoise, not of tag"),
+        ({"kind": "tag", "beams": 2}, "task.beams is a field of task.kind=translate, denoise or grpo, not of tag"),
         ({"kind": "tag", "nois": 2}, "task.nois does not exist; did you mean task.noise (of task.kind=denoise)?"),
         ({"kind": "tag", "lenght": 2}, "task.lenght does not exist; did you mean task.length?"),
         ({"kind": "pretrain", "qqq": 2}, "task.qqq does not exist"),
