@@ -209,11 +209,16 @@ class Run:
             found = self._predictions(self._task_texts(prompts))
         return found[0] if isinstance(texts, str) else found
 
+    @property
+    def _cutting_config(self) -> configs.Config:
+        """Texts are always cut for prediction, also if task.truncate is false; for a score, which belongs to the end
+        of a text, only to the context of the model."""
+        length = self.model.config.context if self.task.gives_score else self.config.task.length
+        task = dataclasses.replace(self.config.task, truncate=True, length=length)
+        return dataclasses.replace(self.config, task=task)
+
     def _predictions(self, texts: list[str]) -> list[Any]:
-        # Texts are always cut for prediction, also if task.truncate is false.
-        task = dataclasses.replace(self.config.task, truncate=True)
-        config = dataclasses.replace(self.config, task=task)
-        rows = tasks.encode_texts(texts, config, self.tokenizer, report := data.DataReport())
+        rows = tasks.encode_texts(texts, self._cutting_config, self.tokenizer, report := data.DataReport())
         for line in report.lines():
             print(line, file=sys.stderr)
         evaluator = self._evaluator(rows)
@@ -243,9 +248,7 @@ class Run:
         examples = [make(text, f"text {i}") for i, text in enumerate(texts, 1)]
         if not examples:
             return np.zeros(0, np.float32)
-        task = dataclasses.replace(self.config.task, truncate=True, length=self.model.config.context)
-        config = dataclasses.replace(self.config, task=task)
-        rows = tasks.encode_for_task(examples, config, self.tokenizer, report := data.DataReport())
+        rows = tasks.encode_for_task(examples, self._cutting_config, self.tokenizer, report := data.DataReport())
         for line in report.lines():
             print(line, file=sys.stderr)
         return np.asarray(self._evaluator(rows).describe(self._params_on_mesh), np.float32)
