@@ -91,7 +91,7 @@ def read(
     source = source if isinstance(source, TaskSource) else TaskSource(source)
     report = DataReport() if report is None else report
     examples = _examples(source, kind, _split_of(records(source, kind, report, split), source, split), report)
-    if labels:
+    if labels and kind in (Classification, Tagging):
         examples = _in_scheme(examples, labels)
         examples = _with_classes(examples, labels, match_labels(occurring_labels(examples), labels), report)
     _check_any(source.name, "evaluation", kind, examples, report)

@@ -1,6 +1,8 @@
 """Runs on preferences: the reference, its file, resuming to the bit, meshes, and reward models in use."""
 
+import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -12,6 +14,7 @@ from nanoflax import alignment, hf, nn, parallel, peft, runs, tasks, tokenizers
 from nanoflax.config import Config, ExampleData, LoRA, ModelConfig, OptimConfig, Prefer, RewardModel, TrainConfig
 from nanoflax.errors import UserError
 from nanoflax.runs import reference
+from tests import processes
 
 BYTES = tokenizers.ByteTokenizer()
 SIZES = dict(
@@ -275,3 +278,31 @@ def inputs_tokenizer(directory):
     names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
     transformers.PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, **names).save_pretrained(directory / "t")
     return directory / "t"
+
+
+SPLIT = dict(mesh="2,2,2", accumulate=2, scan_layers=True)
+CHILD = "from tests.runs import preference_test; import sys; preference_test.tune(*sys.argv[1:], split=True)"
+
+
+def tune(source, pairs, workdir, split=False):
+    config = config_of(source, pairs, steps=2, evaluate_every=2, **SPLIT if split else {})
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema=0.5))
+    nanoflax.finetune(config=config, peft=LoRA(rank=2), workdir=workdir)
+
+
+def test_meshes_micro_batches_and_scanned_layers_change_nothing(inputs, tmp_path):
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    arguments = [*map(str, inputs)]
+    done = processes.run(
+        ["-c", CHILD, *arguments, str(tmp_path / "split")], env=os.environ | {"XLA_FLAGS": flags}, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    tune(*arguments, str(tmp_path / "whole"))
+    found, expected = metrics(tmp_path / "split"), metrics(tmp_path / "whole")
+    assert found.keys() == expected.keys() and len(found) == 4
+    for key, numbers in expected.items():
+        for field, value in numbers.items():
+            accuracy = 1 if field == "preference_accuracy" else 2e-5  # all rewards are 0 at the start
+            assert found[key][field] == pytest.approx(value, rel=2e-4, abs=accuracy), (key, field)
+    for part, values in reference_of(tmp_path / "split").items():
+        np.testing.assert_allclose(values, reference_of(tmp_path / "whole")[part], rtol=1e-5)
