@@ -77,12 +77,13 @@ def distill(
     share = jnp.broadcast_to(mix * (1 - drawn), weights.shape)
 
     def losses(logits, known, targets, share):
-        pair = logits[..., :vocab_size], teacher.apply(held, known, method="head")[..., :vocab_size]
+        theirs: Any = teacher.apply(held, known, method="head")
+        own, theirs = logits[..., :vocab_size], theirs[..., :vocab_size]
         objective, nll = nn.token_losses(logits[..., :tokens], targets, **smoothing)
-        found = {"nll": nll, "kl": divergence_between(*pair, "forward_kl", beta)}
+        found = {"nll": nll, "kl": divergence_between(own, theirs, "forward_kl")}
         taught = found["kl"]
         if divergence != "forward_kl" or temperature != 1:
-            taught = found["divergence"] = divergence_between(*(x / temperature for x in pair), divergence, beta)
+            taught = found["divergence"] = divergence_between(own / temperature, theirs / temperature, divergence, beta)
         return found | {"objective": (1 - share) * temperature**2 * taught + share * objective}
 
     found = train.map_logits(model, params, hidden, losses, known, targets, share)

@@ -74,7 +74,7 @@ class Teacher:
             except UserError as error:
                 raise UserError(f"{self.name} cannot be read: {error}") from error
             plain = parallel.param_shapes(nn.build(self.source.config))
-            given, needed = (flatten_dict(tree, sep="/") for tree in (params, plain))
+            given, needed = (dict[str, Any](flatten_dict(tree, sep="/")) for tree in (params, plain))
             if wrong := [path for path, x in needed.items() if path not in given or given[path].shape != x.shape]:
                 raise UserError(f"{self.name} has no parameter {wrong[0]} of shape {needed[wrong[0]].shape}")
             self.fingerprint = base_fingerprint(params, needed.keys())
