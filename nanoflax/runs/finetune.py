@@ -148,9 +148,9 @@ class Finetuning:
         self.mesh = parallel.make_mesh(config.train.mesh)
         assert isinstance(config.data, configs.ExampleData)  # see `with_arguments`
         source = open_initial(config.model) if config.model.init_from else None
+        self.teacher = Teacher(config.task, workdir, self.mesh) if isinstance(config.task, DistillTask) else None
         known = known_classes(config, source)
         self.examples = tasks.load(tasks.examples_of(config.data), self.task.examples, known, extend=True)
-        self.teacher = Teacher(config.task, workdir, self.mesh) if isinstance(config.task, DistillTask) else None
         taught = self.teacher and self.teacher.tokenizer
         start = start_from(config, source, self.examples, workdir, self.mesh, taught)
         if self.teacher and self.teacher.task.start == "teacher":
