@@ -20,5 +20,5 @@ def get_config():
         data=ExampleData(train="pydocs"),
         optim=base.optim,
         task=Distill(length=256, teacher="runs/teacher"),
-        train=dataclasses.replace(base.train, steps=500, evaluate_every=250, checkpoint_every=250, sample_prompt=""),
+        train=dataclasses.replace(base.train, steps=300, evaluate_every=150, checkpoint_every=150, sample_prompt=""),
     )
