@@ -155,16 +155,12 @@ class Checkpoints:
         """Saves `state` (a tree of arrays) and `meta` (JSON) in the background, after the previous save.
 
         When this method returns, the caller may donate or change both. If the step is already saved, only
-        a missing metric is added. If the previous save failed because the disk is full, a line is logged, and this
-        save tries again; `wait` raises for the last save.
+        a missing metric is added. For the previous save see `finish_previous`; `wait` raises for the last one.
 
         Returns False if the step is already saved, else True.
         Raises: UserError if this save or the previous one failed for another reason, or a later step exists.
         """
-        try:
-            self.wait()
-        except DiskFull as error:
-            self._log(f"warning: {error}; the training goes on, and step {step} is saved instead")
+        self.finish_previous(step)
         found = parallel.run_on_main_process(self.steps)
         metric = float(metric) if metric is not None and math.isfinite(metric) else None
         if step in found:
@@ -186,6 +182,14 @@ class Checkpoints:
         except OSError as error:
             self._failure = error  # for `wait`
         return True
+
+    def finish_previous(self, step: int) -> None:
+        """Blocks until the save before that of `step` is committed. If it failed because the disk is full, a line is
+        logged. Raises: UserError if it failed for another reason."""
+        try:
+            self.wait()
+        except DiskFull as error:
+            self._log(f"warning: {error}; the training goes on, and step {step} is saved instead")
 
     def wait(self) -> None:
         """Blocks until the last save is committed. Raises: UserError if it failed."""

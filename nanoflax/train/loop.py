@@ -182,8 +182,14 @@ class _Run:
     def save(self, metric):
         self.read_metrics()
         position = self.done * self.config.train.batch_size
-        meta = self.meta | {"step": self.done, "position": position, "tracking": self.tracking._asdict()}
         with self.progress.pause():
+            self.checkpoints.finish_previous(self.done)
+            saved = parallel.run_on_main_process(self.checkpoints.steps)
+            if self.tracking.best_step not in (0, self.done, *saved):  # the disk was full then
+                found = {step: self.checkpoints.metric(step) for step in saved} | {self.done: metric}
+                best = min(((x, step) for step, x in found.items() if x is not None), default=(math.inf, 0))
+                self.tracking = self.tracking._replace(best=best[0], best_step=best[1])
+            meta = self.meta | {"step": self.done, "position": position, "tracking": self.tracking._asdict()}
             self.checkpoints.save(self.done, self.state._asdict(), meta, metric)
         self.saved_at = time.monotonic()
 

@@ -271,7 +271,7 @@ class Run:
 
     def __init__(self, validation=()):
         self.validation, self.evaluated, self.seen = list(validation), [], []
-        self.saved, self.logged, self.waited, self.losses = [], [], False, []
+        self.saved, self.logged, self.waited, self.losses, self.lost = [], [], False, [], set()
         self.name = "validation_loss"
 
     def __getitem__(self, step):
@@ -299,13 +299,22 @@ class Run:
         assert int(state["step"]) == step == meta["step"]
         self.saved.append((step, meta["position"], meta["tracking"], metric))
 
+    def finish_previous(self, step):
+        pass
+
+    def steps(self):
+        return [step for step in range(1000) if step not in self.lost]
+
+    def metric(self, step):
+        return {step: metric for step, *_, metric in self.saved}.get(step)
+
     def wait(self):
         self.waited = True
 
     def log(self, step, **values):
         self.logged.append((step, values))
 
-    def update(self, step, loss):
+    def update(self, step, loss, reward=None):
         pass
 
     def write(self, text):
@@ -499,6 +508,19 @@ def test_an_error_in_the_data_comes_through():
 
     with pytest.raises(OSError, match="disk gone"):
         Broken().fit(config_of(steps=6))
+
+
+def test_the_best_step_is_one_that_could_be_saved():
+    loop = Run([0.5, 0.1, 0.4, 0.3])
+    loop.lost = {2}  # the disk was full
+    _, tracking, _ = loop.fit(config_of(steps=4, evaluate_every=1, checkpoint_every=1))
+    assert [(saved[2]["best_step"], saved[2]["best"]) for saved in loop.saved] == [
+        (1, 0.5),
+        (2, 0.1),
+        (3, 0.4),
+        (4, 0.3),
+    ]
+    assert tracking.best_step == 4
 
 
 def test_steps_compile_once(compilations):
