@@ -14,5 +14,5 @@ def get_config() -> Config:
         data=ExampleData(train="arithmetic:2", tokenizer="bytes"),
         optim=OptimConfig(name="muon", learning_rate=3e-3, warmup_steps=50),
         task=LanguageModel(length=16),
-        train=TrainConfig(steps=1300, batch_size=64, evaluate_every=325, checkpoint_every=325),
+        train=TrainConfig(steps=1200, batch_size=64, evaluate_every=300, checkpoint_every=300),
     )

@@ -50,12 +50,18 @@ class Reward:
     function: Function
     seconds: float = 10.0
     threads: int = 1  # above 1: the function waits for a process with a limit of its own
+    takes_all: bool = False  # the function gets lists of all completions and problems, without a time limit
 
     def __call__(
         self, completions: Sequence[str], problems: Sequence[Any]
     ) -> tuple[Float[np.ndarray, " B"], list[str]]:
         pairs = list(zip(completions, problems, strict=True))
-        if self.threads > 1:
+        if self.takes_all:
+            found = self.function(list(completions), list(problems))
+            found = [
+                x if math.isfinite(x) else self._failure(f"returned {x}", *p) for x, p in zip(found, pairs, strict=True)
+            ]
+        elif self.threads > 1:
             with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
                 found = list(pool.map(lambda pair: self._result(*pair), pairs))
         else:
@@ -82,6 +88,9 @@ class Reward:
             what = f"takes more than {self.seconds:g} s"
         except Exception as error:  # of the user's function
             what = f"raised {type(error).__name__}: {error}" if "value" not in locals() else f"returned {value!r:.60}"
+        return self._failure(what, completion, problem)
+
+    def _failure(self, what: str, completion: str, problem: Any) -> Failure:
         where = f"the prompt {_shortened(problem.prompt)} and the completion {_shortened(completion)}"
         return Failure(f"the reward {self.name} {what} for {where}".replace("\n", " "))
 
@@ -137,7 +146,7 @@ def open_reward(name: str, seconds: float = 10.0) -> Reward:
     hint = "; it was given from Python: give finetune the function again" if kind == "function" else ""
     raise UserError(
         f"task.reward={name!r} is not known{hint}; choose exact, regex:PATTERN, tests, tests:prompt, "
-        "python:MODULE:FUNCTION or python:FILE.py:FUNCTION"
+        "python:MODULE:FUNCTION, python:FILE.py:FUNCTION or model:SOURCE"
     )
 
 

@@ -20,7 +20,7 @@ from nanoflax.runs.checkpoint import Checkpoints
 from nanoflax.runs.directory import check_workdir, exclusive, part_of, replace_directory, write_jsonl, write_run
 from nanoflax.runs.opening import open_initial, open_source, parameter_shapes
 from nanoflax.runs.profile import parse_profile
-from nanoflax.runs.run import Run
+from nanoflax.runs.run import Run, open_run
 from nanoflax.runs.start import Start, known_classes, some, start_from
 from nanoflax.runs.teacher import Teacher
 from nanoflax.runs.trainer import Job, TrainingData, check_metric, check_wandb, run_job, setup_jax, without_models
@@ -175,7 +175,7 @@ class Finetuning:
         self.evaluator = tasks.Evaluator(*measured, self.objective)
         self.policy: Any = None  # grpo.Policy
         if isinstance(config.task, configs.GRPO):
-            self.evaluator.reward = grpo.open_reward(config.task, reward)
+            self.evaluator.reward = grpo.open_reward(config.task, open_run, reward)
         job = self.make_job(start)
         self.job = self.teacher.join(job) if self.teacher else self.policy.join(job) if self.policy else job
 

@@ -194,14 +194,35 @@ class Policy:
             self._log.close()
 
 
-def open_reward(task: GRPO, function: Callable | None = None) -> Reward:
-    """The Reward of a task configuration, or of a function that was given from Python.
+def open_reward(task: GRPO, open_run: Callable[[str], Any], function: Callable | None = None) -> Reward:
+    """The Reward of a task configuration, or of a function that was given from Python. open_run: opens the reward
+    model of model:SOURCE, whose reward is the score of a prompt with its completion.
 
     Raises: UserError if task.reward names no reward.
     """
     if function is not None:
         return Reward(task.reward, function, task.reward_seconds)
-    return alignment.open_reward(task.reward, task.reward_seconds)
+    kind, _, source = task.reward.partition(":")
+    if kind != "model" or not source:
+        return alignment.open_reward(task.reward, task.reward_seconds)
+    if jax.process_count() > 1:
+        raise UserError(f"task.reward={task.reward} works in one process, not in {jax.process_count()}")
+    try:
+        scorer = open_run(source)
+    except UserError as error:
+        raise UserError(f"task.reward={task.reward} cannot be opened: {error}") from error
+    if not (scorer.task and scorer.task.gives_score):
+        raise UserError(f"task.reward={task.reward} is no reward model; train one with --config.task.kind=reward")
+
+    def whole(problem, completion):
+        if isinstance(problem.prompt, str):
+            return problem.prompt + completion
+        return [*problem.prompt, {"role": "assistant", "content": completion}]
+
+    def scores(completions, problems):
+        return scorer.rewards([whole(*pair) for pair in zip(problems, completions, strict=True)])
+
+    return Reward(task.reward, scores, task.reward_seconds, takes_all=True)
 
 
 def with_reward(config: Config, function: Callable | None) -> Config:

@@ -20,7 +20,7 @@ import numpy as np
 from nanoflax import config as configs
 from nanoflax import data, hf, nn, parallel, report, tasks, tokenizers, train
 from nanoflax.errors import UserError
-from nanoflax.runs import directory, ranking, reference
+from nanoflax.runs import directory, grpo, ranking, reference
 from nanoflax.runs.checkpoint import Checkpoints
 from nanoflax.runs.generation import GenerationSettings, stream_texts
 from nanoflax.runs.opening import ModelSource, open_source
@@ -265,6 +265,8 @@ class Run:
         """A tasks.Evaluator of rows. All Evaluators of a Run share their compiled functions."""
         if self._compiled_evaluator is None:
             self._compiled_evaluator = tasks.Evaluator(self.model, self.config, self.tokenizer, rows, self._mesh)
+            if isinstance(self.config.task, configs.GRPO):
+                self._compiled_evaluator.reward = grpo.open_reward(self.config.task, open_run)
         return self._compiled_evaluator.with_rows(rows)
 
     # Measurements.

@@ -207,6 +207,36 @@ def test_the_reference_is_the_model_before_training(finished, tmp_path, adapters
     assert np.abs(np.asarray(moved["reference"] * moved["weights"] - moved["old"])).max() > 0.01
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_reward_model_scores_prompt_and_completion(tmp_path, chat):
+    data, reward = tmp_path / "pairs.jsonl", tmp_path / "reward"
+    pairs = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": "no"} for i in range(30)]
+    data.write_text("\n".join(map(json.dumps, pairs)))
+    task = config.RewardModel(length=40, chat=chat)
+    run = with_fields(
+        model=dataclasses.replace(MODEL, context=48), data__train=f"preferences:{data}", task=task, train__steps=1
+    )
+    nanoflax.finetune(config=run, workdir=str(reward))
+    model = nanoflax.open(str(reward))
+    made, policy = policy_of(tmp_path, RUN, None, task__reward=f"model:{reward}", task__chat=chat, task__length=28,
+                             model__context=48)  # fmt: skip
+    _, metrics = first_batch(made)
+    rollouts = lines(tmp_path / "run" / "rollouts.jsonl")
+    reply = lambda text: [{"role": "assistant", "content": text}]
+    whole = [r["prompt"] + (reply(r["completion"]) if chat else r["completion"]) for r in rollouts]
+    np.testing.assert_allclose([r["reward"] for r in rollouts], model.rewards(whole), rtol=1e-4, atol=1e-6)
+    assert metrics["rewards_failed"] == 0
+    values, failures = policy.reward(["", "5"], [made.rows.examples[0]] * 2)
+    assert np.isfinite(values).all() and not failures
+
+
+def test_another_model_is_no_reward(finished, tmp_path):
+    with pytest.raises(UserError, match="is no reward model"):
+        policy_of(tmp_path, RUN, task__reward=f"model:{finished[0]}")
+    with pytest.raises(UserError, match="cannot be opened"):
+        policy_of(tmp_path, RUN, task__reward=f"model:{tmp_path}/none")
+
+
 def test_prompts_have_one_shape_and_are_grouped(tmp_path):
     file = tmp_path / "p.jsonl"
     records = [{"prompt": "x" * n, "answer": "y"} for n in (1, 3, 9, 12, 15, 40)] + [{"prompt": ""}]
