@@ -27,7 +27,8 @@ def training_batches(
 
     Raises: UserError if the model cannot read packed examples, or prompts with the completions.
     """
-    task, t, shift = config.task, config.train, None
+    task: Any = config.task
+    t, shift = config.train, None
     if isinstance(task, GRPO):
         return PromptBatches(
             rows, t.batch_size, task.group, task.target_length, config.model.context, t.seed, host_rows
