@@ -98,7 +98,8 @@ def measure_packing(job: sides.Job, num_rounds: int, examples: Sequence[Any] | N
     lengths = np.array([rows.n_tokens(i) for i in range(len(rows))])
     print(
         f"packing: {len(rows):,} chats, mean {lengths.mean():.0f} tokens, median {np.median(lengths):.0f}, longest "
-        f"{lengths.max()}; L={config.layers} D={config.dim} T={config.context}, on {jax.devices()[0].device_kind}"
+        f"{lengths.max()}; L={config.layers} D={config.dim} T={config.context}, on {jax.devices()[0].device_kind}",
+        flush=True,
     )
     a, b = losses(model, state.params, rows)
     print(f"  loss of the same examples: {a:.7f} packed, {b:.7f} one by one; relative difference {abs(a / b - 1):.1e}")

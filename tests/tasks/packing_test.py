@@ -65,6 +65,17 @@ def test_best_fit_is_what_a_search_of_all_rows_finds(lengths, capacity, decreasi
         assert len(rows) <= 11 / 9 * -(-sum(lengths) // capacity) + 4 or max(lengths) > capacity / 2
 
 
+def test_rows_are_as_full_as_those_of_trl():
+    import datasets
+    from trl.data_utils import pack_dataset
+
+    lengths = np.minimum(np.random.default_rng(0).lognormal(2.5, 1, 500).astype(int) + 1, 64).tolist()
+    theirs = pack_dataset(datasets.Dataset.from_dict({"input_ids": [[0] * n for n in lengths]}), 64, "bfd")
+    lengths.sort(reverse=True)
+    ours = best_fit(lengths, 64)
+    assert sorted(sum(lengths[i] for i in row) for row in ours) == sorted(map(len, theirs["input_ids"]))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=40), st.integers(1, 3), st.integers(0, 99))
 def test_an_epoch_reads_each_example_once_at_any_step_on_any_number_of_hosts(sizes, half, seed):
