@@ -2,9 +2,13 @@
 
 Commands:  python -m experiments.pretrain --config.model.layers=8 --config.train.steps=800 --workdir=runs/teacher
            python -m experiments.finetune --config=distill --workdir=runs/student
-           The same student without a teacher, on the same batches:
+           The same student without a teacher, from the same weights on the same batches:
            python -m experiments.finetune --config=distill --workdir=runs/alone \\
                --config.task.kind=language_model --config.data.tokenizer=runs/teacher/tokenizer
+           The student reads the tokenizer of its teacher.
+Hardware:  two CPU cores, used by other programs too: 26 minutes for the teacher, 5 for each student
+Figure:    bits per byte of the validation split after 300 steps: 1.868 with the teacher, 1.976 without (seed 0); the
+           teacher has 1.720.
 """
 
 import dataclasses
