@@ -7,7 +7,9 @@ Command:   python -m experiments.finetune --config=instruct --workdir=runs/instr
 Hardware:  two CPU cores, 17 minutes for 60 steps of 4 with SmolLM2-135M-Instruct and LoRA
 Figure:    perplexity of held-out replies 28.0 before, 19.3 after 30 steps, 18.7 after 60, with 1.78% of
            the parameters trained (9.8 MB; train.evaluate_every=30, evaluate_batches=12,
-           optim.warmup_steps=5). From scratch: not measured.
+           optim.warmup_steps=5). From scratch, 200 steps: perplexity 292 (evaluate_batches=0).
+           With --config.task.packing=best_fit --config.train.batch_size=3 the 200 steps from scratch read 1,699
+           examples instead of 1,600, in 0.69 times the processor time: perplexity 249.
 """
 
 from nanoflax.config import Config, ExampleData, Instruct, OptimConfig, TrainConfig, preset
