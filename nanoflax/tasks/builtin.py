@@ -22,18 +22,18 @@ from nanoflax.tokenizers import well_formed
 
 KINDS = {
     "dates": Pair, "pytags": Tagging, "pymodules": Classification, "pychats": Chat, "pypreferences": Preference,
-    "bible": Pair, "arithmetic": Problem
+    "wrong_dates": Preference, "bible": Pair, "arithmetic": Problem
 }  # fmt: skip
 Splits = dict[str, list[tuple[str, dict[str, Any]]]]  # {"train" and "validation": [(place, record)]}
 
 
 def records(name: str, rest: str) -> Splits:
     """Both splits of NAME or NAME:REST. Raises: UserError for a name that is not built in."""
-    with_rest = {"dates": _dates, "bible": _bible, "arithmetic": _arithmetic}
+    with_rest = {"dates": _dates, "wrong_dates": _wrong_dates, "bible": _bible, "arithmetic": _arithmetic}
     if bool(rest) != (name in with_rest):
         raise UserError(
-            f"task data {f'{name}:{rest}'!r}: write dates:en-fr, bible:kjv-web, arithmetic:2, pytags, pymodules, "
-            "pychats or pypreferences"
+            f"task data {f'{name}:{rest}'!r}: write dates:en-fr, wrong_dates:en-fr, bible:kjv-web, arithmetic:2, "
+            "pytags, pymodules, pychats or pypreferences"
         )
     if rest:
         return with_rest[name](rest)
@@ -59,6 +59,46 @@ N_DATES = 22_000
 def _dates(locales: str) -> Splits:
     """Pairs of the same date in two locales, such as "Friday, March 1, 2019" and "vendredi 1 mars 2019", in one of
     five styles. 22,000 days from 1800 to 2199; one in twenty is for validation."""
+    words = _date_words(locales)
+
+    def items():
+        for date, style in _drawn_dates():
+            source, target = words(date, style)
+            yield str(date), f"dates:{locales} {date}", {"source": source, "target": target}
+
+    return _partition(items(), 0.05)
+
+
+def _wrong_dates(locales: str) -> Splits:
+    """The pairs of `_dates` as chats; in the worse reply the day, the month or the year is another."""
+    words, rng = _date_words(locales), random.Random(1)
+
+    def items():
+        for date, style in _drawn_dates():
+            change = rng.choice([-3, -2, -1, 1, 2, 3])
+            months = date.year * 12 + date.month - 1 + change
+            wrong = rng.choice([
+                date + datetime.timedelta(change),
+                datetime.date(months // 12, months % 12 + 1, min(date.day, 28)),
+                datetime.date(date.year + change, date.month, min(date.day, 28)),
+            ])  # fmt: skip
+            (source, target), (_, other) = words(date, style), words(wrong, style)
+            reply = lambda text: [{"role": "assistant", "content": text}]
+            record = {"prompt": [{"role": "user", "content": source}], "chosen": reply(target)}
+            yield str(date), f"wrong_dates:{locales} {date}", record | {"rejected": reply(other)}
+
+    return _partition(items(), 0.05)
+
+
+def _drawn_dates() -> Iterator[tuple[datetime.date, str]]:
+    """The (date, style) of each example."""
+    rng = random.Random(0)
+    for day in rng.sample(range(DAYS), N_DATES):
+        yield FIRST_DAY + datetime.timedelta(day), rng.choice(STYLES)
+
+
+def _date_words(locales: str) -> Callable[[datetime.date, str], tuple[str, str]]:
+    """A function (date, style) -> the date in both locales. Raises: UserError for unknown locales."""
     import babel
     from babel.dates import format_date, format_skeleton
 
@@ -76,14 +116,7 @@ def _dates(locales: str) -> Splits:
             return format_date(date, style, locale)
         return format_skeleton(style, date, locale=locale)
 
-    def items():
-        rng = random.Random(0)
-        for day in rng.sample(range(DAYS), N_DATES):
-            date, style = FIRST_DAY + datetime.timedelta(day), rng.choice(STYLES)
-            source, target = (words(date, style, locale) for locale in sides)
-            yield str(date), f"dates:{locales} {date}", {"source": source, "target": target}
-
-    return _partition(items(), 0.05)
+    return lambda date, style: (words(date, style, sides[0]), words(date, style, sides[1]))
 
 
 # Sums and differences.
