@@ -18,7 +18,7 @@ class DataConfig:
         "pydocs",
         "Training data: pydocs, text:GLOB or tfds:NAME[:FIELD]; for finetune also jsonl:FILE, csv:FILE, tsv:FILE, "
         "conll:FILE, pairs:SOURCES,TARGETS, preferences:FILE, problems:FILE, dates:FROM-TO, pytags, pymodules, "
-        "pychats, pypreferences, wrong_dates:FROM-TO, bible:FROM-TO or arithmetic:DIGITS.",
+        "pychats, wrong_dates:FROM-TO, bible:FROM-TO or arithmetic:DIGITS.",
     )
     validation: str = field("", "Validation data; empty: the data's own split, or else a part of the training data.")
     validation_fraction: float = field(0.05, "That part: a share of the texts, chosen by hash.", within="(0, 1)")

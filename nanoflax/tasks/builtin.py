@@ -21,7 +21,7 @@ from nanoflax.tasks.kinds import Chat, Classification, Pair, Preference, Problem
 from nanoflax.tokenizers import well_formed
 
 KINDS = {
-    "dates": Pair, "pytags": Tagging, "pymodules": Classification, "pychats": Chat, "pypreferences": Preference,
+    "dates": Pair, "pytags": Tagging, "pymodules": Classification, "pychats": Chat,
     "wrong_dates": Preference, "bible": Pair, "arithmetic": Problem
 }  # fmt: skip
 Splits = dict[str, list[tuple[str, dict[str, Any]]]]  # {"train" and "validation": [(place, record)]}
@@ -33,12 +33,11 @@ def records(name: str, rest: str) -> Splits:
     if bool(rest) != (name in with_rest):
         raise UserError(
             f"task data {f'{name}:{rest}'!r}: write dates:en-fr, wrong_dates:en-fr, bible:kjv-web, arithmetic:2, "
-            "pytags, pymodules, pychats or pypreferences"
+            "pytags, pymodules or pychats"
         )
     if rest:
         return with_rest[name](rest)
-    whole = {"pytags": _pytags, "pymodules": _pymodules, "pychats": _pychats, "pypreferences": _pypreferences}
-    return whole[name]()
+    return {"pytags": _pytags, "pymodules": _pymodules, "pychats": _pychats}[name]()
 
 
 def _partition(items: Iterable[tuple[str, str, dict[str, Any]]], fraction: float) -> Splits:
@@ -267,38 +266,15 @@ def _pymodules() -> Splits:
 def _pychats() -> Splits:
     """Chats such as "Write the docstring of `textwrap.dedent(text)`." with the docstring as the reply, for public
     functions, methods and classes of the standard library. One module in twenty is for validation."""
-    return _partition(((name, place, {"messages": [*turns]}) for name, place, *turns in _docstring_turns()), 0.05)
-
-
-@functools.cache
-def _pypreferences() -> Splits:
-    """The requests of _pychats, with the right docstring, and that of another member of the same module as the worse
-    answer. One module in twenty is for validation."""
-    modules, rng = collections.defaultdict(list), random.Random(0)
-    for name, place, request, reply in _docstring_turns():
-        modules[name].append((place, request, reply))
-
-    def items():
-        for name, members in modules.items():
-            for i, (place, request, reply) in enumerate(members if len(members) > 1 else []):
-                other = members[(i + rng.randrange(1, len(members))) % len(members)][2]
-                yield name, place, {"prompt": [request], "chosen": [reply], "rejected": [other]}
-
-    return _partition(items(), 0.05)
-
-
-@functools.cache
-def _docstring_turns() -> list[tuple[str, str, dict[str, str], dict[str, str]]]:
-    """(module, place, the message that asks for a docstring, the message with it) of each docstring, once."""
     seen, found = set(), []
     for name, path, module in standard_modules("**/*.py"):
         for function, line, text in _documented(module, name):
             if text not in seen:
                 seen.add(text)
                 turns = ("user", f"Write the docstring of `{function}`."), ("assistant", text)
-                request, reply = ({"role": role, "content": content} for role, content in turns)
-                found.append((name, f"{path.name}:{line}", request, reply))
-    return found
+                messages = [{"role": role, "content": content} for role, content in turns]
+                found.append((name, f"{path.name}:{line}", {"messages": messages}))
+    return _partition(found, 0.05)
 
 
 def _documented(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, int, str]]:

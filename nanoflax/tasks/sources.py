@@ -2,7 +2,7 @@
 
 A source is jsonl:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, preferences:FILE and
 problems:FILE (JSON lines), tfds:NAME, or built in (tasks.builtin): dates:en-fr, wrong_dates:en-fr, pytags, pymodules,
-pychats, pypreferences, bible:kjv-web, arithmetic:2. Problems are also read as Text (prompt and answer), Chat and Pair,
+pychats, bible:kjv-web, arithmetic:2. Problems are also read as Text (prompt and answer), Chat and Pair,
 and Pairs as Problem and Chat. Files may be .gz. Sources of Text are also pydocs, text:GLOB (data.Source), and sources
 of Pair, of which both sides are read. The fields of each kind of example are keys of a JSON line or columns of a table
 (CSV, TSV):
@@ -35,7 +35,7 @@ from nanoflax.tasks.readers import READERS, Records
 
 HELP = (
     "choose jsonl:FILE, preferences:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, "
-    "problems:FILE, tfds:NAME, dates:en-fr, pytags, pymodules, pychats, pypreferences, wrong_dates:en-fr, "
+    "problems:FILE, tfds:NAME, dates:en-fr, pytags, pymodules, pychats, wrong_dates:en-fr, "
     "bible:kjv-web, arithmetic:2, or for texts pydocs or text:GLOB"
 )
 

@@ -250,3 +250,11 @@ def test_batches_pad_both_sides_alike():
     scored, _ = encode([Preference("q", "yes", "n", margin=3.0)], scored=True)
     batch = scored.batch([0, 1])
     assert batch["chosen_mask"].sum(1).tolist() == [5, 0] and batch["margin"].tolist() == [3, 0]
+
+
+def test_wrong_dates_are_wrong():
+    dates = tasks.load("wrong_dates:en-fr", Preference)
+    right = {(pair.source, pair.target) for pair in tasks.load("dates:en-fr", tasks.Pair).train}
+    texts = {(e.prompt[0]["content"], e.chosen[0]["content"]) for e in dates.train}
+    assert texts == right and len(dates.validation) > 1000
+    assert not any((e.prompt[0]["content"], e.rejected[0]["content"]) in right for e in dates.train)
