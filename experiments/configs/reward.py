@@ -6,9 +6,9 @@ from nanoflax.config import Config, ExampleData, OptimConfig, RewardModel, Train
 def get_config():
     return Config(
         model=preset("nano-1m"),
-        data=ExampleData(train="pypreferences", tokenizer="bpe:2048"),
+        data=ExampleData(train="wrong_dates:en-fr", tokenizer="bpe:512"),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=20, schedule="linear", end_factor=0.0),
-        task=RewardModel(length=128),
+        task=RewardModel(length=64),
         train=TrainConfig(
             steps=300, batch_size=16, evaluate_every=100, checkpoint_every=100, metric="preference_accuracy"
         ),

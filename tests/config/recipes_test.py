@@ -128,3 +128,12 @@ def test_a_warmup_of_the_file_is_cut_for_a_short_run_and_one_of_a_flag_is_refuse
     assert "optim.warmup_steps=30 must be less than train.steps=5" in parsed(
         "--config.train.steps=5", "--config.optim.warmup_steps=30"
     )
+
+
+def test_preferences_are_learned_with_a_third_of_the_rate():
+    rate = lambda task: cfg.with_recipe(Config(model=PUBLISHED, task=task))[0].optim.learning_rate
+    assert rate(cfg.Prefer()) == pytest.approx(rate(cfg.RewardModel()) / 3, rel=0.02)
+    assert (
+        "preferences, by the parameters of a published model"
+        in cfg.with_recipe(Config(model=PUBLISHED, task=cfg.Prefer()))[1]
+    )
