@@ -55,7 +55,7 @@ class Reference:
         self.model, self.mesh, self.parts = model, mesh, parts
         self.batch_size = parallel.divisible_batch_size(batch_size, mesh)
         self.needed = {name: sorted(set(rows)) for name, rows in needed.items()}
-        self.values = parallel.run_on_main_process(self._read)
+        self.values = self._read()  # in every process: all share the file system, and write after the first batch
         # Without a checkpoint, the file may be of another source: see `measure`.
         saved = workdir and parallel.run_on_main_process(lambda: checkpoint.list_steps(f"{workdir}/checkpoints"))
         self.is_trusted = bool(saved)
