@@ -241,7 +241,12 @@ class DistillTask(PackedTask):
     on_policy: float = field(
         0.0, "Share of the steps that train on continuations by the student itself (GKD).", within="[0, 1]"
     )
-    new_tokens: int = field(64, "on_policy: largest number of tokens of a continuation.", unit="tokens", at_least=1)
+    new_tokens: int = field(
+        64,
+        "on_policy: largest length of a continuation; a chat without room for it is trained as it is.",
+        unit="tokens",
+        at_least=1,
+    )
 
     def problems(self) -> list[str]:
         found, prompt = [], getattr(self, "prompt_length", 1)
