@@ -43,6 +43,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_enum("split", "all", ["all", "train", "validation", "test"], "part of --data")
 flags.DEFINE_string("candidates", "", "a .jsonl file of candidates to rank")
+flags.DEFINE_string("reward", "", "of a run of grpo: another task.reward, such as python:FILE.py:FUNCTION")
 flags.DEFINE_string("out", "", "a .jsonl file for predictions or rankings")
 
 
@@ -66,7 +67,7 @@ def main():
             raise UserError("--out needs --candidates or a run of finetune: text has no predictions")
         if run.task is None and FLAGS.split == "test":
             raise UserError("--split=test is only for examples; text has train, validation and all")
-        result = run.evaluate(FLAGS.data, FLAGS.split, FLAGS.out, FLAGS.fields)
+        result = run.evaluate(FLAGS.data, FLAGS.split, FLAGS.out, FLAGS.fields, FLAGS.reward or None)
         if run.task is not None and run.task.scores_table:
             print("\n".join(run.task.scores_table(result["report"])), file=sys.stderr)
     print(report.to_json(result, indent=1, ensure_ascii=False))

@@ -11,7 +11,7 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(init_from="runs/arithmetic"),
         data=ExampleData(train="arithmetic:2", tokenizer="bytes"),
-        optim=OptimConfig(learning_rate=1e-4, warmup_steps=10, schedule="constant"),
+        optim=OptimConfig(learning_rate=1e-4, b2=0.99, warmup_steps=10, schedule="linear", end_factor=0.1),
         task=GRPO(length=16, target_length=8, group=8),
-        train=TrainConfig(steps=300, batch_size=256, evaluate_every=50, checkpoint_every=50, metric="reward"),
+        train=TrainConfig(steps=200, batch_size=1024, evaluate_every=20, checkpoint_every=20, metric="reward"),
     )

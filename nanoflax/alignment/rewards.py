@@ -28,7 +28,7 @@ from jaxtyping import Float
 from nanoflax.errors import UserError
 from nanoflax.report import printable
 
-Function = Callable[[str, Any], float]  # (completion, problem with prompt, answer and extra) -> a finite number
+Function = Callable[[Any, Any], Any]  # (completion, problem with prompt, answer and extra) -> a finite number
 MAX_PROGRAM = 2**20  # bytes of a program and of its tests
 MAX_MEMORY = 2**30  # bytes of the process of a program
 

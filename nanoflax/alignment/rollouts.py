@@ -68,7 +68,7 @@ def sample_completions(
     mask = pad(np.cumsum(ends, 1) - ends == 0, False)
     keep = lambda x, value: np.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), pad(x, value), x.dtype.type(value))
     kept = keep(support[0], 255) if support else None  # no set is empty, also after the end
-    return Completions(keep(drawn, 0), mask, keep(logp, 0), ends.any(1), kept)
+    return Completions(keep(drawn, 0), mask, keep(logp, 0), np.asarray(ends.any(1)), kept)
 
 
 def _of_drawn(logits: Float[Array, "B V"], token: Int[Array, " B"]) -> tuple[Float[Array, " B"]]:

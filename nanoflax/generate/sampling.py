@@ -210,8 +210,8 @@ def stream(
 def sample_in_chunks(
     model: LanguageModel,
     params: dict,
-    tokens: Int[Array, "B P"],
-    lengths: Int[Array, " B"],
+    tokens: Int[np.ndarray, "B P"],
+    lengths: Int[np.ndarray, " B"],
     max_new_tokens: int,
     filters: Filters,
     rng: jax.Array,

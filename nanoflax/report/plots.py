@@ -41,7 +41,7 @@ def plot_losses(workdir: str | os.PathLike[str], tokens_per_step: float | None =
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
     if training:
-        _draw_training(axes, *zip(*training, strict=True))
+        _draw_training(axes, training)
     if skipped:
         axes.plot(
             skipped,
@@ -89,7 +89,7 @@ def plot_rewards(workdir: str | os.PathLike[str]) -> pathlib.Path | None:
     axes = figure.add_subplot(xlabel="step", ylabel="mean reward")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
-    _draw_training(axes, *zip(*drawn, strict=True), label="completions of training problems, sampled")
+    _draw_training(axes, drawn, "completions of training problems, sampled")
     if greedy:
         steps, rewards = zip(*greedy, strict=True)
         axes.plot(steps, rewards, "o-", color="tab:orange", markersize=4, label="held-out problems, greedy")
@@ -103,8 +103,9 @@ def plot_rewards(workdir: str | os.PathLike[str]) -> pathlib.Path | None:
     return workdir / "reward.png"
 
 
-def _draw_training(axes, steps, losses, label="training"):
-    losses, width = np.array(losses), max(1, len(losses) // 100)
+def _draw_training(axes, points, label="training"):
+    steps, losses = map(np.array, zip(*points, strict=True))
+    width = max(1, len(losses) // 100)
     # At both ends the window has fewer terms, so the sum is divided by their number.
     window = np.ones(2 * width + 1)
     smooth = np.convolve(losses, window)[width:-width] / np.convolve(np.ones_like(losses), window)[width:-width]

@@ -93,6 +93,8 @@ def with_arguments(
         config = dataclasses.replace(config, peft=of_kind(adapter, config.peft, configs.PEFT_KINDS, "peft"))
     if given is None and source is not None and isinstance(config.task, configs.ExampleTask):
         context, fields = open_source(source).config.context, tasks.TASKS[config.task.kind].length_fields
+        if isinstance(config.task, configs.GRPO):
+            context //= 2  # a prompt and its completion are in one row
         lengths = {name: min(getattr(config.task, name), context) for name in fields}
         config = dataclasses.replace(config, task=dataclasses.replace(config.task, **lengths))
     configs.validate(config)
@@ -240,10 +242,7 @@ class Finetuning:
 
         def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
             metrics, predictions = self.evaluator(params, self.config.train.evaluate_batches)
-            lines, table = [f"step {step}: {report.format_metrics(metrics)}"], self.task.samples_table
-            if table:
-                lines += table(self.evaluator.rows.examples, predictions, self.config.task.show)
-            return metrics, "\n".join(lines)
+            return metrics, "\n".join([f"step {step}: {report.format_metrics(metrics)}", *self.samples(predictions)])
 
         identity = {
             "tokenizer": self.tokenizer.fingerprint,
@@ -252,6 +251,11 @@ class Finetuning:
             "base": self.base,
         } | ({"teacher": self.teacher.fingerprint} if self.teacher else {})
         return TrainingData(batches, evaluate, identity, batches.tokens_per_step)
+
+    def samples(self, predictions: list) -> list[str]:
+        """The table of a task with rewards: the first validation problems, their completions and rewards."""
+        table, most = self.task.samples_table, getattr(self.config.task, "show", 0)
+        return table(self.evaluator.rows.examples, predictions, most) if table else []
 
     # At the end.
 
@@ -308,7 +312,9 @@ class Finetuning:
             if predictions:
                 records = tasks.prediction_records(examples, predictions)
                 write_jsonl(os.path.join(self.workdir, "predictions.jsonl"), records)
-        shown = getattr(self.config.task, "show", 0)
+        for line in self.samples(predictions):
+            print(line)
+        shown = 0 if self.task.samples_table else getattr(self.config.task, "show", 0)
         for example, answer in zip(examples[:shown], predictions[:shown], strict=False):
             print(f"  | {report.printable(str(example.input))[:200]}\n  -> {report.printable(str(answer))}")
         if self.task.scores_table:

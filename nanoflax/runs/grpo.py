@@ -225,6 +225,25 @@ def open_reward(task: GRPO, open_run: Callable[[str], Any], function: Callable |
     return Reward(task.reward, scores, task.reward_seconds, takes_all=True)
 
 
+def reward_to_evaluate(task: Any, open_run: Callable[[str], Any], given: Any) -> Reward | None:
+    """The reward for an evaluation of an opened run: a function or name, or None for that of the run.
+
+    Raises: UserError if the run's reward is a function: the directory may be a stranger's.
+    """
+    if not isinstance(task, GRPO):
+        if given:
+            raise UserError(f"reward={given!r} is for a run of grpo, not of task.kind={task.kind!r}")
+        return None
+    if not given and task.reward.partition(":")[0] in ("python", "function"):
+        raise UserError(
+            f"the reward of this run is {task.reward}, and code that a directory names is not executed; give it: "
+            "evaluate --reward=python:FILE.py:FUNCTION, or from Python evaluate(reward=function)"
+        )
+    if isinstance(given, str):
+        task = dataclasses.replace(task, reward=given)
+    return open_reward(task, open_run, given if callable(given) else None)
+
+
 def with_reward(config: Config, function: Callable | None) -> Config:
     """The Config with the name of a reward function, and with the metric of its task if that measures no loss."""
     task, row = config.task, tasks.TASKS.get(config.task.kind)

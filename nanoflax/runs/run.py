@@ -265,26 +265,27 @@ class Run:
         """A tasks.Evaluator of rows. All Evaluators of a Run share their compiled functions."""
         if self._compiled_evaluator is None:
             self._compiled_evaluator = tasks.Evaluator(self.model, self.config, self.tokenizer, rows, self._mesh)
-            if isinstance(self.config.task, configs.GRPO):
-                self._compiled_evaluator.reward = grpo.open_reward(self.config.task, open_run)
         return self._compiled_evaluator.with_rows(rows)
 
     # Measurements.
 
-    def evaluate(self, data: str = "", split: str = "all", out: str = "", fields: str | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, data: str = "", split: str = "all", out: str = "", fields: str | None = None, reward: Any = None
+    ) -> dict[str, Any]:
         """The metrics of the model on data, as a dict of JSON values; see experiments.evaluate.
 
         A fine-tuned run, a classifier and a tagger have the metrics of their task; other models have loss,
         perplexity and bits per byte on windows as in training. data: a source of text, or for a task of
         examples; empty: the run's own validation data. split of `data`: all, train, validation or (only
         examples) test. out: a .jsonl file for the predictions of a task. fields: names of our fields in
-        `data`, as text=review,label=stars; None: those of the run.
+        `data`, as text=review,label=stars; None: those of the run. reward: of a run of grpo, a function or a name for
+        task.reward; None: the run's, if it is no function: what a directory names is not executed.
         Raises: UserError for data that cannot be read, or for `out` if there are no predictions.
         """
         if not data and (self.workdir is None or not self.config.data.train):
             raise UserError(f"{self.source} has no validation data of its own; give data")
         if self.task is not None:
-            return self._evaluate_on_examples(data, split, out, fields)
+            return self._evaluate_on_examples(data, split, out, fields, reward)
         model = self.config.model
         if model.head != "lm" or model.reads_source:
             raise UserError(f"{self.source} {self.why_no_task()}")
@@ -316,7 +317,9 @@ class Run:
             "report": store.report,
         }
 
-    def _evaluate_on_examples(self, name: str, split: str, out: str, fields: str | None) -> dict[str, Any]:
+    def _evaluate_on_examples(
+        self, name: str, split: str, out: str, fields: str | None, reward: Any = None
+    ) -> dict[str, Any]:
         c, report = self.config, data.DataReport()
         if out and not self.task.predict:
             raise UserError(f"--out: task.kind={c.task.kind!r} has no predictions, only a loss")
@@ -329,6 +332,7 @@ class Run:
         rows = tasks.encode_for_task(examples, c, self.tokenizer, report)
         rows = reference.rows_to_evaluate(rows, self.workdir, c, self.model, self._mesh)
         evaluator = self._evaluator(rows)
+        evaluator.reward = grpo.reward_to_evaluate(c.task, open_run, reward)
         numbers, predictions = evaluator(self._params_on_mesh)
         if out:
             directory.write_jsonl(out, tasks.prediction_records(evaluator.rows.examples, predictions))

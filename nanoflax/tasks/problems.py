@@ -38,7 +38,7 @@ def problem(record: Record, place: str, clean: Clean, report: DataReport) -> Pro
     else:
         report.add("problems whose prompt is neither a text nor messages, left out", place)
         return None
-    return messages and Problem(messages, clean(answer or "", place), place, record.get("extra") or {})
+    return Problem(messages, clean(answer or "", place), place, record.get("extra") or {}) if messages else None
 
 
 def _as_chat(record: Record) -> Record:

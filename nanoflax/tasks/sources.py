@@ -139,7 +139,7 @@ def records(source: TaskSource, kind: type, report: DataReport, split: str | Non
             found = _split_pairs(source, found["train"])
         return {split: _both_sides(pairs) for split, pairs in found.items()}
     own = builtin.KINDS.get(scheme) or {"pairs": Pair, "problems": Problem}.get(scheme)
-    if (own, kind) in CONVERSIONS:
+    if own and (own, kind) in CONVERSIONS:
         fraction = None if source.validation or split == "all" else source.validation_fraction
         clean = lambda text, place: source.clean(text, place, DataReport())  # problems are counted later
         return converted(records(source, own, report, split), own, kind, clean, fraction)

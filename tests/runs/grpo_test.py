@@ -87,8 +87,11 @@ def test_a_run_writes_rollouts_metrics_samples_and_a_model(finished, capsys):
     assert {"prompt", "answer", "prediction"} == predictions[0].keys()
     assert (workdir / "reward.png").stat().st_size > 5000 and not (workdir / "loss.png").exists()
     assert len(run.predict(["1+2="], max_new_tokens=4)) == 1
-    again = nanoflax.open(str(workdir)).evaluate()
-    np.testing.assert_allclose(again["reward"], result["reward"])
+    opened = nanoflax.open(str(workdir))
+    np.testing.assert_allclose(opened.evaluate(reward=digits)["reward"], result["reward"])
+    with pytest.raises(UserError, match="code that a directory names is not executed"):
+        opened.evaluate()
+    assert opened.evaluate(reward="exact")["reward"] <= 1
 
 
 def test_the_learning_rate_and_the_steps_follow_the_batches(finished):
@@ -207,26 +210,26 @@ def test_the_reference_is_the_model_before_training(finished, tmp_path, adapters
     assert np.abs(np.asarray(moved["reference"] * moved["weights"] - moved["old"])).max() > 0.01
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_a_reward_model_scores_prompt_and_completion(tmp_path, chat):
+def test_a_reward_model_scores_prompt_and_completion(tmp_path):
     data, reward = tmp_path / "pairs.jsonl", tmp_path / "reward"
     pairs = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": "no"} for i in range(30)]
     data.write_text("\n".join(map(json.dumps, pairs)))
-    task = config.RewardModel(length=40, chat=chat)
+    task = config.RewardModel(length=40)
     run = with_fields(
         model=dataclasses.replace(MODEL, context=48), data__train=f"preferences:{data}", task=task, train__steps=1
     )
     nanoflax.finetune(config=run, workdir=str(reward))
     model = nanoflax.open(str(reward))
-    made, policy = policy_of(tmp_path, RUN, None, task__reward=f"model:{reward}", task__chat=chat, task__length=28,
-                             model__context=48)  # fmt: skip
+    made, policy = policy_of(tmp_path, RUN, None, task__reward=f"model:{reward}", model__context=48)
     _, metrics = first_batch(made)
     rollouts = lines(tmp_path / "run" / "rollouts.jsonl")
-    reply = lambda text: [{"role": "assistant", "content": text}]
-    whole = [r["prompt"] + (reply(r["completion"]) if chat else r["completion"]) for r in rollouts]
-    np.testing.assert_allclose([r["reward"] for r in rollouts], model.rewards(whole), rtol=1e-4, atol=1e-6)
+    expected = model.rewards([r["prompt"] + r["completion"] for r in rollouts])
+    np.testing.assert_allclose([r["reward"] for r in rollouts], expected, rtol=1e-4, atol=1e-6)
     assert metrics["rewards_failed"] == 0
-    values, failures = policy.reward(["", "5"], [made.rows.examples[0]] * 2)
+    messages = ({"role": "user", "content": "1+1="},)
+    values, failures = policy.reward(["", "2"], [tasks.Problem(messages, "")] * 2)
+    reply = {"role": "assistant", "content": "2"}
+    np.testing.assert_allclose(values[1], model.rewards([[*messages, reply]])[0], rtol=1e-4, atol=1e-6)
     assert np.isfinite(values).all() and not failures
 
 
@@ -279,6 +282,13 @@ def test_misuse_is_one_line_before_training(tmp_path, fields, words):
     with pytest.raises(UserError, match=words):
         nanoflax.finetune(config=with_fields(**fields), workdir=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_from_python_the_prompt_and_the_completion_share_the_context(finished, tmp_path):
+    from nanoflax.runs.finetune import with_arguments
+
+    made = with_arguments(None, nanoflax.open(str(finished[0])), "arithmetic:1", None, "grpo", "lora")
+    assert (made.task.length, made.task.target_length) == (16, 16)
 
 
 def test_a_reward_is_only_for_grpo(tmp_path):
