@@ -9,8 +9,8 @@ Command:   python -m experiments.finetune --config=instruct --workdir=runs/dates
            Your own pairs: --config.data.train=preferences:FILE (prompt, chosen, rejected; texts or messages).
            Other losses: --config.task.loss=ipo
 Hardware:  two CPU cores with much other work, 2 minutes and 5 minutes
-Figure:    of 1,105 held-out pairs 27% are right at the start, where nearly all rewards are 0, 99% after 50 steps and 100%
-           after 150; the right dates gain 2.0 nats, the wrong ones lose 2.8. Without task.nll_weight, 90% of them
+Figure:    of 1,105 held-out pairs 27% are right at the start, where nearly all rewards are 0, 99% after 50 steps and
+           100% after 150; the right dates gain 2.0 nats, the wrong ones lose 2.8. Without task.nll_weight, 90% of them
            are right after 100 steps, and the right dates lose 8 nats too.
 """
 

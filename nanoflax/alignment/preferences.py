@@ -84,7 +84,7 @@ def answer_rewards(
 
 def pair_scores(model: LanguageModel, params: dict, batch: Batch, rng: Array | None = None) -> Pairs:
     """The scores of the texts of a batch of `bradley_terry`."""
-    scores = model.apply({"params": params}, _both(batch, ""), _both(batch, "_mask"), **train.dropout(rng))
+    scores: Any = model.apply({"params": params}, _both(batch, ""), _both(batch, "_mask"), **train.dropout(rng))
     return scores.reshape(-1, 2)
 
 

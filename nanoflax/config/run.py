@@ -175,8 +175,7 @@ def _task_problems(c: Config) -> list[str]:
             for name, hint in (("z_loss", ""), ("label_smoothing", "; task.label_noise is for wrong preferences"))
             if getattr(t, name)
         ]
-    known = isinstance(c.task, Prefer) and PREFERENCE_LOSSES.get(c.task.loss)
-    if known and known.reference and not c.model.init_from:
+    if isinstance(c.task, Prefer) and c.task.needs_reference and not c.model.init_from:
         free = " or ".join(name for name, loss in PREFERENCE_LOSSES.items() if not loss.reference)
         found.append(
             f"task.loss={c.task.loss!r} compares with the model before training, and a new model is random: set "

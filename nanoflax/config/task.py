@@ -197,6 +197,11 @@ class Prefer(PairTask):
         None, "Weight of the better answer's mean cross entropy in the loss; none: 0, orpo 1.", at_least=0
     )
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the model before training."""
+        return self.loss in PREFERENCE_LOSSES and PREFERENCE_LOSSES[self.loss].reference
+
     def problems(self) -> list[str]:
         found, loss = [], f"task.loss={self.loss!r}"
         if self.label_noise and self.loss not in _NOISY_LOSSES:

@@ -12,7 +12,7 @@ import os
 import pathlib
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ Values = dict[str, Float[np.ndarray, "rows 2"]]  # NaN where not computed
 
 def is_needed(task: Any) -> bool:
     """Whether the loss of a task compares with the model before training."""
-    return isinstance(task, configs.Prefer) and configs.PREFERENCE_LOSSES[task.loss].reference
+    return isinstance(task, configs.Prefer) and task.needs_reference
 
 
 class Reference:
@@ -49,7 +49,7 @@ class Reference:
         mesh: jax.sharding.Mesh,
         batch_size: int,
         parts: dict[str, tasks.PairRows],
-        needed: dict[str, Iterable[int]],
+        needed: Mapping[str, Iterable[int]],
     ):
         self.path = pathlib.Path(workdir, FILE) if workdir else None
         self.model, self.mesh, self.parts = model, mesh, parts
@@ -154,8 +154,8 @@ class Reference:
 
     def _save(self) -> None:
         if self.path and parallel.is_main_process():
-            content = io.BytesIO()
-            np.savez(content, **{f"{name}-{self._fingerprint(name)}": x for name, x in self.values.items()})
+            content, arrays = io.BytesIO(), {f"{name}-{self._fingerprint(name)}": x for name, x in self.values.items()}
+            np.savez(content, **arrays)  # type: ignore  # none is called allow_pickle
             os.makedirs(self.path.parent, exist_ok=True)
             report.write_atomically(self.path, content.getvalue())
 
@@ -189,7 +189,8 @@ def of_run(workdir: str, config: Config, model: Any, mesh: Any, batches: Any, he
 def rows_to_evaluate(rows: Any, workdir: str | None, config: Config, model: Any, mesh: Any) -> Any:
     """Rows with the log-probabilities of the reference, if the task needs them: from the run's file, or else computed
     by model.init_from. Raises: UserError if that is gone."""
-    if not is_needed(config.task):
+    task: Any = config.task
+    if not is_needed(task):
         return rows
     rows = tasks.with_reference(rows)
     everything = {"validation": range(len(rows))}
@@ -201,7 +202,7 @@ def rows_to_evaluate(rows: Any, workdir: str | None, config: Config, model: Any,
             reference.measure(initial_parameters(model, load, config, mesh)[0])
         except UserError as error:
             raise UserError(
-                f"task.loss={config.task.loss!r} is measured against the model before training, "
+                f"task.loss={task.loss!r} is measured against the model before training, "
                 f"model.init_from={config.model.init_from}: {error}"
             ) from error
     reference.fill()

@@ -213,8 +213,9 @@ class Run:
     def _cutting_config(self) -> configs.Config:
         """Texts are always cut for prediction, also if task.truncate is false; for a score, which belongs to the end
         of a text, only to the context of the model."""
-        length = self.model.config.context if self.task.gives_score else self.config.task.length
-        task = dataclasses.replace(self.config.task, truncate=True, length=length)
+        task: Any = self.config.task
+        length = self.model.config.context if self.task.gives_score else task.length
+        task = dataclasses.replace(task, truncate=True, length=length)
         return dataclasses.replace(self.config, task=task)
 
     def _predictions(self, texts: list[str]) -> list[Any]:

@@ -57,7 +57,7 @@ class PairRows(Rows):
         return batch
 
 
-def with_reference(rows: PairRows) -> PairRows:
+def with_reference(rows: Any) -> PairRows:
     """The rows with a place for the log-probabilities of the reference: `reference_chosen` and `reference_rejected`
     are NaN until they are known."""
     unknown = {f"reference_{side}": np.asarray(np.nan, np.float32) for side in SIDES}
