@@ -34,7 +34,11 @@ MAX_MEMORY = 2**30  # bytes of the process of a program
 
 
 class Failure(Exception):
-    """Why a completion has no reward."""
+    """Why a completion has no reward. late: the function took too long."""
+
+    def __init__(self, message: str, late: bool = False):
+        super().__init__(message)
+        self.late = late
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Reward:
             found = []
             for pair in pairs:
                 found.append(self._result(*pair))
-                if len(found) == 3 and all(isinstance(x, Failure) and "takes more" in str(x) for x in found):
+                if len(found) == 3 and all(isinstance(x, Failure) and x.late for x in found):
                     raise UserError(f"{found[0]}, and for the next two; raise task.reward_seconds, or repair it")
         failures = [str(x) for x in found if isinstance(x, Failure)]
         if pairs and len(failures) == len(pairs):
@@ -77,22 +81,21 @@ class Reward:
 
     def _result(self, completion: str, problem: Any) -> float | Failure:
         try:
-            limited = contextlib.nullcontext() if self.threads > 1 else time_limit(self.seconds)
-            with limited:
+            with contextlib.nullcontext() if self.threads > 1 else time_limit(self.seconds):
                 value = self.function(completion, problem)
-            number = float(value)
-            if math.isfinite(number):
-                return number
-            what = f"returned {value!r:.60}"
         except TooLong:
-            what = f"takes more than {self.seconds:g} s"
-        except Exception as error:  # of the user's function
-            what = f"raised {type(error).__name__}: {error}" if "value" not in locals() else f"returned {value!r:.60}"
-        return self._failure(what, completion, problem)
+            return self._failure(f"takes more than {self.seconds:g} s", completion, problem, late=True)
+        except (Exception, SystemExit) as error:  # of the user's function
+            return self._failure(f"raised {type(error).__name__}: {error}", completion, problem)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        return number if math.isfinite(number) else self._failure(f"returned {value!r:.60}", completion, problem)
 
-    def _failure(self, what: str, completion: str, problem: Any) -> Failure:
+    def _failure(self, what: str, completion: str, problem: Any, late: bool = False) -> Failure:
         where = f"the prompt {_shortened(problem.prompt)} and the completion {_shortened(completion)}"
-        return Failure(f"the reward {self.name} {what} for {where}".replace("\n", " "))
+        return Failure(f"the reward {self.name} {what} for {where}".replace("\n", " "), late)
 
 
 def _shortened(value: Any) -> str:

@@ -37,8 +37,8 @@ def generate_targets(evaluator: Any, params: Any, number: int, attempt: int | No
 
 
 def complete_problems(evaluator: Any, params: Any, number: int) -> list[dict[str, Any]]:
-    """The greedy completion of each problem and its reward, None if the reward failed; with task.attempts also the
-    largest reward of that many drawn completions."""
+    """The greedy completion of each problem and its reward; with task.attempts also the largest reward of that many
+    drawn completions. A reward that failed is None."""
     task, problems = evaluator.config.task, evaluator.rows.examples[:number]
     reward = evaluator.reward or alignment.open_reward(task.reward, task.reward_seconds)
     found = generate_targets(evaluator, params, number)
@@ -49,7 +49,8 @@ def complete_problems(evaluator: Any, params: Any, number: int) -> list[dict[str
         drawn = generate_targets(evaluator, params, number, attempt)
         scored = parallel.run_on_main_process(lambda drawn=drawn: reward(drawn, problems)[0].tolist())
         for prediction, value in zip(predictions, scored, strict=True):
-            prediction["best_reward"] = max(prediction.get("best_reward", -math.inf), known(value) or 0.0)
+            values = [x for x in (prediction.get("best_reward"), known(value)) if x is not None]
+            prediction["best_reward"] = max(values, default=None)
     return predictions
 
 
@@ -86,12 +87,14 @@ def score_translations(predictions: list, examples: list, task: Any) -> Scores:
 
 def score_rewards(predictions: list, examples: list, task: Any) -> Scores:
     """The mean reward of greedy completions; pass_at_k is the mean of the best of k drawn ones, for rewards of 0 and 1
-    the share of problems that k attempts solve (Chen et al. 2021)."""
-    values = [p["reward"] for p in predictions]
-    found = {"reward": sum(value or 0.0 for value in values) / max(len(values), 1)}
-    if task.attempts:
-        found["pass_at_k"] = sum(p["best_reward"] for p in predictions) / max(len(values), 1)
-    return found, found | {"rewards_failed": values.count(None)}
+    the share of problems that k attempts solve (Chen et al. 2021). Rewards that failed count in neither mean."""
+
+    def mean(name):
+        known = [p[name] for p in predictions if p[name] is not None]
+        return sum(known) / max(len(known), 1)
+
+    found = {"reward": mean("reward")} | ({"pass_at_k": mean("best_reward")} if task.attempts else {})
+    return found, found | {"rewards_failed": sum(p["reward"] is None for p in predictions)}
 
 
 def score_exact(predictions: list, examples: list, _: Any) -> Scores:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import time
 
 import numpy as np
@@ -64,15 +65,20 @@ def test_bad_names(name, words):
 
 def test_failures_are_counted_and_name_function_prompt_and_cause():
     def moody(completion, problem):
-        return {"raise": lambda: 1 / 0, "nan": lambda: math.nan, "none": lambda: None, "text": lambda: "high"}.get(
-            completion, lambda: np.float32(0.5)
-        )()
+        return {
+            "raise": lambda: 1 / 0,
+            "nan": lambda: math.nan,
+            "none": lambda: None,
+            "text": lambda: "high",
+            "huge": lambda: 10**400,
+            "exit": sys.exit,
+        }.get(completion, lambda: np.float32(0.5))()
 
     reward = rewards.Reward("moody", moody)
-    given = ["ok", "raise", "nan", "none", "text", "ok"]
-    values, failures = reward(given, [Problem()] * 6)
-    assert np.isnan(values).tolist() == [False, True, True, True, True, False] and values[0] == 0.5
-    assert len(failures) == 4
+    given = ["ok", "raise", "nan", "none", "text", "huge", "exit", "ok"]
+    values, failures = reward(given, [Problem()] * 8)
+    assert np.isnan(values).tolist() == [False, *[True] * 6, False] and values[0] == 0.5
+    assert len(failures) == 6 and "returned 1000" in failures[4] and "raised SystemExit" in failures[5]
     assert failures[0] == (
         "the reward moody raised ZeroDivisionError: division by zero for the prompt '2+2=' and the completion 'raise'"
     )

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from nanoflax import tasks
+from nanoflax.config import GRPO
 from nanoflax.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "2+3"}]
@@ -85,3 +86,10 @@ def test_pairs_are_problems_and_chats():
     pair = tasks.load("dates:en-fr", tasks.Pair).validation[0]
     assert (problem.prompt, problem.answer) == (pair.source, pair.target)
     assert [m["content"] for m in chat.messages] == [pair.source, pair.target]
+
+
+def test_a_failed_reward_counts_in_no_mean():
+    """A reward of 0 would be the best of these."""
+    predictions = [{"reward": -2.0, "best_reward": -1.0}, {"reward": None, "best_reward": None}]
+    numbers, report = tasks.TASKS["grpo"].score(predictions, [], GRPO(attempts=2))
+    assert numbers == {"reward": -2.0, "pass_at_k": -1.0} and report["rewards_failed"] == 1
