@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from nanoflax import alignment, parallel, peft, report, tasks, tokenizers
 from nanoflax import config as configs
@@ -23,7 +24,6 @@ from nanoflax.train import TrainState
 
 ROLLOUTS = 1  # folded into the key of a step, whose first use is dropout
 FILE = "rollouts.jsonl"
-MULTIPLE = 16  # of the length of training rows, for attention kernels
 
 
 class Policy:
@@ -50,24 +50,18 @@ class Policy:
         self._copy: Params | None = None  # of the initial parameters, if the reference needs one
         self._log: Any = None
         full = batches.length + self.task.target_length - 1
-        self.length = min(full + -full % MULTIPLE, config.model.context)  # T of training rows
-        m = config.model
-        every = tokenizer.vocab_size >= m.vocab_size - m.vocab_padding
-        self.filters = {name: getattr(self.task, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        self.stores_support = (
-            not every or any(map(self.task.__getattribute__, ("top_k", "min_p"))) or self.task.top_p < 1
-        )
+        # T of training rows, a multiple for attention kernels
+        self.length = min(full + -full % tasks.SHORTEST, config.model.context)
         self._reference = jax.jit(parallel.with_mesh(mesh, self._reference_log_probabilities))
 
     # For the trainer.
 
     def join(self, job: Job) -> Job:
         """The Job with batches of completions, which its steps draw."""
-        B, T, V = self.config.train.batch_size, self.length, self.config.model.vocab_size
+        B, T = self.config.train.batch_size, self.length
         shapes = {"first": (B,), "targets": (B, T), "weights": (B, T), "old": (B, T), "advantages": (B,), "scale": (B,)}
-        shapes |= {"support": (B, T, -(-V // 8))} if self.stores_support else {}
         shapes |= {"reference": (B, T)} if self.task.beta else {}
-        dtypes = {"first": jnp.int32, "targets": jnp.int32, "support": jnp.uint8}
+        dtypes = {"first": jnp.int32, "targets": jnp.int32}
 
         def shape(name):
             sharding = parallel.batch_sharding(self.mesh, len(shapes[name]))
@@ -84,11 +78,8 @@ class Policy:
 
     def load_reference(self) -> str:
         """Load the copy. Returns its fingerprint, by which a resumed run recognizes it."""
-        self._copy = self._load()
-        paths = [
-            jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(self._copy)
-        ]
-        fingerprint = base_fingerprint(self._copy, {*paths})
+        self._copy = peft.without_adapters(self._load())
+        fingerprint = base_fingerprint(self._copy, flatten_dict(self._copy, sep="/").keys())
         if self.config.train.scan_layers:
             self._copy = parallel.stack(self._copy)
         return fingerprint
@@ -98,7 +89,7 @@ class Policy:
 
         def rollout_step(state: TrainState, prompts: dict) -> tuple[TrainState, dict]:
             batch, metrics = self.rollout(state, frozen, {name: parallel.fetch(x) for name, x in prompts.items()})
-            at, sharding, mismatch = np.asarray(state.step), state.step.sharding, None
+            at, sharding, mismatch = np.int32(state.step), state.step.sharding, None
             for update in range(self.task.updates):
                 if update:  # all updates count as one step
                     state = state._replace(step=jax.device_put(at, sharding))
@@ -128,7 +119,7 @@ class Policy:
             max_new_tokens=task.target_length,
             eos_ids=tokenizers.stop_ids(self.tokenizer),
             vocab_size=self.tokenizer.vocab_size,
-            **self.filters,
+            **{name: getattr(task, name) for name in ("temperature", "top_k", "top_p", "min_p")},
         )
         problems = [self.batches.rows.examples[i] for i in prompts["problems"]]
         texts = self.texts(found)

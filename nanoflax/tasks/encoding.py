@@ -154,7 +154,7 @@ class _Encoder:
         """The prompt; a part of it would be another problem, so long ones are left out."""
         prompt = example.prompt
         if chat and isinstance(prompt, str):
-            prompt = ({"role": "user", "content": prompt},)
+            prompt = ({"role": "user", "content": prompt.strip()},)  # as the same source gives Chats
         try:
             is_text = isinstance(prompt, str)
             ids = prompt_ids(self.tokenizer, prompt) if is_text else chat_prompt(self.tokenizer, prompt)

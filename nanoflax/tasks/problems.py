@@ -78,6 +78,8 @@ def converted(
             made = problem({"prompt": record.get(key)}, place, clean, DataReport()) if given is Problem else None
             value = made.prompt if made else record.get(key)  # what `load` splits by
             parts["validation" if is_held_out(repr(value), fraction) else "train"].append((place, record))
+        if not parts["validation"] and len(parts["train"]) > 1:  # also as in `load`
+            parts["validation"].append(parts["train"].pop())
         splits = parts
     make = CONVERSIONS[given, wanted]
     return {name: ((place, make(record)) for place, record in records) for name, records in splits.items()}

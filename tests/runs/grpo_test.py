@@ -256,11 +256,16 @@ def test_prompts_have_one_shape_and_are_grouped(tmp_path):
 
 
 def test_chats_are_asked_as_in_instruct(tmp_path):
-    made, policy = policy_of(tmp_path, RUN, task__chat=True, task__length=28)
-    expected = tokenizers.chat_prompt(made.tokenizer, [{"role": "user", "content": "1+2="}])
-    assert [row["source"].tolist() for row, e in zip(made.rows.rows, made.rows.examples, strict=True)
-            if e.prompt[0]["content"] == "1+2="][:1] in ([expected], [])  # fmt: skip
-    assert tasks.prompt_of(made.config.task)(made.tokenizer, "1+2=", False) == expected
+    """Also with a space at the end of the prompt, which the same source as chats does not have."""
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"{i}+2= ", "answer": i + 2}) for i in range(9)))
+    source = dict(data__train=f"problems:{file}", data__validation=f"problems:{file}")
+    made, _ = policy_of(tmp_path, RUN, task__chat=True, task__length=28, **source)
+    expected = tokenizers.chat_prompt(made.tokenizer, [{"role": "user", "content": "0+2="}])
+    chat = tasks.load(f"problems:{file}", tasks.Chat).train[0]
+    assert made.rows.rows[0]["source"].tolist() == expected
+    assert tokenizers.chat_ids(made.tokenizer, chat.messages)[0][: len(expected)] == expected
+    assert tasks.prompt_of(made.config.task)(made.tokenizer, "0+2=", False) == expected
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,12 @@ def test_supervised_examples_have_the_same_split(tmp_path, messages):
         assert inputs == held
 
 
+def test_few_examples_have_the_same_split_too(tmp_path):
+    file = write(tmp_path / "p.jsonl", *({"prompt": f"{i}?", "answer": "x"} for i in range(3)))
+    problems, texts = (tasks.load(f"problems:{file}", kind) for kind in (tasks.Problem, tasks.Text))
+    assert [p.prompt + "x" for p in problems.validation] == [t.text for t in texts.validation] == ["2?x"]
+
+
 def test_arithmetic_is_right_and_held_out():
     found = tasks.load("arithmetic:2", tasks.Problem)
     assert len(found.train) + len(found.validation) == 20_000 and len(found.validation) > 800
