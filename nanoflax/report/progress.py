@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 from nanoflax.report.text import format_count, format_duration, printable
 
+SHOWN = {"rollout_reward": "reward"}  # metrics of a step that a bar shows beside the loss, and their names there
+
 
 class ProgressBar:
     """A live bar on a terminal, a plain line every few seconds elsewhere. Use as a context manager.
@@ -102,16 +104,17 @@ class TrainingProgress(ProgressBar):
     ):
         super().__init__(total_steps, start_step, stream, clock)
         self._counted = lambda: clock() - ignored()
-        self.loss, self.reward, self.tokens_per_step = None, None, tokens_per_step
+        self.loss, self.shown, self.tokens_per_step = None, [], tokens_per_step
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self._paused, self._note = 0.0, "compiling"
         self._first: tuple[float, float] | None = None  # (time, training time) at the end of the first update
         self._marks = collections.deque()  # (training time, step), the last `window` seconds
 
-    def update(self, step: int, loss: float, reward: float | None = None) -> None:
-        """Shows the number of finished steps and the loss of the last step, and if there is one, its reward."""
+    def update(self, step: int, loss: float, **metrics: float) -> None:
+        """Shows the number of finished steps, and of the last step the loss and those of its metrics in SHOWN."""
         now = self._counted()
-        self.loss, self.reward, self._note = float(loss), reward, None
+        self.loss, self._note = float(loss), None
+        self.shown = [f"{shown} {metrics[name]:.3f}" for name, shown in SHOWN.items() if name in metrics]
         self._marks.append((now - self._paused, int(step)))
         self._first = self._first or (now, now - self._paused)
         while len(self._marks) > 2 and self._marks[1][0] <= now - self._paused - self.window:
@@ -161,9 +164,7 @@ class TrainingProgress(ProgressBar):
 
     def status(self) -> str:
         """A text such as `loss 2.3456  12.3k tokens/s  MFU 41%  3:21 left`."""
-        parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
-        if self.reward is not None:
-            parts.append(f"reward {self.reward:.3f}")
+        parts = ([] if self.loss is None else [f"loss {self.loss:.4f}"]) + self.shown
         if self.tokens_per_second is not None:
             parts.append(f"{format_count(self.tokens_per_second)} tokens/s")
         if self.mfu is not None:

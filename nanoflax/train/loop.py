@@ -135,7 +135,7 @@ class _Run:
         values = {name: np.asarray(value).item() for name, value in metrics.items()}
         if self.schedule is not None:
             values["learning_rate"] = float(self.schedule(at - 1))
-        self.progress.update(at, values["loss"], values.get("rollout_reward"))
+        self.progress.update(at, **values)
         if self.progress.tokens_per_second is not None:
             values["tokens_per_second"] = self.progress.tokens_per_second
         self.log.log(at, **values)

@@ -258,6 +258,14 @@ def test_an_mfu_above_100_percent_is_never_shown():
     assert shown[-1] is None, "the peak has proved wrong"
 
 
+def test_a_step_with_a_reward_shows_it_beside_the_loss():
+    progress, _ = make_progress()
+    progress.update(1, loss=5.0, rollout_reward=0.25, grad_norm=1.0)
+    assert progress.status().startswith("loss 5.0000  reward 0.250")
+    progress.update(2, 5.0)
+    assert "reward" not in progress.status()
+
+
 def test_rates_slide():
     progress, clock = make_progress(total_steps=1000)
     for step in range(1, 101):

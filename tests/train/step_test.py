@@ -314,7 +314,7 @@ class Run:
     def log(self, step, **values):
         self.logged.append((step, values))
 
-    def update(self, step, loss, reward=None):
+    def update(self, step, loss, **metrics):
         pass
 
     def write(self, text):
