@@ -28,7 +28,9 @@ def preference(
     nll_weight: float | None = None,
     **_: Any,
 ) -> Sums:
-    """The preference for the chosen answers, learned without a reward model. See config.Prefer for the options.
+    """The preference for the chosen answers, learned without a reward model. See config.Prefer for the options, and
+    config.PREFERENCE_LOSSES for the papers. The cross entropy of nll_weight is that of the answer, as in the paper of
+    ORPO; trl's ORPO takes it over the prompt too.
 
     batch: first [B] int32, the token before both texts; chosen, rejected [B, T] int32; chosen_weights,
     rejected_weights [B, T] float32, 1 at the answer; weights [B] float32; and for a loss with a reference

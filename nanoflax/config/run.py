@@ -167,14 +167,16 @@ def _adalora_problems(c: Config) -> list[str]:
 
 def _task_problems(c: Config) -> list[str]:
     t, found = c.train, []
-    if t.z_loss and isinstance(c.task, LabelTask):
-        found.append(f"train.z_loss={t.z_loss} does not work with task.kind={c.task.kind!r}")
-    if isinstance(c.task, PairTask):
-        found += [
-            f"train.{name}={getattr(t, name)} does not work with task.kind={c.task.kind!r}{hint}"
-            for name, hint in (("z_loss", ""), ("label_smoothing", "; task.label_noise is for wrong preferences"))
-            if getattr(t, name)
-        ]
+    cross_entropy = {name: getattr(t, name) for name in ("z_loss", "label_smoothing")}
+    unused = cross_entropy if isinstance(c.task, PairTask | GRPO) else {}
+    if isinstance(c.task, LabelTask):
+        unused = {"z_loss": t.z_loss}
+    for name, value in unused.items():
+        hint = "; task.label_noise is for wrong preferences" * (
+            name == "label_smoothing" and isinstance(c.task, Prefer)
+        )
+        if value:
+            found.append(f"train.{name}={value} does not work with task.kind={c.task.kind!r}{hint}")
     if isinstance(c.task, Prefer) and c.task.needs_reference and not c.model.init_from:
         free = " or ".join(name for name, loss in PREFERENCE_LOSSES.items() if not loss.reference)
         found.append(
@@ -187,20 +189,12 @@ def _task_problems(c: Config) -> list[str]:
         found += [f"task.start='teacher' is for all parameters of a new model, not for {what}" for what in given]
     if isinstance(c.task, DistillTask) and not c.task.mix:
         found += [
-            f"train.{name}={getattr(t, name)} has no effect with task.mix=0: it changes the cross entropy"
-            for name in ("z_loss", "label_smoothing")
-            if getattr(t, name)
+            f"train.{name}={value} has no effect with task.mix=0: it changes the cross entropy"
+            for name, value in cross_entropy.items()
+            if value
         ]
-    if isinstance(c.task, GRPO):
-        found += [
-            f"train.{name}={getattr(t, name)} does not work with task.kind={c.task.kind!r}"
-            for name in ("z_loss", "label_smoothing")
-            if getattr(t, name)
-        ]
-        if t.batch_size % c.task.group:
-            found.append(
-                f"train.batch_size={t.batch_size} counts completions, so task.group={c.task.group} must divide it"
-            )
+    if isinstance(c.task, GRPO) and c.task.group >= 1 and t.batch_size % c.task.group:
+        found.append(f"train.batch_size={t.batch_size} counts completions, so task.group={c.task.group} must divide it")
     if not isinstance(c.task, Pretrain):
         if t.sample_prompt:
             found.append(f"train.sample_prompt={t.sample_prompt!r} is for pretraining, not task.kind={c.task.kind!r}")

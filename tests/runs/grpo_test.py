@@ -274,6 +274,7 @@ def test_chats_are_asked_as_in_instruct(tmp_path):
         (dict(task__reward="exakt"), "task.reward='exakt' is not known"),
         (dict(task__reward="regex:("), "task.reward='regex:\\('"),
         (dict(task__group=3), "task.group=3 must divide it"),
+        (dict(task__group=0), "task.group=0 must be at least 2"),
         (dict(task__target_length=30), "exceeds the model's context of 32; lower task.target_length"),
         (dict(task__temperature=0.0), "task.temperature"),
         (dict(train__z_loss=0.1), "train.z_loss=0.1 does not work"),
