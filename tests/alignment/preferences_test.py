@@ -28,7 +28,6 @@ PAIRS = [
     Preference("long prompt, ", "yes", "no", "f:3", margin=1.5),
 ]
 SETTINGS = [
-    ("dpo", {}, {"loss_type": "sigmoid", "beta": 0.1}),
     ("dpo", {"beta": 0.7}, {"loss_type": "sigmoid", "beta": 0.7}),
     ("dpo_norm", {}, {"loss_type": "sigmoid_norm", "beta": 5.0}),
     ("ipo", {"beta": 0.3}, {"loss_type": "ipo", "beta": 0.3}),

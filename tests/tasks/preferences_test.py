@@ -45,13 +45,14 @@ def ours(rows, i, side):
     return [int(row["first"]), *row[side].tolist()], [0, *row[f"{side}_weights"].astype(int).tolist()]
 
 
-@pytest.mark.parametrize("kind", ["bytes", "unigram"])
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    "name, kind", [(name, "unigram" if i % 3 == 0 else "bytes") for i, name in enumerate(TEMPLATES)]
+)
 def test_ids_and_masks_of_chats_are_trls(tmp_path, name, kind):
     special, template = TEMPLATES[name]
     mine, theirs = make(tmp_path, special, without_marks(template), kind)
     records, draw = [], random.Random(name)
-    for messages in conversations(name, 8, special):
+    for messages in conversations(name, 6, special):
         *prompt, reply = messages
         other = {"role": "assistant", "content": draw.choice(["no", "maybe not", "x y"])}
         explicit = {"prompt": prompt, "chosen": [reply], "rejected": [other]}
@@ -78,7 +79,7 @@ def test_ids_and_masks_of_chats_are_trls(tmp_path, name, kind):
                 rest = theirs.decode((prompt + answer)[n:], skip_special_tokens=True)
                 assert rest.strip() in ("", "assistant")  # the beginning of a next reply, in one template
     newlines = kind == "bytes" and name in ("headers", "always a generation prompt")
-    assert compared > 16 or newlines or name == "no generation prompt"
+    assert compared > 12 or newlines or name == "no generation prompt"
 
 
 TEXTS = ["The sky is", " blue", "2+2=", "4", " four", "yes", "é日本!", "a\n\nb", "user"]
