@@ -55,6 +55,7 @@ class Reward:
     seconds: float = 10.0
     threads: int = 1  # above 1: the function waits for a process with a limit of its own
     takes_all: bool = False  # the function gets lists of all completions and problems, without a time limit
+    needs_answer: bool = False  # it has no meaning for a problem without an answer
 
     def __call__(
         self, completions: Sequence[str], problems: Sequence[Any]
@@ -138,12 +139,12 @@ def open_reward(name: str, seconds: float = 10.0) -> Reward:
     """
     kind, _, rest = name.partition(":")
     if name == "exact":
-        return Reward(name, exact, seconds)
+        return Reward(name, exact, seconds, needs_answer=True)
     if kind == "regex" and rest:
         return Reward(name, of_pattern(rest), seconds)
     if name in ("tests", "tests:prompt"):
         run = lambda completion, problem: passes_tests(completion, problem, seconds, continues=bool(rest))
-        return Reward(name, run, seconds, threads=max(2, os.cpu_count() or 1))
+        return Reward(name, run, seconds, threads=max(2, os.cpu_count() or 1), needs_answer=True)
     if kind == "python" and ":" in rest:
         return Reward(name, _imported(*rest.rsplit(":", 1)), seconds)
     hint = "; it was given from Python: give finetune the function again" if kind == "function" else ""

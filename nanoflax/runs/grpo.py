@@ -30,6 +30,7 @@ class Policy:
     """What a run of grpo adds to its Job.
 
     batches: a tasks.PromptBatches. load: the initial parameters on the mesh, for a reference that is a copy.
+    Raises: UserError if the reward needs answers and the problems have none.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Policy:
         self.workdir, self.config, self.model, self.tokenizer, self.mesh = workdir, config, model, tokenizer, mesh
         self.task: GRPO = config.task  # type: ignore  # see finetune
         self.batches, self.reward, self._load = batches, reward, load
+        check_answers(reward, batches.rows.examples)
         self._told = False  # about the first completion without a reward
         self._copy: Params | None = None  # of the initial parameters, if the reference needs one
         self._log: Any = None
@@ -214,6 +216,19 @@ def open_reward(task: GRPO, open_run: Callable[[str], Any], function: Callable |
         return scorer.rewards([whole(*pair) for pair in zip(problems, completions, strict=True)])
 
     return Reward(task.reward, scores, task.reward_seconds, takes_all=True)
+
+
+def check_answers(reward: Reward, problems: list) -> None:
+    """Print how many problems lack the answer that the reward needs. Raises: UserError if all do."""
+    missing = [problem for problem in problems if not problem.answer] if reward.needs_answer else []
+    if missing and len(missing) == len(problems):
+        raise UserError(
+            f"task.reward={reward.name} compares with the answer of a problem, and no problem has one; name the field "
+            "with --config.data.fields=answer=NAME, or choose another task.reward"
+        )
+    if missing:
+        print(f"{len(missing):,} problems have no answer, the first is {missing[0].place}; task.reward={reward.name} "
+              "says nothing about them")  # fmt: skip
 
 
 def reward_to_evaluate(task: Any, open_run: Callable[[str], Any], given: Any) -> Reward | None:

@@ -12,9 +12,10 @@ import nanoflax
 from nanoflax import alignment, config, peft, tasks, tokenizers
 from nanoflax.config import GRPO, Config, ExampleData, LoRA, ModelConfig, OptimConfig, TrainConfig
 from nanoflax.errors import UserError
-from nanoflax.runs import grpo
+from nanoflax.runs import checkpoint, grpo
 from nanoflax.runs.finetune import Finetuning
-from nanoflax.train import TrainState
+from nanoflax.runs.trainer import run_job
+from nanoflax.train import TrainState, make_optimizer
 
 MODEL = ModelConfig(
     context=32, layers=1, dim=16, heads=2, norm="rmsnorm", bias=False, positions="rotary", dropout=0.1, tied=False
@@ -96,19 +97,21 @@ def test_a_run_writes_rollouts_metrics_samples_and_a_model(finished, capsys):
 
 def test_the_learning_rate_and_the_steps_follow_the_batches(finished):
     workdir, _, run = finished
-    from nanoflax.runs import checkpoint
-    from nanoflax.train import make_optimizer
-
     schedule = make_optimizer(run.optim, 4)[1]
     steps = [m for m in lines(workdir / "metrics.jsonl") if "loss" in m]
     np.testing.assert_allclose([m["learning_rate"] for m in steps], [float(schedule(i)) for i in range(4)], rtol=1e-6)
     assert checkpoint.list_steps(str(workdir / "checkpoints"))[-1] == 4
 
 
+def named(run):
+    return grpo.with_reward(run, digits)
+
+
 def test_a_reward_that_breaks_loses_nothing_and_resuming_is_exact(finished, tmp_path):
-    """The reward fails in step 4, after the checkpoint of step 2; the repeated command continues after step 3."""
+    """The reward fails in step 4, after the checkpoint of step 2; the same command continues after step 3."""
     workdir, _, run = finished
-    calls = []
+    calls, held_out = [], len(tasks.load("arithmetic:1", tasks.Problem).validation)
+    breaks_after = 3 * 16 + 3 * held_out  # three batches, and an evaluation of greedy and of two drawn completions
 
     def breaks(completion, problem):
         calls.append(completion)
@@ -116,16 +119,14 @@ def test_a_reward_that_breaks_loses_nothing_and_resuming_is_exact(finished, tmp_
             raise KeyError("no such model")
         return digits(completion, problem)
 
-    held_out = len(tasks.load("arithmetic:1", tasks.Problem).validation)
-    breaks_after = 3 * 16 + 3 * held_out  # three batches, and an evaluation of greedy and of two drawn completions
-    breaks.__qualname__ = "digits"  # the same name, as in an edited notebook
     other = tmp_path / "run"
-    run = dataclasses.replace(run, task=dataclasses.replace(run.task, reward=alignment.name_of(digits)))
-    breaks.__module__, name = __name__, alignment.name_of(breaks)
+    job = Finetuning(named(run), str(other), breaks).job  # a repaired function has the same name
     with pytest.raises(UserError, match=r"raised KeyError: 'no such model' for the prompt '\d[+-]\d=' and the comp"):
-        nanoflax.finetune(config=run, workdir=str(other), reward=breaks)
-    assert (name, alignment.name_of(digits)) == ("function:digits", f"python:{__name__}:digits")
-    assert max(m["step"] for m in lines(other / "metrics.jsonl")) == 3
+        run_job(job, str(other))
+    assert checkpoint.list_steps(str(other / "checkpoints"))[-1] == 3
+    nanoflax.finetune(config=run, workdir=str(other), reward=digits)
+    assert timeless(other / "rollouts.jsonl") == timeless(workdir / "rollouts.jsonl")
+    assert timeless(other / "metrics.jsonl") == timeless(workdir / "metrics.jsonl")
 
 
 def test_resuming_after_a_kill_is_exact(finished, tmp_path):
@@ -145,10 +146,7 @@ def test_resuming_after_a_kill_is_exact(finished, tmp_path):
         return digits(completion, problem)
 
     held_out = len(tasks.load("arithmetic:1", tasks.Problem).validation)
-    named = dataclasses.replace(run, task=dataclasses.replace(run.task, reward=alignment.name_of(digits)))
-    finetuning = Finetuning(grpo.with_reward(named, None), str(other), kills)
-    from nanoflax.runs.trainer import run_job
-
+    finetuning = Finetuning(named(run), str(other), kills)
     with pytest.raises(Killed):
         run_job(finetuning.job, str(other))
     assert len(lines(other / "rollouts.jsonl")) == 48
@@ -266,6 +264,22 @@ def test_chats_are_asked_as_in_instruct(tmp_path):
     assert made.rows.rows[0]["source"].tolist() == expected
     assert tokenizers.chat_ids(made.tokenizer, chat.messages)[0][: len(expected)] == expected
     assert tasks.prompt_of(made.config.task)(made.tokenizer, "0+2=", False) == expected
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_problems_without_an_answer_are_reported_or_refused(tmp_path, capsys, some):
+    file = tmp_path / "p.jsonl"
+    file.write_text(
+        "\n".join(json.dumps({"prompt": f"{i}"} | ({"answer": "x"} if some and i < 3 else {})) for i in range(9))
+    )
+    fields = dict(data__train=f"problems:{file}", data__validation=f"problems:{file}")
+    if some:
+        policy_of(tmp_path, RUN, **fields)
+        assert f"6 problems have no answer, the first is {file}:4" in capsys.readouterr().out
+        return
+    with pytest.raises(UserError, match="task.reward=exact compares with the answer .* no problem has one"):
+        policy_of(tmp_path, RUN, **fields)
+    policy_of(tmp_path, RUN, task__reward="regex:x", **fields)
 
 
 @pytest.mark.parametrize(
