@@ -116,8 +116,9 @@ def test_without_a_teacher_it_is_next_token_prediction():
     assert alignment.distill(student, params, batch, temperature=3.0) == train.causal_lm(student, params, batch)
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
-@pytest.mark.parametrize("rows", [(0, 3), (2, 5)])
+@pytest.mark.parametrize(
+    "kind, rows", [("forward_kl", (0, 3)), ("forward_kl", (2, 5)), ("reverse_kl", (2, 5)), ("jsd", (2, 5))]
+)
 def test_rows_of_padding_get_no_probability(kind, rows):
     """Tables of other lengths, by padding that counts (as published models have it) or not (vocab_padding)."""
     configs = (STUDENT, TEACHER)

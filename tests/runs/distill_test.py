@@ -15,6 +15,7 @@ from nanoflax import nn, parallel, runs, tokenizers
 from nanoflax.config import Config, Distill, DistillChat, ExampleData, ModelConfig, OptimConfig, TrainConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.runs import trainer
+from nanoflax.runs.teacher import Teacher
 
 BYTES = tokenizers.load("bytes")
 SIZES = dict(vocab_size=260, context=32, layers=2, dim=16, heads=2)
@@ -43,7 +44,7 @@ def a_config(tmp_path, **changes):
         data=ExampleData(train=f"jsonl:{tmp_path}/t.jsonl"),
         optim=OptimConfig(warmup_steps=0),
         task=Distill(length=32, teacher=str(tmp_path / "teacher"), mix=0.25, temperature=2.0),
-        train=TrainConfig(steps=2, batch_size=4, evaluate_every=1, checkpoint_every=1, tensorboard=False),
+        train=TrainConfig(steps=2, batch_size=4, evaluate_every=2, checkpoint_every=1, tensorboard=False),
     )
     return dataclasses.replace(config, **changes)
 
@@ -86,12 +87,15 @@ def test_a_teacher_that_changed_is_refused(tmp_path, teacher):
         nanoflax.finetune(config=config, workdir=str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_adapters_of_a_student_beside_its_teacher(tmp_path, teacher, scan):
-    """The student's frozen parameters and the teacher's have blocks of the same names, and not as many."""
+def test_adapters_of_a_student_beside_its_teacher(tmp_path, teacher):
+    """The student's frozen parameters and the teacher's have stacked blocks of the same names, and not as many."""
     write_model(tmp_path / "student", 2, ModelConfig(**SIZES | {"layers": 3}))
     config = a_config(tmp_path)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, scan_layers=scan))
+    task = dataclasses.replace(config.task, teacher_dtype="bfloat16")
+    config = dataclasses.replace(config, task=task, train=dataclasses.replace(config.train, scan_layers=True))
+    held = Teacher(task, str(tmp_path / "run"), parallel.make_mesh("1,1,1", jax.devices()[:1]))
+    kinds = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree) for tree in (held.load(), held.shapes)]
+    assert kinds[0] == kinds[1] and "bfloat16" in str(kinds[0]) and "float32" not in str(kinds[0])
     nanoflax.finetune(str(tmp_path / "student"), peft="lora", config=config, workdir=str(tmp_path / "run"))
     run = nanoflax.open(tmp_path / "run")
     assert [*filter(lambda name: "block" in name, run.params["decoder"])] == ["block_0", "block_1", "block_2"]
@@ -202,12 +206,11 @@ def test_a_teacher_in_a_directory_of_transformers_teaches_the_same(tmp_path, tea
     """Its tokenizer has other files and another fingerprint, and the same ids; a new student reads its vocabulary."""
     nanoflax.open(teacher).save_pretrained(str(tmp_path / "exported"))
     config, results = a_config(tmp_path), []
-    for name, dtype in ((teacher, "float32"), (tmp_path / "exported", "float32"), (teacher, "bfloat16")):
-        task = dataclasses.replace(config.task, teacher=str(name), teacher_dtype=dtype)
+    for name in (teacher, tmp_path / "exported"):
+        task = dataclasses.replace(config.task, teacher=str(name))
         data = dataclasses.replace(config.data, tokenizer="bpe:2048" if name == teacher else "bytes")
         workdir = tmp_path / f"run{len(results)}"
         nanoflax.finetune(config=dataclasses.replace(config, task=task, data=data), workdir=str(workdir))
         assert runs.read_run(workdir)[1].fingerprint == BYTES.fingerprint
         results.append(json.loads((workdir / "result.json").read_text())["kl"])
-    np.testing.assert_allclose(results, results[0], rtol=2e-2)
-    assert results[0] == pytest.approx(results[1], rel=1e-5) and results[2] != results[0]
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
