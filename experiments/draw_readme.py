@@ -1,6 +1,6 @@
-"""Draws the pictures of the README in docs/: rooms.png, data_flow.png and, for a finished run, loss.png.
+"""Draws the pictures of the README in docs/: rooms.png, data_flow.png and, for finished runs, loss.png or reward.png.
 
-python -m experiments.draw_readme [WORKDIR]
+python -m experiments.draw_readme [WORKDIR ...]
 """
 
 import argparse
@@ -21,6 +21,7 @@ INK, GREY, CORE_FILL, FILL, EDGE = "#1f2933", "#6b7785", "#cfe3f7", "#f3f5f7", "
 PURPOSE = {
     "experiments": "one short program per job", "runs": "pretrain, finetune, open, checkpoints",
     "tasks": "examples, batches, metrics of each task", "planning": "memory and time of a step, before it runs",
+    "alignment": "preferences, rewards, rollouts, teachers",
     "hf": "Hugging Face models, in and out", "train": "state, step, loop, objectives, optimizers",
     "peft": "LoRA, AdaLoRA, adapters, prompts", "generate": "sampling, beam search, scoring",
     "nn": "layers, attention, models, losses", "data": "files, clean text, tokens, windows",
@@ -117,4 +118,5 @@ if __name__ == "__main__":
     draw_rooms()
     draw_data_flow()
     for workdir in workdirs:
-        shutil.copy(report.plot_losses(workdir), ROOT / "docs" / "loss.png")
+        picture = report.plot_rewards(workdir) or report.plot_losses(workdir)
+        shutil.copy(picture, ROOT / "docs" / picture.name)

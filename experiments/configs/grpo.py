@@ -11,7 +11,7 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(init_from="runs/arithmetic"),
         data=ExampleData(train="arithmetic:2", tokenizer="bytes"),
-        optim=OptimConfig(learning_rate=1e-4, b2=0.99, warmup_steps=10, schedule="linear", end_factor=0.1),
-        task=GRPO(length=16, target_length=8, group=8),
-        train=TrainConfig(steps=200, batch_size=1024, evaluate_every=20, checkpoint_every=20, metric="reward"),
+        optim=OptimConfig(learning_rate=2e-4, b2=0.99, warmup_steps=10, schedule="linear", end_factor=0.1, ema=0.95),
+        task=GRPO(length=16, target_length=8, group=8, temperature=0.6),
+        train=TrainConfig(steps=240, batch_size=1024, evaluate_every=20, checkpoint_every=20, metric="reward"),
     )
