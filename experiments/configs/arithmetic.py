@@ -1,6 +1,9 @@
 """Sums and differences of numbers below 100, such as "37-58=-21", for a small policy that grpo improves.
 
 Command:   python -m experiments.finetune --config=arithmetic --workdir=runs/arithmetic
+Hardware:  two CPU cores with much other work, 1 min 32 s
+Figure:    35.9% of 926 held-out answers right (the first evaluation of grpo). It stops early on purpose: 1,000 steps
+           give 18.7%, 1,300 give 77.9%, 2,000 give 97.9% of 512.
 """
 
 from nanoflax.config import Config, ExampleData, LanguageModel, ModelConfig, OptimConfig, TrainConfig
