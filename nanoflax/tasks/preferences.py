@@ -5,7 +5,6 @@ chosen, rejected: two texts or two lists of messages, which begin with their pro
 prompt a text, chosen and rejected lists of messages: with that prompt, or only the answers
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,13 +12,15 @@ from nanoflax.data import DataReport
 from nanoflax.tasks.kinds import Preference
 from nanoflax.tasks.messages import Clean, Messages, has_reply, messages_of, tools_of
 
+MAX_MARGIN = 1e30  # of float32
+
 
 def preference(record: dict[str, Any], place: str, clean: Clean, report: DataReport) -> Preference | None:
     """The Preference of a record; None if it cannot be used, which is counted."""
     prompt: Any
     prompt, *answers = (record.get(name) for name in Preference.fields)
-    margin = record.get("margin") or 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+    margin = 0.0 if record.get("margin") is None else record["margin"]
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < MAX_MARGIN:
         report.add("pairs whose margin is not a number, left out", place)
         return None
     kinds = {type(answer) for answer in answers}

@@ -148,7 +148,7 @@ def examples(scheme, *names):
         from nanoflax import data, tasks
 
         path = ",".join(f"{directory}/{name}" for name in names)
-        kinds = (tasks.Classification, tasks.Tagging, tasks.Pair, tasks.Chat, tasks.Text)
+        kinds = (tasks.Classification, tasks.Tagging, tasks.Pair, tasks.Chat, tasks.Text, tasks.Preference)
         chosen = zlib.crc32((directory / names[0]).read_bytes())
         ignore_refusal(tasks.load, f"{scheme}:{path}", kinds[chosen % len(kinds)])
         if scheme == "jsonl" and chosen % 7 == 0:

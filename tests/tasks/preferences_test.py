@@ -171,7 +171,7 @@ def test_what_cannot_be_used_is_counted(tmp_path):
                                                           good | {"prompt": ["q"]}],
         "examples with an empty message": [good | {"chosen": [YES | {"content": ""}]}],
         "examples whose tools are not a list of objects": [good | {"tools": "add"}],
-        "pairs whose margin is not a number": [{"prompt": "q", "chosen": "y", "rejected": "n", "margin": "much"}],
+        "pairs whose margin is not a number": [good | {"margin": bad} for bad in ("much", 10**100, [], True)],
     }  # fmt: skip
     records = [good, *(record for bad in problems.values() for record in bad)]
     found, report = read(tmp_path, records)
