@@ -114,9 +114,7 @@ def draw_data_flow():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("workdirs", nargs="*")
-    workdirs = parser.parse_args().workdirs
     draw_rooms()
     draw_data_flow()
-    for workdir in workdirs:
-        picture = report.plot_rewards(workdir) or report.plot_losses(workdir)
-        shutil.copy(picture, ROOT / "docs" / picture.name)
+    for workdir in parser.parse_args().workdirs:
+        shutil.copy(report.plot_rewards(workdir) or report.plot_losses(workdir), ROOT / "docs")
