@@ -211,8 +211,7 @@ class Run:
 
     @property
     def _cutting_config(self) -> configs.Config:
-        """Texts are always cut for prediction, also if task.truncate is false; for a score, which belongs to the end
-        of a text, only to the context of the model."""
+        """Texts are always cut for prediction; for a score, the end of a text, only to the context of the model."""
         task: Any = self.config.task
         length = self.model.config.context if self.task.gives_score else task.length
         task = dataclasses.replace(task, truncate=True, length=length)
@@ -232,9 +231,8 @@ class Run:
     def rewards(self, texts: Sequence[Any], tools: Sequence[dict] | None = None) -> np.ndarray:
         """The scores of texts by a reward model, [len(texts)] float32: larger is better.
 
-        texts: texts (a prompt with its answer; the end of a text is added), or chats (lists of messages that end with
-        the reply; the tokenizer's chat template writes them). tools: for that template. A text longer than the
-        model's context is cut; their number is printed to stderr.
+        texts: texts (a prompt with its answer; its end is added), or chats (lists of messages that end with the reply).
+        tools: for the chat template. A text longer than the model's context is cut, and counted on stderr.
         Raises: UserError if the model gives no score, or a text or chat is empty.
         """
         if not (self.task and self.task.gives_score):
