@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from nanoflax.runs import checkpoint, grpo
 from nanoflax.runs.finetune import Finetuning
 from nanoflax.runs.trainer import run_job
 from nanoflax.train import TrainState, make_optimizer
+from tests import processes
 
 MODEL = ModelConfig(
     context=32, layers=1, dim=16, heads=2, norm="rmsnorm", bias=False, positions="rotary", dropout=0.1, tied=False
@@ -309,6 +311,30 @@ def test_from_python_the_prompt_and_the_completion_share_the_context(finished, t
 
     made = with_arguments(None, nanoflax.open(str(finished[0])), "arithmetic:1", None, "grpo", "lora")
     assert (made.task.length, made.task.target_length) == (16, 16)
+
+
+SPLIT = dict(train__mesh="2,1,2", train__accumulate=2, train__scan_layers=True)
+CHILD = "from tests.runs import grpo_test; import sys; grpo_test.tune(sys.argv[1], **grpo_test.SPLIT)"
+
+
+def tune(workdir, **changes):
+    """Two updates, with a copy as the reference. SGD, because Adam enlarges the rounding errors of small gradients."""
+    model = dataclasses.replace(MODEL, dropout=0.0)
+    optim = OptimConfig(name="sgd", learning_rate=1.0, warmup_steps=0, ema=0.5)
+    run = with_fields(model=model, optim=optim, train__steps=1, task__updates=2, task__beta=0.1, task__top_p=0.9)
+    nanoflax.finetune(config=with_fields(run, **changes), workdir=workdir, reward=digits)
+
+
+def test_meshes_micro_batches_and_scanned_layers_change_nothing(tmp_path):
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    done = processes.run(["-c", CHILD, str(tmp_path / "split")], env=os.environ | {"XLA_FLAGS": flags}, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    tune(str(tmp_path / "whole"))
+    split, whole = (tmp_path / name for name in ("split", "whole"))
+    text = lambda path: [(r["prompt"], r["completion"], r["reward"]) for r in lines(path / "rollouts.jsonl")]
+    assert text(split) == text(whole) and len({reward for *_, reward in text(whole)}) > 1
+    for found, expected in zip(timeless(split / "metrics.jsonl"), timeless(whole / "metrics.jsonl"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=2e-5)
 
 
 def test_a_reward_is_only_for_grpo(tmp_path):
