@@ -66,7 +66,9 @@ class Evaluator:
         self.tokenizer = with_sentinels(config.task, tokenizer)
         self.mesh, self.task = mesh, TASKS[config.task.kind]
         self.rows, self.report = self._with_noise(rows), {}
-        self.reward: Any = None  # alignment.Reward; None: the one that task.reward names
+        # The alignment.Reward of a task with rewards. The caller sets it: opening the one that task.reward names may
+        # execute code of a stranger's directory.
+        self.reward: Any = None
 
         objective = objective or objective_of(config.task)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from nanoflax import alignment, generate, parallel, tokenizers
+from nanoflax import generate, parallel, tokenizers
 from nanoflax.tasks import metrics
 
 Scores = tuple[dict[str, float], dict[str, Any]]  # (numbers, report)
@@ -39,17 +39,18 @@ def generate_targets(evaluator: Any, params: Any, number: int, attempt: int | No
 def complete_problems(evaluator: Any, params: Any, number: int) -> list[dict[str, Any]]:
     """The greedy completion of each problem and its reward; with task.attempts also the largest reward of that many
     drawn completions. A reward that failed is None."""
-    task, problems = evaluator.config.task, evaluator.rows.examples[:number]
-    reward = evaluator.reward or alignment.open_reward(task.reward, task.reward_seconds)
+    problems = evaluator.rows.examples[:number]
+
+    def rewards(texts):
+        values = parallel.run_on_main_process(lambda: evaluator.reward(texts, problems)[0].tolist())
+        return [None if math.isnan(value) else value for value in values]
+
     found = generate_targets(evaluator, params, number)
-    scored = parallel.run_on_main_process(lambda: reward(found, problems)[0].tolist())
-    known = lambda value: None if math.isnan(value) else value
-    predictions = [{"completion": text, "reward": known(r)} for text, r in zip(found, scored, strict=True)]
-    for attempt in range(task.attempts):
-        drawn = generate_targets(evaluator, params, number, attempt)
-        scored = parallel.run_on_main_process(lambda drawn=drawn: reward(drawn, problems)[0].tolist())
-        for prediction, value in zip(predictions, scored, strict=True):
-            values = [x for x in (prediction.get("best_reward"), known(value)) if x is not None]
+    predictions = [{"completion": text, "reward": r} for text, r in zip(found, rewards(found), strict=True)]
+    for attempt in range(evaluator.config.task.attempts):
+        drawn = rewards(generate_targets(evaluator, params, number, attempt))
+        for prediction, value in zip(predictions, drawn, strict=True):
+            values = [x for x in (prediction.get("best_reward"), value) if x is not None]
             prediction["best_reward"] = max(values, default=None)
     return predictions
 
