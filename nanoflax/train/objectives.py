@@ -147,5 +147,5 @@ def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0, l
         chunks = math.gcd(chunks, T)
     chunks = chunks or nn.chunks_of(B, T, c.vocab_size)
     options = params.get("logit_bias"), chunks, z_loss, label_smoothing, c.logit_softcap, c.vocab_padding
-    sums: Any = nn.chunked_cross_entropy(hidden, head_kernel(c, params), targets, weights, *options)
-    return Sums(*sums, jnp.sum(weights))
+    objective, loss = nn.chunked_cross_entropy(hidden, head_kernel(c, params), targets, weights, *options)  # type: ignore
+    return Sums(objective, loss, jnp.sum(weights))
