@@ -14,6 +14,7 @@ from nanoflax import tokenizers
 from nanoflax.data import DataReport
 from nanoflax.errors import UserError
 from nanoflax.tasks.kinds import Chat, Preference, Text
+from nanoflax.tasks.preferences import common_length
 from nanoflax.tasks.rows import SHORTEST, Row, Rows
 
 SIDES = ("chosen", "rejected")
@@ -201,7 +202,7 @@ class PairEncoder:
         encode, framing = self.tokenizer.encode, self.tokenizer.framing
         wholes = [framing.text(encode(example.prompt + getattr(example, side))) for side in SIDES]
         prompt = framing.prompt(encode(example.prompt))
-        shared = min(_shared(prompt, ids) for ids in wholes)
+        shared = min(common_length(prompt, ids) for ids in wholes)
         if not shared:
             raise UserError("their prompt is empty")
         return [(ids, [0.0] * shared + [1.0] * (len(ids) - shared)) for ids in wholes]
@@ -210,16 +211,12 @@ class PairEncoder:
         """Only replies after the prompt are trained. What the template writes after the last of them is left out."""
         prompt = tokenizers.chat_prompt(self.tokenizer, example.prompt, example.tools)
         ids, weights = tokenizers.chat_ids(self.tokenizer, example.prompt + getattr(example, side), example.tools)
-        start = _shared(prompt, ids)
+        start = common_length(prompt, ids)
         weights = [0.0] * start + weights[start:]
         end = max((i + 1 for i, weight in enumerate(weights) if weight), default=0)
         if end < 2:
             raise UserError("they have no reply to train")
         return ids[:end], weights[:end]
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _equal(row: Row) -> bool:

@@ -58,7 +58,7 @@ def _texts(prompt: Any, answers: list, place: str, clean: Clean) -> tuple[str, s
         chosen, rejected = (clean(f".{answer}", place)[1:] for answer in answers)
         return clean(f"{prompt}.", place)[:-1], chosen, rejected, False
     chosen, rejected = (clean(answer, place) for answer in answers)
-    at = _shared(chosen, rejected)
+    at = common_length(chosen, rejected)
     if chosen != rejected and chosen[at - 1 : at] == " ":  # the space before a word is a part of its token
         at -= 1
     return chosen[:at], chosen[at:], rejected[at:], True
@@ -70,7 +70,7 @@ def _chats(
     chosen, rejected = (messages_of(answer, place, clean, report) for answer in answers)
     if chosen is None or rejected is None:
         return None
-    shared = _shared(chosen, rejected)
+    shared = common_length(chosen, rejected)
     if prompt is None or isinstance(prompt, str) and shared:
         return chosen[:shared], chosen[shared:], rejected[shared:], False
     given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -84,7 +84,7 @@ def _chats(
     return messages, chosen, rejected, False
 
 
-def _shared(a: Sequence, b: Sequence) -> int:
+def common_length(a: Sequence, b: Sequence) -> int:
     """The length of the common beginning."""
     shortest = min(len(a), len(b))
     return next((i for i in range(shortest) if a[i] != b[i]), shortest)
