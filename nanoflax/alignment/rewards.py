@@ -56,6 +56,7 @@ class Reward:
     threads: int = 1  # above 1: the function waits for a process with a limit of its own
     takes_all: bool = False  # the function gets lists of all completions and problems, without a time limit
     needs_answer: bool = False  # it has no meaning for a problem without an answer
+    continues_prompt: bool = False  # the prompt must be a text
 
     def __call__(
         self, completions: Sequence[str], problems: Sequence[Any]
@@ -144,7 +145,8 @@ def open_reward(name: str, seconds: float = 10.0) -> Reward:
         return Reward(name, of_pattern(rest), seconds)
     if name in ("tests", "tests:prompt"):
         run = lambda completion, problem: passes_tests(completion, problem, seconds, continues=bool(rest))
-        return Reward(name, run, seconds, threads=max(2, os.cpu_count() or 1), needs_answer=True)
+        threads = max(2, os.cpu_count() or 1)
+        return Reward(name, run, seconds, threads, needs_answer=True, continues_prompt=bool(rest))
     if kind == "python" and ":" in rest:
         return Reward(name, _imported(*rest.rsplit(":", 1)), seconds)
     hint = "; it was given from Python: give finetune the function again" if kind == "function" else ""

@@ -30,7 +30,7 @@ class Policy:
     """What a run of grpo adds to its Job.
 
     batches: a tasks.PromptBatches. load: the initial parameters on the mesh, for a reference that is a copy.
-    Raises: UserError if the reward needs answers and the problems have none.
+    Raises: UserError if the reward needs answers, or prompts that are texts, and the problems have none.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Policy:
         self.workdir, self.config, self.model, self.tokenizer, self.mesh = workdir, config, model, tokenizer, mesh
         self.task: GRPO = config.task  # type: ignore  # see finetune
         self.batches, self.reward, self._load = batches, reward, load
-        check_answers(reward, batches.rows.examples)
+        check_problems(reward, batches.rows.examples)
         self._told = False  # about the first completion without a reward
         self._copy: Params | None = None  # of the initial parameters, if the reference needs one
         self._log: Any = None
@@ -69,7 +69,8 @@ class Policy:
             sharding = parallel.batch_sharding(self.mesh, len(shapes[name]))
             return jax.ShapeDtypeStruct(shapes[name], dtypes.get(name, jnp.float32), sharding=sharding)
 
-        return dataclasses.replace(job, batch={name: shape(name) for name in shapes}, wrap_step=self.wrap_step)
+        batch = {name: shape(name) for name in shapes}
+        return dataclasses.replace(job, batch=batch, wrap_step=self.wrap_step, keeps_initial=self.needs_copy)
 
     @property
     def needs_copy(self) -> bool:
@@ -218,8 +219,15 @@ def open_reward(task: GRPO, open_run: Callable[[str], Any], function: Callable |
     return Reward(task.reward, scores, task.reward_seconds, takes_all=True)
 
 
-def check_answers(reward: Reward, problems: list) -> None:
-    """Print how many problems lack the answer that the reward needs. Raises: UserError if all do."""
+def check_problems(reward: Reward, problems: list) -> None:
+    """Print how many problems lack the answer that the reward needs. Raises: UserError if all do, or if a prompt is a
+    chat and the reward continues a text."""
+    chats = [problem for problem in problems if not isinstance(problem.prompt, str)] if reward.continues_prompt else []
+    if chats:
+        raise UserError(
+            f"task.reward={reward.name} continues the program in the prompt, but the prompt of {chats[0].place} is a "
+            "chat; use tests"
+        )
     missing = [problem for problem in problems if not problem.answer] if reward.needs_answer else []
     if missing and len(missing) == len(problems):
         raise UserError(

@@ -47,6 +47,7 @@ class Job:
     shapes: Params  # of all parameters
     load: Callable[[], Params] | None = None  # all initial parameters on the mesh; None: random, from train.seed
     trained: Params | None = None  # tree of bool; None: all parameters are trained
+    keeps_initial: bool = False  # a copy of all initial parameters stays beside the state
     other_models: tuple[str, ...] = ()  # subtrees of the parameters that are no part of the trained model: a teacher
     objective: Callable = train.causal_lm
     batch: dict[str, jax.ShapeDtypeStruct]  # shapes of a batch of all processes together
@@ -89,7 +90,8 @@ class Trainer:
         if isinstance(job.config.peft, configs.AdaLoRA):
             self.optimizer = peft.adalora_optimizer(self.optimizer, job.config.peft, job.config.train.steps)
         self.shapes, self.frozen_shapes = self._state_shapes()
-        parallel.check_memory((self.shapes, self.frozen_shapes), job.mesh)
+        copy = self._initial_shapes() if job.keeps_initial else ()
+        parallel.check_memory((self.shapes, self.frozen_shapes, copy), job.mesh)
         self.attention = train.attention_backends(job.model, job.shapes, job.batch, job.mesh, job.objective)
         if not job.replaces:
             parallel.run_on_main_process(lambda: checkpoint.check_not_all_damaged(self.checkpoints))
@@ -123,13 +125,16 @@ class Trainer:
     def _state_shapes(self) -> tuple[train.TrainState, Params]:
         """(the training state, the parameters that are not trained), as shapes with shardings."""
         job = self.job
-        placed = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            job.shapes,
-            parallel.shardings(job.shapes, job.mesh),
-        )
-        trained, frozen = self._split(placed)
+        trained, frozen = self._split(self._initial_shapes())
         return train.abstract_state(job.model, self.optimizer, job.config, job.mesh, trained), frozen
+
+    def _initial_shapes(self) -> Params:
+        """All parameters, as shapes with shardings."""
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            self.job.shapes,
+            parallel.shardings(self.job.shapes, self.job.mesh),
+        )
 
     def _split(self, params: Params) -> tuple[Params, Params]:
         """(the trained parameters, not stacked; the others, stacked if train.scan_layers)."""

@@ -198,7 +198,7 @@ def test_the_reference_is_the_model_before_training(finished, tmp_path, adapters
     kind = LoRA() if adapters else config.FullFineTuning()
     run = with_fields(model=ModelConfig(init_from=source), peft=kind, task__beta=0.1, task__top_k=9)
     made, policy = policy_of(tmp_path, run, digits)
-    assert policy.needs_copy is not adapters
+    assert policy.needs_copy is not adapters and made.job.keeps_initial is not adapters
     if not adapters:
         assert len(policy.load_reference()) == 32  # a fingerprint
     batch, _ = first_batch(made)
@@ -282,6 +282,15 @@ def test_problems_without_an_answer_are_reported_or_refused(tmp_path, capsys, so
     with pytest.raises(UserError, match="task.reward=exact compares with the answer .* no problem has one"):
         policy_of(tmp_path, RUN, **fields)
     policy_of(tmp_path, RUN, task__reward="regex:x", **fields)
+
+
+def test_a_reward_that_continues_a_text_refuses_chats(tmp_path):
+    file = tmp_path / "p.jsonl"
+    chat = [{"role": "user", "content": "def f(x):"}]
+    file.write_text("\n".join(json.dumps({"prompt": chat, "answer": f"assert f({i})"}) for i in range(9)))
+    fields = dict(data__train=f"problems:{file}", data__validation=f"problems:{file}", task__chat=True)
+    with pytest.raises(UserError, match="task.reward=tests:prompt continues the program .* is a chat; use tests"):
+        policy_of(tmp_path, RUN, task__reward="tests:prompt", task__length=28, **fields)
 
 
 @pytest.mark.parametrize(
