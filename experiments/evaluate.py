@@ -48,7 +48,6 @@ flags.DEFINE_string("out", "", "a .jsonl file for predictions or rankings")
 
 
 def main():
-    check_source()
     if FLAGS.model and not FLAGS.candidates and not FLAGS.data:
         raise UserError("--model needs --candidates=FILE.jsonl or --data=SOURCE: it is no run with data of its own")
     if FLAGS.candidates and FLAGS.data:
@@ -57,6 +56,7 @@ def main():
         raise UserError(f"--split={FLAGS.split} needs --data; for the run's own data, give its source")
     if FLAGS.fields is not None and not FLAGS.data:
         raise UserError(f"--fields={FLAGS.fields} needs --data; the run's own data has the fields of the run")
+    check_source()
     runs.setup_jax()
     if FLAGS.candidates:
         questions = runs.read_questions(FLAGS.candidates)

@@ -1,6 +1,6 @@
 """A student of 4 layers learns Python's documentation from a teacher of 8 layers.
 
-Commands:  python -m experiments.pretrain --config.model.layers=8 --config.train.steps=800 --workdir=runs/teacher
+Command:   python -m experiments.pretrain --config.model.layers=8 --config.train.steps=800 --workdir=runs/teacher
            python -m experiments.finetune --config=distill --workdir=runs/student
            The same student without a teacher, from the same weights on the same batches:
            python -m experiments.finetune --config=distill --workdir=runs/alone \\

@@ -384,7 +384,7 @@ def test_logits_loss_and_gradients_equal_transformers(family, changes, tmp_path)
     batch = {"targets": ids[:, 1:], "first": ids[:, 0], "weights": np.ones((3, 19), np.float32)}
 
     def loss(params):
-        objective, _, weight = train.causal_lm(model, params, batch)
+        objective, _, weight, _ = train.causal_lm(model, params, batch)
         return objective / weight
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)

@@ -117,8 +117,8 @@ def prepared(case):
     )
 
     def loss(params, batch):
-        total, _, weight = objective_of(name)(model, params, batch, chunks=2)
-        return total / weight
+        sums = objective_of(name)(model, params, batch, chunks=2)
+        return sums.objective / sums.weight
 
     return jax.value_and_grad(loss), params, batch_of(name)
 
@@ -303,7 +303,7 @@ def evaluated():
         params = put(jax.tree.map(lambda x: 6 * x, parallel.init(masked_model, jax.random.PRNGKey(0))))
         guesses = evaluator.guesses(params, parallel.put_batch(batch, mesh))
         out[shape] = {
-            "sums": found + [float(x) for x in evaluator._sums(params, parallel.put_batch(batch, mesh))],
+            "sums": found + [float(x) for x in evaluator._sums(params, parallel.put_batch(batch, mesh)).values()],
             "guesses": np.asarray(guesses).tolist(),
         }
     return out | {"ways": ways}

@@ -11,7 +11,7 @@ import transformers
 import nanoflax
 from nanoflax import tokenizers
 from nanoflax.config import Config, Instruct, ModelConfig, OptimConfig, TrainConfig
-from nanoflax.runs import directory
+from nanoflax.runs import vocabulary
 from nanoflax.runs.start import texts_of
 from nanoflax.tasks import Chat
 from tests.tokenizers.chat_test import TEMPLATES, make, without_marks
@@ -35,7 +35,7 @@ def base(tmp_path):
 
 def set_date(monkeypatch, *day):
     clock = types.SimpleNamespace(now=lambda: datetime.datetime(*day), fromisoformat=datetime.datetime.fromisoformat)
-    monkeypatch.setattr(directory, "datetime", types.SimpleNamespace(datetime=clock))
+    monkeypatch.setattr(vocabulary, "datetime", types.SimpleNamespace(datetime=clock))
 
 
 def test_the_date_is_that_of_the_start_and_the_reply_ends(base, tmp_path, monkeypatch, capsys):

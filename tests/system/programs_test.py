@@ -387,7 +387,7 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
         ("evaluate", ["--workdir=x", "--split=train"], "--split=train needs --data"),
         ("sample", ["--workdir=x", "--interactive", "--prompt=a"], "give one of --chat"),
         ("evaluate", ["--model=x", "--candidates=nowhere.jsonl"], "nowhere.jsonl"),
-        ("benchmark", ["race"], "train, decode, encode, compile, where or all"),
+        ("benchmark", ["race"], "train, decode, encode, compile, packing, where or all"),
         ("benchmark", ["encode", "--no_bias"], "--no_bias is for train"),
     ],
 )
