@@ -32,14 +32,7 @@ def plot_losses(workdir: str | os.PathLike[str], tokens_per_step: float | None =
     if not training and not validation:
         return None
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2)
+    canvas, axes = _axes_of_steps("loss (nats per token)")
     if training:
         _draw_training(axes, training)
     if skipped:
@@ -81,14 +74,7 @@ def plot_rewards(workdir: str | os.PathLike[str]) -> pathlib.Path | None:
     if not drawn:
         return None
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="mean reward")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2)
+    canvas, axes = _axes_of_steps("mean reward")
     _draw_training(axes, drawn, "completions of training problems, sampled")
     if greedy:
         steps, rewards = zip(*greedy, strict=True)
@@ -101,6 +87,19 @@ def plot_rewards(workdir: str | os.PathLike[str]) -> pathlib.Path | None:
     canvas.print_png(buffer := io.BytesIO())
     write_atomically(workdir / "reward.png", buffer.getvalue())
     return workdir / "reward.png"
+
+
+def _axes_of_steps(ylabel):
+    """(canvas, axes) of a picture over the steps of a run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    return canvas, axes
 
 
 def _draw_training(axes, points, label="training"):

@@ -123,7 +123,7 @@ class HFTokenizer(FileTokenizer):
         self._aliases = {token: f"|{nonce}{i:06d}|" for i, token in enumerate(specials)}
         words = {token["content"] for token in spec["added_tokens"] if token.get("single_word")}
         self._special_pattern = any_of(specials, words)
-        self._tokenizer = Tokenizer.from_str(json.dumps(_rename_special(spec, self._aliases)))
+        self._tokenizer = Tokenizer.from_str(json.dumps(specs.rename_special(spec, self._aliases)))
         wrong = [t["content"] for t in spec["added_tokens"] if t["id"] != self._id(t["content"])]
         if wrong:
             raise UserError(
@@ -376,26 +376,3 @@ def _add_special_tokens(spec, config, added, named, roles):
         tokens[token["content"]]["special"] = True
     specs.check_vocabulary({token["content"]: token["id"] for token in tokens.values()}, "added tokens")
     spec["added_tokens"] = sorted(tokens.values(), key=lambda token: token["id"])
-
-
-def _rename_special(spec, aliases):
-    """The spec with aliases for the special tokens, and without merges that produce a special token."""
-
-    def new(token):
-        return aliases.get(token, token)
-
-    model = dict(spec["model"])
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {new(token): i for token, i in model["vocab"].items()}
-    else:
-        model["vocab"] = [[new(token), score] for token, score in model["vocab"]]
-    if model.get("merges"):
-        pairs = (tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"])
-        model["merges"] = [p for p in pairs if not {*p, "".join(p)} & aliases.keys()]
-    if model.get("unk_token"):
-        model["unk_token"] = new(model["unk_token"])
-    added = [
-        token | ({"content": aliases[token["content"]], "single_word": False} if token["content"] in aliases else {})
-        for token in spec["added_tokens"]
-    ]
-    return spec | {"model": model, "added_tokens": added}

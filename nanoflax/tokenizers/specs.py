@@ -95,3 +95,26 @@ def check_growth(normalizer: Any, where: str) -> None:
             growth *= {"NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "Precompiled": 20}.get(str(step.get("type")), 1)
     if growth > MAX_GROWTH:
         raise UserError(f"{where}: its normalizer can make more than {MAX_GROWTH} characters of one")
+
+
+def rename_special(spec: Spec, aliases: dict[str, str]) -> Spec:
+    """The spec with aliases for the special tokens, and without merges that produce a special token."""
+
+    def new(token):
+        return aliases.get(token, token)
+
+    model = dict(spec["model"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {new(token): i for token, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[new(token), score] for token, score in model["vocab"]]
+    if model.get("merges"):
+        pairs = (tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"])
+        model["merges"] = [p for p in pairs if not {*p, "".join(p)} & aliases.keys()]
+    if model.get("unk_token"):
+        model["unk_token"] = new(model["unk_token"])
+    added = [
+        token | ({"content": aliases[token["content"]], "single_word": False} if token["content"] in aliases else {})
+        for token in spec["added_tokens"]
+    ]
+    return spec | {"model": model, "added_tokens": added}
