@@ -42,6 +42,7 @@ def preference(record: dict[str, Any], place: str, clean: Clean, report: DataRep
 
 
 def _problem(prompt: Any, chosen: Any, rejected: Any, found: bool) -> str:
+    """Why a pair cannot be used, or "". found: its prompt is the common beginning of two texts."""
     if chosen == rejected:
         return "pairs with equal answers"
     if isinstance(prompt, tuple):
