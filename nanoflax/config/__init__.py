@@ -8,6 +8,15 @@ from nanoflax.config import fields
 from nanoflax.config.data import DataConfig, ExampleData, TextData
 from nanoflax.config.fields import as_kind, diff, from_dict, to_dict, validate
 from nanoflax.config.generation import GenerationDefaults
+from nanoflax.config.layers import (
+    LAYER_TYPES,
+    RECURRENT,
+    ROPE_SCALINGS,
+    LatentConfig,
+    MoEConfig,
+    RecurrentConfig,
+    RopeConfig,
+)
 from nanoflax.config.model import LSTM_ATTENTIONS, LSTM_STARTS, POSITIONS, PRESETS, ModelConfig, preset
 from nanoflax.config.peft import (
     PEFT_KINDS,
@@ -55,9 +64,10 @@ from nanoflax.config.task import (
 __all__ = [
     "AdaLoRA", "AnyPeft", "AnyTask", "Classify", "Config", "DataConfig", "Denoise", "Distill", "DistillChat",
     "DistillTask", "DoRA", "ExampleData", "ExampleTask", "FullFineTuning", "GRPO", "GenerationDefaults", "Houlsby",
-    "Instruct", "LSTM_ATTENTIONS", "LSTM_STARTS", "LabelTask", "LanguageModel", "LoRA", "LowRank", "MAX_SEED",
-    "METRICS", "MaskedLM", "ModelConfig", "OPTIMIZERS", "OptimConfig", "PEFT_KINDS", "POSITIONS", "PREFERENCE_LOSSES",
-    "PRESETS", "PackedTask", "PairTask", "PeftConfig", "Pfeiffer", "Prefer", "PrefixTuning", "Pretrain",
-    "PromptTuning", "RECIPES", "RECIPE_FIELDS", "Recipe", "RewardModel", "SCHEDULES", "ShiftTask", "TASK_KINDS",
-    "Tag", "TargetTask", "TextData", "TrainConfig", "Translate", "as_kind", "diff", "fields", "fill", "from_dict",
+    "Instruct", "LAYER_TYPES", "LSTM_ATTENTIONS", "LSTM_STARTS", "LabelTask", "LanguageModel", "LatentConfig",
+    "LoRA", "LowRank", "MAX_SEED", "METRICS", "MaskedLM", "MoEConfig", "ModelConfig", "OPTIMIZERS", "OptimConfig",
+    "PEFT_KINDS", "POSITIONS", "PREFERENCE_LOSSES", "PRESETS", "PackedTask", "PairTask", "PeftConfig", "Pfeiffer",
+    "Prefer", "PrefixTuning", "Pretrain", "PromptTuning", "RECIPES", "RECURRENT", "RECIPE_FIELDS", "ROPE_SCALINGS",
+    "Recipe", "RecurrentConfig", "RewardModel", "RopeConfig", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag",
+    "TargetTask", "TextData", "TrainConfig", "Translate", "as_kind", "diff", "fields", "fill", "from_dict",
     "preset", "read_class_weights", "recipe_of", "to_dict", "validate", "with_recipe"]  # fmt: skip

@@ -186,11 +186,12 @@ def from_dict(cls: Any, values: Any, where: str = "config") -> Any:
         if kind not in [*known]:
             raise UserError(f"{where}.kind={kind!r} is not one of {', '.join(known)}")
         cls = known[kind]
+    values = cls.upgrade(values) if hasattr(cls, "upgrade") else values
     types_of, defaults, found = field_types(cls), {f.name: f.default for f in dataclasses.fields(cls)}, {}
     for name, value in values.items():
         if name not in types_of:
             raise UserError(no_such_field(str(name), cls, known, where))
-        if dataclasses.is_dataclass(default := defaults[name]):
+        if dataclasses.is_dataclass(default := defaults[name]) and not dataclasses.is_dataclass(value):
             if isinstance(value, dict) and (kind := getattr(default, "kind", None)):
                 value = {"kind": kind} | value
             value = from_dict(types_of[name], value, f"{where}.{name}")

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from nanoflax.config.fields import field, from_dict
 from nanoflax.config.generation import GenerationDefaults
+from nanoflax.config.layers import LAYER_TYPES, RECURRENT, LatentConfig, MoEConfig, RecurrentConfig, RopeConfig
 from nanoflax.errors import UserError
 
 
@@ -28,7 +29,6 @@ NORMS = ("layernorm", "rmsnorm")
 NORM_PLACES = ("pre", "post", "sandwich", "after")
 QK_NORMS = ("none", "head", "full")
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves", "rotary", "relative", "none")
-ROPE_SCALINGS = ("none", "linear", "llama3")
 LSTM_ATTENTIONS = ("additive", "multiplicative")
 LSTM_STARTS = ("encoder", "zeros")
 BOTTLENECKS = ("none", "mean", "first")
@@ -56,7 +56,9 @@ class ModelConfig:
     heads: int = field(4, "H, the query heads.", at_least=1)
     kv_heads: int | None = field(None, "G, the key and value heads; none: H, 1: multi-query attention.", at_least=1)
     head_dim: int | None = field(None, "K, the size of a head; none: D / H.", at_least=1)
-    mlp_dim: int | None = field(None, "F; none: 4 D, or if gated 8/3 D rounded up to a multiple of 32.", at_least=1)
+    mlp_dim: int | None = field(
+        None, "F; none: 4 D, or if gated 8/3 D rounded up to a multiple of 32; 0: no MLP.", at_least=0
+    )
     activation: str = field("gelu_tanh", "Activation of the MLP.", choices=ACTIVATIONS)
     gated: bool = field(False, "The MLP is down(act(gate(x)) * up(x)) (Shazeer 2020), not down(act(up(x))).")
     parallel: bool = field(False, "Attention and MLP read the same input (GPT-J, GPT-NeoX).")
@@ -70,25 +72,28 @@ class ModelConfig:
 
     positions: str = field("learned", "How positions are encoded.", choices=POSITIONS)
     position_offset: int = field(0, "Rows of the learned table before position 0 (OPT, RoBERTa, BART: 2).", at_least=0)
-    rope_theta: float = field(10_000.0, "Base of the rotary frequencies.", above=0)
-    rope_local_theta: float | None = field(None, "The base in layers with a window (Gemma 3); none: same.", above=0)
-    rope_fraction: float = field(1.0, "Share of K that is rotated (GPT-NeoX, Phi-3).", within="(0, 1]")
-    rope_scaling: str = field("none", "How rotary frequencies change for longer contexts.", choices=ROPE_SCALINGS)
-    rope_factor: float = field(1.0, "How many times longer the context is than in training.", above=0)
-    rope_low: float = field(1.0, "llama3: frequencies with fewer turns in rope_context are divided.", above=0)
-    rope_high: float = field(4.0, "llama3: frequencies with more turns in rope_context do not change.", above=0)
-    rope_context: int = field(8192, "llama3: the context in training.", unit="tokens", at_least=1)
+    rope: RopeConfig = field(RopeConfig(), "Rotary positions.")
+    nope_layers: tuple[int, ...] = field((), "Layers, from 0, without rotary positions (SmolLM3).")
     relative_buckets: int = field(32, "Buckets of relative positions (T5).", at_least=1)
     relative_distance: int = field(128, "Distance where the last bucket begins (T5).", unit="tokens", at_least=1)
 
     window: int = field(
         0,
-        "Keys that a query sees: its own position and window - 1 before, in an encoder also after; 0: all.",
+        "Keys that a query sees in a sliding layer: its own position and window - 1 before, in an encoder also after; "
+        "in a chunked layer the length of the parts of a text that attend to themselves.",
         at_least=0,
     )
-    global_layers: tuple[int, ...] = field((), "Layers, from 0, that ignore the window.")
+    layer_types: tuple[str, ...] = field(
+        (),
+        f"Kinds of the layers, from the first, repeated: {', '.join(LAYER_TYPES)}; none: sliding with a window, else "
+        "full.",
+    )
     attention_scale: float | None = field(None, "Factor of the attention scores; none: K^-1/2.", above=0)
     attention_softcap: float = field(0.0, "c: scores become c tanh(score / c) (Gemma 2); 0: unchanged.", at_least=0)
+
+    moe: MoEConfig = field(MoEConfig(), "Mixture of experts.")
+    latent: LatentConfig = field(LatentConfig(), "Multi-head latent attention.")
+    recurrent: RecurrentConfig = field(RecurrentConfig(), "Layers of the kinds delta and mamba2.")
 
     bias: bool = field(True, "Biases in every Linear and LayerNorm; qkv_bias to norm_bias may override it.")
     qkv_bias: bool | None = field(None, "Biases of query, key and value; none: the value of bias.")
@@ -176,16 +181,47 @@ class ModelConfig:
     @property
     def rotary_dim(self) -> int:
         """How many of the K dimensions of a head are rotated."""
-        return int(self.K * self.rope_fraction)
+        return self.latent.rope_dim if self.latent.rank else int(self.K * self.rope.fraction)
 
     def has_bias(self, part: str) -> bool:
         """Whether the Linears or norms of `part` (qkv, out, mlp, norm) have a bias."""
         own = getattr(self, f"{part}_bias")
         return self.bias if own is None else own
 
+    def layer_type(self, layer: int) -> str:
+        """The kind of a layer: one of LAYER_TYPES."""
+        if not self.layer_types:
+            return "sliding" if self.window else "full"
+        return self.layer_types[layer % len(self.layer_types)]
+
     def is_local(self, layer: int) -> bool:
-        """Whether a layer sees only its window."""
-        return self.window > 0 and layer not in self.global_layers
+        """Whether a layer sees only its window or its part of the text."""
+        return self.layer_type(layer) in ("sliding", "chunked")
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether a layer has a state in place of attention."""
+        return self.layer_type(layer) in RECURRENT
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether a layer has rotary positions."""
+        return self.positions == "rotary" and layer not in self.nope_layers and not self.is_recurrent(layer)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts in place of one MLP."""
+        return self.moe.experts > 0 and layer not in self.moe.dense_layers
+
+    @staticmethod
+    def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a configuration that an older version of nanoflax wrote, as this version has them."""
+        values = dict(values)
+        rope = {name.removeprefix("rope_"): values.pop(name) for name in [*values] if name.startswith("rope_")}
+        if rope:
+            values["rope"] = rope | values.get("rope", {})
+        layers = values.pop("global_layers", ())
+        if layers and values.get("window"):
+            L = max(values.get("layers", 4), values.get("decoder_layers") or 0)
+            values["layer_types"] = ["full" if i in layers else "sliding" for i in range(L)]
+        return values
 
     def problems(self) -> list[str]:
         """The conflicts between fields; the value of each field is in its range."""
@@ -203,14 +239,13 @@ class ModelConfig:
         if m.heads % m.G:
             found.append(f"model.kv_heads={m.G} does not divide model.heads={m.heads}")
         if m.positions == "rotary" and (m.rotary_dim % 2 or m.rotary_dim < 2):
-            part = "" if m.rope_fraction == 1 else f" times model.rope_fraction={m.rope_fraction}"
+            part = "" if m.rope.fraction == 1 else f" times model.rope.fraction={m.rope.fraction}"
             found.append(f"model.head_dim={m.K}{part} must be even for rotary positions")
         if m.positions.startswith("sinusoidal") and m.dim % 2:
             found.append(f"model.dim={m.dim} must be even for sinusoidal positions")
         if m.parallel and m.norm_place != "pre":
             found.append(f"model.parallel needs model.norm_place='pre', not {m.norm_place!r}")
-        if m.rope_scaling == "llama3" and not m.rope_low < m.rope_high:
-            found.append(f"model.rope_low={m.rope_low} must be less than model.rope_high={m.rope_high}")
+        found += self._layer_problems()
         if m.class_names and len(m.class_names) != m.labels and m.vocab_size:  # finetune sets both
             found.append(f"model.class_names has {len(m.class_names)} names for model.labels={m.labels} classes")
         if twice := [name for name in dict.fromkeys(m.class_names) if m.class_names.count(name) > 1]:
@@ -236,6 +271,39 @@ class ModelConfig:
         for i in {g.forced_bos_token_id, g.decoder_start_token_id, *g.forced_eos_token_id} - {None}:
             if m.vocab_size and i >= m.vocab_size:
                 found.append(f"model.generation has the token id {i}, but model.vocab_size={m.vocab_size}")
+        return found
+
+    def _layer_problems(self) -> list[str]:
+        """The conflicts of rotary positions and of kinds of layers."""
+        m, rope, moe, found = self, self.rope, self.moe, []
+        if rope.scaling == "llama3" and not rope.low < rope.high:
+            found.append(f"model.rope.low={rope.low} must be less than model.rope.high={rope.high}")
+        for name in ("short_factors", "long_factors") if rope.scaling == "longrope" else ():
+            if len(factors := getattr(rope, name)) != m.rotary_dim // 2:
+                found.append(f"model.rope.{name} has {len(factors)} numbers, but {m.rotary_dim // 2} pairs are rotated")
+        if unknown := sorted({*m.layer_types} - {*LAYER_TYPES}):
+            found.append(f"model.layer_types has {', '.join(unknown)}; known are {', '.join(LAYER_TYPES)}")
+        elif not m.window and {"sliding", "chunked"} & {*m.layer_types}:
+            found.append("model.layer_types has sliding or chunked, so model.window must be positive")
+        elif m.window and m.layer_types and not {"sliding", "chunked"} & {*m.layer_types}:
+            found.append(f"model.window={m.window} needs a layer of the kind sliding or chunked in model.layer_types")
+        if {*RECURRENT} & {*m.layer_types} and m.architecture != "decoder":
+            found.append(f"model.layer_types with delta or mamba2 is for decoders, not {m.architecture!r}")
+        if m.mlp_dim == 0 and {*m.layer_types} != {"mamba2"}:
+            found.append("model.mlp_dim=0 must be at least 1, except with model.layer_types=('mamba2',)")
+        if m.recurrent.heads % m.recurrent.groups:
+            found.append(f"model.recurrent.groups={m.recurrent.groups} does not divide heads={m.recurrent.heads}")
+        if not moe.experts:
+            return found
+        if not m.has_blocks:
+            found.append(f"model.moe.experts={moe.experts} needs a Transformer, not {m.architecture!r}")
+        if moe.active > moe.experts:
+            found.append(f"model.moe.active={moe.active} must be at most model.moe.experts={moe.experts}")
+        if moe.experts % moe.groups or moe.top_groups > moe.groups:
+            found.append(
+                f"model.moe.groups={moe.groups} must divide model.moe.experts={moe.experts}, and "
+                f"model.moe.top_groups={moe.top_groups} be at most groups"
+            )
         return found
 
 
@@ -266,12 +334,12 @@ PRESETS = {
         qkv_bias=False, out_bias=False, dropout=0.1),
     # Llama 3.2 1B (Meta, 2024), without its rotary scaling.
     "llama-1b": _with(_LLAMA, vocab_size=128256, context=8192, layers=16, dim=2048, heads=32,
-                      kv_heads=8, head_dim=64, mlp_dim=8192, rope_theta=500_000.0, tied=True),
+                      kv_heads=8, head_dim=64, mlp_dim=8192, rope=RopeConfig(theta=500_000.0), tied=True),
     # Llama 3 8B and 70B (Grattafiori et al. 2024, table 3).
     "llama-8b": _with(_LLAMA, vocab_size=128256, context=8192, layers=32, dim=4096, heads=32,
-                      kv_heads=8, mlp_dim=14336, rope_theta=500_000.0),
+                      kv_heads=8, mlp_dim=14336, rope=RopeConfig(theta=500_000.0)),
     "llama-70b": _with(_LLAMA, vocab_size=128256, context=8192, layers=80, dim=8192, heads=64,
-                       kv_heads=8, mlp_dim=28672, rope_theta=500_000.0),
+                       kv_heads=8, mlp_dim=28672, rope=RopeConfig(theta=500_000.0)),
     # T5 11B (Raffel et al. 2020, section 3.7), its vocabulary padded to 32128 as published.
     "t5-11b": ModelConfig(
         architecture="encoder_decoder", vocab_size=32128, context=512, layers=24, dim=1024,

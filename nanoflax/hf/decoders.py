@@ -1,4 +1,4 @@
-"""The decoders among the families of Hugging Face Transformers; how they write rotary positions and windows.
+"""The decoders among the families of Hugging Face Transformers.
 
 In `read` and `write`, hf is a parsed config.json and c a ModelConfig.
 """
@@ -6,73 +6,8 @@ In `read` and `write`, hf is a parsed config.json and c a ModelConfig.
 import dataclasses
 import re
 
-from nanoflax.errors import UserError
 from nanoflax.hf.family import Family, under
-
-
-def _read_rope(hf, kinds=("default", "linear", "llama3")):
-    """Rotary positions, from rope_parameters (Transformers 5) or from rope_theta and rope_scaling (before).
-
-    kinds: the family's values of rope_type. If hf has rotary_pct, the family can rotate a part of each head.
-    """
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    local, rope = rope.get("sliding_attention", {}), rope.get("full_attention", rope)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    local_kind = local.get("rope_type", "default")
-    if kind not in kinds:
-        raise UserError(f"rope_type={kind!r} is not supported; it must be {' or '.join(kinds)}")
-    if local_kind != "default":
-        raise UserError(f"rope_type={local_kind!r} in layers with a window is not supported; it must be default")
-    ours = {
-        "rope_theta": rope.get("rope_theta", hf["rope_theta"]),
-        "rope_scaling": "none" if kind == "default" else kind,
-    }
-    if "rope_local_base_freq" in hf:
-        ours["rope_local_theta"] = local.get("rope_theta", hf["rope_local_base_freq"])
-    if "rotary_pct" in hf:
-        ours["rope_fraction"] = rope.get("partial_rotary_factor", hf["rotary_pct"])
-    elif (part := rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1))) != 1:
-        raise UserError(f"partial_rotary_factor={part!r} must be 1")
-    if kind != "default":
-        ours["rope_factor"] = rope["factor"]
-    if kind == "llama3":
-        ours |= {
-            "rope_low": rope["low_freq_factor"],
-            "rope_high": rope["high_freq_factor"],
-            "rope_context": rope["original_max_position_embeddings"],
-        }
-    return ours
-
-
-def write_rope(c):
-    """Rotary positions as rope_theta and rope_scaling, which every version of Transformers reads."""
-    scaling = {"rope_type": c.rope_scaling, "factor": c.rope_factor}
-    if c.rope_scaling == "llama3":
-        scaling |= {
-            "low_freq_factor": c.rope_low,
-            "high_freq_factor": c.rope_high,
-            "original_max_position_embeddings": c.rope_context,
-        }
-    return {"rope_theta": c.rope_theta, "rope_scaling": None if c.rope_scaling == "none" else scaling}
-
-
-def _read_window(hf, is_local):
-    """Which layers have a window. is_local(i): whether layer i has a window, if config.json has no layer_types."""
-    layers, window = hf["num_hidden_layers"], hf["sliding_window"] or 0
-    types = hf.get("layer_types") or ["sliding_attention" if is_local(i) else "full_attention" for i in range(layers)]
-    if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
-        raise UserError(f"layer_types must be {layers} times sliding_attention or full_attention, not {types!r}")
-    full = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
-    window = window if len(full) < layers else 0
-    return {"window": window, "global_layers": full if window else ()}
-
-
-def _write_window(c):
-    return {
-        "sliding_window": c.window or None,
-        "layer_types": ["sliding_attention" if c.is_local(i) else "full_attention" for i in range(c.layers)],
-    }
-
+from nanoflax.hf.rope import read_layers, read_rope, write_layers, write_rope
 
 LLAMA = Family(
     model_type="llama",
@@ -93,13 +28,13 @@ LLAMA = Family(
     defaults={"num_key_value_heads": None, "head_dim": None, "hidden_act": "silu", "max_position_embeddings": 2048,
               "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
               "rope_theta": 10_000.0},
-    read=lambda hf: _read_rope(hf) | {"out_bias": hf["attention_bias"]},
+    read=lambda hf: read_rope(hf) | {"out_bias": hf["attention_bias"]},
     write=write_rope,
     ignored=r".*rotary_emb\.inv_freq",
     base="model.")  # fmt: skip
 
 
-def _like_llama(model_type, name, without=(), keys=None, preset=None, defaults=None, fields=None, **changes):
+def like_llama(model_type, name, without=(), keys=None, preset=None, defaults=None, fields=None, **changes):
     """The Llama family with changes. without: fields of Llama that this family does not have."""
     kept = {a: b for a, b in LLAMA.fields.items() if a not in without}
     return dataclasses.replace(
@@ -114,24 +49,27 @@ def _like_llama(model_type, name, without=(), keys=None, preset=None, defaults=N
     )
 
 
-_MISTRAL = _like_llama(
+_MISTRAL = like_llama(
     "mistral", "Mistral", without=("attention_bias", "mlp_bias"),
     defaults={"sliding_window": 4096, "num_key_value_heads": 8},
-    read=lambda hf: _read_rope(hf) | {"window": hf["sliding_window"] or 0},
+    read=lambda hf: read_rope(hf) | {"window": hf["sliding_window"] or 0},
     write=lambda c: write_rope(c) | {"sliding_window": c.window or None})  # fmt: skip
 
 
 def _read_qwen(hf):
     window = hf["sliding_window"] if hf["use_sliding_window"] else None
-    return _read_rope(hf) | _read_window(hf | {"sliding_window": window}, lambda i: i >= hf["max_window_layers"])
+    first = hf["max_window_layers"]
+    return read_rope(hf) | read_layers(
+        hf | {"sliding_window": window}, lambda i: "sliding_attention" if i >= first else "full_attention"
+    )
 
 
 def _write_qwen(c):
     first = next((i for i in range(c.layers) if c.is_local(i)), c.layers)
-    return write_rope(c) | _write_window(c) | {"use_sliding_window": c.window > 0, "max_window_layers": first}
+    return write_rope(c) | write_layers(c) | {"use_sliding_window": c.window > 0, "max_window_layers": first}
 
 
-_PHI3 = _like_llama(
+_PHI3 = like_llama(
     "phi3", "Phi3", without=("attention_bias", "mlp_bias"),
     keys={"attention/query": ("self_attn.qkv_proj", "fused", 0), "attention/key": ("self_attn.qkv_proj", "fused", 1),
           "attention/value": ("self_attn.qkv_proj", "fused", 2),
@@ -140,21 +78,21 @@ _PHI3 = _like_llama(
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None, "resid_pdrop": 0.0,
               "partial_rotary_factor": 1.0},
     # Its other rope_type, longrope, has a list of factors.
-    read=lambda hf: _read_rope(hf | {"rotary_pct": hf["partial_rotary_factor"]}, kinds=("default",)) | {
+    read=lambda hf: read_rope(hf | {"rotary_pct": hf["partial_rotary_factor"]}, kinds=("default",)) | {
         "window": hf["sliding_window"] or 0},
     write=lambda c: write_rope(c) | {
-        "partial_rotary_factor": c.rope_fraction, "original_max_position_embeddings": c.context,
+        "partial_rotary_factor": c.rope.fraction, "original_max_position_embeddings": c.context,
         "sliding_window": c.window or None, "embd_pdrop": c.dropout})  # fmt: skip
-_QWEN2 = _like_llama(
+_QWEN2 = like_llama(
     "qwen2", "Qwen2", without=("attention_bias", "mlp_bias", "head_dim"),
     preset=dict(qkv_bias=True),
     defaults={"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
     read=_read_qwen, write=_write_qwen)  # fmt: skip
-_QWEN3 = _like_llama(
+_QWEN3 = like_llama(
     "qwen3", "Qwen3", without=("mlp_bias",), preset=dict(qk_norm="head"),
     defaults=_QWEN2.defaults | {"head_dim": 128},
     read=lambda hf: _read_qwen(hf) | {"out_bias": hf["attention_bias"]}, write=_write_qwen)  # fmt: skip
-_OLMO2 = _like_llama(
+_OLMO2 = like_llama(
     "olmo2", "Olmo2", without=("mlp_bias", "head_dim"),
     keys={"norm_attention": "post_attention_layernorm", "norm_mlp": "post_feedforward_layernorm"},
     preset=dict(norm_place="after", qk_norm="full"), defaults={"rms_norm_eps": 1e-5})  # fmt: skip
@@ -163,8 +101,8 @@ _OLMO2 = _like_llama(
 def _read_gemma(hf):
     period = hf.get("sliding_window_pattern", hf.get("_sliding_window_pattern", hf["period"]))
     return (
-        _read_rope(hf)
-        | _read_window(hf, lambda i: (i + 1) % period)
+        read_rope(hf)
+        | read_layers(hf, lambda i: "sliding_attention" if (i + 1) % period else "full_attention")
         | {
             "out_bias": hf["attention_bias"],
             "embed_scale": hf["hidden_size"] ** 0.5,
@@ -179,7 +117,7 @@ def _write_gemma(c):
     scalar = c.attention_scale**-2
     return (
         write_rope(c)
-        | _write_window(c)
+        | write_layers(c)
         | {
             "query_pre_attn_scalar": round(scalar),
             "attn_logit_softcapping": c.attention_softcap or None,
@@ -188,7 +126,7 @@ def _write_gemma(c):
     )
 
 
-_GEMMA2 = _like_llama(
+_GEMMA2 = like_llama(
     "gemma2", "Gemma2", without=("mlp_bias", "hidden_act"),
     keys={"norm_attention_out": "post_attention_layernorm", "norm_mlp": "pre_feedforward_layernorm",
           "norm_mlp_out": "post_feedforward_layernorm"},
@@ -205,7 +143,7 @@ _GEMMA3 = dataclasses.replace(
     defaults=_GEMMA2.defaults | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "period": 6,
                                  "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
     only=_GEMMA2.only | {"attn_logit_softcapping": (None,)},  # Transformers would not apply it
-    write=lambda c: _write_gemma(c) | {"rope_local_base_freq": c.rope_local_theta or c.rope_theta})  # fmt: skip
+    write=lambda c: _write_gemma(c) | {"rope_local_base_freq": c.rope.local_theta or c.rope.theta})  # fmt: skip
 
 _GPT2 = Family(
     model_type="gpt2",
@@ -277,10 +215,10 @@ _NEOX = Family(
     preset=dict(positions="rotary"),
     defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "tie_word_embeddings": False, "attention_bias": True,
               "use_parallel_residual": True, "hidden_dropout": 0.0, "rotary_pct": 0.25, "rotary_emb_base": 10_000},
-    read=lambda hf: _read_rope(hf | {"rope_theta": hf["rotary_emb_base"]}) | {
+    read=lambda hf: read_rope(hf | {"rope_theta": hf["rotary_emb_base"]}) | {
         "out_bias": hf["attention_bias"]},
     write=lambda c: write_rope(c) | {
-        "rotary_pct": c.rope_fraction, "rotary_emb_base": c.rope_theta},
+        "rotary_pct": c.rope.fraction, "rotary_emb_base": c.rope.theta},
     ignored=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
     base="gpt_neox.")  # fmt: skip
 

@@ -6,8 +6,9 @@ In `read` and `write`, hf is a parsed config.json and c a ModelConfig.
 import dataclasses
 
 from nanoflax.errors import UserError
-from nanoflax.hf.decoders import LLAMA, write_rope
+from nanoflax.hf.decoders import LLAMA
 from nanoflax.hf.family import Family, under
+from nanoflax.hf.rope import write_rope
 
 _BERT = Family(
     model_type="bert",

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import operator
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nanoflax.config import ModelConfig, validate
+from nanoflax.config import ROPE_SCALINGS, ModelConfig, RopeConfig, validate
 from nanoflax.errors import UserError
 
 # Activation in config.json -> ours. If several names have the same activation, the last name is written.
@@ -22,7 +23,13 @@ ACTIVATIONS = {
     "tanh": "tanh",
 }
 THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
-FIELD_TYPES = typing.get_type_hints(ModelConfig)
+FIELD_TYPES = {name: kind for name, kind in typing.get_type_hints(ModelConfig).items() if name != "section"}
+# The fields of sections by dotted names, such as moe.experts.
+_NAMES = FIELD_TYPES | {
+    f"{section}.{name}": kind
+    for section in ("rope", "moe", "latent", "recurrent")
+    for name, kind in typing.get_type_hints(FIELD_TYPES[section]).items()
+}
 _MAX_SIZE = 2**31
 _MAX_CLASSES = 1_000_000
 
@@ -53,7 +60,9 @@ class Family:
     model_type: str
     classes: dict[str, tuple[str, ...]]  # our head -> Transformers' classes; the first one is written
     keys: dict[str, Any]  # as Keys
-    fields: dict[str, str]  # name in config.json -> name in ModelConfig, if the value is the same
+    # Name in config.json -> name in ModelConfig, if the value is the same. A field of a section has a dotted name,
+    # such as moe.experts, here and in preset and read.
+    fields: dict[str, str]
     preset: Json  # fields of ModelConfig that are equal in all models of the family
     defaults: Json = dataclasses.field(default_factory=dict)  # values of config.json that it may omit
     # Field of config.json -> its allowed values (the first is written), or the field that it must equal.
@@ -70,7 +79,7 @@ class Family:
     base: str = ""  # prefix of tensor names that files of the bare model do not have
 
     def __post_init__(self):
-        unknown = {*self.fields.values(), *self.preset, *self.present} - FIELD_TYPES.keys()
+        unknown = {*self.fields.values(), *self.preset, *self.present} - _NAMES.keys()
         if unknown:
             raise ValueError(f"family {self.model_type}: ModelConfig has no {', '.join(sorted(unknown))}")
 
@@ -98,7 +107,7 @@ def to_config(family: Family, hf: Json, head: str, max_layers: int = _MAX_SIZE) 
                 wrong = f"{field}={value!r} is not one of {', '.join(ACTIVATIONS)}"
         elif not wrong:
             limit = max_layers if name.endswith("layers") else _MAX_SIZE
-            kind = FIELD_TYPES[name] if field in family.defaults else _required(FIELD_TYPES[name])
+            kind = _NAMES[name] if field in family.defaults else _required(_NAMES[name])
             wrong = _wrong_type(field, value, kind, limit)
         ours[name] = value
         problems += [wrong] if wrong else []
@@ -109,7 +118,7 @@ def to_config(family: Family, hf: Json, head: str, max_layers: int = _MAX_SIZE) 
             problems.append(f"{field}={value!r} is not supported; it must be " + " or ".join(map(repr, allowed)))
     if not problems:
         try:
-            config = ModelConfig(**ours | _read_classes(hf, head) | family.read(hf))
+            config = _assembled(ours | _read_classes(hf, head) | family.read(hf))
             validate(config)
         except UserError as error:
             problems.append(str(error))
@@ -118,6 +127,16 @@ def to_config(family: Family, hf: Json, head: str, max_layers: int = _MAX_SIZE) 
     if problems:
         raise UserError(f"config.json of model_type {family.model_type!r}: " + "; ".join(problems))
     return config
+
+
+def _assembled(values: Json) -> ModelConfig:
+    """A ModelConfig from its fields; those of sections have dotted names."""
+    sections: dict[str, Json] = {}
+    for name in [name for name in values if "." in name]:
+        section, _, field = name.partition(".")
+        sections.setdefault(section, {})[field] = values[name]
+    own = {name: value for name, value in values.items() if "." not in name}
+    return ModelConfig(**own | {name: FIELD_TYPES[name](**fields) for name, fields in sections.items()})
 
 
 def _required(kind):
@@ -179,7 +198,7 @@ def from_config(family: Family, config: ModelConfig) -> Json:
     c = canonical(config)
     hf = {"architectures": [family.classes[c.head][0]], "model_type": family.model_type}
     for field, name in family.fields.items():
-        value = getattr(c, name)
+        value = operator.attrgetter(name)(c)
         hf[field] = THEIR_ACTIVATIONS[value] if name.endswith("activation") else value
     if c.head in ("classify", "tag"):
         hf |= _write_classes(c)
@@ -196,18 +215,22 @@ def canonical(config: ModelConfig) -> ModelConfig:
     c, default = config, ModelConfig()
     unused = ["dtype", "attention_backend", "init_from", "lstm_attention", "lstm_start"]
     if c.positions != "rotary":
-        unused += ["rope_theta", "rope_local_theta", "rope_fraction", "rope_scaling"]
-    if c.positions != "rotary" or c.rope_scaling != "llama3":
-        unused += ["rope_low", "rope_high", "rope_context"]
-    if c.positions != "rotary" or c.rope_scaling == "none":
-        unused += ["rope_factor"]
+        unused += ["rope", "nope_layers"]
+    else:
+        read = {"theta", "local_theta", "fraction", "interleaved", "scaling", *ROPE_SCALINGS[c.rope.scaling]}
+        rope = {name: value for name, value in vars(c.rope).items() if name in read}
+        c = dataclasses.replace(c, rope=RopeConfig(**rope))
+    unused += [] if c.moe.experts else ["moe"]
+    unused += [] if c.latent.rank else ["latent"]
+    unused += [] if any(map(c.is_recurrent, range(c.layers))) else ["recurrent"]
     if c.positions != "relative":
         unused += ["relative_buckets", "relative_distance"]
     if c.positions != "learned":
         unused += ["position_offset"]
     window = c.window if any(c.is_local(i) for i in range(c.layers)) else 0
-    if not window:
-        unused += ["global_layers", "rope_local_theta"]
+    types = tuple(map(c.layer_type, range(c.layers)))
+    if not window and c.rope.local_theta is not None:
+        c = dataclasses.replace(c, rope=dataclasses.replace(c.rope, local_theta=None))
     if c.head not in ("classify", "tag"):
         unused += ["labels", "class_names"]
     elif not c.class_names:  # the names that Transformers gives to classes without names
@@ -235,6 +258,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
         bias=True,
         **biases,
         window=window,
+        layer_types=types,
         pooler=c.has_pooler,
         attention_scale=c.attention_scale or c.K**-0.5,
         **{name: getattr(default, name) for name in unused},
@@ -263,6 +287,8 @@ def differences(family: Family, config: ModelConfig) -> list[str]:
 
 
 def _close(a, b):
+    if dataclasses.is_dataclass(a):
+        return all(_close(getattr(a, name), getattr(b, name)) for name in vars(a))
     if isinstance(a, float) and isinstance(b, float):
         return abs(a - b) <= 1e-6 * abs(a)  # a square of a square root is not exact
     return a == b

@@ -296,11 +296,11 @@ def open_gguf_model(path: str | os.PathLike) -> tuple[Family, ModelConfig, dict[
     config = to_config(family, hf, "lm", len(tensors) + 1)
     config = dataclasses.replace(config, **_own_fields(metadata, path))
     if divisors is not None:
-        expected = nn.base_rates(config.rope_theta, config.K) / nn.rotary_rates(config)
+        expected = nn.base_rates(config.rope.theta, config.K) / nn.rotary_rates(config.rope, config.K)
         if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
             raise UserError(
                 f"{path}: rope_freqs.weight must have the values of Llama 3.1 to 3.3, with a context of "
-                f"{config.rope_context} in training"
+                f"{config.rope.context} in training"
             )
     rotated = metadata.get("llama.rope.dimension_count", config.K)
     if rotated != config.K:

@@ -12,7 +12,7 @@ from nanoflax.config import ModelConfig, PrefixTuning, PromptTuning, validate
 from nanoflax.errors import UserError
 from nanoflax.hf import safetensors_io
 from nanoflax.hf.peft_names import CONFIG, WEIGHTS
-from nanoflax.nn import rotary_angles, rotary_rates, rotate
+from nanoflax.nn import angles_of, rotate
 
 PROMPTS = {"PROMPT_TUNING": PromptTuning, "PREFIX_TUNING": PrefixTuning}
 _TENSOR = "prompt_embeddings"
@@ -97,5 +97,5 @@ def _turned(config: ModelConfig, keys: Any, positions: int) -> Any:
     if config.positions != "rotary":
         return keys
     x = jnp.asarray(keys, jnp.float32).reshape(1, len(keys), config.G, config.K)
-    angles = rotary_angles(jnp.full((1, len(keys)), positions), rotary_rates(config))
+    angles = angles_of(config, jnp.full((1, len(keys)), positions))
     return rotate(x, angles).reshape(len(keys), -1)

@@ -19,11 +19,11 @@ from nanoflax.nn.models import (
     head_kernel,
     without_padding,
 )
-from nanoflax.nn.positions import base_rates, rotary_angles, rotary_rates, rotate
+from nanoflax.nn.positions import angles_of, base_rates, rotary_rates, rotate
 
 __all__ = [
     "Array", "Attention", "AttentionLSTM", "Block", "Decoder", "DecoderClassifier", "Embedding", "Encoder",
     "EncoderDecoder", "LanguageModel", "Linear", "MLP", "Norm", "SourceModel", "Stack", "VOCABULARY", "alignment",
-    "base_rates", "build", "chunked_cross_entropy", "chunks_of", "column_lengths", "dot_product_attention",
-    "flops_per_token", "head_kernel", "low_rank", "mean_pool", "rotary_angles", "rotary_rates", "rotate", "shift_right",
-    "token_losses", "without_padding"]  # fmt: skip
+    "angles_of", "base_rates", "build", "chunked_cross_entropy", "chunks_of", "column_lengths",
+    "dot_product_attention", "flops_per_token", "head_kernel", "low_rank", "mean_pool", "rotary_rates", "rotate",
+    "shift_right", "token_losses", "without_padding"]  # fmt: skip

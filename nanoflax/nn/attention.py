@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
 from nanoflax.nn import kernels, masking
-from nanoflax.nn.arrays import Array, Keys, Queries, States
+from nanoflax.nn.arrays import Array, Keys, Queries, States, Tokens
 from nanoflax.nn.kernels import MaskSpec
 from nanoflax.nn.layers import Linear, Norm
 from nanoflax.nn.positions import Angles, rotate
@@ -66,7 +66,7 @@ def heads_first(
 
     mask, bias = grouped(mask), grouped(bias)
     if not causal:
-        return _softmax_attention(q, k, v, mask, bias, softcap).reshape(B, H, T, K)  # type: ignore  # of custom_vjp
+        return _softmax_attention(q, k, v, mask, bias, softcap).reshape(B, H, T, -1)  # type: ignore  # of custom_vjp
     # If the mesh's context axis splits T, a block would be on a part of the devices only: use one block.
     size = -(-T // CAUSAL_BLOCKS) if T >= 128 and parallel.axis_size("context") == 1 else T
     blocks = []
@@ -76,7 +76,7 @@ def heads_first(
         allowed = allowed if mask is None else allowed & _block(mask, a, b)
         block_bias = None if bias is None else _block(bias, a, b)
         blocks.append(_softmax_attention(q[..., a:b, :], k[:, :, :b], v[:, :, :b], allowed, block_bias, softcap))
-    return jnp.concatenate(blocks, axis=-2).reshape(B, H, T, K)
+    return jnp.concatenate(blocks, axis=-2).reshape(B, H, T, -1)
 
 
 def attention_weights(
@@ -141,7 +141,7 @@ def _backward(softcap, saved, dy):
 _softmax_attention.defvjp(_forward, _backward)
 
 
-def empty_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> LayerCache:
+def empty_attention_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> LayerCache:
     """The keys and values of one layer before the first token: zeros [B, G, length, K]."""
     shape = (batch, config.G, length, config.K)
     return {name: parallel.split_cache(jnp.zeros(shape, dtype)) for name in ("key", "value")}
@@ -168,6 +168,7 @@ class AttentionInputs(NamedTuple):
     index: Any = None  # [] int32, the cache slot of the first token, or None
     source: Any = None  # [B, S, D], the encoder's output for cross-attention, or None
     source_mask: Mask | None = None
+    segments: Tokens | None = None  # the document of each token; with a cache 1, and 0 for padding before the text
 
 
 class Attention(nn.Module):
@@ -247,7 +248,7 @@ class Attention(nn.Module):
         y = y.reshape(*x.shape[:2], heads, self.config.K)
         if normed and self.config.qk_norm == "head":
             y = getattr(self, norm)(y)
-        return (y if angles is None else rotate(y, angles)).swapaxes(1, 2)
+        return (y if angles is None else rotate(y, angles, self.config.rope.interleaved)).swapaxes(1, 2)
 
     def attend(
         self,
@@ -270,7 +271,7 @@ class Attention(nn.Module):
             y = heads_first(q, parallel.gather_sequence(k), parallel.gather_sequence(v), mask, causal, bias, *options)
         else:
             y = kernels.BACKENDS[name].attend(q, k, v, causal, spec, *options)
-        return self.out(y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], c.heads * c.K))
+        return self.out(y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], -1))
 
     def backend(self, q: Array, k: Array, causal: bool, bias: Bias | None, spec: MaskSpec | None) -> tuple[str, str]:
         """`kernels.choose` for a call of `attend` without a cache."""

@@ -1,4 +1,4 @@
-"""A Transformer block, and the stack of blocks that is the body of every Transformer."""
+"""A block, and the stack of blocks that is the body of every model except the LSTM."""
 
 import dataclasses
 import operator
@@ -7,15 +7,19 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
 from nanoflax.nn import masking, positions
 from nanoflax.nn.arrays import Array, Keys, SourceMask, States, Tokens
-from nanoflax.nn.attention import Attention, AttentionInputs, LayerCache
+from nanoflax.nn.attention import Attention, AttentionInputs, LayerCache, empty_attention_cache
 from nanoflax.nn.kernels import MaskSpec
+from nanoflax.nn.latent import LatentAttention, empty_latent_cache
 from nanoflax.nn.layers import MLP, Embedding, Norm, bottleneck
+from nanoflax.nn.moe import MoE
+from nanoflax.nn.recurrent import RECURRENT_LAYERS, empty_recurrent_cache
 
 REMAT_POLICIES = {
     "blocks": jax.checkpoint_policies.nothing_saveable,
@@ -29,8 +33,17 @@ def norm(config: ModelConfig) -> Norm:
     return Norm(config.norm, config.norm_eps, config.has_bias("norm"), config.norm_unit_offset)
 
 
+def empty_cache(config: ModelConfig, layer: int, batch: int, length: int, dtype: DTypeLike) -> LayerCache:
+    """The cache of a layer before the first token, with room for `length` tokens."""
+    if config.is_recurrent(layer):
+        return empty_recurrent_cache(config, layer, batch, dtype)
+    make = empty_latent_cache if config.latent.rank else empty_attention_cache
+    return make(config, batch, length, dtype)
+
+
 class Block(nn.Module):
-    """Self-attention, cross-attention if `cross`, and an MLP: each with a residual connection and a norm.
+    """Self-attention or a recurrent layer, cross-attention if `cross`, and an MLP or experts if the layer has one:
+    each with a residual connection and a norm. layer: its number, which decides the kinds.
 
     norm_place: pre, x + f(norm(x)) (Radford et al. 2019); post, norm(x + f(x)) (Vaswani et al. 2017);
     after, x + norm(f(x)) (OLMo 2); sandwich, x + norm(f(norm(x))) (Gemma 2).
@@ -39,16 +52,23 @@ class Block(nn.Module):
     config: ModelConfig
     causal: bool = True
     cross: bool = False
+    layer: int = 0
 
     def setup(self):
         c = self.config
         out_stddev = 0.02 / (2 * c.layers) ** 0.5  # GPT-2: keeps the residual's variance near 1
-        self.attention = Attention(c, out_stddev, self.causal)
+        if c.is_recurrent(self.layer):
+            self.recurrent = RECURRENT_LAYERS[c.layer_type(self.layer)](c, out_stddev)
+        else:
+            self.attention = (LatentAttention if c.latent.rank else Attention)(c, out_stddev, self.causal)
         if self.cross:
             self.cross_attention = Attention(c, out_stddev)
-        self.mlp = MLP(c.F, c.activation, c.gated, c.has_bias("mlp"), out_stddev)
+        if c.is_sparse(self.layer):
+            self.mlp = MoE(c, out_stddev)
+        elif c.F:
+            self.mlp = MLP(c.F, c.activation, c.gated, c.has_bias("mlp"), out_stddev)
         self.drop = nn.Dropout(c.dropout)
-        for name in ("attention", "cross", "mlp") if self.cross else ("attention", "mlp"):
+        for name in ["attention"] + ["cross"] * self.cross + ["mlp"] * self.has_mlp:
             setattr(self, f"norm_{name}", norm(c))
             if c.norm_place == "sandwich":
                 setattr(self, f"norm_{name}_out", norm(c))
@@ -58,7 +78,8 @@ class Block(nn.Module):
     ) -> tuple[States, LayerCache | None]:
         """cache: this layer's. Returns (the output, the new cache)."""
         x = parallel.split_batch(x)
-        h, cache = self.attention(self._before("attention", x), inputs, cache)
+        mixer = self.recurrent if self.config.is_recurrent(self.layer) else self.attention
+        h, cache = mixer(self._before("attention", x), inputs, cache)
         if self.config.parallel:
             h = self._adapt("attention", h)
             h += self._adapt("mlp", self.mlp(self._before("mlp", x)))
@@ -72,7 +93,13 @@ class Block(nn.Module):
             before, cached = self._before("cross", x), cache is not None
             h = self.cross_attention.cross(before, keys, values, inputs.source_mask, cached=cached)
             x = self._after("cross", x, h, deterministic)
-        return self._after("mlp", x, self.mlp(self._before("mlp", x)), deterministic), cache
+        if self.has_mlp:
+            x = self._after("mlp", x, self.mlp(self._before("mlp", x)), deterministic)
+        return x, cache
+
+    @property
+    def has_mlp(self) -> bool:
+        return self.config.F > 0 or self.config.is_sparse(self.layer)
 
     def cross_keys_values(self, source: Float[Array, "B S D"]) -> tuple[Keys, Keys]:
         """The keys and values by which cross-attention reads a source."""
@@ -133,7 +160,7 @@ class Stack(nn.Module):
         block = Block
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], static_argnums=(4,))
-        self.blocks = [block(c, self.causal, self.cross, name=f"block_{i}") for i in range(self.layers)]
+        self.blocks = [block(c, self.causal, self.cross, i, name=f"block_{i}") for i in range(self.layers)]
         if c.norm_place != "post":
             self.norm = norm(c)
         self.drop = nn.Dropout(c.dropout)
@@ -167,19 +194,20 @@ class Stack(nn.Module):
             index, caches = None, [None] * self.layers
         else:
             places, mask, spec = self._after_cache(x, P, cache)
+            segments = (places.queries >= cache["start"][:, None]).astype(jnp.int32)
             index, caches, source_mask = cache["index"], cache["layers"], cache.get("source_mask")
         source_mask = None if source_mask is None else masking.padding(source_mask)
-        inputs = AttentionInputs(mask, spec, index=index, source=source, source_mask=source_mask)
+        inputs = AttentionInputs(mask, spec, index=index, source=source, source_mask=source_mask, segments=segments)
         if c.positions == "relative":
             inputs = inputs._replace(bias=self._relative_bias(places.queries[0], places.keys[0]))
         x = self._add_positions(x, places.positions, P)
         if c.embed_norm:
             x = self.embed_norm(x)
         x = self.drop(x, deterministic=deterministic)
-        local = [c.is_local(i) for i in range(self.layers)]
-        by_kind = {kind: self._inputs_of(kind, inputs, places) for kind in sorted(set(local))}
+        kinds = [(c.layer_type(i) if c.is_local(i) else "full", c.has_rope(i)) for i in range(self.layers)]
+        by_kind = {kind: self._inputs_of(*kind, inputs, places) for kind in sorted(set(kinds))}
         run = self._scan if self.has_variable("params", "blocks") else self._loop
-        x, caches = run(x, by_kind, local, caches, deterministic)
+        x, caches = run(x, by_kind, kinds, caches, deterministic)
         if cache is not None:
             cache = cache | {"layers": caches, "index": cache["index"] + places.queries.shape[1]}
         x = x[:, P:] if prompted else x
@@ -217,7 +245,8 @@ class Stack(nn.Module):
         start = cache["start"][:, None]
         positions.check_context(self.config, cache["index"] + x.shape[1] - P - start.min())
         slots = cache["index"] + jnp.arange(x.shape[1], dtype=jnp.int32)[None] - P
-        keys = jnp.arange(cache["layers"][0]["key"].shape[2], dtype=jnp.int32)[None] - P
+        S = max(layer["key"].shape[2] if "key" in layer else 1 for layer in cache["layers"])  # recurrent layers: none
+        keys = jnp.arange(S, dtype=jnp.int32)[None] - P
         places = jnp.maximum(slots - start, jnp.minimum(slots, 0) if P else 0)
         prompt_keys = masking.padding(keys < 0) if P else False
         mask = masking.causal(slots, keys) & (masking.padding(keys >= start) | prompt_keys)
@@ -240,29 +269,30 @@ class Stack(nn.Module):
         buckets = positions.relative_buckets(distance, c.relative_buckets, c.relative_distance, self.causal)
         return self.relative_bias(buckets).astype(jnp.float32).transpose(2, 0, 1)[None]
 
-    def _inputs_of(self, local, inputs, places):
-        """The AttentionInputs of the layers with a window (local), or of the layers without."""
-        c = self.config
-        if c.positions == "rotary":
-            rates = positions.rotary_rates(c, local)
-            inputs = inputs._replace(angles=positions.rotary_angles(places.positions, rates))
-        if local:
-            window = masking.window(places.queries, places.keys, c.window) | places.prompt_keys
-            inputs = inputs._replace(mask=window if inputs.mask is None else inputs.mask & window)
-            if inputs.spec is not None:
-                inputs = inputs._replace(spec=dataclasses.replace(inputs.spec, window=c.window))
-        return inputs
+    def _inputs_of(self, layer_type, has_rope, inputs, places):
+        """The AttentionInputs of the layers of a kind."""
+        c, local = self.config, layer_type != "full"
+        if has_rope:
+            inputs = inputs._replace(angles=positions.angles_of(c, places.positions, local))
+        if not local:
+            return inputs
+        near = masking.window if layer_type == "sliding" else masking.chunk
+        window = near(places.queries, places.keys, c.window) | places.prompt_keys
+        inputs = inputs._replace(mask=window if inputs.mask is None else inputs.mask & window)
+        if inputs.spec is None or layer_type == "chunked":
+            return inputs._replace(spec=None)
+        return inputs._replace(spec=dataclasses.replace(inputs.spec, window=c.window))
 
-    def _loop(self, x, by_kind, local, caches, deterministic):
-        """Run the blocks one by one. by_kind: local -> AttentionInputs; local, caches: of each layer.
+    def _loop(self, x, by_kind, kinds, caches, deterministic):
+        """Run the blocks one by one. by_kind: kind -> AttentionInputs; kinds, caches: of each layer.
         Returns (the output, the new caches)."""
         new = []
-        for block, kind, cache in zip(self.blocks, local, caches, strict=True):
+        for block, kind, cache in zip(self.blocks, kinds, caches, strict=True):
             x, cache = block(x, by_kind[kind], cache, deterministic)
             new.append(cache)
         return x, new
 
-    def _scan(self, x, by_kind, local, caches, deterministic):
+    def _scan(self, x, by_kind, kinds, caches, deterministic):
         """`_loop` as a scan over stacked blocks."""
         block = Block(self.config, self.causal, self.cross, parent=None)
         rng = self.make_rng("dropout") if self.config.dropout and not deterministic else None
@@ -278,9 +308,9 @@ class Stack(nn.Module):
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        kinds = jnp.array([list(by_kind).index(kind) for kind in local])
+        numbers = jnp.array([list(by_kind).index(kind) for kind in kinds])
         cache = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
-        x, cache = jax.lax.scan(body, x, (jnp.arange(self.layers), kinds, self._stacked(), cache))
+        x, cache = jax.lax.scan(body, x, (jnp.arange(self.layers), numbers, self._stacked(), cache))
         return x, _layers(cache, self.layers)
 
     def _stacked(self):

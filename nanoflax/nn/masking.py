@@ -32,3 +32,11 @@ def window(
     Beltagy et al. 2020); in a decoder, combine with `causal`."""
     q, k = jnp.atleast_2d(query_positions), jnp.atleast_2d(key_positions)
     return (jnp.abs(q[:, :, None] - k[:, None, :]) < size)[:, None]
+
+
+def chunk(
+    query_positions: Int[Array, "*#B T"], key_positions: Int[Array, "*#B S"], size: int
+) -> Bool[Array, "_ 1 T S"]:
+    """A query attends to keys of its own part of the text, of `size` positions (Llama 4)."""
+    q, k = jnp.atleast_2d(query_positions), jnp.atleast_2d(key_positions)
+    return (q[:, :, None] // size == k[:, None, :] // size)[:, None]

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.nn.arrays import Array, Logits, Source, SourceMask, States, Tokens
-from nanoflax.nn.attention import Attention, LayerCache, attention_weights, empty_cache
-from nanoflax.nn.blocks import Stack, norm
+from nanoflax.nn.attention import Attention, LayerCache, attention_weights
+from nanoflax.nn.blocks import Stack, empty_cache, norm
 from nanoflax.nn.language_model import LanguageModel, SourceModel, empty_delay
 from nanoflax.nn.layers import Embedding, Linear, activate
 from nanoflax.nn.losses import shift_right
@@ -232,7 +232,7 @@ def alignment(model: LanguageModel, params: dict, source: Sequence[int], targets
 
 def _empty_cache(model, layers, batch, length, start=None):
     return {
-        "layers": [empty_cache(model.config, batch, length, model.compute_dtype) for _ in range(layers)],
+        "layers": [empty_cache(model.config, i, batch, length, model.compute_dtype) for i in range(layers)],
         "index": jnp.int32(0),
         "start": jnp.zeros(batch, jnp.int32) if start is None else start,
         **empty_delay(model, batch, start),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Float, Int
 
-from nanoflax.config import ModelConfig
+from nanoflax.config import ModelConfig, RopeConfig
 from nanoflax.errors import UserError
 from nanoflax.nn.arrays import Array
 
@@ -39,23 +39,22 @@ def sinusoidal(positions: Int[Array, "B T"], dim: int, halves: bool = False) -> 
     return pairs.reshape(*positions.shape, dim)
 
 
-def rotary_rates(config: ModelConfig, local: bool = False) -> Float[Array, " R"]:
-    """The angle, in radians per position, by which each rotary pair turns (Su et al. 2021).
+def rotary_rates(rope: RopeConfig, dim: int, local: bool = False) -> Float[Array, " R"]:
+    """The angle, in radians per position, by which each rotary pair of `dim` numbers turns (Su et al. 2021).
 
-    local: for a layer with a window; if rope_local_theta is set, the layer uses it without scaling.
-    Scalings: linear (Chen et al. 2023) divides every rate by rope_factor; llama3 (Llama 3.1) divides
-    the rates of fewer than rope_low turns in rope_context, and rates below rope_high turns in part.
+    local: for a layer with a window; if rope.local_theta is set, the layer uses it without scaling.
+    Scalings: linear (Chen et al. 2023) divides every rate by the factor; llama3 (Llama 3.1) divides
+    the rates of fewer than `low` turns in rope.context, and rates below `high` turns in part.
     """
-    c = config
-    if local and c.rope_local_theta is not None:
-        return base_rates(c.rope_local_theta, c.rotary_dim)
-    rates = base_rates(c.rope_theta, c.rotary_dim)
-    if c.rope_scaling == "linear":
-        return rates / c.rope_factor
-    if c.rope_scaling == "llama3":
-        turns = c.rope_context * rates / (2 * jnp.pi)
-        kept = jnp.clip((turns - c.rope_low) / (c.rope_high - c.rope_low), 0, 1)
-        return rates * (kept + (1 - kept) / c.rope_factor)
+    if local and rope.local_theta is not None:
+        return base_rates(rope.local_theta, dim)
+    rates = base_rates(rope.theta, dim)
+    if rope.scaling == "linear":
+        return rates / rope.factor
+    if rope.scaling == "llama3":
+        turns = rope.context * rates / (2 * jnp.pi)
+        kept = jnp.clip((turns - rope.low) / (rope.high - rope.low), 0, 1)
+        return rates * (kept + (1 - kept) / rope.factor)
     return rates
 
 
@@ -64,7 +63,8 @@ def base_rates(theta: float, dim: int) -> Float[Array, " R"]:
     return theta ** (-jnp.arange(0, dim, 2) / dim)
 
 
-Angles = tuple[Float[Array, "#B T 1 R"], Float[Array, "#B T 1 R"]]  # cosines and sines of rotary pairs, float32
+# Cosines and sines of rotary pairs, float32. Pair i is (x_i, x_{i+R}), or, if interleaved, (x_{2i}, x_{2i+1}).
+Angles = tuple[Float[Array, "#B T 1 R"], Float[Array, "#B T 1 R"]]
 
 
 def rotary_angles(positions: Int[Array, "B T"], rates: Float[Array, " R"]) -> Angles:
@@ -73,15 +73,25 @@ def rotary_angles(positions: Int[Array, "B T"], rates: Float[Array, " R"]) -> An
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Float[Array, "#B T H K"], angles: Angles) -> Float[Array, "#B T H K"]:
-    """Turn the pairs (x_i, x_{i+R}) of each head's first 2R numbers by their angles (Su et al. 2021,
-    in Llama's layout), computed in float32. angles: from `rotary_angles`."""
+def angles_of(config: ModelConfig, positions: Int[Array, "B T"], local: bool = False) -> Angles:
+    """Cosines and sines of the rotary positions of a model's layers; local: of those with a window."""
+    return rotary_angles(positions, rotary_rates(config.rope, config.rotary_dim, local))
+
+
+def rotate(x: Float[Array, "#B T H K"], angles: Angles, interleaved: bool = False) -> Float[Array, "#B T H K"]:
+    """Turn the pairs of each head's first 2R numbers by their angles (Su et al. 2021), computed in float32.
+
+    The pairs are (x_i, x_{i+R}), as in Llama, or (x_{2i}, x_{2i+1}) if interleaved, as in the paper."""
     cos, sin = angles
     half = cos.shape[-1]
-    a, b, rest = jnp.split(x, [half, 2 * half], axis=-1)
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+    turned, rest = jnp.split(x.astype(jnp.float32), [2 * half], axis=-1)
+    if interleaved:
+        a, b = turned[..., ::2], turned[..., 1::2]
+        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turned.shape)
+    else:
+        a, b = jnp.split(turned, 2, axis=-1)
+        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)
 
 
 def relative_buckets(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from nanoflax import config as cfg
-from nanoflax.config import Config, ModelConfig, from_dict, to_dict
+from nanoflax.config import Config, ModelConfig, RopeConfig, from_dict, to_dict
 from nanoflax.errors import UserError
 from nanoflax.nn import build
 
@@ -53,7 +53,7 @@ def test_presets_are_valid(name):
         (dict(model__dropout=1.0), "model.dropout=1.0 must be in [0, 1)"),
         (dict(model__dropout=math.nan), "model.dropout=nan must be in [0, 1)"),
         (dict(model__norm_eps=0.0), "model.norm_eps=0.0"),
-        (dict(model__rope_theta=-1.0), "model.rope_theta=-1.0"),
+        (dict(model__rope=RopeConfig(theta=-1.0)), "model.rope.theta=-1.0"),
         (dict(model__dim=250), "model.heads=4 does not divide model.dim=250"),
         (dict(model__kv_heads=3), "model.kv_heads=3 does not divide model.heads=4"),
         (dict(model__positions="rotary", model__head_dim=5), "model.head_dim=5 must be even"),
@@ -182,7 +182,7 @@ def test_wrong_types_are_named(changes, words):
 
 
 def test_an_integer_is_a_number_too():
-    cfg.validate(changed(optim__clip=1, model__rope_theta=500_000))
+    cfg.validate(changed(optim__clip=1, model__rope=RopeConfig(theta=500_000)))
 
 
 @pytest.mark.parametrize(

@@ -26,297 +26,11 @@ from nanoflax.generate import sample
 from nanoflax.hf import families, safetensors_io
 from nanoflax.hf.family import canonical, differences
 from nanoflax.nn import build, language_model
+from tests.hf.cases import CASES, GREEDY, LINEAR, LLAMA3, LOCAL, LONGROPE, V
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-V, T = 67, 20
+T = 20
 LENGTHS, LEFT = (20, 13, 13, 5), (False, False, True, True)  # rows, and the side of their padding
-
-LLAMA = dict(
-    vocab_size=V,
-    max_position_embeddings=64,
-    num_hidden_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-HEAD8 = LLAMA | dict(head_dim=8)
-NEOX = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
-GPT2 = dict(
-    vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-)
-OPT = dict(
-    vocab_size=V,
-    max_position_embeddings=64,
-    num_hidden_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    ffn_dim=48,
-    word_embed_proj_dim=32,
-    dropout=0.0,
-)
-BERT = dict(
-    vocab_size=V,
-    max_position_embeddings=64,
-    num_hidden_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    intermediate_size=48,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-    num_labels=3,
-)
-DISTIL = dict(
-    vocab_size=V,
-    max_position_embeddings=64,
-    n_layers=2,
-    dim=32,
-    n_heads=4,
-    hidden_dim=48,
-    dropout=0.0,
-    attention_dropout=0.0,
-    num_labels=3,
-)
-T5 = dict(
-    vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0
-)
-BART = dict(
-    vocab_size=V,
-    max_position_embeddings=64,
-    d_model=32,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=4,
-    decoder_attention_heads=4,
-    encoder_ffn_dim=48,
-    decoder_ffn_dim=48,
-    dropout=0.0,
-    forced_eos_token_id=None,
-)
-MARIAN = BART | dict(pad_token_id=66, decoder_start_token_id=66, eos_token_id=0)
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 300.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-EURO = LLAMA | dict(num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2, mask_token_id=3)
-LONGROPE = {
-    "rope_type": "longrope",
-    "short_factor": [1.0] * 4,
-    "long_factor": [2.0] * 4,
-    "original_max_position_embeddings": 32,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0}
-LOCAL = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}, "full_attention": LINEAR}
-SFS = ["sliding_attention", "full_attention", "sliding_attention"]
-
-# Transformers' class, its configuration's, the changes to it.
-CASES = {
-    "gpt2": ("GPT2LMHeadModel", GPT2),
-    "gpt2-untied": (
-        "GPT2LMHeadModel",
-        GPT2 | dict(tie_word_embeddings=False, activation_function="gelu", n_inner=40, layer_norm_epsilon=1e-3),
-    ),
-    "gpt2-wide": ("GPT2LMHeadModel", GPT2 | dict(n_layer=3, n_embd=48, n_head=2, activation_function="relu")),
-    "opt": ("OPTForCausalLM", OPT),
-    "opt-post": ("OPTForCausalLM", OPT | dict(do_layer_norm_before=False)),
-    "opt-no-bias": (
-        "OPTForCausalLM",
-        OPT | dict(enable_bias=False, tie_word_embeddings=False, activation_function="gelu"),
-    ),
-    "llama": ("LlamaForCausalLM", LLAMA),
-    "llama-3": (
-        "LlamaForCausalLM",
-        LLAMA | dict(num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=LLAMA3),
-    ),
-    "llama-bias": (
-        "LlamaForCausalLM",
-        LLAMA
-        | dict(
-            num_key_value_heads=4,
-            head_dim=12,
-            attention_bias=True,
-            mlp_bias=True,
-            hidden_act="gelu",
-            rms_norm_eps=1e-3,
-            rope_parameters=LINEAR,
-        ),
-    ),
-    "mistral": ("MistralForCausalLM", LLAMA | dict(sliding_window=6)),
-    "mistral-whole": ("MistralForCausalLM", LLAMA | dict(sliding_window=None)),
-    "mistral-tied": (
-        "MistralForCausalLM",
-        LLAMA | dict(sliding_window=3, tie_word_embeddings=True, head_dim=16, num_key_value_heads=1),
-    ),
-    "qwen2": ("Qwen2ForCausalLM", LLAMA),
-    "qwen2-window": ("Qwen2ForCausalLM", LLAMA | dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)),
-    "qwen2-tied": (
-        "Qwen2ForCausalLM",
-        LLAMA | dict(tie_word_embeddings=True, num_key_value_heads=1, rope_parameters=LINEAR),
-    ),
-    "qwen3": ("Qwen3ForCausalLM", HEAD8),
-    "qwen3-window": (
-        "Qwen3ForCausalLM",
-        LLAMA | dict(head_dim=16, num_hidden_layers=3, use_sliding_window=True, sliding_window=5, layer_types=SFS),
-    ),
-    "qwen3-tied": (
-        "Qwen3ForCausalLM",
-        HEAD8 | dict(tie_word_embeddings=True, attention_bias=True, num_key_value_heads=4),
-    ),
-    "gemma2": ("Gemma2ForCausalLM", HEAD8 | dict(sliding_window=5, query_pre_attn_scalar=10)),
-    "gemma2-plain": (
-        "Gemma2ForCausalLM",
-        HEAD8
-        | dict(
-            head_dim=16,
-            sliding_window=40,
-            attn_logit_softcapping=None,
-            final_logit_softcapping=None,
-            attention_bias=True,
-            num_key_value_heads=1,
-        ),
-    ),
-    "gemma2-types": (
-        "Gemma2ForCausalLM",
-        HEAD8
-        | dict(
-            num_hidden_layers=3,
-            layer_types=SFS,
-            sliding_window=4,
-            attn_logit_softcapping=2.0,
-            final_logit_softcapping=3.0,
-            tie_word_embeddings=False,
-        ),
-    ),
-    "gemma3": (
-        "Gemma3ForCausalLM",
-        HEAD8 | dict(num_hidden_layers=3, layer_types=SFS, sliding_window=5, rope_parameters=LOCAL),
-    ),
-    "gemma3-pattern": (
-        "Gemma3ForCausalLM",
-        HEAD8 | dict(num_hidden_layers=7, sliding_window=4, query_pre_attn_scalar=20, num_key_value_heads=1),
-    ),
-    "gemma3-caps": (
-        "Gemma3ForCausalLM",
-        HEAD8
-        | dict(
-            sliding_window=30,
-            layer_types=SFS[:2],
-            final_logit_softcapping=3.0,
-            num_key_value_heads=4,
-            tie_word_embeddings=False,
-        ),
-    ),
-    "olmo2": ("Olmo2ForCausalLM", LLAMA),
-    "olmo2-tied": (
-        "Olmo2ForCausalLM",
-        LLAMA | dict(tie_word_embeddings=True, attention_bias=True, num_key_value_heads=4),
-    ),
-    "olmo2-scaled": (
-        "Olmo2ForCausalLM",
-        LLAMA | dict(rope_parameters=LLAMA3, num_key_value_heads=1, rms_norm_eps=1e-3),
-    ),
-    "neox": ("GPTNeoXForCausalLM", NEOX),
-    "neox-sequential": (
-        "GPTNeoXForCausalLM",
-        NEOX | dict(use_parallel_residual=False, rotary_pct=1.0, hidden_act="gelu_new"),
-    ),
-    "neox-no-bias": (
-        "GPTNeoXForCausalLM",
-        NEOX | dict(attention_bias=False, rotary_pct=0.5, tie_word_embeddings=True, num_attention_heads=2),
-    ),
-    "phi3": ("Phi3ForCausalLM", LLAMA),
-    "phi3-partial": (
-        "Phi3ForCausalLM",
-        LLAMA
-        | dict(
-            num_key_value_heads=1,
-            sliding_window=5,
-            rope_parameters={"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.75},
-        ),
-    ),
-    "phi3-tied": (
-        "Phi3ForCausalLM",
-        LLAMA
-        | dict(num_key_value_heads=4, head_dim=12, hidden_act="gelu", rms_norm_eps=1e-3, tie_word_embeddings=True),
-    ),
-    **{
-        f"{name.lower()}-classify": (f"{name}ForSequenceClassification", fields | dict(num_labels=3, pad_token_id=0))
-        for name, fields in [
-            ("GPT2", GPT2),
-            ("OPT", OPT),
-            ("Llama", LLAMA),
-            ("Mistral", LLAMA),
-            ("Qwen2", LLAMA),
-            ("Qwen3", HEAD8),
-            ("Gemma2", HEAD8),
-            ("Gemma3Text", HEAD8),
-            ("Olmo2", LLAMA),
-            ("GPTNeoX", NEOX),
-            ("Phi3", LLAMA),
-        ]
-    },
-    "bert": ("BertModel", BERT),
-    "bert-mlm": ("BertForMaskedLM", BERT | dict(hidden_act="gelu_new")),
-    "bert-mlm-untied": (
-        "BertForMaskedLM",
-        BERT | dict(tie_word_embeddings=False, hidden_act="relu", layer_norm_eps=1e-3),
-    ),
-    "bert-classify": ("BertForSequenceClassification", BERT),
-    "bert-tag": ("BertForTokenClassification", BERT | dict(num_attention_heads=2)),
-    "roberta": ("RobertaModel", BERT | dict(hidden_act="relu")),
-    "roberta-mlm": ("RobertaForMaskedLM", BERT | dict(type_vocab_size=1)),
-    "roberta-mlm-untied": ("RobertaForMaskedLM", BERT | dict(tie_word_embeddings=False, pad_token_id=3)),
-    "roberta-classify": ("RobertaForSequenceClassification", BERT),
-    "roberta-tag": ("RobertaForTokenClassification", BERT | dict(hidden_act="gelu_new")),
-    "distilbert": ("DistilBertModel", DISTIL | dict(n_heads=2)),
-    "distilbert-mlm": ("DistilBertForMaskedLM", DISTIL | dict(activation="relu")),
-    "distilbert-mlm-untied": ("DistilBertForMaskedLM", DISTIL | dict(tie_word_embeddings=False)),
-    "distilbert-classify": ("DistilBertForSequenceClassification", DISTIL),
-    "distilbert-tag": ("DistilBertForTokenClassification", DISTIL | dict(sinusoidal_pos_embds=True)),
-    "eurobert": ("EuroBertModel", EURO),
-    "eurobert-mlm": ("EuroBertForMaskedLM", EURO | dict(tie_word_embeddings=True, rope_parameters=LLAMA3)),
-    "eurobert-mlm-bias": ("EuroBertForMaskedLM", EURO | dict(attention_bias=True, mlp_bias=True, hidden_act="gelu")),
-    "eurobert-classify": ("EuroBertForSequenceClassification", EURO | dict(classifier_pooling="bos")),
-    "eurobert-tag": ("EuroBertForTokenClassification", EURO | dict(num_key_value_heads=1)),
-    "t5": ("T5ForConditionalGeneration", T5),
-    "t5-1.1": ("T5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
-    "t5-deep": (
-        "T5ForConditionalGeneration",
-        T5
-        | dict(
-            feed_forward_proj="gated-silu",
-            num_decoder_layers=3,
-            d_kv=12,
-            layer_norm_epsilon=1e-3,
-            relative_attention_num_buckets=8,
-            relative_attention_max_distance=12,
-            decoder_start_token_id=5,
-        ),
-    ),
-    "bart": ("BartForConditionalGeneration", BART),
-    "bart-scaled": (
-        "BartForConditionalGeneration",
-        BART | dict(scale_embedding=True, decoder_layers=3, activation_function="relu", decoder_start_token_id=5),
-    ),
-    "bart-untied": (
-        "BartForConditionalGeneration",
-        BART | dict(tie_word_embeddings=False, encoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2),
-    ),
-    "marian": ("MarianMTModel", MARIAN | dict(activation_function="swish", scale_embedding=True)),
-    "marian-plain": ("MarianMTModel", MARIAN | dict(decoder_layers=1)),
-    "marian-relu": (
-        "MarianMTModel",
-        MARIAN
-        | dict(activation_function="relu", encoder_layers=1, d_model=48, decoder_start_token_id=60, pad_token_id=60),
-    ),
-}
 
 
 def randomize(model, seed=0, std=0.1):
@@ -454,9 +168,7 @@ def test_equal_to_transformers_there_and_back(case, tmp_path, record_property):
     assert canonical(config_again) == canonical(config)
 
 
-@pytest.mark.parametrize(
-    "case", ["gpt2", "opt", "llama-3", "mistral", "gemma3-caps", "neox", "phi3-partial", "t5-1.1", "bart", "marian"]
-)
+@pytest.mark.parametrize("case", GREEDY)
 def test_greedy_generation_equals_transformers(case, tmp_path):
     theirs = make(case, std=0.4)  # so that it says more than one word
     theirs.save_pretrained(tmp_path)
@@ -559,7 +271,7 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("phi3", {"rope_parameters": LONGROPE}, "longrope"),
         ("phi3", {"rope_parameters": None, "rope_scaling": LONGROPE | {"rope_type": "su"}}, "'su'"),
         ("phi3", {"rope_parameters": LINEAR}, "linear"),
-        ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.1}, "rope_fraction"),
+        ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.1}, "rope.fraction"),
         ("bert", {"position_embedding_type": "relative_key"}, "relative_key"),
         ("roberta-mlm", {"hidden_act": "relu"}, "hidden_act"),
         ("eurobert-classify", {"classifier_pooling": "late"}, "classifier_pooling='late'"),
@@ -890,7 +602,7 @@ def test_gguf_with_the_rotary_pairs_put_right(rope, tmp_path):
         plain = theirs.config.rope_parameters["rope_theta"] ** (-np.arange(0, 16, 2) / 16)
         tensors = [("rope_freqs.weight", (plain / scaled).astype(np.float32))]
     write_gguf(file, theirs, tensors=tensors)
-    assert assert_logits_of(file, theirs).rope_scaling == ("llama3" if rope else "none")
+    assert assert_logits_of(file, theirs).rope.scaling == ("llama3" if rope else "none")
 
 
 @pytest.mark.parametrize(
@@ -909,7 +621,7 @@ def test_gguf_factors_of_the_rotary_rates(metadata, scaling, tmp_path):
     theirs, file = make("llama", head_dim=16, rope_parameters=rope), tmp_path / "model.gguf"
     kinds = {str: "STRING", float: "FLOAT32"}
     write_gguf(file, theirs, [(f"llama.{key}", value, kinds[type(value)]) for key, value in metadata.items()])
-    assert assert_logits_of(file, theirs).rope_scaling == scaling
+    assert assert_logits_of(file, theirs).rope.scaling == scaling
 
 
 def test_gguf_scales_and_biases(tmp_path):

@@ -244,7 +244,7 @@ MODELS = {
         kv_heads=2,
         positions="rotary",
         window=40,
-        global_layers=(1,),
+        layer_types=("sliding", "full"),
         attention_softcap=9.0,
         dtype="float32",
     ),

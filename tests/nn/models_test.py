@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nanoflax import generate, hf, train
-from nanoflax.config import POSITIONS, ModelConfig
+from nanoflax.config import POSITIONS, ModelConfig, RopeConfig
 from nanoflax.errors import UserError
 from nanoflax.nn import alignment, build, flops_per_token, head_kernel
 from nanoflax.parallel import init
@@ -348,7 +348,7 @@ def transformers_llama(**changes):
             head_dim=c.K,
             intermediate_size=c.F,
             rms_norm_eps=c.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope.theta},
             tie_word_embeddings=c.tied,
             attn_implementation="eager",
         )
@@ -362,7 +362,7 @@ def transformers_llama(**changes):
         (transformers_gpt2, dict(tied=False, activation="gelu", mlp_dim=40, norm_eps=1e-3)),
         (transformers_gpt2, dict(dim=48, heads=2, layers=3)),
         (transformers_llama, {}),
-        (transformers_llama, dict(kv_heads=1, tied=True, rope_theta=500.0)),
+        (transformers_llama, dict(kv_heads=1, tied=True, rope=RopeConfig(theta=500.0))),
         (transformers_llama, dict(kv_heads=None, head_dim=12, mlp_dim=56, norm_eps=1e-3)),
     ],
     ids=["gpt2", "gpt2-untied-exact", "gpt2-3x48", "llama-grouped", "llama-multiquery-tied", "llama-head-dim"],

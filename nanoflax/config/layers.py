@@ -1,0 +1,97 @@
+"""The settings of kinds of layers: rotary positions, mixture of experts, latent attention, recurrent layers."""
+
+import dataclasses
+
+from nanoflax.config.fields import field
+
+LAYER_TYPES = ("full", "sliding", "chunked", "delta", "mamba2")
+RECURRENT = ("delta", "mamba2")
+# Kind of scaling -> the fields of RopeConfig that it reads.
+ROPE_SCALINGS = {
+    "none": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "context"),
+    "llama3": ("factor", "low", "high", "context"),
+    "yarn": ("factor", "context", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+    "longrope": ("factor", "context", "short_factors", "long_factors", "attention_factor"),
+}
+ROUTER_SCORES = ("softmax", "sigmoid", "softmax_of_chosen")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions (Su et al. 2021), and how they change for contexts longer than in training."""
+
+    theta: float = field(10_000.0, "Base of the rotary frequencies.", above=0)
+    local_theta: float | None = field(
+        None, "The base, without scaling, in layers with a window (Gemma 3); none: as in other layers.", above=0
+    )
+    fraction: float = field(1.0, "Share of K that is rotated (GPT-NeoX, Phi-3).", within="(0, 1]")
+    interleaved: bool = field(False, "A pair is two neighbours (GPT-J), not number i of each half (Llama).")
+    scaling: str = field("none", "How the frequencies change for longer contexts.", choices=ROPE_SCALINGS)
+    factor: float = field(1.0, "How many times longer the context is than in training.", above=0)
+    context: int = field(8192, "The context in training.", unit="tokens", at_least=1)
+    low: float = field(1.0, "llama3: frequencies with fewer turns in rope.context are divided.", above=0)
+    high: float = field(4.0, "llama3: frequencies with more turns in rope.context do not change.", above=0)
+    beta_fast: float = field(32.0, "yarn: frequencies with more turns in rope.context do not change.", above=0)
+    beta_slow: float = field(1.0, "yarn: frequencies with fewer turns in rope.context are divided.", above=0)
+    truncate: bool = field(True, "yarn: the bounds of the ramp are rounded to whole pairs.")
+    attention_factor: float | None = field(
+        None, "yarn, longrope: factor of cosines and sines; none: from rope.factor.", above=0
+    )
+    short_factors: tuple[float, ...] = field((), "longrope: divisors of the frequencies up to rope.context.")
+    long_factors: tuple[float, ...] = field((), "longrope: divisors of the frequencies for longer texts.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts (Shazeer et al. 2017): an MLP becomes E experts, of which each token uses k."""
+
+    experts: int = field(0, "E, the experts of a layer; 0: one MLP.", at_least=0)
+    active: int = field(2, "k, the experts that a token uses.", at_least=1)
+    expert_dim: int | None = field(None, "F of an expert; none: model.mlp_dim.", at_least=1)
+    shared_dim: int = field(0, "F of an MLP beside the experts that every token uses; 0: none.", at_least=0)
+    shared_gate: bool = field(False, "The MLP beside the experts has a gate, the sigmoid of a product (Qwen2-MoE).")
+    dense_layers: tuple[int, ...] = field((), "Layers, from 0, with one MLP of model.mlp_dim.")
+    scores: str = field(
+        "softmax", "How a token scores the experts; softmax_of_chosen: over its k.", choices=ROUTER_SCORES
+    )
+    renormalise: bool = field(True, "The weights of a token's k experts are divided by their sum.")
+    scale: float = field(1.0, "Factor of the weights of a token's experts.", above=0)
+    groups: int = field(1, "Groups of experts; a token uses only experts of top_groups of them.", at_least=1)
+    top_groups: int = field(1, "The groups that a token uses, by the sum of their two best scores.", at_least=1)
+    correction: bool = field(False, "A bias changes which experts are chosen, not their weights (DeepSeek-V3).")
+    router_bias: bool = field(False, "A bias of the router's logits (gpt-oss).")
+    balance_loss: float = field(0.0, "Factor of the loss that keeps the experts' loads equal.", at_least=0)
+    z_loss: float = field(0.0, "Factor of the mean square of the router's log-sum-exp (Zoph et al. 2022).", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-AI 2024, section 2.1): all heads' keys and values from one vector.
+
+    A head's K numbers are K - rope_dim without and rope_dim with rotary positions.
+    """
+
+    rank: int = field(0, "Size of the vector of keys and values; 0: ordinary attention.", at_least=0)
+    query_rank: int = field(0, "Size of the vector of queries; 0: queries directly from the state.", at_least=0)
+    rope_dim: int = field(64, "Numbers of a key, equal in all heads, with rotary positions.", at_least=2)
+    value_dim: int = field(128, "Size of a head's value.", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentConfig:
+    """Layers whose state has one size for any text: gated delta rule (Yang et al. 2024), Mamba-2 (Dao and Gu 2024).
+
+    Each head has a state of key_dim x value_dim numbers.
+    """
+
+    heads: int = field(4, "Heads of values.", at_least=1)
+    groups: int = field(4, "Heads of queries and keys (Mamba-2: groups of C and B); divides heads.", at_least=1)
+    key_dim: int = field(64, "Size of a head's key (Mamba-2: the state size).", at_least=1)
+    value_dim: int = field(64, "Size of a head's value.", at_least=1)
+    conv: int = field(4, "Tokens that the convolution before the state reads.", at_least=1)
+    conv_bias: bool = field(False, "The convolution has a bias.")
+    chunk: int = field(64, "Tokens that are computed at once; it does not change the result.", at_least=1)
+    min_step: float = field(0.0, "mamba2: least step.", at_least=0)
+    max_step: float | None = field(None, "mamba2: largest step; none: no limit.", above=0)
