@@ -45,6 +45,7 @@ from nanoflax.parallel.hardware import (
 )
 from nanoflax.parallel.hosts import (
     HostPoll,
+    Signals,
     check_processes_agree,
     exit_process,
     gather_from_processes,
@@ -59,12 +60,12 @@ from nanoflax.parallel.rules import check_mesh, pad_vocabulary, partition_spec, 
 from nanoflax.parallel.stacking import STACKED, is_stacked, stack, unstack, vmap_over_layers
 
 __all__ = [
-    "AXES", "AnyMesh", "CHIPS", "Chip", "HostPoll", "STACKED", "abstract_mesh", "axis_size", "batch_sharding",
-    "batch_splits", "bytes_per_device", "check_memory", "check_mesh", "check_processes_agree", "compile_seconds",
-    "compiler_options", "constrain", "current_mesh", "current_platform", "divisible_batch_size", "exit_process",
-    "fetch", "gather_from_processes", "gather_sequence", "init", "initial_params", "is_main_process", "is_stacked",
-    "join_processes", "keep_freed_memory", "make_mesh", "map_shards", "measure_bandwidth", "measure_peak_flops",
-    "memory_bandwidth", "mesh_name", "mesh_of", "mesh_sizes", "own_rows", "pad_vocabulary", "param_shapes",
-    "partition_spec", "peak_flops", "put_batch", "put_params", "quiet_peak_flops", "replicate", "reset_watchdog",
-    "run_on_main_process", "shardings", "split_batch", "split_cache", "split_embedded", "stack", "tpu_slice",
-    "unstack", "vmap_over_layers", "watchdog", "with_mesh"]  # fmt: skip
+    "AXES", "AnyMesh", "CHIPS", "Chip", "HostPoll", "STACKED", "Signals", "abstract_mesh", "axis_size",
+    "batch_sharding", "batch_splits", "bytes_per_device", "check_memory", "check_mesh", "check_processes_agree",
+    "compile_seconds", "compiler_options", "constrain", "current_mesh", "current_platform", "divisible_batch_size",
+    "exit_process", "fetch", "gather_from_processes", "gather_sequence", "init", "initial_params",
+    "is_main_process", "is_stacked", "join_processes", "keep_freed_memory", "make_mesh", "map_shards",
+    "measure_bandwidth", "measure_peak_flops", "memory_bandwidth", "mesh_name", "mesh_of", "mesh_sizes", "own_rows",
+    "pad_vocabulary", "param_shapes", "partition_spec", "peak_flops", "put_batch", "put_params", "quiet_peak_flops",
+    "replicate", "reset_watchdog", "run_on_main_process", "shardings", "split_batch", "split_cache",
+    "split_embedded", "stack", "tpu_slice", "unstack", "vmap_over_layers", "watchdog", "with_mesh"]  # fmt: skip

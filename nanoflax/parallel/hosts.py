@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -200,3 +201,27 @@ def exit_process(status: int) -> None:
 def is_main_process() -> bool:
     """Whether this is process 0, which prints, logs and plots for all."""
     return jax.process_index() == 0
+
+
+class Signals:
+    """A context in which SIGTERM and SIGINT do not end the process: the first is recorded in `caught`.
+
+    A second SIGINT, of a person who does not wait, interrupts. A second SIGTERM is often sent by a scheduler to the
+    process and to its group.
+    """
+
+    def __enter__(self) -> "Signals":
+        self.caught, self._old = 0, {}
+        with contextlib.suppress(ValueError):  # raised outside the main thread, as in a notebook's worker
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._record)
+        return self
+
+    def _record(self, number, frame):
+        if self.caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.caught = self.caught or number
+
+    def __exit__(self, *_: object) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)

@@ -8,8 +8,10 @@ from nanoflax.planning.comparison import (
     mesh_of_row,
     with_mesh_vocabulary,
 )
+from nanoflax.planning.kernels import attention_backends
 from nanoflax.planning.step_cost import candidate_meshes, compile_for_topology, make_plan, projected_mfu, roofline
 
 __all__ = [
-    "candidate_meshes", "compare_meshes", "comparison_table", "compile_for_topology", "compiler_line",
-    "for_accelerator", "make_plan", "mesh_of_row", "projected_mfu", "roofline", "with_mesh_vocabulary"]  # fmt: skip
+    "attention_backends", "candidate_meshes", "compare_meshes", "comparison_table", "compile_for_topology",
+    "compiler_line", "for_accelerator", "make_plan", "mesh_of_row", "projected_mfu", "roofline",
+    "with_mesh_vocabulary"]  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from nanoflax import config as configs
-from nanoflax import parallel, peft, report, train
+from nanoflax import parallel, peft, planning, report, train
 from nanoflax.config import Config
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint, profile
@@ -92,7 +92,7 @@ class Trainer:
         self.shapes, self.frozen_shapes = self._state_shapes()
         copy = self._initial_shapes() if job.keeps_initial else ()
         parallel.check_memory((self.shapes, self.frozen_shapes, copy), job.mesh)
-        self.attention = train.attention_backends(job.model, job.shapes, job.batch, job.mesh, job.objective)
+        self.attention = planning.attention_backends(job.model, job.shapes, job.batch, job.mesh, job.objective)
         if not job.replaces:
             parallel.run_on_main_process(lambda: checkpoint.check_not_all_damaged(self.checkpoints))
         saved = parallel.run_on_main_process(lambda: checkpoint.list_steps(self.checkpoints))

@@ -15,10 +15,10 @@ from nanoflax.train.objectives import (
 )
 from nanoflax.train.optim import make_optimizer, path_of
 from nanoflax.train.state import TrainState, abstract_batch, abstract_state, compile_init, init_state
-from nanoflax.train.step import attention_backends, compile_step, jit_step, make_evaluation, make_train_step
+from nanoflax.train.step import compile_step, jit_step, make_evaluation, make_train_step
 
 __all__ = [
-    "Batch", "Sums", "Tracking", "TrainState", "abstract_batch", "abstract_state", "attention_backends", "causal_lm",
+    "Batch", "Sums", "Tracking", "TrainState", "abstract_batch", "abstract_state", "causal_lm",
     "classify", "compile_init", "compile_step", "dropout", "fit", "guesses", "init_state", "jit_step",
     "make_evaluation", "make_optimizer", "make_train_step", "map_logits", "masked_lm", "path_of", "seq2seq",
     "tag"]  # fmt: skip

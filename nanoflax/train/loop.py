@@ -78,7 +78,7 @@ def fit(
     eager = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
     reason, caught = "finished", 0
     parallel.gather_from_processes("compiled")
-    with Signals() as signals:
+    with parallel.Signals() as signals:
         with (
             parallel.watchdog(config.train.watchdog_seconds),
             contextlib.closing(prefetch(batches[i] for i in range(first, steps))) as queue,
@@ -192,27 +192,3 @@ class _Run:
             meta = self.meta | {"step": self.done, "position": position, "tracking": self.tracking._asdict()}
             self.checkpoints.save(self.done, self.state._asdict(), meta, metric)
         self.saved_at = time.monotonic()
-
-
-class Signals:
-    """A context in which SIGTERM and SIGINT do not end the process: the first is recorded in `caught`.
-
-    A second SIGINT, of a person who does not wait, interrupts. A second SIGTERM is often sent by a scheduler to the
-    process and to its group.
-    """
-
-    def __enter__(self) -> "Signals":
-        self.caught, self._old = 0, {}
-        with contextlib.suppress(ValueError):  # raised outside the main thread, as in a notebook's worker
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._record)
-        return self
-
-    def _record(self, number, frame):
-        if self.caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.caught = self.caught or number
-
-    def __exit__(self, *_: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)

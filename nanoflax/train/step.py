@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 from nanoflax import parallel, peft
 from nanoflax.config import Config
 from nanoflax.data import evaluation_batches, prefetch
-from nanoflax.nn import Attention, LanguageModel
+from nanoflax.nn import LanguageModel
 from nanoflax.train.objectives import causal_lm
 from nanoflax.train.optim import at_step
 from nanoflax.train.state import TrainState
@@ -138,25 +137,3 @@ def jit_step(step: Callable, state: TrainState, mesh: Mesh) -> Any:
 def compile_step(step: Callable, state: TrainState, batch: dict, mesh: Mesh) -> Any:
     """`jit_step`, compiled for a batch or its shapes."""
     return jit_step(step, state, mesh).lower(state, batch).compile()
-
-
-def attention_backends(
-    model: LanguageModel, params: Any, batch: dict, mesh: Mesh, objective: Callable = causal_lm
-) -> str:
-    """The kernels that compute a step's attention on the mesh, as text; "" for a model without attention.
-
-    params, batch: arrays or their shapes. Nothing is compiled.
-    Raises: UserError if config.attention_backend names a kernel that cannot compute the attention.
-    """
-    kernels = []
-
-    def record(method, arguments, named, context):
-        result = method(*arguments, **named)
-        if isinstance(context.module, Attention) and context.method_name == "backend":
-            name, why = result
-            kernels.append(f"{name} ({why})" if why else name)
-        return result
-
-    with nn.intercept_methods(record):
-        jax.eval_shape(parallel.with_mesh(mesh, lambda params, batch: objective(model, params, batch)), params, batch)
-    return ", ".join(dict.fromkeys(kernels))

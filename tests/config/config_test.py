@@ -269,3 +269,23 @@ def test_a_model_without_a_vocabulary_is_refused():
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().model.dim = 3
+
+
+def test_a_configuration_of_an_older_version_is_upgraded():
+    """The fields rope_* and global_layers of version 0.1 became sections and kinds of layers."""
+    old = to_dict(ModelConfig(layers=4)) | {
+        "rope_theta": 300.0,
+        "rope_local_theta": 50.0,
+        "rope_fraction": 0.5,
+        "rope_scaling": "linear",
+        "rope_factor": 2.0,
+        "window": 8,
+        "global_layers": [1, 3],
+    }
+    for name in ("rope", "layer_types", "nope_layers", "moe", "latent", "recurrent"):
+        del old[name]
+    rope = RopeConfig(theta=300.0, local_theta=50.0, fraction=0.5, scaling="linear", factor=2.0)
+    types = ("sliding", "full", "sliding", "full")
+    expected = ModelConfig(layers=4, rope=rope, window=8, layer_types=types)
+    assert from_dict(ModelConfig, json.loads(json.dumps(old))) == expected
+    assert from_dict(ModelConfig, to_dict(expected)) == expected

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanoflax import parallel, train
+from nanoflax import parallel, planning, train
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.generate import sample
@@ -290,7 +290,7 @@ def gradients(name):
     params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)
     step = jax.value_and_grad(lambda params, batch: objective(model, params, batch)[0])
     mesh = parallel.make_mesh("1,1,1", jax.devices()[:1])
-    return jax.jit(step)(params, batch), train.attention_backends(model, params, batch, mesh, objective)
+    return jax.jit(step)(params, batch), planning.attention_backends(model, params, batch, mesh, objective)
 
 
 def on_a_tpu(patch):
@@ -348,14 +348,14 @@ def test_what_is_chosen_is_named_and_a_cache_and_init_are_plain(monkeypatch):
     batch = batch_of("decoder")
     words = "model.attention_backend='splash' is not possible: it runs on tpu, not cpu; auto uses it only if possible"
     with pytest.raises(UserError, match=words):
-        train.attention_backends(model, params, batch, mesh)
+        planning.attention_backends(model, params, batch, mesh)
     prompts = [[1, 2, 3]]
     assert sample(model, params, prompts, 4, temperature=0) == sample(
         build(MODELS["decoder"]), params, prompts, 4, temperature=0
     )
     on_a_tpu(monkeypatch.setattr)
     short = batch_of("decoder", T=64)
-    assert train.attention_backends(build(MODELS["decoder"]), params, short, mesh) == (
+    assert planning.attention_backends(build(MODELS["decoder"]), params, short, mesh) == (
         "plain (not splash: lengths of 64 and 64 are not multiples of 128)"
     )
 

@@ -472,7 +472,7 @@ def test_an_evaluation_that_a_signal_came_before_is_done_first(at):
 
 
 def test_a_second_signal_interrupts():
-    with pytest.raises(KeyboardInterrupt), loop.Signals():
+    with pytest.raises(KeyboardInterrupt), parallel.Signals():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
