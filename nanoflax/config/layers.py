@@ -14,6 +14,7 @@ ROPE_SCALINGS = {
     "llama3": ("factor", "low", "high", "context"),
     "yarn": ("factor", "context", "beta_fast", "beta_slow", "truncate", "attention_factor"),
     "longrope": ("factor", "context", "short_factors", "long_factors", "attention_factor"),
+    "proportional": ("factor",),
 }
 ROUTER_SCORES = ("softmax", "sigmoid", "softmax_of_chosen")
 

@@ -180,8 +180,10 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """How many of the K dimensions of a head are rotated."""
-        return self.latent.rope_dim if self.latent.rank else int(self.K * self.rope.fraction)
+        """How many of the K dimensions of a head have rotary angles."""
+        if self.latent.rank or self.rope.scaling == "proportional":  # where the other angles are 0
+            return self.latent.rope_dim if self.latent.rank else self.K
+        return int(self.K * self.rope.fraction)
 
     def has_bias(self, part: str) -> bool:
         """Whether the Linears or norms of `part` (qkv, out, mlp, norm) have a bias."""

@@ -7,7 +7,7 @@ import dataclasses
 import re
 
 from nanoflax.hf.family import Family, under
-from nanoflax.hf.rope import read_layers, read_rope, write_layers, write_rope
+from nanoflax.hf.rope import ROPE_KINDS, read_layers, read_rope, write_layers, write_rope
 
 LLAMA = Family(
     model_type="llama",
@@ -69,6 +69,27 @@ def _write_qwen(c):
     return write_rope(c) | write_layers(c) | {"use_sliding_window": c.window > 0, "max_window_layers": first}
 
 
+def _read_phi3(hf):
+    rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    kind = rope.pop("type", "default")
+    kind = rope.get("rope_type", kind)
+    rope["rope_type"] = {"su": "longrope", "yarn": "longrope"}.get(kind, kind)  # names in the first files
+    hf = hf | {"rope_scaling": rope, "rotary_pct": hf["partial_rotary_factor"]}
+    return read_rope(hf, kinds=("default", "longrope")) | {"window": hf["sliding_window"] or 0}
+
+
+def _write_phi3(c):
+    """The factor of longrope is absent if it is the ratio of the contexts: Transformers 4 refuses it."""
+    hf = write_rope(c) | {
+        "partial_rotary_factor": c.rope.fraction, "original_max_position_embeddings": c.context,
+        "sliding_window": c.window or None, "embd_pdrop": c.dropout}  # fmt: skip
+    if rope := hf["rope_scaling"]:
+        hf["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
+        if rope["factor"] == c.context / c.rope.context:
+            del rope["factor"]
+    return hf
+
+
 _PHI3 = like_llama(
     "phi3", "Phi3", without=("attention_bias", "mlp_bias"),
     keys={"attention/query": ("self_attn.qkv_proj", "fused", 0), "attention/key": ("self_attn.qkv_proj", "fused", 1),
@@ -76,13 +97,8 @@ _PHI3 = like_llama(
           "mlp/gate": ("mlp.gate_up_proj", "fused", 0), "mlp/up": ("mlp.gate_up_proj", "fused", 1)},
     fields={"resid_pdrop": "dropout"},
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": None, "resid_pdrop": 0.0,
-              "partial_rotary_factor": 1.0},
-    # Its other rope_type, longrope, has a list of factors.
-    read=lambda hf: read_rope(hf | {"rotary_pct": hf["partial_rotary_factor"]}, kinds=("default",)) | {
-        "window": hf["sliding_window"] or 0},
-    write=lambda c: write_rope(c) | {
-        "partial_rotary_factor": c.rope.fraction, "original_max_position_embeddings": c.context,
-        "sliding_window": c.window or None, "embd_pdrop": c.dropout})  # fmt: skip
+              "partial_rotary_factor": 1.0, "original_max_position_embeddings": 4096},
+    read=_read_phi3, write=_write_phi3)  # fmt: skip
 _QWEN2 = like_llama(
     "qwen2", "Qwen2", without=("attention_bias", "mlp_bias", "head_dim"),
     preset=dict(qkv_bias=True),
@@ -215,7 +231,7 @@ _NEOX = Family(
     preset=dict(positions="rotary"),
     defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "tie_word_embeddings": False, "attention_bias": True,
               "use_parallel_residual": True, "hidden_dropout": 0.0, "rotary_pct": 0.25, "rotary_emb_base": 10_000},
-    read=lambda hf: read_rope(hf | {"rope_theta": hf["rotary_emb_base"]}) | {
+    read=lambda hf: read_rope(hf | {"rope_theta": hf["rotary_emb_base"]}, kinds=ROPE_KINDS[:-1]) | {
         "out_bias": hf["attention_bias"]},
     write=lambda c: write_rope(c) | {
         "rotary_pct": c.rope.fraction, "rotary_emb_base": c.rope.theta},

@@ -1,5 +1,6 @@
 """How the families of Hugging Face Transformers write rotary positions and the kinds of layers in config.json."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ _NAMES = {
     "short_factor": "short_factors",
     "long_factor": "long_factors",
 }
-_OPTIONAL = {"beta_fast", "beta_slow", "truncate", "attention_factor"}
+_OPTIONAL = {"beta_fast", "beta_slow", "attention_factor"}
+# The values of rope_type that Transformers computes.
+ROPE_KINDS = ("default", *[kind for kind in ROPE_SCALINGS if kind != "none"])
 _LAYERS = {
     "full_attention": "full",
     "sliding_attention": "sliding",
@@ -29,16 +32,16 @@ _LAYERS = {
 _THEIR_LAYERS = {ours: theirs for theirs, ours in _LAYERS.items()}
 
 
-def read_rope(hf: dict[str, Any], kinds: tuple[str, ...] = ("default", "linear", "llama3")) -> dict[str, Any]:
+def read_rope(hf: dict[str, Any], kinds: Sequence[str] = ROPE_KINDS) -> dict[str, Any]:
     """Rotary positions, from rope_parameters (Transformers 5) or from rope_theta and rope_scaling (before).
 
     kinds: the family's values of rope_type. If hf has rotary_pct, the family can rotate a part of each head.
     Raises: UserError for a value that is not computed.
     """
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    local, rope = rope.get("sliding_attention", {}), rope.get("full_attention", rope)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    local_kind = local.get("rope_type", "default")
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    by_layer = "full_attention" in rope or "sliding_attention" in rope
+    local, rope = rope.get("sliding_attention") or {}, rope.get("full_attention") or ({} if by_layer else rope)
+    kind, local_kind = (part.get("rope_type", part.get("type", "default")) for part in (rope, local))
     if kind not in kinds:
         raise UserError(f"rope_type={kind!r} is not supported; it must be {' or '.join(kinds)}")
     if local_kind != "default":
@@ -47,22 +50,53 @@ def read_rope(hf: dict[str, Any], kinds: tuple[str, ...] = ("default", "linear",
     ours: dict[str, Any] = {"rope.theta": rope.get("rope_theta", hf["rope_theta"]), "rope.scaling": scaling}
     if "rope_local_base_freq" in hf:
         ours["rope.local_theta"] = local.get("rope_theta", hf["rope_local_base_freq"])
-    if "rotary_pct" in hf:
-        ours["rope.fraction"] = rope.get("partial_rotary_factor", hf["rotary_pct"])
-    elif (part := rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1))) != 1:
+    part = rope.get("partial_rotary_factor", hf.get("rotary_pct", hf.get("partial_rotary_factor", 1)))
+    if "rotary_pct" in hf or kind == "proportional":
+        ours["rope.fraction"] = part
+    elif part != 1:
         raise UserError(f"partial_rotary_factor={part!r} must be 1")
-    for theirs, name in _NAMES.items():
-        if name not in ROPE_SCALINGS[scaling]:
-            continue
-        if name not in _OPTIONAL or rope.get(theirs) is not None:
-            ours[f"rope.{name}"] = tuple(rope[theirs]) if isinstance(rope[theirs], list) else rope[theirs]
-    return ours
+    values = _scaling(hf, rope, kind, by_layer)
+    used = {theirs: name for theirs, name in _NAMES.items() if name in ROPE_SCALINGS[scaling]}
+    if missing := [name for name, own in used.items() if values[own] is None and own not in _OPTIONAL]:
+        raise UserError(f"rope_type={kind!r} needs {', '.join(missing)}")
+    return ours | {f"rope.{name}": values[name] for name in used.values() if values[name] is not None}
+
+
+def _scaling(hf, rope, kind, by_layer):
+    """The values of RopeConfig for a scaling, None for those that are absent, with the defaults of Transformers."""
+    values = {name: rope.get(theirs) for theirs, name in _NAMES.items()}
+    if kind == "dynamic":
+        values["context"] = hf.get("max_position_embeddings")
+    else:  # the value outside has precedence
+        outside = None if by_layer else hf.get("original_max_position_embeddings")
+        values["context"] = outside or values["context"] or hf.get("max_position_embeddings")
+    for name in ("beta_fast", "beta_slow"):
+        values[name] = values[name] or None
+    for name in ("short_factors", "long_factors"):
+        values[name] = tuple(map(float, values[name])) if values[name] else None
+    values["truncate"] = by_layer or bool(rope.get("truncate", True))  # Transformers looks for it outside of the layers
+    if values["factor"] is None and kind in ("yarn", "longrope", "proportional"):
+        values["factor"] = 1.0 if kind == "proportional" else hf["max_position_embeddings"] / values["context"]
+    scales = rope.get("mscale"), rope.get("mscale_all_dim")
+    if values["attention_factor"] is None and kind == "yarn" and all(scales):
+        over, under = (yarn_scale(values["factor"], scale) for scale in scales)
+        values["attention_factor"] = over / under
+    return values
+
+
+def yarn_scale(factor: float, strength: float) -> float:
+    """1 + 0.1 m ln(factor), with which a long context changes the scores (DeepSeek-V2, section 3.1.4)."""
+    return 1 + 0.1 * strength * math.log(max(factor, 1))
 
 
 def write_rope(c: ModelConfig) -> dict[str, Any]:
     """Rotary positions as rope_theta and rope_scaling, which every version of Transformers reads."""
     used = ROPE_SCALINGS[c.rope.scaling]
     scaling = {theirs: getattr(c.rope, name) for theirs, name in _NAMES.items() if name in used}
+    if c.rope.scaling == "proportional":
+        scaling["partial_rotary_factor"] = c.rope.fraction
+    if c.rope.scaling == "dynamic":
+        del scaling["original_max_position_embeddings"]
     scaling = {"rope_type": c.rope.scaling} | {name: value for name, value in scaling.items() if value is not None}
     return {"rope_theta": c.rope.theta, "rope_scaling": None if c.rope.scaling == "none" else scaling}
 

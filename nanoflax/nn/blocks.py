@@ -134,6 +134,7 @@ class Places(NamedTuple):
     keys: Int[Array, "1 S"]  # the slot of each key, minus P
     positions: Int[Array, "#B T"]  # of each token in its document, for position embeddings
     prompt_keys: Bool[Array, "1 1 1 S"] | bool  # True at the keys of the prompt, which every query attends to
+    length: Int[Array, ""] | None = None  # of the longest text that the cache has room for; None without a cache
 
 
 class Stack(nn.Module):
@@ -250,7 +251,7 @@ class Stack(nn.Module):
         places = jnp.maximum(slots - start, jnp.minimum(slots, 0) if P else 0)
         prompt_keys = masking.padding(keys < 0) if P else False
         mask = masking.causal(slots, keys) & (masking.padding(keys >= start) | prompt_keys)
-        return Places(slots, keys, places, prompt_keys), mask, None
+        return Places(slots, keys, places, prompt_keys, S - P - start.min()), mask, None
 
     def _add_positions(self, x, places, P):
         c = self.config
@@ -273,7 +274,7 @@ class Stack(nn.Module):
         """The AttentionInputs of the layers of a kind."""
         c, local = self.config, layer_type != "full"
         if has_rope:
-            inputs = inputs._replace(angles=positions.angles_of(c, places.positions, local))
+            inputs = inputs._replace(angles=positions.angles_of(c, places.positions, local, places.length))
         if not local:
             return inputs
         near = masking.window if layer_type == "sliding" else masking.chunk

@@ -1,5 +1,7 @@
 """Positions of tokens: sinusoidal, learned, rotary and relative, as pure functions."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
@@ -39,26 +41,59 @@ def sinusoidal(positions: Int[Array, "B T"], dim: int, halves: bool = False) -> 
     return pairs.reshape(*positions.shape, dim)
 
 
-def rotary_rates(rope: RopeConfig, dim: int, local: bool = False) -> Float[Array, " R"]:
+def rotary_rates(
+    rope: RopeConfig, dim: int, local: bool = False, length: Int[Array, ""] | int = 0
+) -> Float[Array, " R"]:
     """The angle, in radians per position, by which each rotary pair of `dim` numbers turns (Su et al. 2021).
 
     local: for a layer with a window; if rope.local_theta is set, the layer uses it without scaling.
+    length: the tokens of the longest text; only longrope and dynamic depend on it.
     Scalings: linear (Chen et al. 2023) divides every rate by the factor; llama3 (Llama 3.1) divides
-    the rates of fewer than `low` turns in rope.context, and rates below `high` turns in part.
+    the rates of fewer than `low` turns in rope.context, and rates below `high` turns in part; yarn (Peng et al. 2023,
+    section 3.2) the same with a ramp over the number of the pair; longrope (Ding et al. 2024) divides each rate by a
+    number of its own; dynamic (NTK) raises theta for texts longer than rope.context; proportional rotates only the
+    first rope.fraction of the pairs.
     """
     if local and rope.local_theta is not None:
         return base_rates(rope.local_theta, dim)
-    rates = base_rates(rope.theta, dim)
+    theta, context = rope.theta, rope.context
+    if rope.scaling == "dynamic":
+        theta *= (rope.factor * jnp.maximum(length / context, 1) - (rope.factor - 1)) ** (dim / (dim - 2))
+    rates, pairs = base_rates(theta, dim), jnp.arange(dim // 2)
+    if rope.scaling in ("none", "dynamic"):
+        return rates
     if rope.scaling == "linear":
         return rates / rope.factor
+    if rope.scaling == "proportional":
+        return jnp.where(pairs < int(rope.fraction * dim // 2), rates / rope.factor, 0)
+    if rope.scaling == "longrope":
+        return rates / jnp.where(length > context, jnp.array(rope.long_factors), jnp.array(rope.short_factors))
     if rope.scaling == "llama3":
-        turns = rope.context * rates / (2 * jnp.pi)
+        turns = context * rates / (2 * jnp.pi)
         kept = jnp.clip((turns - rope.low) / (rope.high - rope.low), 0, 1)
-        return rates * (kept + (1 - kept) / rope.factor)
-    return rates
+    else:
+        low, high = (
+            dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            for turns in (rope.beta_fast, rope.beta_slow)
+        )
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        kept = 1 - jnp.clip((pairs - low) / (high - low or 0.001), 0, 1)
+    return rates * (kept + (1 - kept) / rope.factor)
 
 
-def base_rates(theta: float, dim: int) -> Float[Array, " R"]:
+def attention_factor(rope: RopeConfig) -> float:
+    """The factor of cosines and sines (Peng et al. 2023, equation 22; Ding et al. 2024, section 3.4)."""
+    if rope.scaling not in ("yarn", "longrope") or rope.attention_factor is None and rope.factor <= 1:
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    grown = math.log(rope.factor)
+    return 1 + 0.1 * grown if rope.scaling == "yarn" else math.sqrt(1 + grown / math.log(rope.context))
+
+
+def base_rates(theta: float | Float[Array, ""], dim: int) -> Float[Array, " R"]:
     """The angle, in radians per position, by which each rotary pair turns, without scaling."""
     return theta ** (-jnp.arange(0, dim, 2) / dim)
 
@@ -73,9 +108,21 @@ def rotary_angles(positions: Int[Array, "B T"], rates: Float[Array, " R"]) -> An
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def angles_of(config: ModelConfig, positions: Int[Array, "B T"], local: bool = False) -> Angles:
-    """Cosines and sines of the rotary positions of a model's layers; local: of those with a window."""
-    return rotary_angles(positions, rotary_rates(config.rope, config.rotary_dim, local))
+def angles_of(
+    config: ModelConfig, positions: Int[Array, "B T"], local: bool = False, length: Int[Array, ""] | int | None = None
+) -> Angles:
+    """Cosines and sines of the rotary positions of a model's layers; local: of those with a window.
+
+    length: for the scalings longrope and dynamic, the length of the longest text of the batch; none: the largest
+    position + 1, as in Transformers. With a cache it is the longest text that the cache has room for: every key in
+    it then has the same rates, so that cached decoding equals the pass over a whole text that fills the cache.
+    """
+    rope = config.rope
+    if length is None:
+        length = positions.max() + 1 if rope.scaling in ("longrope", "dynamic") else 0
+    cos, sin = rotary_angles(positions, rotary_rates(rope, config.rotary_dim, local, length))
+    factor = 1.0 if local and rope.local_theta is not None else attention_factor(rope)
+    return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
 def rotate(x: Float[Array, "#B T H K"], angles: Angles, interleaved: bool = False) -> Float[Array, "#B T H K"]:

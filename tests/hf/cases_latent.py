@@ -1,4 +1,66 @@
-"""Cases of tests/hf/cases.py: latent attention."""
+"""Cases of tests/hf/cases.py: scalings of rotary positions, and latent attention."""
 
-CASES: dict[str, tuple[str, dict]] = {}
-GREEDY: list[str] = []
+LLAMA = dict(
+    vocab_size=67,
+    max_position_embeddings=64,
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 300.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 3.0,
+    "beta_slow": 0.5,
+}
+MSCALE = YARN | {"mscale": 0.707, "mscale_all_dim": 1.3, "truncate": False}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 300.0, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 300.0,
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [1.0, 2.0, 5.0, 9.0],
+}
+PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 300.0, "partial_rotary_factor": 0.5, "factor": 2.0}
+CASES: dict[str, tuple[str, dict]] = {
+    "llama-yarn": ("LlamaForCausalLM", LLAMA | dict(rope_parameters=YARN)),
+    "llama-longrope": (
+        "LlamaForCausalLM",
+        LLAMA
+        | dict(
+            rope_parameters=LONGROPE | {"original_max_position_embeddings": 24, "attention_factor": 1.25, "factor": 3.0}
+        ),
+    ),
+    "llama-proportional": ("LlamaForCausalLM", LLAMA | dict(rope_parameters=PROPORTIONAL)),
+    "qwen2-yarn": (
+        "Qwen2ForCausalLM",
+        LLAMA | dict(rope_parameters=YARN | {"attention_factor": 0.8, "truncate": False}),
+    ),
+    "qwen2-dynamic": ("Qwen2ForCausalLM", LLAMA | dict(rope_parameters=DYNAMIC, max_position_embeddings=16)),
+    "qwen3-yarn": ("Qwen3ForCausalLM", LLAMA | dict(head_dim=12, rope_parameters=MSCALE)),
+    "qwen3-dynamic": ("Qwen3ForCausalLM", LLAMA | dict(head_dim=12, rope_parameters=DYNAMIC)),
+    "phi3-short": (
+        "Phi3ForCausalLM",
+        LLAMA | dict(rope_parameters=LONGROPE, original_max_position_embeddings=32, num_key_value_heads=1),
+    ),
+    "phi3-long": (
+        "Phi3ForCausalLM",
+        LLAMA
+        | dict(
+            rope_parameters=LONGROPE
+            | {"partial_rotary_factor": 0.5, "short_factor": [1.0, 1.5], "long_factor": [2.0, 5.0], "factor": 6.0},
+            original_max_position_embeddings=16,
+            sliding_window=6,
+            tie_word_embeddings=True,
+            hidden_act="gelu",
+        ),
+    ),
+}
+GREEDY: list[str] = ["qwen3-yarn"]

@@ -254,8 +254,9 @@ def test_unsupported_configurations_are_refused_by_name(saved):
 @pytest.mark.parametrize(
     "case, changes, named",
     [
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ("llama", {"rope_parameters": {"rope_type": "axial"}}, "axial"),
+        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "factor"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4}}, "long_factor"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor"),
         ("llama", {"rope_parameters": [1]}, "cannot be read"),
         ("llama", {"rope_parameters": None, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -268,8 +269,8 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("gemma3", {"layer_types": ["sliding_attention"]}, "layer_types"),
         ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
         ("gemma3", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping"),
-        ("phi3", {"rope_parameters": LONGROPE}, "longrope"),
-        ("phi3", {"rope_parameters": None, "rope_scaling": LONGROPE | {"rope_type": "su"}}, "'su'"),
+        ("phi3", {"rope_parameters": LONGROPE | {"long_factor": [2.0] * 3}}, "rope.long_factors"),
+        ("phi3", {"rope_parameters": None, "rope_scaling": LONGROPE | {"rope_type": "llama3"}}, "'llama3'"),
         ("phi3", {"rope_parameters": LINEAR}, "linear"),
         ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.1}, "rope.fraction"),
         ("bert", {"position_embedding_type": "relative_key"}, "relative_key"),
