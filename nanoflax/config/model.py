@@ -61,6 +61,13 @@ class ModelConfig:
     )
     activation: str = field("gelu_tanh", "Activation of the MLP.", choices=ACTIVATIONS)
     gated: bool = field(False, "The MLP is down(act(gate(x)) * up(x)) (Shazeer 2020), not down(act(up(x))).")
+    swiglu_limit: float = field(
+        0.0,
+        "c: a gated MLP is down((clip(up(x), -c, c) + 1) g sigmoid(alpha g)) with g = min(gate(x), c) (gpt-oss); 0: as "
+        "model.gated says.",
+        at_least=0,
+    )
+    swiglu_alpha: float = field(1.702, "alpha of model.swiglu_limit.")
     parallel: bool = field(False, "Attention and MLP read the same input (GPT-J, GPT-NeoX).")
 
     norm: str = field("layernorm", "Normalisation.", choices=NORMS)
@@ -90,6 +97,9 @@ class ModelConfig:
     )
     attention_scale: float | None = field(None, "Factor of the attention scores; none: K^-1/2.", above=0)
     attention_softcap: float = field(0.0, "c: scores become c tanh(score / c) (Gemma 2); 0: unchanged.", at_least=0)
+    attention_sinks: bool = field(
+        False, "A trained score of each head for no key, in the softmax (Xiao et al. 2023; gpt-oss)."
+    )
 
     moe: MoEConfig = field(MoEConfig(), "Mixture of experts.")
     latent: LatentConfig = field(LatentConfig(), "Multi-head latent attention.")
@@ -179,6 +189,11 @@ class ModelConfig:
         return -(-8 * self.dim // 3 // 32) * 32 if self.gated else 4 * self.dim
 
     @property
+    def swiglu(self) -> tuple[float, float]:
+        """The limit and alpha of gated MLPs, as in `nn.layers.gated`."""
+        return self.swiglu_limit, self.swiglu_alpha
+
+    @property
     def rotary_dim(self) -> int:
         """How many of the K dimensions of a head have rotary angles."""
         if self.latent.rank or self.rope.scaling == "proportional":  # where the other angles are 0
@@ -247,6 +262,14 @@ class ModelConfig:
             found.append(f"model.dim={m.dim} must be even for sinusoidal positions")
         if m.parallel and m.norm_place != "pre":
             found.append(f"model.parallel needs model.norm_place='pre', not {m.norm_place!r}")
+        if m.swiglu_limit and (not m.gated or m.activation != "silu"):
+            found.append(
+                f"model.swiglu_limit={m.swiglu_limit} needs model.gated=True and model.activation='silu', not "
+                f"{m.gated} and {m.activation!r}"
+            )
+        if m.attention_sinks and (m.latent.rank or not m.has_blocks):
+            what = f"model.latent.rank={m.latent.rank}" if m.has_blocks else f"model.architecture={m.architecture!r}"
+            found.append(f"model.attention_sinks=True does not work with {what}")
         found += self._layer_problems()
         if m.class_names and len(m.class_names) != m.labels and m.vocab_size:  # finetune sets both
             found.append(f"model.class_names has {len(m.class_names)} names for model.labels={m.labels} classes")

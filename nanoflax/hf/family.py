@@ -220,6 +220,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
         read = {"theta", "local_theta", "fraction", "interleaved", "scaling", *ROPE_SCALINGS[c.rope.scaling]}
         rope = {name: value for name, value in vars(c.rope).items() if name in read}
         c = dataclasses.replace(c, rope=RopeConfig(**rope))
+    unused += [] if c.swiglu_limit else ["swiglu_alpha"]
     unused += [] if c.moe.experts else ["moe"]
     unused += [] if c.latent.rank else ["latent"]
     unused += [] if any(map(c.is_recurrent, range(c.layers))) else ["recurrent"]

@@ -19,6 +19,7 @@ from nanoflax.nn.positions import Angles, rotate
 
 Mask = Bool[Array, "#B #H #T #S"]
 Bias = Float[Array, "1 H T S"]  # added to the scores, float32
+Sinks = Float[Array, " H"]  # scores of each head's sink
 LayerCache = dict[str, Float[Array, "B G _ K"]]  # key and value; of a source cross_key and cross_value
 
 CAUSAL_BLOCKS = 2  # blocks of queries; a block computes only the scores of keys up to its last query
@@ -33,15 +34,17 @@ def dot_product_attention(
     bias: Bias | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    sinks: Sinks | None = None,
 ) -> Float[Array, "B T H K"]:
     """Scaled dot-product attention (Vaswani et al. 2017, equation 1), softmax in float32.
 
     G divides H: grouped queries (Ainslie et al. 2023). causal: query t attends only to keys 0 .. t
     (T = S), and of these to what the mask allows. scale: of the scores, default K^-1/2. softcap:
-    scores become cap tanh(score / cap) (Gemma 2); 0 for none. The result has q's dtype. A query
-    without an allowed key gets the mean of the values, never NaN.
+    scores become cap tanh(score / cap) (Gemma 2); 0 for none. sinks: a score of each head for a key whose
+    value is 0 (Xiao et al. 2023; gpt-oss). The result has q's dtype. A query without an allowed key gets the
+    mean of the values, or with sinks 0, never NaN.
     """
-    y = heads_first(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask, causal, bias, scale, softcap)
+    y = heads_first(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask, causal, bias, scale, softcap, sinks)
     return y.swapaxes(1, 2)
 
 
@@ -54,6 +57,7 @@ def heads_first(
     bias: Bias | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    sinks: Sinks | None = None,
 ) -> Queries:
     """`dot_product_attention` with heads before time: its products are then plain batched matrix
     products, twice as fast on CPU."""
@@ -65,8 +69,9 @@ def heads_first(
         return x if x is None else x[:, :, None] if x.shape[1] == 1 else x.reshape(x.shape[0], G, H // G, *x.shape[2:])
 
     mask, bias = grouped(mask), grouped(bias)
+    sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(G, H // G, 1, 1)
     if not causal:
-        return _softmax_attention(q, k, v, mask, bias, softcap).reshape(B, H, T, -1)  # type: ignore  # of custom_vjp
+        return _softmax_attention(q, k, v, mask, bias, sinks, softcap).reshape(B, H, T, -1)  # type: ignore  # of custom_vjp
     # If the mesh's context axis splits T, a block would be on a part of the devices only: use one block.
     size = -(-T // CAUSAL_BLOCKS) if T >= 128 and parallel.axis_size("context") == 1 else T
     blocks = []
@@ -75,12 +80,17 @@ def heads_first(
         allowed = jnp.arange(b)[None] <= jnp.arange(a, b)[:, None]
         allowed = allowed if mask is None else allowed & _block(mask, a, b)
         block_bias = None if bias is None else _block(bias, a, b)
-        blocks.append(_softmax_attention(q[..., a:b, :], k[:, :, :b], v[:, :, :b], allowed, block_bias, softcap))
+        blocks.append(_softmax_attention(q[..., a:b, :], k[:, :, :b], v[:, :, :b], allowed, block_bias, sinks, softcap))
     return jnp.concatenate(blocks, axis=-2).reshape(B, H, T, -1)
 
 
 def attention_weights(
-    q: Queries, k: Keys, mask: Mask | None = None, scale: float | None = None, softcap: float = 0.0
+    q: Queries,
+    k: Keys,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Sinks | None = None,
 ) -> Float[Array, "B H T S"]:
     """The float32 weights of `heads_first` without the causal mask; only for pictures."""
     B, H, T, K = q.shape
@@ -90,7 +100,9 @@ def attention_weights(
     scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores)
+    if sinks is not None:
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (B, H, T, 1))], -1)
+    return jax.nn.softmax(scores)[..., : k.shape[2]]
 
 
 def _block(x, a, b):
@@ -98,13 +110,13 @@ def _block(x, a, b):
     return (x[..., a:b, :] if x.shape[-2] > 1 else x)[..., :b]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _softmax_attention(q, k, v, mask, bias, softcap):
-    """softmax(q k^T) v. q: [B, G, N, T, K], N queries share a key; k, v: [B, G, S, K]."""
-    return _forward(q, k, v, mask, bias, softcap)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _softmax_attention(q, k, v, mask, bias, sinks, softcap):
+    """softmax(q k^T) v. q: [B, G, N, T, K], N queries share a key; k, v: [B, G, S, K]; sinks: [G, N, 1, 1]."""
+    return _forward(q, k, v, mask, bias, sinks, softcap)[0]
 
 
-def _forward(q, k, v, mask, bias, softcap):
+def _forward(q, k, v, mask, bias, sinks, softcap):
     scores = jnp.einsum("bgntk,bgsk->bgnts", q, k, preferred_element_type=jnp.float32)
     capped = None
     if softcap:
@@ -113,29 +125,34 @@ def _forward(q, k, v, mask, bias, softcap):
         scores += bias
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True)).astype(v.dtype)
+    largest = scores.max(-1, keepdims=True)
+    largest = largest if sinks is None else jnp.maximum(largest, sinks)
+    weights = jnp.exp(scores - largest).astype(v.dtype)
     y = jnp.einsum("bgnts,bgsk->bgntk", weights, v, preferred_element_type=jnp.float32)
     total = weights.astype(jnp.float32).sum(-1, keepdims=True)
+    sunk = None if sinks is None else jnp.exp(sinks - largest)
+    total = total if sunk is None else total + sunk
     y = (y / total).astype(q.dtype)  # after the product: K divisions per query, not S
-    return y, (q, k, v, bias, capped, weights, total, y)
+    return y, (q, k, v, bias, capped, weights, sunk, total, y)
 
 
 def _backward(softcap, saved, dy):
     # FlashAttention's gradient (Dao et al. 2022, appendix B.4): sum(dy y) replaces a sum over S. No mask
     # is needed, because masked weights are exactly 0.
-    q, k, v, bias, capped, weights, total, y = saved
+    q, k, v, bias, capped, weights, sunk, total, y = saved
     dy = (dy / total).astype(dy.dtype)
     dv = jnp.einsum("bgnts,bgntk->bgsk", weights, dy)
     inner = (dy.astype(jnp.float32) * y).sum(-1, keepdims=True)
     dweights = jnp.einsum("bgntk,bgsk->bgnts", dy, v, preferred_element_type=jnp.float32)
     dscores = weights * (dweights - inner)
+    dsinks = None if sunk is None else -(sunk * inner).sum((0, 3), keepdims=True)[0]
     dbias = None if bias is None else dscores.sum(0, keepdims=True)
     if softcap:
         dscores *= 1 - (capped / softcap) ** 2
     dscores = dscores.astype(q.dtype)
     dq = jnp.einsum("bgnts,bgsk->bgntk", dscores, k)
     dk = jnp.einsum("bgnts,bgntk->bgsk", dscores, q)
-    return dq, dk, dv, None, dbias
+    return dq, dk, dv, None, dbias, dsinks
 
 
 _softmax_attention.defvjp(_forward, _backward)
@@ -185,6 +202,7 @@ class Attention(nn.Module):
         self.key = Linear(c.G * c.K, c.has_bias("qkv"))
         self.value = Linear(c.G * c.K, c.has_bias("qkv"))
         self.out = Linear(c.dim, c.has_bias("out"), self.out_stddev)
+        self.sinks = self.param("sinks", nn.initializers.zeros, (c.heads,)) if c.attention_sinks else None
         if c.qk_norm != "none":
             self.query_norm = Norm("rmsnorm", c.norm_eps, False, c.norm_unit_offset)
             self.key_norm = Norm("rmsnorm", c.norm_eps, False, c.norm_unit_offset)
@@ -268,7 +286,8 @@ class Attention(nn.Module):
             name, _ = self.backend(q, k, causal, bias, spec)
         options = c.attention_scale, c.attention_softcap
         if name == "plain":
-            y = heads_first(q, parallel.gather_sequence(k), parallel.gather_sequence(v), mask, causal, bias, *options)
+            k, v = parallel.gather_sequence(k), parallel.gather_sequence(v)
+            y = heads_first(q, k, v, mask, causal, bias, *options, self.sinks)
         else:
             y = kernels.BACKENDS[name].attend(q, k, v, causal, spec, *options)
         return self.out(y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], -1))
@@ -276,5 +295,7 @@ class Attention(nn.Module):
     def backend(self, q: Array, k: Array, causal: bool, bias: Bias | None, spec: MaskSpec | None) -> tuple[str, str]:
         """`kernels.choose` for a call of `attend` without a cache."""
         c, platform = self.config, parallel.current_platform()
-        call = kernels.Call(platform, q.shape, k.shape, q.dtype, causal, spec, bias is not None, c.attention_softcap)
-        return kernels.choose(c.attention_backend, call)
+        options = bias is not None, c.attention_softcap, c.attention_sinks
+        return kernels.choose(
+            c.attention_backend, kernels.Call(platform, q.shape, k.shape, q.dtype, causal, spec, *options)
+        )

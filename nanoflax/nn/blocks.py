@@ -66,7 +66,7 @@ class Block(nn.Module):
         if c.is_sparse(self.layer):
             self.mlp = MoE(c, out_stddev)
         elif c.F:
-            self.mlp = MLP(c.F, c.activation, c.gated, c.has_bias("mlp"), out_stddev)
+            self.mlp = MLP(c.F, c.activation, c.gated, c.has_bias("mlp"), out_stddev, c.swiglu)
         self.drop = nn.Dropout(c.dropout)
         for name in ["attention"] + ["cross"] * self.cross + ["mlp"] * self.has_mlp:
             setattr(self, f"norm_{name}", norm(c))

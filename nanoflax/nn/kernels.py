@@ -40,6 +40,7 @@ class Call(NamedTuple):
     spec: MaskSpec | None  # None: a MaskSpec cannot describe the mask
     bias: bool
     softcap: float
+    sinks: bool = False
 
 
 class Backend(NamedTuple):
@@ -65,6 +66,7 @@ def choose(wanted: str, call: Call) -> tuple[str, str]:
         f"it runs on {row.platform}, not {call.platform}": row.platform != call.platform,
         f"context={context} splits the sequence": context > 1,
         "attention has a bias of relative positions": call.bias,
+        "the softmax has sinks": call.sinks,
         "prompt and prefix tuning need a dense mask": call.spec is None,
     }
     if call.spec is not None:

@@ -54,6 +54,17 @@ def activate(name: str, x: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
     return jax.checkpoint(ACTIVATIONS[name])(x)
 
 
+def gated(
+    name: str, gate: Float[Array, "*B F"], up: Float[Array, "*B F"], limit: float = 0.0, alpha: float = 1.702
+) -> Float[Array, "*B F"]:
+    """The activation of gate, times up (Shazeer 2020). limit > 0: (clip(up, -limit, limit) + 1) g sigmoid(alpha g)
+    with g = min(gate, limit), in place of the activation (OpenAI 2025, gpt-oss)."""
+    if not limit:
+        return activate(name, gate) * up
+    g = jnp.minimum(gate, limit)
+    return (jnp.clip(up, -limit, limit) + 1) * g * jax.nn.sigmoid(alpha * g)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def standardise(x: Float[Array, "*B D"], eps: float, centre: bool) -> Float[Array, "*B D"]:
     """x in float32 divided by its root mean square, after its mean is subtracted if `centre`.
@@ -192,19 +203,20 @@ class Norm(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(up(x))), or gated: down(act(gate(x)) * up(x)) (Shazeer 2020)."""
+    """down(act(up(x))), or gated: down(act(gate(x)) * up(x)); swiglu: the limit and alpha of `gated`."""
 
     hidden: int  # F
     activation: str
     gated: bool
     bias: bool
     out_stddev: float
+    swiglu: tuple[float, float] = (0.0, 1.702)
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         h = Linear(self.hidden, self.bias, name="up")(x)
         if self.gated:
-            h = activate(self.activation, Linear(self.hidden, self.bias, name="gate")(x)) * h
+            h = gated(self.activation, Linear(self.hidden, self.bias, name="gate")(x), h, *self.swiglu)
         else:
             h = activate(self.activation, h)
         return Linear(x.shape[-1], self.bias, self.out_stddev, name="down")(h)

@@ -215,8 +215,8 @@ class EncoderDecoder(SourceModel):
         def record(cross, arguments, named, context):
             if isinstance(context.module, Attention) and context.method_name == "cross":
                 x, keys, _, mask = arguments
-                q = context.module.queries(x)
-                layers.append(attention_weights(q, keys, mask, c.attention_scale, c.attention_softcap).mean(1))
+                options = c.attention_scale, c.attention_softcap, context.module.sinks
+                layers.append(attention_weights(context.module.queries(x), keys, mask, *options).mean(1))
             return cross(*arguments, **named)
 
         with nn.intercept_methods(record):
@@ -225,7 +225,8 @@ class EncoderDecoder(SourceModel):
 
 
 def alignment(model: LanguageModel, params: dict, source: Sequence[int], targets: Sequence[int]) -> Float[Array, "T S"]:
-    """The float32 attention weights over a source as each target is predicted. Rows sum to 1."""
+    """The float32 attention weights over a source as each target is predicted. Rows sum to 1, or less
+    with attention sinks."""
     inputs = shift_right(jnp.asarray([targets]), model.config.start_id)
     return model.apply({"params": params}, inputs, jnp.asarray([source]), method="alignment")[0]
 

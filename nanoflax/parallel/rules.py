@@ -37,6 +37,7 @@ RULES = (
     (rf"{_ROW_PARALLEL}/kernel", P("tensor", "fsdp")),
     (rf"{_ROW_PARALLEL}/lora_a", P("tensor", None)),
     (rf"{_ROW_PARALLEL}/lora_b", P(None, "fsdp")),
+    (r"(cross_)?attention/sinks", P("tensor")),  # [H]
     (r"attention/prefix_(key|value)", P(None, "tensor")),  # [P, GK]
     (r"adapter_\w+/down/kernel", P("fsdp", None)),  # [D, r]
     (r"adapter_\w+/up/kernel", P(None, "fsdp")),
