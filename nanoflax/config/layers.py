@@ -93,6 +93,7 @@ class RecurrentConfig:
     value_dim: int = field(64, "Size of a head's value.", at_least=1)
     conv: int = field(4, "Tokens that the convolution before the state reads.", at_least=1)
     conv_bias: bool = field(False, "The convolution has a bias.")
+    bias: bool = field(False, "The Linears of the layer have biases.")
     chunk: int = field(64, "Tokens that are computed at once; it does not change the result.", at_least=1)
     min_step: float = field(0.0, "mamba2: least step.", at_least=0)
     max_step: float | None = field(None, "mamba2: largest step; none: no limit.", above=0)
