@@ -10,8 +10,9 @@ from nanoflax.hf.decoders import DECODERS
 from nanoflax.hf.encoder_decoders import ENCODER_DECODERS
 from nanoflax.hf.encoders import ENCODERS
 from nanoflax.hf.family import FIELD_TYPES, Family, differences
+from nanoflax.hf.hybrid import HYBRID
 
-FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODERS, *ENCODER_DECODERS)}
+FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *HYBRID)}
 
 
 def family_of_config(config: ModelConfig, model_type: str | None = None) -> Family:

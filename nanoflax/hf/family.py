@@ -223,7 +223,13 @@ def canonical(config: ModelConfig) -> ModelConfig:
     unused += [] if c.swiglu_limit else ["swiglu_alpha"]
     unused += [] if c.moe.experts else ["moe"]
     unused += [] if c.latent.rank else ["latent"]
-    unused += [] if any(map(c.is_recurrent, range(c.layers))) else ["recurrent"]
+    recurrent = [c.is_recurrent(i) for i in range(c.layers)]
+    unused += [] if any(recurrent) else ["recurrent"]
+    if all(recurrent):  # no attention
+        c = dataclasses.replace(c, heads=1, kv_heads=1, head_dim=1, attention_scale=1.0, qkv_bias=False, out_bias=False)
+        unused += ["qk_norm", "attention_softcap", "positions"]
+    if not c.F and not c.moe.experts:
+        c = dataclasses.replace(c, gated=False, mlp_bias=False)
     if c.positions != "relative":
         unused += ["relative_buckets", "relative_distance"]
     if c.positions != "learned":

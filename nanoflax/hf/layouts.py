@@ -39,7 +39,7 @@ class TensorMapping:
         last = sum(shape[-1] for _, shape in self.parts.values())
         if self.layout == "row":
             return (1, *rest, last)
-        return (*rest, last) if self.layout in ("same", "fused_columns") else (last, *rest)
+        return (*rest, last) if self.layout in ("same", "fused_columns") else (last, *reversed(rest))
 
     def read(self, tensor: Tensor | QuantizedTensor, part: int, index: Slices, K: int) -> np.ndarray:
         """Our parameter number `part`, or the part of it that a tuple of slices selects; K: the size of a head."""
@@ -52,7 +52,7 @@ class TensorMapping:
         if self.layout in ("same", "fused_columns"):
             return tensor.read((*rest, shifted))
         if self.layout in ("transposed", "fused"):
-            return tensor.read((shifted, *rest)).T
+            return tensor.read((shifted, *reversed(rest))).T
         x = tensor.read()
         if self.layout == "fused_by_head":
             x = x.reshape(-1, len(self.parts), K, *x.shape[1:])[:, part]

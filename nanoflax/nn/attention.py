@@ -20,7 +20,7 @@ from nanoflax.nn.positions import Angles, rotate
 Mask = Bool[Array, "#B #H #T #S"]
 Bias = Float[Array, "1 H T S"]  # added to the scores, float32
 Sinks = Float[Array, " H"]  # scores of each head's sink
-LayerCache = dict[str, Float[Array, "B G _ K"]]  # key and value; of a source cross_key and cross_value
+LayerCache = dict[str, Float[Array, "B ..."]]  # key and value [B, G, S, K]; of a source cross_key and cross_value
 
 CAUSAL_BLOCKS = 2  # blocks of queries; a block computes only the scores of keys up to its last query
 

@@ -1,4 +1,39 @@
 """Cases of tests/hf/cases.py: models with recurrent layers."""
 
-CASES: dict[str, tuple[str, dict]] = {}
-GREEDY: list[str] = []
+MAMBA2 = dict(
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_heads=8,
+    head_dim=8,
+    n_groups=2,
+    state_size=12,
+    chunk_size=8,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+CASES: dict[str, tuple[str, dict]] = {
+    "mamba2": ("Mamba2ForCausalLM", MAMBA2),
+    "mamba2-limits": (
+        "Mamba2ForCausalLM",
+        MAMBA2
+        | dict(
+            num_heads=6,
+            head_dim=16,
+            expand=3,
+            n_groups=1,
+            state_size=16,
+            conv_kernel=3,
+            use_conv_bias=False,
+            hidden_act="gelu",
+            layer_norm_epsilon=1e-3,
+            tie_word_embeddings=True,
+            time_step_limit=(0.5, 0.75),
+            residual_in_fp32=False,
+            chunk_size=64,
+        ),
+    ),
+    # With biases, Transformers' convolution of the first tokens reads the padding on their left.
+    "mamba2-bias": ("Mamba2ForCausalLM", MAMBA2 | dict(use_bias=True, n_groups=8)),
+}
+GREEDY = ["mamba2"]

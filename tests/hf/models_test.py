@@ -75,7 +75,7 @@ def batch(kind, case, pad):
     """ids and mask [B, T]; where Transformers knows no other, the padding is on the right."""
     rng = np.random.default_rng(1)
     ids, mask = rng.integers(4, 60, (len(LENGTHS), T)), np.zeros((len(LENGTHS), T), bool)
-    right_only = "classify" in case or case.startswith(("bart", "marian", "distilbert"))
+    right_only = "classify" in case or case.startswith(("bart", "marian", "distilbert", "mamba2-bias"))
     for row, (length, left) in enumerate(zip(LENGTHS, LEFT, strict=True)):
         mask[row, T - length :] = True
         if right_only or not left:
