@@ -29,6 +29,7 @@ class RopeConfig:
     )
     fraction: float = field(1.0, "Share of K that is rotated (GPT-NeoX, Phi-3).", within="(0, 1]")
     interleaved: bool = field(False, "A pair is two neighbours (GPT-J), not number i of each half (Llama).")
+    reversed: bool = field(False, "The pairs turn the other way (nanochat).")
     scaling: str = field("none", "How the frequencies change for longer contexts.", choices=ROPE_SCALINGS)
     factor: float = field(1.0, "How many times longer the context is than in training.", above=0)
     context: int = field(8192, "The context in training.", unit="tokens", at_least=1)

@@ -24,10 +24,10 @@ ARCHITECTURES = {
     "encoder_decoder": Architecture(("lm",), reads_source=True),
     "lstm": Architecture(("lm",), reads_source=True, has_blocks=False),
 }
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "tanh")
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "relu2", "tanh")
 NORMS = ("layernorm", "rmsnorm")
 NORM_PLACES = ("pre", "post", "sandwich", "after")
-QK_NORMS = ("none", "head", "full")
+QK_NORMS = ("none", "head", "full", "each_head")
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves", "rotary", "relative", "none")
 LSTM_ATTENTIONS = ("additive", "multiplicative")
 LSTM_STARTS = ("encoder", "zeros")
@@ -69,13 +69,20 @@ class ModelConfig:
     )
     swiglu_alpha: float = field(1.702, "alpha of model.swiglu_limit.")
     parallel: bool = field(False, "Attention and MLP read the same input (GPT-J, GPT-NeoX).")
+    shared_norm: bool = field(False, "Attention and MLP in parallel read the same norm of it (Cohere, GPT-J).")
+    residual_scale: float = field(1.0, "Factor of what attention and MLP add to a state (Granite).")
 
     norm: str = field("layernorm", "Normalisation.", choices=NORMS)
     norm_eps: float = field(1e-5, "Added to the variance in a norm.", above=0)
     norm_place: str = field("pre", "Where the norms of a block are: see nn.blocks.Block.", choices=NORM_PLACES)
+    norm_scale: bool = field(True, "A norm has a scale.")
     norm_unit_offset: bool = field(False, "A norm's scale is 1 + its parameter (Gemma).")
     embed_norm: bool = field(False, "A norm directly after the embeddings (BERT, BART).")
-    qk_norm: str = field("none", "RMSNorm of queries and keys, over a head's K or the full H K.", choices=QK_NORMS)
+    qk_norm: str = field(
+        "none",
+        "RMSNorm of queries and keys, over a head's K or all H K; each_head: LayerNorm with a scale for each head.",
+        choices=QK_NORMS,
+    )
 
     positions: str = field("learned", "How positions are encoded.", choices=POSITIONS)
     position_offset: int = field(0, "Rows of the learned table before position 0 (OPT, RoBERTa, BART: 2).", at_least=0)
@@ -121,6 +128,9 @@ class ModelConfig:
     token_types: int = field(0, "Kinds of input segment (BERT: 2).", at_least=0)
     tied: bool = field(True, "The output head is the transposed embedding.")
     head_bias: bool = field(False, "A bias of the logits.")
+    embed_dim: int | None = field(
+        None, "Width of the embeddings and of the states before the head (OPT-350M); none: D.", at_least=1
+    )
     embed_scale: float = field(1.0, "Factor of the embeddings.")
     logit_scale: float = field(1.0, "Factor of the states before the head (T5: D^-1/2).")
     logit_softcap: float = field(0.0, "c: logits become c tanh(logit / c); 0: unchanged.", at_least=0)
@@ -192,6 +202,11 @@ class ModelConfig:
     def swiglu(self) -> tuple[float, float]:
         """The limit and alpha of gated MLPs, as in `nn.layers.gated`."""
         return self.swiglu_limit, self.swiglu_alpha
+
+    @property
+    def projects_embeddings(self) -> bool:
+        """Whether there is a Linear between the embeddings and the first block, and after the last."""
+        return self.embed_dim not in (None, self.dim)
 
     @property
     def rotary_dim(self) -> int:
@@ -270,6 +285,14 @@ class ModelConfig:
         if m.attention_sinks and (m.latent.rank or not m.has_blocks):
             what = f"model.latent.rank={m.latent.rank}" if m.has_blocks else f"model.architecture={m.architecture!r}"
             found.append(f"model.attention_sinks=True does not work with {what}")
+        if m.shared_norm and not m.parallel:
+            found.append("model.shared_norm needs model.parallel")
+        if m.norm_unit_offset and not m.norm_scale:
+            found.append("model.norm_unit_offset needs model.norm_scale")
+        if m.projects_embeddings and (m.architecture != "decoder" or m.output_delay):
+            found.append(
+                f"model.embed_dim={m.embed_dim} must equal model.dim={m.dim}, except in a decoder without output_delay"
+            )
         found += self._layer_problems()
         if m.class_names and len(m.class_names) != m.labels and m.vocab_size:  # finetune sets both
             found.append(f"model.class_names has {len(m.class_names)} names for model.labels={m.labels} classes")

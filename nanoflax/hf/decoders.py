@@ -191,6 +191,7 @@ _OPT = Family(
     keys={"embed": "model.decoder.embed_tokens", "unembed": "lm_head",
           "decoder/position_embed": "model.decoder.embed_positions",
           "decoder/norm": "model.decoder.final_layer_norm",
+          "project_in": "model.decoder.project_in", "project_out": "model.decoder.project_out",
           **under("decoder/block_{i}", "model.decoder.layers.{i}", {
               "norm_attention": "self_attn_layer_norm", "norm_mlp": "final_layer_norm",
               "attention/query": "self_attn.q_proj", "attention/key": "self_attn.k_proj",
@@ -199,14 +200,15 @@ _OPT = Family(
     fields={"vocab_size": "vocab_size", "max_position_embeddings": "context", "num_hidden_layers": "layers",
             "hidden_size": "dim", "num_attention_heads": "heads", "ffn_dim": "mlp_dim",
             "activation_function": "activation", "enable_bias": "qkv_bias", "tie_word_embeddings": "tied",
-            "dropout": "dropout"},
-    preset=dict(position_offset=2, norm_bias=True),
+            "word_embed_proj_dim": "embed_dim", "layer_norm_elementwise_affine": "norm_scale", "dropout": "dropout"},
+    preset=dict(position_offset=2),
     defaults={"activation_function": "relu", "enable_bias": True, "tie_word_embeddings": True, "dropout": 0.1,
-              "do_layer_norm_before": True},
-    only={"word_embed_proj_dim": "hidden_size", "layer_norm_elementwise_affine": (True,),
-          "_remove_final_layer_norm": (False,)},
+              "do_layer_norm_before": True, "word_embed_proj_dim": None, "layer_norm_elementwise_affine": True},
+    only={"_remove_final_layer_norm": (False,)},
     read=lambda hf: {"norm_place": "pre" if hf["do_layer_norm_before"] else "post",
-                     "out_bias": hf["enable_bias"], "mlp_bias": hf["enable_bias"]},
+                     "out_bias": hf["enable_bias"], "mlp_bias": hf["enable_bias"],
+                     "norm_bias": hf["layer_norm_elementwise_affine"],
+                     "embed_dim": hf["word_embed_proj_dim"] or hf["hidden_size"]},
     write=lambda c: {"do_layer_norm_before": c.norm_place == "pre"},
     base="model.")  # fmt: skip
 
@@ -239,7 +241,7 @@ _NEOX = Family(
     base="gpt_neox.")  # fmt: skip
 
 
-def _with_classifier(family):
+def with_classifier(family):
     """A decoder's family with its class for classification: a Linear over labels on the state of the last token."""
     (causal,) = family.classes["lm"]
     name = re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", causal)
@@ -250,5 +252,5 @@ def _with_classifier(family):
 
 
 DECODERS = [
-    *map(_with_classifier, (_GPT2, _OPT, LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _OLMO2, _NEOX, _PHI3))
+    *map(with_classifier, (_GPT2, _OPT, LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _OLMO2, _NEOX, _PHI3))
 ]

@@ -11,8 +11,10 @@ from nanoflax.hf.encoder_decoders import ENCODER_DECODERS
 from nanoflax.hf.encoders import ENCODERS
 from nanoflax.hf.family import FIELD_TYPES, Family, differences
 from nanoflax.hf.hybrid import HYBRID
+from nanoflax.hf.more_decoders import MORE_DECODERS
 
-FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *HYBRID)}
+_ALL = (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *MORE_DECODERS, *HYBRID)
+FAMILIES = {family.model_type: family for family in _ALL}
 
 
 def family_of_config(config: ModelConfig, model_type: str | None = None) -> Family:

@@ -20,6 +20,7 @@ ACTIVATIONS = {
     "swish": "silu",
     "silu": "silu",
     "relu": "relu",
+    "relu2": "relu2",
     "tanh": "tanh",
 }
 THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
@@ -217,7 +218,15 @@ def canonical(config: ModelConfig) -> ModelConfig:
     if c.positions != "rotary":
         unused += ["rope", "nope_layers"]
     else:
-        read = {"theta", "local_theta", "fraction", "interleaved", "scaling", *ROPE_SCALINGS[c.rope.scaling]}
+        read = {
+            "theta",
+            "local_theta",
+            "fraction",
+            "interleaved",
+            "reversed",
+            "scaling",
+            *ROPE_SCALINGS[c.rope.scaling],
+        }
         rope = {name: value for name, value in vars(c.rope).items() if name in read}
         c = dataclasses.replace(c, rope=RopeConfig(**rope))
     unused += [] if c.swiglu_limit else ["swiglu_alpha"]
@@ -236,7 +245,8 @@ def canonical(config: ModelConfig) -> ModelConfig:
         unused += ["position_offset"]
     window = c.window if any(c.is_local(i) for i in range(c.layers)) else 0
     types = tuple(map(c.layer_type, range(c.layers)))
-    if not window and c.rope.local_theta is not None:
+    same = c.rope.scaling == "none" and c.rope.local_theta == c.rope.theta
+    if c.rope.local_theta is not None and (same or not window):
         c = dataclasses.replace(c, rope=dataclasses.replace(c.rope, local_theta=None))
     if c.head not in ("classify", "tag"):
         unused += ["labels", "class_names"]
@@ -262,6 +272,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
         kv_heads=c.G,
         head_dim=c.K,
         mlp_dim=c.F,
+        embed_dim=c.embed_dim or c.dim,
         bias=True,
         **biases,
         window=window,

@@ -204,8 +204,9 @@ class Attention(nn.Module):
         self.out = Linear(c.dim, c.has_bias("out"), self.out_stddev)
         self.sinks = self.param("sinks", nn.initializers.zeros, (c.heads,)) if c.attention_sinks else None
         if c.qk_norm != "none":
-            self.query_norm = Norm("rmsnorm", c.norm_eps, False, c.norm_unit_offset)
-            self.key_norm = Norm("rmsnorm", c.norm_eps, False, c.norm_unit_offset)
+            kind, axes = ("layernorm", 2) if c.qk_norm == "each_head" else ("rmsnorm", 1)
+            self.query_norm = Norm(kind, c.norm_eps, False, c.norm_unit_offset, c.norm_scale, axes)
+            self.key_norm = Norm(kind, c.norm_eps, False, c.norm_unit_offset, c.norm_scale, axes)
 
     def __call__(
         self, x: States, inputs: AttentionInputs, cache: LayerCache | None = None
@@ -264,7 +265,7 @@ class Attention(nn.Module):
         if normed and self.config.qk_norm == "full":
             y = getattr(self, norm)(y)
         y = y.reshape(*x.shape[:2], heads, self.config.K)
-        if normed and self.config.qk_norm == "head":
+        if normed and self.config.qk_norm != "full":
             y = getattr(self, norm)(y)
         return (y if angles is None else rotate(y, angles, self.config.rope.interleaved)).swapaxes(1, 2)
 

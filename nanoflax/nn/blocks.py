@@ -30,7 +30,7 @@ REMAT_POLICIES = {
 
 def norm(config: ModelConfig) -> Norm:
     """The normalisation layer of a configuration."""
-    return Norm(config.norm, config.norm_eps, config.has_bias("norm"), config.norm_unit_offset)
+    return Norm(config.norm, config.norm_eps, config.has_bias("norm"), config.norm_unit_offset, config.norm_scale)
 
 
 def empty_cache(config: ModelConfig, layer: int, batch: int, length: int, dtype: DTypeLike) -> LayerCache:
@@ -68,7 +68,7 @@ class Block(nn.Module):
         elif c.F:
             self.mlp = MLP(c.F, c.activation, c.gated, c.has_bias("mlp"), out_stddev, c.swiglu)
         self.drop = nn.Dropout(c.dropout)
-        for name in ["attention"] + ["cross"] * self.cross + ["mlp"] * self.has_mlp:
+        for name in ["attention"] + ["cross"] * self.cross + ["mlp"] * (self.has_mlp and not c.shared_norm):
             setattr(self, f"norm_{name}", norm(c))
             if c.norm_place == "sandwich":
                 setattr(self, f"norm_{name}_out", norm(c))
@@ -79,11 +79,12 @@ class Block(nn.Module):
         """cache: this layer's. Returns (the output, the new cache)."""
         x = parallel.split_batch(x)
         mixer = self.recurrent if self.config.is_recurrent(self.layer) else self.attention
-        h, cache = mixer(self._before("attention", x), inputs, cache)
+        before = self._before("attention", x)
+        h, cache = mixer(before, inputs, cache)
         if self.config.parallel:
             h = self._adapt("attention", h)
-            h += self._adapt("mlp", self.mlp(self._before("mlp", x)))
-            return x + self.drop(h, deterministic=deterministic), cache
+            h += self._adapt("mlp", self.mlp(before if self.config.shared_norm else self._before("mlp", x)))
+            return x + self.drop(h, deterministic=deterministic) * self.config.residual_scale, cache
         x = self._after("attention", x, h, deterministic)
         if self.cross:
             if cache is None:
@@ -118,13 +119,12 @@ class Block(nn.Module):
     def _after(self, name, x, h, deterministic):
         place = self.config.norm_place
         h = self.drop(self._adapt(name, h), deterministic=deterministic)
-        if place == "post":
-            return getattr(self, f"norm_{name}")(x + h)
         if place == "after":
             h = getattr(self, f"norm_{name}")(h)
         elif place == "sandwich":
             h = getattr(self, f"norm_{name}_out")(h)
-        return x + h
+        x = x + h * self.config.residual_scale
+        return getattr(self, f"norm_{name}")(x) if place == "post" else x
 
 
 class Places(NamedTuple):

@@ -22,7 +22,9 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embedding = Embedding(c.vocab_size, c.dim, self.compute_dtype, name="embed")
+        self.embedding = Embedding(c.vocab_size, c.embed_dim or c.dim, self.compute_dtype, name="embed")
+        if c.projects_embeddings:
+            self.project_in, self.project_out = Linear(c.dim, bias=False), Linear(c.embed_dim, bias=False)
         if c.head in ("lm", "mlm"):
             if not c.tied:
                 self.unembed = Linear(c.vocab_size, bias=False, padding=c.vocab_padding)
@@ -34,18 +36,19 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens: Tokens) -> States:
         """The embeddings of tokens below V, in the compute dtype."""
-        return parallel.split_embedded(self.embedding(tokens)) * self.config.embed_scale
+        x = parallel.split_embedded(self.embedding(tokens)) * self.config.embed_scale
+        return self.project_in(x) if self.config.projects_embeddings else x
 
     def output(
         self, x: States, segments: Tokens | None = None, cache: dict | None = None
-    ) -> tuple[States, dict | None]:
+    ) -> tuple[Float[Array, "B T _"], dict | None]:
         """The states that `head` reads, from the last hidden states x, and the new cache.
 
         With config.output_delay = n, GELU(W h) is added to each state; h is the state n steps before, or
         0 if this is in another segment or before the first token. The cache holds the last n states.
         """
         n, T = self.config.output_delay, x.shape[1]
-        x *= self.config.logit_scale
+        x = (self.project_out(x) if self.config.projects_embeddings else x) * self.config.logit_scale
         if not n:
             return x, cache
         delay = (cache or empty_delay(self, len(x)))["delay"]

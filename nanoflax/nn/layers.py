@@ -20,6 +20,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "tanh": jnp.tanh,
 }
 
@@ -93,7 +94,7 @@ standardise.defvjp(_standardise, _standardise_backward)
 
 
 def layer_norm(
-    x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"] | None, eps: float
+    x: Float[Array, "*B D"], scale: Float[Array, "*H D"], bias: Float[Array, " D"] | None, eps: float
 ) -> Float[Array, "*B D"]:
     """LayerNorm (Ba et al. 2016), computed in float32."""
     y = standardise(x.astype(jnp.float32), eps, True) * scale  # type: ignore  # custom_vjp hides the type
@@ -190,11 +191,14 @@ class Norm(nn.Module):
     eps: float
     bias: bool
     unit_offset: bool = False  # the scale is 1 + its parameter
+    has_scale: bool = True
+    axes: int = 1  # of x that the scale has; 2: a scale for each head
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         first = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
-        scale = self.param("scale", first, (x.shape[-1],)).astype(jnp.float32)
+        shape = x.shape[-self.axes :]
+        scale = self.param("scale", first, shape).astype(jnp.float32) if self.has_scale else jnp.ones(shape)
         scale = scale + 1 if self.unit_offset else scale
         if self.kind == "rmsnorm":
             return rms_norm(x, scale, self.eps)

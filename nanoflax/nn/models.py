@@ -278,7 +278,9 @@ def flops_per_token(config: ModelConfig, length: int | None = None) -> int:
     mask (Chowdhery et al. 2022, appendix B: the numerator of MFU). length: T, default the context.
     """
     c, T = config, length or config.context
-    head = 6 * c.dim * c.vocab_size if c.head in ("lm", "mlm") else 0
+    width = c.embed_dim or c.dim
+    head = 6 * width * c.vocab_size if c.head in ("lm", "mlm") else 0
+    head += 12 * c.dim * width * c.projects_embeddings
     head += 6 * c.dim**2 * (c.output_delay > 0)
     if not c.has_blocks:  # the LSTM, in units of D^2: encoder, decoder, and keys, query, output
         matrices = (24 * c.layers - 8) + (8 * c.layers + 4) + (6 if c.lstm_attention == "additive" else 5)

@@ -120,7 +120,8 @@ def angles_of(
     rope = config.rope
     if length is None:
         length = positions.max() + 1 if rope.scaling in ("longrope", "dynamic") else 0
-    cos, sin = rotary_angles(positions, rotary_rates(rope, config.rotary_dim, local, length))
+    rates = rotary_rates(rope, config.rotary_dim, local, length)
+    cos, sin = rotary_angles(positions, -rates if rope.reversed else rates)
     factor = 1.0 if local and rope.local_theta is not None else attention_factor(rope)
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 

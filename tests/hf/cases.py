@@ -1,6 +1,7 @@
 """The small models of Transformers with which each family is compared: a class, and changes to its configuration.
 
-CASES: {name: (class, changes)}; GREEDY: the cases whose greedy text is compared too.
+CASES: {name: (class, changes)}; GREEDY: the cases whose greedy text is compared too. OLDER: (case, changes of its
+config.json to an older file of the same model); REFUSED: (case, changes of its config.json, a part of the error).
 """
 
 from tests.hf import cases_dense, cases_encoders, cases_hybrid, cases_latent, cases_sparse
@@ -293,6 +294,7 @@ CASES = {
         | dict(activation_function="relu", encoder_layers=1, d_model=48, decoder_start_token_id=60, pad_token_id=60),
     ),
 }
+OLDER, REFUSED = [*cases_dense.OLDER], [*cases_dense.REFUSED]
 GREEDY = ["gpt2", "opt", "llama-3", "mistral", "gemma3-caps", "neox", "phi3-partial", "t5-1.1", "bart", "marian"]
 for more in (cases_dense, cases_encoders, cases_hybrid, cases_latent, cases_sparse):
     CASES |= more.CASES

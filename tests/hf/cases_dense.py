@@ -1,4 +1,241 @@
 """Cases of tests/hf/cases.py: more dense decoders."""
 
-CASES: dict[str, tuple[str, dict]] = {}
-GREEDY: list[str] = []
+LLAMA = dict(
+    max_position_embeddings=64,
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+LINEAR = {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 300.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 16}
+SFS = ["sliding_attention", "full_attention", "sliding_attention"]
+OPT = dict(
+    max_position_embeddings=64,
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    ffn_dim=48,
+    word_embed_proj_dim=24,
+    dropout=0.0,
+)
+
+CASES: dict[str, tuple[str, dict]] = {
+    "opt-350m": ("OPTForCausalLM", OPT | dict(do_layer_norm_before=False)),
+    "opt-projected": (
+        "OPTForCausalLM",
+        OPT
+        | dict(
+            word_embed_proj_dim=40, layer_norm_elementwise_affine=False, tie_word_embeddings=False, enable_bias=False
+        ),
+    ),
+    "opt-projected-classify": ("OPTForSequenceClassification", OPT | dict(num_labels=3, pad_token_id=0)),
+    "granite": (
+        "GraniteForCausalLM",
+        LLAMA
+        | dict(
+            embedding_multiplier=12,
+            logits_scaling=0.25,
+            residual_multiplier=0.22,
+            attention_multiplier=0.5,
+            attention_bias=True,
+        ),
+    ),
+    "granite-tied": (
+        "GraniteForCausalLM",
+        LLAMA
+        | dict(
+            tie_word_embeddings=True,
+            mlp_bias=True,
+            hidden_act="gelu",
+            rms_norm_eps=1e-3,
+            num_key_value_heads=None,
+            rope_parameters=LLAMA3,
+        ),
+    ),
+    "cohere2": (
+        "Cohere2ForCausalLM",
+        LLAMA | dict(num_hidden_layers=5, sliding_window=5, logit_scale=2.0, attention_bias=True),
+    ),
+    "cohere2-types": (
+        "Cohere2ForCausalLM",
+        LLAMA
+        | dict(
+            num_hidden_layers=3,
+            layer_types=SFS,
+            sliding_window=3,
+            logit_scale=1.5,
+            tie_word_embeddings=False,
+            num_key_value_heads=None,
+            layer_norm_eps=1e-3,
+            hidden_act="gelu",
+            rope_parameters=LINEAR,
+        ),
+    ),
+    "starcoder2": ("Starcoder2ForCausalLM", LLAMA),
+    "starcoder2-window": (
+        "Starcoder2ForCausalLM",
+        LLAMA
+        | dict(
+            sliding_window=5,
+            use_bias=False,
+            tie_word_embeddings=False,
+            norm_epsilon=1e-3,
+            hidden_act="gelu",
+            num_key_value_heads=4,
+            rope_parameters=LINEAR,
+        ),
+    ),
+    "stablelm": ("StableLmForCausalLM", LLAMA | dict(num_key_value_heads=4)),
+    "stablelm-parallel": (
+        "StableLmForCausalLM",
+        LLAMA
+        | dict(
+            use_parallel_residual=True,
+            use_qkv_bias=True,
+            layer_norm_eps=1e-3,
+            tie_word_embeddings=True,
+            hidden_act="gelu",
+            rope_parameters={"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+        ),
+    ),
+    "smollm3": ("SmolLM3ForCausalLM", LLAMA | dict(num_hidden_layers=3, no_rope_layer_interval=2)),
+    "smollm3-window": (
+        "SmolLM3ForCausalLM",
+        LLAMA
+        | dict(
+            num_hidden_layers=3,
+            no_rope_layers=[0, 1, 1],
+            use_sliding_window=True,
+            sliding_window=5,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "smollm3-types": (
+        "SmolLM3ForCausalLM",
+        LLAMA
+        | dict(
+            num_hidden_layers=3,
+            layer_types=SFS,
+            use_sliding_window=True,
+            sliding_window=4,
+            num_key_value_heads=None,
+            hidden_act="gelu",
+            rms_norm_eps=1e-3,
+            rope_parameters=LLAMA3,
+        ),
+    ),
+    "glm4": ("Glm4ForCausalLM", LLAMA | dict(head_dim=8)),
+    "glm4-tied": (
+        "Glm4ForCausalLM",
+        LLAMA
+        | dict(
+            head_dim=12,
+            attention_bias=False,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-3,
+            hidden_act="gelu",
+            num_key_value_heads=4,
+            rope_parameters={"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 1.0},
+        ),
+    ),
+    "nanochat": ("NanoChatForCausalLM", LLAMA),
+    "nanochat-tied": (
+        "NanoChatForCausalLM",
+        LLAMA
+        | dict(
+            final_logit_softcapping=None,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            num_key_value_heads=None,
+            rms_norm_eps=1e-2,
+            hidden_act="silu",
+            rope_parameters=LINEAR,
+        ),
+    ),
+    "olmo3": ("Olmo3ForCausalLM", LLAMA | dict(num_hidden_layers=4, sliding_window=5)),
+    "olmo3-yarn": (
+        "Olmo3ForCausalLM",
+        LLAMA
+        | dict(
+            num_hidden_layers=3,
+            layer_types=SFS,
+            sliding_window=4,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            num_key_value_heads=None,
+            hidden_act="gelu",
+            rms_norm_eps=1e-3,
+            rope_parameters={"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}},
+        ),
+    ),
+    **{
+        f"{name.lower()}-classify": (
+            f"{name}ForSequenceClassification",
+            LLAMA | dict(num_labels=3, num_hidden_layers=2) | more,
+        )
+        for name, more in [
+            ("Starcoder2", {}),
+            ("StableLm", {"use_parallel_residual": True}),
+            ("SmolLM3", {}),
+            ("Glm4", {"head_dim": 8}),
+            ("Olmo3", {"sliding_window": 3}),
+        ]
+    },
+}
+GREEDY: list[str] = [
+    "opt-350m",
+    "granite",
+    "cohere2",
+    "starcoder2-window",
+    "stablelm-parallel",
+    "smollm3-window",
+    "glm4",
+    "nanochat",
+    "olmo3-yarn",
+]
+OLDER: list[tuple[str, dict]] = [
+    ("opt", {"word_embed_proj_dim": ..., "layer_norm_elementwise_affine": ..., "enable_bias": ...}),
+    ("granite-tied", {"rope_parameters": ..., "rope_theta": 300.0, "rope_scaling": LLAMA3, "residual_multiplier": ...}),
+    ("cohere2", {"rope_parameters": ..., "layer_types": ..., "sliding_window_pattern": 4, "norm_type": ...}),
+    (
+        "starcoder2-window",
+        {"rope_parameters": ..., "rope_theta": 300.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    ),
+    ("stablelm", {"rope_parameters": ..., "qk_layernorm": ..., "use_parallel_residual": ...}),
+    ("stablelm-parallel", {"rope_parameters": ..., "rope_theta": 300.0, "partial_rotary_factor": 0.5}),
+    ("smollm3", {"rope_parameters": ..., "no_rope_layers": ..., "layer_types": ..., "use_sliding_window": ...}),
+    ("smollm3-window", {"layer_types": ..., "rope_parameters": ..., "rope_theta": 2_000_000.0, "rope_scaling": None}),
+    ("glm4", {"rope_parameters": ..., "partial_rotary_factor": 0.5, "rope_theta": 10_000.0, "attention_bias": ...}),
+    ("glm4-tied", {"rope_parameters": ..., "partial_rotary_factor": 1.0, "rope_theta": 300.0}),
+    ("olmo3", {"rope_parameters": ..., "layer_types": ..., "rope_theta": 500_000, "rope_scaling": None}),
+    ("nanochat", {"rope_parameters": ..., "hidden_act": ..., "final_logit_softcapping": ...}),
+]
+REFUSED: list[tuple[str, dict, str]] = [
+    ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+    ("cohere2", {"sliding_window": None}, "sliding_window=None"),
+    ("cohere2", {"layer_types": ["chunked_attention"] * 5}, "chunked_attention"),
+    ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True"),
+    ("smollm3", {"no_rope_layer_interval": 0, "no_rope_layers": None}, "cannot be read"),
+    ("granite", {"logits_scaling": 0}, "cannot be read"),
+    ("granite", {"attention_multiplier": -1.0}, "attention_scale"),
+    ("nanochat", {"hidden_act": "relu6"}, "relu6"),
+    ("nanochat", {"rope_parameters": YARN}, "yarn"),
+    ("olmo3", {"sliding_window": None}, "sliding_window=None"),
+    ("olmo3", {"rope_parameters": LINEAR}, "full_attention"),
+    ("olmo3", {"rope_parameters": {"sliding_attention": LINEAR}}, "linear"),
+]

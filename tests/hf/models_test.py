@@ -26,7 +26,7 @@ from nanoflax.generate import sample
 from nanoflax.hf import families, safetensors_io
 from nanoflax.hf.family import canonical, differences
 from nanoflax.nn import build, language_model
-from tests.hf.cases import CASES, GREEDY, LINEAR, LLAMA3, LOCAL, LONGROPE, V
+from tests.hf.cases import CASES, GREEDY, LINEAR, LLAMA3, LOCAL, LONGROPE, OLDER, REFUSED, V
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 T = 20
@@ -264,7 +264,6 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("llama", {"num_attention_heads": 0}, "heads"),
         ("llama", {"num_attention_heads": 5}, "heads"),
         ("llama", {"vocab_size": 10**30}, "vocab_size"),
-        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gemma3", {"layer_types": ["sliding_attention"]}, "layer_types"),
         ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
@@ -281,6 +280,7 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("bart", {"decoder_ffn_dim": 40}, "decoder_ffn_dim"),
         ("marian", {"decoder_vocab_size": 40}, "decoder_vocab_size"),
         ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings"),
+        *REFUSED,
     ],
 )
 def test_values_that_no_model_here_has_are_refused(case, changes, named, saved):
@@ -387,6 +387,7 @@ def test_older_configurations(saved):
                 "decoder_start_token_id": ...,
             },
         ),
+        *OLDER,
     ]:
         d = saved(case)
         before, _ = hf.load(d)
