@@ -55,7 +55,8 @@ class Family:
                       and value in one [H K + 2 G K, D], a gate and up in one [2 F, D]
       fused_columns   the same, not transposed: [D, 3 D]  (GPT-2's c_attn)
       fused_by_head   for each head its query, key and value, transposed: [H 3 K, D]  (GPT-NeoX)
-      rotary_pairs    transposed, and the two halves of each rotary pair are neighbours (GGUF; only read)
+      rotary_pairs    transposed, and the two halves of each rotary pair are neighbours (GGUF)
+      plus_one        float32, 1 + ours (GGUF: the norms of Gemma)
     """
 
     model_type: str
@@ -296,11 +297,16 @@ def differences(family: Family, config: ModelConfig) -> list[str]:
     back = canonical(dataclasses.replace(back, **kept, tied=c.tied))
     # Transformers adds a row of the table of token types to every token, so there must be one.
     no_row = not c.token_types and "token_types" in family.fields.values()
-    return ["token_types"] * no_row + [
+    return ["token_types"] * no_row + different_fields(c, back)
+
+
+def different_fields(a: ModelConfig, b: ModelConfig) -> list[str]:
+    """The fields with different values in two configurations from `canonical`, without those that do not change the
+    logits."""
+    return [
         name
         for name in FIELD_TYPES
-        if name not in ("dropout", "generation")  # they do not change the model's logits
-        and not _close(getattr(c, name), getattr(back, name))
+        if name not in ("dropout", "generation") and not _close(getattr(a, name), getattr(b, name))
     ]
 
 

@@ -1,4 +1,4 @@
-"""GGUF files (llama.cpp's format), versions 2 and 3: metadata, and tensors that are dequantised when read.
+"""Reads GGUF files (llama.cpp's format), versions 2 and 3: metadata, and tensors that are dequantised when read.
 
 A file is a header (magic, version, counts), the metadata as typed key-value pairs, the table of tensors,
 then the data, every tensor aligned. A quantised row is a sequence of blocks of 32 or 256 values.
@@ -18,11 +18,7 @@ from typing import Any, BinaryIO, NoReturn
 import ml_dtypes
 import numpy as np
 
-from nanoflax import nn
-from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.hf.families import family_of_type
-from nanoflax.hf.family import Family, to_config
 from nanoflax.hf.safetensors_io import Slices, Tensor, is_impossible, raise_problems
 
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
@@ -198,111 +194,3 @@ def _type(number: int) -> tuple[str, int, int]:
     except ValueError:  # unknown to the package
         return str(number), 1, 1
     return kind.name, *GGML_QUANT_SIZES[kind]
-
-
-# llama.cpp's names of the tensors and of the metadata.
-
-_KEYS = {"embed": "token_embd", "decoder/norm": "output_norm", "unembed": "output"} | {
-    f"decoder/block_{{i}}/{ours}": theirs
-    for ours, theirs in {
-        "norm_attention": "blk.{i}.attn_norm", "norm_mlp": "blk.{i}.ffn_norm",
-        "attention/query": ("blk.{i}.attn_q", "rotary_pairs"), "attention/key": ("blk.{i}.attn_k", "rotary_pairs"),
-        "attention/value": "blk.{i}.attn_v", "attention/out": "blk.{i}.attn_output",
-        "mlp/up": "blk.{i}.ffn_up", "mlp/gate": "blk.{i}.ffn_gate",
-        "mlp/down": "blk.{i}.ffn_down"}.items()}  # fmt: skip
-_FIELDS = {"max_position_embeddings": "context_length", "hidden_size": "embedding_length",
-           "num_hidden_layers": "block_count", "intermediate_size": "feed_forward_length",
-           "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
-           "head_dim": "attention.key_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-           "rope_theta": "rope.freq_base"}  # fmt: skip
-
-
-_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
-_OWN_FIELDS = {"attention_scale": "attention.scale", "embed_scale": "embedding_scale",
-               "attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping",
-               "window": "attention.sliding_window"}  # fmt: skip
-# Metadata that changes the model and that is not computed here, with the values that change nothing.
-_UNSUPPORTED = {"logit_scale": (0, 1), "residual_scale": (0, 1), "expert_count": (0,), "attention.clamp_kqv": (0,),
-                "attention.max_alibi_bias": (0,), "attention.causal": (True,), "use_parallel_residual": (False,),
-                "rope.scaling.attn_factor": (0, 1), "rope.scaling.type": ("none", "linear")}  # fmt: skip
-
-
-def _refuse_unsupported(metadata: dict[str, Any], path: str | os.PathLike) -> None:
-    """Raises: UserError naming all metadata that changes a llama model and is not supported."""
-    found = {f"llama.{name}": values for name, values in _UNSUPPORTED.items() if f"llama.{name}" in metadata}
-    raise_problems(
-        path,
-        [
-            f"{name}={metadata[name]!r} is not supported; it must be {' or '.join(map(str, values))}"
-            for name, values in found.items()
-            if metadata[name] not in values
-        ],
-    )
-
-
-def _own_fields(metadata, path):
-    """Fields of ModelConfig that a llama model of Transformers does not have; 0 in the metadata means none."""
-    found = {field: metadata.get(f"llama.{name}", 0) for field, name in _OWN_FIELDS.items()}
-    raise_problems(
-        path,
-        [
-            f"llama.{_OWN_FIELDS[field]}={value!r} must be a number, 0 or above"
-            for field, value in found.items()
-            if type(value) not in ((int,) if field == "window" else (int, float)) or not value >= 0
-        ],
-    )
-    return {field: value for field, value in found.items() if value}
-
-
-def _rope_scaling(metadata: dict[str, Any], divisors: np.ndarray | None, path: str | os.PathLike) -> dict | None:
-    """rope_scaling as in a config.json. divisors: of the rotary rates, as in Llama 3.1.
-
-    A factor without a type is linear, as in llama.cpp; the first files name it rope.scale_linear.
-    """
-    factor = metadata.get("llama.rope.scaling.factor") or metadata.get("llama.rope.scale_linear") or 1.0
-    is_scaled = factor != 1 and metadata.get("llama.rope.scaling.type") != "none"
-    if divisors is None:
-        return {"rope_type": "linear", "factor": factor} if is_scaled else None
-    if is_scaled:
-        raise UserError(f"{path}: llama.rope.scaling.factor={factor} with rope_freqs.weight is not supported")
-    return {
-        "rope_type": "llama3",
-        "factor": float(divisors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": metadata.get("llama.rope.scaling.original_context_length", 8192),
-    }
-
-
-def open_gguf_model(path: str | os.PathLike) -> tuple[Family, ModelConfig, dict[str, Tensor | QuantizedTensor]]:
-    """The family, configuration and tensors of a GGUF file of llama type. Raises: UserError."""
-    metadata, tensors = open_gguf(path)
-    kind = metadata.get("general.architecture")
-    if kind != "llama":
-        raise UserError(
-            f"{path}: general.architecture={kind!r} is not supported; supported is "
-            "llama (Llama, Mistral, SmolLM2 and similar models)"
-        )
-    _refuse_unsupported(metadata, path)
-    hf = {field: metadata[f"llama.{name}"] for field, name in _FIELDS.items() if f"llama.{name}" in metadata}
-    if "token_embd.weight" in tensors:
-        hf["vocab_size"] = tensors["token_embd.weight"].shape[0]
-    hf["tie_word_embeddings"] = "output.weight" not in tensors
-    hf |= {field: name in tensors for field, name in _BIASES.items()}
-    divisors = tensors.pop("rope_freqs.weight", None)  # divide the rotary rates, as Llama 3.1 scales them
-    divisors = None if divisors is None else divisors.read()
-    hf["rope_scaling"] = _rope_scaling(metadata, divisors, path)
-    family = dataclasses.replace(family_of_type("llama"), keys=_KEYS)
-    config = to_config(family, hf, "lm", len(tensors) + 1)
-    config = dataclasses.replace(config, **_own_fields(metadata, path))
-    if divisors is not None:
-        expected = nn.base_rates(config.rope.theta, config.K) / nn.rotary_rates(config.rope, config.K)
-        if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
-            raise UserError(
-                f"{path}: rope_freqs.weight must have the values of Llama 3.1 to 3.3, with a context of "
-                f"{config.rope.context} in training"
-            )
-    rotated = metadata.get("llama.rope.dimension_count", config.K)
-    if rotated != config.K:
-        raise UserError(f"{path}: llama.rope.dimension_count={rotated} must be the head's size, {config.K}")
-    return family, config, tensors

@@ -39,7 +39,8 @@ class TensorMapping:
         last = sum(shape[-1] for _, shape in self.parts.values())
         if self.layout == "row":
             return (1, *rest, last)
-        return (*rest, last) if self.layout in ("same", "fused_columns") else (last, *reversed(rest))
+        is_same = self.layout in ("same", "fused_columns", "plus_one")
+        return (*rest, last) if is_same else (last, *reversed(rest))
 
     def read(self, tensor: Tensor | QuantizedTensor, part: int, index: Slices, K: int) -> np.ndarray:
         """Our parameter number `part`, or the part of it that a tuple of slices selects; K: the size of a head."""
@@ -51,6 +52,8 @@ class TensorMapping:
             return tensor.read((slice(None), *rest, last))[0]
         if self.layout in ("same", "fused_columns"):
             return tensor.read((*rest, shifted))
+        if self.layout == "plus_one":
+            return tensor.read((*rest, last)).astype(np.float32) - 1
         if self.layout in ("transposed", "fused"):
             return tensor.read((shifted, *reversed(rest))).T
         x = tensor.read()
@@ -67,13 +70,16 @@ class TensorMapping:
             return arrays[0][None]
         if self.layout in ("same", "fused_columns"):
             return np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0]
+        if self.layout == "plus_one":
+            return arrays[0].astype(np.float32) + 1
         arrays = [x.T for x in arrays]
         if self.layout in ("transposed", "fused"):
             return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
         if self.layout == "fused_by_head":
             heads = [x.reshape(-1, K, *x.shape[1:]) for x in arrays]
             return np.stack(heads, 1).reshape(-1, *arrays[0].shape[1:])
-        raise ValueError(f"the layout {self.layout} can be read but not written")
+        x = arrays[0]  # rotary_pairs
+        return x.reshape(-1, 2, K // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
 def tensor_mapping(family: Family, config: ModelConfig) -> list[TensorMapping]:

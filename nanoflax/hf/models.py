@@ -19,7 +19,8 @@ from nanoflax.hf import safetensors_io
 from nanoflax.hf.families import family_of_config, family_of_type
 from nanoflax.hf.family import Family, differences, from_config, head_of, to_config
 from nanoflax.hf.generation import read_generation, write_generation
-from nanoflax.hf.gguf import QuantizedTensor, open_gguf_model
+from nanoflax.hf.gguf import QuantizedTensor
+from nanoflax.hf.gguf_architectures import open_gguf_model
 from nanoflax.hf.layouts import TensorMapping, parameter_shapes, shape_problems, tensor_mapping
 from nanoflax.nn import build, without_padding
 
@@ -39,7 +40,7 @@ def load(
 
     Args:
       source: a directory with config.json and safetensors, a hub name ("owner/name", through the
-        huggingface_hub package and its cache), or a .gguf file of llama type, which is dequantised.
+        huggingface_hub package and its cache), or a .gguf file, which is dequantised.
       dtype: of the parameters; None keeps the dtype of each tensor, but float64 becomes float32.
       mesh: where the parameters are sharded, by default the mesh of `jax.set_mesh`; each host reads only
         its shards.

@@ -4,6 +4,7 @@ from nanoflax.tokenizers.base import Framing, Tokenizer, well_formed
 from nanoflax.tokenizers.chat import chat_ids, chat_prompt, show_mask, stop_ids, with_date, with_plain_template
 from nanoflax.tokenizers.export import to_huggingface, token_ids
 from nanoflax.tokenizers.framing import align_tags, continuation_ids, prompt_ids, word_tags
+from nanoflax.tokenizers.gguf import to_gguf
 from nanoflax.tokenizers.huggingface import from_gguf
 from nanoflax.tokenizers.loading import check_fits, load, parse
 from nanoflax.tokenizers.prompts import bucket, check_prompts, pad_left, request_of
@@ -15,5 +16,5 @@ __all__ = [
     "ByteTokenizer", "Framing", "SentencePieceTokenizer", "StreamingDecoder", "Tokenizer", "TokenizerWithSentinels",
     "align_tags", "bucket", "chat_ids", "chat_prompt", "check_fits", "check_prompts", "continuation_ids",
     "decode_parts", "from_gguf", "load", "pad_left", "parse", "prompt_ids", "request_of", "show_mask", "stop_ids",
-    "to_huggingface", "token_ids", "train_sentencepiece", "well_formed", "with_date", "with_plain_template",
+    "to_gguf", "to_huggingface", "token_ids", "train_sentencepiece", "well_formed", "with_date", "with_plain_template",
     "word_tags"]  # fmt: skip

@@ -157,6 +157,10 @@ class HFTokenizer(FileTokenizer):
         at = framed.sequence_ids.index(0)
         return tuple(framed.ids[:at]), tuple(framed.ids[at + 1 :])
 
+    def contents(self) -> tuple[specs.Spec, specs.Roles]:
+        """A tokenizer.json with all special tokens, and {role: special token}."""
+        return self._spec_with_special_tokens(), self._roles
+
     def token_ids(self) -> dict[str, int]:
         """{token: id} of the vocabulary, with special tokens."""
         names = {alias: token for token, alias in self._aliases.items()}

@@ -67,7 +67,7 @@ MAX_EXTRA = 10_000  # sentinels; T5 has 100
 MAX_PIECE = 1_000  # characters of a piece of SentencePiece, which has 16 by default; merges take time in their square
 
 
-_GGUF_ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id",
+GGUF_ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id",
                "sep": "seperator_token_id", "mask": "mask_token_id"}  # fmt: skip
 # Tokens that end a reply besides eos: of a turn, of a message, and of an infilled part.
 _GGUF_ENDS = ("eot_token_id", "eom_token_id", "fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id")
@@ -112,7 +112,7 @@ def from_gguf(metadata: dict[str, Any], name: str) -> tuple[Spec, Config, Config
     usual = {"unk": 0, "bos": 1, "eos": 2} if kind == "llama" else {}
     usual = {role: i for role, i in usual.items() if get("token_type")[i : i + 1] in ([UNKNOWN], [CONTROL])}
     roles: Roles = {
-        role: tokens[i] for role, key in _GGUF_ROLES.items() if (i := token_id(key, usual.get(role))) is not None
+        role: tokens[i] for role, key in GGUF_ROLES.items() if (i := token_id(key, usual.get(role))) is not None
     }
     ends = [i for key in _GGUF_ENDS if (i := token_id(key)) is not None]
     config: Config = {f"{role}_token": token for role, token in roles.items()}

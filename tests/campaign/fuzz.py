@@ -70,13 +70,13 @@ def open_safetensors(directory):
 
 def open_gguf(directory):
     from nanoflax import hf, tokenizers
-    from nanoflax.hf import gguf
+    from nanoflax.hf import gguf_architectures
 
     path = directory / "model.gguf"
     if found := ignore_refusal(hf.open_gguf, path):
         read_tensors(found[1])
         use_tokenizer(ignore_refusal(tokenizers.from_gguf, found[0]))
-        ignore_refusal(gguf.open_gguf_model, path)
+        ignore_refusal(gguf_architectures.open_gguf_model, path)
 
 
 def open_config(directory):

@@ -1,0 +1,153 @@
+"""Writes models as GGUF files, which llama.cpp and programs like it open."""
+
+import collections
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import traverse_util
+
+from nanoflax import tokenizers
+from nanoflax.config import ModelConfig
+from nanoflax.errors import UserError
+from nanoflax.hf.gguf_architectures import ROPE_FREQS, describe, rope_divisors
+from nanoflax.hf.layouts import parameter_shapes, shape_problems, tensor_mapping
+from nanoflax.hf.safetensors_io import raise_problems
+from nanoflax.nn import without_padding
+
+GGUF_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}  # type -> general.file_type
+_F16_MAX = 65504.0
+
+
+class GGUFSummary(NamedTuple):
+    """What `save_gguf` has written. tensors: their number by type."""
+
+    architecture: str
+    tensors: dict[str, int]
+    nbytes: int
+
+
+def save_gguf(
+    path: str | os.PathLike,
+    config: ModelConfig,
+    params: dict[str, Any],
+    tokenizer: Any = None,
+    kind: str = "F16",
+    name: str | None = None,
+) -> GGUFSummary:
+    """Write a model as one .gguf file; one tensor at a time is in memory in addition to the parameters.
+
+    Rows of config.vocab_padding are left out. The file has its name when it is complete.
+
+    Args:
+      params: of `nanoflax.build(config)`, without adapters.
+      tokenizer: its vocabulary, special tokens and chat template are written too.
+      kind: F32, F16 or Q8_0 (blocks of 32 numbers of 8 bits with one scale). Vectors and routers are F32 always,
+        and a matrix whose rows Q8_0 does not divide is F16.
+      name: general.name; by default the name of the file.
+    Raises: UserError if GGUF cannot express the model or its tokenizer, params are not of this configuration, a number
+      is not finite or too large for F16, or the file cannot be written.
+    """
+    path = pathlib.Path(path)
+    if kind not in GGUF_TYPES:
+        raise UserError(f"GGUF type {kind!r} must be {', '.join(GGUF_TYPES)}")
+    if path.suffix != ".gguf" or path.is_dir():
+        raise UserError(f"{path} must be the name of a .gguf file")
+    config, params = without_padding(config, params)
+    architecture, metadata = describe(config)
+    flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
+    if adapters := sorted(leaf for leaf in flat if "/lora_" in leaf):
+        raise UserError(
+            f"the parameters have adapters ({adapters[0]}, ...), which GGUF files of models do not hold; merge them "
+            "first: nanoflax.peft.merge(params)"
+        )
+    raise_problems("params", shape_problems(flat, parameter_shapes(config)))
+    if tokenizer is not None:
+        metadata |= tokenizers.to_gguf(tokenizer, config.vocab_size)
+    metadata = {"general.type": "model", "general.name": name or path.stem} | metadata
+
+    mappings = tensor_mapping(architecture.family_for(config), config)
+    tensors: list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]] = [
+        (mapping.name, mapping.shape, lambda mapping=mapping: mapping.join(flat, config.K)) for mapping in mappings
+    ]
+    if config.rope.scaling == "llama3":
+        tensors.append((ROPE_FREQS, (config.K // 2,), lambda: rope_divisors(config)))
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            counts = _write(part, architecture.name, metadata, tensors, kind)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    return GGUFSummary(architecture.name, counts, path.stat().st_size)
+
+
+def _write(path: pathlib.Path, architecture: str, metadata, tensors, kind: str) -> dict[str, int]:
+    """Write the file. Returns the number of tensors of each type."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_file_type(gguf.LlamaFileType[GGUF_TYPES[kind]])
+    if kind == "Q8_0":
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for key, value in metadata.items():
+        writer.add_key_value(key, value, _type_of(value))
+    kinds = [_kind(name, shape, kind) for name, shape, _ in tensors]
+    for (name, shape, _), own in zip(tensors, kinds, strict=True):
+        writer.add_tensor_info(name, *_announced(shape, own))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for (name, _, read), own in zip(tensors, kinds, strict=True):
+            writer.write_tensor_data(_encode(name, read(), own))
+        for file in writer.fout or ():
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        writer.close()
+    return dict(collections.Counter(kinds))
+
+
+def _type_of(value: Any) -> Any:
+    from gguf import GGUFValueType
+
+    kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
+    return GGUFValueType[kinds[type(value)]]
+
+
+def _kind(name: str, shape: tuple[int, ...], kind: str) -> str:
+    if len(shape) == 1 or ".ffn_gate_inp" in name:
+        return "F32"
+    return "F16" if kind == "Q8_0" and shape[-1] % 32 else kind
+
+
+def _announced(shape: tuple[int, ...], kind: str) -> tuple[Any, ...]:
+    """The arguments of GGUFWriter.add_tensor_info after the name."""
+    from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
+
+    number = GGMLQuantizationType[kind]
+    if kind == "Q8_0":
+        stored = quant_shape_to_byte_shape(shape, number)
+        return stored, np.dtype(np.uint8), int(np.prod(stored)), number
+    dtype = np.dtype({"F32": np.float32, "F16": np.float16}[kind])
+    return shape, dtype, int(np.prod(shape)) * dtype.itemsize, number
+
+
+def _encode(name: str, x: np.ndarray, kind: str) -> np.ndarray:
+    """The tensor as the file has it. Raises: UserError for a number that the type does not have."""
+    from gguf import GGMLQuantizationType, quants
+
+    x = np.ascontiguousarray(x, np.float32)
+    largest = np.abs(x).max(initial=0)
+    limit = {"F32": np.inf, "F16": _F16_MAX, "Q8_0": 127 * _F16_MAX}[kind]
+    if not np.isfinite(largest) or largest > limit:
+        raise UserError(f"{name} has a number of size {largest}, which {kind} does not have")
+    if kind == "Q8_0":
+        return quants.quantize(x, GGMLQuantizationType.Q8_0)
+    return x.astype(np.float16) if kind == "F16" else x
