@@ -178,6 +178,7 @@ def test_presets_have_the_published_sizes(name, parameters):
         dict(architecture="lstm"),
         dict(architecture="encoder", head="tag"),
         dict(architecture="encoder", head="classify"),
+        dict(architecture="decoder", embed_dim=64, norm_scale=False, parallel=True, shared_norm=True),
     ],
 )
 def test_other_architectures_are_planned(model):

@@ -53,6 +53,19 @@ MODELS = {
         attention_softcap=5.0,
     ),
     "parallel": SMALL | dict(parallel=True, positions="rotary", rope=RopeConfig(fraction=0.5)),
+    "shared-norm": SMALL
+    | dict(
+        positions="rotary",
+        rope=RopeConfig(interleaved=True, reversed=True),
+        nope_layers=(1,),
+        parallel=True,
+        shared_norm=True,
+        norm_scale=False,
+        norm_bias=False,
+        qk_norm="each_head",
+        residual_scale=0.5,
+        embed_dim=24,
+    ),
     "bert": SMALL | dict(architecture="encoder", head="tag", norm_place="post", embed_norm=True),
     "t5": SMALL
     | dict(architecture="encoder_decoder", decoder_layers=2, positions="relative", norm="rmsnorm", bias=False),
