@@ -22,9 +22,10 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embedding = Embedding(c.vocab_size, c.embed_dim or c.dim, self.compute_dtype, name="embed")
+        width = c.embed_dim or c.dim
+        self.embedding = Embedding(c.vocab_size, width, self.compute_dtype, name="embed")
         if c.projects_embeddings:
-            self.project_in, self.project_out = Linear(c.dim, bias=False), Linear(c.embed_dim, bias=False)
+            self.project_in, self.project_out = Linear(c.dim, bias=False), Linear(width, bias=False)
         if c.head in ("lm", "mlm"):
             if not c.tied:
                 self.unembed = Linear(c.vocab_size, bias=False, padding=c.vocab_padding)
