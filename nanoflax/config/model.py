@@ -32,6 +32,7 @@ POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves", "rotary", "relative",
 LSTM_ATTENTIONS = ("additive", "multiplicative")
 LSTM_STARTS = ("encoder", "zeros")
 BOTTLENECKS = ("none", "mean", "first")
+POOLINGS = ("first", "mean")
 DTYPES = ("auto", "float32", "bfloat16")
 ATTENTION_BACKENDS = ("auto", "plain", "cudnn", "splash")
 
@@ -52,6 +53,8 @@ class ModelConfig:
     context: int = field(256, "Largest T, and largest S of a source.", unit="tokens", at_least=1)
     layers: int = field(4, "L, the number of blocks; for an encoder-decoder of its encoder.", at_least=1)
     decoder_layers: int | None = field(None, "Blocks of an encoder-decoder's decoder; none: L.", at_least=1)
+    decoder_heads: int | None = field(None, "Query heads of an encoder-decoder's decoder; none: H.", at_least=1)
+    decoder_mlp_dim: int | None = field(None, "F of an encoder-decoder's decoder; none: as the encoder.", at_least=1)
     dim: int = field(256, "D, the width of the model.", at_least=1)
     heads: int = field(4, "H, the query heads.", at_least=1)
     kv_heads: int | None = field(None, "G, the key and value heads; none: H, 1: multi-query attention.", at_least=1)
@@ -76,6 +79,7 @@ class ModelConfig:
     norm_eps: float = field(1e-5, "Added to the variance in a norm.", above=0)
     norm_place: str = field("pre", "Where the norms of a block are: see nn.blocks.Block.", choices=NORM_PLACES)
     norm_scale: bool = field(True, "A norm has a scale.")
+    first_norm: bool = field(True, "The first block has a norm before its attention (ModernBERT: none).")
     norm_unit_offset: bool = field(False, "A norm's scale is 1 + its parameter (Gemma).")
     embed_norm: bool = field(False, "A norm directly after the embeddings (BERT, BART).")
     qk_norm: str = field(
@@ -123,7 +127,17 @@ class ModelConfig:
     class_names: tuple[str, ...] = field((), "Names of the classes, in the order of the head's outputs.")
     multi_label: bool = field(False, "classify: a text may have several classes, or none.")
     mlm_transform: bool = field(True, "mlm: a Linear, the activation and a norm before the output layer (BERT).")
-    pooler: bool = field(False, "A Linear and an activation on the first state; always in an encoder with classify.")
+    label_transform: bool = field(
+        False, "classify, tag: a Linear, an activation and a norm before the Linear over classes (ModernBERT)."
+    )
+    transform_activation: str | None = field(
+        None, "The activation of mlm_transform and label_transform; none: model.activation.", choices=ACTIVATIONS
+    )
+    transform_bias: bool = field(True, "The Linear of mlm_transform and label_transform has a bias.")
+    pooling: str = field("first", "The state of a text in an encoder with classify.", choices=POOLINGS)
+    pooler: bool = field(
+        False, "A Linear and an activation on the state of a text; always with classify without label_transform."
+    )
     pooler_activation: str = field("tanh", "Activation of the pooler.", choices=ACTIVATIONS)
     token_types: int = field(0, "Kinds of input segment (BERT: 2).", at_least=0)
     tied: bool = field(True, "The output head is the transposed embedding.")
@@ -175,9 +189,20 @@ class ModelConfig:
         return self.layers if self.decoder_layers is None else self.decoder_layers
 
     @property
+    def decoder(self) -> "ModelConfig":
+        """The settings of the blocks of an encoder-decoder's decoder."""
+        heads, F = self.decoder_heads or self.heads, self.decoder_mlp_dim or self.mlp_dim
+        return dataclasses.replace(self, heads=heads, mlp_dim=F)
+
+    @property
     def has_pooler(self) -> bool:
-        """Whether there is a Linear and an activation between the first state and the head."""
-        return self.pooler or self.head == "classify" and not self.is_causal
+        """Whether there is a Linear and an activation between the state of a text and the head."""
+        return self.pooler or self.head == "classify" and not (self.is_causal or self.label_transform)
+
+    @property
+    def has_transform(self) -> bool:
+        """Whether there is a Linear, an activation and a norm between an encoder's states and its head."""
+        return self.mlm_transform if self.head == "mlm" else self.label_transform and self.head in ("classify", "tag")
 
     @property
     def is_regression(self) -> bool:
@@ -266,10 +291,17 @@ class ModelConfig:
             found.append(
                 f"model.vocab_padding={m.vocab_padding} must be from 0 to below model.vocab_size={m.vocab_size}"
             )
-        if m.head_dim is None and m.dim % m.heads:
-            found.append(f"model.heads={m.heads} does not divide model.dim={m.dim}; change one or set model.head_dim")
-        if m.heads % m.G:
-            found.append(f"model.kv_heads={m.G} does not divide model.heads={m.heads}")
+        for name, side in [("heads", m), *([("decoder_heads", m.decoder)] if m.decoder_heads else [])]:
+            if m.head_dim is None and m.dim % side.heads:
+                found.append(
+                    f"model.{name}={side.heads} does not divide model.dim={m.dim}; change one or set model.head_dim"
+                )
+            if side.heads % side.G:
+                found.append(f"model.kv_heads={side.G} does not divide model.{name}={side.heads}")
+        if (m.decoder_heads or m.decoder_mlp_dim) and not m.cross_layers:
+            found.append(f"model.decoder_heads and model.decoder_mlp_dim are not for {m.architecture!r}")
+        if not m.first_norm and m.norm_place != "pre":
+            found.append(f"model.first_norm=false needs model.norm_place='pre', not {m.norm_place!r}")
         if m.positions == "rotary" and (m.rotary_dim % 2 or m.rotary_dim < 2):
             part = "" if m.rope.fraction == 1 else f" times model.rope.fraction={m.rope.fraction}"
             found.append(f"model.head_dim={m.K}{part} must be even for rotary positions")

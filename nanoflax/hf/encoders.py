@@ -8,7 +8,7 @@ import dataclasses
 from nanoflax.errors import UserError
 from nanoflax.hf.decoders import LLAMA
 from nanoflax.hf.family import Family, under
-from nanoflax.hf.rope import write_rope
+from nanoflax.hf.rope import read_layers, read_rope, write_layers, write_rope
 
 _BERT = Family(
     model_type="bert",
@@ -102,11 +102,16 @@ _DISTILBERT = Family(
     base="distilbert.")  # fmt: skip
 
 
+_POOLINGS = {"bos": "first", "cls": "first", "mean": "mean"}  # Transformers' name: ours
+
+
 def _read_eurobert(hf):
     pooling = hf.get("classifier_pooling", "late")
-    if "EuroBertForSequenceClassification" in (hf.get("architectures") or []) and pooling != "bos":
-        raise UserError(f"classifier_pooling={pooling!r} is not supported; it must be 'bos', the first state")
-    return LLAMA.read(hf) | {"head_bias": hf["mlp_bias"]}
+    if "EuroBertForSequenceClassification" in (hf.get("architectures") or []) and pooling not in ("bos", "mean"):
+        raise UserError(
+            f"classifier_pooling={pooling!r} is not supported; it must be 'bos', the first state, or 'mean'"
+        )
+    return LLAMA.read(hf) | {"head_bias": hf["mlp_bias"], "pooling": _POOLINGS.get(pooling, "first")}
 
 
 _EUROBERT = dataclasses.replace(
@@ -118,7 +123,63 @@ _EUROBERT = dataclasses.replace(
     preset=LLAMA.preset | dict(architecture="encoder", mlm_transform=False, pooler_activation="gelu"),
     defaults=LLAMA.defaults | {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192},
     read=_read_eurobert,
-    write=lambda c: write_rope(c) | {"classifier_pooling": "bos"})  # fmt: skip
+    write=lambda c: write_rope(c) | {"classifier_pooling": "bos" if c.pooling == "first" else "mean"})  # fmt: skip
 
 
-ENCODERS = [_BERT, _ROBERTA, _DISTILBERT, _EUROBERT]
+def _read_modernbert(hf):
+    rope, local = hf.get("rope_parameters") or {}, hf["local_rope_theta"] or hf["global_rope_theta"]
+    if set(rope) - {"full_attention", "sliding_attention"} or (hf.get("rope_scaling") or {}).get("factor"):
+        raise UserError("rope_parameters must be of full_attention and sliding_attention, and rope_scaling null")
+    # A query sees this many tokens on each side, and itself.
+    side = hf.get("sliding_window", hf["local_attention"] // 2)
+    every = hf["global_attn_every_n_layers"]
+    return (
+        read_rope(hf | {"rope_theta": hf["global_rope_theta"], "rope_local_base_freq": local})
+        | read_layers(hf | {"sliding_window": side + 1}, lambda i: f"{'sliding' if i % every else 'full'}_attention")
+        | {"out_bias": hf["attention_bias"], "pooling": _POOLINGS[hf["classifier_pooling"]]}
+    )
+
+
+def _write_modernbert(c):
+    scaling = write_rope(c)["rope_scaling"] or {"rope_type": "default"}
+    local = c.rope.theta if c.rope.local_theta is None else c.rope.local_theta
+    return {
+        "layer_types": write_layers(c)["layer_types"],
+        "local_attention": 2 * (c.window - 1) if c.window else 128,
+        "rope_parameters": {"full_attention": scaling | {"rope_theta": c.rope.theta},
+                            "sliding_attention": {"rope_type": "default", "rope_theta": local}},
+        "global_rope_theta": c.rope.theta, "local_rope_theta": local,  # Transformers 4 reads these
+        "classifier_pooling": "cls" if c.pooling == "first" else "mean",
+        "embedding_dropout": c.dropout, "classifier_dropout": c.dropout, "attention_dropout": 0.0,
+    }  # fmt: skip
+
+
+_MODERNBERT = Family(
+    model_type="modernbert",
+    classes={"none": ("ModernBertModel",), "mlm": ("ModernBertForMaskedLM",),
+             "classify": ("ModernBertForSequenceClassification",), "tag": ("ModernBertForTokenClassification",)},
+    keys={"embed": "model.embeddings.tok_embeddings", "encoder/embed_norm": "model.embeddings.norm",
+          "encoder/norm": "model.final_norm", "transform": "head.dense", "norm_transform": "head.norm",
+          "unembed": "decoder", "logit_bias": ("decoder.bias", "same"), "labels": "classifier",
+          **under("encoder/block_{i}", "model.layers.{i}", {
+              "norm_attention": "attn_norm", "norm_mlp": "mlp_norm", "attention/query": ("attn.Wqkv", "fused", 0),
+              "attention/key": ("attn.Wqkv", "fused", 1), "attention/value": ("attn.Wqkv", "fused", 2),
+              "attention/out": "attn.Wo", "mlp/gate": ("mlp.Wi", "fused", 0), "mlp/up": ("mlp.Wi", "fused", 1),
+              "mlp/down": "mlp.Wo"})},
+    fields={"vocab_size": "vocab_size", "max_position_embeddings": "context", "num_hidden_layers": "layers",
+            "hidden_size": "dim", "num_attention_heads": "heads", "intermediate_size": "mlp_dim",
+            "hidden_activation": "activation", "norm_eps": "norm_eps", "norm_bias": "norm_bias",
+            "attention_bias": "qkv_bias", "mlp_bias": "mlp_bias", "decoder_bias": "head_bias",
+            "classifier_bias": "transform_bias", "classifier_activation": "transform_activation",
+            "tie_word_embeddings": "tied", "mlp_dropout": "dropout"},
+    preset=dict(architecture="encoder", positions="rotary", gated=True, embed_norm=True, first_norm=False,
+                label_transform=True),
+    defaults={"max_position_embeddings": 8192, "hidden_activation": "gelu", "norm_eps": 1e-5, "norm_bias": False,
+              "attention_bias": False, "mlp_bias": False, "decoder_bias": True, "classifier_bias": False,
+              "classifier_activation": "gelu", "classifier_pooling": "cls", "tie_word_embeddings": True,
+              "mlp_dropout": 0.0, "local_attention": 128, "global_attn_every_n_layers": 3,
+              "global_rope_theta": 160_000.0, "local_rope_theta": 10_000.0},
+    only={"classifier_pooling": ("cls", "mean")},
+    read=_read_modernbert, write=_write_modernbert, base="model.")  # fmt: skip
+
+ENCODERS = [_BERT, _ROBERTA, _DISTILBERT, _EUROBERT, _MODERNBERT]

@@ -254,17 +254,22 @@ def canonical(config: ModelConfig) -> ModelConfig:
     elif not c.class_names:  # the names that Transformers gives to classes without names
         c = dataclasses.replace(c, class_names=tuple(f"LABEL_{i}" for i in range(c.labels)))
     if c.head != "classify":
-        unused += ["multi_label"]
+        unused += ["multi_label", "pooling"]
     if c.head != "mlm":
         unused += ["mlm_transform"]
+    if not c.has_transform:
+        unused += ["transform_bias"]
+    if c.head not in ("classify", "tag"):
+        unused += ["label_transform"]
     if not c.has_pooler:
         unused += ["pooler_activation"]
     if c.head not in ("lm", "mlm"):
         unused += ["tied", "head_bias", "logit_softcap", "logit_scale"]
     if c.cross_layers:
-        c = dataclasses.replace(c, decoder_layers=c.cross_layers)
+        side = c.decoder
+        c = dataclasses.replace(c, decoder_layers=c.cross_layers, decoder_heads=side.heads, decoder_mlp_dim=side.F)
     else:
-        unused += ["decoder_layers", "start_id"]
+        unused += ["decoder_layers", "decoder_heads", "decoder_mlp_dim", "start_id"]
     biases = {f"{part}_bias": c.has_bias(part) for part in ("qkv", "out", "mlp", "norm")}
     if c.norm == "rmsnorm":
         biases["norm_bias"] = False
@@ -279,6 +284,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
         window=window,
         layer_types=types,
         pooler=c.has_pooler,
+        transform_activation=(c.transform_activation if c.has_transform else None) or c.activation,
         attention_scale=c.attention_scale or c.K**-0.5,
         **{name: getattr(default, name) for name in unused},
     )

@@ -68,7 +68,8 @@ class Block(nn.Module):
         elif c.F:
             self.mlp = MLP(c.F, c.activation, c.gated, c.has_bias("mlp"), out_stddev, c.swiglu)
         self.drop = nn.Dropout(c.dropout)
-        for name in ["attention"] + ["cross"] * self.cross + ["mlp"] * (self.has_mlp and not c.shared_norm):
+        first = self.layer > 0 or c.first_norm
+        for name in ["attention"] * first + ["cross"] * self.cross + ["mlp"] * (self.has_mlp and not c.shared_norm):
             setattr(self, f"norm_{name}", norm(c))
             if c.norm_place == "sandwich":
                 setattr(self, f"norm_{name}_out", norm(c))
@@ -107,7 +108,7 @@ class Block(nn.Module):
         return self.cross_attention.keys_values(source)
 
     def _before(self, name, x):
-        normed = self.config.norm_place in ("pre", "sandwich")
+        normed = self.config.norm_place in ("pre", "sandwich") and hasattr(self, f"norm_{name}")
         return getattr(self, f"norm_{name}")(x) if normed else x
 
     def _adapt(self, name, h):

@@ -14,7 +14,7 @@ from nanoflax.errors import UserError
 from nanoflax.nn.arrays import Array, Logits, Source, SourceMask, States, Tokens
 from nanoflax.nn.attention import Attention, LayerCache, attention_weights
 from nanoflax.nn.blocks import Stack, empty_cache, norm
-from nanoflax.nn.language_model import LanguageModel, SourceModel, empty_delay
+from nanoflax.nn.language_model import LanguageModel, SourceModel, empty_delay, mean_pool
 from nanoflax.nn.layers import Embedding, Linear, activate
 from nanoflax.nn.losses import shift_right
 from nanoflax.nn.lstm import AttentionLSTM
@@ -103,9 +103,9 @@ class Encoder(LanguageModel):
             self.type_embed = Embedding(c.token_types, c.dim, self.compute_dtype)
         if c.has_pooler:
             self.pooler = Linear(c.dim)
-        if c.head == "mlm" and c.mlm_transform:
-            self.transform, self.norm_transform = Linear(c.dim), norm(c)
-        elif c.head in ("classify", "tag"):
+        if c.has_transform:
+            self.transform, self.norm_transform = Linear(c.dim, c.transform_bias), norm(c)
+        if c.head in ("classify", "tag"):
             self.labels = Linear(c.labels)
 
     def __call__(
@@ -130,7 +130,7 @@ class Encoder(LanguageModel):
         if head == "none":
             return x
         if head == "classify":
-            x = self.pool(x)
+            x = self.pool(x, padding_mask)
         return self.labels(self.drop(x, deterministic=deterministic)).astype(jnp.float32)
 
     def hidden(
@@ -147,13 +147,18 @@ class Encoder(LanguageModel):
             x += self.type_embed(jnp.zeros_like(tokens) if token_types is None else token_types)
         segments = None if padding_mask is None else padding_mask.astype(jnp.int32)
         x, _ = self.encoder(x, segments, deterministic=deterministic)
-        if c.head == "mlm" and c.mlm_transform:
-            x = self.norm_transform(activate(c.activation, self.transform(x)))
-        return x * c.logit_scale
+        return (self._transformed(x) if c.has_transform and c.head != "classify" else x) * c.logit_scale
 
-    def pool(self, x: States) -> Float[Array, "B D"]:
-        """The first state through the pooler's Linear and activation."""
-        return activate(self.config.pooler_activation, self.pooler(x[:, 0]))
+    def pool(self, x: States, padding_mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B D"]:
+        """The state of each text, config.pooling of its states, through the pooler or the transform."""
+        c = self.config
+        mask = jnp.ones(x.shape[:2], bool) if padding_mask is None else padding_mask
+        x = mean_pool(x, mask) if c.pooling == "mean" else x[:, 0]
+        return activate(c.pooler_activation, self.pooler(x)) if c.has_pooler else self._transformed(x)
+
+    def _transformed(self, x):
+        activation = self.config.transform_activation or self.config.activation
+        return self.norm_transform(activate(activation, self.transform(x)))
 
 
 class EncoderDecoder(SourceModel):
@@ -163,7 +168,7 @@ class EncoderDecoder(SourceModel):
         super().setup()
         c = self.config
         self.encoder = Stack(c, c.layers, causal=False, remat=self.remat)
-        self.decoder = Stack(c, c.cross_layers, cross=True, remat=self.remat)
+        self.decoder = Stack(c.decoder, c.cross_layers, cross=True, remat=self.remat)
 
     def hidden(
         self,
@@ -233,7 +238,7 @@ def alignment(model: LanguageModel, params: dict, source: Sequence[int], targets
 
 def _empty_cache(model, layers, batch, length, start=None):
     return {
-        "layers": [empty_cache(model.config, i, batch, length, model.compute_dtype) for i in range(layers)],
+        "layers": [empty_cache(model.config.decoder, i, batch, length, model.compute_dtype) for i in range(layers)],
         "index": jnp.int32(0),
         "start": jnp.zeros(batch, jnp.int32) if start is None else start,
         **empty_delay(model, batch, start),
@@ -279,14 +284,13 @@ def flops_per_token(config: ModelConfig, length: int | None = None) -> int:
     """
     c, T = config, length or config.context
     width = c.embed_dim or c.dim
-    head = 6 * width * c.vocab_size if c.head in ("lm", "mlm") else 0
-    head += 12 * c.dim * width * c.projects_embeddings
-    head += 6 * c.dim**2 * (c.output_delay > 0)
+    flops = 6 * width * c.vocab_size if c.head in ("lm", "mlm") else 0
+    flops += 12 * c.dim * width * c.projects_embeddings
+    flops += 6 * c.dim**2 * (c.output_delay > 0)
     if not c.has_blocks:  # the LSTM, in units of D^2: encoder, decoder, and keys, query, output
         matrices = (24 * c.layers - 8) + (8 * c.layers + 4) + (6 if c.lstm_attention == "additive" else 5)
-        return 6 * c.dim**2 * matrices + 18 * c.dim * T + head
-    attention = c.dim * c.K * (2 * c.heads + 2 * c.G)
-    mlp = c.dim * c.F * (3 if c.gated else 2)
-    blocks = c.layers * (6 * (attention + mlp) + 12 * c.heads * c.K * T)
-    blocks += c.cross_layers * (6 * (2 * attention + mlp) + 24 * c.heads * c.K * T)
-    return blocks + head
+        return 6 * c.dim**2 * matrices + 18 * c.dim * T + flops
+    for side, layers, attentions in ((c, c.layers, 1), (c.decoder, c.cross_layers, 2)):
+        attention = 6 * side.dim * side.K * (2 * side.heads + 2 * side.G) + 12 * side.heads * side.K * T
+        flops += layers * (attentions * attention + 6 * side.dim * side.F * (3 if side.gated else 2))
+    return flops

@@ -136,6 +136,11 @@ def check_mesh(config: Config, mesh: AnyMesh, lengths: Mapping[str, int] | None 
         sizes += [
             (f"model.{name}", n, "tensor") for name, n in (("heads", m.heads), ("kv_heads", m.G), ("mlp_dim", m.F))
         ]
+        sizes += [
+            (f"model.decoder_{name}", n, "tensor")
+            for name, n in (("heads", m.decoder_heads), ("mlp_dim", m.decoder_mlp_dim))
+            if n is not None
+        ]
         sizes += [(name, T, "context") for name, T in (lengths or {"model.context": m.context}).items()]
     for name, size, axis in sizes:
         if size % mesh.shape[axis]:
