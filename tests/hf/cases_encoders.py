@@ -45,8 +45,8 @@ CASES: dict[str, tuple[str, dict]] = {
 CASES["eurobert-classify-mean"] = (
     "EuroBertForSequenceClassification",
     dict(
-        vocab_size=67, num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=48, pad_token_id=0
+        vocab_size=67, num_hidden_layers=2, hidden_size=48, num_attention_heads=4, intermediate_size=64, pad_token_id=0
     )
-    | dict(num_key_value_heads=2, classifier_pooling="mean", num_labels=3, bos_token_id=1, eos_token_id=2),
+    | dict(num_key_value_heads=2, classifier_pooling="mean", num_labels=5, bos_token_id=1, eos_token_id=2),
 )
 GREEDY: list[str] = []
