@@ -30,7 +30,7 @@ flags.DEFINE_enum("chip", "h100", ["a100", "h100", "h200"], "Kind of GPU, for --
 flags.DEFINE_multi_string(
     "meshes",
     [],
-    "Sizes along data,fsdp,tensor[,context]; may be repeated. Default: those of the config and the usual ones.",
+    "Sizes along data,fsdp,tensor[,context[,expert]]; may be repeated. Default: of the config and the usual ones.",
 )
 flags.DEFINE_string("json", "", "File that the plan is written to.")
 flags.DEFINE_bool("compile", True, "Also compile for the TPU slice, if libtpu is installed.")

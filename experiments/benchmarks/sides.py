@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import nanoflax
-from nanoflax import nn, parallel, planning, runs, train
+from nanoflax import parallel, planning, runs, train
 from nanoflax.config import Config, ModelConfig, OptimConfig, TrainConfig, preset
 
 Side = tuple[dict[str, Any], Callable[[], dict[str, float] | None]]
@@ -145,7 +145,7 @@ def _train_batch(job: Job, device: Any, B: int) -> Side:
         "what": f"GPT-2 with L={c.layers} D={c.dim} T={c.context} V={c.vocab_size} B={B}, {model.compute_dtype}, "
         f"{'' if job.bias else 'no biases, '}AdamW, clipping",
         "tokens": tokens,
-        "work": tokens * nn.flops_per_token(c),
+        "work": tokens * planning.flops_per_token(c),
         "limit": "flops",
         "peak": peak and peak * mesh.size,
         "formula": "6 FLOPs per weight of a product and token, 12 L H K T for attention, not halved for the mask",
@@ -204,7 +204,7 @@ def _encode(job: Job, device: Any) -> Side:
     return {
         "what": f"BERT with L={config.layers} D={config.dim}, forward, {B}x{T} tokens, {model.compute_dtype}",
         "tokens": job.steps * B * T,
-        "work": job.steps * B * T * nn.flops_per_token(config, T) // 3,
+        "work": job.steps * B * T * planning.flops_per_token(config, T) // 3,
         "limit": "flops",
         "peak": parallel.peak_flops(device),
         "formula": "2 FLOPs per weight of a product and token, 4 L H K T for attention",

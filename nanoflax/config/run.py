@@ -94,7 +94,7 @@ class TrainConfig:
     keep: int = field(2, "Number of newest checkpoints that are kept, besides the best one.", at_least=1)
     sample_prompt: str = field("", "Pretraining: text that is continued at each evaluation and at the end.")
     sample_tokens: int = field(64, "Pretraining: length of that continuation; 0: none.", unit="tokens", at_least=0)
-    mesh: str = field("-1,1,1", "Devices along data, fsdp, tensor[, context]; -1: the remaining devices.")
+    mesh: str = field("-1,1,1", "Devices along data, fsdp, tensor[, context[, expert]]; -1: the remaining devices.")
     watchdog_seconds: float = field(
         600.0, "End a run of several processes after this time without a step; 0: never.", unit="seconds", at_least=0
     )

@@ -15,7 +15,6 @@ from nanoflax.nn.models import (
     EncoderDecoder,
     alignment,
     build,
-    flops_per_token,
     head_kernel,
     without_padding,
 )
@@ -25,5 +24,5 @@ __all__ = [
     "Array", "Attention", "AttentionLSTM", "Block", "Decoder", "DecoderClassifier", "Embedding", "Encoder",
     "EncoderDecoder", "LanguageModel", "Linear", "MLP", "Norm", "SourceModel", "Stack", "VOCABULARY", "alignment",
     "angles_of", "base_rates", "build", "chunked_cross_entropy", "chunks_of", "column_lengths",
-    "dot_product_attention", "flops_per_token", "head_kernel", "low_rank", "mean_pool", "rotary_rates", "rotate",
+    "dot_product_attention", "head_kernel", "low_rank", "mean_pool", "rotary_rates", "rotate",
     "shift_right", "token_losses", "without_padding"]  # fmt: skip

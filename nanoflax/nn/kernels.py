@@ -129,7 +129,7 @@ def cudnn(q: Queries, k: Keys, v: Keys, causal: bool, spec: MaskSpec, scale: flo
 
 
 def _splash_refusals(call):
-    (B, _, T, _), S, rows = call.q, call.k[2], parallel.axis_size("data", "fsdp")
+    (B, _, T, _), S, rows = call.q, call.k[2], parallel.axis_size(*parallel.BATCH[0])
     return {
         f"lengths of {T} and {S} are not multiples of 128": T % 128 > 0 or S % 128 > 0,
         f"{B} rows are not divisible by data x fsdp = {rows}": B % rows > 0,

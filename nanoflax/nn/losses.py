@@ -118,7 +118,7 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
     kernel, bias, extra = _pad_vocabulary(kernel, bias)
     padding += extra
     fits = kernel.shape[1] % parallel.axis_size("tensor", "fsdp") == 0
-    rows, words = (("data",), ("tensor", "fsdp")) if fits else (("data", "fsdp"), ("tensor",))
+    rows, words = (("data", "expert"), ("tensor", "fsdp")) if fits else (parallel.BATCH[0], ("tensor",))
     b, t = parallel.batch_splits(B, T, rows)
     chunks = math.gcd(chunks, T // t)
     of_pieces = P(rows, "context", None, None)

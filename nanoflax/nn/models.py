@@ -273,24 +273,3 @@ def build(config: ModelConfig, remat: str = "none") -> LanguageModel:
     if model is Decoder and config.head == "classify":
         model = DecoderClassifier
     return model(config, remat)
-
-
-def flops_per_token(config: ModelConfig, length: int | None = None) -> int:
-    """Floating-point operations of training on one token (with a source: on one source token and one
-    target token), forward and backward.
-
-    6 for each weight of a matrix product and 12 L H K T for attention, not halved for the causal
-    mask (Chowdhery et al. 2022, appendix B: the numerator of MFU). length: T, default the context.
-    """
-    c, T = config, length or config.context
-    width = c.embed_dim or c.dim
-    flops = 6 * width * c.vocab_size if c.head in ("lm", "mlm") else 0
-    flops += 12 * c.dim * width * c.projects_embeddings
-    flops += 6 * c.dim**2 * (c.output_delay > 0)
-    if not c.has_blocks:  # the LSTM, in units of D^2: encoder, decoder, and keys, query, output
-        matrices = (24 * c.layers - 8) + (8 * c.layers + 4) + (6 if c.lstm_attention == "additive" else 5)
-        return 6 * c.dim**2 * matrices + 18 * c.dim * T + flops
-    for side, layers, attentions in ((c, c.layers, 1), (c.decoder, c.cross_layers, 2)):
-        attention = 6 * side.dim * side.K * (2 * side.heads + 2 * side.G) + 12 * side.heads * side.K * T
-        flops += layers * (attentions * attention + 6 * side.dim * side.F * (3 if side.gated else 2))
-    return flops

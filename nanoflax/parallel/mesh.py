@@ -1,4 +1,4 @@
-"""Meshes: from the text of train.mesh to an array of devices. Tensor and context stay in one fast network."""
+"""Meshes: from the text of train.mesh to an array of devices. Only data and fsdp use a slow network."""
 
 import math
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from jax.experimental import mesh_utils
 
 from nanoflax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor", "context")
+AXES = ("data", "fsdp", "tensor", "context", "expert")
 
 
 def mesh_sizes(shape: str, num_devices: int) -> tuple[int, ...]:
-    """The sizes along AXES. shape: such as "2,-1,1" or "1,4,1,2"; -1 takes the remaining devices,
-    and an absent fourth size is 1.
+    """The sizes along AXES. shape: such as "2,-1,1", "1,4,1,2" or "1,2,1,1,4"; -1 takes the remaining
+    devices, and absent fourth and fifth sizes are 1.
 
     Raises: UserError if the shape cannot be read or does not use every device.
     """
@@ -23,10 +23,10 @@ def mesh_sizes(shape: str, num_devices: int) -> tuple[int, ...]:
         sizes = [int(n) for n in str(shape).split(",")]
     except ValueError:
         sizes = []
-    if len(sizes) not in (3, 4) or sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
+    if not 3 <= len(sizes) <= len(AXES) or sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
         raise UserError(
             f"train.mesh={shape!r} must be three sizes for data, fsdp, tensor, such as "
-            "1,8,1, or a fourth for context, at most one of them -1"
+            "1,8,1, a fourth for context and a fifth for expert, at most one of them -1"
         )
     sizes += [1] * (len(AXES) - len(sizes))
     known = math.prod(n for n in sizes if n > 0)
@@ -42,15 +42,16 @@ def mesh_sizes(shape: str, num_devices: int) -> tuple[int, ...]:
 
 
 def mesh_name(sizes: Sequence[int]) -> str:
-    """The sizes along AXES in the form of train.mesh; a context of 1 is left out."""
-    return ",".join(map(str, sizes[:3] if sizes[3] == 1 else sizes))
+    """The sizes along AXES in the form of train.mesh; context and expert are left out where they end it with 1."""
+    length = max([3, *(i + 1 for i, n in enumerate(sizes) if n > 1)])
+    return ",".join(map(str, sizes[:length]))
 
 
 def make_mesh(shape: str = "-1,1,1", devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """A mesh over all devices (default: jax.devices()). shape: as in `mesh_sizes`.
 
-    Raises: UserError if the shape cannot be read or does not use every device, or if tensor or
-    context would extend over several TPU slices or GPU nodes.
+    Raises: UserError if the shape cannot be read or does not use every device, or if tensor, context
+    or expert would extend over several TPU slices or GPU nodes.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(shape, len(devices))
@@ -76,7 +77,7 @@ def hybrid_devices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     """Devices of several slices or nodes as an array with `sizes` along AXES.
 
     The slow network between the groups is used along data, then along fsdp.
-    Raises: UserError if tensor or context would need the slow network.
+    Raises: UserError if tensor, context or expert would need the slow network.
     """
     groups, by_process = fast_network_groups(devices)
     data = math.gcd(sizes[0], groups)
@@ -84,9 +85,9 @@ def hybrid_devices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     if sizes[1] % fsdp:
         raise UserError(
             f"train.mesh={mesh_name(sizes)!r} must split {groups} slices or nodes along "
-            "data, then fsdp: tensor and context need the fast network of one slice or node"
+            "data, then fsdp: tensor, context and expert need the fast network of one slice or node"
         )
-    between_groups = (data, fsdp, 1, 1)
+    between_groups = (data, fsdp, 1, 1, 1)
     return mesh_utils.create_hybrid_device_mesh(
         tuple(n // m for n, m in zip(sizes, between_groups, strict=True)),
         between_groups,

@@ -1,8 +1,9 @@
 """The sharding of parameters: one table of rules, from a parameter's path to mesh axes.
 
 Axes: `data` splits the batch; `fsdp` splits the batch and the parameters (ZeRO-3, Rajbhandari et al.
-2020); `tensor` splits heads and hidden units (Shoeybi et al. 2019); `context` splits the sequence.
-XLA derives the collectives; layers name no axis.
+2020); `tensor` splits heads and hidden units (Shoeybi et al. 2019); `context` splits the sequence;
+`expert` splits the batch and the experts of a layer (Lepikhin et al. 2021; collectives in experts.py).
+XLA derives the other collectives; layers name no axis.
 """
 
 import dataclasses
@@ -17,14 +18,14 @@ from jaxtyping import PyTree
 
 from nanoflax.config import Config, ModelConfig
 from nanoflax.errors import UserError, listed
-from nanoflax.parallel.constraints import AnyMesh, axes_in_mesh, axis_names, num_shards
+from nanoflax.parallel.constraints import BATCH, AnyMesh, axes_in_mesh, axis_names, num_shards
 from nanoflax.parallel.stacking import STACKED
 
 # The end of a parameter's path, and the mesh axis of each dimension. Optimizer state and moving
 # averages repeat the parameters' paths, so the table covers them too. A parameter that matches no
 # row is replicated on every device.
-_COLUMN_PARALLEL = r"((cross_)?attention/(query|key|value)|mlp/(up|gate))"  # D to HK, GK or F
-_ROW_PARALLEL = r"((cross_)?attention/out|mlp/down)"  # HK or F to D
+_COLUMN_PARALLEL = r"((cross_)?attention/(query|key|value)|mlp/(shared/)?(up|gate))"  # D to HK, GK or F
+_ROW_PARALLEL = r"((cross_)?attention/out|mlp/(shared/)?down)"  # HK or F to D
 RULES = (
     (r"embed/embedding", P("tensor", "fsdp")),  # [V, D]
     (r"position_embed/embedding", P(None, "fsdp")),  # [T, D]
@@ -38,6 +39,15 @@ RULES = (
     (rf"{_ROW_PARALLEL}/lora_a", P("tensor", None)),
     (rf"{_ROW_PARALLEL}/lora_b", P(None, "fsdp")),
     (r"(cross_)?attention/sinks", P("tensor")),  # [H]
+    (r"mlp/router/kernel", P("fsdp", None)),  # [D, E]
+    (r"mlp/experts/(up|gate)/kernel", P("expert", "fsdp", "tensor")),  # [E, D, F]
+    (r"mlp/experts/(up|gate)/bias", P("expert", "tensor")),
+    (r"mlp/experts/(up|gate)/lora_a", P("expert", "fsdp", None)),  # [E, D, r]
+    (r"mlp/experts/(up|gate)/lora_b", P("expert", None, "tensor")),  # [E, r, F]
+    (r"mlp/experts/down/kernel", P("expert", "tensor", "fsdp")),  # [E, F, D]
+    (r"mlp/experts/down/bias", P("expert", None)),
+    (r"mlp/experts/down/lora_a", P("expert", "tensor", None)),
+    (r"mlp/experts/down/lora_b", P("expert", None, "fsdp")),
     (r"attention/prefix_(key|value)", P(None, "tensor")),  # [P, GK]
     (r"adapter_\w+/down/kernel", P("fsdp", None)),  # [D, r]
     (r"adapter_\w+/up/kernel", P(None, "fsdp")),
@@ -124,12 +134,12 @@ def check_mesh(config: Config, mesh: AnyMesh, lengths: Mapping[str, int] | None 
     lengths: {name: T} of the training examples; default the model's context.
     """
     t, m, problems = config.train, config.model, []
-    row_shards, context = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
+    row_shards, context = num_shards(BATCH[0], mesh), mesh.shape["context"]
     micro = t.batch_size // t.accumulate
     if micro % row_shards:
         problems.append(
             f"train.batch_size={t.batch_size} over train.accumulate={t.accumulate} gives "
-            f"micro-batches of {micro}, not divisible by data x fsdp = {row_shards}"
+            f"micro-batches of {micro}, not divisible by data x fsdp x expert = {row_shards}"
         )
     sizes = [("model.vocab_size", m.vocab_size, "tensor"), ("model.dim", m.dim, "fsdp")]
     if m.has_blocks:
@@ -141,10 +151,17 @@ def check_mesh(config: Config, mesh: AnyMesh, lengths: Mapping[str, int] | None 
             for name, n in (("heads", m.decoder_heads), ("mlp_dim", m.decoder_mlp_dim))
             if n is not None
         ]
+        if m.moe.experts:
+            experts = {"experts": (m.moe.experts, "expert"), "expert_dim": (m.moe.expert_dim or m.F, "tensor")}
+            sizes += [(f"model.moe.{name}", *row) for name, row in experts.items()]
         sizes += [(name, T, "context") for name, T in (lengths or {"model.context": m.context}).items()]
     for name, size, axis in sizes:
         if size % mesh.shape[axis]:
             problems.append(f"{name}={size} is not divisible by {axis}={mesh.shape[axis]}")
+    if not m.moe.experts and mesh.shape["expert"] > 1:
+        problems.append(
+            f"expert={mesh.shape['expert']} needs a mixture of experts: model.moe.experts=0; use data or fsdp"
+        )
     if not m.has_blocks and context > 1:
         problems.append(
             f"context={context} does not work with model.architecture='lstm', which reads its tokens one after another"

@@ -13,5 +13,5 @@ from nanoflax.planning.step_cost import candidate_meshes, compile_for_topology, 
 
 __all__ = [
     "attention_backends", "candidate_meshes", "compare_meshes", "comparison_table", "compile_for_topology",
-    "compiler_line", "for_accelerator", "make_plan", "mesh_of_row", "projected_mfu", "roofline",
-    "with_mesh_vocabulary"]  # fmt: skip
+    "compiler_line", "count_parameters", "flops_per_token", "for_accelerator", "make_plan", "mesh_of_row",
+    "projected_mfu", "roofline", "with_mesh_vocabulary"]  # fmt: skip

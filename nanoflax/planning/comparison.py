@@ -84,7 +84,9 @@ def comparison_table(comparison: dict[str, Any], config: Config, title: str, num
     lines = [
         f"{title}: {num_chips} x {chip['kind']}, "
         f"{chip['memory'] / GIB:.1f} GiB and {chip['flops'] / 1e12:.0f} TFLOP/s each",
-        f"{format_count(best['parameters'])} parameters, {best['tokens']:,} tokens per step, "
+        f"{format_count(best['parameters'])} parameters"
+        + (f", {format_count(best['active'])} active" if best["active"] < best["parameters"] else "")
+        + f", {best['tokens']:,} tokens per step, "
         f"{format_count(best['flops_per_token'])} FLOPs per token",
         "",
         "Memory in GiB per chip; least seconds per step (a projection, not a measurement)",

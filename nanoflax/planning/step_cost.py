@@ -20,6 +20,7 @@ from nanoflax import nn, parallel, train
 from nanoflax.config import Config, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.planning import peak_memory
+from nanoflax.planning.flops import count_parameters, flops_per_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Plan:
 
     mesh: dict[str, int]
     parameters: int  # of the model, on all chips together
+    active: int  # parameters that one token uses: of experts only those that its router chooses
     weights: int  # bytes
     optimizer: int  # bytes of optimizer state and moving average
     batch: int  # bytes
@@ -77,13 +79,14 @@ def make_plan(config: Config, mesh: parallel.AnyMesh) -> Plan:
     return Plan(
         mesh=dict(mesh.shape),
         parameters=sum(x.size for x in jax.tree.leaves(state.params)),
+        active=count_parameters(config.model)[1],
         weights=weights,
         optimizer=optimizer_bytes,
         batch=parallel.bytes_per_device(_sharded_batch(config, mesh)),
         gradients=gradients,
         activations=peak - gradients,
         cache=cache_bytes(config, mesh),
-        flops_per_token=nn.flops_per_token(config.model),
+        flops_per_token=flops_per_token(config.model),
         tokens=config.train.batch_size * config.model.context,
         collectives=collectives(config, mesh, state.params),
         # The update reads and writes weights and optimizer state. A micro-batch reads the weights
@@ -155,10 +158,15 @@ def candidate_meshes(num_chips: int, dim: int) -> list[tuple[int, int, int]]:
 # The part of one chip.
 
 
+def _row_shards(mesh: parallel.AnyMesh) -> int:
+    """The number of parts into which a mesh splits the rows of a batch."""
+    return math.prod(mesh.shape[axis] for axis in parallel.BATCH[0])
+
+
 def config_per_chip(config: Config, mesh: parallel.AnyMesh) -> Config:
     """The Config of the part that one chip computes in a micro-batch: fewer rows, T, heads, F, V."""
     m, t, split = config.model, config.train, mesh.shape["tensor"]
-    rows = t.batch_size // t.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = t.batch_size // t.accumulate // _row_shards(mesh)
     if m.head == "lm" and not m.reads_source:  # the number of chunks is that of the complete micro-batch
         t = dataclasses.replace(
             t, loss_chunks=t.loss_chunks or nn.chunks_of(t.batch_size // t.accumulate, m.context, m.vocab_size)
@@ -327,35 +335,36 @@ def collectives(config: Config, mesh: parallel.AnyMesh, params: PyTree) -> dict[
 
 def _tokens_per_chip(config: Config, mesh: parallel.AnyMesh) -> int:
     """Tokens of a chip in a step, in all micro-batches together."""
-    rows = config.train.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = config.train.batch_size // _row_shards(mesh)
     return rows * config.model.context // mesh.shape["context"]
 
 
 def _add_parameter(received: _Received, config: Config, mesh: parallel.AnyMesh, path: str, leaf: Any) -> None:
     """The traffic of one parameter and its gradient."""
     m, t = config.model, config.train
-    data, fsdp, tensor, context = (mesh.shape[axis] for axis in parallel.AXES)
+    data, fsdp, tensor, context, expert = (mesh.shape[axis] for axis in parallel.AXES)
     itemsize = nn.build(m).compute_dtype.itemsize
     spec = parallel.partition_spec(path, leaf.shape)
-    size = leaf.size // (tensor if "tensor" in spec else 1)
+    size = leaf.size // (tensor if "tensor" in spec else 1) // (expert if "expert" in spec else 1)
+    copies = data * context * (1 if "expert" in spec else expert)  # devices with the same part, apart from fsdp
     head = {True: "embed/embedding", False: "unembed/kernel"}[m.tied] if m.head in ("lm", "mlm") else None
     if "fsdp" not in spec or fsdp == 1:  # replicated, and so is its gradient
-        received.add("all-reduce", data * fsdp * context, size * itemsize * t.accumulate)
+        received.add("all-reduce", copies * fsdp, size * itemsize * t.accumulate)
     elif path == head and m.vocab_size % (tensor * fsdp):  # gathered once for the loss
         received.add("all-gather", fsdp, size * itemsize * t.accumulate)
-        received.add("all-reduce", data * fsdp * context, size * 4 * t.accumulate)  # a float32 gradient
+        received.add("all-reduce", copies * fsdp, size * 4 * t.accumulate)  # a float32 gradient
     elif path == head:
         # The split of the head changes from D to V; hidden states, targets and weights are gathered.
         tokens = _tokens_per_chip(config, mesh)
         received.add("all-to-all", fsdp, size / fsdp * (itemsize + 4) * t.accumulate)
         received.add("all-gather", fsdp, fsdp * tokens * (m.dim * itemsize + 8))
         received.add("reduce-scatter", fsdp, fsdp * tokens * m.dim * itemsize)
-        received.add("all-reduce", data * context, size / fsdp * 4 * t.accumulate)
+        received.add("all-reduce", copies, size / fsdp * 4 * t.accumulate)
     else:
         if path != "embed/embedding":  # forward and backward
             received.add("all-gather", fsdp, 2 * size * itemsize * t.accumulate)
         received.add("reduce-scatter", fsdp, size * itemsize * t.accumulate)
-        received.add("all-reduce", data * context, size * itemsize / fsdp * t.accumulate)
+        received.add("all-reduce", copies, size * itemsize / fsdp * t.accumulate)
 
 
 def _add_activations(received: _Received, config: Config, mesh: parallel.AnyMesh) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from nanoflax import config as configs
-from nanoflax import data, generate, nn, parallel, report, tokenizers, train
+from nanoflax import data, generate, nn, parallel, planning, report, tokenizers, train
 from nanoflax.config import Config, ModelConfig, TextData
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint
@@ -110,7 +110,7 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
         batch=train.abstract_batch(config, mesh),
         fixed_batch=True,
         read_data=lambda: read_text(config, mesh, model, tokenizer, text, prompt),
-        flops_per_token=nn.flops_per_token(config.model, config.window),
+        flops_per_token=planning.flops_per_token(config.model, config.window),
         replaces=weights,
     )
 

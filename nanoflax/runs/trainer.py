@@ -171,6 +171,9 @@ class Trainer:
         job = self.job
         own, others = without_models(job.shapes, job.other_models)
         print(report.parameter_table(own))
+        total, active = planning.count_parameters(job.config.model)
+        if active < total:
+            print(f"{report.format_count(total)} parameters, {report.format_count(active)} active")
         if job.trained is not None:
             size, total = (sum(x.size for x in jax.tree.leaves(t)) for t in (self.shapes.params, own))
             print(f"{size:,} of {total:,} parameters are trained ({size / total:.2%})")

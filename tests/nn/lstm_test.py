@@ -12,8 +12,9 @@ import pytest
 from nanoflax import generate
 from nanoflax.config import LSTM_ATTENTIONS, LSTM_STARTS, ModelConfig, validate
 from nanoflax.errors import UserError
-from nanoflax.nn import build, flops_per_token, lstm, shift_right, token_losses
+from nanoflax.nn import build, lstm, shift_right, token_losses
 from nanoflax.parallel import init
+from nanoflax.planning import flops_per_token
 from tests.closeness import assert_trees_close
 
 TINY = dict(architecture="lstm", vocab_size=23, context=32, layers=2, dim=12, heads=1)

@@ -11,8 +11,9 @@ import pytest
 from nanoflax import generate, hf, train
 from nanoflax.config import POSITIONS, ModelConfig, RopeConfig
 from nanoflax.errors import UserError
-from nanoflax.nn import alignment, build, flops_per_token, head_kernel
+from nanoflax.nn import alignment, build, head_kernel
 from nanoflax.parallel import init
+from nanoflax.planning import flops_per_token
 
 GPT2 = dict(vocab_size=61, context=64, layers=2, dim=32, heads=4)
 LLAMA = dict(

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from nanoflax import parallel
-from nanoflax.config import Config, ModelConfig, OptimConfig, TrainConfig
+from nanoflax.config import Config, ModelConfig, MoEConfig, OptimConfig, TrainConfig
 from nanoflax.errors import UserError
 from nanoflax.nn import build, without_padding
 from nanoflax.parallel import mesh, rules
@@ -348,7 +348,7 @@ def test_everything_is_born_in_its_shards():
     [
         *(
             (shape, "must be three sizes for data, fsdp, tensor")
-            for shape in ("", "8", "1,1", "1,1,1,1,1", "a,1,1", "0,1,1", "1,-2,1")
+            for shape in ("", "8", "1,1", "1,1,1,1,1,1", "a,1,1", "0,1,1", "1,-2,1")
         ),
         ("-1,-1,1", "at most one of them -1"),
         ("8,2,1", "needs 16 devices, and 8 are present"),
@@ -373,19 +373,21 @@ def test_init_can_be_traced_without_a_mesh():
 
 def test_one_device_is_a_mesh_of_one():
     mesh = parallel.make_mesh("-1,1,1", jax.devices()[:1])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1}
 
 
 @pytest.mark.parametrize(
     "shape, sizes, name",
     [
-        ("2,-1,1", (2, 4, 1, 1), "2,4,1"),
-        ("2,2,2", (2, 2, 2, 1), "2,2,2"),
-        ("1,2,1,-1", (1, 2, 1, 4), "1,2,1,4"),
-        ("-1,1,1,8", (1, 1, 1, 8), "1,1,1,8"),
+        ("2,-1,1", (2, 4, 1, 1, 1), "2,4,1"),
+        ("2,2,2", (2, 2, 2, 1, 1), "2,2,2"),
+        ("1,2,1,-1", (1, 2, 1, 4, 1), "1,2,1,4"),
+        ("-1,1,1,8", (1, 1, 1, 8, 1), "1,1,1,8"),
+        ("1,2,1,1,-1", (1, 2, 1, 1, 4), "1,2,1,1,4"),
+        ("1,1,1,2,4", (1, 1, 1, 2, 4), "1,1,1,2,4"),
     ],
 )
-def test_three_or_four_sizes(shape, sizes, name):
+def test_three_to_five_sizes(shape, sizes, name):
     assert parallel.mesh_sizes(shape, 8) == sizes
     assert parallel.mesh_name(sizes) == name and parallel.mesh_sizes(name, 8) == sizes
 
@@ -407,11 +409,12 @@ def devices_of(slices, each, platform="gpu"):
 @pytest.mark.parametrize(
     "sizes, across",
     [
-        ((4, 2, 1, 1), "data"),
-        ((2, 2, 2, 1), "data"),
-        ((2, 1, 1, 4), "data"),
-        ((1, 4, 2, 1), "fsdp"),
-        ((1, 2, 1, 4), "fsdp"),
+        ((4, 2, 1, 1, 1), "data"),
+        ((2, 2, 2, 1, 1), "data"),
+        ((2, 1, 1, 4, 1), "data"),
+        ((1, 4, 2, 1, 1), "fsdp"),
+        ((1, 2, 1, 4, 1), "fsdp"),
+        ((2, 1, 1, 1, 4), "data"),
     ],
 )
 def test_slices_are_apart_along_data_or_else_fsdp(sizes, across):
@@ -421,12 +424,12 @@ def test_slices_are_apart_along_data_or_else_fsdp(sizes, across):
     at = np.vectorize(lambda d: d.slice_index)(array)
     axis = parallel.AXES.index(across)
     half = np.arange(sizes[axis]) // (sizes[axis] // 2)
-    np.testing.assert_array_equal(at, np.broadcast_to(half.reshape([-1 if i == axis else 1 for i in range(4)]), sizes))
+    np.testing.assert_array_equal(at, np.broadcast_to(half.reshape([-1 if i == axis else 1 for i in range(5)]), sizes))
 
 
 def test_slices_along_data_and_fsdp_together():
-    array = mesh.hybrid_devices((2, 4, 1, 1), devices_of(4, 2))
-    assert [[d.slice_index for d in row] for row in array[:, :, 0, 0]] == [[0, 0, 1, 1], [2, 2, 3, 3]]
+    array = mesh.hybrid_devices((2, 4, 1, 1, 1), devices_of(4, 2))
+    assert [[d.slice_index for d in row] for row in array[:, :, 0, 0, 0]] == [[0, 0, 1, 1], [2, 2, 3, 3]]
 
 
 def test_tensor_across_slices_is_refused_with_the_mesh():
@@ -435,7 +438,7 @@ def test_tensor_across_slices_is_refused_with_the_mesh():
         match=r"train.mesh='1,1,8' must split 2 slices or nodes along "
         "data, then fsdp",
     ):
-        mesh.hybrid_devices((1, 1, 8, 1), devices_of(2, 4))
+        mesh.hybrid_devices((1, 1, 8, 1, 1), devices_of(2, 4))
 
 
 def test_what_a_fast_network_joins():
@@ -461,18 +464,13 @@ def test_the_mesh_of_several_slices_is_the_hybrid_one(monkeypatch):
     monkeypatch.setattr(mesh, "fast_network_groups", lambda devices: (2, False))
     monkeypatch.setattr(mesh, "hybrid_devices", hybrid)
     made = parallel.make_mesh("1,1,1", jax.devices()[:1])
-    assert asked == [(1, 1, 1, 1)] and made.axis_names == parallel.AXES
+    assert asked == [(1, 1, 1, 1, 1)] and made.axis_names == parallel.AXES
 
 
 @pytest.mark.parametrize(
     "mesh, model, train, words",
     [
-        (
-            (8, 1, 1),
-            {},
-            dict(batch_size=12),
-            "train.batch_size=12 over train.accumulate=1 gives micro-batches of 12, not divisible by data x fsdp = 8",
-        ),
+        ((8, 1, 1), {}, dict(batch_size=12), "micro-batches of 12, not divisible by data x fsdp x expert = 8"),
         ((2, 2, 1), {}, dict(batch_size=8, accumulate=4), "micro-batches of 2, not divisible by"),
         ((1, 1, 4), dict(heads=6), {}, "model.heads=6 is not divisible by tensor=4"),
         ((1, 1, 4), dict(kv_heads=2), {}, "model.kv_heads=2 is not divisible by tensor=4"),
@@ -480,6 +478,14 @@ def test_the_mesh_of_several_slices_is_the_hybrid_one(monkeypatch):
         ((1, 1, 4), dict(vocab_size=49), {}, "model.vocab_size=49 is not divisible by tensor=4"),
         ((1, 5, 1), {}, dict(batch_size=10), "model.dim=24 is not divisible by fsdp=5"),
         ((1, 1, 1, 3), {}, {}, "model.context=256 is not divisible by context=3"),
+        ((1, 1, 1, 1, 2), {}, {}, "expert=2 needs a mixture of experts"),
+        ((1, 1, 1, 1, 4), dict(moe=MoEConfig(experts=6)), {}, "model.moe.experts=6 is not divisible by expert=4"),
+        (
+            (1, 1, 4),
+            dict(moe=MoEConfig(experts=4, expert_dim=30)),
+            {},
+            "model.moe.expert_dim=30 is not divisible by tensor=4",
+        ),
         ((1, 1, 1, 2), dict(architecture="lstm"), {}, "context=2 does not work with model.architecture='lstm'"),
     ],
 )
@@ -488,7 +494,7 @@ def test_sizes_that_the_mesh_does_not_divide_are_named(mesh, model, train, words
     config = Config(model=model, train=TrainConfig(**dict(batch_size=16) | train))
     parallel.check_mesh(config, parallel.abstract_mesh((1, 1, 1, 1)))
     with pytest.raises(UserError) as caught:
-        parallel.check_mesh(config, parallel.abstract_mesh((*mesh, 1)[:4]))
+        parallel.check_mesh(config, parallel.abstract_mesh(mesh))
     assert words in str(caught.value)
 
 
@@ -581,6 +587,12 @@ def test_shardings_name_the_leaves_that_do_not_divide():
         ("block_0/attention/out/kernel", (4, 4), P("tensor", "fsdp")),
         ("block_0/cross_attention/value/bias", (4,), P("tensor")),
         ("block_0/mlp/down/bias", (4,), P()),
+        ("block_0/mlp/experts/gate/kernel", (4, 8, 6), P("expert", "fsdp", "tensor")),
+        ("blocks/mlp/experts/down/kernel", (3, 4, 6, 8), P(None, "expert", "tensor", "fsdp")),
+        ("block_0/mlp/experts/up/bias", (4, 6), P("expert", "tensor")),
+        ("block_0/mlp/experts/down/lora_b", (4, 2, 8), P("expert", None, "fsdp")),
+        ("block_0/mlp/router/kernel", (8, 4), P("fsdp", None)),
+        ("block_0/mlp/shared/up/kernel", (8, 6), P("fsdp", "tensor")),
         ("block_0/mlp/down/lora_a", (8, 2), P("tensor", None)),
         ("block_0/mlp/down/lora_b", (2, 4), P(None, "fsdp")),
         ("block_0/attention/value/lora_b", (2, 4), P(None, "tensor")),

@@ -11,7 +11,7 @@ import pytest
 
 import nanoflax
 from experiments.benchmarks import everything, packing, rounds, sides, where
-from nanoflax import tasks
+from nanoflax import planning, tasks
 from nanoflax.errors import UserError
 
 TINY = {kind: sides.Job(kind, "tiny", 2, 1, 4) for kind in ("train", "decode", "encode")}
@@ -128,7 +128,7 @@ def test_all_writes_a_table_and_strict_json(monkeypatch, tmp_path, capsys):
     found = json.loads(path.read_text(), parse_constant=pytest.fail)
     rows = {row["command"].split()[0]: row for row in found["measurements"]}
     assert rows["train"]["tokens_per_second"] == 2 * 64 / 0.5 and "ended early" in rows["decode"]["error"]
-    flops = nanoflax.nn.flops_per_token(TINY["train"].decoder) * 128
+    flops = planning.flops_per_token(TINY["train"].decoder) * 128
     assert rows["train"]["share_of_limit"] == pytest.approx(flops / 0.5 / 1e9)
     assert rows["train"]["compiler_bytes"] > rows["train"]["planned_bytes"] / 2
     out = capsys.readouterr().out

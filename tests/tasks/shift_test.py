@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from nanoflax import generate, hf, tasks
 from nanoflax.config import TASK_KINDS, AnyTask, Config, ModelConfig, PromptTuning, TrainConfig, from_dict, validate
 from nanoflax.errors import UserError
-from nanoflax.nn import build, flops_per_token
+from nanoflax.nn import build
 from nanoflax.parallel import init, make_mesh
+from nanoflax.planning import flops_per_token
 from nanoflax.tasks import Text, rows
 from nanoflax.tasks.kinds import Pair
 from nanoflax.tokenizers import trained

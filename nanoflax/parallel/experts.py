@@ -1,0 +1,66 @@
+"""The experts of a layer, split over a mesh: each device computes with its own experts (axis `expert`).
+
+Devices along `expert` gather each other's tokens, and the sums of what their experts give go back to the
+tokens' devices (a reduce-scatter). No token is dropped. An all-to-all with room for every token, which
+dropless routing needs, moves min(k, E / devices) times these bytes.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PyTree
+
+from nanoflax.parallel.constraints import BATCH, axes_in_mesh, batch_splits, current_mesh
+from nanoflax.parallel.rules import partition_spec
+
+Tokens = Float[Array, "B T D"]
+
+
+def map_experts(
+    function: Callable[..., Tokens],
+    x: Tokens,
+    chosen: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
+    params: PyTree,
+) -> Tokens:
+    """function(x, chosen, weights, params), each device with its own rows and experts; one call without a mesh.
+
+    chosen: the experts of each token; a number of E or more is no expert of this device. weights: their
+    factors. params: {up, down, ...} of arrays [E, ...]. The function sums over experts and is linear in `down`.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return function(x, chosen, weights, params)
+    b, t = batch_splits(*x.shape[:2])
+    tokens = P(axes_in_mesh(BATCH[0], mesh) if b > 1 else None, axes_in_mesh(BATCH[1], mesh) if t > 1 else None)
+    size = {axis: mesh.shape.get(axis, 1) for axis in ("fsdp", "tensor", "expert")}
+    size["fsdp"] *= b > 1  # rows that are not split: XLA gathers the parameters before
+
+    def spec_of(path, leaf):
+        spec = partition_spec("mlp/experts/" + jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
+        return P(*(axis if size.get(axis, 1) > 1 else None for axis in spec))
+
+    def complete(path, leaf, spec):
+        """A parameter with all of D, and a bias of `down` that is added once by all devices along tensor together."""
+        if "fsdp" in spec:
+            leaf = jax.lax.all_gather(leaf, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True)
+        return leaf / size["tensor"] if jax.tree_util.keystr(path, simple=True, separator="/") == "down/bias" else leaf
+
+    def of_device(x, chosen, weights, params):
+        params = jax.tree_util.tree_map_with_path(complete, params, specs)
+        if size["expert"] > 1:
+            if b > 1:
+                x, chosen, weights = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, chosen, weights))
+            own = params["down"]["kernel"].shape[0]
+            chosen = chosen - own * jax.lax.axis_index("expert")
+            chosen = jnp.where((chosen >= 0) & (chosen < own), chosen, own)
+        y = function(x, chosen, weights, params)
+        if size["expert"] > 1:
+            y = jax.lax.psum_scatter(y, "expert", tiled=True) if b > 1 else jax.lax.psum(y, "expert")
+        return jax.lax.psum(y, "tensor") if size["tensor"] > 1 else y
+
+    specs = jax.tree_util.tree_map_with_path(spec_of, params)
+    mapped = jax.shard_map(of_device, mesh=mesh, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens)
+    return mapped(x, chosen, weights, params)
