@@ -8,6 +8,7 @@ from nanoflax.planning.comparison import (
     mesh_of_row,
     with_mesh_vocabulary,
 )
+from nanoflax.planning.flops import count_parameters, flops_per_token
 from nanoflax.planning.kernels import attention_backends
 from nanoflax.planning.step_cost import candidate_meshes, compile_for_topology, make_plan, projected_mfu, roofline
 
