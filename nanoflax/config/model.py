@@ -108,6 +108,7 @@ class ModelConfig:
     )
     attention_scale: float | None = field(None, "Factor of the attention scores; none: K^-1/2.", above=0)
     attention_softcap: float = field(0.0, "c: scores become c tanh(score / c) (Gemma 2); 0: unchanged.", at_least=0)
+    attention_gate: bool = field(False, "Attention's output times the sigmoid of a Linear of its input (Qwen3-Next).")
     attention_sinks: bool = field(
         False, "A trained score of each head for no key, in the softmax (Xiao et al. 2023; gpt-oss)."
     )
@@ -314,6 +315,8 @@ class ModelConfig:
                 f"model.swiglu_limit={m.swiglu_limit} needs model.gated=True and model.activation='silu', not "
                 f"{m.gated} and {m.activation!r}"
             )
+        if m.attention_gate and (m.latent.rank or m.architecture != "decoder"):
+            found.append("model.attention_gate=True is for decoders without latent attention")
         if m.attention_sinks and (m.latent.rank or not m.has_blocks):
             what = f"model.latent.rank={m.latent.rank}" if m.has_blocks else f"model.architecture={m.architecture!r}"
             found.append(f"model.attention_sinks=True does not work with {what}")

@@ -54,7 +54,8 @@ class Family:
       fused           parts 0, 1, ... one after another along the outputs, of any sizes, transposed: a query, key
                       and value in one [H K + 2 G K, D], a gate and up in one [2 F, D]
       fused_columns   the same, not transposed: [D, 3 D]  (GPT-2's c_attn)
-      fused_by_head   for each head its query, key and value, transposed: [H 3 K, D]  (GPT-NeoX)
+      fused_by_head   for each head its part of each, transposed: [H 3 K, D] (GPT-NeoX); for groups of heads, their
+                      number follows the part (Qwen3-Next)
       rotary_pairs    transposed, and the two halves of each rotary pair are neighbours (GGUF)
       plus_one        float32, 1 + ours (GGUF: the norms of Gemma)
     """
@@ -237,7 +238,8 @@ def canonical(config: ModelConfig) -> ModelConfig:
     unused += [] if any(recurrent) else ["recurrent"]
     if all(recurrent):  # no attention
         c = dataclasses.replace(c, heads=1, kv_heads=1, head_dim=1, attention_scale=1.0, qkv_bias=False, out_bias=False)
-        unused += ["qk_norm", "attention_softcap", "positions"]
+        c = dataclasses.replace(c, positions="none" if c.positions in ("rotary", "relative") else c.positions)
+        unused += ["qk_norm", "attention_softcap", "attention_gate", "rope", "nope_layers"]
     if not c.F and not c.moe.experts:
         c = dataclasses.replace(c, gated=False, mlp_bias=False)
     if c.positions != "relative":

@@ -3,7 +3,9 @@
 import math
 
 from nanoflax.errors import UserError
+from nanoflax.hf.decoders import like_llama
 from nanoflax.hf.family import Family, under
+from nanoflax.hf.rope import read_layers, read_rope, write_layers, write_rope
 
 _NO_LIMIT = 3.4e38  # the largest float32: not every version of Transformers reads Infinity in JSON
 
@@ -53,4 +55,59 @@ _MAMBA2 = Family(
     read=_read_mamba2, write=_write_mamba2,
     base="backbone.")  # fmt: skip
 
-HYBRID = [_MAMBA2]
+
+def _read_qwen3_next(hf):
+    every, step, own = hf["full_attention_interval"], hf["decoder_sparse_step"], hf["mlp_only_layers"] or ()
+    dense = tuple(i for i in range(hf["num_hidden_layers"]) if i in own or (i + 1) % step)
+    return (
+        read_rope(hf | {"rotary_pct": hf["partial_rotary_factor"]})
+        | read_layers(
+            hf,
+            lambda i: "linear_attention" if (i + 1) % every else "full_attention",
+            kinds=("full_attention", "linear_attention"),
+        )
+        | {"out_bias": hf["attention_bias"], "moe.dense_layers": dense}
+    )
+
+
+def _write_qwen3_next(c):
+    return (
+        write_rope(c)
+        | write_layers(c)
+        | {
+            "partial_rotary_factor": c.rope.fraction,
+            "moe_intermediate_size": c.moe.expert_dim or c.F,
+            "mlp_only_layers": [*c.moe.dense_layers],
+            "decoder_sparse_step": 1,
+        }
+    )
+
+
+_QWEN3_NEXT = like_llama(
+    "qwen3_next", "Qwen3Next", without=("mlp_bias",),
+    keys={"attention/query": ("self_attn.q_proj", "fused_by_head", 0),
+          "attention/gate": ("self_attn.q_proj", "fused_by_head", 1),
+          "recurrent/conv": "linear_attn.conv1d", "recurrent/decay": "linear_attn.A_log",
+          "recurrent/step_bias": "linear_attn.dt_bias", "recurrent/norm": "linear_attn.norm.weight",
+          "recurrent/out": "linear_attn.out_proj"},
+    more_keys=lambda c: under("decoder/block_{i}/recurrent", "model.layers.{i}.linear_attn", {
+        **{name: ("in_proj_qkvz", "fused_by_head", part, c.recurrent.groups)
+           for part, name in enumerate(("query", "key", "value", "gate"))},
+        **{name: ("in_proj_ba", "fused_by_head", part, c.recurrent.groups)
+           for part, name in enumerate(("write", "step"))}}),
+    fields={"linear_num_value_heads": "recurrent.heads", "linear_num_key_heads": "recurrent.groups",
+            "linear_key_head_dim": "recurrent.key_dim", "linear_value_head_dim": "recurrent.value_dim",
+            "linear_conv_kernel_dim": "recurrent.conv", "num_experts": "moe.experts",
+            "num_experts_per_tok": "moe.active", "moe_intermediate_size": "moe.expert_dim",
+            "shared_expert_intermediate_size": "moe.shared_dim", "norm_topk_prob": "moe.renormalise",
+            "router_aux_loss_coef": "moe.balance_loss"},
+    preset={"norm_unit_offset": True, "qk_norm": "head", "attention_gate": True, "moe.shared_gate": True},
+    defaults={"num_key_value_heads": 2, "head_dim": 256, "max_position_embeddings": 32768,
+              "partial_rotary_factor": 0.25, "full_attention_interval": 4, "linear_num_value_heads": 32,
+              "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+              "linear_conv_kernel_dim": 4, "num_experts": 512, "num_experts_per_tok": 10,
+              "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "norm_topk_prob": True,
+              "router_aux_loss_coef": 0.001, "decoder_sparse_step": 1, "mlp_only_layers": ()},
+    read=_read_qwen3_next, write=_write_qwen3_next)  # fmt: skip
+
+HYBRID = [_MAMBA2, _QWEN3_NEXT]

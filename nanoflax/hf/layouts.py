@@ -27,6 +27,7 @@ class TensorMapping:
     name: str
     layout: str
     parts: dict[int, tuple[str, Shape]]  # number of the part -> (path, shape) of our parameter
+    groups: int | None = None  # of fused_by_head; none: heads of the size K
 
     @property
     def paths(self) -> list[str]:
@@ -58,7 +59,8 @@ class TensorMapping:
             return tensor.read((shifted, *reversed(rest))).T
         x = tensor.read()
         if self.layout == "fused_by_head":
-            x = x.reshape(-1, len(self.parts), K, *x.shape[1:])[:, part]
+            n = self.groups or shape[-1] // K
+            x = x.reshape(n, -1, *x.shape[1:])[:, first // n : (first + shape[-1]) // n]
         else:  # rotary_pairs
             x = x.reshape(-1, K // 2, 2, *x.shape[1:]).swapaxes(1, 2)
         return x.reshape(shape[::-1]).T[(*rest, last)]
@@ -76,8 +78,8 @@ class TensorMapping:
         if self.layout in ("transposed", "fused"):
             return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
         if self.layout == "fused_by_head":
-            heads = [x.reshape(-1, K, *x.shape[1:]) for x in arrays]
-            return np.stack(heads, 1).reshape(-1, *arrays[0].shape[1:])
+            heads = [x.reshape(self.groups or len(x) // K, -1, *x.shape[1:]) for x in arrays]
+            return np.concatenate(heads, 1).reshape(-1, *arrays[0].shape[1:])
         x = arrays[0]  # rotary_pairs
         return x.reshape(-1, 2, K // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
@@ -105,7 +107,7 @@ def tensor_mapping(family: Family, config: ModelConfig) -> list[TensorMapping]:
         name = name.format(i=block[0] if block else "")
         if key not in keys:
             name += ".bias" if leaf == "bias" else ".weight"
-        mapping = found.setdefault(name, TensorMapping(name, layout, {}))
+        mapping = found.setdefault(name, TensorMapping(name, layout, {}, *rest[2:]))
         mapping.parts[int(part)] = path, shape
     return list(found.values())
 

@@ -203,6 +203,8 @@ class Attention(nn.Module):
         self.value = Linear(c.G * c.K, c.has_bias("qkv"))
         self.out = Linear(c.dim, c.has_bias("out"), self.out_stddev)
         self.sinks = self.param("sinks", nn.initializers.zeros, (c.heads,)) if c.attention_sinks else None
+        if c.attention_gate:
+            self.gate = Linear(c.heads * c.K, c.has_bias("qkv"))
         if c.qk_norm != "none":
             kind, axes = ("layernorm", 2) if c.qk_norm == "each_head" else ("rmsnorm", 1)
             self.query_norm = Norm(kind, c.norm_eps, False, c.norm_unit_offset, c.norm_scale, axes)
@@ -222,7 +224,8 @@ class Attention(nn.Module):
         if self.has_variable("params", "prefix_key"):
             k, v, mask, bias = self._after_prefix(k, v, mask, bias, x.shape[1], causal)
             causal, spec = False, None
-        return self.attend(q, k, v, mask, causal, bias, spec, cache is not None), cache
+        gate = jax.nn.sigmoid(self.gate(x)) if self.config.attention_gate else None
+        return self.attend(q, k, v, mask, causal, bias, spec, cache is not None, gate), cache
 
     def _after_prefix(self, k, v, mask, bias, T, causal):
         """Prefix tuning (Li and Liang 2021): put trained keys and values [P, G K], visible to every query,
@@ -279,9 +282,10 @@ class Attention(nn.Module):
         bias: Bias | None = None,
         spec: MaskSpec | None = None,
         cached: bool = False,
+        gate: Float[Array, "B T _"] | None = None,
     ) -> States:
         """Attention and the output projection, by the kernel that `choose` names; with a cache, and
-        for init, by `heads_first`. spec: the mask as a MaskSpec, or None."""
+        for init, by `heads_first`. spec: the mask as a MaskSpec, or None. gate: a factor before the projection."""
         c, name = self.config, "plain"
         if not cached and not self.is_initializing():
             name, _ = self.backend(q, k, causal, bias, spec)
@@ -291,7 +295,8 @@ class Attention(nn.Module):
             y = heads_first(q, k, v, mask, causal, bias, *options, self.sinks)
         else:
             y = kernels.BACKENDS[name].attend(q, k, v, causal, spec, *options)
-        return self.out(y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], -1))
+        y = y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], -1)
+        return self.out(y if gate is None else y * gate)
 
     def backend(self, q: Array, k: Array, causal: bool, bias: Bias | None, spec: MaskSpec | None) -> tuple[str, str]:
         """`kernels.choose` for a call of `attend` without a cache."""

@@ -12,6 +12,24 @@ MAMBA2 = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
+QWEN3_NEXT = dict(
+    num_hidden_layers=3,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=12,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+    num_experts=0,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 CASES: dict[str, tuple[str, dict]] = {
     "mamba2": ("Mamba2ForCausalLM", MAMBA2),
     "mamba2-limits": (
@@ -35,5 +53,6 @@ CASES: dict[str, tuple[str, dict]] = {
     ),
     # With biases, Transformers' convolution of the first tokens reads the padding on their left.
     "mamba2-bias": ("Mamba2ForCausalLM", MAMBA2 | dict(use_bias=True, n_groups=8)),
+    "qwen3-next-dense": ("Qwen3NextForCausalLM", QWEN3_NEXT | dict(attention_bias=True)),
 }
-GREEDY = ["mamba2"]
+GREEDY = ["mamba2", "qwen3-next-dense"]
