@@ -3,13 +3,15 @@
     python -m experiments.convert --from=runs/pydocs_tiny --to=exported      # for AutoModel
     python -m experiments.convert --from=SmolLM2.gguf --to=runs/smollm2      # for sample --workdir=runs/smollm2
     python -m experiments.convert --from=owner/name --to=runs/x --dtype=float32
+    python -m experiments.convert --from=runs/chat --to=chat.gguf --gguf_type=Q8_0  # for llama.cpp
 
---from is a run's workdir, a directory of Transformers, a hub name or a .gguf file. If --from is a run,
---to becomes a directory of Transformers; otherwise --to becomes a run's workdir. The program prints a
-table of the converted tensors.
+--from is a run's workdir, a directory of Transformers, a hub name or a .gguf file. If --to ends in .gguf, it becomes
+such a file, with the tokenizer and chat template. Else, if --from is a run, --to becomes a directory of Transformers;
+otherwise --to becomes a run's workdir. The program prints a table of the converted tensors.
 """
 
 import os
+import time
 
 from absl import flags
 
@@ -20,14 +22,19 @@ from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("from", None, "workdir, Transformers directory, hub name or .gguf", required=True)
-flags.DEFINE_string("to", None, "directory to write; must not exist or be empty", required=True)
+flags.DEFINE_string("to", None, "directory to write, which must not exist or be empty; or a .gguf file", required=True)
 flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "dtype of the weights in --to; default: unchanged")
 flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "checkpoint of the run")
+flags.DEFINE_enum("gguf_type", None, [*hf.GGUF_TYPES], "type of the matrices in a .gguf file; default: F16")
 flags.DEFINE_bool("to_transformers", False, "write a Transformers directory whatever --from is")
 
 
 def main():
     source, target = FLAGS["from"].value, FLAGS.to
+    if target.endswith(".gguf"):
+        return write_gguf(source, target)
+    if FLAGS.gguf_type:
+        raise UserError(f"--gguf_type={FLAGS.gguf_type} is for a file, but --to={target} does not end in .gguf")
     if os.path.exists(target) and (not os.path.isdir(target) or os.listdir(target)):
         raise UserError(f"--to={target} exists and is not an empty directory; choose another")
     runs.setup_jax()
@@ -47,6 +54,25 @@ def main():
         else:
             print_mapping(run)
         print(f"{target}: python -m experiments.sample --workdir={target}")
+
+
+def write_gguf(source, target):
+    """Write a .gguf file, and print its size and how fast it was written."""
+    if os.path.exists(target):
+        raise UserError(f"--to={target} exists; choose another name or remove it")
+    if FLAGS.dtype or FLAGS.to_transformers:
+        raise UserError(f"--dtype and --to_transformers do not go with --to={target}; --gguf_type decides its numbers")
+    runs.setup_jax()
+    run = nanoflax.open(source, FLAGS.checkpoint)
+    run.params  # noqa: B018 (read before the clock starts)
+    start = time.perf_counter()
+    done = run.save_gguf(target, FLAGS.gguf_type or "F16")
+    seconds = time.perf_counter() - start
+    counts = " + ".join(f"{count} {kind}" for kind, count in sorted(done.tensors.items()))
+    size = done.nbytes / 1e6
+    print(f"{target}: {done.architecture}, {counts} tensors")
+    print(f"{size:,.1f} MB in {seconds:.1f} s, {size / seconds:,.0f} MB/s")
+    print(f"open it with llama.cpp, or python -m experiments.sample --model={target}")
 
 
 def print_mapping(run):

@@ -3,13 +3,14 @@
 import collections
 import os
 import pathlib
+import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax import traverse_util
 
-from nanoflax import tokenizers
+from nanoflax import peft, tokenizers
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.hf.gguf_architectures import ROPE_FREQS, describe, rope_divisors
@@ -58,7 +59,8 @@ def save_gguf(
     config, params = without_padding(config, params)
     architecture, metadata = describe(config)
     flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
-    if adapters := sorted(leaf for leaf in flat if "/lora_" in leaf):
+    own: dict[str, Any] = traverse_util.flatten_dict(peft.without_adapters(params), sep="/")
+    if adapters := sorted(flat.keys() - own.keys()):
         raise UserError(
             f"the parameters have adapters ({adapters[0]}, ...), which GGUF files of models do not hold; merge them "
             "first: nanoflax.peft.merge(params)"
@@ -91,7 +93,15 @@ def _write(path: pathlib.Path, architecture: str, metadata, tensors, kind: str) 
     """Write the file. Returns the number of tensors of each type."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, architecture)
+    class Writer(gguf.GGUFWriter):
+        """One that can write an empty list of texts too: the merges of a tokenizer of bytes."""
+
+        def _pack_val(self, val, vtype, *args, **kwargs):
+            empty = vtype == gguf.GGUFValueType.ARRAY and not val
+            types = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
+            return struct.pack("<IIQ", *types, 0) if empty else super()._pack_val(val, vtype, *args, **kwargs)
+
+    writer = Writer(path, architecture)
     writer.add_file_type(gguf.LlamaFileType[GGUF_TYPES[kind]])
     if kind == "Q8_0":
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -20,8 +20,7 @@ import numpy as np
 from nanoflax import config as configs
 from nanoflax import data, hf, nn, parallel, report, tasks, tokenizers, train
 from nanoflax.errors import UserError
-from nanoflax.runs import directory, grpo, ranking, reference
-from nanoflax.runs.checkpoint import Checkpoints
+from nanoflax.runs import directory, exports, grpo, ranking, reference
 from nanoflax.runs.generation import GenerationSettings, stream_texts
 from nanoflax.runs.opening import ModelSource, open_source
 
@@ -378,22 +377,13 @@ class Run:
         return path
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Write a directory for Transformers' AutoModel.
+        """Write a directory for Transformers' AutoModel: see exports.save_pretrained."""
+        exports.save_pretrained(self, path)
 
-        Raises: UserError if no family of Transformers has such a model.
-        """
-        tokenizer = tasks.exported_tokenizer(self.config.task, self.tokenizer) if self.task else self.tokenizer
-        hf.save(str(path), self.model.config, self.params, tokenizer)
+    def save_gguf(self, path: str | os.PathLike, kind: str = "F16") -> hf.GGUFSummary:
+        """Write a .gguf file for llama.cpp: see exports.save_gguf."""
+        return exports.save_gguf(self, path, kind)
 
     def save_run(self, workdir: str) -> None:
-        """Write the model as a run with 0 steps, for sample, evaluate and finetune.
-
-        Raises: UserError if the model has no tokenizer.
-        """
-        if self.tokenizer is None:
-            raise UserError(f"{self.source} has no tokenizer that nanoflax can read")
-        os.makedirs(workdir, exist_ok=True)
-        meta = {"tokenizer": self.tokenizer.fingerprint, "step": 0}
-        with Checkpoints(os.path.join(workdir, "checkpoints")) as checkpoints:
-            checkpoints.save(0, {"params": self.params}, meta)
-        directory.write_run(workdir, tasks.config_of(self.model.config), self.tokenizer)
+        """Write the model as a run with 0 steps, for sample, evaluate and finetune: see exports.save_run."""
+        exports.save_run(self, workdir)

@@ -80,8 +80,6 @@ def _refusal(reason: str) -> UserError:
 
 def _byte_level(spec: specs.Spec, merges: list[tuple[str, ...]]) -> dict[str, Any]:
     """Raises: UserError for words that no tokenizer.ggml.pre describes."""
-    if not merges:
-        raise _refusal("it has no merges, and the gguf package writes no empty list")
     if normalizers := _kinds(spec.get("normalizer"), "normalizers"):
         if normalizers != [{"type": "NFC"}]:
             raise _refusal(f"its normalizer {str(normalizers)[:80]} changes texts")

@@ -50,6 +50,19 @@ def test_there_and_back_writes_the_same_text(exported, tmp_path):
     assert sampled[0] == sampled[1] == sampled[2] and sampled[0].startswith("The")
 
 
+def test_a_gguf_file_writes_the_same_text(exported, tmp_path):
+    workdir, file = exported[0], tmp_path / "x.gguf"
+    done = run("convert", f"--from={workdir}", f"--to={file}", "--gguf_type=F32")
+    assert done.returncode == 0, done.stderr
+    assert f"{file}: llama, " in done.stdout and f"{file.stat().st_size / 1e6:,.1f} MB in " in done.stdout
+    assert [*tmp_path.iterdir()] == [file]
+    sampled = [
+        run("sample", flag, "--prompt=The", "--temperature=0", "--max_new_tokens=12").stdout
+        for flag in (f"--workdir={workdir}", f"--model={file}")
+    ]
+    assert sampled[0] == sampled[1] and sampled[0].startswith("The")
+
+
 def test_an_encoder_decoder_reads_its_prompt_as_a_source_and_beams_search(tmp_path):
     import tokenizers as library
     import torch
@@ -80,6 +93,8 @@ def test_an_encoder_decoder_reads_its_prompt_as_a_source_and_beams_search(tmp_pa
         ("convert", ["--from=nothing", "--to={tmp}/new"], "nothing: neither a directory"),
         ("convert", ["--from={tmp}", "--to={tmp}"], "is not an empty directory"),
         ("convert", ["--from={tmp}", "--to={tmp}/new"], "config.json"),
+        ("convert", ["--from={tmp}", "--to={tmp}/new", "--gguf_type=F16"], "does not end in .gguf"),
+        ("convert", ["--from={tmp}", "--to={tmp}/x.gguf", "--dtype=float32"], "--gguf_type decides its numbers"),
         ("sample", [], "give either --workdir, of a run, or --model"),
         ("sample", ["--model={tmp}/encoder"], "model_type='elmo' is not supported"),
     ],

@@ -1,0 +1,44 @@
+"""Writes the model of a Run in the formats of other programs, or as a new run."""
+
+import os
+from typing import Any
+
+from nanoflax import hf, peft, tasks
+from nanoflax.errors import UserError
+from nanoflax.runs import directory
+from nanoflax.runs.checkpoint import Checkpoints
+
+
+def save_pretrained(run: Any, path: str | os.PathLike) -> None:
+    """Write a directory for Transformers' AutoModel.
+
+    Raises: UserError if no family of Transformers has such a model.
+    """
+    hf.save(str(path), run.model.config, run.params, _tokenizer_of(run))
+
+
+def save_gguf(run: Any, path: str | os.PathLike, kind: str = "F16") -> hf.GGUFSummary:
+    """Write a .gguf file for llama.cpp, with the tokenizer and its chat template. Low-rank adapters are merged.
+
+    kind: F32, F16 or Q8_0; see hf.save_gguf.
+    Raises: UserError if GGUF cannot express the model, its adapters or its tokenizer.
+    """
+    return hf.save_gguf(path, run.model.config, peft.merge(run.params), _tokenizer_of(run), kind)
+
+
+def save_run(run: Any, workdir: str) -> None:
+    """Write the model as a run with 0 steps, for sample, evaluate and finetune.
+
+    Raises: UserError if the model has no tokenizer.
+    """
+    if run.tokenizer is None:
+        raise UserError(f"{run.source} has no tokenizer that nanoflax can read")
+    os.makedirs(workdir, exist_ok=True)
+    meta = {"tokenizer": run.tokenizer.fingerprint, "step": 0}
+    with Checkpoints(os.path.join(workdir, "checkpoints")) as checkpoints:
+        checkpoints.save(0, {"params": run.params}, meta)
+    directory.write_run(workdir, tasks.config_of(run.model.config), run.tokenizer)
+
+
+def _tokenizer_of(run: Any) -> Any:
+    return tasks.exported_tokenizer(run.config.task, run.tokenizer) if run.task else run.tokenizer
