@@ -374,6 +374,10 @@ class ModelConfig:
             found.append(f"model.layer_types with delta or mamba2 is for decoders, not {m.architecture!r}")
         if m.mlp_dim == 0 and {*m.layer_types} != {"mamba2"}:
             found.append("model.mlp_dim=0 must be at least 1, except with model.layer_types=('mamba2',)")
+        if m.rope.scaling == "dynamic" and m.positions == "rotary" and m.rotary_dim <= 2:
+            found.append("model.rope.scaling='dynamic' needs more than one pair of rotary numbers")
+        if m.latent.rank:
+            found += self._latent_problems()
         if m.recurrent.heads % m.recurrent.groups:
             found.append(f"model.recurrent.groups={m.recurrent.groups} does not divide heads={m.recurrent.heads}")
         if not moe.experts:
@@ -387,6 +391,20 @@ class ModelConfig:
                 f"model.moe.groups={moe.groups} must divide model.moe.experts={moe.experts}, and "
                 f"model.moe.top_groups={moe.top_groups} be at most groups"
             )
+        return found
+
+    def _latent_problems(self) -> list[str]:
+        """The conflicts of latent attention, which computes its own queries, keys and values."""
+        m, found = self, []
+        if not m.has_blocks or m.latent.rope_dim > m.K or m.latent.rope_dim % 2:
+            found.append(
+                f"model.latent.rank={m.latent.rank} needs a Transformer and an even model.latent.rope_dim, at most "
+                f"head_dim={m.K}, not {m.latent.rope_dim}"
+            )
+        wrong = {"kv_heads": m.G != m.heads, "qk_norm": m.qk_norm != "none"}
+        wrong["attention_backend"] = m.attention_backend not in ("auto", "plain")
+        for name in [name for name, is_wrong in wrong.items() if is_wrong]:
+            found.append(f"model.{name}={getattr(m, name)!r} does not work with model.latent.rank={m.latent.rank}")
         return found
 
 

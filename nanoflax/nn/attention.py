@@ -51,14 +51,14 @@ def dot_product_attention(
 def heads_first(
     q: Queries,
     k: Keys,
-    v: Keys,
+    v: Float[Array, "B G S _"],
     mask: Mask | None = None,
     causal: bool = False,
     bias: Bias | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: Sinks | None = None,
-) -> Queries:
+) -> Float[Array, "B H T _"]:
     """`dot_product_attention` with heads before time: its products are then plain batched matrix
     products, twice as fast on CPU."""
     B, H, T, K = q.shape

@@ -140,8 +140,8 @@ def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 def split_cache(x: Float[Array, "B G S K"]) -> Float[Array, "B G S K"]:
-    """Keys or values of a cache, split along B and the heads."""
-    return constrain(x, CACHE)
+    """Keys or values of a cache, split along B and the heads; a single head is on every device."""
+    return constrain(x, CACHE if x.shape[1] > 1 else P(CACHE[0], None, None, None))
 
 
 def replicate(x: Array) -> Array:

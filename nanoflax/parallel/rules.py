@@ -24,7 +24,9 @@ from nanoflax.parallel.stacking import STACKED
 # The end of a parameter's path, and the mesh axis of each dimension. Optimizer state and moving
 # averages repeat the parameters' paths, so the table covers them too. A parameter that matches no
 # row is replicated on every device.
-_COLUMN_PARALLEL = r"((cross_)?attention/(query|key|value)|mlp/(shared/)?(up|gate))"  # D to HK, GK or F
+_COLUMN_PARALLEL = (
+    r"((cross_)?attention/((query|latent)_up|query|key|value)|mlp/(shared/)?(up|gate))"  # D to HK, GK or F
+)
 _ROW_PARALLEL = r"((cross_)?attention/out|mlp/(shared/)?down)"  # HK or F to D
 RULES = (
     (r"embed/embedding", P("tensor", "fsdp")),  # [V, D]
@@ -35,6 +37,7 @@ RULES = (
     (rf"{_COLUMN_PARALLEL}/(bias|lora_magnitude)", P("tensor")),
     (rf"{_COLUMN_PARALLEL}/lora_a", P("fsdp", None)),  # [D, r]
     (rf"{_COLUMN_PARALLEL}/lora_b", P(None, "tensor")),  # [r, HK]
+    (r"attention/(query|latent)_down/(kernel|lora_a)", P("fsdp", None)),  # [D, rank]
     (rf"{_ROW_PARALLEL}/kernel", P("tensor", "fsdp")),
     (rf"{_ROW_PARALLEL}/lora_a", P("tensor", None)),
     (rf"{_ROW_PARALLEL}/lora_b", P(None, "fsdp")),

@@ -83,6 +83,8 @@ def _places(flat, c: Any):
     if not places and isinstance(c, LowRank):
         known = sorted({re.sub(r"block_\d+", "block_*", path) for path in kernels})
         raise UserError(f"peft.targets={c.targets!r} matches the end of none of {', '.join(known)}")
+    if isinstance(c, PrefixTuning) and any(path.endswith("attention/latent_up") for path in kernels):
+        raise UserError("peft.kind='prefix' does not work with latent attention, whose heads have no keys; use prompt")
     if not places:
         raise UserError(f"peft.kind={c.kind!r} needs a Transformer; this model has no blocks")
     if isinstance(c, LowRank) and "unembed/" in places:

@@ -585,6 +585,8 @@ def test_shardings_name_the_leaves_that_do_not_divide():
         ("type_embed/embedding", (8, 4), P()),  # not a row of the table: whole
         ("block_11/attention/query/kernel", (4, 4), P("fsdp", "tensor")),
         ("block_0/attention/out/kernel", (4, 4), P("tensor", "fsdp")),
+        ("block_0/attention/latent_up/kernel", (8, 4), P("fsdp", "tensor")),
+        ("block_0/attention/query_down/kernel", (4, 8), P("fsdp", None)),
         ("block_0/cross_attention/value/bias", (4,), P("tensor")),
         ("block_0/mlp/down/bias", (4,), P()),
         ("block_0/mlp/experts/gate/kernel", (4, 8, 6), P("expert", "fsdp", "tensor")),
