@@ -16,7 +16,7 @@ ROPE_SCALINGS = {
     "longrope": ("factor", "context", "short_factors", "long_factors", "attention_factor"),
     "proportional": ("factor",),
 }
-ROUTER_SCORES = ("softmax", "sigmoid", "softmax_of_chosen")
+ROUTER_SCORES = ("softmax", "sigmoid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +55,10 @@ class MoEConfig:
     shared_dim: int = field(0, "F of an MLP beside the experts that every token uses; 0: none.", at_least=0)
     shared_gate: bool = field(False, "The MLP beside the experts has a gate, the sigmoid of a product (Qwen2-MoE).")
     dense_layers: tuple[int, ...] = field((), "Layers, from 0, with one MLP of model.mlp_dim.")
-    scores: str = field(
-        "softmax", "How a token scores the experts; softmax_of_chosen: over its k.", choices=ROUTER_SCORES
+    scores: str = field("softmax", "How a token scores all E experts.", choices=ROUTER_SCORES)
+    renormalise: bool = field(
+        True, "The weights of a token's k experts are divided by their sum; of a softmax: a softmax over the k."
     )
-    renormalise: bool = field(True, "The weights of a token's k experts are divided by their sum.")
     scale: float = field(1.0, "Factor of the weights of a token's experts.", above=0)
     groups: int = field(1, "Groups of experts; a token uses only experts of top_groups of them.", at_least=1)
     top_groups: int = field(1, "The groups that a token uses, by the sum of their two best scores.", at_least=1)

@@ -12,8 +12,9 @@ from nanoflax.hf.encoders import ENCODERS
 from nanoflax.hf.family import FIELD_TYPES, Family, differences
 from nanoflax.hf.hybrid import HYBRID
 from nanoflax.hf.more_decoders import MORE_DECODERS
+from nanoflax.hf.sparse import SPARSE
 
-_ALL = (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *MORE_DECODERS, *HYBRID)
+_ALL = (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *MORE_DECODERS, *HYBRID, *SPARSE)
 FAMILIES = {family.model_type: family for family in _ALL}
 
 

@@ -45,8 +45,8 @@ class Family:
 
     keys: path of our module -> name of the module in Transformers; {i} is the number of the block. Our leaves kernel,
     scale and embedding are called weight in a file, and a kernel is transposed there. The key may also be the path of
-    one parameter; then the name is the full name of the tensor. Instead of a name, (name, layout) or (name, layout,
-    part) gives the layout of the tensor:
+    one parameter; then the name is the full name of the tensor. If the name has {e}, each expert has a tensor of its
+    own. Instead of a name, (name, layout) or (name, layout, part) gives the layout of the tensor:
 
       same            unchanged                           (GPT-2's c_proj, every bias)
       transposed      [out, in] for our kernel [in, out]  (the default of a kernel)
@@ -232,7 +232,12 @@ def canonical(config: ModelConfig) -> ModelConfig:
         rope = {name: value for name, value in vars(c.rope).items() if name in read}
         c = dataclasses.replace(c, rope=RopeConfig(**rope))
     unused += [] if c.swiglu_limit else ["swiglu_alpha"]
-    unused += [] if c.moe.experts else ["moe"]
+    if c.moe.experts:
+        dense = tuple(i for i in range(c.layers) if not c.is_sparse(i))
+        moe = dataclasses.replace(c.moe, expert_dim=c.moe.expert_dim or c.F, dense_layers=dense)
+        c = dataclasses.replace(c, moe=moe, mlp_dim=c.F if dense else moe.expert_dim)
+    else:
+        unused += ["moe"]
     unused += [] if c.latent.rank else ["latent"]
     recurrent = [c.is_recurrent(i) for i in range(c.layers)]
     unused += [] if any(recurrent) else ["recurrent"]
@@ -302,6 +307,8 @@ def differences(family: Family, config: ModelConfig) -> list[str]:
     # The tensors of a file decide the fields in `present`, not config.json.
     kept = {name: getattr(c, name) for name in family.present if c.head in ("none", "lm")}
     back = to_config(family, from_config(family, config), c.head)
+    losses = {"balance_loss": c.moe.balance_loss, "z_loss": c.moe.z_loss}  # they do not change the logits
+    kept["moe"] = dataclasses.replace(back.moe, **losses)
     back = canonical(dataclasses.replace(back, **kept, tied=c.tied))
     # Transformers adds a row of the table of token types to every token, so there must be one.
     no_row = not c.token_types and "token_types" in family.fields.values()

@@ -28,6 +28,7 @@ class TensorMapping:
     layout: str
     parts: dict[int, tuple[str, Shape]]  # number of the part -> (path, shape) of our parameter
     groups: int | None = None  # of fused_by_head; none: heads of the size K
+    expert: int | None = None  # the tensor holds only this expert's part of parameters [E, *shape]
 
     @property
     def paths(self) -> list[str]:
@@ -67,7 +68,7 @@ class TensorMapping:
 
     def join(self, parameters: Mapping[str, Any], K: int) -> np.ndarray:
         """The tensor for the file, from our parameters by path; K: the size of a head."""
-        arrays = [np.asarray(parameters[path]) for path in self.paths]
+        arrays = [np.asarray(parameters[p] if self.expert is None else parameters[p][self.expert]) for p in self.paths]
         if self.layout == "row":
             return arrays[0][None]
         if self.layout in ("same", "fused_columns"):
@@ -82,6 +83,33 @@ class TensorMapping:
             return np.concatenate(heads, 1).reshape(-1, *arrays[0].shape[1:])
         x = arrays[0]  # rotary_pairs
         return x.reshape(-1, 2, K // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+Holders = list[tuple[TensorMapping, int]]  # the tensors that hold a parameter, with the number of its part in each
+
+
+def holders(mappings: Sequence[TensorMapping]) -> dict[str, Holders]:
+    """Path of our parameter -> the tensors that hold it: one, or one for each expert in their order."""
+    found: dict[str, Holders] = {}
+    for mapping in mappings:
+        for part, (path, _) in mapping.parts.items():
+            found.setdefault(path, []).append((mapping, part))
+    return found
+
+
+def read_parameter(held: Holders, tensors: Mapping[str, Any], index: Slices, K: int) -> np.ndarray:
+    """The part of a parameter that a tuple of slices selects; only the tensors of the selected experts are read."""
+    (mapping, part), *_ = held
+    if mapping.expert is None:
+        return mapping.read(tensors[mapping.name], part, index, K)
+    held = held[index[0]]
+    pieces = (mapping.read(tensors[mapping.name], part, index[1:], K) for mapping, part in held)
+    first = next(pieces)
+    stacked = np.empty((len(held), *first.shape), first.dtype)
+    stacked[0] = first
+    for i, piece in enumerate(pieces, 1):
+        stacked[i] = piece
+    return stacked
 
 
 def tensor_mapping(family: Family, config: ModelConfig) -> list[TensorMapping]:
@@ -104,11 +132,13 @@ def tensor_mapping(family: Family, config: ModelConfig) -> list[TensorMapping]:
         name, *rest = [entry] if isinstance(entry, str) else list[Any](entry)
         layout = rest[0] if rest else "transposed" if leaf == "kernel" else "same"
         part = rest[1] if len(rest) > 1 else 0
-        name = name.format(i=block[0] if block else "")
         if key not in keys:
             name += ".bias" if leaf == "bias" else ".weight"
-        mapping = found.setdefault(name, TensorMapping(name, layout, {}, *rest[2:]))
-        mapping.parts[int(part)] = path, shape
+        experts, one = (range(shape[0]), shape[1:]) if "{e}" in name else ([None], shape)
+        for e in experts:
+            full = name.format(i=block[0] if block else "", e=e)
+            mapping = found.setdefault(full, TensorMapping(full, layout, {}, *rest[2:], expert=e))
+            mapping.parts[int(part)] = path, one
     return list(found.values())
 
 

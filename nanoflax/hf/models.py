@@ -21,7 +21,7 @@ from nanoflax.hf.family import Family, differences, from_config, head_of, to_con
 from nanoflax.hf.generation import read_generation, write_generation
 from nanoflax.hf.gguf import QuantizedTensor
 from nanoflax.hf.gguf_architectures import open_gguf_model
-from nanoflax.hf.layouts import TensorMapping, parameter_shapes, shape_problems, tensor_mapping
+from nanoflax.hf.layouts import TensorMapping, holders, parameter_shapes, read_parameter, shape_problems, tensor_mapping
 from nanoflax.nn import build, without_padding
 
 Tensors = dict[str, safetensors_io.Tensor | QuantizedTensor]
@@ -194,19 +194,19 @@ def _read_all(config, mappings: list[TensorMapping], tensors: Tensors, dtype, me
         mesh = jax.sharding.get_mesh()
     if mesh is not None:
         shardings = traverse_util.flatten_dict(parallel.shardings(parallel.param_shapes(build(config)), mesh), sep="/")
-    for mapping in mappings:
-        for part, (path, shape) in mapping.parts.items():
+    shapes = parameter_shapes(config)
+    for path, held in holders(mappings).items():
 
-            def read(index, mapping=mapping, part=part):
-                x = mapping.read(tensors[mapping.name], part, index, config.K)
-                if dtype is not None:
-                    return x.astype(dtype)
-                return x.astype(np.float32) if x.dtype == np.float64 else x
+        def read(index, held=held):
+            x = read_parameter(held, tensors, index, config.K)
+            if dtype is not None:
+                return x.astype(dtype)
+            return x.astype(np.float32) if x.dtype == np.float64 else x
 
-            if mesh is None:
-                flat[path] = jax.device_put(read((slice(None),) * len(shape))).block_until_ready()
-            else:
-                flat[path] = jax.make_array_from_callback(shape, shardings[path], read)
+        if mesh is None:
+            flat[path] = jax.device_put(read((slice(None),) * len(shapes[path]))).block_until_ready()
+        else:
+            flat[path] = jax.make_array_from_callback(shapes[path], shardings[path], read)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -3,7 +3,7 @@
 Parameters are float32; a module computes in the dtype of its input.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -207,7 +207,10 @@ class Norm(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(up(x))), or gated: down(act(gate(x)) * up(x)); swiglu: the limit and alpha of `gated`."""
+    """down(act(up(x))), or gated: down(act(gate(x)) * up(x)); swiglu: the limit and alpha of `gated`.
+
+    linear: makes the three layers; further arguments of a call go to them.
+    """
 
     hidden: int  # F
     activation: str
@@ -215,12 +218,13 @@ class MLP(nn.Module):
     bias: bool
     out_stddev: float
     swiglu: tuple[float, float] = (0.0, 1.702)
+    linear: Callable[..., Any] = Linear
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        h = Linear(self.hidden, self.bias, name="up")(x)
+    def __call__(self, x: Float[Array, "B T D"], *more: Array) -> Float[Array, "B T D"]:
+        h = self.linear(self.hidden, self.bias, name="up")(x, *more)
         if self.gated:
-            h = gated(self.activation, Linear(self.hidden, self.bias, name="gate")(x), h, *self.swiglu)
+            h = gated(self.activation, self.linear(self.hidden, self.bias, name="gate")(x, *more), h, *self.swiglu)
         else:
             h = activate(self.activation, h)
-        return Linear(x.shape[-1], self.bias, self.out_stddev, name="down")(h)
+        return self.linear(x.shape[-1], self.bias, self.out_stddev, name="down")(h, *more)

@@ -1,17 +1,152 @@
-"""Mixture of experts (Shazeer et al. 2017)."""
+"""Mixture of experts (Shazeer et al. 2017): a router chooses k of a layer's E experts for each token.
+
+No token is dropped. Tokens are sorted by expert into blocks of rows that have one expert each, so that the experts'
+products are products of blocks.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
 
-from nanoflax.config import ModelConfig
-from nanoflax.nn.arrays import States
+from nanoflax.config import ModelConfig, MoEConfig
+from nanoflax.nn.arrays import Array, States, Tokens
+from nanoflax.nn.layers import MLP, Linear
+
+MAX_BLOCK = 256  # rows
+
+
+def route(
+    logits: Float[Array, "*B E"], moe: MoEConfig, correction: Float[Array, " E"] | None = None
+) -> tuple[Int[Array, "*B k"], Float[Array, "*B k"], Float[Array, "*B E"]]:
+    """(the experts of each token, their weights, the scores of all experts as shares of 1), from float32 logits.
+
+    Groups and correction: DeepSeek-V3 (DeepSeek-AI 2024, equations 12 to 16). Softmax scores with moe.renormalise
+    are a softmax over the k chosen experts.
+    """
+    scores = jax.nn.softmax(logits) if moe.scores == "softmax" else jax.nn.sigmoid(logits)
+    rank = scores if correction is None else scores + correction
+    if moe.groups > 1:
+        grouped = rank.reshape(*rank.shape[:-1], moe.groups, -1)
+        best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+        kept = jax.nn.one_hot(jax.lax.top_k(best, moe.top_groups)[1], moe.groups).sum(-2)
+        rank = jnp.where(kept[..., None] > 0, grouped, -jnp.inf).reshape(rank.shape)
+    chosen = jax.lax.top_k(rank, moe.active)[1]
+    weights = jnp.take_along_axis(scores, chosen, -1)
+    if moe.renormalise:
+        weights /= weights.sum(-1, keepdims=True)
+    return chosen, weights * moe.scale, scores / scores.sum(-1, keepdims=True)
+
+
+def blocks_of(ids: Int[Array, " M"], E: int) -> tuple[Int[Array, " R"], Int[Array, " M"], Int[Array, " n"]]:
+    """Rows sorted by expert, in n blocks of R / n rows with one expert each. ids: the expert of each of M tokens.
+
+    Returns (the token of each row, M in a row without one; the row of each token; the expert of each block).
+    """
+    M = len(ids)
+    b = 2 ** int(math.log2(min(max(M / (4 * E), 1), MAX_BLOCK)))  # at most a quarter of the rows are empty
+    n = (M + E * (b - 1)) // b
+    sizes = jnp.bincount(ids, length=E)
+    blocks = -(-sizes // b)
+    ends = jnp.cumsum(blocks)
+    order = jnp.argsort(ids)
+    before = (ends - blocks) * b - (jnp.cumsum(sizes) - sizes)  # empty rows before those of an expert
+    rows = jnp.arange(M) + before[ids[order]]
+    experts = jnp.minimum(jnp.searchsorted(ends, jnp.arange(n), side="right"), E - 1)
+    return jnp.full(n * b, M).at[rows].set(order), jnp.zeros_like(order).at[order].set(rows), experts
+
+
+@jax.custom_vjp
+def move(x: Float[Array, "M D"], index: Int[Array, " R"], back: Int[Array, " M"]) -> Float[Array, "R D"]:
+    """x[index], 0 where index is M. back: the place of each row of x in the result; the gradient reads it, because
+    reading rows is faster than adding to them."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+move.defvjp(lambda x, *ways: (move(x, *ways), ways), lambda ways, dy: (move(dy, *ways[::-1]), None, None))
+
+
+def expert_product(x: Float[Array, "n b I"], p: Mapping[str, Any], experts: Int[Array, " n"]) -> Float[Array, "n b O"]:
+    """The product of each block of rows with the kernel [E, I, O], among an expert Linear's parameters p, of its
+    expert. experts: ascending."""
+    return grouped_matmul(x, jnp.asarray(p["kernel"], x.dtype), experts)
+
+
+def grouped_matmul(
+    x: Float[Array, "n b I"], w: Float[Array, "E I O"], experts: Int[Array, " n"]
+) -> Float[Array, "n b O"]:
+    """x[i] @ w[experts[i]]. experts: ascending. XLA has a kernel for ragged_dot on TPU and GPU; on CPU it
+    multiplies all rows with all experts."""
+    return jax.lax.platform_dependent(x, w, experts, cpu=by_block, default=ragged)
+
+
+def by_block(x, w, experts):
+    """`grouped_matmul`, one block at a time."""
+    return jax.lax.map(lambda block: block[0] @ w[block[1]], (x, experts))
+
+
+def ragged(x, w, experts):
+    """`grouped_matmul` as one ragged_dot."""
+    rows = x.shape[1] * jnp.bincount(experts, length=len(w))
+    return jax.lax.ragged_dot(x.reshape(-1, x.shape[-1]), w, rows).reshape(*x.shape[:2], -1)
+
+
+class ExpertLinear(nn.Module):
+    """A Linear for each expert."""
+
+    experts: int  # E
+    features: int
+    bias: bool = True
+    stddev: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n b I"], experts: Int[Array, " n"]) -> Float[Array, "n b O"]:
+        self.param("kernel", nn.initializers.normal(self.stddev), (self.experts, x.shape[-1], self.features))
+        y = expert_product(x, self.variables["params"], experts)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.experts, self.features))
+            y += jnp.asarray(bias, x.dtype)[experts][:, None]
+        return y
+
+
+class Router(Linear):
+    """The logits of the experts, and the correction of their scores: 0 at first, None without."""
+
+    correction: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        zeros = nn.initializers.zeros
+        correction = self.param("correction", zeros, (self.features,)) if self.correction else None
+        return super().__call__(x), correction
 
 
 class MoE(nn.Module):
-    """E experts, each an MLP, of which a router chooses k for a token. Settings: config.moe."""
+    """E experts, each an MLP, of which each token uses k, and an MLP for all tokens. Settings: config.moe."""
 
     config: ModelConfig
     out_stddev: float
 
     @nn.compact
-    def __call__(self, x: States) -> States:
-        raise NotImplementedError
+    def __call__(self, x: States, segments: Tokens | None = None) -> States:
+        """segments: 0 at padding, which the statistics of the router leave out."""
+        c, m, D = self.config, self.config.moe, x.shape[-1]
+        options = c.activation, c.gated, c.has_bias("mlp"), self.out_stddev, c.swiglu
+        router = Router(m.experts, m.router_bias, correction=m.correction, name="router")
+        logits, correction = router(x.astype(jnp.float32))
+        chosen, weights, _ = route(logits, m, correction)
+        rows, places, experts = blocks_of(chosen.reshape(-1), m.experts)
+        h = move(jnp.repeat(x.reshape(-1, D), m.active, 0), rows, places).reshape(len(experts), -1, D)
+        linear = partial(ExpertLinear, m.experts)
+        h = MLP(m.expert_dim or c.F, *options, linear, name="experts")(h, experts)
+        h = move(h.reshape(-1, D), places, rows).reshape(*chosen.shape, D)
+        y = jnp.einsum("...kd,...k->...d", h, weights.astype(h.dtype))
+        if m.shared_dim:
+            shared = MLP(m.shared_dim, *options, name="shared")(x)
+            y += jax.nn.sigmoid(Linear(1, False, name="shared_gate")(x)) * shared if m.shared_gate else shared
+        return y

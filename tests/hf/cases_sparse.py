@@ -1,4 +1,71 @@
 """Cases of tests/hf/cases.py: mixture of experts."""
 
-CASES: dict[str, tuple[str, dict]] = {}
-GREEDY: list[str] = []
+_TINY = dict(
+    vocab_size=67,
+    max_position_embeddings=64,
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=24,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_MIXTRAL = _TINY | dict(num_local_experts=4)
+_MOE = _TINY | dict(num_experts=8, num_experts_per_tok=3)
+_QWEN3 = _MOE | dict(moe_intermediate_size=16, num_hidden_layers=4)
+_YARN = dict(rope_type="yarn", rope_theta=300.0, factor=4.0, original_max_position_embeddings=16)
+
+CASES: dict[str, tuple[str, dict]] = {
+    "mixtral": ("MixtralForCausalLM", _MIXTRAL),
+    "mixtral-window": (
+        "MixtralForCausalLM",
+        _MIXTRAL
+        | dict(
+            num_experts_per_tok=3,
+            sliding_window=6,
+            head_dim=12,
+            hidden_act="gelu",
+            rms_norm_eps=1e-2,
+            tie_word_embeddings=True,
+            num_key_value_heads=4,
+            router_aux_loss_coef=0.5,
+            rope_parameters=dict(rope_type="default", rope_theta=300.0),
+        ),
+    ),
+    "mixtral-classify": ("MixtralForSequenceClassification", _MIXTRAL | dict(num_labels=3)),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", _QWEN3 | dict(decoder_sparse_step=2, attention_bias=True)),
+    "qwen3_moe-renormalised": (
+        "Qwen3MoeForCausalLM",
+        _QWEN3
+        | dict(
+            norm_topk_prob=True,
+            mlp_only_layers=[0, 3],
+            head_dim=12,
+            tie_word_embeddings=True,
+            use_sliding_window=True,
+            sliding_window=6,
+            hidden_act="gelu_pytorch_tanh",
+            rms_norm_eps=1e-2,
+            rope_parameters=_YARN,
+        ),
+    ),
+    "qwen3_moe-classify": ("Qwen3MoeForSequenceClassification", _QWEN3 | dict(num_labels=3)),
+    "olmoe": ("OlmoeForCausalLM", _MOE),
+    "olmoe-renormalised": (
+        "OlmoeForCausalLM",
+        _MOE
+        | dict(
+            norm_topk_prob=True,
+            attention_bias=True,
+            num_key_value_heads=None,
+            tie_word_embeddings=True,
+            hidden_act="relu",
+            rms_norm_eps=1e-2,
+            router_aux_loss_coef=0.5,
+            rope_parameters=dict(rope_type="linear", rope_theta=300.0, factor=4.0),
+        ),
+    ),
+}
+GREEDY: list[str] = ["mixtral", "mixtral-window", "qwen3_moe", "qwen3_moe-renormalised", "olmoe"]

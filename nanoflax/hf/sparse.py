@@ -1,0 +1,90 @@
+"""The decoders with a mixture of experts among the families of Hugging Face Transformers.
+
+In `read` and `write`, hf is a parsed config.json and c a ModelConfig. `router_aux_loss_coef` is
+read and written although Transformers adds the loss only with `output_router_logits`.
+"""
+
+from typing import Any
+
+from nanoflax.config import ModelConfig
+from nanoflax.hf.decoders import like_llama, with_classifier
+from nanoflax.hf.family import Json
+from nanoflax.hf.rope import read_rope, write_rope
+
+# Our modules of a layer with experts -> their names in most families.
+EXPERTS = {
+    "mlp/router": "mlp.gate",
+    "mlp/experts/up": "mlp.experts.{e}.up_proj",
+    "mlp/experts/gate": "mlp.experts.{e}.gate_proj",
+    "mlp/experts/down": "mlp.experts.{e}.down_proj",
+}
+
+
+def read_experts(hf: Json) -> dict[str, Any]:
+    """E; the name in older and in newer files."""
+    return {"moe.experts": hf["num_local_experts"] if "num_local_experts" in hf else hf["num_experts"]}
+
+
+def write_experts(c: ModelConfig) -> Json:
+    """E by the name that every version of Transformers reads in families like Qwen2-MoE."""
+    return {"num_experts": c.moe.experts}
+
+
+_MIXTRAL = like_llama(
+    "mixtral", "Mixtral", without=("attention_bias", "mlp_bias"),
+    keys={"mlp/router": "block_sparse_moe.gate", "mlp/experts/up": "block_sparse_moe.experts.{e}.w3",
+          "mlp/experts/gate": "block_sparse_moe.experts.{e}.w1", "mlp/experts/down": "block_sparse_moe.experts.{e}.w2"},
+    fields={"num_local_experts": "moe.experts", "num_experts_per_tok": "moe.active",
+            "router_aux_loss_coef": "moe.balance_loss"},
+    defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 1e6,
+              "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001},
+    only={"router_jitter_noise": (0.0,)},
+    read=lambda hf: read_rope(hf) | {"window": hf["sliding_window"] or 0},
+    write=lambda c: write_rope(c) | {"sliding_window": c.window or None})  # fmt: skip
+
+
+def _read_qwen3_moe(hf):
+    step, own = hf["decoder_sparse_step"], hf["mlp_only_layers"] or ()
+    dense = tuple(i for i in range(hf["num_hidden_layers"]) if i in own or (i + 1) % step)
+    window = hf["sliding_window"] if hf["use_sliding_window"] else None
+    return (
+        read_rope(hf)
+        | read_experts(hf)
+        | {"moe.dense_layers": dense, "window": window or 0, "out_bias": hf["attention_bias"]}
+    )
+
+
+def _write_qwen3_moe(c):
+    return (
+        write_rope(c)
+        | write_experts(c)
+        | {
+            "mlp_only_layers": list(c.moe.dense_layers),
+            "decoder_sparse_step": 1,
+            "sliding_window": c.window or None,
+            "use_sliding_window": c.window > 0,
+        }
+    )
+
+
+_QWEN3_MOE = like_llama(
+    "qwen3_moe", "Qwen3Moe", without=("mlp_bias",), keys=EXPERTS,
+    fields={"moe_intermediate_size": "moe.expert_dim", "num_experts_per_tok": "moe.active",
+            "norm_topk_prob": "moe.renormalise", "router_aux_loss_coef": "moe.balance_loss"},
+    preset=dict(qk_norm="head"),
+    defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768, "num_experts": 128, "num_experts_per_tok": 8,
+              "moe_intermediate_size": 768, "norm_topk_prob": False, "router_aux_loss_coef": 0.001,
+              "decoder_sparse_step": 1, "mlp_only_layers": None, "use_sliding_window": False, "sliding_window": 4096},
+    read=_read_qwen3_moe, write=_write_qwen3_moe)  # fmt: skip
+_OLMOE = like_llama(
+    "olmoe", "Olmoe", without=("mlp_bias", "head_dim"), keys=EXPERTS,
+    fields={"num_experts_per_tok": "moe.active", "norm_topk_prob": "moe.renormalise",
+            "router_aux_loss_coef": "moe.balance_loss"},
+    preset=dict(qk_norm="full"),
+    defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "num_experts": 64, "num_experts_per_tok": 8,
+              "norm_topk_prob": False, "router_aux_loss_coef": 0.01},
+    only={"clip_qkv": (None,)},
+    read=lambda hf: read_rope(hf) | read_experts(hf) | {"out_bias": hf["attention_bias"]},
+    write=lambda c: write_rope(c) | write_experts(c))  # fmt: skip
+
+SPARSE = [with_classifier(_MIXTRAL), with_classifier(_QWEN3_MOE), _OLMOE]
