@@ -11,10 +11,11 @@ from nanoflax.hf.encoder_decoders import ENCODER_DECODERS
 from nanoflax.hf.encoders import ENCODERS
 from nanoflax.hf.family import FIELD_TYPES, Family, differences
 from nanoflax.hf.hybrid import HYBRID
+from nanoflax.hf.latent_families import LATENT
 from nanoflax.hf.more_decoders import MORE_DECODERS
 from nanoflax.hf.sparse import SPARSE
 
-_ALL = (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *MORE_DECODERS, *HYBRID, *SPARSE)
+_ALL = (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *MORE_DECODERS, *HYBRID, *SPARSE, *LATENT)
 FAMILIES = {family.model_type: family for family in _ALL}
 
 

@@ -29,6 +29,22 @@ LONGROPE = {
     "long_factor": [1.0, 2.0, 5.0, 9.0],
 }
 PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 300.0, "partial_rotary_factor": 0.5, "factor": 2.0}
+DEEPSEEK = LLAMA | dict(
+    num_hidden_layers=3,
+    num_key_value_heads=4,
+    kv_lora_rank=12,
+    q_lora_rank=10,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=6,
+    v_head_dim=8,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_shared_experts=2,
+    moe_intermediate_size=20,
+    n_group=4,
+    topk_group=2,
+    first_k_dense_replace=1,
+)
 CASES: dict[str, tuple[str, dict]] = {
     "llama-yarn": ("LlamaForCausalLM", LLAMA | dict(rope_parameters=YARN)),
     "llama-longrope": (
@@ -62,5 +78,33 @@ CASES: dict[str, tuple[str, dict]] = {
             hidden_act="gelu",
         ),
     ),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", DEEPSEEK),
+    "deepseek_v3-direct": (
+        "DeepseekV3ForCausalLM",
+        DEEPSEEK
+        | dict(
+            q_lora_rank=None,
+            attention_bias=True,
+            rope_interleave=False,
+            rope_parameters=MSCALE,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=0,
+            norm_topk_prob=False,
+            routed_scaling_factor=1.7,
+            n_shared_experts=1,
+            v_head_dim=14,
+            tie_word_embeddings=True,
+            hidden_act="gelu",
+            rms_norm_eps=1e-3,
+            num_hidden_layers=2,
+        ),
+    ),
+    "deepseek_v3-dense": (
+        "DeepseekV3ForCausalLM",
+        DEEPSEEK
+        | dict(first_k_dense_replace=4, rope_parameters=YARN | {"mscale_all_dim": 1.0, "attention_factor": 1.5}),
+    ),
+    "deepseek_v3-classify": ("DeepseekV3ForSequenceClassification", DEEPSEEK | dict(num_labels=3)),
 }
-GREEDY: list[str] = ["qwen3-yarn"]
+GREEDY: list[str] = ["qwen3-yarn", "deepseek_v3"]

@@ -40,6 +40,9 @@ def randomize(model, seed=0, std=0.1):
     with torch.no_grad():
         for p in filter(lambda p: p.requires_grad, model.parameters()):  # Marian's sines are not
             p.copy_(p.round() + std * torch.randn_like(p))  # norms about 1, the rest about 0
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=std)
         if hasattr(model, "final_logits_bias"):
             model.final_logits_bias.normal_(std=std)
 
