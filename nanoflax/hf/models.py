@@ -22,9 +22,10 @@ from nanoflax.hf.generation import read_generation, write_generation
 from nanoflax.hf.gguf import QuantizedTensor
 from nanoflax.hf.gguf_architectures import open_gguf_model
 from nanoflax.hf.layouts import TensorMapping, holders, parameter_shapes, read_parameter, shape_problems, tensor_mapping
+from nanoflax.hf.mxfp4 import PackedTensor, unpack
 from nanoflax.nn import build, without_padding
 
-Tensors = dict[str, safetensors_io.Tensor | QuantizedTensor]
+Tensors = dict[str, safetensors_io.Tensor | QuantizedTensor | PackedTensor]
 _MAX_CONFIG = 10_000_000  # bytes
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -266,7 +267,7 @@ def _open_directory(directory: pathlib.Path) -> tuple[Family, ModelConfig, Tenso
     hf = untrusted.json_object(content, directory / "config.json")
     family = family_of_type(hf.get("model_type"))
     head = head_of(family, hf.get("architectures"))
-    tensors = safetensors_io.open_safetensors(directory)
+    tensors = unpack(hf, safetensors_io.open_safetensors(directory), directory)
     config = to_config(family, hf, head, len(tensors) + 1)
     if head == "lm":
         config = dataclasses.replace(config, generation=read_generation(directory, hf, config.start_id))

@@ -68,6 +68,14 @@ def open_safetensors(directory):
     read_tensors(ignore_refusal(safetensors_io.open_safetensors, directory))
 
 
+def open_mxfp4(directory):
+    from nanoflax.hf import mxfp4, safetensors_io
+
+    if (tensors := ignore_refusal(safetensors_io.open_safetensors, directory)) is not None:
+        settings = {"quantization_config": {"quant_method": "mxfp4"}}
+        read_tensors(ignore_refusal(mxfp4.unpack, settings, tensors, directory))
+
+
 def open_gguf(directory):
     from nanoflax import hf, tokenizers
     from nanoflax.hf import gguf_architectures
@@ -189,6 +197,7 @@ def open_run(directory):
 TARGETS = {
     "safetensors": Target(open_safetensors, seeds.safetensors),
     "index": Target(open_safetensors, seeds.shards),
+    "mxfp4": Target(open_mxfp4, seeds.mxfp4),
     "gguf": Target(open_gguf, seeds.gguf),
     "config": Target(open_config, seeds.configs),
     "model": Target(open_model, seeds.configs),

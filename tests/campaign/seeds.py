@@ -43,6 +43,14 @@ def shards():
     return [written(lambda directory: save_arrays(directory, max_shard_bytes=24))]
 
 
+def mxfp4():
+    from nanoflax.hf import safetensors_io
+
+    parts = {"w_blocks": np.arange(96, dtype=np.uint8).reshape(1, 3, 2, 16), "w_scales": np.full((1, 3, 2), 120, "u1")}
+    tensors = [(name, x.shape, x.dtype, x) for name, x in parts.items()]
+    return [written(lambda directory: safetensors_io.save_safetensors(directory, tensors))]
+
+
 @functools.cache
 def base():
     """(config, parameters) of a tiny decoder."""
