@@ -39,9 +39,15 @@ def make_schedule(config: OptimConfig, steps: int, peak: float) -> optax.Schedul
 
 
 def is_kernel(path: tuple, leaf: Any) -> bool:
-    """Whether a parameter is a matrix between hidden states: not an embedding, the head or a vector."""
+    """Whether a parameter is a matrix between hidden states, or one for each expert: not an embedding, the head or a
+    vector."""
     names = [getattr(p, "key", None) for p in path]
-    return leaf.ndim == 2 and names[-1] == "kernel" and "unembed" not in names
+    return names[-1] == "kernel" and leaf.ndim == 2 + ("experts" in names) and "unembed" not in names
+
+
+def matrix_axes(params: Any) -> Any:
+    """A tree that says to Muon which two axes of a parameter are its matrices: the last two."""
+    return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
 
 
 def decay_mask(params: Any) -> Any:
@@ -120,7 +126,10 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
         tx = optax.partition(
             {
                 True: optax.contrib.muon(
-                    make_schedule(c, steps, c.muon_learning_rate), beta=0.95, weight_decay=c.weight_decay
+                    make_schedule(c, steps, c.muon_learning_rate),
+                    beta=0.95,
+                    weight_decay=c.weight_decay,
+                    muon_weight_dimension_numbers=matrix_axes,
                 ),
                 False: optax.adamw(
                     schedule, c.b1, c.b2, c.eps, mask=decay_mask, nesterov=True, weight_decay=c.weight_decay

@@ -172,6 +172,20 @@ def test_muon_orthogonalises_hidden_matrices_alone():
         assert 1e-3 < size.min() and size.max() < 1.01 * size.min() < 2e-3, path
 
 
+def test_muon_takes_each_expert_as_a_matrix():
+    rng = np.random.default_rng(0)
+    kernels = jnp.asarray(rng.normal(size=(3, 8, 6)), jnp.float32)
+    tx, _ = make_optimizer(OptimConfig(name="muon", learning_rate=1e-3, muon_learning_rate=0.02), 10)
+
+    def update(params):
+        return tx.update(params, tx.init(params), params)[0]
+
+    together = update({"mlp": {"experts": {"up": {"kernel": kernels}}}})["mlp"]["experts"]["up"]["kernel"]
+    for i, kernel in enumerate(kernels):
+        alone = update({"mlp": {"up": {"kernel": kernel}}})["mlp"]["up"]["kernel"]
+        np.testing.assert_allclose(together[i], alone, rtol=1e-4, atol=1e-6)
+
+
 def test_a_layer_learns_slower_than_the_one_above():
     params = params_of(layers=3, tied=False)
     grads = jax.tree.map(jnp.ones_like, params)
