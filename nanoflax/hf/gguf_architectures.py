@@ -241,8 +241,11 @@ def _read_scaling(a: Architecture, metadata, divisors: np.ndarray | None, path) 
     }
 
 
-def describe(config: ModelConfig) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture that computes the same as this model, and the metadata of its file.
+def describe(config: ModelConfig) -> tuple[Architecture, dict[str, Any], ModelConfig]:
+    """The architecture that computes the same as this model, the metadata of its file, and the configuration there.
+
+    It may have no window, if that is not shorter than the context, and the factor of an untied table of embeddings may
+    be 1: the table in the file then has the factor.
 
     Raises: UserError naming the fields that the nearest architecture cannot express.
     """
@@ -251,14 +254,15 @@ def describe(config: ModelConfig) -> tuple[Architecture, dict[str, Any]]:
             f"GGUF files are written for decoders with the head lm, not for model.architecture="
             f"{config.architecture!r} with model.head={config.head!r}"
         )
-    if config.window >= config.context:  # such a window changes nothing
+    same = [config]
+    if config.window >= config.context:
         full = tuple("full" if config.is_local(i) else config.layer_type(i) for i in range(config.layers))
-        without = dataclasses.replace(config, window=0, layer_types=full)
-    else:
-        without = config
+        same.append(dataclasses.replace(config, window=0, layer_types=full))
+    if not config.tied:
+        same += [dataclasses.replace(c, embed_scale=1.0) for c in same]
     problems: dict[str, tuple[int, list[str]]] = {}  # (distance from the model, ...)
     for architecture in ARCHITECTURES:
-        for candidate in dict.fromkeys((config, without)):
+        for candidate in dict.fromkeys(same):
             try:
                 metadata = _metadata_of(architecture, candidate)
                 # Read as llama.cpp reads it, it must be the same model.
@@ -270,7 +274,7 @@ def describe(config: ModelConfig) -> tuple[Architecture, dict[str, Any]]:
             except UserError as error:
                 distance, wrong = 2 + len(_differences(architecture.family, candidate)), [str(error)]
             if not wrong:
-                return architecture, metadata
+                return architecture, metadata, candidate
             problems.setdefault(architecture.name, (distance, wrong))
     nearest = min(problems, key=lambda name: problems[name][0])
     raise UserError(

@@ -1,6 +1,7 @@
 """Writes models as GGUF files, which llama.cpp and programs like it open."""
 
 import collections
+import functools
 import os
 import pathlib
 import struct
@@ -14,7 +15,7 @@ from nanoflax import peft, tokenizers
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.hf.gguf_architectures import ROPE_FREQS, describe, rope_divisors
-from nanoflax.hf.layouts import parameter_shapes, shape_problems, tensor_mapping
+from nanoflax.hf.layouts import TensorMapping, parameter_shapes, shape_problems, tensor_mapping
 from nanoflax.hf.safetensors_io import raise_problems
 from nanoflax.nn import without_padding
 
@@ -40,7 +41,8 @@ def save_gguf(
 ) -> GGUFSummary:
     """Write a model as one .gguf file; one tensor at a time is in memory in addition to the parameters.
 
-    Rows of config.vocab_padding are left out. The file has its name when it is complete.
+    Rows of config.vocab_padding are left out, and an untied table takes the factor config.embed_scale. The file has
+    its name when it is complete.
 
     Args:
       params: of `nanoflax.build(config)`, without adapters.
@@ -57,7 +59,9 @@ def save_gguf(
     if path.suffix != ".gguf" or path.is_dir():
         raise UserError(f"{path} must be the name of a .gguf file")
     config, params = without_padding(config, params)
-    architecture, metadata = describe(config)
+    factor = config.embed_scale
+    architecture, metadata, config = describe(config)
+    factor /= config.embed_scale  # is 1 unless the table takes it
     flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     own: dict[str, Any] = traverse_util.flatten_dict(peft.without_adapters(params), sep="/")
     if adapters := sorted(flat.keys() - own.keys()):
@@ -71,8 +75,13 @@ def save_gguf(
     metadata = {"general.type": "model", "general.name": name or path.stem} | metadata
 
     mappings = tensor_mapping(architecture.family_for(config), config)
+
+    def read(mapping: TensorMapping) -> np.ndarray:
+        x = mapping.join(flat, config.K)
+        return np.asarray(x, np.float32) * factor if mapping.paths == ["embed/embedding"] and factor != 1 else x
+
     tensors: list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]] = [
-        (mapping.name, mapping.shape, lambda mapping=mapping: mapping.join(flat, config.K)) for mapping in mappings
+        (mapping.name, mapping.shape, functools.partial(read, mapping)) for mapping in mappings
     ]
     if config.rope.scaling == "llama3":
         tensors.append((ROPE_FREQS, (config.K // 2,), lambda: rope_divisors(config)))
