@@ -20,7 +20,7 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES = {
     "decoder": Architecture(("lm", "classify")),
-    "encoder": Architecture(("none", "mlm", "classify", "tag"), is_causal=False),
+    "encoder": Architecture(("none", "mlm", "classify", "tag", "detect"), is_causal=False),
     "encoder_decoder": Architecture(("lm",), reads_source=True),
     "lstm": Architecture(("lm",), reads_source=True, has_blocks=False),
 }
@@ -123,7 +123,7 @@ class ModelConfig:
     mlp_bias: bool | None = field(None, "Biases of the MLP; none: the value of bias.")
     norm_bias: bool | None = field(None, "Biases of LayerNorm; none: the value of bias.")
 
-    head: str = field("lm", "Output: lm or classify for a decoder; none, mlm, classify or tag for an encoder.")
+    head: str = field("lm", "Output: lm or classify for a decoder; none, mlm, classify, tag or detect for an encoder.")
     labels: int = field(2, "Classes of the heads classify and tag.", at_least=1)
     class_names: tuple[str, ...] = field((), "Names of the classes, in the order of the head's outputs.")
     multi_label: bool = field(False, "classify: a text may have several classes, or none.")
@@ -231,7 +231,7 @@ class ModelConfig:
 
     @property
     def projects_embeddings(self) -> bool:
-        """Whether there is a Linear between the embeddings and the first block, and after the last."""
+        """Whether there is a Linear between the embeddings and the first block, in a decoder also after the last."""
         return self.embed_dim not in (None, self.dim)
 
     @property
@@ -324,9 +324,10 @@ class ModelConfig:
             found.append("model.shared_norm needs model.parallel")
         if m.norm_unit_offset and not m.norm_scale:
             found.append("model.norm_unit_offset needs model.norm_scale")
-        if m.projects_embeddings and (m.architecture != "decoder" or m.output_delay):
+        if m.projects_embeddings and (m.architecture not in ("decoder", "encoder") or m.output_delay):
             found.append(
-                f"model.embed_dim={m.embed_dim} must equal model.dim={m.dim}, except in a decoder without output_delay"
+                f"model.embed_dim={m.embed_dim} must equal model.dim={m.dim}, except in a decoder or encoder without "
+                "output_delay"
             )
         found += self._layer_problems()
         if m.class_names and len(m.class_names) != m.labels and m.vocab_size:  # finetune sets both

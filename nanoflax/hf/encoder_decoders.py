@@ -98,14 +98,15 @@ _BART = Family(
     fields={"vocab_size": "vocab_size", "max_position_embeddings": "context",
             "encoder_layers": "layers", "decoder_layers": "decoder_layers", "d_model": "dim",
             "encoder_attention_heads": "heads", "encoder_ffn_dim": "mlp_dim",
+            "decoder_attention_heads": "decoder_heads", "decoder_ffn_dim": "decoder_mlp_dim",
             "activation_function": "activation", "tie_word_embeddings": "tied",
             "dropout": "dropout", "decoder_start_token_id": "start_id"},
     preset=dict(architecture="encoder_decoder", norm_place="post", embed_norm=True,
                 position_offset=2, head_bias=True),
     defaults={"activation_function": "gelu", "tie_word_embeddings": True, "dropout": 0.1,
-              "decoder_start_token_id": 2, "scale_embedding": False},
-    only={"decoder_attention_heads": "encoder_attention_heads", "decoder_ffn_dim": "encoder_ffn_dim",
-          "normalize_before": (False,), "normalize_embedding": (True,), "add_final_layer_norm": (False,),
+              "decoder_start_token_id": 2, "scale_embedding": False, "decoder_attention_heads": 16,
+              "decoder_ffn_dim": 4096},
+    only={"normalize_before": (False,), "normalize_embedding": (True,), "add_final_layer_norm": (False,),
           "static_position_embeddings": (False,)},
     read=lambda hf: {"embed_scale": hf["d_model"]**0.5 if hf["scale_embedding"] else 1.0},
     write=lambda c: {"scale_embedding": c.embed_scale != 1, "is_encoder_decoder": True},
@@ -122,4 +123,18 @@ _MARIAN = dataclasses.replace(
     ignored=r"model\.(en|de)coder\.embed_positions\.weight")  # fmt: skip
 
 
-ENCODER_DECODERS = [_T5, _BART, _MARIAN]
+def _read_mbart(hf):
+    start = hf["bos_token_id"] if hf["decoder_start_token_id"] is None else hf["decoder_start_token_id"]
+    return _BART.read(hf) | {"start_id": start}
+
+
+_MBART = dataclasses.replace(
+    _BART, model_type="mbart", classes={"lm": ("MBartForConditionalGeneration",)},
+    keys=_BART.keys | {f"{side}/norm": f"model.{side}.layer_norm" for side in ("encoder", "decoder")},
+    fields={theirs: ours for theirs, ours in _BART.fields.items() if ours != "start_id"},
+    preset=_BART.preset | dict(norm_place="pre"),
+    defaults=_BART.defaults | {"decoder_start_token_id": None, "bos_token_id": 0},
+    only=_BART.only | {"normalize_before": (True,), "add_final_layer_norm": (True,)},
+    read=_read_mbart, write=lambda c: _BART.write(c) | {"decoder_start_token_id": c.start_id})  # fmt: skip
+
+ENCODER_DECODERS = [_T5, _BART, _MARIAN, _MBART]

@@ -50,10 +50,6 @@ _BERT = Family(
 def _read_roberta(hf):
     # max_position_embeddings also counts the first rows, up to the row of the padding token, which are not positions.
     offset = hf["pad_token_id"] + 1
-    if "RobertaForMaskedLM" in (hf.get("architectures") or []) and hf["hidden_act"] != "gelu":
-        raise UserError(
-            f"hidden_act={hf['hidden_act']!r} with RobertaForMaskedLM is not supported: its head always has gelu"
-        )
     return {"position_offset": offset, "context": hf["max_position_embeddings"] - offset}
 
 
@@ -64,6 +60,7 @@ _ROBERTA = dataclasses.replace(
     keys={ours: theirs.replace("bert.", "roberta.") for ours, theirs in _BERT.keys.items()} | {
         "transform": "lm_head.dense", "norm_transform": "lm_head.layer_norm",
         "unembed": "lm_head.decoder"},
+    preset=_BERT.preset | dict(transform_activation="gelu"),
     defaults=_BERT.defaults | {"pad_token_id": 1},
     read=_read_roberta,
     write=lambda c: {"attention_probs_dropout_prob": 0.0, "pad_token_id": c.position_offset - 1,
@@ -76,6 +73,26 @@ _ROBERTA = dataclasses.replace(
     same=lambda c: {"lm_head.decoder.bias": "lm_head.bias"} if c.tied else {"lm_head.bias": "lm_head.decoder.bias"},
     ignored=r"roberta\.embeddings\.position_ids|roberta\.pooler\..*",
     base="roberta.")  # fmt: skip
+
+_ELECTRA_HEADS = {
+    "mlm": {"transform": "generator_predictions.dense", "norm_transform": "generator_predictions.LayerNorm",
+            "unembed": "generator_lm_head", "logit_bias": ("generator_lm_head.bias", "same")},
+    "classify": {"pooler": "classifier.dense", "labels": "classifier.out_proj"},
+    "detect": {"transform": "discriminator_predictions.dense",
+               "labels": "discriminator_predictions.dense_prediction"},
+}  # fmt: skip
+_ELECTRA = dataclasses.replace(
+    _BERT, model_type="electra",
+    classes={head: (f"Electra{name}",) for head, name in [
+        ("none", "Model"), ("mlm", "ForMaskedLM"), ("classify", "ForSequenceClassification"),
+        ("tag", "ForTokenClassification"), ("detect", "ForPreTraining")]},
+    keys={ours: theirs.replace("bert.", "electra.") for ours, theirs in _BERT.keys.items()} | {
+        "encoder/project_in": "electra.embeddings_project"},
+    more_keys=lambda c: _ELECTRA_HEADS.get(c.head, {}),
+    fields=_BERT.fields | {"embedding_size": "embed_dim"},
+    preset=_BERT.preset | dict(transform_activation="gelu", pooler_activation="gelu"),
+    defaults=_BERT.defaults | {"embedding_size": 128, "max_position_embeddings": 512},
+    present={}, same=lambda c: {}, ignored=r"electra\.embeddings\.position_ids", base="electra.")  # fmt: skip
 
 _DISTILBERT = Family(
     model_type="distilbert",
@@ -182,4 +199,4 @@ _MODERNBERT = Family(
     only={"classifier_pooling": ("cls", "mean")},
     read=_read_modernbert, write=_write_modernbert, base="model.")  # fmt: skip
 
-ENCODERS = [_BERT, _ROBERTA, _DISTILBERT, _EUROBERT, _MODERNBERT]
+ENCODERS = [_BERT, _ROBERTA, _ELECTRA, _DISTILBERT, _EUROBERT, _MODERNBERT]

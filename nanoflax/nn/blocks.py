@@ -17,7 +17,7 @@ from nanoflax.nn.arrays import Array, Keys, SourceMask, States, Tokens
 from nanoflax.nn.attention import Attention, AttentionInputs, LayerCache, empty_attention_cache
 from nanoflax.nn.kernels import MaskSpec
 from nanoflax.nn.latent import LatentAttention, empty_latent_cache
-from nanoflax.nn.layers import MLP, Embedding, Norm, bottleneck
+from nanoflax.nn.layers import MLP, Embedding, Linear, Norm, bottleneck
 from nanoflax.nn.moe import MoE
 from nanoflax.nn.recurrent import RECURRENT_LAYERS, empty_recurrent_cache
 
@@ -153,12 +153,15 @@ class Stack(nn.Module):
 
     def setup(self):
         c = self.config
+        width = c.dim if self.causal else c.embed_dim or c.dim
         if c.positions == "learned":
-            self.position_embed = Embedding(c.context + c.position_offset, c.dim)
+            self.position_embed = Embedding(c.context + c.position_offset, width)
         elif c.positions == "relative":
             self.relative_bias = Embedding(c.relative_buckets, c.heads)
         if c.embed_norm:
             self.embed_norm = norm(c)
+        if width != c.dim:
+            self.project_in = Linear(c.dim)
         block = Block
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], static_argnums=(4,))
@@ -169,14 +172,14 @@ class Stack(nn.Module):
 
     def __call__(
         self,
-        x: States,
+        x: Float[Array, "B T _"],
         segments: Tokens | None = None,
         cache: dict | None = None,
         source: Float[Array, "B S D"] | None = None,
         source_mask: SourceMask | None = None,
         deterministic: bool = True,
     ) -> tuple[States, dict | None]:
-        """The last hidden states of the embeddings x, and the new cache.
+        """The last hidden states of the embeddings x (in an encoder of config.embed_dim), and the new cache.
 
         segments: with `causal`, a token attends only to its own segment; else to all tokens except those
         of segment 0 (padding). cache: x is added to it. source, source_mask: for cross-attention.
@@ -206,6 +209,7 @@ class Stack(nn.Module):
         if c.embed_norm:
             x = self.embed_norm(x)
         x = self.drop(x, deterministic=deterministic)
+        x = self.project_in(x) if hasattr(self, "project_in") else x
         kinds = [(c.layer_type(i) if c.is_local(i) else "full", c.has_rope(i)) for i in range(self.layers)]
         by_kind = {kind: self._inputs_of(*kind, inputs, places) for kind in sorted(set(kinds))}
         run = self._scan if self.has_variable("params", "blocks") else self._loop
@@ -262,7 +266,7 @@ class Stack(nn.Module):
             return x + table[row + c.position_offset].astype(x.dtype)
         if c.positions.startswith("sinusoidal"):
             halves = c.positions == "sinusoidal_halves"
-            return x + positions.sinusoidal(places, c.dim, halves).astype(x.dtype)
+            return x + positions.sinusoidal(places, x.shape[-1], halves).astype(x.dtype)
         return x
 
     def _relative_bias(self, queries, keys):

@@ -24,7 +24,7 @@ class LanguageModel(nn.Module):
         c = self.config
         width = c.embed_dim or c.dim
         self.embedding = Embedding(c.vocab_size, width, self.compute_dtype, name="embed")
-        if c.projects_embeddings:
+        if c.projects_embeddings and c.is_causal:  # else the Linear is in the encoder's Stack
             self.project_in, self.project_out = Linear(c.dim, bias=False), Linear(width, bias=False)
         if c.head in ("lm", "mlm"):
             if not c.tied:
@@ -38,7 +38,7 @@ class LanguageModel(nn.Module):
     def embed(self, tokens: Tokens) -> States:
         """The embeddings of tokens below V, in the compute dtype."""
         x = parallel.split_embedded(self.embedding(tokens)) * self.config.embed_scale
-        return self.project_in(x) if self.config.projects_embeddings else x
+        return self.project_in(x) if hasattr(self, "project_in") else x
 
     def output(
         self, x: States, segments: Tokens | None = None, cache: dict | None = None
@@ -49,7 +49,7 @@ class LanguageModel(nn.Module):
         0 if this is in another segment or before the first token. The cache holds the last n states.
         """
         n, T = self.config.output_delay, x.shape[1]
-        x = (self.project_out(x) if self.config.projects_embeddings else x) * self.config.logit_scale
+        x = (self.project_out(x) if hasattr(self, "project_out") else x) * self.config.logit_scale
         if not n:
             return x, cache
         delay = (cache or empty_delay(self, len(x)))["delay"]

@@ -92,19 +92,22 @@ class DecoderClassifier(Decoder):
 
 
 class Encoder(LanguageModel):
-    """A bidirectional Transformer. config.head: none, mlm (masked language model), or a Linear over
-    labels for each text (classify) or each token (tag)."""
+    """A bidirectional Transformer. config.head: none, mlm (masked language model), a Linear over labels for
+    each text (classify) or each token (tag), or one number for each token (detect: Clark et al. 2020, ELECTRA)."""
 
     def setup(self):
         super().setup()
         c = self.config
+        width = c.embed_dim or c.dim
         self.encoder = Stack(c, c.layers, causal=False, remat=self.remat)
         if c.token_types:
-            self.type_embed = Embedding(c.token_types, c.dim, self.compute_dtype)
+            self.type_embed = Embedding(c.token_types, width, self.compute_dtype)
         if c.has_pooler:
             self.pooler = Linear(c.dim)
         if c.has_transform:
-            self.transform, self.norm_transform = Linear(c.dim, c.transform_bias), norm(c)
+            self.transform, self.norm_transform = Linear(width if c.head == "mlm" else c.dim, c.transform_bias), norm(c)
+        if c.head == "detect":
+            self.transform, self.labels = Linear(c.dim), Linear(1)
         if c.head in ("classify", "tag"):
             self.labels = Linear(c.labels)
 
@@ -116,7 +119,7 @@ class Encoder(LanguageModel):
         deterministic: bool = True,
     ) -> Float[Array, "B ..."]:
         """The hidden states [B, T, D], or the head's float32 logits: mlm [B, T, V], tag [B, T,
-        labels], classify [B, labels].
+        labels], classify [B, labels], detect [B, T].
 
         padding_mask: True at real tokens, default all; token_types: BERT's segments, default 0;
         deterministic: False turns dropout on.
@@ -129,6 +132,8 @@ class Encoder(LanguageModel):
             return self.head(x)
         if head == "none":
             return x
+        if head == "detect":
+            return self.labels(activate(self.config.activation, self.transform(x)))[..., 0].astype(jnp.float32)
         if head == "classify":
             x = self.pool(x, padding_mask)
         return self.labels(self.drop(x, deterministic=deterministic)).astype(jnp.float32)

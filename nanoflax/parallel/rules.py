@@ -54,7 +54,7 @@ RULES = (
     (r"attention/prefix_(key|value)", P(None, "tensor")),  # [P, GK]
     (r"adapter_\w+/down/kernel", P("fsdp", None)),  # [D, r]
     (r"adapter_\w+/up/kernel", P(None, "fsdp")),
-    (r"(transform|pooler|delay|project_(in|out))/kernel", P("fsdp", "tensor")),  # [D, D]
+    (r"(transform|pooler|delay|project_(in|out))/kernel", P("fsdp", "tensor")),  # [D, D] or embed_dim
     (r"labels/kernel", P("fsdp", None)),  # [D, labels]
     # Weights of an LSTM are gathered before its scan: split units would have to exchange data at every token.
     (r"(forward|backward|\w*input|start_\d+|decoder_\d+|key|query|combine)/kernel",

@@ -18,6 +18,16 @@ MODERN_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 900.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
 }
+BERT = dict(
+    max_position_embeddings=64,
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    intermediate_size=48,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    num_labels=3,
+)
 BIASES = dict(norm_bias=True, mlp_bias=True, attention_bias=True, classifier_bias=True)
 
 CASES: dict[str, tuple[str, dict]] = {
@@ -49,4 +59,57 @@ CASES["eurobert-classify-mean"] = (
     )
     | dict(num_key_value_heads=2, classifier_pooling="mean", num_labels=5, bos_token_id=1, eos_token_id=2),
 )
-GREEDY: list[str] = []
+CASES["roberta-mlm-relu"] = ("RobertaForMaskedLM", BERT | dict(hidden_act="relu"))
+ELECTRA = BERT | dict(embedding_size=16)
+CASES |= {
+    "electra": ("ElectraModel", ELECTRA),
+    "electra-wide": ("ElectraModel", ELECTRA | dict(embedding_size=32, type_vocab_size=1, hidden_act="relu")),
+    "electra-detect": ("ElectraForPreTraining", ELECTRA | dict(hidden_act="silu", layer_norm_eps=1e-3)),
+    "electra-detect-narrow": (
+        "ElectraForPreTraining",
+        ELECTRA | dict(embedding_size=72, hidden_size=64, num_attention_heads=2),
+    ),
+    "electra-mlm": ("ElectraForMaskedLM", ELECTRA | dict(hidden_act="relu")),
+    "electra-mlm-untied": ("ElectraForMaskedLM", ELECTRA | dict(tie_word_embeddings=False, type_vocab_size=3)),
+    "electra-classify": (
+        "ElectraForSequenceClassification",
+        ELECTRA | dict(hidden_act="gelu_new", hidden_size=96, num_labels=6),
+    ),
+    "electra-tag": ("ElectraForTokenClassification", ELECTRA | dict(embedding_size=32)),
+}
+BART = dict(
+    max_position_embeddings=64,
+    d_model=32,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=48,
+    decoder_ffn_dim=48,
+    dropout=0.0,
+    forced_eos_token_id=None,
+    decoder_start_token_id=2,
+)
+MBART = BART | dict(decoder_start_token_id=61)
+CASES |= {
+    "bart-unequal": (
+        "BartForConditionalGeneration",
+        BART | dict(decoder_attention_heads=2, encoder_ffn_dim=40, decoder_ffn_dim=56, decoder_layers=1),
+    ),
+    "marian-unequal": (
+        "MarianMTModel",
+        BART | dict(encoder_attention_heads=2, decoder_ffn_dim=24, pad_token_id=66, decoder_start_token_id=66),
+    ),
+    "mbart": ("MBartForConditionalGeneration", MBART),
+    "mbart-unequal": (
+        "MBartForConditionalGeneration",
+        MBART
+        | dict(decoder_attention_heads=8, decoder_ffn_dim=20, encoder_layers=1, scale_embedding=True)
+        | dict(activation_function="relu", decoder_start_token_id=None),
+    ),
+    "mbart-untied": (
+        "MBartForConditionalGeneration",
+        MBART | dict(tie_word_embeddings=False, activation_function="gelu_new", encoder_ffn_dim=24),
+    ),
+}
+GREEDY = ["bart-unequal", "marian-unequal", "mbart", "mbart-unequal"]

@@ -57,7 +57,7 @@ def make(case, std=0.1, vocab=V, **changes):
     with torch.no_grad():
         if case == "t5-1.1":  # Transformers 5 ties at first what a file may hold untied
             model.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn(V, 32))
-        if case == "bart-untied":
+        if case.endswith("bart-untied"):
             for side in (model.model.encoder, model.model.decoder):
                 side.embed_tokens.weight.copy_(model.model.shared.weight)
         for head in (getattr(model, "cls", None), getattr(model, "lm_head", None)):
@@ -78,7 +78,7 @@ def batch(kind, case, pad):
     """ids and mask [B, T]; where Transformers knows no other, the padding is on the right."""
     rng = np.random.default_rng(1)
     ids, mask = rng.integers(4, 60, (len(LENGTHS), T)), np.zeros((len(LENGTHS), T), bool)
-    right_only = "classify" in case or case.startswith(("bart", "marian", "distilbert", "mamba2-bias"))
+    right_only = "classify" in case or case.startswith(("bart", "mbart", "marian", "distilbert", "mamba2-bias"))
     for row, (length, left) in enumerate(zip(LENGTHS, LEFT, strict=True)):
         mask[row, T - length :] = True
         if right_only or not left:
@@ -136,14 +136,14 @@ def test_equal_to_transformers_there_and_back(case, tmp_path, record_property):
     expected = theirs_of(theirs, kind, case, ids, mask, types, targets)
     shown = np.ones(expected.shape, bool)
     if expected.shape[:2] == mask.shape:
-        shown &= mask[..., None]
+        shown &= mask.reshape(*mask.shape, *[1] * (expected.ndim - 2))
     weights = np.where(shown, rng.normal(size=expected.shape), 0).astype(np.float32)
     (expected * torch.tensor(weights)).sum().backward()
     found, grads = ours_of(build(config), params, ids, mask, types, targets, weights)
     expected = expected.detach().numpy()
     error = np.abs(found - expected)[shown].max() / max(1, np.abs(expected[shown]).max())
     table = theirs.get_input_embeddings().weight.grad
-    if case == "bart-untied":  # where the two sides have a table each
+    if case.endswith("bart-untied"):  # where the two sides have a table each
         table = sum(side.embed_tokens.weight.grad for side in (theirs.model.encoder, theirs.model.decoder))
     grad_error = np.linalg.norm(grads - table.numpy()) / np.linalg.norm(table)
     record_property("error", float(error))
@@ -276,7 +276,7 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("phi3", {"rope_parameters": LINEAR}, "linear"),
         ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.1}, "rope.fraction"),
         ("bert", {"position_embedding_type": "relative_key"}, "relative_key"),
-        ("roberta-mlm", {"hidden_act": "relu"}, "hidden_act"),
+        ("electra", {"is_decoder": True}, "is_decoder"),
         ("eurobert-classify", {"classifier_pooling": "late"}, "classifier_pooling='late'"),
         ("modernbert-classify", {"classifier_pooling": "late"}, "classifier_pooling='late'"),
         ("modernbert", {"rope_parameters": None, "rope_scaling": LINEAR}, "rope_scaling null"),
@@ -285,7 +285,10 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("modernbert", {"layer_types": ["sliding_attention"]}, "layer_types"),
         ("t5", {"feed_forward_proj": "gated-xielu"}, "gated-xielu"),
         ("t5", {"d_ff": None}, "d_ff"),
-        ("bart", {"decoder_ffn_dim": 40}, "decoder_ffn_dim"),
+        ("bart", {"decoder_attention_heads": 5}, "decoder_heads"),
+        ("bart", {"decoder_ffn_dim": 40}, "fc1"),
+        ("mbart", {"normalize_before": False}, "normalize_before"),
+        ("mbart", {"decoder_start_token_id": "x"}, "start_id"),
         ("marian", {"decoder_vocab_size": 40}, "decoder_vocab_size"),
         ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings"),
         *REFUSED,
