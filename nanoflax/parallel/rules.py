@@ -24,10 +24,11 @@ from nanoflax.parallel.stacking import STACKED
 # The end of a parameter's path, and the mesh axis of each dimension. Optimizer state and moving
 # averages repeat the parameters' paths, so the table covers them too. A parameter that matches no
 # row is replicated on every device.
-_COLUMN_PARALLEL = (
-    r"((cross_)?attention/((query|latent)_up|query|key|value)|mlp/(shared/)?(up|gate))"  # D to HK, GK or F
+_COLUMN_PARALLEL = (  # D to HK, GK or F
+    r"((cross_)?attention/((query|latent)_up|query|key|value|gate)"
+    r"|recurrent/(query|key|value|gate|step|write)|mlp/(shared/)?(up|gate))"
 )
-_ROW_PARALLEL = r"((cross_)?attention/out|mlp/(shared/)?down)"  # HK or F to D
+_ROW_PARALLEL = r"((cross_)?attention/out|recurrent/out|mlp/(shared/)?down)"  # HK or F to D
 RULES = (
     (r"embed/embedding", P("tensor", "fsdp")),  # [V, D]
     (r"position_embed/embedding", P(None, "fsdp")),  # [T, D]
@@ -145,10 +146,13 @@ def check_mesh(config: Config, mesh: AnyMesh, lengths: Mapping[str, int] | None 
             f"micro-batches of {micro}, not divisible by data x fsdp x expert = {row_shards}"
         )
     sizes = [("model.vocab_size", m.vocab_size, "tensor"), ("model.dim", m.dim, "fsdp")]
+    recurrent = [m.is_recurrent(i) for i in range(m.layers)]
     if m.has_blocks:
-        sizes += [
-            (f"model.{name}", n, "tensor") for name, n in (("heads", m.heads), ("kv_heads", m.G), ("mlp_dim", m.F))
-        ]
+        sizes += [("model.mlp_dim", m.F, "tensor")]
+        if not all(recurrent):
+            sizes += [("model.heads", m.heads, "tensor"), ("model.kv_heads", m.G, "tensor")]
+        if any(recurrent):
+            sizes += [(f"model.recurrent.{name}", getattr(m.recurrent, name), "tensor") for name in ("heads", "groups")]
         sizes += [
             (f"model.decoder_{name}", n, "tensor")
             for name, n in (("heads", m.decoder_heads), ("mlp_dim", m.decoder_mlp_dim))
@@ -165,6 +169,8 @@ def check_mesh(config: Config, mesh: AnyMesh, lengths: Mapping[str, int] | None 
         problems.append(
             f"expert={mesh.shape['expert']} needs a mixture of experts: model.moe.experts=0; use data or fsdp"
         )
+    if any(recurrent) and context > 1:
+        problems.append(f"context={context} does not work with layers of the kinds delta and mamba2: use data or fsdp")
     if not m.has_blocks and context > 1:
         problems.append(
             f"context={context} does not work with model.architecture='lstm', which reads its tokens one after another"

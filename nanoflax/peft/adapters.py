@@ -24,8 +24,8 @@ from nanoflax.nn import column_lengths, low_rank
 
 _ADAPTER = re.compile(r"(.*/)?(lora_\w+|adapter_\w+/.+|prefix_\w+|prompt)")
 _HEAD = r"(unembed|logit_bias|transform|norm_transform|pooler|labels|delay)(/.*)?"
-# The matrices that an LSTM reads inside a scan, where no adapter is applied.
-_MATRIX = r"(query|combine|decoder_\d+|encoder_\d+/(forward|backward))/kernel"
+# The matrices that an LSTM reads inside a scan, where no adapter is applied; and convolutions.
+_MATRIX = r"((query|combine|decoder_\d+|encoder_\d+/(forward|backward))|.*recurrent/conv)/kernel"
 
 
 def add(params: dict, peft_config: PeftConfig, rng: jax.Array) -> dict:
@@ -68,6 +68,8 @@ def _places(flat, c: Any):
         elif isinstance(c, (Houlsby, Pfeiffer)) and (name := _SUBLAYERS[c.kind].get(part)):
             start = path.removesuffix(part) + f"adapter_{name}/"
             places[start] = partial(_bottleneck, kernel.shape[1], c.bottleneck)
+    if isinstance(c, (PromptTuning, PrefixTuning)) and any("/recurrent/" in path for path in flat):
+        raise UserError(f"peft.kind={c.kind!r} does not work with layers of the kinds delta and mamba2; use lora")
     if isinstance(c, PromptTuning):
         stacks = [name for name in ("encoder", "decoder") if f"{name}/block_0/mlp/up" in kernels]
         if any(f"{name}/relative_bias/embedding" in flat for name in stacks[:1]):
@@ -96,7 +98,7 @@ def _places(flat, c: Any):
 
 
 _PFEIFFER = {"mlp/down": "mlp"}  # the last Linear of a sublayer, and the sublayer's name in nn.Block
-_HOULSBY = _PFEIFFER | {"attention/out": "attention", "cross_attention/out": "cross"}
+_HOULSBY = _PFEIFFER | {"attention/out": "attention", "recurrent/out": "attention", "cross_attention/out": "cross"}
 _SUBLAYERS = {"houlsby": _HOULSBY, "pfeiffer": _PFEIFFER}
 
 

@@ -179,6 +179,9 @@ def config_per_chip(config: Config, mesh: parallel.AnyMesh) -> Config:
             kv_heads=m.G // split,
             head_dim=m.K,
             mlp_dim=m.F // split,
+            recurrent=dataclasses.replace(
+                m.recurrent, heads=m.recurrent.heads // split, groups=m.recurrent.groups // split
+            ),
             decoder_heads=None,  # other heads of the decoder have as many numbers in all as those of the encoder
             decoder_mlp_dim=m.decoder.F // split if m.cross_layers else None,
             vocab_size=m.vocab_size // split,
