@@ -3,9 +3,10 @@
 import math
 
 from nanoflax.errors import UserError
-from nanoflax.hf.decoders import like_llama
+from nanoflax.hf.decoders import like_llama, with_classifier
 from nanoflax.hf.family import Family, under
 from nanoflax.hf.rope import read_layers, read_rope, write_layers, write_rope
+from nanoflax.hf.sparse import EXPERTS
 
 _NO_LIMIT = 3.4e38  # the largest float32: not every version of Transformers reads Infinity in JSON
 
@@ -85,7 +86,10 @@ def _write_qwen3_next(c):
 
 _QWEN3_NEXT = like_llama(
     "qwen3_next", "Qwen3Next", without=("mlp_bias",),
-    keys={"attention/query": ("self_attn.q_proj", "fused_by_head", 0),
+    keys=EXPERTS | {
+          "mlp/shared_gate": "mlp.shared_expert_gate",
+          **{f"mlp/shared/{name}": f"mlp.shared_expert.{name}_proj" for name in ("up", "gate", "down")},
+          "attention/query": ("self_attn.q_proj", "fused_by_head", 0),
           "attention/gate": ("self_attn.q_proj", "fused_by_head", 1),
           "recurrent/conv": "linear_attn.conv1d", "recurrent/decay": "linear_attn.A_log",
           "recurrent/step_bias": "linear_attn.dt_bias", "recurrent/norm": "linear_attn.norm.weight",
@@ -110,4 +114,4 @@ _QWEN3_NEXT = like_llama(
               "router_aux_loss_coef": 0.001, "decoder_sparse_step": 1, "mlp_only_layers": ()},
     read=_read_qwen3_next, write=_write_qwen3_next)  # fmt: skip
 
-HYBRID = [_MAMBA2, _QWEN3_NEXT]
+HYBRID = [_MAMBA2, with_classifier(_QWEN3_NEXT)]

@@ -30,6 +30,7 @@ QWEN3_NEXT = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
+MOE = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=32)
 CASES: dict[str, tuple[str, dict]] = {
     "mamba2": ("Mamba2ForCausalLM", MAMBA2),
     "mamba2-limits": (
@@ -54,5 +55,35 @@ CASES: dict[str, tuple[str, dict]] = {
     # With biases, Transformers' convolution of the first tokens reads the padding on their left.
     "mamba2-bias": ("Mamba2ForCausalLM", MAMBA2 | dict(use_bias=True, n_groups=8)),
     "qwen3-next-dense": ("Qwen3NextForCausalLM", QWEN3_NEXT | dict(attention_bias=True)),
+    "qwen3-next": (
+        "Qwen3NextForCausalLM",
+        QWEN3_NEXT
+        | MOE
+        | dict(rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}),
+    ),
+    "qwen3-next-mixed": (
+        "Qwen3NextForCausalLM",
+        QWEN3_NEXT
+        | MOE
+        | dict(
+            num_hidden_layers=4,
+            layer_types=None,
+            full_attention_interval=2,
+            mlp_only_layers=[1],
+            decoder_sparse_step=2,
+            norm_topk_prob=False,
+            shared_expert_intermediate_size=24,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-3,
+            hidden_act="gelu",
+            linear_conv_kernel_dim=2,
+            linear_num_key_heads=4,
+            partial_rotary_factor=1.0,
+        ),
+    ),
+    "qwen3-next-classify": (
+        "Qwen3NextForSequenceClassification",
+        QWEN3_NEXT | dict(num_labels=3, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]),
+    ),
 }
-GREEDY = ["mamba2", "qwen3-next-dense"]
+GREEDY = ["mamba2", "qwen3-next"]
