@@ -56,15 +56,18 @@ _STARCODER2 = like_llama(
         "sliding_window": c.window or None, "embedding_dropout": c.dropout})  # fmt: skip
 _STABLELM = like_llama(
     "stablelm", "StableLm", without=("attention_bias", "mlp_bias", "rms_norm_eps", "head_dim"),
+    keys={"attention/query_norm": "self_attn.q_layernorm.norms.{e}",
+          "attention/key_norm": "self_attn.k_layernorm.norms.{e}"},
     fields={"layer_norm_eps": "norm_eps", "use_qkv_bias": "qkv_bias", "use_parallel_residual": "parallel",
             "hidden_dropout": "dropout"},
     preset=dict(norm="layernorm", norm_bias=True),
     defaults={"layer_norm_eps": 1e-5, "use_qkv_bias": False, "use_parallel_residual": False, "hidden_dropout": 0.0,
-              "num_key_value_heads": 32, "max_position_embeddings": 4096, "partial_rotary_factor": 0.25},
-    only={"qk_layernorm": (False,)},
+              "num_key_value_heads": 32, "max_position_embeddings": 4096, "partial_rotary_factor": 0.25,
+              "qk_layernorm": False},
     read=lambda hf: read_rope(hf | {"rotary_pct": hf["partial_rotary_factor"]}) | {
-        "shared_norm": hf["use_parallel_residual"]},
-    write=lambda c: write_rope(c) | {"partial_rotary_factor": c.rope.fraction})  # fmt: skip
+        "shared_norm": hf["use_parallel_residual"], "qk_norm": "each_head" if hf["qk_layernorm"] else "none"},
+    write=lambda c: write_rope(c) | {
+        "partial_rotary_factor": c.rope.fraction, "qk_layernorm": c.qk_norm == "each_head"})  # fmt: skip
 
 
 def _read_smollm3(hf):

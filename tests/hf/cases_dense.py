@@ -105,6 +105,7 @@ CASES: dict[str, tuple[str, dict]] = {
         | dict(
             use_parallel_residual=True,
             use_qkv_bias=True,
+            qk_layernorm=True,
             layer_norm_eps=1e-3,
             tie_word_embeddings=True,
             hidden_act="gelu",
@@ -229,7 +230,6 @@ REFUSED: list[tuple[str, dict, str]] = [
     ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
     ("cohere2", {"sliding_window": None}, "sliding_window=None"),
     ("cohere2", {"layer_types": ["chunked_attention"] * 5}, "chunked_attention"),
-    ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True"),
     ("smollm3", {"no_rope_layer_interval": 0, "no_rope_layers": None}, "cannot be read"),
     ("granite", {"logits_scaling": 0}, "cannot be read"),
     ("granite", {"attention_multiplier": -1.0}, "attention_scale"),
