@@ -45,8 +45,9 @@ class Family:
 
     keys: path of our module -> name of the module in Transformers; {i} is the number of the block. Our leaves kernel,
     scale and embedding are called weight in a file, and a kernel is transposed there. The key may also be the path of
-    one parameter; then the name is the full name of the tensor. If the name has {e}, each expert (StableLM's norms: each
-    head) has a tensor of its own. Instead of a name, (name, layout) or (name, layout, part) gives the layout of the tensor:
+    one parameter; then the name is the full name of the tensor. If the name has {e}, each expert (in norms of
+    StableLM each head) has a tensor of its own. Instead of a name, (name, layout) or (name, layout, part) gives the
+    layout of the tensor:
 
       same            unchanged                           (GPT-2's c_proj, every bias)
       transposed      [out, in] for our kernel [in, out]  (the default of a kernel)
