@@ -172,10 +172,19 @@ def sample(
     """
     tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
     filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty, model.config.generation)
-    new = compiled(_sample, mesh=parallel.mesh_of(params))(
-        model, params, tokens, lengths, _key(rng), filters, max_new_tokens, *ends
-    )
-    return [cut(row, ends[0]) for row in parallel.fetch(new).tolist()]
+    run, rope, rng = compiled(_sample, mesh=parallel.mesh_of(params)), model.config.rope, _key(rng)
+    # Longer texts than rope.context have other angles: there the text is read again from its beginning.
+    short = rope.context + 1 - int(max(lengths))
+    parts = [short, max_new_tokens - short] if rope.scaling == "longrope" and 0 < short < max_new_tokens else []
+    new = [[] for _ in lengths]
+    for steps in parts or [max_new_tokens]:
+        texts = [[*row[len(row) - n :], *more] for row, n, more in zip(tokens.tolist(), lengths, new, strict=True)]
+        if any(new):
+            tokens, lengths, _ = request_of(model.config, texts, steps, eos_id, vocab_size)
+            rng = jax.random.fold_in(rng, 1)
+        found = parallel.fetch(run(model, params, tokens, lengths, rng, filters, steps, *ends)).tolist()
+        new = [a + b for a, b in zip(new, found, strict=True)]
+    return [cut(row, ends[0]) for row in new]
 
 
 def stream(

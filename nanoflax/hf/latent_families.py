@@ -5,6 +5,7 @@ In `read` and `write`, hf is a parsed config.json and c a ModelConfig.
 
 import math
 
+from nanoflax.errors import UserError
 from nanoflax.hf.decoders import like_llama, with_classifier
 from nanoflax.hf.rope import read_rope, write_rope, yarn_scale
 from nanoflax.hf.sparse import EXPERTS
@@ -52,7 +53,7 @@ _FIELDS = {
     "n_routed_experts": "moe.experts", "num_experts_per_tok": "moe.active", "moe_intermediate_size": "moe.expert_dim",
     "routed_scaling_factor": "moe.scale"}  # fmt: skip
 _WITHOUT = ("num_key_value_heads", "head_dim", "mlp_bias")
-_DEFAULTS = {"n_group": 1, "topk_group": 1, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+_DEFAULTS = {"qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
              "kv_lora_rank": 512, "q_lora_rank": 1536}  # fmt: skip
 _V3 = like_llama(
     "deepseek_v3", "DeepseekV3", without=_WITHOUT,
@@ -71,4 +72,28 @@ _V3 = like_llama(
     ignored=r".*rotary_emb\.inv_freq|model\.layers\.61\..*")  # fmt: skip
 
 
-LATENT = [with_classifier(_V3)]
+def _read_v2(hf):
+    """Transformers computes neither norm_topk_prob nor, without groups, n_group."""
+    if hf["topk_method"] == "greedy":
+        return _read_latent(hf)
+    if hf["topk_method"] != "group_limited_greedy":
+        raise UserError(f"topk_method={hf['topk_method']!r} must be 'greedy' or 'group_limited_greedy'")
+    groups = {"moe.groups": hf["n_group"], "moe.top_groups": hf["topk_group"], "moe.group_best": 1}
+    return _read_latent(hf) | groups
+
+
+def _write_v2(c):
+    method = "greedy" if c.moe.groups == 1 else "group_limited_greedy"
+    return _write_latent(c) | {"topk_method": method, "n_group": c.moe.groups, "topk_group": c.moe.top_groups}
+
+
+_V2 = like_llama(
+    "deepseek_v2", "DeepseekV2", without=_WITHOUT, keys=_ATTENTION | EXPERTS | _SHARED, fields=_FIELDS,
+    preset={"moe.renormalise": False, "rope.interleaved": True},
+    defaults=_DEFAULTS | {
+        "n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407, "first_k_dense_replace": 0,
+        "routed_scaling_factor": 1.0, "topk_method": "greedy"},
+    only={"num_key_value_heads": "num_attention_heads", "mlp_bias": (False,), "scoring_func": ("softmax",),
+          "moe_layer_freq": (1,)},
+    read=_read_v2, write=_write_v2)  # fmt: skip
+LATENT = [with_classifier(_V3), with_classifier(_V2)]

@@ -79,7 +79,7 @@ def _scaling(hf, rope, kind, by_layer):
         values["factor"] = 1.0 if kind == "proportional" else hf["max_position_embeddings"] / values["context"]
     scales = rope.get("mscale"), rope.get("mscale_all_dim")
     if values["attention_factor"] is None and kind == "yarn" and all(scales):
-        over, under = (yarn_scale(values["factor"], scale) for scale in scales)
+        over, under = (yarn_scale(float(values["factor"] or 1), scale) for scale in scales)
         values["attention_factor"] = over / under
     return values
 

@@ -33,7 +33,7 @@ def route(
     rank = scores if correction is None else scores + correction
     if moe.groups > 1:
         grouped = rank.reshape(*rank.shape[:-1], moe.groups, -1)
-        best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+        best = jax.lax.top_k(grouped, min(moe.group_best, grouped.shape[-1]))[0].sum(-1)
         kept = jax.nn.one_hot(jax.lax.top_k(best, moe.top_groups)[1], moe.groups).sum(-2)
         rank = jnp.where(kept[..., None] > 0, grouped, -jnp.inf).reshape(rank.shape)
     chosen = jax.lax.top_k(rank, moe.active)[1]

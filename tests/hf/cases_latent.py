@@ -105,6 +105,20 @@ CASES: dict[str, tuple[str, dict]] = {
         DEEPSEEK
         | dict(first_k_dense_replace=4, rope_parameters=YARN | {"mscale_all_dim": 1.0, "attention_factor": 1.5}),
     ),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", DEEPSEEK | dict(rope_parameters=MSCALE)),
+    "deepseek_v2-groups": (
+        "DeepseekV2ForCausalLM",
+        DEEPSEEK
+        | dict(
+            topk_method="group_limited_greedy",
+            norm_topk_prob=True,
+            routed_scaling_factor=1.7,
+            first_k_dense_replace=0,
+            q_lora_rank=None,
+            attention_bias=True,
+            num_hidden_layers=2,
+        ),
+    ),
     "deepseek_v3-classify": ("DeepseekV3ForSequenceClassification", DEEPSEEK | dict(num_labels=3)),
 }
-GREEDY: list[str] = ["qwen3-yarn", "deepseek_v3"]
+GREEDY: list[str] = ["qwen3-yarn", "deepseek_v3", "phi3-short"]

@@ -28,6 +28,7 @@ from nanoflax.hf.family import canonical, differences
 from nanoflax.nn import build, language_model
 from tests.hf.cases import CASES, GREEDY, LINEAR, LLAMA3, LOCAL, LONGROPE, OLDER, REFUSED, V
 
+OLD_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 3, "beta_slow": 0.5}
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 T = 20
 LENGTHS, LEFT = (20, 13, 13, 5), (False, False, True, True)  # rows, and the side of their padding
@@ -274,6 +275,10 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("phi3", {"rope_parameters": LONGROPE | {"long_factor": [2.0] * 3}}, "rope.long_factors"),
         ("phi3", {"rope_parameters": None, "rope_scaling": LONGROPE | {"rope_type": "llama3"}}, "'llama3'"),
         ("phi3", {"rope_parameters": LINEAR}, "linear"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads"),
+        ("deepseek_v3", {"n_group": 3}, "moe.groups"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias"),
         ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.1}, "rope.fraction"),
         ("bert", {"position_embedding_type": "relative_key"}, "relative_key"),
         ("electra", {"is_decoder": True}, "is_decoder"),
@@ -388,6 +393,24 @@ def test_older_configurations(saved):
         ("phi3-partial", {"rope_parameters": ..., "rope_theta": 300.0, "partial_rotary_factor": 0.75}),
         ("phi3", {"rope_parameters": ..., "sliding_window": ..., "resid_pdrop": ..., "rms_norm_eps": ...}),
         ("qwen2-window", {"layer_types": ...}),
+        ("llama-yarn", {"rope_parameters": ..., "rope_theta": 300.0, "rope_scaling": OLD_YARN}),
+        (
+            "llama-yarn",
+            {
+                "rope_parameters": ...,
+                "rope_theta": 300.0,
+                "rope_scaling": OLD_YARN | {"original_max_position_embeddings": 5},
+                "original_max_position_embeddings": 16,
+            },
+        ),
+        (
+            "phi3-short",
+            {
+                "rope_parameters": ...,
+                "rope_theta": 300.0,
+                "rope_scaling": {"type": "su", "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1, 2, 5, 9]},
+            },
+        ),
         (
             "modernbert",
             {
