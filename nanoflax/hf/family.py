@@ -58,6 +58,7 @@ class Family:
       fused_by_head   for each head its part of each, transposed: [H 3 K, D] (GPT-NeoX); for groups of heads, their
                       number follows the part (Qwen3-Next)
       rotary_pairs    transposed, and the two halves of each rotary pair are neighbours (GGUF)
+      each_transposed [E, out, in] for our kernels [E, in, out] of experts (GGUF)
       plus_one        float32, 1 + ours (GGUF: the norms of Gemma)
     """
 

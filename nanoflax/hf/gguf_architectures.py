@@ -39,6 +39,8 @@ _GEMMA = _FIELDS | {
     "attn_logit_softcapping": "LLM.ATTN_LOGIT_SOFTCAPPING",
     "final_logit_softcapping": "LLM.FINAL_LOGIT_SOFTCAPPING",
 }
+_EXPERTS = _FIELDS | {"num_experts": "LLM.EXPERT_COUNT", "num_experts_per_tok": "LLM.EXPERT_USED_COUNT"}
+_MIXTRAL = _FIELDS | {"num_local_experts": "LLM.EXPERT_COUNT", "num_experts_per_tok": "LLM.EXPERT_USED_COUNT"}
 _DEFAULTS = {"num_key_value_heads": None, "head_dim": None, "rope_theta": 10_000.0}  # of llama.cpp
 ROPE_FREQS = "rope_freqs.weight"  # divisors of the rotary rates, as Llama 3.1 scales them
 
@@ -58,6 +60,11 @@ class Architecture:
     scalings: tuple[str, ...] = ("none", "linear")  # values of RopeConfig.scaling
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether its models have experts."""
+        return "LLM.EXPERT_COUNT" in self.fields.values()
+
+    @property
     def family(self) -> Family:
         return family_of_type(self.model_type)
 
@@ -75,12 +82,14 @@ class Architecture:
         names, keys = gguf.get_tensor_name_map(kind, 1), {}
         for ours, entry in (self.family.keys | self.family.more_keys(config)).items():
             theirs, *layout = [entry] if isinstance(entry, str) else entry
-            name = names.get_name(theirs.format(i=0))
+            name = names.get_name(theirs.replace(".{e}", "").format(i=0))
             if name is None:  # this architecture has no such tensor
                 continue
             name = name.replace("blk.0.", "blk.{i}.")
             if self.rotary_pairs and ours.endswith(("/query", "/key")):
                 layout = ["rotary_pairs"]
+            if "{e}" in theirs:  # one tensor for all experts
+                layout = ["each_transposed"]
             keys[ours] = (name, *layout) if layout else name
             if config.norm_unit_offset and "norm" in ours.rpartition("/")[2]:
                 keys[f"{ours}/scale"] = (f"{name}.weight", "plus_one")
@@ -101,10 +110,15 @@ _BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias
 ARCHITECTURES = (
     Architecture(
         "llama", "llama", present=_BIASES, rotary_pairs=True, scalings=("none", "linear", "llama3")),
+    Architecture("llama", "mixtral", _MIXTRAL, rotary_pairs=True, scalings=("none", "linear", "llama3")),
     Architecture("qwen2", "qwen2"),
     Architecture("qwen3", "qwen3"),
     Architecture("gemma2", "gemma2", _GEMMA, _gemma(46), scalings=("none",)),
     Architecture("gemma3", "gemma3_text", _GEMMA | {"rope_local_base_freq": "Rope.FREQ_BASE_SWA"}, _gemma(62)),
+    Architecture(
+        "qwen3moe", "qwen3_moe", _EXPERTS | {"moe_intermediate_size": "LLM.EXPERT_FEED_FORWARD_LENGTH"},
+        lambda hf: {"norm_topk_prob": True}),
+    Architecture("olmoe", "olmoe", _EXPERTS, lambda hf: {"norm_topk_prob": False}),
 )  # fmt: skip
 
 # Fields of ModelConfig that some files have for any architecture; 0 means none.
@@ -112,9 +126,21 @@ _OWN_FIELDS = {"attention_scale": "attention.scale", "embed_scale": "embedding_s
                "attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping",
                "window": "attention.sliding_window"}  # fmt: skip
 # Metadata that changes the model and that is not computed here, with the values that change nothing.
-_UNSUPPORTED = {"logit_scale": (0, 1), "residual_scale": (0, 1), "expert_count": (0,), "attention.clamp_kqv": (0,),
-                "attention.max_alibi_bias": (0,), "attention.causal": (True,), "use_parallel_residual": (False,),
-                "rope.scaling.attn_factor": (0, 1), "rope.scaling.type": ("none", "linear")}  # fmt: skip
+_UNSUPPORTED = {
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.causal": (True,),
+    "use_parallel_residual": (False,),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.type": ("none", "linear"),
+    "expert_shared_count": (0,),
+    "expert_group_count": (0, 1),
+    "expert_weights_scale": (0, 1),
+    "expert_gating_func": (0, 1),
+    "leading_dense_block_count": (0,),
+}
 
 
 def open_gguf_model(path: str | os.PathLike) -> tuple[Family, ModelConfig, Tensors]:
@@ -131,13 +157,14 @@ def open_gguf_model(path: str | os.PathLike) -> tuple[Family, ModelConfig, Tenso
 
 def _architecture_of(metadata: dict[str, Any], path: str | os.PathLike) -> Architecture:
     name = metadata.get("general.architecture")
-    for architecture in ARCHITECTURES:
-        if architecture.name == name:
-            return architecture
+    rows = [architecture for architecture in ARCHITECTURES if architecture.name == name]
+    if rows:
+        has_experts = bool(metadata.get(rows[0].key("LLM.EXPERT_COUNT")))
+        return next((row for row in rows if row.is_sparse == has_experts), rows[0])
     known = ", ".join(dict.fromkeys(architecture.name for architecture in ARCHITECTURES))
     raise UserError(
         f"{path}: general.architecture={name!r} is not supported; supported are {known} "
-        "(llama: also Mistral, SmolLM2 and similar models)"
+        "(llama: also Mistral, Mixtral, SmolLM2 and similar models)"
     )
 
 
@@ -193,7 +220,8 @@ def rope_divisors(config: ModelConfig) -> np.ndarray:
 
 def _refuse_unsupported(a: Architecture, metadata: dict[str, Any], path: str | os.PathLike) -> None:
     """Raises: UserError naming all metadata that changes the model and is not supported."""
-    found = {f"{a.name}.{name}": values for name, values in _UNSUPPORTED.items() if f"{a.name}.{name}" in metadata}
+    unsupported = _UNSUPPORTED if a.is_sparse else _UNSUPPORTED | {"expert_count": (0,)}
+    found = {f"{a.name}.{name}": values for name, values in unsupported.items() if f"{a.name}.{name}" in metadata}
     raise_problems(
         path,
         [
@@ -269,7 +297,7 @@ def describe(config: ModelConfig) -> tuple[Architecture, dict[str, Any], ModelCo
                 names = [mapping.name for mapping in tensor_mapping(architecture.family_for(candidate), candidate)]
                 divisors = rope_divisors(candidate) if candidate.rope.scaling == "llama3" else None
                 back = read_config(architecture, metadata, names, candidate.vocab_size, divisors, "GGUF")
-                wrong = different_fields(canonical(candidate), canonical(back))
+                wrong = different_fields(_untrained(candidate), _untrained(back))
                 distance, wrong = len(wrong), [f"model.{name}={getattr(config, name)!r}" for name in wrong]
             except UserError as error:
                 distance, wrong = 2 + len(_differences(architecture.family, candidate)), [str(error)]
@@ -281,6 +309,12 @@ def describe(config: ModelConfig) -> tuple[Architecture, dict[str, Any], ModelCo
         f"no architecture of GGUF files here ({', '.join(problems)}) has such models; the nearest is {nearest}, "
         f"except {', '.join(problems[nearest][1])}"
     )
+
+
+def _untrained(config: ModelConfig) -> ModelConfig:
+    """The canonical configuration without what only training reads."""
+    c = canonical(config)
+    return dataclasses.replace(c, moe=dataclasses.replace(c.moe, balance_loss=0.0, z_loss=0.0))
 
 
 def _differences(family: Family, config: ModelConfig) -> list[str]:

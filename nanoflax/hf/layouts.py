@@ -42,6 +42,8 @@ class TensorMapping:
         last = sum(shape[-1] for _, shape in self.parts.values())
         if self.layout == "row":
             return (1, *rest, last)
+        if self.layout == "each_transposed":
+            return (*rest[:-1], last, rest[-1])
         is_same = self.layout in ("same", "fused_columns", "plus_one")
         return (*rest, last) if is_same else (last, *reversed(rest))
 
@@ -55,6 +57,8 @@ class TensorMapping:
             return tensor.read((slice(None), *rest, last))[0]
         if self.layout in ("same", "fused_columns"):
             return tensor.read((*rest, shifted))
+        if self.layout == "each_transposed":
+            return tensor.read((*rest[:-1], shifted, rest[-1])).swapaxes(-1, -2)
         if self.layout == "plus_one":
             return tensor.read((*rest, last)).astype(np.float32) - 1
         if self.layout in ("transposed", "fused"):
@@ -74,6 +78,8 @@ class TensorMapping:
             return arrays[0][None]
         if self.layout in ("same", "fused_columns"):
             return np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0]
+        if self.layout == "each_transposed":
+            return arrays[0].swapaxes(-1, -2)
         if self.layout == "plus_one":
             return arrays[0].astype(np.float32) + 1
         arrays = [x.T for x in arrays]

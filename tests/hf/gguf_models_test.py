@@ -7,6 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 
@@ -15,11 +16,14 @@ from nanoflax import config as configs
 from nanoflax import hf, nn
 from nanoflax.errors import UserError
 from nanoflax.hf import gguf_architectures
+from nanoflax.hf.family import canonical, different_fields
 from tests.hf.cases import LINEAR, LLAMA, LLAMA3
 from tests.hf.models_test import make
 
 # Transformers reads neither head_dim of qwen3 nor query_pre_attn_scalar of Gemma: here they are its defaults.
 GEMMA = dict(head_dim=256, sliding_window=5, layer_types=None, rope_parameters=None)
+PLAIN_MOE = dict(mlp_only_layers=[], decoder_sparse_step=1, attention_bias=False, use_sliding_window=False,
+                 rope_parameters=None)  # fmt: skip
 MODELS = {
     "llama": ("llama", dict(rms_norm_eps=1e-5, hidden_size=64, intermediate_size=96)),
     "llama-tied": ("llama", dict(tie_word_embeddings=True, num_key_value_heads=4, head_dim=16)),
@@ -29,6 +33,8 @@ MODELS = {
     "qwen3": ("qwen3", dict(head_dim=128)),
     "gemma2": ("gemma2", GEMMA | dict(query_pre_attn_scalar=256)),
     "gemma3": ("gemma3-pattern", GEMMA | dict(query_pre_attn_scalar=256, hidden_size=64)),
+    # nor moe_intermediate_size; norm_topk_prob is true in llama.cpp.
+    "qwen3moe": ("qwen3_moe", dict(moe_intermediate_size=768, norm_topk_prob=True, **PLAIN_MOE)),
     "gemma3-untied": ("gemma3", GEMMA | dict(tie_word_embeddings=False)),
 }
 TYPES = {"F32": np.float32, "F16": np.float16, "Q8_0": np.float32}
@@ -69,7 +75,7 @@ def test_transformers_computes_the_same_from_every_type(name, tmp_path):
         with torch.no_grad():
             found = theirs(torch.tensor(ids)).logits.numpy()
         ours, read = hf.load(file)
-        assert dataclasses.replace(config, generation=ours.generation) == ours
+        assert not different_fields(canonical(config), canonical(ours))
         own = logits(ours, jax.tree.map(lambda x: x.astype(np.float32), read), ids)
         np.testing.assert_allclose(found, own, atol=2e-5)
         size = np.abs(expected).max()
@@ -162,6 +168,42 @@ def test_linear_scaling(case, tmp_path):
     assert found == config.rope and found.scaling == "linear" and found.factor == 4.0
 
 
+@pytest.mark.parametrize(
+    "case, changes, architecture",
+    [("mixtral", {}, "llama"), ("olmoe", dict(norm_topk_prob=False, attention_bias=False, clip_qkv=None), "olmoe")],
+)
+def test_experts_are_stacked(case, changes, architecture, tmp_path):
+    changes = dict(sliding_window=None, rope_parameters=None) | changes
+    _, config, params = saved(tmp_path, case, changes)
+    assert hf.save_gguf(tmp_path / "x.gguf", config, params, kind="F32").architecture == architecture
+    reader = library.GGUFReader(tmp_path / "x.gguf")
+    assert reader.fields[f"{architecture}.expert_count"].contents() == config.moe.experts
+    assert reader.fields[f"{architecture}.expert_used_count"].contents() == config.moe.active
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    files = {}
+    for file in sorted((tmp_path / "model").glob("*.safetensors")):
+        files |= safetensors.numpy.load_file(file)
+    experts = "block_sparse_moe.experts" if case == "mixtral" else "mlp.experts"
+    parts = (
+        {"gate": "w1", "up": "w3", "down": "w2"}
+        if case == "mixtral"
+        else {n: f"{n}_proj" for n in ("gate", "up", "down")}
+    )
+    for ours, theirs in parts.items():
+        E = range(config.moe.experts)
+        expected = np.stack([files[f"model.layers.1.{experts}.{e}.{theirs}.weight"] for e in E])
+        np.testing.assert_array_equal(found[f"blk.1.ffn_{ours}_exps.weight"], expected)
+    router = "block_sparse_moe.gate" if case == "mixtral" else "mlp.gate"
+    np.testing.assert_array_equal(found["blk.0.ffn_gate_inp.weight"], files[f"model.layers.0.{router}.weight"])
+    query, K = files["model.layers.0.self_attn.q_proj.weight"], config.K
+    if architecture == "llama":  # pairs are neighbours
+        query = query.reshape(config.heads, 2, K // 2, -1).swapaxes(1, 2).reshape(query.shape)
+    np.testing.assert_array_equal(found["blk.0.attn_q.weight"], query)
+    back, read = hf.load(tmp_path / "x.gguf")
+    assert dataclasses.replace(back.moe, balance_loss=config.moe.balance_loss) == config.moe
+    assert {p: x.tobytes() for p, x in paths(read).items()} == {p: x.tobytes() for p, x in paths(params).items()}
+
+
 def test_llama_with_biases(tmp_path):
     _, config, params = saved(tmp_path, "llama", dict(attention_bias=True, mlp_bias=True))
     hf.save_gguf(tmp_path / "x.gguf", config, params, kind="F32")
@@ -202,6 +244,7 @@ def test_padding_a_factor_of_the_table_and_a_window_longer_than_the_context(tmp_
         ("gemma3", {}, "the nearest is gemma3, except model.layer_types="),
         ("llama", dict(hidden_act="gelu"), "the nearest is llama, except model.activation='gelu'"),
         ("gpt2", {}, "the nearest is"),
+        ("qwen3_moe", PLAIN_MOE | dict(norm_topk_prob=False), "the nearest is qwen3moe, except model.moe="),
         ("bert", {}, "written for decoders with the head lm, not for model.architecture='encoder'"),
         ("llama-classify", {}, "not for model.architecture='decoder' with model.head='classify'"),
         ("t5", {}, "not for model.architecture='encoder_decoder'"),
@@ -257,7 +300,7 @@ def test_misuse_is_refused_in_one_line(tmp_path, monkeypatch):
         ("gemma3.rope.dimension_count", 4, "gemma3.rope.dimension_count=4 must be the head's size, 256"),
         ("gemma3.attention.causal", False, "gemma3.attention.causal=False"),
         ("gemma3.embedding_scale", -2.0, "gemma3.embedding_scale=-2.0 must be"),
-        ("general.architecture", "bert", "supported are llama, qwen2, qwen3, gemma2, gemma3"),
+        ("general.architecture", "bert", "supported are llama, qwen2, qwen3, gemma2, gemma3, qwen3moe, olmoe"),
         ("general.architecture", 3, "general.architecture=3 is not supported"),
     ],
 )
