@@ -18,6 +18,7 @@ from nanoflax.nn.models import (
     head_kernel,
     without_padding,
 )
+from nanoflax.nn.moe import router_terms
 from nanoflax.nn.positions import angles_of, base_rates, rotary_rates, rotate
 
 __all__ = [
@@ -25,4 +26,4 @@ __all__ = [
     "EncoderDecoder", "LanguageModel", "Linear", "MLP", "Norm", "SourceModel", "Stack", "VOCABULARY", "alignment",
     "angles_of", "base_rates", "build", "chunked_cross_entropy", "chunks_of", "column_lengths",
     "dot_product_attention", "head_kernel", "low_rank", "mean_pool", "rotary_rates", "rotate",
-    "shift_right", "token_losses", "without_padding"]  # fmt: skip
+    "router_terms", "shift_right", "token_losses", "without_padding"]  # fmt: skip

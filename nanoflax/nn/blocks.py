@@ -84,7 +84,7 @@ class Block(nn.Module):
         h, cache = mixer(before, inputs, cache)
         if self.config.parallel:
             h = self._adapt("attention", h)
-            h += self._adapt("mlp", self.mlp(before if self.config.shared_norm else self._before("mlp", x)))
+            h += self._adapt("mlp", self._mlp(before if self.config.shared_norm else self._before("mlp", x), inputs))
             return x + self.drop(h, deterministic=deterministic) * self.config.residual_scale, cache
         x = self._after("attention", x, h, deterministic)
         if self.cross:
@@ -96,7 +96,7 @@ class Block(nn.Module):
             h = self.cross_attention.cross(before, keys, values, inputs.source_mask, cached=cached)
             x = self._after("cross", x, h, deterministic)
         if self.has_mlp:
-            x = self._after("mlp", x, self.mlp(self._before("mlp", x)), deterministic)
+            x = self._after("mlp", x, self._mlp(self._before("mlp", x), inputs), deterministic)
         return x, cache
 
     @property
@@ -106,6 +106,9 @@ class Block(nn.Module):
     def cross_keys_values(self, source: Float[Array, "B S D"]) -> tuple[Keys, Keys]:
         """The keys and values by which cross-attention reads a source."""
         return self.cross_attention.keys_values(source)
+
+    def _mlp(self, x, inputs):
+        return self.mlp(x, inputs.segments) if self.config.is_sparse(self.layer) else self.mlp(x)
 
     def _before(self, name, x):
         normed = self.config.norm_place in ("pre", "sandwich") and hasattr(self, f"norm_{name}")
@@ -194,6 +197,8 @@ class Stack(nn.Module):
             P, prompted = len(prompt), cache is None or x.shape[1] == 0
             if prompted:
                 x = jnp.concatenate([jnp.broadcast_to(prompt, (len(x), *prompt.shape)), x], 1)
+        if P and segments is not None:
+            segments = jnp.pad(segments, [(0, 0), (P, 0)], constant_values=1)
         if cache is None:
             places, mask, spec = self._whole_texts(x, P, segments)
             index, caches = None, [None] * self.layers
@@ -236,10 +241,9 @@ class Stack(nn.Module):
         slots = places = jnp.arange(x.shape[1], dtype=jnp.int32)[None] - P
         prompt_keys, mask = masking.padding(slots < 0) if P else False, None
         if segments is not None:
-            places = positions.restarting(segments)
+            places = positions.restarting(segments[:, P:])
             if P:
                 places = jnp.concatenate([jnp.broadcast_to(slots[:, :P], (len(x), P)), places], 1)
-                segments = jnp.pad(segments, [(0, 0), (P, 0)], constant_values=1)
             mask = masking.segments(segments, segments) | prompt_keys if self.causal else masking.padding(segments > 0)
         spec = None
         if not P:
@@ -302,21 +306,25 @@ class Stack(nn.Module):
         """`_loop` as a scan over stacked blocks."""
         block = Block(self.config, self.causal, self.cross, parent=None)
         rng = self.make_rng("dropout") if self.config.dropout and not deterministic else None
+        collected = ["router"] if self.is_mutable_collection("router") else []
 
         def body(x, layer):
             i, kind, params, cache = layer
             rngs = {} if rng is None else {"dropout": jax.random.fold_in(rng, i)}
 
             def run(inputs):
-                return lambda: block.apply({"params": params}, x, inputs, cache, deterministic, rngs=rngs)
+                arguments = {"params": params}, x, inputs, cache, deterministic
+                return lambda: block.apply(*arguments, rngs=rngs, mutable=collected)
 
-            return jax.lax.switch(kind, [run(inputs) for inputs in by_kind.values()])
+            (x, cache), sums = jax.lax.switch(kind, [run(inputs) for inputs in by_kind.values()])
+            return x, (cache, sums)
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         numbers = jnp.array([list(by_kind).index(kind) for kind in kinds])
         cache = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
-        x, cache = jax.lax.scan(body, x, (jnp.arange(self.layers), numbers, self._stacked(), cache))
+        x, (cache, sums) = jax.lax.scan(body, x, (jnp.arange(self.layers), numbers, self._stacked(), cache))
+        self.sow("router", "blocks", sums)
         return x, _layers(cache, self.layers)
 
     def _stacked(self):

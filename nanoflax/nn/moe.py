@@ -126,6 +126,34 @@ class Router(Linear):
         return super().__call__(x), correction
 
 
+def _router_sums(logits, chosen, shares, segments):
+    """[4, E] float32, over real tokens: choices and shares of each expert; E times logsumexp^2 of logits, and 1."""
+    E = logits.shape[-1]
+    real = jnp.ones(logits.shape[:2]) if segments is None else (segments > 0).astype(jnp.float32)
+    of_token = jnp.stack([jax.nn.logsumexp(logits, -1) ** 2, jnp.ones_like(real)], -1)
+    of_expert = jnp.stack([jax.nn.one_hot(chosen, E).sum(-2), shares], -2)
+    x = jnp.concatenate([of_expert, jnp.broadcast_to(of_token[..., None], (*real.shape, 2, E))], -2)
+    return jnp.tensordot(real, x, 2)
+
+
+def router_terms(moe: MoEConfig, collected: Any) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """(the losses of the routers times their factors, metrics) over all layers and real tokens together.
+
+    collected: the collections "router" that `apply` returns with mutable=["router"]. The balance loss is E times the
+    sum over experts of choices per token times mean share (Fedus et al. 2021, equation 4, as Transformers has it); the
+    z-loss is the mean of logsumexp^2 (Zoph et al. 2022, equation 5). Metrics: both; expert_load, the largest share of
+    a layer's choices that an expert has, times E (1: balanced); dropped, the share of choices that are not computed.
+    """
+    layers = jnp.concatenate([x.reshape(-1, 4, moe.experts) for x in jax.tree.leaves(collected)])
+    chosen, shares, z, ones = layers.swapaxes(0, 1)
+    tokens = jnp.maximum(ones.sum(0), 1)
+    balance = moe.experts * jnp.sum(chosen.sum(0) / tokens * shares.sum(0) / tokens)
+    z = jnp.mean(z.sum(0) / tokens)
+    load = moe.experts * jnp.max(chosen / jnp.maximum(chosen.sum(1, keepdims=True), 1))
+    metrics = {"balance_loss": balance, "router_z_loss": z, "expert_load": load, "dropped": jnp.zeros(())}
+    return moe.balance_loss * balance + moe.z_loss * z, jax.lax.stop_gradient(metrics)
+
+
 class MoE(nn.Module):
     """E experts, each an MLP, of which each token uses k, and an MLP for all tokens. Settings: config.moe."""
 
@@ -139,7 +167,9 @@ class MoE(nn.Module):
         options = c.activation, c.gated, c.has_bias("mlp"), self.out_stddev, c.swiglu
         router = Router(m.experts, m.router_bias, correction=m.correction, name="router")
         logits, correction = router(x.astype(jnp.float32))
-        chosen, weights, _ = route(logits, m, correction)
+        chosen, weights, shares = route(logits, m, correction)
+        if self.is_mutable_collection("router") and not self.is_initializing():
+            self.sow("router", "sums", _router_sums(logits, chosen, shares, segments))
         rows, places, experts = blocks_of(chosen.reshape(-1), m.experts)
         h = move(jnp.repeat(x.reshape(-1, D), m.active, 0), rows, places).reshape(len(experts), -1, D)
         linear = partial(ExpertLinear, m.experts)

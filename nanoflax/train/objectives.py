@@ -28,6 +28,34 @@ class Sums(NamedTuple):
     logged: dict[str, Array] = {}  # noqa: RUF012  # {name: sum} of more metrics
 
 
+def with_router(objective: Callable[..., Sums]) -> Callable[..., Sums]:
+    """An objective whose result also has the losses and metrics of the routers of a model with experts.
+
+    They are those of all calls of model.apply in the objective, so no objective has to know of them.
+    """
+
+    def with_terms(model, params, batch, rng=None, **options):
+        moe, collected = model.config.moe, []
+        if not moe.experts:
+            return objective(model, params, batch, rng, **options)
+
+        def apply(*args, **named):
+            out, found = model.apply(*args, **named, mutable=["router"])
+            collected.append(found)
+            return out
+
+        recorder = model.clone()
+        object.__setattr__(recorder, "apply", apply)
+        sums = objective(recorder, params, batch, rng, **options)
+        if not jax.tree.leaves(collected):  # no layer has experts
+            return sums
+        loss, metrics = nn.router_terms(moe, collected)
+        logged = sums.logged | {name: sums.weight * x for name, x in metrics.items()}
+        return sums._replace(objective=sums.objective + sums.weight * loss, logged=logged)
+
+    return with_terms
+
+
 def causal_lm(model: LanguageModel, params: dict, batch: Batch, rng: Array | None = None, **options: Any) -> Sums:
     """Next-token prediction.
 

@@ -15,7 +15,7 @@ from nanoflax import parallel, peft
 from nanoflax.config import Config
 from nanoflax.data import evaluation_batches, prefetch
 from nanoflax.nn import LanguageModel
-from nanoflax.train.objectives import causal_lm
+from nanoflax.train.objectives import causal_lm, with_router
 from nanoflax.train.optim import at_step
 from nanoflax.train.state import TrainState
 
@@ -27,12 +27,14 @@ def make_train_step(
 
     batch: arrays [B, ...]. A scan sums the gradients of config.train.accumulate micro-batches. The
     sums are divided once, by the weight of all B rows, so padding, accumulation and mesh do not change
-    the result. After a non-finite loss or gradient, parameters and optimizer stay unchanged, and the next
-    step has the learning rate of its own number. frozen: parameters that are not trained (peft.split).
+    the result, except that experts are balanced in each micro-batch. After a non-finite loss or gradient,
+    parameters and optimizer stay unchanged, and the next step has the learning rate of its own number.
+    frozen: parameters that are not trained (peft.split).
     """
     t = config.train
     optimizer = optax.with_extra_args_support(optimizer)
     options = dict(chunks=t.loss_chunks, z_loss=t.z_loss, label_smoothing=t.label_smoothing)
+    objective, router = with_router(objective), config.model.moe
 
     def step(state, batch, frozen=None):
         def objective_sum(params, batch, rng):
@@ -67,7 +69,7 @@ def make_train_step(
         )
         metrics = {"loss": loss / weight, "grad_norm": norm, "tokens": weight, "skipped": state.skipped}
         metrics |= {name: x / weight for name, x in logged.items()}
-        if t.z_loss or t.label_smoothing:
+        if t.z_loss or t.label_smoothing or router.experts and (router.balance_loss or router.z_loss):
             metrics["objective"] = total / weight
         return state, metrics
 

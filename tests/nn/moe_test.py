@@ -5,10 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from nanoflax import config as configs
-from nanoflax import parallel
+from nanoflax import parallel, train
 from nanoflax.config import MoEConfig
 from nanoflax.nn import build, moe
 
@@ -110,3 +111,55 @@ def test_a_chosen_expert_gets_a_gradient_and_decoding_equals_the_full_pass():
     grads = jax.grad(lambda p: model.apply({"params": p}, ids)[0].var())(params)["decoder"]["block_0"]["mlp"]
     assert np.abs(grads["router"]["kernel"]).max() > 0 and not grads["router"]["correction"].any()
     assert np.abs(grads["experts"]["up"]["kernel"]).max((1, 2)).min() > 0
+
+
+def terms_of(model, params, batch):
+    sums = train.objectives.with_router(train.causal_lm)(model, params, batch)
+    return sums.objective - sums.loss, sums.logged
+
+
+def test_router_terms_leave_out_padding_and_are_the_same_in_a_scan_and_with_remat():
+    m = MoEConfig(experts=8, active=3, balance_loss=0.5, z_loss=0.25)
+    c = dataclasses.replace(SMALL, moe=m)
+    params = parallel.init(build(c), jax.random.key(0))
+    params = jax.tree.map(lambda x: x * 8, params)  # so that experts differ in load
+    rng = np.random.default_rng(0)
+    segments = (np.arange(12) < np.array([[12], [7]])).astype(np.int32)
+    batch = {
+        "targets": rng.integers(0, 67, (2, 12)).astype(np.int32),
+        "first": np.ones(2, np.int32),
+        "weights": segments.astype(np.float32),
+        "segments": segments,
+        "start": np.ones(2, np.int32),
+    }
+    found = terms_of(build(c), params, batch)
+    stacked = parallel.stack(params)
+    for model, p in [(build(c, "blocks"), params), (build(c), stacked), (build(c, "dots"), stacked)]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), terms_of(model, p, batch), found)
+        grads = jax.grad(lambda p, model=model: terms_of(model, p, batch)[0])(p)["decoder"]
+        router = [g for path, g in jax.tree_util.tree_leaves_with_path(grads) if "router" in jax.tree_util.keystr(path)]
+        assert router and all(np.abs(g).max() > 0 for g in router)
+    other = batch | {"targets": np.where(segments > 0, batch["targets"], 5)}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), terms_of(build(c), params, other)[1], found[1]
+    )
+    n = segments.sum()
+    load = float(found[1]["expert_load"] / n)
+    assert 1 < load < 8 / 3 and found[1]["dropped"] == 0
+    expected = 0.5 * found[1]["balance_loss"] + 0.25 * found[1]["router_z_loss"]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4)
+
+
+def test_a_step_logs_the_router_and_its_loss_is_not_the_reported_one():
+    c = dataclasses.replace(SMALL, moe=MoEConfig(experts=4, active=2, balance_loss=0.1))
+    config, model = configs.Config(model=c), build(c)
+    optimizer = optax.sgd(0.1)
+    state = train.init_state(model, optimizer, config, parallel.make_mesh("1,1,1", jax.devices()[:1]))
+    batch = {
+        "targets": np.ones((2, 8), np.int32),
+        "first": np.ones(2, np.int32),
+        "weights": np.ones((2, 8), np.float32),
+    }
+    _, metrics = jax.jit(train.make_train_step(model, optimizer, config))(state, batch)
+    assert {"expert_load", "dropped", "balance_loss", "router_z_loss"} <= metrics.keys()
+    np.testing.assert_allclose(metrics["objective"], metrics["loss"] + 0.1 * metrics["balance_loss"], rtol=1e-5)
