@@ -55,6 +55,7 @@ class Family:
       fused           parts 0, 1, ... one after another along the outputs, of any sizes, transposed: a query, key
                       and value in one [H K + 2 G K, D], a gate and up in one [2 F, D]
       fused_columns   the same, not transposed: [D, 3 D]  (GPT-2's c_attn)
+      interleaved     parts of equal sizes whose outputs alternate, not transposed: a gate and up in one [D, 2 F]
       fused_by_head   for each head its part of each, transposed: [H 3 K, D] (GPT-NeoX); for groups of heads, their
                       number follows the part (Qwen3-Next)
       rotary_pairs    transposed, and the two halves of each rotary pair are neighbours (GGUF)

@@ -44,7 +44,7 @@ class TensorMapping:
             return (1, *rest, last)
         if self.layout == "each_transposed":
             return (*rest[:-1], last, rest[-1])
-        is_same = self.layout in ("same", "fused_columns", "plus_one")
+        is_same = self.layout in ("same", "fused_columns", "interleaved", "plus_one")
         return (*rest, last) if is_same else (last, *reversed(rest))
 
     def read(self, tensor: Tensor | QuantizedTensor | PackedTensor, part: int, index: Slices, K: int) -> np.ndarray:
@@ -59,6 +59,9 @@ class TensorMapping:
             return tensor.read((*rest, shifted))
         if self.layout == "each_transposed":
             return tensor.read((*rest[:-1], shifted, rest[-1])).swapaxes(-1, -2)
+        if self.layout == "interleaved":
+            n = len(self.parts)
+            return tensor.read((*rest, slice(n * last.start + part, n * last.stop, n)))
         if self.layout == "plus_one":
             return tensor.read((*rest, last)).astype(np.float32) - 1
         if self.layout in ("transposed", "fused"):
@@ -80,6 +83,8 @@ class TensorMapping:
             return np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0]
         if self.layout == "each_transposed":
             return arrays[0].swapaxes(-1, -2)
+        if self.layout == "interleaved":
+            return np.stack(arrays, -1).reshape(self.shape)
         if self.layout == "plus_one":
             return arrays[0].astype(np.float32) + 1
         arrays = [x.T for x in arrays]

@@ -7,9 +7,10 @@ read and written although Transformers adds the loss only with `output_router_lo
 from typing import Any
 
 from nanoflax.config import ModelConfig
+from nanoflax.errors import UserError
 from nanoflax.hf.decoders import like_llama, with_classifier
 from nanoflax.hf.family import Json
-from nanoflax.hf.rope import read_rope, write_rope
+from nanoflax.hf.rope import read_layers, read_rope, write_layers, write_rope
 
 # Our modules of a layer with experts -> their names in most families.
 EXPERTS = {
@@ -87,4 +88,39 @@ _OLMOE = like_llama(
     read=lambda hf: read_rope(hf) | read_experts(hf) | {"out_bias": hf["attention_bias"]},
     write=lambda c: write_rope(c) | write_experts(c))  # fmt: skip
 
-SPARSE = [with_classifier(_MIXTRAL), with_classifier(_QWEN3_MOE), _OLMOE]
+_GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                 "original_max_position_embeddings": 4096}  # fmt: skip
+
+
+def _read_gpt_oss(hf):
+    if not (hf["swiglu_limit"] or 0) > 0:
+        raise UserError(f"swiglu_limit={hf['swiglu_limit']!r} must be above 0")
+    scaled = hf.get("rope_parameters") or hf.get("rope_scaling")
+    return (
+        read_rope(hf if scaled else hf | {"rope_parameters": _GPT_OSS_ROPE})
+        | read_layers(hf, lambda i: "full_attention" if i % 2 else "sliding_attention")
+        | {"moe.experts": hf.get("num_experts", hf["num_local_experts"]), "out_bias": hf["attention_bias"]}
+    )
+
+
+_GPT_OSS = like_llama(
+    "gpt_oss", "GptOss", without=("mlp_bias", "hidden_act"),
+    keys={"attention/sinks": "self_attn.sinks", "mlp/router": "mlp.router",
+          "mlp/experts/gate/kernel": ("mlp.experts.gate_up_proj", "interleaved", 0),
+          "mlp/experts/up/kernel": ("mlp.experts.gate_up_proj", "interleaved", 1),
+          "mlp/experts/gate/bias": ("mlp.experts.gate_up_proj_bias", "interleaved", 0),
+          "mlp/experts/up/bias": ("mlp.experts.gate_up_proj_bias", "interleaved", 1),
+          "mlp/experts/down/kernel": ("mlp.experts.down_proj", "same"),
+          "mlp/experts/down/bias": "mlp.experts.down_proj_bias"},
+    fields={"num_local_experts": "moe.experts", "num_experts_per_tok": "moe.active",
+            "router_aux_loss_coef": "moe.balance_loss", "swiglu_limit": "swiglu_limit", "swiglu_alpha": "swiglu_alpha"},
+    preset={"activation": "silu", "attention_sinks": True, "mlp_bias": True, "moe.router_bias": True},
+    defaults={"num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072,
+              "attention_bias": True, "rope_theta": 150_000.0, "sliding_window": 128, "num_local_experts": 128,
+              "num_experts_per_tok": 4, "router_aux_loss_coef": 0.001, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+    read=_read_gpt_oss,
+    # A model without scaling says so: an absent one is yarn.
+    write=lambda c: {k: v or {"rope_type": "default"} for k, v in write_rope(c).items()} | write_layers(c) | {
+        "hidden_act": "silu"})  # fmt: skip
+
+SPARSE = [with_classifier(_MIXTRAL), with_classifier(_QWEN3_MOE), _OLMOE, with_classifier(_GPT_OSS)]

@@ -16,6 +16,7 @@ _MIXTRAL = _TINY | dict(num_local_experts=4)
 _MOE = _TINY | dict(num_experts=8, num_experts_per_tok=3)
 _QWEN3 = _MOE | dict(moe_intermediate_size=16, num_hidden_layers=4)
 _YARN = dict(rope_type="yarn", rope_theta=300.0, factor=4.0, original_max_position_embeddings=16)
+_GPT_OSS = _TINY | dict(num_local_experts=5, num_experts_per_tok=2, head_dim=16, sliding_window=5)
 
 CASES: dict[str, tuple[str, dict]] = {
     "mixtral": ("MixtralForCausalLM", _MIXTRAL),
@@ -67,5 +68,36 @@ CASES: dict[str, tuple[str, dict]] = {
             rope_parameters=dict(rope_type="linear", rope_theta=300.0, factor=4.0),
         ),
     ),
+    "gpt_oss": ("GptOssForCausalLM", _GPT_OSS),
+    "gpt_oss-default-rope": (
+        "GptOssForCausalLM",
+        _GPT_OSS
+        | dict(
+            num_hidden_layers=3,
+            num_experts_per_tok=4,
+            num_key_value_heads=4,
+            head_dim=12,
+            attention_bias=False,
+            tie_word_embeddings=True,
+            layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+            sliding_window=3,
+            swiglu_limit=0.3,
+            swiglu_alpha=0.9,
+            hidden_act="relu",  # no effect in Transformers either
+            rms_norm_eps=1e-3,
+            router_aux_loss_coef=0.5,
+            rope_parameters=dict(rope_type="default", rope_theta=300.0),
+        ),
+    ),
+    "gpt_oss-yarn": ("GptOssForCausalLM", _GPT_OSS | dict(swiglu_limit=0.02, rope_parameters=_YARN, hidden_size=48)),
+    "gpt_oss-classify": ("GptOssForSequenceClassification", _GPT_OSS | dict(num_labels=3)),
 }
-GREEDY: list[str] = ["mixtral", "mixtral-window", "qwen3_moe", "qwen3_moe-renormalised", "olmoe"]
+GREEDY: list[str] = [
+    "gpt_oss",
+    "gpt_oss-default-rope",
+    "mixtral",
+    "mixtral-window",
+    "qwen3_moe",
+    "qwen3_moe-renormalised",
+    "olmoe",
+]

@@ -295,6 +295,9 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("mbart", {"normalize_before": False}, "normalize_before"),
         ("mbart", {"decoder_start_token_id": "x"}, "start_id"),
         ("marian", {"decoder_vocab_size": 40}, "decoder_vocab_size"),
+        ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu_limit=0.0"),
+        ("gpt_oss", {"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, "quant_method='fp8'"),
         ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings"),
         *REFUSED,
     ],
@@ -424,6 +427,20 @@ def test_older_configurations(saved):
             },
         ),
         ("gpt2", {"tie_word_embeddings": ..., "n_inner": ...}),
+        (
+            "gpt_oss-yarn",
+            {
+                "rope_parameters": ...,
+                "rope_theta": 300.0,
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+                "layer_types": ...,
+                "num_local_experts": ...,
+                "num_experts": 5,
+                "swiglu_alpha": ...,
+                "rms_norm_eps": ...,
+                "attention_bias": ...,
+            },
+        ),
         (
             "t5",
             {

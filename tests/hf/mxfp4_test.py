@@ -1,12 +1,18 @@
 """MXFP4 tensors against Transformers' own conversion, to the bit."""
 
+import json
+
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
+import transformers
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from nanoflax import hf
 from nanoflax.errors import UserError
 from nanoflax.hf import mxfp4, safetensors_io
 
@@ -108,3 +114,34 @@ def test_other_methods_are_refused_by_name(config):
     if isinstance(config, dict):
         assert repr(config.get("quant_method")) in str(error.value)
     assert mxfp4.unpack({"quantization_config": None}, {}, "here") == {}
+
+
+def test_a_published_directory_is_the_dequantised_model(tmp_path):
+    config = transformers.GptOssConfig(
+        vocab_size=67, max_position_embeddings=64, num_hidden_layers=1, hidden_size=64, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2)  # fmt: skip
+    model = transformers.GptOssForCausalLM(config).to(torch.bfloat16)
+    tensors = {name: x.detach().clone() for name, x in model.state_dict().items()}
+    packed, experts = dict(tensors), "model.layers.0.mlp.experts."
+    for seed, (name, rows, groups) in enumerate([("gate_up_proj", 64, 2), ("down_proj", 64, 1)]):
+        blocks, scales = map(torch.tensor, random_parts(4, rows, groups, 118, 124, seed))
+        tensors[experts + name] = convert_moe_packed_tensors(blocks, scales)
+        del packed[experts + name]
+        packed |= {f"{experts}{name}_blocks": blocks, f"{experts}{name}_scales": scales}
+    model.load_state_dict(tensors)
+    model.save_pretrained(tmp_path / "plain")
+    (tmp_path / "packed").mkdir()
+    safetensors.torch.save_file(packed, tmp_path / "packed/model.safetensors")
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    described = json.loads((tmp_path / "plain/config.json").read_text()) | {"quantization_config": settings}
+    (tmp_path / "packed/config.json").write_text(json.dumps(described))
+
+    plain_config, plain = hf.load(tmp_path / "plain")
+    packed_config, found = hf.load(tmp_path / "packed")
+    assert packed_config == plain_config
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
+    # Saved as plain tensors, without quantization_config.
+    hf.save(tmp_path / "ours", packed_config, found)
+    assert "quantization_config" not in json.loads((tmp_path / "ours/config.json").read_text())
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto").state_dict()
+    assert again.keys() == tensors.keys() and all(torch.equal(again[name], x) for name, x in tensors.items())
