@@ -190,6 +190,11 @@ class ModelConfig:
         return self.layers if self.decoder_layers is None else self.decoder_layers
 
     @property
+    def max_length(self) -> int:
+        """The largest T or S that the model can compute: the context, but relative positions have no limit (T5)."""
+        return 2**31 - 1 if self.positions == "relative" else self.context
+
+    @property
     def decoder(self) -> "ModelConfig":
         """The settings of the blocks of an encoder-decoder's decoder."""
         heads, F = self.decoder_heads or self.heads, self.decoder_mlp_dim or self.mlp_dim

@@ -41,7 +41,7 @@ def log_likelihoods(
     problems = [
         f"{name}: {len(p)} and {len(t)} tokens, but the model's context is {c.context}"
         for name, p, t in zip(names, prompts, continuations, strict=True)
-        if (len(p) + len(t) - 1 if decoder else max(len(p), len(t))) > c.context
+        if (len(p) + len(t) - 1 if decoder else max(len(p), len(t))) > c.max_length
     ]
     problems += [
         f"{name} has an empty prompt or continuation"
@@ -55,7 +55,7 @@ def log_likelihoods(
     def lengths(i):
         """The padded lengths of a pair: of both together without the last token, or of source and target."""
         sizes = [sum(map(len, pairs[i])) - 1] if decoder else [len(ids) for ids in pairs[i]]
-        return [min(bucket(n), c.context) for n in sizes]
+        return [min(bucket(n), c.max_length) for n in sizes]
 
     groups, totals = {}, np.zeros(len(pairs))
     for i in range(len(pairs)):

@@ -58,7 +58,7 @@ class GenerationSettings:
             return self.max_new_tokens
         g, used = config.generation, 0 if config.reads_source else max(map(len, prompts), default=0)
         wanted = g.max_new_tokens or (g.max_length - max(used, 1) if g.max_length else DEFAULT_NEW_TOKENS)
-        return max(1, min(wanted, config.context - used))
+        return max(1, min(wanted, config.max_length - used))
 
     @classmethod
     def of(

@@ -91,7 +91,7 @@ def start_from(
         # Frozen, new parameters would stay random.
         config = dataclasses.replace(config, peft=dataclasses.replace(config.peft, trained=f"adapters,{new}"))
         print(f"peft.trained={config.peft.trained}: these parts of the model are new")
-    if long := [f"{name}={n}" for name, n in tasks.length_limits(task).items() if n > m.context]:
+    if long := [f"{name}={n}" for name, n in tasks.length_limits(task).items() if n > m.max_length]:
         raise UserError(f"{' and '.join(long)} must be at most the model's context of {m.context}")
     config, chosen = configs.with_recipe(dataclasses.replace(config, model=m))
     if chosen:

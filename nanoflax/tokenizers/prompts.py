@@ -29,7 +29,7 @@ def request_of(
     check_prompts(config, prompts, new)
     eos_id = config.generation.eos_token_id if eos_id is None else eos_id
     eos_ids = tuple(map(int, np.ravel(eos_id)))
-    return *pad_left(prompts, config.context), (eos_ids, vocab_size or config.vocab_size - config.vocab_padding)
+    return *pad_left(prompts, config.max_length), (eos_ids, vocab_size or config.vocab_size - config.vocab_padding)
 
 
 def token_lists(prompts: Any) -> list[list[int]]:
@@ -74,12 +74,12 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             bad = next(t for t in prompt if not 0 <= t < config.vocab_size)
             raise UserError(f"prompt {i} has token id {bad}, outside the model's vocabulary of {config.vocab_size}")
-        if not config.reads_source and len(prompt) + max_new_tokens > config.context:
+        if not config.reads_source and len(prompt) + max_new_tokens > config.max_length:
             raise UserError(
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} this "
                 f"exceeds the model's context of {config.context}; shorten the prompt or lower max_new_tokens"
             )
-        if max(len(prompt), max_new_tokens) > config.context:
+        if max(len(prompt), max_new_tokens) > config.max_length:
             raise UserError(
                 f"prompt {i} has {len(prompt)} tokens, max_new_tokens={max_new_tokens}: neither "
                 f"may exceed the model's context of {config.context}"
