@@ -78,6 +78,8 @@ def test_transformers_computes_the_same_from_every_type(name, tmp_path):
         assert not different_fields(canonical(config), canonical(ours))
         own = logits(ours, jax.tree.map(lambda x: x.astype(np.float32), read), ids)
         np.testing.assert_allclose(found, own, atol=2e-5)
+        if config.moe.experts and kind != "F32":  # after rounding, a router may choose other experts
+            continue
         size = np.abs(expected).max()
         np.testing.assert_allclose(found, expected, atol=size * {"F32": 1e-5, "F16": 5e-3, "Q8_0": 0.1}[kind])
         assert (np.abs(found - expected).max() > 1e-5) == (kind != "F32")
