@@ -141,7 +141,7 @@ def tensor_mapping(family: Family, config: ModelConfig) -> list[TensorMapping]:
                 f"{family.classes[config.head][0]} has no place for {path}: "
                 f"the keys of family {family.model_type} have neither {module} nor {key}"
             )
-        name, *rest = [entry] if isinstance(entry, str) else list[Any](entry)
+        name, *rest = list[Any]([entry] if isinstance(entry, str) else entry)
         layout = rest[0] if rest else "transposed" if leaf == "kernel" else "same"
         part = rest[1] if len(rest) > 1 else 0
         if key not in keys:

@@ -85,8 +85,10 @@ class DecoderClassifier(Decoder):
     ) -> Float[Array, "B labels"]:
         """float32 logits. tokens: padded on the right; padding_mask: True at real tokens, default all."""
         # No real token attends to the padding after it, so no mask is needed, except for the statistics of experts.
-        counted = self.config.moe.experts > 0 and padding_mask is not None
-        x, _ = self.hidden(tokens, padding_mask.astype(jnp.int32) if counted else None, deterministic=deterministic)
+        segments = None
+        if self.config.moe.experts and padding_mask is not None:
+            segments = padding_mask.astype(jnp.int32)
+        x, _ = self.hidden(tokens, segments, deterministic=deterministic)
         last = jnp.full(len(tokens), -1) if padding_mask is None else padding_mask.sum(-1) - 1
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         return self.labels(self.drop(x, deterministic=deterministic)).astype(jnp.float32)
