@@ -38,7 +38,8 @@ _MAMBA2 = Family(
               "norm_attention": "norm",
               **{f"recurrent/{name}": ("mixer.in_proj", "fused", part)
                  for part, name in enumerate(("gate", "value", "key", "query", "step"))},
-              "recurrent/conv": "mixer.conv1d", "recurrent/decay": "mixer.A_log",
+              "recurrent/conv": ("mixer.conv1d.weight", "transposed"),
+              "recurrent/conv_bias": "mixer.conv1d.bias", "recurrent/decay": "mixer.A_log",
               "recurrent/step_bias": "mixer.dt_bias", "recurrent/skip": "mixer.D",
               "recurrent/norm": "mixer.norm.weight", "recurrent/out": "mixer.out_proj"})},
     fields={"vocab_size": "vocab_size", "num_hidden_layers": "layers", "hidden_size": "dim",
@@ -91,7 +92,7 @@ _QWEN3_NEXT = like_llama(
           **{f"mlp/shared/{name}": f"mlp.shared_expert.{name}_proj" for name in ("up", "gate", "down")},
           "attention/query": ("self_attn.q_proj", "fused_by_head", 0),
           "attention/gate": ("self_attn.q_proj", "fused_by_head", 1),
-          "recurrent/conv": "linear_attn.conv1d", "recurrent/decay": "linear_attn.A_log",
+          "recurrent/conv": ("linear_attn.conv1d.weight", "transposed"), "recurrent/decay": "linear_attn.A_log",
           "recurrent/step_bias": "linear_attn.dt_bias", "recurrent/norm": "linear_attn.norm.weight",
           "recurrent/out": "linear_attn.out_proj"},
     more_keys=lambda c: under("decoder/block_{i}/recurrent", "model.layers.{i}.linear_attn", {

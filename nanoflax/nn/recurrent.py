@@ -13,7 +13,7 @@ from nanoflax import parallel
 from nanoflax.config import ModelConfig
 from nanoflax.nn.arrays import Array, States, Tokens
 from nanoflax.nn.attention import AttentionInputs, LayerCache
-from nanoflax.nn.layers import Linear, activate, standardise
+from nanoflax.nn.layers import Linear, activate, rms_norm
 
 State = Float[Array, "B H K N"]  # float32; K, N: the sizes of a key and of a value
 
@@ -85,36 +85,20 @@ def chunked(
     return y[:, :T], S.reshape(state.shape)
 
 
-class Convolution(nn.Module):
-    """A causal convolution of each channel alone over the last `width` tokens of the same document."""
-
-    width: int
-    bias: bool
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T C"], before: Float[Array, "B W C"], segments: Tokens | None
-    ) -> tuple[Float[Array, "B T C"], Float[Array, "B W C"]]:
-        """before: the W = width - 1 inputs before x. Returns (the output, the last W inputs)."""
-        T, W = x.shape[1], self.width - 1
-        kernel = self.param("kernel", _uniform(self.width**-0.5), (self.width, 1, x.shape[-1])).astype(x.dtype)
-        if segments is not None:
-            x = jnp.where(segments[..., None] > 0, x, 0)
-            segments = jnp.pad(segments, [(0, 0), (W, 0)], mode="edge")
-        x = jnp.concatenate([before.astype(x.dtype), x], 1)
-        y = jnp.zeros((), x.dtype)
-        for i in range(self.width):
-            term = x[:, i : i + T] * kernel[i]
-            if segments is not None:
-                term = jnp.where((segments[:, i : i + T] == segments[:, W:])[..., None], term, 0)
-            y += term
-        if self.bias:
-            y += self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(x.dtype)
-        return y, x[:, T:]
-
-
-def _uniform(bound):
-    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+def convolve(
+    x: Float[Array, "B T C"], kernel: Float[Array, "X 1 C"], before: Float[Array, "B W C"], segments: Tokens | None
+) -> tuple[Float[Array, "B T C"], Float[Array, "B W C"]]:
+    """A causal convolution of each channel alone over X tokens of the same document; before: the W = X - 1
+    inputs before x. Returns (the output, the last W inputs)."""
+    T, W = x.shape[1], before.shape[1]
+    if segments is not None:
+        x = jnp.where(segments[..., None] > 0, x, 0)
+        segments = jnp.pad(segments, [(0, 0), (W, 0)], mode="edge")
+    x, y = jnp.concatenate([before.astype(x.dtype), x], 1), jnp.zeros_like(x)
+    for i in range(W + 1):
+        term = x[:, i : i + T] * kernel[i].astype(x.dtype)
+        y += term if segments is None else jnp.where((segments[:, i : i + T] == segments[:, W:])[..., None], term, 0)
+    return y, x[:, T:]
 
 
 class RecurrentLayer(nn.Module):
@@ -129,7 +113,10 @@ class RecurrentLayer(nn.Module):
         self.query, self.key = (Linear(r.groups * r.key_dim, r.bias) for _ in range(2))
         self.value, self.gate = (Linear(r.heads * r.value_dim, r.bias) for _ in range(2))
         self.step = Linear(r.heads, r.bias)
-        self.conv = Convolution(r.conv, r.conv_bias)
+        channels = 2 * r.groups * r.key_dim + r.heads * r.value_dim
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's for a convolution
+        self.conv = self.param("conv", uniform, (r.conv, 1, channels))
+        self.conv_bias = self.param("conv_bias", nn.initializers.zeros, (channels,)) if r.conv_bias else jnp.zeros(())
         # As Mamba-2: a state keeps exp(-step exp(decay)) of itself, with steps near 0.001 .. 0.1.
         self.decay = self.param("decay", lambda key: jnp.log(jax.random.uniform(key, (r.heads,), minval=1, maxval=16)))
         steps = lambda key: jnp.log(jnp.expm1(10 ** jax.random.uniform(key, (r.heads,), minval=-3, maxval=-1)))
@@ -143,9 +130,10 @@ class RecurrentLayer(nn.Module):
         c, r, (B, T, _) = self.config, self.config.recurrent, x.shape
         before = empty_recurrent_cache(c, 0, B, x.dtype) if cache is None else cache
         parts = [getattr(self, name)(x) for name in self.convolved]
-        u, last = self.conv(jnp.concatenate(parts, -1), before["conv"], inputs.segments)
+        u, last = convolve(jnp.concatenate(parts, -1), self.conv, before["conv"], inputs.segments)
+        u = activate(c.activation, u + self.conv_bias.astype(u.dtype))
         ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
-        u = dict(zip(self.convolved, jnp.split(activate(c.activation, u), ends, -1), strict=True))
+        u = dict(zip(self.convolved, jnp.split(u, ends, -1), strict=True))
         q, k = (u[name].reshape(B, T, r.groups, r.key_dim).astype(jnp.float32) for name in ("query", "key"))
         v = u["value"].reshape(B, T, r.heads, r.value_dim).astype(jnp.float32)
         step = jax.nn.softplus(self.step(x).astype(jnp.float32) + self.step_bias)
@@ -166,13 +154,13 @@ class DeltaRule(RecurrentLayer):
 
     def _recur(self, x, q, k, v, step, state, segments):
         K, beta = q.shape[-1], jax.nn.sigmoid(self.write(x).astype(jnp.float32))
-        q, k = (standardise(u, 1e-6 / K, False) * K**-0.5 for u in (q, k))  # of length 1; 1e-6 as Transformers
+        q, k = (rms_norm(u, jnp.full(K, K**-0.5), 1e-6 / K) for u in (q, k))  # of length 1; 1e-6 as Transformers
         return chunked(
             q * K**-0.5, k, v, -jnp.exp(self.decay) * step, beta, state, segments, self.config.recurrent.chunk
         )
 
     def _gated_norm(self, y, gate):
-        return standardise(y, self.config.norm_eps, False) * self.norm * gate
+        return rms_norm(y, self.norm, self.config.norm_eps) * gate
 
 
 class Mamba2(RecurrentLayer):
@@ -194,7 +182,7 @@ class Mamba2(RecurrentLayer):
 
     def _gated_norm(self, y, gate):
         y = (y * gate).reshape(*y.shape[:2], self.config.recurrent.groups, -1)
-        return standardise(y, self.config.norm_eps, False).reshape(*gate.shape[:2], -1) * self.norm
+        return rms_norm(y, jnp.ones(y.shape[-1]), self.config.norm_eps).reshape(*gate.shape[:2], -1) * self.norm
 
 
 RECURRENT_LAYERS: dict[str, type[nn.Module]] = {"delta": DeltaRule, "mamba2": Mamba2}  # kind in config.layer_types

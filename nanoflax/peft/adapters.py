@@ -24,8 +24,8 @@ from nanoflax.nn import column_lengths, low_rank
 
 _ADAPTER = re.compile(r"(.*/)?(lora_\w+|adapter_\w+/.+|prefix_\w+|prompt)")
 _HEAD = r"(unembed|logit_bias|transform|norm_transform|pooler|labels|delay)(/.*)?"
-# The matrices that an LSTM reads inside a scan, where no adapter is applied; and convolutions.
-_MATRIX = r"((query|combine|decoder_\d+|encoder_\d+/(forward|backward))|.*recurrent/conv)/kernel"
+# The matrices that an LSTM reads inside a scan, where no adapter is applied.
+_MATRIX = r"(query|combine|decoder_\d+|encoder_\d+/(forward|backward))/kernel"
 
 
 def add(params: dict, peft_config: PeftConfig, rng: jax.Array) -> dict:
