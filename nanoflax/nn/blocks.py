@@ -137,6 +137,7 @@ class Places(NamedTuple):
     queries: Int[Array, "#B T"]  # the slot of each token, minus P
     keys: Int[Array, "1 S"]  # the slot of each key, minus P
     positions: Int[Array, "#B T"]  # of each token in its document, for position embeddings
+    key_positions: Int[Array, "#B S"]  # the same of each key
     prompt_keys: Bool[Array, "1 1 1 S"] | bool  # True at the keys of the prompt, which every query attends to
     length: Int[Array, ""] | None = None  # of the longest text that the cache has room for; None without a cache
 
@@ -248,7 +249,7 @@ class Stack(nn.Module):
         spec = None
         if not P:
             spec = MaskSpec(segments) if self.causal or segments is None else MaskSpec(valid=segments > 0)
-        return Places(slots, slots, places, prompt_keys), mask, spec
+        return Places(slots, slots, places, places, prompt_keys), mask, spec
 
     def _after_cache(self, x, P, cache):
         """(Places, mask, no MaskSpec) of tokens that extend a cache."""
@@ -260,7 +261,7 @@ class Stack(nn.Module):
         places = jnp.maximum(slots - start, jnp.minimum(slots, 0) if P else 0)
         prompt_keys = masking.padding(keys < 0) if P else False
         mask = masking.causal(slots, keys) & (masking.padding(keys >= start) | prompt_keys)
-        return Places(slots, keys, places, prompt_keys, S - P - start.min()), mask, None
+        return Places(slots, keys, places, keys - start, prompt_keys, S - P - start.min()), mask, None
 
     def _add_positions(self, x, places, P):
         c = self.config
@@ -286,8 +287,11 @@ class Stack(nn.Module):
             inputs = inputs._replace(angles=positions.angles_of(c, places.positions, local, places.length))
         if not local:
             return inputs
-        near = masking.window if layer_type == "sliding" else masking.chunk
-        window = near(places.queries, places.keys, c.window) | places.prompt_keys
+        if layer_type == "sliding":
+            window = masking.window(places.queries, places.keys, c.window)
+        else:  # the parts of a text begin at its first token, after padding or another document
+            window = masking.chunk(places.positions, places.key_positions, c.window)
+        window |= places.prompt_keys
         inputs = inputs._replace(mask=window if inputs.mask is None else inputs.mask & window)
         if inputs.spec is None or layer_type == "chunked":
             return inputs._replace(spec=None)
