@@ -273,6 +273,24 @@ class ModelConfig:
         """Whether a layer has experts in place of one MLP."""
         return self.moe.experts > 0 and layer not in self.moe.dense_layers
 
+    @property
+    def layer_groups(self) -> tuple[tuple[int, int], ...]:
+        """The groups (first layer, distance to the next) of layers with equal parameters, for train.scan_layers: a
+        period, after the layers that do not repeat."""
+        recurrent = [self.layer_type(i) if self.is_recurrent(i) else "" for i in range(self.layers)]
+        kinds = [(x, self.is_sparse(i), i > 0 or self.first_norm) for i, x in enumerate(recurrent)]
+        L = self.layers
+        start, period = min(
+            (
+                (n, p)
+                for n in range(L)
+                for p in range(1, L - n + 1)
+                if (L - n) % p == 0 and kinds[n:-p] == kinds[n + p :]
+            ),
+            key=lambda found: (sum(found), found),
+        )
+        return tuple((start + i, period) for i in range(period))
+
     @staticmethod
     def upgrade(values: dict[str, Any]) -> dict[str, Any]:
         """The fields of a configuration that an older version of nanoflax wrote, as this version has them."""
@@ -447,6 +465,9 @@ PRESETS = {
                       kv_heads=8, mlp_dim=14336, rope=RopeConfig(theta=500_000.0)),
     "llama-70b": _with(_LLAMA, vocab_size=128256, context=8192, layers=80, dim=8192, heads=64,
                        kv_heads=8, mlp_dim=28672, rope=RopeConfig(theta=500_000.0)),
+    # Mixtral 8x7B (Jiang et al. 2024, table 1).
+    "mixtral-8x7b": _with(_LLAMA, vocab_size=32000, context=32768, layers=32, dim=4096, heads=32, kv_heads=8,
+                          mlp_dim=14336, rope=RopeConfig(theta=1e6), moe=MoEConfig(experts=8, active=2)),
     # T5 11B (Raffel et al. 2020, section 3.7), its vocabulary padded to 32128 as published.
     "t5-11b": ModelConfig(
         architecture="encoder_decoder", vocab_size=32128, context=512, layers=24, dim=1024,

@@ -14,6 +14,7 @@ from nanoflax.config import AdaLoRA, LoRA, LowRank, ModelConfig, PrefixTuning, P
 from nanoflax.errors import UserError, listed
 from nanoflax.hf import families, models, safetensors_io
 from nanoflax.hf.layouts import parameter_shapes
+from nanoflax.hf.peft_experts import write_experts
 from nanoflax.hf.peft_names import BASE, CONFIG, SCHEDULE, WEIGHTS, PeftNames, inside, join_outputs, read_settings
 from nanoflax.hf.peft_prompts import PROMPTS, check_prompt, read_prompt, write_prompt
 from nanoflax.hf.peft_reader import AdapterFile
@@ -146,6 +147,7 @@ def _low_rank_tensors(names: PeftNames, c: Any, flat: Mapping[str, Any], directo
         row
         for row in names.rows.values()
         if any(f"{path.removesuffix('/kernel')}/lora_a" in flat for path in row.paths if path.endswith("/kernel"))
+        and "/experts/" not in row.paths[0]
     ]
     fused = {path.removesuffix("/kernel"): row.name for row in rows if len(row.parts) > 1 for path in row.paths}
     if isinstance(c, AdaLoRA):
@@ -171,9 +173,17 @@ def _low_rank_tensors(names: PeftNames, c: Any, flat: Mapping[str, Any], directo
             alpha = scale * rank ** (0.5 if c.rank_stabilized else 1)
             ranks |= {module: rank} if rank != c.rank else {}
             alphas |= {module: alpha} if abs(alpha - c.alpha) > 1e-5 * c.alpha else {}
+    named = lambda name: names.written(names.family.base + name)
+    experts = write_experts(flat, names.config, named)
+    for parameter, (parts, rank, scale) in experts.items():
+        tensors |= parts
+        ranks |= {parameter: rank} if rank != c.rank else {}
+        alpha = scale * rank ** (0.5 if c.rank_stabilized else 1)
+        alphas |= {parameter: alpha} if abs(alpha - c.alpha) > 1e-5 * c.alpha else {}
     settings = {
         "peft_type": "ADALORA" if isinstance(c, AdaLoRA) else "LORA",
         "target_modules": [names.written(row.name).removesuffix(".weight") for row in rows],
+        "target_parameters": [*experts] or None,
         "lora_alpha": int(c.alpha) if c.alpha == int(c.alpha) else c.alpha,
         "fan_in_fan_out": any(row.layout in ("same", "fused_columns") for row in rows),
         "use_rslora": isinstance(c, LoRA) and c.rank_stabilized,

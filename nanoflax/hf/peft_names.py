@@ -26,7 +26,8 @@ _LAYOUT_OF_B = {"same": "transposed", "fused_columns": "fused"}
 
 
 # Of adapter_config.json; other fields have any type.
-_TYPES = {"peft_type": str, "task_type": str, "modules_to_save": list, "rank_pattern": dict, "alpha_pattern": dict,
+_TYPES = {"peft_type": str, "task_type": str, "modules_to_save": list, "target_parameters": list,
+          "rank_pattern": dict, "alpha_pattern": dict,
           "trainable_token_indices": list | dict}  # fmt: skip
 # A key of alpha_pattern is a regular expression. One without groups and with few repetitions cannot take long.
 _SIMPLE_PATTERN = re.compile(r"[\w.\-\\^$|]*([*+][\w.\-\\^$|]*){0,3}")

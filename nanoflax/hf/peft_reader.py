@@ -15,6 +15,7 @@ from nanoflax.config import PEFT_KINDS, AdaLoRA, ModelConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.hf import families, safetensors_io
 from nanoflax.hf.layouts import TensorMapping, parameter_shapes
+from nanoflax.hf.peft_experts import ExpertFile
 from nanoflax.hf.peft_names import BASE, CONFIG, SCHEDULE, WEIGHTS, PeftNames, read_settings, split_outputs
 
 # Fields that are read below, or that decide nothing more once the tensors are there.
@@ -22,7 +23,7 @@ _KNOWN = """peft_type task_type auto_mapping peft_version base_model_name_or_pat
     target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora use_dora init_lora_weights
     layers_to_transform layers_pattern rank_pattern alpha_pattern modules_to_save megatron_core qalora_group_size
     ensure_weight_tying lora_bias trainable_token_indices eva_config target_r init_r tinit tfinal deltaT beta1 beta2
-    orth_reg_weight total_step modules_to_tie target_modules_to_tie""".split()
+    orth_reg_weight total_step modules_to_tie target_modules_to_tie target_parameters""".split()
 _UNCHANGED_BASE = (None, True, False, "gaussian", "eva", "orthogonal")  # of init_lora_weights; others change kernels
 _HEADS = {"SEQ_CLS": "classify", "TOKEN_CLS": "tag"}
 _TOKENS = "token_adapter.trainable_tokens_delta"
@@ -46,10 +47,13 @@ class AdapterFile:
         found = safetensors_io.open_safetensors(directory, single=WEIGHTS)
         # With bias="all", peft also writes the frozen biases inside its wrappers.
         tensors = {
-            re.sub(r"(\.token_adapter)?\.base_layer\.", ".", name.removeprefix(BASE)): x
+            name.removeprefix(BASE): x
             for name, x in found.items()
             if not re.search(r"\.(original_module|modules_to_save)\.", name)
         }
+        self.experts = ExpertFile(tensors, self.theirs.get("target_parameters") or [], config)
+        safetensors_io.raise_problems(self.path, self.experts.problems)
+        tensors = {re.sub(r"(\.token_adapter)?\.base_layer\.", ".", name): x for name, x in self.experts.rest.items()}
         head = _HEADS.get(self.theirs.get("task_type") or "", config.head)
         if head != config.head:
             config = dataclasses.replace(config, head=head, pooler=False)
@@ -122,7 +126,9 @@ class AdapterFile:
             self.flat["logit_bias"] = jnp.pad(bias, (0, self.config.vocab_size - len(bias)))
         self.problems = [f"{tensor.name} has no place in this model" for tensor in self.unknown]
         self.problems += self._missing()
-        self.problems += [] if self.parts else ["the file has no adapter"]
+        self.new |= {path: jnp.asarray(x) for path, x in self.experts.leaves(self._scale).items()}
+        self.problems += self.experts.problems
+        self.problems += [] if self.parts or self.experts.adapters else ["the file has no adapter"]
         if self.names.output in self.tokens and self.config.head == "mlm" and self.config.head_bias:
             self.problems.append(
                 "trainable_token_indices of a tied head with a bias: peft computes it without its bias"

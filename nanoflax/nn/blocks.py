@@ -228,11 +228,14 @@ class Stack(nn.Module):
     def cross_cache(self, source: Float[Array, "B S D"]) -> list[LayerCache]:
         """The cross-attention keys and values of every layer, computed once for a source."""
         if self.has_variable("params", "blocks"):
-            block = Block(self.config, self.causal, self.cross, parent=None)
-            stacked = jax.lax.map(
-                lambda params: block.apply({"params": params}, source, method="cross_keys_values"), self._stacked()
-            )
-            pairs = _layers(stacked, self.layers)
+            first, blocks, stacked = self._stacked()
+            pairs = [block.cross_keys_values(source) for block in self.blocks[:first]]
+
+            def of_period(params):
+                pairs = zip(blocks, params, strict=True)
+                return [block.apply({"params": p}, source, method="cross_keys_values") for block, p in pairs]
+
+            pairs += _layers(jax.lax.map(of_period, stacked), (self.layers - first) // len(blocks))
         else:
             pairs = [block.cross_keys_values(source) for block in self.blocks]
         return [{"cross_key": key, "cross_value": value} for key, value in pairs]
@@ -301,40 +304,51 @@ class Stack(nn.Module):
         """Run the blocks one by one. by_kind: kind -> AttentionInputs; kinds, caches: of each layer.
         Returns (the output, the new caches)."""
         new = []
-        for block, kind, cache in zip(self.blocks, kinds, caches, strict=True):
+        for block, kind, cache in zip(self.blocks, kinds, caches, strict=False):
             x, cache = block(x, by_kind[kind], cache, deterministic)
             new.append(cache)
         return x, new
 
     def _scan(self, x, by_kind, kinds, caches, deterministic):
-        """`_loop` as a scan over stacked blocks."""
-        block = Block(self.config, self.causal, self.cross, parent=None)
+        """`_loop` as a scan over stacked blocks, a period of them in a step; the blocks before run one by one."""
+        first, blocks, stacked = self._stacked()
+        period = range(len(blocks))
+        x, before = self._loop(x, by_kind, kinds[:first], caches, deterministic)
+        kinds, caches = ([of_layers[first:][j :: len(blocks)] for j in period] for of_layers in (kinds, caches))
+        possible = [sorted(set(found)) for found in kinds]
         rng = self.make_rng("dropout") if self.config.dropout and not deterministic else None
         collected = ["router"] if self.is_mutable_collection("router") else []
 
         def body(x, layer):
-            i, kind, params, cache = layer
-            rngs = {} if rng is None else {"dropout": jax.random.fold_in(rng, i)}
+            i, kind, params, caches = layer
+            new = []
+            for j in period:
+                rngs = {} if rng is None else {"dropout": jax.random.fold_in(rng, i + j)}
 
-            def run(inputs):
-                arguments = {"params": params}, x, inputs, cache, deterministic
-                return lambda: block.apply(*arguments, rngs=rngs, mutable=collected)
+                def run(kind, x=x, j=j, rngs=rngs):
+                    arguments = {"params": params[j]}, x, by_kind[kind], caches[j], deterministic
+                    return lambda: blocks[j].apply(*arguments, rngs=rngs, mutable=collected)
 
-            (x, cache), sums = jax.lax.switch(kind, [run(inputs) for inputs in by_kind.values()])
-            return x, (cache, sums)
+                (x, cache), sums = jax.lax.switch(kind[j], [run(kind) for kind in possible[j]])
+                new.append((cache, sums))
+            return x, tuple(zip(*new, strict=True))
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        numbers = jnp.array([list(by_kind).index(kind) for kind in kinds])
-        cache = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
-        x, (cache, sums) = jax.lax.scan(body, x, (jnp.arange(self.layers), numbers, self._stacked(), cache))
+        numbers = [jnp.array([possible[j].index(kind) for kind in kinds[j]]) for j in period]
+        cache = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches[j]) for j in period]
+        layers = jnp.arange(first, self.layers, len(blocks))
+        x, (cache, sums) = jax.lax.scan(body, x, (layers, numbers, stacked, cache))
         self.sow("router", "blocks", sums)
-        return x, _layers(cache, self.layers)
+        return x, before + _layers(cache, len(layers))
 
     def _stacked(self):
-        return self.get_variable("params", "blocks")
+        """(the number of blocks before the stacked ones, the blocks of a period, their parameters [R, ...])."""
+        groups = parallel.stacked_groups(self.get_variable("params", "blocks"))
+        blocks = [Block(self.config, self.causal, self.cross, i, parent=None) for i, _ in groups]
+        return min(groups)[0], blocks, [*groups.values()]
 
 
-def _layers(tree, count):
-    """The tree of each layer, from a tree of leaves [L, ...]."""
-    return [jax.tree.map(operator.itemgetter(i), tree) for i in range(count)]
+def _layers(period, count):
+    """The tree of each layer, from the trees of a period's blocks, of leaves [count, ...]."""
+    return [jax.tree.map(operator.itemgetter(i), tree) for i in range(count) for tree in period]

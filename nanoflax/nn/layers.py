@@ -125,10 +125,10 @@ def adapt(y: Float[Array, "*B O"], x: Float[Array, "*B I"], p: Mapping[str, Any]
     return y
 
 
-def low_rank(p: Mapping[str, Any]) -> Float[Array, "I O"]:
+def low_rank(p: Mapping[str, Any]) -> Float[Array, "*E I O"]:
     """The float32 matrix that `adapt` adds to the kernel."""
     a = p["lora_a"] * masked(p) if "lora_e" in p else p["lora_a"]
-    return jnp.dot(a, p["lora_b"], preferred_element_type=jnp.float32) * p["lora_scale"]
+    return jnp.matmul(a, p["lora_b"], preferred_element_type=jnp.float32) * p["lora_scale"]
 
 
 def masked(p: Mapping[str, Any]) -> Float[Array, " R"]:

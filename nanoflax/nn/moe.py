@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from nanoflax import parallel
 from nanoflax.config import ModelConfig, MoEConfig
 from nanoflax.nn.arrays import Array, States, Tokens
 from nanoflax.nn.layers import MLP, Linear
@@ -43,21 +44,23 @@ def route(
     return chosen, weights * moe.scale, scores / scores.sum(-1, keepdims=True)
 
 
-def blocks_of(ids: Int[Array, " M"], E: int) -> tuple[Int[Array, " R"], Int[Array, " M"], Int[Array, " n"]]:
-    """Rows sorted by expert, in n blocks of R / n rows with one expert each. ids: the expert of each of M tokens.
+def blocks_of(ids: Int[Array, " M"], E: int, most: int) -> tuple[Int[Array, " R"], Int[Array, " M"], Int[Array, " n"]]:
+    """Rows sorted by expert, in n blocks of R / n rows with one expert each. ids: the expert of each of M tokens, E for
+    none; most: how many tokens have one, at most.
 
-    Returns (the token of each row, M in a row without one; the row of each token; the expert of each block).
+    Returns (the token of each row, M in a row without one; the row of each token, R for none; the expert of each
+    block, E in a block without rows).
     """
     M = len(ids)
-    b = 2 ** int(math.log2(min(max(M / (4 * E), 1), MAX_BLOCK)))  # at most a quarter of the rows are empty
-    n = (M + E * (b - 1)) // b
+    b = 2 ** int(math.log2(min(max(most / (4 * E), 1), MAX_BLOCK)))  # at most a quarter of the rows are empty
+    n = (most + E * (b - 1)) // b
     sizes = jnp.bincount(ids, length=E)
     blocks = -(-sizes // b)
     ends = jnp.cumsum(blocks)
     order = jnp.argsort(ids)
     before = (ends - blocks) * b - (jnp.cumsum(sizes) - sizes)  # empty rows before those of an expert
-    rows = jnp.arange(M) + before[ids[order]]
-    experts = jnp.minimum(jnp.searchsorted(ends, jnp.arange(n), side="right"), E - 1)
+    rows = jnp.where(ids[order] < E, jnp.arange(M) + before[ids[order]], n * b)
+    experts = jnp.searchsorted(ends, jnp.arange(n), side="right")
     return jnp.full(n * b, M).at[rows].set(order), jnp.zeros_like(order).at[order].set(rows), experts
 
 
@@ -73,8 +76,12 @@ move.defvjp(lambda x, *ways: (move(x, *ways), ways), lambda ways, dy: (move(dy, 
 
 def expert_product(x: Float[Array, "n b I"], p: Mapping[str, Any], experts: Int[Array, " n"]) -> Float[Array, "n b O"]:
     """The product of each block of rows with the kernel [E, I, O], among an expert Linear's parameters p, of its
-    expert. experts: ascending."""
-    return grouped_matmul(x, jnp.asarray(p["kernel"], x.dtype), experts)
+    expert, and LoRA if p has lora_a [E, I, R] and lora_b [E, R, O]. experts: ascending, E for none."""
+    y = grouped_matmul(x, jnp.asarray(p["kernel"], x.dtype), experts)
+    if "lora_a" in p:
+        a, b, scale = (p[f"lora_{name}"].astype(x.dtype) for name in ("a", "b", "scale"))
+        y += grouped_matmul(grouped_matmul(x, a, experts) * jax.lax.stop_gradient(scale), b, experts)
+    return y
 
 
 def grouped_matmul(
@@ -167,15 +174,23 @@ class MoE(nn.Module):
         options = c.activation, c.gated, c.has_bias("mlp"), self.out_stddev, c.swiglu
         router = Router(m.experts, m.router_bias, correction=m.correction, name="router")
         logits, correction = router(x.astype(jnp.float32))
-        chosen, weights, shares = route(logits, m, correction)
+        chosen, weights, shares = parallel.map_tokens(lambda *parts: route(parts[0], m, *parts[1:]), logits, correction)
         if self.is_mutable_collection("router") and not self.is_initializing():
             self.sow("router", "sums", _router_sums(logits, chosen, shares, segments))
-        rows, places, experts = blocks_of(chosen.reshape(-1), m.experts)
-        h = move(jnp.repeat(x.reshape(-1, D), m.active, 0), rows, places).reshape(len(experts), -1, D)
-        linear = partial(ExpertLinear, m.experts)
-        h = MLP(m.expert_dim or c.F, *options, linear, name="experts")(h, experts)
-        h = move(h.reshape(-1, D), places, rows).reshape(*chosen.shape, D)
-        y = jnp.einsum("...kd,...k->...d", h, weights.astype(h.dtype))
+
+        def compute(x, chosen, weights, params):  # with all experts, or with those of a device of a mesh
+            E, F, _ = params["down"]["kernel"].shape
+            rows, places, experts = blocks_of(chosen.reshape(-1), E, chosen.size // m.active * min(m.active, E))
+            h = move(jnp.repeat(x.reshape(-1, D), m.active, 0), rows, places).reshape(len(experts), -1, D)
+            h = MLP(F, *options, partial(ExpertLinear, E), parent=None).apply({"params": params}, h, experts)
+            h = move(h.reshape(-1, D), places, rows).reshape(*chosen.shape, D)
+            return jnp.einsum("...kd,...k->...d", h, weights.astype(h.dtype))
+
+        if self.is_initializing():
+            linear = partial(ExpertLinear, m.experts)
+            MLP(m.expert_dim or c.F, *options, linear, name="experts")(x[:1], jnp.zeros(1, jnp.int32))
+        params = jax.tree.map(lambda p: jnp.asarray(p, x.dtype), self.variables["params"]["experts"])
+        y = parallel.map_experts(compute, x, chosen, weights, params)
         if m.shared_dim:
             shared = MLP(m.shared_dim, *options, name="shared")(x)
             y += jax.nn.sigmoid(Linear(1, False, name="shared_gate")(x)) * shared if m.shared_gate else shared

@@ -32,7 +32,7 @@ from nanoflax.parallel.constraints import (
     split_embedded,
     with_mesh,
 )
-from nanoflax.parallel.experts import map_experts
+from nanoflax.parallel.experts import map_experts, map_tokens
 from nanoflax.parallel.hardware import (
     CHIPS,
     Chip,
@@ -59,16 +59,16 @@ from nanoflax.parallel.hosts import (
 )
 from nanoflax.parallel.mesh import AXES, abstract_mesh, make_mesh, mesh_name, mesh_sizes
 from nanoflax.parallel.rules import check_mesh, pad_vocabulary, partition_spec, shardings
-from nanoflax.parallel.stacking import STACKED, is_stacked, stack, unstack, vmap_over_layers
+from nanoflax.parallel.stacking import STACKED, groups_of, is_stacked, stack, stacked_groups, unstack, vmap_over_layers
 
 __all__ = [
     "AXES", "AnyMesh", "BATCH", "CHIPS", "Chip", "HostPoll", "STACKED", "Signals", "abstract_mesh", "axis_size",
     "batch_sharding", "batch_splits", "bytes_per_device", "check_memory", "check_mesh", "check_processes_agree",
     "compile_seconds", "compiler_options", "constrain", "current_mesh", "current_platform",
-    "divisible_batch_size", "exit_process", "fetch", "gather_from_processes", "gather_sequence", "init",
-    "initial_params", "is_main_process", "is_stacked", "join_processes", "keep_freed_memory", "make_mesh",
-    "map_experts", "map_shards", "measure_bandwidth", "measure_peak_flops", "memory_bandwidth", "mesh_name",
-    "mesh_of", "mesh_sizes", "own_rows", "pad_vocabulary", "param_shapes", "partition_spec", "peak_flops",
-    "put_batch", "put_params", "quiet_peak_flops", "replicate", "reset_watchdog", "run_on_main_process",
-    "shardings", "split_batch", "split_cache", "split_embedded", "stack", "tpu_slice", "unstack",
-    "vmap_over_layers", "watchdog", "with_mesh"]  # fmt: skip
+    "divisible_batch_size", "exit_process", "fetch", "gather_from_processes", "gather_sequence", "groups_of",
+    "init", "initial_params", "is_main_process", "is_stacked", "join_processes", "keep_freed_memory",
+    "make_mesh", "map_experts", "map_shards", "map_tokens", "measure_bandwidth", "measure_peak_flops",
+    "memory_bandwidth", "mesh_name", "mesh_of", "mesh_sizes", "own_rows", "pad_vocabulary", "param_shapes",
+    "partition_spec", "peak_flops", "put_batch", "put_params", "quiet_peak_flops", "replicate",
+    "reset_watchdog", "run_on_main_process", "shardings", "split_batch", "split_cache", "split_embedded",
+    "stack", "stacked_groups", "tpu_slice", "unstack", "vmap_over_layers", "watchdog", "with_mesh"]  # fmt: skip

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 AnyMesh: TypeAlias = Mesh | AbstractMesh
 Entry: TypeAlias = str | Sequence[str] | None  # one dimension's entry in a PartitionSpec
 
-BATCH = P(("data", "fsdp", "expert"), "context")  # batches and activations [B, T, ...]
+BATCH = P(("data", "expert", "fsdp"), "context")  # batches and activations [B, T, ...]
 EMBEDDED = P(("data", "expert"), "context", "fsdp")  # embedded tokens [B, T, D], split along D like the embedding
 CACHE = P(BATCH[0], "tensor")  # keys and values of a cache [B, G, S, K]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -16,6 +17,23 @@ from nanoflax.parallel.constraints import BATCH, axes_in_mesh, batch_splits, cur
 from nanoflax.parallel.rules import partition_spec
 
 Tokens = Float[Array, "B T D"]
+
+
+def map_tokens(function: Callable[..., PyTree], x: Float[Array, "B T ..."], *others: PyTree) -> PyTree:
+    """function(x, *others), each device with its own tokens of x; the results are [B, T, ...]. XLA would gather all
+    tokens on every device for a top_k."""
+    mesh = current_mesh()
+    if mesh is None:
+        return function(x, *others)
+    tokens = _spec_of_tokens(x, mesh)
+    in_specs = (tokens, *[P()] * len(others))
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=tokens)(x, *others)
+
+
+def _spec_of_tokens(x, mesh):
+    """The split of tokens [B, T, ...]; a dimension that its axes do not divide is not split."""
+    splits = zip(batch_splits(*x.shape[:2]), BATCH, strict=True)
+    return P(*(axes_in_mesh(axes, mesh) if parts > 1 else None for parts, axes in splits))
 
 
 def map_experts(
@@ -33,8 +51,7 @@ def map_experts(
     mesh = current_mesh()
     if mesh is None:
         return function(x, chosen, weights, params)
-    b, t = batch_splits(*x.shape[:2])
-    tokens = P(axes_in_mesh(BATCH[0], mesh) if b > 1 else None, axes_in_mesh(BATCH[1], mesh) if t > 1 else None)
+    b, tokens = batch_splits(*x.shape[:2])[0], _spec_of_tokens(x, mesh)
     size = {axis: mesh.shape.get(axis, 1) for axis in ("fsdp", "tensor", "expert")}
     size["fsdp"] *= b > 1  # rows that are not split: XLA gathers the parameters before
 
@@ -46,10 +63,13 @@ def map_experts(
         """A parameter with all of D, and a bias of `down` that is added once by all devices along tensor together."""
         if "fsdp" in spec:
             leaf = jax.lax.all_gather(leaf, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True)
+            leaf = checkpoint_name(leaf, "gathered")  # gathered again backward, not kept
         return leaf / size["tensor"] if jax.tree_util.keystr(path, simple=True, separator="/") == "down/bias" else leaf
 
     def of_device(x, chosen, weights, params):
         params = jax.tree_util.tree_map_with_path(complete, params, specs)
+        if size["tensor"] > 1:  # so that gradients are summed over tensor for each token, not for each expert of it
+            x, weights = (jax.lax.pcast(a, "tensor", to="varying") for a in (x, weights))
         if size["expert"] > 1:
             if b > 1:
                 x, chosen, weights = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, chosen, weights))
@@ -62,5 +82,6 @@ def map_experts(
         return jax.lax.psum(y, "tensor") if size["tensor"] > 1 else y
 
     specs = jax.tree_util.tree_map_with_path(spec_of, params)
+    of_device = jax.checkpoint(of_device, policy=jax.checkpoint_policies.save_anything_except_these_names("gathered"))
     mapped = jax.shard_map(of_device, mesh=mesh, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens)
     return mapped(x, chosen, weights, params)

@@ -3,14 +3,16 @@
 Parameters are normally a tree per block: {"decoder": {"block_0": .., "block_1": .., ..}}. With
 train.scan_layers a training state (parameters, optimizer state, moving average) holds them as
 {"decoder": {"blocks": ..}}, each leaf [L, ...], and the compiled step scans one block over L.
+Blocks of several kinds that repeat are groups, {"blocks": {"from_1_step_3": ..}} with blocks 1, 4, 7, ..; the scan
+runs one block of each group. Blocks before the first group stay as they are (dense layers before sparse ones).
 Code that reads parameters needs no flag: a model runs either form (nn.blocks.Stack), the optimizer
 is vmapped over L (`vmap_over_layers`), the sharding rules cover both forms, a checkpoint of one form
 is restored into the other, and `runs.restore_params` always returns a tree per block.
 """
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,27 +24,34 @@ from jaxtyping import PyTree
 from nanoflax.errors import UserError
 
 STACKED = re.compile(r"(^|/)blocks/")  # matches the path of a stacked leaf
+Group: TypeAlias = tuple[int, int]  # (the first block, the distance to the next one)
 
 
-def stack(tree: PyTree) -> PyTree:
+def stack(tree: PyTree, groups: Sequence[Group] = ((0, 1),)) -> PyTree:
     """A tree whose stacks hold {"blocks": leaves [L, ...]} instead of {"block_0": .., ..}.
 
     tree: parameters, optimizer state or a training state, of arrays or of ShapeDtypeStructs (which
-    keep their shardings).
-    Raises: UserError if the blocks of a stack differ, as when only some of them are trained.
+    keep their shardings). groups: ModelConfig.layer_groups, or `groups_of` a tree.
+    Raises: UserError if the blocks of a group differ, as when only some of them are trained.
     """
 
     def convert(node):
         if not _has_separate_blocks(node):
             return node
-        blocks = [node.get(f"block_{i}") for i in range(sum(map(_is_block_name, node)))]
-        if None in blocks or len(set(map(jax.tree.structure, blocks))) > 1:
-            raise UserError(
-                "train.scan_layers needs blocks with equal parameters, equally trained or frozen; "
-                "here the blocks differ: set train.scan_layers=false"
-            )
-        rest = {name: x for name, x in node.items() if not _is_block_name(name)}
-        return rest | {"blocks": jax.tree.map(_join, *blocks)}
+        rest, numbers = dict(node), sorted(int(name.removeprefix("block_")) for name in node if _is_block_name(name))
+        stacked = {}
+        for first, step in groups:
+            own = [i for i in numbers if i >= first and (i - first) % step == 0]
+            blocks = [rest.pop(f"block_{i}") for i in own]
+            if own != [*range(first, first + len(own) * step, step)] or len(set(map(jax.tree.structure, blocks))) > 1:
+                raise UserError(
+                    "train.scan_layers needs blocks with equal parameters, equally trained or frozen; "
+                    "here the blocks differ: set train.scan_layers=false"
+                )
+            if own:
+                stacked[f"from_{first}_step_{step}"] = jax.tree.map(_join, *blocks)
+        stacked = stacked.get("from_0_step_1", stacked)
+        return rest | ({"blocks": stacked} if stacked else {})
 
     return jax.tree.map(convert, tree, is_leaf=_has_separate_blocks)
 
@@ -51,23 +60,38 @@ def unstack(tree: PyTree) -> PyTree:
     """The inverse of `stack`, bit for bit; a tree that is not stacked is returned unchanged."""
     # A part of an optimizer's state may hold no array of the blocks; take their number from another part.
     num_blocks = {
-        str(path[-1:]): leaf.shape[0]
+        (str(path[-1:]), group): leaf.shape[0]
         for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_has_stacked_blocks)
         if _has_stacked_blocks(node)
-        for leaf in jax.tree.leaves(node["blocks"])[:1]
+        for group, blocks in stacked_groups(node["blocks"]).items()
+        for leaf in jax.tree.leaves(blocks)[:1]
     }
 
     def convert(path, node):
         if not _has_stacked_blocks(node):
             return node
-        own = [leaf.shape[0] for leaf in jax.tree.leaves(node["blocks"])[:1]]  # a teacher may have more blocks
-        blocks = {
-            f"block_{i}": jax.tree.map(lambda x, i=i: _layer(x, i), node["blocks"])
-            for i in range(own[0] if own else num_blocks.get(str(path[-1:]), 0))
-        }
-        return {name: x for name, x in node.items() if name != "blocks"} | blocks
+        blocks = {}
+        for group, stacked in stacked_groups(node["blocks"]).items():
+            own = [leaf.shape[0] for leaf in jax.tree.leaves(stacked)[:1]]  # a teacher may have more blocks
+            for i in range(own[0] if own else num_blocks.get((str(path[-1:]), group), 0)):
+                blocks[group[0] + i * group[1]] = jax.tree.map(lambda x, i=i: _layer(x, i), stacked)
+        rest = {name: x for name, x in node.items() if name != "blocks"}
+        return rest | {f"block_{i}": blocks[i] for i in sorted(blocks)}
 
     return jax.tree_util.tree_map_with_path(convert, tree, is_leaf=_has_stacked_blocks)
+
+
+def stacked_groups(blocks: dict[str, Any]) -> dict[Group, Any]:
+    """{group: leaves [R, ...]} of the value of "blocks", in the order of the groups."""
+    named = {name: re.fullmatch(r"from_(\d+)_step_(\d+)", name) for name in blocks}
+    groups = {(int(m[1]), int(m[2])): blocks[name] for name, m in named.items() if m}
+    return {group: groups[group] for group in sorted(groups)} or {(0, 1): blocks}
+
+
+def groups_of(tree: PyTree) -> tuple[Group, ...]:
+    """The groups by which `stack` stacked a tree."""
+    nodes = [x for x in jax.tree.leaves(tree, is_leaf=_has_stacked_blocks) if _has_stacked_blocks(x)]
+    return tuple(sorted({group for node in nodes for group in stacked_groups(node["blocks"])}))
 
 
 def is_stacked(tree: PyTree) -> bool:

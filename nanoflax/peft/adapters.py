@@ -61,17 +61,19 @@ def _places(flat, c: Any):
         block, _, part = path.rpartition("/block_")
         part = part.partition("/")[2] if block else ""
         if isinstance(c, LowRank) and re.search(rf"(^|/)({c.targets})$", path):
+            if kernel.ndim == 3 and c.kind != "lora":
+                raise UserError(f"peft.kind={c.kind!r} adapts no experts: leave {path} out of peft.targets")
             places[f"{path}/"] = partial(_low_rank, c, kernel)
         elif isinstance(c, PrefixTuning) and part == "attention/key":
             start = path.removesuffix("key") + "prefix_"
             places[start] = partial(_prefix, (c.virtual_tokens, kernel.shape[1]))
         elif isinstance(c, (Houlsby, Pfeiffer)) and (name := _SUBLAYERS[c.kind].get(part)):
             start = path.removesuffix(part) + f"adapter_{name}/"
-            places[start] = partial(_bottleneck, kernel.shape[1], c.bottleneck)
+            places[start] = partial(_bottleneck, kernel.shape[-1], c.bottleneck)
     if isinstance(c, (PromptTuning, PrefixTuning)) and any("/recurrent/" in path for path in flat):
         raise UserError(f"peft.kind={c.kind!r} does not work with layers of the kinds delta and mamba2; use lora")
     if isinstance(c, PromptTuning):
-        stacks = [name for name in ("encoder", "decoder") if f"{name}/block_0/mlp/up" in kernels]
+        stacks = [name for name in ("encoder", "decoder") if any(path.startswith(f"{name}/block_0/") for path in flat)]
         if any(f"{name}/relative_bias/embedding" in flat for name in stacks[:1]):
             raise UserError(
                 "peft.kind='prompt' does not work with relative positions: padding would "
@@ -97,7 +99,8 @@ def _places(flat, c: Any):
     return places
 
 
-_PFEIFFER = {"mlp/down": "mlp"}  # the last Linear of a sublayer, and the sublayer's name in nn.Block
+# The last Linear of a sublayer, and the sublayer's name in nn.Block.
+_PFEIFFER = {"mlp/down": "mlp", "mlp/experts/down": "mlp"}
 _HOULSBY = _PFEIFFER | {"attention/out": "attention", "recurrent/out": "attention", "cross_attention/out": "cross"}
 _SUBLAYERS = {"houlsby": _HOULSBY, "pfeiffer": _PFEIFFER}
 
@@ -107,10 +110,10 @@ def _low_rank(c, kernel, rng):
 
 
 def _lora(rank, kernel, rng):
-    D_in, D_out = kernel.shape
+    *E, D_in, D_out = kernel.shape  # experts have an adapter each
     bound = D_in**-0.5
-    a = jax.random.uniform(rng, (D_in, rank), minval=-bound, maxval=bound)
-    return {"lora_a": a, "lora_b": jnp.zeros((rank, D_out))}
+    a = jax.random.uniform(rng, (*E, D_in, rank), minval=-bound, maxval=bound)
+    return {"lora_a": a, "lora_b": jnp.zeros((*E, rank, D_out))}
 
 
 def _dora(rank, kernel, rng):

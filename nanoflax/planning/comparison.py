@@ -43,10 +43,8 @@ def compare_meshes(
     fields of Plan, memory, fits and projection, "refused": a message for each impossible mesh}.
     Raises: UserError if no mesh is possible, or one of the given shapes is not.
     """
-    default = [
-        config.train.mesh,
-        *(",".join(map(str, s)) for s in step_cost.candidate_meshes(num_chips, config.model.dim)),
-    ]
+    usual = step_cost.candidate_meshes(num_chips, config.model.dim, config.model.moe.experts)
+    default = [config.train.mesh, *(",".join(map(str, s)) for s in usual)]
     rows, refused = {}, []
     for shape in shapes or default:
         try:

@@ -146,12 +146,17 @@ def compile_for_topology(config: Config, topology: str) -> dict[str, int]:
 MIN_SPLIT_DIM = 256
 
 
-def candidate_meshes(num_chips: int, dim: int) -> list[tuple[int, int, int]]:
+def candidate_meshes(num_chips: int, dim: int, experts: int = 0) -> list[tuple[int, ...]]:
     """(data, fsdp, tensor) of the usual meshes: all chips along data; all along fsdp; fsdp so large
-    that parts of D still have MIN_SPLIT_DIM or more, the rest along data; tensor 2, 4 or 8."""
+    that parts of D still have MIN_SPLIT_DIM or more, the rest along data; tensor 2, 4 or 8. With experts, the same
+    with the fifth size: 4 or 8 chips along expert, the rest along fsdp and data."""
     fsdp = math.gcd(num_chips, max(1, dim // MIN_SPLIT_DIM))
     shapes = [(num_chips, 1, 1), (1, num_chips, 1), (num_chips // fsdp, fsdp, 1)]
     shapes += [(1, num_chips // t, t) for t in (2, 4, 8) if num_chips % t == 0 and num_chips > t]
+    for e in (4, 8):
+        if experts and experts % e == 0 and num_chips % e == 0 and num_chips > e:
+            fsdp = math.gcd(num_chips // e, max(1, dim // MIN_SPLIT_DIM))
+            shapes += [(1, num_chips // e, 1, 1, e), (num_chips // e // fsdp, fsdp, 1, 1, e)]
     return list(dict.fromkeys(shapes))
 
 
@@ -186,6 +191,11 @@ def config_per_chip(config: Config, mesh: parallel.AnyMesh) -> Config:
             decoder_mlp_dim=m.decoder.F // split if m.cross_layers else None,
             vocab_size=m.vocab_size // split,
         )
+    if m.moe.experts:  # the chip's own experts; `_gathered_tokens_bytes` adds the tokens of other chips
+        own = m.moe.experts // mesh.shape["expert"]
+        moe = dict(experts=own, active=min(m.moe.active, own), groups=1, top_groups=1)
+        moe |= dict(expert_dim=(m.moe.expert_dim or config.model.F) // split, shared_dim=m.moe.shared_dim // split)
+        m = dataclasses.replace(m, moe=dataclasses.replace(m.moe, **moe))
     return dataclasses.replace(config, model=m, train=dataclasses.replace(t, batch_size=rows, accumulate=1))
 
 
@@ -234,6 +244,20 @@ def _gathered_keys_bytes(config: Config, mesh: parallel.AnyMesh) -> int:
     return local.train.batch_size * other_keys * numbers * nn.build(m).compute_dtype.itemsize * attentions
 
 
+def _gathered_tokens_bytes(config: Config, mesh: parallel.AnyMesh) -> int:
+    """Bytes per chip for the tokens of the other chips along expert, which `config_per_chip` leaves out.
+
+    Any of them may choose the chip's experts: for each, room for its state, two of F, and their gradients.
+    """
+    local, t = config_per_chip(config, mesh), config.train
+    m, others = local.model, mesh.shape["expert"] - 1
+    if not others:
+        return 0
+    layers = 1 if t.remat == "blocks" else sum(map(m.is_sparse, range(m.layers)))
+    numbers = m.moe.active * (2 * m.dim + 4 * m.moe.expert_dim)
+    return others * local.train.batch_size * m.context * numbers * nn.build(m).compute_dtype.itemsize * layers
+
+
 @functools.cache  # one chip has the same part on several meshes
 def _traced_gradient(local: Config, platform: str) -> tuple[Any, list[str]]:
     """The jaxpr of the gradient of one chip's loss, and the paths of its parameters (its first inputs)."""
@@ -241,7 +265,7 @@ def _traced_gradient(local: Config, platform: str) -> tuple[Any, list[str]]:
     objective = _objective(local.model)
     t, params = local.train, parallel.param_shapes(model)
     if t.scan_layers:
-        params = parallel.stack(params)
+        params = parallel.stack(params, local.model.layer_groups)
     rng = jax.random.PRNGKey(0) if local.model.dropout else None
 
     def loss(params, batch):
@@ -270,13 +294,13 @@ def gradient_bytes(config: Config, mesh: parallel.AnyMesh) -> tuple[int, int]:
         for path, spec in zip(paths, specs, strict=True)
     ]
     gradients, peak = peak_memory.peak(traced, gathered, dict(zip(traced.outvars, parts, strict=True)))
-    peak += _gathered_keys_bytes(config, mesh)
+    peak += _gathered_keys_bytes(config, mesh) + _gathered_tokens_bytes(config, mesh)
     # The compiler casts all layers of a stacked kernel [L, D, F] before the scan over layers.
     itemsize = nn.build(config.model).compute_dtype.itemsize
     peak += sum(
         v.aval.size * itemsize // (fsdp if "fsdp" in spec else 1)
         for path, v, spec in zip(paths, params, specs, strict=True)
-        if parallel.STACKED.search(path) and v.aval.ndim == 3 and itemsize < 4
+        if parallel.STACKED.search(path) and v.aval.ndim >= 3 and itemsize < 4
     )
     if config.train.accumulate > 1:  # the float32 sum over micro-batches
         total = sum(math.prod(v.aval.shape) * 4 // n for v, n in zip(params, parts, strict=True))
@@ -386,4 +410,8 @@ def _add_activations(received: _Received, config: Config, mesh: parallel.AnyMesh
     received.add("reduce-scatter", context, keys)
     # The output of an attention or MLP, and the gradient of its input, are sums over heads or F.
     sums = 2 * m.layers + 3 * m.cross_layers
+    # Chips along expert gather each other's tokens and sum what their experts give; backward, the same of gradients.
+    expert, sparse = mesh.shape["expert"], sum(map(m.is_sparse, range(m.layers)))
+    received.add("all-gather", expert, sparse * expert * (states * (3 if remat else 2) + 8 * tokens * m.moe.active))
+    received.add("reduce-scatter", expert, sparse * expert * (2 * states + tokens * m.moe.active * itemsize))
     received.add("all-reduce", tensor, states * (sums * (1 + (1.5 if remat else 1)) + 2))

@@ -23,6 +23,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -257,7 +258,8 @@ class Checkpoints:
         chosen: int = self._choose_undamaged(step)
         stacked, saved = parallel.is_stacked(abstract_state), orbax_io.read_shapes(self.directory, chosen)
         if parallel.is_stacked(saved) != stacked:
-            convert, revert = parallel.stack, parallel.unstack
+            groups = parallel.groups_of(abstract_state if stacked else saved)
+            convert, revert = partial(parallel.stack, groups=groups), parallel.unstack
             if not stacked:
                 convert, revert = revert, convert
             state, meta = self.restore(revert(abstract_state), chosen)

@@ -84,7 +84,7 @@ class Policy:
         self._copy = peft.without_adapters(self._load())
         fingerprint = base_fingerprint(self._copy, flatten_dict(self._copy, sep="/").keys())
         if self.config.train.scan_layers:
-            self._copy = parallel.stack(self._copy)
+            self._copy = parallel.stack(self._copy, self.config.model.layer_groups)
         return fingerprint
 
     def wrap_step(self, step: Callable, frozen: Params) -> Callable:

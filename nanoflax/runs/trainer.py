@@ -141,7 +141,8 @@ class Trainer:
         if self.job.trained is None:
             return params, {}
         trained, frozen = peft.split(params, self.job.trained)
-        return trained, parallel.stack(frozen) if self.job.config.train.scan_layers else frozen
+        config = self.job.config
+        return trained, parallel.stack(frozen, config.model.layer_groups) if config.train.scan_layers else frozen
 
     def _compile(self) -> None:
         """Compile in the background: the training step if batches have fixed shapes, and the random initialization."""

@@ -66,7 +66,8 @@ def layers_above(params: Any) -> Any:
     def index(block, leaf):
         if block["i"] is not None:
             return int(block["i"])
-        return np.arange(leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
+        first, step = int(block["first"] or 0), int(block["step"] or 1)
+        return (first + step * np.arange(leaf.shape[0])).reshape(-1, *[1] * (leaf.ndim - 1))
 
     paths = [(path_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
     blocks = [(m["stack"], np.max(index(m, x))) for path, x in paths if (m := _BLOCK.match(path))]
@@ -86,7 +87,7 @@ def layers_above(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(above, params)
 
 
-_BLOCK = re.compile(r"(?P<stack>encoder|decoder)/(blocks|block_(?P<i>\d+))/")
+_BLOCK = re.compile(r"(?P<stack>encoder|decoder)/(blocks(/from_(?P<first>\d+)_step_(?P<step>\d+))?|block_(?P<i>\d+))/")
 
 
 def path_of(path: tuple) -> str:

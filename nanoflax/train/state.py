@@ -32,7 +32,7 @@ def new_state(
     if params is None:
         params = parallel.initial_params(model, rng)
     if config.train.scan_layers:
-        params = parallel.stack(params)
+        params = parallel.stack(params, config.model.layer_groups)
     copy = jax.tree.map(jnp.copy, params) if config.optim.ema else None
     return TrainState(jnp.int32(0), params, optimizer.init(params), copy, jnp.copy(rng), jnp.int32(0))
 

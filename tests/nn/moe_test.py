@@ -90,7 +90,7 @@ def test_blocks_and_ragged_products_agree_with_einsum():
 @pytest.mark.parametrize("M, E", [(2, 8), (100, 3), (1000, 16), (4096, 4)])
 def test_every_token_has_a_row_in_a_block_of_its_expert(M, E):
     ids = np.minimum(np.random.default_rng(0).geometric(0.3, M) - 1, E - 1)
-    rows, places, experts = map(np.asarray, moe.blocks_of(jnp.asarray(ids), E))
+    rows, places, experts = map(np.asarray, moe.blocks_of(jnp.asarray(ids), E, len(ids)))
     size = len(rows) // len(experts)
     np.testing.assert_array_equal(rows[places], np.arange(M))
     np.testing.assert_array_equal(experts[places // size], ids)

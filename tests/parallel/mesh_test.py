@@ -208,9 +208,9 @@ def test_the_step_moves_what_its_mesh_accounts_for(found, case):
     assert found[case]["gathered whole"] == []
 
 
-def collectives(hlo, mesh):
+def collectives(hlo, mesh, count=8):
     """(kind, the axes along which it joins devices, shapes of its results) of each collective."""
-    ids, out = np.arange(8).reshape(tuple(mesh.shape.values())), []
+    ids, out = np.arange(count).reshape(tuple(mesh.shape.values())), []
     for line in hlo.splitlines():
         m = re.match(
             r"\s*(?:ROOT )?\S+ = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|"
@@ -221,10 +221,10 @@ def collectives(hlo, mesh):
             continue
         shapes = [[int(n) for n in s.split(",") if n] for s in re.findall(r"\w+\[([\d,]*)\]", m[1])]
         if m[2] == "collective-permute":
-            together = groups(re.search(r"source_target_pairs=(\{\{.*?\}\})", line)[1])
+            together = groups(re.search(r"source_target_pairs=(\{\{.*?\}\})", line)[1], count)
         else:
             together = groups(
-                re.search(r"replica_groups=(\{\{.*?\}\}|\[.*?\]<=\[.*?\](?:T\(.*?\))?|mesh.*?\{.*?\})", line)[1]
+                re.search(r"replica_groups=(\{\{.*?\}\}|\[.*?\]<=\[.*?\](?:T\(.*?\))?|mesh.*?\{.*?\})", line)[1], count
             )
         places = [[np.argwhere(ids == i)[0] for i in group] for group in together]
         axes = [
@@ -236,14 +236,14 @@ def collectives(hlo, mesh):
     return out
 
 
-def groups(text):
+def groups(text, count=8):
     """The groups of HLO's replica_groups: {{0,1},{2,3}} or [4,2]<=[4,2]T(1,0), devices cut into
     rows, or mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, those along axes."""
     if text.startswith("{"):
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
     iota = re.search(r"(?:<=|\()\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     numbers = lambda found: [int(n) for n in found.split(",")]  # noqa: E731
-    ids = np.arange(8)
+    ids = np.arange(count)
     if iota:
         ids = ids.reshape(numbers(iota[1]))
         ids = ids.transpose(numbers(iota[2])) if iota[2] else ids

@@ -19,7 +19,9 @@ from nanoflax.config import (
     AdaLoRA,
     Config,
     ModelConfig,
+    MoEConfig,
     OptimConfig,
+    RecurrentConfig,
     RopeConfig,
     TrainConfig,
     as_kind,
@@ -39,6 +41,7 @@ SMALL = dict(vocab_size=V, context=32, layers=3, dim=32, heads=4)
 LLAMA = SMALL | dict(
     kv_heads=2, norm="rmsnorm", activation="silu", gated=True, bias=False, positions="rotary", tied=False
 )
+RECURRENT = RecurrentConfig(heads=2, groups=2, key_dim=8, value_dim=8)
 MODELS = {
     "gpt2": SMALL,
     "gemma": LLAMA
@@ -74,7 +77,7 @@ MODELS = {
 
 def make(name, **changes):
     """A model, and parameters large enough that every part of it shows in the logits."""
-    model = build(ModelConfig(**MODELS[name] | changes))
+    model = build(ModelConfig(**(MODELS | UNEQUAL)[name] | changes))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda p: jnp.asarray(3 * p if p.ndim > 1 else p + 0.2 * rng.normal(size=p.shape), jnp.float32),
@@ -145,6 +148,52 @@ def test_outputs_and_gradients_are_those_of_the_loop(name):
         np.abs(g).max() > 0
         for g in jax.tree.leaves(grads["decoder" if "decoder" in grads else "encoder"]["block_1"]["mlp"])
     )
+
+
+UNEQUAL = {
+    "dense prefix": LLAMA | dict(layers=4, moe=MoEConfig(experts=3, active=2, expert_dim=24, dense_layers=(0,))),
+    "period": LLAMA | dict(layers=4, moe=MoEConfig(experts=3, active=2, expert_dim=24, dense_layers=(0, 2))),
+    "hybrid": LLAMA | dict(layers=4, layer_types=("delta", "full"), recurrent=RECURRENT),
+    "no first norm": SMALL | dict(architecture="encoder", head="tag", first_norm=False),
+}
+GROUPS = {"dense prefix": ((1, 1),), "period": ((0, 2), (1, 2)), "hybrid": ((0, 2), (1, 2)), "no first norm": ((1, 1),)}
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_unequal_blocks_run_in_groups(name):
+    model, params = make(name)
+    groups = model.config.layer_groups
+    stacked = stack(params, groups)
+    assert groups == GROUPS[name] == parallel.groups_of(stacked)
+    assert_same(unstack(stacked), params, None)
+    out, grads = loss_and_gradient(model, params)
+    found, slopes = loss_and_gradient(model, stacked, "blocks")
+    assert_same(found, out, 5e-6)
+    assert_same(unstack(slopes), grads, 5e-6)
+    if name in ("hybrid", "dense prefix"):
+        prompts = [[4, 8, 6], [5, 3, 9, 9, 2]]
+        written = [generate.sample(model, tree, prompts, 6, temperature=0) for tree in (params, stacked)]
+        assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    "layers, dense, groups",
+    [
+        (6, (0, 1), ((2, 1),)),
+        (7, (0, 2, 4, 6), ((1, 2), (2, 2))),
+        (6, (0, 1, 3, 4), ((0, 3), (1, 3), (2, 3))),
+        (1, (), ((0, 1),)),
+    ],
+)
+def test_the_groups_of_layers(layers, dense, groups):
+    config = ModelConfig(**LLAMA | dict(layers=layers, moe=MoEConfig(experts=2, dense_layers=dense)))
+    assert config.layer_groups == groups
+
+
+def test_kinds_that_do_not_repeat_are_refused():
+    config = config_of(True, model=LLAMA | dict(layers=3, moe=MoEConfig(experts=2, dense_layers=(2,))))
+    with pytest.raises(UserError, match="train.scan_layers=true needs kinds of layers that repeat"):
+        validate(config)
 
 
 @pytest.mark.parametrize("remat", ["dots", "offload", "blocks"])
@@ -271,10 +320,13 @@ def test_every_optimizer_treats_a_layer_as_a_layer(name, changes):
     assert jax.tree.map(jnp.shape, scanned) == jax.tree.map(jnp.shape, state)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+SPARSE = WIDE | dict(layers=3, moe=MoEConfig(experts=2, active=1, expert_dim=130, dense_layers=(0,)))
+
+
+@pytest.mark.parametrize("name, model", [("adamw", WIDE), ("muon", WIDE), ("adafactor", WIDE), ("muon", SPARSE)])
 @pytest.mark.parametrize("scan", [False, True], ids=["from the loop", "to the loop"])
-def test_a_run_goes_on_with_its_blocks_the_other_way(tmp_path, name, scan):
-    changes = dict(model=WIDE, optim=dict(name=name, ema=0.5, layer_decay=0.9))
+def test_a_run_goes_on_with_its_blocks_the_other_way(tmp_path, name, model, scan):
+    changes = dict(model=model, optim=dict(name=name, ema=0.5, layer_decay=0.9))
     before, other = config_of(scan, **changes), config_of(not scan, **changes)
     whole, end = run(before)
     mesh, optimizer, model, state = started(before)
