@@ -1,11 +1,11 @@
 """The models: masks, positions, attention, layers, blocks, the four architectures, and losses."""
 
-from nanoflax.nn.arrays import Array
+from nanoflax.arrays import Array
+from nanoflax.kernels import chunked_cross_entropy, chunks_of, token_losses
 from nanoflax.nn.attention import Attention, dot_product_attention
 from nanoflax.nn.blocks import Block, Stack
 from nanoflax.nn.language_model import LanguageModel, SourceModel, mean_pool
 from nanoflax.nn.layers import MLP, Embedding, Linear, Norm, column_lengths, low_rank
-from nanoflax.nn.losses import chunked_cross_entropy, chunks_of, shift_right, token_losses
 from nanoflax.nn.lstm import AttentionLSTM
 from nanoflax.nn.models import (
     VOCABULARY,
@@ -20,6 +20,7 @@ from nanoflax.nn.models import (
 )
 from nanoflax.nn.moe import router_terms
 from nanoflax.nn.positions import angles_of, base_rates, rotary_rates, rotate
+from nanoflax.nn.targets import shift_right
 
 __all__ = [
     "Array", "Attention", "AttentionLSTM", "Block", "Decoder", "DecoderClassifier", "Embedding", "Encoder",

@@ -1,6 +1,5 @@
 """Attention as a function, the layer that owns its projections, and the cache as a value."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,11 +8,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from nanoflax import parallel
+from nanoflax import kernels, parallel
+from nanoflax.arrays import Array, Keys, Queries, States, Tokens
 from nanoflax.config import ModelConfig
-from nanoflax.nn import kernels, masking
-from nanoflax.nn.arrays import Array, Keys, Queries, States, Tokens
-from nanoflax.nn.kernels import MaskSpec
+from nanoflax.kernels import MaskSpec, softmax_attention
+from nanoflax.nn import masking
 from nanoflax.nn.layers import Linear, Norm
 from nanoflax.nn.positions import Angles, rotate
 
@@ -71,7 +70,7 @@ def heads_first(
     mask, bias = grouped(mask), grouped(bias)
     sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(G, H // G, 1, 1)
     if not causal:
-        return _softmax_attention(q, k, v, mask, bias, sinks, softcap).reshape(B, H, T, -1)  # type: ignore  # of custom_vjp
+        return softmax_attention(q, k, v, mask, bias, sinks, softcap).reshape(B, H, T, -1)  # type: ignore  # of custom_vjp
     # If the mesh's context axis splits T, a block would be on a part of the devices only: use one block.
     size = -(-T // CAUSAL_BLOCKS) if T >= 128 and parallel.axis_size("context") == 1 else T
     blocks = []
@@ -80,7 +79,7 @@ def heads_first(
         allowed = jnp.arange(b)[None] <= jnp.arange(a, b)[:, None]
         allowed = allowed if mask is None else allowed & _block(mask, a, b)
         block_bias = None if bias is None else _block(bias, a, b)
-        blocks.append(_softmax_attention(q[..., a:b, :], k[:, :, :b], v[:, :, :b], allowed, block_bias, sinks, softcap))
+        blocks.append(softmax_attention(q[..., a:b, :], k[:, :, :b], v[:, :, :b], allowed, block_bias, sinks, softcap))
     return jnp.concatenate(blocks, axis=-2).reshape(B, H, T, -1)
 
 
@@ -108,54 +107,6 @@ def attention_weights(
 def _block(x, a, b):
     """Rows a .. b and columns 0 .. b of a mask or bias [..., T or 1, S]."""
     return (x[..., a:b, :] if x.shape[-2] > 1 else x)[..., :b]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _softmax_attention(q, k, v, mask, bias, sinks, softcap):
-    """softmax(q k^T) v. q: [B, G, N, T, K], N queries share a key; k, v: [B, G, S, K]; sinks: [G, N, 1, 1]."""
-    return _forward(q, k, v, mask, bias, sinks, softcap)[0]
-
-
-def _forward(q, k, v, mask, bias, sinks, softcap):
-    scores = jnp.einsum("bgntk,bgsk->bgnts", q, k, preferred_element_type=jnp.float32)
-    capped = None
-    if softcap:
-        scores = capped = softcap * jnp.tanh(scores / softcap)
-    if bias is not None:
-        scores += bias
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    largest = scores.max(-1, keepdims=True)
-    largest = largest if sinks is None else jnp.maximum(largest, sinks)
-    weights = jnp.exp(scores - largest).astype(v.dtype)
-    y = jnp.einsum("bgnts,bgsk->bgntk", weights, v, preferred_element_type=jnp.float32)
-    total = weights.astype(jnp.float32).sum(-1, keepdims=True)
-    sunk = None if sinks is None else jnp.exp(sinks - largest)
-    total = total if sunk is None else total + sunk
-    y = (y / total).astype(q.dtype)  # after the product: K divisions per query, not S
-    return y, (q, k, v, bias, capped, weights, sunk, total, y)
-
-
-def _backward(softcap, saved, dy):
-    # FlashAttention's gradient (Dao et al. 2022, appendix B.4): sum(dy y) replaces a sum over S. No mask
-    # is needed, because masked weights are exactly 0.
-    q, k, v, bias, capped, weights, sunk, total, y = saved
-    dy = (dy / total).astype(dy.dtype)
-    dv = jnp.einsum("bgnts,bgntk->bgsk", weights, dy)
-    inner = (dy.astype(jnp.float32) * y).sum(-1, keepdims=True)
-    dweights = jnp.einsum("bgntk,bgsk->bgnts", dy, v, preferred_element_type=jnp.float32)
-    dscores = weights * (dweights - inner)
-    dsinks = None if sunk is None else -(sunk * inner).sum((0, 3), keepdims=True)[0]
-    dbias = None if bias is None else dscores.sum(0, keepdims=True)
-    if softcap:
-        dscores *= 1 - (capped / softcap) ** 2
-    dscores = dscores.astype(q.dtype)
-    dq = jnp.einsum("bgnts,bgsk->bgntk", dscores, k)
-    dk = jnp.einsum("bgnts,bgntk->bgsk", dscores, q)
-    return dq, dk, dv, None, dbias, dsinks
-
-
-_softmax_attention.defvjp(_forward, _backward)
 
 
 def empty_attention_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> LayerCache:

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
+from nanoflax.arrays import Array, Logits, Source, SourceMask, States, Tokens
 from nanoflax.config import ModelConfig
-from nanoflax.nn.arrays import Array, Logits, Source, SourceMask, States, Tokens
+from nanoflax.kernels import mask_padding
 from nanoflax.nn.layers import Embedding, Linear, activate
-from nanoflax.nn.losses import mask_padding
 
 
 class LanguageModel(nn.Module):

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Bool, Float, Int
 
+from nanoflax.arrays import Array, Logits, Source, SourceMask, States, Tokens
 from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
-from nanoflax.nn.arrays import Array, Logits, Source, SourceMask, States, Tokens
 from nanoflax.nn.attention import Attention, LayerCache, attention_weights
 from nanoflax.nn.blocks import Stack, empty_cache, norm
 from nanoflax.nn.language_model import LanguageModel, SourceModel, empty_delay, mean_pool
 from nanoflax.nn.layers import Embedding, Linear, activate
-from nanoflax.nn.losses import shift_right
 from nanoflax.nn.lstm import AttentionLSTM
 from nanoflax.nn.positions import check_context
+from nanoflax.nn.targets import shift_right
 
 
 class Decoder(LanguageModel):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Float, Int
 
+from nanoflax.arrays import Array
 from nanoflax.config import ModelConfig, RopeConfig
 from nanoflax.errors import UserError
-from nanoflax.nn.arrays import Array
 
 
 def check_context(config: ModelConfig, needed: int | Int[Array, ""]) -> None:

@@ -12,7 +12,8 @@ import pytest
 from nanoflax import parallel
 from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
-from nanoflax.nn import build, kernels, layers
+from nanoflax.kernels import fused_attention as kernels
+from nanoflax.nn import build, layers
 from nanoflax.nn.attention import attention_weights, heads_first
 from tests.closeness import assert_trees_close
 

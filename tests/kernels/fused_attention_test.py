@@ -13,9 +13,10 @@ from nanoflax import parallel, planning, train
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.generate import sample
-from nanoflax.nn import build, kernels, masking
+from nanoflax.kernels import fused_attention as kernels
+from nanoflax.kernels.fused_attention import Call, MaskSpec, choose
+from nanoflax.nn import build, masking
 from nanoflax.nn.attention import heads_first
-from nanoflax.nn.kernels import Call, MaskSpec, choose
 from nanoflax.parallel import constraints
 from tests.closeness import assert_trees_close
 from tests.parallel.mesh_test import collectives, run_child
@@ -336,7 +337,7 @@ def splash_on_a_mesh():
 
 
 def test_splash_on_a_mesh_equals_plain_each_device_its_rows_and_heads():
-    moved, shapes = run_child("splash_on_a_mesh", file="nn.kernels_test")
+    moved, shapes = run_child("splash_on_a_mesh", file="kernels.fused_attention_test")
     assert not any(moved) and shapes == [[1, 1, 128, K], [1, 2, 128, K]]  # of keys and of queries
 
 
