@@ -16,7 +16,7 @@ from PIL import Image
 from nanoflax import report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-CORE = ("nn", "nn.losses", "generate", "train")
+CORE = ("nn", "generate", "train")
 INK, GREY, CORE_FILL, FILL, EDGE = "#1f2933", "#6b7785", "#cfe3f7", "#f3f5f7", "#b8c2cc"
 PURPOSE = {
     "experiments": "one short program per job", "runs": "pretrain, finetune, open, checkpoints",
@@ -97,7 +97,7 @@ def draw_data_flow():
     figure, axes = canvas(10, 2.9)
     columns, top, middle, bottom = [0.5, 2.72, 4.94, 7.16, 9.38], 2.5, 1.5, 0.5
     values = [("text", ""), ("tokens", "[T]"), ("batch", "[B, T]"), ("hidden", "[B, T, D]"), ("loss", "one number")]
-    chain(axes, top, columns, values, ["tokenizers", "data\ntasks", "nn", "nn.losses"])
+    chain(axes, top, columns, values, ["tokenizers", "data\ntasks", "nn", "kernels"])
     for x, room in zip(columns[3:], ("generate", "train"), strict=True):
         arrow(axes, (x, top - 0.36), (x, middle + 0.25))
         box(axes, x - 0.48, middle - 0.23, 0.96, 0.46, room)

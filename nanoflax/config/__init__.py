@@ -17,7 +17,7 @@ from nanoflax.config.layers import (
     RecurrentConfig,
     RopeConfig,
 )
-from nanoflax.config.model import LSTM_ATTENTIONS, LSTM_STARTS, POSITIONS, PRESETS, ModelConfig, preset
+from nanoflax.config.model import LSTM_ATTENTIONS, LSTM_STARTS, POSITIONS, ModelConfig
 from nanoflax.config.peft import (
     PEFT_KINDS,
     AdaLoRA,
@@ -32,6 +32,7 @@ from nanoflax.config.peft import (
     PrefixTuning,
     PromptTuning,
 )
+from nanoflax.config.presets import PRESETS, preset
 from nanoflax.config.recipes import RECIPE_FIELDS, RECIPES, Recipe, fill, recipe_of, with_recipe
 from nanoflax.config.run import MAX_SEED, METRICS, OPTIMIZERS, SCHEDULES, Config, OptimConfig, TrainConfig
 from nanoflax.config.task import (

@@ -1,6 +1,7 @@
 """The settings of kinds of layers: rotary positions, mixture of experts, latent attention, recurrent layers."""
 
 import dataclasses
+from typing import Any
 
 from nanoflax.config.fields import field
 
@@ -99,3 +100,56 @@ class RecurrentConfig:
     chunk: int = field(64, "Tokens that are computed at once; it does not change the result.", at_least=1)
     min_step: float = field(0.0, "mamba2: least step.", at_least=0)
     max_step: float | None = field(None, "mamba2: largest step; none: no limit.", above=0)
+
+
+def layer_problems(m: Any) -> list[str]:
+    """The conflicts of rotary positions and of kinds of layers in a ModelConfig."""
+    rope, moe, found = m.rope, m.moe, []
+    if rope.scaling == "llama3" and not rope.low < rope.high:
+        found.append(f"model.rope.low={rope.low} must be less than model.rope.high={rope.high}")
+    for name in ("short_factors", "long_factors") if rope.scaling == "longrope" else ():
+        if len(factors := getattr(rope, name)) != m.rotary_dim // 2:
+            found.append(f"model.rope.{name} has {len(factors)} numbers, but {m.rotary_dim // 2} pairs are rotated")
+    if unknown := sorted({*m.layer_types} - {*LAYER_TYPES}):
+        found.append(f"model.layer_types has {', '.join(unknown)}; known are {', '.join(LAYER_TYPES)}")
+    elif not m.window and {"sliding", "chunked"} & {*m.layer_types}:
+        found.append("model.layer_types has sliding or chunked, so model.window must be positive")
+    elif m.window and m.layer_types and not {"sliding", "chunked"} & {*m.layer_types}:
+        found.append(f"model.window={m.window} needs a layer of the kind sliding or chunked in model.layer_types")
+    if {*RECURRENT} & {*m.layer_types} and m.architecture != "decoder":
+        found.append(f"model.layer_types with delta or mamba2 is for decoders, not {m.architecture!r}")
+    if m.mlp_dim == 0 and {*m.layer_types} != {"mamba2"}:
+        found.append("model.mlp_dim=0 must be at least 1, except with model.layer_types=('mamba2',)")
+    if m.rope.scaling == "dynamic" and m.positions == "rotary" and m.rotary_dim <= 2:
+        found.append("model.rope.scaling='dynamic' needs more than one pair of rotary numbers")
+    if m.latent.rank:
+        found += _latent_problems(m)
+    if m.recurrent.heads % m.recurrent.groups:
+        found.append(f"model.recurrent.groups={m.recurrent.groups} does not divide heads={m.recurrent.heads}")
+    if not moe.experts:
+        return found
+    if not m.has_blocks:
+        found.append(f"model.moe.experts={moe.experts} needs a Transformer, not {m.architecture!r}")
+    if moe.active > moe.experts:
+        found.append(f"model.moe.active={moe.active} must be at most model.moe.experts={moe.experts}")
+    if moe.experts % moe.groups or moe.top_groups > moe.groups:
+        found.append(
+            f"model.moe.groups={moe.groups} must divide model.moe.experts={moe.experts}, and "
+            f"model.moe.top_groups={moe.top_groups} be at most groups"
+        )
+    return found
+
+
+def _latent_problems(m):
+    """The conflicts of latent attention, which computes its own queries, keys and values."""
+    found = []
+    if not m.has_blocks or m.latent.rope_dim > m.K or m.latent.rope_dim % 2:
+        found.append(
+            f"model.latent.rank={m.latent.rank} needs a Transformer and an even model.latent.rope_dim, at most "
+            f"head_dim={m.K}, not {m.latent.rope_dim}"
+        )
+    wrong = {"kv_heads": m.G != m.heads, "qk_norm": m.qk_norm != "none"}
+    wrong["attention_backend"] = m.attention_backend not in ("auto", "plain")
+    for name in [name for name, is_wrong in wrong.items() if is_wrong]:
+        found.append(f"model.{name}={getattr(m, name)!r} does not work with model.latent.rank={m.latent.rank}")
+    return found

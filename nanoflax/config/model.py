@@ -1,12 +1,19 @@
-"""The settings of a model: one frozen dataclass for all architectures, and presets of published sizes."""
+"""The settings of a model: one frozen dataclass for all architectures."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
-from nanoflax.config.fields import field, from_dict
+from nanoflax.config.fields import field
 from nanoflax.config.generation import GenerationDefaults
-from nanoflax.config.layers import LAYER_TYPES, RECURRENT, LatentConfig, MoEConfig, RecurrentConfig, RopeConfig
-from nanoflax.errors import UserError
+from nanoflax.config.layers import (
+    LAYER_TYPES,
+    RECURRENT,
+    LatentConfig,
+    MoEConfig,
+    RecurrentConfig,
+    RopeConfig,
+    layer_problems,
+)
 
 
 class Architecture(NamedTuple):
@@ -352,7 +359,7 @@ class ModelConfig:
                 f"model.embed_dim={m.embed_dim} must equal model.dim={m.dim}, except in a decoder or encoder without "
                 "output_delay"
             )
-        found += self._layer_problems()
+        found += layer_problems(m)
         if m.class_names and len(m.class_names) != m.labels and m.vocab_size:  # finetune sets both
             found.append(f"model.class_names has {len(m.class_names)} names for model.labels={m.labels} classes")
         if twice := [name for name in dict.fromkeys(m.class_names) if m.class_names.count(name) > 1]:
@@ -379,108 +386,3 @@ class ModelConfig:
             if m.vocab_size and i >= m.vocab_size:
                 found.append(f"model.generation has the token id {i}, but model.vocab_size={m.vocab_size}")
         return found
-
-    def _layer_problems(self) -> list[str]:
-        """The conflicts of rotary positions and of kinds of layers."""
-        m, rope, moe, found = self, self.rope, self.moe, []
-        if rope.scaling == "llama3" and not rope.low < rope.high:
-            found.append(f"model.rope.low={rope.low} must be less than model.rope.high={rope.high}")
-        for name in ("short_factors", "long_factors") if rope.scaling == "longrope" else ():
-            if len(factors := getattr(rope, name)) != m.rotary_dim // 2:
-                found.append(f"model.rope.{name} has {len(factors)} numbers, but {m.rotary_dim // 2} pairs are rotated")
-        if unknown := sorted({*m.layer_types} - {*LAYER_TYPES}):
-            found.append(f"model.layer_types has {', '.join(unknown)}; known are {', '.join(LAYER_TYPES)}")
-        elif not m.window and {"sliding", "chunked"} & {*m.layer_types}:
-            found.append("model.layer_types has sliding or chunked, so model.window must be positive")
-        elif m.window and m.layer_types and not {"sliding", "chunked"} & {*m.layer_types}:
-            found.append(f"model.window={m.window} needs a layer of the kind sliding or chunked in model.layer_types")
-        if {*RECURRENT} & {*m.layer_types} and m.architecture != "decoder":
-            found.append(f"model.layer_types with delta or mamba2 is for decoders, not {m.architecture!r}")
-        if m.mlp_dim == 0 and {*m.layer_types} != {"mamba2"}:
-            found.append("model.mlp_dim=0 must be at least 1, except with model.layer_types=('mamba2',)")
-        if m.rope.scaling == "dynamic" and m.positions == "rotary" and m.rotary_dim <= 2:
-            found.append("model.rope.scaling='dynamic' needs more than one pair of rotary numbers")
-        if m.latent.rank:
-            found += self._latent_problems()
-        if m.recurrent.heads % m.recurrent.groups:
-            found.append(f"model.recurrent.groups={m.recurrent.groups} does not divide heads={m.recurrent.heads}")
-        if not moe.experts:
-            return found
-        if not m.has_blocks:
-            found.append(f"model.moe.experts={moe.experts} needs a Transformer, not {m.architecture!r}")
-        if moe.active > moe.experts:
-            found.append(f"model.moe.active={moe.active} must be at most model.moe.experts={moe.experts}")
-        if moe.experts % moe.groups or moe.top_groups > moe.groups:
-            found.append(
-                f"model.moe.groups={moe.groups} must divide model.moe.experts={moe.experts}, and "
-                f"model.moe.top_groups={moe.top_groups} be at most groups"
-            )
-        return found
-
-    def _latent_problems(self) -> list[str]:
-        """The conflicts of latent attention, which computes its own queries, keys and values."""
-        m, found = self, []
-        if not m.has_blocks or m.latent.rope_dim > m.K or m.latent.rope_dim % 2:
-            found.append(
-                f"model.latent.rank={m.latent.rank} needs a Transformer and an even model.latent.rope_dim, at most "
-                f"head_dim={m.K}, not {m.latent.rope_dim}"
-            )
-        wrong = {"kv_heads": m.G != m.heads, "qk_norm": m.qk_norm != "none"}
-        wrong["attention_backend"] = m.attention_backend not in ("auto", "plain")
-        for name in [name for name, is_wrong in wrong.items() if is_wrong]:
-            found.append(f"model.{name}={getattr(m, name)!r} does not work with model.latent.rank={m.latent.rank}")
-        return found
-
-
-_GPT2 = ModelConfig(vocab_size=50257, context=1024, dropout=0.0)
-_LLAMA = ModelConfig(norm="rmsnorm", activation="silu", gated=True, positions="rotary", bias=False, tied=False)
-
-
-def _with(base, **changes):
-    return dataclasses.replace(base, **changes)
-
-
-PRESETS = {
-    "nano-1m": _with(_LLAMA, layers=4, dim=128, heads=4, context=128, tied=True),
-    "nano-5m": _with(_LLAMA, layers=4, dim=256, heads=4, context=256, tied=True),
-    "nano-15m": _with(_LLAMA, layers=8, dim=384, heads=6, context=512, tied=True),
-    # BART (Lewis et al. 2019), small; Transformers has this shape for an encoder-decoder.
-    "nano-bart": ModelConfig(
-        architecture="encoder_decoder", context=128, layers=2, dim=128, heads=4, activation="gelu", positions="learned",
-        position_offset=2, norm_place="post", embed_norm=True, head_bias=True),
-    "gpt2": _with(_GPT2, layers=12, dim=768, heads=12),
-    "gpt2-medium": _with(_GPT2, layers=24, dim=1024, heads=16),
-    "gpt2-large": _with(_GPT2, layers=36, dim=1280, heads=20),
-    "gpt2-xl": _with(_GPT2, layers=48, dim=1600, heads=25),
-    # The base model of Vaswani et al. 2017, table 3, to be trained from scratch.
-    "transformer-base": ModelConfig(
-        architecture="encoder_decoder", context=512, layers=6, dim=512, heads=8, mlp_dim=2048,
-        activation="relu", norm_place="post", positions="sinusoidal", embed_scale=512**0.5,
-        qkv_bias=False, out_bias=False, dropout=0.1),
-    # Llama 3.2 1B (Meta, 2024), without its rotary scaling.
-    "llama-1b": _with(_LLAMA, vocab_size=128256, context=8192, layers=16, dim=2048, heads=32,
-                      kv_heads=8, head_dim=64, mlp_dim=8192, rope=RopeConfig(theta=500_000.0), tied=True),
-    # Llama 3 8B and 70B (Grattafiori et al. 2024, table 3).
-    "llama-8b": _with(_LLAMA, vocab_size=128256, context=8192, layers=32, dim=4096, heads=32,
-                      kv_heads=8, mlp_dim=14336, rope=RopeConfig(theta=500_000.0)),
-    "llama-70b": _with(_LLAMA, vocab_size=128256, context=8192, layers=80, dim=8192, heads=64,
-                       kv_heads=8, mlp_dim=28672, rope=RopeConfig(theta=500_000.0)),
-    # Mixtral 8x7B (Jiang et al. 2024, table 1).
-    "mixtral-8x7b": _with(_LLAMA, vocab_size=32000, context=32768, layers=32, dim=4096, heads=32, kv_heads=8,
-                          mlp_dim=14336, rope=RopeConfig(theta=1e6), moe=MoEConfig(experts=8, active=2)),
-    # T5 11B (Raffel et al. 2020, section 3.7), its vocabulary padded to 32128 as published.
-    "t5-11b": ModelConfig(
-        architecture="encoder_decoder", vocab_size=32128, context=512, layers=24, dim=1024,
-        heads=128, head_dim=128, mlp_dim=65536, activation="relu", norm="rmsnorm", norm_eps=1e-6,
-        positions="relative", bias=False, attention_scale=1.0, logit_scale=1024**-0.5),
-}  # fmt: skip
-
-
-def preset(name: str, **changes: Any) -> ModelConfig:
-    """The ModelConfig of a preset, with some fields changed.
-
-    Raises: UserError for an unknown name or field.
-    """
-    if name not in PRESETS:
-        raise UserError(f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
-    return from_dict(ModelConfig, dataclasses.asdict(PRESETS[name]) | changes, where="preset")

@@ -245,7 +245,7 @@ class Attention(nn.Module):
             k, v = parallel.gather_sequence(k), parallel.gather_sequence(v)
             y = heads_first(q, k, v, mask, causal, bias, *options, self.sinks)
         else:
-            y = kernels.BACKENDS[name].attend(q, k, v, causal, spec, *options)
+            y = kernels.attend_by(name, q, k, v, causal, spec, *options)
         y = y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], -1)
         return self.out(y if gate is None else y * gate)
 

@@ -1,6 +1,8 @@
 """The memory, arithmetic and network traffic of a training step, computed before a machine is rented."""
 
+from nanoflax.planning.attention_backends import attention_backends
 from nanoflax.planning.comparison import (
+    candidate_meshes,
     compare_meshes,
     comparison_table,
     compiler_line,
@@ -9,8 +11,7 @@ from nanoflax.planning.comparison import (
     with_mesh_vocabulary,
 )
 from nanoflax.planning.flops import count_parameters, flops_per_token
-from nanoflax.planning.kernels import attention_backends
-from nanoflax.planning.step_cost import candidate_meshes, compile_for_topology, make_plan, projected_mfu, roofline
+from nanoflax.planning.step_cost import compile_for_topology, make_plan, projected_mfu, roofline
 
 __all__ = [
     "attention_backends", "candidate_meshes", "compare_meshes", "comparison_table", "compile_for_topology",

@@ -1,6 +1,7 @@
 """Compare meshes for one machine: the memory and the least time of a training step on each mesh."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,23 @@ def with_mesh_vocabulary(config: Config, mesh: parallel.AnyMesh) -> Config:
     return dataclasses.replace(config, model=parallel.pad_vocabulary(config.model, mesh))
 
 
+def candidate_meshes(num_chips: int, dim: int, experts: int = 0) -> list[tuple[int, ...]]:
+    """(data, fsdp, tensor) of the usual meshes: all chips along data; all along fsdp; fsdp so large
+    that parts of D still have MIN_SPLIT_DIM or more, the rest along data; tensor 2, 4 or 8. With experts, the same
+    with the fifth size: 4 or 8 chips along expert, the rest along fsdp and data."""
+    fsdp = math.gcd(num_chips, max(1, dim // step_cost.MIN_SPLIT_DIM))
+    shapes = [(num_chips, 1, 1), (1, num_chips, 1), (num_chips // fsdp, fsdp, 1)]
+    shapes += [(1, num_chips // t, t) for t in (2, 4, 8) if num_chips % t == 0 and num_chips > t]
+    for e in (4, 8):
+        if experts and experts % e == 0 and num_chips % e == 0 and num_chips > e:
+            fsdp = math.gcd(num_chips // e, max(1, dim // step_cost.MIN_SPLIT_DIM))
+            shapes += [(1, num_chips // e, 1, 1, e), (num_chips // e // fsdp, fsdp, 1, 1, e)]
+    return list(dict.fromkeys(shapes))
+
+
+# The part of one chip.
+
+
 def compare_meshes(
     config: Config, chip: parallel.Chip, num_chips: int, shapes: Sequence[str] = (), platform: str = "tpu"
 ) -> dict[str, Any]:
@@ -43,7 +61,7 @@ def compare_meshes(
     fields of Plan, memory, fits and projection, "refused": a message for each impossible mesh}.
     Raises: UserError if no mesh is possible, or one of the given shapes is not.
     """
-    usual = step_cost.candidate_meshes(num_chips, config.model.dim, config.model.moe.experts)
+    usual = candidate_meshes(num_chips, config.model.dim, config.model.moe.experts)
     default = [config.train.mesh, *(",".join(map(str, s)) for s in usual)]
     rows, refused = {}, []
     for shape in shapes or default:

@@ -146,23 +146,6 @@ def compile_for_topology(config: Config, topology: str) -> dict[str, int]:
 MIN_SPLIT_DIM = 256
 
 
-def candidate_meshes(num_chips: int, dim: int, experts: int = 0) -> list[tuple[int, ...]]:
-    """(data, fsdp, tensor) of the usual meshes: all chips along data; all along fsdp; fsdp so large
-    that parts of D still have MIN_SPLIT_DIM or more, the rest along data; tensor 2, 4 or 8. With experts, the same
-    with the fifth size: 4 or 8 chips along expert, the rest along fsdp and data."""
-    fsdp = math.gcd(num_chips, max(1, dim // MIN_SPLIT_DIM))
-    shapes = [(num_chips, 1, 1), (1, num_chips, 1), (num_chips // fsdp, fsdp, 1)]
-    shapes += [(1, num_chips // t, t) for t in (2, 4, 8) if num_chips % t == 0 and num_chips > t]
-    for e in (4, 8):
-        if experts and experts % e == 0 and num_chips % e == 0 and num_chips > e:
-            fsdp = math.gcd(num_chips // e, max(1, dim // MIN_SPLIT_DIM))
-            shapes += [(1, num_chips // e, 1, 1, e), (num_chips // e // fsdp, fsdp, 1, 1, e)]
-    return list(dict.fromkeys(shapes))
-
-
-# The part of one chip.
-
-
 def _row_shards(mesh: parallel.AnyMesh) -> int:
     """The number of parts into which a mesh splits the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in parallel.BATCH[0])

@@ -119,7 +119,8 @@ def test_other_methods_are_refused_by_name(config):
 def test_a_published_directory_is_the_dequantised_model(tmp_path):
     config = transformers.GptOssConfig(
         vocab_size=67, max_position_embeddings=64, num_hidden_layers=1, hidden_size=64, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2)  # fmt: skip
+        num_key_value_heads=1, head_dim=8, intermediate_size=32, num_local_experts=4,
+        num_experts_per_tok=2)  # fmt: skip
     model = transformers.GptOssForCausalLM(config).to(torch.bfloat16)
     tensors = {name: x.detach().clone() for name, x in model.state_dict().items()}
     packed, experts = dict(tensors), "model.layers.0.mlp.experts."

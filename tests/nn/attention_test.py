@@ -123,6 +123,7 @@ def test_activations_equal_torch(name):
         "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
         "silu": F.silu,
         "relu": F.relu,
+        "relu2": lambda x: F.relu(x) ** 2,
         "tanh": torch.tanh,
     }[name]
     x = np.linspace(-6, 6, 101, dtype=np.float32)

@@ -127,14 +127,14 @@ def test_a_face_only_names_what_it_exports(face):
     assert sorted(exported(face.name)) == sorted(ast.literal_eval(rest[0].value)), "imports and __all__ differ"
 
 
-def test_only_nn_and_one_file_of_train_know_linen():
+def test_only_nn_and_one_file_of_planning_know_linen():
     users = {
         name_of(path)
         for path in sources("nanoflax", "experiments")
         if any(name.startswith("flax.linen") for name in imports(path))
     }
     outside = {name for name in users if not name.startswith("nanoflax/nn/")}
-    assert outside == {"nanoflax/train/step.py"}
+    assert outside == {"nanoflax/planning/attention_backends.py"}
 
 
 # Sizes.
