@@ -24,11 +24,12 @@ PURPOSE = {
     "alignment": "preferences, rewards, rollouts, teachers",
     "hf": "Hugging Face models, in and out", "train": "state, step, loop, objectives, optimizers",
     "peft": "LoRA, AdaLoRA, adapters, prompts", "generate": "sampling, beam search, scoring",
-    "nn": "layers, attention, models, losses", "data": "files, clean text, tokens, windows",
+    "nn": "layers, attention, experts, models", "kernels": "what nn computes, faster",
+    "data": "files, clean text, tokens, windows",
     "tokenizers": "trained here, or read from files", "parallel": "mesh, sharding table, hosts",
     "config": "every choice of a run, checked", "report": "progress, metrics, plots",
     "untrusted": "strangers' files: JSON, sizes, links",
-    "errors": "UserError: one line for the user"}  # fmt: skip
+    "errors": "UserError: one line for the user", "arrays": "types of arrays"}  # fmt: skip
 
 
 def canvas(width, height):
