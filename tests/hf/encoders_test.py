@@ -96,4 +96,4 @@ def test_a_fine_tuned_modernbert_opens_in_transformers(task, head, tmp_path):
     ids = np.array([[2, 5, 7, 8, 3]], np.int32)
     config, params = hf.load(tmp_path / "out")
     found = build(config).apply({"params": params}, ids)
-    np.testing.assert_allclose(theirs(torch.tensor(ids).long()).logits.detach(), found, atol=1e-5)
+    np.testing.assert_allclose(theirs(torch.tensor(ids).long()).logits.detach(), np.asarray(found), atol=1e-5)
