@@ -5,6 +5,7 @@ import json
 import logging
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from nanoflax.hf.layouts import TensorMapping, holders, parameter_shapes, read_p
 from nanoflax.hf.mxfp4 import PackedTensor, unpack
 from nanoflax.nn import build, without_padding
 
-Tensors = dict[str, safetensors_io.Tensor | QuantizedTensor | PackedTensor]
+Tensors = Mapping[str, safetensors_io.Tensor | QuantizedTensor | PackedTensor]
 _MAX_CONFIG = 10_000_000  # bytes
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
