@@ -178,7 +178,7 @@ def _low_rank_tensors(names: PeftNames, c: Any, flat: Mapping[str, Any], directo
     for parameter, (parts, rank, scale) in experts.items():
         tensors |= parts
         ranks |= {parameter: rank} if rank != c.rank else {}
-        alpha = scale * rank ** (0.5 if c.rank_stabilized else 1)
+        alpha = scale * rank ** (0.5 if isinstance(c, LoRA) and c.rank_stabilized else 1)
         alphas |= {parameter: alpha} if abs(alpha - c.alpha) > 1e-5 * c.alpha else {}
     settings = {
         "peft_type": "ADALORA" if isinstance(c, AdaLoRA) else "LORA",

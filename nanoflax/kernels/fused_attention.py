@@ -184,6 +184,6 @@ def splash(
 BACKENDS = {"cudnn": Backend("gpu", _cudnn_refusals, cudnn), "splash": Backend("tpu", _splash_refusals, splash)}
 
 
-def attend_by(name: str, q: Queries, k: Keys, v: Keys, causal: bool, spec: MaskSpec, *options: Any) -> Queries:
+def attend_by(name: str, q: Queries, k: Keys, v: Keys, causal: bool, spec: Any, *options: Any) -> Queries:
     """`attention.heads_first` by the backend that `choose` named. options: scale, softcap."""
     return BACKENDS[name].attend(q, k, v, causal, spec, *options)

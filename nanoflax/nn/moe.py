@@ -182,7 +182,7 @@ class MoE(nn.Module):
             E, F, _ = params["down"]["kernel"].shape
             rows, places, experts = blocks_of(chosen.reshape(-1), E, chosen.size // m.active * min(m.active, E))
             h = move(jnp.repeat(x.reshape(-1, D), m.active, 0), rows, places).reshape(len(experts), -1, D)
-            h = MLP(F, *options, partial(ExpertLinear, E), parent=None).apply({"params": params}, h, experts)
+            h: Any = MLP(F, *options, partial(ExpertLinear, E), parent=None).apply({"params": params}, h, experts)
             h = move(h.reshape(-1, D), places, rows).reshape(*chosen.shape, D)
             return jnp.einsum("...kd,...k->...d", h, weights.astype(h.dtype))
 

@@ -51,7 +51,7 @@ def map_experts(
     mesh = current_mesh()
     if mesh is None:
         return function(x, chosen, weights, params)
-    b, tokens = batch_splits(*x.shape[:2])[0], _spec_of_tokens(x, mesh)
+    b, tokens = batch_splits(x.shape[0], x.shape[1])[0], _spec_of_tokens(x, mesh)
     size = {axis: mesh.shape.get(axis, 1) for axis in ("fsdp", "tensor", "expert")}
     size["fsdp"] *= b > 1  # rows that are not split: XLA gathers the parameters before
 

@@ -237,7 +237,7 @@ def _gathered_tokens_bytes(config: Config, mesh: parallel.AnyMesh) -> int:
     if not others:
         return 0
     layers = 1 if t.remat == "blocks" else sum(map(m.is_sparse, range(m.layers)))
-    numbers = m.moe.active * (2 * m.dim + 4 * m.moe.expert_dim)
+    numbers = m.moe.active * (2 * m.dim + 4 * (m.moe.expert_dim or m.F))
     return others * local.train.batch_size * m.context * numbers * nn.build(m).compute_dtype.itemsize * layers
 
 
