@@ -120,12 +120,23 @@ def layer_problems(m: Any) -> list[str]:
         found.append(f"model.layer_types with delta or mamba2 is for decoders, not {m.architecture!r}")
     if m.mlp_dim == 0 and {*m.layer_types} != {"mamba2"}:
         found.append("model.mlp_dim=0 must be at least 1, except with model.layer_types=('mamba2',)")
+    if m.mlp_dim == 0 and (m.parallel or moe.experts and not moe.expert_dim):
+        wrong = "model.parallel=True" if m.parallel else "model.moe.experts without model.moe.expert_dim"
+        found.append(f"model.mlp_dim=0 must be at least 1 with {wrong}")
+    last = max(m.layers, m.cross_layers) - 1
+    for name, numbers in (("nope_layers", m.nope_layers), ("moe.dense_layers", moe.dense_layers)):
+        if outside := [i for i in numbers if not 0 <= i <= last]:
+            found.append(f"model.{name} has {outside[0]}, but the layers are 0 to {last}")
+    if m.nope_layers and m.positions != "rotary":
+        found.append(f"model.nope_layers={m.nope_layers} needs model.positions='rotary', not {m.positions!r}")
     if m.rope.scaling == "dynamic" and m.positions == "rotary" and m.rotary_dim <= 2:
         found.append("model.rope.scaling='dynamic' needs more than one pair of rotary numbers")
     if m.latent.rank:
         found += _latent_problems(m)
     if m.recurrent.heads % m.recurrent.groups:
         found.append(f"model.recurrent.groups={m.recurrent.groups} does not divide heads={m.recurrent.heads}")
+    if m.recurrent.max_step is not None and m.recurrent.min_step > m.recurrent.max_step:
+        found.append(f"model.recurrent.min_step={m.recurrent.min_step} must be at most max_step={m.recurrent.max_step}")
     if not moe.experts:
         return found
     if not m.has_blocks:
@@ -137,6 +148,13 @@ def layer_problems(m: Any) -> list[str]:
             f"model.moe.groups={moe.groups} must divide model.moe.experts={moe.experts}, and "
             f"model.moe.top_groups={moe.top_groups} be at most groups"
         )
+    elif moe.active > moe.top_groups * (moe.experts // moe.groups):
+        found.append(
+            f"model.moe.active={moe.active} must be at most {moe.top_groups * (moe.experts // moe.groups)}, the "
+            f"experts in model.moe.top_groups={moe.top_groups} of model.moe.groups={moe.groups}"
+        )
+    if moe.shared_gate and not moe.shared_dim:
+        found.append("model.moe.shared_gate=True needs model.moe.shared_dim of at least 1, not 0")
     return found
 
 
@@ -149,6 +167,11 @@ def _latent_problems(m):
             f"head_dim={m.K}, not {m.latent.rope_dim}"
         )
     wrong = {"kv_heads": m.G != m.heads, "qk_norm": m.qk_norm != "none"}
+    if m.rope.fraction != 1 and m.positions == "rotary":
+        found.append(
+            f"model.rope.fraction={m.rope.fraction} must be 1 with model.latent.rank={m.latent.rank}: "
+            "model.latent.rope_dim numbers are rotated"
+        )
     wrong["attention_backend"] = m.attention_backend not in ("auto", "plain")
     for name in [name for name, is_wrong in wrong.items() if is_wrong]:
         found.append(f"model.{name}={getattr(m, name)!r} does not work with model.latent.rank={m.latent.rank}")

@@ -340,6 +340,10 @@ class ModelConfig:
             found.append(f"model.dim={m.dim} must be even for sinusoidal positions")
         if m.parallel and m.norm_place != "pre":
             found.append(f"model.parallel needs model.norm_place='pre', not {m.norm_place!r}")
+        if m.parallel and m.cross_layers:
+            found.append("model.parallel=True is for a decoder or encoder: its blocks have no cross-attention")
+        if m.decoder_layers and not m.reads_source:
+            found.append(f"model.decoder_layers={m.decoder_layers} is not for {m.architecture!r}; use model.layers")
         if m.swiglu_limit and (not m.gated or m.activation != "silu"):
             found.append(
                 f"model.swiglu_limit={m.swiglu_limit} needs model.gated=True and model.activation='silu', not "

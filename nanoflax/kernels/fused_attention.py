@@ -67,7 +67,7 @@ def choose(wanted: str, call: Call) -> tuple[str, str]:
         f"context={context} splits the sequence": context > 1,
         "attention has a bias of relative positions": call.bias,
         "the softmax has sinks": call.sinks,
-        "prompt and prefix tuning need a dense mask": call.spec is None,
+        "prompt tuning, prefix tuning and chunked layers need a dense mask": call.spec is None,
     }
     if call.spec is not None:
         refusals |= row.refusals(call)
@@ -132,7 +132,7 @@ def _splash_refusals(call):
     (B, _, T, _), S, rows = call.q, call.k[2], parallel.axis_size(*parallel.BATCH[0])
     return {
         f"lengths of {T} and {S} are not multiples of 128": T % 128 > 0 or S % 128 > 0,
-        f"{B} rows are not divisible by data x fsdp = {rows}": B % rows > 0,
+        f"{B} rows are not divisible by data x fsdp x expert = {rows}": B % rows > 0,
         "causality between sequences of different lengths": call.causal and T != S,
     }
 

@@ -41,7 +41,7 @@ def chunked(
     S_t = a_t S_{t-1} + k_t v_t^T (Dao and Gu 2024, section 2), where a_t = exp(log_decay_t); with beta
     S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T (Yang et al. 2024, equation 10). H / G neighbouring
     heads share a query and a key. state: S before the first token. segments: where they change, S becomes 0;
-    tokens of segment 0 leave S unchanged. chunk: tokens that matrix products compute at once (Yang et al.,
+    tokens of segment 0 add nothing to S. chunk: tokens that matrix products compute at once (Yang et al.,
     section 3.3); T = 1 is the recurrence.
     """
     (B, T, G, _), H, C = q.shape, v.shape[2], min(chunk, q.shape[1])

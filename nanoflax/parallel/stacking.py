@@ -39,11 +39,13 @@ def stack(tree: PyTree, groups: Sequence[Group] = ((0, 1),)) -> PyTree:
         if not _has_separate_blocks(node):
             return node
         rest, numbers = dict(node), sorted(int(name.removeprefix("block_")) for name in node if _is_block_name(name))
-        stacked = {}
+        stacked, counts = {}, set()
         for first, step in groups:
             own = [i for i in numbers if i >= first and (i - first) % step == 0]
             blocks = [rest.pop(f"block_{i}") for i in own]
-            if own != [*range(first, first + len(own) * step, step)] or len(set(map(jax.tree.structure, blocks))) > 1:
+            counts |= {len(own)} - {0}  # one scan runs all groups
+            in_turn = own == [*range(first, first + len(own) * step, step)]
+            if not in_turn or len(counts) > 1 or len(set(map(jax.tree.structure, blocks))) > 1:
                 raise UserError(
                     "train.scan_layers needs blocks with equal parameters, equally trained or frozen; "
                     "here the blocks differ: set train.scan_layers=false"

@@ -79,6 +79,11 @@ def _places(flat, c: Any):
                 "peft.kind='prompt' does not work with relative positions: padding would "
                 "count as distance from the prompt; use prefix"
             )
+        if "project_in/kernel" in flat:
+            raise UserError(
+                "peft.kind='prompt' does not work in a decoder with model.embed_dim, whose blocks do not read "
+                "vectors of the embedding's size; use prefix"
+            )
         table = flat["embed/embedding"]
         places |= {
             f"{stack}/": lambda rng: {"prompt": jax.random.choice(rng, table, (c.virtual_tokens,)).astype(jnp.float32)}

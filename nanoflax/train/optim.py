@@ -51,9 +51,11 @@ def matrix_axes(params: Any) -> Any:
 
 
 def decay_mask(params: Any) -> Any:
-    """A tree of bool: True for the parameters with weight decay, all matrices except embeddings."""
+    """A tree of bool: True for the parameters with weight decay: all matrices except embeddings. The biases of
+    experts [E, F] and the scales of heads [H, K] are vectors."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim >= 2 and getattr(path[-1], "key", None) != "embedding", params
+        lambda path, leaf: leaf.ndim >= 2 and getattr(path[-1], "key", None) not in ("embedding", "bias", "scale"),
+        params,
     )
 
 

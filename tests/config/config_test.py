@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import pytest
 
 from nanoflax import config as cfg
-from nanoflax.config import Config, ModelConfig, RopeConfig, from_dict, to_dict
+from nanoflax.config import (
+    Config,
+    LatentConfig,
+    ModelConfig,
+    MoEConfig,
+    RecurrentConfig,
+    RopeConfig,
+    from_dict,
+    to_dict,
+)
 from nanoflax.errors import UserError
 from nanoflax.nn import build
 
@@ -58,6 +67,41 @@ def test_presets_are_valid(name):
         (dict(model__kv_heads=3), "model.kv_heads=3 does not divide model.heads=4"),
         (dict(model__positions="rotary", model__head_dim=5), "model.head_dim=5 must be even"),
         (dict(model__positions="sinusoidal", model__dim=5, model__heads=5), "model.dim=5 must be even"),
+        (
+            dict(model__mlp_dim=0, model__layer_types=("mamba2",), model__parallel=True),
+            "model.mlp_dim=0 must be at least 1 with model.parallel=True",
+        ),
+        (
+            dict(model__mlp_dim=0, model__layer_types=("mamba2",), model__moe=MoEConfig(experts=2)),
+            "model.mlp_dim=0 must be at least 1 with model.moe.experts without model.moe.expert_dim",
+        ),
+        (
+            dict(model__nope_layers=(1, 4), model__positions="rotary"),
+            "model.nope_layers has 4, but the layers are 0 to 3",
+        ),
+        (dict(model__nope_layers=(1,)), "model.nope_layers=(1,) needs model.positions='rotary', not 'learned'"),
+        (dict(model__moe=MoEConfig(experts=2, dense_layers=(-1,))), "model.moe.dense_layers has -1, but the layers"),
+        (
+            dict(model__moe=MoEConfig(experts=8, active=3, groups=4)),
+            "model.moe.active=3 must be at most 2, the experts in model.moe.top_groups=1 of model.moe.groups=4",
+        ),
+        (
+            dict(model__moe=MoEConfig(experts=8, shared_gate=True)),
+            "model.moe.shared_gate=True needs model.moe.shared_d",
+        ),
+        (
+            dict(model__recurrent=RecurrentConfig(min_step=0.5, max_step=0.1)),
+            "model.recurrent.min_step=0.5 must be at most max_step=0.1",
+        ),
+        (
+            dict(model__positions="rotary", model__latent=LatentConfig(rank=8), model__rope=RopeConfig(fraction=0.5)),
+            "model.rope.fraction=0.5 must be 1 with model.latent.rank=8",
+        ),
+        (
+            dict(model__architecture="encoder_decoder", model__parallel=True),
+            "model.parallel=True is for a decoder or encoder",
+        ),
+        (dict(model__decoder_layers=2), "model.decoder_layers=2 is not for 'decoder'; use model.layers"),
         (dict(data__packing="loose"), "data.packing='loose' is not one of joined, isolated"),
         (dict(data__workers=-1), "data.workers=-1 must be at least 0"),
         (dict(data__validation_fraction=1.0), "data.validation_fraction=1.0 must be in (0, 1)"),

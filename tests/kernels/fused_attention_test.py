@@ -166,7 +166,7 @@ SEGMENTED, PADDED = MaskSpec(jnp.asarray(SEGMENTS)), MaskSpec(valid=jnp.asarray(
         (dict(spec=SEGMENTED), "packed documents need a mask of segments"),
         (dict(spec=PADDED), "padding with causality"),
         (dict(spec=MaskSpec(window=9), causal=False), "a window without causality"),
-        (dict(spec=None), "prompt and prefix tuning need a dense mask"),
+        (dict(spec=None), "prompt tuning, prefix tuning and chunked layers need a dense mask"),
         (dict(bias=True), "attention has a bias of relative positions"),
         (dict(softcap=30.0), "scores have a softcap"),
         (dict(k=(B, G, 77, K)), "causality between sequences of different lengths"),
@@ -188,7 +188,7 @@ def test_cudnn_is_chosen_only_where_it_is_exact(change, why):
         (dict(q=(B, H, T, 60)), ""),
         (dict(q=(B, H, 128, K), causal=False), ""),
         (dict(q=(B, H, 100, K), k=(B, G, 100, K)), "lengths of 100 and 100 are not multiples of 128"),
-        (dict(spec=None), "prompt and prefix tuning need a dense mask"),
+        (dict(spec=None), "prompt tuning, prefix tuning and chunked layers need a dense mask"),
         (dict(bias=True), "attention has a bias of relative positions"),
         (dict(q=(B, H, 128, K)), "causality between sequences of different lengths"),
     ],
@@ -230,7 +230,7 @@ def test_context_is_for_plain_attention():
     with jax.sharding.use_abstract_mesh(mesh):
         assert choose("auto", call("tpu")) == ("plain", "not splash: context=4 splits the sequence")
     with jax.sharding.use_abstract_mesh(parallel.abstract_mesh((1, 4, 1, 1))):
-        assert "2 rows are not divisible by data x fsdp = 4" in choose("auto", call("tpu"))[1]
+        assert "2 rows are not divisible by data x fsdp x expert = 4" in choose("auto", call("tpu"))[1]
 
 
 # Whole models.

@@ -713,6 +713,9 @@ def test_bad_configurations_are_refused_by_name(llama):
     t5 = parallel.param_shapes(build(ModelConfig(**vars(BART) | {"positions": "relative"})))
     with pytest.raises(UserError, match="'prompt' does not work with relative positions"):
         add(t5, "prompt")
+    narrow = parallel.param_shapes(build(ModelConfig(vocab_size=9, layers=1, dim=16, embed_dim=8)))
+    with pytest.raises(UserError, match="'prompt' does not work in a decoder with model.embed_dim"):
+        add(narrow, "prompt")
     with pytest.raises(UserError, match="peft.kind='prefix' needs a Transformer"):
         add({"embed": {"embedding": jnp.ones((4, 4))}}, "prefix")
     with pytest.raises(UserError, match="have adapters already"):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from nanoflax.config import OPTIMIZERS, SCHEDULES, ModelConfig, OptimConfig
+from nanoflax.config import OPTIMIZERS, SCHEDULES, ModelConfig, MoEConfig, OptimConfig
 from nanoflax.nn import build
 from nanoflax.train import make_optimizer
 from nanoflax.train.optim import decay_mask, layers_above, make_schedule
@@ -85,6 +85,13 @@ def test_only_matrices_decay(tied):
     assert mask["decoder/block_0/mlp/up/kernel"] and not mask["embed/embedding"]
     assert not mask["decoder/position_embed/embedding"] and not mask["decoder/norm/scale"]
     assert ("unembed/kernel" in mask) == (not tied)
+
+
+def test_biases_of_experts_and_scales_of_heads_do_not_decay():
+    mask = by_path(decay_mask(params_of(moe=MoEConfig(experts=3), qk_norm="each_head")))
+    assert mask["decoder/block_0/mlp/experts/up/kernel"]
+    assert not mask["decoder/block_0/mlp/experts/up/bias"]
+    assert not mask["decoder/block_0/attention/query_norm/scale"]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

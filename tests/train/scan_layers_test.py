@@ -190,6 +190,14 @@ def test_the_groups_of_layers(layers, dense, groups):
     assert config.layer_groups == groups
 
 
+def test_groups_of_different_lengths_are_refused():
+    # The decoder of an encoder-decoder may have other layers than the encoder, from which the groups are.
+    blocks = {f"block_{i}": {"x": jnp.ones(2)} for i in range(3)}
+    with pytest.raises(UserError, match="train.scan_layers needs blocks with equal parameters"):
+        stack({"decoder": blocks}, ((0, 2), (1, 2)))
+    assert is_stacked(stack({"decoder": blocks | {"block_3": {"x": jnp.ones(2)}}}, ((0, 2), (1, 2))))
+
+
 def test_kinds_that_do_not_repeat_are_refused():
     config = config_of(True, model=LLAMA | dict(layers=3, moe=MoEConfig(experts=2, dense_layers=(2,))))
     with pytest.raises(UserError, match="train.scan_layers=true needs kinds of layers that repeat"):
