@@ -40,8 +40,8 @@ def route(
     chosen = jax.lax.top_k(rank, moe.active)[1]
     weights = jnp.take_along_axis(scores, chosen, -1)
     if moe.renormalise:
-        weights /= weights.sum(-1, keepdims=True)
-    return chosen, weights * moe.scale, scores / scores.sum(-1, keepdims=True)
+        weights /= jnp.maximum(weights.sum(-1, keepdims=True), 1e-20)  # all sigmoids may be 0
+    return chosen, weights * moe.scale, scores / jnp.maximum(scores.sum(-1, keepdims=True), 1e-20)
 
 
 def blocks_of(ids: Int[Array, " M"], E: int, most: int) -> tuple[Int[Array, " R"], Int[Array, " M"], Int[Array, " n"]]:

@@ -163,3 +163,8 @@ def test_a_step_logs_the_router_and_its_loss_is_not_the_reported_one():
     _, metrics = jax.jit(train.make_train_step(model, optimizer, config))(state, batch)
     assert {"expert_load", "dropped", "balance_loss", "router_z_loss"} <= metrics.keys()
     np.testing.assert_allclose(metrics["objective"], metrics["loss"] + 0.1 * metrics["balance_loss"], rtol=1e-5)
+
+
+def test_sigmoid_scores_that_are_all_zero_give_zero_weights():
+    _, weights, shares = moe.route(jnp.full((1, 4), -200.0), MoEConfig(experts=4, active=2, scores="sigmoid"))
+    assert not weights.any() and not shares.any()
