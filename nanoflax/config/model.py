@@ -198,8 +198,10 @@ class ModelConfig:
 
     @property
     def max_length(self) -> int:
-        """The largest T or S that the model can compute: the context, but relative positions have no limit (T5)."""
-        return 2**31 - 1 if self.positions == "relative" else self.context
+        """The largest T or S that the model can compute: the context, but relative positions (T5) and models of only
+        recurrent layers (Mamba-2) have no limit."""
+        unlimited = self.positions == "relative" or all(map(self.is_recurrent, range(self.layers)))
+        return 2**31 - 1 if unlimited else self.context
 
     @property
     def decoder(self) -> "ModelConfig":

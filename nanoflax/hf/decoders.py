@@ -51,7 +51,7 @@ def like_llama(model_type, name, without=(), keys=None, preset=None, defaults=No
 
 _MISTRAL = like_llama(
     "mistral", "Mistral", without=("attention_bias", "mlp_bias"),
-    defaults={"sliding_window": 4096, "num_key_value_heads": 8},
+    defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
     read=lambda hf: read_rope(hf) | {"window": hf["sliding_window"] or 0},
     write=lambda c: write_rope(c) | {"sliding_window": c.window or None})  # fmt: skip
 
@@ -102,7 +102,8 @@ _PHI3 = like_llama(
 _QWEN2 = like_llama(
     "qwen2", "Qwen2", without=("attention_bias", "mlp_bias", "head_dim"),
     preset=dict(qkv_bias=True),
-    defaults={"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
+    defaults={"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32,
+              "max_position_embeddings": 32768},
     read=_read_qwen, write=_write_qwen)  # fmt: skip
 _QWEN3 = like_llama(
     "qwen3", "Qwen3", without=("mlp_bias",), preset=dict(qk_norm="head"),
@@ -149,14 +150,15 @@ _GEMMA2 = like_llama(
     fields={"hidden_activation": "activation"},
     preset=dict(norm_place="sandwich", norm_unit_offset=True),
     defaults={"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "num_key_value_heads": 4,
-              "tie_word_embeddings": True, "sliding_window": 4096, "period": 2, "query_pre_attn_scalar": 256,
-              "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+              "tie_word_embeddings": True, "max_position_embeddings": 8192, "sliding_window": 4096, "period": 2,
+              "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     only={"use_bidirectional_attention": (False,)},
     read=_read_gemma, write=_write_gemma)  # fmt: skip
 _GEMMA3 = dataclasses.replace(
     _GEMMA2, model_type="gemma3_text", classes={"lm": ("Gemma3ForCausalLM",)},
     preset=_GEMMA2.preset | dict(qk_norm="head"),
     defaults=_GEMMA2.defaults | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "period": 6,
+                                 "max_position_embeddings": 131_072,
                                  "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
     only=_GEMMA2.only | {"attn_logit_softcapping": (None,)},  # Transformers would not apply it
     write=lambda c: _write_gemma(c) | {"rope_local_base_freq": c.rope.local_theta or c.rope.theta})  # fmt: skip

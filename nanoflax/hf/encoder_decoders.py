@@ -117,6 +117,7 @@ _BART = Family(
 _MARIAN = dataclasses.replace(
     _BART, model_type="marian", classes={"lm": ("MarianMTModel",)},
     preset=_BART.preset | dict(positions="sinusoidal_halves", embed_norm=False, position_offset=0),
+    defaults=_BART.defaults | {"decoder_start_token_id": 58100},
     only=_BART.only | {"decoder_vocab_size": "vocab_size", "normalize_embedding": (False,),
                        "static_position_embeddings": (True,), "share_encoder_decoder_embeddings": (True,)},
     write=lambda c: _BART.write(c) | {"pad_token_id": c.start_id},

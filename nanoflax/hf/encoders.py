@@ -145,11 +145,15 @@ _EUROBERT = dataclasses.replace(
 
 def _read_modernbert(hf):
     rope, local = hf.get("rope_parameters") or {}, hf["local_rope_theta"] or hf["global_rope_theta"]
-    if set(rope) - {"full_attention", "sliding_attention"} or (hf.get("rope_scaling") or {}).get("factor"):
+    scaling = {k: v for k, v in (hf.get("rope_scaling") or {}).items() if v != "default"}
+    if set(rope) - {"full_attention", "sliding_attention"} or scaling:
         raise UserError("rope_parameters must be of full_attention and sliding_attention, and rope_scaling null")
     # A query sees this many tokens on each side, and itself.
     side = hf.get("sliding_window", hf["local_attention"] // 2)
     every = hf["global_attn_every_n_layers"]
+    if type(every) is not int or every < 1:
+        raise UserError(f"global_attn_every_n_layers={every!r} must be at least 1")
+    hf = hf | {"rope_scaling": None}
     return (
         read_rope(hf | {"rope_theta": hf["global_rope_theta"], "rope_local_base_freq": local})
         | read_layers(hf | {"sliding_window": side + 1}, lambda i: f"{'sliding' if i % every else 'full'}_attention")

@@ -89,9 +89,13 @@ class Family:
         if unknown:
             raise ValueError(f"family {self.model_type}: ModelConfig has no {', '.join(sorted(unknown))}")
 
+    def unembed(self, config: ModelConfig) -> str:
+        """The name of the tensor of the output layer."""
+        return f"{(self.keys | self.more_keys(config))['unembed']}.weight"
+
     def copies(self, config: ModelConfig) -> dict[str, str]:
         """Name of a tensor that may be a copy of another -> name of the other."""
-        tied = {f"{self.keys['unembed']}.weight": f"{self.keys['embed']}.weight"} if config.tied else {}
+        tied = {self.unembed(config): f"{self.keys['embed']}.weight"} if config.tied else {}
         return self.same(config) | tied
 
 
@@ -128,7 +132,7 @@ def to_config(family: Family, hf: Json, head: str, max_layers: int = _MAX_SIZE) 
             validate(config)
         except UserError as error:
             problems.append(str(error))
-        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             problems.append(f"a value that cannot be read: {type(error).__name__}: {error}")
     if problems:
         raise UserError(f"config.json of model_type {family.model_type!r}: " + "; ".join(problems))

@@ -6,7 +6,7 @@ from nanoflax.errors import UserError
 from nanoflax.hf.decoders import like_llama, with_classifier
 from nanoflax.hf.family import Family, under
 from nanoflax.hf.rope import read_layers, read_rope, write_layers, write_rope
-from nanoflax.hf.sparse import EXPERTS
+from nanoflax.hf.sparse import EXPERTS, read_dense_layers
 
 _NO_LIMIT = 3.4e38  # the largest float32: not every version of Transformers reads Infinity in JSON
 
@@ -17,7 +17,7 @@ def _read_mamba2(hf):
         raise UserError(
             f"expand={hf['expand']!r} times hidden_size is {width}, but num_heads times head_dim is {inner}"
         )
-    low, high = (math.inf if isinstance(x, dict) else float(x) for x in hf["time_step_limit"])
+    low, high = (float(x["__float__"] if isinstance(x, dict) else x) for x in hf["time_step_limit"])
     return {"recurrent.min_step": low, "recurrent.max_step": None if high >= _NO_LIMIT else high}
 
 
@@ -42,8 +42,10 @@ _MAMBA2 = Family(
               "recurrent/conv_bias": "mixer.conv1d.bias", "recurrent/decay": "mixer.A_log",
               "recurrent/step_bias": "mixer.dt_bias", "recurrent/skip": "mixer.D",
               "recurrent/norm": "mixer.norm.weight", "recurrent/out": "mixer.out_proj"})},
+    # Mamba2Config has no max_position_embeddings, and its models no largest length; training here has a context.
     fields={"vocab_size": "vocab_size", "num_hidden_layers": "layers", "hidden_size": "dim",
-            "hidden_act": "activation", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tied",
+            "max_position_embeddings": "context", "hidden_act": "activation",
+            "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tied",
             "num_heads": "recurrent.heads", "n_groups": "recurrent.groups", "state_size": "recurrent.key_dim",
             "head_dim": "recurrent.value_dim", "conv_kernel": "recurrent.conv",
             "use_conv_bias": "recurrent.conv_bias", "use_bias": "recurrent.bias", "chunk_size": "recurrent.chunk"},
@@ -52,15 +54,16 @@ _MAMBA2 = Family(
     defaults={"vocab_size": 32768, "num_hidden_layers": 64, "hidden_size": 4096, "hidden_act": "silu",
               "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False, "num_heads": 128, "n_groups": 8,
               "state_size": 128, "head_dim": 64, "conv_kernel": 4, "use_conv_bias": True, "use_bias": False,
-              "chunk_size": 256, "expand": 2, "time_step_limit": [0.0, math.inf]},
+              "chunk_size": 256, "max_position_embeddings": 2048, "expand": 2, "time_step_limit": [0.0, math.inf]},
     only={"rms_norm": (True,)},
     read=_read_mamba2, write=_write_mamba2,
     base="backbone.")  # fmt: skip
 
 
 def _read_qwen3_next(hf):
-    every, step, own = hf["full_attention_interval"], hf["decoder_sparse_step"], hf["mlp_only_layers"] or ()
-    dense = tuple(i for i in range(hf["num_hidden_layers"]) if i in own or (i + 1) % step)
+    every = hf["full_attention_interval"]
+    if type(every) is not int or every < 1:
+        raise UserError(f"full_attention_interval={every!r} must be at least 1")
     return (
         read_rope(hf | {"rotary_pct": hf["partial_rotary_factor"]})
         | read_layers(
@@ -68,7 +71,8 @@ def _read_qwen3_next(hf):
             lambda i: "linear_attention" if (i + 1) % every else "full_attention",
             kinds=("full_attention", "linear_attention"),
         )
-        | {"out_bias": hf["attention_bias"], "moe.dense_layers": dense}
+        | read_dense_layers(hf)
+        | {"out_bias": hf["attention_bias"]}
     )
 
 
@@ -113,6 +117,8 @@ _QWEN3_NEXT = like_llama(
               "linear_conv_kernel_dim": 4, "num_experts": 512, "num_experts_per_tok": 10,
               "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "norm_topk_prob": True,
               "router_aux_loss_coef": 0.001, "decoder_sparse_step": 1, "mlp_only_layers": ()},
-    read=_read_qwen3_next, write=_write_qwen3_next)  # fmt: skip
+    read=_read_qwen3_next, write=_write_qwen3_next,
+    # The layers that predict a second token; Transformers does not read them either.
+    ignored=r".*rotary_emb\.inv_freq|(model\.)?mtp\..*")  # fmt: skip
 
 HYBRID = [_MAMBA2, with_classifier(_QWEN3_NEXT)]

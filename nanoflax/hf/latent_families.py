@@ -20,12 +20,14 @@ _SHARED = {f"mlp/shared/{part}": f"mlp.shared_experts.{part}_proj" for part in (
 
 def _read_latent(hf):
     rope, ours = hf.get("rope_scaling") or hf.get("rope_parameters") or {}, read_rope(hf)
+    if type(shared := hf["n_shared_experts"]) is not int:
+        raise UserError(f"n_shared_experts={shared!r} must be a number; Transformers has no model without them")
     strength, K = rope.get("mscale_all_dim"), hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]
     scale = yarn_scale(rope["factor"], strength) if strength and ours["rope.scaling"] != "none" else 1.0
     return ours | {
         "head_dim": K, "attention_scale": K**-0.5 * scale**2, "out_bias": hf["attention_bias"],
         "latent.query_rank": hf["q_lora_rank"] or 0,
-        "moe.shared_dim": hf["n_shared_experts"] * hf["moe_intermediate_size"],
+        "moe.shared_dim": shared * hf["moe_intermediate_size"],
         "moe.dense_layers": tuple(range(min(hf["first_k_dense_replace"] or 0, hf["num_hidden_layers"]))),
     }  # fmt: skip
 
@@ -78,6 +80,9 @@ def _read_v2(hf):
         return _read_latent(hf)
     if hf["topk_method"] != "group_limited_greedy":
         raise UserError(f"topk_method={hf['topk_method']!r} must be 'greedy' or 'group_limited_greedy'")
+    for name in ("n_group", "topk_group"):
+        if type(hf.get(name)) is not int:
+            raise UserError(f"{name}={hf.get(name)!r} must be a number for topk_method='group_limited_greedy'")
     groups = {"moe.groups": hf["n_group"], "moe.top_groups": hf["topk_group"], "moe.group_best": 1}
     return _read_latent(hf) | groups
 

@@ -297,7 +297,7 @@ def _normalized(family: Family, config: ModelConfig, tensors: dict, path) -> tup
             continue
         if other in named and not _equal(named[name], named[other]):
             # As in Transformers: an output layer in the file is used, even if config.json says tied.
-            if name != f"{family.keys['unembed']}.weight":
+            if name != family.unembed(config):
                 raise UserError(f"{path}: {name} and {other} must be equal in this model")
             config = dataclasses.replace(config, tied=False)
             continue

@@ -73,6 +73,8 @@ _STABLELM = like_llama(
 def _read_smollm3(hf):
     every, window = hf["no_rope_layer_interval"], hf["use_sliding_window"] and hf["sliding_window"]
     has_rope = hf["no_rope_layers"] or [(i + 1) % every for i in range(hf["num_hidden_layers"])]
+    if len(has_rope) != hf["num_hidden_layers"]:
+        raise UserError(f"no_rope_layers must have {hf['num_hidden_layers']} values, not {has_rope!r}")
     layers = read_layers(hf, lambda i: "sliding_attention" if window and not has_rope[i] else "full_attention")
     without = tuple(i for i in range(hf["num_hidden_layers"]) if not has_rope[i])
     return read_rope(hf) | layers | {"out_bias": hf["attention_bias"], "nope_layers": without}

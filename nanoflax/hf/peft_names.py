@@ -114,7 +114,7 @@ class PeftNames:
     @property
     def output(self) -> str:
         """The name of the weight of the output layer."""
-        return f"{self.family.keys['unembed']}.weight"
+        return self.family.unembed(self.config)
 
     @property
     def modules(self) -> set[str]:

@@ -26,6 +26,19 @@ def read_experts(hf: Json) -> dict[str, Any]:
     return {"moe.experts": hf["num_local_experts"] if "num_local_experts" in hf else hf["num_experts"]}
 
 
+def read_dense_layers(hf: Json) -> dict[str, Any]:
+    """The layers without experts: those of mlp_only_layers, and all but each decoder_sparse_step-th.
+
+    Raises: UserError for a step that is not a positive number.
+    """
+    step, own = hf["decoder_sparse_step"], hf["mlp_only_layers"] or ()
+    if type(step) is not int or step < 1:
+        raise UserError(
+            f"decoder_sparse_step={step!r} must be at least 1; mlp_only_layers names layers without experts"
+        )
+    return {"moe.dense_layers": tuple(i for i in range(hf["num_hidden_layers"]) if i in own or (i + 1) % step)}
+
+
 def write_experts(c: ModelConfig) -> Json:
     """E by the name that every version of Transformers reads in families like Qwen2-MoE."""
     return {"num_experts": c.moe.experts}
@@ -45,13 +58,12 @@ _MIXTRAL = like_llama(
 
 
 def _read_qwen3_moe(hf):
-    step, own = hf["decoder_sparse_step"], hf["mlp_only_layers"] or ()
-    dense = tuple(i for i in range(hf["num_hidden_layers"]) if i in own or (i + 1) % step)
     window = hf["sliding_window"] if hf["use_sliding_window"] else None
     return (
         read_rope(hf)
         | read_experts(hf)
-        | {"moe.dense_layers": dense, "window": window or 0, "out_bias": hf["attention_bias"]}
+        | read_dense_layers(hf)
+        | {"window": window or 0, "out_bias": hf["attention_bias"]}
     )
 
 
@@ -95,7 +107,7 @@ _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_s
 def _read_gpt_oss(hf):
     if not (hf["swiglu_limit"] or 0) > 0:
         raise UserError(f"swiglu_limit={hf['swiglu_limit']!r} must be above 0")
-    scaled = hf.get("rope_parameters") or hf.get("rope_scaling")
+    scaled = hf.get("rope_parameters") is not None or hf.get("rope_scaling")
     return (
         read_rope(hf if scaled else hf | {"rope_parameters": _GPT_OSS_ROPE})
         | read_layers(hf, lambda i: "full_attention" if i % 2 else "sliding_attention")

@@ -294,8 +294,11 @@ CASES = {
         | dict(activation_function="relu", encoder_layers=1, d_model=48, decoder_start_token_id=60, pad_token_id=60),
     ),
 }
-OLDER, REFUSED = [*cases_dense.OLDER], [*cases_dense.REFUSED]
+OLDER: list[tuple[str, dict]] = []
+REFUSED: list[tuple[str, dict, str]] = []
 GREEDY = ["gpt2", "opt", "llama-3", "mistral", "gemma3-caps", "neox", "phi3-partial", "t5-1.1", "bart", "marian"]
 for more in (cases_dense, cases_encoders, cases_hybrid, cases_latent, cases_sparse):
     CASES |= more.CASES
     GREEDY += more.GREEDY
+    OLDER += more.OLDER
+    REFUSED += more.REFUSED

@@ -231,6 +231,7 @@ REFUSED: list[tuple[str, dict, str]] = [
     ("cohere2", {"sliding_window": None}, "sliding_window=None"),
     ("cohere2", {"layer_types": ["chunked_attention"] * 5}, "chunked_attention"),
     ("smollm3", {"no_rope_layer_interval": 0, "no_rope_layers": None}, "cannot be read"),
+    ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must have 3 values"),
     ("granite", {"logits_scaling": 0}, "cannot be read"),
     ("granite", {"attention_multiplier": -1.0}, "attention_scale"),
     ("nanochat", {"hidden_act": "relu6"}, "relu6"),

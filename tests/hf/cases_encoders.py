@@ -112,4 +112,15 @@ CASES |= {
         MBART | dict(tie_word_embeddings=False, activation_function="gelu_new", encoder_ffn_dim=24),
     ),
 }
+OLDER: list[tuple[str, dict]] = [
+    ("modernbert-mlm", {"rope_scaling": {"rope_type": "default"}, "norm_bias": ..., "classifier_pooling": ...}),
+    ("electra", {"position_embedding_type": "absolute", "hidden_act": ..., "layer_norm_eps": ...}),
+    ("mbart-unequal", {"normalize_before": True, "add_final_layer_norm": True, "decoder_start_token_id": ...}),
+]
+REFUSED: list[tuple[str, dict, str]] = [
+    ("modernbert", {"global_attn_every_n_layers": 0}, "global_attn_every_n_layers=0 must be at least 1"),
+    ("modernbert", {"rope_scaling": {"rope_theta": 70.0}}, "rope_scaling null"),
+    ("marian-unequal", {"decoder_start_token_id": ...}, "model.start_id=58100"),
+    ("mbart", {"add_final_layer_norm": False}, "add_final_layer_norm"),
+]
 GREEDY = ["bart-unequal", "marian-unequal", "mbart", "mbart-unequal"]

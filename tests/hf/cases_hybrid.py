@@ -87,3 +87,20 @@ CASES: dict[str, tuple[str, dict]] = {
     ),
 }
 GREEDY = ["mamba2", "qwen3-next"]
+OLDER: list[tuple[str, dict]] = [
+    ("mamba2", {"time_step_limit": [0.0, float("inf")], "norm_before_gate": True, "rms_norm": True, "expand": ...}),
+    ("mamba2", {"time_step_limit": ..., "use_bias": ..., "use_conv_bias": ..., "tie_word_embeddings": ...}),
+    ("qwen3-next-mixed", {"layer_types": ..., "full_attention_interval": 2}),
+    (
+        "qwen3-next-dense",
+        {"rope_parameters": ..., "rope_theta": 10_000.0, "partial_rotary_factor": ..., "mlp_only_layers": ...},
+    ),
+]
+REFUSED: list[tuple[str, dict, str]] = [
+    ("mamba2", {"expand": 3}, "expand=3"),
+    ("mamba2", {"time_step_limit": [{"__float__": "-Infinity"}, 1.0]}, "min_step"),
+    ("mamba2", {"time_step_limit": [0.0, {"x": 1}]}, "cannot be read"),
+    ("mamba2", {"rms_norm": False}, "rms_norm=False"),
+    ("qwen3-next", {"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be at least 1"),
+    ("qwen3-next", {"full_attention_interval": 0}, "full_attention_interval=0 must be at least 1"),
+]

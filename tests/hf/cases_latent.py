@@ -121,4 +121,19 @@ CASES: dict[str, tuple[str, dict]] = {
     ),
     "deepseek_v3-classify": ("DeepseekV3ForSequenceClassification", DEEPSEEK | dict(num_labels=3)),
 }
+OLDER: list[tuple[str, dict]] = [
+    ("deepseek_v3", {"num_key_value_heads": None, "head_dim": ..., "moe_layer_freq": 1, "scoring_func": "sigmoid"}),
+    ("deepseek_v3-direct", {"rope_parameters": ..., "rope_theta": 300.0, "rope_scaling": MSCALE | {"type": "yarn"}}),
+    ("deepseek_v2", {"num_key_value_heads": ..., "topk_method": ..., "n_group": ..., "routed_scaling_factor": ...}),
+    ("llama-yarn", {"torch_dtype": "float32", "dtype": ..., "head_dim": None, "mlp_bias": ...}),
+]
+REFUSED: list[tuple[str, dict, str]] = [
+    ("deepseek_v3", {"n_shared_experts": None}, "n_shared_experts=None must be"),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+    ("deepseek_v3", {"rope_interleave": None}, "rope_interleave=None"),
+    ("deepseek_v2-groups", {"n_group": ...}, "n_group=None must be"),
+    ("deepseek_v2-groups", {"topk_group": None}, "topk_group=None must be"),
+    ("deepseek_v2", {"num_experts_per_tok": None}, "num_experts_per_tok=None"),
+]
 GREEDY: list[str] = ["qwen3-yarn", "deepseek_v3", "phi3-short"]

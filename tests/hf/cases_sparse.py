@@ -92,6 +92,20 @@ CASES: dict[str, tuple[str, dict]] = {
     "gpt_oss-yarn": ("GptOssForCausalLM", _GPT_OSS | dict(swiglu_limit=0.02, rope_parameters=_YARN, hidden_size=48)),
     "gpt_oss-classify": ("GptOssForSequenceClassification", _GPT_OSS | dict(num_labels=3)),
 }
+OLDER: list[tuple[str, dict]] = [
+    ("mixtral", {"rope_parameters": ..., "rope_theta": 1e6, "head_dim": ..., "sliding_window": ...}),
+    ("mixtral-window", {"num_key_value_heads": None, "router_jitter_noise": ...}),
+    ("qwen3_moe", {"num_local_experts": ..., "num_experts": 8, "mlp_only_layers": ..., "norm_topk_prob": ...}),
+    ("qwen3_moe", {"decoder_sparse_step": 1, "mlp_only_layers": [0, 2], "head_dim": ..., "use_sliding_window": ...}),
+    ("olmoe", {"rope_parameters": ..., "rope_theta": 10_000.0, "num_experts": ..., "num_local_experts": 8}),
+    ("olmoe", {"num_key_value_heads": 2, "clip_qkv": ..., "norm_topk_prob": ..., "router_aux_loss_coef": ...}),
+    ("gpt_oss-default-rope", {"rope_parameters": {}, "rope_theta": 300.0, "hidden_act": ...}),
+]
+REFUSED: list[tuple[str, dict, str]] = [
+    ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be at least 1"),
+    ("qwen3_moe", {"mlp_only_layers": 3}, "cannot be read"),
+    ("mixtral", {"tie_word_embeddings": None}, "tie_word_embeddings=None"),
+]
 GREEDY: list[str] = [
     "gpt_oss",
     "gpt_oss-default-rope",
