@@ -1,6 +1,7 @@
 """What all tests share: JAX on the CPU, one cache of compiled programs, and checked annotations."""
 
 import contextlib
+import gc
 import logging
 import os
 import pathlib
@@ -21,8 +22,22 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # In the tests, calls of the annotated functions of these rooms are checked: types, shapes and dtypes.
 # Nothing is checked in users' programs, nor in the processes that tests start.
-CHECKED = ["nanoflax.nn", "nanoflax.generate", "nanoflax.train"]
+CHECKED = ["nanoflax.kernels", "nanoflax.nn", "nanoflax.generate", "nanoflax.train"]
 jaxtyping.install_import_hook(CHECKED, "tests.typechecker.check")
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps(request):
+    """Free compiled programs before Linux refuses more memory maps to the process (vm.max_map_count, 65,530), which
+    ends it."""
+    yield
+    request.session.tests_done = done = getattr(request.session, "tests_done", 0) + 1
+    maps = pathlib.Path("/proc/self/maps")
+    if done % 20 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
