@@ -22,8 +22,8 @@ FAMILIES = {family.model_type: family for family in _ALL}
 def family_of_config(config: ModelConfig, model_type: str | None = None) -> Family:
     """The family that a configuration is exported as: model_type, or the first that can express it.
 
-    If no family has models without token types, the first that can express it with one; if none scales an untied
-    table, the first that can express it without the scale; see `save`.
+    An untied table takes the scale of embeddings that a family does not have. If no family has models without token
+    types, the first that can express it with one; see `save`.
     Raises: UserError naming the fields that the nearest family cannot express.
     """
     missing = {}
@@ -33,13 +33,11 @@ def family_of_config(config: ModelConfig, model_type: str | None = None) -> Fami
             missing[name] = differences(family, config)
         except UserError as error:  # a value that the family refuses
             missing[name] = [str(error)]
-        if not missing[name]:
+        if not missing[name] or missing[name] == ["embed_scale"] and not config.tied:
             return family
     if ["token_types"] in missing.values():
         with contextlib.suppress(UserError):
             return family_of_config(dataclasses.replace(config, token_types=1), model_type)
-    if ["embed_scale"] in missing.values() and not config.tied:
-        return family_of_config(dataclasses.replace(config, embed_scale=1.0), model_type)
     nearest = min(missing, key=lambda name: (missing[name][0] in ("architecture", "head"), len(missing[name])))
     fields = ", ".join(
         f"model.{name}={getattr(config, name)!r}" if name in FIELD_TYPES else name for name in missing[nearest]
