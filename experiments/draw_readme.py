@@ -25,10 +25,9 @@ PURPOSE = {
     "hf": "Hugging Face models, in and out", "train": "state, step, loop, objectives, optimizers",
     "peft": "LoRA, AdaLoRA, adapters, prompts", "generate": "sampling, beam search, scoring",
     "nn": "layers, attention, experts, models", "kernels": "what nn computes, faster",
-    "data": "files, clean text, tokens, windows",
-    "tokenizers": "trained here, or read from files", "parallel": "mesh, sharding table, hosts",
-    "config": "every choice of a run, checked", "report": "progress, metrics, plots",
-    "untrusted": "strangers' files: JSON, sizes, links",
+    "data": "files, clean text, tokens, windows", "tokenizers": "trained here, or read from files",
+    "parallel": "mesh, sharding table, hosts", "config": "every choice of a run, checked",
+    "report": "progress, metrics, plots", "untrusted": "strangers' files: JSON, sizes, links",
     "errors": "UserError: one line for the user", "arrays": "types of arrays"}  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float, Int
 
@@ -42,7 +43,7 @@ def sinusoidal(positions: Int[Array, "B T"], dim: int, halves: bool = False) -> 
 
 
 def rotary_rates(
-    rope: RopeConfig, dim: int, local: bool = False, length: Int[Array, ""] | int = 0
+    rope: RopeConfig, dim: int, local: bool = False, length: Int[Array, ""] | int | np.integer = 0
 ) -> Float[Array, " R"]:
     """The angle, in radians per position, by which each rotary pair of `dim` numbers turns (Su et al. 2021).
 
@@ -109,7 +110,10 @@ def rotary_angles(positions: Int[Array, "B T"], rates: Float[Array, " R"]) -> An
 
 
 def angles_of(
-    config: ModelConfig, positions: Int[Array, "B T"], local: bool = False, length: Int[Array, ""] | int | None = None
+    config: ModelConfig,
+    positions: Int[Array, "B T"],
+    local: bool = False,
+    length: Int[Array, ""] | int | np.integer | None = None,
 ) -> Angles:
     """Cosines and sines of the rotary positions of a model's layers; local: of those with a window.
 
