@@ -133,7 +133,7 @@ def layer_problems(m: Any) -> list[str]:
         found.append("model.rope.scaling='dynamic' needs more than one pair of rotary numbers")
     if m.latent.rank:
         found += _latent_problems(m)
-    if m.recurrent.heads % m.recurrent.groups:
+    if {*RECURRENT} & {*m.layer_types} and m.recurrent.heads % m.recurrent.groups:
         found.append(f"model.recurrent.groups={m.recurrent.groups} does not divide heads={m.recurrent.heads}")
     if m.recurrent.max_step is not None and m.recurrent.min_step > m.recurrent.max_step:
         found.append(f"model.recurrent.min_step={m.recurrent.min_step} must be at most max_step={m.recurrent.max_step}")

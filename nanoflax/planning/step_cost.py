@@ -153,7 +153,7 @@ def _row_shards(mesh: parallel.AnyMesh) -> int:
 
 def config_per_chip(config: Config, mesh: parallel.AnyMesh) -> Config:
     """The Config of the part that one chip computes in a micro-batch: fewer rows, T, heads, F, V."""
-    m, t, split = config.model, config.train, mesh.shape["tensor"]
+    m, t, r, split = config.model, config.train, config.model.recurrent, mesh.shape["tensor"]
     rows = t.batch_size // t.accumulate // _row_shards(mesh)
     if m.head == "lm" and not m.reads_source:  # the number of chunks is that of the complete micro-batch
         t = dataclasses.replace(
@@ -167,9 +167,7 @@ def config_per_chip(config: Config, mesh: parallel.AnyMesh) -> Config:
             kv_heads=m.G // split,
             head_dim=m.K,
             mlp_dim=m.F // split,
-            recurrent=dataclasses.replace(
-                m.recurrent, heads=m.recurrent.heads // split, groups=m.recurrent.groups // split
-            ),
+            recurrent=dataclasses.replace(r, heads=max(1, r.heads // split), groups=max(1, r.groups // split)),
             decoder_heads=None,  # other heads of the decoder have as many numbers in all as those of the encoder
             decoder_mlp_dim=m.decoder.F // split if m.cross_layers else None,
             vocab_size=m.vocab_size // split,
