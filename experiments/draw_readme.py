@@ -28,7 +28,7 @@ PURPOSE = {
     "data": "files, clean text, tokens, windows", "tokenizers": "trained here, or read from files",
     "parallel": "mesh, sharding table, hosts", "config": "every choice of a run, checked",
     "report": "progress, metrics, plots", "untrusted": "strangers' files: JSON, sizes, links",
-    "errors": "UserError: one line for the user", "arrays": "types of arrays"}  # fmt: skip
+    "errors": "UserError: one line for the user"}  # fmt: skip
 
 
 def canvas(width, height):

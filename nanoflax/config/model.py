@@ -324,6 +324,38 @@ class ModelConfig:
             found.append(
                 f"model.vocab_padding={m.vocab_padding} must be from 0 to below model.vocab_size={m.vocab_size}"
             )
+        found += m._block_problems()
+        found += layer_problems(m)
+        if m.class_names and len(m.class_names) != m.labels and m.vocab_size:  # finetune sets both
+            found.append(f"model.class_names has {len(m.class_names)} names for model.labels={m.labels} classes")
+        if twice := [name for name in dict.fromkeys(m.class_names) if m.class_names.count(name) > 1]:
+            found.append(f"model.class_names has {', '.join(twice)} twice")
+        if m.bottleneck != "none" and not m.reads_source:
+            found.append(
+                f"model.bottleneck={m.bottleneck!r} is for model.architecture='encoder_decoder' "
+                f"or 'lstm', not {m.architecture!r}"
+            )
+        if not m.has_blocks and m.decoder_layers not in (None, m.layers):
+            found.append(
+                f"model.decoder_layers={m.decoder_layers} must equal model.layers={m.layers} "
+                "in an lstm: a decoder layer starts from the last state of the encoder layer"
+            )
+        if m.output_delay and m.head != "lm":
+            found.append(
+                f"model.output_delay={m.output_delay} needs model.head='lm', not {m.head!r}: "
+                "the delay is for models that generate token by token"
+            )
+        if m.vocab_size > 0 and m.start_id >= m.vocab_size - m.vocab_padding:
+            found.append(f"model.start_id={m.start_id} must be below model.vocab_size={m.vocab_size - m.vocab_padding}")
+        g = m.generation
+        for i in {g.forced_bos_token_id, g.decoder_start_token_id, *g.forced_eos_token_id} - {None}:
+            if m.vocab_size and i >= m.vocab_size:
+                found.append(f"model.generation has the token id {i}, but model.vocab_size={m.vocab_size}")
+        return found
+
+    def _block_problems(self) -> list[str]:
+        """The conflicts of what all blocks have: attention, MLP, norms, embeddings."""
+        m, found = self, []
         for name, side in [("heads", m), *([("decoder_heads", m.decoder)] if m.decoder_heads else [])]:
             if m.head_dim is None and m.dim % side.heads:
                 found.append(
@@ -365,30 +397,4 @@ class ModelConfig:
                 f"model.embed_dim={m.embed_dim} must equal model.dim={m.dim}, except in a decoder or encoder without "
                 "output_delay"
             )
-        found += layer_problems(m)
-        if m.class_names and len(m.class_names) != m.labels and m.vocab_size:  # finetune sets both
-            found.append(f"model.class_names has {len(m.class_names)} names for model.labels={m.labels} classes")
-        if twice := [name for name in dict.fromkeys(m.class_names) if m.class_names.count(name) > 1]:
-            found.append(f"model.class_names has {', '.join(twice)} twice")
-        if m.bottleneck != "none" and not m.reads_source:
-            found.append(
-                f"model.bottleneck={m.bottleneck!r} is for model.architecture='encoder_decoder' "
-                f"or 'lstm', not {m.architecture!r}"
-            )
-        if not m.has_blocks and m.decoder_layers not in (None, m.layers):
-            found.append(
-                f"model.decoder_layers={m.decoder_layers} must equal model.layers={m.layers} "
-                "in an lstm: a decoder layer starts from the last state of the encoder layer"
-            )
-        if m.output_delay and m.head != "lm":
-            found.append(
-                f"model.output_delay={m.output_delay} needs model.head='lm', not {m.head!r}: "
-                "the delay is for models that generate token by token"
-            )
-        if m.vocab_size > 0 and m.start_id >= m.vocab_size - m.vocab_padding:
-            found.append(f"model.start_id={m.start_id} must be below model.vocab_size={m.vocab_size - m.vocab_padding}")
-        g = m.generation
-        for i in {g.forced_bos_token_id, g.decoder_start_token_id, *g.forced_eos_token_id} - {None}:
-            if m.vocab_size and i >= m.vocab_size:
-                found.append(f"model.generation has the token id {i}, but model.vocab_size={m.vocab_size}")
         return found

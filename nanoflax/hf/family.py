@@ -222,8 +222,42 @@ def canonical(config: ModelConfig) -> ModelConfig:
 
     Two configurations of one model become equal.
     """
-    c, default = config, ModelConfig()
-    unused = ["dtype", "attention_backend", "init_from", "lstm_attention", "lstm_start"]
+    c, unused = _canonical_layers(config)
+    c, more = _canonical_head(c)
+    unused += ["dtype", "attention_backend", "init_from", "lstm_attention", "lstm_start", *more]
+    window = c.window if any(c.is_local(i) for i in range(c.layers)) else 0
+    types = tuple(map(c.layer_type, range(c.layers)))
+    same = c.rope.scaling == "none" and c.rope.local_theta == c.rope.theta
+    if c.rope.local_theta is not None and (same or not window):
+        c = dataclasses.replace(c, rope=dataclasses.replace(c.rope, local_theta=None))
+    if c.cross_layers:
+        side = c.decoder
+        c = dataclasses.replace(c, decoder_layers=c.cross_layers, decoder_heads=side.heads, decoder_mlp_dim=side.F)
+    else:
+        unused += ["decoder_layers", "decoder_heads", "decoder_mlp_dim", "start_id"]
+    biases = {f"{part}_bias": c.has_bias(part) for part in ("qkv", "out", "mlp", "norm")}
+    if c.norm == "rmsnorm":
+        biases["norm_bias"] = False
+    return dataclasses.replace(
+        c,
+        kv_heads=c.G,
+        head_dim=c.K,
+        mlp_dim=c.F,
+        embed_dim=c.embed_dim or c.dim,
+        bias=True,
+        **biases,
+        window=window,
+        layer_types=types,
+        pooler=c.has_pooler,
+        transform_activation=(c.transform_activation if c.has_transform else None) or c.activation,
+        attention_scale=c.attention_scale or c.K**-0.5,
+        **{name: getattr(ModelConfig(), name) for name in unused},
+    )
+
+
+def _canonical_layers(c: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """(the configuration with its sections resolved, the fields that its layers do not use)."""
+    unused = []
     if c.positions != "rotary":
         unused += ["rope", "nope_layers"]
     else:
@@ -258,11 +292,12 @@ def canonical(config: ModelConfig) -> ModelConfig:
         unused += ["relative_buckets", "relative_distance"]
     if c.positions != "learned":
         unused += ["position_offset"]
-    window = c.window if any(c.is_local(i) for i in range(c.layers)) else 0
-    types = tuple(map(c.layer_type, range(c.layers)))
-    same = c.rope.scaling == "none" and c.rope.local_theta == c.rope.theta
-    if c.rope.local_theta is not None and (same or not window):
-        c = dataclasses.replace(c, rope=dataclasses.replace(c.rope, local_theta=None))
+    return c, unused
+
+
+def _canonical_head(c: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """(the configuration with names of its classes, the fields that its head does not use)."""
+    unused = []
     if c.head not in ("classify", "tag"):
         unused += ["labels", "class_names"]
     elif not c.class_names:  # the names that Transformers gives to classes without names
@@ -279,29 +314,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
         unused += ["pooler_activation"]
     if c.head not in ("lm", "mlm"):
         unused += ["tied", "head_bias", "logit_softcap", "logit_scale"]
-    if c.cross_layers:
-        side = c.decoder
-        c = dataclasses.replace(c, decoder_layers=c.cross_layers, decoder_heads=side.heads, decoder_mlp_dim=side.F)
-    else:
-        unused += ["decoder_layers", "decoder_heads", "decoder_mlp_dim", "start_id"]
-    biases = {f"{part}_bias": c.has_bias(part) for part in ("qkv", "out", "mlp", "norm")}
-    if c.norm == "rmsnorm":
-        biases["norm_bias"] = False
-    return dataclasses.replace(
-        c,
-        kv_heads=c.G,
-        head_dim=c.K,
-        mlp_dim=c.F,
-        embed_dim=c.embed_dim or c.dim,
-        bias=True,
-        **biases,
-        window=window,
-        layer_types=types,
-        pooler=c.has_pooler,
-        transform_activation=(c.transform_activation if c.has_transform else None) or c.activation,
-        attention_scale=c.attention_scale or c.K**-0.5,
-        **{name: getattr(default, name) for name in unused},
-    )
+    return c, unused
 
 
 def differences(family: Family, config: ModelConfig) -> list[str]:

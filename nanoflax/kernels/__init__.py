@@ -1,10 +1,13 @@
-"""Operations computed faster than jax.numpy alone does it: each equals a few plain lines, which its tests give."""
+"""Operations computed faster than jax.numpy alone does it: each equals a few plain lines, which its tests give. Also
+the types of arrays in annotations."""
 
+from nanoflax.kernels.arrays import Array, Keys, Logits, Queries, Source, SourceMask, States, Tokens
 from nanoflax.kernels.cross_entropy import chunked_cross_entropy, chunks_of, mask_padding, token_losses
 from nanoflax.kernels.fused_attention import Call, MaskSpec, attend_by, choose
 from nanoflax.kernels.rows import matmul, standardise
 from nanoflax.kernels.softmax_attention import softmax_attention
 
 __all__ = [
-    "Call", "MaskSpec", "attend_by", "choose", "chunked_cross_entropy", "chunks_of", "mask_padding", "matmul",
-    "softmax_attention", "standardise", "token_losses"]  # fmt: skip
+    "Array", "Call", "Keys", "Logits", "MaskSpec", "Queries", "Source", "SourceMask", "States", "Tokens",
+    "attend_by", "choose", "chunked_cross_entropy", "chunks_of", "mask_padding", "matmul", "softmax_attention",
+    "standardise", "token_losses"]  # fmt: skip

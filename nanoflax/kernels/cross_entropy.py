@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from nanoflax import parallel
-from nanoflax.arrays import Array
+from nanoflax.kernels.arrays import Array
 
 
 def mask_padding(logits: Float[Array, "*B V"], padding: int) -> Float[Array, "*B V"]:

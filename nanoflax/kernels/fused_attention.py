@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from nanoflax import parallel
-from nanoflax.arrays import Array, Keys, Queries, SourceMask, Tokens
 from nanoflax.errors import UserError
+from nanoflax.kernels.arrays import Array, Keys, Queries, SourceMask, Tokens
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("segments", "valid"), meta_fields=("window",))

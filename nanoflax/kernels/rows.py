@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Float
 
 from nanoflax import parallel
-from nanoflax.arrays import Array
+from nanoflax.kernels.arrays import Array
 
 
 @jax.custom_vjp

@@ -1,7 +1,6 @@
 """The models: masks, positions, attention, layers, blocks, the four architectures, and losses."""
 
-from nanoflax.arrays import Array
-from nanoflax.kernels import chunked_cross_entropy, chunks_of, token_losses
+from nanoflax.kernels import Array, chunked_cross_entropy, chunks_of, token_losses
 from nanoflax.nn.attention import Attention, dot_product_attention
 from nanoflax.nn.blocks import Block, Stack
 from nanoflax.nn.language_model import LanguageModel, SourceModel, mean_pool

@@ -9,9 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from nanoflax import kernels, parallel
-from nanoflax.arrays import Array, Keys, Queries, States, Tokens
 from nanoflax.config import ModelConfig
-from nanoflax.kernels import MaskSpec, softmax_attention
+from nanoflax.kernels import Array, Keys, MaskSpec, Queries, States, Tokens, softmax_attention
 from nanoflax.nn import masking
 from nanoflax.nn.layers import Linear, Norm
 from nanoflax.nn.positions import Angles, rotate

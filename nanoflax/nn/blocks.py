@@ -11,9 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
-from nanoflax.arrays import Array, Keys, SourceMask, States, Tokens
 from nanoflax.config import ModelConfig
-from nanoflax.kernels import MaskSpec
+from nanoflax.kernels import Array, Keys, MaskSpec, SourceMask, States, Tokens
 from nanoflax.nn import masking, positions
 from nanoflax.nn.attention import Attention, AttentionInputs, LayerCache, empty_attention_cache
 from nanoflax.nn.latent import LatentAttention, empty_latent_cache

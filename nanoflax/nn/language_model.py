@@ -5,9 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
-from nanoflax.arrays import Array, Logits, Source, SourceMask, States, Tokens
 from nanoflax.config import ModelConfig
-from nanoflax.kernels import mask_padding
+from nanoflax.kernels import Array, Logits, Source, SourceMask, States, Tokens, mask_padding
 from nanoflax.nn.layers import Embedding, Linear, activate
 
 

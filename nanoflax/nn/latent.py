@@ -7,8 +7,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from nanoflax import parallel
-from nanoflax.arrays import Array, Queries, States
 from nanoflax.config import ModelConfig
+from nanoflax.kernels import Array, Queries, States
 from nanoflax.nn.attention import AttentionInputs, LayerCache, heads_first
 from nanoflax.nn.layers import Linear, Norm
 from nanoflax.nn.positions import rotate

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from nanoflax.arrays import Array
-from nanoflax.kernels import matmul, standardise
+from nanoflax.kernels import Array, matmul, standardise
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

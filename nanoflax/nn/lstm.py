@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from nanoflax import parallel
-from nanoflax.arrays import Array, Source, SourceMask, States, Tokens
+from nanoflax.kernels import Array, Source, SourceMask, States, Tokens
 from nanoflax.nn.blocks import REMAT_POLICIES
 from nanoflax.nn.language_model import SourceModel, empty_delay
 from nanoflax.nn.layers import Linear

@@ -6,7 +6,7 @@ Every mask broadcasts to [B, H, T, S]; masks combine with `&`.
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
 
-from nanoflax.arrays import Array
+from nanoflax.kernels import Array
 
 
 def causal(query_positions: Int[Array, "*#B T"], key_positions: Int[Array, "*#B S"]) -> Bool[Array, "_ 1 T S"]:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Bool, Float, Int
 
-from nanoflax.arrays import Array, Logits, Source, SourceMask, States, Tokens
 from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
+from nanoflax.kernels import Array, Logits, Source, SourceMask, States, Tokens
 from nanoflax.nn.attention import Attention, LayerCache, attention_weights
 from nanoflax.nn.blocks import Stack, empty_cache, norm
 from nanoflax.nn.language_model import LanguageModel, SourceModel, empty_delay, mean_pool

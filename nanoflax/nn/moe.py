@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from nanoflax import parallel
-from nanoflax.arrays import Array, States, Tokens
 from nanoflax.config import ModelConfig, MoEConfig
+from nanoflax.kernels import Array, States, Tokens
 from nanoflax.nn.layers import MLP, Linear
 
 MAX_BLOCK = 256  # rows

@@ -8,9 +8,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float, Int
 
-from nanoflax.arrays import Array
 from nanoflax.config import ModelConfig, RopeConfig
 from nanoflax.errors import UserError
+from nanoflax.kernels import Array
 
 
 def check_context(config: ModelConfig, needed: int | Int[Array, ""]) -> None:

@@ -10,8 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from nanoflax import parallel
-from nanoflax.arrays import Array, States, Tokens
 from nanoflax.config import ModelConfig
+from nanoflax.kernels import Array, States, Tokens
 from nanoflax.nn.attention import AttentionInputs, LayerCache
 from nanoflax.nn.layers import Linear, activate, rms_norm
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Int
 
-from nanoflax.arrays import Array
+from nanoflax.kernels import Array
 
 
 def shift_right(
