@@ -3,7 +3,8 @@
 Command:   python -m experiments.pretrain --config=mixtral_8x7b --workdir=runs/mixtral_8x7b
 Hardware:  a TPU v5e-256 or v6e-256 slice (--topology=v5e:16x16 or v6e:16x16)
 Data:      prepare tfds:NAME first; data.tokenizer: at most 32,000 pieces, such as a tokenizer directory
-Figure:    projected by experiments.plan; see there. Not trained.
+Figure:    none: not trained, and not compiled (libtpu 0.0.42 ends with an internal error for a v5e:16x16; on the
+           meshes 2,16,1,1,8 and 8,32,1 its compiler runs out of memory). experiments.plan gives an estimate.
 """
 
 from nanoflax.config import Config, OptimConfig, TextData, TrainConfig, preset

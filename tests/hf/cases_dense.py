@@ -1,36 +1,10 @@
 """Cases of tests/hf/cases.py: more dense decoders."""
 
-LLAMA = dict(
-    max_position_embeddings=64,
-    num_hidden_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-LINEAR = {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 300.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 16}
-SFS = ["sliding_attention", "full_attention", "sliding_attention"]
-OPT = dict(
-    max_position_embeddings=64,
-    num_hidden_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    ffn_dim=48,
-    word_embed_proj_dim=24,
-    dropout=0.0,
-)
+from tests.hf import shapes
+from tests.hf.shapes import LINEAR, LLAMA, LLAMA3, SFS, YARN
+
+OPT = shapes.OPT | dict(word_embed_proj_dim=24)
+
 
 CASES: dict[str, tuple[str, dict]] = {
     "opt-350m": ("OPTForCausalLM", OPT | dict(do_layer_norm_before=False)),

@@ -1,5 +1,8 @@
 """Cases of tests/hf/cases.py: more encoders and encoder-decoders."""
 
+from tests.hf import shapes
+from tests.hf.shapes import BERT
+
 MODERN = dict(
     max_position_embeddings=64,
     num_hidden_layers=4,
@@ -18,16 +21,6 @@ MODERN_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 900.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
 }
-BERT = dict(
-    max_position_embeddings=64,
-    num_hidden_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    intermediate_size=48,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-    num_labels=3,
-)
 BIASES = dict(norm_bias=True, mlp_bias=True, attention_bias=True, classifier_bias=True)
 
 CASES: dict[str, tuple[str, dict]] = {
@@ -77,19 +70,7 @@ CASES |= {
     ),
     "electra-tag": ("ElectraForTokenClassification", ELECTRA | dict(embedding_size=32)),
 }
-BART = dict(
-    max_position_embeddings=64,
-    d_model=32,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=4,
-    decoder_attention_heads=4,
-    encoder_ffn_dim=48,
-    decoder_ffn_dim=48,
-    dropout=0.0,
-    forced_eos_token_id=None,
-    decoder_start_token_id=2,
-)
+BART = shapes.BART | dict(decoder_start_token_id=2)
 MBART = BART | dict(decoder_start_token_id=61)
 CASES |= {
     "bart-unequal": (

@@ -1,17 +1,7 @@
 """Cases of tests/hf/cases.py: scalings of rotary positions, and latent attention."""
 
-LLAMA = dict(
-    vocab_size=67,
-    max_position_embeddings=64,
-    num_hidden_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+from tests.hf.shapes import LLAMA
+
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 300.0,

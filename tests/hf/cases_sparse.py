@@ -1,21 +1,11 @@
 """Cases of tests/hf/cases.py: mixture of experts."""
 
-_TINY = dict(
-    vocab_size=67,
-    max_position_embeddings=64,
-    num_hidden_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=24,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+from tests.hf.shapes import LLAMA, YARN
+
+_TINY = LLAMA | dict(intermediate_size=24)
 _MIXTRAL = _TINY | dict(num_local_experts=4)
 _MOE = _TINY | dict(num_experts=8, num_experts_per_tok=3)
 _QWEN3 = _MOE | dict(moe_intermediate_size=16, num_hidden_layers=4)
-_YARN = dict(rope_type="yarn", rope_theta=300.0, factor=4.0, original_max_position_embeddings=16)
 _GPT_OSS = _TINY | dict(num_local_experts=5, num_experts_per_tok=2, head_dim=16, sliding_window=5)
 
 CASES: dict[str, tuple[str, dict]] = {
@@ -49,7 +39,7 @@ CASES: dict[str, tuple[str, dict]] = {
             sliding_window=6,
             hidden_act="gelu_pytorch_tanh",
             rms_norm_eps=1e-2,
-            rope_parameters=_YARN,
+            rope_parameters=YARN,
         ),
     ),
     "qwen3_moe-classify": ("Qwen3MoeForSequenceClassification", _QWEN3 | dict(num_labels=3)),
@@ -89,7 +79,7 @@ CASES: dict[str, tuple[str, dict]] = {
             rope_parameters=dict(rope_type="default", rope_theta=300.0),
         ),
     ),
-    "gpt_oss-yarn": ("GptOssForCausalLM", _GPT_OSS | dict(swiglu_limit=0.02, rope_parameters=_YARN, hidden_size=48)),
+    "gpt_oss-yarn": ("GptOssForCausalLM", _GPT_OSS | dict(swiglu_limit=0.02, rope_parameters=YARN, hidden_size=48)),
     "gpt_oss-classify": ("GptOssForSequenceClassification", _GPT_OSS | dict(num_labels=3)),
 }
 OLDER: list[tuple[str, dict]] = [
