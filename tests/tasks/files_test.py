@@ -34,6 +34,15 @@ def read(source, kind, text=None, path=None, **options):
 # Tables.
 
 
+def is_table(text, delimiter):
+    """Whether the module csv reads a text that it wrote."""
+    try:
+        list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except csv.Error:
+        return False
+    return True
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     rows=st.lists(st.tuples(CELL, CELL).filter(lambda row: all(map(str.strip, row))), min_size=1, max_size=6),
@@ -52,6 +61,8 @@ def test_tables_are_read_as_pythons_csv_writes_them(tmp_path_factory, rows, kind
     assume(header or not ("," not in first and ";" in first) and not re.search(r"\A[\w.-]+\Z", "".join(rows[0])))
     # Python does not quote a carriage return at the end of a line, which is then a part of the line's end.
     assume(quoting == csv.QUOTE_ALL or not any(row[0 if header else 1].endswith("\r") for row in rows))
+    # Nor one inside a line with quotes, which Python's own reader then refuses.
+    assume('"' not in file.getvalue() or is_table(file.getvalue(), ",\t"[kind == "tsv"]))
     path = tmp_path_factory.getbasetemp() / "table"
     # Without cleaning, so that each character counts.
     found, _ = read(kind, Pair, file.getvalue(), path, encoding=encoding, unicode="", whitespace="")
