@@ -39,10 +39,10 @@ def make_schedule(config: OptimConfig, steps: int, peak: float) -> optax.Schedul
 
 
 def is_kernel(path: tuple, leaf: Any) -> bool:
-    """Whether a parameter is a matrix between hidden states, or one for each expert: not an embedding, the head or a
-    vector."""
+    """Whether a parameter is a matrix between hidden states, or one for each expert: not an embedding, the head, a
+    router or a vector."""
     names = [getattr(p, "key", None) for p in path]
-    return names[-1] == "kernel" and leaf.ndim == 2 + ("experts" in names) and "unembed" not in names
+    return names[-1] == "kernel" and leaf.ndim == 2 + ("experts" in names) and not {"unembed", "router"} & {*names}
 
 
 def matrix_axes(params: Any) -> Any:

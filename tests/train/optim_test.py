@@ -182,12 +182,14 @@ def test_muon_orthogonalises_hidden_matrices_alone():
 def test_muon_takes_each_expert_as_a_matrix():
     rng = np.random.default_rng(0)
     kernels = jnp.asarray(rng.normal(size=(3, 8, 6)), jnp.float32)
-    tx, _ = make_optimizer(OptimConfig(name="muon", learning_rate=1e-3, muon_learning_rate=0.02), 10)
+    tx, _ = make_optimizer(OptimConfig(name="muon", learning_rate=1e-3, muon_learning_rate=0.02, weight_decay=0.0), 10)
 
     def update(params):
         return tx.update(params, tx.init(params), params)[0]
 
     together = update({"mlp": {"experts": {"up": {"kernel": kernels}}}})["mlp"]["experts"]["up"]["kernel"]
+    router = np.abs(update({"mlp": {"router": {"kernel": kernels[0]}}})["mlp"]["router"]["kernel"])
+    assert router.max() < 1.01 * router.min()  # Adam's first step: all entries alike
     for i, kernel in enumerate(kernels):
         alone = update({"mlp": {"up": {"kernel": kernel}}})["mlp"]["up"]["kernel"]
         np.testing.assert_allclose(together[i], alone, rtol=1e-4, atol=1e-6)
