@@ -48,12 +48,14 @@ def advance(
     """Extend each beam by one token, and move the beams that end to the hypotheses.
 
     As in Transformers' `generate`: of the best continuations, W for each end and W more, the first W that do not end
-    become the beams, and those that end become hypotheses if they are among the first W. prompt: see `Written`.
+    become the beams, and those that end become hypotheses if they are among the first W. prompt: the beginning of
+    `Written.history`.
     """
     (B, W, N), rules = s.tokens.shape, model.config.generation
     logits, cache = model.decode(params, s.token[:, None], s.cache)
     logp = jax.nn.log_softmax(only_below(vocab_size, logits[:, -1]))
-    written = Written(prompt, s.tokens.reshape(B * W, N), s.step, jnp.int32(N))
+    new = jnp.where(jnp.arange(N) < s.step, s.tokens.reshape(B * W, N), -1)
+    written = Written(jnp.concatenate([prompt, new], 1), prompt.shape[1] + s.step, s.step, jnp.int32(N))
     logp = process(logp, rules, eos_ids, repetition_penalty, written)
     logp = jax.nn.log_softmax(logp) if rules.renormalize_logits else logp
     V = logp.shape[-1]

@@ -14,11 +14,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
-from nanoflax.generate.processors import Filters, Written, filtered, make_filters, mask, only_below, process
+from nanoflax.generate.processors import (
+    Filters,
+    Written,
+    choose,
+    filtered,
+    is_key_of_rows,
+    make_filters,
+    mask,
+    only_below,
+    process,
+)
 from nanoflax.nn import Array, LanguageModel
 from nanoflax.tokenizers import request_of
 
@@ -49,17 +59,15 @@ def start(
     will be used."""
     B, P = tokens.shape
     token, cache = model.prefill(params, tokens, lengths, new_tokens)
-    written = Written(
-        written_prompt(model.config, tokens, lengths, token),
-        jnp.full((B, new_tokens), -1, jnp.int32),
-        jnp.int32(0),
-        jnp.int32(new_tokens if limit is None else limit),
-    )
+    prompt = written_prompt(model.config, tokens, lengths, token)
+    history = jnp.pad(prompt, [(0, 0), (0, new_tokens)], constant_values=-1)
+    limit = jnp.asarray(new_tokens if limit is None else limit, jnp.int32)
+    written = Written(history, jnp.int32(prompt.shape[1]), jnp.int32(0), limit)
     return Generation(cache, token, jnp.zeros(B, bool), written, rng)
 
 
 def written_prompt(config: ModelConfig, tokens: Array, lengths: Array, token: Array) -> Int[Array, "B P"]:
-    """`Written.prompt`: the prompts with -1 for padding; for a model with a source, its start token."""
+    """The beginning of `Written.history`: prompts with -1 for padding; for a model with a source, its start token."""
     if config.reads_source:
         return token[:, None]
     P = tokens.shape[1]
@@ -86,24 +94,17 @@ def advance(
         logits, cache = model.decode(params, state.token[:, None], state.cache)
         logits, w = only_below(vocab_size, logits[:, -1]), state.written
         logits = process(logits, model.config.generation, eos_ids, filters.repetition_penalty, w)
-        rng, key = jax.random.split(state.rng)
+        rows = is_key_of_rows(state.rng)
+        rng, key = jnp.unstack(jax.vmap(jax.random.split)(state.rng), axis=1) if rows else jax.random.split(state.rng)
         token, done = choose(logits, key, filters), state.done
         if eos_ids:
             token = jnp.where(done, eos_ids[0], token)
             done |= jnp.array(mask(eos_ids, logits.shape[-1]))[token]
-        written = w._replace(new=w.new.at[:, w.step].set(token), step=w.step + 1)
         found = (token, record(filtered(logits, filters), token)) if record else token  # XLA filters once
-        return Generation(cache, token, done, written, rng), found
+        return Generation(cache, token, done, w.add(token), rng), found
 
     state, found = jax.lax.scan(step, state, length=steps)
     return state, jax.tree.map(lambda x: x.swapaxes(0, 1), found)
-
-
-def choose(logits: Float[Array, "B V"], rng: jax.Array, filters: Filters) -> Int[jax.Array, " B"]:
-    """The next token of each row: the most probable without a temperature, else drawn."""
-    if filters.temperature is None:
-        return logits.argmax(-1).astype(jnp.int32)
-    return jax.random.categorical(rng, filtered(logits, filters)).astype(jnp.int32)
 
 
 def decoding_model(model: LanguageModel, rows: int) -> LanguageModel:

@@ -4,7 +4,6 @@ No token is dropped. Tokens are sorted by expert into blocks of rows that have o
 products are products of blocks.
 """
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,10 +15,8 @@ from jaxtyping import Float, Int
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig, MoEConfig
-from nanoflax.kernels import Array, States, Tokens
+from nanoflax.kernels import Array, States, Tokens, blocks_of, grouped_matmul, move
 from nanoflax.nn.layers import MLP, Linear
-
-MAX_BLOCK = 256  # rows
 
 
 def route(
@@ -44,36 +41,6 @@ def route(
     return chosen, weights * moe.scale, scores / jnp.maximum(scores.sum(-1, keepdims=True), 1e-20)
 
 
-def blocks_of(ids: Int[Array, " M"], E: int, most: int) -> tuple[Int[Array, " R"], Int[Array, " M"], Int[Array, " n"]]:
-    """Rows sorted by expert, in n blocks of R / n rows with one expert each. ids: the expert of each of M tokens, E for
-    none; most: how many tokens have one, at most.
-
-    Returns (the token of each row, M in a row without one; the row of each token, R for none; the expert of each
-    block, E in a block without rows).
-    """
-    M = len(ids)
-    b = 2 ** int(math.log2(min(max(most / (4 * E), 1), MAX_BLOCK)))  # at most a quarter of the rows are empty
-    n = (most + E * (b - 1)) // b
-    sizes = jnp.bincount(ids, length=E)
-    blocks = -(-sizes // b)
-    ends = jnp.cumsum(blocks)
-    order = jnp.argsort(ids)
-    before = (ends - blocks) * b - (jnp.cumsum(sizes) - sizes)  # empty rows before those of an expert
-    rows = jnp.where(ids[order] < E, jnp.arange(M) + before[ids[order]], n * b)
-    experts = jnp.searchsorted(ends, jnp.arange(n), side="right")
-    return jnp.full(n * b, M).at[rows].set(order), jnp.zeros_like(order).at[order].set(rows), experts
-
-
-@jax.custom_vjp
-def move(x: Float[Array, "M D"], index: Int[Array, " R"], back: Int[Array, " M"]) -> Float[Array, "R D"]:
-    """x[index], 0 where index is M. back: the place of each row of x in the result; the gradient reads it, because
-    reading rows is faster than adding to them."""
-    return x.at[index].get(mode="fill", fill_value=0)
-
-
-move.defvjp(lambda x, *ways: (move(x, *ways), ways), lambda ways, dy: (move(dy, *ways[::-1]), None, None))
-
-
 def expert_product(x: Float[Array, "n b I"], p: Mapping[str, Any], experts: Int[Array, " n"]) -> Float[Array, "n b O"]:
     """The product of each block of rows with the kernel [E, I, O], among an expert Linear's parameters p, of its
     expert, and LoRA if p has lora_a [E, I, R] and lora_b [E, R, O]. experts: ascending, E for none."""
@@ -82,25 +49,6 @@ def expert_product(x: Float[Array, "n b I"], p: Mapping[str, Any], experts: Int[
         a, b, scale = (p[f"lora_{name}"].astype(x.dtype) for name in ("a", "b", "scale"))
         y += grouped_matmul(grouped_matmul(x, a, experts) * jax.lax.stop_gradient(scale), b, experts)
     return y
-
-
-def grouped_matmul(
-    x: Float[Array, "n b I"], w: Float[Array, "E I O"], experts: Int[Array, " n"]
-) -> Float[Array, "n b O"]:
-    """x[i] @ w[experts[i]]. experts: ascending. XLA has a kernel for ragged_dot on TPU and GPU; on CPU it
-    multiplies all rows with all experts."""
-    return jax.lax.platform_dependent(x, w, experts, cpu=by_block, default=ragged)
-
-
-def by_block(x, w, experts):
-    """`grouped_matmul`, one block at a time."""
-    return jax.lax.map(lambda block: block[0] @ w[block[1]], (x, experts))
-
-
-def ragged(x, w, experts):
-    """`grouped_matmul` as one ragged_dot."""
-    rows = x.shape[1] * jnp.bincount(experts, length=len(w))
-    return jax.lax.ragged_dot(x.reshape(-1, x.shape[-1]), w, rows).reshape(*x.shape[:2], -1)
 
 
 class ExpertLinear(nn.Module):

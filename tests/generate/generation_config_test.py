@@ -63,10 +63,11 @@ def test_rules_equal_transformers_processors(source):
         expected = processors(torch.tensor(tokens).long(), torch.tensor(logits)).numpy()
 
         ours = from_json(given)
-        new = np.full((B, N), -1, np.int32)
-        new[:, :step] = tokens[:, P:]
-        prompt = np.pad(tokens[:, :P], [(0, 0), (0 if source else 16 - P, 0)], constant_values=-1)
-        written = Written(jnp.asarray(prompt), jnp.asarray(new), jnp.int32(step), jnp.int32(N))
+        before = 0 if source else 16 - P
+        history = np.pad(tokens, [(0, 0), (before, N - step)], constant_values=-1)
+        written = Written(jnp.asarray(history), *map(jnp.int32, (before + P + step, step, N)))
+        if seed % 2:  # a value for each row
+            written = written._replace(end=jnp.full(B, written.end), step=jnp.full(B, step), limit=jnp.full(B, N))
         found = process(jnp.asarray(logits), ours, ours.eos_token_id, ours.repetition_penalty, written)
         np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=f"{seed} {given}")
         moved += not np.array_equal(expected, logits)
@@ -97,7 +98,8 @@ def test_filters_keep_what_transformers_keep_where_many_are_equal():
             (hf_.MinPLogitsWarper, min_p, 0),
         ]:
             scores = scores if value == off else cls(value)(None, scores)
-        found = filtered(jnp.asarray(logits), make_filters(temperature, top_k, top_p, min_p))
+        for_rows = [temperature] * len(logits) if seed % 2 else temperature
+        found = filtered(jnp.asarray(logits), make_filters(for_rows, top_k, top_p, min_p))
         message = f"{seed} {temperature} {top_k} {top_p} {min_p}"
         # Which of equal tokens remain is not defined there, as its sort is not stable; their number is.
         ordered = [np.sort(x, axis=-1) for x in (np.asarray(found), scores.numpy())]

@@ -87,10 +87,26 @@ def test_filters_equal_transformers_in_every_combination():
 
 
 def after_rules(logits, seen_ids, filters):
-    written = sampling.Written(
-        jnp.asarray(seen_ids, jnp.int32), jnp.full((len(logits), 1), -1, jnp.int32), jnp.int32(0), jnp.int32(1)
-    )
+    history = jnp.pad(jnp.asarray(seen_ids, jnp.int32), [(0, 0), (0, 1)], constant_values=-1)
+    written = sampling.Written(history, jnp.int32(history.shape[1] - 1), jnp.int32(0), jnp.int32(1))
     return sampling.process(jnp.asarray(logits), GenerationDefaults(), (), filters.repetition_penalty, written)
+
+
+def test_rows_with_values_of_their_own_are_drawn_as_if_alone():
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(len(COMBINATIONS) + 1, 40)) * 3, jnp.float32)
+    options = [dict(temperature=0), *({k: v for k, v in o.items() if k != "repetition_penalty"} for o in COMBINATIONS)]
+    off = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+    names = {name: [(off | o)[name] for o in options] for name in off}
+    keys = jax.random.split(jax.random.PRNGKey(5), len(options))
+    found = jax.jit(sampling.choose)(logits, keys, sampling.make_filters(**names))
+    alone = [
+        sampling.choose(logits[i : i + 1], keys[i], sampling.make_filters(**o)).item() for i, o in enumerate(options)
+    ]
+    assert found.tolist() == alone
+    with pytest.raises(UserError, match="top_k has 2 values; min_p has 1 values; give one for a row"):
+        sampling.make_filters(top_k=[1, 2], min_p=[0.1])
+    with pytest.raises(UserError, match="top_p=3.0 must be in"):
+        sampling.make_filters(top_p=[1.0, 3.0])
 
 
 def test_repetition_penalty_moves_only_what_was_seen_towards_less():
@@ -296,7 +312,7 @@ def test_repetition_penalty_counts_the_prompt_and_what_was_drawn():
     tokens, lengths = pad_left([[5, 6]])
     start = jax.jit(sampling.start, static_argnums=(0, 4))
     written = start(model, params, tokens, lengths, 20, jax.random.PRNGKey(0)).written
-    assert written.prompt.tolist() == [[-1] * 14 + [5, 6]]
+    assert written.history.tolist() == [[-1] * 14 + [5, 6] + [-1] * 20]
     penalised = sampling.process(jnp.ones((1, 29)), GenerationDefaults(), (), 2.0, written)
     assert np.flatnonzero(penalised[0] < 1).tolist() == [5, 6]
 

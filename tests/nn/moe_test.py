@@ -11,6 +11,7 @@ import pytest
 from nanoflax import config as configs
 from nanoflax import parallel, train
 from nanoflax.config import MoEConfig
+from nanoflax.kernels import grouped
 from nanoflax.nn import build, moe
 
 SMALL = configs.preset("nano-1m", vocab_size=67, dim=32, heads=4, layers=2, mlp_dim=24, mlp_bias=True)
@@ -82,7 +83,7 @@ def test_blocks_and_ragged_products_agree_with_einsum():
         return jax.value_and_grad(lambda x, w: jnp.sin(product(x, w)).sum(), (0, 1))(x, w)
 
     expected = both(lambda x, w: jnp.einsum("nbi,nio->nbo", x, w[experts]))
-    for product in (moe.by_block, moe.ragged, moe.grouped_matmul):
+    for product in (grouped.by_block, grouped.ragged, grouped.grouped_matmul):
         found = both(lambda x, w, product=product: product(x, w, experts))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
@@ -90,7 +91,7 @@ def test_blocks_and_ragged_products_agree_with_einsum():
 @pytest.mark.parametrize("M, E", [(2, 8), (100, 3), (1000, 16), (4096, 4)])
 def test_every_token_has_a_row_in_a_block_of_its_expert(M, E):
     ids = np.minimum(np.random.default_rng(0).geometric(0.3, M) - 1, E - 1)
-    rows, places, experts = map(np.asarray, moe.blocks_of(jnp.asarray(ids), E, len(ids)))
+    rows, places, experts = map(np.asarray, grouped.blocks_of(jnp.asarray(ids), E, len(ids)))
     size = len(rows) // len(experts)
     np.testing.assert_array_equal(rows[places], np.arange(M))
     np.testing.assert_array_equal(experts[places // size], ids)

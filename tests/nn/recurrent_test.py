@@ -14,8 +14,8 @@ from nanoflax.config import Config, ModelConfig, RecurrentConfig
 from nanoflax.config import peft as peft_configs
 from nanoflax.errors import UserError
 from nanoflax.generate import beam_search, sample
+from nanoflax.kernels import chunked
 from nanoflax.nn import build
-from nanoflax.nn.recurrent import chunked
 
 B, T, G, H, K, N, V = 2, 45, 2, 4, 8, 6, 31
 RECURRENT = RecurrentConfig(heads=4, groups=2, key_dim=8, value_dim=6, chunk=8, conv_bias=True)
