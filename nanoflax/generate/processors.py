@@ -30,6 +30,8 @@ class Filters(NamedTuple):
     outside_top_p: Any = None  # 1 - top_p, subtracted in float64; Holtzman et al. 2020
     min_p: Any = None  # Nguyen et al. 2024
     repetition_penalty: Any = None  # Keskar et al. 2019
+    logit_bias: Float[jax.Array, "*B V"] | None = None  # added to the model's logits
+    allowed: Int[jax.Array, "*B W"] | None = None  # packed uint32: bit i % 32 of word i // 32 permits token i
 
 
 class Written(NamedTuple):
@@ -93,6 +95,21 @@ def _checked(defaults, given):
 
 
 # Rules.
+
+
+def next_logits(
+    logits: Logits, rules: GenerationDefaults, eos_ids: tuple[int, ...], filters: Filters, written: Written
+) -> Logits:
+    """The logits that `choose` draws from: with the bias, after the rules, and -inf for tokens that are not allowed.
+    Where the rules leave no allowed token, `allowed` alone holds."""
+    biased = logits if filters.logit_bias is None else logits + filters.logit_bias
+    found = process(biased, rules, eos_ids, filters.repetition_penalty, written)
+    if filters.allowed is None:
+        return found
+    token = jnp.arange(logits.shape[-1])
+    permitted = (filters.allowed[..., token // 32] >> (token % 32).astype(jnp.uint32)) & 1 > 0
+    found, biased = (jnp.where(permitted, x, OUT) for x in (found, biased))
+    return jnp.where((found > OUT).any(-1, keepdims=True), found, biased)
 
 
 def process(

@@ -26,8 +26,8 @@ from nanoflax.generate.processors import (
     is_key_of_rows,
     make_filters,
     mask,
+    next_logits,
     only_below,
-    process,
 )
 from nanoflax.nn import Array, LanguageModel
 from nanoflax.tokenizers import request_of
@@ -93,7 +93,7 @@ def advance(
     def step(state, _):
         logits, cache = model.decode(params, state.token[:, None], state.cache)
         logits, w = only_below(vocab_size, logits[:, -1]), state.written
-        logits = process(logits, model.config.generation, eos_ids, filters.repetition_penalty, w)
+        logits = next_logits(logits, model.config.generation, eos_ids, filters, w)
         rows = is_key_of_rows(state.rng)
         rng, key = jnp.unstack(jax.vmap(jax.random.split)(state.rng), axis=1) if rows else jax.random.split(state.rng)
         token, done = choose(logits, key, filters), state.done

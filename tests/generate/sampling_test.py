@@ -12,7 +12,7 @@ from scipy import stats
 from nanoflax import generate
 from nanoflax.config import GenerationDefaults, ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.generate import sample, sampling, stream
+from nanoflax.generate import processors, sample, sampling, stream
 from nanoflax.nn import build
 from nanoflax.tokenizers import bucket, check_prompts, pad_left
 
@@ -89,7 +89,7 @@ def test_filters_equal_transformers_in_every_combination():
 def after_rules(logits, seen_ids, filters):
     history = jnp.pad(jnp.asarray(seen_ids, jnp.int32), [(0, 0), (0, 1)], constant_values=-1)
     written = sampling.Written(history, jnp.int32(history.shape[1] - 1), jnp.int32(0), jnp.int32(1))
-    return sampling.process(jnp.asarray(logits), GenerationDefaults(), (), filters.repetition_penalty, written)
+    return processors.process(jnp.asarray(logits), GenerationDefaults(), (), filters.repetition_penalty, written)
 
 
 def test_rows_with_values_of_their_own_are_drawn_as_if_alone():
@@ -107,6 +107,37 @@ def test_rows_with_values_of_their_own_are_drawn_as_if_alone():
         sampling.make_filters(top_k=[1, 2], min_p=[0.1])
     with pytest.raises(UserError, match="top_p=3.0 must be in"):
         sampling.make_filters(top_p=[1.0, 3.0])
+
+
+def packed(permitted):
+    """Booleans [B, V] as the bits of Filters.allowed."""
+    bits = np.packbits(np.pad(permitted, [(0, 0), (0, -permitted.shape[1] % 32)]), axis=1, bitorder="little")
+    return jnp.asarray(bits.view("<u4"))
+
+
+def test_bias_and_allowed_tokens_give_the_renormalised_model():
+    draw, V = np.random.default_rng(0), 75
+    logits, bias = draw.normal(size=(4, V)).astype(np.float32), draw.normal(size=(4, V)).astype(np.float32)
+    permitted = draw.random((4, V)) < 0.3
+    permitted[0] = np.arange(V) == 70  # in the last word
+    rules = GenerationDefaults(suppress_tokens=(3, 70))
+    history = jnp.full((4, 2), -1)
+    written = processors.Written(history, jnp.int32(1), jnp.int32(0), jnp.int32(1))
+    filters = sampling.make_filters(0.7)._replace(logit_bias=jnp.asarray(bias), allowed=packed(permitted))
+    found = processors.next_logits(jnp.asarray(logits), rules, (), filters, written)
+    weights = np.exp(logits + bias) * permitted
+    weights[1:, [3, 70]] = 0  # but the first row has no other token
+    np.testing.assert_allclose(jax.nn.softmax(found), weights / weights.sum(1, keepdims=True), rtol=1e-5)
+    assert sampling.choose(found, jax.random.PRNGKey(0), filters)[0] == 70
+    # The bias of a model of Transformers: before the repetition penalty.
+    hf, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    scores, seen = torch.tensor(logits), torch.tensor([[5, 6]] * 4)
+    scores = hf.SequenceBiasLogitsProcessor({(i,): float(b) for i, b in enumerate(bias[0])})(seen, scores)
+    scores = hf.RepetitionPenaltyLogitsProcessor(1.5)(seen, scores)
+    filters = sampling.make_filters(repetition_penalty=1.5)._replace(logit_bias=jnp.asarray(bias[0]))
+    written = written._replace(history=jnp.asarray(seen.numpy(), jnp.int32))
+    found = processors.next_logits(jnp.asarray(logits), GenerationDefaults(), (), filters, written)
+    np.testing.assert_allclose(found, scores, rtol=1e-6)
 
 
 def test_repetition_penalty_moves_only_what_was_seen_towards_less():
@@ -313,7 +344,7 @@ def test_repetition_penalty_counts_the_prompt_and_what_was_drawn():
     start = jax.jit(sampling.start, static_argnums=(0, 4))
     written = start(model, params, tokens, lengths, 20, jax.random.PRNGKey(0)).written
     assert written.history.tolist() == [[-1] * 14 + [5, 6] + [-1] * 20]
-    penalised = sampling.process(jnp.ones((1, 29)), GenerationDefaults(), (), 2.0, written)
+    penalised = processors.process(jnp.ones((1, 29)), GenerationDefaults(), (), 2.0, written)
     assert np.flatnonzero(penalised[0] < 1).tolist() == [5, 6]
 
 
