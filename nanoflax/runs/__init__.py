@@ -4,7 +4,7 @@ from nanoflax.runs.checkpoint import Checkpoints, restore_params
 from nanoflax.runs.console import answer_typed_prompts, chat, print_answers
 from nanoflax.runs.directory import filled_directory, is_run, read_run, write_jsonl
 from nanoflax.runs.finetune import finetune
-from nanoflax.runs.generation import GenerationSettings, used_of_model
+from nanoflax.runs.generation import GenerationSettings, model_settings, used_of_model
 from nanoflax.runs.lock import locked
 from nanoflax.runs.opening import open_model
 from nanoflax.runs.pretrain import pretrain
@@ -15,6 +15,6 @@ from nanoflax.runs.trainer import setup_jax
 
 __all__ = [
     "Checkpoints", "GenerationSettings", "Run", "Sweep", "answer_typed_prompts", "chat", "draw_settings",
-    "filled_directory", "finetune", "is_run", "locked", "open_model", "open_run",
+    "filled_directory", "finetune", "is_run", "locked", "model_settings", "open_model", "open_run",
     "parse_setting", "pretrain", "print_answers", "read_questions", "read_run", "restore_params", "setup_jax",
     "suggest_settings", "used_of_model", "write_jsonl"]  # fmt: skip

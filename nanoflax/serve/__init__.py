@@ -1,5 +1,18 @@
 """Serving a model: the engine that batches requests, the HTTP server, and its page."""
 
 from nanoflax.serve.engine import Engine, Finish, Request, Ticket, Token
+from nanoflax.serve.serving import check_installed, listen, serve, service_of
+from nanoflax.serve.settings import Settings
 
-__all__ = ["Engine", "Finish", "Request", "Ticket", "Token"]
+__all__ = [
+    "Engine",
+    "Finish",
+    "Request",
+    "Settings",
+    "Ticket",
+    "Token",
+    "check_installed",
+    "listen",
+    "serve",
+    "service_of",
+]

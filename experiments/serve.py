@@ -1,0 +1,51 @@
+"""Serve a model over HTTP: OpenAI's API, and a page to chat.
+
+    python -m experiments.serve --model=SmolLM2.gguf --port=8000
+    python -m experiments.serve --workdir=runs/x --slots=4
+    curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "Hello"}]}'
+
+The addresses: / (the page), /v1/models, /v1/completions, /v1/chat/completions, /healthz, /metrics (for Prometheus)
+and /openapi.json. Settings that a request does not give are those of the model's generation_config.json. Ctrl-C or
+SIGTERM ends the server: it finishes the texts that have begun and refuses the others.
+"""
+
+import dataclasses
+import os
+
+from absl import flags
+
+from experiments.flags import launch
+from experiments.source import check_source, define_source, open_source
+from nanoflax import runs, serve
+
+FLAGS = flags.FLAGS
+define_source()
+flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0: every network of this machine")
+flags.DEFINE_integer("port", 8000, "port to listen on; 0: a free one", 0, 65535)
+flags.DEFINE_integer("slots", 8, "texts that are generated together", 1)
+flags.DEFINE_integer("queue", 64, "most texts that wait for a slot; more are refused", 0)
+flags.DEFINE_integer("max_tokens", 1024, "most new tokens of a text", 1)
+flags.DEFINE_integer("max_body", 4 * 2**20, "most bytes of a request", 1024)
+flags.DEFINE_string(
+    "api_key", "", "key that clients must send; default: NANOFLAX_API_KEY of the environment, else none"
+)
+flags.DEFINE_string("name", "", "name of the model in the API; default: the last part of its path")
+
+
+def main():
+    names = [field.name for field in dataclasses.fields(serve.Settings)]
+    settings = serve.Settings(**{name: FLAGS[name].value for name in names})
+    if not settings.api_key:
+        settings = dataclasses.replace(settings, api_key=os.environ.get("NANOFLAX_API_KEY", ""))
+    check_source()
+    serve.check_installed()
+    listener = serve.listen(FLAGS.host, FLAGS.port)
+    runs.setup_jax()
+    run = open_source()
+    show = lambda url: print(f"{run.source} at {url} (Ctrl-C ends the server)", flush=True)
+    serve.serve(run, listener, settings, show)
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,309 @@
+"""The HTTP server: OpenAI's API, health, metrics and the page, as a Starlette application."""
+
+import asyncio
+import json
+import pathlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from nanoflax import untrusted
+from nanoflax.errors import UserError
+from nanoflax.serve import api, schemas
+from nanoflax.serve.engine import Engine
+from nanoflax.serve.errors import ApiError
+from nanoflax.serve.metrics import Metrics
+from nanoflax.serve.replies import Choice, Piece, Replies
+from nanoflax.serve.settings import Settings
+
+BODY_SECONDS = 30  # to send the body of a request
+# The page may fetch from this server only, and no other page may show it in a frame.
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Service:
+    """What the routes share: the model, its engine, and the requests that are not finished."""
+
+    def __init__(self, served: api.Served, engine: Engine, settings: Settings) -> None:
+        self.served, self.engine, self.settings = served, engine, settings
+        self.metrics, self.stopping, self.unfinished = Metrics(), False, 0
+        self.running: set[Replies] = set()
+
+    def stop(self) -> None:
+        """Refuse new requests and those without a token; the others go on."""
+        self.stopping = True
+        for replies in self.running:
+            if not replies.started:
+                replies.cancel()
+
+    def start(self, choices: Sequence[Choice]) -> Replies:
+        """Send the choices to the engine. Raises: ApiError if there is no room; UserError for a bad request."""
+        if self.stopping:
+            raise ApiError(503, "the server is stopping; send the request again later", code="stopping")
+        if self.unfinished + len(choices) > self.engine.slots + self.settings.queue:
+            message = f"the queue is full: {self.unfinished} texts are not finished; send the request again later"
+            raise ApiError(429, message, code="queue_full")
+        replies = Replies(choices, self._finished)
+        self.unfinished += len(choices)
+        try:
+            replies.submit(self.engine)
+        except BaseException:
+            self.unfinished -= sum(choice.ticket is None for choice in choices)
+            raise
+        self.running.add(replies)
+        self.metrics.count("prompt_tokens", sum(len(choice.request.prompt) for choice in choices))
+        return replies
+
+    def end(self, replies: Replies) -> None:
+        """The HTTP request has ended, perhaps before its texts."""
+        replies.cancel()
+        self.running.discard(replies)
+
+    def _finished(self, choice: Choice) -> None:
+        self.unfinished -= 1
+        self.metrics.count("generated_tokens", choice.new_tokens)
+
+
+def make_app(service: Service, hosts: Sequence[str] = ("*",)) -> Starlette:
+    """The application of a service. hosts: names that clients may use in their Host header; "*": all."""
+    routes = [
+        Route("/", _page),
+        Route("/healthz", _healthz(service)),
+        Route("/openapi.json", _endpoint(service, _openapi, is_open=True)),
+        Route("/metrics", _endpoint(service, _metrics)),
+        Route("/v1/models", _endpoint(service, _models)),
+        Route("/v1/models/{model:path}", _endpoint(service, _model)),
+        Route("/v1/completions", _endpoint(service, _completions), methods=["POST"]),
+        Route("/v1/chat/completions", _endpoint(service, _chat), methods=["POST"]),
+    ]
+    check_host = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    handlers: Any = {HTTPException: _http_error, Exception: _server_error}
+    return Starlette(routes=routes, middleware=[check_host], exception_handlers=handlers)
+
+
+def _endpoint(
+    service: Service, answer: Callable[[Service, Request], Awaitable[Response]], is_open: bool = False
+) -> Callable[[Request], Awaitable[Response]]:
+    """A route that checks the API key, turns errors into objects of the API, and counts."""
+
+    async def run(request: Request) -> Response:
+        began, path = time.monotonic(), request.scope["route"].path
+        try:
+            if not is_open:
+                _check_key(service, request)
+            response = await answer(service, request)
+        except ApiError as error:
+            response = _error(error)
+        except UserError as error:
+            response = _error(ApiError(400, str(error)))
+        except ClientDisconnect:
+            response = Response(status_code=499)
+        service.metrics.count("requests", path=path, status=response.status_code)
+        service.metrics.time("response", time.monotonic() - began, path=path)
+        return response
+
+    return run
+
+
+def _error(error: ApiError) -> Response:
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    response = _error(ApiError(error.status_code, message))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _server_error(request: Request, error: Exception) -> Response:
+    return _error(ApiError(500, "the server failed; its log has the details"))
+
+
+def _check_key(service: Service, request: Request) -> None:
+    key, given = service.settings.api_key, request.headers.get("Authorization", "")
+    if key and not secrets.compare_digest(given.encode(), f"Bearer {key}".encode()):
+        message = "the API key is wrong" if given else "the API key is missing: send Authorization: Bearer KEY"
+        raise ApiError(401, message, code="invalid_api_key")
+
+
+async def _body(service: Service, request: Request, schema: schemas.Schema) -> dict[str, Any]:
+    """The checked JSON object of a request. Raises: ApiError, UserError."""
+    # A page of another site can send other types without asking the browser's user.
+    if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "the Content-Type must be application/json")
+    most, found = service.settings.max_body, bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                found += part
+                if len(found) > most:
+                    raise ApiError(413, f"the body has more than {most} bytes")
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive in {BODY_SECONDS} seconds") from None
+    body = untrusted.json_object(bytes(found), "the body", repeats=False)
+    schemas.check(body, schema)
+    api.check_model(service.served, body)
+    return body
+
+
+# Routes.
+
+
+async def _page(request: Request) -> Response:
+    html = pathlib.Path(__file__).with_name("page.html").read_bytes()
+    headers = {
+        "Content-Security-Policy": _PAGE_POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-cache",
+    }
+    return Response(html, headers=headers, media_type="text/html")
+
+
+def _healthz(service: Service) -> Callable[[Request], Awaitable[Response]]:
+    async def run(request: Request) -> Response:
+        return JSONResponse({"status": "stopping"}, 503) if service.stopping else JSONResponse({"status": "ok"})
+
+    return run
+
+
+async def _openapi(service: Service, request: Request) -> Response:
+    return JSONResponse(schemas.openapi())
+
+
+async def _metrics(service: Service, request: Request) -> Response:
+    slots = service.engine.slots
+    gauges = {
+        "slots": slots,
+        "texts_running": min(service.unfinished, slots),
+        "texts_waiting": max(service.unfinished - slots, 0),
+    }
+    return PlainTextResponse(service.metrics.text(gauges), media_type="text/plain; version=0.0.4")
+
+
+async def _models(service: Service, request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_described(service)]})
+
+
+async def _model(service: Service, request: Request) -> Response:
+    api.check_model(service.served, {"model": request.path_params["model"]})
+    return JSONResponse(_described(service))
+
+
+def _described(service: Service) -> dict[str, Any]:
+    return {"id": service.served.name, "object": "model", "created": service.served.created, "owned_by": "nanoflax"}
+
+
+async def _completions(service: Service, request: Request) -> Response:
+    body = await _body(service, request, schemas.COMPLETION)
+    choices = await anyio.to_thread.run_sync(api.completion_choices, service.served, body)
+    return await _reply(service, request, body, choices, chat=False)
+
+
+async def _chat(service: Service, request: Request) -> Response:
+    body = await _body(service, request, schemas.CHAT)
+    choices = await anyio.to_thread.run_sync(api.chat_choices, service.served, body)
+    return await _reply(service, request, body, choices, chat=True)
+
+
+# Replies.
+
+
+async def _reply(
+    service: Service, request: Request, body: dict[str, Any], choices: list[Choice], chat: bool
+) -> Response:
+    with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+    if with_usage and not body.get("stream"):
+        raise ApiError(400, "stream_options: needs stream=true", "stream_options")
+    form, replies = api.Form(service.served, choices, chat, with_usage), service.start(choices)
+    if body.get("stream"):
+        return _Events(service, replies, form)
+    try:
+        pieces = await _unless_client_leaves(request, _collected(service, replies))
+    finally:
+        service.end(replies)
+    return JSONResponse(form.whole(pieces))
+
+
+async def _collected(service: Service, replies: Replies) -> list[list[Piece]]:
+    found: list[list[Piece]] = [[] for _ in replies.choices]
+    async for index, piece in replies:
+        _time_to_first(service, replies, index, found[index])
+        found[index].append(piece)
+    return found
+
+
+def _time_to_first(service, replies, index, earlier):
+    if not earlier:
+        service.metrics.time("time_to_first_text", time.monotonic() - replies.choices[index].submitted)
+
+
+async def _unless_client_leaves(request: Request, work: Any) -> Any:
+    """The result of a coroutine, which is cancelled if the client closes its connection.
+
+    Raises: ClientDisconnect.
+    """
+
+    async def left():
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        leaving.cancel()
+
+
+class _Events(StreamingResponse):
+    """A reply as server-sent events. https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+
+    def __init__(self, service: Service, replies: Replies, form: api.Form) -> None:
+        super().__init__(self._events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self.service, self.replies, self.form = service, replies, form
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.service.end(self.replies)  # also if the client has left
+
+    async def _events(self) -> AsyncIterator[str]:
+        begun: set[int] = set()
+        try:
+            for chunk in self.form.first_chunks():
+                yield _event(chunk)
+            async for index, piece in self.replies:
+                _time_to_first(self.service, self.replies, index, index in begun)
+                begun.add(index)
+                yield _event(self.form.chunk(index, piece))
+            for chunk in self.form.last_chunks():
+                yield _event(chunk)
+        except ApiError as error:
+            yield _event(error.body())
+        yield "data: [DONE]\n\n"
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"

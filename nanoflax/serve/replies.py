@@ -1,0 +1,150 @@
+"""The texts of one HTTP request, piece by piece: tokens of the engine decoded, and cut at stop strings."""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from nanoflax import tokenizers
+from nanoflax.serve.engine import Engine, Finish, Request, Ticket, Token
+from nanoflax.serve.errors import ApiError
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownToken:
+    """A token with its log-probability. offset: of its first character in the text of the choice."""
+
+    id: int
+    text: str
+    offset: int
+    log_probability: float | None
+    alternatives: dict[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a choice's text, with the tokens that belong to it. finish_reason: of the last piece."""
+
+    text: str
+    tokens: list[ShownToken]
+    finish_reason: str | None = None
+
+
+class Choice:
+    """The text of one request to the engine.
+
+    echo: the text of the prompt if it is a part of the text, else None. with_tokens: whether pieces hold tokens.
+    """
+
+    def __init__(
+        self, tokenizer: Any, request: Request, stops: Sequence[str], before: Sequence[int], echo: str | None
+    ) -> None:
+        self.request, self.tokenizer, self.echo = request, tokenizer, echo
+        self.ticket: Ticket | None = None
+        self.submitted, self.new_tokens, self.finish_reason = time.monotonic(), 0, None
+        self._decoder = tokenizers.StreamingDecoder(tokenizer, before, stops)
+        # Offsets: the same text without stop strings.
+        self._plain = tokenizers.StreamingDecoder(tokenizer, before)
+        self._of_prompt = tokenizers.StreamingDecoder(tokenizer)
+        self._offset, self._prompt_offset, self._length = len(echo or ""), 0, len(echo or "")
+        self._pending: list[ShownToken] = []
+        self._echoed = echo is None
+
+    def add(self, event: Token | Finish) -> Piece | None:
+        """The next piece, if the event completes one. Raises: ApiError if the engine failed."""
+        if self.finish_reason:
+            return None
+        if isinstance(event, Finish):
+            if event.reason == "error":
+                raise ApiError(500, event.message or "the engine failed")
+            if event.reason == "cancelled":
+                raise ApiError(503, "the server is stopping; send the request again later", code="stopping")
+            return self._piece(self._decoder.finish(), event.reason)
+        if self.request.log_probabilities is not None:
+            self._pending.append(self._shown(event))
+        if event.of_prompt:
+            return None
+        self.new_tokens += 1
+        text = self._decoder.add([event.id])
+        if self._decoder.stopped:
+            if self.ticket is not None:
+                self.ticket.cancel()
+            return self._piece(text, "stop")
+        return self._piece(text) if text else None
+
+    def _piece(self, text: str, finish_reason: str | None = None) -> Piece:
+        self.finish_reason, self._length = finish_reason, self._length + len(text)
+        tokens, self._pending = self._pending, []
+        if self._decoder.stopped:
+            tokens = [token for token in tokens if token.offset < self._length]
+        if not self._echoed:
+            text, self._echoed = (self.echo or "") + text, True
+        return Piece(text, tokens, finish_reason)
+
+    def _shown(self, token: Token) -> ShownToken:
+        if token.of_prompt:
+            offset = self._prompt_offset
+            self._prompt_offset += len(self._of_prompt.add([token.id]))
+        else:
+            offset = self._offset
+            self._offset += len(self._plain.add([token.id]))
+        text = token_text(self.tokenizer, token.id)
+        return ShownToken(token.id, text, offset, token.log_probability, dict(token.alternatives))
+
+
+class Replies:
+    """The choices of one HTTP request, generated together. Iterate over it once: (index of the choice, Piece)."""
+
+    def __init__(self, choices: Sequence[Choice], finished: Callable[[Choice], None]) -> None:
+        self.choices, self._finished, self.started = choices, finished, False
+        self._events: asyncio.Queue[tuple[int, Token | Finish]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def submit(self, engine: Engine) -> None:
+        """Raises: UserError for a bad request; then none of the choices runs."""
+        try:
+            for i, choice in enumerate(self.choices):
+                choice.ticket = engine.submit(choice.request, functools.partial(self._receive, i))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def _receive(self, index: int, event: Token | Finish) -> None:
+        """In the thread of the engine."""
+        with contextlib.suppress(RuntimeError):  # the server's loop has ended
+            self._loop.call_soon_threadsafe(self._arrived, index, event)
+
+    def _arrived(self, index: int, event: Token | Finish) -> None:
+        self.started = True
+        self._events.put_nowait((index, event))
+        if isinstance(event, Finish):
+            self._finished(self.choices[index])
+
+    def cancel(self) -> None:
+        """Free the slots of all choices at the engine's next step."""
+        for choice in self.choices:
+            if choice.ticket is not None:
+                choice.ticket.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Raises: ApiError if the engine failed, or the server stops."""
+        try:
+            while not all(choice.finish_reason for choice in self.choices):
+                index, event = await self._events.get()
+                if piece := self.choices[index].add(event):
+                    yield index, piece
+        finally:
+            self.cancel()
+
+
+@functools.lru_cache(maxsize=65536)
+def token_text(tokenizer: Any, token: int) -> str:
+    """The text of one token after a letter, U+FFFD for a part of a character; the name of a special token."""
+    for name, i in getattr(tokenizer, "special", {}).items():
+        if i == token:
+            return name
+    anchor = tokenizer.encode("a")[-1:]
+    return tokenizer.decode([*anchor, token])[len(tokenizer.decode(anchor)) :]

@@ -1,0 +1,223 @@
+"""The requests of the API as JSON Schema. The server checks bodies with them and shows them in /openapi.json."""
+
+import math
+from typing import Any
+
+import jsonschema
+
+from nanoflax.config import MAX_SEED
+from nanoflax.serve.errors import ApiError
+
+Schema = dict[str, Any]
+MAX_CHOICES = 128  # texts of one request: prompts times n
+MAX_ALTERNATIVES = 20
+
+
+def _or_null(kind: str, text: str, **rules: Any) -> Schema:
+    return {"type": [kind, "null"], "description": text, **rules}
+
+
+def _object(required: list[str], properties: dict[str, Schema]) -> Schema:
+    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+
+
+def _only(values: list, text: str) -> Schema:
+    return {"enum": values, "description": text}
+
+
+_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_CHOICES}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "minItems": 1}
+_PROMPT = {
+    "anyOf": [
+        {"type": "string"},
+        _TEXTS,
+        _IDS,
+        {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_CHOICES},
+    ],
+    "description": "A text or token ids, or a list of texts or of lists of token ids.",
+}
+_SAMPLING = {
+    "model": _or_null("string", "A name that /v1/models lists; null: the only one."),
+    "temperature": _or_null("number", "0: the most probable token. null: the model's own.", minimum=0, maximum=100),
+    "top_p": _or_null("number", "The fewest tokens with this probability.", exclusiveMinimum=0, maximum=1),
+    "top_k": _or_null("integer", "The K most probable tokens; 0: all.", minimum=0, maximum=2**31 - 1),
+    "min_p": _or_null("number", "Tokens with this share of the highest probability.", minimum=0, maximum=1),
+    "repetition_penalty": _or_null(
+        "number", "Above 1: earlier tokens become less probable.", exclusiveMinimum=0, maximum=100
+    ),
+    "seed": _or_null(
+        "integer", "The same seed draws the same texts; choice i has seed + i.", minimum=0, maximum=MAX_SEED
+    ),
+    "n": _or_null("integer", "Number of texts for each prompt.", minimum=1, maximum=MAX_CHOICES),
+    "stop": {
+        "anyOf": [
+            {"type": "string", "minLength": 1},
+            {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 16},
+            {"type": "null"},
+        ],
+        "description": "A text ends before any of these strings.",
+    },
+    "logit_bias": _or_null(
+        "object",
+        "Token id: number that is added to its logit.",
+        patternProperties={"^[0-9]{1,9}$": {"type": "number", "minimum": -100, "maximum": 100}},
+        additionalProperties=False,
+        maxProperties=1024,
+    ),
+    "stream": _or_null("boolean", "Send parts of the text as server-sent events."),
+    "stream_options": {
+        "anyOf": [_object([], {"include_usage": {"type": "boolean"}}), {"type": "null"}],
+        "description": "include_usage: the last event counts the tokens.",
+    },
+    "presence_penalty": _only([0, None], "Not computed; see repetition_penalty."),
+    "frequency_penalty": _only([0, None], "Not computed; see repetition_penalty."),
+    "user": _or_null("string", "Not used."),
+}
+COMPLETION = _object(
+    ["prompt"],
+    {
+        "prompt": _PROMPT,
+        "max_tokens": _or_null("integer", "Most new tokens; null: 16.", minimum=0, maximum=2**31 - 1),
+        "echo": _or_null("boolean", "Begin the text with the prompt."),
+        "logprobs": _or_null(
+            "integer", "How many alternatives of each token to report.", minimum=0, maximum=MAX_ALTERNATIVES
+        ),
+        "best_of": _only([1, None], "Not computed; see n."),
+        "suffix": _only([None], "Not computed."),
+        **_SAMPLING,
+    },
+)
+_TEXT_PARTS = {
+    "type": "array",
+    "items": _object(["type", "text"], {"type": {"const": "text"}, "text": {"type": "string"}}),
+}
+_CALL = _object(
+    ["function"],
+    {
+        "id": {"type": "string"},
+        "type": {"const": "function"},
+        "function": _object(["name"], {"name": {"type": "string"}, "arguments": {"type": "string"}}),
+    },
+)
+_MESSAGE = _object(
+    ["role"],
+    {
+        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {"anyOf": [{"type": "string"}, _TEXT_PARTS, {"type": "null"}]},
+        "name": {"type": ["string", "null"]},
+        "tool_calls": {"type": ["array", "null"], "items": _CALL},
+        "tool_call_id": {"type": ["string", "null"]},
+        "reasoning_content": {"type": ["string", "null"]},
+        "refusal": {"type": ["string", "null"]},
+    },
+)
+_TOOL = _object(
+    ["type", "function"],
+    {
+        "type": {"const": "function"},
+        "function": _object(
+            ["name"],
+            {
+                "name": {"type": "string"},
+                "description": {"type": ["string", "null"]},
+                "parameters": {"type": ["object", "null"]},
+                "strict": {"enum": [False, None]},
+            },
+        ),
+    },
+)
+_JSON_SCHEMA = _object(
+    ["schema"],
+    {
+        "name": {"type": "string"},
+        "description": {"type": ["string", "null"]},
+        "schema": {"type": "object"},
+        "strict": {"type": ["boolean", "null"]},
+    },
+)
+_FORMAT = {
+    "anyOf": [
+        _object(["type"], {"type": {"enum": ["text", "json_object"]}}),
+        _object(["type", "json_schema"], {"type": {"const": "json_schema"}, "json_schema": _JSON_SCHEMA}),
+        {"type": "null"},
+    ],
+    "description": "What the reply must be: any text, a JSON object, or JSON of a schema.",
+}
+CHAT = _object(
+    ["messages"],
+    {
+        "messages": {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": 2048},
+        "max_tokens": _or_null("integer", "Most new tokens; null: the server's limit.", minimum=1, maximum=2**31 - 1),
+        "max_completion_tokens": _or_null("integer", "The newer name of max_tokens.", minimum=1, maximum=2**31 - 1),
+        "tools": {"type": ["array", "null"], "items": _TOOL, "description": "For the chat template."},
+        "tool_choice": _only(["auto", "none", None], "none: the template gets no tools."),
+        "response_format": _FORMAT,
+        "logprobs": _or_null("boolean", "Report the log-probability of each token."),
+        "top_logprobs": _or_null("integer", "And of so many alternatives.", minimum=0, maximum=MAX_ALTERNATIVES),
+        **_SAMPLING,
+    },
+)
+EMBEDDING = _object(
+    ["input"],
+    {
+        "model": _SAMPLING["model"],
+        "input": _PROMPT,
+        "encoding_format": _only(["float", "base64", None], "base64: of float32 numbers, little-endian."),
+        "dimensions": _or_null("integer", "Only the model's own number.", minimum=1, maximum=2**31 - 1),
+        "user": _SAMPLING["user"],
+    },
+)
+
+# JSON has no NaN, 1.0 is no token id, and Python's True is no number.
+_TYPES = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many(
+    {
+        "integer": lambda _, x: isinstance(x, int) and not isinstance(x, bool),
+        "number": lambda _, x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x),
+    }
+)
+_Validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=_TYPES)
+
+
+def check(body: dict[str, Any], schema: Schema) -> None:
+    """Raises: ApiError that names the field, if the body does not have the schema."""
+    error = jsonschema.exceptions.best_match(_Validator(schema).iter_errors(body))
+    if error is not None:
+        if error.validator == "additionalProperties" and error.parent is None and isinstance(error.instance, dict):
+            extra = sorted(error.instance.keys() - error.schema.get("properties", {}).keys())[0]
+            raise ApiError(400, f"{extra[:80]}: not a field of this request, or not available here", extra[:80])
+        field = error.json_path.removeprefix("$").removeprefix(".") or None
+        message = error.message if len(error.message) < 300 else f"{error.message[:140]} ... {error.message[-140:]}"
+        raise ApiError(400, f"{field}: {message}" if field else message, param=field)
+
+
+def openapi() -> dict[str, Any]:
+    """The OpenAPI description of the server. https://spec.openapis.org/oas/v3.1.0"""
+    error = {
+        "type": "object",
+        "required": ["error"],
+        "properties": {"error": {"type": "object", "required": ["message", "type", "param", "code"]}},
+    }
+    failed = {"description": "an error", "content": {"application/json": {"schema": error}}}
+    refused = {str(status): failed for status in (400, 401, 404, 408, 413, 415, 429, 503)}
+    answer = {"description": "the answer", "content": {"application/json": {"schema": {"type": "object"}}}}
+    get = lambda text, **more: {"get": {"summary": text, "responses": {"200": answer, "401": failed} | more}}
+    post = lambda text, schema: {
+        "post": {
+            "summary": text,
+            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+            "responses": {"200": answer} | refused,
+        }
+    }
+    model = get("Describe a model.", **{"404": failed})
+    model["get"]["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "nanoflax", "version": "1"},
+        "paths": {
+            "/v1/models": get("List the model."),
+            "/v1/models/{model}": model,
+            "/v1/completions": post("Continue prompts.", COMPLETION),
+            "/v1/chat/completions": post("Reply to a conversation.", CHAT),
+        },
+        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+    }
