@@ -1,11 +1,15 @@
 """Requests of OpenAI's API as requests to the engine, and the engine's replies as objects of the API."""
 
+import base64
 import dataclasses
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import numpy as np
+from jaxtyping import Float
 
 from nanoflax import tokenizers
 from nanoflax.config import MAX_SEED, ModelConfig
@@ -21,12 +25,16 @@ COMPLETION_TOKENS = 16  # new tokens if a completion does not say how many, as i
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """The served model, as requests need it. defaults: its generation settings. max_tokens: most new tokens.
-    created: when the server started, in seconds."""
+    """The served model, as requests need it.
+
+    context: most tokens of a text. defaults: its generation settings. max_tokens: most new tokens of a text. created:
+    when the server started, in seconds.
+    """
 
     name: str
     config: ModelConfig
     tokenizer: Any
+    context: int
     defaults: dict[str, Any]
     max_tokens: int
     created: int
@@ -41,21 +49,18 @@ def check_model(served: Served, body: dict[str, Any]) -> None:
 
 def completion_choices(served: Served, body: dict[str, Any]) -> list[Choice]:
     """The choices of a request to /v1/completions: n for each prompt. Raises: ApiError."""
-    prompts = body["prompt"]
-    if isinstance(prompts, str) or isinstance(prompts[0], int):
-        prompts = [prompts]
     reads_source, echo = served.config.reads_source, bool(body.get("echo"))
     if echo and reads_source:
         raise ApiError(400, "echo: the prompt of an encoder-decoder is no part of its text", "echo")
     if echo and body.get("stream"):
         raise ApiError(400, "echo: not with stream; ask for one of the two", "echo")
     found = []
-    for prompt in prompts:
+    for prompt in _each(body["prompt"]):
         ids, text = prompt, prompt
         if isinstance(prompt, str):
             ids = tokenizers.prompt_ids(served.tokenizer, prompt, reads_source)
         else:
-            check_ids(served, prompt)
+            check_ids(served, prompt, "prompt")
             text = served.tokenizer.decode(prompt) if echo else ""
         found.append((ids, text if echo else None))
     limit = body.get("max_tokens")
@@ -94,10 +99,11 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_ids(served: Served, ids: Sequence[int]) -> None:
+def check_ids(served: Served, ids: Iterable[int], field: str) -> None:
     """Raises: ApiError for ids that the tokenizer does not have."""
-    if wrong := [i for i in ids if i >= served.tokenizer.vocab_size]:
-        raise ApiError(400, f"prompt: token id {wrong[0]} is not in the vocabulary of {served.tokenizer.vocab_size}")
+    size = served.tokenizer.vocab_size
+    if wrong := [i for i in ids if i >= size]:
+        raise ApiError(400, f"{field}: token id {wrong[0]} is not in the vocabulary of {size}", field)
 
 
 def _choices(served, body, prompts, limit, logprobs):
@@ -110,7 +116,7 @@ def _choices(served, body, prompts, limit, logprobs):
     filters = {name: value for name, value in (served.defaults | given).items() if name in SAMPLING}
     stops = body.get("stop") or served.defaults.get("stop", ())
     bias = {int(i): float(x) for i, x in (body.get("logit_bias") or {}).items()}
-    check_ids(served, list(bias))
+    check_ids(served, bias, "logit_bias")
     seed = secrets.randbelow(MAX_SEED + 1) if body.get("seed") is None else body["seed"]
     found = []
     for ids, echo in prompts:
@@ -132,7 +138,7 @@ def _choices(served, body, prompts, limit, logprobs):
 
 def _room(served, ids, limit):
     """The number of new tokens: `limit`, else as many as the server and the context allow."""
-    context = served.config.max_length
+    context = served.context
     free = context if served.config.reads_source else context - len(ids)
     if len(ids) > context or free < (limit or 1):
         wanted = "" if limit is None else f" and {limit} new ones"
@@ -143,6 +149,38 @@ def _room(served, ids, limit):
             "context_length_exceeded",
         )
     return limit if limit is not None else int(min(served.max_tokens, free))
+
+
+def embedding_ids(served: Served, encode: Callable[[str], list[int]], body: dict[str, Any]) -> list[list[int]]:
+    """The ids of each text of a request to /v1/embeddings. Raises: ApiError."""
+    found, most = [], served.context
+    for i, text in enumerate(_each(body["input"])):
+        ids = encode(text) if isinstance(text, str) else text
+        check_ids(served, ids, "input")
+        if len(ids) > most:
+            message = f"input: text {i} has {len(ids)} tokens, but the model's context is {most}"
+            raise ApiError(400, message, "input", "context_length_exceeded")
+        found.append(ids)
+    return found
+
+
+def embeddings(
+    served: Served, body: dict[str, Any], texts: Sequence[Sequence[int]], vectors: Float[np.ndarray, "N D"]
+) -> dict[str, Any]:
+    """The answer of /v1/embeddings. Raises: ApiError if the vectors do not have the size that the body wants."""
+    if body.get("dimensions") not in (None, vectors.shape[1]):
+        raise ApiError(400, f"dimensions: this model's embeddings have {vectors.shape[1]} numbers", "dimensions")
+    packed = body.get("encoding_format") == "base64"
+    show = lambda v: base64.b64encode(v.astype("<f4").tobytes()).decode() if packed else v.tolist()
+    data = [{"object": "embedding", "index": i, "embedding": show(v)} for i, v in enumerate(vectors)]
+    read = sum(map(len, texts))
+    usage = {"prompt_tokens": read, "total_tokens": read}
+    return {"object": "list", "data": data, "model": served.name, "usage": usage}
+
+
+def _each(texts: Any) -> list[Any]:
+    """A list of texts or of lists of ids; one of them alone becomes a list."""
+    return [texts] if isinstance(texts, str) or isinstance(texts[0], int) else texts
 
 
 # Objects of replies.

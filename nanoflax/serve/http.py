@@ -20,6 +20,7 @@ from starlette.routing import Route
 from nanoflax import untrusted
 from nanoflax.errors import UserError
 from nanoflax.serve import api, schemas
+from nanoflax.serve.embeddings import Embedder
 from nanoflax.serve.engine import Engine
 from nanoflax.serve.errors import ApiError
 from nanoflax.serve.metrics import Metrics
@@ -35,12 +36,19 @@ _PAGE_POLICY = (
 
 
 class Service:
-    """What the routes share: the model, its engine, and the requests that are not finished."""
+    """What the routes share: the model, its engine, and the requests that are not finished.
 
-    def __init__(self, served: api.Served, engine: Engine, settings: Settings) -> None:
-        self.served, self.engine, self.settings = served, engine, settings
+    engine: None for a model that generates no text. embedder: None for a model without embeddings.
+    """
+
+    def __init__(
+        self, served: api.Served, engine: Engine | None, embedder: Embedder | None, settings: Settings
+    ) -> None:
+        self.served, self.engine, self.embedder, self.settings = served, engine, embedder, settings
+        self.slots = engine.slots if engine else 0
         self.metrics, self.stopping, self.unfinished = Metrics(), False, 0
         self.running: set[Replies] = set()
+        self.embedding = asyncio.Lock()
 
     def stop(self) -> None:
         """Refuse new requests and those without a token; the others go on."""
@@ -49,13 +57,18 @@ class Service:
             if not replies.started:
                 replies.cancel()
 
-    def start(self, choices: Sequence[Choice]) -> Replies:
-        """Send the choices to the engine. Raises: ApiError if there is no room; UserError for a bad request."""
+    def check_room(self, texts: int) -> None:
+        """Raises: ApiError if the server takes no more texts."""
         if self.stopping:
             raise ApiError(503, "the server is stopping; send the request again later", code="stopping")
-        if self.unfinished + len(choices) > self.engine.slots + self.settings.queue:
+        if self.unfinished + texts > self.slots + self.settings.queue:
             message = f"the queue is full: {self.unfinished} texts are not finished; send the request again later"
             raise ApiError(429, message, code="queue_full")
+
+    def start(self, choices: Sequence[Choice]) -> Replies:
+        """Send the choices to the engine. Raises: ApiError if there is no room; UserError for a bad request."""
+        assert self.engine
+        self.check_room(len(choices))
         replies = Replies(choices, self._finished)
         self.unfinished += len(choices)
         try:
@@ -88,6 +101,7 @@ def make_app(service: Service, hosts: Sequence[str] = ("*",)) -> Starlette:
         Route("/v1/models/{model:path}", _endpoint(service, _model)),
         Route("/v1/completions", _endpoint(service, _completions), methods=["POST"]),
         Route("/v1/chat/completions", _endpoint(service, _chat), methods=["POST"]),
+        Route("/v1/embeddings", _endpoint(service, _embeddings), methods=["POST"]),
     ]
     check_host = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     handlers: Any = {HTTPException: _http_error, Exception: _server_error}
@@ -112,7 +126,8 @@ def _endpoint(
         except ClientDisconnect:
             response = Response(status_code=499)
         service.metrics.count("requests", path=path, status=response.status_code)
-        service.metrics.time("response", time.monotonic() - began, path=path)
+        if not isinstance(response, _Events):
+            service.metrics.time("response", time.monotonic() - began, path=path)
         return response
 
     return run
@@ -189,12 +204,8 @@ async def _openapi(service: Service, request: Request) -> Response:
 
 
 async def _metrics(service: Service, request: Request) -> Response:
-    slots = service.engine.slots
-    gauges = {
-        "slots": slots,
-        "texts_running": min(service.unfinished, slots),
-        "texts_waiting": max(service.unfinished - slots, 0),
-    }
+    texts, slots = service.unfinished, service.slots
+    gauges = {"slots": slots, "texts_running": min(texts, slots), "texts_waiting": max(texts - slots, 0)}
     return PlainTextResponse(service.metrics.text(gauges), media_type="text/plain; version=0.0.4")
 
 
@@ -213,14 +224,37 @@ def _described(service: Service) -> dict[str, Any]:
 
 async def _completions(service: Service, request: Request) -> Response:
     body = await _body(service, request, schemas.COMPLETION)
+    _check_generates(service)
     choices = await anyio.to_thread.run_sync(api.completion_choices, service.served, body)
     return await _reply(service, request, body, choices, chat=False)
 
 
 async def _chat(service: Service, request: Request) -> Response:
     body = await _body(service, request, schemas.CHAT)
+    _check_generates(service)
     choices = await anyio.to_thread.run_sync(api.chat_choices, service.served, body)
     return await _reply(service, request, body, choices, chat=True)
+
+
+def _check_generates(service: Service) -> None:
+    if service.engine is None:
+        raise ApiError(400, f"{service.served.name} generates no text; use /v1/embeddings", "model")
+
+
+async def _embeddings(service: Service, request: Request) -> Response:
+    body = await _body(service, request, schemas.EMBEDDING)
+    if service.embedder is None:
+        raise ApiError(400, f"{service.served.name} has no embeddings of texts; use an encoder", "model")
+    texts = await anyio.to_thread.run_sync(api.embedding_ids, service.served, service.embedder.ids, body)
+    service.check_room(len(texts))
+    service.unfinished += len(texts)
+    try:
+        async with service.embedding:  # one after another: they would only slow each other down
+            vectors = await anyio.to_thread.run_sync(service.embedder, texts)
+    finally:
+        service.unfinished -= len(texts)
+    service.metrics.count("prompt_tokens", sum(map(len, texts)))
+    return JSONResponse(api.embeddings(service.served, body, texts, vectors))
 
 
 # Replies.
@@ -281,13 +315,14 @@ class _Events(StreamingResponse):
 
     def __init__(self, service: Service, replies: Replies, form: api.Form) -> None:
         super().__init__(self._events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self.service, self.replies, self.form = service, replies, form
+        self.service, self.replies, self.form, self.began = service, replies, form, time.monotonic()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             self.service.end(self.replies)  # also if the client has left
+            self.service.metrics.time("response", time.monotonic() - self.began, path=scope["route"].path)
 
     async def _events(self) -> AsyncIterator[str]:
         begun: set[int] = set()

@@ -218,6 +218,7 @@ def openapi() -> dict[str, Any]:
             "/v1/models/{model}": model,
             "/v1/completions": post("Continue prompts.", COMPLETION),
             "/v1/chat/completions": post("Reply to a conversation.", CHAT),
+            "/v1/embeddings": post("Vectors of texts, of length 1.", EMBEDDING),
         },
         "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }

