@@ -71,13 +71,13 @@ def sample_completions(
     return Completions(keep(drawn, 0), mask, keep(logp, 0), np.asarray(ends.any(1)), kept)
 
 
-def _of_drawn(logits: Float[Array, "B V"], token: Int[Array, " B"]) -> tuple[Float[Array, " B"]]:
+def _of_drawn(_: Array, logits: Float[Array, "B V"], token: Int[Array, " B"]) -> tuple[Float[Array, " B"]]:
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return (chosen - jax.nn.logsumexp(logits, axis=-1),)
 
 
-def _with_support(logits: Float[Array, "B V"], token: Int[Array, " B"]) -> tuple[Float[Array, " B"], Array]:
-    return *_of_drawn(logits, token), jnp.packbits(logits > -jnp.inf, axis=-1)
+def _with_support(own: Array, logits: Float[Array, "B V"], token: Int[Array, " B"]) -> tuple[Float[Array, " B"], Array]:
+    return *_of_drawn(own, logits, token), jnp.packbits(logits > -jnp.inf, axis=-1)
 
 
 def training_rows(

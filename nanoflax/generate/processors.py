@@ -183,7 +183,7 @@ def only_below(vocab_size: int | None, logits: Logits) -> Logits:
 def filtered(logits: Logits, filters: Filters) -> Logits:
     """Logits over temperature, with -inf for the tokens that top-k, top-p and min-p exclude, in this order."""
     f = Filters(*(x if jnp.ndim(x) == 0 else x[:, None] for x in filters))
-    logits = logits / (jnp.where(f.temperature == 0, 1, f.temperature) if jnp.ndim(f.temperature) else f.temperature)
+    logits = logits if f.temperature is None else logits / jnp.where(f.temperature == 0, 1, f.temperature)
     if f.top_k is not None or f.outside_top_p is not None:
         if jnp.ndim(f.top_k):  # sorting takes long, and often no row needs it
             wanted = ((f.top_k > 0) | (f.outside_top_p > 0)).any()

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,11 +29,14 @@ from nanoflax.generate.processors import (
     next_logits,
     only_below,
 )
+from nanoflax.kernels import most_probable
 from nanoflax.nn import Array, LanguageModel
-from nanoflax.tokenizers import request_of
+from nanoflax.tokenizers import request_of, row_settings, scored
 
 # Token ids: lists of any lengths, one list, or an array [B, T] or [T]; for a model with a source, the sources.
 Prompts = Any
+Setting = float | Sequence[float | None] | None  # for all prompts, or for each
+Bias = Mapping[int, float] | Sequence[Mapping[int, float] | None] | None
 
 
 class Generation(NamedTuple):
@@ -53,16 +56,14 @@ def start(
     lengths: Int[Array, " B"],
     new_tokens: int,
     rng: jax.Array,
-    limit: Int[Array, ""] | int | None = None,
+    limit: Int[Array, "*B"] | int,
 ) -> Generation:
-    """Read prompts that are padded on the left. The cache has room for new_tokens; `limit` of them, by default all,
-    will be used."""
+    """Read prompts that are padded on the left. The cache has room for new_tokens; `limit` of them will be used."""
     B, P = tokens.shape
     token, cache = model.prefill(params, tokens, lengths, new_tokens)
     prompt = written_prompt(model.config, tokens, lengths, token)
     history = jnp.pad(prompt, [(0, 0), (0, new_tokens)], constant_values=-1)
-    limit = jnp.asarray(new_tokens if limit is None else limit, jnp.int32)
-    written = Written(history, jnp.int32(prompt.shape[1]), jnp.int32(0), limit)
+    written = Written(history, jnp.int32(prompt.shape[1]), jnp.int32(0), jnp.asarray(limit, jnp.int32))
     return Generation(cache, token, jnp.zeros(B, bool), written, rng)
 
 
@@ -87,20 +88,21 @@ def advance(
     """Generate `steps` tokens by a scan. A finished row repeats eos_ids[0]. Ids from vocab_size on, the
     padding of a vocabulary, are never drawn. Returns (the new state, the tokens [B, steps]).
 
-    record: (the logits [B, V] that a token is drawn from, after rules and filters, the token [B]) -> a tree of
-    arrays [B, ...]; then the result is (the new state, (the tokens, this tree with arrays [B, steps, ...]))."""
+    record: (the model's logits [B, V], those that a token is drawn from, after rules and filters, the token [B]) ->
+    a tree of arrays [B, ...]; then the result is (the new state, (the tokens, this tree with arrays [B, steps, ...])).
+    """
 
     def step(state, _):
         logits, cache = model.decode(params, state.token[:, None], state.cache)
-        logits, w = only_below(vocab_size, logits[:, -1]), state.written
-        logits = next_logits(logits, model.config.generation, eos_ids, filters, w)
+        own, w = only_below(vocab_size, logits[:, -1]), state.written
+        logits = next_logits(own, model.config.generation, eos_ids, filters, w)
         rows = is_key_of_rows(state.rng)
         rng, key = jnp.unstack(jax.vmap(jax.random.split)(state.rng), axis=1) if rows else jax.random.split(state.rng)
         token, done = choose(logits, key, filters), state.done
         if eos_ids:
             token = jnp.where(done, eos_ids[0], token)
             done |= jnp.array(mask(eos_ids, logits.shape[-1]))[token]
-        found = (token, record(filtered(logits, filters), token)) if record else token  # XLA filters once
+        found = (token, record(own, filtered(logits, filters), token)) if record else token  # XLA filters once
         return Generation(cache, token, done, w.add(token), rng), found
 
     state, found = jax.lax.scan(step, state, length=steps)
@@ -137,83 +139,113 @@ def compiled(function: Callable, donate: str | tuple = (), mesh: Any = None) -> 
     )
 
 
-def _sample(model, params, tokens, lengths, rng, filters, steps, eos_ids, vocab_size):
+@functools.cache  # for jax.jit, which compiles again for another function
+def _recorder(n):
+    return None if n is None else lambda logits, _, token: most_probable(logits, token, n)
+
+
+def _sample(model, params, tokens, lengths, rng, limit, filters, steps, eos_ids, vocab_size, record):
     rows = tokens.shape[0]
     model, params = decoding_model(model, rows), decoding_params(model, params, rows)
-    state = start(model, params, tokens, lengths, steps, rng)
-    return advance(model, params, state, filters, steps, eos_ids, vocab_size)[1]
+    state = start(model, params, tokens, lengths, steps, rng, limit)
+    return advance(model, params, state, filters, steps, eos_ids, vocab_size, record)[1]
 
 
 def sample(
     model: LanguageModel,
     params: dict,
     prompts: Prompts,
-    max_new_tokens: int = 64,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    rng: jax.Array | None = None,
+    max_new_tokens: int | Sequence[int] = 64,
+    temperature: Setting = None,
+    top_k: Setting = None,
+    top_p: Setting = None,
+    min_p: Setting = None,
+    repetition_penalty: Setting = None,
+    rng: jax.Array | Sequence[int] | None = None,
     eos_id: int | Sequence[int] | np.ndarray | None = None,
     vocab_size: int | None = None,
     tokenizer: Any = None,
-) -> list[list[int]]:
+    logit_bias: Bias = None,
+    log_probabilities: int | None = None,
+) -> list[Any]:
     """Continue each prompt.
 
     prompts: see `Prompts`; with a tokenizer also a text or a list of texts. temperature: 0 is greedy. rng: default
     key 0. eos_id: one or several ids that end a row. vocab_size: ids from there on are never drawn.
+    logit_bias: numbers to add to the logits of ids. max_new_tokens, the filters and logit_bias may be lists with an
+    item for each prompt, and rng keys or seeds for each; then a row is drawn as if it were alone.
     None takes the value of model.config.generation, else temperature 1 and no filter; top_k=0, top_p=1, min_p=0 and
     repetition_penalty=1 turn a filter off, eos_id=() the end. The other rules of model.config.generation (bad words,
     forced tokens, least lengths) always hold, as in Transformers' `generate`.
     Compiled once for a bucket of prompt lengths, a batch size and max_new_tokens.
-    Returns the new tokens of each prompt, cut before its eos_id.
+    Returns the new tokens of each prompt, cut before its eos_id; with log_probabilities=n a `Scored` for each prompt,
+    with the log-probabilities of its tokens and n alternatives from the same pass.
     Raises: UserError for an empty prompt, an id out of range, a prompt that with its new tokens exceeds the model's
     context, a filter out of its range, or a setting in model.config.generation that is not computed.
     """
     tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
     filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty, model.config.generation)
-    run, rope, rng = compiled(_sample, mesh=parallel.mesh_of(params)), model.config.rope, _key(rng)
+    filters, rng, limits, record = _for_rows(model, tokens, filters, rng, max_new_tokens, logit_bias, log_probabilities)
+    run, rope, most = compiled(_sample, mesh=parallel.mesh_of(params)), model.config.rope, int(limits.max())
     # Longer texts than rope.context have other angles: there the text is read again from its beginning.
     short = rope.context + 1 - int(max(lengths))
-    parts = [short, max_new_tokens - short] if rope.scaling == "longrope" and 0 < short < max_new_tokens else []
-    new = [[] for _ in lengths]
-    for steps in parts or [max_new_tokens]:
+    parts = [short, most - short] if rope.scaling == "longrope" and 0 < short < most else [most]
+    found = run(model, params, tokens, lengths, rng, limits, filters, parts[0], *ends, record)
+    pieces = [jax.tree.map(parallel.fetch, found)]
+    for steps in parts[1:]:
+        new = jax.tree.leaves(pieces[0])[0].tolist()
         texts = [[*row[len(row) - n :], *more] for row, n, more in zip(tokens.tolist(), lengths, new, strict=True)]
-        if any(new):
-            tokens, lengths, _ = request_of(model.config, texts, steps, eos_id, vocab_size)
-            rng = jax.random.fold_in(rng, 1)
-        found = parallel.fetch(run(model, params, tokens, lengths, rng, filters, steps, *ends)).tolist()
-        new = [a + b for a, b in zip(new, found, strict=True)]
-    return [cut(row, ends[0]) for row in new]
+        tokens, lengths, _ = request_of(model.config, texts, steps, eos_id, vocab_size)
+        rng = jax.vmap(jax.random.fold_in, (0, None))(rng, 1) if is_key_of_rows(rng) else jax.random.fold_in(rng, 1)
+        found = run(model, params, tokens, lengths, rng, limits - short, filters, steps, *ends, record)
+        pieces.append(jax.tree.map(parallel.fetch, found))
+    return _rows(jax.tree.map(lambda *x: np.concatenate(x, 1), *pieces), ends[0], limits)
+
+
+def _for_rows(model, tokens, filters, rng, max_new_tokens, logit_bias, log_probabilities):
+    """(Filters, key or keys, the number of new tokens [B], the `record` of `advance`) of arguments of `sample`."""
+    rng = jax.random.PRNGKey(0) if rng is None else rng
+    rng = rng if isinstance(rng, jax.Array) else jnp.stack([jax.random.PRNGKey(seed) for seed in rng])
+    lists = {"rng": rng if is_key_of_rows(rng) else None, "filters": filters.temperature}
+    bias = row_settings(len(tokens), model.config.vocab_size, lists, logit_bias, log_probabilities)
+    if bias is not None:
+        filters = filters._replace(logit_bias=jnp.asarray(bias))
+    return filters, rng, np.broadcast_to(np.int32(max_new_tokens), len(tokens)), _recorder(log_probabilities)
+
+
+def _rows(found, eos_ids, limits):
+    """The tokens of each row as a list cut before its end and at its limit, or as a Scored."""
+    tokens, *scores = jax.tree.leaves(found)
+    rows = [cut(row[: max(n, 0)], eos_ids) for row, n in zip(tokens.tolist(), limits, strict=True)]
+    return scored(rows, *scores) if scores else rows
 
 
 def stream(
     model: LanguageModel,
     params: dict,
     prompts: Prompts,
-    max_new_tokens: int = 64,
-    rng: jax.Array | None = None,
+    max_new_tokens: int | Sequence[int] = 64,
+    rng: jax.Array | Sequence[int] | None = None,
     eos_id: int | Sequence[int] | np.ndarray | None = None,
     vocab_size: int | None = None,
     tokenizer: Any = None,
     chunk: int = 8,
+    logit_bias: Bias = None,
+    log_probabilities: int | None = None,
     **filters: Any,
-) -> Iterator[list[list[int]]]:
-    """`sample` as a stream: yields up to `chunk` new tokens of each prompt at a time.
+) -> Iterator[list[Any]]:
+    """`sample` as a stream: yields up to `chunk` new tokens of each prompt at a time, or a Scored of them.
 
     filters: temperature to repetition_penalty of `sample`. The tokens are the same as from `sample` with the same
-    key. Ends when every row has its eos_id.
+    key. Ends when every row has its eos_id or its largest length.
     """
     tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
     made = make_filters(**filters, defaults=model.config.generation)
-    pieces = sample_in_chunks(model, params, tokens, lengths, max_new_tokens, made, _key(rng), *ends, chunk)
-    ended = np.zeros(len(tokens), bool)
-    for i, (_, new) in enumerate(pieces):
-        found = np.asarray(new)[:, : max_new_tokens - i * chunk].tolist()
-        yield [cut(row, ends[0]) for row in found]  # [] for a finished row, which repeats its end
-        ended |= np.array([not {*ends[0]}.isdisjoint(row) for row in found])
-        if ended.all():
+    made, rng, limits, record = _for_rows(model, tokens, made, rng, max_new_tokens, logit_bias, log_probabilities)
+    for done, found in sample_in_chunks(model, params, tokens, lengths, limits, made, rng, *ends, chunk, record):
+        yield _rows(jax.tree.map(parallel.fetch, found), ends[0], limits)  # a finished row repeats its end: []
+        limits = limits - chunk
+        if (parallel.fetch(done) | (limits <= 0)).all():
             return
 
 
@@ -222,7 +254,7 @@ def sample_in_chunks(
     params: dict,
     tokens: Int[np.ndarray, "B P"],
     lengths: Int[np.ndarray, " B"],
-    max_new_tokens: int,
+    max_new_tokens: int | Int[np.ndarray, " B"],
     filters: Filters,
     rng: jax.Array,
     eos_ids: tuple[int, ...],
@@ -232,7 +264,7 @@ def sample_in_chunks(
 ) -> Iterator[tuple[Bool[Array, " B"], Any]]:
     """Yields (whether a row has ended, the result of `advance`) for each `chunk` of tokens, until there are at least
     max_new_tokens. tokens: prompts padded on the left. Compiled functions do the work; call this without jit."""
-    chunks, rows = -(-max_new_tokens // chunk), len(tokens)
+    chunks, rows = -(-int(np.max(max_new_tokens)) // chunk), len(tokens)
     on = functools.partial(compiled, mesh=parallel.mesh_of(params))
     params, model = on(decoding_params)(model, params, rows), decoding_model(model, rows)
     state = on(start)(model, params, tokens, lengths, chunks * chunk, rng, np.int32(max_new_tokens))
@@ -244,7 +276,3 @@ def sample_in_chunks(
 def cut(row: list[int], eos_ids: Sequence[int]) -> list[int]:
     """The tokens of a list before the first that is one of eos_ids."""
     return list(itertools.takewhile(lambda token: token not in eos_ids, row))
-
-
-def _key(rng):
-    return jax.random.PRNGKey(0) if rng is None else rng

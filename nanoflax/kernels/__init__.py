@@ -2,7 +2,7 @@
 the types of arrays in annotations."""
 
 from nanoflax.kernels.arrays import Array, Keys, Logits, Queries, Source, SourceMask, States, Tokens
-from nanoflax.kernels.cross_entropy import chunked_cross_entropy, chunks_of, mask_padding, token_losses
+from nanoflax.kernels.cross_entropy import chunked_cross_entropy, chunks_of, mask_padding, most_probable, token_losses
 from nanoflax.kernels.fused_attention import Call, MaskSpec, attend_by, choose
 from nanoflax.kernels.grouped import blocks_of, grouped_matmul, move
 from nanoflax.kernels.recurrence import chunked, convolve
@@ -12,4 +12,5 @@ from nanoflax.kernels.softmax_attention import softmax_attention
 __all__ = [
     "Array", "Call", "Keys", "Logits", "MaskSpec", "Queries", "Source", "SourceMask", "States", "Tokens",
     "attend_by", "blocks_of", "choose", "chunked", "chunked_cross_entropy", "chunks_of", "convolve",
-    "grouped_matmul", "mask_padding", "matmul", "move", "softmax_attention", "standardise", "token_losses"]  # fmt: skip
+    "grouped_matmul", "mask_padding", "matmul", "most_probable", "move", "softmax_attention", "standardise",
+    "token_losses"]  # fmt: skip

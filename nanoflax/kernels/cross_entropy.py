@@ -33,6 +33,15 @@ def token_losses(
     return objective, nll
 
 
+def most_probable(
+    logits: Float[Array, "*B V"], token: Int[Array, "*B"], n: int
+) -> tuple[Float[Array, "*B"], Int[Array, "*B n"], Float[Array, "*B n"]]:
+    """(the log-probability of each token, the ids of the n most probable tokens, best first, and theirs), in nats."""
+    logp = jax.nn.log_softmax(logits.astype(jnp.float32))
+    best, ids = jax.lax.top_k(logp, n)
+    return jnp.take_along_axis(logp, token[..., None], -1)[..., 0], ids, best
+
+
 def _token_losses(logits, targets, z_loss, label_smoothing, padding=0):
     log_z = jax.nn.logsumexp(logits, axis=-1)
     nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

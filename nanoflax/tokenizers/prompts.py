@@ -1,8 +1,9 @@
-"""Requests to a generating model: the forms, checks and padding of prompts, and the ids that end a text."""
+"""Requests to a generating model: the forms, checks and padding of prompts, the ids that end a text, settings for each
+prompt; and the tokens of an answer with their log-probabilities."""
 
 import numbers
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,12 @@ from nanoflax.tokenizers.framing import prompt_ids
 
 
 def request_of(
-    config: ModelConfig, prompts: Any, new: int, eos_id: Any, vocab_size: int | None, tokenizer: Any = None
+    config: ModelConfig,
+    prompts: Any,
+    new: int | Sequence[int],
+    eos_id: Any,
+    vocab_size: int | None,
+    tokenizer: Any = None,
 ) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, ...], int]]:
     """(prompts padded on the left [B, P], their lengths [B], (eos_ids, vocab_size)) of the arguments of
     `nanoflax.sample`; new: max_new_tokens.
@@ -52,8 +58,8 @@ def token_lists(prompts: Any) -> list[list[int]]:
     return [[int(t) for t in prompt] for prompt in given]
 
 
-def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raises: UserError if the model cannot continue the prompts by max_new_tokens."""
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]) -> None:
+    """Raises: UserError if the model cannot continue the prompts by max_new_tokens, one number or one for each."""
     if config.head != "lm":
         raise UserError(
             f"model.architecture={config.architecture!r} with model.head={config.head!r} generates no text; "
@@ -66,22 +72,25 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
         )
     if not prompts:
         raise UserError("prompts is empty; give at least one prompt")
-    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
+    limits = list(max_new_tokens) if np.ndim(max_new_tokens) else [max_new_tokens] * len(prompts)
+    if not all(isinstance(n, numbers.Integral) and n >= 1 for n in limits):
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1, and an integer")
-    for i, prompt in enumerate(prompts):
+    if len(limits) != len(prompts):
+        raise UserError(f"max_new_tokens: {len(limits)} values for {len(prompts)} prompts; give one for each")
+    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if len(prompt) == 0:
             raise UserError(f"prompt {i} is empty; give at least one token, such as the tokenizer's bos_id")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             bad = next(t for t in prompt if not 0 <= t < config.vocab_size)
             raise UserError(f"prompt {i} has token id {bad}, outside the model's vocabulary of {config.vocab_size}")
-        if not config.reads_source and len(prompt) + max_new_tokens > config.max_length:
+        if not config.reads_source and len(prompt) + limit > config.max_length:
             raise UserError(
-                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} this "
+                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={limit} this "
                 f"exceeds the model's context of {config.context}; shorten the prompt or lower max_new_tokens"
             )
-        if max(len(prompt), max_new_tokens) > config.max_length:
+        if max(len(prompt), limit) > config.max_length:
             raise UserError(
-                f"prompt {i} has {len(prompt)} tokens, max_new_tokens={max_new_tokens}: neither "
+                f"prompt {i} has {len(prompt)} tokens, max_new_tokens={limit}: neither "
                 f"may exceed the model's context of {config.context}"
             )
 
@@ -99,3 +108,52 @@ def pad_left(prompts: Sequence[Sequence[int]], most: int | None = None, pad: int
     for row, prompt in zip(tokens, prompts, strict=True):
         row[len(row) - len(prompt) :] = prompt
     return tokens, lengths
+
+
+def row_settings(
+    B: int, V: int, lists: dict[str, Any], logit_bias: Any, log_probabilities: int | None
+) -> np.ndarray | None:
+    """The logit bias of B prompts as float32 [V], [B, V], or None: of {id: number}, a list of them, or None.
+
+    lists: name -> None, a scalar or values for each prompt; log_probabilities: the number of alternatives, or None.
+    Raises: UserError with every list of another length, and every number out of its range.
+    """
+    one = isinstance(logit_bias, Mapping)
+    biases = [logit_bias] if one else [bias or {} for bias in logit_bias or []]
+    lists = lists | {"logit_bias": None if one or logit_bias is None else biases}
+    wrong = {name: len(x) for name, x in lists.items() if np.ndim(x) and len(x) != B}
+    problems = [f"{name}: {n} values for {B} prompts; give one for each" for name, n in wrong.items()]
+    for bias in biases:
+        for i, value in bias.items():
+            if not isinstance(i, numbers.Integral) or not 0 <= i < V:
+                problems.append(f"logit_bias has id {i!r}, which must be an integer from 0 to {V - 1}")
+            elif not isinstance(value, numbers.Real) or not np.isfinite(value):
+                problems.append(f"logit_bias[{i}]={value!r} must be a finite number")
+    n = log_probabilities
+    if n is not None and not (isinstance(n, numbers.Integral) and 0 <= n <= V):
+        problems.append(f"log_probabilities={n!r} must be an integer from 0 to {V}, or None")
+    if problems:
+        raise UserError("; ".join(problems))
+    found = np.zeros((len(biases), V), np.float32)
+    for row, bias in zip(found, biases, strict=True):
+        row[list(bias)] = list(bias.values())
+    return None if logit_bias is None else found[0] if one else found
+
+
+class Scored(NamedTuple):
+    """Tokens of a text, with the model's log-probabilities in nats, before rules, temperature and filters."""
+
+    tokens: list[int]
+    log_probabilities: list[float]
+    alternatives: list[dict[int, float]]  # at each position the most probable tokens, best first
+
+
+def scored(rows: list[list[int]], logp: np.ndarray, ids: np.ndarray, best: np.ndarray) -> list[Scored]:
+    """A `Scored` of each row, of log-probabilities [B, T], and ids and log-probabilities of alternatives [B, T, n].
+    What is longer than a row is cut."""
+
+    def one(row, *arrays):
+        logp, ids, best = (x[: len(row)].tolist() for x in arrays)
+        return Scored(row, logp, [dict(zip(*pair, strict=True)) for pair in zip(ids, best, strict=True)])
+
+    return [one(*values) for values in zip(rows, logp, ids, best, strict=True)]

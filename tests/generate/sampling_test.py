@@ -1,5 +1,6 @@
 """Sampling: Transformers' filters and greedy text, the right distribution, few compilations."""
 
+import dataclasses
 import inspect
 import itertools
 
@@ -14,7 +15,7 @@ from nanoflax.config import GenerationDefaults, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.generate import processors, sample, sampling, stream
 from nanoflax.nn import build
-from nanoflax.tokenizers import bucket, check_prompts, pad_left
+from nanoflax.tokenizers import Scored, bucket, check_prompts, pad_left
 
 
 def make(sharpness=4.0, **fields):
@@ -162,6 +163,14 @@ def test_repetition_penalty_moves_only_what_was_seen_towards_less():
         (dict(prompts=[[1], []]), "prompt 1 is empty"),
         (dict(prompts=[[1, 29]]), "prompt 0 has token id 29, outside the model's vocabulary of 29"),
         (dict(prompts=[[1, -2]]), "prompt 0 has token id -2"),
+        (dict(max_new_tokens=[2, 3]), "max_new_tokens: 2 values for 1 prompts; give one for each"),
+        (dict(max_new_tokens=[0]), "max_new_tokens=[0] must be at least 1"),
+        (dict(temperature=[1.0, 2.0]), "filters: 2 values for 1 prompts"),
+        (dict(rng=[1, 2, 3]), "rng: 3 values for 1 prompts; give one for each"),
+        (dict(logit_bias={29: 1.0}), "logit_bias has id 29, which must be an integer from 0 to 28"),
+        (dict(logit_bias=[{1: float("nan")}]), "logit_bias[1]=nan must be a finite number"),
+        (dict(logit_bias=[{}, {}]), "logit_bias: 2 values for 1 prompts"),
+        (dict(log_probabilities=30), "log_probabilities=30 must be an integer from 0 to 29"),
         (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
         (
             dict(prompts=[[1] * 60], max_new_tokens=5),
@@ -291,7 +300,7 @@ def test_finished_rows_are_cut_and_frozen_and_do_not_disturb_others():
     # Before cutting: the end, and nothing but the end after it.
     tokens, lengths = pad_left(prompts)
     raw = sampling.compiled(sampling._sample)(
-        model, params, tokens, lengths, jax.random.PRNGKey(0), sampling.make_filters(0), 24, (eos,), None
+        model, params, tokens, lengths, jax.random.PRNGKey(0), 24, sampling.make_filters(0), 24, (eos,), None, None
     )
     assert (np.asarray(raw)[0, len(cut[0]) :] == eos).all()
 
@@ -324,6 +333,78 @@ def test_stream_stops_when_every_row_has_ended():
     assert list(generate.stream(model, params, prompts, 40, temperature=0, eos_id=end, chunk=4)) == [[[]]]
 
 
+FOR_ROWS = dict(
+    max_new_tokens=[5, 12, 9],
+    temperature=[0.0, 1.3, None],
+    top_k=[0, 9, None],
+    top_p=[None, 0.9, 0.8],
+    repetition_penalty=[1.5, None, 1.0],
+    rng=[3, 5, 2**31],
+    logit_bias=[{}, {3: 5.0, 4: -100.0}, None],
+)
+
+
+def test_rows_of_a_batch_equal_prompts_with_their_settings_alone():
+    model, params = make(2.0)
+    prompts = ragged(3, 11, 6)
+    options = FOR_ROWS | dict(eos_id=7, log_probabilities=2)
+    together = generate.sample(model, params, prompts, **options)
+    for i, prompt in enumerate(prompts):
+        own = {name: values[i] for name, values in FOR_ROWS.items()}
+        own |= dict(rng=jax.random.PRNGKey(own["rng"]), temperature=1.0 if i == 2 else own["temperature"])
+        (alone,) = generate.sample(model, params, [prompt], **own, eos_id=7, log_probabilities=2)
+        assert together[i].tokens == alone.tokens
+        np.testing.assert_allclose(together[i].log_probabilities, alone.log_probabilities, atol=1e-5)
+        assert list(map(list, together[i].alternatives)) == list(map(list, alone.alternatives))
+    assert len(together[0].tokens) == 5 and [len(row.tokens) for row in together] != [5, 5, 5]
+    assert 4 not in together[1].tokens
+    pieces = list(generate.stream(model, params, prompts, chunk=4, **options))
+    joined = [Scored(*(sum(x, []) for x in zip(*rows, strict=True))) for rows in zip(*pieces, strict=True)]
+    assert joined == together
+
+
+def test_a_limit_of_a_row_decides_where_its_last_token_is_forced():
+    model, params = make()
+    rules = GenerationDefaults(forced_eos_token_id=(5,))
+    model = model.clone(config=dataclasses.replace(model.config, generation=rules))
+    prompts = ragged(3, 3, 8)
+    rows = generate.sample(model, params, prompts, [2, 6, 3], temperature=0)
+    assert [row[-1] for row in rows] == [5, 5, 5] and list(map(len, rows)) == [2, 6, 3]
+    pieces = generate.stream(model, params, prompts, [2, 6, 3], temperature=0, chunk=4)
+    assert rows == [sum(row, []) for row in zip(*pieces, strict=True)]
+
+
+def test_other_values_for_each_row_need_no_compilation(compilations):
+    model, params = make(layers=1, dim=8, heads=2)
+    run = lambda *limits, **options: generate.sample(model, params, ragged(3, 4), [*limits], **options)
+    run(4, 2, rng=[1, 2], temperature=[1.0, 0.5], logit_bias=[{}, {3: 1.0}])
+    with compilations() as names:
+        run(1, 4, rng=[5, 6], temperature=[0.0, 0.3], top_k=[3, 0], top_p=0.5, logit_bias=[{1: 9.0}, {}])
+        run(3, 4, rng=[5, 6], min_p=[0.0, 0.3], repetition_penalty=2.0, logit_bias=[{1: 9.0}, {}])
+    assert not any("_sample" in name for name in names), names
+
+
+def test_log_probabilities_are_those_of_given_texts():
+    model, params = make(2.0)
+    prompts = ragged(3, 11, 6)
+    options = dict(temperature=2.0, top_k=5, rng=jax.random.PRNGKey(1), logit_bias={3: 2.0})
+    drawn = generate.sample(model, params, prompts, 12, log_probabilities=4, **options)
+    assert [row.tokens for row in drawn] == generate.sample(model, params, prompts, 12, **options)
+    given = generate.score(model, params, prompts, [row.tokens for row in drawn], alternatives=4)
+    for ours, theirs, prompt in zip(drawn, given, prompts, strict=True):
+        assert ours.tokens == theirs.tokens
+        np.testing.assert_allclose(ours.log_probabilities, theirs.log_probabilities, atol=1e-5)
+        full = jax.nn.log_softmax(model.apply({"params": params}, np.array([prompt + ours.tokens]))[0])[0]
+        for t, (a, b, row) in enumerate(
+            zip(ours.alternatives, theirs.alternatives, full[len(prompt) - 1 : -1], strict=True)
+        ):
+            assert list(a) == list(b) == np.argsort(-row)[:4].tolist(), t
+            np.testing.assert_allclose(list(a.values()), list(b.values()), atol=1e-5)
+            np.testing.assert_allclose(list(a.values()), np.sort(row)[::-1][:4], atol=1e-5)
+    none = generate.sample(model, params, prompts, 3, log_probabilities=0)[0]
+    assert none.alternatives == [{}, {}, {}] and len(none.log_probabilities) == 3
+
+
 def test_ids_of_a_padded_vocabulary_are_never_drawn():
     model, params = make()
     rows = generate.sample(model, params, ragged(3, 3, 3, 3), 40, temperature=5.0, vocab_size=20)
@@ -342,7 +423,7 @@ def test_repetition_penalty_counts_the_prompt_and_what_was_drawn():
     # Padding (id 0) is not part of a prompt: a penalty of its own making would forbid it.
     tokens, lengths = pad_left([[5, 6]])
     start = jax.jit(sampling.start, static_argnums=(0, 4))
-    written = start(model, params, tokens, lengths, 20, jax.random.PRNGKey(0)).written
+    written = start(model, params, tokens, lengths, 20, jax.random.PRNGKey(0), 20).written
     assert written.history.tolist() == [[-1] * 14 + [5, 6] + [-1] * 20]
     penalised = processors.process(jnp.ones((1, 29)), GenerationDefaults(), (), 2.0, written)
     assert np.flatnonzero(penalised[0] < 1).tolist() == [5, 6]
