@@ -52,8 +52,9 @@ def completion_choices(served: Served, body: dict[str, Any]) -> list[Choice]:
     reads_source, echo = served.config.reads_source, bool(body.get("echo"))
     if echo and reads_source:
         raise ApiError(400, "echo: the prompt of an encoder-decoder is no part of its text", "echo")
-    if echo and body.get("stream"):
-        raise ApiError(400, "echo: not with stream; ask for one of the two", "echo")
+    limit = COMPLETION_TOKENS if body.get("max_tokens") is None else body["max_tokens"]
+    if not limit and not echo:
+        raise ApiError(400, "max_tokens: 0 gives an empty text without echo=true", "max_tokens")
     found = []
     for prompt in _each(body["prompt"]):
         ids, text = prompt, prompt
@@ -63,8 +64,7 @@ def completion_choices(served: Served, body: dict[str, Any]) -> list[Choice]:
             check_ids(served, prompt, "prompt")
             text = served.tokenizer.decode(prompt) if echo else ""
         found.append((ids, text if echo else None))
-    limit = body.get("max_tokens")
-    return _choices(served, body, found, COMPLETION_TOKENS if limit is None else limit, body.get("logprobs"))
+    return _choices(served, body, found, limit, body.get("logprobs"))
 
 
 def chat_choices(served: Served, body: dict[str, Any]) -> list[Choice]:
@@ -120,7 +120,7 @@ def _choices(served, body, prompts, limit, logprobs):
     seed = secrets.randbelow(MAX_SEED + 1) if body.get("seed") is None else body["seed"]
     found = []
     for ids, echo in prompts:
-        most = _room(served, ids, limit)
+        most = _room(served, ids, limit, "messages" if "messages" in body else "prompt")
         for i in range(n):
             request = Request(
                 ids,
@@ -129,14 +129,14 @@ def _choices(served, body, prompts, limit, logprobs):
                 seed=(seed + i) % (MAX_SEED + 1),
                 logit_bias=bias,
                 log_probabilities=logprobs,
-                prompt_log_probabilities=echo is not None and logprobs is not None,
+                prompt_log_probabilities=echo is not None and (logprobs is not None or not most),
             )
             before = () if served.config.reads_source else ids
             found.append(Choice(tokenizer, request, [stops] if isinstance(stops, str) else stops, before, echo))
     return found
 
 
-def _room(served, ids, limit):
+def _room(served, ids, limit, field):
     """The number of new tokens: `limit`, else as many as the server and the context allow."""
     context = served.context
     free = context if served.config.reads_source else context - len(ids)
@@ -145,7 +145,7 @@ def _room(served, ids, limit):
         raise ApiError(
             400,
             f"the prompt has {len(ids)} tokens{wanted}, but the model's context is {context}",
-            "messages" if limit is None else "max_tokens",
+            field,
             "context_length_exceeded",
         )
     return limit if limit is not None else int(min(served.max_tokens, free))

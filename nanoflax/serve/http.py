@@ -50,17 +50,24 @@ class Service:
         self.running: set[Replies] = set()
         self.embedding = asyncio.Lock()
 
-    def stop(self) -> None:
-        """Refuse new requests and those without a token; the others go on."""
+    def stop(self, at_once: bool = False) -> None:
+        """Refuse new requests and those without a token; the others go on. at_once: cancel them too."""
         self.stopping = True
         for replies in self.running:
-            if not replies.started:
+            if at_once or not replies.started:
                 replies.cancel()
+
+    @property
+    def failure(self) -> str:
+        """Why the engine does not work any more; empty if it works."""
+        return getattr(self.engine, "failure", "")
 
     def check_room(self, texts: int) -> None:
         """Raises: ApiError if the server takes no more texts."""
         if self.stopping:
             raise ApiError(503, "the server is stopping; send the request again later", code="stopping")
+        if self.failure:
+            raise ApiError(500, self.failure)
         if self.unfinished + texts > self.slots + self.settings.queue:
             message = f"the queue is full: {self.unfinished} texts are not finished; send the request again later"
             raise ApiError(429, message, code="queue_full")
@@ -194,7 +201,8 @@ async def _page(request: Request) -> Response:
 
 def _healthz(service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def run(request: Request) -> Response:
-        return JSONResponse({"status": "stopping"}, 503) if service.stopping else JSONResponse({"status": "ok"})
+        status = service.failure or ("stopping" if service.stopping else "ok")
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     return run
 

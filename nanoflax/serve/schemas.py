@@ -220,5 +220,6 @@ def openapi() -> dict[str, Any]:
             "/v1/chat/completions": post("Reply to a conversation.", CHAT),
             "/v1/embeddings": post("Vectors of texts, of length 1.", EMBEDDING),
         },
+        "security": [{}, {"key": []}],
         "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }

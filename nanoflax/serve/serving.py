@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from nanoflax.serve.engine import Engine
 from nanoflax.serve.settings import Settings
 
 LOCAL = ("127.0.0.1", "::1")
+STOPPING_SECONDS = 300  # a client that does not read its reply must not keep the server from ending
 
 
 def check_installed() -> None:
@@ -83,9 +85,10 @@ async def _serve(service: Any, listener: socket.socket, ready: Callable[[str], N
     loop, (host, port, *_) = asyncio.get_running_loop(), listener.getsockname()
 
     class Server(uvicorn.Server):
-        def handle_exit(self, sig, frame):
-            loop.call_soon_threadsafe(service.stop)
+        def handle_exit(self, sig, frame):  # a second Ctrl-C ends at once
+            self.force_exit = self.should_exit and sig == signal.SIGINT
             self.should_exit = True
+            loop.call_soon_threadsafe(service.stop, self.force_exit)
 
         async def startup(self, sockets=None):
             await super().startup(sockets)
@@ -94,4 +97,5 @@ async def _serve(service: Any, listener: socket.socket, ready: Callable[[str], N
     # A page of another site must not reach a local server under a name of that site (DNS rebinding).
     app = http.make_app(service, (*LOCAL, "[::1]", "localhost") if host in LOCAL else ("*",))
     settings: Any = dict(log_level="warning", lifespan="off", access_log=False, server_header=False)
+    settings["timeout_graceful_shutdown"] = STOPPING_SECONDS
     await Server(uvicorn.Config(app, **settings)).serve([listener])

@@ -51,10 +51,12 @@ def test_a_bottleneck_generates_and_embeds(tmp_path):
     shape = dict(architecture="encoder_decoder", bottleneck="mean", decoder_layers=1, context=32)
     run = tiny(**shape)
     run.source = str(tmp_path)
-    with running(run, slots=1) as (address, service):
-        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
-            [item] = client.embeddings.create(model=tmp_path.name, input="ab").data
-            text = client.completions.create(model=tmp_path.name, prompt="ab", max_tokens=4)
+    with (
+        running(run, slots=1) as (address, _),
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        [item] = client.embeddings.create(model=tmp_path.name, input="ab").data
+        text = client.completions.create(model=tmp_path.name, prompt="ab", max_tokens=4)
     ids = np.array([[*b"ab", run.tokenizer.eos_id]])
     vector = np.asarray(run.model.apply({"params": run.params}, ids, method="vector"))[0]
     np.testing.assert_allclose(item.embedding, vector / np.linalg.norm(vector), atol=1e-6)

@@ -1,57 +1,162 @@
-"""The HTTP server, as the `openai` client sees it."""
+"""The HTTP server: bad bodies, limits, clients that leave, metrics, and the program."""
 
-import jax
+import contextlib
+import http.client
+import json
+
+import hypothesis
 import openai
 import pytest
+import schemathesis
 
 import nanoflax
-from nanoflax import tokenizers
-from tests.serve.servers import running, tiny_chat
+from nanoflax import serve
+from nanoflax.errors import UserError
+from tests import processes
+from tests.serve.servers import running, until
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return tiny_chat(tmp_path_factory.mktemp("tokenizer"))
+def post(address, body, path="/v1/completions", **headers):
+    """(status, body) of a request that the client would not make."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=20)
+    with contextlib.closing(connection):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request("POST", path, body, {"Content-Type": "application/json"} | headers)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
 
 
-@pytest.fixture(scope="module")
-def address(run):
-    with running(run, slots=2) as (address, _):
-        yield address
+def test_bodies_that_are_no_requests(server):
+    address = server[0]
+    for status, words, body, headers in (
+        (413, "more than 100000 bytes", b'"' + b"x" * 200_000, {}),
+        (400, "is not JSON", b"{", {}),
+        (400, "must hold an object", b"[]", {}),
+        (400, "there twice", b'{"prompt": "a", "prompt": "b"}', {}),
+        (400, "levels of lists", b'{"prompt": ' + b"[" * 100 + b"]" * 100 + b"}", {}),
+        (400, "temperature", b'{"prompt": "a", "temperature": NaN}', {}),
+        (400, "max_tokens", b'{"prompt": "a", "max_tokens": 1.0}', {}),
+        (400, "surrogate", b'{"prompt": "\\ud800"}', {}),
+        (415, "Content-Type", b'{"prompt": "a"}', {"Content-Type": "text/plain"}),
+        (400, "host", b'{"prompt": "a"}', {"Host": "evil.example"}),
+    ):
+        found, text = post(address, body, **headers)
+        assert found == status and words in text, text
 
 
-@pytest.fixture(scope="module")
-def client(address):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
-        yield client
+def test_a_full_queue_is_refused_and_the_client_tries_again(server, client, long):
+    address, service = server
+    with contextlib.ExitStack() as stack:
+        for _ in range(6):
+            stack.enter_context(client.completions.create(**long, stream=True))
+        with pytest.raises(openai.RateLimitError) as error:
+            client.completions.create(model="tiny", prompt="x")
+        assert error.value.code == "queue_full" and error.value.response.headers["Retry-After"] == "1"
+        again = client.with_options(max_retries=3).completions.create(model="tiny", prompt="x", max_tokens=1)
+        assert again.usage.completion_tokens == 1
+    until(lambda: service.unfinished == 0)
 
 
-HELLO = [{"role": "user", "content": "Hello there"}]
+def test_a_client_that_does_not_wait_frees_its_slot(server, client, long):
+    service = server[1]
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.02).completions.create(**long, n=6)
+    until(lambda: service.unfinished == 0 and not service.running)
 
 
-def expected(run, ids, new, seed=0, **settings):
-    """The text of `nanoflax.sample` alone."""
-    rng = jax.random.PRNGKey(seed)
-    [found] = nanoflax.sample(
-        run.model, run.params, [ids], new, rng=rng, eos_id=tokenizers.stop_ids(run.tokenizer),
-        vocab_size=run.tokenizer.vocab_size, **settings,
-    )  # fmt: skip
-    return "".join(tokenizers.decode_parts(run.tokenizer, [ids, found])).removeprefix(run.tokenizer.decode(ids))
+def test_the_api_key_protects_all_but_the_page(run):
+    with running(run, slots=1, api_key="secret") as (address, _):
+        ask = lambda key: openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0).models.list().data[0].id
+        assert ask("secret") == "tiny"
+        for wrong in ("other", "secret2", "ä"):
+            with pytest.raises(openai.AuthenticationError) if wrong != "ä" else contextlib.suppress(UnicodeEncodeError):
+                ask(wrong)
+        assert post(address, {"prompt": "x"})[0] == post(address, {"prompt": "x"}, "/v1/embeddings")[0] == 401
+        for path, status in (("/", 200), ("/healthz", 200), ("/openapi.json", 200), ("/metrics", 401)):
+            connection = http.client.HTTPConnection(address.removeprefix("http://"))
+            connection.request("GET", path)
+            response = connection.getresponse()
+            assert response.status == status, path
+            if path == "/":
+                assert (
+                    "default-src 'none'" in response.headers["Content-Security-Policy"] and b"<html" in response.read()
+                )
 
 
-def test_chat_and_its_stream_are_the_text_of_sample(client, run):
-    assert [model.id for model in client.models.list()] == ["tiny"]
-    ids = tokenizers.chat_prompt(run.tokenizer, HELLO)
-    settings = dict(model="tiny", messages=HELLO, max_tokens=12)
-    for sampling in (dict(temperature=0), dict(temperature=0.9, top_p=0.9, seed=3)):
-        reply = client.chat.completions.create(**settings, **sampling)
-        [choice] = reply.choices
-        assert choice.message.content == expected(run, ids, 12, **sampling)
-        assert choice.finish_reason in ("length", "stop")
-        assert reply.usage.prompt_tokens == len(ids) and reply.usage.completion_tokens <= 12
-        stream = list(
-            client.chat.completions.create(**settings, **sampling, stream=True, stream_options={"include_usage": True})
-        )
-        assert stream[-1].usage == reply.usage and not stream[-1].choices
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream[:-1]) == choice.message.content
-        assert [chunk.choices[0].finish_reason for chunk in stream[:-1]][-1] == choice.finish_reason
+def test_metrics_are_the_text_that_prometheus_reads(server, client):
+    parser = pytest.importorskip("prometheus_client.parser")
+    client.completions.create(model="tiny", prompt="x", max_tokens=3)
+    families = {f.name: f for f in parser.text_string_to_metric_families(client.get("/../metrics", cast_to=str))}
+    values = {(s.name, *sorted(s.labels.items())): s.value for f in families.values() for s in f.samples}
+    assert values["nanoflax_slots",] == 2 and values["nanoflax_texts_running",] == 0
+    assert values["nanoflax_generated_tokens_total",] > 0
+    path = ("path", "/v1/completions")
+    count = values["nanoflax_response_seconds_count", path]
+    assert count == values["nanoflax_response_seconds_bucket", ("le", "+Inf"), path] > 0
+    assert {families[name].type for name in ("nanoflax_requests", "nanoflax_slots", "nanoflax_response_seconds")} == {
+        "counter", "gauge", "histogram",
+    }  # fmt: skip
+
+
+def test_no_request_of_the_description_is_a_500(server):
+    """schemathesis makes right and wrong requests from /openapi.json."""
+    schema = schemathesis.openapi.from_url(f"{server[0]}/openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert len(operations) == 5
+    statuses = set()
+    for operation in operations:
+        for mode in schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE:
+            with contextlib.suppress(hypothesis.errors.Unsatisfiable):
+                _try(operation.as_strategy(generation_mode=mode), statuses)
+    assert {200, 400} <= statuses and not [status for status in statuses if status >= 500]
+
+
+def _try(cases, statuses):
+    @hypothesis.settings(
+        max_examples=25, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    @hypothesis.seed(0)
+    @hypothesis.given(cases)
+    def check(case):
+        if isinstance(case.body, dict) and case.body.get("max_tokens") is None:
+            case.body = case.body | {"max_tokens": 2}
+        response = case.call(timeout=30)
+        statuses.add(response.status_code)
+        assert response.status_code < 500, (case.body, response.text)
+        if response.status_code >= 400 and response.status_code != 405:
+            assert {"message", "type", "param", "code"} == response.json()["error"].keys()
+
+    check()
+
+
+# The program.
+
+
+def test_sigterm_finishes_what_runs_and_refuses_the_rest(client, run, tmp_path, long):
+    nanoflax.hf.save(tmp_path / "tiny", run.model.config, run.params, run.tokenizer)
+    child = processes.start(["-m", "experiments.serve", f"--model={tmp_path / 'tiny'}", "--port=0", "--slots=1"])
+    try:
+        until(lambda: "http" in child.out.read_text() or child.poll() is not None, 60)
+        address = child.out.read_text().split(" at ")[1].split()[0]
+        theirs = client.with_options(base_url=f"{address}/v1")
+        running = theirs.completions.create(**long, stream=True)
+        first = next(iter(running)).choices[0].text
+        waiting = theirs.completions.create(**long, stream=True)
+        child.send_signal(15)
+        rest = list(running)
+        assert rest[-1].choices[0].finish_reason == "length"
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(waiting)
+        child.wait(30)
+        with pytest.raises(openai.APIConnectionError):
+            theirs.models.list()
+        assert (child.returncode, child.err.read_text()) == (0, "")
+        whole = first + "".join(chunk.choices[0].text for chunk in rest)
+        assert whole == client.completions.create(**long).choices[0].text
+    finally:
+        child.kill()
+
+
+def test_a_port_that_is_taken_is_one_line(run):
+    with serve.listen("127.0.0.1", 0) as taken, pytest.raises(UserError, match=r"port=\d+: cannot listen there"):
+        serve.listen("127.0.0.1", taken.getsockname()[1])

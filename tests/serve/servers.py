@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 import types
 
 import jax
@@ -44,3 +45,11 @@ def running(run, **settings):
         finally:
             server.should_exit = True
             thread.join()
+
+
+def until(condition, seconds=20):
+    """Wait until condition() is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)

@@ -1,0 +1,112 @@
+"""OpenAI's API, as the `openai` client sees it."""
+
+import jax
+import openai
+import pytest
+
+import nanoflax
+from nanoflax import tokenizers
+
+HELLO = [{"role": "user", "content": "Hello there"}]
+
+
+def expected(run, ids, new, seed=0, **settings):
+    """The text of `nanoflax.sample` alone."""
+    ends, rng = tokenizers.stop_ids(run.tokenizer), jax.random.PRNGKey(seed)
+    [found] = nanoflax.sample(run.model, run.params, [ids], new, rng=rng, eos_id=ends, **settings)
+    return text_of(run, ids, found)
+
+
+def text_of(run, before, ids):
+    decoder = tokenizers.StreamingDecoder(run.tokenizer, before)
+    return decoder.add(ids) + decoder.finish()
+
+
+def test_chat_and_its_stream_are_the_text_of_sample(client, run):
+    assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
+    ids = tokenizers.chat_prompt(run.tokenizer, HELLO)
+    settings = dict(model="tiny", messages=HELLO, max_tokens=12)
+    for sampling in (dict(temperature=0), dict(temperature=0.9, top_p=0.9, seed=3)):
+        reply = client.chat.completions.create(**settings, **sampling)
+        [choice] = reply.choices
+        assert choice.message.content == expected(run, ids, 12, **sampling)
+        assert choice.finish_reason in ("length", "stop")
+        assert reply.usage.prompt_tokens == len(ids) and reply.usage.completion_tokens <= 12
+        stream = list(
+            client.chat.completions.create(**settings, **sampling, stream=True, stream_options={"include_usage": True})
+        )
+        assert stream[-1].usage == reply.usage and not stream[-1].choices
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream[:-1]) == choice.message.content
+        assert [chunk.choices[0].finish_reason for chunk in stream[:-1]][-1] == choice.finish_reason
+
+
+def test_choices_have_seeds_that_follow_each_other(client, run):
+    prompts = ["ab", [97, 98, 99]]
+    reply = client.completions.create(model="tiny", prompt=[*prompts[:1]], n=2, max_tokens=8, seed=5)
+    ids = [run.tokenizer.encode("ab")] * 2
+    assert [c.text for c in reply.choices] == [expected(run, x, 8, 5 + i) for i, x in enumerate(ids)]
+    assert [c.index for c in reply.choices] == [0, 1] and reply.usage.prompt_tokens == 2
+    again = client.completions.create(model="tiny", prompt=prompts[1], max_tokens=8, seed=5)
+    assert again.choices[0].text == expected(run, prompts[1], 8, 5)
+    both = client.completions.create(model="tiny", prompt=["ab", "c"], max_tokens=8, temperature=0)
+    assert [c.text for c in both.choices] == [
+        expected(run, run.tokenizer.encode(x), 8, temperature=0) for x in "ab c".split()
+    ]
+    assert (
+        both.usage.completion_tokens <= 16
+        and client.completions.create(model="tiny", prompt="ab", temperature=0).usage.completion_tokens == 16
+    )  # as OpenAI's default
+
+
+def test_messages_and_tools_reach_the_template(client, run):
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "developer", "content": "Short."},
+        {"role": "user", "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+    ]
+    reply = client.chat.completions.create(model="tiny", messages=messages, tools=[tool], max_tokens=4)
+    plain = [{"role": "system", "content": "Short."}, {"role": "user", "content": "2+2?"}]
+    read = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    more = [{"role": "assistant", "content": "", "tool_calls": read}, {"role": "tool", "content": "4"}]
+    ids = tokenizers.chat_prompt(run.tokenizer, plain + more, [tool])
+    assert reply.usage.prompt_tokens == len(ids)
+
+
+WRONG = {
+    "temperature": dict(temperature=-1), "top_p": dict(top_p=0), "n": dict(n=1000), "seed": dict(seed=-1),
+    "stop": dict(stop=""), "logit_bias": dict(logit_bias={"9999": 1}), "max_tokens": dict(max_tokens=201),
+    "suffix": dict(suffix="x"), "best_of": dict(best_of=2), "presence_penalty": dict(presence_penalty=1),
+    "surprise": dict(extra_body={"surprise": 1}), "prompt": dict(prompt=[99999]),
+    "stream_options": dict(stream_options={"include_usage": True}), "logprobs": dict(logprobs=99),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_an_error_names_the_field(client, field):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(**(dict(model="tiny", prompt="x") | WRONG[field]))
+    assert error.value.param == field and field in error.value.message and "\n" not in error.value.message
+    assert error.value.type == "invalid_request_error"
+
+
+def test_what_the_model_cannot_do_is_an_error(client):
+    chat = lambda **more: client.chat.completions.create(**(dict(model="tiny", messages=HELLO) | more))
+    with pytest.raises(openai.NotFoundError) as error:
+        chat(model="gpt-9")
+    assert error.value.code == "model_not_found" and "'tiny'" in error.value.message
+    for code, more in (
+        ("context_length_exceeded", dict(messages=[{"role": "user", "content": "word " * 80}])),
+        ("context_length_exceeded", dict(max_tokens=199, messages=[{"role": "user", "content": "word " * 20}])),
+        (None, dict(messages=[])),
+        (None, dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}])),
+        (None, dict(tool_choice="required")),
+        (None, dict(top_logprobs=2)),
+    ):
+        with pytest.raises(openai.BadRequestError) as error:
+            chat(**more)
+        assert error.value.code == code and error.value.message
+    with pytest.raises(openai.NotFoundError):
+        client.get("/nothing", cast_to=object)
