@@ -29,7 +29,7 @@ from nanoflax.generate.processors import (
     next_logits,
     only_below,
 )
-from nanoflax.kernels import most_probable
+from nanoflax.kernels import Quantized, most_probable
 from nanoflax.nn import Array, LanguageModel
 from nanoflax.tokenizers import request_of, row_settings, scored
 
@@ -121,7 +121,8 @@ def decoding_params(model: LanguageModel, params: dict, rows: int) -> dict:
     """The parameters for the decode loop: matrices in the compute dtype, and for several rows a copy
     of a tied head as [D, V], whose product is twice as fast on CPU."""
     dtype = model.compute_dtype
-    params = jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
+    packed = lambda p: isinstance(p, Quantized)
+    params = jax.tree.map(lambda p: p if packed(p) or p.ndim < 2 else p.astype(dtype), params, is_leaf=packed)
     if not model.config.tied or rows == 1:
         return params
     return params | {"unembed": {"kernel": params["embed"]["embedding"].T}}

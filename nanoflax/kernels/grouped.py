@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from nanoflax.kernels.arrays import Array
+from nanoflax.kernels.quantized import Quantized, quantized_matmul
 
 MAX_BLOCK = 256  # rows
 
@@ -42,7 +43,7 @@ move.defvjp(lambda x, *ways: (move(x, *ways), ways), lambda ways, dy: (move(dy, 
 
 
 def grouped_matmul(
-    x: Float[Array, "n b I"], w: Float[Array, "E I O"], experts: Int[Array, " n"]
+    x: Float[Array, "n b I"], w: Float[Array, "E I O"] | Quantized, experts: Int[Array, " n"]
 ) -> Float[Array, "n b O"]:
     """x[i] @ w[experts[i]]. experts: ascending. XLA has a kernel for ragged_dot on TPU and GPU; on CPU it
     multiplies all rows with all experts."""
@@ -51,10 +52,11 @@ def grouped_matmul(
 
 def by_block(x, w, experts):
     """`grouped_matmul`, one block at a time."""
-    return jax.lax.map(lambda block: block[0] @ w[block[1]], (x, experts))
+    product = quantized_matmul if isinstance(w, Quantized) else jnp.matmul
+    return jax.lax.map(lambda block: product(block[0], jax.tree.map(lambda leaf: leaf[block[1]], w)), (x, experts))
 
 
 def ragged(x, w, experts):
     """`grouped_matmul` as one ragged_dot."""
-    rows = x.shape[1] * jnp.bincount(experts, length=len(w))
-    return jax.lax.ragged_dot(x.reshape(-1, x.shape[-1]), w, rows).reshape(*x.shape[:2], -1)
+    rows = x.shape[1] * jnp.bincount(experts, length=w.shape[0])
+    return jax.lax.ragged_dot(x.reshape(-1, x.shape[-1]), w.astype(x.dtype), rows).reshape(*x.shape[:2], -1)

@@ -6,7 +6,17 @@ from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
-from nanoflax.kernels import Array, Logits, Source, SourceMask, States, Tokens, mask_padding
+from nanoflax.kernels import (
+    Array,
+    Logits,
+    Quantized,
+    Source,
+    SourceMask,
+    States,
+    Tokens,
+    mask_padding,
+    quantized_matmul,
+)
 from nanoflax.nn.layers import Embedding, Linear, activate
 
 
@@ -66,8 +76,11 @@ class LanguageModel(nn.Module):
         """The float32 logits of the states that `hidden` returns; -inf for the ids of config.vocab_padding."""
         c = self.config
         if c.tied:
-            table = self.embedding.embedding.astype(x.dtype)
-            logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+            table = self.embedding.embedding
+            if isinstance(table, Quantized):
+                logits = quantized_matmul(x, table.T).astype(jnp.float32)
+            else:
+                logits = jnp.einsum("btd,vd->btv", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
         else:
             logits = self.unembed(x).astype(jnp.float32)
         if c.head_bias:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from nanoflax.kernels import Array, matmul, standardise
+from nanoflax.kernels import Array, Quantized, matmul, quantized_matmul, standardise
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -66,7 +66,7 @@ def adapt(y: Float[Array, "*B O"], x: Float[Array, "*B I"], p: Mapping[str, Any]
     y = y + h @ p["lora_b"].astype(x.dtype)
     if "lora_magnitude" in p:
         # Section 4.3: no gradient through the divisor.
-        length = jax.lax.stop_gradient(column_lengths(p["kernel"] + low_rank(p)))
+        length = jax.lax.stop_gradient(column_lengths(p["kernel"].astype(jnp.float32) + low_rank(p)))
         y = y * (p["lora_magnitude"] / length).astype(y.dtype)
     return y
 
@@ -96,6 +96,17 @@ def bottleneck(h: Float[Array, "B T D"], p: dict[str, Any], activation: str) -> 
     return h + (inner @ p["up"]["kernel"] + p["up"]["bias"])
 
 
+def parameter(module: nn.Module, name: str, init: Callable[..., Array], *args: Any) -> Any:
+    """module.param, or the Quantized that the parameters hold in place of the array."""
+    held = module.get_variable("params", name)
+    return held if isinstance(held, Quantized) else module.param(name, init, *args)
+
+
+def product(x: Float[Array, "*B I"], kernel: Float[Array, "I O"] | Quantized) -> Float[Array, "*B O"]:
+    """x @ kernel in the dtype of x."""
+    return quantized_matmul(x, kernel) if isinstance(kernel, Quantized) else matmul(x, kernel.astype(x.dtype))
+
+
 class Linear(nn.Module):
     """x @ kernel + bias, and the low-rank adapters of `peft.add` if the parameters have them."""
 
@@ -107,8 +118,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         normal, drawn = nn.initializers.normal(self.stddev), (x.shape[-1], self.features - self.padding)
-        kernel = self.param("kernel", lambda key: jnp.pad(normal(key, drawn), [(0, 0), (0, self.padding)]))
-        y = matmul(x, kernel.astype(x.dtype))
+        y = product(x, parameter(self, "kernel", lambda key: jnp.pad(normal(key, drawn), [(0, 0), (0, self.padding)])))
         if self.has_variable("params", "lora_a"):
             y = adapt(y, x, self.variables["params"])
         if self.bias:
@@ -124,10 +134,11 @@ class Embedding(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), (self.size, self.dim))
+        self.embedding = parameter(self, "embedding", nn.initializers.normal(0.02), (self.size, self.dim))
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        return self.embedding.astype(self.dtype)[ids]
+        table = self.embedding
+        return (table if isinstance(table, Quantized) else table.astype(self.dtype))[ids].astype(self.dtype)
 
 
 class Norm(nn.Module):

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
-from nanoflax.kernels import Array, Logits, Source, SourceMask, States, Tokens
+from nanoflax.kernels import Array, Logits, Quantized, Source, SourceMask, States, Tokens
 from nanoflax.nn.attention import Attention, LayerCache, attention_weights
 from nanoflax.nn.blocks import Stack, empty_cache, norm
 from nanoflax.nn.language_model import LanguageModel, SourceModel, empty_delay, mean_pool
@@ -268,8 +268,9 @@ def without_padding(config: ModelConfig, params: dict) -> tuple[ModelConfig, dic
 
 
 def head_kernel(config: ModelConfig, params: dict) -> Float[Array, "D V"]:
-    """The kernel of the output head, from a model's parameters."""
-    return params["embed"]["embedding"].T if config.tied else params["unembed"]["kernel"]
+    """The kernel of the output head, from a model's parameters; dequantised."""
+    kernel = params["embed"]["embedding"].T if config.tied else params["unembed"]["kernel"]
+    return kernel.astype(jnp.float32) if isinstance(kernel, Quantized) else kernel
 
 
 def build(config: ModelConfig, remat: str = "none") -> LanguageModel:

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig, MoEConfig
-from nanoflax.kernels import Array, States, Tokens, blocks_of, grouped_matmul, move
-from nanoflax.nn.layers import MLP, Linear
+from nanoflax.kernels import Array, States, Tokens, blocks_of, cast, grouped_matmul, move
+from nanoflax.nn.layers import MLP, Linear, parameter
 
 
 def route(
@@ -44,7 +44,7 @@ def route(
 def expert_product(x: Float[Array, "n b I"], p: Mapping[str, Any], experts: Int[Array, " n"]) -> Float[Array, "n b O"]:
     """The product of each block of rows with the kernel [E, I, O], among an expert Linear's parameters p, of its
     expert, and LoRA if p has lora_a [E, I, R] and lora_b [E, R, O]. experts: ascending, E for none."""
-    y = grouped_matmul(x, jnp.asarray(p["kernel"], x.dtype), experts)
+    y = grouped_matmul(x, cast(p["kernel"], x.dtype), experts)
     if "lora_a" in p:
         a, b, scale = (p[f"lora_{name}"].astype(x.dtype) for name in ("a", "b", "scale"))
         y += grouped_matmul(grouped_matmul(x, a, experts) * jax.lax.stop_gradient(scale), b, experts)
@@ -61,7 +61,7 @@ class ExpertLinear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n b I"], experts: Int[Array, " n"]) -> Float[Array, "n b O"]:
-        self.param("kernel", nn.initializers.normal(self.stddev), (self.experts, x.shape[-1], self.features))
+        parameter(self, "kernel", nn.initializers.normal(self.stddev), (self.experts, x.shape[-1], self.features))
         y = expert_product(x, self.variables["params"], experts)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.experts, self.features))
@@ -137,7 +137,7 @@ class MoE(nn.Module):
         if self.is_initializing():
             linear = partial(ExpertLinear, m.experts)
             MLP(m.expert_dim or c.F, *options, linear, name="experts")(x[:1], jnp.zeros(1, jnp.int32))
-        params = jax.tree.map(lambda p: jnp.asarray(p, x.dtype), self.variables["params"]["experts"])
+        params = cast(self.variables["params"]["experts"], x.dtype)
         y = parallel.map_experts(compute, x, chosen, weights, params)
         if m.shared_dim:
             shared = MLP(m.shared_dim, *options, name="shared")(x)

@@ -1,7 +1,9 @@
-"""Parameter-efficient fine-tuning: adapters as leaves of the parameter tree, and AdaLoRA."""
+"""Parameter-efficient fine-tuning: adapters as leaves of the parameter tree, AdaLoRA, and quantised matrices."""
 
 from nanoflax.peft.adalora import adalora_optimizer
 from nanoflax.peft.adapters import add, join, merge, split, trainable, without_adapters
+from nanoflax.peft.quantization import dequantize_params, is_quantizable, quantize_array, quantize_params
 
 __all__ = [
-    "adalora_optimizer", "add", "join", "merge", "split", "trainable", "without_adapters"]  # fmt: skip
+    "adalora_optimizer", "add", "dequantize_params", "is_quantizable", "join", "merge", "quantize_array",
+    "quantize_params", "split", "trainable", "without_adapters"]  # fmt: skip

@@ -1,0 +1,85 @@
+"""Quantised matrices: the numbers of the gguf package, products and gradients of the dequantised matrix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+
+from nanoflax.kernels import Quantized, grouped_matmul, pack, quantize, quantized_matmul
+from nanoflax.kernels.quantized import dequantize
+
+
+def kernel(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def with_offsets(outputs, inputs):
+    rng = np.random.default_rng(1)
+    values = jnp.asarray(rng.integers(0, 16, (outputs, inputs)), jnp.uint8)
+    scales, offsets = (jnp.asarray(rng.standard_normal((outputs, inputs // 32)), jnp.float16) for _ in range(2))
+    return Quantized(pack(values), scales, offsets)
+
+
+@pytest.mark.parametrize("kind, gguf_kind", [("int8", "Q8_0"), ("int4", "Q4_0")])
+def test_errors_are_at_most_those_of_gguf(kind, gguf_kind):
+    w = kernel(64, 96)
+    ours = np.asarray(quantize(w, kind).astype(jnp.float32))
+    type_ = GGMLQuantizationType[gguf_kind]
+    theirs = quants.dequantize(quants.quantize(np.ascontiguousarray(w.T), type_), type_).T
+    assert np.square(ours - w).sum() <= 1.001 * np.square(theirs - w).sum()
+    again = np.asarray(quantize(theirs, kind).astype(jnp.float32))
+    np.testing.assert_array_equal(again, theirs)  # what gguf has rounded stays as it is
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-9, 1e-4, 1e4])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_small_and_large_weights_stay_finite(kind, magnitude):
+    w = magnitude * kernel(64, 16)
+    ours = np.asarray(quantize(w, kind).astype(jnp.float32))
+    assert np.isfinite(ours).all() and np.abs(ours - w).max() <= max(0.4 * magnitude, 1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize(
+    "w",
+    [quantize(kernel(96, 50), "int8"), quantize(kernel(96, 50), "int4"), quantize(kernel(64, 7), "int4"),
+     quantize(kernel(64, 2), "int4"), with_offsets(50, 64), quantize(kernel(1024, 2050), "int4")],
+    ids=["int8", "int4", "odd", "small", "offsets", "parts"],
+)  # fmt: skip
+def test_products_and_gradients_are_those_of_the_dequantised_matrix(w, rows):
+    plain, x = w.astype(jnp.float32), kernel(2, rows, w.shape[0], seed=2)[0]
+    assert plain.shape == w.shape
+
+    def loss(product, x):
+        y = product(x)
+        return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
+
+    (_, y), dx = jax.jit(jax.value_and_grad(lambda x: loss(lambda x: quantized_matmul(x, w), x), has_aux=True))(x)
+    (_, y_plain), dx_plain = jax.value_and_grad(lambda x: loss(lambda x: x @ plain, x), has_aux=True)(x)
+    for ours, theirs in ((y, y_plain), (dx, dx_plain)):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_rows_of_an_embedding(kind):
+    table = quantize(kernel(10, 32), kind, transposed=False)
+    plain = table.astype(jnp.float32)
+    assert table.shape == plain.shape == (10, 32) and table.T.shape == (32, 10)
+    np.testing.assert_array_equal(plain, dequantize(table))
+    ids = jnp.asarray([[0, 9, 4], [5, -1, 2]])
+    np.testing.assert_array_equal(table[ids], plain[ids])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_experts(kind):
+    w, x, experts = quantize(kernel(3, 32, 16), kind), kernel(4, 2, 32, seed=3), jnp.asarray([0, 1, 1, 2])
+    assert w.shape == (3, 32, 16)
+    plain = grouped_matmul(x, w.astype(jnp.float32), experts)
+    np.testing.assert_allclose(grouped_matmul(x, w, experts), plain, atol=1e-5)
+
+
+def test_each_row_of_a_vmap_is_the_product_of_one_row():
+    w, x = quantize(kernel(64, 48), "int8"), kernel(5, 1, 64, seed=4)
+    together = jax.vmap(lambda row: quantized_matmul(row, w))(x)
+    np.testing.assert_allclose(together, jnp.stack([quantized_matmul(row, w) for row in x]), atol=1e-5)
