@@ -14,16 +14,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from nanoflax import untrusted
 from nanoflax.errors import UserError
-from nanoflax.serve import api, schemas
+from nanoflax.serve import api, metrics, schemas
 from nanoflax.serve.embeddings import Embedder
 from nanoflax.serve.engine import Engine
 from nanoflax.serve.errors import ApiError
-from nanoflax.serve.metrics import Metrics
 from nanoflax.serve.replies import Choice, Piece, Replies
 from nanoflax.serve.settings import Settings
 
@@ -46,7 +45,7 @@ class Service:
     ) -> None:
         self.served, self.engine, self.embedder, self.settings = served, engine, embedder, settings
         self.slots = engine.slots if engine else 0
-        self.metrics, self.stopping, self.unfinished = Metrics(), False, 0
+        self.metrics, self.stopping, self.unfinished = metrics.Metrics(self.slots), False, 0
         self.running: set[Replies] = set()
         self.embedding = asyncio.Lock()
 
@@ -84,7 +83,7 @@ class Service:
             self.unfinished -= sum(choice.ticket is None for choice in choices)
             raise
         self.running.add(replies)
-        self.metrics.count("prompt_tokens", sum(len(choice.request.prompt) for choice in choices))
+        self.metrics.prompt_tokens.inc(sum(len(choice.request.prompt) for choice in choices))
         return replies
 
     def end(self, replies: Replies) -> None:
@@ -94,7 +93,7 @@ class Service:
 
     def _finished(self, choice: Choice) -> None:
         self.unfinished -= 1
-        self.metrics.count("generated_tokens", choice.new_tokens)
+        self.metrics.generated_tokens.inc(choice.new_tokens)
 
 
 def make_app(service: Service, hosts: Sequence[str] = ("*",)) -> Starlette:
@@ -132,9 +131,9 @@ def _endpoint(
             response = _error(ApiError(400, str(error)))
         except ClientDisconnect:
             response = Response(status_code=499)
-        service.metrics.count("requests", path=path, status=response.status_code)
+        service.metrics.requests.labels(path, response.status_code).inc()
         if not isinstance(response, _Events):
-            service.metrics.time("response", time.monotonic() - began, path=path)
+            service.metrics.response.labels(path).observe(time.monotonic() - began)
         return response
 
     return run
@@ -212,9 +211,9 @@ async def _openapi(service: Service, request: Request) -> Response:
 
 
 async def _metrics(service: Service, request: Request) -> Response:
-    texts, slots = service.unfinished, service.slots
-    gauges = {"slots": slots, "texts_running": min(texts, slots), "texts_waiting": max(texts - slots, 0)}
-    return PlainTextResponse(service.metrics.text(gauges), media_type="text/plain; version=0.0.4")
+    running = min(service.unfinished, service.slots)
+    text = service.metrics.text(running, service.unfinished - running)
+    return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
 async def _models(service: Service, request: Request) -> Response:
@@ -261,7 +260,7 @@ async def _embeddings(service: Service, request: Request) -> Response:
             vectors = await anyio.to_thread.run_sync(service.embedder, texts)
     finally:
         service.unfinished -= len(texts)
-    service.metrics.count("prompt_tokens", sum(map(len, texts)))
+    service.metrics.prompt_tokens.inc(sum(map(len, texts)))
     return JSONResponse(api.embeddings(service.served, body, texts, vectors))
 
 
@@ -294,7 +293,7 @@ async def _collected(service: Service, replies: Replies) -> list[list[Piece]]:
 
 def _time_to_first(service, replies, index, earlier):
     if not earlier:
-        service.metrics.time("time_to_first_text", time.monotonic() - replies.choices[index].submitted)
+        service.metrics.first_text.observe(time.monotonic() - replies.choices[index].submitted)
 
 
 async def _unless_client_leaves(request: Request, work: Any) -> Any:
@@ -330,7 +329,7 @@ class _Events(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self.service.end(self.replies)  # also if the client has left
-            self.service.metrics.time("response", time.monotonic() - self.began, path=scope["route"].path)
+            self.service.metrics.response.labels(scope["route"].path).observe(time.monotonic() - self.began)
 
     async def _events(self) -> AsyncIterator[str]:
         begun: set[int] = set()

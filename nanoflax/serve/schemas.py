@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-import jsonschema
+from jsonschema import Draft202012Validator, exceptions, validators
 
 from nanoflax.config import MAX_SEED
 from nanoflax.serve.errors import ApiError
@@ -169,18 +169,18 @@ EMBEDDING = _object(
 )
 
 # JSON has no NaN, 1.0 is no token id, and Python's True is no number.
-_TYPES = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many(
+_TYPES = Draft202012Validator.TYPE_CHECKER.redefine_many(
     {
         "integer": lambda _, x: isinstance(x, int) and not isinstance(x, bool),
         "number": lambda _, x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x),
     }
 )
-_Validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=_TYPES)
+_Validator = validators.extend(Draft202012Validator, type_checker=_TYPES)
 
 
 def check(body: dict[str, Any], schema: Schema) -> None:
     """Raises: ApiError that names the field, if the body does not have the schema."""
-    error = jsonschema.exceptions.best_match(_Validator(schema).iter_errors(body))
+    error = exceptions.best_match(_Validator(schema).iter_errors(body))
     if error is not None:
         if error.validator == "additionalProperties" and error.parent is None and isinstance(error.instance, dict):
             extra = sorted(error.instance.keys() - error.schema.get("properties", {}).keys())[0]

@@ -21,7 +21,11 @@ STOPPING_SECONDS = 300  # a client that does not read its reply must not keep th
 
 def check_installed() -> None:
     """Raises: UserError if the packages of the extra `serve` are missing."""
-    missing = [name for name in ("jsonschema", "starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    missing = [
+        name
+        for name in ("jsonschema", "prometheus_client", "starlette", "uvicorn")
+        if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise UserError(f"serving needs {', '.join(missing)}: pip install 'nanoflax[serve]'")
 

@@ -26,8 +26,8 @@ def tiny_chat(directory, seed=0, context=256):
 def tiny(tokenizer=None, seed=0, **model):
     """A Run of a random model; by default a decoder of bytes."""
     tokenizer = tokenizer or tokenizers.ByteTokenizer()
-    config = ModelConfig(**(dict(layers=1, dim=32, heads=2, context=256, vocab_size=tokenizer.vocab_size) | model))
-    found = nanoflax.build(config)
+    shape = dict(layers=1, dim=32, heads=2, context=256, vocab_size=tokenizer.vocab_size)
+    found = nanoflax.build(ModelConfig(**(shape | model)))
     params = nanoflax.init(found, jax.random.PRNGKey(seed))
     return types.SimpleNamespace(source="runs/tiny", model=found, params=params, tokenizer=tokenizer)
 
