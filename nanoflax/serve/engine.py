@@ -1,104 +1,382 @@
-"""The engine: requests come at any time and share one batch."""
+"""The engine: requests come at any time and share one batch of slots, which decode a token each in every step.
 
+Between two steps a piece of one waiting prompt is read. The next step starts before the tokens of the last one are
+read, except where a constraint must see them first.
+"""
+
+import collections
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from nanoflax import generate, tokenizers
+from nanoflax.errors import UserError
+from nanoflax.generate import Filters
 from nanoflax.nn import LanguageModel
+from nanoflax.serve.prefixes import Prefixes
+from nanoflax.serve.programs import PADDED, Programs
+from nanoflax.serve.requests import Finish, Request, Ticket, Token
 
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One text to generate. None takes the value of the model's generation settings."""
-
-    prompt: Sequence[int]  # token ids; for a model with a source, the source
-    max_new_tokens: int = 64
-    temperature: float | None = None  # 0: greedy
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int = 0
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    log_probabilities: int | None = None  # how many alternatives of each token are reported; None: nothing
-    prompt_log_probabilities: bool = False  # also of the prompt's tokens, before the first new token
-    constraint: Any = None  # what the text must match
-
-
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """A token of a reply, or of its prompt."""
-
-    id: int
-    log_probability: float | None = None  # in nats; None for the first token of a prompt
-    alternatives: Mapping[int, float] = dataclasses.field(default_factory=dict)  # the most probable, best first
-    of_prompt: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Finish:
-    """The end of a reply. reason: stop (an id that ends a text), length, cancelled or error."""
-
-    reason: str
-    message: str = ""  # of an error
+CONTEXT = 4096  # tokens of a text by default, if the model has no smaller context
+PREFIXES = 4  # prompts whose caches are kept
+FILTERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of a Request
 
 
 @dataclasses.dataclass
-class Ticket:
-    """A request in the engine. `receive` is called in the engine's thread with each Token, last with the Finish."""
+class _Reply:
+    """A ticket whose prompt is read, or that has a slot."""
 
-    request: Request
-    receive: Callable[[Token | Finish], None]
-    cancelled: bool = False
+    ticket: Ticket
+    slot: int
+    text: int = 0  # tokens before the first new one
+    least: int = 0  # the smallest size of the cache, for a source
+    started: int = 0  # steps with this reply that have started
+    received: int = 0  # tokens that were read back
+    finished: bool = False
 
-    def cancel(self) -> None:
-        """Free the slot at the next step. The Finish follows."""
-        self.cancelled = True
+    @property
+    def limit(self) -> int:
+        return max(1, self.ticket.request.max_new_tokens)
 
 
 class Engine:
-    """Generates replies in a thread of its own. Use it as a context manager."""
+    """Generates replies in a thread of its own. Use it as a context manager.
 
-    def __init__(self, model: LanguageModel, params: dict, tokenizer: Any, slots: int = 8):
+    slots: replies that are generated at once. context: the most tokens of a prompt and its reply; the memory of a slot
+    grows with the longest text in the slots. Every function is compiled when the context manager begins.
+    Leaving the context manager waits for all replies; after an exception they are cancelled.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        params: dict,
+        tokenizer: Any,
+        slots: int = 8,
+        context: int | None = None,
+        queue_limit: int | None = None,
+        prefixes: int = PREFIXES,
+    ) -> None:
+        for name, value, least in (("slots", slots, 1), ("prefixes", prefixes, 0)):
+            if value < least:
+                raise UserError(f"{name}={value} must be at least {least}")
         self.model, self.params, self.tokenizer, self.slots = model, params, tokenizer, slots
-        self._queue: queue.Queue[Ticket | None] = queue.Queue()
+        self.context = _context(model.config, context)
+        self.queue_limit = queue_limit
+        self.counts = dict.fromkeys(("steps", "pieces", "tokens", "prompt_tokens", "reused_tokens", "requests"), 0)
+        self.failure = ""  # why the engine stopped, if it did
+        c = model.config
+        self.eos_ids = tuple(tokenizers.stop_ids(tokenizer)) if tokenizer is not None else c.generation.eos_token_id
+        self.vocab_size = c.vocab_size - c.vocab_padding if tokenizer is None else tokenizer.vocab_size
+        self._prefixes_kept = prefixes
+        self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # between the last request and the end
+        self._closing = self._cancelling = False
+        self._replies: list[_Reply | None] = [None] * slots
+        self._waiting: collections.deque[Ticket] = collections.deque()
+        self._prompt: tuple[_Reply, Iterator[None]] | None = None  # that is being read
+        self._pending: collections.deque = collections.deque()  # (replies, tokens, scores) of the steps that started
+        self._filters: Filters | None = None  # on the device; None: they must be made again
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def __enter__(self) -> "Engine":
+        if self.model.config.head == "lm":
+            arguments = self.eos_ids, self.vocab_size, self.slots, self.context
+            self._programs = Programs(self.model, self.params, *arguments)
+            self._prefixes = Prefixes(self._prefixes_kept, self._programs.exact, PADDED)
+            self._state = self._programs.start()
+            self._no_filters = jax.device_put(self._programs.no_filters())
         self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        with self._lock:
+            self._closing, self._cancelling = True, kind is not None
         self._queue.put(None)
         self._thread.join()
+
+    @property
+    def active(self) -> int:
+        """How many slots have a reply."""
+        return sum(reply is not None for reply in self._replies)
+
+    @property
+    def queued(self) -> int:
+        """How many requests wait for a slot."""
+        return len(self._waiting) + self._queue.qsize()
 
     def submit(self, request: Request, receive: Callable[[Token | Finish], None]) -> Ticket:
         """Add a request to the queue.
 
         Raises: UserError for a bad request, before anything runs.
         """
-        tokenizers.check_prompts(self.model.config, [request.prompt], request.max_new_tokens)
+        self._check(request)
         ticket = Ticket(request, receive)
-        self._queue.put(ticket)
+        with self._lock:
+            if self._closing:
+                raise UserError(self.failure or "the engine is closed; it takes no request")
+            if self.queue_limit is not None and self.queued >= self.queue_limit:
+                raise UserError(f"{self.queued} requests wait already; send the request again later")
+            self._queue.put(ticket)
         return ticket
 
+    def _check(self, r: Request) -> None:
+        c, new = self.model.config, r.max_new_tokens
+        new = 1 if new == 0 and r.prompt_log_probabilities else new
+        tokenizers.check_prompts(c, [r.prompt], new)
+        length = max(len(r.prompt), new) if c.reads_source else len(r.prompt) + new
+        problems = []
+        if length > self.context:
+            text = f"a prompt of {len(r.prompt)} tokens with max_new_tokens={new} exceeds the engine's context of"
+            problems.append(f"{text} {self.context}; shorten the prompt or lower max_new_tokens")
+        if max(r.prompt) >= self.vocab_size:
+            problems.append(f"prompt has token id {max(r.prompt)}, outside the vocabulary of {self.vocab_size}")
+        if not -(2**63) <= r.seed < 2**63:
+            problems.append(f"seed={r.seed} must be a 64-bit integer")
+        most = self._programs.alternatives
+        if r.log_probabilities is not None and not 0 <= r.log_probabilities <= most:
+            problems.append(f"log_probabilities={r.log_probabilities} must be from 0 to {most}")
+        if r.prompt_log_probabilities and c.reads_source:
+            problems.append("prompt_log_probabilities: the source of this model has no log-probabilities")
+        bad = [i for i, x in r.logit_bias.items() if not 0 <= i < self.vocab_size or not np.isfinite(x)]
+        if bad:
+            text = f"logit_bias has id {bad[0]}; ids must be below {self.vocab_size}, and their numbers finite"
+            problems.append(text)
+        if problems:
+            raise UserError("; ".join(problems))
+        settings = {name: getattr(r, name) for name in FILTERS}
+        generate.make_filters(**settings, defaults=c.generation)
+
+    # In the engine's thread.
+
     def _run(self):
-        while ticket := self._queue.get():
-            r, reason = ticket.request, "length"
-            names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-            filters = {name: getattr(r, name) for name in names}
-            rng, ends = jax.random.PRNGKey(r.seed), tokenizers.stop_ids(self.tokenizer)
-            vocab_size = self.tokenizer.vocab_size
-            for [new] in generate.stream(
-                self.model, self.params, [r.prompt], r.max_new_tokens, rng, ends, vocab_size, chunk=1, **filters
-            ):
-                if not new or ticket.cancelled:
-                    reason = "cancelled" if ticket.cancelled else "stop"
-                    break
-                ticket.receive(Token(new[0]))
-            ticket.receive(Finish(reason))
+        try:
+            self._serve()
+        except BaseException as error:
+            traceback.print_exc()
+            with self._lock:
+                self.failure, self._closing = f"the engine failed: {error}", True
+            self._receive_tickets(wait=False)
+            replies = [
+                *self._replies,
+                self._prompt and self._prompt[0],
+                *(r for step in self._pending for r in step[0]),
+            ]
+            tickets = {id(r.ticket): r.ticket for r in replies if r and not r.finished}
+            for ticket in [*tickets.values(), *self._waiting]:
+                self._send(ticket, Finish("error", self.failure))
+
+    def _serve(self):
+        while True:
+            work = self._pending or self._waiting or self._prompt or self.active
+            self._receive_tickets(wait=not work and not self._closing)
+            if self._closing and not (work or self._waiting):
+                return
+            self._cancel()
+            self._read_piece()
+            self._start_step()
+            constrained = any(r and r.ticket.request.constraint for r in self._replies)
+            while len(self._pending) > (1 if self.active and not constrained else 0):
+                self._finish_step(*self._pending.popleft())
+
+    def _receive_tickets(self, wait):
+        """Move tickets from the queue to the waiting ones; wait: for at least one."""
+        while wait or not self._queue.empty():
+            wait, ticket = False, self._queue.get()
+            if ticket is not None:  # None: the engine closes
+                self._waiting.append(ticket)
+                self.counts["requests"] += 1
+
+    def _cancel(self):
+        """Drop the tickets that were cancelled."""
+        kept, gone = collections.deque(), []
+        for ticket in self._waiting:
+            (gone if ticket.cancelled or self._cancelling else kept).append(ticket)
+        self._waiting = kept
+        for ticket in gone:
+            self._send(ticket, Finish("cancelled"))
+        for reply in (*self._replies, self._prompt and self._prompt[0]):
+            if reply and (reply.ticket.cancelled or self._cancelling):
+                self._finish(reply, "cancelled")
+
+    def _finish(self, reply, reason):
+        reply.finished = True
+        self._free(reply)
+        if self._prompt and self._prompt[0] is reply:
+            self._prompt = None
+        self._send(reply.ticket, Finish(reason))
+
+    def _free(self, reply):
+        if self._replies[reply.slot] is reply:
+            self._replies[reply.slot] = self._filters = None
+
+    def _send(self, ticket, event):
+        try:
+            ticket.receive(event)
+        except Exception:  # a fault of the receiver must not stop the other replies
+            traceback.print_exc()
+            ticket.cancelled = True
+
+    # Prompts.
+
+    def _read_piece(self):
+        """Read a piece of a prompt, if one waits and a slot is free."""
+        if self._prompt is None:
+            if not self._waiting or self.active == self.slots:
+                return
+            reply = _Reply(self._waiting.popleft(), self._replies.index(None))
+            self._prompt = reply, self._pieces(reply)
+        next(self._prompt[1], None)
+
+    def _pieces(self, reply):
+        """Reads a prompt and puts it into its slot. Yields after each piece but the last."""
+        p, r = self._programs, reply.ticket.request
+        prompt = text = [*map(int, r.prompt)]
+        self.counts["prompt_tokens"] += len(prompt)
+        if p.reads_source:
+            cache, start = p.read(prompt, p.size_for(len(prompt)))
+            text = [start]
+        else:
+            last, scores, cache, at, shared = len(prompt) - 1, [], None, 0, 0
+            if not r.prompt_log_probabilities:
+                cache, at, shared = self._prefixes.find(prompt[:last])
+            size = p.size_for(len(prompt))
+            cache = p.empty(size) if cache is None else p.copy(cache, size)
+            self.counts["reused_tokens"] += at
+            stops = [shared] * (p.exact and shared - at >= PADDED) + [last]  # keep the state of a shared beginning
+            while at < last:
+                end = next(i for i in stops if i > at)
+                n = p.next_piece(end - at, size - at)
+                cache, found = p.piece(cache, prompt, at, n, r.prompt_log_probabilities)
+                at = min(at + n, end)
+                scores.append(found)
+                self.counts["pieces"] += 1
+                if at == end < last:
+                    self._prefixes.add(prompt[:at], p.copy(cache, size))
+                if at < last:
+                    yield
+            self._prefixes.add(prompt[:last], cache)
+            if r.prompt_log_probabilities:
+                self._send_prompt(reply.ticket, prompt, scores)
+        self._prompt = None
+        if r.max_new_tokens == 0:
+            self._finish(reply, "length")
+            return
+        row = np.full(p.sizes[-1], -1, np.int32)
+        row[: len(text)] = text
+        reply.text, reply.least = len(text), p.size_of(cache) if p.reads_source else 0
+        self._fit(p.size_of(cache))
+        numbers = len(text), r.max_new_tokens, r.seed
+        self._state = p.insert(self._state, reply.slot, cache, text[-1], row, *numbers)
+        self._replies[reply.slot], self._filters = reply, None
+
+    def _send_prompt(self, ticket, prompt, scores):
+        """Send the tokens of a prompt with their log-probabilities."""
+        scores = [np.concatenate(x) for x in zip(*scores, strict=True)] if scores else [[]] * 3
+        self._send(ticket, Token(prompt[0], of_prompt=True))
+        for token, *found in zip(prompt[1:], *scores, strict=False):
+            self._send(ticket, _token(token, found, ticket.request.log_probabilities or 0, of_prompt=True))
+
+    # Steps.
+
+    def _fit(self, least):
+        """Give the slots the smallest size, `least` or more, with room for the next token of every reply."""
+        needed = max([least, 1, *(max(r.least, r.text + r.started) for r in self._replies if r)])
+        self._state = self._programs.resize(self._state, self._programs.size_for(needed))
+
+    def _start_step(self):
+        """Start a step for the replies that have slots."""
+        allowed = self._allowed()
+        if not self.active:
+            return
+        if self._filters is None:
+            self._filters, self._wanted = self._make_filters()
+        self._fit(0)
+        replies, filters = [*self._replies], self._filters
+        filters = filters if allowed is None else filters._replace(allowed=allowed)
+        self._state, (tokens, scores) = self._programs.step(self._state, filters, self._wanted)
+        self._pending.append((replies, tokens, scores if self._wanted.any() else None))
+        self.counts["steps"] += 1
+        for reply in filter(None, replies):
+            reply.started += 1
+            if reply.started == reply.limit:
+                self._free(reply)  # a new prompt may come into the slot after this step
+
+    def _allowed(self):
+        """Packed bits [slots, W] of the tokens that may come next, or None if no reply has a constraint."""
+        rows = None
+        for reply in filter(None, self._replies):
+            if constraint := reply.ticket.request.constraint:
+                bits = np.asarray(constraint.allowed(), np.uint32)
+                if not bits.any():
+                    self._finish(reply, "stop")
+                    continue
+                rows = self._programs.no_filters().allowed if rows is None else rows
+                rows[reply.slot, : len(bits)] = bits
+                rows[reply.slot, len(bits) :] = 0
+        return rows
+
+    def _make_filters(self):
+        """(the Filters of the replies in the slots, whose log-probabilities are wanted)."""
+        off = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}  # of a free slot
+        requests = [reply and reply.ticket.request for reply in self._replies]
+        settings = {name: [getattr(r, name) if r else off[name] for r in requests] for name in FILTERS}
+        none = self._no_filters
+        bias = none.logit_bias
+        if any(r and r.logit_bias for r in requests):
+            bias = np.zeros(bias.shape, np.float32)
+            for row, r in zip(bias, requests, strict=True):
+                if r and r.logit_bias:
+                    row[[*r.logit_bias]] = [*r.logit_bias.values()]
+        made = generate.make_filters(**settings, defaults=self.model.config.generation)
+        wanted = np.array([r is not None and r.log_probabilities is not None for r in requests])
+        return made._replace(logit_bias=bias, allowed=none.allowed), wanted
+
+    def _finish_step(self, replies, tokens, scores):
+        """Wait for a step, and send its tokens."""
+        tokens = np.asarray(tokens).tolist()
+        scores = None if scores is None else [np.asarray(x) for x in scores]
+        for slot, (reply, token) in enumerate(zip(replies, tokens, strict=True)):
+            if reply is None or reply.finished:
+                continue
+            r = reply.ticket.request
+            if reply.ticket.cancelled:
+                self._finish(reply, "cancelled")
+            elif token in self.eos_ids:
+                self._finish(reply, "stop")
+            else:
+                if r.constraint:
+                    r.constraint.accept(token)
+                reply.received += 1
+                self.counts["tokens"] += 1
+                found = r.log_probabilities is not None and scores and [x[slot] for x in scores]
+                self._send(reply.ticket, _token(token, found, r.log_probabilities))
+                if reply.received == reply.limit:
+                    self._finish(reply, "length")
+
+
+def _context(config, context):
+    """The engine's context. Raises: UserError if the model has a smaller one."""
+    rope, most = config.rope, config.max_length
+    if rope.scaling in ("longrope", "dynamic"):  # longer texts change the angles of every token
+        most = min(most, rope.context // PADDED * PADDED)
+    if context is None:
+        return min(most, CONTEXT)
+    if not 1 <= context <= most:
+        raise UserError(f"context={context} must be from 1 to {most}, the longest text that the engine can continue")
+    return context
+
+
+def _token(token, found, alternatives, of_prompt=False):
+    """A Token. found: its row of `most_probable`, or nothing."""
+    if not found:
+        return Token(token, of_prompt=of_prompt)
+    logp, ids, best = found
+    pairs = zip(ids[:alternatives].tolist(), best[:alternatives].tolist(), strict=True)
+    return Token(token, float(logp), dict(pairs), of_prompt)

@@ -1,0 +1,43 @@
+"""The caches of the last prompts, so that a new prompt with the same beginning reads only its end."""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+
+class Prefixes:
+    """At most `most` caches by the tokens in them; the one that was not used for the longest time is dropped.
+
+    exact: only all tokens of a cache can be reused, because its state sums over them; else any number of them.
+    step: reused lengths are multiples of it, unless `exact`.
+    """
+
+    def __init__(self, most: int, exact: bool, step: int) -> None:
+        self.most, self.exact, self.step = most, exact, step
+        self._caches: collections.OrderedDict[tuple[int, ...], Any] = collections.OrderedDict()
+
+    def find(self, prompt: Sequence[int]) -> tuple[Any, int, int]:
+        """(a cache or None, how many tokens of the prompt it holds, how many begin a prompt of before)."""
+        best, found, shared = 0, None, 0
+        for tokens in self._caches:
+            n = common_prefix(tokens, prompt)
+            shared = max(shared, n)
+            n = (n if n == len(tokens) else 0) if self.exact else n - n % self.step
+            if n > best:
+                best, found = n, tokens
+        if found is None:
+            return None, 0, shared
+        self._caches.move_to_end(found)
+        return self._caches[found], best, shared
+
+    def add(self, tokens: Sequence[int], cache: Any) -> None:
+        if self.most and len(tokens) >= self.step:
+            self._caches[tuple(tokens)] = cache
+            self._caches.move_to_end(tuple(tokens))
+            if len(self._caches) > self.most:
+                self._caches.popitem(last=False)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of equal items at the beginning of both."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

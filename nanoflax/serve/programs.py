@@ -1,0 +1,271 @@
+"""The compiled functions of an engine: all are compiled at its start, and a request compiles nothing.
+
+A cache of one text has leaves [1, ...], the slots' cache [slots, 1, ...]. A size S is the number of tokens, and for a
+model with a source also of its source, that a cache has room for.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+from nanoflax import generate, parallel
+from nanoflax.errors import UserError
+from nanoflax.generate import Filters, Generation, Written
+from nanoflax.kernels import most_probable
+from nanoflax.nn import LanguageModel
+
+PIECES = 64, 16, 4, 1  # tokens that one call reads of a prompt
+PADDED = 16  # a cache's size is a multiple of it; also the last piece of a prompt, with padding on the right
+ALTERNATIVES = 20  # of each token that can be reported, as in OpenAI's API
+GROWTH = 4  # from a size to the next
+LEAST = 256  # the smallest size, if the context is not smaller
+
+Array = jax.Array
+Scores = tuple[Float[Array, "*B"], Int[Array, "*B n"], Float[Array, "*B n"]]  # of `most_probable`
+
+
+class Rows(LanguageModel):
+    """A model that decodes texts of different lengths: its cache is that of the slots."""
+
+    one: LanguageModel | None = None  # the model of each text
+
+    def setup(self) -> None:
+        """No parameters of its own."""
+
+    def decode(
+        self, params: dict, tokens: Int[Array, "B 1"], cache: dict[str, Any]
+    ) -> tuple[Float[Array, "B 1 V"], dict[str, Any]]:
+        """`LanguageModel.decode` of each text alone; the matrices are read once for all of them."""
+        decode = functools.partial(self.one.decode, params)  # type: ignore  # it is given
+        logits, cache = jax.vmap(lambda token, cache: decode(token[None], cache))(tokens, cache)
+        return logits[:, 0], cache
+
+
+class Programs:
+    """Functions of arrays for `slots` texts of at most `context` tokens.
+
+    sizes: of caches, the last is `context` or a little more. pieces: how many tokens are read at once. exact: whether
+    a piece must not end with padding, because a state sums over all tokens (recurrent layers, output_delay).
+    """
+
+    def __init__(
+        self, model: LanguageModel, params: dict, eos_ids: tuple[int, ...], vocab_size: int, slots: int, context: int
+    ) -> None:
+        c = model.config
+        self.eos_ids, self.vocab_size, self.slots, self.reads_source = eos_ids, vocab_size, slots, c.reads_source
+        self.exact = bool(c.output_delay) or any(map(c.is_recurrent, range(c.layers)))
+        self.alternatives = min(ALTERNATIVES, vocab_size)
+        self.pieces = () if c.reads_source else PIECES if self.exact else PIECES[:2]
+        self.sizes = sizes_of(context)
+        if not c.reads_source and all(map(c.is_recurrent, range(c.layers))):
+            self.sizes = self.sizes[-1:]  # one size of the state for all texts
+        mesh = parallel.mesh_of(params)
+        if mesh is not None and mesh.size > 1:
+            raise UserError(f"the engine serves a model on one device, not on {mesh.size}; remove train.mesh")
+        self.on = functools.partial(
+            jax.jit, compiler_options=parallel.compiler_options(jax.default_backend())
+        )  # of every function below
+        self.params = self.on(lambda params: generate.decoding_params(model, params, slots))(params)
+        self.model = generate.decoding_model(model, slots)
+        self.virtual = 0 if c.reads_source else len(params["decoder"].get("prompt", ()))
+        self._compiled: dict[tuple, Callable] = {}
+        self._one = {S: self._shapes(lambda params, S=S: self._empty(params, S), self.params) for S in self.sizes}
+        self._compile_all()
+
+    # What is compiled.
+
+    def _compile_all(self):
+        one, all_, numbers = self._one, {S: self._state_shapes(S) for S in self.sizes}, self._shapes
+        i32, flag, key = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, bool, jnp.int32))
+        row = jax.ShapeDtypeStruct((self.sizes[-1],), jnp.int32)
+        filters, wanted = numbers(jax.tree.map(jnp.asarray, self.no_filters())), np.zeros(self.slots, bool)
+        for S in self.sizes:
+            if self.reads_source:
+                tokens = jax.ShapeDtypeStruct((1, S), jnp.int32)
+                self._compile(("read", S), self._read, (), self.params, tokens, jax.ShapeDtypeStruct((1,), jnp.int32))
+            else:
+                self._compile(("empty", S), functools.partial(self._empty, size=S), (), self.params)
+                for T in self.sizes:
+                    self._compile(("copy", S, T), functools.partial(self._copy, size=T), (), one[S])
+            for n in self.pieces:
+                tokens = jax.ShapeDtypeStruct((n,), jnp.int32)
+                self._compile(("piece", S, n), self._piece, (1,), self.params, one[S], tokens, tokens, i32, flag)
+            self._compile(("step", S), self._step, (1,), self.params, all_[S], filters, wanted)
+            for T in self.sizes:
+                if T <= S:
+                    cache = one[T]
+                    self._compile(("insert", T, S), self._insert, (0,), all_[S], i32, cache, i32, row, i32, i32, key)
+                if T != S:
+                    resize = functools.partial(self._resize, size=T)
+                    self._compile(("resize", S, T), resize, (), all_[S])
+
+    def _compile(self, name, function, donate, *arguments):
+        self._compiled[name] = self.on(function, donate_argnums=donate).lower(*arguments).compile()
+
+    @staticmethod
+    def _shapes(tree, *arguments):
+        found = jax.eval_shape(tree, *arguments) if callable(tree) else tree
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found)
+
+    def _state_shapes(self, size):
+        return self._shapes(lambda params: self._start(params, size), self.params)
+
+    # The state of the slots.
+
+    def no_filters(self) -> Filters:
+        """Filters [slots] that change nothing, in NumPy."""
+        B, words = self.slots, -(-self.model.config.vocab_size // 32)
+        ones, zeros = np.ones(B, np.float32), np.zeros(B, np.float32)
+        bias = np.zeros((B, self.model.config.vocab_size), np.float32)
+        return Filters(zeros, np.zeros(B, np.int32), zeros, zeros, ones, bias, np.full((B, words), ~np.uint32(0)))
+
+    def start(self) -> Generation:
+        """Empty slots of the smallest size."""
+        return self.on(lambda params: self._start(params, self.sizes[0]))(self.params)
+
+    def _start(self, params, size):
+        B, one = self.slots, self._empty(params, size)
+        cache = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *x.shape)), one)
+        history, numbers = jnp.full((B, self.sizes[-1]), -1, jnp.int32), jnp.zeros(B, jnp.int32)
+        written = Written(history, numbers, numbers, numbers)
+        return Generation(cache, numbers, jnp.zeros(B, bool), written, jax.vmap(jax.random.PRNGKey)(numbers))
+
+    def insert(
+        self,
+        state: Generation,
+        slot: int,
+        cache: dict,
+        token: int,
+        text: Int[np.ndarray, " N"],
+        length: int,
+        limit: int,
+        seed: int,
+    ) -> Generation:
+        """Put a text into a slot. text: its tokens so far and then -1; token: the last; limit: of new tokens."""
+        function = self._compiled["insert", self.size_of(cache), self.size_of(state.cache, 1)]
+        low = np.int64(seed).astype(np.int32)  # as jax.random.PRNGKey
+        numbers = (np.int32(x) for x in (length, limit, low))
+        return function(state, np.int32(slot), cache, np.int32(token), text, *numbers)
+
+    def _insert(self, state, slot, cache, token, text, length, limit, seed):
+        cache = jax.tree.map(lambda x: x, cache)
+        if "index" in cache and not self.reads_source:
+            cache["index"] = length - 1 + self.virtual  # without the padding of the last piece
+        row = (cache, token, jnp.bool_(False), Written(text, length, jnp.int32(0), limit), jax.random.PRNGKey(seed))
+
+        def put(all_, one):
+            one = _padded(one, all_.shape[1:])
+            return jax.lax.dynamic_update_index_in_dim(all_, one.astype(all_.dtype), slot, 0)
+
+        return jax.tree.map(put, state, Generation(*row))
+
+    def step(
+        self, state: Generation, filters: Filters, wanted: Bool[np.ndarray, " B"]
+    ) -> tuple[Generation, tuple[Int[Array, " B"], Scores]]:
+        """A token of every slot. filters: with arrays [slots] in every field; wanted: whose log-probabilities are read.
+        Returns (the new state, (the tokens, their log-probabilities and alternatives))."""
+        return self._compiled["step", self.size_of(state.cache, 1)](self.params, state, filters, wanted)
+
+    def _step(self, params, state, filters, wanted):
+        def record(logits, _, token):
+            return self._scores(logits, token, wanted.any())
+
+        rows, arguments = Rows(self.model.config, one=self.model), (state, filters, 1, self.eos_ids, self.vocab_size)
+        state, found = generate.advance(rows, params, *arguments, record)
+        return state, jax.tree.map(lambda x: x[:, 0], found)
+
+    def resize(self, state: Generation, size: int) -> Generation:
+        """The slots with another size."""
+        now = self.size_of(state.cache, 1)
+        return state if now == size else self._compiled["resize", now, size](state)
+
+    def _resize(self, state, size):
+        fit = lambda x, like: _padded(x, (x.shape[0], *like.shape))
+        return state._replace(cache=jax.tree.map(fit, state.cache, self._one[size]))
+
+    # Prompts.
+
+    def empty(self, size: int) -> dict:
+        """The cache of a text before its first token."""
+        return self._compiled["empty", size](self.params)
+
+    def _empty(self, params, size):
+        tokens = jnp.zeros((1, size if self.reads_source else 1), jnp.int32)
+        return self.model.prefill(params, tokens, jnp.ones(1, jnp.int32), size)[1]
+
+    def copy(self, cache: dict, size: int) -> dict:
+        """A cache with room for `size` tokens."""
+        return self._compiled["copy", self.size_of(cache), size](cache)
+
+    def _copy(self, cache, size):
+        return jax.tree.map(lambda x, like: jnp.copy(_padded(x, like.shape)), cache, self._one[size])
+
+    def read(self, source: list[int], size: int) -> tuple[dict, int]:
+        """(the cache of a source, the first token of the target)."""
+        tokens = np.zeros((1, size), np.int32)
+        tokens[0, size - len(source) :] = source
+        cache = self._compiled["read", size](self.params, tokens, np.int32([len(source)]))
+        return cache, self.model.config.start_id
+
+    def _read(self, params, tokens, lengths):
+        return self.model.prefill(params, tokens, lengths, tokens.shape[1])[1]
+
+    def next_piece(self, rest: int, room: int) -> int:
+        """The length of the next piece of a prompt. rest: tokens to read; room: of the cache."""
+        if not self.exact and rest > PIECES[0] // 2 and room >= PIECES[0]:
+            return PIECES[0]
+        return next(n for n in self.pieces if n <= rest or not self.exact and n == PADDED)
+
+    def piece(self, cache: dict, prompt: list[int], at: int, n: int, scored: bool) -> tuple[dict, Scores]:
+        """Read n tokens of a prompt from position `at`, fewer at its end.
+        Returns (the new cache, the scores of the tokens that follow each, if `scored`)."""
+        tokens, targets = np.zeros(n, np.int32), np.zeros(n, np.int32)
+        for row, part in ((tokens, prompt[at : at + n]), (targets, prompt[at + 1 : at + 1 + n])):
+            row[: len(part)] = part
+        run = self._compiled["piece", self.size_of(cache), n]
+        return run(self.params, cache, tokens, targets, np.int32(at), np.bool_(scored))
+
+    def _piece(self, params, cache, tokens, targets, at, scored):
+        if "index" in cache:
+            cache = cache | {"index": at + self.virtual}
+        run = functools.partial(self.model.apply, {"params": params})
+        x, cache = run(tokens[None], cache=cache, method="hidden")
+        head = lambda: generate.only_below(self.vocab_size, run(x, method="head")[0])
+        return cache, self._scores(head, targets, scored)
+
+    def _scores(self, logits, tokens, wanted):
+        """`most_probable`, or zeros if not wanted. logits: or a function that computes them."""
+        n = self.alternatives
+        computed = lambda: most_probable(logits() if callable(logits) else logits, tokens, n)
+        shapes = jax.eval_shape(computed)
+        return jax.lax.cond(wanted, computed, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+
+    # Sizes.
+
+    def size_of(self, cache: dict, extra: int = 0) -> int:
+        """The size of a cache; extra: dimensions before those of one text."""
+        leaves = [x.shape[extra:] for x in jax.tree.leaves(cache)]
+        return next(S for S, shapes in self._one.items() if leaves == [x.shape for x in jax.tree.leaves(shapes)])
+
+    def size_for(self, tokens: int) -> int:
+        """The smallest size with room for these tokens."""
+        return next(S for S in self.sizes if S >= tokens)
+
+
+def sizes_of(context: int) -> tuple[int, ...]:
+    """The sizes of caches, growing to the context rounded up to a multiple of PADDED."""
+    last = -(-context // PADDED) * PADDED
+    sizes = []
+    while last > 0 and (not sizes or sizes[-1] < last):
+        sizes.append(min(last, sizes[-1] * GROWTH if sizes else LEAST))
+    return tuple(sizes)
+
+
+def _padded(x: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
+    """x with this shape: with zeros at the end of each dimension, or without its last numbers."""
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, n - m, 0) for m, n in zip(x.shape, shape, strict=True)])
