@@ -23,6 +23,7 @@ PURPOSE = {
     "tasks": "examples, batches, metrics of each task", "planning": "memory and time of a step, before it runs",
     "alignment": "preferences, rewards, rollouts, teachers",
     "hf": "Hugging Face models, in and out", "train": "state, step, loop, objectives, optimizers",
+    "constraints": "text that matches a schema or rule",
     "peft": "LoRA, AdaLoRA, adapters, prompts", "generate": "sampling, beam search, scoring",
     "nn": "layers, attention, experts, models", "kernels": "what nn computes, faster",
     "data": "files, clean text, tokens, windows", "tokenizers": "trained here, or read from files",

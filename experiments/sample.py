@@ -16,13 +16,15 @@ Settings that no flag gives are those of the model's generation_config.json, if 
 """
 
 import dataclasses
+import os
 import sys
+from typing import Any
 
 from absl import flags
 
 from experiments.flags import launch
 from experiments.source import check_source, define_source, open_source
-from nanoflax import data, runs, tokenizers
+from nanoflax import data, runs, tokenizers, untrusted
 from nanoflax.config import MAX_SEED
 from nanoflax.errors import UserError
 
@@ -43,6 +45,10 @@ flags.DEFINE_float("min_p", 0.0, "sample from tokens with at least this fraction
 flags.DEFINE_float("repetition_penalty", 1.0, "above 1: earlier tokens become less probable")
 flags.DEFINE_multi_string("stop", [], "text that ends a continuation; \\n is a newline")
 flags.DEFINE_integer("seed", 0, "seed of sampling", 0, MAX_SEED)
+flags.DEFINE_string("json_schema", None, "file with a JSON schema that the new text must match")
+flags.DEFINE_string("regex", None, "regular expression that the complete new text must match")
+flags.DEFINE_multi_string("choices", None, "the new text is one of these; give the flag once for each")
+flags.DEFINE_string("grammar", None, "file with a grammar, in llguidance's form of Lark, that the new text must match")
 
 
 def main():
@@ -75,7 +81,11 @@ def main():
 def read_settings():
     """The settings of generation that are given. Raises: UserError for ranges and contradictions."""
     names = [field.name for field in dataclasses.fields(runs.GenerationSettings)]
-    settings = {name: FLAGS[name].value for name in names if FLAGS[name].present}
+    settings: dict[str, Any] = {name: FLAGS[name].value for name in names if FLAGS[name].present}
+    for name in {"json_schema", "grammar"} & settings.keys():
+        folder, file = os.path.split(settings[name])
+        text = untrusted.read_bytes(folder or ".", file, 1_000_000)
+        settings[name] = untrusted.json_object(text, file) if name == "json_schema" else text.decode(errors="replace")
     if "stop" in settings:
         settings["stop"] = [text.replace("\\n", "\n") for text in FLAGS.stop]
     runs.GenerationSettings.of(settings, prefix="--")

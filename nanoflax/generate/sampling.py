@@ -256,7 +256,7 @@ def sample_in_chunks(
     tokens: Int[np.ndarray, "B P"],
     lengths: Int[np.ndarray, " B"],
     max_new_tokens: int | Int[np.ndarray, " B"],
-    filters: Filters,
+    filters: Filters | Callable[[], Filters],
     rng: jax.Array,
     eos_ids: tuple[int, ...],
     vocab_size: int | None,
@@ -264,13 +264,14 @@ def sample_in_chunks(
     record: Callable | None = None,
 ) -> Iterator[tuple[Bool[Array, " B"], Any]]:
     """Yields (whether a row has ended, the result of `advance`) for each `chunk` of tokens, until there are at least
-    max_new_tokens. tokens: prompts padded on the left. Compiled functions do the work; call this without jit."""
+    max_new_tokens. tokens: prompts padded on the left. filters: a function is called before each chunk. Not for jit."""
     chunks, rows = -(-int(np.max(max_new_tokens)) // chunk), len(tokens)
     on = functools.partial(compiled, mesh=parallel.mesh_of(params))
     params, model = on(decoding_params)(model, params, rows), decoding_model(model, rows)
     state = on(start)(model, params, tokens, lengths, chunks * chunk, rng, np.int32(max_new_tokens))
     for _ in range(chunks):
-        state, found = on(advance, "state")(model, params, state, filters, chunk, eos_ids, vocab_size, record)
+        now = filters() if callable(filters) else filters
+        state, found = on(advance, "state")(model, params, state, now, chunk, eos_ids, vocab_size, record)
         yield state.done, found
 
 

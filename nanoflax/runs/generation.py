@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from nanoflax import generate, tokenizers
 from nanoflax.config import GenerationDefaults, ModelConfig, fields
+from nanoflax.constraints import Constraint
 from nanoflax.errors import UserError
 
 DEFAULT_NEW_TOKENS = 100
@@ -16,9 +18,10 @@ DEFAULT_NEW_TOKENS = 100
 # multiplies the log-probabilities of beams, as in Transformers, where it hardly changes likely tokens; so beams follow
 # only the model's own.
 _ALWAYS = {"max_new_tokens", "stop", "temperature", "beams"}
+RULES = ("json_schema", "regex", "choices", "grammar")
 READ = {
-    "sampling": _ALWAYS | {"repetition_penalty", "top_k", "top_p", "min_p", "seed"},
-    "temperature=0": _ALWAYS | {"repetition_penalty"},
+    "sampling": _ALWAYS | {"repetition_penalty", "top_k", "top_p", "min_p", "seed", *RULES},
+    "temperature=0": _ALWAYS | {"repetition_penalty", *RULES},
     "beams": _ALWAYS | {"length_penalty"},
 }
 _DRAWING = READ["sampling"] - READ["beams"] | {"temperature"}  # a given one asks for sampling
@@ -34,6 +37,8 @@ class GenerationSettings:
     switch them off. repetition_penalty: 1 switches it off. stop: a text ends before any of these strings.
     beams: above 0, beam search with this width, without temperature, filters and repetition_penalty.
     length_penalty: for beam search; above 0 favours longer texts. seed: for sampling.
+    json_schema, regex, choices, grammar: see `nanoflax.constraints.Constraint`. The new text matches, unless
+    max_new_tokens or a stop string cuts it.
     """
 
     max_new_tokens: int | None = None
@@ -46,6 +51,10 @@ class GenerationSettings:
     beams: int = 0
     length_penalty: float = 1.0
     seed: int = 0
+    json_schema: dict[str, Any] | None = None
+    regex: str | None = None
+    choices: Sequence[str] | None = None
+    grammar: str | None = None
 
     @property
     def mode(self) -> str:
@@ -59,6 +68,11 @@ class GenerationSettings:
         g, used = config.generation, 0 if config.reads_source else max(map(len, prompts), default=0)
         wanted = g.max_new_tokens or (g.max_length - max(used, 1) if g.max_length else DEFAULT_NEW_TOKENS)
         return max(1, min(wanted, config.max_length - used))
+
+    def constraints(self, tokenizer: Any, config: ModelConfig, rows: int) -> list[Constraint]:
+        """The state of the rule for each row; [] without a rule. Raises: UserError for a bad rule."""
+        rules = {name: rule for name in RULES if (rule := getattr(self, name)) is not None}
+        return [Constraint(tokenizer, **rules, begins=config.reads_source) for _ in range(rows)] if rules else []
 
     @classmethod
     def of(
@@ -140,9 +154,14 @@ def used_of_model(given: dict[str, Any], generation: GenerationDefaults) -> str:
 
 
 def stream_texts(
-    model: Any, params: dict, tokenizer: Any, prompts: list[list[int]], settings: GenerationSettings
+    model: Any,
+    params: dict,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    settings: GenerationSettings,
+    constraints: Sequence[Constraint] = (),
 ) -> Iterator[list[str]]:
-    """Yields the next piece of text for each prompt of token ids.
+    """Yields the next piece of text for each prompt of token ids. constraints: one for each prompt, or none.
 
     Text that more tokens could change is not yielded yet: the beginning of a stop string, half a character.
     Raises: UserError as `nanoflax.sample` does.
@@ -151,7 +170,7 @@ def stream_texts(
     before: list[Any] = [()] * len(prompts) if model.config.reads_source else prompts
     decoders = [tokenizers.StreamingDecoder(tokenizer, ids, settings.stop) for ids in before]
     ended = [False] * len(prompts)
-    for new in _tokens(model, params, tokenizer, prompts, settings):
+    for new in _tokens(model, params, tokenizer, prompts, settings, constraints):
         texts = [""] * len(prompts)
         for i, tokens in enumerate(new):
             if not ended[i]:
@@ -165,26 +184,53 @@ def stream_texts(
 
 
 def _tokens(
-    model: Any, params: dict, tokenizer: Any, prompts: list[list[int]], settings: GenerationSettings
+    model: Any,
+    params: dict,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    settings: GenerationSettings,
+    constraints: Sequence[Constraint],
 ) -> Iterator[list[list[int]]]:
     """Yields lists of new token ids for each prompt: several times when sampling, once for beam search."""
-    s, limit = settings, settings.limit(model.config, prompts)
+    s, limit, rng = settings, settings.limit(model.config, prompts), jax.random.PRNGKey(settings.seed)
     ids: dict[str, Any] = dict(eos_id=tokenizers.stop_ids(tokenizer), vocab_size=tokenizer.vocab_size)
     if s.beams:
         best: Any = generate.beam_search(
             model, params, prompts, s.beams, limit, s.length_penalty, repetition_penalty=s.repetition_penalty, **ids
         )
         return iter([best])
-    return generate.stream(
-        model,
-        params,
-        prompts,
-        limit,
-        temperature=s.temperature,
-        top_k=s.top_k,
-        top_p=s.top_p,
-        min_p=s.min_p,
-        repetition_penalty=s.repetition_penalty,
-        rng=jax.random.PRNGKey(s.seed),
-        **ids,
-    )
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    filters = {name: getattr(s, name) for name in names}
+    if not constraints:
+        return generate.stream(model, params, prompts, limit, rng=rng, **filters, **ids)
+    tokens, lengths, ends = tokenizers.request_of(model.config, prompts, limit, **ids)
+    made = generate.make_filters(**filters, defaults=model.config.generation)
+    return _constrained(model, params, (tokens, lengths, limit), made, rng, ends, constraints)
+
+
+def _constrained(model, params, prompts, filters, rng, ends, constraints):
+    """`generate.stream` with a constraint for each row: its mask is computed before each token."""
+    masks = np.zeros((len(constraints), -(-model.config.vocab_size // 32)), np.uint32)
+    ended = [False] * len(constraints)
+
+    def next_filters():
+        for mask, constraint, end in zip(masks, constraints, ended, strict=True):
+            if not end:
+                allowed = constraint.allowed()
+                mask[: len(allowed)] = allowed
+        return filters._replace(allowed=masks.copy())
+
+    tokens, lengths, limit = prompts
+    pieces = generate.sample_in_chunks(model, params, tokens, lengths, limit, next_filters, rng, *ends, chunk=1)
+    for _, found in pieces:
+        new = [[] if end else row for row, end in zip(np.asarray(found).tolist(), ended, strict=True)]
+        for i, row in enumerate(new):
+            for token in row:
+                if token in ends[0]:
+                    ended[i] = True
+                else:
+                    constraints[i].accept(token)
+                    ended[i] = constraints[i].finished
+        yield new
+        if all(ended):
+            return

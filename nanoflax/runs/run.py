@@ -144,7 +144,8 @@ class Run:
         config = self.model.config
         chosen = GenerationSettings.of(settings, defaults, config.generation)
         tokenizers.check_prompts(config, ids, chosen.limit(config, ids))
-        return stream_texts(self.model, self.params, self.tokenizer, ids, chosen)
+        constraints = chosen.constraints(self.tokenizer, config, len(ids))
+        return stream_texts(self.model, self.params, self.tokenizer, ids, chosen, constraints)
 
     def reply(self, messages: list[dict[str, str]], **settings: Any) -> Iterator[str]:
         """Yields the reply to a chat, piece by piece, using the tokenizer's chat template.
