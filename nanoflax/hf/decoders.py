@@ -182,6 +182,8 @@ _GPT2 = Family(
     preset={},
     defaults={"n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
               "tie_word_embeddings": True, "resid_pdrop": 0.1, "n_positions": 1024},
+    aliases={"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+             "num_hidden_layers": "n_layer"},
     only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
     write=lambda c: {"embd_pdrop": c.dropout, "attn_pdrop": 0.0},
     ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",

@@ -74,6 +74,8 @@ _T5 = Family(
     defaults={"n_positions": 512, "num_decoder_layers": None, "layer_norm_epsilon": 1e-6,
               "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
               "feed_forward_proj": "relu", "tie_word_embeddings": True, "dropout_rate": 0.1},
+    aliases={"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers",
+             "head_dim": "d_kv"},
     read=_read_t5, write=_write_t5,
     same=lambda c: {f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")},
     # Files of the first T5 have this tensor, but no version of the model uses it.
@@ -106,6 +108,8 @@ _BART = Family(
     defaults={"activation_function": "gelu", "tie_word_embeddings": True, "dropout": 0.1,
               "decoder_start_token_id": 2, "scale_embedding": False, "decoder_attention_heads": 16,
               "decoder_ffn_dim": 4096},
+    aliases={"num_attention_heads": "encoder_attention_heads", "hidden_size": "d_model",
+             "num_hidden_layers": "encoder_layers"},
     only={"normalize_before": (False,), "normalize_embedding": (True,), "add_final_layer_norm": (False,),
           "static_position_embeddings": (False,)},
     read=lambda hf: {"embed_scale": hf["d_model"]**0.5 if hf["scale_embedding"] else 1.0},

@@ -115,6 +115,7 @@ _DISTILBERT = Family(
     preset=dict(architecture="encoder", norm_place="post", embed_norm=True, head_bias=True,
                 norm_eps=1e-12, pooler_activation="relu"),
     defaults={"activation": "gelu", "tie_word_embeddings": True, "dropout": 0.1},
+    aliases={"hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"},
     write=lambda c: {"attention_dropout": 0.0, "seq_classif_dropout": c.dropout},
     base="distilbert.")  # fmt: skip
 

@@ -71,6 +71,7 @@ class Family:
     fields: dict[str, str]
     preset: Json  # fields of ModelConfig that are equal in all models of the family
     defaults: Json = dataclasses.field(default_factory=dict)  # values of config.json that it may omit
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)  # other name in config.json -> the name used here
     # Field of config.json -> its allowed values (the first is written), or the field that it must equal.
     only: dict[str, tuple | str] = dataclasses.field(default_factory=dict)
     # config.json, with defaults -> further fields of ModelConfig; a UserError for what is not computed.
@@ -104,7 +105,7 @@ def to_config(family: Family, hf: Json, head: str, max_layers: int = _MAX_SIZE) 
 
     Raises: UserError with every value that is missing, unsupported or impossible.
     """
-    hf = family.defaults | hf
+    hf = family.defaults | {name: hf[other] for other, name in family.aliases.items() if other in hf} | hf
     ours: Json = {"head": head} | family.preset
     problems: list[str] = []
     for field, name in family.fields.items():

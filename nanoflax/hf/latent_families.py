@@ -69,7 +69,7 @@ _V3 = like_llama(
         "norm_topk_prob": True, "routed_scaling_factor": 2.5, "rope_interleave": True},
     only={"num_key_value_heads": "num_attention_heads", "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",),
           "moe_layer_freq": (1,)},
-    read=_read_latent, write=_write_latent,
+    aliases={"num_local_experts": "n_routed_experts"}, read=_read_latent, write=_write_latent,
     # Layer 61 of the published model predicts a second token; Transformers does not read it either.
     ignored=r".*rotary_emb\.inv_freq|model\.layers\.61\..*")  # fmt: skip
 
@@ -100,5 +100,5 @@ _V2 = like_llama(
         "routed_scaling_factor": 1.0, "topk_method": "greedy"},
     only={"num_key_value_heads": "num_attention_heads", "mlp_bias": (False,), "scoring_func": ("softmax",),
           "moe_layer_freq": (1,)},
-    read=_read_v2, write=_write_v2)  # fmt: skip
+    aliases={"num_experts": "n_routed_experts"}, read=_read_v2, write=_write_v2)  # fmt: skip
 LATENT = [with_classifier(_V3), with_classifier(_V2)]

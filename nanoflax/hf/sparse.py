@@ -52,7 +52,7 @@ _MIXTRAL = like_llama(
             "router_aux_loss_coef": "moe.balance_loss"},
     defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 1e6,
               "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001},
-    only={"router_jitter_noise": (0.0,)},
+    aliases={"num_experts": "num_local_experts"}, only={"router_jitter_noise": (0.0,)},
     read=lambda hf: read_rope(hf) | {"window": hf["sliding_window"] or 0},
     write=lambda c: write_rope(c) | {"sliding_window": c.window or None})  # fmt: skip
 
@@ -111,7 +111,7 @@ def _read_gpt_oss(hf):
     return (
         read_rope(hf if scaled else hf | {"rope_parameters": _GPT_OSS_ROPE})
         | read_layers(hf, lambda i: "full_attention" if i % 2 else "sliding_attention")
-        | {"moe.experts": hf.get("num_experts", hf["num_local_experts"]), "out_bias": hf["attention_bias"]}
+        | {"moe.experts": hf["num_local_experts"], "out_bias": hf["attention_bias"]}
     )
 
 
@@ -130,7 +130,7 @@ _GPT_OSS = like_llama(
     defaults={"num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072,
               "attention_bias": True, "rope_theta": 150_000.0, "sliding_window": 128, "num_local_experts": 128,
               "num_experts_per_tok": 4, "router_aux_loss_coef": 0.001, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
-    read=_read_gpt_oss,
+    aliases={"num_experts": "num_local_experts"}, read=_read_gpt_oss,
     # A model without scaling says so: an absent one is yarn.
     write=lambda c: {k: v or {"rope_type": "default"} for k, v in write_rope(c).items()} | write_layers(c) | {
         "hidden_act": "silu"})  # fmt: skip

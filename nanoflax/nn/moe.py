@@ -81,14 +81,19 @@ class Router(Linear):
         return super().__call__(x), correction
 
 
-def _router_sums(logits, chosen, shares, segments):
-    """[4, E] float32, over real tokens: choices and shares of each expert; E times logsumexp^2 of logits, and 1."""
+def _router_sums(logits, chosen, shares, correction, segments):
+    """[5, E] float32, over real tokens: choices and shares of each expert; E times logsumexp^2 of logits, and 1; the
+    correction of each expert times its excess of choices."""
     E = logits.shape[-1]
     real = jnp.ones(logits.shape[:2]) if segments is None else (segments > 0).astype(jnp.float32)
     of_token = jnp.stack([jax.nn.logsumexp(logits, -1) ** 2, jnp.ones_like(real)], -1)
     of_expert = jnp.stack([jax.nn.one_hot(chosen, E).sum(-2), shares], -2)
     x = jnp.concatenate([of_expert, jnp.broadcast_to(of_token[..., None], (*real.shape, 2, E))], -2)
-    return jnp.tensordot(real, x, 2)
+    sums = jnp.tensordot(real, x, 2)
+    excess = sums[0] / jnp.maximum(sums[0].mean(), 1) - 1
+    return jnp.concatenate(
+        [sums, jnp.zeros_like(sums[:1]) if correction is None else (correction * jax.lax.stop_gradient(excess))[None]]
+    )
 
 
 def router_terms(moe: MoEConfig, collected: Any) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -99,14 +104,17 @@ def router_terms(moe: MoEConfig, collected: Any) -> tuple[Float[Array, ""], dict
     z-loss is the mean of logsumexp^2 (Zoph et al. 2022, equation 5). Metrics: both; expert_load, the largest share of
     a layer's choices that an expert has, times E (1: balanced); dropped, the share of choices that are not computed.
     """
-    layers = jnp.concatenate([x.reshape(-1, 4, moe.experts) for x in jax.tree.leaves(collected)])
-    chosen, shares, z, ones = layers.swapaxes(0, 1)
+    layers = jnp.concatenate([x.reshape(-1, 5, moe.experts) for x in jax.tree.leaves(collected)])
+    chosen, shares, z, ones, excess = layers.swapaxes(0, 1)
     tokens = jnp.maximum(ones.sum(0), 1)
     balance = moe.experts * jnp.sum(chosen.sum(0) / tokens * shares.sum(0) / tokens)
     z = jnp.mean(z.sum(0) / tokens)
     load = moe.experts * jnp.max(chosen / jnp.maximum(chosen.sum(1, keepdims=True), 1))
     metrics = {"balance_loss": balance, "router_z_loss": z, "expert_load": load, "dropped": jnp.zeros(())}
-    return moe.balance_loss * balance + moe.z_loss * z, jax.lax.stop_gradient(metrics)
+    step = excess.sum() * 1e-5
+    return moe.balance_loss * balance + moe.z_loss * z + step - jax.lax.stop_gradient(step), jax.lax.stop_gradient(
+        metrics
+    )
 
 
 class MoE(nn.Module):
@@ -124,7 +132,7 @@ class MoE(nn.Module):
         logits, correction = router(x.astype(jnp.float32))
         chosen, weights, shares = parallel.map_tokens(lambda *parts: route(parts[0], m, *parts[1:]), logits, correction)
         if self.is_mutable_collection("router") and not self.is_initializing():
-            self.sow("router", "sums", _router_sums(logits, chosen, shares, segments))
+            self.sow("router", "sums", _router_sums(logits, chosen, shares, correction, segments))
 
         def compute(x, chosen, weights, params):  # with all experts, or with those of a device of a mesh
             E, F, _ = params["down"]["kernel"].shape

@@ -227,6 +227,16 @@ def saved(tmp_path_factory):
     return save
 
 
+def test_fields_have_the_other_names_that_transformers_reads(saved):
+    for name, family in families.FAMILIES.items():
+        theirs = transformers.models.auto.configuration_auto.CONFIG_MAPPING[name].attribute_map
+        assert family.aliases == {other: field for other, field in theirs.items() if field in family.fields}
+    d = saved("mixtral")
+    before = hf.load_config(d)
+    changed_config(d, num_experts=before.moe.experts, num_local_experts=...)
+    assert hf.load_config(d) == before
+
+
 def test_unsupported_configurations_are_refused_by_name(saved):
     d = saved("llama")
     changed_config(d, model_type="mamba")
