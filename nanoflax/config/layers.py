@@ -64,7 +64,10 @@ class MoEConfig:
     groups: int = field(1, "Groups of experts; a token uses only experts of top_groups of them.", at_least=1)
     top_groups: int = field(1, "The groups that a token uses, those of the highest score.", at_least=1)
     group_best: int = field(2, "The best scores of a group whose sum is its score (DeepSeek-V2: 1).", at_least=1)
-    correction: bool = field(False, "A bias changes which experts are chosen, not their weights (DeepSeek-V3).")
+    correction: bool = field(
+        False,
+        "A bias changes which experts are chosen, not their weights; training equals the loads by it (DeepSeek-V3).",
+    )
     router_bias: bool = field(False, "A bias of the router's logits (gpt-oss).")
     balance_loss: float = field(0.0, "Factor of the loss that keeps the experts' loads equal.", at_least=0)
     z_loss: float = field(0.0, "Factor of the mean square of the router's log-sum-exp (Zoph et al. 2022).", at_least=0)

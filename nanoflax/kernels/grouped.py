@@ -52,8 +52,30 @@ def grouped_matmul(
 
 def by_block(x, w, experts):
     """`grouped_matmul`, one block at a time."""
-    product = quantized_matmul if isinstance(w, Quantized) else jnp.matmul
-    return jax.lax.map(lambda block: product(block[0], jax.tree.map(lambda leaf: leaf[block[1]], w)), (x, experts))
+    return _by_block_quantized(x, w, experts) if isinstance(w, Quantized) else _by_block(x, w, experts)
+
+
+def _by_block_quantized(x, w, experts):
+    def product(block):
+        return quantized_matmul(block[0], jax.tree.map(lambda leaf: leaf[block[1]], w))
+
+    return jax.lax.map(product, (x, experts))
+
+
+@jax.custom_vjp
+def _by_block(x: Float[Array, "n b I"], w: Float[Array, "E I O"], experts: Int[Array, " n"]) -> Float[Array, "n b O"]:
+    """The gradient that JAX derives takes twice as long: it adds every block's part to all of dw."""
+    return jax.lax.map(lambda block: block[0] @ w[block[1]], (x, experts))
+
+
+def _by_block_backward(saved, dy):
+    x, w, experts = saved
+    dx = jax.lax.map(lambda block: block[0] @ w[block[1]].T, (dy, experts))
+    dw = jnp.zeros_like(w).at[experts].add(jnp.einsum("nbi,nbo->nio", x, dy), mode="drop")
+    return dx, dw, None
+
+
+_by_block.defvjp(lambda x, w, experts: (_by_block(x, w, experts), (x, w, experts)), _by_block_backward)
 
 
 def ragged(x, w, experts):

@@ -83,17 +83,13 @@ class Router(Linear):
 
 def _router_sums(logits, chosen, shares, correction, segments):
     """[5, E] float32, over real tokens: choices and shares of each expert; E times logsumexp^2 of logits, and 1; the
-    correction of each expert times its excess of choices."""
+    correction of each expert."""
     E = logits.shape[-1]
     real = jnp.ones(logits.shape[:2]) if segments is None else (segments > 0).astype(jnp.float32)
     of_token = jnp.stack([jax.nn.logsumexp(logits, -1) ** 2, jnp.ones_like(real)], -1)
     of_expert = jnp.stack([jax.nn.one_hot(chosen, E).sum(-2), shares], -2)
     x = jnp.concatenate([of_expert, jnp.broadcast_to(of_token[..., None], (*real.shape, 2, E))], -2)
-    sums = jnp.tensordot(real, x, 2)
-    excess = sums[0] / jnp.maximum(sums[0].mean(), 1) - 1
-    return jnp.concatenate(
-        [sums, jnp.zeros_like(sums[:1]) if correction is None else (correction * jax.lax.stop_gradient(excess))[None]]
-    )
+    return jnp.concatenate([jnp.tensordot(real, x, 2), jnp.broadcast_to(correction, (1, E))])
 
 
 def router_terms(moe: MoEConfig, collected: Any) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -101,20 +97,24 @@ def router_terms(moe: MoEConfig, collected: Any) -> tuple[Float[Array, ""], dict
 
     collected: the collections "router" that `apply` returns with mutable=["router"]. The balance loss is E times the
     sum over experts of choices per token times mean share (Fedus et al. 2021, equation 4, as Transformers has it); the
-    z-loss is the mean of logsumexp^2 (Zoph et al. 2022, equation 5). Metrics: both; expert_load, the largest share of
-    a layer's choices that an expert has, times E (1: balanced); dropped, the share of choices that are not computed.
+    z-loss is the mean of logsumexp^2 (Zoph et al. 2022, equation 5). The correction of an expert falls while it has
+    more than its part of a layer's tokens (Wang et al. 2024, algorithm 1, with Adam's steps).
+    Metrics: both losses; expert_load, the largest share of a layer's choices that an expert has, times E (1:
+    balanced); dropped, the share of choices that are not computed.
     """
     layers = jnp.concatenate([x.reshape(-1, 5, moe.experts) for x in jax.tree.leaves(collected)])
-    chosen, shares, z, ones, excess = layers.swapaxes(0, 1)
+    chosen, shares, z, ones, correction = layers.swapaxes(0, 1)
     tokens = jnp.maximum(ones.sum(0), 1)
     balance = moe.experts * jnp.sum(chosen.sum(0) / tokens * shares.sum(0) / tokens)
     z = jnp.mean(z.sum(0) / tokens)
     load = moe.experts * jnp.max(chosen / jnp.maximum(chosen.sum(1, keepdims=True), 1))
     metrics = {"balance_loss": balance, "router_z_loss": z, "expert_load": load, "dropped": jnp.zeros(())}
-    step = excess.sum() * 1e-5
-    return moe.balance_loss * balance + moe.z_loss * z + step - jax.lax.stop_gradient(step), jax.lax.stop_gradient(
-        metrics
-    )
+    # The gradient of a correction is the excess load of its expert. It is small beside all others, so that clipping
+    # ignores it; the step of Adam has the size of its learning rate all the same.
+    excess = jax.lax.stop_gradient(chosen / jnp.maximum(chosen.mean(1, keepdims=True), 1) - 1)
+    pull = 1e-5 * jnp.sum(correction * excess)
+    loss = moe.balance_loss * balance + moe.z_loss * z + pull - jax.lax.stop_gradient(pull)
+    return loss, jax.lax.stop_gradient(metrics)
 
 
 class MoE(nn.Module):
@@ -132,7 +132,8 @@ class MoE(nn.Module):
         logits, correction = router(x.astype(jnp.float32))
         chosen, weights, shares = parallel.map_tokens(lambda *parts: route(parts[0], m, *parts[1:]), logits, correction)
         if self.is_mutable_collection("router") and not self.is_initializing():
-            self.sow("router", "sums", _router_sums(logits, chosen, shares, correction, segments))
+            own = 0.0 if correction is None else correction
+            self.sow("router", "sums", _router_sums(logits, chosen, shares, own, segments))
 
         def compute(x, chosen, weights, params):  # with all experts, or with those of a device of a mesh
             E, F, _ = params["down"]["kernel"].shape

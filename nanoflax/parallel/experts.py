@@ -76,6 +76,11 @@ def map_experts(
             own = params["down"]["kernel"].shape[0]
             chosen = chosen - own * jax.lax.axis_index("expert")
             chosen = jnp.where((chosen >= 0) & (chosen < own), chosen, own)
+        # A gradient by `jax.custom_vjp` has the axes of x, and each parameter must have them too.
+        of_x = jax.typeof(x).manual_axis_type.varying
+        params = jax.tree.map(
+            lambda p: jax.lax.pcast(p, tuple(of_x - jax.typeof(p).manual_axis_type.varying), to="varying"), params
+        )
         y = function(x, chosen, weights, params)
         if size["expert"] > 1:
             y = jax.lax.psum_scatter(y, "expert", tiled=True) if b > 1 else jax.lax.psum(y, "expert")

@@ -9,10 +9,11 @@ import optax
 import pytest
 
 from nanoflax import config as configs
-from nanoflax import parallel, train
+from nanoflax import parallel, peft, train
 from nanoflax.config import MoEConfig
 from nanoflax.kernels import grouped
 from nanoflax.nn import build, moe
+from nanoflax.train.objectives import with_router
 
 SMALL = configs.preset("nano-1m", vocab_size=67, dim=32, heads=4, layers=2, mlp_dim=24, mlp_bias=True)
 ROUTERS = {
@@ -149,6 +150,41 @@ def test_router_terms_leave_out_padding_and_are_the_same_in_a_scan_and_with_rema
     assert 1 < load < 8 / 3 and found[1]["dropped"] == 0
     expected = 0.5 * found[1]["balance_loss"] + 0.25 * found[1]["router_z_loss"]
     np.testing.assert_allclose(found[0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_corrections_alone_equal_the_loads(scores):
+    m = MoEConfig(experts=8, active=2, correction=True, scores=scores)
+    c = dataclasses.replace(SMALL, moe=m)
+    params = parallel.init(build(c), jax.random.key(0))
+    trained, rest = peft.split(
+        params, jax.tree_util.tree_map_with_path(lambda path, _: "correction" in str(path), params)
+    )
+    rest = jax.tree_util.tree_map_with_path(lambda path, x: x * (20 if "router" in str(path) else 1), rest)
+    rng = np.random.default_rng(0)
+    batch = {
+        "targets": rng.integers(0, 67, (8, 32)).astype(np.int32),
+        "first": np.ones(8, np.int32),
+        "weights": np.ones((8, 32), np.float32),
+    }
+    objective, optimizer = with_router(train.causal_lm), optax.adam(0.01)
+
+    @jax.jit
+    def step(trained, state):
+        def total(trained):
+            sums = objective(build(c), peft.join(trained, rest), batch)
+            return sums.objective, sums
+
+        pull, sums = jax.grad(total, has_aux=True)(trained)
+        updates, state = optimizer.update(pull, state)
+        return optax.apply_updates(trained, updates), state, sums
+
+    state, loads = optimizer.init(trained), []
+    for _ in range(60):
+        trained, state, sums = step(trained, state)
+        loads.append(float(sums.logged["expert_load"] / sums.weight))
+        np.testing.assert_allclose(sums.objective, sums.loss, rtol=1e-6)  # what is minimised has no other value
+    assert loads[0] > 1.4 and loads[-1] < 1.25, loads[::59]
 
 
 def test_a_step_logs_the_router_and_its_loss_is_not_the_reported_one():
