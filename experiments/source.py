@@ -11,10 +11,13 @@ flags.disclaim_key_flags()  # the flags are those of the program, so --help list
 
 
 def define_source() -> None:
-    """Define --workdir, --model and --checkpoint."""
+    """Define --workdir, --model, --checkpoint and --quantize."""
     flags.DEFINE_string("workdir", "", "directory of a run")
     flags.DEFINE_string("model", "", "instead of --workdir: a directory of Transformers, a hub name or a .gguf file")
     flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "checkpoint of the run")
+    flags.DEFINE_enum(
+        "quantize", "", [*runs.QUANTIZE], "matrices in 8 or 4 bits; file: as in a .gguf file; empty: as floats"
+    )
 
 
 def check_source() -> None:
@@ -29,4 +32,4 @@ def check_source() -> None:
 
 def open_source():
     """The run or model of the flags."""
-    return nanoflax.open(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint)
+    return nanoflax.open(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint, quantize=FLAGS.quantize)

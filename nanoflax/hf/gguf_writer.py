@@ -19,7 +19,14 @@ from nanoflax.hf.layouts import TensorMapping, parameter_shapes, shape_problems,
 from nanoflax.hf.safetensors_io import raise_problems
 from nanoflax.nn import without_padding
 
-GGUF_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}  # type -> general.file_type
+# type -> general.file_type
+GGUF_TYPES = {
+    "F32": "ALL_F32",
+    "F16": "MOSTLY_F16",
+    "Q8_0": "MOSTLY_Q8_0",
+    "Q4_0": "MOSTLY_Q4_0",
+    "Q4_1": "MOSTLY_Q4_1",
+}
 _F16_MAX = 65504.0
 
 
@@ -47,8 +54,9 @@ def save_gguf(
     Args:
       params: of `nanoflax.build(config)`, without adapters.
       tokenizer: its vocabulary, special tokens and chat template are written too.
-      kind: F32, F16 or Q8_0 (blocks of 32 numbers of 8 bits with one scale). Vectors and routers are F32 always,
-        and a matrix whose rows Q8_0 does not divide is F16.
+      kind: F32, F16, Q8_0, Q4_0 (blocks of 32 numbers of 8 or 4 bits with one scale) or Q4_1 (with an offset too).
+        Vectors and routers are F32 always; the table of tokens and the output head are Q8_0 for Q4_0 and Q4_1; a matrix
+        whose rows 32 does not divide is F16.
       name: general.name; by default the name of the file.
     Raises: UserError if GGUF cannot express the model or its tokenizer, params are not of this configuration, a number
       is not finite or too large for F16, or the file cannot be written.
@@ -112,7 +120,7 @@ def _write(path: pathlib.Path, architecture: str, metadata, tensors, kind: str) 
 
     writer = Writer(path, architecture)
     writer.add_file_type(gguf.LlamaFileType[GGUF_TYPES[kind]])
-    if kind == "Q8_0":
+    if kind.startswith("Q"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in metadata.items():
         writer.add_key_value(key, value, _type_of(value))
@@ -143,7 +151,9 @@ def _type_of(value: Any) -> Any:
 def _kind(name: str, shape: tuple[int, ...], kind: str) -> str:
     if len(shape) == 1 or ".ffn_gate_inp" in name:
         return "F32"
-    return "F16" if kind == "Q8_0" and shape[-1] % 32 else kind
+    if kind.startswith("Q") and shape[-1] % 32:
+        return "F16"
+    return "Q8_0" if kind.startswith("Q4") and name in ("token_embd.weight", "output.weight") else kind
 
 
 def _announced(shape: tuple[int, ...], kind: str) -> tuple[Any, ...]:
@@ -151,7 +161,7 @@ def _announced(shape: tuple[int, ...], kind: str) -> tuple[Any, ...]:
     from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
 
     number = GGMLQuantizationType[kind]
-    if kind == "Q8_0":
+    if kind.startswith("Q"):
         stored = quant_shape_to_byte_shape(shape, number)
         return stored, np.dtype(np.uint8), int(np.prod(stored)), number
     dtype = np.dtype({"F32": np.float32, "F16": np.float16}[kind])
@@ -164,9 +174,9 @@ def _encode(name: str, x: np.ndarray, kind: str) -> np.ndarray:
 
     x = np.ascontiguousarray(x, np.float32)
     largest = np.abs(x).max(initial=0)
-    limit = {"F32": np.inf, "F16": _F16_MAX, "Q8_0": 127 * _F16_MAX}[kind]
+    limit = {"F32": np.inf, "F16": _F16_MAX, "Q8_0": 127 * _F16_MAX, "Q4_0": 8 * _F16_MAX, "Q4_1": _F16_MAX}[kind]
     if not np.isfinite(largest) or largest > limit:
         raise UserError(f"{name} has a number of size {largest}, which {kind} does not have")
-    if kind == "Q8_0":
-        return quants.quantize(x, GGMLQuantizationType.Q8_0)
+    if kind.startswith("Q"):
+        return quants.quantize(x, GGMLQuantizationType[kind])
     return x.astype(np.float16) if kind == "F16" else x

@@ -6,6 +6,7 @@ import logging
 import pathlib
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 from numpy.typing import DTypeLike
 
-from nanoflax import parallel, report, tokenizers, untrusted
+from nanoflax import parallel, peft, report, tokenizers, untrusted
 from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.hf import safetensors_io
@@ -24,6 +25,7 @@ from nanoflax.hf.gguf import QuantizedTensor
 from nanoflax.hf.gguf_architectures import open_gguf_model
 from nanoflax.hf.layouts import TensorMapping, holders, parameter_shapes, read_parameter, shape_problems, tensor_mapping
 from nanoflax.hf.mxfp4 import PackedTensor, unpack
+from nanoflax.hf.packed import read_packed
 from nanoflax.nn import build, without_padding
 
 Tensors = Mapping[str, safetensors_io.Tensor | QuantizedTensor | PackedTensor]
@@ -34,7 +36,10 @@ _log = logging.getLogger(__name__)
 
 
 def load(
-    source: str | pathlib.Path, dtype: DTypeLike | None = None, mesh: jax.sharding.Mesh | None = None
+    source: str | pathlib.Path,
+    dtype: DTypeLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    quantize: str = "",
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """A published model: its configuration, and parameters for `nanoflax.build(config)`.
 
@@ -42,19 +47,25 @@ def load(
 
     Args:
       source: a directory with config.json and safetensors, a hub name ("owner/name", through the
-        huggingface_hub package and its cache), or a .gguf file, which is dequantised.
+        huggingface_hub package and its cache), or a .gguf file, which is dequantised by default.
       dtype: of the parameters; None keeps the dtype of each tensor, but float64 becomes float32.
       mesh: where the parameters are sharded, by default the mesh of `jax.set_mesh`; each host reads only
         its shards.
+      quantize: "int8" or "int4": matrices become kernels.Quantized, see `peft.quantize_params`. "file": those of the
+        types Q8_0, Q4_0 and Q4_1 in a .gguf file stay as they are, and those of its other quantised types become int8.
     Raises:
       UserError: before anything is allocated, with every problem of config.json, or else every missing,
         unexpected or misshapen tensor.
     """
     path = find_source(source)
+    if quantize == "file" and path.suffix != ".gguf":
+        raise UserError(f"quantize='file' keeps the types of a .gguf file, which {source} is not: use int8 or int4")
     family, config, tensors = _open(path)
     mappings = tensor_mapping(family, config)
     _check(family, config, mappings, tensors, path, dtype)
-    return config, _read_all(config, mappings, tensors, dtype, mesh)
+    if quantize not in ("", "file"):  # raises UserError if that is not possible
+        jax.eval_shape(lambda params: peft.quantize_params(params, quantize), parallel.param_shapes(build(config)))
+    return config, _read_all(config, mappings, tensors, dtype, mesh, quantize)
 
 
 def load_config(source: str | pathlib.Path) -> ModelConfig:
@@ -80,14 +91,14 @@ def save(
     Transformers needs; an untied table takes the factor config.embed_scale.
 
     Args:
-      params: of `nanoflax.build(config)`, written in their dtypes, one at a time.
+      params: of `nanoflax.build(config)`, written in their dtypes, one at a time; Quantized matrices in float32.
       tokenizer: its files and the ids of its special tokens are written too.
       model_type: the family; by default the first that can express the configuration.
     Returns: the family.
     Raises: UserError if no family can express the configuration, params are not of this configuration,
       or the directory cannot be written.
     """
-    config, params = without_padding(config, params)
+    config, params = without_padding(config, peft.dequantize_params(params))
     family = family_of_config(config, model_type)
     config, params = _as_family_has_it(family, config, params)
     flat: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
@@ -189,8 +200,8 @@ def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     path.write_text(report.to_json(value, indent=2) + "\n")
 
 
-def _read_all(config, mappings: list[TensorMapping], tensors: Tensors, dtype, mesh) -> dict[str, Any]:
-    flat: dict[str, jax.Array] = {}
+def _read_all(config, mappings: list[TensorMapping], tensors: Tensors, dtype, mesh, quantize) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     shardings: dict[str, Any] = {}
     if mesh is None and parallel.current_mesh() is not None:
         mesh = jax.sharding.get_mesh()
@@ -198,6 +209,9 @@ def _read_all(config, mappings: list[TensorMapping], tensors: Tensors, dtype, me
         shardings = traverse_util.flatten_dict(parallel.shardings(parallel.param_shapes(build(config)), mesh), sep="/")
     shapes = parameter_shapes(config)
     for path, held in holders(mappings).items():
+        if quantize == "file" and (packed := read_packed(held, tensors, config.K)):
+            flat[path] = packed
+            continue
 
         def read(index, held=held):
             x = read_parameter(held, tensors, index, config.K)
@@ -209,7 +223,12 @@ def _read_all(config, mappings: list[TensorMapping], tensors: Tensors, dtype, me
             flat[path] = jax.device_put(read((slice(None),) * len(shapes[path]))).block_until_ready()
         else:
             flat[path] = jax.make_array_from_callback(shapes[path], shardings[path], read)
-    return traverse_util.unflatten_dict(flat, sep="/")
+        is_packed = quantize == "file" and isinstance(tensors[held[0][0].name], QuantizedTensor)
+        kind = "int8" if is_packed else quantize.removesuffix("file")
+        if kind and peft.is_quantizable(path, shapes[path]):
+            flat[path] = jax.jit(partial(peft.quantize_array, path, kind=kind))(flat[path])
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    return params if mesh is None else jax.device_put(params, parallel.shardings(params, mesh))
 
 
 def _check(family: Family, config, mappings: list[TensorMapping], tensors: Tensors, path, dtype) -> None:

@@ -263,7 +263,10 @@ def without_padding(config: ModelConfig, params: dict) -> tuple[ModelConfig, dic
         return config, params
     V, flat = config.vocab_size - config.vocab_padding, dict(traverse_util.flatten_dict(params, sep="/"))
     for path in VOCABULARY & flat.keys():
-        flat[path] = flat[path][:V] if path == "embed/embedding" else flat[path][..., :V]
+        if isinstance(x := flat[path], Quantized):  # its first axis is V in both
+            flat[path] = jax.tree.map(lambda leaf: leaf[:V], x)
+        else:
+            flat[path] = x[:V] if path == "embed/embedding" else x[..., :V]
     return dataclasses.replace(config, vocab_size=V, vocab_padding=0), traverse_util.unflatten_dict(flat, sep="/")
 
 

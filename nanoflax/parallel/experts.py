@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree
 
+from nanoflax.errors import UserError
 from nanoflax.parallel.constraints import BATCH, axes_in_mesh, batch_splits, current_mesh
 from nanoflax.parallel.rules import partition_spec
 
@@ -58,6 +59,9 @@ def map_experts(
     def spec_of(path, leaf):
         spec = partition_spec("mlp/experts/" + jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
         return P(*(axis if size.get(axis, 1) > 1 else None for axis in spec))
+
+    if size["tensor"] > 1 and any(leaf.dtype == jnp.uint8 for leaf in jax.tree.leaves(params)):
+        raise UserError(f"tensor={size['tensor']} does not work with experts of 4 bits; use quantize='int8'")
 
     def complete(path, leaf, spec):
         """A parameter with all of D, and a bias of `down` that is added once by all devices along tensor together."""

@@ -66,13 +66,20 @@ MAX_REPLICATED_FRACTION = 0.02  # of all numbers in the tree
 MAX_REPLICATED_NUMBERS = 2**20
 
 
+_QUANTIZED = re.compile(r"(.*/(kernel|embedding))/(values|scales|offsets)")  # the leaves of a kernels.Quantized
+
+
 def partition_spec(path: str, shape: Sequence[int]) -> P:
     """The PartitionSpec of an array: the first rule that matches the end of its path and its rank.
 
     Stacked blocks [L, ...] are never split along L. A dimension of 1 (a placeholder of Adafactor)
-    is not split.
+    is not split. A quantised matrix [O, I] is split as the kernel [I, O]; its groups of inputs only for experts.
     """
     layers = (None,) * bool(STACKED.search(path))
+    if m := _QUANTIZED.fullmatch(path):
+        *first, a, b = (*partition_spec(m[1], shape), *[None] * len(shape))[: len(shape)]
+        outputs, inputs = (a, b) if m[2] == "embedding" else (b, a)
+        return P(*first, outputs, inputs if m[3] == "values" or "/experts/" in path else None)
     for pattern, spec in RULES:
         if len(layers) + len(spec) == len(shape) and re.search(rf"(^|/){pattern}$", path):
             sizes = shape[len(layers) :]

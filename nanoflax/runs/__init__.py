@@ -9,12 +9,12 @@ from nanoflax.runs.lock import locked
 from nanoflax.runs.opening import open_model
 from nanoflax.runs.pretrain import pretrain
 from nanoflax.runs.ranking import read_questions
-from nanoflax.runs.run import Run, open_run
+from nanoflax.runs.run import QUANTIZE, Run, open_run
 from nanoflax.runs.sweep import Sweep, draw_settings, parse_setting, suggest_settings
 from nanoflax.runs.trainer import setup_jax
 
 __all__ = [
-    "Checkpoints", "GenerationSettings", "Run", "Sweep", "answer_typed_prompts", "chat", "draw_settings",
+    "QUANTIZE", "Checkpoints", "GenerationSettings", "Run", "Sweep", "answer_typed_prompts", "chat", "draw_settings",
     "filled_directory", "finetune", "is_run", "locked", "model_settings", "open_model", "open_run",
     "parse_setting", "pretrain", "print_answers", "read_questions", "read_run", "restore_params", "setup_jax",
     "suggest_settings", "used_of_model", "write_jsonl"]  # fmt: skip

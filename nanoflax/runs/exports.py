@@ -1,4 +1,4 @@
-"""Writes the model of a Run in the formats of other programs, or as a new run."""
+"""Writes the model of a Run in the formats of other programs, or as a new run; quantised matrices as float32."""
 
 import os
 from typing import Any
@@ -23,7 +23,9 @@ def save_gguf(run: Any, path: str | os.PathLike, kind: str = "F16") -> hf.GGUFSu
     kind: F32, F16 or Q8_0; see hf.save_gguf.
     Raises: UserError if GGUF cannot express the model, its adapters or its tokenizer.
     """
-    return hf.save_gguf(path, run.model.config, peft.merge(run.params), _tokenizer_of(run), kind)
+    return hf.save_gguf(
+        path, run.model.config, peft.dequantize_params(peft.merge(run.params)), _tokenizer_of(run), kind
+    )
 
 
 def save_run(run: Any, workdir: str) -> None:
@@ -36,7 +38,7 @@ def save_run(run: Any, workdir: str) -> None:
     os.makedirs(workdir, exist_ok=True)
     meta = {"tokenizer": run.tokenizer.fingerprint, "step": 0}
     with Checkpoints(os.path.join(workdir, "checkpoints")) as checkpoints:
-        checkpoints.save(0, {"params": run.params}, meta)
+        checkpoints.save(0, {"params": peft.dequantize_params(run.params)}, meta)
     directory.write_run(workdir, tasks.config_of(run.model.config), run.tokenizer)
 
 

@@ -30,22 +30,26 @@ class ModelSource:
     load: Callable[[], Params]  # reads the parameters
 
 
-def open_source(source: str | os.PathLike, which: str = "best", merged: bool = True) -> ModelSource:
+def open_source(source: str | os.PathLike, which: str = "best", merged: bool = True, quantize: str = "") -> ModelSource:
     """Open a run's directory, a directory of Transformers, a hub name, a .gguf file, or adapters of the peft library
     with their base model.
 
     which: the "best" or the "latest" checkpoint of a run. merged: merge low-rank adapters of the peft library.
+    quantize: "int8", "int4", or "file" to keep the types of a .gguf file; see hf.load. "": as they are.
     Raises: UserError if the source cannot be opened, or its tokenizer has more tokens than the model has embeddings.
     """
     source = str(source)
-    if is_run(source):
+    path = None if is_run(source) else hf.find_source(source)
+    if quantize == "file" and (path is None or path.suffix != ".gguf"):
+        raise UserError(f"quantize='file' keeps the types of a .gguf file, which {source} is not: use int8 or int4")
+    packed = lambda params: peft.quantize_params(params, quantize) if quantize else params
+    if path is None:
         directory = model_directory(source, which)
         config, tokenizer = read_run(directory)
         plain = dataclasses.replace(
             config.model, vocab_size=config.model.vocab_size - config.model.vocab_padding, vocab_padding=0
         )
-        return ModelSource(plain, tokenizer, lambda: restore_model(directory, config, tokenizer, which)[1])
-    path = hf.find_source(source)
+        return ModelSource(plain, tokenizer, lambda: packed(restore_model(directory, config, tokenizer, which)[1]))
     if base := hf.base_of_adapter(path):
         if hf.base_of_adapter(base):
             raise UserError(f"the base model of {source} is {base}, which has adapters too; merge those first")
@@ -56,7 +60,7 @@ def open_source(source: str | os.PathLike, which: str = "best", merged: bool = T
 
         def load() -> Params:
             params, adapters = hf.load_adapter(path, config, model.load())
-            return peft.merge(params) if merged and isinstance(adapters, configs.LowRank) else params
+            return packed(peft.merge(params) if merged and isinstance(adapters, configs.LowRank) else params)
 
         return ModelSource(config, tokenizer, load)
     config = hf.load_config(path)
@@ -65,7 +69,7 @@ def open_source(source: str | os.PathLike, which: str = "best", merged: bool = T
     else:
         tokenizer = tokenizers.load(path)
     tokenizers.check_fits(tokenizer, config.vocab_size)
-    return ModelSource(config, tokenizer, lambda: hf.load(path)[1])
+    return ModelSource(config, tokenizer, lambda: hf.load(path, quantize=quantize)[1])
 
 
 def open_initial(model: ModelConfig) -> ModelSource:

@@ -18,19 +18,24 @@ import jax
 import numpy as np
 
 from nanoflax import config as configs
-from nanoflax import data, hf, nn, parallel, report, tasks, tokenizers, train
+from nanoflax import data, hf, kernels, nn, parallel, report, tasks, tokenizers, train
 from nanoflax.errors import UserError
 from nanoflax.runs import directory, exports, grpo, ranking, reference
 from nanoflax.runs.generation import GenerationSettings, stream_texts
 from nanoflax.runs.opening import ModelSource, open_source
 
+QUANTIZE = ("", *kernels.WEIGHT_KINDS, "file")  # values of `quantize`
 
-def open_run(source: "str | os.PathLike | Run", checkpoint: str = "best", dtype: str | None = None) -> "Run":
+
+def open_run(
+    source: "str | os.PathLike | Run", checkpoint: str = "best", dtype: str | None = None, quantize: str = ""
+) -> "Run":
     """The Run of a run's directory, a Hugging Face directory, a hub name, a .gguf file or a directory
     of adapters of the peft library. Weights are read at their first use.
 
-    checkpoint: "best" or "latest", for a run. dtype: of the parameters; None: unchanged.
-    Raises: UserError if the source cannot be opened, or for another dtype or checkpoint.
+    checkpoint: "best" or "latest", for a run. dtype: of the parameters; None: unchanged. quantize: "int8" or "int4"
+    packs the matrices, see peft.quantize_params; "file" keeps those of a .gguf file packed, see hf.load.
+    Raises: UserError if the source cannot be opened, or for another dtype, checkpoint or quantize.
     """
     if isinstance(source, Run):
         return source
@@ -40,7 +45,9 @@ def open_run(source: "str | os.PathLike | Run", checkpoint: str = "best", dtype:
         jax.numpy.dtype(dtype)
     except TypeError as error:
         raise UserError(f"dtype={dtype!r} must be float32, bfloat16 or float16") from error
-    run = Run(source, checkpoint, dtype)
+    if quantize not in QUANTIZE:
+        raise UserError(f"quantize={quantize!r} must be {', '.join(filter(None, QUANTIZE))}, or empty")
+    run = Run(source, checkpoint, dtype, quantize=quantize)
     if run.workdir is None:
         run._opened  # noqa: B018 (raises UserError if the source is not a model)
     return run
@@ -64,9 +71,10 @@ class Run:
         dtype: str | None = None,
         reason: str = "",
         signal: int = 0,
+        quantize: str = "",
     ) -> None:
         self.source, self.checkpoint, self.dtype = str(source), checkpoint, dtype
-        self.reason, self.signal = reason, signal
+        self.reason, self.signal, self.quantize = reason, signal, quantize
         self.workdir = self.source if directory.is_run(self.source) else None
         self._compiled_evaluator: Any = None
 
@@ -75,7 +83,7 @@ class Run:
 
     @functools.cached_property
     def _opened(self) -> ModelSource:
-        return open_source(self.source, self.checkpoint)
+        return open_source(self.source, self.checkpoint, quantize=self.quantize)
 
     @functools.cached_property
     def model(self) -> Any:
@@ -84,7 +92,7 @@ class Run:
     @functools.cached_property
     def params(self) -> Any:
         params = self._opened.load()
-        return jax.tree.map(lambda x: x.astype(self.dtype), params) if self.dtype else params
+        return kernels.cast(params, self.dtype) if self.dtype else params
 
     @property
     def tokenizer(self) -> Any:
