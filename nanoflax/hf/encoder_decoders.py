@@ -116,6 +116,7 @@ _BART = Family(
     write=lambda c: {"scale_embedding": c.embed_scale != 1, "is_encoder_decoder": True},
     present={"head_bias": "final_logits_bias"},
     same=lambda c: {f"model.{side}.embed_tokens.weight": "model.shared.weight" for side in ("encoder", "decoder")},
+    ignored=r"model\.(en|de)coder\.version",  # a number in files from fairseq
     base="model.")  # fmt: skip
 
 _MARIAN = dataclasses.replace(
@@ -125,7 +126,7 @@ _MARIAN = dataclasses.replace(
     only=_BART.only | {"decoder_vocab_size": "vocab_size", "normalize_embedding": (False,),
                        "static_position_embeddings": (True,), "share_encoder_decoder_embeddings": (True,)},
     write=lambda c: _BART.write(c) | {"pad_token_id": c.start_id},
-    ignored=r"model\.(en|de)coder\.embed_positions\.weight")  # fmt: skip
+    ignored=r"model\.(en|de)coder\.(version|embed_positions\.weight)")  # fmt: skip
 
 
 def _read_mbart(hf):

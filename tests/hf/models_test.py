@@ -375,6 +375,7 @@ def test_older_files(saved):
                 "cls.predictions.decoder.bias": "cls.predictions.bias",
             },
         ),
+        ("bart", lambda n: n, {"model.encoder.version": np.array([3.0]), "model.decoder.version": np.array([3.0])}),
         ("electra-mlm", lambda n: n, {"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"}),
         ("qwen3-next", lambda n: n, {"mtp.fc.weight": np.zeros((3, 2), np.float32)}),
         ("t5", lambda n: n, {"encoder.embed_tokens.weight": "shared.weight", "lm_head.weight": "shared.weight"}),
