@@ -1,43 +1,22 @@
-"""Requests of OpenAI's API as requests to the engine, and the engine's replies as objects of the API."""
+"""Requests of OpenAI's API as requests to the engine."""
 
-import base64
-import dataclasses
 import json
 import secrets
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
 from nanoflax import tokenizers
-from nanoflax.config import MAX_SEED, ModelConfig
+from nanoflax.config import MAX_SEED
+from nanoflax.constraints import Constraint
+from nanoflax.errors import UserError
 from nanoflax.serve.engine import Request
 from nanoflax.serve.errors import ApiError
-from nanoflax.serve.replies import Choice, Piece, ShownToken, token_text
+from nanoflax.serve.forms import Served
+from nanoflax.serve.replies import Choice
 from nanoflax.serve.schemas import MAX_CHOICES
 
-LEAST_LOG_PROBABILITY = -9999.0  # JSON has no infinity
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 COMPLETION_TOKENS = 16  # new tokens if a completion does not say how many, as in OpenAI's API
-
-
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """The served model, as requests need it.
-
-    context: most tokens of a text. defaults: its generation settings. max_tokens: most new tokens of a text. created:
-    when the server started, in seconds.
-    """
-
-    name: str
-    config: ModelConfig
-    tokenizer: Any
-    context: int
-    defaults: dict[str, Any]
-    max_tokens: int
-    created: int
 
 
 def check_model(served: Served, body: dict[str, Any]) -> None:
@@ -75,14 +54,24 @@ def chat_choices(served: Served, body: dict[str, Any]) -> list[Choice]:
         raise ApiError(400, "max_tokens: give it or max_completion_tokens", "max_tokens")
     if body.get("top_logprobs") is not None and not body.get("logprobs"):
         raise ApiError(400, "top_logprobs: needs logprobs=true", "top_logprobs")
-    if (body.get("response_format") or {"type": "text"})["type"] != "text":
-        raise ApiError(400, "response_format: only text is available in this server", "response_format")
     tools = body.get("tools") if body.get("tool_choice") != "none" else None
     ids = tokenizers.chat_prompt(served.tokenizer, [_message(m) for m in body["messages"]], tools or None)
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
-    return _choices(
-        served, body, [(ids, None)], limit, (body.get("top_logprobs") or 0) if body.get("logprobs") else None
-    )
+    logprobs = (body.get("top_logprobs") or 0) if body.get("logprobs") else None
+    return _choices(served, body, [(ids, None)], limit, logprobs, _rule(served, body.get("response_format")))
+
+
+def _rule(served: Served, form: dict[str, Any] | None) -> Callable[[], Any]:
+    """Makes the constraint of each choice. Raises: ApiError for a schema that cannot be followed."""
+    if form is None or form["type"] == "text":
+        return lambda: None
+    schema = form["json_schema"]["schema"] if form["type"] == "json_schema" else {"type": "object"}
+    make = lambda: Constraint(served.tokenizer, json_schema=schema, begins=served.config.reads_source)
+    try:
+        make()  # compiles the schema; later ones are copies
+    except UserError as error:
+        raise ApiError(400, f"response_format: {error}", "response_format") from error
+    return make
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +95,7 @@ def check_ids(served: Served, ids: Iterable[int], field: str) -> None:
         raise ApiError(400, f"{field}: token id {wrong[0]} is not in the vocabulary of {size}", field)
 
 
-def _choices(served, body, prompts, limit, logprobs):
+def _choices(served, body, prompts, limit, logprobs, rule=lambda: None):
     n, tokenizer = body.get("n") or 1, served.tokenizer
     if len(prompts) * n > MAX_CHOICES:
         raise ApiError(400, f"n: {len(prompts)} prompts with n={n} are more than {MAX_CHOICES} texts", "n")
@@ -130,6 +119,7 @@ def _choices(served, body, prompts, limit, logprobs):
                 logit_bias=bias,
                 log_probabilities=logprobs,
                 prompt_log_probabilities=echo is not None and (logprobs is not None or not most),
+                constraint=rule(),
             )
             before = () if served.config.reads_source else ids
             found.append(Choice(tokenizer, request, [stops] if isinstance(stops, str) else stops, before, echo))
@@ -164,114 +154,6 @@ def embedding_ids(served: Served, encode: Callable[[str], list[int]], body: dict
     return found
 
 
-def embeddings(
-    served: Served, body: dict[str, Any], texts: Sequence[Sequence[int]], vectors: Float[np.ndarray, "N D"]
-) -> dict[str, Any]:
-    """The answer of /v1/embeddings. Raises: ApiError if the vectors do not have the size that the body wants."""
-    if body.get("dimensions") not in (None, vectors.shape[1]):
-        raise ApiError(400, f"dimensions: this model's embeddings have {vectors.shape[1]} numbers", "dimensions")
-    packed = body.get("encoding_format") == "base64"
-    show = lambda v: base64.b64encode(v.astype("<f4").tobytes()).decode() if packed else v.tolist()
-    data = [{"object": "embedding", "index": i, "embedding": show(v)} for i, v in enumerate(vectors)]
-    read = sum(map(len, texts))
-    usage = {"prompt_tokens": read, "total_tokens": read}
-    return {"object": "list", "data": data, "model": served.name, "usage": usage}
-
-
 def _each(texts: Any) -> list[Any]:
     """A list of texts or of lists of ids; one of them alone becomes a list."""
     return [texts] if isinstance(texts, str) or isinstance(texts[0], int) else texts
-
-
-# Objects of replies.
-
-
-class Form:
-    """The objects of one reply. chat: of /v1/chat/completions, else of /v1/completions."""
-
-    def __init__(self, served: Served, choices: Sequence[Choice], chat: bool, with_usage: bool = False) -> None:
-        self.served, self.choices, self.chat, self.with_usage = served, choices, chat, with_usage
-        kind = "chat.completion" if chat else "text_completion"
-        self.common = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": served.name,
-            "object": kind,
-        }
-
-    def usage(self) -> dict[str, Any]:
-        """Numbers of tokens. A prompt with n choices counts once."""
-        prompts = {id(choice.request.prompt): len(choice.request.prompt) for choice in self.choices}
-        read, new = sum(prompts.values()), sum(choice.new_tokens for choice in self.choices)
-        return {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
-
-    def whole(self, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
-        """The reply, from the pieces of each choice."""
-        choices = []
-        for i, parts in enumerate(pieces):
-            text, tokens = "".join(part.text for part in parts), [token for part in parts for token in part.tokens]
-            content = (
-                {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-            )
-            choices.append(
-                {"index": i, **content, "logprobs": self._logprobs(i, tokens), "finish_reason": parts[-1].finish_reason}
-            )
-        return self.common | {"choices": choices, "usage": self.usage()}
-
-    def first_chunks(self) -> list[dict[str, Any]]:
-        """The chunks before any text: in a chat, the role of each choice."""
-        delta = {
-            "delta": {"role": "assistant", "content": "", "refusal": None},
-            "logprobs": None,
-            "finish_reason": None,
-        }
-        return [self._chunk([{"index": i, **delta}]) for i in range(len(self.choices))] if self.chat else []
-
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        """A part of a streamed reply."""
-        content = {"delta": {"content": piece.text} if piece.text else {}} if self.chat else {"text": piece.text}
-        choice = {"index": index, **content, "logprobs": self._logprobs(index, piece.tokens)}
-        return self._chunk([choice | {"finish_reason": piece.finish_reason}])
-
-    def last_chunks(self) -> list[dict[str, Any]]:
-        return [self._chunk([]) | {"usage": self.usage()}] if self.with_usage else []
-
-    def _chunk(self, choices):
-        kind = {"object": "chat.completion.chunk"} if self.chat else {}
-        return self.common | kind | {"choices": choices} | ({"usage": None} if self.with_usage else {})
-
-    def _logprobs(self, index, tokens):
-        if self.choices[index].request.log_probabilities is None:
-            return None
-        tokenizer = self.served.tokenizer
-        if self.chat:
-            return {"content": [_chat_token(tokenizer, token) for token in tokens], "refusal": None}
-        return {
-            "tokens": [token.text for token in tokens],
-            "token_logprobs": [_finite(token.log_probability) for token in tokens],
-            "top_logprobs": [_best(tokenizer, token) for token in tokens],
-            "text_offset": [token.offset for token in tokens],
-        }
-
-
-def _chat_token(tokenizer: Any, token: ShownToken) -> dict[str, Any]:
-    best = [_named(token_text(tokenizer, i), x) for i, x in token.alternatives.items()]
-    return _named(token.text, token.log_probability) | {"top_logprobs": best}
-
-
-def _named(text, log_probability):
-    return {"token": text, "logprob": _finite(log_probability), "bytes": None if "\ufffd" in text else [*text.encode()]}
-
-
-def _best(tokenizer, token):
-    """Text: log-probability of the alternatives and of the token itself; None for the first token of a prompt."""
-    if token.log_probability is None:
-        return None
-    found = {}
-    for i, x in [*token.alternatives.items(), (token.id, token.log_probability)]:
-        found.setdefault(token_text(tokenizer, i), _finite(x))
-    return found
-
-
-def _finite(x):
-    return None if x is None else max(x, LEAST_LOG_PROBABILITY)

@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from nanoflax import untrusted
 from nanoflax.errors import UserError
-from nanoflax.serve import api, metrics, schemas
+from nanoflax.serve import api, forms, metrics, schemas
 from nanoflax.serve.embeddings import Embedder
 from nanoflax.serve.engine import Engine
 from nanoflax.serve.errors import ApiError
@@ -41,7 +41,7 @@ class Service:
     """
 
     def __init__(
-        self, served: api.Served, engine: Engine | None, embedder: Embedder | None, settings: Settings
+        self, served: forms.Served, engine: Engine | None, embedder: Embedder | None, settings: Settings
     ) -> None:
         self.served, self.engine, self.embedder, self.settings = served, engine, embedder, settings
         self.slots = engine.slots if engine else 0
@@ -59,7 +59,7 @@ class Service:
     @property
     def failure(self) -> str:
         """Why the engine does not work any more; empty if it works."""
-        return getattr(self.engine, "failure", "")
+        return self.engine.failure if self.engine else ""
 
     def check_room(self, texts: int) -> None:
         """Raises: ApiError if the server takes no more texts."""
@@ -261,7 +261,7 @@ async def _embeddings(service: Service, request: Request) -> Response:
     finally:
         service.unfinished -= len(texts)
     service.metrics.prompt_tokens.inc(sum(map(len, texts)))
-    return JSONResponse(api.embeddings(service.served, body, texts, vectors))
+    return JSONResponse(forms.embeddings(service.served, body, texts, vectors))
 
 
 # Replies.
@@ -273,7 +273,7 @@ async def _reply(
     with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
     if with_usage and not body.get("stream"):
         raise ApiError(400, "stream_options: needs stream=true", "stream_options")
-    form, replies = api.Form(service.served, choices, chat, with_usage), service.start(choices)
+    form, replies = forms.Form(service.served, choices, chat, with_usage), service.start(choices)
     if body.get("stream"):
         return _Events(service, replies, form)
     try:
@@ -320,7 +320,7 @@ async def _unless_client_leaves(request: Request, work: Any) -> Any:
 class _Events(StreamingResponse):
     """A reply as server-sent events. https://html.spec.whatwg.org/multipage/server-sent-events.html"""
 
-    def __init__(self, service: Service, replies: Replies, form: api.Form) -> None:
+    def __init__(self, service: Service, replies: Replies, form: forms.Form) -> None:
         super().__init__(self._events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self.service, self.replies, self.form, self.began = service, replies, form, time.monotonic()
 

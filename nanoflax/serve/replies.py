@@ -14,14 +14,11 @@ from nanoflax.serve.errors import ApiError
 
 
 @dataclasses.dataclass(frozen=True)
-class ShownToken:
-    """A token with its log-probability. offset: of its first character in the text of the choice."""
+class PlacedToken:
+    """A token, and the offset of its first character in the text of the choice."""
 
-    id: int
-    text: str
+    token: Token
     offset: int
-    log_probability: float | None
-    alternatives: dict[int, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Piece:
     """A part of a choice's text, with the tokens that belong to it. finish_reason: of the last piece."""
 
     text: str
-    tokens: list[ShownToken]
+    tokens: list[PlacedToken]
     finish_reason: str | None = None
 
 
@@ -42,7 +39,7 @@ class Choice:
     def __init__(
         self, tokenizer: Any, request: Request, stops: Sequence[str], before: Sequence[int], echo: str | None
     ) -> None:
-        self.request, self.tokenizer, self.echo = request, tokenizer, echo
+        self.request, self.echo = request, echo
         self.ticket: Ticket | None = None
         self.submitted, self.new_tokens, self.finish_reason = time.monotonic(), 0, None
         self._decoder = tokenizers.StreamingDecoder(tokenizer, before, stops)
@@ -50,7 +47,7 @@ class Choice:
         self._plain = tokenizers.StreamingDecoder(tokenizer, before)
         self._of_prompt = tokenizers.StreamingDecoder(tokenizer)
         self._offset, self._prompt_offset, self._length = len(echo or ""), 0, len(echo or "")
-        self._pending: list[ShownToken] = []
+        self._pending: list[PlacedToken] = []
         self._echoed = echo is None
 
     def add(self, event: Token | Finish) -> Piece | None:
@@ -64,7 +61,7 @@ class Choice:
                 raise ApiError(503, "the server is stopping; send the request again later", code="stopping")
             return self._piece(self._decoder.finish(), event.reason)
         if self.request.log_probabilities is not None:
-            self._pending.append(self._shown(event))
+            self._pending.append(self._placed(event))
         if event.of_prompt:
             return None
         self.new_tokens += 1
@@ -84,15 +81,14 @@ class Choice:
             text, self._echoed = (self.echo or "") + text, True
         return Piece(text, tokens, finish_reason)
 
-    def _shown(self, token: Token) -> ShownToken:
+    def _placed(self, token: Token) -> PlacedToken:
         if token.of_prompt:
             offset = self._prompt_offset
             self._prompt_offset += len(self._of_prompt.add([token.id]))
         else:
             offset = self._offset
             self._offset += len(self._plain.add([token.id]))
-        text = token_text(self.tokenizer, token.id)
-        return ShownToken(token.id, text, offset, token.log_probability, dict(token.alternatives))
+        return PlacedToken(token, offset)
 
 
 class Replies:
@@ -138,13 +134,3 @@ class Replies:
                     yield index, piece
         finally:
             self.cancel()
-
-
-@functools.lru_cache(maxsize=65536)
-def token_text(tokenizer: Any, token: int) -> str:
-    """The text of one token after a letter, U+FFFD for a part of a character; the name of a special token."""
-    for name, i in getattr(tokenizer, "special", {}).items():
-        if i == token:
-            return name
-    anchor = tokenizer.encode("a")[-1:]
-    return tokenizer.decode([*anchor, token])[len(tokenizer.decode(anchor)) :]

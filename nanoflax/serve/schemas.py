@@ -7,10 +7,10 @@ from jsonschema import Draft202012Validator, exceptions, validators
 
 from nanoflax.config import MAX_SEED
 from nanoflax.serve.errors import ApiError
+from nanoflax.serve.programs import ALTERNATIVES
 
 Schema = dict[str, Any]
 MAX_CHOICES = 128  # texts of one request: prompts times n
-MAX_ALTERNATIVES = 20
 
 
 def _or_null(kind: str, text: str, **rules: Any) -> Schema:
@@ -80,7 +80,7 @@ COMPLETION = _object(
         "max_tokens": _or_null("integer", "Most new tokens; null: 16.", minimum=0, maximum=2**31 - 1),
         "echo": _or_null("boolean", "Begin the text with the prompt."),
         "logprobs": _or_null(
-            "integer", "How many alternatives of each token to report.", minimum=0, maximum=MAX_ALTERNATIVES
+            "integer", "How many alternatives of each token to report.", minimum=0, maximum=ALTERNATIVES
         ),
         "best_of": _only([1, None], "Not computed; see n."),
         "suffix": _only([None], "Not computed."),
@@ -153,7 +153,7 @@ CHAT = _object(
         "tool_choice": _only(["auto", "none", None], "none: the template gets no tools."),
         "response_format": _FORMAT,
         "logprobs": _or_null("boolean", "Report the log-probability of each token."),
-        "top_logprobs": _or_null("integer", "And of so many alternatives.", minimum=0, maximum=MAX_ALTERNATIVES),
+        "top_logprobs": _or_null("integer", "And of so many alternatives.", minimum=0, maximum=ALTERNATIVES),
         **_SAMPLING,
     },
 )

@@ -23,7 +23,7 @@ def check_installed() -> None:
     """Raises: UserError if the packages of the extra `serve` are missing."""
     missing = [
         name
-        for name in ("jsonschema", "prometheus_client", "starlette", "uvicorn")
+        for name in ("jsonschema", "llguidance", "prometheus_client", "starlette", "uvicorn")
         if importlib.util.find_spec(name) is None
     ]
     if missing:
@@ -46,7 +46,7 @@ def service_of(run: Any, settings: Settings) -> Iterator[Any]:
     Raises: UserError for a model without a tokenizer, or that neither generates text nor has embeddings.
     """
     check_installed()
-    from nanoflax.serve import api, embeddings, http
+    from nanoflax.serve import embeddings, forms, http
 
     config, tokenizer = run.model.config, run.tokenizer
     generates, embeds = config.head == "lm", embeddings.can_embed(config)
@@ -65,9 +65,10 @@ def service_of(run: Any, settings: Settings) -> Iterator[Any]:
         engine, context = None, config.max_length
         if generates:
             engine = stack.enter_context(Engine(run.model, run.params, tokenizer, settings.slots))
-            context = getattr(engine, "context", context)
+            context = engine.context
         defaults = runs.model_settings(config.generation)
-        served = api.Served(name, config, tokenizer, context, defaults, settings.max_tokens, int(time.time()))
+        texts, started = forms.TokenTexts(tokenizer), int(time.time())
+        served = forms.Served(name, config, tokenizer, texts, context, defaults, settings.max_tokens, started)
         yield http.Service(served, engine, embedder, settings)
 
 

@@ -1,11 +1,14 @@
 """OpenAI's API, as the `openai` client sees it."""
 
+import json
+
 import jax
 import openai
 import pytest
 
 import nanoflax
 from nanoflax import tokenizers
+from tests.serve.servers import until
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 
@@ -58,6 +61,46 @@ def test_choices_have_seeds_that_follow_each_other(client, run):
     )  # as OpenAI's default
 
 
+def test_a_stop_string_is_held_back_and_frees_the_slot(client, server, long):
+    long |= dict(temperature=1, seed=0)  # so that the text does not repeat itself
+    text = client.completions.create(**long).choices[0].text
+    at = next(i for i in range(8, 100) if text.index(text[i : i + 3]) == i)
+    stop, shown = text[at : at + 3], text[:at]
+    for stops in (stop, [stop, "never there"]):
+        [choice] = client.completions.create(**long, stop=stops, logprobs=0).choices
+        assert (choice.text, choice.finish_reason) == (shown, "stop")
+        assert choice.logprobs.text_offset[-1] < len(shown)
+    stream = list(client.completions.create(**long, stop=stop, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in stream) == shown and stream[-1].choices[0].finish_reason == "stop"
+    until(lambda: server[1].unfinished == 0)
+
+
+def test_log_probabilities_have_the_forms_of_both_apis(client, run):
+    ask = dict(model="tiny", max_tokens=6, temperature=0, seed=1)
+    [choice] = client.completions.create(**ask, prompt="ab cd", logprobs=3, echo=True).choices
+    found, ids = choice.logprobs, run.tokenizer.encode("ab cd")
+    assert choice.text.startswith("ab cd") and len(found.tokens) >= len(ids) + 1
+    logits = run.model.apply({"params": run.params}, jax.numpy.array([ids]))[0][0]
+    known = jax.nn.log_softmax(logits)
+    assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+    for i, token in enumerate(ids[1:]):
+        assert found.token_logprobs[i + 1] == pytest.approx(float(known[i, token]), abs=2e-5)
+        best = sorted(map(float, known[i]))[::-1][:3]
+        assert sorted(found.top_logprobs[i + 1].values())[::-1][:3] == pytest.approx(best, abs=2e-5)
+    assert found.text_offset[: len(ids)] == list(range(5)) and found.tokens[:5] == list("ab cd")
+    greedy = len(ids)
+    assert found.token_logprobs[greedy] == max(found.top_logprobs[greedy].values())
+    [scored] = client.completions.create(**(ask | dict(max_tokens=0)), prompt="ab cd", logprobs=3, echo=True).choices
+    assert scored.text == "ab cd" and scored.logprobs.token_logprobs == found.token_logprobs[: len(ids)]
+    chat = client.chat.completions.create(**ask, messages=HELLO, logprobs=True, top_logprobs=2).choices[0]
+    for token in chat.logprobs.content:
+        assert len(token.top_logprobs) == 2 and token.top_logprobs[0].logprob == token.logprob
+        assert token.token.startswith("bytes:") or bytes(token.bytes or []).decode() in (token.token, "")
+    chunks = client.chat.completions.create(**ask, messages=HELLO, logprobs=True, top_logprobs=2, stream=True)
+    streamed = [token for chunk in chunks if (p := chunk.choices[0].logprobs) for token in p.content]
+    assert streamed == chat.logprobs.content
+
+
 def test_messages_and_tools_reach_the_template(client, run):
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
@@ -73,6 +116,24 @@ def test_messages_and_tools_reach_the_template(client, run):
     more = [{"role": "assistant", "content": "", "tool_calls": read}, {"role": "tool", "content": "4"}]
     ids = tokenizers.chat_prompt(run.tokenizer, plain + more, [tool])
     assert reply.usage.prompt_tokens == len(ids)
+
+
+def test_json_is_of_the_schema(client):
+    """A random model writes any JSON that the schema allows."""
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+    strict = {"type": "json_schema", "json_schema": {"name": "c", "schema": schema | {"additionalProperties": False}}}
+    ask = lambda form, **more: client.chat.completions.create(
+        model="tiny", messages=HELLO, response_format=form, max_tokens=60, **more
+    )
+    reply = ask(strict, seed=1, n=4)
+    assert {json.loads(choice.message.content)["colour"] for choice in reply.choices} <= {"red", "blue"}
+    assert {choice.finish_reason for choice in reply.choices} == {"stop"}
+    [free] = ask({"type": "json_object"}, seed=1).choices
+    assert free.finish_reason == "length" or isinstance(json.loads(free.message.content), dict)
+    wrong = {"type": "json_schema", "json_schema": {"name": "c", "schema": {"type": "colour"}}}
+    with pytest.raises(openai.BadRequestError, match="response_format") as error:
+        ask(wrong)
+    assert error.value.param == "response_format"
 
 
 WRONG = {

@@ -7,18 +7,18 @@ from nanoflax import tokenizers
 from tests.serve.servers import running, tiny_chat
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def run(tmp_path_factory):
     return tiny_chat(tmp_path_factory.mktemp("tokenizer"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def server(run):
     with running(run, slots=2, queue=4, max_tokens=200, max_body=100_000) as found:
         yield found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def client(server):
     with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0) as client:
         yield client

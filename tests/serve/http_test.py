@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import socket
 
 import hypothesis
 import openai
@@ -63,6 +64,44 @@ def test_a_client_that_does_not_wait_frees_its_slot(server, client, long):
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.02).completions.create(**long, n=6)
     until(lambda: service.unfinished == 0 and not service.running)
+
+
+def test_200_clients_leave(run, long, monkeypatch):
+    """The slot of each client is free within a step after the server has noticed that it left."""
+    with running(run, slots=4, queue=400, max_tokens=200) as (address, service):
+        steps, late = lambda: service.engine.counts["steps"], []
+        cancelled = {}
+        cancel = serve.Ticket.cancel
+
+        def recorded(ticket):
+            cancelled.setdefault(id(ticket), steps())
+            cancel(ticket)
+
+        monkeypatch.setattr(serve.Ticket, "cancel", recorded)
+        submit = service.engine.submit
+
+        def submitted(request, receive):
+            def received(event):
+                if isinstance(event, serve.Finish) and event.reason == "cancelled":
+                    late.append(steps() - cancelled[id(ticket)])
+                receive(event)
+
+            ticket = submit(request, received)
+            return ticket
+
+        monkeypatch.setattr(service.engine, "submit", submitted)
+        host, port = address.removeprefix("http://").split(":")
+        body = json.dumps(long | {"stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        clients = [socket.create_connection((host, int(port))) for _ in range(200)]
+        for each in clients:
+            each.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: service.unfinished > 150)
+        for each in clients:
+            each.close()
+        until(lambda: service.unfinished == 0 and service.engine.active == 0)
+        assert len(late) > 150 and max(late) <= 1
+        assert not service.running
 
 
 def test_the_api_key_protects_all_but_the_page(run):

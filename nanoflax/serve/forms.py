@@ -1,0 +1,162 @@
+"""The engine's replies as objects of OpenAI's API."""
+
+import base64
+import dataclasses
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from nanoflax import tokenizers
+from nanoflax.config import ModelConfig
+from nanoflax.serve.errors import ApiError
+from nanoflax.serve.replies import Choice, Piece, PlacedToken
+
+LEAST_LOG_PROBABILITY = -9999.0  # JSON has no infinity
+
+
+class TokenTexts:
+    """The texts of single tokens, as the API shows them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._bytes = tokenizers.token_bytes(tokenizer)
+        self._names = {i: name for name, i in getattr(tokenizer, "special", {}).items()}
+
+    def text(self, token: int) -> str:
+        """The text of a token; bytes that are no character in OpenAI's form "bytes:\\xe2\\x80"."""
+        found = self._bytes[token]
+        if found is None:
+            return self._names.get(token, f"<token {token}>")
+        try:
+            return found.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+
+    def bytes_of(self, token: int) -> list[int] | None:
+        """The bytes that a token adds to a text; None for a special token, which adds none."""
+        found = self._bytes[token]
+        return None if found is None else [*found]
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """The served model, as requests need it.
+
+    context: most tokens of a text. defaults: its generation settings. max_tokens: most new tokens of a text. created:
+    when the server started, in seconds.
+    """
+
+    name: str
+    config: ModelConfig
+    tokenizer: Any
+    texts: TokenTexts
+    context: int
+    defaults: dict[str, Any]
+    max_tokens: int
+    created: int
+
+
+class Form:
+    """The objects of one reply. chat: of /v1/chat/completions, else of /v1/completions."""
+
+    def __init__(self, served: Served, choices: Sequence[Choice], chat: bool, with_usage: bool = False) -> None:
+        self.served, self.choices, self.chat, self.with_usage = served, choices, chat, with_usage
+        kind = "chat.completion" if chat else "text_completion"
+        self.common = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": served.name,
+            "object": kind,
+        }
+
+    def usage(self) -> dict[str, Any]:
+        """Numbers of tokens. A prompt with n choices counts once."""
+        prompts = {id(choice.request.prompt): len(choice.request.prompt) for choice in self.choices}
+        read, new = sum(prompts.values()), sum(choice.new_tokens for choice in self.choices)
+        return {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
+
+    def whole(self, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
+        """The reply, from the pieces of each choice."""
+        choices = []
+        for i, parts in enumerate(pieces):
+            text, tokens = "".join(part.text for part in parts), [token for part in parts for token in part.tokens]
+            content = (
+                {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+            )
+            choices.append(
+                {"index": i, **content, "logprobs": self._logprobs(i, tokens), "finish_reason": parts[-1].finish_reason}
+            )
+        return self.common | {"choices": choices, "usage": self.usage()}
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        """The chunks before any text: in a chat, the role of each choice."""
+        delta = {
+            "delta": {"role": "assistant", "content": "", "refusal": None},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+        return [self._chunk([{"index": i, **delta}]) for i in range(len(self.choices))] if self.chat else []
+
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A part of a streamed reply."""
+        content = {"delta": {"content": piece.text} if piece.text else {}} if self.chat else {"text": piece.text}
+        choice = {"index": index, **content, "logprobs": self._logprobs(index, piece.tokens)}
+        return self._chunk([choice | {"finish_reason": piece.finish_reason}])
+
+    def last_chunks(self) -> list[dict[str, Any]]:
+        return [self._chunk([]) | {"usage": self.usage()}] if self.with_usage else []
+
+    def _chunk(self, choices):
+        kind = {"object": "chat.completion.chunk"} if self.chat else {}
+        return self.common | kind | {"choices": choices} | ({"usage": None} if self.with_usage else {})
+
+    def _logprobs(self, index: int, tokens: Sequence[PlacedToken]) -> dict[str, Any] | None:
+        if self.choices[index].request.log_probabilities is None:
+            return None
+        text, found = self.served.texts.text, [placed.token for placed in tokens]
+        if self.chat:
+            content = [
+                self._named(token.id, token.log_probability) | {"top_logprobs": self._best(token)} for token in found
+            ]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [text(token.id) for token in found],
+            "token_logprobs": [_finite(token.log_probability) for token in found],
+            "top_logprobs": [self._table(token) for token in found],
+            "text_offset": [placed.offset for placed in tokens],
+        }
+
+    def _named(self, token, log_probability):
+        texts = self.served.texts
+        return {"token": texts.text(token), "logprob": _finite(log_probability), "bytes": texts.bytes_of(token)}
+
+    def _best(self, token):
+        return [self._named(i, x) for i, x in token.alternatives.items()]
+
+    def _table(self, token):
+        """Text: log-probability of the alternatives and of the token itself; None for the first token of a prompt."""
+        if token.log_probability is None:
+            return None
+        found = dict(token.alternatives) | {token.id: token.log_probability}
+        return {self.served.texts.text(i): _finite(x) for i, x in found.items()}
+
+
+def _finite(x):
+    return None if x is None else max(x, LEAST_LOG_PROBABILITY)
+
+
+def embeddings(
+    served: Served, body: dict[str, Any], texts: Sequence[Sequence[int]], vectors: Float[np.ndarray, "N D"]
+) -> dict[str, Any]:
+    """The answer of /v1/embeddings. Raises: ApiError if the vectors do not have the size that the body wants."""
+    if body.get("dimensions") not in (None, vectors.shape[1]):
+        raise ApiError(400, f"dimensions: this model's embeddings have {vectors.shape[1]} numbers", "dimensions")
+    packed = body.get("encoding_format") == "base64"
+    show = lambda v: base64.b64encode(v.astype("<f4").tobytes()).decode() if packed else v.tolist()
+    data = [{"object": "embedding", "index": i, "embedding": show(v)} for i, v in enumerate(vectors)]
+    read = sum(map(len, texts))
+    usage = {"prompt_tokens": read, "total_tokens": read}
+    return {"object": "list", "data": data, "model": served.name, "usage": usage}
