@@ -222,10 +222,12 @@ def choose(logits: Logits, rng: jax.Array, filters: Filters) -> Int[jax.Array, "
     best = logits.argmax(-1).astype(jnp.int32)
     if filters.temperature is None:
         return best
-    logits = filtered(logits, filters)
     draw = jax.vmap(jax.random.categorical) if is_key_of_rows(rng) else jax.random.categorical
-    drawn = draw(rng, logits).astype(jnp.int32)
-    return jnp.where(filters.temperature == 0, best, drawn) if jnp.ndim(filters.temperature) else drawn
+    drawn = lambda: draw(rng, filtered(logits, filters)).astype(jnp.int32)
+    if not jnp.ndim(filters.temperature):
+        return drawn()
+    warm = filters.temperature > 0  # drawing takes four times as long as the rest, and often no row needs it
+    return jax.lax.cond(warm.any(), lambda: jnp.where(warm, drawn(), best), lambda: best)
 
 
 def is_key_of_rows(rng: jax.Array) -> bool:

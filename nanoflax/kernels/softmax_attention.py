@@ -13,7 +13,7 @@ def softmax_attention(q, k, v, mask, bias, sinks, softcap):
 
 
 def _forward(q, k, v, mask, bias, sinks, softcap):
-    scores = jnp.einsum("bgntk,bgsk->bgnts", q, k, preferred_element_type=jnp.float32)
+    scores = _product("bgntk,bgsk->bgnts", q, k)
     capped = None
     if softcap:
         scores = capped = softcap * jnp.tanh(scores / softcap)
@@ -24,12 +24,22 @@ def _forward(q, k, v, mask, bias, sinks, softcap):
     largest = scores.max(-1, keepdims=True)
     largest = largest if sinks is None else jnp.maximum(largest, sinks)
     weights = jnp.exp(scores - largest).astype(v.dtype)
-    y = jnp.einsum("bgnts,bgsk->bgntk", weights, v, preferred_element_type=jnp.float32)
+    y = _product("bgnts,bgsk->bgntk", weights, v)
     total = weights.astype(jnp.float32).sum(-1, keepdims=True)
     sunk = None if sinks is None else jnp.exp(sinks - largest)
     total = total if sunk is None else total + sunk
     y = (y / total).astype(q.dtype)  # after the product: K divisions per query, not S
     return y, (q, k, v, bias, capped, weights, sunk, total, y)
+
+
+def _product(equation, a, b):
+    """einsum in float32. For T = 1 without this dimension: else, under `jax.vmap`, XLA copies the cache on a CPU."""
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    return (
+        product(equation.replace("t", ""), a[..., 0, :], b)[..., None, :]
+        if a.shape[3] == 1
+        else product(equation, a, b)
+    )
 
 
 def _backward(softcap, saved, dy):
