@@ -1,0 +1,75 @@
+"""The decode loop's model and its cache, which goes back to an earlier token."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from nanoflax import parallel
+from nanoflax.generate import sampling
+from nanoflax.nn import LanguageModel
+
+# Entries of a layer's cache in which each token has a slot of its own, or that belong to the source.
+_BY_SLOT = {"key", "value", "cross_key", "cross_value"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """A model with its parameters in the form that one row (of one token) or several rows are fastest with."""
+
+    one: tuple[LanguageModel, dict]
+    several: tuple[LanguageModel, dict]
+    mesh: Any
+
+    @classmethod
+    def of(cls, model: LanguageModel, params: dict) -> "Decoding":
+        mesh = parallel.mesh_of(params)
+        cast = sampling.compiled(sampling.decoding_params, mesh=mesh)
+        one = sampling.decoding_model(model, 1), cast(model, params, 1)
+        if not model.config.tied:
+            return cls(one, one, mesh)
+        several = sampling.decoding_model(model, 2), one[1] | {"unembed": cast(model, params, 2)["unembed"]}
+        return cls(one, several, mesh)
+
+    def prefill(self, tokens: np.ndarray, lengths: np.ndarray, room: int) -> tuple[int, dict]:
+        """(the last token of a prompt [1, P], the cache before it, with room for `room` tokens)."""
+        model, params = self.one
+        token, cache = sampling.compiled(_prefill, mesh=self.mesh)(model, params, tokens, lengths, room)
+        return int(token[0]), cache
+
+    def rewind(self, before: dict, after: dict, tokens: np.ndarray, kept: int) -> dict:
+        """The cache with the first `kept` tokens alone. after: the cache `before` with all of them.
+
+        A cache with a slot for each token needs a smaller index. Other states, of recurrent layers, are computed
+        again, in pieces of 1, 2, 4 ... tokens, which need few compilations.
+        """
+        if kept == len(tokens):
+            return after
+        if by_slot(after):
+            return after | {"index": after["index"] - np.int32(len(tokens) - kept)}
+        at, cache = 0, before
+        for size in (1 << i for i in range(kept.bit_length()) if kept >> i & 1):
+            model, params = self.one if size == 1 else self.several
+            cache = sampling.compiled(_extend, mesh=self.mesh)(model, params, tokens[None, at : at + size], cache)
+            at += size
+        return cache
+
+
+def by_slot(cache: dict) -> bool:
+    """Whether a smaller index takes the last tokens out of a cache."""
+    layers = cache["layers"]
+    slots = all(isinstance(layer, dict) and layer.keys() <= _BY_SLOT for layer in layers)
+    return slots and cache.keys() <= {"layers", "index", "start", "source_mask"}
+
+
+def donated(cache: dict) -> list[str]:
+    """What a step that extends the cache may overwrite."""
+    return ["cache"] if by_slot(cache) else []  # else `rewind` needs the cache before the step
+
+
+def _prefill(model, params, tokens, lengths, new_tokens):
+    return model.prefill(params, tokens, lengths, new_tokens)
+
+
+def _extend(model, params, tokens, cache):
+    return model.decode(params, tokens, cache)[1]

@@ -1,0 +1,129 @@
+"""Guesses of the next tokens: from the text itself, or by a smaller model."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanoflax.config import ModelConfig
+from nanoflax.generate import processors, sampling
+from nanoflax.generate.processors import Filters
+from nanoflax.nn import LanguageModel
+from nanoflax.speculation.caches import Decoding, donated
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """Guess that the text goes on as it did after the last place with the same few tokens (prompt lookup decoding,
+    Saxena 2023; Yang et al. 2023). It costs nothing, and pays where a text repeats itself or its prompt.
+
+    tokens: the number of guesses; longest: the largest number of tokens that are compared.
+    """
+
+    tokens: int = 6
+    longest: int = 3
+
+    def problems(self, config: ModelConfig, prompt: int, new: int) -> list[str]:
+        """Why it cannot guess for a model of this configuration, with a prompt and new tokens of these numbers."""
+        return _too_small(self, "tokens", "longest")
+
+    def start(self, tokens: np.ndarray, lengths: np.ndarray, room: int, filters: Filters) -> "Lookup":
+        """The guesser for one prompt [1, P], padded on the left."""
+        return self
+
+    def guess(self, text: Sequence[int], rng: jax.Array | None) -> tuple[np.ndarray, None]:
+        """(guesses of what follows the text [tokens], or none [0]; no logits)."""
+        x = np.asarray(text, np.int32)
+        for n in range(min(self.longest, len(x) - 1), 0, -1):
+            windows = np.lib.stride_tricks.sliding_window_view(x[:-1], n)
+            (places,) = np.nonzero((windows == x[-n:]).all(1))
+            if len(places):
+                return np.resize(x[places[-1] + n :], self.tokens), None  # a text that ends here repeats
+        return x[:0], None
+
+    def keep(self, kept: int) -> None:
+        """Called after a round with the number of guesses that the text keeps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """Guesses drawn from a smaller model with the same vocabulary (Leviathan et al. 2023; Chen et al. 2023)."""
+
+    model: LanguageModel
+    params: dict
+    tokens: int = 4
+
+    def problems(self, config: ModelConfig, prompt: int, new: int) -> list[str]:
+        """Why it cannot guess for a model of this configuration, with a prompt and new tokens of these numbers."""
+        found, own = _too_small(self, "tokens"), self.model.config
+        if own.head != "lm":
+            found.append(f"the draft has model.head={own.head!r}, so it generates no text")
+        if own.reads_source != config.reads_source:
+            found.append("the draft and the model must both be decoders, or both read a source")
+        sizes = [c.vocab_size - c.vocab_padding for c in (own, config)]
+        if sizes[0] != sizes[1]:
+            found.append(
+                f"the draft has a vocabulary of {sizes[0]} tokens, the model of {sizes[1]}; they must be equal"
+            )
+        if (max(prompt, new) if own.reads_source else prompt + new) > own.max_length:
+            found.append(f"the draft's context of {own.max_length} is too short for {prompt} and {new} new tokens")
+        return found
+
+    def start(self, tokens: np.ndarray, lengths: np.ndarray, room: int, filters: Filters) -> "_Drafting":
+        """The guesser for one prompt [1, P], padded on the left."""
+        return _Drafting(self, tokens, lengths, room, filters)
+
+
+class _Drafting:
+    """The draft's state for one text."""
+
+    def __init__(self, draft, tokens, lengths, room, filters):
+        self.draft, self.decoding = draft, Decoding.of(draft.model, draft.params)
+        _, self.cache = self.decoding.prefill(tokens, lengths, room)
+        self.filters = filters._replace(repetition_penalty=None, logit_bias=None, allowed=None)
+
+    def guess(self, text: Sequence[int], rng: jax.Array | None) -> tuple[Any, Any]:
+        """(guesses [k], the logits that they were drawn from [k, V], None if greedy), on the device."""
+        model, params = self.decoding.one
+        run = sampling.compiled(_guess, *donated(self.cache), mesh=self.decoding.mesh)
+        self.before, self.last = self.cache, np.int32(text[-1])
+        V = model.config.vocab_size - model.config.vocab_padding
+        self.cache, self.guesses, logits = run(
+            model, params, self.last, self.cache, self.filters, rng, steps=self.draft.tokens, vocab_size=V
+        )
+        return self.guesses, logits
+
+    def keep(self, kept: int) -> None:
+        """Called after a round with the number of guesses that the text keeps."""
+        if kept < self.draft.tokens:
+            tokens = np.concatenate([self.last[None], np.asarray(self.guesses)])
+            self.cache = self.decoding.rewind(self.before, self.cache, tokens, kept + 1)
+
+
+def _guess(model, params, token, cache, filters, rng, steps, vocab_size):
+    """(the cache with the token and all guesses, guesses [steps], logits [steps, V] or None)."""
+
+    def step(carry, key):
+        cache, token = carry
+        logits, cache = model.decode(params, token[None, None], cache)
+        logits = processors.only_below(vocab_size, logits[:, -1])
+        if rng is None:
+            token = logits[0].argmax(-1).astype(jnp.int32)
+            return (cache, token), (token, None)
+        logits = processors.filtered(logits, filters)[0]
+        token = jax.random.categorical(key, logits).astype(jnp.int32)
+        return (cache, token), (token, logits[:vocab_size])
+
+    keys = None if rng is None else jax.random.split(rng, steps)
+    (cache, token), (guesses, logits) = jax.lax.scan(step, (cache, token), keys, length=steps)
+    return model.decode(params, token[None, None], cache)[1], guesses, logits
+
+
+def _too_small(proposer, *names):
+    return [f"{name}={x!r} must be at least 1" for name in names if (x := getattr(proposer, name)) < 1]
+
+
+Proposer = Lookup | Draft
