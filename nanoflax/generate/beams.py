@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from nanoflax import parallel
 from nanoflax.errors import UserError
 from nanoflax.generate.processors import Written, make_filters, mask, only_below, process
-from nanoflax.generate.sampling import Prompts, compiled, cut, decoding_model, decoding_params, written_prompt
+from nanoflax.generate.sampling import Prompts, compiled, decoding_model, decoding_params, written_prompt
 from nanoflax.nn import Array, LanguageModel
-from nanoflax.tokenizers import request_of
+from nanoflax.tokenizers import cut, request_of
 
 
 class Beams(NamedTuple):

@@ -30,8 +30,8 @@ class Filters(NamedTuple):
     outside_top_p: Any = None  # 1 - top_p, subtracted in float64; Holtzman et al. 2020
     min_p: Any = None  # Nguyen et al. 2024
     repetition_penalty: Any = None  # Keskar et al. 2019
-    logit_bias: Float[jax.Array, "*B V"] | None = None  # added to the model's logits
-    allowed: Int[jax.Array, "*B W"] | None = None  # packed uint32: bit i % 32 of word i // 32 permits token i
+    logit_bias: Any = None  # [V] or [B, V] float32, added to the model's logits
+    allowed: Any = None  # [W] or [B, W] uint32: bit i % 32 of word i // 32 permits token i
 
 
 class Written(NamedTuple):
@@ -116,7 +116,7 @@ def process(
     logits: Logits, rules: GenerationDefaults, eos_ids: tuple[int, ...], penalty: Any, written: Written
 ) -> Logits:
     """Logits, or log-probabilities, after the repetition penalty (None: none) and the rules on tokens."""
-    axes = 0, None if jnp.ndim(penalty) == 0 else 0, Written(*(0 if jnp.ndim(x) else None for x in written))
+    axes = 0, None if jnp.ndim(penalty) == 0 else 0, Written(*(0 if jnp.ndim(x) else None for x in written))  # type: ignore  # axes, not arrays
     return jax.vmap(partial(_process_row, rules, eos_ids), in_axes=axes)(logits, penalty, written)
 
 
@@ -182,11 +182,11 @@ def only_below(vocab_size: int | None, logits: Logits) -> Logits:
 
 def filtered(logits: Logits, filters: Filters) -> Logits:
     """Logits over temperature, with -inf for the tokens that top-k, top-p and min-p exclude, in this order."""
-    f = Filters(*(x if jnp.ndim(x) == 0 else x[:, None] for x in filters))
+    f: Any = Filters(*(x if jnp.ndim(x) == 0 else x[:, None] for x in filters))
     logits = logits if f.temperature is None else logits / jnp.where(f.temperature == 0, 1, f.temperature)
     if f.top_k is not None or f.outside_top_p is not None:
-        if jnp.ndim(f.top_k):  # sorting takes long, and often no row needs it
-            wanted = ((f.top_k > 0) | (f.outside_top_p > 0)).any()
+        if jnp.ndim(f.top_k):  # sorting takes long, and often no row needs it  # type: ignore
+            wanted = ((f.top_k > 0) | (f.outside_top_p > 0)).any()  # type: ignore
             logits = jax.lax.cond(wanted, partial(_by_rank, f), lambda x: x, logits)
         else:
             logits = _by_rank(f, logits)

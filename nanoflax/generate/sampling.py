@@ -6,8 +6,6 @@ bucket of lengths, so all rows write the same cache slot, and one compilation se
 
 import dataclasses
 import functools
-import inspect
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +29,7 @@ from nanoflax.generate.processors import (
 )
 from nanoflax.kernels import Quantized, most_probable
 from nanoflax.nn import Array, LanguageModel
-from nanoflax.tokenizers import request_of, row_settings, scored
+from nanoflax.tokenizers import answers, request_of, row_settings
 
 # Token ids: lists of any lengths, one list, or an array [B, T] or [T]; for a model with a source, the sources.
 Prompts = Any
@@ -128,16 +126,8 @@ def decoding_params(model: LanguageModel, params: dict, rows: int) -> dict:
     return params | {"unembed": {"kernel": params["embed"]["embedding"].T}}
 
 
-@functools.cache
-def compiled(function: Callable, donate: str | tuple = (), mesh: Any = None) -> Any:
-    """jax.jit of a sampling function for parameters on a mesh, with the options of the platform."""
-    static = {"model", "rows", "beams", "steps", "new_tokens", "early_stopping", "eos_ids", "vocab_size", "record"}
-    return jax.jit(
-        parallel.with_mesh(mesh, function),
-        donate_argnames=donate,
-        static_argnames=static & inspect.signature(function).parameters.keys(),
-        compiler_options=parallel.compiler_options(jax.default_backend()),
-    )
+_STATIC = ("model", "rows", "beams", "steps", "new_tokens", "early_stopping", "eos_ids", "vocab_size", "record")
+compiled = functools.partial(parallel.compiled, static=_STATIC)
 
 
 @functools.cache  # for jax.jit, which compiles again for another function
@@ -200,7 +190,7 @@ def sample(
         rng = jax.vmap(jax.random.fold_in, (0, None))(rng, 1) if is_key_of_rows(rng) else jax.random.fold_in(rng, 1)
         found = run(model, params, tokens, lengths, rng, limits - short, filters, steps, *ends, record)
         pieces.append(jax.tree.map(parallel.fetch, found))
-    return _rows(jax.tree.map(lambda *x: np.concatenate(x, 1), *pieces), ends[0], limits)
+    return answers(jax.tree.map(lambda *x: np.concatenate(x, 1), *pieces), ends[0], limits)
 
 
 def _for_rows(model, tokens, filters, rng, max_new_tokens, logit_bias, log_probabilities):
@@ -212,13 +202,6 @@ def _for_rows(model, tokens, filters, rng, max_new_tokens, logit_bias, log_proba
     if bias is not None:
         filters = filters._replace(logit_bias=jnp.asarray(bias))
     return filters, rng, np.broadcast_to(np.int32(max_new_tokens), len(tokens)), _recorder(log_probabilities)
-
-
-def _rows(found, eos_ids, limits):
-    """The tokens of each row as a list cut before its end and at its limit, or as a Scored."""
-    tokens, *scores = jax.tree.leaves(found)
-    rows = [cut(row[: max(n, 0)], eos_ids) for row, n in zip(tokens.tolist(), limits, strict=True)]
-    return scored(rows, *scores) if scores else rows
 
 
 def stream(
@@ -244,7 +227,7 @@ def stream(
     made = make_filters(**filters, defaults=model.config.generation)
     made, rng, limits, record = _for_rows(model, tokens, made, rng, max_new_tokens, logit_bias, log_probabilities)
     for done, found in sample_in_chunks(model, params, tokens, lengths, limits, made, rng, *ends, chunk, record):
-        yield _rows(jax.tree.map(parallel.fetch, found), ends[0], limits)  # a finished row repeats its end: []
+        yield answers(jax.tree.map(parallel.fetch, found), ends[0], limits)  # a finished row repeats its end: []
         limits = limits - chunk
         if (parallel.fetch(done) | (limits <= 0)).all():
             return
@@ -273,8 +256,3 @@ def sample_in_chunks(
         now = filters() if callable(filters) else filters
         state, found = on(advance, "state")(model, params, state, now, chunk, eos_ids, vocab_size, record)
         yield state.done, found
-
-
-def cut(row: list[int], eos_ids: Sequence[int]) -> list[int]:
-    """The tokens of a list before the first that is one of eos_ids."""
-    return list(itertools.takewhile(lambda token: token not in eos_ids, row))

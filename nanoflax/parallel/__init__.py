@@ -36,6 +36,7 @@ from nanoflax.parallel.experts import map_experts, map_tokens
 from nanoflax.parallel.hardware import (
     CHIPS,
     Chip,
+    compiled,
     compiler_options,
     keep_freed_memory,
     measure_bandwidth,
@@ -64,7 +65,7 @@ from nanoflax.parallel.stacking import STACKED, groups_of, is_stacked, stack, st
 __all__ = [
     "AXES", "AnyMesh", "BATCH", "CHIPS", "Chip", "HostPoll", "STACKED", "Signals", "abstract_mesh", "axis_size",
     "batch_sharding", "batch_splits", "bytes_per_device", "check_memory", "check_mesh", "check_processes_agree",
-    "compile_seconds", "compiler_options", "constrain", "current_mesh", "current_platform",
+    "compile_seconds", "compiled", "compiler_options", "constrain", "current_mesh", "current_platform",
     "divisible_batch_size", "exit_process", "fetch", "gather_from_processes", "gather_sequence", "groups_of",
     "init", "initial_params", "is_main_process", "is_stacked", "join_processes", "keep_freed_memory",
     "make_mesh", "map_experts", "map_shards", "map_tokens", "measure_bandwidth", "measure_peak_flops",

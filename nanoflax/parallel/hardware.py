@@ -2,10 +2,13 @@
 
 import concurrent.futures
 import ctypes
+import functools
+import inspect
 import math
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanoflax.errors import UserError
+from nanoflax.parallel.constraints import with_mesh
 
 # Dense bfloat16 FLOP/s of one JAX device (float16 where the chip has no bfloat16); the first match
 # wins. NVIDIA and AMD: data sheets, half of a figure "with sparsity". TPU: the system architecture
@@ -95,6 +99,21 @@ def compiler_options(platform: str) -> dict[str, str] | None:
     """
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     return options if platform == "cpu" else None
+
+
+@functools.cache
+def compiled(function: Callable, donate: str | tuple = (), mesh: Any = None, static: tuple = ()) -> Any:
+    """jax.jit of a function of parameters on a mesh, with the platform's options.
+
+    donate: names of arguments whose memory the result may take; static: of those that are compiled for their value,
+    where the function has them.
+    """
+    return jax.jit(
+        with_mesh(mesh, function),
+        donate_argnames=donate,
+        static_argnames=[name for name in static if name in inspect.signature(function).parameters],
+        compiler_options=compiler_options(jax.default_backend()),
+    )
 
 
 def keep_freed_memory() -> None:

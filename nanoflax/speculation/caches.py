@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoflax import parallel
-from nanoflax.generate import sampling
+from nanoflax import generate, parallel
 from nanoflax.nn import LanguageModel
 
 # Entries of a layer's cache in which each token has a slot of its own, or that belong to the source.
@@ -24,17 +23,17 @@ class Decoding:
     @classmethod
     def of(cls, model: LanguageModel, params: dict) -> "Decoding":
         mesh = parallel.mesh_of(params)
-        cast = sampling.compiled(sampling.decoding_params, mesh=mesh)
-        one = sampling.decoding_model(model, 1), cast(model, params, 1)
+        cast = generate.compiled(generate.decoding_params, mesh=mesh)
+        one = generate.decoding_model(model, 1), cast(model, params, 1)
         if not model.config.tied:
             return cls(one, one, mesh)
-        several = sampling.decoding_model(model, 2), one[1] | {"unembed": cast(model, params, 2)["unembed"]}
+        several = generate.decoding_model(model, 2), one[1] | {"unembed": cast(model, params, 2)["unembed"]}
         return cls(one, several, mesh)
 
     def prefill(self, tokens: np.ndarray, lengths: np.ndarray, room: int) -> tuple[int, dict]:
         """(the last token of a prompt [1, P], the cache before it, with room for `room` tokens)."""
         model, params = self.one
-        token, cache = sampling.compiled(_prefill, mesh=self.mesh)(model, params, tokens, lengths, room)
+        token, cache = generate.compiled(_prefill, mesh=self.mesh)(model, params, tokens, lengths, room)
         return int(token[0]), cache
 
     def rewind(self, before: dict, after: dict, tokens: np.ndarray, kept: int) -> dict:
@@ -50,7 +49,7 @@ class Decoding:
         at, cache = 0, before
         for size in (1 << i for i in range(kept.bit_length()) if kept >> i & 1):
             model, params = self.one if size == 1 else self.several
-            cache = sampling.compiled(_extend, mesh=self.mesh)(model, params, tokens[None, at : at + size], cache)
+            cache = generate.compiled(_extend, mesh=self.mesh)(model, params, tokens[None, at : at + size], cache)
             at += size
         return cache
 

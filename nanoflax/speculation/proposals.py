@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nanoflax import generate
 from nanoflax.config import ModelConfig
-from nanoflax.generate import processors, sampling
-from nanoflax.generate.processors import Filters
 from nanoflax.nn import LanguageModel
 from nanoflax.speculation.caches import Decoding, donated
 
@@ -30,7 +29,7 @@ class Lookup:
         """Why it cannot guess for a model of this configuration, with a prompt and new tokens of these numbers."""
         return _too_small(self, "tokens", "longest")
 
-    def start(self, tokens: np.ndarray, lengths: np.ndarray, room: int, filters: Filters) -> "Lookup":
+    def start(self, tokens: np.ndarray, lengths: np.ndarray, room: int, filters: generate.Filters) -> "Lookup":
         """The guesser for one prompt [1, P], padded on the left."""
         return self
 
@@ -72,7 +71,7 @@ class Draft:
             found.append(f"the draft's context of {own.max_length} is too short for {prompt} and {new} new tokens")
         return found
 
-    def start(self, tokens: np.ndarray, lengths: np.ndarray, room: int, filters: Filters) -> "_Drafting":
+    def start(self, tokens: np.ndarray, lengths: np.ndarray, room: int, filters: generate.Filters) -> "_Drafting":
         """The guesser for one prompt [1, P], padded on the left."""
         return _Drafting(self, tokens, lengths, room, filters)
 
@@ -88,7 +87,7 @@ class _Drafting:
     def guess(self, text: Sequence[int], rng: jax.Array | None) -> tuple[Any, Any]:
         """(guesses [k], the logits that they were drawn from [k, V], None if greedy), on the device."""
         model, params = self.decoding.one
-        run = sampling.compiled(_guess, *donated(self.cache), mesh=self.decoding.mesh)
+        run = generate.compiled(_guess, *donated(self.cache), mesh=self.decoding.mesh)
         self.before, self.last = self.cache, np.int32(text[-1])
         V = model.config.vocab_size - model.config.vocab_padding
         self.cache, self.guesses, logits = run(
@@ -99,7 +98,7 @@ class _Drafting:
     def keep(self, kept: int) -> None:
         """Called after a round with the number of guesses that the text keeps."""
         if kept < self.draft.tokens:
-            tokens = np.concatenate([self.last[None], np.asarray(self.guesses)])
+            tokens = np.array([self.last, *np.asarray(self.guesses)], np.int32)
             self.cache = self.decoding.rewind(self.before, self.cache, tokens, kept + 1)
 
 
@@ -109,11 +108,11 @@ def _guess(model, params, token, cache, filters, rng, steps, vocab_size):
     def step(carry, key):
         cache, token = carry
         logits, cache = model.decode(params, token[None, None], cache)
-        logits = processors.only_below(vocab_size, logits[:, -1])
+        logits = generate.only_below(vocab_size, logits[:, -1])
         if rng is None:
             token = logits[0].argmax(-1).astype(jnp.int32)
             return (cache, token), (token, None)
-        logits = processors.filtered(logits, filters)[0]
+        logits = generate.filtered(logits, filters)[0]
         token = jax.random.categorical(key, logits).astype(jnp.int32)
         return (cache, token), (token, logits[:vocab_size])
 

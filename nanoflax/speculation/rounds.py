@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nanoflax import generate
 from nanoflax.errors import UserError
-from nanoflax.generate import make_filters, processors, sampling
-from nanoflax.generate.processors import Written
 from nanoflax.nn import LanguageModel
 from nanoflax.speculation.acceptance import accept
 from nanoflax.speculation.caches import Decoding, donated
 from nanoflax.speculation.proposals import Proposer
-from nanoflax.tokenizers import pad_left, request_of
+from nanoflax.tokenizers import cut, pad_left, request_of
 
 
 class Round(NamedTuple):
@@ -79,8 +78,8 @@ def stream(
             f"max_new_tokens={max_new_tokens}: the text passes model.rope.context={rope.context}, where longrope has "
             "other angles, which speculation does not compute; give fewer tokens, or no speculation"
         )
-    made = make_filters(**filters, defaults=model.config.generation)
-    if any(np.ndim(x) for x in made):
+    made = generate.make_filters(**filters, defaults=model.config.generation)
+    if any(np.ndim(x) for x in made):  # type: ignore
         raise UserError("speculation takes one value of each setting for all prompts, not lists")
     rng = None if made.temperature is None else jax.random.PRNGKey(0) if rng is None else rng
     decoding = Decoding.of(model, params)
@@ -101,7 +100,7 @@ def _text(decoding, proposer, prompt, limit, filters, rng, eos_ids, vocab_size):
     text, made = ([last] if reads_source else [*prompt]), 0  # a text begins with the source's start token
     history = np.full((1 if reads_source else tokens.shape[1]) + room, -1, np.int32)
     begin = len(history) - room - len(text)  # of the text in the history, after padding
-    check = sampling.compiled(_check, *donated(cache), mesh=decoding.mesh)
+    check = generate.compiled(_check, *donated(cache), mesh=decoding.mesh)
     seen = [*prompt, *text] if reads_source else text  # what a lookup reads
     while made < limit:
         rng, for_guess, for_check = (None,) * 3 if rng is None else jax.random.split(rng, 3)
@@ -110,7 +109,7 @@ def _text(decoding, proposer, prompt, limit, filters, rng, eos_ids, vocab_size):
         history[begin:end] = text
         k = len(guesses)
         model, params = decoding.several if k else decoding.one
-        written = Written(history, np.int32(end), np.int32(made), np.int32(limit))
+        written = history, np.int32(end), np.int32(made), np.int32(limit)
         after, row, kept = check(
             model, params, np.int32(text[-1]), guesses, guess_logits, cache, written, filters, for_check,
             eos_ids=eos_ids, vocab_size=vocab_size,
@@ -120,25 +119,25 @@ def _text(decoding, proposer, prompt, limit, filters, rng, eos_ids, vocab_size):
         guesser.keep(kept)
         new = row[: kept + 1].tolist()[: limit - made]
         text, seen, made = text + new, seen + new, made + len(new)
-        cut = sampling.cut(new, eos_ids)
-        yield cut, k, kept
-        if len(cut) < len(new):
+        before_end = cut(new, eos_ids)
+        yield before_end, k, kept
+        if len(before_end) < len(new):
             return
 
 
 def _check(model, params, token, guesses, guess_logits, cache, written, filters, rng, eos_ids, vocab_size):
     """(the cache with the token and all guesses, the kept guesses and the token after them [k + 1], kept)."""
-    k, w = len(guesses), written
+    k, w = len(guesses), generate.Written(*written)
     logits, cache = model.decode(params, jnp.concatenate([token[None], guesses])[None], cache)
-    logits = processors.only_below(vocab_size, logits[0])
+    logits = generate.only_below(vocab_size, logits[0])
     # Row i has the first i guesses in its history.
     i, at = jnp.arange(k + 1), jnp.arange(len(w.history)) - w.end
     guessed = (at >= 0) & (at < i[:, None])
     history = jnp.where(guessed, jnp.take(jnp.append(guesses, -1), jnp.clip(at, 0, k)), w.history)
-    rows = Written(history, w.end + i, w.step + i, w.limit)
-    logits = processors.next_logits(logits, model.config.generation, eos_ids, filters, rows)
+    rows = generate.Written(history, w.end + i, w.step + i, w.limit)
+    logits = generate.next_logits(logits, model.config.generation, eos_ids, filters, rows)
     if rng is not None:
-        logits = processors.filtered(logits, filters)
+        logits = generate.filtered(logits, filters)
         if guess_logits is not None:
             missing = logits.shape[-1] - guess_logits.shape[-1]
             guess_logits = jnp.pad(guess_logits, [(0, 0), (0, missing)], constant_values=-jnp.inf)

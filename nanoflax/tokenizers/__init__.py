@@ -7,7 +7,17 @@ from nanoflax.tokenizers.framing import align_tags, continuation_ids, prompt_ids
 from nanoflax.tokenizers.gguf import to_gguf
 from nanoflax.tokenizers.huggingface import from_gguf
 from nanoflax.tokenizers.loading import check_fits, load, parse
-from nanoflax.tokenizers.prompts import Scored, bucket, check_prompts, pad_left, request_of, row_settings, scored
+from nanoflax.tokenizers.prompts import (
+    Scored,
+    answers,
+    bucket,
+    check_prompts,
+    cut,
+    pad_left,
+    request_of,
+    row_settings,
+    scored,
+)
 from nanoflax.tokenizers.sentinels import TokenizerWithSentinels
 from nanoflax.tokenizers.streaming import StreamingDecoder, decode_parts
 from nanoflax.tokenizers.token_bytes import token_bytes
@@ -15,7 +25,8 @@ from nanoflax.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer, t
 
 __all__ = [
     "ByteTokenizer", "Framing", "Scored", "SentencePieceTokenizer", "StreamingDecoder", "Tokenizer",
-    "TokenizerWithSentinels", "align_tags", "bucket", "chat_ids", "chat_prompt", "check_fits", "check_prompts",
-    "continuation_ids", "decode_parts", "from_gguf", "load", "pad_left", "parse", "prompt_ids", "request_of",
-    "row_settings", "scored", "show_mask", "stop_ids", "to_gguf", "to_huggingface", "token_bytes", "token_ids",
-    "train_sentencepiece", "well_formed", "with_date", "with_plain_template", "word_tags"]  # fmt: skip
+    "TokenizerWithSentinels", "align_tags", "answers", "bucket", "chat_ids", "chat_prompt", "check_fits",
+    "check_prompts", "continuation_ids", "cut", "decode_parts", "from_gguf", "load", "pad_left", "parse",
+    "prompt_ids", "request_of", "row_settings", "scored", "show_mask", "stop_ids", "to_gguf", "to_huggingface",
+    "token_bytes", "token_ids", "train_sentencepiece", "well_formed", "with_date", "with_plain_template",
+    "word_tags"]  # fmt: skip

@@ -1,6 +1,7 @@
 """Requests to a generating model: the forms, checks and padding of prompts, the ids that end a text, settings for each
 prompt; and the tokens of an answer with their log-probabilities."""
 
+import itertools
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -72,8 +73,8 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
         )
     if not prompts:
         raise UserError("prompts is empty; give at least one prompt")
-    limits = list(max_new_tokens) if np.ndim(max_new_tokens) else [max_new_tokens] * len(prompts)
-    if not all(isinstance(n, numbers.Integral) and n >= 1 for n in limits):
+    limits: Any = list(max_new_tokens) if np.ndim(max_new_tokens) else [max_new_tokens] * len(prompts)  # type: ignore
+    if not all(isinstance(n, int | np.integer) and n >= 1 for n in limits):
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1, and an integer")
     if len(limits) != len(prompts):
         raise UserError(f"max_new_tokens: {len(limits)} values for {len(prompts)} prompts; give one for each")
@@ -125,12 +126,12 @@ def row_settings(
     problems = [f"{name}: {n} values for {B} prompts; give one for each" for name, n in wrong.items()]
     for bias in biases:
         for i, value in bias.items():
-            if not isinstance(i, numbers.Integral) or not 0 <= i < V:
+            if not isinstance(i, int | np.integer) or not 0 <= i < V:
                 problems.append(f"logit_bias has id {i!r}, which must be an integer from 0 to {V - 1}")
-            elif not isinstance(value, numbers.Real) or not np.isfinite(value):
+            elif not isinstance(value, int | float | np.number) or not np.isfinite(value):
                 problems.append(f"logit_bias[{i}]={value!r} must be a finite number")
     n = log_probabilities
-    if n is not None and not (isinstance(n, numbers.Integral) and 0 <= n <= V):
+    if n is not None and not (isinstance(n, int | np.integer) and 0 <= n <= V):
         problems.append(f"log_probabilities={n!r} must be an integer from 0 to {V}, or None")
     if problems:
         raise UserError("; ".join(problems))
@@ -146,6 +147,21 @@ class Scored(NamedTuple):
     tokens: list[int]
     log_probabilities: list[float]
     alternatives: list[dict[int, float]]  # at each position the most probable tokens, best first
+
+
+def cut(row: list[int], eos_ids: Sequence[int]) -> list[int]:
+    """The tokens of a list before the first that is one of eos_ids."""
+    return list(itertools.takewhile(lambda token: token not in eos_ids, row))
+
+
+def answers(found: Any, eos_ids: Sequence[int], limits: Any) -> list[Any]:
+    """The tokens of each row as a list, cut before its end and at its limit; or as a `Scored`.
+
+    found: the tokens [B, T], or (tokens, three arrays as in `scored`).
+    """
+    tokens, scores = (found[0], found[1]) if isinstance(found, tuple) else (found, None)
+    rows = [cut(row[: max(n, 0)], eos_ids) for row, n in zip(tokens.tolist(), limits, strict=True)]
+    return scored(rows, *scores) if scores else rows
 
 
 def scored(rows: list[list[int]], logp: np.ndarray, ids: np.ndarray, best: np.ndarray) -> list[Scored]:

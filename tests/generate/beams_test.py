@@ -11,9 +11,9 @@ import pytest
 from nanoflax import generate, hf
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.generate import sampling
 from nanoflax.nn import LanguageModel, build, shift_right
 from nanoflax.parallel import init
+from nanoflax.tokenizers import cut
 from tests.nn.models_test import randomize, scaled
 
 TINY = dict(vocab_size=29, context=32, layers=1, dim=16, heads=2, tied=False, start_id=2)
@@ -102,7 +102,7 @@ def test_hypotheses_and_scores_equal_transformers(family, seed, eos, tmp_path):
             output_scores=True,
         )
         start = len(prompt) if family == "gpt2" else 1
-        return ([sampling.cut(row[start:].tolist(), [eos]) for row in out.sequences], out.sequences_scores.numpy())
+        return ([cut(row[start:].tolist(), [eos]) for row in out.sequences], out.sequences_scores.numpy())
 
     lengths, seen = set(), set()
     for early_stopping, penalty in itertools.product((True, False, "never"), (0.6, 1.0, 2.0)):
@@ -167,7 +167,7 @@ def test_one_beam_is_greedy(architecture):
     assert len({tuple(row) for row in greedy}) > 1
     eos = greedy[0][4]
     ended = generate.beam_search(model, params, prompts, 1, 12, eos_id=eos, early_stopping=True)
-    assert ended == [sampling.cut(row, [eos]) for row in greedy]
+    assert ended == [cut(row, [eos]) for row in greedy]
     assert len(ended[0]) < 12
 
 

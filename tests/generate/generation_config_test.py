@@ -13,7 +13,7 @@ from nanoflax.config import GenerationDefaults, ModelConfig, from_dict
 from nanoflax.errors import UserError
 from nanoflax.generate.processors import Written, filtered, make_filters, process
 from nanoflax.nn import build
-from nanoflax.tokenizers import ByteTokenizer, prompt_ids
+from nanoflax.tokenizers import ByteTokenizer, cut, prompt_ids
 from tests.generate.beams_test import theirs_of
 from tests.nn.models_test import randomize
 
@@ -152,7 +152,7 @@ def test_generation_equals_transformers(family, settings, tmp_path):
 
     def expected(prompt, beams):
         out = theirs.generate(torch.tensor([prompt]), max_new_tokens=N, num_beams=beams, do_sample=False)[0]
-        return generate.sampling.cut(out[len(prompt) if family == "gpt2" else 1 :].tolist(), ends)
+        return cut(out[len(prompt) if family == "gpt2" else 1 :].tolist(), ends)
 
     greedy = generate.sample(model, params, prompts, N, temperature=0)
     assert greedy == [expected(p, 1) for p in prompts]
