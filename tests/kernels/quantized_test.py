@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from nanoflax.kernels import Quantized, grouped_matmul, pack, quantize, quantized_matmul
+from nanoflax.kernels import Quantized, grouped_matmul, pack, quantize, quantized, quantized_matmul
 from nanoflax.kernels.quantized import dequantize
 
 
@@ -40,14 +40,15 @@ def test_small_and_large_weights_stay_finite(kind, magnitude):
     assert np.isfinite(ours).all() and np.abs(ours - w).max() <= max(0.4 * magnitude, 1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("rows", [1, 2, 40])
 @pytest.mark.parametrize(
     "w",
     [quantize(kernel(96, 50), "int8"), quantize(kernel(96, 50), "int4"), quantize(kernel(64, 7), "int4"),
      quantize(kernel(64, 2), "int4"), with_offsets(50, 64), quantize(kernel(1024, 2050), "int4")],
     ids=["int8", "int4", "odd", "small", "offsets", "parts"],
 )  # fmt: skip
-def test_products_and_gradients_are_those_of_the_dequantised_matrix(w, rows):
+def test_products_and_gradients_are_those_of_the_dequantised_matrix(w, rows, monkeypatch):
+    monkeypatch.setattr(quantized, "_SMALL", 2000)
     plain, x = w.astype(jnp.float32), kernel(2, rows, w.shape[0], seed=2)[0]
     assert plain.shape == w.shape
 
