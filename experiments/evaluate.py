@@ -31,6 +31,7 @@ lm-eval's own files. `lm-eval ls tasks` lists the tasks.
 """
 
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -72,7 +73,7 @@ def main():
     check_source()
     runs.setup_jax()
     if FLAGS.tasks:
-        settings = {name: FLAGS[name].value for name in OF_TASKS}
+        settings: dict[str, Any] = {name: FLAGS[name].value for name in OF_TASKS}
         found = evals.run_tasks(
             open_source(), FLAGS.tasks, batch_size=FLAGS.batch_size, out=FLAGS.out or None, **settings
         )

@@ -1,6 +1,5 @@
-"""The adapter class between lm-eval and our models. lm-eval must be installed."""
+"""The adapter between lm-eval and our models. lm-eval is imported only when it is used."""
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
 
 from nanoflax import generate, tokenizers
 from nanoflax.errors import UserError
@@ -21,11 +18,12 @@ FILTERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # se
 IGNORED = ("do_sample", "until", "max_gen_toks")  # these are read by name
 
 
-class NanoflaxLM(TemplateLM):
-    """A Run as a model of lm-eval. Texts become the ids that lm-eval's HFLM gives: with the token that begins a text,
-    and with the special tokens that a text names (those of a chat template).
+class Adapter:
+    """The methods of an lm_eval.api.model.TemplateLM for a Run: `as_lm` joins the two classes.
 
-    A context that is too long loses its beginning, as in HFLM; `n_cut` counts them.
+    Texts become the ids that lm-eval's HFLM gives: with the token that begins a text, and with the special tokens that a
+    text names (those of a chat template). A context that is too long loses its beginning, as in HFLM; `n_cut` counts
+    them.
     """
 
     def __init__(self, run: Any, batch_size: int = 16, progress: bool = True) -> None:
@@ -92,7 +90,7 @@ class NanoflaxLM(TemplateLM):
     # Likelihoods.
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)
+        return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore  # of TemplateLM
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         pairs = []
@@ -104,8 +102,7 @@ class NanoflaxLM(TemplateLM):
             room = self.max_length if self.backend == "seq2seq" else self.max_length + 1 - len(ids)
             self.n_cut += len(before) > room
             pairs.append((before[len(before) - min(len(before), room) :], ids))
-        found = score(self.model, self.params, pairs, self.batch_size, self.progress)
-        return [tuple(x) for x in found]
+        return list(score(self.model, self.params, pairs, self.batch_size, self.progress))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         pairs, owners = [], []
@@ -127,8 +124,11 @@ class NanoflaxLM(TemplateLM):
         has a key of its own, its number, so that its text does not depend on the others."""
         groups = defaultdict(list)  # the settings -> numbers of requests
         for i, request in enumerate(requests):
-            groups[json.dumps(request.args[1], sort_keys=True)].append(i)
-        settings = {key: _settings(json.loads(key), self.max_length, self.backend) for key in groups}
+            groups[repr(request.args[1])].append(i)
+        settings = {
+            key: _settings(requests[members[0]].args[1], self.max_length, self.backend)
+            for key, members in groups.items()
+        }
         ids = {
             i: self._prompt(requests[i].args[0], settings[key][1]) for key, members in groups.items() for i in members
         }
@@ -179,6 +179,8 @@ def _first_stop(text: str, stops: Sequence[str]) -> int | None:
 
 def _settings(given: dict[str, Any], most: int, backend: str) -> tuple[list[str], int, dict[str, Any]]:
     """(stop strings, largest number of new tokens, filters of generate.stream) of a task's generation_kwargs."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
     known: Any = normalize_gen_kwargs(given)
     new, filters = known["max_gen_toks"], {name: known[name] for name in FILTERS if known.get(name) is not None}
     rest = {name: value for name, value in known.items() if name not in (*FILTERS, *IGNORED)}

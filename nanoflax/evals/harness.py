@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nanoflax.errors import UserError
+from nanoflax.evals.adapter import Adapter
 
 
 def as_lm(run: Any, batch_size: int = 16, progress: bool = True) -> Any:
@@ -20,10 +21,11 @@ def as_lm(run: Any, batch_size: int = 16, progress: bool = True) -> Any:
 
     Raises: UserError if lm-eval is not installed, or the model writes no text or has no tokenizer.
     """
-    _import_lm_eval()
-    from nanoflax.evals.adapter import NanoflaxLM
-
-    return NanoflaxLM(run, batch_size, progress)
+    try:
+        from lm_eval.api.model import TemplateLM
+    except ImportError as error:
+        raise UserError(f"--tasks needs lm-eval ({error}): pip install 'nanoflax[evals]'") from error
+    return type("NanoflaxLM", (Adapter, TemplateLM), {})(run, batch_size, progress)
 
 
 def run_tasks(
@@ -61,15 +63,15 @@ def run_tasks(
     if problems:
         raise UserError("; ".join(problems))
     lm = as_lm(run, batch_size, progress)
-    import lm_eval
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
     tracker = EvaluationTracker(output_path=os.fspath(out)) if out else None
     with _quietly():
-        result: Any = lm_eval.simple_evaluate(
+        result: Any = simple_evaluate(
             model=lm,
             model_args={"path": run.source},
-            tasks=names,
+            tasks=[*names],
             num_fewshot=num_fewshot,
             batch_size=batch_size,
             limit=limit if limit is None or limit < 1 else int(limit),
@@ -84,8 +86,8 @@ def run_tasks(
             f"{lm.n_cut} contexts were longer than the model's {lm.max_length} tokens: cut on the left", file=sys.stderr
         )
     samples = result.pop("samples", {})
-    if tracker:
-        _save(tracker, result, samples, pathlib.Path(os.fspath(out)))
+    if out:
+        _save(tracker, result, samples, pathlib.Path(out))
     return result
 
 
@@ -94,13 +96,6 @@ def table(result: dict[str, Any]) -> str:
     from lm_eval.utils import make_table
 
     return "\n".join([make_table(result), *([make_table(result, "groups")] if result.get("groups") else [])])
-
-
-def _import_lm_eval() -> None:
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--tasks needs lm-eval ({error}): pip install 'nanoflax[evals]'") from error
 
 
 def _task_manager(names: Sequence[str], include_path: str | None) -> Any:

