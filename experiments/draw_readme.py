@@ -19,11 +19,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 CORE = ("nn", "generate", "train")
 INK, GREY, CORE_FILL, FILL, EDGE = "#1f2933", "#6b7785", "#cfe3f7", "#f3f5f7", "#b8c2cc"
 PURPOSE = {
-    "experiments": "one short program per job", "serve": "engine, HTTP server, page",
-    "runs": "pretrain, finetune, open, checkpoints",
+    "experiments": "one short program per job", "runs": "pretrain, finetune, open, checkpoints",
     "tasks": "examples, batches, metrics of each task", "planning": "memory and time of a step, before it runs",
     "alignment": "preferences, rewards, rollouts, teachers", "evals": "benchmarks of models, strided perplexity",
-    "hf": "Hugging Face models, in and out", "train": "state, step, loop, objectives, optimizers",
+    "serve": "engine, HTTP, page", "hf": "Hugging Face models, in and out", "train": "step, objectives, optimizers",
     "peft": "LoRA, AdaLoRA, adapters, prompts", "generate": "sampling, beam search, scoring",
     "nn": "layers, attention, experts, models", "kernels": "what nn computes, faster",
     "data": "files, clean text, tokens, windows", "constraints": "text that matches a schema or another rule",

@@ -21,9 +21,9 @@ IGNORED = ("do_sample", "until", "max_gen_toks")  # these are read by name
 class Adapter:
     """The methods of an lm_eval.api.model.TemplateLM for a Run: `as_lm` joins the two classes.
 
-    Texts become the ids that lm-eval's HFLM gives: with the token that begins a text, and with the special tokens that a
-    text names (those of a chat template). A context that is too long loses its beginning, as in HFLM; `n_cut` counts
-    them.
+    Texts become the ids that lm-eval's HFLM gives: with the token that begins a text, and with the special tokens that
+    a text names (those of a chat template). A context that is too long loses its beginning, as in HFLM; `n_cut` counts
+    these contexts.
     """
 
     def __init__(self, run: Any, batch_size: int = 16, progress: bool = True) -> None:
