@@ -45,6 +45,8 @@ flags.DEFINE_float("min_p", 0.0, "sample from tokens with at least this fraction
 flags.DEFINE_float("repetition_penalty", 1.0, "above 1: earlier tokens become less probable")
 flags.DEFINE_multi_string("stop", [], "text that ends a continuation; \\n is a newline")
 flags.DEFINE_integer("seed", 0, "seed of sampling", 0, MAX_SEED)
+flags.DEFINE_bool("lookup", False, "guess that the text repeats itself or its prompt; faster then, and the same text")
+flags.DEFINE_string("draft", "", "smaller model with the same tokenizer that guesses tokens; as --model")
 flags.DEFINE_string("json_schema", None, "file with a JSON schema that the new text must match")
 flags.DEFINE_string("regex", None, "regular expression that the complete new text must match")
 flags.DEFINE_multi_string("choices", None, "the new text is one of these; give the flag once for each")

@@ -116,7 +116,7 @@ def process(
     logits: Logits, rules: GenerationDefaults, eos_ids: tuple[int, ...], penalty: Any, written: Written
 ) -> Logits:
     """Logits, or log-probabilities, after the repetition penalty (None: none) and the rules on tokens."""
-    axes = 0, None if jnp.ndim(penalty) == 0 else 0, Written(*(0 if jnp.ndim(x) else None for x in written))  # type: ignore  # axes, not arrays
+    axes = 0, None if jnp.ndim(penalty) == 0 else 0, Written(*(0 if jnp.ndim(x) else None for x in written))  # type: ignore
     return jax.vmap(partial(_process_row, rules, eos_ids), in_axes=axes)(logits, penalty, written)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanoflax import generate, tokenizers
+from nanoflax import generate, speculation, tokenizers
 from nanoflax.config import GenerationDefaults, ModelConfig, fields
 from nanoflax.constraints import Constraint
 from nanoflax.errors import UserError
+from nanoflax.runs.opening import open_draft
 
 DEFAULT_NEW_TOKENS = 100
 # The settings that each mode reads; an explicit setting that its mode does not read is refused. A penalty
@@ -19,13 +20,23 @@ DEFAULT_NEW_TOKENS = 100
 # only the model's own.
 _ALWAYS = {"max_new_tokens", "stop", "temperature", "beams"}
 RULES = ("json_schema", "regex", "choices", "grammar")
+GUESSES = ("draft", "lookup")
 READ = {
-    "sampling": _ALWAYS | {"repetition_penalty", "top_k", "top_p", "min_p", "seed", *RULES},
-    "temperature=0": _ALWAYS | {"repetition_penalty", *RULES},
+    "sampling": _ALWAYS | {"repetition_penalty", "top_k", "top_p", "min_p", "seed", *GUESSES, *RULES},
+    "temperature=0": _ALWAYS | {"repetition_penalty", *GUESSES, *RULES},
     "beams": _ALWAYS | {"length_penalty"},
 }
 _DRAWING = READ["sampling"] - READ["beams"] | {"temperature"}  # a given one asks for sampling
-_UNSET = {"beams": 0, "temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+_UNSET = {
+    "beams": 0,
+    "temperature": 0,
+    "top_k": 0,
+    "top_p": 1,
+    "min_p": 0,
+    "repetition_penalty": 1,
+    "lookup": False,
+    "draft": "",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +50,9 @@ class GenerationSettings:
     length_penalty: for beam search; above 0 favours longer texts. seed: for sampling.
     json_schema, regex, choices, grammar: see `nanoflax.constraints.Constraint`. The new text matches, unless
     max_new_tokens or a stop string cuts it.
+    lookup: guess tokens that followed the same words earlier in the text, and check them together; draft: a smaller
+    model with the same tokenizer that guesses (the source of `nanoflax.open`). Neither changes the distribution of the
+    text; prompts are then continued one after another. See `nanoflax.speculation`.
     """
 
     max_new_tokens: int | None = None
@@ -55,6 +69,8 @@ class GenerationSettings:
     regex: str | None = None
     choices: Sequence[str] | None = None
     grammar: str | None = None
+    lookup: bool = False
+    draft: str = ""
 
     @property
     def mode(self) -> str:
@@ -73,6 +89,16 @@ class GenerationSettings:
         """The state of the rule for each row; [] without a rule. Raises: UserError for a bad rule."""
         rules = {name: rule for name in RULES if (rule := getattr(self, name)) is not None}
         return [Constraint(tokenizer, **rules, begins=config.reads_source) for _ in range(rows)] if rules else []
+
+    def proposer(self, tokenizer: Any) -> speculation.Proposer | None:
+        """What guesses tokens, if anything does. Raises: UserError for a draft with another tokenizer."""
+        if not self.draft:
+            return speculation.Lookup() if self.lookup else None
+        model, params, own = open_draft(self.draft)
+        probe = "The 3 sizes:\n\tcafé, naïve."
+        if own is None or own.encode(probe) != tokenizer.encode(probe):
+            raise UserError(f"draft={self.draft} has another tokenizer; a draft needs the same token ids as the model")
+        return speculation.Draft(model, params)
 
     @classmethod
     def of(
@@ -96,6 +122,9 @@ class GenerationSettings:
         if given.keys() & _DRAWING:
             defaults.pop("beams", None)
         settings = cls(**(defaults | given))
+        guesses = [name for name in (*GUESSES, *RULES) if getattr(settings, name) not in (None, "", False)]
+        if len(guesses) > 1 and {*GUESSES} & {*guesses}:
+            raise UserError(f"{' and '.join(prefix + name for name in guesses)} do not work together; leave one out")
         # Without the model's settings, the mode is known only if its own settings are given.
         if generation is not None or given.keys() & {"temperature", "beams"}:
             mode = settings.mode
@@ -160,8 +189,10 @@ def stream_texts(
     prompts: list[list[int]],
     settings: GenerationSettings,
     constraints: Sequence[Constraint] = (),
+    proposer: speculation.Proposer | None = None,
 ) -> Iterator[list[str]]:
     """Yields the next piece of text for each prompt of token ids. constraints: one for each prompt, or none.
+    proposer: guesses tokens, for speculative decoding.
 
     Text that more tokens could change is not yielded yet: the beginning of a stop string, half a character.
     Raises: UserError as `nanoflax.sample` does.
@@ -170,7 +201,7 @@ def stream_texts(
     before: list[Any] = [()] * len(prompts) if model.config.reads_source else prompts
     decoders = [tokenizers.StreamingDecoder(tokenizer, ids, settings.stop) for ids in before]
     ended = [False] * len(prompts)
-    for new in _tokens(model, params, tokenizer, prompts, settings, constraints):
+    for new in _tokens(model, params, tokenizer, prompts, settings, constraints, proposer):
         texts = [""] * len(prompts)
         for i, tokens in enumerate(new):
             if not ended[i]:
@@ -190,6 +221,7 @@ def _tokens(
     prompts: list[list[int]],
     settings: GenerationSettings,
     constraints: Sequence[Constraint],
+    proposer: speculation.Proposer | None,
 ) -> Iterator[list[list[int]]]:
     """Yields lists of new token ids for each prompt: several times when sampling, once for beam search."""
     s, limit, rng = settings, settings.limit(model.config, prompts), jax.random.PRNGKey(settings.seed)
@@ -201,6 +233,9 @@ def _tokens(
         return iter([best])
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     filters = {name: getattr(s, name) for name in names}
+    if proposer:
+        passes = speculation.stream(model, params, prompts, proposer, limit, rng=rng, **filters, **ids)
+        return ([found.tokens if i == found.row else [] for i in range(len(prompts))] for found in passes)
     if not constraints:
         return generate.stream(model, params, prompts, limit, rng=rng, **filters, **ids)
     tokens, lengths, ends = tokenizers.request_of(model.config, prompts, limit, **ids)

@@ -1,6 +1,7 @@
 """Opens trained and published models, and makes the initial parameters of a new run."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import sys
@@ -89,6 +90,12 @@ def open_model(source: str | os.PathLike, which: str = "best") -> tuple[Any, Par
     """(Linen module, parameters, tokenizer or None) of a source; see `open_source`."""
     found = open_source(source, which)
     return nn.build(found.config), found.load(), found.tokenizer
+
+
+@functools.lru_cache(maxsize=1)  # a chat asks for it with each message
+def open_draft(source: str) -> tuple[Any, Params, Any]:
+    """`open_model` of a model that guesses tokens for another one."""
+    return open_model(source)
 
 
 def restore_model(workdir: str, config: Config, tokenizer: Any, which: str = "best") -> tuple[Any, Params]:

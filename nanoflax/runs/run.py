@@ -153,7 +153,8 @@ class Run:
         chosen = GenerationSettings.of(settings, defaults, config.generation)
         tokenizers.check_prompts(config, ids, chosen.limit(config, ids))
         constraints = chosen.constraints(self.tokenizer, config, len(ids))
-        return stream_texts(self.model, self.params, self.tokenizer, ids, chosen, constraints)
+        proposer = chosen.proposer(self.tokenizer)
+        return stream_texts(self.model, self.params, self.tokenizer, ids, chosen, constraints, proposer)
 
     def reply(self, messages: list[dict[str, str]], **settings: Any) -> Iterator[str]:
         """Yields the reply to a chat, piece by piece, using the tokenizer's chat template.

@@ -4,7 +4,7 @@ The text is that of `generate.sample`: without a temperature the same tokens, el
 """
 
 from nanoflax.speculation.acceptance import accept
-from nanoflax.speculation.proposals import Draft, Lookup
+from nanoflax.speculation.proposals import Draft, Lookup, Proposer
 from nanoflax.speculation.rounds import Round, Speculated, speculate, stream
 
-__all__ = ["Draft", "Lookup", "Round", "Speculated", "accept", "speculate", "stream"]
+__all__ = ["Draft", "Lookup", "Proposer", "Round", "Speculated", "accept", "speculate", "stream"]

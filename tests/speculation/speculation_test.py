@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanoflax import generate
+import nanoflax
+from nanoflax import generate, hf, tokenizers
 from nanoflax.config import GenerationDefaults, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.nn import build
@@ -169,3 +170,38 @@ def test_what_cannot_work_is_refused():
     ]:
         with pytest.raises(UserError, match=words):
             speculate(model, params, ragged(3), proposer, 8, **options)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories of a model, of a smaller one, and of one with another tokenizer."""
+    folder, words = tmp_path_factory.mktemp("models"), ["a b c d e f g h in the function " * 20]
+    bytes_of, pieces = tokenizers.ByteTokenizer(), tokenizers.train_sentencepiece(words, 280, "bpe")
+    for name, layers, tokenizer in [("big", 2, bytes_of), ("small", 1, bytes_of), ("other", 1, pieces)]:
+        model, params = make(2.0, layers=layers, vocab_size=tokenizer.vocab_size)
+        hf.save(folder / name, model.config, params, tokenizer)
+    return folder
+
+
+def test_a_run_generates_the_same_text_with_guesses(models):
+    run, options = nanoflax.open(models / "big"), dict(max_new_tokens=20, temperature=0)
+    texts = ["abcabcabc", "xyz"]
+    plain = run.generate(texts, **options)
+    assert run.generate(texts, lookup=True, **options) == plain
+    assert run.generate(texts, draft=str(models / "small"), **options) == plain
+    stop = plain[0][len(texts[0]) + 4 :][:3]
+    assert run.generate(texts, lookup=True, stop=[stop], **options) == run.generate(texts, stop=[stop], **options)
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(draft="other"), "draft=.* has another tokenizer"),
+    (dict(draft="missing"), "missing"),
+    (dict(lookup=True, beams=2), "lookup=True: not read with beams=2"),
+    (dict(lookup=True, draft="small"), "draft and lookup do not work together"),
+    (dict(lookup=True, choices=["a"]), "lookup and choices do not work together"),
+])  # fmt: skip
+def test_bad_settings_of_guesses_are_refused(models, settings, words):
+    if "draft" in settings:
+        settings = settings | {"draft": str(models / settings["draft"])}
+    with pytest.raises(UserError, match=words):
+        nanoflax.open(models / "big").generate("ab", max_new_tokens=4, **settings)
