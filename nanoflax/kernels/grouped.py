@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from nanoflax import parallel
 from nanoflax.kernels.arrays import Array
 from nanoflax.kernels.quantized import Quantized, quantized_matmul
 
@@ -47,7 +48,8 @@ def grouped_matmul(
 ) -> Float[Array, "n b O"]:
     """x[i] @ w[experts[i]]. experts: ascending. XLA has a kernel for ragged_dot on TPU and GPU; on CPU it
     multiplies all rows with all experts."""
-    return jax.lax.platform_dependent(x, w, experts, cpu=by_block, default=ragged)
+    product = by_block if parallel.current_platform() == "cpu" else ragged
+    return product(x, w, experts)
 
 
 def by_block(x, w, experts):

@@ -92,6 +92,8 @@ class Engine:
             self._prefixes = Prefixes(self._prefixes_kept, self._programs.exact, PADDED)
             self._state = self._programs.start()
             self._no_filters = jax.device_put(self._programs.no_filters())
+            self._make_filters()  # compiles the conversions of numbers, here and in `submit`
+            generate.make_filters(temperature=[1])
         self._thread.start()
         return self
 
@@ -150,7 +152,7 @@ class Engine:
             problems.append(text)
         if problems:
             raise UserError("; ".join(problems))
-        settings = {name: getattr(r, name) for name in FILTERS}
+        settings = {name: [getattr(r, name)] for name in FILTERS}
         generate.make_filters(**settings, defaults=c.generation)
 
     # In the engine's thread.

@@ -64,9 +64,7 @@ class Programs:
         self.sizes = sizes_of(context)
         if not c.reads_source and all(map(c.is_recurrent, range(c.layers))):
             self.sizes = self.sizes[-1:]  # one size of the state for all texts
-        mesh = parallel.mesh_of(params)
-        if mesh is not None and mesh.size > 1:
-            raise UserError(f"the engine serves a model on one device, not on {mesh.size}; remove train.mesh")
+        _check_device(model, params)
         self.on = functools.partial(
             jax.jit, compiler_options=parallel.compiler_options(jax.default_backend())
         )  # of every function below
@@ -255,6 +253,14 @@ class Programs:
     def size_for(self, tokens: int) -> int:
         """The smallest size with room for these tokens."""
         return next(S for S in self.sizes if S >= tokens)
+
+
+def _check_device(model, params):
+    mesh, platform = parallel.mesh_of(params), jax.default_backend()
+    if mesh is not None and mesh.size > 1:
+        raise UserError(f"the engine serves a model on one device, not on {mesh.size}; remove train.mesh")
+    if model.config.moe.experts and platform != "cpu":  # jax.vmap has no ragged_dot yet
+        raise UserError(f"the engine serves models with experts only on a CPU, not on a {platform}")
 
 
 def sizes_of(context: int) -> tuple[int, ...]:

@@ -1,21 +1,32 @@
-"""The engine: every reply equals `sample` alone, whatever arrives when."""
+"""The engine: every reply equals `sample` alone, whatever arrives when, and nothing compiles or is lost."""
 
+import gc
+import os
 import queue
+import threading
+import time
 
 import jax
+import jax.monitoring
 import numpy as np
 import pytest
 
 from nanoflax import generate
+from nanoflax.config import LatentConfig, MoEConfig, RecurrentConfig
+from nanoflax.errors import UserError
 from nanoflax.serve import Engine, Finish, Request
+from tests.generate import beams_test
 from tests.generate.sampling_test import make
+
+FILTERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+V = 29
 
 
 class Reply:
     """Collects a reply."""
 
     def __init__(self, engine, **request):
-        self.request, self.events = Request(**request), queue.SimpleQueue()
+        self.request, self.events = Request(**dict(max_new_tokens=3) | request), queue.SimpleQueue()
         self.ticket = engine.submit(self.request, self.events.put)
 
     def wait(self):
@@ -25,22 +36,51 @@ class Reply:
             tokens.append(event)
         return tokens, event
 
-
-def alone(model, params, r, eos_ids=(), **options):
-    settings = {name: getattr(r, name) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
-    settings |= options | ({"logit_bias": r.logit_bias} if r.logit_bias else {})
-    [found] = generate.sample(
-        model, params, [list(r.prompt)], r.max_new_tokens, rng=jax.random.PRNGKey(r.seed), eos_id=eos_ids, **settings
-    )
-    return found
+    def ids(self):
+        tokens, finish = self.wait()
+        assert finish.reason == "length", finish
+        return [token.id for token in tokens]
 
 
-def mixed_requests(rng, n, vocab=29, longest=30, new=(1, 9)):
+def alone(model, params, requests, most=9, **options):
+    """The tokens of `sample` for each request: row by row drawn as if it were alone."""
+    settings = {name: [getattr(r, name) for r in requests] for name in FILTERS}
+    prompts, limits = [list(r.prompt) for r in requests], [r.max_new_tokens for r in requests]
+    # One compilation for all tests of a model: a row more has the longest prompt and reply.
+    settings = {name: [*values, None] for name, values in settings.items()}
+    prompts, limits, seeds = [*prompts, [1] * 30], [*limits, most], [*(r.seed for r in requests), 0]
+    biases = [*(dict(r.logit_bias) for r in requests), {}]
+    options |= {"logit_bias": biases} if any(biases) else {}
+    return generate.sample(model, params, prompts, limits, rng=seeds, eos_id=(), **settings, **options)[:-1]
+
+
+def mixed(n, seed=0):
+    """Fields of n requests of mixed lengths and settings."""
+    rng = np.random.default_rng(seed)
+    kinds = [
+        dict(temperature=0),
+        dict(temperature=0.7),
+        dict(temperature=1.5, top_k=5, top_p=0.9),
+        dict(temperature=0, repetition_penalty=1.3),
+        dict(min_p=0.2, logit_bias={3: 2.5, 7: -100}),
+    ]
     for i in range(n):
-        prompt = rng.integers(0, vocab, rng.integers(1, longest)).tolist()
-        kind = i % 3
-        settings = [dict(temperature=0), dict(temperature=0.7, seed=i), dict(temperature=1.5, top_k=5, top_p=0.9)][kind]
-        yield dict(prompt=prompt, max_new_tokens=int(rng.choice(new)), **settings)
+        prompt = rng.integers(0, V, rng.integers(1, 31)).tolist()
+        yield dict(prompt=prompt, max_new_tokens=int(rng.integers(1, 10)), seed=i - 3, **kinds[i % len(kinds)])
+
+
+def check_mixed(engine, model, params, n=10):
+    replies = [Reply(engine, **fields) for fields in mixed(n)]
+    found = [reply.ids() for reply in replies]
+    assert found == alone(model, params, [reply.request for reply in replies])
+
+
+@pytest.fixture
+def compilations():
+    found = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: found.append(event))
+    yield lambda: [event for event in found if event.startswith("/jax/core/compile/backend")]
+    jax.monitoring.clear_event_listeners()
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +90,216 @@ def decoder():
         yield model, params, engine
 
 
-def test_replies_equal_sample_alone(decoder):
+def test_replies_equal_sample_alone_whatever_arrives_when(decoder, compilations):
     model, params, engine = decoder
-    replies = [Reply(engine, **r) for r in mixed_requests(np.random.default_rng(0), 12)]
+    replies, before = [], compilations()
+    for i, fields in enumerate(mixed(25)):
+        replies.append(Reply(engine, **fields))
+        if i % 4 == 3:  # its first token is there before the next request comes
+            events = replies[-2].events
+            while events.empty():
+                time.sleep(0.001)
+    found = [reply.ids() for reply in replies]
+    assert compilations() == before
+    requests = [reply.request for reply in replies]
+    assert found == alone(model, params, requests)
+    assert len({tuple(ids) for ids in found}) > 15
+    assert engine.counts["steps"] < sum(r.max_new_tokens for r in requests) / 1.5  # they shared steps
+
+
+def test_log_probabilities_equal_those_of_score(decoder):
+    model, params, engine = decoder
+    [fields] = mixed(1, seed=4)
+    prompt = fields["prompt"]
+    reply = Reply(engine, prompt=prompt, max_new_tokens=8, seed=1, log_probabilities=4, prompt_log_probabilities=True)
+    tokens, _ = reply.wait()
+    ids = [token.id for token in tokens]
+    assert ids[: len(prompt)] == prompt and len(ids) == len(prompt) + 8
+    assert [token.of_prompt for token in tokens] == [True] * len(prompt) + [False] * 8
+    logits, _ = model.apply({"params": params}, np.array([ids]))
+    logp = np.asarray(jax.nn.log_softmax(logits[0]))
+    assert tokens[0].log_probability is None
+    for i, token in enumerate(tokens[1:]):
+        np.testing.assert_allclose(token.log_probability, logp[i, token.id], atol=1e-5)
+        best = np.argsort(-logp[i])[:4]
+        assert [*token.alternatives] == best.tolist()
+        np.testing.assert_allclose([*token.alternatives.values()], logp[i, best], atol=1e-5)
+    only, finish = Reply(engine, prompt=prompt, max_new_tokens=0, prompt_log_probabilities=True).wait()
+    assert [t.id for t in only] == prompt and finish == Finish("length") and not only[-1].alternatives
+    np.testing.assert_allclose(only[-1].log_probability, tokens[len(prompt) - 1].log_probability, atol=1e-6)
+
+
+def test_a_shared_beginning_is_read_once(decoder):
+    model, params, engine = decoder
+    system = np.random.default_rng(9).integers(0, V, 37).tolist()
+    requests = [dict(prompt=[*system, i, i + 1], max_new_tokens=5, temperature=0) for i in range(6)]
+    first = Reply(engine, **requests[0])
+    found, before = [first.ids()], dict(engine.counts)
+    replies = [Reply(engine, **fields) for fields in requests[1:]]
+    found += [reply.ids() for reply in replies]
+    assert engine.counts["reused_tokens"] - before["reused_tokens"] == 5 * 32
+    assert found == alone(model, params, [first.request, *(reply.request for reply in replies)])
+
+
+class OneOf:
+    """A constraint: one of some texts, and then the end."""
+
+    def __init__(self, texts, end):
+        self.texts, self.end, self.written = texts, end, []
+
+    def allowed(self):
+        n = len(self.written)
+        texts = [text for text in self.texts if text[:n] == self.written]
+        bits = np.zeros(32, np.uint32)
+        bits[[text[n] if n < len(text) else self.end for text in texts]] = 1
+        return np.packbits(bits.astype(bool), bitorder="little").view(np.uint32)
+
+    def accept(self, token):
+        self.written.append(token)
+
+
+def test_constraints_hold_beside_free_replies(decoder):
+    model, params, engine = decoder
+    texts = [[1, 2, 3], [1, 4], [5, 6, 7, 8]]
+    fields = [*mixed(4)]
+    free = [Reply(engine, **f) for f in fields]
+    bound = [
+        Reply(engine, prompt=[3, i], temperature=9.0, seed=i, constraint=OneOf(texts, end=2), max_new_tokens=6)
+        for i in range(8)
+    ]
+    assert [reply.ids() for reply in free] == alone(model, params, [reply.request for reply in free])
+    found = [[token.id for token in reply.wait()[0]] for reply in bound]
+    assert all(any(ids[: len(text)] == text for text in texts) for ids in found)
+    assert len({tuple(ids) for ids in found}) > 1
+
+
+def test_cancelled_replies_free_their_slots(decoder):
+    _, _, engine = decoder
+    replies = [Reply(engine, prompt=[i, 2], max_new_tokens=60) for i in range(8)]
+    while not engine.active:
+        time.sleep(0.001)
     for reply in replies:
-        tokens, finish = reply.wait()
-        assert [t.id for t in tokens] == alone(model, params, reply.request)
-        assert finish == Finish("length")
+        reply.ticket.cancel()
+    assert {reply.wait()[1].reason for reply in replies} == {"cancelled"}
+    before = engine.counts["steps"]
+    assert len(Reply(engine, prompt=[1], max_new_tokens=4).ids()) == 4
+    assert engine.counts["steps"] <= before + 6 and engine.active == 0
+
+
+def test_a_receiver_that_fails_stops_only_its_reply(decoder, capsys):
+    _, _, engine = decoder
+
+    def receive(_):
+        raise RuntimeError("the client is gone")
+
+    engine.submit(Request([1, 2], max_new_tokens=50), receive)
+    assert len(Reply(engine, prompt=[1], max_new_tokens=4).ids()) == 4
+    assert "the client is gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(prompt=[]), "prompt 0 is empty"),
+        (dict(prompt=[V]), f"token id {V}, outside"),
+        (dict(prompt=[1] * 60, max_new_tokens=9), "exceeds the model's context of 64"),
+        (dict(prompt=[1], max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (dict(prompt=[1], temperature=-1.0), "temperature=-1.0 must be at least 0"),
+        (dict(prompt=[1], log_probabilities=21), "log_probabilities=21 must be from 0 to 20"),
+        (dict(prompt=[1], logit_bias={V: 1.0}), f"logit_bias has id {V}"),
+        (dict(prompt=[1], seed=2**64), "must be a 64-bit integer"),
+    ],
+    ids=str,
+)
+def test_bad_requests_are_refused_by_one_line(decoder, fields, words):
+    with pytest.raises(UserError) as caught:
+        Reply(decoder[2], **fields)
+    assert words in str(caught.value)
+
+
+FAMILIES = {
+    "recurrent": dict(
+        layers=3, layer_types=("delta", "mamba2", "full"), output_delay=2, positions="rotary", norm="rmsnorm",
+        recurrent=RecurrentConfig(heads=4, groups=2, key_dim=8, value_dim=6, chunk=8, conv_bias=True)),
+    "latent experts": dict(
+        positions="rotary", norm="rmsnorm", bias=False, moe=MoEConfig(experts=4, active=2),
+        latent=LatentConfig(rank=12, rope_dim=4, value_dim=8)),
+    "windows, tied": dict(layer_types=("sliding", "full"), window=7, positions="rotary", tied=True, kv_heads=2),
+    "encoder_decoder": None,
+    "lstm": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_model(family):
+    fields = FAMILIES[family]
+    model, params = make(**fields) if fields else beams_test.make(family)
+    with Engine(model, params, None, slots=4) as engine:
+        check_mixed(engine, model, params)
+        if family == "recurrent":  # a shared beginning: its state is kept when the second prompt is read
+            shared = np.random.default_rng(2).integers(0, V, 20).tolist()
+            prompts = [[*shared, i, 1, 2] for i in range(4)]
+            replies = [Reply(engine, prompt=p, max_new_tokens=4, temperature=0) for p in prompts]
+            found = [reply.ids() for reply in replies]
+            assert found == alone(model, params, [reply.request for reply in replies])
+            assert engine.counts["reused_tokens"] == 2 * 20
+
+
+def test_caches_grow_and_shrink_with_the_texts():
+    model, params = make(context=300, positions="rotary")
+    with Engine(model, params, None, slots=2) as engine:
+        short, long = dict(prompt=[1, 2], max_new_tokens=9), dict(prompt=[3] * 250 + [4], max_new_tokens=9)
+        replies = [Reply(engine, temperature=0, **fields) for fields in (short, long, short, short)]
+        found = [reply.ids() for reply in replies]
+        sizes = engine._programs.sizes
+        assert sizes == (256, 304) and engine._programs.size_of(engine._state.cache, 1) == 256
+    assert found == alone(model, params, [reply.request for reply in replies])
+
+
+def test_thousands_of_requests_lose_nothing(decoder):
+    _, _, engine = decoder
+    rng, done, ends = np.random.default_rng(1), threading.Semaphore(0), []
+
+    def receive(event):
+        if isinstance(event, Finish):
+            ends.append(event.reason)
+            done.release()
+
+    def run(n):
+        for i in range(n):
+            request = Request(rng.integers(0, V, 3).tolist(), int(rng.integers(1, 4)), seed=i)
+            ticket = engine.submit(request, receive)
+            if i % 7 == 0:
+                ticket.cancel()
+        for _ in range(n):
+            assert done.acquire(timeout=120)
+        gc.collect()
+        return len(jax.live_arrays()), len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    run(100)
+    before = run(100)
+    assert run(1000) == before
+    assert len(ends) == 1200 and set(ends) == {"length", "cancelled"}
+    assert engine.active == engine.queued == 0
+
+
+def test_leaving_the_engine_ends_every_reply():
+    model, params = make(layers=1, dim=8, heads=2)
+    with Engine(model, params, None, slots=1, queue_limit=2) as engine:
+        replies = [Reply(engine, prompt=[1], max_new_tokens=3)]
+        with pytest.raises(UserError, match="requests wait already"):
+            for _ in range(1000):
+                replies.append(Reply(engine, prompt=[1], max_new_tokens=3))
+    assert all(len(reply.ids()) == 3 for reply in replies)
+    with pytest.raises(UserError, match="closed"):
+        Reply(engine, prompt=[1])
+
+
+def test_a_fault_ends_every_reply_with_an_error(capsys):
+    model, params = make(layers=1, dim=8, heads=2)
+    with Engine(model, params, None, slots=1) as engine:
+        engine._programs.step = lambda *_: 1 / 0
+        assert Reply(engine, prompt=[1]).wait()[1].reason == "error"
+        with pytest.raises(UserError, match="the engine failed: division by zero"):
+            Reply(engine, prompt=[1])
+    assert "ZeroDivisionError" in capsys.readouterr().err
