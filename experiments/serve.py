@@ -12,6 +12,7 @@ SIGTERM ends the server: it finishes the texts that have begun and refuses the o
 
 import dataclasses
 import os
+import sys
 
 from absl import flags
 
@@ -24,6 +25,7 @@ define_source()
 flags.DEFINE_string("host", "127.0.0.1", "address to listen on; 0.0.0.0: every network of this machine")
 flags.DEFINE_integer("port", 8000, "port to listen on; 0: a free one", 0, 65535)
 flags.DEFINE_integer("slots", 8, "texts that are generated together", 1)
+flags.DEFINE_integer("context", None, "most tokens of a text with its prompt; default: the model's, at most 4096", 2)
 flags.DEFINE_integer("queue", 64, "most texts that wait for a slot; more are refused", 0)
 flags.DEFINE_integer("max_tokens", 1024, "most new tokens of a text", 1)
 flags.DEFINE_integer("max_body", 4 * 2**20, "most bytes of a request", 1024)
@@ -43,7 +45,19 @@ def main():
     listener = serve.listen(FLAGS.host, FLAGS.port)
     runs.setup_jax()
     run = open_source()
-    show = lambda url: print(f"{run.source} at {url} (Ctrl-C ends the server)", flush=True)
+    own = runs.model_settings(run.model.config.generation)
+    if beams := own.pop("beams", None):
+        print(f"generation_config.json has num_beams={beams}; the server does no beam search", file=sys.stderr)
+    if used := ", ".join(f"{name}={value}" for name, value in own.items() if name != "length_penalty"):
+        print(f"unless a request has others, set by generation_config.json: {used}", file=sys.stderr)
+    if FLAGS.host not in serve.LOCAL and not settings.api_key:
+        print("everyone who reaches this machine can use the server; --api_key prevents this", file=sys.stderr)
+
+    print(f"loading and compiling {run.source} ...", file=sys.stderr)
+
+    def show(url):
+        print(f"{run.source} at {url} (the page; the API is at {url}/v1). Ctrl-C ends the server.", flush=True)
+
     serve.serve(run, listener, settings, show)
 
 

@@ -1,18 +1,17 @@
 """Requests of OpenAI's API as requests to the engine."""
 
-import json
 import secrets
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from nanoflax import tokenizers
+from nanoflax import tokenizers, untrusted
 from nanoflax.config import MAX_SEED
 from nanoflax.constraints import Constraint
 from nanoflax.errors import UserError
-from nanoflax.serve.engine import Request
 from nanoflax.serve.errors import ApiError
 from nanoflax.serve.forms import Served
 from nanoflax.serve.replies import Choice
+from nanoflax.serve.requests import Request
 from nanoflax.serve.schemas import MAX_CHOICES
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -81,10 +80,8 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     found["content"] = content if isinstance(content, str) else "".join(part["text"] for part in content)
     found["role"] = {"developer": "system"}.get(found["role"], found["role"])
     for call in found.get("tool_calls", ()):
-        try:
-            call["function"]["arguments"] = json.loads(call["function"].get("arguments") or "{}")
-        except (ValueError, RecursionError):
-            raise ApiError(400, "messages: the arguments of a tool call are not JSON", "messages") from None
+        arguments = call["function"].get("arguments") or "{}"
+        call["function"]["arguments"] = untrusted.parse_json(arguments, "messages: the arguments of a tool call")
     return found
 
 
@@ -127,7 +124,7 @@ def _choices(served, body, prompts, limit, logprobs, rule=lambda: None):
 
 
 def _room(served, ids, limit, field):
-    """The number of new tokens: `limit`, else as many as the server and the context allow."""
+    """The number of new tokens: `limit`, else that of the model, or as many as the server and the context allow."""
     context = served.context
     free = context if served.config.reads_source else context - len(ids)
     if len(ids) > context or free < (limit or 1):
@@ -138,7 +135,8 @@ def _room(served, ids, limit, field):
             field,
             "context_length_exceeded",
         )
-    return limit if limit is not None else int(min(served.max_tokens, free))
+    own = served.config.generation.max_new_tokens or served.max_tokens
+    return limit if limit is not None else int(min(own, served.max_tokens, free))
 
 
 def embedding_ids(served: Served, encode: Callable[[str], list[int]], body: dict[str, Any]) -> list[list[int]]:

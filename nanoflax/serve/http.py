@@ -45,7 +45,7 @@ class Service:
     ) -> None:
         self.served, self.engine, self.embedder, self.settings = served, engine, embedder, settings
         self.slots = engine.slots if engine else 0
-        self.metrics, self.stopping, self.unfinished = metrics.Metrics(self.slots), False, 0
+        self.metrics, self.stopping, self.unfinished = metrics.Metrics(engine), False, 0
         self.running: set[Replies] = set()
         self.embedding = asyncio.Lock()
 
@@ -83,7 +83,6 @@ class Service:
             self.unfinished -= sum(choice.ticket is None for choice in choices)
             raise
         self.running.add(replies)
-        self.metrics.prompt_tokens.inc(sum(len(choice.request.prompt) for choice in choices))
         return replies
 
     def end(self, replies: Replies) -> None:
@@ -93,7 +92,6 @@ class Service:
 
     def _finished(self, choice: Choice) -> None:
         self.unfinished -= 1
-        self.metrics.generated_tokens.inc(choice.new_tokens)
 
 
 def make_app(service: Service, hosts: Sequence[str] = ("*",)) -> Starlette:
@@ -211,9 +209,7 @@ async def _openapi(service: Service, request: Request) -> Response:
 
 
 async def _metrics(service: Service, request: Request) -> Response:
-    running = min(service.unfinished, service.slots)
-    text = service.metrics.text(running, service.unfinished - running)
-    return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
+    return Response(service.metrics.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
 async def _models(service: Service, request: Request) -> Response:
@@ -260,7 +256,7 @@ async def _embeddings(service: Service, request: Request) -> Response:
             vectors = await anyio.to_thread.run_sync(service.embedder, texts)
     finally:
         service.unfinished -= len(texts)
-    service.metrics.prompt_tokens.inc(sum(map(len, texts)))
+    service.metrics.embedded_tokens.inc(sum(map(len, texts)))
     return JSONResponse(forms.embeddings(service.served, body, texts, vectors))
 
 

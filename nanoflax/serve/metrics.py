@@ -1,34 +1,45 @@
 """Counts and times of the server, for Prometheus."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from nanoflax.serve.engine import Engine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """The metrics of one server."""
+    """The metrics of one server. engine: None for a model that generates no text."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, engine: Engine | None) -> None:
         self._registry = registry = CollectorRegistry()
-        self.requests = Counter("nanoflax_requests", "HTTP requests", ["path", "status"], registry=registry)
-        self.prompt_tokens = Counter("nanoflax_prompt_tokens", "Tokens of prompts", registry=registry)
-        self.generated_tokens = Counter("nanoflax_generated_tokens", "New tokens", registry=registry)
-        self.first_text = Histogram(
-            "nanoflax_time_to_first_text_seconds",
-            "From a request to its first text",
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self.response = Histogram(
-            "nanoflax_response_seconds", "From a request to its end", ["path"], registry=registry, buckets=_SECONDS
-        )
-        self._running = Gauge("nanoflax_texts_running", "Texts that have a slot", registry=registry)
-        self._waiting = Gauge("nanoflax_texts_waiting", "Texts that wait for a slot", registry=registry)
-        Gauge("nanoflax_slots", "Texts that can be generated together", registry=registry).set(slots)
+        of: Any = dict(namespace="nanoflax", registry=registry)
+        self.requests = Counter("requests", "HTTP requests.", ["path", "status"], **of)
+        self.embedded_tokens = Counter("embedded_tokens", "Tokens of embedded texts.", **of)
+        times: Any = of | dict(unit="seconds", buckets=_SECONDS)
+        self.first_text = Histogram("time_to_first_text", "From a request to its first text.", **times)
+        self.response = Histogram("response", "From a request to its end.", ["path"], **times)
+        if engine is not None:
+            registry.register(_OfEngine(engine))
 
-    def text(self, running: int, waiting: int) -> bytes:
+    def text(self) -> bytes:
         """All metrics, in the text format of Prometheus."""
-        self._running.set(running)
-        self._waiting.set(waiting)
         return generate_latest(self._registry)
+
+
+class _OfEngine(Collector):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Any]:
+        e = self._engine
+        yield GaugeMetricFamily("nanoflax_slots", "Texts that can be generated together.", e.slots)
+        yield GaugeMetricFamily("nanoflax_slots_in_use", "Texts that are generated now.", e.active)
+        yield GaugeMetricFamily("nanoflax_queue", "Texts that wait for a slot.", e.queued)
+        for name, count in e.counts.items():  # steps, tokens, prompt_tokens, reused_tokens, ...
+            yield CounterMetricFamily(f"nanoflax_engine_{name}", f"Counted by the engine: {name}.", count)

@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from nanoflax import tokenizers
-from nanoflax.serve.engine import Engine, Finish, Request, Ticket, Token
+from nanoflax.serve.engine import Engine
 from nanoflax.serve.errors import ApiError
+from nanoflax.serve.requests import Finish, Request, Ticket, Token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Piece:
 class Choice:
     """The text of one request to the engine.
 
-    echo: the text of the prompt if it is a part of the text, else None. with_tokens: whether pieces hold tokens.
+    stops: the text ends before any of them. before: the ids that the new ones follow. echo: the text of the prompt if
+    it is a part of the text, else None.
     """
 
     def __init__(

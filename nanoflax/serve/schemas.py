@@ -181,13 +181,17 @@ _Validator = validators.extend(Draft202012Validator, type_checker=_TYPES)
 def check(body: dict[str, Any], schema: Schema) -> None:
     """Raises: ApiError that names the field, if the body does not have the schema."""
     error = exceptions.best_match(_Validator(schema).iter_errors(body))
-    if error is not None:
-        if error.validator == "additionalProperties" and error.parent is None and isinstance(error.instance, dict):
-            extra = sorted(error.instance.keys() - error.schema.get("properties", {}).keys())[0]
-            raise ApiError(400, f"{extra[:80]}: not a field of this request, or not available here", extra[:80])
-        field = error.json_path.removeprefix("$").removeprefix(".") or None
-        message = error.message if len(error.message) < 300 else f"{error.message[:140]} ... {error.message[-140:]}"
-        raise ApiError(400, f"{field}: {message}" if field else message, param=field)
+    if error is None:
+        return
+    field, message = error.json_path.removeprefix("$").removeprefix("."), error.message
+    if not field and error.validator == "additionalProperties":
+        field = min(body.keys() - schema["properties"].keys())[:80]
+        message = "not a field of this request, or not available here"
+    elif not field and error.validator == "required":
+        field, message = min({*schema["required"]} - body.keys()), "is missing"
+    if len(message) > 300:
+        message = f"{message[:140]} ... {message[-140:]}"
+    raise ApiError(400, f"{field}: {message}", field)
 
 
 def openapi() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from nanoflax.errors import UserError
 from nanoflax.serve.engine import Engine
 from nanoflax.serve.settings import Settings
 
-LOCAL = ("127.0.0.1", "::1")
+LOCAL = ("127.0.0.1", "::1", "localhost")  # hosts that only this machine reaches
 STOPPING_SECONDS = 300  # a client that does not read its reply must not keep the server from ending
 
 
@@ -64,7 +64,7 @@ def service_of(run: Any, settings: Settings) -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
         engine, context = None, config.max_length
         if generates:
-            engine = stack.enter_context(Engine(run.model, run.params, tokenizer, settings.slots))
+            engine = stack.enter_context(Engine(run.model, run.params, tokenizer, settings.slots, settings.context))
             context = engine.context
         defaults = runs.model_settings(config.generation)
         texts, started = forms.TokenTexts(tokenizer), int(time.time())
@@ -100,7 +100,7 @@ async def _serve(service: Any, listener: socket.socket, ready: Callable[[str], N
             ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     # A page of another site must not reach a local server under a name of that site (DNS rebinding).
-    app = http.make_app(service, (*LOCAL, "[::1]", "localhost") if host in LOCAL else ("*",))
+    app = http.make_app(service, (*LOCAL, "[::1]") if host in LOCAL else ("*",))
     settings: Any = dict(log_level="warning", lifespan="off", access_log=False, server_header=False)
     settings["timeout_graceful_shutdown"] = STOPPING_SECONDS
     await Server(uvicorn.Config(app, **settings)).serve([listener])

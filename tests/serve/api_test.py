@@ -153,12 +153,20 @@ def test_an_error_names_the_field(client, field):
     assert error.value.type == "invalid_request_error"
 
 
+def test_a_missing_field_is_named(client):
+    with pytest.raises(openai.BadRequestError, match="prompt: is missing") as error:
+        client.post("/completions", body={"model": "tiny"}, cast_to=object)
+    assert error.value.param == "prompt"
+
+
 def test_what_the_model_cannot_do_is_an_error(client):
     chat = lambda **more: client.chat.completions.create(**(dict(model="tiny", messages=HELLO) | more))
     with pytest.raises(openai.NotFoundError) as error:
         chat(model="gpt-9")
     assert error.value.code == "model_not_found" and "'tiny'" in error.value.message
+    deep = {"type": "function", "function": {"name": "f", "arguments": "[" * 900 + "]" * 900}}
     for code, more in (
+        (None, dict(messages=[*HELLO, {"role": "assistant", "tool_calls": [deep]}])),
         ("context_length_exceeded", dict(messages=[{"role": "user", "content": "word " * 80}])),
         ("context_length_exceeded", dict(max_tokens=199, messages=[{"role": "user", "content": "word " * 20}])),
         (None, dict(messages=[])),

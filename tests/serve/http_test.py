@@ -127,8 +127,8 @@ def test_metrics_are_the_text_that_prometheus_reads(server, client):
     client.completions.create(model="tiny", prompt="x", max_tokens=3)
     families = {f.name: f for f in parser.text_string_to_metric_families(client.get("/../metrics", cast_to=str))}
     values = {(s.name, *sorted(s.labels.items())): s.value for f in families.values() for s in f.samples}
-    assert values["nanoflax_slots",] == 2 and values["nanoflax_texts_running",] == 0
-    assert values["nanoflax_generated_tokens_total",] > 0
+    assert values["nanoflax_slots",] == 2 and values["nanoflax_slots_in_use",] == values["nanoflax_queue",] == 0
+    assert values["nanoflax_engine_tokens_total",] == server[1].engine.counts["tokens"] > 0
     path = ("path", "/v1/completions")
     count = values["nanoflax_response_seconds_count", path]
     assert count == values["nanoflax_response_seconds_bucket", ("le", "+Inf"), path] > 0
@@ -188,7 +188,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest(client, run, tmp_path, 
         child.wait(30)
         with pytest.raises(openai.APIConnectionError):
             theirs.models.list()
-        assert (child.returncode, child.err.read_text()) == (0, "")
+        assert (child.returncode, child.err.read_text()) == (0, f"loading and compiling {tmp_path / 'tiny'} ...\n")
         whole = first + "".join(chunk.choices[0].text for chunk in rest)
         assert whole == client.completions.create(**long).choices[0].text
     finally:
