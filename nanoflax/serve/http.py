@@ -222,7 +222,12 @@ async def _model(service: Service, request: Request) -> Response:
 
 
 def _described(service: Service) -> dict[str, Any]:
-    return {"id": service.served.name, "object": "model", "created": service.served.created, "owned_by": "nanoflax"}
+    served = service.served
+    found = {"id": served.name, "object": "model", "created": served.created, "owned_by": "nanoflax"}
+    # For the page: whether the model can chat, and the settings that a request need not give.
+    settings = {name: value for name, value in served.defaults.items() if name in api.SAMPLING}
+    chat = service.engine is not None and served.tokenizer.chat_template is not None
+    return found | {"chat": chat, "reads_source": served.config.reads_source, "settings": settings}
 
 
 async def _completions(service: Service, request: Request) -> Response:
