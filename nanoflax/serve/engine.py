@@ -207,12 +207,12 @@ class Engine:
             if reply and (reply.ticket.cancelled or self._cancelling):
                 self._finish(reply, "cancelled")
 
-    def _finish(self, reply, reason):
+    def _finish(self, reply, reason, message=""):
         reply.finished = True
         self._free(reply)
         if self._prompt and self._prompt[0] is reply:
             self._prompt = None
-        self._send(reply.ticket, Finish(reason))
+        self._send(reply.ticket, Finish(reason, message))
 
     def _free(self, reply):
         if self._replies[reply.slot] is reply:
@@ -315,7 +315,11 @@ class Engine:
         rows = None
         for reply in filter(None, self._replies):
             if constraint := reply.ticket.request.constraint:
-                bits = np.asarray(constraint.allowed(), np.uint32)
+                try:
+                    bits = np.asarray(constraint.allowed(), np.uint32)
+                except Exception as error:  # such as a schema that needs too much work; the other replies go on
+                    self._finish(reply, "refused", str(error))
+                    continue
                 if not bits.any():
                     self._finish(reply, "stop")
                     continue
@@ -354,7 +358,11 @@ class Engine:
                 self._finish(reply, "stop")
             else:
                 if r.constraint:
-                    r.constraint.accept(token)
+                    try:
+                        r.constraint.accept(token)
+                    except Exception as error:
+                        self._finish(reply, "refused", str(error))
+                        continue
                 reply.received += 1
                 self.counts["tokens"] += 1
                 found = r.log_probabilities is not None and scores and [x[slot] for x in scores]

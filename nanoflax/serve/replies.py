@@ -57,6 +57,8 @@ class Choice:
         if self.finish_reason:
             return None
         if isinstance(event, Finish):
+            if event.reason == "refused":
+                raise ApiError(400, f"response_format: {event.message}", "response_format")
             if event.reason == "error":
                 raise ApiError(500, event.message or "the engine failed")
             if event.reason == "cancelled":

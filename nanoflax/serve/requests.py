@@ -49,10 +49,11 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Finish:
-    """The end of a reply. reason: stop (an id that ends a text), length, cancelled or error."""
+    """The end of a reply. reason: stop (an id that ends a text), length, cancelled, refused (its constraint cannot be
+    followed) or error."""
 
     reason: str
-    message: str = ""  # of an error
+    message: str = ""  # of refused and error
 
 
 @dataclasses.dataclass

@@ -136,6 +136,16 @@ def test_json_is_of_the_schema(client):
     assert error.value.param == "response_format"
 
 
+def test_a_schema_that_needs_too_much_work_ends_only_its_reply(client):
+    names = [f"p{i}" for i in range(2000)]
+    items = [{"type": "object", "properties": dict.fromkeys(names[i : i + 20], {})} for i in range(0, 2000, 20)]
+    form = {"type": "json_schema", "json_schema": {"name": "c", "schema": {"anyOf": items}}}
+    with pytest.raises(openai.BadRequestError, match="cannot be followed"):
+        for seed in range(20):  # an empty object is no work
+            client.chat.completions.create(model="tiny", messages=HELLO, response_format=form, seed=seed)
+    assert client.completions.create(model="tiny", prompt="x", max_tokens=1).usage.completion_tokens == 1
+
+
 WRONG = {
     "temperature": dict(temperature=-1), "top_p": dict(top_p=0), "n": dict(n=1000), "seed": dict(seed=-1),
     "stop": dict(stop=""), "logit_bias": dict(logit_bias={"9999": 1}), "max_tokens": dict(max_tokens=201),
