@@ -45,6 +45,11 @@ class LowRank(PeftConfig):
     targets: str = field("query|key|value|out|up|gate|down", "Pattern for the end of an adapted Linear's path.")
     rank: int = field(8, "Rank of an added matrix; for adalora the initial rank.", at_least=1)
     alpha: float = field(16.0, "The added matrices are scaled by alpha / rank.", above=0)
+    quantize: str = field(
+        "none",
+        "Pack the matrices that are not trained in 8 or 4 bits, as QLoRA (Dettmers et al. 2023) does.",
+        choices=("none", "int8", "int4"),
+    )
 
     @property
     def scale(self) -> float:

@@ -25,8 +25,8 @@ class Quantized:
     """A matrix of O rows, one for each output, of I inputs; or several such matrices.
 
     In place of a kernel [I, O] it is `transposed`; in place of an embedding [V, D] it is not. A weight is
-    scale * value, or scale * value + offset with offsets. `shape`, `ndim`, `dtype`, `T` and `astype` are those of the
-    float32 array for which it stands, so that code without a product for it sees that array.
+    scale * value, or scale * value + offset with offsets. `shape`, `dtype`, `T`, `astype` and so on are those of
+    the float32 array for which it stands, so that code without a product for it sees that array.
     """
 
     # Any: JAX also makes trees of this class with shapes or specs as leaves.
@@ -45,6 +45,14 @@ class Quantized:
     @property
     def ndim(self) -> int:
         return len(self.scales.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     @property
     def T(self) -> "Quantized":

@@ -224,7 +224,7 @@ def parameter_table(params: dict[str, Any]) -> str:
     for name in sorted(modules, key=_natural_order):
         leaves = list(_leaves(modules[name]))
         size = sum(math.prod(leaf.shape) for leaf in leaves)
-        memory = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        memory = sum(getattr(leaf, "nbytes", math.prod(leaf.shape) * leaf.dtype.itemsize) for leaf in leaves)
         stem = re.sub(r"\d+$", "", name)
         if groups and stem != name and groups[-1][1] == stem and groups[-1][4:] == [size, memory]:
             groups[-1][2:4] = name, groups[-1][3] + 1

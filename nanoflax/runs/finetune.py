@@ -275,7 +275,7 @@ class Finetuning:
             self.write_adapter(peft.join(jax.tree.map(parallel.fetch, best), frozen))
         if isinstance(self.config.peft, configs.LowRank):
             params = peft.merge(params)
-        self.write_final(params)
+        self.write_final(peft.dequantize_params(params))
         aligned = self.task.plots_alignment and self.config.model.bottleneck == "none"
         if aligned:
             params = jax.tree.map(parallel.fetch, params)

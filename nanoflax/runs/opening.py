@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Set
+from functools import partial
 from typing import Any
 
 import jax
@@ -130,9 +131,8 @@ def restore_model(workdir: str, config: Config, tokenizer: Any, which: str = "be
 
 def _has_all(params: Params, model: Any) -> bool:
     """Whether params contain every parameter of the model; they may contain adapters too."""
-    paths = jax.tree_util.tree_leaves_with_path
-    own = dict(paths(params))
-    return all(path in own and own[path].shape == x.shape for path, x in paths(parallel.param_shapes(model)))
+    own = _flat(params)
+    return all(path in own and own[path].shape == x.shape for path, x in _flat(parallel.param_shapes(model)).items())
 
 
 # The parameters that a run starts from.
@@ -159,7 +159,8 @@ def initial_parameters(model: Any, load: Callable[[], Params] | None, config: Co
         base = base_fingerprint(source, frozen)
         return source
 
-    params = initialize_from(model, load and load_and_hash, config.train.seed, mesh)
+    kind, packed = peft.quantization_of(config.peft), frozen if peft.quantization_of(config.peft) else set()
+    params = initialize_from(model, load and load_and_hash, config.train.seed, mesh, packed=(kind, packed))
     add = lambda params: _add_adapters(params, config)
     places = parallel.shardings(jax.eval_shape(add, params), mesh)
     return jax.jit(add, donate_argnums=0, out_shardings=places)(params), base
@@ -181,15 +182,22 @@ def base_fingerprint(source: Params, frozen: Set[str]) -> str:
 
 
 def _add_adapters(params: Params, config: Config) -> Params:
-    return peft.add(params, config.peft, jax.random.PRNGKey(config.train.seed + 1))
+    params = peft.add(params, config.peft, jax.random.PRNGKey(config.train.seed + 1))
+    return peft.quantize_frozen(params, config.peft)
 
 
 def initialize_from(
-    model: Any, load: Callable[[], Params] | None, seed: int, mesh: Any, dtype: str = "float32"
+    model: Any,
+    load: Callable[[], Params] | None,
+    seed: int,
+    mesh: Any,
+    dtype: str = "float32",
+    packed: tuple[str, Set[str]] = ("", frozenset()),
 ) -> Params:
     """Parameters copied from load() if their path and shape match; the rest are random, from the seed, in float32.
 
-    dtype: of those that are copied.
+    dtype: of those that are copied. packed: a kind of peft.quantize_params, and the paths of matrices that are packed
+    when they are copied, so that they are in memory as floats only one after another.
     """
     if load is None:
         return parallel.init(model, jax.random.PRNGKey(seed), mesh)
@@ -213,6 +221,8 @@ def initialize_from(
     for path in same | longer:  # one by one, so that each array of the source is freed early
         x = np.asarray(given.pop(path)).astype(dtype)
         params[path] = jax.make_array_from_callback(x.shape, places[path], lambda index, x=x: x[index])
+        if path in packed[1] and peft.is_quantizable(path, x.shape):
+            params[path] = jax.jit(partial(peft.quantize_array, path, kind=packed[0]))(params[path])
     return traverse_util.unflatten_dict(params, sep="/")
 
 

@@ -1,15 +1,20 @@
 """Models with quantised matrices: the outputs and gradients of the model with the dequantised matrices."""
 
+import dataclasses
+import json
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import nanoflax
-from nanoflax import peft
-from nanoflax.config import ModelConfig, MoEConfig
+from nanoflax import parallel, peft
+from nanoflax.config import DoRA, LoRA, ModelConfig, MoEConfig
 from nanoflax.errors import UserError
 from nanoflax.kernels import Quantized
+from tests import processes
 
 SIZES = dict(vocab_size=50, dim=32, layers=1, heads=2, mlp_dim=64, context=16)
 MODELS = {
@@ -52,3 +57,59 @@ def test_what_cannot_be_quantised_is_refused():
         peft.quantize_params(params, "int8")
     with pytest.raises(UserError, match="quantize='int2' is not one of int8, int4"):
         peft.quantize_params(params, "int2")
+
+
+@pytest.mark.parametrize("kind, adapter", [("int8", LoRA), ("int4", DoRA)])
+def test_gradients_of_adapters_are_those_over_the_dequantised_base(kind, adapter):
+    model, config = nanoflax.build(MODELS["untied"]), adapter(rank=2, quantize=kind)
+    params = peft.add(nanoflax.init(model, jax.random.key(0)), config, jax.random.key(1))
+    params = jax.tree.map(lambda x: x + 0.01 if x.shape[-1:] == (32,) else x, params)  # also lora_b is not 0
+    packed = peft.quantize_frozen(params, config)
+    tokens = jnp.asarray([[3, 4, 5, 6], [7, 8, 9, 1]])
+    mask = peft.trainable(params, config)
+
+    def gradients(params):
+        trained, frozen = peft.split(params, mask)
+        loss = lambda trained: jnp.square(model.apply({"params": peft.join(trained, frozen)}, tokens)[0]).sum()
+        return jax.jit(jax.grad(loss))(trained)
+
+    ours, theirs = map(jax.tree.leaves, (gradients(packed), gradients(peft.dequantize_params(packed))))
+    scale = max(float(jnp.abs(x).max()) for x in theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * scale)
+    merged, plain = peft.merge(packed), peft.merge(peft.dequantize_params(packed))
+    np.testing.assert_array_equal(*(tree["decoder"]["block_0"]["mlp"]["up"]["kernel"] for tree in (merged, plain)))
+
+
+def test_matrices_that_are_trained_stay_floats():
+    config = LoRA(rank=2, trained="adapters,unembed", quantize="int8")
+    params = peft.add(nanoflax.init(nanoflax.build(MODELS["untied"]), jax.random.key(0)), config, jax.random.key(1))
+    packed = peft.quantize_frozen(params, config)
+    assert is_packed(packed["embed"]["embedding"]) and not is_packed(packed["unembed"]["kernel"])
+
+
+def on_a_mesh():
+    """Largest difference of the logits on eight devices from those on one, and the devices of some leaves."""
+    mesh, tokens, found = parallel.make_mesh("2,2,2"), jnp.ones((4, 8), jnp.int32), {}
+    for name, kind in (("untied", "int4"), ("experts", "int8")):
+        model = nanoflax.build(dataclasses.replace(MODELS[name], vocab_size=64, mlp_dim=128, dim=64))
+        packed = peft.quantize_params(nanoflax.init(model, jax.random.key(0)), kind)
+        apply = jax.jit(lambda params, model=model: model.apply({"params": params}, tokens)[0])
+        one, split = apply(packed), parallel.put_params(packed, mesh)
+        with jax.set_mesh(mesh):
+            many = apply(split)
+        found[name] = float(jnp.abs(np.asarray(many) - np.asarray(one)).max() / jnp.abs(one).max())
+        if name != "experts":
+            values = split["decoder"]["block_0"]["mlp"]["up"]["kernel"].values
+            found[f"{name} parts"] = values.size // values.addressable_shards[0].data.size
+    return found
+
+
+def test_a_mesh_splits_quantised_matrices_as_their_kernels():
+    child = "import json; from tests.peft import quantization_test as t; print(json.dumps(t.on_a_mesh()))"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = processes.run(["-c", child], env=os.environ | {"XLA_FLAGS": flags}, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("untied parts") == 4  # fsdp x tensor
+    assert max(found.values()) < 1e-5, found
