@@ -62,9 +62,14 @@ def chat_choices(served: Served, body: dict[str, Any]) -> list[Choice]:
 
 def _rule(served: Served, form: dict[str, Any] | None) -> Callable[[], Any]:
     """Makes the constraint of each choice. Raises: ApiError for a schema that cannot be followed."""
-    if form is None or form["type"] == "text":
+    kind = form["type"] if form else "text"
+    if form and (kind == "json_schema") != ("json_schema" in form):
+        raise ApiError(
+            400, "response_format: type json_schema, and only this type, needs json_schema", "response_format"
+        )
+    if not form or kind == "text":
         return lambda: None
-    schema = form["json_schema"]["schema"] if form["type"] == "json_schema" else {"type": "object"}
+    schema = form["json_schema"]["schema"] if kind == "json_schema" else {"type": "object"}
     make = lambda: Constraint(served.tokenizer, json_schema=schema, begins=served.config.reads_source)
     try:
         make()  # compiles the schema; later ones are copies

@@ -136,11 +136,8 @@ _JSON_SCHEMA = _object(
     },
 )
 _FORMAT = {
-    "anyOf": [
-        _object(["type"], {"type": {"enum": ["text", "json_object"]}}),
-        _object(["type", "json_schema"], {"type": {"const": "json_schema"}, "json_schema": _JSON_SCHEMA}),
-        {"type": "null"},
-    ],
+    **_object(["type"], {"type": {"enum": ["text", "json_object", "json_schema"]}, "json_schema": _JSON_SCHEMA}),
+    "type": ["object", "null"],
     "description": "What the reply must be: any text, a JSON object, or JSON of a schema.",
 }
 CHAT = _object(
@@ -189,6 +186,8 @@ def check(body: dict[str, Any], schema: Schema) -> None:
         message = "not a field of this request, or not available here"
     elif not field and error.validator == "required":
         field, message = min({*schema["required"]} - body.keys()), "is missing"
+    elif error.validator == "anyOf" and isinstance(error.schema, dict) and "description" in error.schema:
+        message = f"{error.instance!r:.60} has a wrong form. {error.schema['description']}"
     if len(message) > 300:
         message = f"{message[:140]} ... {message[-140:]}"
     raise ApiError(400, f"{field}: {message}", field)

@@ -108,8 +108,8 @@ def test_the_api_key_protects_all_but_the_page(run):
     with running(run, slots=1, api_key="secret") as (address, _):
         ask = lambda key: openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0).models.list().data[0].id
         assert ask("secret") == "tiny"
-        for wrong in ("other", "secret2", "ä"):
-            with pytest.raises(openai.AuthenticationError) if wrong != "ä" else contextlib.suppress(UnicodeEncodeError):
+        for wrong in ("other", "secret2"):
+            with pytest.raises(openai.AuthenticationError):
                 ask(wrong)
         assert post(address, {"prompt": "x"})[0] == post(address, {"prompt": "x"}, "/v1/embeddings")[0] == 401
         for path, status in (("/", 200), ("/healthz", 200), ("/openapi.json", 200), ("/metrics", 401)):

@@ -37,7 +37,8 @@ def test_the_wheel_holds_nanoflax_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"nanoflax"}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "nanoflax").rglob("*.py")}
-    assert sources | {"nanoflax/py.typed"} == {name for name in names if name.startswith("nanoflax/")}
+    data = {"nanoflax/py.typed", "nanoflax/serve/page.html"}
+    assert sources | data == {name for name in names if name.startswith("nanoflax/")}
 
 
 USE = """
