@@ -5,13 +5,15 @@ from nanoflax.kernels.arrays import Array, Keys, Logits, Queries, Source, Source
 from nanoflax.kernels.cross_entropy import chunked_cross_entropy, chunks_of, mask_padding, most_probable, token_losses
 from nanoflax.kernels.fused_attention import Call, MaskSpec, attend_by, choose
 from nanoflax.kernels.grouped import blocks_of, grouped_matmul, move
-from nanoflax.kernels.quantized import GROUP, WEIGHT_KINDS, Quantized, cast, pack, quantize, quantized_matmul
+from nanoflax.kernels.key_values import KeyValues, empty_key_values, read_key_values, write_key_values
+from nanoflax.kernels.quantized import GROUP, WEIGHT_KINDS, Quantized, cast, multiply, pack, quantize, quantized_matmul
 from nanoflax.kernels.recurrence import chunked, convolve
 from nanoflax.kernels.rows import matmul, standardise
 from nanoflax.kernels.softmax_attention import softmax_attention
 
 __all__ = [
-    "GROUP", "WEIGHT_KINDS", "Array", "Call", "Keys", "Logits", "MaskSpec", "Quantized", "Queries", "Source",
-    "SourceMask", "States", "Tokens", "attend_by", "blocks_of", "cast", "choose", "chunked", "chunked_cross_entropy",
-    "chunks_of", "convolve", "grouped_matmul", "mask_padding", "matmul", "most_probable", "move", "pack", "quantize",
-    "quantized_matmul", "softmax_attention", "standardise", "token_losses"]  # fmt: skip
+    "GROUP", "WEIGHT_KINDS", "Array", "Call", "KeyValues", "Keys", "Logits", "MaskSpec", "Quantized", "Queries",
+    "Source", "SourceMask", "States", "Tokens", "attend_by", "blocks_of", "cast", "choose", "chunked",
+    "chunked_cross_entropy", "chunks_of", "convolve", "empty_key_values", "grouped_matmul", "mask_padding", "matmul",
+    "most_probable", "move", "multiply", "pack", "quantize", "quantized_matmul", "read_key_values",
+    "softmax_attention", "standardise", "token_losses", "write_key_values"]  # fmt: skip

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int, UInt8
 
 from nanoflax.kernels.arrays import Array
+from nanoflax.kernels.rows import matmul
 
 GROUP = 32  # inputs with one scale, as in the types Q8_0 and Q4_0 of GGUF
 WEIGHT_KINDS = ("int8", "int4")
@@ -145,6 +146,11 @@ def quantized_matmul(x: Float[Array, "*B I"], w: Quantized) -> Float[Array, "*B 
     in_parts = _forward if math.prod(w.shape) > _SMALL else _product
     y = jax.lax.platform_dependent(rows, w, cpu=in_parts, default=_product)
     return y.reshape(*x.shape[:-1], -1)
+
+
+def multiply(x: Float[Array, "*B I"], w: Float[Array, "I O"] | Quantized) -> Float[Array, "*B O"]:
+    """x @ w in the dtype of x, with the faster gradients of `matmul`."""
+    return quantized_matmul(x, w) if isinstance(w, Quantized) else matmul(x, w.astype(x.dtype))
 
 
 def _product(x, w):

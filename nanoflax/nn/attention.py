@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Num
 
 from nanoflax import kernels, parallel
 from nanoflax.config import ModelConfig
@@ -18,7 +18,7 @@ from nanoflax.nn.positions import Angles, rotate
 Mask = Bool[Array, "#B #H #T #S"]
 Bias = Float[Array, "1 H T S"]  # added to the scores, float32
 Sinks = Float[Array, " H"]  # scores of each head's sink
-LayerCache = dict[str, Float[Array, "B ..."]]  # key and value [B, G, S, K]; of a source cross_key and cross_value
+LayerCache = dict[str, Num[Array, "B ..."]]  # of kernels.KeyValues; of a source cross_key and cross_value
 
 CAUSAL_BLOCKS = 2  # blocks of queries; a block computes only the scores of keys up to its last query
 
@@ -109,20 +109,8 @@ def _block(x, a, b):
 
 
 def empty_attention_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> LayerCache:
-    """The keys and values of one layer before the first token: zeros [B, G, length, K]."""
-    shape = (batch, config.G, length, config.K)
-    return {name: parallel.split_cache(jnp.zeros(shape, dtype)) for name in ("key", "value")}
-
-
-def write_cache(
-    cache: LayerCache, k: Float[Array, "B G T K"], v: Float[Array, "B G T K"], index: Int[Array, ""]
-) -> LayerCache:
-    """Write keys and values to slots index .. index + T of a layer's cache."""
-    at = (0, 0, index, 0)
-    return cache | {
-        name: jax.lax.dynamic_update_slice(cache[name], x.astype(cache[name].dtype), at)
-        for name, x in [("key", k), ("value", v)]
-    }
+    """The keys and values of one layer before the first token: see `empty_key_values`."""
+    return kernels.empty_key_values((batch, config.G, length, config.K), dtype)
 
 
 class AttentionInputs(NamedTuple):
@@ -168,8 +156,8 @@ class Attention(nn.Module):
         q = self.queries(x, inputs.angles)
         k, v = self.keys_values(x, inputs.angles)
         if cache is not None:
-            cache = write_cache(cache, k, v, inputs.index)
-            k, v = cache["key"], cache["value"]
+            cache = kernels.write_key_values(cache, k, v, inputs.index)
+            k, v = kernels.read_key_values(cache, x.dtype)
         mask, causal, bias, spec = inputs.mask, self.causal and cache is None, inputs.bias, inputs.spec
         if self.has_variable("params", "prefix_key"):
             k, v, mask, bias = self._after_prefix(k, v, mask, bias, x.shape[1], causal)

@@ -32,12 +32,13 @@ def norm(config: ModelConfig) -> Norm:
     return Norm(config.norm, config.norm_eps, config.has_bias("norm"), config.norm_unit_offset, config.norm_scale)
 
 
-def empty_cache(config: ModelConfig, layer: int, batch: int, length: int, dtype: DTypeLike) -> LayerCache:
-    """The cache of a layer before the first token, with room for `length` tokens."""
+def empty_cache(config: ModelConfig, layer: int, batch: int, length: int, dtype: DTypeLike, keys: str) -> LayerCache:
+    """The cache of a layer before the first token, with room for `length` tokens. keys: dtype of keys and values."""
     if config.is_recurrent(layer):
         return empty_recurrent_cache(config, layer, batch, dtype)
-    make = empty_latent_cache if config.latent.rank else empty_attention_cache
-    return make(config, batch, length, dtype)
+    if config.latent.rank:
+        return empty_latent_cache(config, batch, length, dtype)
+    return empty_attention_cache(config, batch, length, jnp.dtype(keys or dtype))
 
 
 class Block(nn.Module):

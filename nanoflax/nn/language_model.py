@@ -28,6 +28,7 @@ class LanguageModel(nn.Module):
 
     config: ModelConfig
     remat: str = "none"
+    cache_dtype: str = ""  # of keys and values in a cache; int8: with a scale for each vector; "": compute_dtype
 
     def setup(self):
         c = self.config

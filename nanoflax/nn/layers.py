@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from nanoflax.kernels import Array, Quantized, matmul, quantized_matmul, standardise
+from nanoflax.kernels import Array, Quantized, multiply, standardise
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -102,11 +102,6 @@ def parameter(module: nn.Module, name: str, init: Callable[..., Array], *args: A
     return held if isinstance(held, Quantized) else module.param(name, init, *args)
 
 
-def product(x: Float[Array, "*B I"], kernel: Float[Array, "I O"] | Quantized) -> Float[Array, "*B O"]:
-    """x @ kernel in the dtype of x."""
-    return quantized_matmul(x, kernel) if isinstance(kernel, Quantized) else matmul(x, kernel.astype(x.dtype))
-
-
 class Linear(nn.Module):
     """x @ kernel + bias, and the low-rank adapters of `peft.add` if the parameters have them."""
 
@@ -118,7 +113,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         normal, drawn = nn.initializers.normal(self.stddev), (x.shape[-1], self.features - self.padding)
-        y = product(x, parameter(self, "kernel", lambda key: jnp.pad(normal(key, drawn), [(0, 0), (0, self.padding)])))
+        y = multiply(x, parameter(self, "kernel", lambda key: jnp.pad(normal(key, drawn), [(0, 0), (0, self.padding)])))
         if self.has_variable("params", "lora_a"):
             y = adapt(y, x, self.variables["params"])
         if self.bias:

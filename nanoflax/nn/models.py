@@ -245,8 +245,9 @@ def alignment(model: LanguageModel, params: dict, source: Sequence[int], targets
 
 
 def _empty_cache(model, layers, batch, length, start=None):
+    dtypes = model.compute_dtype, model.cache_dtype
     return {
-        "layers": [empty_cache(model.config.decoder, i, batch, length, model.compute_dtype) for i in range(layers)],
+        "layers": [empty_cache(model.config.decoder, i, batch, length, *dtypes) for i in range(layers)],
         "index": jnp.int32(0),
         "start": jnp.zeros(batch, jnp.int32) if start is None else start,
         **empty_delay(model, batch, start),
@@ -276,12 +277,15 @@ def head_kernel(config: ModelConfig, params: dict) -> Float[Array, "D V"]:
     return kernel.astype(jnp.float32) if isinstance(kernel, Quantized) else kernel
 
 
-def build(config: ModelConfig, remat: str = "none") -> LanguageModel:
-    """The Linen module of a configuration. Raises: UserError naming every bad field."""
+def build(config: ModelConfig, remat: str = "none", cache_dtype: str = "") -> LanguageModel:
+    """The Linen module of a configuration. cache_dtype: of keys and values in a cache, such as int8; "": as computed.
+    Raises: UserError naming every bad field."""
     validate(config)
+    if cache_dtype and (not config.has_blocks or config.latent.rank):
+        raise UserError(f"cache_dtype={cache_dtype!r} needs attention with keys and values, which this model has not")
     if config.vocab_size < 1:
         raise UserError("model.vocab_size=0 must be set before a model is built")
     model = MODELS[config.architecture]
     if model is Decoder and config.head == "classify":
         model = DecoderClassifier
-    return model(config, remat)
+    return model(config, remat, cache_dtype)

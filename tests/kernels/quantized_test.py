@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
+from nanoflax import nn, parallel
+from nanoflax.config import ModelConfig
+from nanoflax.errors import UserError
 from nanoflax.kernels import Quantized, grouped_matmul, pack, quantize, quantized, quantized_matmul
 from nanoflax.kernels.quantized import dequantize
 
@@ -84,3 +87,27 @@ def test_each_row_of_a_vmap_is_the_product_of_one_row():
     w, x = quantize(kernel(64, 48), "int8"), kernel(5, 1, 64, seed=4)
     together = jax.vmap(lambda row: quantized_matmul(row, w))(x)
     np.testing.assert_allclose(together, jnp.stack([quantized_matmul(row, w) for row in x]), atol=1e-5)
+
+
+def test_a_cache_of_8_bits_has_the_logits_of_floats_nearly():
+    config = ModelConfig(vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, mlp_dim=64, context=16)
+    plain, packed = nn.build(config), nn.build(config, cache_dtype="int8")
+    params = parallel.init(plain, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
+    bytes_of = lambda cache: sum(x.nbytes for x in jax.tree.leaves(cache["layers"]))
+
+    def logits(model, widths=(5, 1, 6)):
+        cache, found = model.empty_cache(2, 12), []
+        for start, width in zip(np.cumsum((0, *widths)), widths, strict=False):
+            x, cache = model.decode(params, tokens[:, start : start + width], cache)
+            found.append(x)
+        return jnp.concatenate(found, 1), bytes_of(cache)
+
+    (want, size), (found, packed_size) = logits(plain), logits(packed)
+    assert packed_size == size * (8 + 4) / 32  # K = 8 numbers of a byte, and a scale of 4 bytes
+    error = float(jnp.abs(found - want).max() / jnp.abs(want).max())
+    assert 0 < error < 0.02
+    # Keys of 8 bits that are written one by one are those that are written together.
+    np.testing.assert_allclose(logits(packed, (1,) * 12)[0], logits(packed, (1, 11))[0], atol=1e-4)
+    with pytest.raises(UserError, match="cache_dtype='int8' needs attention"):
+        nn.build(ModelConfig(vocab_size=50, architecture="lstm"), cache_dtype="int8")

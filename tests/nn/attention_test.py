@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from nanoflax.config import ModelConfig
+from nanoflax.kernels import write_key_values
 from nanoflax.nn import layers
-from nanoflax.nn.attention import dot_product_attention, empty_attention_cache, write_cache
+from nanoflax.nn.attention import dot_product_attention, empty_attention_cache
 from tests.closeness import assert_trees_close
 
 
@@ -61,9 +62,9 @@ def test_bfloat16_attention_is_close_and_keeps_its_dtype():
     np.testing.assert_allclose(half.astype(jnp.float32), dot_product_attention(q, k, v), atol=0.03)
 
 
-def test_write_cache_writes_by_index_and_nothing_else():
+def test_write_key_values_writes_by_index_and_nothing_else():
     config = ModelConfig(vocab_size=8, dim=16, heads=4, kv_heads=2)
-    cache = write_cache(
+    cache = write_key_values(
         empty_attention_cache(config, 2, 6, jnp.float32),
         jnp.ones((2, 2, 2, 4)),
         2 * jnp.ones((2, 2, 2, 4)),
