@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark train --shape=small        # also --shape=vocabulary, gpt2; --no_bias
     python -m experiments.benchmark decode --batch_size=1      # GPT-2 124M, random weights
+    python -m experiments.benchmark decode --quantize=int8     # the matrices of nanoflax in 8 bits
     python -m experiments.benchmark encode                     # BERT-base, forward, 8 texts of 128 tokens
     python -m experiments.benchmark compile --layers=32        # with and without train.scan_layers
     python -m experiments.benchmark packing                    # task.packing=best_fit against padding, on chats
@@ -34,6 +35,7 @@ flags.DEFINE_integer("new_tokens", 64, "Tokens that decode generates in a round.
 flags.DEFINE_integer("steps", 3, "Training steps, or batches to encode, in a round.", 1)
 flags.DEFINE_integer("layers", 32, "Layers of the model, for compile.", 1)
 flags.DEFINE_integer("rounds", 7, "Number of rounds.", 1)
+flags.DEFINE_enum("quantize", "", ["", "int8", "int4"], "Pack the matrices of nanoflax, for decode.")
 flags.DEFINE_bool("no_bias", False, "Train without biases, on both sides.")
 flags.DEFINE_bool("alone", False, "Do not measure PyTorch.")
 flags.DEFINE_string("out", "", "File that `all` writes its figures to, as JSON.")
@@ -47,10 +49,12 @@ def main() -> int | None:
     (kind,) = FLAGS.arguments
     if FLAGS.no_bias and kind not in ("train", "where"):
         raise UserError(f"--no_bias is for train and where, not {kind}")
+    if FLAGS.quantize and kind != "decode":
+        raise UserError(f"--quantize is for decode, not {kind}")
     if FLAGS.out and kind != "all":
         raise UserError(f"--out is for all, not {kind}")
     shape = "chats" if kind == "packing" and not FLAGS["shape"].present else FLAGS.shape
-    job = sides.Job(kind, shape, FLAGS.batch_size, FLAGS.steps, FLAGS.new_tokens, not FLAGS.no_bias)
+    job = sides.Job(kind, shape, FLAGS.batch_size, FLAGS.steps, FLAGS.new_tokens, not FLAGS.no_bias, FLAGS.quantize)
     if FLAGS.side:
         return rounds.serve(side(job))
     if kind == "compile":

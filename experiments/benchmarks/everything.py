@@ -18,6 +18,8 @@ ON_CPU = [
     ("train", {"shape": "vocabulary"}),
     ("decode", {"batch_size": 1}),
     ("decode", {"batch_size": 8}),
+    ("decode", {"batch_size": 1, "quantize": "int8"}),
+    ("decode", {"batch_size": 8, "quantize": "int8"}),
     ("encode", {}),
 ]
 ON_ACCELERATOR = [

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import nanoflax
-from nanoflax import parallel, planning, runs, train
+from nanoflax import parallel, peft, planning, runs, train
 from nanoflax.config import Config, ModelConfig, OptimConfig, TrainConfig, preset
 
 Side = tuple[dict[str, Any], Callable[[], dict[str, float] | None]]
@@ -40,6 +40,7 @@ class Job:
     steps: int = 3  # training steps or batches to encode in a round
     new_tokens: int = 64  # tokens that decoding generates in a round
     bias: bool = True  # biases in every Linear and norm, for train
+    quantize: str = ""  # int8 or int4: kind of the matrices of nanoflax, for decode
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -164,17 +165,21 @@ def _decode(job: Job, device: Any) -> Side:
     params = nanoflax.init(model, jax.random.PRNGKey(0))
     new = min(job.new_tokens, config.context - PROMPT_TOKENS)
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (B, PROMPT_TOKENS)).tolist()
-    size = sum(p.size for p in jax.tree.leaves(params)) - config.context * config.dim
     itemsize = model.compute_dtype.itemsize
+    nbytes = sum(p.size * itemsize for p in jax.tree.leaves(params))
+    if job.quantize:
+        params = peft.quantize_params(params, job.quantize)
+        nbytes = sum(p.nbytes for p in jax.tree.leaves(params))
+    nbytes -= config.context * config.dim * itemsize  # the position table
     cached = sum(range(PROMPT_TOKENS, PROMPT_TOKENS + new)) * B  # tokens whose keys and values are read
 
     def run():
         nanoflax.sample(model, params, prompts, new, temperature=0)
 
-    weight_bytes, cache_bytes = size * itemsize * new, cached * 2 * config.layers * config.G * config.K * itemsize
+    weight_bytes, cache_bytes = nbytes * new, cached * 2 * config.layers * config.G * config.K * itemsize
     return {
         "what": f"GPT-2 with L={config.layers} D={config.dim}, greedy, B={B}, {PROMPT_TOKENS} + {new} tokens, "
-        f"{model.compute_dtype}",
+        f"{model.compute_dtype}{job.quantize and f', weights {job.quantize}'}",
         "tokens": B * new,
         "work": weight_bytes + cache_bytes,
         "weight_bytes": weight_bytes,

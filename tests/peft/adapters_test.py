@@ -31,8 +31,9 @@ from nanoflax.config import (
 )
 from nanoflax.errors import UserError
 from nanoflax.hf import adapters
+from nanoflax.kernels import matmul
 from nanoflax.nn import build
-from nanoflax.nn.layers import Linear, bottleneck, matmul
+from nanoflax.nn.layers import Linear, bottleneck
 from nanoflax.peft import adalora
 from nanoflax.train import make_optimizer
 from tests.closeness import assert_trees_close
