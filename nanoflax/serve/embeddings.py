@@ -83,22 +83,31 @@ def pooling_of(source: str) -> str:
 
     Raises: UserError for one that is not computed.
     """
-    modules = hf.find_source(source) / "modules.json"
+    directory = hf.find_source(source)
+    modules = directory / "modules.json"
     if not modules.is_file():
         return "mean"
-    kinds = [str(module.get("type")).rpartition(".")[2] for module in _read(modules)]
+    listed = _read(directory, "modules.json")
+    if not isinstance(listed, list) or not all(isinstance(module, dict) for module in listed):
+        raise UserError(f"{modules} must hold a list of objects")
+    kinds = [str(module.get("type")).rpartition(".")[2] for module in listed]
     if unknown := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
         raise UserError(f"{modules} has {unknown[0]}, which nanoflax does not compute")
-    modes = _read(modules.parent / "1_Pooling" / "config.json")
+    modes = _read(directory, "1_Pooling/config.json")
+    modes = modes if isinstance(modes, dict) else {}
     known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
     found = [name for name, value in modes.items() if name.startswith("pooling_mode_") and value is True]
     if len(found) != 1 or found[0] not in known:
-        raise UserError(f"{modules.parent / '1_Pooling'} has {', '.join(found) or 'no pooling'}; known: mean and cls")
+        raise UserError(f"{directory / '1_Pooling'} has {', '.join(found) or 'no pooling'}; known: mean and cls")
     return known[found[0]]
 
 
-def _read(path: pathlib.Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist, but modules.json names it")
+def _read(directory: pathlib.Path, name: str) -> Any:
+    """The JSON of a file in a directory. Raises: UserError, also for a link that is not of the Hugging Face cache."""
+    path, root = directory / name, directory.resolve()
+    target, snapshots = path.resolve(), root.parent
+    cached = snapshots.name == "snapshots" and target.parent == snapshots.parent / "blobs"
+    if not path.is_file() or target != root / name and not cached:
+        raise UserError(f"{path}: no such file, or a link out of its directory")
     with path.open("rb") as file:
         return untrusted.parse_json(file.read(2**20), path)

