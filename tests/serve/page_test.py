@@ -1,30 +1,20 @@
 """The page in a real browser against a real server: streaming, stop, edit, probabilities, keys, themes and widths."""
 
-import dataclasses
 import math
 import os
 import shutil
+import time
 
 import openai
 import pytest
 
-from nanoflax.config import GenerationDefaults
-from tests.serve.servers import running, tiny, tiny_chat, until
+from tests.serve.servers import running, tiny, until
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
              --disable-component-update --disable-sync --disable-dev-shm-usage""".split()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    run = tiny_chat(tmp_path_factory.mktemp("page"), context=4096)
-    config = dataclasses.replace(run.model.config, generation=GenerationDefaults(min_new_tokens=4000))
-    run.model = run.model.clone(config=config)
-    with running(run, slots=2, name="tiny", max_tokens=4000) as (address, service):
-        yield address, service
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +101,11 @@ def test_a_reply_and_its_probabilities_are_those_of_the_api(page, server):
     assert page.locator("#tip").is_hidden()
 
 
-def test_stop_frees_the_slot_and_keeps_the_text(page, server):
-    address, service = server
-    say(page, "Count", temperature=1, seed=3, max_tokens=3900)
+def test_stop_frees_the_slot_and_keeps_the_text(page, server, monkeypatch):
+    service = server[1]
+    step = service.engine._start_step
+    monkeypatch.setattr(service.engine, "_start_step", lambda: (time.sleep(0.05), step()))
+    say(page, "Count", temperature=0, max_tokens=190)
     page.locator(".token").first.wait_for()
     page.locator("#stop").click()
     until(lambda: service.unfinished == 0)
