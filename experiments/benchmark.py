@@ -7,6 +7,7 @@
     python -m experiments.benchmark compile --layers=32        # with and without train.scan_layers
     python -m experiments.benchmark packing                    # task.packing=best_fit against padding, on chats
     python -m experiments.benchmark where --shape=small        # the kinds of operations in a CPU's training step
+    python -m experiments.benchmark speculate --rounds=3       # guessed tokens against decoding alone, on SmolLM2
     python -m experiments.benchmark all --out=FILE.json        # nanoflax on this machine's accelerator or CPU
 
 Each side (nanoflax, machine, torch: eager PyTorch, compiled: torch.compile) has its own process, and the
@@ -24,14 +25,14 @@ import sys
 
 from absl import flags
 
-from experiments.benchmarks import everything, packing, rounds, sides, where
+from experiments.benchmarks import everything, guesses, packing, rounds, sides, where
 from experiments.flags import launch
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("shape", "small", list(sides.SHAPES), "Shape of the model for train; tiny: for all kinds.")
 flags.DEFINE_integer("batch_size", 0, "Rows of a batch; 0: those of the shape, 1 for decode, 8 for encode.", 0)
-flags.DEFINE_integer("new_tokens", 64, "Tokens that decode generates in a round.", 1)
+flags.DEFINE_integer("new_tokens", 64, "Tokens that decode, or speculate, generates in a round.", 1)
 flags.DEFINE_integer("steps", 3, "Training steps, or batches to encode, in a round.", 1)
 flags.DEFINE_integer("layers", 32, "Layers of the model, for compile.", 1)
 flags.DEFINE_integer("rounds", 7, "Number of rounds.", 1)
@@ -40,7 +41,7 @@ flags.DEFINE_bool("no_bias", False, "Train without biases, on both sides.")
 flags.DEFINE_bool("alone", False, "Do not measure PyTorch.")
 flags.DEFINE_string("out", "", "File that `all` writes its figures to, as JSON.")
 flags.DEFINE_string("side", "", "Internal: this process is a side (nanoflax, torch, compiled or machine).")
-KINDS = ("train", "decode", "encode", "compile", "packing", "where", "all")
+KINDS = ("train", "decode", "encode", "compile", "packing", "where", "speculate", "all")
 
 
 def main() -> int | None:
@@ -63,6 +64,8 @@ def main() -> int | None:
         return packing.measure_packing(job, FLAGS.rounds)
     if kind == "where":
         return where.print_table(job)
+    if kind == "speculate":
+        return guesses.measure_guesses(FLAGS.new_tokens, FLAGS.rounds)
     if kind == "all":
         settings = ("shape", "batch_size", "steps", "new_tokens")
         given = {name: FLAGS[name].value for name in settings if FLAGS[name].present}

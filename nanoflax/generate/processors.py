@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from nanoflax.config import GenerationDefaults, fields
 from nanoflax.errors import UserError
+from nanoflax.kernels import is_key_of_rows
 
 Logits = Float[jax.Array, "B V"]
 OUT = -jnp.inf
@@ -228,8 +229,3 @@ def choose(logits: Logits, rng: jax.Array, filters: Filters) -> Int[jax.Array, "
         return drawn()
     warm = filters.temperature > 0  # drawing takes four times as long as the rest, and often no row needs it
     return jax.lax.cond(warm.any(), lambda: jnp.where(warm, drawn(), best), lambda: best)
-
-
-def is_key_of_rows(rng: jax.Array) -> bool:
-    """Whether rng is an array of keys, with one for each row."""
-    return rng.ndim > (0 if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) else 1)

@@ -16,18 +16,8 @@ from jaxtyping import Bool, Int
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
-from nanoflax.generate.processors import (
-    Filters,
-    Written,
-    choose,
-    filtered,
-    is_key_of_rows,
-    make_filters,
-    mask,
-    next_logits,
-    only_below,
-)
-from nanoflax.kernels import Quantized, most_probable
+from nanoflax.generate.processors import Filters, Written, choose, filtered, make_filters, next_logits, only_below
+from nanoflax.kernels import Quantized, is_key_of_rows, most_probable
 from nanoflax.nn import Array, LanguageModel
 from nanoflax.tokenizers import answers, request_of, row_settings
 
@@ -99,7 +89,7 @@ def advance(
         token, done = choose(logits, key, filters), state.done
         if eos_ids:
             token = jnp.where(done, eos_ids[0], token)
-            done |= jnp.array(mask(eos_ids, logits.shape[-1]))[token]
+            done |= jnp.isin(token, jnp.array(eos_ids))
         found = (token, record(own, filtered(logits, filters), token)) if record else token  # XLA filters once
         return Generation(cache, token, done, w.add(token), rng), found
 

@@ -1,7 +1,7 @@
 """Operations computed faster than jax.numpy alone does it: each equals a few plain lines, which its tests give. Also
 the types of arrays in annotations."""
 
-from nanoflax.kernels.arrays import Array, Keys, Logits, Queries, Source, SourceMask, States, Tokens
+from nanoflax.kernels.arrays import Array, Keys, Logits, Queries, Source, SourceMask, States, Tokens, is_key_of_rows
 from nanoflax.kernels.cross_entropy import chunked_cross_entropy, chunks_of, mask_padding, most_probable, token_losses
 from nanoflax.kernels.fused_attention import Call, MaskSpec, attend_by, choose
 from nanoflax.kernels.grouped import blocks_of, grouped_matmul, move
@@ -14,6 +14,6 @@ from nanoflax.kernels.softmax_attention import softmax_attention
 __all__ = [
     "GROUP", "WEIGHT_KINDS", "Array", "Call", "KeyValues", "Keys", "Logits", "MaskSpec", "Quantized", "Queries",
     "Source", "SourceMask", "States", "Tokens", "attend_by", "blocks_of", "cast", "choose", "chunked",
-    "chunked_cross_entropy", "chunks_of", "convolve", "empty_key_values", "grouped_matmul", "mask_padding", "matmul",
-    "most_probable", "move", "multiply", "pack", "quantize", "quantized_matmul", "read_key_values",
+    "chunked_cross_entropy", "chunks_of", "convolve", "empty_key_values", "grouped_matmul", "is_key_of_rows",
+    "mask_padding", "matmul", "most_probable", "move", "multiply", "pack", "quantize", "quantized_matmul", "read_key_values",
     "softmax_attention", "standardise", "token_losses", "write_key_values"]  # fmt: skip

@@ -22,13 +22,8 @@ class Decoding:
 
     @classmethod
     def of(cls, model: LanguageModel, params: dict) -> "Decoding":
-        mesh = parallel.mesh_of(params)
-        cast = generate.compiled(generate.decoding_params, mesh=mesh)
-        one = generate.decoding_model(model, 1), cast(model, params, 1)
-        if not model.config.tied:
-            return cls(one, one, mesh)
-        several = generate.decoding_model(model, 2), one[1] | {"unembed": cast(model, params, 2)["unembed"]}
-        return cls(one, several, mesh)
+        form = lambda rows: (generate.decoding_model(model, rows), generate.decoding_params(model, params, rows))
+        return cls(form(1), form(2), parallel.mesh_of(params))
 
     def prefill(self, tokens: np.ndarray, lengths: np.ndarray, room: int) -> tuple[int, dict]:
         """(the last token of a prompt [1, P], the cache before it, with room for `room` tokens)."""

@@ -19,32 +19,49 @@ class Lookup:
     """Guess that the text goes on as it did after the last place with the same few tokens (prompt lookup decoding,
     Saxena 2023; Yang et al. 2023). It costs nothing, and pays where a text repeats itself or its prompt.
 
-    tokens: the number of guesses; longest: the largest number of tokens that are compared.
+    tokens: the largest number of guesses. A first guess has half of them, as a pass with few tokens is cheaper; one
+    after a guess of which the text keeps everything has all. longest, shortest: numbers of tokens that are compared.
     """
 
-    tokens: int = 6
+    tokens: int = 7
     longest: int = 3
+    shortest: int = 2
 
     def problems(self, config: ModelConfig, prompt: int, new: int) -> list[str]:
         """Why it cannot guess for a model of this configuration, with a prompt and new tokens of these numbers."""
-        return _too_small(self, "tokens", "longest")
+        return _too_small(self, "tokens", "longest", "shortest")
 
-    def start(self, tokens: np.ndarray, lengths: np.ndarray, room: int, filters: generate.Filters) -> "Lookup":
+    def start(self, tokens: np.ndarray, lengths: np.ndarray, room: int, filters: generate.Filters) -> "_Looking":
         """The guesser for one prompt [1, P], padded on the left."""
-        return self
+        return _Looking(self)
 
-    def guess(self, text: Sequence[int], rng: jax.Array | None) -> tuple[np.ndarray, None]:
-        """(guesses of what follows the text [tokens], or none [0]; no logits)."""
+    def continuation(self, text: Sequence[int], count: int) -> np.ndarray:
+        """`count` tokens that may follow the text, int32; none if its last tokens are new."""
         x = np.asarray(text, np.int32)
-        for n in range(min(self.longest, len(x) - 1), 0, -1):
+        for n in range(min(self.longest, len(x) - 1), self.shortest - 1, -1):
             windows = np.lib.stride_tricks.sliding_window_view(x[:-1], n)
             (places,) = np.nonzero((windows == x[-n:]).all(1))
             if len(places):
-                return np.resize(x[places[-1] + n :], self.tokens), None  # a text that ends here repeats
-        return x[:0], None
+                return np.resize(x[places[-1] + n :], count)  # what ends here is repeated
+        return x[:0]
+
+
+class _Looking:
+    """How much a lookup guesses in one text."""
+
+    def __init__(self, lookup):
+        self.lookup, self.count = lookup, (lookup.tokens + 1) // 2
+
+    def guess(self, text: Sequence[int], rng: jax.Array | None) -> tuple[np.ndarray, None]:
+        """(guesses of what follows the text, no logits)."""
+        self.guessed = len(found := self.lookup.continuation(text, self.count))
+        return found, None
 
     def keep(self, kept: int) -> None:
-        """Called after a round with the number of guesses that the text keeps."""
+        """Called after a pass with the number of guesses that the text keeps."""
+        if self.guessed:
+            most = self.lookup.tokens
+            self.count = most if kept == self.guessed else (most + 1) // 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +113,7 @@ class _Drafting:
         return self.guesses, logits
 
     def keep(self, kept: int) -> None:
-        """Called after a round with the number of guesses that the text keeps."""
+        """Called after a pass with the number of guesses that the text keeps."""
         if kept < self.draft.tokens:
             tokens = np.array([self.last, *np.asarray(self.guesses)], np.int32)
             self.cache = self.decoding.rewind(self.before, self.cache, tokens, kept + 1)

@@ -83,7 +83,7 @@ def test_texts_follow_the_distribution_of_sample(kind):
     sizes = dict(vocab_size=5, layers=1, dim=8, heads=2, context=16)
     model, params = make(2.0, **sizes)
     draft = build(model.config), scaled(init(model, jax.random.PRNGKey(3)), 3)
-    proposer = Draft(*draft, tokens=2) if kind == "draft" else Lookup(2, 1)
+    proposer = Draft(*draft, tokens=2) if kind == "draft" else Lookup(2, 1, 1)
     prompt, n = [3, 1, 3, 1], 300  # which a lookup continues by 3, 1
     options = dict(temperature=1.2, top_k=4, rng=jax.random.PRNGKey(2))
     found = speculate(model, params, [prompt] * n, proposer, 2, **options)
@@ -100,10 +100,9 @@ def test_texts_follow_the_distribution_of_sample(kind):
 class Informed(Lookup):
     """Guesses a known text, with a mistake in every third token."""
 
-    def guess(self, text, rng):
-        rest = self.known[len(text) : len(text) + self.tokens]
-        wrong = [t + (i % 3 == 2) for i, t in enumerate(self.known)][len(text) : len(text) + self.tokens]
-        return np.resize(np.int32(wrong or [0]), self.tokens) if rest else np.int32([]), None
+    def continuation(self, text, count):
+        wrong = [t + (i % 3 == 2) for i, t in enumerate(self.known)][len(text) : len(text) + 3]
+        return np.resize(np.int32(wrong), 3) if wrong else np.int32([])
 
 
 CASES = {name: ModelConfig(**TINY | fields, architecture=name) for name, fields in KINDS.items()}
@@ -135,12 +134,12 @@ def test_a_text_that_repeats_its_prompt_needs_few_passes():
     model, params = make(layers=1)
     prompt = ragged(4)[0]
     (greedy,) = generate.sample(model, params, [prompt], 40, temperature=0)
-    (row,) = speculate(model, params, [prompt], Lookup(6), 40, temperature=0)
-    assert row.tokens == greedy
-    found = Lookup(6, 3).guess([1, 2, 3, 9, 8, 1, 2, 3], None)[0].tolist()
+    (row,) = speculate(model, params, [prompt], Lookup(), 40, temperature=0)
+    assert row.tokens == greedy and row.passes < 40
+    found = Lookup().continuation([1, 2, 3, 9, 8, 1, 2, 3], 6).tolist()
     assert found == [9, 8, 1, 2, 3, 9]
-    assert Lookup(4).guess([1, 2, 3], None)[0].tolist() == []
-    assert Lookup(4).guess([5, 6, 6], None)[0].tolist() == [6] * 4
+    assert Lookup().continuation([1, 2, 3], 4).tolist() == Lookup().continuation([1, 2, 1], 4).tolist() == []
+    assert Lookup().continuation([5, 6, 6, 6], 4).tolist() == [6] * 4
 
 
 def test_few_shapes_are_compiled(compilations):
