@@ -15,5 +15,5 @@ __all__ = [
     "GROUP", "WEIGHT_KINDS", "Array", "Call", "KeyValues", "Keys", "Logits", "MaskSpec", "Quantized", "Queries",
     "Source", "SourceMask", "States", "Tokens", "attend_by", "blocks_of", "cast", "choose", "chunked",
     "chunked_cross_entropy", "chunks_of", "convolve", "empty_key_values", "grouped_matmul", "is_key_of_rows",
-    "mask_padding", "matmul", "most_probable", "move", "multiply", "pack", "quantize", "quantized_matmul", "read_key_values",
-    "softmax_attention", "standardise", "token_losses", "write_key_values"]  # fmt: skip
+    "mask_padding", "matmul", "most_probable", "move", "multiply", "pack", "quantize", "quantized_matmul",
+    "read_key_values", "softmax_attention", "standardise", "token_losses", "write_key_values"]  # fmt: skip

@@ -9,7 +9,7 @@ from nanoflax import generate, parallel
 from nanoflax.nn import LanguageModel
 
 # Entries of a layer's cache in which each token has a slot of its own, or that belong to the source.
-_BY_SLOT = {"key", "value", "cross_key", "cross_value"}
+_BY_SLOT = {"key", "value", "key_scale", "value_scale", "cross_key", "cross_value"}
 
 
 @dataclasses.dataclass(frozen=True)
