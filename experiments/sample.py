@@ -6,6 +6,7 @@
     python -m experiments.sample --workdir=runs/x --prompt="One" --prompt="Two" --temperature=0
     python -m experiments.sample --workdir=runs/x --prompt_file=prompts.txt --stop="\\n\\n"
     python -m experiments.sample --workdir=runs/x --interactive
+    python -m experiments.sample --model=SmolLM2.gguf --prompt="Paris as JSON: " --json_schema=city_schema.json
 
 Text is printed while it is generated. Without a prompt, the model begins a new document. An
 encoder-decoder reads the prompt as its source, with language codes (>>fr<<, fr_XX), <mask> and sentinels
