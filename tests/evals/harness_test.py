@@ -165,6 +165,13 @@ def test_scores_do_not_depend_on_the_batch(tokenizer):
     assert evals.score(run.model, run.params, [(context, greedy)], progress=False)[0].is_greedy
 
 
+def test_drawn_texts_do_not_depend_on_the_batch(tokenizer):
+    run, settings = small_model(tokenizer, **DECODER), {"until": ["\n"], "max_gen_toks": 8, "temperature": 0.7}
+    asked = [types.SimpleNamespace(args=(begin, settings)) for begin, _ in tasks.SENTENCES[:3]]
+    together, alone = (evals.as_lm(run, size, progress=False).generate_until(asked) for size in (4, 1))
+    assert together == alone and len({*together}) == 3
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

@@ -385,6 +385,12 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
         ("pretrain", ["--config=pydocs_tiny", "--config=nowhere"], "--config=nowhere does not exist"),
         ("evaluate", ["--model=x"], "--model needs --candidates"),
         ("evaluate", ["--workdir=x", "--split=train"], "--split=train needs --data"),
+        ("evaluate", ["--model=x", "--tasks=a", "--stride=4"], "--stride=4 measures text"),
+        (
+            "evaluate",
+            ["--model=x", "--data=text:a.txt", "--num_fewshot=3"],
+            "--num_fewshot=3 is only read with --tasks",
+        ),
         ("sample", ["--workdir=x", "--interactive", "--prompt=a"], "give one of --chat"),
         ("evaluate", ["--model=x", "--candidates=nowhere.jsonl"], "nowhere.jsonl"),
         ("benchmark", ["race"], "train, decode, encode, compile, packing, where or all"),
