@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
 from nanoflax.generate.processors import Filters, Written, choose, filtered, make_filters, next_logits, only_below
-from nanoflax.kernels import Quantized, is_key_of_rows, most_probable
+from nanoflax.kernels import is_key_of_rows, is_quantized, most_probable
 from nanoflax.nn import Array, LanguageModel
 from nanoflax.tokenizers import answers, request_of, row_settings
 
@@ -109,8 +109,8 @@ def decoding_params(model: LanguageModel, params: dict, rows: int) -> dict:
     """The parameters for the decode loop: matrices in the compute dtype, and for several rows a copy
     of a tied head as [D, V], whose product is twice as fast on CPU."""
     dtype = model.compute_dtype
-    packed = lambda p: isinstance(p, Quantized)
-    params = jax.tree.map(lambda p: p if packed(p) or p.ndim < 2 else p.astype(dtype), params, is_leaf=packed)
+    kept = lambda p: is_quantized(p) or p.ndim < 2
+    params = jax.tree.map(lambda p: p if kept(p) else p.astype(dtype), params, is_leaf=is_quantized)
     if not model.config.tied or rows == 1:
         return params
     return params | {"unembed": {"kernel": params["embed"]["embedding"].T}}

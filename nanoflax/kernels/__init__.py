@@ -6,7 +6,17 @@ from nanoflax.kernels.cross_entropy import chunked_cross_entropy, chunks_of, mas
 from nanoflax.kernels.fused_attention import Call, MaskSpec, attend_by, choose
 from nanoflax.kernels.grouped import blocks_of, grouped_matmul, move
 from nanoflax.kernels.key_values import KeyValues, empty_key_values, read_key_values, write_key_values
-from nanoflax.kernels.quantized import GROUP, WEIGHT_KINDS, Quantized, cast, multiply, pack, quantize, quantized_matmul
+from nanoflax.kernels.quantized import (
+    GROUP,
+    WEIGHT_KINDS,
+    Quantized,
+    cast,
+    is_quantized,
+    multiply,
+    pack,
+    quantize,
+    quantized_matmul,
+)
 from nanoflax.kernels.recurrence import chunked, convolve
 from nanoflax.kernels.rows import matmul, standardise
 from nanoflax.kernels.softmax_attention import softmax_attention
@@ -15,5 +25,6 @@ __all__ = [
     "GROUP", "WEIGHT_KINDS", "Array", "Call", "KeyValues", "Keys", "Logits", "MaskSpec", "Quantized", "Queries",
     "Source", "SourceMask", "States", "Tokens", "attend_by", "blocks_of", "cast", "choose", "chunked",
     "chunked_cross_entropy", "chunks_of", "convolve", "empty_key_values", "grouped_matmul", "is_key_of_rows",
-    "mask_padding", "matmul", "most_probable", "move", "multiply", "pack", "quantize", "quantized_matmul",
-    "read_key_values", "softmax_attention", "standardise", "token_losses", "write_key_values"]  # fmt: skip
+    "is_quantized", "mask_padding", "matmul", "most_probable", "move", "multiply", "pack", "quantize",
+    "quantized_matmul", "read_key_values", "softmax_attention", "standardise", "token_losses", "write_key_values",
+]  # fmt: skip

@@ -107,10 +107,14 @@ def dequantize(w: Quantized) -> Float[Array, "*E O I"]:
     return jnp.concatenate([_rows(w, half, 0, w.values.shape[-2]) for half in range(_halves(w))], -2)
 
 
+def is_quantized(x: Any) -> bool:
+    """Whether x is a Quantized: the `is_leaf` of jax.tree's functions, for trees of parameters."""
+    return isinstance(x, Quantized)
+
+
 def cast(tree: Any, dtype: DTypeLike) -> Any:
     """A tree with its arrays in a dtype; Quantized matrices stay as they are."""
-    is_packed = lambda x: isinstance(x, Quantized)
-    return jax.tree.map(lambda x: x if is_packed(x) else jnp.asarray(x, dtype), tree, is_leaf=is_packed)
+    return jax.tree.map(lambda x: x if is_quantized(x) else jnp.asarray(x, dtype), tree, is_leaf=is_quantized)
 
 
 def _halves(w):

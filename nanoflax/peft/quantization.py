@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nanoflax.config import PeftConfig
 from nanoflax.errors import UserError
-from nanoflax.kernels import GROUP, WEIGHT_KINDS, Quantized, quantize
+from nanoflax.kernels import GROUP, WEIGHT_KINDS, Quantized, is_quantized, quantize
 from nanoflax.peft.adapters import trainable
 
 # Not the adapters; not the routers of experts, which are small and decide for all weights; not the matrices that an
@@ -78,5 +78,4 @@ def quantize_array(path: str, x: Any, kind: str) -> Quantized:
 
 def dequantize_params(params: dict) -> dict:
     """Parameters with float32 arrays in place of Quantized ones."""
-    is_packed = lambda x: isinstance(x, Quantized)
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_packed(x) else x, params, is_leaf=is_packed)
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_quantized(x) else x, params, is_leaf=is_quantized)

@@ -15,10 +15,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-from flax.traverse_util import flatten_dict
 
 from nanoflax import config as configs
-from nanoflax import parallel, peft, planning, report, train
+from nanoflax import kernels, parallel, peft, planning, report, train
 from nanoflax.config import Config
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint, profile
@@ -177,7 +176,9 @@ class Trainer:
         if active < total:
             print(f"{report.format_count(total)} parameters, {report.format_count(active)} active")
         if job.trained is not None:
-            size, total = (sum(x.size for x in flatten_dict(t).values()) for t in (self.shapes.params, own))
+            size, total = (
+                sum(x.size for x in jax.tree.leaves(t, is_leaf=kernels.is_quantized)) for t in (self.shapes.params, own)
+            )
             print(f"{size:,} of {total:,} parameters are trained ({size / total:.2%})")
         for name, shapes in others.items():
             print(f"the {name}, which is not trained, has {sum(x.size for x in jax.tree.leaves(shapes)):,} parameters")
