@@ -23,12 +23,12 @@ PURPOSE = {
     "tasks": "examples, batches, metrics of each task", "planning": "memory and time of a step, before it runs",
     "alignment": "preferences, rewards, rollouts, teachers", "evals": "benchmarks of models, strided perplexity",
     "serve": "engine, HTTP, page", "hf": "Hugging Face models, in and out", "train": "step, objectives, optimizers",
-    "peft": "LoRA, AdaLoRA, adapters, prompts", "generate": "sampling, beam search, scoring",
-    "nn": "layers, attention, experts, models", "kernels": "what nn computes, faster",
-    "data": "files, clean text, tokens, windows", "constraints": "text that matches a schema or another rule",
-    "tokenizers": "trained here, or read from files", "parallel": "mesh, sharding table, hosts",
-    "config": "every choice of a run, checked", "report": "progress, metrics, plots",
-    "untrusted": "strangers' files: JSON, sizes, links", "errors": "UserError: one line for the user"}  # fmt: skip
+    "speculation": "guessed tokens, checked", "peft": "LoRA, AdaLoRA, adapters, prompts",
+    "generate": "sampling, beam search, scoring", "nn": "layers, attention, experts, models",
+    "kernels": "what nn computes, faster", "data": "files, clean text, tokens, windows",
+    "constraints": "text that matches a schema or another rule", "tokenizers": "trained here, or read from files",
+    "parallel": "mesh, sharding table, hosts", "config": "every choice of a run, checked",
+    "report": "progress, metrics, plots", "untrusted": "strangers' files", "errors": "a line for the user"}  # fmt: skip
 
 
 def canvas(width, height):
