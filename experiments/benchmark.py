@@ -6,6 +6,7 @@
     python -m experiments.benchmark encode                     # BERT-base, forward, 8 texts of 128 tokens
     python -m experiments.benchmark compile --layers=32        # with and without train.scan_layers
     python -m experiments.benchmark packing                    # task.packing=best_fit against padding, on chats
+    python -m experiments.benchmark serve --slots=8            # 64 requests to the engine, GPT-2 124M
     python -m experiments.benchmark where --shape=small        # the kinds of operations in a CPU's training step
     python -m experiments.benchmark speculate --rounds=3       # guessed tokens against decoding alone, on SmolLM2
     python -m experiments.benchmark all --out=FILE.json        # nanoflax on this machine's accelerator or CPU
@@ -25,7 +26,7 @@ import sys
 
 from absl import flags
 
-from experiments.benchmarks import everything, guesses, packing, rounds, sides, where
+from experiments.benchmarks import everything, guesses, packing, rounds, serving, sides, where
 from experiments.flags import launch
 from nanoflax.errors import UserError
 
@@ -35,13 +36,14 @@ flags.DEFINE_integer("batch_size", 0, "Rows of a batch; 0: those of the shape, 1
 flags.DEFINE_integer("new_tokens", 64, "Tokens that decode, or speculate, generates in a round.", 1)
 flags.DEFINE_integer("steps", 3, "Training steps, or batches to encode, in a round.", 1)
 flags.DEFINE_integer("layers", 32, "Layers of the model, for compile.", 1)
+flags.DEFINE_integer("slots", 8, "Replies that serve generates at once.", 1)
 flags.DEFINE_integer("rounds", 7, "Number of rounds.", 1)
 flags.DEFINE_enum("quantize", "", ["", "int8", "int4"], "Pack the matrices of nanoflax, for decode.")
 flags.DEFINE_bool("no_bias", False, "Train without biases, on both sides.")
 flags.DEFINE_bool("alone", False, "Do not measure PyTorch.")
 flags.DEFINE_string("out", "", "File that `all` writes its figures to, as JSON.")
 flags.DEFINE_string("side", "", "Internal: this process is a side (nanoflax, torch, compiled or machine).")
-KINDS = ("train", "decode", "encode", "compile", "packing", "where", "speculate", "all")
+KINDS = ("train", "decode", "encode", "compile", "packing", "serve", "where", "speculate", "all")
 
 
 def main() -> int | None:
@@ -62,6 +64,8 @@ def main() -> int | None:
         return sides.compile_times(FLAGS.layers)
     if kind == "packing":
         return packing.measure_packing(job, FLAGS.rounds)
+    if kind == "serve":
+        return serving.measure_serving(job, FLAGS.rounds if FLAGS["rounds"].present else 1, FLAGS.slots)
     if kind == "where":
         return where.print_table(job)
     if kind == "speculate":

@@ -50,9 +50,9 @@ class Job:
 
     @property
     def decoder(self) -> ModelConfig:
-        """The model of `train` and `decode`."""
+        """The model of `train`, `decode` and `serve`."""
         layers, dim, heads, T, V, _ = self.sizes
-        if self.kind == "decode" and self.shape != "tiny":
+        if self.kind in ("decode", "serve") and self.shape != "tiny":
             return preset("gpt2")
         return ModelConfig(vocab_size=V, context=T, layers=layers, dim=dim, heads=heads, bias=self.bias)
 

@@ -49,8 +49,9 @@ class Engine:
     """Generates replies in a thread of its own. Use it as a context manager.
 
     slots: replies that are generated at once. context: the most tokens of a prompt and its reply; the memory of a slot
-    grows with the longest text in the slots. Every function is compiled when the context manager begins.
-    Leaving the context manager waits for all replies; after an exception they are cancelled.
+    grows with the longest text in the slots. Functions for short texts are compiled when the context manager begins,
+    others soon after it; a request compiles nothing. Leaving the context manager waits for all replies; after an
+    exception they are cancelled.
     """
 
     def __init__(
@@ -102,6 +103,8 @@ class Engine:
             self._closing, self._cancelling = True, kind is not None
         self._queue.put(None)
         self._thread.join()
+        if self.model.config.head == "lm":
+            self._programs.close()
 
     @property
     def active(self) -> int:

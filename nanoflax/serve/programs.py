@@ -1,11 +1,13 @@
-"""The compiled functions of an engine: all are compiled at its start, and a request compiles nothing.
+"""The compiled functions of an engine: a request compiles nothing.
+
+Those for the smallest caches are compiled when the engine starts. Those for longer texts follow in a thread.
 
 A cache of one text has leaves [1, ...], the slots' cache [slots, 1, ...]. A size S is the number of tokens, and for a
 model with a source also of its source, that a cache has room for.
 """
 
+import concurrent.futures
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ PADDED = 16  # a cache's size is a multiple of it; also the last piece of a prom
 ALTERNATIVES = 20  # of each token that can be reported, as in OpenAI's API
 GROWTH = 4  # from a size to the next
 LEAST = 256  # the smallest size, if the context is not smaller
+LEAST_SOURCE = 64  # the same of a model with a source, which is padded to the size
 
 Array = jax.Array
 Scores = tuple[Float[Array, "*B"], Int[Array, "*B n"], Float[Array, "*B n"]]  # of `most_probable`
@@ -61,7 +64,7 @@ class Programs:
         self.exact = bool(c.output_delay) or any(map(c.is_recurrent, range(c.layers)))
         self.alternatives = min(ALTERNATIVES, vocab_size)
         self.pieces = () if c.reads_source else PIECES if self.exact else PIECES[:2]
-        self.sizes = sizes_of(context)
+        self.sizes = sizes_of(context, LEAST_SOURCE if c.reads_source else LEAST)
         if not c.reads_source and all(map(c.is_recurrent, range(c.layers))):
             self.sizes = self.sizes[-1:]  # one size of the state for all texts
         _check_device(model, params)
@@ -71,9 +74,17 @@ class Programs:
         self.params = self.on(lambda params: generate.decoding_params(model, params, slots))(params)
         self.model = generate.decoding_model(model, slots)
         self.virtual = 0 if c.reads_source else len(params["decoder"].get("prompt", ()))
-        self._compiled: dict[tuple, Callable] = {}
+        self._compiled: dict[tuple, concurrent.futures.Future] = {}
+        self._compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
         self._one = {S: self._shapes(lambda params, S=S: self._empty(params, S), self.params) for S in self.sizes}
         self._compile_all()
+        for name, found in self._compiled.items():
+            if name[1] == self.sizes[0]:
+                found.result()
+
+    def close(self) -> None:
+        """Compile nothing more."""
+        self._compiler.shutdown(cancel_futures=True)
 
     # What is compiled.
 
@@ -97,13 +108,17 @@ class Programs:
             for T in self.sizes:
                 if T <= S:
                     cache = one[T]
-                    self._compile(("insert", T, S), self._insert, (0,), all_[S], i32, cache, i32, row, i32, i32, key)
+                    self._compile(("insert", S, T), self._insert, (0,), all_[S], i32, cache, i32, row, i32, i32, key)
                 if T != S:
                     resize = functools.partial(self._resize, size=T)
                     self._compile(("resize", S, T), resize, (), all_[S])
 
     def _compile(self, name, function, donate, *arguments):
-        self._compiled[name] = self.on(function, donate_argnums=donate).lower(*arguments).compile()
+        run = self.on(function, donate_argnums=donate)
+        self._compiled[name] = self._compiler.submit(lambda: run.lower(*arguments).compile())
+
+    def _get(self, *name):
+        return self._compiled[name].result()
 
     @staticmethod
     def _shapes(tree, *arguments):
@@ -145,7 +160,7 @@ class Programs:
         seed: int,
     ) -> Generation:
         """Put a text into a slot. text: its tokens so far and then -1; token: the last; limit: of new tokens."""
-        function = self._compiled["insert", self.size_of(cache), self.size_of(state.cache, 1)]
+        function = self._get("insert", self.size_of(state.cache, 1), self.size_of(cache))
         low = np.int64(seed).astype(np.int32)  # as jax.random.PRNGKey
         numbers = (np.int32(x) for x in (length, limit, low))
         return function(state, np.int32(slot), cache, np.int32(token), text, *numbers)
@@ -167,7 +182,7 @@ class Programs:
     ) -> tuple[Generation, tuple[Int[Array, " B"], Scores]]:
         """A token of every slot. filters: with arrays [slots] in every field; wanted: whose log-probabilities are read.
         Returns (the new state, (the tokens, their log-probabilities and alternatives))."""
-        return self._compiled["step", self.size_of(state.cache, 1)](self.params, state, filters, wanted)
+        return self._get("step", self.size_of(state.cache, 1))(self.params, state, filters, wanted)
 
     def _step(self, params, state, filters, wanted):
         def record(logits, _, token):
@@ -180,7 +195,7 @@ class Programs:
     def resize(self, state: Generation, size: int) -> Generation:
         """The slots with another size."""
         now = self.size_of(state.cache, 1)
-        return state if now == size else self._compiled["resize", now, size](state)
+        return state if now == size else self._get("resize", now, size)(state)
 
     def _resize(self, state, size):
         fit = lambda x, like: _padded(x, (x.shape[0], *like.shape))
@@ -190,7 +205,7 @@ class Programs:
 
     def empty(self, size: int) -> dict:
         """The cache of a text before its first token."""
-        return self._compiled["empty", size](self.params)
+        return self._get("empty", size)(self.params)
 
     def _empty(self, params, size):
         tokens = jnp.zeros((1, size if self.reads_source else 1), jnp.int32)
@@ -198,7 +213,7 @@ class Programs:
 
     def copy(self, cache: dict, size: int) -> dict:
         """A cache with room for `size` tokens."""
-        return self._compiled["copy", self.size_of(cache), size](cache)
+        return self._get("copy", self.size_of(cache), size)(cache)
 
     def _copy(self, cache, size):
         return jax.tree.map(lambda x, like: jnp.copy(_padded(x, like.shape)), cache, self._one[size])
@@ -207,7 +222,7 @@ class Programs:
         """(the cache of a source, the first token of the target)."""
         tokens = np.zeros((1, size), np.int32)
         tokens[0, size - len(source) :] = source
-        cache = self._compiled["read", size](self.params, tokens, np.int32([len(source)]))
+        cache = self._get("read", size)(self.params, tokens, np.int32([len(source)]))
         return cache, self.model.config.start_id
 
     def _read(self, params, tokens, lengths):
@@ -225,7 +240,7 @@ class Programs:
         tokens, targets = np.zeros(n, np.int32), np.zeros(n, np.int32)
         for row, part in ((tokens, prompt[at : at + n]), (targets, prompt[at + 1 : at + 1 + n])):
             row[: len(part)] = part
-        run = self._compiled["piece", self.size_of(cache), n]
+        run = self._get("piece", self.size_of(cache), n)
         return run(self.params, cache, tokens, targets, np.int32(at), np.bool_(scored))
 
     def _piece(self, params, cache, tokens, targets, at, scored):
@@ -263,12 +278,12 @@ def _check_device(model, params):
         raise UserError(f"the engine serves models with experts only on a CPU, not on a {platform}")
 
 
-def sizes_of(context: int) -> tuple[int, ...]:
-    """The sizes of caches, growing to the context rounded up to a multiple of PADDED."""
+def sizes_of(context: int, least: int) -> tuple[int, ...]:
+    """The sizes of caches, growing from `least` to the context rounded up to a multiple of PADDED."""
     last = -(-context // PADDED) * PADDED
     sizes = []
     while last > 0 and (not sizes or sizes[-1] < last):
-        sizes.append(min(last, sizes[-1] * GROWTH if sizes else LEAST))
+        sizes.append(min(last, sizes[-1] * GROWTH if sizes else least))
     return tuple(sizes)
 
 

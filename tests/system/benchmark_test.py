@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import nanoflax
-from experiments.benchmarks import everything, packing, rounds, sides, where
+from experiments.benchmarks import everything, packing, rounds, serving, sides, where
 from nanoflax import planning, tasks
 from nanoflax.errors import UserError
 
@@ -221,3 +221,11 @@ def test_packed_and_padded_sides_train_the_same_tokens(monkeypatch, capsys):
     packing.summarise({"packed": [(1.0, 60, 60), (1.0, 40, 60)], "padded": [(3.0, 60, 99), (2.0, 40, 99)]}, 0.5)
     out = capsys.readouterr().out
     assert "packed: 2.50 times as fast (2.00 to 3.00)" in out and "other work took 50%" in out
+
+
+def test_served_replies_equal_those_one_by_one(monkeypatch, capsys):
+    monkeypatch.setattr(serving, "REQUESTS", 5)
+    serving.measure_serving(sides.Job("serve", "tiny"), 1, slots=2)
+    out = capsys.readouterr().out
+    assert "round 1: 5 of 5 replies are equal" in out
+    assert "time to the first token" in out and "times as fast" in out
