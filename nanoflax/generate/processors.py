@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from nanoflax import parallel
 from nanoflax.config import GenerationDefaults, fields
 from nanoflax.errors import UserError
 from nanoflax.kernels import is_key_of_rows
@@ -186,9 +187,13 @@ def filtered(logits: Logits, filters: Filters) -> Logits:
     f: Any = Filters(*(x if jnp.ndim(x) == 0 else x[:, None] for x in filters))
     logits = logits if f.temperature is None else logits / jnp.where(f.temperature == 0, 1, f.temperature)
     if f.top_k is not None or f.outside_top_p is not None:
-        if jnp.ndim(f.top_k):  # sorting takes long, and often no row needs it  # type: ignore
-            wanted = ((f.top_k > 0) | (f.outside_top_p > 0)).any()  # type: ignore
-            logits = jax.lax.cond(wanted, partial(_by_rank, f), lambda x: x, logits)
+        if jnp.ndim(f.top_k):  # sorting takes long, and often few rows need it  # type: ignore
+            by_rank, wanted = Filters(None, f.top_k, f.outside_top_p), (f.top_k > 0) | (f.outside_top_p > 0)  # type: ignore
+            sort = lambda wanted, f, x: jax.lax.cond(wanted.any(), partial(_by_rank, f), lambda x: x, x)
+            if parallel.current_platform() == "cpu":  # which has no sort in parallel
+                logits = jax.lax.map(lambda row: sort(*row[:2], row[2][None])[0], (wanted, by_rank, logits))
+            else:
+                logits = sort(wanted, by_rank, logits)
         else:
             logits = _by_rank(f, logits)
     if f.min_p is not None:
