@@ -10,7 +10,7 @@ import numpy as np
 
 from nanoflax import generate, tokenizers
 from nanoflax.errors import UserError
-from nanoflax.evals.likelihood import NoBar, Progress, score
+from nanoflax.evals.likelihood import NoBar, Progress, score_pairs
 from nanoflax.evals.strided import windows
 
 CHUNK = 16  # tokens between two checks whether all texts have ended
@@ -102,7 +102,7 @@ class Adapter:
             room = self.max_length if self.backend == "seq2seq" else self.max_length + 1 - len(ids)
             self.n_cut += len(before) > room
             pairs.append((before[len(before) - min(len(before), room) :], ids))
-        return list(score(self.model, self.params, pairs, self.batch_size, self.progress))
+        return list(score_pairs(self.model, self.params, pairs, self.batch_size, self.progress))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         pairs, owners = [], []
@@ -113,7 +113,9 @@ class Adapter:
                 pairs.append((before, ids))
                 owners.append(i)
         totals = np.zeros(len(requests))
-        for i, found in zip(owners, score(self.model, self.params, pairs, self.batch_size, self.progress), strict=True):
+        for i, found in zip(
+            owners, score_pairs(self.model, self.params, pairs, self.batch_size, self.progress), strict=True
+        ):
             totals[i] += found.log_likelihood
         return totals.tolist()
 

@@ -54,7 +54,7 @@ class Progress(ProgressBar):
         return f"{format_count(self._worked / seconds)} tokens/s  {left} left"
 
 
-def score(
+def score_pairs(
     model: nn.LanguageModel, params: dict, pairs: Sequence[Pair], batch_size: int = 16, progress: bool = True
 ) -> list[Score]:
     """The Score of each pair. For a model that reads a source, the context is the source.

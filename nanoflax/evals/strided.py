@@ -11,7 +11,7 @@ import jax.tree_util
 from nanoflax import config as configs
 from nanoflax import data, tasks
 from nanoflax.errors import UserError
-from nanoflax.evals.likelihood import score
+from nanoflax.evals.likelihood import score_pairs
 
 
 def windows(ids: Sequence[int], first: int, context: int, stride: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -59,7 +59,7 @@ def strided_perplexity(
     if not pairs:
         raise UserError(f"--data={name} holds no text")
     params = jax.tree_util.tree_map(jnp.asarray, run.params)
-    nats = -math.fsum(found.log_likelihood for found in score(run.model, params, pairs, batch_size))
+    nats = -math.fsum(found.log_likelihood for found in score_pairs(run.model, params, pairs, batch_size))
     tokens = sum(len(predicted) for _, predicted in pairs)
     return {
         "data": name or f"{c.data.train} (validation)",

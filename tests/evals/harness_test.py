@@ -153,7 +153,10 @@ def test_scores_do_not_depend_on_the_batch(tokenizer):
     ids = lambda n: rng.integers(3, tokenizer.vocab_size, n).tolist()
     context = ids(20)
     pairs = [(context, [*context[:3], last]) for last in (5, 6, 7)] + [(ids(n), ids(m)) for n, m in [(1, 90), (150, 3)]]
-    found, apply = evals.score(run.model, run.params, pairs, batch_size=2, progress=False), jax.jit(run.model.apply)
+    found, apply = (
+        evals.score_pairs(run.model, run.params, pairs, batch_size=2, progress=False),
+        jax.jit(run.model.apply),
+    )
     for pair, score in zip(pairs, found, strict=True):
         row = np.zeros((1, 160), np.int32)
         row[0, : sum(map(len, pair))] = [*pair[0], *pair[1]]
@@ -162,7 +165,7 @@ def test_scores_do_not_depend_on_the_batch(tokenizer):
         np.testing.assert_allclose(score.log_likelihood, logs[np.arange(len(pair[1])), pair[1]].sum(), rtol=1e-5)
         assert score.is_greedy == (logs.argmax(-1).tolist() == pair[1])
     greedy = nanoflax.sample(run.model, run.params, [context], 5, temperature=0)[0]
-    assert evals.score(run.model, run.params, [(context, greedy)], progress=False)[0].is_greedy
+    assert evals.score_pairs(run.model, run.params, [(context, greedy)], progress=False)[0].is_greedy
 
 
 def test_drawn_texts_do_not_depend_on_the_batch(tokenizer):
