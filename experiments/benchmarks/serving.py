@@ -19,7 +19,11 @@ from nanoflax import parallel, runs, serve, tokenizers
 
 REQUESTS = 64
 GAP = 0.05  # seconds between two requests, in the mean
-SETTINGS = ({"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 1.0, "top_k": 50, "top_p": 0.95})
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.8},
+    {"temperature": 1.0, "top_k": 50, "top_p": 0.95},
+)
 
 
 def make_requests(vocab_size: int, context: int, seed: int = 0) -> list[tuple[float, serve.Request]]:
@@ -55,7 +59,7 @@ def one_by_one(model: Any, params: Any, requests: list[tuple[float, serve.Reques
     """The tokens of each reply."""
     names, found = ("temperature", "top_k", "top_p"), []
     for _, r in requests:
-        settings = {name: [getattr(r, name)] for name in names}
+        settings: dict[str, Any] = {name: [getattr(r, name)] for name in names}
         found += nanoflax.sample(model, params, [r.prompt], r.max_new_tokens, rng=[r.seed], **settings)
     return found
 

@@ -191,7 +191,7 @@ def filtered(logits: Logits, filters: Filters) -> Logits:
             by_rank, wanted = Filters(None, f.top_k, f.outside_top_p), (f.top_k > 0) | (f.outside_top_p > 0)  # type: ignore
             sort = lambda wanted, f, x: jax.lax.cond(wanted.any(), partial(_by_rank, f), lambda x: x, x)
             if parallel.current_platform() == "cpu":  # which has no sort in parallel
-                logits = jax.lax.map(lambda row: sort(*row[:2], row[2][None])[0], (wanted, by_rank, logits))
+                logits = jax.lax.map(lambda row: sort(row[0], row[1], row[2][None])[0], (wanted, by_rank, logits))
             else:
                 logits = sort(wanted, by_rank, logits)
         else:

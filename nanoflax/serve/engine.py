@@ -340,9 +340,9 @@ class Engine:
         bias = none.logit_bias
         if any(r and r.logit_bias for r in requests):
             bias = np.zeros(bias.shape, np.float32)
-            for row, r in zip(bias, requests, strict=True):
+            for i, r in enumerate(requests):
                 if r and r.logit_bias:
-                    row[[*r.logit_bias]] = [*r.logit_bias.values()]
+                    bias[i, [*r.logit_bias]] = [*r.logit_bias.values()]
         made = generate.make_filters(**settings, defaults=self.model.config.generation)
         wanted = np.array([r is not None and r.log_probabilities is not None for r in requests])
         return made._replace(logit_bias=bias, allowed=none.allowed), wanted

@@ -222,7 +222,7 @@ class Programs:
         """(the cache of a source, the first token of the target)."""
         tokens = np.zeros((1, size), np.int32)
         tokens[0, size - len(source) :] = source
-        cache = self._get("read", size)(self.params, tokens, np.int32([len(source)]))
+        cache = self._get("read", size)(self.params, tokens, np.full(1, len(source), np.int32))
         return cache, self.model.config.start_id
 
     def _read(self, params, tokens, lengths):
@@ -251,7 +251,7 @@ class Programs:
         head = lambda: generate.only_below(self.vocab_size, run(x, method="head")[0])
         return cache, self._scores(head, targets, scored)
 
-    def _scores(self, logits, tokens, wanted):
+    def _scores(self, logits: Any, tokens: Array, wanted: Any) -> Any:
         """`most_probable`, or zeros if not wanted. logits: or a function that computes them."""
         n = self.alternatives
         computed = lambda: most_probable(logits() if callable(logits) else logits, tokens, n)
