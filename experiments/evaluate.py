@@ -108,6 +108,8 @@ def check_flags():
         raise UserError(f"--stride={FLAGS.stride} measures text: it is not read with --candidates, --tasks or --out")
     if FLAGS["batch_size"].present and not (FLAGS.tasks or FLAGS.stride):
         raise UserError(f"--batch_size={FLAGS.batch_size} is only read with --tasks or --stride")
+    if FLAGS.reward and (FLAGS.candidates or FLAGS.tasks or FLAGS.stride):
+        raise UserError(f"--reward={FLAGS.reward} is not read with --candidates, --tasks or --stride")
     for name in ("split", "fields"):
         if FLAGS[name].present and not FLAGS.data:
             raise UserError(f"--{name}={FLAGS[name].value} needs --data; for the run's own data, give its source")

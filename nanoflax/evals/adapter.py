@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanoflax import generate, tokenizers
+from nanoflax import generate, kernels, tokenizers
 from nanoflax.errors import UserError
 from nanoflax.evals.likelihood import NoBar, Progress, score_pairs
 from nanoflax.evals.strided import windows
 
 CHUNK = 16  # tokens between two checks whether all texts have ended
-FILTERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # settings of a task that we compute
-IGNORED = ("do_sample", "until", "max_gen_toks")  # these are read by name
+# The settings of a task that we read.
+FILTERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+OTHERS = ("do_sample", "until", "max_gen_toks")
 
 
 class Adapter:
@@ -52,9 +53,9 @@ class Adapter:
         return self.tokenizer.fingerprint
 
     def get_model_info(self) -> dict[str, Any]:
-        """What a results file says of the model."""
-        leaves = jax.tree_util.tree_leaves(self.params)
-        dtypes = sorted({str(x.dtype) for x in leaves})
+        """What a results file says of the model. Quantised matrices count as the arrays for which they stand."""
+        leaves = jax.tree_util.tree_leaves(self.params, is_leaf=kernels.is_quantized)
+        dtypes = sorted({str(x.kind if kernels.is_quantized(x) else x.dtype) for x in leaves})
         return {"model_num_parameters": sum(x.size for x in leaves), "model_dtype": ",".join(dtypes)}
 
     # Texts and chats.
@@ -185,11 +186,11 @@ def _settings(given: dict[str, Any], most: int, backend: str) -> tuple[list[str]
 
     known: Any = normalize_gen_kwargs(given)
     new, filters = known["max_gen_toks"], {name: known[name] for name in FILTERS if known.get(name) is not None}
-    rest = {name: value for name, value in known.items() if name not in (*FILTERS, *IGNORED)}
+    rest = {name: value for name, value in known.items() if name not in (*FILTERS, *OTHERS)}
     rest = {name: value for name, value in rest.items() if (name, value) != ("num_beams", 1)}
     if rest:
         shown = ", ".join(f"{name}={value!r}" for name, value in rest.items())
-        raise UserError(f"generation_kwargs of a task: {shown}: nanoflax reads {', '.join((*FILTERS, *IGNORED))}")
+        raise UserError(f"generation_kwargs of a task: {shown}: nanoflax reads {', '.join((*FILTERS, *OTHERS))}")
     if new < 1 or (new >= most and backend == "causal"):
         raise UserError(f"generation_kwargs of a task: max_gen_toks={new}, but the model's context is {most}")
     if not known["do_sample"]:

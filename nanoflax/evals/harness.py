@@ -145,8 +145,9 @@ def _quietly() -> Iterator[None]:
     finally:
         tqdm.__init__ = draw
         logging.getLogger("lm_eval").setLevel(level)
-        if forks is None:
-            os.environ.pop("DISABLE_MULTIPROC")
+        os.environ.pop("DISABLE_MULTIPROC")
+        if forks is not None:
+            os.environ["DISABLE_MULTIPROC"] = forks
 
 
 def _save(tracker: Any, result: dict[str, Any], samples: dict[str, Any], out: pathlib.Path) -> None:

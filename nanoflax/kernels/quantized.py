@@ -44,6 +44,11 @@ class Quantized:
         return (*E, I, O) if self.transposed else (*E, O, I)
 
     @property
+    def kind(self) -> str:
+        """ "int8" or "int4"."""
+        return "int4" if self.values.dtype == jnp.uint8 else "int8"
+
+    @property
     def ndim(self) -> int:
         return len(self.scales.shape)
 
@@ -194,7 +199,8 @@ def _backward(dy, w):
         rows = jnp.where(start + jnp.arange(size) >= first, rows, 0)  # not again those of the part before
         return dx + rows @ _rows(w, half, start, size).astype(dy.dtype)
 
-    return jax.lax.fori_loop(0, _halves(w) * parts, step, jnp.zeros((len(dy), w.values.shape[1]), dy.dtype))
+    dx = jnp.zeros((len(dy), w.values.shape[1]), jnp.float32)  # also of bfloat16: there are many parts
+    return jax.lax.fori_loop(0, _halves(w) * parts, step, dx).astype(dy.dtype)
 
 
 def _matmul_backward(w, dy):

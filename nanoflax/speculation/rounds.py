@@ -65,22 +65,18 @@ def stream(
 ) -> Iterator[Round]:
     """Continue each prompt, and yield the tokens of each pass of the model.
 
-    The arguments are those of `nanoflax.sample`, with one value for all prompts. Without a temperature the tokens are
-    those of `sample`; else they follow the same distribution, and are others for the same key.
+    The arguments are those of `nanoflax.sample` without logit_bias and log_probabilities, with one value for all
+    prompts. Greedily (temperature=0) the tokens are those of `sample`; else they follow the same distribution, and are
+    others for the same key.
     Raises: UserError as `sample` does, and for a proposer that cannot guess for the model.
     """
+    made = generate.make_filters(**filters, defaults=model.config.generation)
+    if any(np.ndim(x) for x in (max_new_tokens, *made)) or not (rng is None or isinstance(rng, jax.Array)):
+        raise UserError("speculation takes one value of each setting and one key for all prompts, not lists")
     tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
     if problems := proposer.problems(model.config, int(lengths.max()), max_new_tokens):
         raise UserError("; ".join(problems))
-    rope = model.config.rope
-    if rope.scaling == "longrope" and lengths.max() <= rope.context < lengths.max() + max_new_tokens:
-        raise UserError(
-            f"max_new_tokens={max_new_tokens}: the text passes model.rope.context={rope.context}, where longrope has "
-            "other angles, which speculation does not compute; give fewer tokens, or no speculation"
-        )
-    made = generate.make_filters(**filters, defaults=model.config.generation)
-    if any(np.ndim(x) for x in made):  # type: ignore
-        raise UserError("speculation takes one value of each setting for all prompts, not lists")
+    _check_angles(model.config, lengths, max_new_tokens, proposer.tokens)
     rng = None if made.temperature is None else jax.random.PRNGKey(0) if rng is None else rng
     decoding = Decoding.of(model, params)
     for row, (padded, n) in enumerate(zip(tokens.tolist(), lengths, strict=True)):
@@ -89,6 +85,19 @@ def stream(
             decoding, proposer, padded[len(padded) - n :], max_new_tokens, made, key, *ends
         ):
             yield Round(row, new, guessed, kept)
+
+
+def _check_angles(config, lengths, new, guesses):
+    """Raises: UserError if room for the guesses would change the rotary angles of a text; see `nn.angles_of`."""
+    rope, begin = config.rope, 1 if config.reads_source else lengths
+    other = begin + new + guesses - 1 > rope.context
+    if rope.scaling == "longrope":
+        other &= begin <= rope.context  # else all angles are those of long texts
+    if rope.scaling in ("longrope", "dynamic") and np.any(other):
+        raise UserError(
+            f"max_new_tokens={new}: with {guesses} guesses the text may pass model.rope.context={rope.context}, where "
+            f"{rope.scaling} has other angles, which speculation does not compute; give fewer tokens, or no speculation"
+        )
 
 
 def _text(decoding, proposer, prompt, limit, filters, rng, eos_ids, vocab_size):

@@ -12,7 +12,7 @@ import pytest
 import scipy.special
 
 import nanoflax
-from nanoflax import evals, hf, tokenizers
+from nanoflax import evals, hf, peft, tokenizers
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from tests.evals import tasks
@@ -173,6 +173,15 @@ def test_drawn_texts_do_not_depend_on_the_batch(tokenizer):
     asked = [types.SimpleNamespace(args=(begin, settings)) for begin, _ in tasks.SENTENCES[:3]]
     together, alone = (evals.as_lm(run, size, progress=False).generate_until(asked) for size in (4, 1))
     assert together == alone and len({*together}) == 3
+
+
+def test_quantised_matrices_count_as_those_for_which_they_stand(tokenizer):
+    run = small_model(tokenizer, **DECODER)
+    count = sum(x.size for x in jax.tree.leaves(run.params))
+    assert evals.as_lm(run).get_model_info() == {"model_num_parameters": count, "model_dtype": "float32"}
+    run.params = peft.quantize_params(run.params, "int4")  # the table of tokens is of int8
+    info = {"model_num_parameters": count, "model_dtype": "float32,int4,int8"}
+    assert evals.as_lm(run).get_model_info() == info
 
 
 @pytest.mark.parametrize(

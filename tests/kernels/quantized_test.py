@@ -65,11 +65,20 @@ def test_products_and_gradients_are_those_of_the_dequantised_matrix(w, rows, mon
         np.testing.assert_allclose(ours, theirs, atol=2e-6 * float(jnp.abs(theirs).max()))
 
 
+def test_gradients_of_bfloat16_are_summed_in_float32(monkeypatch):
+    monkeypatch.setattr(quantized, "_SMALL", 2000)
+    monkeypatch.setattr(quantized, "_PART", 2000)  # 50 parts
+    w, dy = quantize(kernel(64, 1600), "int8"), jnp.asarray(kernel(4, 1600, seed=2), jnp.bfloat16)
+    (dx,) = jax.vjp(lambda x: quantized_matmul(x, w), jnp.zeros((4, 64), jnp.bfloat16))[1](dy)
+    exact = np.asarray(dy, np.float32) @ np.asarray(w.astype(jnp.float32)).T
+    assert dx.dtype == jnp.bfloat16 and np.abs(np.asarray(dx, np.float32) - exact).max() < 0.006 * np.abs(exact).max()
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_rows_of_an_embedding(kind):
     table = quantize(kernel(10, 32), kind, transposed=False)
     plain = table.astype(jnp.float32)
-    assert table.shape == plain.shape == (10, 32) and table.T.shape == (32, 10)
+    assert table.kind == kind and table.shape == plain.shape == (10, 32) and table.T.shape == (32, 10)
     np.testing.assert_array_equal(plain, dequantize(table))
     ids = jnp.asarray([[0, 9, 4], [5, -1, 2]])
     np.testing.assert_array_equal(table[ids], plain[ids])

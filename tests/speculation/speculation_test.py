@@ -9,7 +9,7 @@ import pytest
 
 import nanoflax
 from nanoflax import generate, hf, tokenizers
-from nanoflax.config import GenerationDefaults, ModelConfig
+from nanoflax.config import GenerationDefaults, ModelConfig, RopeConfig
 from nanoflax.errors import UserError
 from nanoflax.nn import build
 from nanoflax.parallel import init
@@ -165,10 +165,27 @@ def test_what_cannot_work_is_refused():
         ),
         (Draft(source, {}), {}, "must both be decoders"),
         (Lookup(), dict(temperature=[0.5]), "one value of each setting"),
+        (Lookup(), dict(rng=[0]), "one key for all prompts"),
         (Lookup(), dict(top_p=3.0), "top_p=3.0 must be in"),
     ]:
         with pytest.raises(UserError, match=words):
             speculate(model, params, ragged(3), proposer, 8, **options)
+
+
+@pytest.mark.parametrize("scaling", ["dynamic", "longrope"])
+def test_room_for_guesses_does_not_change_the_angles(scaling):
+    factors = dict(short_factors=(1.0,) * 2, long_factors=(3.0,) * 2) if scaling == "longrope" else {}
+    rope = RopeConfig(scaling=scaling, context=16, factor=4.0, **factors)
+    model, params = make(layers=1, dim=8, heads=2, context=64, positions="rotary", rope=rope)
+    short, long = ragged(3)[0], [*range(20)]
+    (expected,) = generate.sample(model, params, [short], 7, temperature=0)  # with 7 guesses it fills 16 places
+    assert speculate(model, params, [short], Lookup(), 7, temperature=0)[0].tokens == expected
+    for prompts in [short], [long, short]:
+        with pytest.raises(UserError, match=f"may pass model.rope.context=16, where {scaling} has other angles"):
+            speculate(model, params, prompts, Lookup(), 8, temperature=0)
+    if scaling == "longrope":
+        (expected,) = generate.sample(model, params, [long], 8, temperature=0)
+        assert speculate(model, params, [long], Lookup(), 8, temperature=0)[0].tokens == expected
 
 
 @pytest.fixture(scope="module")

@@ -391,9 +391,10 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
             ["--model=x", "--data=text:a.txt", "--num_fewshot=3"],
             "--num_fewshot=3 is only read with --tasks",
         ),
+        ("evaluate", ["--workdir=x", "--candidates=a.jsonl", "--reward=length"], "--reward=length is not read with"),
         ("sample", ["--workdir=x", "--interactive", "--prompt=a"], "give one of --chat"),
         ("evaluate", ["--model=x", "--candidates=nowhere.jsonl"], "nowhere.jsonl"),
-        ("benchmark", ["race"], "train, decode, encode, compile, packing, where or all"),
+        ("benchmark", ["race"], "packing, serve, where, speculate or all"),
         ("benchmark", ["encode", "--no_bias"], "--no_bias is for train"),
     ],
 )
