@@ -188,7 +188,8 @@ class Engine:
             self._start_step()
             constrained = any(r and r.ticket.request.constraint for r in self._replies)
             while len(self._pending) > (1 if self.active and not constrained else 0):
-                self._finish_step(*self._pending.popleft())
+                self._finish_step(*self._pending[0])  # it stays there until then, for `_run`
+                self._pending.popleft()
 
     def _receive_tickets(self, wait):
         """Move tickets from the queue to the waiting ones; wait: for at least one."""
@@ -269,7 +270,6 @@ class Engine:
             self._prefixes.add(prompt[:last], cache)
             if r.prompt_log_probabilities:
                 self._send_prompt(reply.ticket, prompt, scores)
-        self._prompt = None
         if r.max_new_tokens == 0:
             self._finish(reply, "length")
             return
@@ -279,7 +279,7 @@ class Engine:
         self._fit(p.size_of(cache))
         numbers = len(text), r.max_new_tokens, r.seed
         self._state = p.insert(self._state, reply.slot, cache, text[-1], row, *numbers)
-        self._replies[reply.slot], self._filters = reply, None
+        self._replies[reply.slot], self._filters, self._prompt = reply, None, None
 
     def _send_prompt(self, ticket, prompt, scores):
         """Send the tokens of a prompt with their log-probabilities."""

@@ -295,11 +295,25 @@ def test_leaving_the_engine_ends_every_reply():
         Reply(engine, prompt=[1])
 
 
-def test_a_fault_ends_every_reply_with_an_error(capsys):
+class Unread:
+    """Tokens of a step that failed on the device: the error comes when they are read."""
+
+    def __array__(self, *_, **__):
+        return 1 / 0
+
+
+def fail(*_):
+    return 1 / 0
+
+
+@pytest.mark.parametrize("where", ["step", "insert", "read"])
+def test_a_fault_ends_every_reply_with_an_error(capsys, where):
     model, params = make(layers=1, dim=8, heads=2)
     with Engine(model, params, None, slots=1) as engine:
-        engine._programs.step = lambda *_: 1 / 0
-        assert Reply(engine, prompt=[1]).wait()[1].reason == "error"
+        step = engine._programs.step
+        faults = {"step": fail, "insert": fail, "read": lambda *x: (step(*x)[0], (Unread(), None))}
+        setattr(engine._programs, where.replace("read", "step"), faults[where])
+        assert Reply(engine, prompt=[1], max_new_tokens=1).wait()[1].reason == "error"
         with pytest.raises(UserError, match="the engine failed: division by zero"):
             Reply(engine, prompt=[1])
     assert "ZeroDivisionError" in capsys.readouterr().err
