@@ -67,7 +67,8 @@ class Service:
             raise ApiError(503, "the server is stopping; send the request again later", code="stopping")
         if self.failure:
             raise ApiError(500, self.failure)
-        if self.unfinished + texts > self.slots + self.settings.queue:
+        # A request that is alone is never refused: to try it again later would not help.
+        if self.unfinished and self.unfinished + texts > self.slots + self.settings.queue:
             message = f"the queue is full: {self.unfinished} texts are not finished; send the request again later"
             raise ApiError(429, message, code="queue_full")
 
@@ -177,8 +178,13 @@ async def _body(service: Service, request: Request, schema: schemas.Schema) -> d
                     raise ApiError(413, f"the body has more than {most} bytes")
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive in {BODY_SECONDS} seconds") from None
-    body = untrusted.json_object(bytes(found), "the body", repeats=False)
-    schemas.check(body, schema)
+
+    def read():
+        body = untrusted.json_object(bytes(found), "the body", repeats=False)
+        schemas.check(body, schema)
+        return body
+
+    body = await anyio.to_thread.run_sync(read)  # some megabytes need a second, in which other replies go on
     api.check_model(service.served, body)
     return body
 

@@ -63,7 +63,8 @@ class Choice:
                 raise ApiError(500, event.message or "the engine failed")
             if event.reason == "cancelled":
                 raise ApiError(503, "the server is stopping; send the request again later", code="stopping")
-            return self._piece(self._decoder.finish(), event.reason)
+            text = self._decoder.finish()  # it may complete a stop string
+            return self._piece(text, "stop" if self._decoder.stopped else event.reason)
         if self.request.log_probabilities is not None:
             self._pending.append(self._placed(event))
         if event.of_prompt:

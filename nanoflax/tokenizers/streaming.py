@@ -72,7 +72,7 @@ class StreamingDecoder:
         if found:
             self.stopped = True
             return text[: min(found)[1]]
-        sizes = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        sizes = (n for stop in self._stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
         shown = len(text) - max(sizes, default=0)
         self._held = text[shown:]
         return text[:shown]

@@ -8,6 +8,9 @@ import pytest
 
 import nanoflax
 from nanoflax import tokenizers
+from nanoflax.serve import Finish, Request, Token, schemas
+from nanoflax.serve.errors import ApiError
+from nanoflax.serve.replies import Choice
 from tests.serve.servers import until
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -73,6 +76,16 @@ def test_a_stop_string_is_held_back_and_frees_the_slot(client, server, long):
     stream = list(client.completions.create(**long, stop=stop, stream=True))
     assert "".join(chunk.choices[0].text for chunk in stream) == shown and stream[-1].choices[0].finish_reason == "stop"
     until(lambda: server[1].unfinished == 0)
+
+
+def test_a_stop_string_that_the_end_completes_is_the_reason():
+    class Cleans(tokenizers.ByteTokenizer):
+        cleans_up = True  # the last characters are held back until the end
+
+    choice = Choice(Cleans(), Request([97]), ["cd"], [97], None)
+    assert [choice.add(Token(token)) for token in b"bcd"] == [None] * 3
+    piece = choice.add(Finish("length"))
+    assert piece and (piece.text, piece.finish_reason) == ("b", "stop")
 
 
 def test_log_probabilities_have_the_forms_of_both_apis(client, run):
@@ -152,7 +165,7 @@ WRONG = {
     "stop": dict(stop=""), "logit_bias": dict(logit_bias={"9999": 1}), "max_tokens": dict(max_tokens=201),
     "prompt: [] has a wrong form. A text or": dict(prompt=[]),
     "suffix": dict(suffix="x"), "best_of": dict(best_of=2), "presence_penalty": dict(presence_penalty=1),
-    "surprise": dict(extra_body={"surprise": 1}), "prompt": dict(prompt=[99999]),
+    "stop: 'x": dict(stop="x" * 1001), "surprise": dict(extra_body={"surprise": 1}), "prompt": dict(prompt=[99999]),
     "stream_options": dict(stream_options={"include_usage": True}), "logprobs": dict(logprobs=99),
 }  # fmt: skip
 
@@ -163,6 +176,14 @@ def test_an_error_names_the_field(client, field):
         client.completions.create(**(dict(model="tiny", prompt="x") | WRONG[field]))
     assert error.value.param == field.split(":")[0] and field in error.value.message and "\n" not in error.value.message
     assert error.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize("prompt", [["a"] * 1000, [1.5] * 1000, [[1], *[["a"] * 9] * 100], [*[1] * 999, -1]])
+def test_a_long_wrong_list_is_few_errors(prompt):
+    [error] = schemas._Validator(schemas.COMPLETION).iter_errors({"prompt": prompt})
+    assert len(error.context) < 9
+    with pytest.raises(ApiError, match="^prompt"):
+        schemas.check({"prompt": prompt}, schemas.COMPLETION)
 
 
 def test_a_missing_field_is_named(client):

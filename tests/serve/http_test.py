@@ -57,6 +57,7 @@ def test_a_full_queue_is_refused_and_the_client_tries_again(server, client, long
         again = client.with_options(max_retries=3).completions.create(model="tiny", prompt="x", max_tokens=1)
         assert again.usage.completion_tokens == 1
     until(lambda: service.unfinished == 0)
+    assert len(client.completions.create(model="tiny", prompt="x", max_tokens=1, n=9).choices) == 9  # it is alone
 
 
 def test_a_client_that_does_not_wait_frees_its_slot(server, client, long):
