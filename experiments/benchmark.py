@@ -43,19 +43,28 @@ flags.DEFINE_bool("no_bias", False, "Train without biases, on both sides.")
 flags.DEFINE_bool("alone", False, "Do not measure PyTorch.")
 flags.DEFINE_string("out", "", "File that `all` writes its figures to, as JSON.")
 flags.DEFINE_string("side", "", "Internal: this process is a side (nanoflax, torch, compiled or machine).")
-KINDS = ("train", "decode", "encode", "compile", "packing", "serve", "where", "speculate", "all")
+READ = {  # the flags that each measurement reads
+    "train": {"shape", "batch_size", "steps", "rounds", "no_bias", "alone"},
+    "decode": {"shape", "batch_size", "new_tokens", "rounds", "quantize", "alone"},
+    "encode": {"shape", "batch_size", "steps", "rounds", "alone"},
+    "compile": {"layers"},
+    "packing": {"shape", "batch_size", "rounds"},
+    "serve": {"shape", "slots", "rounds"},
+    "where": {"shape", "batch_size", "steps", "no_bias"},
+    "speculate": {"new_tokens", "rounds"},
+    "all": {"shape", "batch_size", "steps", "new_tokens", "rounds", "out"},
+}
+KINDS = (*READ,)
 
 
 def main() -> int | None:
     if len(FLAGS.arguments) != 1 or FLAGS.arguments[0] not in KINDS:
         raise UserError(f"benchmark needs one argument: {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     (kind,) = FLAGS.arguments
-    if FLAGS.no_bias and kind not in ("train", "where"):
-        raise UserError(f"--no_bias is for train and where, not {kind}")
-    if FLAGS.quantize and kind != "decode":
-        raise UserError(f"--quantize is for decode, not {kind}")
-    if FLAGS.out and kind != "all":
-        raise UserError(f"--out is for all, not {kind}")
+    for name in sorted(set().union(*READ.values())):
+        if FLAGS[name].present and name not in READ[kind] and not FLAGS.side:  # `all` gives its flags to every side
+            readers = [other for other in KINDS if name in READ[other]]
+            raise UserError(f"--{name} is for {' and '.join(readers)}, not {kind}")
     shape = "chats" if kind == "packing" and not FLAGS["shape"].present else FLAGS.shape
     job = sides.Job(kind, shape, FLAGS.batch_size, FLAGS.steps, FLAGS.new_tokens, not FLAGS.no_bias, FLAGS.quantize)
     if FLAGS.side:

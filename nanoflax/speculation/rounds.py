@@ -14,6 +14,7 @@ import numpy as np
 
 from nanoflax import generate
 from nanoflax.errors import UserError
+from nanoflax.kernels import is_key_of_rows
 from nanoflax.nn import LanguageModel
 from nanoflax.speculation.acceptance import accept
 from nanoflax.speculation.caches import Decoding, donated
@@ -71,7 +72,8 @@ def stream(
     Raises: UserError as `sample` does, and for a proposer that cannot guess for the model.
     """
     made = generate.make_filters(**filters, defaults=model.config.generation)
-    if any(np.ndim(x) for x in (max_new_tokens, *made)) or not (rng is None or isinstance(rng, jax.Array)):
+    one_key = rng is None or isinstance(rng, jax.Array) and not is_key_of_rows(rng)
+    if any(np.ndim(x) for x in (max_new_tokens, *made)) or not one_key:
         raise UserError("speculation takes one value of each setting and one key for all prompts, not lists")
     tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
     if problems := proposer.problems(model.config, int(lengths.max()), max_new_tokens):

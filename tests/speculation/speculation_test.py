@@ -166,6 +166,7 @@ def test_what_cannot_work_is_refused():
         (Draft(source, {}), {}, "must both be decoders"),
         (Lookup(), dict(temperature=[0.5]), "one value of each setting"),
         (Lookup(), dict(rng=[0]), "one key for all prompts"),
+        (Lookup(), dict(rng=jax.random.split(jax.random.PRNGKey(0), 1)), "one key for all prompts"),
         (Lookup(), dict(top_p=3.0), "top_p=3.0 must be in"),
     ]:
         with pytest.raises(UserError, match=words):

@@ -396,6 +396,8 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
         ("evaluate", ["--model=x", "--candidates=nowhere.jsonl"], "nowhere.jsonl"),
         ("benchmark", ["race"], "packing, serve, where, speculate or all"),
         ("benchmark", ["encode", "--no_bias"], "--no_bias is for train"),
+        ("benchmark", ["decode", "--slots=2"], "--slots is for serve, not decode"),
+        ("benchmark", ["speculate", "--batch_size=8"], "--batch_size is for train and decode"),
     ],
 )
 def test_misuse_gets_one_line_and_status_2(program, flags, words, tmp_path):
