@@ -294,13 +294,11 @@ class Run:
             raise UserError(f"{self.source} has no validation data of its own; give data")
         if self.task is not None:
             return self._evaluate_on_examples(data, split, out, fields, reward)
-        if reward is not None:
-            raise UserError(f"reward={reward!r} is for a run of grpo, which {self.source} is not")
         model = self.config.model
         if model.head != "lm" or model.reads_source:
             raise UserError(f"{self.source} {self.why_no_task()}")
-        if out:
-            raise UserError("--out needs --candidates or a run of finetune: text has no predictions")
+        if out or reward is not None:
+            raise UserError("--out needs --candidates or a run of finetune, --reward a run of grpo: text has neither")
         if split == "test":
             raise UserError("--split=test is only for examples; text has train, validation and all")
         return self._evaluate_on_text(data, split, fields)

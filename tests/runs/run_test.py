@@ -96,6 +96,9 @@ def test_a_text_and_candidates_are_measured(decoder, tmp_path):
     run = nanoflax.open(workdir)
     (tmp_path / "a.txt").write_text("the model reads this text\n" * 8)
     found = run.evaluate(f"text:{tmp_path}/a.txt")
+    for ignored in dict(out="x.jsonl"), dict(reward="length"):
+        with pytest.raises(UserError, match="--reward a run of grpo: text has neither"):
+            run.evaluate(f"text:{tmp_path}/a.txt", **ignored)
     assert found["bytes"] == 8 * 26 and found["perplexity"] == pytest.approx(np.exp(found["loss"]))
     questions = [{"prompt": "the", "candidates": [" a", " model"], "answer": " a"}]
     ranked = run.rank(questions)
