@@ -106,6 +106,8 @@ def _in_lark(name: str, rule: Any) -> str:
     elif not isinstance(rule, str) or not rule:
         raise UserError(f"{name}={rule!r:.40} must be a text that is not empty")
     elif name == "regex":
+        if (len(rule) - len(rule.rstrip("\\"))) % 2:
+            raise UserError("regex ends with a backslash that has nothing after it")
         text = f"start: /{_engine().regex_to_lark(rule, use_ascii='d')}/"
     else:
         text = rule

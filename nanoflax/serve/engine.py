@@ -326,7 +326,7 @@ class Engine:
                 if not bits.any():
                     self._finish(reply, "stop")
                     continue
-                rows = self._programs.no_filters().allowed if rows is None else rows
+                rows = np.full(self._no_filters.allowed.shape, ~np.uint32(0)) if rows is None else rows
                 rows[reply.slot, : len(bits)] = bits
                 rows[reply.slot, len(bits) :] = 0
         return rows

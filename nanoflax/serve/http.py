@@ -130,6 +130,9 @@ def _endpoint(
             response = _error(ApiError(400, str(error)))
         except ClientDisconnect:
             response = Response(status_code=499)
+        except Exception:
+            service.metrics.requests.labels(path, 500).inc()
+            raise
         service.metrics.requests.labels(path, response.status_code).inc()
         if not isinstance(response, _Events):
             service.metrics.response.labels(path).observe(time.monotonic() - began)

@@ -17,7 +17,7 @@ class Prefixes:
         self._caches: collections.OrderedDict[tuple[int, ...], Any] = collections.OrderedDict()
 
     def find(self, prompt: Sequence[int]) -> tuple[Any, int, int]:
-        """(a cache or None, how many tokens of the prompt it holds, how many begin a prompt of before)."""
+        """(a cache or None, how many first tokens of the prompt it holds, how many an earlier prompt had too)."""
         best, found, shared = 0, None, 0
         for tokens in self._caches:
             n = common_prefix(tokens, prompt)

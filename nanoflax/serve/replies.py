@@ -53,7 +53,7 @@ class Choice:
         self._echoed = echo is None
 
     def add(self, event: Token | Finish) -> Piece | None:
-        """The next piece, if the event completes one. Raises: ApiError if the engine failed."""
+        """The next piece, if the event completes one. Raises: ApiError for a Finish that is no end of a text."""
         if self.finish_reason:
             return None
         if isinstance(event, Finish):
@@ -131,7 +131,7 @@ class Replies:
                 choice.ticket.cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Raises: ApiError if the engine failed, or the server stops."""
+        """Raises: ApiError if the engine failed, the server stops, or a text cannot match its response_format."""
         try:
             while not all(choice.finish_reason for choice in self.choices):
                 index, event = await self._events.get()

@@ -175,6 +175,7 @@ def test_probabilities_are_those_of_the_renormalised_model():
         ({"regex": "a", "choices": ["b"]}, "not regex and choices"),
         ({"regex": "(a"}, "unclosed group"),
         ({"regex": "a(?=b)"}, "look-around"),
+        ({"regex": "a\\"}, "ends with a backslash"),
         ({"choices": ["a", ""]}, "must be a list of texts that are not empty"),
         ({"choices": "ab"}, "must be a list"),
         ({"json_schema": "{}"}, "must be an object"),

@@ -14,6 +14,7 @@ from prometheus_client import parser
 import nanoflax
 from nanoflax import serve
 from nanoflax.errors import UserError
+from nanoflax.serve import http as http_
 from tests import processes
 from tests.serve.servers import running, until
 
@@ -135,6 +136,13 @@ def test_metrics_are_the_text_that_prometheus_reads(server, client):
     assert count == values["nanoflax_response_seconds_bucket", ("le", "+Inf"), path] > 0
     kinds = {"nanoflax_requests": "counter", "nanoflax_slots": "gauge", "nanoflax_response_seconds": "histogram"}
     assert {name: families[name].type for name in kinds} == kinds
+
+
+def test_a_fault_of_the_server_is_an_error_object_and_is_counted(server, monkeypatch):
+    monkeypatch.setattr(http_.api, "check_model", lambda *_: 1 / 0)
+    status, text = post(server[0], {"prompt": "x"})
+    assert status == 500 and json.loads(text)["error"]["type"] == "server_error" and "division" not in text
+    assert 'nanoflax_requests_total{path="/v1/completions",status="500"} 1.0' in server[1].metrics.text().decode()
 
 
 def test_no_request_of_the_description_is_a_500(server):
