@@ -320,6 +320,7 @@ class Engine:
             if constraint := reply.ticket.request.constraint:
                 try:
                     bits = np.asarray(constraint.allowed(), np.uint32)
+                    bits = np.pad(bits, (0, self._no_filters.allowed.shape[1] - len(bits)))
                 except Exception as error:  # such as a schema that needs too much work; the other replies go on
                     self._finish(reply, "refused", str(error))
                     continue
@@ -327,8 +328,7 @@ class Engine:
                     self._finish(reply, "stop")
                     continue
                 rows = np.full(self._no_filters.allowed.shape, ~np.uint32(0)) if rows is None else rows
-                rows[reply.slot, : len(bits)] = bits
-                rows[reply.slot, len(bits) :] = 0
+                rows[reply.slot] = bits
         return rows
 
     def _make_filters(self):

@@ -15,7 +15,7 @@ from nanoflax.config import ModelConfig
 from nanoflax.serve.errors import ApiError
 from nanoflax.serve.replies import Choice, Piece, PlacedToken
 
-LEAST_LOG_PROBABILITY = -9999.0  # JSON has no infinity
+LEAST_LOG_PROBABILITY = -9999.0  # JSON has no infinity and no NaN
 
 
 class TokenTexts:
@@ -145,7 +145,7 @@ class Form:
 
 
 def _finite(x):
-    return None if x is None else max(x, LEAST_LOG_PROBABILITY)
+    return None if x is None else x if x > LEAST_LOG_PROBABILITY else LEAST_LOG_PROBABILITY
 
 
 def embeddings(

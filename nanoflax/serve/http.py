@@ -162,7 +162,7 @@ async def _server_error(request: Request, error: Exception) -> Response:
 
 def _check_key(service: Service, request: Request) -> None:
     key, given = service.settings.api_key, request.headers.get("Authorization", "")
-    if key and not secrets.compare_digest(given.encode(), f"Bearer {key}".encode()):
+    if key and not secrets.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode()):
         message = "the API key is wrong" if given else "the API key is missing: send Authorization: Bearer KEY"
         raise ApiError(401, message, code="invalid_api_key")
 

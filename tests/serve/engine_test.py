@@ -173,6 +173,16 @@ def test_constraints_hold_beside_free_replies(decoder):
     assert len({tuple(ids) for ids in found}) > 1
 
 
+def test_a_constraint_that_fails_ends_only_its_reply(decoder):
+    model, params, engine = decoder
+    wrong = OneOf([[1]], end=2)
+    wrong.allowed = lambda: np.ones(99, np.uint32)  # more words than the vocabulary has
+    [fields] = mixed(1)
+    free, bound = Reply(engine, **fields), Reply(engine, prompt=[3], constraint=wrong)
+    assert bound.wait()[1].reason == "refused"
+    assert [free.ids()] == alone(model, params, [free.request])
+
+
 def test_cancelled_replies_free_their_slots(decoder):
     _, _, engine = decoder
     replies = [Reply(engine, prompt=[i, 2], max_new_tokens=60) for i in range(8)]

@@ -4,8 +4,11 @@ import contextlib
 import http.client
 import json
 import socket
+import types
 
 import hypothesis
+import jax
+import numpy as np
 import openai
 import pytest
 import schemathesis
@@ -123,6 +126,15 @@ def test_the_api_key_protects_all_but_the_page(run):
                 assert (
                     "default-src 'none'" in response.headers["Content-Security-Policy"] and b"<html" in response.read()
                 )
+
+
+def test_numbers_that_json_does_not_have(run, long):
+    """A model whose training failed gives no 500; and a key may have any letters."""
+    broken = types.SimpleNamespace(**(vars(run) | {"params": jax.tree.map(lambda x: x * np.nan, run.params)}))
+    with running(broken, slots=1, api_key="schlüssel") as (address, _):
+        key = {"Authorization": b"Bearer " + "schlüssel".encode()}
+        status, text = post(address, long | dict(max_tokens=2, logprobs=1), **key)
+        assert status == 200 and json.loads(text)["choices"][0]["logprobs"]["token_logprobs"] == [-9999.0] * 2
 
 
 def test_metrics_are_the_text_that_prometheus_reads(server, client):
