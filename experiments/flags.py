@@ -24,7 +24,7 @@ FLAGS = flags.FLAGS
 HERE = os.path.dirname(os.path.abspath(__file__))
 HELP = {"--help", "-help", "-h", "--helpshort", "-helpshort", "--helpfull", "-helpfull"}
 PATHS = "workdir model from to out json prompt_file candidates config.model.init_from config.data.cache".split()
-PATHS += ["json_schema", "grammar", "include_path"]
+PATHS += ["draft", "json_schema", "grammar", "include_path"]
 
 
 def launch(

@@ -1,6 +1,6 @@
 """Speculative decoding: several tokens are guessed cheaply, and the model checks them in one pass.
 
-The text is that of `generate.sample`: without a temperature the same tokens, else the same distribution.
+The text is that of `generate.sample`: greedily (temperature=0) the same tokens, else the same distribution.
 """
 
 from nanoflax.speculation.acceptance import accept

@@ -22,8 +22,10 @@ class Decoding:
 
     @classmethod
     def of(cls, model: LanguageModel, params: dict) -> "Decoding":
-        form = lambda rows: (generate.decoding_model(model, rows), generate.decoding_params(model, params, rows))
-        return cls(form(1), form(2), parallel.mesh_of(params))
+        one = generate.decoding_params(model, params, 1)
+        several = generate.decoding_params(model, one, 2)  # of `one`, so that both share the matrices in its dtype
+        forms = (generate.decoding_model(model, 1), one), (generate.decoding_model(model, 2), several)
+        return cls(*forms, parallel.mesh_of(params))
 
     def prefill(self, tokens: np.ndarray, lengths: np.ndarray, room: int) -> tuple[int, dict]:
         """(the last token of a prompt [1, P], the cache before it, with room for `room` tokens)."""

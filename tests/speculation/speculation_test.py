@@ -14,6 +14,7 @@ from nanoflax.errors import UserError
 from nanoflax.nn import build
 from nanoflax.parallel import init
 from nanoflax.speculation import Draft, Lookup, accept, speculate
+from nanoflax.speculation.caches import Decoding
 from tests.generate.beams_test import KINDS, TINY
 from tests.generate.sampling_test import chance, make, ragged
 from tests.nn.models_test import scaled
@@ -140,6 +141,14 @@ def test_a_text_that_repeats_its_prompt_needs_few_passes():
     assert found == [9, 8, 1, 2, 3, 9]
     assert Lookup().continuation([1, 2, 3], 4).tolist() == Lookup().continuation([1, 2, 1], 4).tolist() == []
     assert Lookup().continuation([5, 6, 6, 6], 4).tolist() == [6] * 4
+
+
+def test_both_forms_of_the_model_share_their_matrices():
+    model, params = make(layers=1, dim=8, heads=2, tied=True, dtype="bfloat16")
+    decoding = Decoding.of(model, params)
+    one, several = (jax.tree_util.tree_leaves_with_path(form[1]) for form in (decoding.one, decoding.several))
+    kept = dict(several)
+    assert all(kept[path].unsafe_buffer_pointer() == x.unsafe_buffer_pointer() for path, x in one)
 
 
 def test_few_shapes_are_compiled(compilations):
