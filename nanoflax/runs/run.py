@@ -312,7 +312,9 @@ class Run:
             source = dataclasses.replace(source, field=field)
         store = data.prepare(source, self.tokenizer, split, text.cache or None)
         windows = data.Windows(store, c.window, text.packing == "isolated")
-        every_batch = dataclasses.replace(c, train=dataclasses.replace(c.train, evaluate_batches=0))
+        rows = c.train.batch_size  # an imported model with a long context: as many as fit the memory of the scores
+        rows = max(1, min(rows, 8192 // c.window)) if self.workdir is None else rows
+        every_batch = dataclasses.replace(c, train=dataclasses.replace(c.train, evaluate_batches=0, batch_size=rows))
         nats, tokens = train.make_evaluation(self.model, every_batch, self._mesh)(self._params_on_mesh, windows)
         return {
             "data": name or f"{c.data.train} (validation)",
