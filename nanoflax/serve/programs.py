@@ -8,6 +8,7 @@ model with a source also of its source, that a cache has room for.
 
 import concurrent.futures
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -186,7 +187,7 @@ class Programs:
 
     def _step(self, params, state, filters, wanted):
         def record(logits, _, token):
-            return self._scores(logits, token, wanted.any())
+            return self._scores(lambda: logits, token, wanted.any())
 
         rows, arguments = Rows(self.model.config, one=self.model), (state, filters, 1, self.eos_ids, self.vocab_size)
         state, found = generate.advance(rows, params, *arguments, record)
@@ -251,10 +252,9 @@ class Programs:
         head = lambda: generate.only_below(self.vocab_size, run(x, method="head")[0])
         return cache, self._scores(head, targets, scored)
 
-    def _scores(self, logits: Any, tokens: Array, wanted: Any) -> Any:
-        """`most_probable`, or zeros if not wanted. logits: or a function that computes them."""
-        n = self.alternatives
-        computed = lambda: most_probable(logits() if callable(logits) else logits, tokens, n)
+    def _scores(self, logits: Callable[[], Any], tokens: Array, wanted: Any) -> Any:
+        """`most_probable` of the logits that a function computes, or zeros if not wanted."""
+        computed = lambda: most_probable(logits(), tokens, self.alternatives)
         shapes = jax.eval_shape(computed)
         return jax.lax.cond(wanted, computed, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
 
