@@ -186,7 +186,7 @@ def test_both_themes_and_a_phone(browser, server, theme, width):
     context = browser.new_context(color_scheme=theme, viewport={"width": width, "height": 700})
     page = context.new_page()
     open_page(page, server[0])
-    page.evaluate("fields.max_tokens.value = 20")
+    page.evaluate("fields.max_tokens.value = 20; fields.temperature.value = 0")  # a drawn reply may be empty
     say(page, "A message of several words, and " + "onelongwordthatdoesnotfitintothewidthofaphone" * 2)
     finished(page)
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
