@@ -1,6 +1,5 @@
 """The perplexity of texts that are longer than a model's context, by windows that overlap."""
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import jax.tree_util
 
-from nanoflax import config as configs
-from nanoflax import data, tasks
+from nanoflax import runs
 from nanoflax.errors import UserError
 from nanoflax.evals.likelihood import score_pairs
 
@@ -46,12 +44,7 @@ def strided_perplexity(
         raise UserError(f"--stride={stride} must be from 1 to the model's context, {context}")
     if not name and not (run.workdir and c.data.train):
         raise UserError(f"{run.source} has no validation data of its own; give --data")
-    text = configs.as_kind(configs.TextData, c.data)
-    source = data.source_of(text, name)
-    if fields is not None:
-        field = tasks.TaskSource(name, fields=fields).renamed_fields(tasks.Text).get("text", "text")
-        source = dataclasses.replace(source, field=field)
-    store = data.prepare(source, run.tokenizer, split if name else "validation", text.cache or None)
+    store = runs.open_text(run, name, split, fields)
     framing, pairs = run.tokenizer.framing, []
     between = framing.document(())[-1:] if framing.first_id != framing.eos_id else []
     for begin, end in zip(store.offsets[:-1].tolist(), store.offsets[1:].tolist(), strict=True):
@@ -61,14 +54,4 @@ def strided_perplexity(
     params = jax.tree_util.tree_map(jnp.asarray, run.params)
     nats = -math.fsum(found.log_likelihood for found in score_pairs(run.model, params, pairs, batch_size))
     tokens = sum(len(predicted) for _, predicted in pairs)
-    return {
-        "data": name or f"{c.data.train} (validation)",
-        "stride": stride,
-        "loss": nats / tokens,
-        "perplexity": math.exp(min(nats / tokens, 700)),
-        "bits_per_byte": nats / math.log(2) / store.n_bytes,
-        "documents": store.n_documents,
-        "tokens": tokens,
-        "bytes": store.n_bytes,
-        "report": store.report,
-    }
+    return {"stride": stride} | runs.text_metrics(run, name, store, nats, tokens)

@@ -11,10 +11,11 @@ from nanoflax.runs.pretrain import pretrain
 from nanoflax.runs.ranking import read_questions
 from nanoflax.runs.run import QUANTIZE, Run, open_run
 from nanoflax.runs.sweep import Sweep, draw_settings, parse_setting, suggest_settings
+from nanoflax.runs.text_loss import open_text, text_metrics
 from nanoflax.runs.trainer import setup_jax
 
 __all__ = [
-    "QUANTIZE", "Checkpoints", "GenerationSettings", "Run", "Sweep", "answer_typed_prompts", "chat", "draw_settings",
-    "filled_directory", "finetune", "is_run", "locked", "model_settings", "open_model", "open_run",
-    "parse_setting", "pretrain", "print_answers", "read_questions", "read_run", "restore_params", "setup_jax",
-    "suggest_settings", "used_of_model", "write_jsonl"]  # fmt: skip
+    "Checkpoints", "GenerationSettings", "QUANTIZE", "Run", "Sweep", "answer_typed_prompts", "chat",
+    "draw_settings", "filled_directory", "finetune", "is_run", "locked", "model_settings", "open_model", "open_run",
+    "open_text", "parse_setting", "pretrain", "print_answers", "read_questions", "read_run", "restore_params",
+    "setup_jax", "suggest_settings", "text_metrics", "used_of_model", "write_jsonl"]  # fmt: skip

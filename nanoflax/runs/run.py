@@ -7,7 +7,6 @@ print(run.generate("The function returns", max_new_tokens=60))
 
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 import sys
@@ -18,9 +17,9 @@ import jax
 import numpy as np
 
 from nanoflax import config as configs
-from nanoflax import data, hf, kernels, nn, parallel, report, tasks, tokenizers, train
+from nanoflax import data, hf, kernels, nn, parallel, report, tasks, tokenizers
 from nanoflax.errors import UserError
-from nanoflax.runs import directory, exports, grpo, ranking, reference
+from nanoflax.runs import directory, exports, grpo, ranking, reference, text_loss
 from nanoflax.runs.generation import GenerationSettings, stream_texts
 from nanoflax.runs.opening import ModelSource, open_source
 
@@ -301,31 +300,9 @@ class Run:
             raise UserError("--out needs --candidates or a run of finetune, --reward a run of grpo: text has neither")
         if split == "test":
             raise UserError("--split=test is only for examples; text has train, validation and all")
-        return self._evaluate_on_text(data, split, fields)
-
-    def _evaluate_on_text(self, name: str, split: str, fields: str | None) -> dict[str, Any]:
-        c = self.config
-        text, split = configs.as_kind(configs.TextData, c.data), split if name else "validation"
-        source = data.source_of(text, name)
-        if fields is not None:
-            field = tasks.TaskSource(name, fields=fields).renamed_fields(tasks.Text).get("text", "text")
-            source = dataclasses.replace(source, field=field)
-        store = data.prepare(source, self.tokenizer, split, text.cache or None)
-        windows = data.Windows(store, c.window, text.packing == "isolated")
-        rows = c.train.batch_size  # an imported model with a long context: as many as fit the memory of the scores
-        rows = max(1, min(rows, 8192 // c.window)) if self.workdir is None else rows
-        every_batch = dataclasses.replace(c, train=dataclasses.replace(c.train, evaluate_batches=0, batch_size=rows))
-        nats, tokens = train.make_evaluation(self.model, every_batch, self._mesh)(self._params_on_mesh, windows)
-        return {
-            "data": name or f"{c.data.train} (validation)",
-            "loss": nats / tokens,
-            "perplexity": math.exp(min(nats / tokens, 700)),
-            "bits_per_byte": nats / math.log(2) / store.n_bytes,
-            "documents": store.n_documents,
-            "tokens": int(tokens),
-            "bytes": store.n_bytes,
-            "report": store.report,
-        }
+        store = text_loss.open_text(self, data, split, fields)
+        sums = text_loss.over_windows(self, store, self._mesh, self._params_on_mesh)
+        return text_loss.text_metrics(self, data, store, *sums)
 
     def _evaluate_on_examples(
         self, name: str, split: str, out: str, fields: str | None, reward: Any = None
