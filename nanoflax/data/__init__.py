@@ -1,24 +1,13 @@
 """Text from files and data sets; its tokens on disk; windows and batches of tokens with random access."""
 
 from nanoflax.data.batches import Batches, evaluation_batches, prefetch
-from nanoflax.data.files import (
-    MALFORMED,
-    UNICODE,
-    WHITESPACE,
-    DataReport,
-    clean,
-    cleaning_steps,
-    dataset_examples,
-    dataset_splits,
-    decode,
-    is_held_out,
-    json_lines,
-    open_dataset,
-    open_text,
-    standard_modules,
-    text_lines,
-)
-from nanoflax.data.text import Source, documents, source_of, source_version
+from nanoflax.data.cleaning import UNICODE, WHITESPACE, clean, cleaning_steps
+from nanoflax.data.files import MALFORMED, decode, json_lines, open_text, text_lines
+from nanoflax.data.parts import documents
+from nanoflax.data.pydocs import standard_modules
+from nanoflax.data.report import DataReport, is_held_out
+from nanoflax.data.source import Source, source_of, source_version
+from nanoflax.data.tfds import dataset_examples, dataset_splits, open_dataset
 from nanoflax.data.token_store import TokenStore, default_cache_dir, prepare
 from nanoflax.data.windows import Windows
 

@@ -70,7 +70,7 @@ class Batches:
         found, windows = [], self.windows
         for i in Batches(windows, self.batch_size, self.seed, self.shuffle).indices(step):
             last = min((i + 1) * windows.length, windows.store.n_tokens) - 1
-            found.append((i, *map(int, windows.document([i * windows.length, last]))))
+            found.append((i, *map(int, windows.store.document([i * windows.length, last]))))
         return found
 
 

@@ -1,71 +1,21 @@
-"""Reading and cleaning: files (plain or .gz), JSON lines, TFDS data sets and Python's own sources.
+"""Opening and decoding the text files of a person, plain or .gz, and reading their lines.
 
 Damaged text is repaired or left out, and counted in a DataReport. A file that cannot be read raises UserError.
 """
 
-import ast
 import codecs
-import collections
 import contextlib
 import gzip
-import hashlib
 import io
 import itertools
-import logging
 import os
-import pathlib
-import re
-import socket
-import sysconfig
-import threading
-import unicodedata
-import urllib.parse
-import urllib.request
-import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
+from nanoflax.data.report import DataReport
 from nanoflax.errors import UserError
-from nanoflax.tokenizers import well_formed
 from nanoflax.untrusted import parse_json
-
-SKIPPED_MODULES = set(
-    "test tests idle_test idlelib lib2to3 turtledemo pydoc_data site-packages dist-packages __pycache__".split()
-)
-
-
-class DataReport:
-    """Counts each kind of problem in the data and keeps the first three places of each kind.
-
-    share: the part of the source that has been read, from 0 to 1.
-    """
-
-    def __init__(self) -> None:
-        self.share = 0.0
-        self.counts, self.places = collections.Counter(), collections.defaultdict(list)
-
-    def add(self, problem: str, place: str) -> None:
-        self.counts[problem] += 1
-        if len(self.places[problem]) < 3:
-            self.places[problem].append(place)
-
-    def lines(self) -> list[str]:
-        """One readable line for each kind of problem."""
-        return [
-            f"{problem}: {count} ({', '.join(self.places[problem])}{', ...' * (count > 3)})"
-            for problem, count in self.counts.items()
-        ]
-
-
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a text is validation data. The hash of the text decides, so equal texts are in the same split."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"nanoflax split").digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-# Files.
-
 
 _BYTE_ORDER_MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
@@ -160,139 +110,3 @@ def json_lines(file: io.TextIOWrapper, path: str, report: DataReport) -> Iterato
                 report.add(MALFORMED, place)
             else:
                 yield place, value
-
-
-# Cleaning: a list of steps, each (words for the report if the text changes, function).
-
-REPAIR = ("unpaired surrogates, read as U+FFFD", well_formed)  # UTF-8 cannot encode unpaired surrogates
-# Not \x1c-\x1e and \x85: Python treats them as line ends, so the whitespace step handles them.
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\ufeff]")
-WHITESPACE = {
-    "trim": lambda text: "\n".join(line.rstrip() for line in text.splitlines()).strip(),
-    "collapse": lambda text: " ".join(text.split()),
-    "": lambda text: text,
-}
-UNICODE = ("NFC", "NFKC", "")
-CleaningStep = tuple[str, Callable[[str], str]]
-
-
-def _normalize(form: Any, text: str) -> str:
-    return unicodedata.normalize(form, text) if form else text
-
-
-def cleaning_steps(unicode: str, whitespace: str) -> list[CleaningStep]:
-    """The steps for examples. unicode: one of UNICODE; whitespace: a key of WHITESPACE; "" for no change."""
-    return [
-        REPAIR,
-        (f"texts normalized to {unicode}", lambda text: _normalize(unicode, text)),
-        ("texts with control characters, removed", lambda text: _CONTROL.sub("", text)),
-        (f"texts with whitespace to {whitespace}", WHITESPACE[whitespace]),
-    ]
-
-
-def clean(text: str, steps: Iterable[CleaningStep], place: str, report: DataReport) -> str:
-    """The text after all steps. The report counts each step that changes the text."""
-    for problem, step in steps:
-        changed = step(text)
-        if changed != text:
-            report.add(problem, place)
-        text = changed
-    return text
-
-
-# Data sets of TFDS.
-
-
-def _not_a_tfds_warning(record: logging.LogRecord) -> bool:
-    return record.levelno > logging.WARNING or "tensorflow_datasets" not in record.pathname
-
-
-def open_dataset(name: str, data_dir: str = "") -> Any:
-    """The builder of the prepared TFDS data set NAME[/CONFIG][:VERSION]. TensorFlow is not imported.
-
-    data_dir: default $TFDS_DATA_DIR, or the default of TFDS. Raises: UserError if preparing the data set fails.
-    """
-    import absl.logging
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import constants
-
-    directory = data_dir or os.environ.get("TFDS_DATA_DIR") or None
-    hint = (
-        f"prepare it once, on a machine with a network: tfds build {name} "
-        f"--file_format=array_record --data_dir={directory or constants.DATA_DIR}"
-    )
-    # TFDS logs a warning for each folder that it searches. Real errors are exceptions.
-    logger = absl.logging.get_absl_logger()
-    logger.addFilter(_not_a_tfds_warning)
-    try:
-        builder = tfds.builder(name, data_dir=directory)
-        if not builder.is_prepared():
-            if not _online():
-                raise UserError(f"tfds:{name} is not prepared and there is no network; {hint}")
-            builder.download_and_prepare(file_format="array_record")
-    except UserError:
-        raise
-    except Exception as error:  # TFDS raises many classes of exceptions, with long texts
-        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"tfds:{name} is not prepared here: {message} {hint}") from error
-    finally:
-        logger.removeFilter(_not_a_tfds_warning)
-    return builder
-
-
-def _online(seconds: float = 3) -> bool:
-    """Whether the server of prepared data sets, or the proxy, answers within `seconds`."""
-    proxy = urllib.parse.urlsplit(urllib.request.getproxies().get("https", ""))
-    address = (proxy.hostname or "storage.googleapis.com", proxy.port or 443)
-    answered = threading.Event()
-
-    def connect():  # runs in a thread, because a DNS lookup has no timeout
-        with contextlib.suppress(OSError):
-            socket.create_connection(address, timeout=seconds).close()
-            answered.set()
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answered.is_set()
-
-
-def dataset_splits(builder: Any) -> dict[str, list[str]]:
-    """{"train": [name], "all": [names]}; also "validation": [name] if the split validation, or else test, exists."""
-    names = list(builder.info.splits)
-    if "train" not in names:
-        raise UserError(f"tfds:{builder.info.full_name} has no split named train, only {', '.join(names)}")
-    held_out = [name for name in ("validation", "test") if name in names][:1]
-    return {"train": ["train"], "all": names} | ({"validation": held_out} if held_out else {})
-
-
-def dataset_examples(builder: Any, split: str) -> Any:
-    """The examples of one split of a TFDS builder, with random access."""
-    try:
-        return builder.as_data_source(split=split)
-    except NotImplementedError as error:
-        raise UserError(
-            f"tfds:{builder.info.full_name} is prepared as {builder.info.file_format.value}: prepare it again with "
-            "--file_format=array_record"
-        ) from error
-
-
-# Python's sources.
-
-
-def standard_modules(pattern: str, largest: int | None = None) -> Iterator[tuple[str, pathlib.Path, ast.Module]]:
-    """Yields (name, path, syntax tree) of the source files of the running Python, sorted by path.
-
-    largest: in bytes; files of this size or larger are left out.
-    """
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.glob(pattern)):
-        parts = path.relative_to(root).with_suffix("").parts
-        if SKIPPED_MODULES & set(parts) or largest and path.stat().st_size >= largest:
-            continue
-        try:
-            with warnings.catch_warnings(action="ignore"):  # about outdated escape sequences
-                module = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError):
-            continue  # a template or a file for another Python
-        yield ".".join(parts).removesuffix(".__init__"), path, module

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from nanoflax.data.files import DataReport
-from nanoflax.data.text import Source, documents, source_version
+from nanoflax.data.parts import documents
+from nanoflax.data.report import DataReport
+from nanoflax.data.source import Source, source_version
 from nanoflax.errors import UserError
 from nanoflax.report import ProgressBar, format_count, format_duration, to_json
 from nanoflax.untrusted import json_object
@@ -52,6 +53,18 @@ class TokenStore:
     n_documents = property(lambda self: self.meta["n_documents"])
     fingerprint = property(lambda self: self.meta["fingerprint"])  # of tokens and offsets
     report = property(lambda self: self.meta["report"])  # the lines of the DataReport
+
+    def read(self, start: int, stop: int) -> Int[np.ndarray, " stop-start"]:
+        """The tokens from position start to position stop - 1."""
+        return self.tokens[start:stop]
+
+    def document(self, positions: Any) -> Int[np.ndarray, "..."]:
+        """The numbers of the documents at these positions. An end token is part of its document."""
+        return np.searchsorted(self.offsets, positions, side="right") - 1
+
+    def begin(self, documents: Any) -> Int[np.ndarray, "..."]:
+        """The first positions of documents with these numbers; n_documents gives n_tokens."""
+        return self.offsets[documents]
 
     @classmethod
     def open(cls, directory: str | os.PathLike) -> "TokenStore":

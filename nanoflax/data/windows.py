@@ -37,26 +37,23 @@ class Windows:
         If isolated, also segments [B, T] int32: the number of the document in its window, from 1, or 0 for padding;
         and start [B] int32: the bos_id before each document.
         """
-        tokens, n = self.store.tokens, self.store.n_tokens
-        starts = np.asarray(indices, np.int64) * self.length
-        positions = starts[:, None] + np.arange(self.length)
+        n, T = self.store.n_tokens, self.length
+        starts = np.asarray(indices, np.int64) * T
+        rows = np.zeros((len(starts), 1 + T), np.int32)  # the token before the window, and the window
+        rows[:, 0] = self.bos_id
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            if start < n:
+                before = min(start, 1)
+                tokens = self.store.read(start - before, min(start + T, n))
+                row[1 - before : 1 - before + len(tokens)] = tokens
+        positions = starts[:, None] + np.arange(T)
         real = positions < n
-        positions = np.minimum(positions, n - 1)
-        before = tokens[np.clip(starts - 1, 0, n - 1)].astype(np.int32)
-        batch = {
-            "targets": np.where(real, tokens[positions], 0).astype(np.int32),
-            "first": np.where(starts == 0, self.bos_id, before).astype(np.int32),
-            "weights": real.astype(np.float32),
-        }
+        batch = {"targets": rows[:, 1:], "first": rows[:, 0], "weights": real.astype(np.float32)}
         if self.isolated:
-            document = self.document(positions)
+            document = self.store.document(np.minimum(positions, n - 1))
             batch["segments"] = np.where(real, document - document[:, :1] + 1, 0).astype(np.int32)
             batch["start"] = np.full(len(starts), self.bos_id, np.int32)
             # If a document begins with the window, bos_id is before it, not the last token of another document.
-            begins = self.store.offsets[document[:, 0]] == starts
+            begins = self.store.begin(document[:, 0]) == starts
             batch["first"] = np.where(begins, self.bos_id, batch["first"]).astype(np.int32)
         return batch
-
-    def document(self, positions: Int[np.ndarray, "..."] | Sequence[int]) -> Int[np.ndarray, "..."]:
-        """The numbers of the documents at these positions of the store. An end token is part of its document."""
-        return np.searchsorted(self.store.offsets, positions, side="right") - 1

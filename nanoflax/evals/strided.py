@@ -1,5 +1,6 @@
 """The perplexity of texts that are longer than a model's context, by windows that overlap."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -47,8 +48,8 @@ def strided_perplexity(
     store = runs.open_text(run, name, split, fields)
     framing, pairs = run.tokenizer.framing, []
     between = framing.document(())[-1:] if framing.first_id != framing.eos_id else []
-    for begin, end in zip(store.offsets[:-1].tolist(), store.offsets[1:].tolist(), strict=True):
-        pairs += windows(store.tokens[begin : end - len(between)].tolist(), framing.first_id, context, stride)
+    for begin, end in itertools.pairwise(store.begin(range(store.n_documents + 1)).tolist()):
+        pairs += windows(store.read(begin, end - len(between)).tolist(), framing.first_id, context, stride)
     if not pairs:
         raise UserError(f"--data={name} holds no text")
     params = jax.tree_util.tree_map(jnp.asarray, run.params)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from nanoflax import data, report
 from nanoflax.data import Batches, Windows, evaluation_batches, prefetch, token_store
 from nanoflax.data.batches import SMALL_EPOCH
-from nanoflax.data.text import _cut
+from nanoflax.data.parts import _cut
 from nanoflax.errors import UserError
 from nanoflax.tokenizers import trained
 from tests.report.progress_test import run_in_terminal

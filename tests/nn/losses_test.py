@@ -218,7 +218,16 @@ class Store:
     def __init__(self, *documents):
         ended = [np.array([*d, 0], np.int32) for d in documents]
         self.tokens, self.n_tokens = np.concatenate(ended), sum(map(len, ended))
-        self.offsets = np.cumsum([0, *map(len, ended)])
+        self.begins = np.cumsum([0, *map(len, ended)])
+
+    def read(self, start, stop):
+        return self.tokens[start:stop]
+
+    def begin(self, documents):
+        return self.begins[documents]
+
+    def document(self, positions):
+        return np.searchsorted(self.begins, positions, side="right") - 1
 
 
 @pytest.mark.parametrize("positions", POSITIONS)

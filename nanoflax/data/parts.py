@@ -1,0 +1,232 @@
+"""The documents of a Source, in parts that processes read independently.
+
+    Source --plan--> Plan --read(plan, number)--> the documents of one part
+
+The parts are a function of the source alone, so any number of processes, of one machine or of a cluster, reads the same
+documents in the same order.
+"""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from io import TextIOWrapper
+
+from nanoflax.data import files
+from nanoflax.data.cleaning import REPAIR, clean
+from nanoflax.data.pydocs import pydocs
+from nanoflax.data.report import DataReport, is_held_out
+from nanoflax.data.source import Source, matching_files, suffix, text_dataset
+from nanoflax.data.tfds import dataset_examples, dataset_splits
+from nanoflax.errors import UserError
+
+FEW_DOCUMENTS = 100  # with fewer documents a split by hash may be empty
+PART_BYTES = 1 << 28  # of a source; about what one process tokenizes in a minute
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A piece of a source: whole files, or a range of one file or data set.
+
+    paths: files, read one after another. split: of a TFDS data set. begin, end: the examples of a data set.
+    size: in bytes, or another unit that all parts of the source share.
+    """
+
+    paths: tuple[str, ...] = ()
+    split: str = ""
+    begin: int = 0
+    end: int = 0
+    size: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a process needs to read any part of one split of a source. It can be pickled.
+
+    choice: the split that the documents are chosen for: train or validation; "" for all documents of the parts.
+    few: each document is cut in two, instead of a choice by its hash.
+    """
+
+    source: Source
+    choice: str
+    few: bool
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+
+def plan(source: Source | str, split: str = "train", part_bytes: int = PART_BYTES) -> Plan:
+    """The Plan of one split (train, validation or all) of a Source, or of the source with this name.
+
+    part_bytes: about the size of a part. Raises: UserError for a source that cannot be read.
+    """
+    source = source if isinstance(source, Source) else Source(source)
+    if split not in ("train", "validation", "all"):
+        raise UserError(f"split {split!r}: choose train, validation or all")
+    if split == "validation" and source.validation:
+        return plan(dataclasses.replace(source, name=source.validation, validation=""), "all", part_bytes)
+    dataset = dataset_splits(text_dataset(source)[0]) if source.name.startswith("tfds:") else {}
+    has_splits = split == "all" or source.validation or "validation" in dataset
+    everything = Plan(source, "", False, _parts(source, dataset.get(split if has_splits else "train", []), part_bytes))
+    if has_splits:
+        return everything
+    found = itertools.chain.from_iterable(read(everything, i, DataReport()) for i in range(len(everything.parts)))
+    few = sum(1 for _ in itertools.islice(found, FEW_DOCUMENTS)) < FEW_DOCUMENTS
+    return dataclasses.replace(everything, choice=split, few=few)
+
+
+def read(plan: Plan, number: int, report: DataReport) -> Iterator[str]:
+    """Yields the non-empty documents of one part, in order. `report` counts damaged text, and its `share` is the share
+    of this part that has been read."""
+    part, name = plan.parts[number], plan.source.name
+    if name == "pydocs":
+        texts = _counted(pydocs(), report)
+    elif name.startswith("text:"):
+        texts = _read_files(part, plan.source.field, report)
+    else:
+        texts = _read_dataset(plan.source, part, report)
+    for text in texts:
+        if plan.few:
+            text = _cut(text, plan.source.validation_fraction)[plan.choice == "validation"]
+        elif plan.choice and is_held_out(text, plan.source.validation_fraction) != (plan.choice == "validation"):
+            continue
+        if text:
+            yield text
+
+
+def documents(source: Source | str, split: str = "train", report: DataReport | None = None) -> Iterator[str]:
+    """Yields the non-empty documents of a Source, or of the source with this name, in a fixed order.
+
+    `report` counts damaged text. Raises: UserError for a source that cannot be read, or has no text in its field.
+    """
+    return _documents(plan(source, split), DataReport() if report is None else report)
+
+
+def _documents(plan: Plan, report: DataReport) -> Iterator[str]:
+    before = 0
+    for number, part in enumerate(plan.parts):
+        of_part = DataReport()
+        for text in read(plan, number, of_part):
+            report.share = (before + of_part.share * part.size) / plan.size
+            yield text
+        report.merge(of_part)
+        before += part.size
+    check_field(plan.source, report)
+    check_field(plan.source, report)
+
+
+def check_field(source: Source, report: DataReport) -> None:
+    """Raises: UserError if a whole source, with this report, had texts only in other fields than its own."""
+    if report.other_fields and not report.has_text:
+        others = list(report.other_fields)
+        raise UserError(
+            f"{report.other_fields[others[0]]}: no JSON line has text in field {source.field!r}; choose one of "
+            f"{', '.join(others)}, as in --config.data.field={others[0]}"
+        )
+
+
+def _parts(source: Source, splits: Sequence[str], part_bytes: int) -> tuple[Part, ...]:
+    """splits: names of splits of a TFDS data set; other sources ignore them."""
+    if source.name == "pydocs":
+        return (Part(),)
+    if source.name.startswith("text:"):
+        return tuple(_file_parts(matching_files(source.name), part_bytes))
+    return tuple(_dataset_parts(source, splits, part_bytes))
+
+
+def _counted(items: Sequence[str], report: DataReport) -> Iterator[str]:
+    """Yields the items and updates report.share."""
+    for i, item in enumerate(items):
+        report.share = i / len(items)
+        yield item
+
+
+def _document(text: str | bytes, place: str, report: DataReport) -> str:
+    """The text, repaired so that UTF-8 can encode it; "" for a blank text."""
+    text = files.decode(text, place, report) if isinstance(text, bytes) else text
+    text = clean(text, [REPAIR], place, report)
+    if not text or text.isspace():
+        report.add("empty documents", place)
+        return ""
+    return text
+
+
+def _cut(text: str, fraction: float) -> tuple[str, str]:
+    """The text in two parts. The second is about `fraction` of the text and begins after a paragraph, line or word."""
+    middle = int(len(text) * (1 - fraction))
+    for end in ("\n\n", "\n", " "):
+        at = text.rfind(end, len(text) // 2, middle) + len(end)
+        if at >= len(text) // 2 + len(end):
+            return text[:at], text[at:]
+    return text[:middle], text[middle:]
+
+
+# Files.
+
+
+def _file_parts(paths: Sequence[str], part_bytes: int) -> Iterator[Part]:
+    """Groups files, in order, until a group has part_bytes."""
+    group, size = [], 0
+    for path in paths:
+        group.append(path)
+        size += os.path.getsize(path)
+        if size >= part_bytes or path == paths[-1]:
+            yield Part(tuple(group), size=max(size, 1))
+            group, size = [], 0
+
+
+def _read_files(part: Part, field: str, report: DataReport) -> Iterator[str]:
+    before = 0
+    for path in part.paths:
+        with files.open_text(path) as file:
+            if suffix(path) == ".jsonl":
+                texts = _read_json_lines(file, path, field, report)
+            else:
+                texts = _read_whole(file, path, report)
+            for text in texts:
+                report.share = (before + files.bytes_read(file)) / part.size
+                if text:
+                    yield text
+            before += files.bytes_read(file)
+
+
+def _read_whole(file: TextIOWrapper, path: str, report: DataReport) -> Iterable[str]:
+    report.has_text = True
+    return [_document(files.decoded(file.read(), path, report), path, report)]
+
+
+def _read_json_lines(file: TextIOWrapper, path: str, field: str, report: DataReport) -> Iterator[str]:
+    for place, value in files.json_lines(file, path, report):
+        text = value.get(field) if isinstance(value, dict) else None
+        if isinstance(text, str):
+            report.has_text = True
+            yield _document(text, place, report)
+        else:
+            report.add(f"JSON lines without text in field {field!r}, left out", place)
+            for name, other in value.items() if isinstance(value, dict) else ():
+                if isinstance(other, str):
+                    report.other_fields.setdefault(name, place)
+
+
+# TFDS.
+
+
+def _dataset_parts(source: Source, splits: Sequence[str], part_bytes: int) -> Iterator[Part]:
+    builder, _ = text_dataset(source)
+    for name in splits:
+        n = len(dataset_examples(builder, name))
+        pieces = max(1, min(n, -(-builder.info.splits[name].num_bytes // part_bytes)))
+        for i in range(pieces):
+            begin, end = i * n // pieces, (i + 1) * n // pieces
+            yield Part(split=name, begin=begin, end=end, size=max(end - begin, 1))
+
+
+def _read_dataset(source: Source, part: Part, report: DataReport) -> Iterator[str]:
+    builder, field = text_dataset(source)
+    report.has_text, examples = True, dataset_examples(builder, part.split)
+    for i in range(part.begin, part.end):
+        report.share = (i - part.begin) / part.size
+        if text := _document(examples[i][field], f"{part.split} example {i}", report):
+            yield text

@@ -1,0 +1,44 @@
+"""What is wrong in the data, counted; and which texts are held out for validation."""
+
+import collections
+import hashlib
+
+
+class DataReport:
+    """Counts each kind of problem in the data and keeps the first three places of each kind.
+
+    share: the part of the source that has been read, from 0 to 1.
+    has_text: whether a text was found in the field of the source. other_fields: {name of another field with text: its
+    first place}.
+    """
+
+    def __init__(self) -> None:
+        self.share = 0.0
+        self.counts, self.places = collections.Counter(), collections.defaultdict(list)
+        self.has_text, self.other_fields = False, {}
+
+    def add(self, problem: str, place: str) -> None:
+        self.counts[problem] += 1
+        if len(self.places[problem]) < 3:
+            self.places[problem].append(place)
+
+    def merge(self, later: "DataReport") -> None:
+        """Adds what another report found after this one."""
+        self.counts.update(later.counts)
+        for problem, places in later.places.items():
+            self.places[problem] = [*self.places[problem], *places][:3]
+        self.has_text |= later.has_text
+        self.other_fields = later.other_fields | self.other_fields
+
+    def lines(self) -> list[str]:
+        """One readable line for each kind of problem."""
+        return [
+            f"{problem}: {count} ({', '.join(self.places[problem])}{', ...' * (count > 3)})"
+            for problem, count in self.counts.items()
+        ]
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a text is validation data. The hash of the text decides, so equal texts are in the same split."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"nanoflax split").digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64

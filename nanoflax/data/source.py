@@ -1,0 +1,99 @@
+"""Sources of text, each named by one string."""
+
+import dataclasses
+import glob
+import os
+import sys
+from typing import Any
+
+from nanoflax.config import TextData
+from nanoflax.data.tfds import open_dataset
+from nanoflax.errors import UserError
+
+HELP = "choose pydocs, text:GLOB or tfds:NAME[:FIELD]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A source of text and its splits "train" and "validation" ("all" is both).
+
+    name: pydocs; text:GLOB of .txt, .md (one document per file) and .jsonl (one document per line, in `field`), each
+      also .gz; tfds:NAME[:FIELD], where NAME may include /CONFIG and :VERSION.
+    validation: another source, for the validation split. If empty, the data set's own split validation, or else
+      test. Without such a split, documents chosen by hash, with probability `validation_fraction`. With fewer than
+      100 documents, the last `validation_fraction` of each document, cut after a paragraph, line or word.
+    data_dir: of TFDS; default $TFDS_DATA_DIR, or the default of TFDS.
+    """
+
+    name: str
+    field: str = "text"
+    validation: str = ""
+    validation_fraction: float = 0.05
+    data_dir: str = ""
+
+    def __post_init__(self) -> None:
+        for name in (self.name, self.validation or "pydocs"):
+            scheme, _, rest = name.partition(":")
+            if name != "pydocs" and not (scheme in ("text", "tfds") and rest):
+                hint = f"write text:{name}, or " if os.path.exists(name) else ""
+                raise UserError(f"data source {name!r} is not known; {hint}{HELP}")
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction {self.validation_fraction}: must be between 0 and 1")
+
+
+def source_of(config: TextData, name: str | None = None) -> Source:
+    """The Source of a TextData. name: another source, read with the same settings."""
+    return Source(name or config.train, config.field, "" if name else config.validation, config.validation_fraction)
+
+
+def source_version(source: Source) -> list[Any]:
+    """JSON values that change when the source changes: paths, sizes and times of files, versions of data sets and of
+    Python. The text is not read. Raises: UserError for a source that does not exist."""
+
+    def version(name: str) -> list[Any]:
+        if name.startswith("text:"):
+            stats = [(path, os.stat(path)) for path in matching_files(name)]
+            return [[os.path.abspath(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        if name.startswith("tfds:"):
+            builder, field = text_dataset(dataclasses.replace(source, name=name))
+            return [builder.info.full_name, str(builder.data_path), field]
+        return [sys.version]
+
+    return [version(source.name), source.validation and version(source.validation)]
+
+
+def matching_files(name: str) -> list[str]:
+    """The files of a text: source, sorted. Raises: UserError if there is none."""
+    pattern = os.path.expanduser(name.removeprefix("text:"))
+    matches = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+    found = [path for path in matches if suffix(path) in (".txt", ".md", ".jsonl")]
+    if not found:
+        what = f"{len(matches)} files, none of them" if matches else "no file, so no"
+        raise UserError(
+            f"data source {name!r} matches {what} .txt, .md or .jsonl (or .gz of these); for all files in a folder "
+            "write text:FOLDER/**/*.txt"
+        )
+    return found
+
+
+def suffix(path: str) -> str:
+    """The suffix that names the format of a file: .jsonl of x.jsonl.gz."""
+    return os.path.splitext(path.removesuffix(".gz"))[1]
+
+
+def text_dataset(source: Source) -> tuple[Any, str]:
+    """(builder, field) of a tfds: source; the data set is prepared."""
+    import tensorflow_datasets as tfds
+
+    words = source.name.removeprefix("tfds:").split(":")
+    # NAME, NAME:FIELD, NAME:VERSION or NAME:VERSION:FIELD; a version starts with a digit.
+    name = ":".join(words[:2] if len(words) > 1 and words[1][:1].isdigit() else words[:1])
+    field = ":".join(words)[len(name) + 1 :]
+    builder = open_dataset(name, source.data_dir)
+    features = builder.info.features
+    texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
+    if field not in texts and (field or len(texts) != 1):
+        raise UserError(
+            f"{source.name}: name a text feature, as in tfds:{name}:FIELD; it has {', '.join(texts) or 'none'}"
+        )
+    return builder, field or texts[0]
