@@ -171,5 +171,6 @@ def _engine():
 def _short(message: str) -> str:
     """A message of the engine in one line, without the grammar that it quotes."""
     message = re.split(r"\n\s*\d+ \|", message)[0]
+    message = message.replace("NoExtensionBias", "a rule refers to itself before it reads anything")
     message = re.sub(r"^at 1\(\d+\): |failed to compile JSON schema: |\n\s*\^+(?=\n)|<non-verbose/>", "", message)
     return " ".join(message.split())[:300]

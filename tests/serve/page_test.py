@@ -148,6 +148,16 @@ def test_mistakes_are_shown(page):
     assert len(texts(page, "user")) == 1
 
 
+def test_a_message_after_an_error_is_one_turn_with_the_one_before(page):
+    say(page, "Hello", max_tokens=5000)
+    page.get_by_role("alert").wait_for()
+    with page.expect_request("**/v1/chat/completions") as sent:
+        say(page, "Are you there?", max_tokens=2)
+    assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "Hello\n\nAre you there?"}]
+    finished(page)
+    assert texts(page, "user") == ["Hello", "Are you there?"] and page.get_by_role("alert").count() == 0
+
+
 def test_a_model_without_a_template_continues_texts(browser):
     with running(tiny(), slots=1, name="tiny", api_key="secret") as (address, _):
         page = browser.new_page()
