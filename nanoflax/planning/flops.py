@@ -37,8 +37,9 @@ def flops_per_token(config: ModelConfig, length: int | None = None) -> int:
     target token), forward and backward.
 
     6 for each weight of a matrix product that the token uses, and 12 H K T for each attention, not halved for
-    the causal mask (Chowdhery et al. 2022, appendix B: the numerator of MFU). A recurrent layer takes 12 for each
-    number of its state, with the delta rule 18. length: T, default the context.
+    the causal mask (Chowdhery et al. 2022, appendix B: the numerator of MFU); in a sliding or chunked layer the window
+    in place of T. A recurrent layer takes 12 for each number of its state, with the delta rule 18. length: T, default
+    the context.
     """
     c, T = config, length or config.context
     total = 6 * _kernels(c)[2]
@@ -52,5 +53,5 @@ def flops_per_token(config: ModelConfig, length: int | None = None) -> int:
             state = r.heads * r.key_dim * r.value_dim
             total += (18 if c.layer_type(i) == "delta" else 12) * state
         else:
-            total += 6 * c.heads * (c.K + values) * T
+            total += 6 * c.heads * (c.K + values) * (min(T, c.window) if c.is_local(i) else T)
     return total + 24 * c.cross_layers * c.decoder.heads * c.decoder.K * T

@@ -1,5 +1,6 @@
 """The whole decoder: causality, caches, packed windows, and equality with Transformers."""
 
+import dataclasses
 from functools import partial
 
 import flax.linen as nn
@@ -175,6 +176,10 @@ def test_flops_are_six_per_matrix_weight_and_attention():
         weights = sum(p.size for path, p in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == "kernel")
         weights += c.dim * c.vocab_size if c.tied else 0  # the embedding is the head too
         assert flops_per_token(c, 10) == 6 * weights + 12 * c.layers * c.dim * 10
+        sliding = dataclasses.replace(c, layers=2, window=4, layer_types=("sliding", "full"))
+        full = dataclasses.replace(c, layers=2)
+        assert flops_per_token(full, 10) - flops_per_token(sliding, 10) == 12 * c.dim * (10 - 4)
+        assert flops_per_token(full, 3) == flops_per_token(sliding, 3)
 
 
 # A bottleneck: one vector is all that a decoder sees of its source.
