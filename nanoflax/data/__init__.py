@@ -3,6 +3,7 @@
 from nanoflax.data.batches import Batches, evaluation_batches, prefetch
 from nanoflax.data.cleaning import UNICODE, WHITESPACE, clean, cleaning_steps
 from nanoflax.data.files import MALFORMED, decode, json_lines, open_text, text_lines
+from nanoflax.data.mixture import Mixture, Stage, is_mixture, parse_names, parse_stages
 from nanoflax.data.parts import documents
 from nanoflax.data.pydocs import standard_modules
 from nanoflax.data.report import DataReport, is_held_out
@@ -12,8 +13,8 @@ from nanoflax.data.token_store import TokenStore, default_cache_dir, prepare
 from nanoflax.data.windows import Windows
 
 __all__ = [
-    "Batches", "DataReport", "MALFORMED", "Source", "TokenStore", "UNICODE", "WHITESPACE", "Windows", "clean",
-    "cleaning_steps", "dataset_examples", "dataset_splits", "decode", "default_cache_dir", "documents",
-    "evaluation_batches", "is_held_out", "json_lines", "open_dataset", "open_text", "prefetch", "prepare", "source_of",
-    "source_version",
-    "standard_modules", "text_lines"]  # fmt: skip
+    "Batches", "DataReport", "MALFORMED", "Mixture", "Source", "Stage", "TokenStore", "UNICODE", "WHITESPACE",
+    "Windows", "clean", "cleaning_steps", "dataset_examples", "dataset_splits", "decode", "default_cache_dir",
+    "documents", "evaluation_batches", "is_held_out", "is_mixture", "json_lines", "open_dataset", "open_text",
+    "parse_names", "parse_stages", "prefetch", "prepare", "source_of", "source_version", "standard_modules",
+    "text_lines"]  # fmt: skip

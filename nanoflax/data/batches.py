@@ -15,7 +15,7 @@ SMALL_EPOCH = 1 << 13  # largest number of windows whose permutation is kept in 
 Item = TypeVar("Item")
 
 
-def _shuffled(i: int, n: int, seed: int, epoch: int) -> int:
+def shuffled(i: int, n: int, seed: int, epoch: int) -> int:
     """Item i of the permutation of range(n) that belongs to (seed, epoch), in O(1)."""
     if n <= SMALL_EPOCH:  # index_shuffle is slow for small n: it permutes at least 2^16 indices
         return _small_permutation(n, seed, epoch)[i]
@@ -60,18 +60,15 @@ class Batches:
         positions = [divmod(first + row, n) for row in self.host_rows]
         if not self.shuffle:
             return [i for _, i in positions]
-        return [_shuffled(i, n, self.seed, epoch) for epoch, i in positions]
+        return [shuffled(i, n, self.seed, epoch) for epoch, i in positions]
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return self.windows.batch(self.indices(step))
 
     def describe(self, step: int) -> list[tuple[int, int, int]]:
         """The (window, first document, last document) of each row of a step, to report a bad batch."""
-        found, windows = [], self.windows
-        for i in Batches(windows, self.batch_size, self.seed, self.shuffle).indices(step):
-            last = min((i + 1) * windows.length, windows.store.n_tokens) - 1
-            found.append((i, *map(int, windows.store.document([i * windows.length, last]))))
-        return found
+        whole = Batches(self.windows, self.batch_size, self.seed, self.shuffle)
+        return [(i, *self.windows.documents(i)) for i in whole.indices(step)]
 
 
 def evaluation_batches(

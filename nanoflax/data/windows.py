@@ -30,6 +30,12 @@ class Windows:
             raise IndexError(index)
         return {name: array[0] for name, array in self.batch([index]).items()}
 
+    def documents(self, index: int) -> tuple[int, int]:
+        """(the first document, the last document) in a window."""
+        last = min((index + 1) * self.length, self.store.n_tokens) - 1
+        first, last = map(int, self.store.document([index * self.length, last]))
+        return first, last
+
     def batch(self, indices: Sequence[int] | Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
         """The windows with these numbers. A number after the last window gives only padding.
 
