@@ -32,6 +32,17 @@ class TextData(DataConfig):
     kind: ClassVar[str] = "text"
     window: int = field(0, "Length of a training window; 0: model.context.", unit="tokens", at_least=0)
     packing: str = field("joined", "isolated: documents of a window cannot see each other.", choices=PACKINGS)
+    min_chars: int = field(0, "Leave shorter documents out; 0: none.", unit="characters", at_least=0)
+    max_chars: int = field(0, "Leave longer documents out; 0: none.", unit="characters", at_least=0)
+    languages: str = field("", "Keep documents in these languages, as in en,de; empty: all.")
+    dedup: str = field("", "Leave duplicates out: exact, or minhash:0.8 for similar documents too; empty: none.")
+    decontaminate: int = field(
+        0,
+        "Leave out documents that share so many words in a row with the validation text; 13 is usual, 0: none.",
+        unit="words",
+        at_least=0,
+    )
+    evaluation: str = field("", "More text for data.decontaminate: sources as in data.train, separated by ;.")
     workers: int = field(0, "Processes that tokenize; 0: one per core.", at_least=0)
     cache: str = field("", "Directory of the token files; empty: the user's cache directory.")
     # This attribute is last: it hides the function `field` in the class body.

@@ -14,7 +14,9 @@ from io import TextIOWrapper
 
 from nanoflax.data import files
 from nanoflax.data.cleaning import REPAIR, clean
+from nanoflax.data.duplicates import left_out
 from nanoflax.data.pydocs import pydocs
+from nanoflax.data.quality import Quality, excerpt
 from nanoflax.data.report import DataReport, is_held_out
 from nanoflax.data.source import Source, matching_files, suffix, text_dataset
 from nanoflax.data.tfds import dataset_examples, dataset_splits
@@ -45,12 +47,15 @@ class Plan:
 
     choice: the split that the documents are chosen for: train or validation; "" for all documents of the parts.
     few: each document is cut in two, instead of a choice by its hash.
+    left_out: for each part, {number of a document: why a comparison with other documents leaves it out}. The numbers
+      count the documents that `read` yields if left_out is empty.
     """
 
     source: Source
     choice: str
     few: bool
     parts: tuple[Part, ...]
+    left_out: tuple[dict[int, str], ...] = ()
 
     @property
     def size(self) -> int:
@@ -66,15 +71,18 @@ def plan(source: Source | str, split: str = "train", part_bytes: int = PART_BYTE
     if split not in ("train", "validation", "all"):
         raise UserError(f"split {split!r}: choose train, validation or all")
     if split == "validation" and source.validation:
-        return plan(dataclasses.replace(source, name=source.validation, validation=""), "all", part_bytes)
+        return plan(Source(source.validation, source.field, data_dir=source.data_dir), "all", part_bytes)
     dataset = dataset_splits(text_dataset(source)[0]) if source.name.startswith("tfds:") else {}
     has_splits = split == "all" or source.validation or "validation" in dataset
     everything = Plan(source, "", False, _parts(source, dataset.get(split if has_splits else "train", []), part_bytes))
     if has_splits:
-        return everything
+        if split == "validation":  # its author chose it
+            return dataclasses.replace(everything, source=dataclasses.replace(source, quality=Quality()))
+        return _compared(everything)
     found = itertools.chain.from_iterable(read(everything, i, DataReport()) for i in range(len(everything.parts)))
     few = sum(1 for _ in itertools.islice(found, FEW_DOCUMENTS)) < FEW_DOCUMENTS
-    return dataclasses.replace(everything, choice=split, few=few)
+    chosen = dataclasses.replace(everything, choice=split, few=few)
+    return _compared(chosen) if split == "train" else chosen
 
 
 def read(plan: Plan, number: int, report: DataReport) -> Iterator[str]:
@@ -87,13 +95,34 @@ def read(plan: Plan, number: int, report: DataReport) -> Iterator[str]:
         texts = _read_files(part, plan.source.field, report)
     else:
         texts = _read_dataset(plan.source, part, report)
-    for text in texts:
-        if plan.few:
-            text = _cut(text, plan.source.validation_fraction)[plan.choice == "validation"]
-        elif plan.choice and is_held_out(text, plan.source.validation_fraction) != (plan.choice == "validation"):
-            continue
-        if text:
+    left_out, i = plan.left_out[number] if plan.left_out else {}, -1
+    for text in _chosen(plan, texts, report):
+        i += 1
+        if i in left_out:
+            report.add(left_out[i], excerpt(text))
+        else:
             yield text
+
+
+def _chosen(plan: Plan, texts: Iterable[str], report: DataReport) -> Iterator[str]:
+    """The texts of the plan's split that pass the steps for single documents."""
+    validation, fraction = plan.choice == "validation", plan.source.validation_fraction
+    for text in texts:
+        if plan.choice and not plan.few and is_held_out(text, fraction) != validation:
+            continue
+        if not plan.source.quality.keeps(text, report):
+            continue
+        if text := _cut(text, fraction)[validation] if plan.few else text:
+            yield text
+
+
+def _compared(plan: Plan) -> Plan:
+    """The plan without the documents that a comparison with other documents leaves out. Reads all documents once."""
+    quality = plan.source.quality
+    if not quality.compares:
+        return plan
+    parts = (read(plan, i, DataReport()) for i in range(len(plan.parts)))
+    return dataclasses.replace(plan, left_out=left_out(quality, parts))
 
 
 def documents(source: Source | str, split: str = "train", report: DataReport | None = None) -> Iterator[str]:

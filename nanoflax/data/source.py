@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from nanoflax.config import TextData
+from nanoflax.data.quality import Quality
 from nanoflax.data.tfds import open_dataset
 from nanoflax.errors import UserError
 
@@ -23,6 +24,7 @@ class Source:
       test. Without such a split, documents chosen by hash, with probability `validation_fraction`. With fewer than
       100 documents, the last `validation_fraction` of each document, cut after a paragraph, line or word.
     data_dir: of TFDS; default $TFDS_DATA_DIR, or the default of TFDS.
+    quality: which documents are left out.
     """
 
     name: str
@@ -30,9 +32,10 @@ class Source:
     validation: str = ""
     validation_fraction: float = 0.05
     data_dir: str = ""
+    quality: Quality = Quality()
 
     def __post_init__(self) -> None:
-        for name in (self.name, self.validation or "pydocs"):
+        for name in (self.name, *self.evaluation):
             scheme, _, rest = name.partition(":")
             if name != "pydocs" and not (scheme in ("text", "tfds") and rest):
                 hint = f"write text:{name}, or " if os.path.exists(name) else ""
@@ -40,10 +43,18 @@ class Source:
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction {self.validation_fraction}: must be between 0 and 1")
 
+    @property
+    def evaluation(self) -> list[str]:
+        """The names of the sources of evaluation text, besides the validation split of this source."""
+        return [name.strip() for name in (self.validation, *self.quality.evaluation.split(";")) if name.strip()]
+
 
 def source_of(config: TextData, name: str | None = None) -> Source:
     """The Source of a TextData. name: another source, read with the same settings."""
-    return Source(name or config.train, config.field, "" if name else config.validation, config.validation_fraction)
+    if name:
+        return Source(name, config.field, validation_fraction=config.validation_fraction)
+    quality = Quality(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Quality)})
+    return Source(config.train, config.field, config.validation, config.validation_fraction, quality=quality)
 
 
 def source_version(source: Source) -> list[Any]:
@@ -59,7 +70,7 @@ def source_version(source: Source) -> list[Any]:
             return [builder.info.full_name, str(builder.data_path), field]
         return [sys.version]
 
-    return [version(source.name), source.validation and version(source.validation)]
+    return [version(name) for name in (source.name, *source.evaluation)]
 
 
 def matching_files(name: str) -> list[str]:
