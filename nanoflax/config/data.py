@@ -46,7 +46,7 @@ class TextData(DataConfig):
     workers: int = field(0, "Processes that tokenize; 0: one per core.", at_least=0)
     cache: str = field("", "Directory of the token files; empty: the user's cache directory.")
     # This attribute is last: it hides the function `field` in the class body.
-    field: str = field("text", "Name of the JSON field that holds the text.")
+    field: str = field("text", "Name of the JSON field or of the column that holds the text.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

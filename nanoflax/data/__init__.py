@@ -8,6 +8,7 @@ from nanoflax.data.parts import documents
 from nanoflax.data.pydocs import standard_modules
 from nanoflax.data.report import DataReport, is_held_out
 from nanoflax.data.source import Source, source_of, source_version
+from nanoflax.data.tables import table_rows
 from nanoflax.data.tfds import dataset_examples, dataset_splits, open_dataset
 from nanoflax.data.token_store import TokenStore, default_cache_dir, prepare
 from nanoflax.data.windows import Windows
@@ -17,4 +18,4 @@ __all__ = [
     "Windows", "clean", "cleaning_steps", "dataset_examples", "dataset_splits", "decode", "default_cache_dir",
     "documents", "evaluation_batches", "is_held_out", "is_mixture", "json_lines", "open_dataset", "open_text",
     "parse_names", "parse_stages", "prefetch", "prepare", "source_of", "source_version", "standard_modules",
-    "text_lines"]  # fmt: skip
+    "table_rows", "text_lines"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Opening and decoding the text files of a person, plain or .gz, and reading their lines.
+"""Opening and decoding the text files of a person, plain, .gz or .zst, and reading their lines.
 
 Damaged text is repaired or left out, and counted in a DataReport. A file that cannot be read raises UserError.
 """
@@ -10,7 +10,7 @@ import io
 import itertools
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, cast
 
 from nanoflax.data.report import DataReport
@@ -28,15 +28,17 @@ MALFORMED = "malformed JSON lines (write one object on each line, or a list of o
 
 @contextlib.contextmanager
 def open_text(path: str | os.PathLike) -> Iterator[io.TextIOWrapper]:
-    """Opens a text file of a person: .gz is decompressed, a byte-order mark is removed and chooses UTF-16 or UTF-32.
+    """Opens a text file of a person. A byte-order mark is removed and chooses UTF-16 or UTF-32.
 
-    Other files are UTF-8; their invalid bytes become surrogates, which `decoded` reports. Lines end with \\n, or with
-    \\r if the file has no \\n. Raises: UserError if the file cannot be opened or read, or is no text.
+    .gz and .zst are decompressed: the first bytes decide, not the name. Other files are UTF-8; their invalid bytes
+    become surrogates, which `decoded` reports. Lines end with \\n, or with \\r if the file has no \\n. Raises:
+    UserError if the file cannot be opened or read, or is no text.
     """
     try:
         with open(path, "rb", buffering=2**20) as raw:
-            zipped = cast(io.BufferedReader, raw).peek(2)[:2] == b"\x1f\x8b"
-            with gzip.open(raw) if zipped else raw as file:
+            begin = cast(io.BufferedReader, raw).peek(4)
+            kind = next((mark for mark in _DECOMPRESS if begin.startswith(mark)), b"")
+            with _DECOMPRESS[kind](raw) if kind else raw as file:
                 head = cast(io.BufferedReader, file).peek(2**20)
                 marked = [name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)]
                 encoding = marked[0] if marked else "utf-8-sig"
@@ -46,8 +48,8 @@ def open_text(path: str | os.PathLike) -> Iterator[io.TextIOWrapper]:
                         f"iconv -f utf-16le -t utf-8 {path} > new.txt"
                     )
                 errors = "strict" if marked else "surrogateescape"
-                begin = head.decode(encoding, "ignore")
-                newline = "\r" if "\r" in begin and "\n" not in begin else "\n"
+                first = head.decode(encoding, "ignore")
+                newline = "\r" if "\r" in first and "\n" not in first else "\n"
                 with io.TextIOWrapper(cast(BinaryIO, file), encoding, errors, newline) as text:
                     yield text
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
@@ -59,8 +61,23 @@ def _is_utf16(head: bytes) -> bool:
     return max(head[::2].count(0), head[1::2].count(0)) > max(2, len(head) / 20)
 
 
+class _Zstd(io.BufferedReader):
+    """The decompressed bytes of a .zst file, all frames. fileobj: the file."""
+
+    def __init__(self, file: Any) -> None:
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise UserError(f"{file.name}: .zst files need pyarrow: pip install 'nanoflax[data]'") from error
+        super().__init__(pyarrow.CompressedInputStream(file, "zstd"), 2**20)
+        self.fileobj = file
+
+
+_DECOMPRESS = {b"\x1f\x8b": gzip.open, b"\x28\xb5\x2f\xfd": _Zstd}  # by the first bytes of a file
+
+
 def bytes_read(file: io.TextIOWrapper) -> int:
-    """The number of bytes read from a file of open_text; for .gz, compressed bytes."""
+    """The number of bytes read from a file of open_text; of a compressed file, its own bytes."""
     buffer: Any = file.buffer
     return getattr(buffer, "fileobj", buffer).tell()
 
@@ -102,6 +119,11 @@ def json_lines(file: io.TextIOWrapper, path: str, report: DataReport) -> Iterato
             values = parse_json("\n".join(line for _, line in lines), path)
             yield from ((f"{path} item {number}", value) for number, value in enumerate(values, 1))
             return
+    yield from json_values(lines, report)
+
+
+def json_values(lines: Iterable[tuple[str, str]], report: DataReport) -> Iterator[tuple[str, Any]]:
+    """Yields (place, value) of lines with their places. Malformed lines are left out and reported."""
     for place, line in lines:
         if line and not line.isspace():
             try:
@@ -110,3 +132,25 @@ def json_lines(file: io.TextIOWrapper, path: str, report: DataReport) -> Iterato
                 report.add(MALFORMED, place)
             else:
                 yield place, value
+
+
+def can_cut(path: str) -> bool:
+    """Whether a file has lines of UTF-8, so that any process can read a range of its bytes with lines_of_range: it is
+    not compressed, has no other encoding, ends its lines with \\n and is not one JSON list."""
+    with open(path, "rb") as file:
+        head = file.read(2**20)
+    marks = [*_DECOMPRESS, *_BYTE_ORDER_MARKS, codecs.BOM_UTF8]
+    return b"\n" in head and not (head.startswith(tuple(marks)) or _is_utf16(head) or head.lstrip().startswith(b"["))
+
+
+def lines_of_range(file: BinaryIO, path: str, begin: int, end: int, report: DataReport) -> Iterator[tuple[str, str]]:
+    """Yields (place, line) of the lines that begin in a range of bytes of a file.
+
+    The place of a line names its first byte: the number of the line is not known without reading all bytes before it.
+    """
+    file.seek(max(begin - 1, 0))
+    at = begin and begin - 1 + len(file.readline())
+    while at < end and (line := file.readline()):
+        place = f"{path} line at byte {at}"
+        at += len(line)
+        yield place, decode(line, place, report).removeprefix("\ufeff").rstrip("\r\n")

@@ -9,16 +9,16 @@ documents in the same order.
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from io import TextIOWrapper
+from collections.abc import Iterator, Sequence
 
 from nanoflax.data import files
 from nanoflax.data.cleaning import REPAIR, clean
 from nanoflax.data.duplicates import left_out
+from nanoflax.data.formats import FORMATS, suffix
 from nanoflax.data.pydocs import pydocs
 from nanoflax.data.quality import Quality, excerpt
 from nanoflax.data.report import DataReport, is_held_out
-from nanoflax.data.source import Source, matching_files, suffix, text_dataset
+from nanoflax.data.source import Source, matching_files, text_dataset
 from nanoflax.data.tfds import dataset_examples, dataset_splits
 from nanoflax.errors import UserError
 
@@ -30,8 +30,9 @@ PART_BYTES = 1 << 28  # of a source; about what one process tokenizes in a minut
 class Part:
     """A piece of a source: whole files, or a range of one file or data set.
 
-    paths: files, read one after another. split: of a TFDS data set. begin, end: the examples of a data set.
-    size: in bytes, or another unit that all parts of the source share.
+    paths: files, read one after another. split: of a TFDS data set. begin, end: the examples of a data set, or a range
+    of the only file, in the unit of its format (bytes, groups of rows); end 0: complete files. size: in bytes, or
+    another unit that all parts of the source share.
     """
 
     paths: tuple[str, ...] = ()
@@ -143,7 +144,6 @@ def _documents(plan: Plan, report: DataReport) -> Iterator[str]:
         report.merge(of_part)
         before += part.size
     check_field(plan.source, report)
-    check_field(plan.source, report)
 
 
 def check_field(source: Source, report: DataReport) -> None:
@@ -161,7 +161,7 @@ def _parts(source: Source, splits: Sequence[str], part_bytes: int) -> tuple[Part
     if source.name == "pydocs":
         return (Part(),)
     if source.name.startswith("text:"):
-        return tuple(_file_parts(matching_files(source.name), part_bytes))
+        return tuple(_file_parts(matching_files(source.name), source.field, part_bytes))
     return tuple(_dataset_parts(source, splits, part_bytes))
 
 
@@ -195,48 +195,36 @@ def _cut(text: str, fraction: float) -> tuple[str, str]:
 # Files.
 
 
-def _file_parts(paths: Sequence[str], part_bytes: int) -> Iterator[Part]:
-    """Groups files, in order, until a group has part_bytes."""
+def _file_parts(paths: Sequence[str], field: str, part_bytes: int) -> Iterator[Part]:
+    """Groups files, in order, until a group has part_bytes. A larger file is cut into ranges if its format allows."""
     group, size = [], 0
     for path in paths:
-        group.append(path)
-        size += os.path.getsize(path)
-        if size >= part_bytes or path == paths[-1]:
+        bytes_ = os.path.getsize(path)
+        ranges = FORMATS[suffix(path)].cut(path, field, part_bytes) if bytes_ > part_bytes else []
+        if group and (ranges or size + bytes_ > part_bytes):
             yield Part(tuple(group), size=max(size, 1))
             group, size = [], 0
+        for begin, end, bytes_ in ranges:
+            yield Part((path,), begin=begin, end=end, size=bytes_)
+        if not ranges:
+            group.append(path)
+            size += bytes_
+    if group:
+        yield Part(tuple(group), size=max(size, 1))
 
 
 def _read_files(part: Part, field: str, report: DataReport) -> Iterator[str]:
     before = 0
     for path in part.paths:
-        with files.open_text(path) as file:
-            if suffix(path) == ".jsonl":
-                texts = _read_json_lines(file, path, field, report)
-            else:
-                texts = _read_whole(file, path, report)
-            for text in texts:
-                report.share = (before + files.bytes_read(file)) / part.size
-                if text:
-                    yield text
-            before += files.bytes_read(file)
-
-
-def _read_whole(file: TextIOWrapper, path: str, report: DataReport) -> Iterable[str]:
-    report.has_text = True
-    return [_document(files.decoded(file.read(), path, report), path, report)]
-
-
-def _read_json_lines(file: TextIOWrapper, path: str, field: str, report: DataReport) -> Iterator[str]:
-    for place, value in files.json_lines(file, path, report):
-        text = value.get(field) if isinstance(value, dict) else None
-        if isinstance(text, str):
-            report.has_text = True
-            yield _document(text, place, report)
-        else:
-            report.add(f"JSON lines without text in field {field!r}, left out", place)
-            for name, other in value.items() if isinstance(value, dict) else ():
-                if isinstance(other, str):
-                    report.other_fields.setdefault(name, place)
+        size, empty = part.size if part.end else os.path.getsize(path), True
+        for place, text, share in FORMATS[suffix(path)].read(path, part.begin, part.end, field, report):
+            report.has_text, empty = True, False
+            report.share = (before + share * size) / part.size
+            if text := _document(text, place, report):
+                yield text
+        if empty and not part.end:
+            report.add("files without a text", path)
+        before += size
 
 
 # TFDS.

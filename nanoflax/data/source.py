@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from nanoflax.config import TextData
+from nanoflax.data.formats import FORMATS, suffix
 from nanoflax.data.quality import Quality
 from nanoflax.data.tfds import open_dataset
 from nanoflax.errors import UserError
@@ -18,8 +19,10 @@ HELP = "choose pydocs, text:GLOB or tfds:NAME[:FIELD]"
 class Source:
     """A source of text and its splits "train" and "validation" ("all" is both).
 
-    name: pydocs; text:GLOB of .txt, .md (one document per file) and .jsonl (one document per line, in `field`), each
-      also .gz; tfds:NAME[:FIELD], where NAME may include /CONFIG and :VERSION.
+    name: pydocs; text:GLOB of .txt and .md (one document per file), .jsonl (one per line), .csv and .tsv (one per row;
+      the first row names the columns), each also .gz or .zst, and .parquet (one per row);
+      tfds:NAME[:FIELD], where NAME may include /CONFIG and :VERSION.
+    field: the field or column of the files that holds the text.
     validation: another source, for the validation split. If empty, the data set's own split validation, or else
       test. Without such a split, documents chosen by hash, with probability `validation_fraction`. With fewer than
       100 documents, the last `validation_fraction` of each document, cut after a paragraph, line or word.
@@ -77,19 +80,14 @@ def matching_files(name: str) -> list[str]:
     """The files of a text: source, sorted. Raises: UserError if there is none."""
     pattern = os.path.expanduser(name.removeprefix("text:"))
     matches = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
-    found = [path for path in matches if suffix(path) in (".txt", ".md", ".jsonl")]
+    found = [path for path in matches if suffix(path) in FORMATS]
     if not found:
         what = f"{len(matches)} files, none of them" if matches else "no file, so no"
         raise UserError(
-            f"data source {name!r} matches {what} .txt, .md or .jsonl (or .gz of these); for all files in a folder "
-            "write text:FOLDER/**/*.txt"
+            f"data source {name!r} matches {what} {', '.join(FORMATS)} (or .gz or .zst of these); for all files in a "
+            "folder write text:FOLDER/**/*.txt"
         )
     return found
-
-
-def suffix(path: str) -> str:
-    """The suffix that names the format of a file: .jsonl of x.jsonl.gz."""
-    return os.path.splitext(path.removesuffix(".gz"))[1]
 
 
 def text_dataset(source: Source) -> tuple[Any, str]:

@@ -10,11 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from nanoflax.data import DataReport, json_lines, open_text, text_lines
+from nanoflax.data import DataReport, json_lines, open_text, table_rows, text_lines
 from nanoflax.errors import UserError
 from nanoflax.tasks.columns import mapping_flag, match_columns, missing_fields
 from nanoflax.tasks.kinds import Chat, Classification, Problem, Tagging
-from nanoflax.tasks.tables import table_rows
 from nanoflax.tasks.tags import TAG
 
 Records = Iterable[tuple[str, dict[str, Any]]]  # (place, {field: value})
@@ -49,12 +48,17 @@ def _jsonl(path: str, kind: type, renamed: Renamed, report: DataReport) -> Recor
         )
 
 
+def _rows(path: str, delimiter: str, report: DataReport) -> Iterator[tuple[str, list[str]]]:
+    with open_text(path) as file:
+        yield from table_rows(file, path, delimiter, report)
+
+
 def _table(path: str, kind: type, renamed: Renamed, report: DataReport, delimiter: str) -> Records:
     """The first line is a header if it names a field; a title or comments may precede one with all fields, and it may
     come again in joined files. Without a header, columns are in the order of the fields."""
     if kind is Chat:
         raise UserError(f"{path}: a table cannot hold messages; write them as JSON lines")
-    rows = table_rows(path, delimiter, report)
+    rows = _rows(path, delimiter, report)
     ahead = list(itertools.islice(rows, 1000))
     name, other = {"\t": ("tsv", ","), ",": ("csv", "\t")}[delimiter]
     if ahead and len(ahead[0][1]) == 1 < len(kind.fields) and other in ahead[0][1][0]:

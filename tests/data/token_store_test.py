@@ -71,7 +71,7 @@ def test_text_files_are_documents_in_order(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n")
     (tmp_path / "sub" / "c.txt.gz").write_bytes(gzip.compress(b"three"))
     (tmp_path / "sub" / "d.jsonl.gz").write_bytes(gzip.compress(b'{"t": "four"}\n\n{"t": "five"}'))
-    (tmp_path / "sub" / "e.csv").write_text("no document")
+    (tmp_path / "sub" / "e.rst").write_text("no document")
     source = data.Source(f"text:{tmp_path}/**/*", field="t")
     assert list(data.documents(source, "all")) == ["one\r\n", "two", "three", "four", "five"]
 
@@ -111,14 +111,14 @@ def test_invalid_utf8_in_a_text_file_is_replaced_and_counted(tmp_path):
         ("text:", "choose pydocs"),
         ("tfds:", "choose pydocs"),
         ("text:{}/none*.txt", "no file"),
-        ("text:{}/*.csv", "1 files, none"),
+        ("text:{}/*.rst", "1 files, none"),
         ("text:{}", "no file"),
         ("text:{}/empty.txt", "empty documents: 1"),
         ("text:{}/cut.txt.gz", "cannot be read"),
     ],
 )
 def test_unusable_sources_are_refused(tmp_path, name, match):
-    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "a.rst").write_text("x")
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"some text" * 100)[:-20])
     with pytest.raises(UserError, match=match) as error:

@@ -1,0 +1,89 @@
+"""The texts of one column of a Parquet file, by groups of rows."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from nanoflax.data.report import DataReport
+from nanoflax.errors import UserError
+
+BATCH = 1024  # rows that are decoded at once
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UserError(f"{path}: Parquet files need pyarrow: pip install 'nanoflax[data]'") from error
+    try:
+        with pq.ParquetFile(path, buffer_size=2**20, page_checksum_verification=True) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        message = str(getattr(error, "strerror", "") or error).strip().splitlines()[0]
+        raise UserError(f"{path} cannot be read as Parquet: {message}") from error
+
+
+def cut_parquet(path: str, field: str, part_bytes: int) -> list[tuple[int, int, int]]:
+    """Ranges (begin, end, size) of groups of rows whose texts have about part_bytes in the file."""
+    with _opened(path) as file:
+        column = _column(file, path, field)
+        ranges, begin, size = [], 0, 0
+        for i in range(file.metadata.num_row_groups):
+            size += file.metadata.row_group(i).column(column).total_compressed_size
+            if size >= part_bytes or i == file.metadata.num_row_groups - 1:
+                ranges.append((begin, i + 1, max(size, 1)))
+                begin, size = i + 1, 0
+    return ranges
+
+
+def read_parquet(path: str, begin: int, end: int, field: str, report: DataReport) -> Iterator[tuple[str, bytes, float]]:
+    """Yields (place, text, share of the range that is read); the place names the row, from 0.
+
+    begin, end: groups of rows; end 0: all. Only the column `field` is read, at most a part of a group at a time.
+    """
+    with _opened(path) as file:
+        import pyarrow as pa
+
+        column, metadata = _column(file, path, field), file.metadata
+        groups = range(begin, end or metadata.num_row_groups)
+        sizes = [metadata.row_group(i).num_rows for i in range(groups.stop)]
+        row, first, total = sum(sizes[:begin]), sum(sizes[:begin]), max(sum(sizes[begin:]), 1)
+        name = metadata.schema.column(column).path
+        for batch in file.iter_batches(BATCH, [*groups], [name], use_threads=False) if groups else ():
+            texts = batch.column(0)
+            if pa.types.is_dictionary(texts.type):
+                texts = texts.dictionary_decode()
+            for text in texts.cast(pa.large_binary()).to_pylist():  # decoded later, where invalid bytes are reported
+                if text is None:
+                    report.add(f"rows without a value in column {field!r}, left out", f"{path} row {row}")
+                else:
+                    yield f"{path} row {row}", text, (row - first) / total
+                row += 1
+
+
+def _column(file: Any, path: str, field: str) -> int:
+    """The number of the column with this name. Raises: UserError if it does not exist or holds no text."""
+    import pyarrow as pa
+
+    def holds_text(type: Any) -> bool:
+        type = type.value_type if pa.types.is_dictionary(type) else type
+        return any(
+            is_type(type)
+            for is_type in (
+                pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary,
+                pa.types.is_large_binary, pa.types.is_binary_view,
+            )
+        )  # fmt: skip
+
+    schema, columns = file.schema_arrow, file.metadata.schema
+    texts = [item.name for item in schema if holds_text(item.type)]
+    choice = f"--config.data.field={texts[0]}" if texts else ""
+    hint = f"choose one of {', '.join(texts)}, as in {choice}" if texts else "no column holds text"
+    if schema.names.count(field) != 1:
+        what = "more than one column" if field in schema.names else "no column"
+        raise UserError(f"{path}: {what} {field!r}; its columns are {', '.join(schema.names)}; {hint}")
+    if field not in texts:
+        raise UserError(f"{path}: column {field!r} holds {schema.field(field).type}, not text; {hint}")
+    return next(i for i in range(len(columns)) if columns.column(i).path == field)
