@@ -9,7 +9,7 @@ documents in the same order.
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from nanoflax.data import files
 from nanoflax.data.cleaning import REPAIR, clean
