@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -139,19 +140,11 @@ def read_text(
     config: Config, mesh: jax.sharding.Mesh, model: Any, tokenizer: Any, source: data.Source, prompt: list[int]
 ) -> TrainingData:
     """The TrainingData: windows of both splits, whose tokens are cached on disk."""
-    d, t, stores = config.data, config.train, []
-    assert isinstance(d, TextData)  # see `check`
-    for split in ("train", "validation"):
-        options = d.cache or None, d.workers or None, parallel.is_main_process()
-        stores.append(data.prepare(source, tokenizer, split, *options))
+    t, stores = config.train, [prepare_split(config, tokenizer, source, split) for split in ("train", "validation")]
     for store, name in zip(stores, ("training", "validation"), strict=True):
-        print(
-            f"{name}: {store.n_documents:,} documents, {report.format_count(store.n_bytes)}B of text, "
-            f"{report.format_count(store.n_tokens)} tokens"
-        )
-        for line in store.report:
-            print(f"  {line}")
-    windows, held_out = (data.Windows(s, config.window, d.packing == "isolated") for s in stores)
+        print("\n".join(store_lines(store, name)))
+    batches = training_batches(config, stores[0], parallel.own_rows(mesh, t.batch_size))
+    held_out = windows_of(config, stores[1])
     score = train.make_evaluation(model, config, mesh)
 
     def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
@@ -164,11 +157,37 @@ def read_text(
         return metrics, f"step {step}: {numbers}" + (f"\n  | {sample}" if sample else "")
 
     return TrainingData(
-        data.Batches(windows, t.batch_size, t.seed, True, parallel.own_rows(mesh, t.batch_size)),
+        batches,
         evaluate,
         {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint, "validation": stores[1].fingerprint},
         t.batch_size * config.window,
     )
+
+
+def prepare_split(config: Config, tokenizer: Any, source: data.Source, split: str) -> data.TokenStore:
+    """The tokens of one split, cached on disk."""
+    d = config.data
+    assert isinstance(d, TextData)  # see `check`
+    return data.prepare(source, tokenizer, split, d.cache or None, d.workers or None, parallel.is_main_process())
+
+
+def store_lines(store: data.TokenStore, name: str) -> list[str]:
+    """Lines that tell the size of a split, and what is wrong in its text."""
+    size = (
+        f"{name}: {store.n_documents:,} documents, {report.format_count(store.n_bytes)}B of text, "
+        f"{report.format_count(store.n_tokens)} tokens"
+    )
+    return [size, *(f"  {line}" for line in store.report)]
+
+
+def windows_of(config: Config, store: data.TokenStore) -> data.Windows:
+    assert isinstance(config.data, TextData)  # see `check`
+    return data.Windows(store, config.window, config.data.packing == "isolated")
+
+
+def training_batches(config: Config, store: data.TokenStore, host_rows: Sequence[int] | None = None) -> data.Batches:
+    """The batches that a run trains on. host_rows: see data.Batches."""
+    return data.Batches(windows_of(config, store), config.train.batch_size, config.train.seed, True, host_rows)
 
 
 def continue_prompt(config: Config, model: Any, params: Any, tokenizer: Any, prompt: list[int]) -> str:

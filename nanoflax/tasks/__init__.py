@@ -9,6 +9,7 @@ from nanoflax.tasks.metrics import metrics_table
 from nanoflax.tasks.packing import PackedBatches
 from nanoflax.tasks.pairs import SIDES, PairRows, with_reference
 from nanoflax.tasks.rows import SHORTEST
+from nanoflax.tasks.shown import show_batch_row
 from nanoflax.tasks.sources import TaskSource, examples_of
 from nanoflax.tasks.table import (
     TASKS,
@@ -26,4 +27,5 @@ __all__ = [
     "Preference", "Problem", "PromptBatches", "SHORTEST", "SIDES", "TASKS", "Tagging", "TaskSource", "Text",
     "config_of", "encode", "encode_for_task", "encode_texts", "examples_of", "exported_tokenizer", "in_form_of",
     "length_limits", "load", "metrics_table", "objective_of", "occurring_labels", "prediction_records", "prompt_of",
-    "read", "show_row", "training_batches", "weigh_classes", "with_reference", "with_sentinels"]  # fmt: skip
+    "read", "show_batch_row", "show_row", "training_batches", "weigh_classes", "with_reference",
+    "with_sentinels"]  # fmt: skip

@@ -1,0 +1,75 @@
+"""Show what a training run reads: for any step the source, window and documents of every row, and its tokens.
+
+    python -m experiments.inspect_data --config=tiny_shakespeare
+    python -m experiments.inspect_data --config.data.train='text:notes/*.md' --step=300 --out=data.png
+    python -m experiments.inspect_data --workdir=runs/pydocs_tiny --step=300
+
+Nothing is trained. The rows are exactly those that training reads at this step, on any number of hosts. Steps have the
+numbers of metrics.jsonl: the first is 1. With --workdir the configuration and the tokenizer are those of the run, and
+data that changed since are refused; without it the flags are those of experiments.pretrain.
+
+Printed are the size of the data, a histogram of the lengths of documents, the rows of the step, and the first rows as
+the model sees them: │ stands between two tokens, ↵ is a newline, <eos> ends a document, and each document begins with
+the token that is read before it. If some tokens of a row are not trained, the others are between ⟦ and ⟧.
+"""
+
+import os
+import shutil
+
+from absl import flags
+
+from experiments.flags import launch, parsed_config
+from nanoflax import report, runs
+from nanoflax.errors import UserError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", "", "directory of a run, instead of the flags of a configuration")
+flags.DEFINE_integer("step", 1, "the step whose rows are shown; the first is 1", 1)
+flags.DEFINE_integer("rows", 16, "rows that are listed", 0)
+flags.DEFINE_integer("samples", 2, "rows whose tokens are shown", 0)
+flags.DEFINE_string("out", "", "a .png file for histograms of lengths and sources")
+
+
+def main() -> None:
+    if FLAGS.out and not (FLAGS.out.endswith(".png") and os.access(os.path.dirname(FLAGS.out) or ".", os.W_OK)):
+        raise UserError(f"--out={FLAGS.out} must be a .png file in a directory that exists and can be written")
+    data = runs.inspect_data(read_config(), FLAGS.workdir)
+    if FLAGS.step > data.config.train.steps:
+        raise UserError(f"--step={FLAGS.step} is after the last one; the run has train.steps={data.config.train.steps}")
+    lengths = data.lengths()
+    print("\n".join([*data.lines, "", *report.length_table(lengths), ""]))
+    print_rows(data)
+    for row in range(min(FLAGS.samples, data.config.train.batch_size)):
+        print(f"\nrow {row} as the model sees it")
+        print("\n".join(data.show(FLAGS.step - 1, row)))
+    if FLAGS.out:
+        print(f"\nhistograms: {report.plot_data(FLAGS.out, lengths, data.config.window)}")
+
+
+def read_config():
+    if not FLAGS.workdir:
+        return parsed_config()
+    if given := [name for name in FLAGS if name.split(".")[0] == "config" and FLAGS[name].present]:
+        raise UserError(f"--{given[0]} is not read with --workdir, whose config.json is used")
+    return runs.read_run(FLAGS.workdir)[0]
+
+
+def print_rows(data) -> None:
+    """Print a table of the first rows of the step."""
+    size = data.config.train.batch_size
+    print(f"step {FLAGS.step} of {data.config.train.steps:,} reads {size:,} rows of {data.config.window:,} tokens")
+    facts = data.rows(FLAGS.step - 1)[: FLAGS.rows]
+    cells = [("row", "epoch", "source", "reads", "begins with")]
+    cells += [(f"{x.row}", f"{x.epoch}", x.source, x.place, report.printable(x.text).replace("\n", "↵")) for x in facts]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:4]
+    columns = shutil.get_terminal_size((120, 0)).columns if os.isatty(1) else 120
+    for row, epoch, source, place, text in cells if facts else ():
+        line = f"{row:>{widths[0]}}  {epoch:>{widths[1]}}  {source:<{widths[2]}}  {place:<{widths[3]}}  "
+        print((line + text)[: max(columns, len(line) + 20)].rstrip())
+    if len(facts) < size:
+        more = size - len(facts)
+        print(f"... and {more:,} row{'s' * (more > 1)} more (--rows={size} lists all)")
+
+
+if __name__ == "__main__":
+    launch(main, "pydocs_tiny")
