@@ -1,0 +1,44 @@
+"""Object storage: files of gs:// and s3:// by name, with retries, ranged reads and creation only if absent.
+
+Every function takes a full name, such as "gs://bucket/a/b". fsspec reads and writes (gcsfs, s3fs); credentials and
+endpoints come from the usual places (gcloud's or AWS' own files, STORAGE_EMULATOR_HOST, AWS_ENDPOINT_URL).
+"""
+
+from nanoflax.storage.filesystems import filesystem, is_remote, join
+from nanoflax.storage.objects import (
+    delete,
+    delete_all,
+    download,
+    exists,
+    is_directory,
+    list_names,
+    list_sizes,
+    open_reader,
+    read_bytes,
+    read_range,
+    size,
+    upload,
+    write_bytes,
+)
+from nanoflax.storage.retries import DEADLINE_SECONDS, retried
+
+__all__ = [
+    "DEADLINE_SECONDS",
+    "delete",
+    "delete_all",
+    "download",
+    "exists",
+    "filesystem",
+    "is_directory",
+    "is_remote",
+    "join",
+    "list_names",
+    "list_sizes",
+    "open_reader",
+    "read_bytes",
+    "read_range",
+    "retried",
+    "size",
+    "upload",
+    "write_bytes",
+]
