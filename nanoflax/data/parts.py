@@ -7,6 +7,7 @@ documents in the same order.
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,9 +19,10 @@ from nanoflax.data.formats import FORMATS, suffix
 from nanoflax.data.pydocs import pydocs
 from nanoflax.data.quality import Quality, excerpt
 from nanoflax.data.report import DataReport, is_held_out
-from nanoflax.data.source import Source, matching_files, text_dataset
+from nanoflax.data.source import Source, matching_files, source_version, text_dataset
 from nanoflax.data.tfds import dataset_examples, dataset_splits
 from nanoflax.errors import UserError
+from nanoflax.report import to_json
 
 FEW_DOCUMENTS = 100  # with fewer documents a split by hash may be empty
 PART_BYTES = 1 << 28  # of a source; about what one process tokenizes in a minute
@@ -79,7 +81,7 @@ def plan(source: Source | str, split: str = "train", part_bytes: int = PART_BYTE
     if has_splits:
         if split == "validation":  # its author chose it
             return dataclasses.replace(everything, source=dataclasses.replace(source, quality=Quality()))
-        return _compared(everything)
+        return _compared(everything) if split == "train" else everything
     found = itertools.chain.from_iterable(read(everything, i, DataReport()) for i in range(len(everything.parts)))
     few = sum(1 for _ in itertools.islice(found, FEW_DOCUMENTS)) < FEW_DOCUMENTS
     chosen = dataclasses.replace(everything, choice=split, few=few)
@@ -119,11 +121,20 @@ def _chosen(plan: Plan, texts: Iterable[str], report: DataReport) -> Iterator[st
 
 def _compared(plan: Plan) -> Plan:
     """The plan without the documents that a comparison with other documents leaves out. Reads all documents once."""
-    quality = plan.source.quality
-    if not quality.compares:
+    if not plan.source.quality.compares:
         return plan
+    return dataclasses.replace(plan, left_out=_left_out(plan, to_json(source_version(plan.source))))
+
+
+@functools.lru_cache(maxsize=4)  # the tokenizer and the token store read the same documents
+def _left_out(plan: Plan, version: str) -> tuple[dict[int, str], ...]:
+    source = plan.source
+    plain = dataclasses.replace(source, quality=dataclasses.replace(source.quality, dedup="", evaluation=""))
+    names = source.evaluation[bool(source.validation) :]
+    evaluation = [documents(plain, "validation")] if source.quality.decontaminate else []
+    evaluation += [documents(dataclasses.replace(plain, name=name, quality=Quality()), "all") for name in names]
     parts = (read(plan, i, DataReport()) for i in range(len(plan.parts)))
-    return dataclasses.replace(plan, left_out=left_out(quality, parts))
+    return left_out(source.quality, parts, itertools.chain.from_iterable(evaluation))
 
 
 def documents(source: Source | str, split: str = "train", report: DataReport | None = None) -> Iterator[str]:

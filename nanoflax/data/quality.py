@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 from typing import Any
 
 from nanoflax.data.report import DataReport
@@ -35,7 +36,8 @@ class Quality:
             raise UserError(f"data.max_chars={self.max_chars} is less than data.min_chars={self.min_chars}")
         if self.evaluation and not self.decontaminate:
             raise UserError(f"data.evaluation={self.evaluation} is not used; set data.decontaminate=13 too")
-        _ = self.threshold
+        if self.threshold and not importlib.util.find_spec("rensa"):
+            raise UserError(f'data.dedup={self.dedup} needs a package; run: pip install "nanoflax[quality]"')
         codes = set(self.codes) - set(_identifier().labels if self.languages else ())
         if codes:
             raise UserError(
