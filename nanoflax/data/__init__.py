@@ -1,6 +1,7 @@
 """Text from files and data sets; its tokens on disk; windows and batches of tokens with random access."""
 
 from nanoflax.data.batches import Batches, evaluation_batches, prefetch
+from nanoflax.data.cache import default_cache_dir, prepare
 from nanoflax.data.cleaning import UNICODE, WHITESPACE, clean, cleaning_steps
 from nanoflax.data.files import MALFORMED, decode, json_lines, open_text, text_lines
 from nanoflax.data.mixture import Mixture, Stage, is_mixture, parse_names, parse_stages
@@ -8,9 +9,9 @@ from nanoflax.data.parts import documents
 from nanoflax.data.pydocs import standard_modules
 from nanoflax.data.report import DataReport, is_held_out
 from nanoflax.data.source import Source, source_of, source_version
+from nanoflax.data.store import TokenStore
 from nanoflax.data.tables import table_rows
 from nanoflax.data.tfds import dataset_examples, dataset_splits, open_dataset
-from nanoflax.data.token_store import TokenStore, default_cache_dir, prepare
 from nanoflax.data.windows import Windows
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+from typing import Any
 
 
 class DataReport:
@@ -29,6 +30,18 @@ class DataReport:
             self.places[problem] = [*self.places[problem], *places][:3]
         self.has_text |= later.has_text
         self.other_fields = later.other_fields | self.other_fields
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, for `from_dict`."""
+        return {name: vars(self)[name] for name in ("counts", "places", "has_text", "other_fields")}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DataReport":
+        report = cls()
+        report.counts.update(values["counts"])
+        report.places.update(values["places"])
+        report.has_text, report.other_fields = values["has_text"], values["other_fields"]
+        return report
 
     def lines(self) -> list[str]:
         """One readable line for each kind of problem."""

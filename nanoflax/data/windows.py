@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from nanoflax.data.token_store import TokenStore
+from nanoflax.data.store import TokenStore
 from nanoflax.errors import UserError
 
 

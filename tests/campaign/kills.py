@@ -30,7 +30,10 @@ AIMS = {
     "pretrain": TRAINING,
     "finetune": [*TRAINING, *EXPORT],
     "lora": [*TRAINING, *EXPORT, *EXPORT],
-    "tokenize": [("tokenize", f"nanoflax.data.token_store:{name}", 1, 1.0) for name in ("prepare", "_build")],
+    "tokenize": [
+        ("tokenize", f"nanoflax.data.{name}", 1, 1.0)
+        for name in ("cache:prepare", "processes:tokenize_parts", "tokenizing:tokenize_part", "tokenizing:write_index")
+    ],
     "sweep": [("sweep", f"{RUNS}.sweep:{name}", 2, 3.0) for name in ("run_program", "read_figures", "_write_json")],
     "export": [COMPILE, ("export", "nanoflax.hf.models:save", 1, 0.05)],
     "import": [COMPILE, ("save", f"{RUNS}.checkpoint:Checkpoints.save", 1, 0.1)],

@@ -1,10 +1,12 @@
 """Data: nothing is lost, repeated or dropped in silence, from the files to the batches."""
 
+import dataclasses
 import gzip
 import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflax import data, report
-from nanoflax.data import Batches, Windows, evaluation_batches, prefetch, token_store
+from nanoflax.data import Batches, Windows, cache, evaluation_batches, prefetch, processes, tokenizing
+from nanoflax.data import store as stores
 from nanoflax.data.batches import SMALL_EPOCH
 from nanoflax.data.parts import _cut
 from nanoflax.errors import UserError
@@ -30,16 +33,16 @@ BYTES = trained.ByteTokenizer()
 
 
 def store_of(documents, directory):
-    """A TokenStore of lists of ids, as `prepare` would write it."""
+    """A TokenStore of lists of ids, as `prepare` would write it, in one shard."""
     directory.mkdir(parents=True, exist_ok=True)
     tokens = np.asarray([i for ids in documents for i in [*ids, 257]], np.uint16)
     offsets = np.cumsum([0] + [len(ids) + 1 for ids in documents], dtype=np.int64)
-    tokens.tofile(directory / "tokens.bin")
-    offsets.tofile(directory / "offsets.bin")
-    (directory / "meta.json").write_text(
-        json.dumps({"dtype": "uint16", "n_tokens": len(tokens), "n_documents": len(documents), "bos_id": 257})
-    )
-    return token_store.TokenStore.open(directory)
+    shard = stores.Shard("part-00000-000.bin", len(tokens), len(documents), 0, "00" * 16)
+    content = [shard.header(2), tokens.tobytes(), bytes(-2 * len(tokens) % 8), offsets.tobytes()]
+    (directory / shard.name).write_bytes(b"".join(content))
+    meta = {"dtype": "uint16", "n_tokens": len(tokens), "n_documents": len(documents), "bos_id": 257}
+    (directory / "meta.json").write_text(json.dumps({**meta, "shards": [dataclasses.astuple(shard)]}))
+    return data.TokenStore.open(directory)
 
 
 def prepare(tmp_path, source, split="all", **options):
@@ -100,7 +103,7 @@ def test_invalid_utf8_in_a_text_file_is_replaced_and_counted(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"abc\xff\xfe def")
     (tmp_path / "y.txt").write_bytes(b"")
     store = prepare(tmp_path, f"text:{tmp_path}/*.txt")
-    assert BYTES.decode(store.tokens.tolist()) == "abc\ufffd\ufffd def"
+    assert BYTES.decode(store.read(0, store.n_tokens).tolist()) == "abc\ufffd\ufffd def"
     assert "x.txt, byte 3" in store.report[0] and "y.txt" in store.report[1]
 
 
@@ -240,8 +243,9 @@ def test_a_store_holds_the_documents(corpus, tmp_path):
     source, texts = corpus
     store = prepare(tmp_path, source)
     ids = [i for text in texts for i in [*text.encode(), BYTES.eos_id]]
-    assert store.tokens.tolist() == ids and store.tokens.dtype == np.uint16
-    assert [store.tokens[end - 1] for end in store.offsets[1:]] == [BYTES.eos_id] * len(texts)
+    tokens = store.read(0, store.n_tokens)
+    assert tokens.tolist() == ids and tokens.dtype == np.uint16
+    assert [tokens[end - 1] for end in store.begin(np.arange(1, 151))] == [BYTES.eos_id] * len(texts)
     assert (store.n_documents, store.n_bytes) == (150, len("".join(texts).encode()))
     assert store.report == []
 
@@ -250,7 +254,7 @@ def test_a_store_is_reused_until_its_source_changes(corpus, tmp_path, monkeypatc
     source, _ = corpus
     first = prepare(tmp_path, source)
     with monkeypatch.context() as patch:
-        patch.setattr(token_store, "_build", None)
+        patch.setattr(cache, "_build", None)
         assert prepare(tmp_path, source).fingerprint == first.fingerprint
     with open(source.removeprefix("text:"), "a") as file:
         file.write('{"text": "one more"}\n')
@@ -258,22 +262,23 @@ def test_a_store_is_reused_until_its_source_changes(corpus, tmp_path, monkeypatc
     assert second.n_documents == 151 and second.fingerprint != first.fingerprint
 
 
-@pytest.mark.parametrize("file", ["tokens.bin", "offsets.bin", "meta.json"])
+@pytest.mark.parametrize("file", ["part-00000-000.bin", "part-00000.json", "meta.json"])
 def test_a_damaged_store_is_built_again(corpus, tmp_path, file):
     source, _ = corpus
     first = prepare(tmp_path, source)
     fingerprint, directory = first.fingerprint, first.directory
     os.truncate(directory / file, 64)
-    with pytest.raises(UserError, match="no complete token store"):
-        token_store.TokenStore.open(directory)
+    if file != "part-00000.json":  # which only building reads
+        with pytest.raises(UserError, match="no complete token store"):
+            data.TokenStore.open(directory)
     assert prepare(tmp_path, source).fingerprint == fingerprint
 
 
 def test_workers_do_not_change_the_files(corpus, tmp_path, monkeypatch):
     source, _ = corpus
-    monkeypatch.setattr(token_store, "CHUNK", 300)
+    monkeypatch.setattr(tokenizing, "CHUNK", 300)
     files = [
-        [(store.directory / name).read_bytes() for name in ("tokens.bin", "offsets.bin")]
+        {path.name: path.read_bytes() for path in store.directory.iterdir()}
         for store in (data.prepare(source, BYTES, "all", tmp_path / str(n), n, False) for n in (1, 2))
     ]
     assert files[0] == files[1]
@@ -282,14 +287,13 @@ def test_workers_do_not_change_the_files(corpus, tmp_path, monkeypatch):
 CHILD = """
 import sys
 from nanoflax import data, tokenizers
-from nanoflax.data import token_store
+from nanoflax.data import processes
 if {slow}:
-    encode = token_store._encode
     def slow(*args):
         import time
         print("building", flush=True)
         time.sleep(60)
-    token_store._encode = slow
+    processes.encode = slow
 store = data.prepare({source!r}, tokenizers.ByteTokenizer(), "all", {cache!r}, progress=False)
 print(store.fingerprint)
 """
@@ -302,16 +306,33 @@ def child(source, cache, slow):
 
 def test_a_killed_preparation_leaves_nothing_in_the_way(corpus, tmp_path):
     source, _ = corpus
-    cache = tmp_path / "cache"
-    process = child(source, cache, slow=True)
+    directory = tmp_path / "cache"
+    process = child(source, directory, slow=True)
     assert process.stdout.readline() == "building\n"
-    assert len(list(cache.glob("*.tmp"))) == 1
-    token_store._remove_abandoned(cache)
-    assert len(list(cache.glob("*.tmp"))) == 1, "a living process keeps its files"
+    (building,) = (path for path in directory.iterdir() if path.is_dir())
+    (building / "part-00000-000.bin.1.tmp").write_text("half")
+    os.utime(building, (0, 0))
+    cache._remove_abandoned(directory)
+    assert building.exists(), "a living process keeps its files"
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert prepare(tmp_path, source).n_documents == 150
-    assert not list(cache.glob("*.tmp"))
+    assert sorted(path.name for path in building.iterdir()) == ["meta.json", "part-00000-000.bin", "part-00000.json"]
+
+
+def test_a_store_that_nobody_continues_is_removed_after_a_week(corpus, tmp_path):
+    finished = prepare(tmp_path, corpus[0]).directory
+    begun = shutil.copytree(finished, finished.with_name("0" * 32))
+    (begun / "meta.json").unlink()
+    others = tmp_path / "cache" / "others"
+    others.mkdir()
+    for path, days in ((begun, 6), (finished, 8), (others, 8)):
+        os.utime(path, (time.time() - days * 86400,) * 2)
+    cache._remove_abandoned(tmp_path / "cache")
+    assert begun.exists()
+    os.utime(begun, (time.time() - 8 * 86400,) * 2)
+    cache._remove_abandoned(tmp_path / "cache")
+    assert not begun.exists() and finished.exists() and others.exists()
 
 
 def test_two_processes_at_once_both_end_well(corpus, tmp_path):
@@ -324,9 +345,9 @@ def test_lines_of_tokenizing_tell_rate_and_time_left(corpus, tmp_path, monkeypat
     source, _ = corpus
     prepared = data.prepare(source, BYTES, "train", tmp_path / "quick")
     assert capsys.readouterr().err == "", "what is done at once needs no line"
-    monkeypatch.setattr(token_store, "CHUNK", 300)
-    monkeypatch.setattr(token_store._Tokenizing, "quiet", 0)
-    monkeypatch.setattr(token_store._Tokenizing, "line_every", 0)
+    monkeypatch.setattr(tokenizing, "CHUNK", 300)
+    monkeypatch.setattr(processes.Tokenizing, "quiet", 0)
+    monkeypatch.setattr(processes.Tokenizing, "line_every", 0)
     data.prepare(source, BYTES, "train", tmp_path / "slow", 1)
     first, *lines, last = capsys.readouterr().err.splitlines()
     for line in (first, *lines):
@@ -357,9 +378,9 @@ def test_tokenizing_on_a_terminal_leaves_the_cursor_and_stdout_alone(tmp_path):
     (tmp_path / "a.txt").write_text("some words\n" * 1000)
     output, stdout, status = run_in_terminal(f'''
 from nanoflax import data, tokenizers
-from nanoflax.data import token_store
-encode = token_store._encode
-token_store._encode = lambda *args: (print("to stdout"), encode(*args))[1]
+from nanoflax.data import processes
+encode = processes.encode
+processes.encode = lambda *args: (print("to stdout"), encode(*args))[1]
 data.prepare("text:{tmp_path}/a.txt", tokenizers.ByteTokenizer(), "all", "{tmp_path}/cache")
 ''')
     assert status == 0 and stdout == "to stdout\n"
@@ -375,7 +396,7 @@ def test_an_unusable_cache_is_named(corpus, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(token_store, "_sync", full)
+    monkeypatch.setattr(tokenizing.os, "fsync", full)
     with pytest.raises(UserError, match="No space left"):
         prepare(tmp_path, corpus[0])
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]

@@ -241,7 +241,7 @@ def test_documents_of_pretraining_begin_like_prompts(tokenizer, tmp_path):
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
     store = data.prepare(f"text:{tmp_path}/*.txt", tokenizer, "all", tmp_path / "cache")
-    stream = [store.meta["bos_id"], *store.tokens.tolist()]
+    stream = [store.meta["bos_id"], *store.read(0, store.n_tokens).tolist()]
     start = tokenizers.prompt_ids(tokenizer, "")
     want = []
     for text in texts:
