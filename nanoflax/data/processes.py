@@ -31,9 +31,9 @@ def tokenize_parts(directory: pathlib.Path, plan: Plan, tokenizer: Any, workers:
     workers, are read by this process, and all workers tokenize their chunks.
     """
     state = _State(len(plan.parts))
-    with _bar(plan, state, title) as bar, _Pool(tokenizer, workers, state) as pool:
+    with _bar(plan, state, title) as bar, _Pool(directory, plan, tokenizer, workers, state) as pool:
         whole = len(plan.parts) - len(plan.parts) % workers if workers > 1 and len(plan.parts) >= POOL_FROM else 0
-        pool.tokenize(directory, plan, range(whole), bar)
+        pool.tokenize(range(whole), bar)
         for number in range(whole, len(plan.parts)):
 
             def on_progress(progress: Progress, number: int = number) -> None:
@@ -46,10 +46,10 @@ def tokenize_parts(directory: pathlib.Path, plan: Plan, tokenizer: Any, workers:
 class _State:
     """Numbers that the main process and its workers share without locks, so that a killed worker blocks nobody."""
 
-    def __init__(self, n_parts: int) -> None:
+    def __init__(self, n_parts: int = 0, raw: Any = None) -> None:
         import multiprocessing
 
-        self.raw = multiprocessing.get_context("spawn").RawArray("d", 1 + 3 * n_parts)
+        self.raw = multiprocessing.get_context("spawn").RawArray("d", 1 + 3 * n_parts) if raw is None else raw
 
     @property
     def parts(self) -> np.ndarray:
@@ -66,12 +66,11 @@ class _State:
         self.raw[0] = 1
 
 
-def _start_worker(tokenizer: Any, raw: Any) -> None:
+def _start_worker(directory: pathlib.Path, plan: Plan, tokenizer: Any, raw: Any) -> None:
     import multiprocessing
 
-    global _tokenizer, _state
-    _tokenizer, _state = tokenizer, _State.__new__(_State)
-    _state.raw = raw
+    global _given, _state
+    _given, _state = (directory, plan, tokenizer), _State(raw=raw)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process stops the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have workers of their own
     if parent := multiprocessing.parent_process():  # the worker exits if the parent process is killed
@@ -79,18 +78,20 @@ def _start_worker(tokenizer: Any, raw: Any) -> None:
 
 
 def _encode_in_worker(texts: Sequence[str]) -> Encoded:
-    return encode(_tokenizer, texts)
+    return encode(_given[2], texts)
 
 
-def _tokenize_in_worker(directory: pathlib.Path, plan: Plan, number: int) -> None:
+def _tokenize_in_worker(number: int) -> None:
+    directory, plan, tokenizer = _given
     with contextlib.suppress(_StoppedError):
-        tokenize_part(directory, plan, number, _tokenizer, on_progress=lambda done: _state.set(number, done))
+        tokenize_part(directory, plan, number, tokenizer, on_progress=lambda done: _state.set(number, done))
 
 
 class _Pool:
     """Worker processes, which start with their first work. Use as a context manager."""
 
-    def __init__(self, tokenizer: Any, workers: int, state: _State) -> None:
+    def __init__(self, directory: pathlib.Path, plan: Plan, tokenizer: Any, workers: int, state: _State) -> None:
+        self._given = directory, plan, tokenizer, state.raw  # a plan can be large: each worker gets it once
         self._tokenizer, self._workers, self._state, self._started = tokenizer, workers, state, None
 
     def _submit(self, function: Any, *args: Any) -> Any:
@@ -99,8 +100,7 @@ class _Pool:
             import multiprocessing
 
             context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-            given = self._tokenizer, self._state.raw
-            self._started = concurrent.futures.ProcessPoolExecutor(self._workers, context, _start_worker, given)
+            self._started = concurrent.futures.ProcessPoolExecutor(self._workers, context, _start_worker, self._given)
         return self._started.submit(function, *args)
 
     def __enter__(self) -> "_Pool":
@@ -118,11 +118,11 @@ class _Pool:
                 "`if __name__ == '__main__':`; workers=1 avoids both problems"
             ) from error
 
-    def tokenize(self, directory: pathlib.Path, plan: Plan, numbers: Sequence[int], bar: Any) -> None:
+    def tokenize(self, numbers: Sequence[int], bar: Any) -> None:
         """Tokenizes whole parts. Raises what the first failing part raises."""
         import concurrent.futures
 
-        waiting = {self._submit(_tokenize_in_worker, directory, plan, number) for number in numbers}
+        waiting = {self._submit(_tokenize_in_worker, number) for number in numbers}
         while waiting:
             done, waiting = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_COMPLETED)
             for future in done:
@@ -155,7 +155,7 @@ def _bar(plan: Plan, state: _State, title: str) -> Iterator[Any]:
     with Tokenizing(title) as bar:
 
         def show(done: float | None = None) -> None:
-            share, bar.bytes, bar.tokens = sizes @ state.parts[:, 0], *state.parts[:, 1:].sum(0)
+            share, bar.bytes, bar.tokens = float(sizes @ state.parts[:, 0]), *map(int, state.parts[:, 1:].sum(0))
             bar.advance(min(share, 0.99) if done is None else done)  # not 1: reading ends before tokenizing
 
         yield show

@@ -57,8 +57,8 @@ class Shard:
         """None if the header is not one of a shard."""
         if len(header) != HEADER.size or not header.startswith(MAGIC):
             return None
-        _, _, *counts, fingerprint = HEADER.unpack(header)
-        return cls(name, *counts, fingerprint.hex())
+        _, _, n_tokens, n_documents, n_bytes, fingerprint = HEADER.unpack(header)
+        return cls(name, n_tokens, n_documents, n_bytes, fingerprint.hex())
 
 
 class TokenStore:
@@ -156,8 +156,8 @@ class Hasher:
         self._tokens, self._ends = hashlib.blake2b(), hashlib.blake2b()
 
     def add(self, tokens: np.ndarray, ends: np.ndarray) -> "Hasher":
-        self._tokens.update(memoryview(tokens).cast("B"))
-        self._ends.update(memoryview(ends).cast("B"))
+        self._tokens.update(tokens.data)
+        self._ends.update(ends.data)
         return self
 
     def result(self) -> str:
