@@ -1,12 +1,13 @@
-"""Show what a training run reads: for any step the source, window and documents of every row, and its tokens.
+"""Show what a training run reads: for any step the source, place and text of every row, and its tokens.
 
     python -m experiments.inspect_data --config=tiny_shakespeare
     python -m experiments.inspect_data --config.data.train='text:notes/*.md' --step=300 --out=data.png
+    python -m experiments.inspect_data --config=classify --config.data.train=jsonl:topics.jsonl
     python -m experiments.inspect_data --workdir=runs/pydocs_tiny --step=300
 
 Nothing is trained. The rows are exactly those that training reads at this step, on any number of hosts. Steps have the
 numbers of metrics.jsonl: the first is 1. With --workdir the configuration and the tokenizer are those of the run, and
-data that changed since are refused; without it the flags are those of experiments.pretrain.
+data that changed since are refused; without it the flags are those of experiments.pretrain or experiments.finetune.
 
 Printed are the size of the data, a histogram of the lengths of documents, the rows of the step, and the first rows as
 the model sees them: │ stands between two tokens, ↵ is a newline, <eos> ends a document, and each document begins with
@@ -37,13 +38,13 @@ def main() -> None:
     if FLAGS.step > data.config.train.steps:
         raise UserError(f"--step={FLAGS.step} is after the last one; the run has train.steps={data.config.train.steps}")
     lengths = data.lengths()
-    print("\n".join([*data.lines, "", *report.length_table(lengths), ""]))
+    print("\n".join([*data.lines, "", *report.length_table(lengths, data.unit), ""]))
     print_rows(data)
     for row in range(min(FLAGS.samples, data.config.train.batch_size)):
         print(f"\nrow {row} as the model sees it")
         print("\n".join(data.show(FLAGS.step - 1, row)))
     if FLAGS.out:
-        print(f"\nhistograms: {report.plot_data(FLAGS.out, lengths, data.config.window)}")
+        print(f"\nhistograms: {report.plot_data(FLAGS.out, lengths, data.limit, data.unit)}")
 
 
 def read_config():
@@ -57,7 +58,7 @@ def read_config():
 def print_rows(data) -> None:
     """Print a table of the first rows of the step."""
     size = data.config.train.batch_size
-    print(f"step {FLAGS.step} of {data.config.train.steps:,} reads {size:,} rows of {data.config.window:,} tokens")
+    print(f"step {FLAGS.step} of {data.config.train.steps:,} reads {size:,} rows of at most {data.limit:,} tokens")
     facts = data.rows(FLAGS.step - 1)[: FLAGS.rows]
     cells = [("row", "epoch", "source", "reads", "begins with")]
     cells += [(f"{x.row}", f"{x.epoch}", x.source, x.place, report.printable(x.text).replace("\n", "↵")) for x in facts]

@@ -15,16 +15,16 @@ BAR = 40  # characters of the longest bar in the terminal
 Lengths = Mapping[str, Int[np.ndarray, " documents"]]
 
 
-def length_table(lengths: Lengths) -> list[str]:
-    """Lines with a histogram of the lengths of documents, in tokens, and the share of tokens in each bin."""
+def length_table(lengths: Lengths, unit: str = "documents") -> list[str]:
+    """Lines with a histogram of lengths in tokens, and the share of all tokens in each bin. unit: what has a length."""
     sizes = np.concatenate(list(lengths.values()))
     bins = np.frexp(np.maximum(sizes, 1))[1] - 1  # floor(log2(size))
     counts = np.bincount(bins)
     tokens = np.bincount(bins, sizes)
     lines = [
-        f"lengths of {len(sizes):,} documents: median {int(np.median(sizes)):,} tokens, mean {sizes.mean():,.0f}, "
+        f"lengths of {len(sizes):,} {unit}: median {int(np.median(sizes)):,} tokens, mean {sizes.mean():,.0f}, "
         f"longest {sizes.max():,}",
-        f"{'tokens':>19}  {'documents':>10}  {'of all tokens':>13}",
+        f"{'tokens':>19}  {unit:>10}  {'of all tokens':>13}",
     ]
     for i in range(int(bins.min()), len(counts)):
         bar = "█" * round(BAR * counts[i] / counts.max()) or "▏" * bool(counts[i])
@@ -37,13 +37,14 @@ def plot_data(
     path: str | os.PathLike[str],
     lengths: Lengths,
     window: int,
+    unit: str = "documents",
     shares: Mapping[str, Float[np.ndarray, " points"]] | None = None,
     steps: Sequence[int] = (),
 ) -> str | os.PathLike[str]:
     """Draws how long the documents are and, of several sources, their shares of the rows. Writes a PNG; returns `path`.
 
-    lengths: of documents in tokens, by source. window: tokens of a row. shares: of the rows, by source, from each of
-    the `steps` on; the last of `steps` is the end of the run.
+    lengths: in tokens, by source. window: tokens of a row. unit: what has a length. shares: of the rows, by source,
+    from each of the `steps` on; the last of `steps` is the end of the run.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -58,12 +59,12 @@ def plot_data(
         style = {"histtype": "stepfilled", "alpha": 0.45, "label": source}
         of_documents.hist(sizes, edges, weights=np.full(len(sizes), 1 / len(sizes)), **style)
         of_tokens.hist(sizes, edges, weights=sizes / sizes.sum(), **style)
-    for axes, name in ((of_documents, "share of documents"), (of_tokens, "share of tokens")):
+    for axes, name in ((of_documents, f"share of {unit}"), (of_tokens, "share of tokens")):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
         axes.set_ylim(top=1.2 * axes.get_ylim()[1])  # room for the legend
-        axes.set_xlabel("length of the document (tokens)")
+        axes.set_xlabel("length (tokens)")
         axes.set_title(name, fontsize=11)
         axes.axvline(window, color="black", linewidth=1, linestyle="--", label=f"window: {window:,}")
         axes.legend(frameon=False, fontsize=8)

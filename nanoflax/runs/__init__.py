@@ -5,7 +5,7 @@ from nanoflax.runs.console import answer_typed_prompts, chat, print_answers
 from nanoflax.runs.directory import filled_directory, is_run, read_run, write_jsonl
 from nanoflax.runs.finetune import finetune
 from nanoflax.runs.generation import GenerationSettings, model_settings, used_of_model
-from nanoflax.runs.inspection import RowFacts, TextInspection, inspect_data
+from nanoflax.runs.inspection import Inspection, RowFacts, inspect_data
 from nanoflax.runs.lock import locked
 from nanoflax.runs.opening import open_model
 from nanoflax.runs.pretrain import pretrain
@@ -16,7 +16,7 @@ from nanoflax.runs.text_loss import open_text, text_metrics
 from nanoflax.runs.trainer import setup_jax
 
 __all__ = [
-    "Checkpoints", "GenerationSettings", "QUANTIZE", "RowFacts", "Run", "Sweep", "TextInspection",
+    "Checkpoints", "GenerationSettings", "Inspection", "QUANTIZE", "RowFacts", "Run", "Sweep",
     "answer_typed_prompts", "chat", "draw_settings", "filled_directory", "finetune", "inspect_data", "is_run",
     "locked", "model_settings", "open_model", "open_run", "open_text", "parse_setting", "pretrain", "print_answers",
     "read_questions", "read_run", "restore_params", "setup_jax", "suggest_settings", "text_metrics",

@@ -138,6 +138,38 @@ def fingerprint(examples: Iterable[Any]) -> str:
     return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).hexdigest()
 
 
+def start_with_examples(config: Config, workdir: str, mesh: Any) -> tuple[Start, tasks.TaskData, Teacher | None]:
+    """(where the run in workdir starts, its examples, the teacher of a distillation)."""
+    assert isinstance(config.data, configs.ExampleData)  # see `with_arguments`
+    source = open_initial(config.model) if config.model.init_from else None
+    teacher = Teacher(config.task, workdir, mesh) if isinstance(config.task, DistillTask) else None
+    kind = tasks.TASKS[config.task.kind].examples
+    examples = tasks.load(tasks.examples_of(config.data), kind, known_classes(config, source), extend=True)
+    start = start_from(config, source, examples, workdir, mesh, teacher and teacher.tokenizer)
+    if teacher and teacher.task.start == "teacher":
+        start = dataclasses.replace(start, source=teacher.source)
+    return start, examples, teacher
+
+
+def encode_examples(config: Config, tokenizer: Any, examples: tasks.TaskData) -> tuple[Any, Any, list[str]]:
+    """(the training rows, the validation rows, lines that tell their numbers, labels and problems)."""
+    task = config.task
+    rows, held_out = (
+        tasks.encode_for_task(part, config, tokenizer, examples.report)
+        for part in (examples.train, examples.validation)
+    )
+    if reference.is_needed(task):
+        rows, held_out = tasks.with_reference(rows), tasks.with_reference(held_out)
+    labels = f", {len(examples.labels)} labels: {some(examples.labels)}" if examples.labels else ""
+    lines = [f"{len(rows):,} training and {len(held_out):,} validation examples{labels}"]
+    lines += [f"  {line}" for line in examples.report.lines()]
+    if isinstance(task, configs.LabelTask) and task.class_weights:
+        rows = tasks.weigh_classes(rows, examples.labels, task.class_weights)
+        weights = zip(examples.labels, np.asarray(rows.class_weights), strict=True)
+        lines.append("class weights: " + ", ".join(f"{name} {weight:.3g}" for name, weight in weights))
+    return rows, held_out, lines
+
+
 # The run.
 
 
@@ -148,15 +180,7 @@ class Finetuning:
         self.workdir, self.task = workdir, tasks.TASKS[config.task.kind]
         self.base = ""  # fingerprint of the parameters of the source that are not trained; set by `load`
         self.mesh = parallel.make_mesh(config.train.mesh)
-        assert isinstance(config.data, configs.ExampleData)  # see `with_arguments`
-        source = open_initial(config.model) if config.model.init_from else None
-        self.teacher = Teacher(config.task, workdir, self.mesh) if isinstance(config.task, DistillTask) else None
-        known = known_classes(config, source)
-        self.examples = tasks.load(tasks.examples_of(config.data), self.task.examples, known, extend=True)
-        taught = self.teacher and self.teacher.tokenizer
-        start = start_from(config, source, self.examples, workdir, self.mesh, taught)
-        if self.teacher and self.teacher.task.start == "teacher":
-            start = dataclasses.replace(start, source=self.teacher.source)
+        start, self.examples, self.teacher = start_with_examples(config, workdir, self.mesh)
         if config.train.label_smoothing and start.config.model.multi_label:
             raise UserError(
                 f"train.label_smoothing={config.train.label_smoothing} does not work with several labels; set it to 0"
@@ -171,7 +195,7 @@ class Finetuning:
                 self.tokenizer, config.model.init_from or f"data.tokenizer={config.data.tokenizer}"
             )
             self.objective = self.teacher.teach(self.objective, self.tokenizer)
-        self.rows, self.held_out = self.encode()
+        self.rows, self.held_out = self.read_rows()
         self.model = nn.build(config.model, config.train.remat)
         measured = self.model, config, self.tokenizer, self.held_out, self.mesh
         self.evaluator = tasks.Evaluator(*measured, self.objective)
@@ -181,23 +205,10 @@ class Finetuning:
         job = self.make_job(start)
         self.job = self.teacher.join(job) if self.teacher else self.policy.join(job) if self.policy else job
 
-    def encode(self) -> tuple[Any, Any]:
+    def read_rows(self) -> tuple[Any, Any]:
         """The training and validation rows. Prints their numbers, labels and an example."""
-        examples, task = self.examples, self.config.task
-        rows, held_out = (
-            tasks.encode_for_task(part, self.config, self.tokenizer, examples.report)
-            for part in (examples.train, examples.validation)
-        )
-        if reference.is_needed(task):
-            rows, held_out = tasks.with_reference(rows), tasks.with_reference(held_out)
-        labels = f", {len(examples.labels)} labels: {some(examples.labels)}" if examples.labels else ""
-        print(f"{len(rows):,} training and {len(held_out):,} validation examples{labels}")
-        for line in examples.report.lines():
-            print(f"  {line}")
-        if isinstance(task, configs.LabelTask) and task.class_weights:
-            rows = tasks.weigh_classes(rows, examples.labels, task.class_weights)
-            weights = zip(examples.labels, np.asarray(rows.class_weights), strict=True)
-            print("class weights: " + ", ".join(f"{name} {weight:.3g}" for name, weight in weights))
+        rows, held_out, lines = encode_examples(self.config, self.tokenizer, self.examples)
+        print("\n".join(lines))
         if example := tasks.show_row(rows, self.tokenizer):
             print("an example; trained tokens are between ⟦ and ⟧:\n  | " + "\n  | ".join(example.splitlines()))
         return rows, held_out

@@ -1,19 +1,24 @@
-"""What the rows of a step read: their source, window and documents, and the arrays that the model gets."""
+"""What the rows of a step read: their source and place in it, and the arrays that the model gets."""
 
 import dataclasses
 import os
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
 from nanoflax import config as configs
-from nanoflax import data, tasks
-from nanoflax.config import Config, TextData
+from nanoflax import data, parallel, tasks
+from nanoflax.config import Config, Pretrain, TextData
 from nanoflax.runs import checkpoint
 from nanoflax.runs.directory import check_same_data, is_run
+from nanoflax.runs.finetune import check as check_finetune
+from nanoflax.runs.finetune import encode_examples, fingerprint, start_with_examples, with_arguments
 from nanoflax.runs.opening import open_initial
-from nanoflax.runs.pretrain import check, prepare_split, store_lines, training_batches
+from nanoflax.runs.pretrain import check as check_pretrain
+from nanoflax.runs.pretrain import prepare_split, store_lines, training_batches
+from nanoflax.runs.start import texts_of
 from nanoflax.runs.vocabulary import get_tokenizer
 
 MOST_LENGTHS = 200_000  # documents whose lengths are read, evenly spread over a store
@@ -25,56 +30,82 @@ class RowFacts:
     """What one row of a batch reads.
 
     row: its number in the batch of all processes. epoch: how often its source was read completely before.
-    window: its number in the source. documents: the numbers of the first and the last one in the window.
-    text: the beginning of what the row predicts.
+    numbers: of a text its window, its first and its last document; else of the examples. place: the same for people.
+    text: the beginning of what is read.
     """
 
     row: int
     source: str
     epoch: int
-    window: int
-    documents: tuple[int, int]
+    numbers: tuple[int, ...]
+    place: str
     text: str
-
-    @property
-    def place(self) -> str:
-        first, last = self.documents
-        documents = f"documents {first:,} to {last:,}" if last > first else f"document {first:,}"
-        return f"window {self.window:,}, {documents}"
 
 
 @dataclasses.dataclass(frozen=True)
-class TextInspection:
-    """The training data of a pretraining: batches[step] is what training reads, with all rows.
+class Inspection:
+    """The training data of a run: batches[step] is what training reads at this step, with the rows of all processes.
 
-    lines: the size of the data, and what is wrong in it.
+    lines: the size of the data, and what is wrong in it. labels: the names of the classes. limit: the largest number
+    of tokens in a row. unit: what the numbers of rows count.
     """
 
     config: Config
     tokenizer: Any
-    batches: data.Batches
+    batches: Any
     lines: list[str]
+    limit: int
     labels: tuple[str, ...] = ()
+    unit: str = "documents"
 
     def rows(self, step: int) -> list[RowFacts]:
         """The facts of each row of batches[step], in order."""
-        targets, n = self.batches[step]["targets"], len(self.batches.windows)
-        first = step * self.batches.batch_size
-        return [
-            RowFacts(row, self.config.data.train, (first + row) // n, window, (begin, end), self._excerpt(targets[row]))
-            for row, (window, begin, end) in enumerate(self.batches.describe(step))
-        ]
+        raise NotImplementedError
 
     def lengths(self) -> dict[str, Int[np.ndarray, " documents"]]:
-        """The lengths of documents in tokens, by the name of their source; of large sources an even sample."""
-        return {self.config.data.train: _lengths(self.batches.windows.store)}
+        """The lengths of documents or examples in tokens, by the name of their source."""
+        raise NotImplementedError
 
     def show(self, step: int, row: int) -> list[str]:
         """Lines that show one row of batches[step] as the model gets it."""
         return tasks.show_batch_row(self.batches[step], row, self.tokenizer, self.labels)
 
-    def _excerpt(self, ids: Int[np.ndarray, " T"]) -> str:
-        return self.tokenizer.decode(ids[:EXCERPT].tolist())
+
+class TextInspection(Inspection):
+    """Of a pretraining."""
+
+    def rows(self, step: int) -> list[RowFacts]:
+        targets, n = self.batches[step]["targets"], len(self.batches.windows)
+        first = step * self.batches.batch_size
+        found = []
+        for row, (window, begin, end) in enumerate(self.batches.describe(step)):
+            documents = f"documents {begin:,} to {end:,}" if end > begin else f"document {begin:,}"
+            place = f"window {window:,}, {documents}"
+            text = self.tokenizer.decode(targets[row][:EXCERPT].tolist())
+            epoch = (first + row) // n
+            found.append(RowFacts(row, self.config.data.train, epoch, (window, begin, end), place, text))
+        return found
+
+    def lengths(self) -> dict[str, Int[np.ndarray, " documents"]]:
+        """Of large sources an even sample."""
+        return {self.config.data.train: _lengths(self.batches.windows.store)}
+
+
+class ExampleInspection(Inspection):
+    """Of a fine-tuning."""
+
+    def rows(self, step: int) -> list[RowFacts]:
+        found, examples = [], self.batches.rows.examples
+        for row, (epoch, numbers) in enumerate(self.batches.reads(step)):
+            places = [examples[i].place or f"example {i:,}" for i in numbers]
+            place = ", ".join(places[:3]) + f" and {len(places) - 3} more" * (len(places) > 3)
+            text = next(texts_of([examples[numbers[0]]]), "")
+            found.append(RowFacts(row, self.config.data.train, epoch, tuple(numbers), place, text))
+        return found
+
+    def lengths(self) -> dict[str, Int[np.ndarray, " documents"]]:
+        rows = self.batches.rows
+        return {self.config.data.train: np.array([rows.n_tokens(i) for i in range(len(rows))])}
 
 
 def _lengths(store: data.TokenStore) -> Int[np.ndarray, " documents"]:
@@ -83,33 +114,52 @@ def _lengths(store: data.TokenStore) -> Int[np.ndarray, " documents"]:
     return store.begin(documents + 1) - store.begin(documents)
 
 
-def inspect_data(config: Config, workdir: str = "") -> TextInspection:
-    """The training data of a Config, read as `pretrain` reads it in workdir; nothing is trained.
+def inspect_data(config: Config, workdir: str = "") -> Inspection:
+    """The training data of a Config, read as `pretrain` or `finetune` reads it in workdir; nothing is trained.
 
-    The tokens come from the cache, or are written there. A run in workdir gives its tokenizer.
+    The tokens of a text come from the cache, or are written there. A run in workdir gives its tokenizer.
     Raises: UserError for a mistake of the user, or if the data are not those that the run in workdir was trained on.
     """
-    check(config)
-    assert isinstance(config.data, TextData)  # see pretrain.check
+    inspect = _inspect_text if isinstance(config.task, Pretrain) else _inspect_examples
+    return inspect(config, workdir or os.devnull)  # "" would be the current directory
+
+
+def _inspect_text(config: Config, workdir: str) -> Inspection:
+    check_pretrain(config)
+    assert isinstance(config.data, TextData)  # see `check_pretrain`
     source = data.source_of(config.data)
     data.source_version(source)  # raises UserError for missing files
-    initial = open_initial(config.model) if config.model.init_from else None
-    if initial:
-        model = dataclasses.replace(initial.config, head="lm")
-        config = dataclasses.replace(config, model=model)
+    if config.model.init_from:
+        initial = open_initial(config.model)
         tokenizer = initial.tokenizer
+        config = dataclasses.replace(config, model=dataclasses.replace(initial.config, head="lm"))
     else:
-        no_run = os.devnull  # "" would be the current directory
-        tokenizer = get_tokenizer(config.data, workdir or no_run, lambda: data.documents(source, "train"))
+        tokenizer = get_tokenizer(config.data, workdir, lambda: data.documents(source, "train"))
     config, _ = configs.with_recipe(config)
     store = prepare_split(config, tokenizer, source, "train")
-    if (
-        workdir
-        and is_run(workdir)
-        and (saved := checkpoint.list_steps(checkpoints := os.path.join(workdir, "checkpoints")))
-    ):
+    _check_same(workdir, tokenizer, store.fingerprint)
+    batches = training_batches(config, store)
+    return TextInspection(config, tokenizer, batches, store_lines(store, "training"), config.window)
+
+
+def _inspect_examples(config: Config, workdir: str) -> Inspection:
+    config = with_arguments(config, None, None, None, None, None)
+    check_finetune(config)
+    # The mesh only matters for the padding of the vocabulary, which no token of the data is in.
+    start, examples, _ = start_with_examples(config, workdir, parallel.make_mesh("1,1,1", jax.devices()[:1]))
+    rows, _, lines = encode_examples(start.config, start.tokenizer, examples)
+    _check_same(workdir, start.tokenizer, fingerprint(examples.train))
+    batches = tasks.training_batches(rows, start.config)
+    if isinstance(batches, tasks.PackedBatches):
+        lines.append(batches.summary(start.config.train.steps))
+    limit = max(tasks.length_limits(start.config.task).values())
+    return ExampleInspection(start.config, start.tokenizer, batches, lines, limit, examples.labels, "examples")
+
+
+def _check_same(workdir: str, tokenizer: Any, fingerprint: str) -> None:
+    """Raises: UserError if the run in workdir, if any, was trained on other data."""
+    checkpoints = os.path.join(workdir, "checkpoints")
+    if is_run(workdir) and (saved := checkpoint.list_steps(checkpoints)):
         meta = checkpoint.read_metadata(checkpoints, saved[-1])
-        identity = {"tokenizer": tokenizer.fingerprint, "data": store.fingerprint}
+        identity = {"tokenizer": tokenizer.fingerprint, "data": fingerprint}
         check_same_data({name: meta.get(name, value) for name, value in identity.items()}, identity)
-    lines = store_lines(store, "training")
-    return TextInspection(config, tokenizer, training_batches(config, store), lines)

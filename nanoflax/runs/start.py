@@ -168,13 +168,15 @@ def new_parts(model: ModelConfig, source: ModelConfig, new_head: bool) -> str:
 
 
 def texts_of(examples: Iterable[Any]) -> Iterator[str]:
-    """Every text of examples, to train a tokenizer on."""
+    """Every text of examples, to train a tokenizer on. Names of classes are no text."""
     for example in examples:
         for field in example.fields:
             value = getattr(example, field, None)
+            if field in ("label", "tags"):
+                continue
             if field == "tokens":
                 yield " ".join(value or ())
-            elif isinstance(value, tuple) and field != "label":  # messages
-                yield from (message.get("content") or "" for message in value or ())  # None beside a call of a tool
-            elif isinstance(value, str) and field != "label":
+            elif isinstance(value, tuple):  # messages
+                yield from (message.get("content") or "" for message in value)  # None beside a call of a tool
+            elif isinstance(value, str):
                 yield value

@@ -3,7 +3,7 @@
 from nanoflax.tasks.batches import POOL, ExampleBatches, PromptBatches, training_batches
 from nanoflax.tasks.encoding import encode, show_row, weigh_classes
 from nanoflax.tasks.evaluator import Evaluator, encode_for_task, encode_texts, prediction_records
-from nanoflax.tasks.examples import load, occurring_labels, read
+from nanoflax.tasks.examples import TaskData, load, occurring_labels, read
 from nanoflax.tasks.kinds import Chat, Classification, Pair, Preference, Problem, Tagging, Text
 from nanoflax.tasks.metrics import metrics_table
 from nanoflax.tasks.packing import PackedBatches
@@ -24,7 +24,7 @@ from nanoflax.tasks.table import (
 
 __all__ = [
     "Chat", "Classification", "Evaluator", "ExampleBatches", "POOL", "PackedBatches", "Pair", "PairRows",
-    "Preference", "Problem", "PromptBatches", "SHORTEST", "SIDES", "TASKS", "Tagging", "TaskSource", "Text",
+    "Preference", "Problem", "PromptBatches", "SHORTEST", "SIDES", "TASKS", "Tagging", "TaskData", "TaskSource", "Text",
     "config_of", "encode", "encode_for_task", "encode_texts", "examples_of", "exported_tokenizer", "in_form_of",
     "length_limits", "load", "metrics_table", "objective_of", "occurring_labels", "prediction_records", "prompt_of",
     "read", "show_batch_row", "show_row", "training_batches", "weigh_classes", "with_reference",

@@ -82,6 +82,10 @@ class ExampleBatches:
             i = np.random.default_rng((self.seed, pool)).permutation(POOL)[i]
         return draws[i * self.batch_size : (i + 1) * self.batch_size]
 
+    def reads(self, step: int) -> list[tuple[int, list[int]]]:
+        """(epoch, the numbers of the examples) of each row of batches[step], in all processes: [batch_size]."""
+        return [(epoch, [row]) for row, epoch in self.draws(step)]
+
     def indices(self, step: int) -> list[int]:
         """The row numbers of batches[step], in all processes: [batch_size]."""
         return [row for row, _ in self.draws(step)]
@@ -137,6 +141,11 @@ class PromptBatches:
     def indices(self, step: int) -> list[int]:
         """The numbers of the problems of batches[step], in all processes: [batch_size]."""
         return [i for i in self._prompts.indices(step) for _ in range(self.group)]
+
+    def reads(self, step: int) -> list[tuple[int, list[int]]]:
+        """(epoch, the number of the problem in a list) of each row of batches[step], in all processes: [batch_size]."""
+        first = step * self._prompts.batch_size
+        return [((first + k // self.group) // len(self.rows), [i]) for k, i in enumerate(self.indices(step))]
 
     def describe(self, step: int) -> str:
         """The places of the first problems of batches[step], to report a bad batch."""

@@ -88,10 +88,14 @@ class PackedBatches:
         pairs = zip(order.indices(step), epochs, strict=True)
         return [self._sorted(epoch)[self._packed[row]].tolist() for row, epoch in pairs]
 
+    def reads(self, step: int) -> list[tuple[int, list[int]]]:
+        """(epoch, the numbers of the examples) of each row of batches[step], in all processes: [batch_size]."""
+        rows = self.examples(step, Batches(self._packed, self.batch_size, self.seed))
+        return [((step * self.batch_size + k) // len(self._packed), row) for k, row in enumerate(rows)]
+
     def describe(self, step: int) -> str:
         """The places of examples of batches[step], in the rows of all processes, to report a bad batch."""
-        rows = self.examples(step, Batches(self._packed, self.batch_size, self.seed))
-        return ", ".join(self.rows.examples[i].place for row in rows[:4] for i in row[:2])
+        return ", ".join(self.rows.examples[i].place for _, row in self.reads(step)[:4] for i in row[:2])
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return packed_batch(self.rows, self.examples(step))

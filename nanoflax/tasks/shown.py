@@ -50,7 +50,7 @@ def show_batch_row(batch: Mapping[str, np.ndarray], row: int, tokenizer: Any, la
     if "tokens" in one and "targets" in one:
         lines.append("  predicted: " + _masked(one, tokenizer))
     elif "targets" in one:
-        lines += _block("targets", tokenizer, one["targets"], one["weights"])
+        lines += _trained("targets", tokenizer, one["targets"], one["weights"])
     return lines + _labels(one, tokenizer, labels)
 
 
@@ -74,10 +74,11 @@ def _targets_of_decoder(one: Mapping[str, Any], tokenizer: Any) -> list[str]:
 
 
 def _answer(one: Mapping[str, Any], side: str, tokenizer: Any) -> list[str]:
-    ids, weights, mask = one[side], one.get(f"{side}_weights"), one.get(f"{side}_mask")
-    if mask is not None:
-        return _block(side, tokenizer, ids[mask], padding=int((~mask).sum()))
-    return _block(f"{side}, after {token_names(tokenizer, [one['first']])[0]!r}", tokenizer, ids, weights)
+    if f"{side}_mask" in one:
+        mask = one[f"{side}_mask"]
+        return _block(side, tokenizer, one[side][mask], padding=int((~mask).sum()))
+    title = f"{side}, after {token_names(tokenizer, [one['first']])[0]!r}"
+    return _trained(title, tokenizer, one[side], one[f"{side}_weights"])
 
 
 def _masked(one: Mapping[str, Any], tokenizer: Any) -> str:
@@ -108,11 +109,15 @@ def _padding_line(n: int) -> list[str]:
     return [f"  {n} position{'s' * (n > 1)} of padding"] if n else []
 
 
+def _trained(title: str, tokenizer: Any, ids: np.ndarray, weights: np.ndarray) -> list[str]:
+    """A block of tokens with weights, and their padding."""
+    padding = _padding(ids, weights)
+    real = slice(0, len(ids) - padding)
+    return _block(title, tokenizer, ids[real], weights[real], padding)
+
+
 def _block(title: str, tokenizer: Any, ids: Any, weights: Any = None, padding: int = 0) -> list[str]:
     """A title and the tokens under it; a line ends where the text has a newline."""
-    if weights is not None:
-        padding = _padding(ids, weights)
-        ids, weights = ids[: len(ids) - padding], weights[: len(weights) - padding]
     trains = [False] * len(ids) if weights is None or np.all(weights) else [bool(w) for w in weights]
     text, trained = "", False
     for i, name in enumerate(token_names(tokenizer, ids)):

@@ -13,7 +13,7 @@ from nanoflax import tokenizers
 from nanoflax.config import Config, Instruct, ModelConfig, OptimConfig, TrainConfig
 from nanoflax.runs import vocabulary
 from nanoflax.runs.start import texts_of
-from nanoflax.tasks import Chat
+from nanoflax.tasks import Chat, Tagging
 from tests.tokenizers.chat_test import TEMPLATES, make, without_marks
 
 SPECIAL, CHATML = TEMPLATES["eos is another token than the end of a reply"]
@@ -67,3 +67,4 @@ def test_a_tokenizer_is_trained_on_chats_with_calls_of_tools():
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
     messages = ({"role": "user", "content": "2+2?"}, call, call | {"content": None}, {"role": "tool", "content": "4"})
     assert "".join(texts_of([Chat(messages, "here")])) == "2+2?4"
+    assert [*texts_of([Tagging(("two", "words"), ("O", "B-x"))])] == ["two words"]  # names of classes are no text

@@ -1,6 +1,7 @@
 """What experiments.inspect_data shows is what training reads."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from nanoflax import config as configs
 from nanoflax import runs, tasks
 from nanoflax.errors import UserError
+from nanoflax.runs.finetune import Finetuning
 from nanoflax.runs.pretrain import make_job
 from nanoflax.tokenizers import ByteTokenizer
 from tests import processes
@@ -54,15 +56,68 @@ def test_facts_agree_with_a_search_in_the_text(texts, packing):
     for step in (0, 5):
         targets = shown.batches[step]["targets"]
         for row, facts in enumerate(shown.rows(step)):
-            start = facts.window * 32
+            start = facts.numbers[0] * 32
             expected = ids[start : start + 32]
             assert targets[row, : len(expected)].tolist() == expected
             document = [sum(i == BYTES.eos_id for i in ids[:at]) for at in (start, start + len(expected) - 1)]
-            assert facts.documents == tuple(document)
+            assert facts.numbers[1:] == tuple(document)
             assert facts.text == BYTES.decode(expected)
             # The tokens that are shown, joined again, are the row.
             blocks = [line[4:] for line in shown.show(step, row) if line.startswith("    ")]
             assert "".join(blocks).replace("│", "") == named(expected)
+
+
+CASES = {
+    "classify": ({"text": "good {i}", "label": "ab"}, configs.Classify(length=16), "label: a"),
+    "tag": ({"tokens": "w{i} v", "tags": ("B-x", "O")}, configs.Tag(length=16), "tags: "),
+    "mlm": ({"text": "some words {i}"}, configs.MaskedLM(length=32), "predicted: "),
+    "packed": (
+        {"messages": "hello {i}"}, configs.Instruct(length=64, packing="best_fit"), "⟦"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_examples_of_finetuning(case, tmp_path):
+    fields, task, shown_word = CASES[case]
+
+    def value(name, content, i):
+        text = content.format(i=i) if isinstance(content, str) else list(content)
+        if name == "messages":
+            return [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
+        return text.split() if name == "tokens" else content[i % 2] if name == "label" else text
+
+    for split, n in (("train", 13), ("valid", 3)):
+        records = [{name: value(name, content, i) for name, content in fields.items()} for i in range(n)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    decoder = case == "packed"
+    kind = {"architecture": "decoder"} if decoder else {"architecture": "encoder", "head": "mlm"}
+    config = configs.Config(
+        model=configs.ModelConfig(layers=1, dim=16, heads=1, context=64, **kind),
+        data=configs.ExampleData(
+            train=f"jsonl:{tmp_path}/train.jsonl", validation=f"jsonl:{tmp_path}/valid.jsonl", tokenizer="bytes"
+        ),
+        task=task,
+        train=configs.TrainConfig(steps=20, batch_size=4, seed=1),
+    )
+    batches = Finetuning(config, str(tmp_path / "run")).job.read_data().batches
+    found = runs.inspect_data(config)
+    for step in (0, 6):
+        for name, array in batches[step].items():
+            np.testing.assert_array_equal(array, found.batches[step][name])
+        rows = found.rows(step)
+        lines = [line for row in range(4) for line in found.show(step, row)]
+        assert any(shown_word in line for line in lines)
+        for facts, row in zip(rows, range(4), strict=True):
+            assert all(f"train.jsonl:{i + 1}" in facts.place for i in facts.numbers[:3])
+            assert facts.text.split()[-1 if case != "tag" else 0].lstrip("w") == str(facts.numbers[0])
+            assert facts.text in "".join(found.show(step, row)).replace("│", "") or case in ("tag", "mlm")
+    # Every complete epoch reads each example once; the last epoch may be cut.
+    reads = sorted((facts.epoch, i) for step in range(16) for facts in found.rows(step) for i in facts.numbers)
+    last = reads[-1][0]
+    assert [r for r in reads if r[0] < last] == [(epoch, i) for epoch in range(last) for i in range(13)]
+    assert len(set(reads)) == len(reads) and last > 0
+    assert found.unit == "examples" and len(next(iter(found.lengths().values()))) == 13
 
 
 def named(ids):
@@ -101,7 +156,7 @@ def test_the_program_shows_a_run_and_refuses_other_data(texts, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "training: 12 documents" in done.stdout and "lengths of 12 documents" in done.stdout
     facts = runs.inspect_data(config).rows(1)
-    assert re.findall(r"window (\d+), document", done.stdout) == [str(row.window) for row in facts[:3]]
+    assert re.findall(r"window (\d+), document", done.stdout) == [str(row.numbers[0]) for row in facts[:3]]
     assert "... and 1 row more (--rows=4 lists all)" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
     done = processes.run([*program, "--step=3"])
