@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, cast
 
+from nanoflax.data.remote import open_binary
 from nanoflax.data.report import DataReport
 from nanoflax.errors import UserError
 from nanoflax.untrusted import parse_json
@@ -35,10 +36,10 @@ def open_text(path: str | os.PathLike) -> Iterator[io.TextIOWrapper]:
     UserError if the file cannot be opened or read, or is no text.
     """
     try:
-        with open(path, "rb", buffering=2**20) as raw:
+        with open_binary(path) as raw:
             begin = cast(io.BufferedReader, raw).peek(4)
             kind = next((mark for mark in _DECOMPRESS if begin.startswith(mark)), b"")
-            with _DECOMPRESS[kind](raw) if kind else raw as file:
+            with _DECOMPRESS[kind](raw, path) if kind else raw as file:
                 head = cast(io.BufferedReader, file).peek(2**20)
                 marked = [name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)]
                 encoding = marked[0] if marked else "utf-8-sig"
@@ -64,16 +65,19 @@ def _is_utf16(head: bytes) -> bool:
 class _Zstd(io.BufferedReader):
     """The decompressed bytes of a .zst file, all frames. fileobj: the file."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, path: Any) -> None:
         try:
             import pyarrow
         except ImportError as error:
-            raise UserError(f"{file.name}: .zst files need pyarrow: pip install 'nanoflax[data]'") from error
+            raise UserError(f"{path}: .zst files need pyarrow: pip install 'nanoflax[data]'") from error
         super().__init__(pyarrow.CompressedInputStream(file, "zstd"), 2**20)
         self.fileobj = file
 
 
-_DECOMPRESS = {b"\x1f\x8b": gzip.open, b"\x28\xb5\x2f\xfd": _Zstd}  # by the first bytes of a file
+_DECOMPRESS = {  # by the first bytes of a file
+    b"\x1f\x8b": lambda file, path: gzip.GzipFile(fileobj=file),
+    b"\x28\xb5\x2f\xfd": _Zstd,
+}
 
 
 def bytes_read(file: io.TextIOWrapper) -> int:
@@ -137,7 +141,7 @@ def json_values(lines: Iterable[tuple[str, str]], report: DataReport) -> Iterato
 def can_cut(path: str) -> bool:
     """Whether a file has lines of UTF-8, so that any process can read a range of its bytes with lines_of_range: it is
     not compressed, has no other encoding, ends its lines with \\n and is not one JSON list."""
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         head = file.read(2**20)
     marks = [*_DECOMPRESS, *_BYTE_ORDER_MARKS, codecs.BOM_UTF8]
     return b"\n" in head and not (head.startswith(tuple(marks)) or _is_utf16(head) or head.lstrip().startswith(b"["))

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from nanoflax.data.remote import is_remote, open_binary
 from nanoflax.data.report import DataReport
 from nanoflax.errors import UserError
 
@@ -18,23 +19,24 @@ def _opened(path: str) -> Iterator[Any]:
     except ImportError as error:
         raise UserError(f"{path}: Parquet files need pyarrow: pip install 'nanoflax[data]'") from error
     try:
-        with pq.ParquetFile(path, buffer_size=2**20, page_checksum_verification=True) as file:
+        place: Any = open_binary(path) if is_remote(path) else path
+        with pq.ParquetFile(place, buffer_size=2**20, page_checksum_verification=True) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
         message = str(getattr(error, "strerror", "") or error).strip().splitlines()[0]
         raise UserError(f"{path} cannot be read as Parquet: {message}") from error
 
 
-def cut_parquet(path: str, field: str, part_bytes: int) -> list[tuple[int, int, int]]:
-    """Ranges (begin, end, size) of groups of rows whose texts have about part_bytes in the file."""
+def cut_parquet(path: str, size: int, field: str, part_bytes: int) -> list[tuple[int, int, int]]:
+    """Ranges (begin, end, size) of groups of rows whose texts have about part_bytes in the file of `size` bytes."""
     with _opened(path) as file:
         column = _column(file, path, field)
-        ranges, begin, size = [], 0, 0
+        ranges, begin, read = [], 0, 0
         for i in range(file.metadata.num_row_groups):
-            size += file.metadata.row_group(i).column(column).total_compressed_size
-            if size >= part_bytes or i == file.metadata.num_row_groups - 1:
-                ranges.append((begin, i + 1, max(size, 1)))
-                begin, size = i + 1, 0
+            read += file.metadata.row_group(i).column(column).total_compressed_size
+            if read >= part_bytes or i == file.metadata.num_row_groups - 1:
+                ranges.append((begin, i + 1, max(read, 1)))
+                begin, read = i + 1, 0
     return ranges
 
 

@@ -9,7 +9,6 @@ documents in the same order.
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 
 from nanoflax.data import files
@@ -18,9 +17,10 @@ from nanoflax.data.duplicates import left_out
 from nanoflax.data.formats import FORMATS, suffix
 from nanoflax.data.pydocs import pydocs
 from nanoflax.data.quality import Quality, excerpt
+from nanoflax.data.remote import file_size
 from nanoflax.data.report import DataReport, is_held_out
-from nanoflax.data.source import Source, matching_files, source_version, text_dataset
-from nanoflax.data.tfds import dataset_examples, dataset_splits
+from nanoflax.data.source import Source, source_splits, source_version, text_dataset
+from nanoflax.data.tfds import dataset_examples
 from nanoflax.errors import UserError
 from nanoflax.report import to_json
 
@@ -75,9 +75,9 @@ def plan(source: Source | str, split: str = "train", part_bytes: int = PART_BYTE
         raise UserError(f"split {split!r}: choose train, validation or all")
     if split == "validation" and source.validation:
         return plan(Source(source.validation, source.field, data_dir=source.data_dir), "all", part_bytes)
-    dataset = dataset_splits(text_dataset(source)[0]) if source.name.startswith("tfds:") else {}
-    has_splits = split == "all" or source.validation or "validation" in dataset
-    everything = Plan(source, "", False, _parts(source, dataset.get(split if has_splits else "train", []), part_bytes))
+    splits = source_splits(source)
+    has_splits = split == "all" or source.validation or "validation" in splits
+    everything = Plan(source, "", False, _parts(source, splits[split if has_splits else "train"], part_bytes))
     if has_splits:
         if split == "validation":  # its author chose it
             return dataclasses.replace(everything, source=dataclasses.replace(source, quality=Quality()))
@@ -91,13 +91,11 @@ def plan(source: Source | str, split: str = "train", part_bytes: int = PART_BYTE
 def read(plan: Plan, number: int, report: DataReport) -> Iterator[str]:
     """Yields the non-empty documents of one part, in order. `report` counts damaged text, and its `share` is the share
     of this part that has been read."""
-    part, name = plan.parts[number], plan.source.name
-    if name == "pydocs":
-        texts = _counted(pydocs(), report)
-    elif name.startswith("text:"):
+    part = plan.parts[number]
+    if part.paths:
         texts = _read_files(part, plan.source.field, report)
     else:
-        texts = _read_dataset(plan.source, part, report)
+        texts = _read_dataset(plan.source, part, report) if part.split else _counted(pydocs(), report)
     left_out, i = plan.left_out[number] if plan.left_out else {}, -1
     for text in _chosen(plan, texts, report):
         i += 1
@@ -162,18 +160,17 @@ def check_field(source: Source, report: DataReport) -> None:
     if report.other_fields and not report.has_text:
         others = list(report.other_fields)
         raise UserError(
-            f"{report.other_fields[others[0]]}: no JSON line has text in field {source.field!r}; choose one of "
+            f"{report.other_fields[others[0]]}: no record has text in field {source.field!r}; choose one of "
             f"{', '.join(others)}, as in --config.data.field={others[0]}"
         )
 
 
-def _parts(source: Source, splits: Sequence[str], part_bytes: int) -> tuple[Part, ...]:
-    """splits: names of splits of a TFDS data set; other sources ignore them."""
+def _parts(source: Source, names: Sequence[str], part_bytes: int) -> tuple[Part, ...]:
+    """names: files, or splits of a TFDS data set."""
     if source.name == "pydocs":
         return (Part(),)
-    if source.name.startswith("text:"):
-        return tuple(_file_parts(matching_files(source.name), source.field, part_bytes))
-    return tuple(_dataset_parts(source, splits, part_bytes))
+    cut = _dataset_parts if source.name.startswith("tfds:") else _file_parts
+    return tuple(cut(source, names, part_bytes))
 
 
 def _counted(items: Sequence[str], report: DataReport) -> Iterator[str]:
@@ -206,12 +203,12 @@ def _cut(text: str, fraction: float) -> tuple[str, str]:
 # Files.
 
 
-def _file_parts(paths: Sequence[str], field: str, part_bytes: int) -> Iterator[Part]:
+def _file_parts(source: Source, paths: Sequence[str], part_bytes: int) -> Iterator[Part]:
     """Groups files, in order, until a group has part_bytes. A larger file is cut into ranges if its format allows."""
     group, size = [], 0
     for path in paths:
-        bytes_ = os.path.getsize(path)
-        ranges = FORMATS[suffix(path)].cut(path, field, part_bytes) if bytes_ > part_bytes else []
+        bytes_ = file_size(path)
+        ranges = FORMATS[suffix(path)].cut(path, bytes_, source.field, part_bytes) if bytes_ > part_bytes else []
         if group and (ranges or size + bytes_ > part_bytes):
             yield Part(tuple(group), size=max(size, 1))
             group, size = [], 0
@@ -227,7 +224,7 @@ def _file_parts(paths: Sequence[str], field: str, part_bytes: int) -> Iterator[P
 def _read_files(part: Part, field: str, report: DataReport) -> Iterator[str]:
     before = 0
     for path in part.paths:
-        size, empty = part.size if part.end else os.path.getsize(path), True
+        size, empty = part.size if part.end else file_size(path), True
         for place, text, share in FORMATS[suffix(path)].read(path, part.begin, part.end, field, report):
             report.has_text, empty = True, False
             report.share = (before + share * size) / part.size

@@ -1,27 +1,30 @@
 """Sources of text, each named by one string."""
 
 import dataclasses
-import glob
 import os
 import sys
 from typing import Any
 
 from nanoflax.config import TextData
 from nanoflax.data.formats import FORMATS, suffix
+from nanoflax.data.hub import hub_splits, hub_version
 from nanoflax.data.quality import Quality
-from nanoflax.data.tfds import open_dataset
+from nanoflax.data.remote import file_version, find_files
+from nanoflax.data.tfds import dataset_splits, open_dataset
 from nanoflax.errors import UserError
 
-HELP = "choose pydocs, text:GLOB or tfds:NAME[:FIELD]"
+HELP = "choose pydocs, text:GLOB, hub:OWNER/NAME[:CONFIG][:SPLIT] or tfds:NAME[:FIELD]"
+SCHEMES = ("text", "hub", "tfds")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A source of text and its splits "train" and "validation" ("all" is both).
 
-    name: pydocs; text:GLOB of .txt and .md (one document per file), .jsonl (one per line), .csv and .tsv (one per row;
-      the first row names the columns), each also .gz or .zst, and .parquet (one per row);
-      tfds:NAME[:FIELD], where NAME may include /CONFIG and :VERSION.
+    name: pydocs; text:GLOB of files, each plain, .gz or .zst: .txt and .md (one document per file), .jsonl and .json
+      (one per line), .csv and .tsv (one per row; the first row names the columns), and of .parquet and .array_record
+      (JSON objects, tf.train.Example or UTF-8 text); GLOB may begin with gs:// or s3://;
+      hub:OWNER/NAME[:CONFIG][:SPLIT]; tfds:NAME[:FIELD], where NAME may include /CONFIG and :VERSION.
     field: the field or column of the files that holds the text.
     validation: another source, for the validation split. If empty, the data set's own split validation, or else
       test. Without such a split, documents chosen by hash, with probability `validation_fraction`. With fewer than
@@ -40,8 +43,9 @@ class Source:
     def __post_init__(self) -> None:
         for name in (self.name, *self.evaluation):
             scheme, _, rest = name.partition(":")
-            if name != "pydocs" and not (scheme in ("text", "tfds") and rest):
-                hint = f"write text:{name}, or " if os.path.exists(name) else ""
+            if name != "pydocs" and not (scheme in SCHEMES and rest):
+                found = next((path for path in (name, rest) if os.path.exists(path)), "")  # jsonl:FILE is of finetune
+                hint = f"write text:{found}, or " if found else ""
                 raise UserError(f"data source {name!r} is not known; {hint}{HELP}")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction {self.validation_fraction}: must be between 0 and 1")
@@ -65,21 +69,35 @@ def source_version(source: Source) -> list[Any]:
     Python. The text is not read. Raises: UserError for a source that does not exist."""
 
     def version(name: str) -> list[Any]:
-        if name.startswith("text:"):
-            stats = [(path, os.stat(path)) for path in matching_files(name)]
-            return [[os.path.abspath(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        if name == "pydocs":
+            return [sys.version]
         if name.startswith("tfds:"):
             builder, field = text_dataset(dataclasses.replace(source, name=name))
             return [builder.info.full_name, str(builder.data_path), field]
-        return [sys.version]
+        return [hub_version(path) or file_version(path) for path in _files(name)["all"]]
 
     return [version(name) for name in (source.name, *source.evaluation)]
 
 
+def source_splits(source: Source) -> dict[str, list[str]]:
+    """{split: files, or names of splits of a TFDS data set}, of the splits train and all, and validation if the source
+    has its own. Raises: UserError for a source that does not exist."""
+    if source.name == "pydocs":
+        return {"train": [], "all": []}
+    return dataset_splits(text_dataset(source)[0]) if source.name.startswith("tfds:") else _files(source.name)
+
+
+def _files(name: str) -> dict[str, list[str]]:
+    """source_splits of a source of files."""
+    if name.startswith("hub:"):
+        return hub_splits(name)
+    files = matching_files(name)
+    return {"train": files, "all": files}
+
+
 def matching_files(name: str) -> list[str]:
     """The files of a text: source, sorted. Raises: UserError if there is none."""
-    pattern = os.path.expanduser(name.removeprefix("text:"))
-    matches = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+    matches = find_files(name.removeprefix("text:"))
     found = [path for path in matches if suffix(path) in FORMATS]
     if not found:
         what = f"{len(matches)} files, none of them" if matches else "no file, so no"
