@@ -14,8 +14,10 @@ BATCH = 64  # records that are read at once
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    from array_record.python import array_record_module
-
+    try:
+        from array_record.python import array_record_module  # type: ignore
+    except ImportError as error:
+        raise UserError(f"{path}: ArrayRecord files need array_record: pip install array_record") from error
     if "://" in path:
         raise UserError(f"{path}: ArrayRecord files are read from local disks only; copy it")
     try:
@@ -82,7 +84,7 @@ def _example(record: bytes, place: str) -> dict[str, Any]:
     from tensorflow_datasets.proto import tf_example_pb2
 
     try:
-        features = tf_example_pb2.Example.FromString(record).features.feature
+        features = tf_example_pb2.Example.FromString(record).features.feature  # type: ignore
     except DecodeError as error:
         raise ValueError from error
     if not features:

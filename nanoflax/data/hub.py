@@ -114,7 +114,7 @@ def _check_files(source: str, names: list[str]) -> None:
         raise UserError(f"{source} has {what} {', '.join(FORMATS)} (or .gz or .zst of these)")
     here = {name for name in names if not name.startswith(HUB)}
     for name in here:
-        if (shard := _SHARD.search(name)) and here:
+        if shard := _SHARD.search(name):
             n = int(shard[2])
             every = {f"{name[: shard.start()]}-{i:05}-of-{shard[2]}.{name[shard.end() :]}" for i in range(n)}
             if missing := sorted(every - here):

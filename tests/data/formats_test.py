@@ -8,8 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from array_record.python import array_record_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorflow_datasets.proto import tf_example_pb2
 
 from nanoflax import data
 from nanoflax.data import parts, tables
@@ -33,6 +35,20 @@ def write_parquet(path, texts, type=None, group=37, **options):
     pq.write_table(table, path, row_group_size=group, **options)
 
 
+def example(text):
+    found = tf_example_pb2.Example()
+    found.features.feature["id"].int64_list.value.append(3)
+    found.features.feature["text"].bytes_list.value.append(text.encode())
+    return found.SerializeToString()
+
+
+def write_records(path, records):
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
 def zst(content):
     half = len(content) // 2  # two frames
     return b"".join(zstandard.ZstdCompressor().compress(piece) for piece in (content[:half], content[half:]))
@@ -48,6 +64,9 @@ WRITERS = {
     "x.parquet": lambda path: write_parquet(path, TEXTS),
     "dictionary.parquet": lambda path: write_parquet(path, TEXTS, pa.dictionary(pa.int32(), pa.string())),
     "large.parquet": lambda path: write_parquet(path, TEXTS, pa.large_string(), compression="zstd"),
+    "json.array_record": lambda path: write_records(path, jsonl(TEXTS).splitlines()),
+    "text.array_record": lambda path: write_records(path, [text.encode() for text in TEXTS]),
+    "examples.array_record-00000-of-00001": lambda path: write_records(path, map(example, TEXTS)),
     "binary.parquet": lambda path: write_parquet(path, [text.encode() for text in TEXTS], pa.binary(), group=1000),
 }
 
@@ -69,7 +88,9 @@ def test_every_format_gives_the_tokens_of_whole_files(tmp_path, name, fingerprin
     assert list(data.documents(f"text:{tmp_path}/{name}", "all")) == TEXTS
 
 
-@pytest.mark.parametrize("name, least", [("x.jsonl", 8), ("x.parquet", 8), ("x.csv", 1), ("x.jsonl.zst", 1)])
+@pytest.mark.parametrize(
+    "name, least", [("x.jsonl", 8), ("x.parquet", 8), ("json.array_record", 8), ("x.csv", 1), ("x.jsonl.zst", 1)]
+)
 def test_ranges_of_a_large_file_are_its_documents(tmp_path, name, least):
     WRITERS[name](tmp_path / name)
     plan = parts.plan(f"text:{tmp_path}/{name}", "all", part_bytes=500)
@@ -174,6 +195,22 @@ def damaged(path):
         ("x.csv", lambda path: path.write_text("text\n"), "files without a text"),
         ("x.tsv", lambda path: path.write_text("id\ttext\n1\n2\ta\tb\n"), "rows without 2 columns, left out: 2"),
         ("x.jsonl", lambda path: path.write_text('{"text": null}\n{"text": 3}'), "JSON lines without text .*: 2"),
+        ("x.array_record", lambda path: path.write_bytes(b""), "cannot be read as ArrayRecord: .*64KB"),
+        (
+            "x.array_record",
+            lambda path: (write_records(path, [b"x"] * 99), path.write_bytes(path.read_bytes()[:-99])),
+            "cannot be read as ArrayRecord: .*",
+        ),
+        (
+            "x.array_record",
+            lambda path: write_records(path, [b'{"body": "x"}']),
+            "record 0: no record has text in field 'text'; choose one of body, as in --config.data.field=body",
+        ),
+        (
+            "x.array_record",
+            lambda path: write_records(path, [b'{"text": null}', b"text"]),
+            "records without text in field 'text', left out: 1 .*record 0.; malformed records .*: 1 .*record 1.",
+        ),
         ("x.jsonl.zst", lambda path: path.write_bytes(zst(jsonl(TEXTS))[:-3]), "cannot be read: Truncated"),
         ("x.txt.zst", lambda path: path.write_bytes(zst(b"some text" * 99) + b"more"), "cannot be read: .*frame"),
     ],
