@@ -18,7 +18,8 @@ class DataConfig:
         "pydocs",
         "Training data: pydocs, text:GLOB or tfds:NAME[:FIELD]; for finetune also jsonl:FILE, csv:FILE, tsv:FILE, "
         "conll:FILE, pairs:SOURCES,TARGETS, preferences:FILE, problems:FILE, dates:FROM-TO, pytags, pymodules, "
-        "pychats, wrong_dates:FROM-TO, bible:FROM-TO or arithmetic:DIGITS.",
+        "pychats, wrong_dates:FROM-TO, bible:FROM-TO or arithmetic:DIGITS. pretrain also takes several, "
+        "NAME=SOURCE; NAME=SOURCE, and mixture:FILE.",
     )
     validation: str = field("", "Validation data; empty: the data's own split, or else a part of the training data.")
     validation_fraction: float = field(0.05, "That part: a share of the texts, chosen by hash.", within="(0, 1)")
@@ -30,6 +31,11 @@ class TextData(DataConfig):
     """Settings of pretrain: a corpus is cut into windows of tokens."""
 
     kind: ClassVar[str] = "text"
+    mixture: str = field(
+        "",
+        "Weights of several sources by stage, as 0: web=0.8,code=0.2; 8000: web=0.5,code=0.5 (the numbers are steps); "
+        "empty: by their sizes.",
+    )
     window: int = field(0, "Length of a training window; 0: model.context.", unit="tokens", at_least=0)
     packing: str = field("joined", "isolated: documents of a window cannot see each other.", choices=PACKINGS)
     min_chars: int = field(0, "Leave shorter documents out; 0: none.", unit="characters", at_least=0)
@@ -46,7 +52,9 @@ class TextData(DataConfig):
     workers: int = field(0, "Processes that tokenize; 0: one per core.", at_least=0)
     cache: str = field("", "Directory of the token files; empty: the user's cache directory.")
     # This attribute is last: it hides the function `field` in the class body.
-    field: str = field("text", "Name of the JSON field or of the column that holds the text.")
+    field: str = field(
+        "text", "Name of the JSON field or of the column that holds the text; of several sources: text; code=content."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

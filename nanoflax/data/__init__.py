@@ -4,11 +4,12 @@ from nanoflax.data.batches import Batches, evaluation_batches, prefetch
 from nanoflax.data.cache import default_cache_dir, prepare
 from nanoflax.data.cleaning import UNICODE, WHITESPACE, clean, cleaning_steps
 from nanoflax.data.files import MALFORMED, decode, json_lines, open_text, text_lines
-from nanoflax.data.mixture import Mixture, Stage, is_mixture, parse_names, parse_stages
+from nanoflax.data.mixture import Mixture
 from nanoflax.data.parts import documents
 from nanoflax.data.pydocs import standard_modules
 from nanoflax.data.report import DataReport, is_held_out
 from nanoflax.data.source import Source, source_of, source_version
+from nanoflax.data.stages import Stage, is_mixture, sources_of, stages_of, validation_of, with_mixture_file
 from nanoflax.data.store import TokenStore
 from nanoflax.data.tables import table_rows
 from nanoflax.data.tfds import dataset_examples, dataset_splits, open_dataset
@@ -18,5 +19,5 @@ __all__ = [
     "Batches", "DataReport", "MALFORMED", "Mixture", "Source", "Stage", "TokenStore", "UNICODE", "WHITESPACE",
     "Windows", "clean", "cleaning_steps", "dataset_examples", "dataset_splits", "decode", "default_cache_dir",
     "documents", "evaluation_batches", "is_held_out", "is_mixture", "json_lines", "open_dataset", "open_text",
-    "parse_names", "parse_stages", "prefetch", "prepare", "source_of", "source_version", "standard_modules",
-    "table_rows", "text_lines"]  # fmt: skip
+    "prefetch", "prepare", "source_of", "source_version", "sources_of", "stages_of", "standard_modules", "table_rows",
+    "text_lines", "validation_of", "with_mixture_file"]  # fmt: skip

@@ -5,10 +5,7 @@
 Both arrows are O(1) functions of the position, so any number of processes reads the same rows, from any step on.
 """
 
-import dataclasses
 import functools
-import math
-import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -17,109 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from nanoflax.data.batches import shuffled
-from nanoflax.errors import UserError
-
-MAX_BLOCK = 1000  # rows; weights that need more are rounded
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
-WEIGHT = re.compile(r"\d{1,12}(\.\d{0,12})?|\.\d{1,12}|\d{1,12}/\d{1,12}")
-Weights = Mapping[str, Fraction]
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """From this step on, each block of rows has `counts[name]` rows of each source; the others have none."""
-
-    step: int
-    counts: Mapping[str, int]
-
-    @property
-    def block(self) -> int:
-        return sum(self.counts.values())
-
-
-def is_mixture(text: str) -> bool:
-    """Whether data.train has the form NAME=SOURCE; NAME=SOURCE, not that of one source."""
-    return bool(re.match(rf"\s*{NAME.pattern}\s*=", text))
-
-
-def parse_names(text: str, setting: str) -> dict[str, str]:
-    """{name: value} of NAME=VALUE; NAME=VALUE. A first VALUE without a name has the name "".
-
-    setting: the name of the setting, for messages. Raises: UserError for any other form.
-    """
-    found = {}
-    for i, entry in enumerate(filter(None, map(str.strip, text.split(";")))):
-        name, equals, value = (x.strip() for x in entry.partition("="))
-        if not (equals and NAME.fullmatch(name)) and i == 0 and not is_mixture(text):
-            name, value = "", entry
-        elif not (equals and NAME.fullmatch(name) and value):
-            raise UserError(f"data.{setting}: {entry!r} is not NAME=VALUE; write NAME=VALUE; NAME=VALUE")
-        if name in found:
-            raise UserError(f"data.{setting}: the name {name} occurs twice; each source needs its own")
-        found[name] = value
-    return found
-
-
-def parse_stages(text: str, names: Sequence[str], steps: int) -> list[Stage]:
-    """The stages of data.mixture, such as 0: web=0.8,code=0.2; 8000: web=0.5,code=0.3,math=0.2.
-
-    names: of all sources. steps: train.steps. A text without "0:" is one stage. Weights are decimal numbers or
-    fractions (1/3); only their ratios matter. Raises: UserError for unknown or unused names, weights that are not
-    positive, and steps that do not begin at 0, ascend and stay below train.steps.
-    """
-    stages: list[Stage] = []
-    for i, entry in enumerate(filter(None, map(str.strip, text.split(";")))):
-        before, colon, weights = entry.rpartition(":")
-        if not (before.strip().isdecimal() and before.isascii() if colon else i == 0):
-            raise UserError(f"data.mixture: {entry!r} is not STEP: NAME=WEIGHT,NAME=WEIGHT")
-        step = int(before) if colon else 0
-        if i == 0 and step:
-            raise UserError(f"data.mixture: the first stage begins at step {step}; it must begin at step 0")
-        if i and step <= stages[-1].step:
-            raise UserError(f"data.mixture: step {step} comes after step {stages[-1].step}; the steps must ascend")
-        if step >= steps:
-            raise UserError(f"data.mixture: the stage at step {step} never begins: train.steps={steps}")
-        where = f"data.mixture, stage at step {step}"
-        stages.append(Stage(step, block_counts(_parse_weights(weights, names, where), where)))
-    if unused := [name for name in names if not any(name in stage.counts for stage in stages)]:
-        raise UserError(f"data.mixture: no stage uses {', '.join(unused)}; give a weight, or remove it from data.train")
-    return stages
-
-
-def _parse_weights(text: str, names: Sequence[str], where: str) -> dict[str, Fraction]:
-    weights = {}
-    for entry in map(str.strip, text.split(",")):
-        name, _, weight = (x.strip() for x in entry.partition("="))
-        if name not in names:
-            raise UserError(f"{where}: {entry!r} is not NAME=WEIGHT with a name of data.train: {', '.join(names)}")
-        if name in weights:
-            raise UserError(f"{where}: {name} occurs twice")
-        if not WEIGHT.fullmatch(weight) or weight.endswith("/0") or not Fraction(weight):
-            raise UserError(f"{where}: the weight {weight!r} of {name} must be a positive number, such as 0.8 or 1/3")
-        weights[name] = Fraction(weight)
-    return weights
-
-
-def block_counts(weights: Weights, where: str) -> dict[str, int]:
-    """{name: rows in a block}: the smallest block in which the counts have exactly the ratios of the weights.
-
-    If it is larger than MAX_BLOCK, a block has MAX_BLOCK rows, rounded by the largest remainders.
-    Raises: UserError, which begins with `where`, if a weight gets no row.
-    """
-    total = sum(weights.values())
-    shares = {name: weight / total for name, weight in weights.items()}
-    block = min(math.lcm(*(share.denominator for share in shares.values())), MAX_BLOCK)
-    counts = {name: int(share * block) for name, share in shares.items()}
-    by_remainder = sorted(shares, key=lambda name: counts[name] - shares[name] * block)  # stable: ties by order
-    for name in by_remainder[: block - sum(counts.values())]:
-        counts[name] += 1
-    for name, count in counts.items():
-        if not count:
-            raise UserError(
-                f"{where}: {name} has a share of {float(shares[name]):.2g}, less than one row in {MAX_BLOCK:,}; give "
-                "it a larger weight in data.mixture"
-            )
-    return counts
+from nanoflax.data.stages import Stage, block_counts
 
 
 class Schedule:

@@ -62,7 +62,7 @@ def chunks_of(B: int, T: int, V: int, least: int = 512) -> int:
     return max(n for n in range(1, T + 1) if T % n == 0 and n <= max(wanted, 1))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9, 10))
 def chunked_cross_entropy(
     hidden: Float[Array, "B T D"],
     kernel: Float[Array, "D V"],
@@ -74,16 +74,18 @@ def chunked_cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float = 0.0,
     padding: int = 0,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    of_rows: bool = False,
+) -> tuple[Float[Array, "..."], ...]:
     """Weighted sums of `token_losses`, from hidden states, without holding all logits at once.
 
     kernel, bias: of the output head; softcap: logits become cap tanh(logit / cap), 0 for none; padding:
     the number of columns at the end of V that are no tokens (config.vocab_padding).
     Computes `chunks` pieces of T one after another. Under jax.grad, the forward pass also computes the
     gradients, so that the logits of a piece are computed once (as in Liger Kernel, Hsu et al. 2024).
-    Returns (sum of objectives, sum of cross entropies), float32; the second sum has no gradient.
+    Returns (sum of objectives, sum of cross entropies), float32, and if of_rows, the cross entropies summed in each
+    row [B]. Only the first sum has a gradient.
     """
-    options = (chunks, z_loss, label_smoothing, softcap, padding)
+    options = (chunks, z_loss, label_smoothing, softcap, padding, of_rows)
     return _chunked(hidden, kernel, targets, weights, bias, *options, gradients=False)[0]
 
 
@@ -96,7 +98,9 @@ def _pad_vocabulary(kernel, bias):
     return kernel, bias, extra
 
 
-def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoothing, softcap, padding, gradients):
+def _chunked(
+    hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoothing, softcap, padding, of_rows, gradients
+):
     # On a mesh, fsdp splits V here if it divides V, instead of the rows: each device then sums the
     # gradient of its own part of the kernel. b and t are the numbers of splits of B and T. There is one
     # sum per split; these sums are reduced once at the end, not once per chunk.
@@ -112,7 +116,7 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
     kernel = parallel.constrain(kernel.astype(hidden.dtype), P(None, words))
 
     def piece(carry, xs):
-        loss, nll, dw, db = carry
+        loss, nll, rows_nll, dw, db = carry
         h, targets, m = (parallel.constrain(x, of_pieces) for x in xs)
         logits = jnp.einsum("ijbtd,dv->ijbtv", h, kernel, preferred_element_type=jnp.float32)
         if bias is not None:
@@ -122,8 +126,10 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
         logits = mask_padding(logits, padding)
         objective, plain, log_z = _token_losses(logits, targets, z_loss, label_smoothing, padding)
         loss, nll = loss + (objective * m).sum((2, 3)), nll + (plain * m).sum((2, 3))
+        if of_rows:
+            rows_nll += (plain * m).sum(3)
         if not gradients:
-            return (loss, nll, dw, db), None
+            return (loss, nll, rows_nll, dw, db), None
         hit = jnp.arange(logits.shape[-1]) == targets[..., None]
         probability = jnp.exp(logits - log_z[..., None])
         dlogits = m[..., None] * (
@@ -141,7 +147,7 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
         dh = jnp.einsum("ijbtv,dv->ijbtd", dlogits, kernel)
         dh = parallel.constrain(dh, P(rows, "context", "fsdp" if fits else None))
         dk = jnp.einsum("ijbtd,ijbtv->ijdv", h, dlogits, preferred_element_type=jnp.float32)
-        return (loss, nll, dw + dk, db), dh
+        return (loss, nll, rows_nll, dw + dk, db), dh
 
     def split(x):  # [B, T, ...] -> [chunks, b, t, B / b, T / t / chunks, ...]
         x = x.reshape(b, B // b, t, chunks, -1, *x.shape[2:])
@@ -149,13 +155,14 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
 
     pieces = jax.tree.map(split, (hidden, targets, weights))
 
-    def zeros(*shape):
-        split = P(rows, "context", *[None] * (len(shape) - 1), *[words] * bool(shape))
+    def zeros(*shape, last=words):
+        split = P(rows, "context", *[None] * (len(shape) - 1), *[last] * bool(shape))
         return parallel.constrain(jnp.zeros((b, t, *shape), jnp.float32), split)
 
+    rows_nll = zeros(B // b, last=None) if of_rows else None
     dw = zeros(*kernel.shape) if gradients else None
     db = None if bias is None else zeros(*bias.shape)
-    carry = (zeros(), zeros(), dw, db)
+    carry = (zeros(), zeros(), rows_nll, dw, db)
     if chunks == 1:
         carry, dh = piece(carry, jax.tree.map(lambda x: x[0], pieces))
         dh = jax.tree.map(lambda x: x[None], dh)
@@ -163,8 +170,10 @@ def _chunked(hidden, kernel, targets, weights, bias, chunks, z_loss, label_smoot
         carry, dh = jax.lax.scan(piece, carry, pieces)
     if gradients:
         dh = dh.transpose(1, 3, 2, 0, 4, 5).reshape(B, T, D)  # type: ignore  # not None with gradients
-    loss, nll, dw, db = jax.tree.map(lambda x: x.sum((0, 1)), carry)
-    return (loss, nll), (dh, *jax.tree.map(lambda x: x[..., :V], (dw, db)))
+    loss, nll, rows_nll, dw, db = carry
+    loss, nll, dw, db = jax.tree.map(lambda x: x.sum((0, 1)), (loss, nll, dw, db))
+    sums = (loss, nll, rows_nll.sum(1).reshape(B)) if of_rows else (loss, nll)
+    return sums, (dh, *jax.tree.map(lambda x: x[..., :V], (dw, db)))
 
 
 def _chunked_forward(hidden, kernel, targets, weights, bias, *options):
@@ -172,7 +181,7 @@ def _chunked_forward(hidden, kernel, targets, weights, bias, *options):
     return sums, (dh, dw.astype(kernel.dtype), db if bias is None else db.astype(bias.dtype))
 
 
-def _chunked_backward(chunks, z_loss, label_smoothing, softcap, padding, saved, cotangents):
+def _chunked_backward(chunks, z_loss, label_smoothing, softcap, padding, of_rows, saved, cotangents):
     dh, dw, db = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), saved)
     return dh, dw, None, None, db
 

@@ -25,7 +25,7 @@ class Sums(NamedTuple):
     objective: Float[Array, ""]  # what is minimised
     loss: Float[Array, ""]  # what is reported: the cross entropy in nats, without smoothing and other terms
     weight: Float[Array, ""]  # of tokens or rows
-    logged: dict[str, Array] = {}  # noqa: RUF012  # {name: sum} of more metrics
+    logged: dict[str, Any] = {}  # noqa: RUF012  # {name: sum, or [sum, its own weight]} of more metrics
 
 
 def with_router(objective: Callable[..., Sums]) -> Callable[..., Sums]:
@@ -62,11 +62,12 @@ def causal_lm(model: LanguageModel, params: dict, batch: Batch, rng: Array | Non
     batch: targets [B, T] int32, first [B] int32 (the token before targets), weights [B, T] float32
     (0 for padding); if packed documents are isolated, segments [B, T] int32 and start [B] int32, the
     token before each document, or [B, T] int32, which holds this token at the first position of a document.
+    options: also sources, the names of a mixture, whose losses are logged by the batch's source [B] int32, a number.
     """
     targets, segments = batch["targets"], batch.get("segments")
     inputs = nn.shift_right(targets, batch["first"], segments, batch.get("start"))
     hidden, _ = model.apply({"params": params}, inputs, segments, method="hidden", **dropout(rng))
-    return _token_sums(model, params, hidden, targets, batch["weights"], **options)
+    return _token_sums(model, params, hidden, targets, batch["weights"], batch.get("source"), **options)
 
 
 def seq2seq(model: LanguageModel, params: dict, batch: Batch, rng: Array | None = None, **options: Any) -> Sums:
@@ -169,11 +170,15 @@ def _sums(objective, nll, weights):
     return Sums(jnp.sum(objective * weights), jnp.sum(nll * weights), jnp.sum(weights))
 
 
-def _token_sums(model, params, hidden, targets, weights, chunks=0, z_loss=0.0, label_smoothing=0.0):
+def _token_sums(
+    model, params, hidden, targets, weights, source=None, chunks=0, z_loss=0.0, label_smoothing=0.0, sources=()
+):
     c, (B, T) = model.config, targets.shape
     if chunks:  # divides the context, but T of a batch of examples may be shorter
         chunks = math.gcd(chunks, T)
     chunks = chunks or nn.chunks_of(B, T, c.vocab_size)
-    options = params.get("logit_bias"), chunks, z_loss, label_smoothing, c.logit_softcap, c.vocab_padding
-    objective, loss = nn.chunked_cross_entropy(hidden, head_kernel(c, params), targets, weights, *options)  # type: ignore
-    return Sums(objective, loss, jnp.sum(weights))
+    options = params.get("logit_bias"), chunks, z_loss, label_smoothing, c.logit_softcap, c.vocab_padding, bool(sources)
+    objective, loss, *rows = nn.chunked_cross_entropy(hidden, head_kernel(c, params), targets, weights, *options)  # type: ignore
+    rows.append(weights.sum(-1))
+    logged = {f"loss/{name}": [jnp.sum(x, where=source == i) for x in rows] for i, name in enumerate(sources)}
+    return Sums(objective, loss, jnp.sum(weights), logged)

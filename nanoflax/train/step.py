@@ -68,7 +68,7 @@ def make_train_step(
             jnp.where(good, 0, state.skipped + 1),
         )
         metrics = {"loss": loss / weight, "grad_norm": norm, "tokens": weight, "skipped": state.skipped}
-        metrics |= {name: x / weight for name, x in logged.items()}
+        metrics |= {name: x[0] / x[1] if isinstance(x, list) else x / weight for name, x in logged.items()}
         if t.z_loss or t.label_smoothing or router.experts and (router.balance_loss or router.z_loss):
             metrics["objective"] = total / weight
         return state, metrics

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoflax.data import Batches, Mixture, Windows, is_mixture, mixture, parse_names, parse_stages
-from nanoflax.data.mixture import Schedule, Stage, block_counts
+from nanoflax.data import Batches, Mixture, Stage, Windows, is_mixture
+from nanoflax.data.mixture import Schedule
+from nanoflax.data.stages import block_counts, parse_names, parse_stages
 from nanoflax.errors import UserError
 from tests.data.token_store_test import store_of
 
@@ -206,4 +207,3 @@ def test_reading_is_constant_in_the_step():
     assert source in range(3) and before <= 10**15
     assert schedule.rows_before(10**15).tolist() == [998 * 10**12, 10**12, 10**12]
     assert schedule(10**15) == (0, 998 * 10**12)
-    assert mixture.MAX_BLOCK == 1000
