@@ -4,7 +4,7 @@ from nanoflax.data.batches import Batches, evaluation_batches, prefetch
 from nanoflax.data.cache import default_cache_dir, prepare
 from nanoflax.data.cleaning import UNICODE, WHITESPACE, clean, cleaning_steps
 from nanoflax.data.files import MALFORMED, decode, json_lines, open_text, text_lines
-from nanoflax.data.mixture import Mixture
+from nanoflax.data.mixture import Mixture, mixed_documents
 from nanoflax.data.parts import documents
 from nanoflax.data.pydocs import standard_modules
 from nanoflax.data.report import DataReport, is_held_out
@@ -18,6 +18,6 @@ from nanoflax.data.windows import Windows
 __all__ = [
     "Batches", "DataReport", "MALFORMED", "Mixture", "Source", "Stage", "TokenStore", "UNICODE", "WHITESPACE",
     "Windows", "clean", "cleaning_steps", "dataset_examples", "dataset_splits", "decode", "default_cache_dir",
-    "documents", "evaluation_batches", "is_held_out", "is_mixture", "json_lines", "open_dataset", "open_text",
-    "prefetch", "prepare", "source_of", "source_version", "sources_of", "stages_of", "standard_modules", "table_rows",
-    "text_lines", "validation_of", "with_mixture_file"]  # fmt: skip
+    "documents", "evaluation_batches", "is_held_out", "is_mixture", "json_lines", "mixed_documents", "open_dataset",
+    "open_text", "prefetch", "prepare", "source_of", "source_version", "sources_of", "stages_of", "standard_modules",
+    "table_rows", "text_lines", "validation_of", "with_mixture_file"]  # fmt: skip

@@ -6,7 +6,7 @@ Both arrows are O(1) functions of the position, so any number of processes reads
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Int
 
 from nanoflax.data.batches import shuffled
+from nanoflax.data.parts import documents, plan
+from nanoflax.data.source import Source
 from nanoflax.data.stages import Stage, block_counts
 
 
@@ -90,18 +92,22 @@ class Mixture:
 
     def indices(self, step: int) -> list[tuple[int, int]]:
         """The (number of the source, number of the window) of each row of batches[step], in the order of host_rows."""
+        return [(source, window) for source, _, window in self.places(step)]
+
+    def places(self, step: int) -> list[tuple[int, int, int]]:
+        """As `indices`, with the epoch: (number of the source, how often it was read before, number of the window)."""
         found = []
         for row in self.host_rows:
             source, before = self.schedule(step * self.batch_size + row)
             n = len(self.windows[self.names[source]])
             epoch, i = divmod(before, n)
-            found.append((source, shuffled(i, n, self.seed, epoch)))
+            found.append((source, epoch, shuffled(i, n, self.seed, epoch)))
         return found
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """The arrays of Windows.batch, and source [B] int32: the number of each row's source."""
+        """The arrays of Windows.batch, and source_number [B] int32: the number of each row's source."""
         sources, windows = np.asarray(self.indices(step)).T
-        batch = {"source": sources.astype(np.int32)}
+        batch = {"source_number": sources.astype(np.int32)}
         for k in np.unique(sources).tolist():
             of_source = sources == k
             for name, array in self.windows[self.names[k]].batch(windows[of_source]).items():
@@ -119,6 +125,40 @@ class Mixture:
         """{name: how many times the windows of a source were read before this step}."""
         rows = self.schedule.rows_before(step * self.batch_size).tolist()
         return {name: n / len(self.windows[name]) for name, n in zip(self.names, rows, strict=True)}
+
+
+def mixed_documents(sources: Mapping[str, Source], stages: Sequence[Stage] | None, steps: int) -> Iterator[str]:
+    """Yields the training documents of several sources, to train a tokenizer: the numbers of characters have the ratios
+    of the rows of a run of `steps` steps, or without stages of the sizes of the sources."""
+    if stages:
+        rows = Schedule(list(sources), stages, 1).rows_before(steps).tolist()
+        weights = dict(zip(sources, rows, strict=True))
+    else:
+        weights = {name: plan(source).size for name, source in sources.items()}
+    readers = {name: functools.partial(documents, source) for name, source in sources.items() if weights[name]}
+    return interleave(readers, weights)
+
+
+def interleave(readers: Mapping[str, Callable[[], Iterable[str]]], weights: Mapping[str, float]) -> Iterator[str]:
+    """Yields the texts of several readers, so that the numbers of characters have the ratios of the weights.
+
+    readers: {name: a function that begins to read}. A reader that ends begins again, until all have ended or half of
+    the text is a repetition.
+    """
+    streams, ended = {name: iter(read()) for name, read in readers.items()}, set()
+    characters, once, repeated = dict.fromkeys(readers, 0), 0, 0
+    while len(ended) < len(streams) and repeated <= once:
+        name = min(characters, key=lambda name: characters[name] / weights[name])
+        text = next(streams[name], None)
+        if text is None:
+            if not characters[name]:
+                return  # an empty source, which `prepare` refuses
+            ended.add(name)
+            streams[name] = iter(readers[name]())
+            continue
+        characters[name] += len(text)
+        once, repeated = (once, repeated + len(text)) if name in ended else (once + len(text), repeated)
+        yield text
 
 
 def by_size(windows: Mapping[str, Any]) -> Stage:

@@ -140,37 +140,32 @@ def with_mixture_file(config: TextData) -> TextData:
     return dataclasses.replace(config, train=sources, mixture=weights or config.mixture)
 
 
-def sources_of(config: TextData) -> dict[str, Source]:
-    """{name: Source} of data.train; the name of a single source without a name is "".
+def sources_of(config: TextData, name: str = "") -> dict[str, Source]:
+    """{name: Source} of data.train, or of other text, read with the same settings; a single source has the name "".
 
     Raises: UserError for a mixture that is not well formed, and for names in other settings that it does not have.
     """
-    config = with_mixture_file(config)
+    other = bool(name)
+    config = with_mixture_file(dataclasses.replace(config, train=name, mixture="", validation="") if other else config)
     if not is_mixture(config.train):
         if config.mixture:
             raise UserError(
                 f"data.mixture={config.mixture!r} needs named sources in data.train, as NAME=SOURCE; NAME=SOURCE"
             )
-        return {"": source_of(config)}
+        return {"": source_of(config, name or None)}
     named = parse_names(config.train, "train")
     fields, validation = parse_names(config.field, "field"), parse_names(config.validation, "validation")
-    for setting, found in (("field", fields), ("validation", validation)):
-        if unknown := [name for name in found if name not in ("", *named)]:
+    for setting, found in (("field", {} if other else fields), ("validation", validation)):
+        if unknown := [key for key in found if key not in ("", *named)]:
             raise UserError(f"data.{setting}: data.train has no source {', '.join(unknown)}; it has {', '.join(named)}")
     if "" in validation and len(validation) > 1:
         raise UserError("data.validation: give one source for all, or NAME=SOURCE for each source that has one")
-    return {
-        name: source_of(
-            dataclasses.replace(
-                config,
-                train=source,
-                mixture="",
-                field=fields.get(name, fields.get("", TextData.field)),
-                validation=validation.get(name, validation.get("", "")),
-            )
-        )
-        for name, source in named.items()
-    }
+    found = {}
+    for key, source in named.items():
+        settings = {"field": fields.get(key, fields.get("", TextData.field)), "train": source, "mixture": ""}
+        settings["validation"] = validation.get(key, validation.get("", ""))
+        found[key] = source_of(dataclasses.replace(config, **settings), source if other else None)
+    return found
 
 
 def validation_of(config: TextData) -> dict[str, Source]:

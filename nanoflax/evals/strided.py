@@ -45,14 +45,16 @@ def strided_perplexity(
         raise UserError(f"--stride={stride} must be from 1 to the model's context, {context}")
     if not name and not (run.workdir and c.data.train):
         raise UserError(f"{run.source} has no validation data of its own; give --data")
-    store = runs.open_text(run, name, split, fields)
-    framing, pairs = run.tokenizer.framing, []
+    stores = runs.open_text(run, name, split, fields)
+    framing, sums = run.tokenizer.framing, {}
     between = framing.document(())[-1:] if framing.first_id != framing.eos_id else []
-    for begin, end in itertools.pairwise(store.begin(range(store.n_documents + 1)).tolist()):
-        pairs += windows(store.read(begin, end - len(between)).tolist(), framing.first_id, context, stride)
-    if not pairs:
-        raise UserError(f"--data={name} holds no text")
     params = jax.tree_util.tree_map(jnp.asarray, run.params)
-    nats = -math.fsum(found.log_likelihood for found in score_pairs(run.model, params, pairs, batch_size))
-    tokens = sum(len(predicted) for _, predicted in pairs)
-    return {"stride": stride} | runs.text_metrics(run, name, store, nats, tokens)
+    for key, store in stores.items():
+        pairs = []
+        for begin, end in itertools.pairwise(store.begin(range(store.n_documents + 1)).tolist()):
+            pairs += windows(store.read(begin, end - len(between)).tolist(), framing.first_id, context, stride)
+        if not pairs:
+            raise UserError(f"--data={name} holds no text")
+        nats = -math.fsum(found.log_likelihood for found in score_pairs(run.model, params, pairs, batch_size))
+        sums[key] = nats, sum(len(predicted) for _, predicted in pairs)
+    return {"stride": stride} | runs.text_metrics(run, name, stores, sums)

@@ -155,11 +155,11 @@ def _chunked(
 
     pieces = jax.tree.map(split, (hidden, targets, weights))
 
-    def zeros(*shape, last=words):
-        split = P(rows, "context", *[None] * (len(shape) - 1), *[last] * bool(shape))
+    def zeros(*shape):
+        split = P(rows, "context", *[None] * (len(shape) - 1), *[words] * bool(shape))
         return parallel.constrain(jnp.zeros((b, t, *shape), jnp.float32), split)
 
-    rows_nll = zeros(B // b, last=None) if of_rows else None
+    rows_nll = jnp.zeros((b, t, B // b), jnp.float32) if of_rows else None
     dw = zeros(*kernel.shape) if gradients else None
     db = None if bias is None else zeros(*bias.shape)
     carry = (zeros(), zeros(), rows_nll, dw, db)
@@ -172,7 +172,7 @@ def _chunked(
         dh = dh.transpose(1, 3, 2, 0, 4, 5).reshape(B, T, D)  # type: ignore  # not None with gradients
     loss, nll, rows_nll, dw, db = carry
     loss, nll, dw, db = jax.tree.map(lambda x: x.sum((0, 1)), (loss, nll, dw, db))
-    sums = (loss, nll, rows_nll.sum(1).reshape(B)) if of_rows else (loss, nll)
+    sums = (loss, nll) if rows_nll is None else (loss, nll, rows_nll.sum(1).reshape(B))
     return sums, (dh, *jax.tree.map(lambda x: x[..., :V], (dw, db)))
 
 

@@ -10,15 +10,23 @@ from jaxtyping import Int
 
 from nanoflax import config as configs
 from nanoflax import data, parallel, tasks
-from nanoflax.config import Config, Pretrain, TextData
+from nanoflax.config import Config, Pretrain
 from nanoflax.runs import checkpoint
 from nanoflax.runs.directory import check_same_data, is_run
 from nanoflax.runs.finetune import check as check_finetune
 from nanoflax.runs.finetune import encode_examples, fingerprint, start_with_examples, with_arguments
 from nanoflax.runs.opening import open_initial
 from nanoflax.runs.pretrain import check as check_pretrain
-from nanoflax.runs.pretrain import prepare_split, store_lines, training_batches
+from nanoflax.runs.pretrain import check_sources, with_mixture_file
 from nanoflax.runs.start import texts_of
+from nanoflax.runs.text_data import (
+    mixture_table,
+    prepare_split,
+    store_lines,
+    tokenizer_texts,
+    training_batches,
+    training_fingerprint,
+)
 from nanoflax.runs.vocabulary import get_tokenizer
 
 MOST_LENGTHS = 200_000  # documents whose lengths are read, evenly spread over a store
@@ -75,19 +83,24 @@ class TextInspection(Inspection):
     """Of a pretraining."""
 
     def rows(self, step: int) -> list[RowFacts]:
-        targets, n = self.batches[step]["targets"], len(self.batches.windows)
-        first = step * self.batches.batch_size
-        found = []
-        for row, (window, begin, end) in enumerate(self.batches.describe(step)):
+        batches, targets, found = self.batches, self.batches[step]["targets"], []
+        for row, described in enumerate(batches.describe(step)):
+            if isinstance(batches, data.Mixture):
+                source, window, begin, end = described
+                epoch = batches.places(step)[row][1]  # `batches` has all rows
+            else:
+                source, (window, begin, end) = self.config.data.train, described
+                epoch = (step * batches.batch_size + row) // len(batches.windows)
             documents = f"documents {begin:,} to {end:,}" if end > begin else f"document {begin:,}"
-            place = f"window {window:,}, {documents}"
             text = self.tokenizer.decode(targets[row][:EXCERPT].tolist())
-            epoch = (first + row) // n
-            found.append(RowFacts(row, self.config.data.train, epoch, (window, begin, end), place, text))
+            place = f"window {window:,}, {documents}"
+            found.append(RowFacts(row, source, epoch, (window, begin, end), place, text))
         return found
 
     def lengths(self) -> dict[str, Int[np.ndarray, " documents"]]:
         """Of large sources an even sample."""
+        if isinstance(self.batches, data.Mixture):
+            return {name: _lengths(windows.store) for name, windows in self.batches.windows.items()}
         return {self.config.data.train: _lengths(self.batches.windows.store)}
 
 
@@ -125,21 +138,22 @@ def inspect_data(config: Config, workdir: str = "") -> Inspection:
 
 
 def _inspect_text(config: Config, workdir: str) -> Inspection:
+    config = with_mixture_file(config)
     check_pretrain(config)
-    assert isinstance(config.data, TextData)  # see `check_pretrain`
-    source = data.source_of(config.data)
-    data.source_version(source)  # raises UserError for missing files
+    check_sources(config)
     if config.model.init_from:
         initial = open_initial(config.model)
         tokenizer = initial.tokenizer
         config = dataclasses.replace(config, model=dataclasses.replace(initial.config, head="lm"))
     else:
-        tokenizer = get_tokenizer(config.data, workdir, lambda: data.documents(source, "train"))
+        tokenizer = get_tokenizer(config.data, workdir, lambda: tokenizer_texts(config))
     config, _ = configs.with_recipe(config)
-    store = prepare_split(config, tokenizer, source, "train")
-    _check_same(workdir, tokenizer, store.fingerprint)
-    batches = training_batches(config, store)
-    return TextInspection(config, tokenizer, batches, store_lines(store, "training"), config.window)
+    stores = prepare_split(config, tokenizer, "train")
+    batches, lines = training_batches(config, stores), store_lines(stores, "training")
+    _check_same(workdir, tokenizer, training_fingerprint(batches))
+    if isinstance(batches, data.Mixture):
+        lines += mixture_table(batches, config.train.steps, config.window).splitlines()
+    return TextInspection(config, tokenizer, batches, lines, config.window)
 
 
 def _inspect_examples(config: Config, workdir: str) -> Inspection:

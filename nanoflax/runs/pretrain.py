@@ -1,9 +1,8 @@
 """Pretraining: a decoder learns to predict the next token of a corpus, from scratch or from a source."""
 
 import dataclasses
-import math
 import os
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +16,8 @@ from nanoflax.runs.directory import check_workdir, exclusive
 from nanoflax.runs.opening import initial_parameters, open_initial
 from nanoflax.runs.profile import parse_profile
 from nanoflax.runs.run import Run
-from nanoflax.runs.trainer import Job, Result, TrainingData, check_metric, check_wandb, run_job, setup_jax
+from nanoflax.runs.text_data import read_text, tokenizer_texts
+from nanoflax.runs.trainer import Job, Result, check_metric, check_wandb, run_job, setup_jax
 from nanoflax.runs.vocabulary import get_tokenizer, with_vocabulary
 
 
@@ -32,6 +32,7 @@ def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False
     `signal` is the number of the signal.
     Raises: UserError for a mistake of the user, before training.
     """
+    config = with_mixture_file(config)
     check(config)
     steps = parse_profile(profile, config)
     setup_jax(trains=True)
@@ -61,8 +62,26 @@ def check(config: Config) -> None:
         raise UserError(
             f"{', '.join(found)}: pretrain trains a decoder on text; use experiments.finetune for other training"
         )
+    assert isinstance(config.data, TextData)
+    data.stages_of(config.data, config.train.steps)
     check_metric(config, () if config.train.evaluate_batches else ("bits_per_byte",))
     check_wandb(config)
+
+
+def with_mixture_file(config: Config) -> Config:
+    """The Config with the text of the file in place of data.train=mixture:FILE, so that config.json holds it."""
+    if not isinstance(config.data, TextData):
+        return config
+    return dataclasses.replace(config, data=data.with_mixture_file(config.data))
+
+
+def check_sources(config: Config) -> dict[str, data.Source]:
+    """The sources of data.train. Raises: UserError for missing files."""
+    assert isinstance(config.data, TextData)  # see `check`
+    sources = data.sources_of(config.data)
+    for source in sources.values():
+        data.source_version(source)
+    return sources
 
 
 def make_job(config: Config, workdir: str, restart: bool) -> Job:
@@ -83,12 +102,11 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
     mesh = parallel.make_mesh(config.train.mesh)
     parallel.check_mesh(dataclasses.replace(config, model=parallel.pad_vocabulary(config.model, mesh)), mesh)
     assert isinstance(config.data, TextData)  # see `check`
-    text = data.source_of(config.data)
-    data.source_version(text)  # raises UserError for missing files
+    sources = check_sources(config)
     if source and not weights:
         tokenizer = source.tokenizer
     else:
-        tokenizer = get_tokenizer(config.data, weights or workdir, lambda: data.documents(text, "train"))
+        tokenizer = get_tokenizer(config.data, weights or workdir, lambda: tokenizer_texts(config))
     config = dataclasses.replace(config, model=with_vocabulary(config.model, tokenizer, mesh, saved))
     lengths = {"data.window": config.window} if config.window < config.model.context else None
     parallel.check_mesh(config, mesh, lengths)  # with the final vocabulary
@@ -96,7 +114,9 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
     if config.train.sample_tokens:
         tokenizers.check_prompts(config.model, [prompt], config.train.sample_tokens)
     model = nn.build(config.model, config.train.remat)
-    load = None
+    batch, objective, load = train.abstract_batch(config, mesh), train.causal_lm, None
+    if len(sources) > 1:
+        batch["source_number"], objective = batch["first"], partial(objective, sources=tuple(sources))
     if weights:
         load = lambda: restore_weights(weights, model, mesh)
     elif source:
@@ -108,9 +128,12 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
         tokenizer=tokenizer,
         shapes=parallel.param_shapes(model),
         load=load,
-        batch=train.abstract_batch(config, mesh),
+        objective=objective,
+        batch=batch,
         fixed_batch=True,
-        read_data=lambda: read_text(config, mesh, model, tokenizer, text, prompt),
+        read_data=lambda: read_text(
+            config, mesh, model, tokenizer, lambda params: continue_prompt(config, model, params, tokenizer, prompt)
+        ),
         flops_per_token=planning.flops_per_token(config.model, config.window),
         replaces=weights,
     )
@@ -134,60 +157,6 @@ def restore_weights(directory: str, model: Any, mesh: jax.sharding.Mesh) -> Any:
     )
     checkpoint.check_same_shapes(f"the run in {directory}", params, parallel.param_shapes(model))
     return params
-
-
-def read_text(
-    config: Config, mesh: jax.sharding.Mesh, model: Any, tokenizer: Any, source: data.Source, prompt: list[int]
-) -> TrainingData:
-    """The TrainingData: windows of both splits, whose tokens are cached on disk."""
-    t, stores = config.train, [prepare_split(config, tokenizer, source, split) for split in ("train", "validation")]
-    for store, name in zip(stores, ("training", "validation"), strict=True):
-        print("\n".join(store_lines(store, name)))
-    batches = training_batches(config, stores[0], parallel.own_rows(mesh, t.batch_size))
-    held_out = windows_of(config, stores[1])
-    score = train.make_evaluation(model, config, mesh)
-
-    def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
-        nats, tokens = score(params, held_out)
-        metrics = {"validation_loss": nats / tokens}
-        if not t.evaluate_batches:
-            metrics["bits_per_byte"] = nats / math.log(2) / stores[1].n_bytes
-        numbers = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
-        sample = "\n  | ".join(continue_prompt(config, model, params, tokenizer, prompt).splitlines())
-        return metrics, f"step {step}: {numbers}" + (f"\n  | {sample}" if sample else "")
-
-    return TrainingData(
-        batches,
-        evaluate,
-        {"tokenizer": tokenizer.fingerprint, "data": stores[0].fingerprint, "validation": stores[1].fingerprint},
-        t.batch_size * config.window,
-    )
-
-
-def prepare_split(config: Config, tokenizer: Any, source: data.Source, split: str) -> data.TokenStore:
-    """The tokens of one split, cached on disk."""
-    d = config.data
-    assert isinstance(d, TextData)  # see `check`
-    return data.prepare(source, tokenizer, split, d.cache or None, d.workers or None, parallel.is_main_process())
-
-
-def store_lines(store: data.TokenStore, name: str) -> list[str]:
-    """Lines that tell the size of a split, and what is wrong in its text."""
-    size = (
-        f"{name}: {store.n_documents:,} documents, {report.format_count(store.n_bytes)}B of text, "
-        f"{report.format_count(store.n_tokens)} tokens"
-    )
-    return [size, *(f"  {line}" for line in store.report)]
-
-
-def windows_of(config: Config, store: data.TokenStore) -> data.Windows:
-    assert isinstance(config.data, TextData)  # see `check`
-    return data.Windows(store, config.window, config.data.packing == "isolated")
-
-
-def training_batches(config: Config, store: data.TokenStore, host_rows: Sequence[int] | None = None) -> data.Batches:
-    """The batches that a run trains on. host_rows: see data.Batches."""
-    return data.Batches(windows_of(config, store), config.train.batch_size, config.train.seed, True, host_rows)
 
 
 def continue_prompt(config: Config, model: Any, params: Any, tokenizer: Any, prompt: list[int]) -> str:

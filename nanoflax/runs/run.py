@@ -300,9 +300,9 @@ class Run:
             raise UserError("--out needs --candidates or a run of finetune, --reward a run of grpo: text has neither")
         if split == "test":
             raise UserError("--split=test is only for examples; text has train, validation and all")
-        store = text_loss.open_text(self, data, split, fields)
-        sums = text_loss.over_windows(self, store, self._mesh, self._params_on_mesh)
-        return text_loss.text_metrics(self, data, store, *sums)
+        stores = text_loss.open_text(self, data, split, fields)
+        sums = text_loss.over_windows(self, stores, self._mesh, self._params_on_mesh)
+        return text_loss.text_metrics(self, data, stores, sums)
 
     def _evaluate_on_examples(
         self, name: str, split: str, out: str, fields: str | None, reward: Any = None

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -34,6 +35,7 @@ class TrainingData:
     evaluate: Callable[[Params, int], tuple[dict[str, float], str]]  # (parameters, step) -> (metrics, text to show)
     identity: dict[str, str]  # fingerprints of tokenizer, data, validation and base, saved with every checkpoint
     tokens_per_step: float
+    measures: Callable[[int], dict[str, float]] | None = None  # (finished steps) -> more metrics of each step, to log
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,12 +242,24 @@ class Trainer:
                 job.mesh,
                 evaluate=evaluate,
                 checkpoints=saves,
-                log=log,
+                log=LogOfData(log, data.measures) if data.measures else log,
                 progress=progress,
                 meta=self.identity,
                 tracking=tracking,
                 schedule=self.schedule,
             )[1:]
+
+
+class LogOfData(NamedTuple):
+    """A log that adds measures(step) to the metrics of a step, and leaves out losses of sources that it has no row of,
+    which are NaN."""
+
+    of_run: Any  # a report.MetricsLog
+    measures: Callable[[int], dict[str, float]]
+
+    def log(self, step: int, **values: Any) -> None:
+        found = {name: x for name, x in values.items() if not (name.startswith("loss/") and math.isnan(x))}
+        self.of_run.log(step, **found, **(self.measures(step) if "loss" in values else {}))
 
 
 def without_models(params: Params, names: Collection[str]) -> tuple[Params, Params]:

@@ -62,12 +62,12 @@ def causal_lm(model: LanguageModel, params: dict, batch: Batch, rng: Array | Non
     batch: targets [B, T] int32, first [B] int32 (the token before targets), weights [B, T] float32
     (0 for padding); if packed documents are isolated, segments [B, T] int32 and start [B] int32, the
     token before each document, or [B, T] int32, which holds this token at the first position of a document.
-    options: also sources, the names of a mixture, whose losses are logged by the batch's source [B] int32, a number.
+    options: also sources, the names of a mixture, whose losses are logged by the batch's source_number [B] int32.
     """
     targets, segments = batch["targets"], batch.get("segments")
     inputs = nn.shift_right(targets, batch["first"], segments, batch.get("start"))
     hidden, _ = model.apply({"params": params}, inputs, segments, method="hidden", **dropout(rng))
-    return _token_sums(model, params, hidden, targets, batch["weights"], batch.get("source"), **options)
+    return _token_sums(model, params, hidden, targets, batch["weights"], batch.get("source_number"), **options)
 
 
 def seq2seq(model: LanguageModel, params: dict, batch: Batch, rng: Array | None = None, **options: Any) -> Sums:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflax.data import Batches, Mixture, Stage, Windows, is_mixture
-from nanoflax.data.mixture import Schedule
+from nanoflax.data.mixture import Schedule, interleave
 from nanoflax.data.stages import block_counts, parse_names, parse_stages
 from nanoflax.errors import UserError
 from tests.data.token_store_test import store_of
@@ -84,8 +84,8 @@ def test_rows_do_not_depend_on_the_number_of_hosts(hosts):
     for step in (13, 0, 4, 5, 8, 9, 400):  # any step alone, whatever was read before
         expected = whole[step]
         assert [(k, i) for k, i in expected["targets"]] == whole.indices(step)
-        assert expected["source"].tolist() == expected["targets"][:, 0].tolist()
-        assert expected["source"].dtype == np.int32
+        assert expected["source_number"].tolist() == expected["targets"][:, 0].tolist()
+        assert expected["source_number"].dtype == np.int32
         for own in owns:
             part = mixture_of(text, sizes, 8, seed=3, host_rows=own)
             got = part[step]
@@ -117,7 +117,7 @@ def test_a_mixture_of_one_source_reads_what_batches_reads(tmp_path):
     for step in range(30):
         expected = plain[step]
         got = mixed[step]
-        assert got.pop("source").tolist() == [0, 0] and got.keys() == expected.keys()
+        assert got.pop("source_number").tolist() == [0, 0] and got.keys() == expected.keys()
         for name in expected:
             np.testing.assert_array_equal(got[name], expected[name])
             assert got[name].dtype == expected[name].dtype
@@ -207,3 +207,17 @@ def test_reading_is_constant_in_the_step():
     assert source in range(3) and before <= 10**15
     assert schedule.rows_before(10**15).tolist() == [998 * 10**12, 10**12, 10**12]
     assert schedule(10**15) == (0, 998 * 10**12)
+
+
+def test_a_tokenizer_reads_the_sources_in_their_proportions():
+    texts = {"web": ["w" * 10] * 300, "code": ["c" * 7] * 100, "math": ["m" * 3] * 50}
+    readers = {name: (lambda items=items: iter(items)) for name, items in texts.items()}
+    read = collections.Counter()
+    for text in interleave(readers, {"web": 5, "code": 3, "math": 2}):
+        read[text[0]] += len(text)
+        total = sum(read.values())
+        assert abs(read["w"] - 0.5 * total) < 20 and abs(read["c"] - 0.3 * total) < 20
+    assert read["w"] == 3000 and read["c"] > 700 and read["m"] > 150  # all of the text, the small ones again
+    read = sum(len(text) for text in interleave(readers, {"web": 1, "code": 98, "math": 1}))
+    assert 1400 <= read < 1700  # no more repetitions than text
+    assert not list(interleave({"web": lambda: iter([]), "code": lambda: iter(["x"])}, {"web": 1, "code": 1}))

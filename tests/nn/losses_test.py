@@ -64,6 +64,20 @@ def test_chunked_cross_entropy_is_the_naive_one(chunks, options):
     assert_trees_close(dours, dplain, 5e-6)
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_the_cross_entropy_of_each_row_is_its_part_of_the_sum(chunks):
+    hidden, kernel, targets, weights = problem()
+    loss = lambda h, k: nn.chunked_cross_entropy(h, k, targets, weights, None, chunks, 0.05, 0.1, 0.0, 0, True)
+    rows = [naive(hidden[i : i + 1], kernel, targets[i : i + 1], weights[i : i + 1])[1] for i in (0, 1)]
+    np.testing.assert_allclose(jax.jit(loss)(hidden, kernel)[2], rows, rtol=1e-6)
+    found, grads = jax.jit(jax.value_and_grad(lambda h, k: (lambda a, *b: (a, b))(*loss(h, k)), (0, 1), has_aux=True))(
+        hidden, kernel
+    )
+    np.testing.assert_allclose(found[1][1], rows, rtol=1e-6)
+    plain = lambda h, k: nn.chunked_cross_entropy(h, k, targets, weights, None, chunks, 0.05, 0.1)[0]
+    assert_trees_close(grads, jax.jit(jax.grad(plain, (0, 1)))(hidden, kernel), 1e-6)
+
+
 def test_columns_that_a_gpu_needs_change_nothing(monkeypatch):
     """There the vocabulary is padded to a multiple of 128 inside the loss."""
     hidden, kernel, targets, weights = problem()
