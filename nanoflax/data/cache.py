@@ -4,23 +4,19 @@ Source --processes--> TokenStore in the cache --> Windows --> Batches[step]
 """
 
 import contextlib
-import dataclasses
-import fcntl
-import hashlib
+import functools
 import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
 from typing import Any
 
-from nanoflax.data.parts import plan
+from nanoflax.data.building import build_store, store_key
+from nanoflax.data.folders import locked
 from nanoflax.data.processes import tokenize_parts
-from nanoflax.data.source import Source, source_version
+from nanoflax.data.source import Source
 from nanoflax.data.store import TokenStore
-from nanoflax.data.tokenizing import FORMAT, write_index
 from nanoflax.errors import UserError
-from nanoflax.report import to_json
 
 ABANDONED = 7 * 24 * 3600  # seconds after which a store that was begun is removed from the cache
 
@@ -49,54 +45,21 @@ def prepare(
     directory = cache / store_key(source, tokenizer, split)
     with contextlib.suppress(UserError):
         return TokenStore.open(directory)
+    title = f"{source.name} {split}" if progress else ""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(cache)
-        with _locked(f"{directory}.lock"):  # another process may build the same store
-            with contextlib.suppress(UserError):
-                return TokenStore.open(directory)
-            return _build(directory, source, tokenizer, split, workers or os.cpu_count() or 1, progress)
+        engine = functools.partial(tokenize_parts, workers=workers, title=title)
+        return build_store(directory, source, tokenizer, split, engine)
     except OSError as error:
         raise UserError(
             f"cache directory {cache} cannot be written: {error.strerror}; choose another with $NANOFLAX_CACHE"
         ) from error
 
 
-def store_key(source: Source, tokenizer: Any, split: str) -> str:
-    """32 hexadecimal digits that change with the source's version, the tokenizer, the split and the files' format."""
-    of_tokenizer = [tokenizer.fingerprint, dataclasses.astuple(tokenizer.framing)]
-    parts = [FORMAT, dataclasses.asdict(source), split, of_tokenizer, source_version(source)]
-    return hashlib.blake2b(to_json(parts).encode(), digest_size=16).hexdigest()
-
-
-def _build(
-    directory: pathlib.Path, source: Source, tokenizer: Any, split: str, workers: int, progress: bool
-) -> TokenStore:
-    planned = plan(source, split)
-    directory.mkdir(exist_ok=True)
-    try:
-        for path in directory.glob("*.tmp"):  # of a process that was killed
-            path.unlink(missing_ok=True)
-        tokenize_parts(directory, planned, tokenizer, workers, f"{source.name} {split}" if progress else "")
-        return write_index(directory, planned, tokenizer, {"source": dataclasses.asdict(source), "split": split})
-    except BaseException:
-        if not any(directory.glob("*.bin")):  # else the next call continues
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def _locked(path: str | os.PathLike, wait: bool = True) -> Iterator[None]:
-    """Holds a file lock. The system releases the lock when the process dies. Raises: BlockingIOError if another
-    process holds the lock and `wait` is false."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-
-
 def _remove_abandoned(cache: pathlib.Path) -> None:
     """Removes stores without an index that nobody has written to for a week."""
     for path in {shard.parent for shard in cache.glob("*/part-*")}:
         if not (path / "meta.json").exists() and time.time() - path.stat().st_mtime > ABANDONED:
-            with contextlib.suppress(BlockingIOError), _locked(f"{path}.lock", wait=False):
+            with contextlib.suppress(BlockingIOError), locked(f"{path}.lock", wait=False):
                 shutil.rmtree(path, ignore_errors=True)

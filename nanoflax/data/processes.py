@@ -4,7 +4,6 @@ import collections
 import contextlib
 import itertools
 import os
-import pathlib
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nanoflax.data.parts import Plan
-from nanoflax.data.tokenizing import Encoded, Progress, encode, tokenize_part
+from nanoflax.data.tokenizing import Encoded, Progress, encode, missing_parts, tokenize_part
 from nanoflax.errors import UserError
 from nanoflax.report import ProgressBar, format_count, format_duration
 
@@ -24,17 +23,20 @@ class _StoppedError(Exception):
     """The main process wants no more results."""
 
 
-def tokenize_parts(directory: pathlib.Path, plan: Plan, tokenizer: Any, workers: int, title: str = "") -> None:
-    """Writes all parts of a store that are missing. title: of the progress bar; empty: no bar.
+def tokenize_parts(
+    directory: str | os.PathLike, plan: Plan, tokenizer: Any, workers: int | None = None, title: str = ""
+) -> None:
+    """Writes all parts of a store that are missing, by worker processes (default: one per core).
 
-    Each worker process reads and tokenizes a whole part at a time. The parts that remain for the end, fewer than
-    workers, are read by this process, and all workers tokenize their chunks.
+    Each worker reads and tokenizes a whole part at a time. The parts that remain for the end, fewer than workers, are
+    read by this process, and all workers tokenize their chunks. title: of the progress bar; empty: no bar.
     """
+    workers, missing = workers or os.cpu_count() or 1, missing_parts(directory, plan, tokenizer)
+    whole = len(missing) - len(missing) % workers if workers > 1 and len(missing) >= POOL_FROM else 0
     state = _State(len(plan.parts))
-    with _bar(plan, state, title) as bar, _Pool(directory, plan, tokenizer, workers, state) as pool:
-        whole = len(plan.parts) - len(plan.parts) % workers if workers > 1 and len(plan.parts) >= POOL_FROM else 0
-        pool.tokenize(range(whole), bar)
-        for number in range(whole, len(plan.parts)):
+    with _bar(plan, missing, state, title) as bar, _Pool(directory, plan, tokenizer, workers, state) as pool:
+        pool.tokenize(missing[:whole], bar)
+        for number in missing[whole:]:
 
             def on_progress(progress: Progress, number: int = number) -> None:
                 state.set(number, progress)
@@ -66,7 +68,7 @@ class _State:
         self.raw[0] = 1
 
 
-def _start_worker(directory: pathlib.Path, plan: Plan, tokenizer: Any, raw: Any) -> None:
+def _start_worker(directory: str | os.PathLike, plan: Plan, tokenizer: Any, raw: Any) -> None:
     import multiprocessing
 
     global _given, _state
@@ -90,7 +92,7 @@ def _tokenize_in_worker(number: int) -> None:
 class _Pool:
     """Worker processes, which start with their first work. Use as a context manager."""
 
-    def __init__(self, directory: pathlib.Path, plan: Plan, tokenizer: Any, workers: int, state: _State) -> None:
+    def __init__(self, directory: str | os.PathLike, plan: Plan, tokenizer: Any, workers: int, state: _State) -> None:
         self._given = directory, plan, tokenizer, state.raw  # a plan can be large: each worker gets it once
         self._tokenizer, self._workers, self._state, self._started = tokenizer, workers, state, None
 
@@ -146,12 +148,14 @@ class _Pool:
 
 
 @contextlib.contextmanager
-def _bar(plan: Plan, state: _State, title: str) -> Iterator[Any]:
+def _bar(plan: Plan, missing: Sequence[int], state: _State, title: str) -> Iterator[Any]:
     """Gives a function that shows what all processes have done."""
     if not title:
         yield lambda: None
         return
-    sizes = np.asarray([part.size for part in plan.parts]) / plan.size
+    chosen = {*missing}
+    sizes = np.asarray([part.size if i in chosen else 0 for i, part in enumerate(plan.parts)])
+    sizes = sizes / max(sizes.sum(), 1)
     with Tokenizing(title) as bar:
 
         def show(done: float | None = None) -> None:

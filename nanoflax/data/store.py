@@ -1,4 +1,4 @@
-"""Token stores: documents as token ids in shards on disk, read at random positions.
+"""Token stores: documents as token ids in shards, on disk or in object storage, read at random positions.
 
     DIRECTORY/meta.json           the index, written last: counts, fingerprints, the facts of each shard in order
     DIRECTORY/part-00012.json     the record of part 12 of the source: its shards and its DataReport
@@ -15,11 +15,14 @@ import os
 import pathlib
 import struct
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from nanoflax.data.folders import Folder
+from nanoflax.data.ranges import THREADS, Blocks, RemoteArray
 from nanoflax.errors import UserError
 from nanoflax.untrusted import json_object
 
@@ -52,6 +55,11 @@ class Shard:
         counts = self.n_tokens, self.n_documents, self.n_bytes
         return HEADER.pack(MAGIC, itemsize, *counts, bytes.fromhex(self.fingerprint))
 
+    def arrays(self, content: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, offsets) in the content of the file, [size] uint8."""
+        tokens = content[HEADER.size : HEADER.size + self.n_tokens * dtype.itemsize].view(dtype)
+        return tokens, content[self.offsets_at(dtype.itemsize) : self.size(dtype.itemsize)].view(np.int64)
+
     @classmethod
     def of_header(cls, name: str, header: bytes) -> "Shard | None":
         """None if the header is not one of a shard."""
@@ -64,12 +72,14 @@ class Shard:
 class TokenStore:
     """Tokens of one split: documents in order, each followed by the end-of-sequence id.
 
-    meta: counts, the source, the tokenizer's fingerprint, the lines of the DataReport. Shards are opened when they are
-    first read.
+    directory: its path, or its name in object storage. meta: counts, the source, the tokenizer's fingerprint, the lines
+    of the DataReport. Shards are opened when they are first read: memory maps, or ranges of objects.
     """
 
     def __init__(self, directory: str | os.PathLike, meta: dict[str, Any], shards: Sequence[Shard]) -> None:
-        self.directory, self.meta, self.shards = pathlib.Path(directory), meta, tuple(shards)
+        self.folder, self.meta, self.shards = Folder(directory), meta, tuple(shards)
+        self.directory = self.folder.name if self.folder.is_remote else pathlib.Path(directory)
+        self._blocks = Blocks(self.folder)
         self.dtype = np.dtype(meta["dtype"])
         self._tokens_before = np.cumsum([0, *(shard.n_tokens for shard in shards)])
         self._documents_before = np.cumsum([0, *(shard.n_documents for shard in shards)])
@@ -91,13 +101,20 @@ class TokenStore:
             start = end
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces])
 
+    def read_all(self, spans: Sequence[tuple[int, int]]) -> list[Int[np.ndarray, " _"]]:
+        """`read` of each (start, stop); of a remote store several at once."""
+        if not self.folder.is_remote or len(spans) < 2:
+            return [self.read(start, stop) for start, stop in spans]
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(lambda span: self.read(*span), spans))
+
     def document(self, positions: Any) -> Int[np.ndarray, "..."]:
         """The numbers of the documents at these positions. An end token is part of its document."""
         positions = np.asarray(positions)
         found = np.empty(positions.shape, np.int64)
         for i, chosen in self._shards_of(positions, self._tokens_before):
             inside = positions[chosen] - self._tokens_before[i]
-            found[chosen] = self._documents_before[i] + np.searchsorted(self._arrays(i)[1], inside, "right") - 1
+            found[chosen] = self._documents_before[i] + self._arrays(i)[1].searchsorted(inside, "right") - 1
         return found
 
     def begin(self, documents: Any) -> Int[np.ndarray, "..."]:
@@ -114,39 +131,51 @@ class TokenStore:
         for i in np.unique(shards):
             yield int(i), shards == i
 
-    def _open_arrays(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, offsets) of a shard: memory maps."""
-        shard, itemsize = self.shards[number], self.dtype.itemsize
-        data = np.memmap(self.directory / shard.name, np.uint8, "r", shape=(shard.size(itemsize),))
-        tokens = data[HEADER.size : HEADER.size + shard.n_tokens * itemsize].view(self.dtype)
-        return tokens, data[shard.offsets_at(itemsize) :].view(np.int64)
+    def _open_arrays(self, number: int) -> tuple[Any, Any]:
+        """(tokens, offsets) of a shard."""
+        shard, size = self.shards[number], self.dtype.itemsize
+        if self.folder.is_remote:
+            tokens = RemoteArray(self._blocks, shard.name, HEADER.size, self.dtype, shard.n_tokens)
+            at = shard.offsets_at(size)
+            return tokens, RemoteArray(self._blocks, shard.name, at, np.int64, shard.n_documents + 1)
+        return shard.arrays(
+            np.memmap(self.folder.path(shard.name), np.uint8, "r", shape=(shard.size(size),)), self.dtype
+        )
 
     def arrays(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (tokens [n_tokens], offsets [n_documents+1] int64) of each shard; offsets count from its first."""
-        return (self._open_arrays(i) for i in range(len(self.shards)))
+        for i, shard in enumerate(self.shards):
+            if self.folder.is_remote:
+                yield shard.arrays(np.frombuffer(self.folder.read(shard.name), np.uint8), self.dtype)
+            else:
+                yield self._open_arrays(i)
 
     @classmethod
     def open(cls, directory: str | os.PathLike) -> "TokenStore":
         """Raises: UserError for a directory without a complete token store. Contents of shards: see `damaged`."""
-        directory = pathlib.Path(directory)
+        folder = Folder(directory)
         try:
-            meta = json_object((directory / "meta.json").read_bytes(), directory / "meta.json")
-            shards = [Shard(*facts) for facts in meta["shards"]]
-            store = cls(directory, meta, shards)
-            if not shards or store._tokens_before[-1] != meta["n_tokens"]:
+            meta = json_object(folder.read("meta.json"), folder.path("meta.json"))
+            store, sizes = cls(directory, meta, [Shard(*facts) for facts in meta["shards"]]), folder.sizes()
+            if not store.shards or store._tokens_before[-1] != meta["n_tokens"]:
                 raise ValueError("meta.json is damaged")
-            for shard in shards:
-                if os.path.getsize(directory / shard.name) != shard.size(store.dtype.itemsize):
-                    raise ValueError(f"{shard.name} is damaged: its size is wrong")
+            for shard in store.shards:
+                if shard.name not in sizes:
+                    raise ValueError(f"{shard.name} is missing")
+                if sizes[shard.name] != shard.size(store.dtype.itemsize):
+                    raise ValueError(f"{shard.name} is damaged: it has {sizes[shard.name]} bytes")
+        except FileNotFoundError:
+            raise UserError(f"{folder.name} holds no complete token store: there is no meta.json") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{directory} holds no complete token store: {error}") from error
+            raise UserError(f"{folder.name} holds no complete token store: {error}") from error
         return store
 
 
 def damaged(store: TokenStore) -> Iterator[tuple[Shard, bool]]:
     """Yields (shard, whether its file differs from its fingerprint) for each shard of a store; reads all of them."""
     for shard, (tokens, offsets) in zip(store.shards, store.arrays(), strict=True):
-        yield shard, Hasher().add(tokens, offsets[1:]).result() != shard.fingerprint or offsets[0] != 0
+        complete = len(tokens) == shard.n_tokens and len(offsets) == shard.n_documents + 1
+        yield shard, not complete or Hasher().add(tokens, offsets[1:]).result() != shard.fingerprint or offsets[0] != 0
 
 
 class Hasher:

@@ -1,6 +1,6 @@
 """Building a token store: any process tokenizes any part of a Plan, and one process writes the index.
 
-    tokenize_part(directory, plan, number, tokenizer)   for each part, anywhere, in any order, as often as you like
+    tokenize_part(directory, plan, number, tokenizer)   each of missing_parts, anywhere, in any order, even twice
     write_index(directory, plan, tokenizer, identity)   once, after all parts
 
 The bytes of every file depend only on the plan and the tokenizer. A file appears under its final name when it is
@@ -10,14 +10,13 @@ complete, so a part that is tokenized twice, even at the same time, changes noth
 import dataclasses
 import itertools
 import os
-import pathlib
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from nanoflax.data.folders import Folder
 from nanoflax.data.parts import Plan, check_field, read
 from nanoflax.data.report import DataReport
 from nanoflax.data.store import HEADER, Hasher, Shard, TokenStore, fingerprint_of
@@ -85,12 +84,12 @@ def tokenize_part(
     encode_all: yields `encode` of each list of texts, in order; default: in this process. on_progress is called after
     each of them; an exception of it ends the work, and the next call begins with the first shard that is missing.
     """
-    directory, dtype, name = pathlib.Path(directory), token_dtype(tokenizer), f"part-{number:05}"
-    if record := read_record(directory, number, dtype):
+    folder, dtype, name = Folder(directory), token_dtype(tokenizer), f"part-{number:05}"
+    if record := read_record(folder, number, dtype):
         on_progress(Progress(1.0, *(sum(getattr(s, f) for s in record[0]) for f in ("n_bytes", "n_tokens"))))
         return
     done = Progress()
-    shards = list(_first_shards(directory, name, dtype))
+    shards = list(_first_shards(folder, name, dtype))
     for shard in shards:
         done = Progress(0.0, done.n_bytes + shard.n_bytes, done.n_tokens + shard.n_tokens)
     report = DataReport()
@@ -101,7 +100,7 @@ def tokenize_part(
         for encoded in encode_all(_chunks(texts)):
             done = Progress(report.share, done.n_bytes + int(encoded.sizes.sum()), done.n_tokens + len(encoded.ids))
             while len(encoded.lengths):
-                writer = writer or _ShardWriter(directory / f"{name}-{len(shards):03}.bin", dtype)
+                writer = writer or _ShardWriter(folder, f"{name}-{len(shards):03}.bin", dtype)
                 fits, encoded = encoded.split(writer.room(encoded.lengths))
                 writer.add(fits)
                 if writer.n_tokens >= SHARD_TOKENS:
@@ -115,33 +114,42 @@ def tokenize_part(
         if writer:
             writer.discard()
     record = {"shards": [dataclasses.astuple(shard) for shard in shards], "report": report.to_dict()}
-    write_file(directory / f"{name}.json", to_json(record).encode() + b"\n")
+    folder.write(f"{name}.json", to_json(record).encode() + b"\n")
     on_progress(Progress(1.0, done.n_bytes, done.n_tokens))
 
 
-def read_record(directory: pathlib.Path, number: int, dtype: np.dtype) -> tuple[list[Shard], DataReport] | None:
-    """The shards and the DataReport of a part; None if it is not complete."""
-    path = directory / f"part-{number:05}.json"
+def read_record(
+    folder: Folder, number: int, dtype: np.dtype, size: Callable[[str], int] | None = None
+) -> tuple[list[Shard], DataReport] | None:
+    """The shards and the DataReport of a part; None if it is not complete. size: gives the bytes of a file."""
+    name, size = f"part-{number:05}.json", size or folder.size
     try:
-        record = json_object(path.read_bytes(), path)
+        record = json_object(folder.read(name), folder.path(name))
         shards = [Shard(*facts) for facts in record["shards"]]
-        complete = all(os.path.getsize(directory / shard.name) == shard.size(dtype.itemsize) for shard in shards)
+        complete = all(size(shard.name) == shard.size(dtype.itemsize) for shard in shards)
         return (shards, DataReport.from_dict(record["report"])) if complete else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+
+
+def missing_parts(directory: str | os.PathLike, plan: Plan, tokenizer: Any) -> list[int]:
+    """The numbers of the parts that `tokenize_part` has not completed."""
+    folder, dtype = Folder(directory), token_dtype(tokenizer)
+    sizes = folder.sizes()
+    return [i for i in range(len(plan.parts)) if not read_record(folder, i, dtype, sizes.__getitem__)]
 
 
 def write_index(directory: str | os.PathLike, plan: Plan, tokenizer: Any, identity: dict[str, Any]) -> TokenStore:
     """Writes meta.json of a store whose parts are all there. identity: further values for it.
 
-    Raises: UserError if a part is missing, or if the source has no text.
+    directory: of `tokenize_part`. Raises: UserError if a part is missing, or if the source has no text.
     """
-    directory, dtype = pathlib.Path(directory), token_dtype(tokenizer)
-    shards, report = [], DataReport()
+    folder, dtype = Folder(directory), token_dtype(tokenizer)
+    shards, report, sizes = [], DataReport(), folder.sizes()
     for number in range(len(plan.parts)):
-        record = read_record(directory, number, dtype)
+        record = read_record(folder, number, dtype, sizes.__getitem__)
         if record is None:
-            raise UserError(f"{directory}: part {number} of {len(plan.parts)} is missing; tokenize it again")
+            raise UserError(f"{folder.name}: part {number} of {len(plan.parts)} is missing; tokenize it again")
         shards += record[0]
         report.merge(record[1])
     check_field(plan.source, report)
@@ -162,8 +170,8 @@ def write_index(directory: str | os.PathLike, plan: Plan, tokenizer: Any, identi
     }
     store = TokenStore(directory, meta, shards)
     meta["fingerprint"] = fingerprint_of(store)
-    write_file(directory / "meta.json", to_json(meta, indent=1).encode() + b"\n")
-    sync(directory)
+    folder.write("meta.json", to_json(meta, indent=1).encode() + b"\n")
+    folder.sync()
     return store
 
 
@@ -180,16 +188,15 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _first_shards(directory: pathlib.Path, name: str, dtype: np.dtype) -> Iterator[Shard]:
+def _first_shards(folder: Folder, name: str, dtype: np.dtype) -> Iterator[Shard]:
     """The complete shards at the beginning of a part, up to the first one that is missing or damaged."""
     for i in itertools.count():
-        path = directory / f"{name}-{i:03}.bin"
+        file = f"{name}-{i:03}.bin"
         try:
-            with open(path, "rb") as file:
-                shard = Shard.of_header(path.name, file.read(HEADER.size))
-            if shard is None or os.path.getsize(path) != shard.size(dtype.itemsize) or shard.n_tokens < SHARD_TOKENS:
+            shard = Shard.of_header(file, folder.read(file, HEADER.size))
+            if shard is None or folder.size(file) != shard.size(dtype.itemsize) or shard.n_tokens < SHARD_TOKENS:
                 return  # the last shard of a part is shorter; it is written again, which takes no longer than a proof
-        except OSError:
+        except FileNotFoundError:
             return
         yield shard
 
@@ -197,10 +204,9 @@ def _first_shards(directory: pathlib.Path, name: str, dtype: np.dtype) -> Iterat
 class _ShardWriter:
     """Writes one shard: `add` documents, then `finish` or `discard`."""
 
-    def __init__(self, path: pathlib.Path, dtype: np.dtype) -> None:
-        self._path, self._dtype = path, dtype
-        self._part = _unfinished(path)
-        self._file = open(self._part, "wb")  # noqa: SIM115 (`finish` and `discard` close it)
+    def __init__(self, folder: Folder, name: str, dtype: np.dtype) -> None:
+        self._name, self._dtype, self._new = name, dtype, folder.new_file(name)
+        self._file = open(self._new.path, "wb")  # noqa: SIM115 (`finish` and `discard` close it)
         self._file.write(bytes(HEADER.size))
         self._hasher, self._offsets = Hasher(), [np.zeros(1, np.int64)]
         self.n_tokens = self._n_bytes = 0
@@ -220,43 +226,15 @@ class _ShardWriter:
 
     def finish(self) -> Shard:
         offsets = np.concatenate(self._offsets)
-        shard = Shard(self._path.name, self.n_tokens, len(offsets) - 1, self._n_bytes, self._hasher.result())
+        shard = Shard(self._name, self.n_tokens, len(offsets) - 1, self._n_bytes, self._hasher.result())
         with self._file as file:
             file.write(bytes(-self._dtype.itemsize * self.n_tokens % 8))
             file.write(offsets.data)
             file.seek(0)
             file.write(shard.header(self._dtype.itemsize))
-            _publish(file, self._part, self._path)
+        self._new.publish()
         return shard
 
     def discard(self) -> None:
         self._file.close()
-        self._part.unlink(missing_ok=True)
-
-
-def write_file(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file that appears under its name when it is complete."""
-    part = _unfinished(path)
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            _publish(file, part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _unfinished(path: pathlib.Path) -> pathlib.Path:
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-
-
-def _publish(file: Any, part: pathlib.Path, path: pathlib.Path) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def sync(directory: pathlib.Path) -> None:
-    """Makes the names in a directory survive a loss of power."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+        self._new.discard()

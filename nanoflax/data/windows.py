@@ -47,11 +47,11 @@ class Windows:
         starts = np.asarray(indices, np.int64) * T
         rows = np.zeros((len(starts), 1 + T), np.int32)  # the token before the window, and the window
         rows[:, 0] = self.bos_id
-        for row, start in zip(rows, starts.tolist(), strict=True):
-            if start < n:
-                before = min(start, 1)
-                tokens = self.store.read(start - before, min(start + T, n))
-                row[1 - before : 1 - before + len(tokens)] = tokens
+        used = np.flatnonzero(starts < n)
+        befores = np.minimum(starts[used], 1)  # the first window has no token before it
+        spans = [(start - before, min(start + T, n)) for start, before in zip(starts[used], befores, strict=True)]
+        for i, before, tokens in zip(used, befores, self.store.read_all(spans), strict=True):
+            rows[i, 1 - before : 1 - before + len(tokens)] = tokens
         positions = starts[:, None] + np.arange(T)
         real = positions < n
         batch = {"targets": rows[:, 1:], "first": rows[:, 0], "weights": real.astype(np.float32)}

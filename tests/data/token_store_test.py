@@ -254,7 +254,7 @@ def test_a_store_is_reused_until_its_source_changes(corpus, tmp_path, monkeypatc
     source, _ = corpus
     first = prepare(tmp_path, source)
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_build", None)
+        patch.setattr(cache, "build_store", None)
         assert prepare(tmp_path, source).fingerprint == first.fingerprint
     with open(source.removeprefix("text:"), "a") as file:
         file.write('{"text": "one more"}\n')
@@ -317,7 +317,12 @@ def test_a_killed_preparation_leaves_nothing_in_the_way(corpus, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert prepare(tmp_path, source).n_documents == 150
-    assert sorted(path.name for path in building.iterdir()) == ["meta.json", "part-00000-000.bin", "part-00000.json"]
+    assert sorted(path.name for path in building.iterdir()) == [
+        "built.json",
+        "meta.json",
+        "part-00000-000.bin",
+        "part-00000.json",
+    ]
 
 
 def test_a_store_that_nobody_continues_is_removed_after_a_week(corpus, tmp_path):
@@ -396,7 +401,7 @@ def test_an_unusable_cache_is_named(corpus, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tokenizing.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left"):
         prepare(tmp_path, corpus[0])
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
