@@ -22,7 +22,7 @@ SHORTEST = 8  # words; shorter evaluation texts are not searched for
 # A word, or one letter of a script without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
 _SCRIPTS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORDS = re.compile(f"[{_SCRIPTS}]|[^\\W{_SCRIPTS}]+")
-_MIX = np.uint64(0x9E3779B97F4A7C15)
+_MIX, _LOW = np.uint64(0x9E3779B97F4A7C15), np.uint64(2**22 - 1)
 
 
 def left_out(
@@ -101,13 +101,17 @@ class Copies:
                 by_length[n].append(np.unique(runs(hashes, n)))
         self.runs = {n: np.unique(np.concatenate(found)) for n, found in by_length.items()}
         self.counts = {n: np.zeros(len(found), np.int32) for n, found in self.runs.items()}
+        self.may_be = {n: np.zeros(int(_LOW) + 1, bool) for n in self.runs}
+        for n, found in self.runs.items():
+            self.may_be[n][found & _LOW] = True
         self.documents: list[tuple[tuple[int, int], int, array.array]] = []
 
     def add(self, place: tuple[int, int], hashes: UInt64[np.ndarray, " words"]) -> None:
         """place: (part, number) of the document with these word_hashes."""
         for length, wanted in self.runs.items():
             if len(hashes) >= length:
-                found = np.unique(runs(hashes, length))
+                found = runs(hashes, length)
+                found = np.unique(found[self.may_be[length][found & _LOW]])  # a table is faster than a search
                 at = np.searchsorted(wanted, found)
                 at = at[wanted[np.minimum(at, len(wanted) - 1)] == found]
                 if len(at):

@@ -8,7 +8,7 @@ from typing import Any
 from nanoflax.data.report import DataReport
 from nanoflax.errors import UserError
 
-LANGUAGE_CHARS = 2000  # enough to name the language of a document; longer texts cost time
+LANGUAGE_CHARS = 1000  # enough to name the language of a document; longer texts cost time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _identifier() -> Any:
 
 
 def language(text: str) -> str:
-    """The ISO 639 code of the likeliest language of a text, by its first 2,000 characters; zxx if it is no language.
+    """The ISO 639 code of the likeliest language of a text, by its first 1,000 characters; zxx if it is no language.
 
     langid.py, Lui and Baldwin (2012), https://aclanthology.org/P12-3005, in the package py3langid.
     """
