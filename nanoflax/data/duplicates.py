@@ -6,11 +6,14 @@ import hashlib
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt64
 
 from nanoflax.data.quality import Quality
+from nanoflax.data.report import DataReport
+from nanoflax.report import ProgressBar, format_count, format_duration
 
 EXACT = "exact duplicates of earlier documents, left out"
 NEAR = "near-duplicates of earlier documents, left out"
@@ -47,6 +50,32 @@ def left_out(
     for part, i in copies.found() if copies else ():
         found[part][i] = copies.reason
     return tuple(found)
+
+
+class Comparing(ProgressBar):
+    """The progress bar of `left_out`. It prints no plain lines in the first ten seconds."""
+
+    quiet = 10.0
+
+    def __init__(self, what: str, **options: Any) -> None:
+        super().__init__(1.0, **options)
+        self.what, self.documents = what, 0
+
+    def count(self, texts: Iterable[str], report: DataReport) -> Iterator[str]:
+        """Yields the texts; `report.share` is the share that has been read."""
+        for text in texts:
+            yield text
+            self.documents += 1
+            if self.documents % 100 == 0:
+                self.advance(min(report.share, 0.99))
+
+    def title(self) -> str:
+        return f"comparing documents of {self.what}"
+
+    def status(self) -> str:
+        seconds = self._clock() - self._begin
+        left = f"  {format_duration(seconds * (1 - self.done) / self.done)} left" if 0 < self.done < 1 else ""
+        return f"{format_count(self.documents)} documents{left}"
 
 
 class Seen:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from nanoflax.data import files
 from nanoflax.data.cleaning import REPAIR, clean
-from nanoflax.data.duplicates import left_out
+from nanoflax.data.duplicates import Comparing, left_out
 from nanoflax.data.formats import FORMATS, suffix
 from nanoflax.data.pydocs import pydocs
 from nanoflax.data.quality import Quality, excerpt
@@ -131,8 +131,10 @@ def _left_out(plan: Plan, version: str) -> tuple[dict[int, str], ...]:
     names = source.evaluation[bool(source.validation) :]
     evaluation = [documents(plain, "validation")] if source.quality.decontaminate else []
     evaluation += [documents(dataclasses.replace(plain, name=name, quality=Quality()), "all") for name in names]
-    parts = (read(plan, i, DataReport()) for i in range(len(plan.parts)))
-    return left_out(source.quality, parts, itertools.chain.from_iterable(evaluation))
+    with Comparing(source.name) as bar:
+        report = DataReport()
+        parts = (bar.count(texts, report) for texts in _of_parts(plan, report))
+        return left_out(source.quality, parts, itertools.chain.from_iterable(evaluation))
 
 
 def documents(source: Source | str, split: str = "train", report: DataReport | None = None) -> Iterator[str]:
@@ -144,15 +146,24 @@ def documents(source: Source | str, split: str = "train", report: DataReport | N
 
 
 def _documents(plan: Plan, report: DataReport) -> Iterator[str]:
-    before = 0
-    for number, part in enumerate(plan.parts):
+    yield from itertools.chain.from_iterable(_of_parts(plan, report))
+    check_field(plan.source, report)
+
+
+def _of_parts(plan: Plan, report: DataReport) -> Iterator[Iterator[str]]:
+    """Yields the documents of each part. The report is about the whole plan; it is complete after each part."""
+
+    def read_part(number: int, before: int) -> Iterator[str]:
         of_part = DataReport()
         for text in read(plan, number, of_part):
-            report.share = (before + of_part.share * part.size) / plan.size
+            report.share = (before + of_part.share * plan.parts[number].size) / plan.size
             yield text
         report.merge(of_part)
+
+    before = 0
+    for number, part in enumerate(plan.parts):
+        yield read_part(number, before)
         before += part.size
-    check_field(plan.source, report)
 
 
 def check_field(source: Source, report: DataReport) -> None:
