@@ -7,16 +7,17 @@ import dataclasses
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from nanoflax.data.formats import FORMATS, suffix
-from nanoflax.data.remote import HUB
+from nanoflax.data.remote import HUB, File, describe
 from nanoflax.errors import UserError
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
 
-def hub_splits(source: str) -> dict[str, list[str]]:
+def hub_splits(source: str) -> dict[str, list[File]]:
     """{"train": files, "all": files}, and "validation" if the data set has it, or else a split test.
 
     source: hub:owner/name[:config][:split], or a folder with the same layout instead of owner/name. With a split, only
@@ -32,9 +33,10 @@ def hub_splits(source: str) -> dict[str, list[str]]:
             source, lambda datasets: datasets.load_dataset_builder(where, config, revision=revision, cache_dir=cache)
         )
     _check_settings(source, builder.config)
-    splits = {str(split): [str(file) for file in names] for split, names in (builder.config.data_files or {}).items()}
-    for names in splits.values():
+    splits: dict[str, list[File]] = {}
+    for split, names in (builder.config.data_files or {}).items():
         _check_files(source, names)
+        splits[str(split)] = _called(source, lambda datasets, names=names: [_file(name) for name in names])
     if words:
         if words[0] not in splits:
             of_configs = f", and the configs {', '.join(configs)}" if len(configs) > 1 else ""
@@ -43,14 +45,14 @@ def hub_splits(source: str) -> dict[str, list[str]]:
     if "train" not in splits:
         raise UserError(f"{source} has no split train; name one, as in {source}:{next(iter(splits), 'SPLIT')}")
     held_out = next((splits[name] for name in ("validation", "test") if name in splits), None)
-    every = list(dict.fromkeys(name for names in splits.values() for name in names))
+    every = list(dict.fromkeys(file for files in splits.values() for file in files))
     return {"train": splits["train"], "all": every} | ({"validation": held_out} if held_out else {})
 
 
-def hub_version(path: str) -> list[str]:
-    """[commit, name in the repository] of a file of the hub or of its cache; [] for another file."""
-    found = re.search(r"(?:@|/snapshots/)([0-9a-f]{40})/(.*)", path)
-    return [*found.groups()] if found else []
+def _file(path: str) -> File:
+    """The File of a file of the hub, or of its cache, whose version is the commit and the name in the repository."""
+    file, found = describe(path), re.search(r"(?:@|/snapshots/)([0-9a-f]{40})/(.*)", path)
+    return dataclasses.replace(file, version=found.groups()) if found else file
 
 
 def _located(path: str, source: str) -> tuple[str, str | None]:
@@ -107,7 +109,7 @@ def _check_settings(source: str, config: Any) -> None:
             )
 
 
-def _check_files(source: str, names: list[str]) -> None:
+def _check_files(source: str, names: Sequence[str]) -> None:
     other = [name for name in names if suffix(name) not in FORMATS]
     if other or not names:
         what = f"{os.path.basename(other[0])}, which is not" if other else "no file"

@@ -10,14 +10,15 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from nanoflax.data import files
 from nanoflax.data.cleaning import REPAIR, clean
 from nanoflax.data.duplicates import Comparing, left_out
-from nanoflax.data.formats import FORMATS, suffix
+from nanoflax.data.formats import FORMATS, Range, suffix
 from nanoflax.data.pydocs import pydocs
 from nanoflax.data.quality import Quality, excerpt
-from nanoflax.data.remote import file_size
+from nanoflax.data.remote import File
 from nanoflax.data.report import DataReport, is_held_out
 from nanoflax.data.source import Source, source_splits, source_version, text_dataset
 from nanoflax.data.tfds import dataset_examples
@@ -33,15 +34,19 @@ class Part:
     """A piece of a source: whole files, or a range of one file or data set.
 
     paths: files, read one after another. split: of a TFDS data set. begin, end: the examples of a data set, or a range
-    of the only file, in the unit of its format (bytes, groups of rows); end 0: complete files. size: in bytes, or
-    another unit that all parts of the source share.
+    of the only file, in the unit of its format (bytes, groups of rows, records); end 0: complete files. sizes: of each
+    file or of the range, in bytes, or another unit that all parts of the source share.
     """
 
     paths: tuple[str, ...] = ()
     split: str = ""
     begin: int = 0
     end: int = 0
-    size: int = 1
+    sizes: tuple[int, ...] = (1,)
+
+    @property
+    def size(self) -> int:
+        return max(sum(self.sizes), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +181,8 @@ def check_field(source: Source, report: DataReport) -> None:
         )
 
 
-def _parts(source: Source, names: Sequence[str], part_bytes: int) -> tuple[Part, ...]:
-    """names: files, or splits of a TFDS data set."""
+def _parts(source: Source, names: Sequence[Any], part_bytes: int) -> tuple[Part, ...]:
+    """names: Files, or splits of a TFDS data set."""
     if source.name == "pydocs":
         return (Part(),)
     cut = _dataset_parts if source.name.startswith("tfds:") else _file_parts
@@ -214,29 +219,32 @@ def _cut(text: str, fraction: float) -> tuple[str, str]:
 # Files.
 
 
-def _file_parts(source: Source, paths: Sequence[str], part_bytes: int) -> Iterator[Part]:
+def _file_parts(source: Source, found: Sequence[File], part_bytes: int) -> Iterator[Part]:
     """Groups files, in order, until a group has part_bytes. A larger file is cut into ranges if its format allows."""
-    group, size = [], 0
-    for path in paths:
-        bytes_ = file_size(path)
-        ranges = FORMATS[suffix(path)].cut(path, bytes_, source.field, part_bytes) if bytes_ > part_bytes else []
-        if group and (ranges or size + bytes_ > part_bytes):
-            yield Part(tuple(group), size=max(size, 1))
-            group, size = [], 0
-        for begin, end, bytes_ in ranges:
-            yield Part((path,), begin=begin, end=end, size=bytes_)
+    group: list[File] = []
+
+    def whole() -> Part:
+        return Part(tuple(file.path for file in group), sizes=tuple(file.size for file in group))
+
+    for file in found:
+        large = file.size > part_bytes
+        ranges = FORMATS[suffix(file.path)].cut(file.path, file.size, source.field, part_bytes) if large else []
+        if group and (ranges or whole().size + file.size > part_bytes):
+            yield whole()
+            group = []
+        for begin, end, size in ranges:
+            yield Part((file.path,), begin=begin, end=end, sizes=(size,))
         if not ranges:
-            group.append(path)
-            size += bytes_
+            group.append(file)
     if group:
-        yield Part(tuple(group), size=max(size, 1))
+        yield whole()
 
 
 def _read_files(part: Part, field: str, report: DataReport) -> Iterator[str]:
     before = 0
-    for path in part.paths:
-        size, empty = part.size if part.end else file_size(path), True
-        for place, text, share in FORMATS[suffix(path)].read(path, part.begin, part.end, field, report):
+    for path, size in zip(part.paths, part.sizes, strict=True):
+        empty, piece = True, Range(path, size, part.begin, part.end)
+        for place, text, share in FORMATS[suffix(path)].read(piece, field, report):
             report.has_text, empty = True, False
             report.share = (before + share * size) / part.size
             if text := _document(text, place, report):
@@ -256,7 +264,7 @@ def _dataset_parts(source: Source, splits: Sequence[str], part_bytes: int) -> It
         pieces = max(1, min(n, -(-builder.info.splits[name].num_bytes // part_bytes)))
         for i in range(pieces):
             begin, end = i * n // pieces, (i + 1) * n // pieces
-            yield Part(split=name, begin=begin, end=end, size=max(end - begin, 1))
+            yield Part(split=name, begin=begin, end=end, sizes=(end - begin,))
 
 
 def _read_dataset(source: Source, part: Part, report: DataReport) -> Iterator[str]:

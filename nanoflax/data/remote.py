@@ -1,5 +1,6 @@
 """Files by name, wherever they are: local paths, gs:// and s3:// (nanoflax.storage), and hf:// of the hub."""
 
+import dataclasses
 import errno
 import glob
 import io
@@ -10,6 +11,15 @@ from nanoflax import storage
 from nanoflax.errors import UserError
 
 HUB = "hf://datasets/"
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file and what was known when it was found. version: JSON values that change when the file changes."""
+
+    path: str
+    size: int
+    version: tuple[Any, ...]
 
 
 def is_remote(path: str) -> bool:
@@ -29,31 +39,27 @@ def open_binary(path: str | os.PathLike) -> BinaryIO:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
 
 
-def file_size(path: str) -> int:
-    if path.startswith(HUB):
-        return _hub().info(path)["size"]
-    return storage.size(path) if storage.is_remote(path) else os.path.getsize(path)
-
-
-def find_files(pattern: str) -> list[str]:
-    """The files that match a pattern, sorted."""
+def find_files(pattern: str) -> list[File]:
+    """The files that match a pattern, sorted by their names."""
     if not storage.is_remote(pattern):
         pattern = os.path.expanduser(pattern)
-        return [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+        return [describe(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
     scheme = pattern.partition("://")[0]
     found = storage.retried(pattern, lambda: storage.filesystem(pattern).glob(pattern, detail=True))
-    return [f"{scheme}://{name}" for name, item in sorted(found.items()) if item["type"] == "file"]
+    files = [(f"{scheme}://{name}", item) for name, item in sorted(found.items()) if item["type"] == "file"]
+    marks = ("generation", "etag", "ETag", "LastModified", "mtime")
+    return [
+        File(path, item["size"], (path, item["size"], next((str(item[m]) for m in marks if item.get(m)), "")))
+        for path, item in files
+    ]
 
 
-def file_version(path: str) -> list[Any]:
-    """JSON values that change when the file changes."""
-    if path.startswith(HUB):  # the name has the commit
-        return [path]
-    if storage.is_remote(path):
-        item = storage.retried(path, lambda: storage.filesystem(path).info(path))
-        return [path, item["size"], str(item.get("etag") or item.get("ETag") or item.get("mtime"))]
+def describe(path: str) -> File:
+    """The File of a local path, or of an hf:// name with a commit."""
+    if path.startswith(HUB):
+        return File(path, _hub().info(path)["size"], (path,))
     stat = os.stat(path)
-    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
+    return File(path, stat.st_size, (os.path.abspath(path), stat.st_size, stat.st_mtime_ns))
 
 
 def _hub() -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 
 from nanoflax.config import TextData
 from nanoflax.data.formats import FORMATS, suffix
-from nanoflax.data.hub import hub_splits, hub_version
+from nanoflax.data.hub import hub_splits
 from nanoflax.data.quality import Quality
-from nanoflax.data.remote import file_version, find_files
+from nanoflax.data.remote import File, find_files
 from nanoflax.data.tfds import dataset_splits, open_dataset
 from nanoflax.errors import UserError
 
@@ -74,20 +74,20 @@ def source_version(source: Source) -> list[Any]:
         if name.startswith("tfds:"):
             builder, field = text_dataset(dataclasses.replace(source, name=name))
             return [builder.info.full_name, str(builder.data_path), field]
-        return [hub_version(path) or file_version(path) for path in _files(name)["all"]]
+        return [list(file.version) for file in _files(name)["all"]]
 
     return [version(name) for name in (source.name, *source.evaluation)]
 
 
-def source_splits(source: Source) -> dict[str, list[str]]:
-    """{split: files, or names of splits of a TFDS data set}, of the splits train and all, and validation if the source
+def source_splits(source: Source) -> dict[str, list[Any]]:
+    """{split: Files, or names of splits of a TFDS data set}, of the splits train and all, and validation if the source
     has its own. Raises: UserError for a source that does not exist."""
     if source.name == "pydocs":
         return {"train": [], "all": []}
     return dataset_splits(text_dataset(source)[0]) if source.name.startswith("tfds:") else _files(source.name)
 
 
-def _files(name: str) -> dict[str, list[str]]:
+def _files(name: str) -> dict[str, list[File]]:
     """source_splits of a source of files."""
     if name.startswith("hub:"):
         return hub_splits(name)
@@ -95,10 +95,10 @@ def _files(name: str) -> dict[str, list[str]]:
     return {"train": files, "all": files}
 
 
-def matching_files(name: str) -> list[str]:
+def matching_files(name: str) -> list[File]:
     """The files of a text: source, sorted. Raises: UserError if there is none."""
     matches = find_files(name.removeprefix("text:"))
-    found = [path for path in matches if suffix(path) in FORMATS]
+    found = [file for file in matches if suffix(file.path) in FORMATS]
     if not found:
         what = f"{len(matches)} files, none of them" if matches else "no file, so no"
         raise UserError(
