@@ -6,14 +6,16 @@
     python -m experiments.inspect_data --workdir=runs/pydocs_tiny --step=300
 
 Nothing is trained. The rows are exactly those that training reads at this step, on any number of hosts. Steps have the
-numbers of metrics.jsonl: the first is 1. With --workdir the configuration and the tokenizer are those of the run, and
-data that changed since are refused; without it the flags are those of experiments.pretrain or experiments.finetune.
+numbers of metrics.jsonl: the first is 1, and a stage `300:` of data.mixture begins with step 301. With --workdir the
+configuration and the tokenizer are those of the run, and data that changed since are refused; without it the flags are
+those of experiments.pretrain or experiments.finetune.
 
 Printed are the size of the data, a histogram of the lengths of documents, the rows of the step, and the first rows as
 the model sees them: │ stands between two tokens, ↵ is a newline, <eos> ends a document, and each document begins with
 the token that is read before it. If some tokens of a row are not trained, the others are between ⟦ and ⟧.
 """
 
+import collections
 import os
 import shutil
 
@@ -44,7 +46,7 @@ def main() -> None:
         print(f"\nrow {row} as the model sees it")
         print("\n".join(data.show(FLAGS.step - 1, row)))
     if FLAGS.out:
-        print(f"\nhistograms: {report.plot_data(FLAGS.out, lengths, data.limit, data.unit)}")
+        print(f"\nhistograms: {report.plot_data(FLAGS.out, lengths, data.limit, data.unit, *data.shares())}")
 
 
 def read_config():
@@ -56,20 +58,27 @@ def read_config():
 
 
 def print_rows(data) -> None:
-    """Print a table of the first rows of the step."""
-    size = data.config.train.batch_size
-    print(f"step {FLAGS.step} of {data.config.train.steps:,} reads {size:,} rows of at most {data.limit:,} tokens")
-    facts = data.rows(FLAGS.step - 1)[: FLAGS.rows]
+    """Print a table of the first rows of the step. Its column of sources is for mixtures."""
+    facts, sources = data.rows(FLAGS.step - 1), list(data.lengths())
+    counts = collections.Counter(x.source for x in facts)
+    of = f"of {sources[0]}" if len(sources) == 1 else f"({', '.join(f'{counts[name]} of {name}' for name in sources)})"
+    steps = data.config.train.steps
+    print(f"step {FLAGS.step} of {steps:,} reads {len(facts):,} rows of at most {data.limit:,} tokens {of}")
     cells = [("row", "epoch", "source", "reads", "begins with")]
-    cells += [(f"{x.row}", f"{x.epoch}", x.source, x.place, report.printable(x.text).replace("\n", "↵")) for x in facts]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:4]
+    cells += [(f"{x.row}", f"{x.epoch}", x.source, x.place, one_line(x.text)) for x in facts[: FLAGS.rows]]
+    cells = [cell[:2] + cell[2 + (len(sources) == 1) :] for cell in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     columns = shutil.get_terminal_size((120, 0)).columns if os.isatty(1) else 120
-    for row, epoch, source, place, text in cells if facts else ():
-        line = f"{row:>{widths[0]}}  {epoch:>{widths[1]}}  {source:<{widths[2]}}  {place:<{widths[3]}}  "
-        print((line + text)[: max(columns, len(line) + 20)].rstrip())
-    if len(facts) < size:
-        more = size - len(facts)
-        print(f"... and {more:,} row{'s' * (more > 1)} more (--rows={size} lists all)")
+    for *start, text in cells if len(cells) > 1 else ():
+        padded = [f"{x:>{n}}" if i < 2 else f"{x:<{n}}" for i, (x, n) in enumerate(zip(start, widths, strict=False))]
+        line = "  ".join(padded)
+        print(f"{line}  {text}"[: max(columns, len(line) + 20)].rstrip())
+    if more := len(facts) - len(cells) + 1:
+        print(f"... and {more:,} row{'s' * (more > 1)} more (--rows={len(facts)} lists all)")
+
+
+def one_line(text: str) -> str:
+    return report.printable(text).replace("\n", "↵")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,11 @@ class Inspection:
         """The lengths of documents or examples in tokens, by the name of their source."""
         raise NotImplementedError
 
+    def shares(self) -> tuple[list[int], dict[str, list[float]]]:
+        """The shares of the rows that read each source in each stage, with the first step of each stage and, last, the
+        end of the run; ([], {}) without a mixture."""
+        return [], {}
+
     def show(self, step: int, row: int) -> list[str]:
         """Lines that show one row of batches[step] as the model gets it."""
         return tasks.show_batch_row(self.batches[step], row, self.tokenizer, self.labels)
@@ -102,6 +107,13 @@ class TextInspection(Inspection):
         if isinstance(self.batches, data.Mixture):
             return {name: _lengths(windows.store) for name, windows in self.batches.windows.items()}
         return {self.config.data.train: _lengths(self.batches.windows.store)}
+
+    def shares(self) -> tuple[list[int], dict[str, list[float]]]:
+        if not isinstance(self.batches, data.Mixture):
+            return [], {}
+        stages = self.batches.stages
+        steps = [*(stage.step for stage in stages), self.config.train.steps]
+        return steps, {n: [stage.counts.get(n, 0) / stage.block for stage in stages] for n in self.batches.names}
 
 
 class ExampleInspection(Inspection):

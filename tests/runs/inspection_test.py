@@ -126,6 +126,34 @@ def named(ids):
     return "".join(names.get(i) or chr(i) for i in ids)
 
 
+def test_rows_of_a_mixture(texts, tmp_path):
+    config, directory = texts
+    files = {"a": f"text:{directory}/0*.txt", "b": f"text:{directory}/1*.txt"}
+    train = "; ".join(f"{name}={source}" for name, source in files.items())
+    mixed = dataclasses.replace(config.data, train=train, mixture="0: a=3,b=1; 20: a=1,b=1")
+    config = dataclasses.replace(config, data=mixed)
+    batches, shown = make_job(config, str(tmp_path / "run"), False).read_data().batches, runs.inspect_data(config)
+    assert shown.shares() == ([0, 20, 40], {"a": [0.75, 0.5], "b": [0.25, 0.5]})
+    texts_of = {name: runs.inspect_data(with_train(config, source)) for name, source in files.items()}
+    read = {"a": [], "b": []}
+    for step in (0, 19, 20):
+        np.testing.assert_array_equal(batches[step]["targets"], shown.batches[step]["targets"])
+        sources = [facts.source for facts in shown.rows(step)]
+        assert sources.count("a") == (3 if step < 20 else 2)
+    for step in range(40):
+        for row, facts in enumerate(shown.rows(step)):
+            window = texts_of[facts.source].batches.windows[facts.numbers[0]]["targets"]
+            np.testing.assert_array_equal(shown.batches[step]["targets"][row], window)
+            read[facts.source].append((facts.epoch, facts.numbers[0]))
+    for name, found in read.items():  # each epoch reads every window of its source once
+        last, n = max(found)[0], len(texts_of[name].batches.windows)
+        assert sorted(x for x in found if x[0] < last) == [(e, i) for e in range(last) for i in range(n)]
+
+
+def with_train(config, source):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, train=source, mixture=""))
+
+
 def test_padding_and_untrained_tokens_are_marked():
     batch = {
         "first": np.array([65]),
