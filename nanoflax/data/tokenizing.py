@@ -114,15 +114,19 @@ def tokenize_part(
         if writer:
             writer.discard()
     record = {"shards": [dataclasses.astuple(shard) for shard in shards], "report": report.to_dict()}
-    folder.write(f"{name}.json", to_json(record).encode() + b"\n")
+    folder.write(record_name(number), to_json(record).encode() + b"\n")
     on_progress(Progress(1.0, done.n_bytes, done.n_tokens))
+
+
+def record_name(number: int) -> str:
+    return f"part-{number:05}.json"
 
 
 def read_record(
     folder: Folder, number: int, dtype: np.dtype, size: Callable[[str], int] | None = None
 ) -> tuple[list[Shard], DataReport] | None:
     """The shards and the DataReport of a part; None if it is not complete. size: gives the bytes of a file."""
-    name, size = f"part-{number:05}.json", size or folder.size
+    name, size = record_name(number), size or folder.size
     try:
         record = json_object(folder.read(name), folder.path(name))
         shards = [Shard(*facts) for facts in record["shards"]]
