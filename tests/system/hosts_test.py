@@ -84,7 +84,9 @@ def home(tmp_path_factory):
 
 def pretrain(home, workdir, *flags, steps=STEPS):
     model = ["layers=1", "dim=32", "heads=4", "context=32", "dropout=0.1"]
-    data = [f"train=text:{home}/*.txt", "tokenizer=bpe:280", f"cache={home}/cache"]
+    sources = f"even=text:{home}/*[02468].txt; odd=text:{home}/*[13579].txt"
+    mixture = "0: even=0.7,odd=0.3; 6: even=1,odd=2"
+    data = [f"train={sources}", f"mixture={mixture}", "tokenizer=bpe:280", f"cache={home}/cache"]
     train = [
         f"steps={steps}",
         "batch_size=16",
@@ -133,6 +135,7 @@ def test_of_two_processes_the_first_writes(whole, home):
     }
     assert [r["step"] for r in losses(whole) if "loss" in r] == [*range(1, STEPS + 1)]
     assert [r["step"] for r in losses(whole) if "validation_loss" in r] == [5, 10]
+    assert all({"loss/even", "loss/odd", "epoch/even"} < r.keys() for r in losses(whole) if "loss" in r)
     said = [(home / f"whole-1.{stream}").read_text() for stream in ("out", "err")]
     assert "step" not in said[0] + said[1] and "training:" not in said[0]
 
@@ -260,6 +263,7 @@ def test_other_data_is_refused(home):  # and Open MPI's mpirun is understood
         place.mkdir()
         (place / "a.txt").write_text(place.name * 500)
     flags = ["--config.data.train=text:*.txt", "--config.data.tokenizer=bytes", "--config.data.validation=text:*.txt"]
+    flags.append("--config.data.mixture=")
     port = processes.free_port()
     pair = [
         Process(
