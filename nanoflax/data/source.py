@@ -8,13 +8,14 @@ from typing import Any
 from nanoflax.config import TextData
 from nanoflax.data.formats import FORMATS, suffix
 from nanoflax.data.hub import hub_splits
+from nanoflax.data.made import made_version
 from nanoflax.data.quality import Quality
 from nanoflax.data.remote import File, find_files
 from nanoflax.data.tfds import dataset_splits, open_dataset
 from nanoflax.errors import UserError
 
-HELP = "choose pydocs, text:GLOB, hub:OWNER/NAME[:CONFIG][:SPLIT] or tfds:NAME[:FIELD]"
-SCHEMES = ("text", "hub", "tfds")
+HELP = "choose pydocs, text:GLOB, hub:OWNER/NAME[:CONFIG][:SPLIT], tfds:NAME[:FIELD] or tokens:DIRECTORY"
+SCHEMES = ("text", "hub", "tfds", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Source:
     name: pydocs; text:GLOB of files, each plain, .gz or .zst: .txt and .md (one document per file), .jsonl and .json
       (one per line), .csv and .tsv (one per row; the first row names the columns), and of .parquet and .array_record
       (JSON objects, tf.train.Example or UTF-8 text); GLOB may begin with gs:// or s3://;
-      hub:OWNER/NAME[:CONFIG][:SPLIT]; tfds:NAME[:FIELD], where NAME may include /CONFIG and :VERSION.
+      hub:OWNER/NAME[:CONFIG][:SPLIT]; tfds:NAME[:FIELD], where NAME may include /CONFIG and :VERSION;
+      tokens:DIRECTORY, which experiments.tokenize wrote.
     field: the field or column of the files that holds the text.
     validation: another source, for the validation split. If empty, the data set's own split validation, or else
       test. Without such a split, documents chosen by hash, with probability `validation_fraction`. With fewer than
@@ -71,6 +73,8 @@ def source_version(source: Source) -> list[Any]:
     def version(name: str) -> list[Any]:
         if name == "pydocs":
             return [sys.version]
+        if name.startswith("tokens:"):
+            return made_version(name)
         if name.startswith("tfds:"):
             builder, field = text_dataset(dataclasses.replace(source, name=name))
             return [builder.info.full_name, str(builder.data_path), field]
@@ -84,6 +88,8 @@ def source_splits(source: Source) -> dict[str, list[Any]]:
     has its own. Raises: UserError for a source that does not exist."""
     if source.name == "pydocs":
         return {"train": [], "all": []}
+    if source.name.startswith("tokens:"):
+        raise UserError(f"{source.name} holds tokens, but text is needed here")
     return dataset_splits(text_dataset(source)[0]) if source.name.startswith("tfds:") else _files(source.name)
 
 

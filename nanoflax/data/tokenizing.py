@@ -168,6 +168,7 @@ def write_index(directory: str | os.PathLike, plan: Plan, tokenizer: Any, identi
         **{name: sum(getattr(shard, name) for shard in shards) for name in ("n_tokens", "n_documents", "n_bytes")},
         "fingerprint": "",
         "tokenizer": tokenizer.fingerprint,
+        "framing": dataclasses.astuple(tokenizer.framing),
         "bos_id": tokenizer.framing.first_id,
         "report": report.lines(),
         "shards": [dataclasses.astuple(shard) for shard in shards],

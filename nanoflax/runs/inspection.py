@@ -23,11 +23,10 @@ from nanoflax.runs.text_data import (
     mixture_table,
     prepare_split,
     store_lines,
-    tokenizer_texts,
+    text_tokenizer,
     training_batches,
     training_fingerprint,
 )
-from nanoflax.runs.vocabulary import get_tokenizer
 
 MOST_LENGTHS = 200_000  # documents whose lengths are read, evenly spread over a store
 EXCERPT = 48  # tokens of a row whose text is shown
@@ -158,7 +157,7 @@ def _inspect_text(config: Config, workdir: str) -> Inspection:
         tokenizer = initial.tokenizer
         config = dataclasses.replace(config, model=dataclasses.replace(initial.config, head="lm"))
     else:
-        tokenizer = get_tokenizer(config.data, workdir, lambda: tokenizer_texts(config))
+        tokenizer = text_tokenizer(config, workdir)
     config, _ = configs.with_recipe(config)
     stores = prepare_split(config, tokenizer, "train")
     batches, lines = training_batches(config, stores), store_lines(stores, "training")

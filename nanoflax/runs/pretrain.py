@@ -16,9 +16,9 @@ from nanoflax.runs.directory import check_workdir, exclusive
 from nanoflax.runs.opening import initial_parameters, open_initial
 from nanoflax.runs.profile import parse_profile
 from nanoflax.runs.run import Run
-from nanoflax.runs.text_data import read_text, tokenizer_texts
+from nanoflax.runs.text_data import read_text, text_tokenizer
 from nanoflax.runs.trainer import Job, Result, check_metric, check_wandb, run_job, setup_jax
-from nanoflax.runs.vocabulary import get_tokenizer, with_vocabulary
+from nanoflax.runs.vocabulary import with_vocabulary
 
 
 def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False, profile: str = "") -> Run:
@@ -103,10 +103,7 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
     parallel.check_mesh(dataclasses.replace(config, model=parallel.pad_vocabulary(config.model, mesh)), mesh)
     assert isinstance(config.data, TextData)  # see `check`
     sources = check_sources(config)
-    if source and not weights:
-        tokenizer = source.tokenizer
-    else:
-        tokenizer = get_tokenizer(config.data, weights or workdir, lambda: tokenizer_texts(config))
+    tokenizer = source.tokenizer if source and not weights else text_tokenizer(config, weights or workdir)
     config = dataclasses.replace(config, model=with_vocabulary(config.model, tokenizer, mesh, saved))
     lengths = {"data.window": config.window} if config.window < config.model.context else None
     parallel.check_mesh(config, mesh, lengths)  # with the final vocabulary

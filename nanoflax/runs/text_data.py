@@ -10,6 +10,7 @@ import jax
 from nanoflax import data, parallel, report, train
 from nanoflax.config import Config, TextData
 from nanoflax.runs.trainer import TrainingData
+from nanoflax.runs.vocabulary import get_tokenizer
 
 
 def tokenizer_texts(config: Config) -> Iterator[str]:
@@ -20,6 +21,17 @@ def tokenizer_texts(config: Config) -> Iterator[str]:
     if len(sources) == 1:
         return data.documents(next(iter(sources.values())), "train")
     return data.mixed_documents(sources, data.stages_of(text, config.train.steps), config.train.steps)
+
+
+def text_tokenizer(config: Config, directory: str) -> Any:
+    """The tokenizer of the run in directory, or of a new run. A source of tokens has one, so none is trained."""
+    assert isinstance(config.data, TextData)  # see pretrain.check
+    names = [source.name for source in data.sources_of(config.data).values() if source.name.startswith("tokens:")]
+    given = data.made_tokenizer(names[0]) if names else None
+    tokenizer = get_tokenizer(config.data, directory, lambda: tokenizer_texts(config), given)
+    if tokenizer is given:
+        print(f"tokenizer: that of {names[0]}, not a new one of data.tokenizer={config.data.tokenizer}")
+    return tokenizer
 
 
 def read_text(
