@@ -28,14 +28,14 @@ def beam_engine(runner: str, options: Sequence[str] = (), title: str = "") -> En
     command line: --direct_num_workers=2. title: of the progress bar; empty: no bar.
     Raises: UserError for a runner or options that cannot be used.
     """
-    options = _pipeline_options(runner, options)
+    checked = _pipeline_options(runner, options)
 
     def tokenize_parts(directory: str | os.PathLike, plan: Plan, tokenizer: Any) -> None:
         import apache_beam as beam
 
         numbers = missing_parts(directory, plan, tokenizer)
         try:
-            with _bar(directory, plan, tokenizer, title), beam.Pipeline(options=options) as pipeline:
+            with _bar(directory, plan, tokenizer, title), beam.Pipeline(options=checked) as pipeline:
                 found = pipeline | "parts" >> beam.Create(numbers) | "to all workers" >> beam.Reshuffle()
                 _ = found | "tokenize" >> beam.Map(_tokenize, os.fspath(directory), plan, tokenizer)
         except Exception as error:
@@ -58,7 +58,7 @@ def _pipeline_options(runner: str, options: Sequence[str]) -> Any:
     if not importlib.util.find_spec("apache_beam"):
         raise UserError('Beam is not installed; run: pip install "nanoflax[beam]"')
     from apache_beam.options.pipeline_options import PipelineOptions
-    from apache_beam.runners import create_runner
+    from apache_beam.runners.runner import create_runner
 
     if runner.lower() == "daskrunner":  # its short name is unknown to Beam, and it would give 128 parts to one worker
         runner = "apache_beam.runners.dask.dask_runner.DaskRunner"

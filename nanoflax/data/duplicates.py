@@ -3,6 +3,7 @@
 import array
 import collections
 import hashlib
+import importlib
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -38,17 +39,19 @@ def left_out(
     """
     seen = Seen(quality.threshold) if quality.dedup else None
     copies = Copies(quality.decontaminate, evaluation) if quality.decontaminate else None
+    reads_words = copies or quality.threshold
     found: list[dict[int, str]] = []
     for texts in parts:
         found.append({})
         for i, text in enumerate(texts):
-            hashes = word_hashes(text) if copies or quality.threshold else None
+            hashes = word_hashes(text if reads_words else "")
             if seen and (reason := seen.add(text, hashes)):
                 found[-1][i] = reason
             elif copies:
                 copies.add((len(found) - 1, i), hashes)
-    for part, i in copies.found() if copies else ():
-        found[part][i] = copies.reason
+    if copies:
+        for part, i in copies.found():
+            found[part][i] = copies.reason
     return tuple(found)
 
 
@@ -83,7 +86,7 @@ class Seen:
 
     A document is a near-duplicate if the estimated Jaccard similarity of its set of five-word runs and the set of an
     earlier document that was kept is at least `threshold`. Broder (1997), "On the resemblance and containment of
-    documents", eq. 1; for corpora Lee et al. (2022), https://arxiv.org/abs/2107.06499, section 4.2, appendix A. Case
+    documents"; for corpora Lee et al. (2022), https://arxiv.org/abs/2107.06499, section 4.2, appendix A. Case
     and punctuation do not count. A document takes about 100 bytes of memory, and 2 to 4 kB with a threshold.
     """
 
@@ -91,23 +94,20 @@ class Seen:
         self.digests: set[bytes] = set()
         self.sketches = None
         if threshold is not None:
-            import rensa
-
+            self.rensa: Any = importlib.import_module("rensa")
             # Sketches are compared if they agree in a whole band of SKETCH // bands numbers: 1 - (1 - t^r)^b of them.
             enough = [b for b in (8, 16, 32, 64) if 1 - (1 - threshold ** (SKETCH // b)) ** b >= RECALL]
-            self.sketches = rensa.RMinHashDeduplicator(threshold, SKETCH, True, enough[0] if enough else 128, SEED)
+            self.sketches = self.rensa.RMinHashDeduplicator(threshold, SKETCH, True, enough[0] if enough else 128, SEED)
 
-    def add(self, text: str, hashes: UInt64[np.ndarray, " words"] | None = None) -> str:
-        """Why this document is left out, or "" if it is kept. hashes: its word_hashes, for near-duplicates."""
+    def add(self, text: str, hashes: UInt64[np.ndarray, " words"]) -> str:
+        """Why this document is left out, or "" if it is kept. hashes: its word_hashes; not read without a threshold."""
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if digest in self.digests:
             return EXACT
         self.digests.add(digest)
-        if self.sketches is None or hashes is None or not len(hashes):
+        if self.sketches is None or not len(hashes):
             return ""
-        import rensa
-
-        sketch, shingles = rensa.RMinHash(SKETCH, SEED), runs(hashes, min(SHINGLE, len(hashes))).tobytes()
+        sketch, shingles = self.rensa.RMinHash(SKETCH, SEED), runs(hashes, min(SHINGLE, len(hashes))).tobytes()
         sketch.update([shingles[i : i + 8] for i in range(0, len(shingles), 8)])
         return "" if self.sketches.add(str(len(self.digests)), sketch) else NEAR
 
