@@ -45,8 +45,8 @@ define_source()
 flags.DEFINE_string(
     "data",
     "",
-    "for a pretrained run pydocs | text:GLOB | tfds:NAME[:FIELD], for a fine-tuned run, a classifier or a tagger a "
-    "source of examples; empty: the run's own validation data",
+    "for a pretrained run pydocs | text:GLOB | hub:OWNER/NAME | tfds:NAME[:FIELD], for a fine-tuned run, a classifier "
+    "or a tagger a source of examples; empty: the run's own validation data",
 )
 flags.DEFINE_string(
     "fields", None, "names of our fields in --data, as text=review,label=stars; default: those of the run"

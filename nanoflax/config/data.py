@@ -16,10 +16,11 @@ class DataConfig:
     kind: ClassVar[str]
     train: str = field(
         "pydocs",
-        "Training data: pydocs, text:GLOB or tfds:NAME[:FIELD]; for finetune also jsonl:FILE, csv:FILE, tsv:FILE, "
-        "conll:FILE, pairs:SOURCES,TARGETS, preferences:FILE, problems:FILE, dates:FROM-TO, pytags, pymodules, "
-        "pychats, wrong_dates:FROM-TO, bible:FROM-TO or arithmetic:DIGITS. pretrain also takes several, "
-        "NAME=SOURCE; NAME=SOURCE, and mixture:FILE.",
+        "Training data: pydocs, text:GLOB (.txt, .md, .jsonl, .csv, .tsv, .parquet or .array_record; also .gz, .zst, "
+        "gs:// and s3://), hub:OWNER/NAME[:CONFIG][:SPLIT] or tfds:NAME[:FIELD]; for finetune also jsonl:FILE, "
+        "parquet:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCES,TARGETS, preferences:FILE, problems:FILE, "
+        "dates:FROM-TO, pytags, pymodules, pychats, wrong_dates:FROM-TO, bible:FROM-TO or arithmetic:DIGITS. pretrain "
+        "also takes several, NAME=SOURCE; NAME=SOURCE, and mixture:FILE.",
     )
     validation: str = field("", "Validation data; empty: the data's own split, or else a part of the training data.")
     validation_fraction: float = field(0.05, "That part: a share of the texts, chosen by hash.", within="(0, 1)")

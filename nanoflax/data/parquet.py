@@ -1,4 +1,4 @@
-"""The texts of one column of a Parquet file, by groups of rows."""
+"""Parquet files: the texts of one column, by groups of rows, and complete rows."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from typing import Any
 from nanoflax.data.remote import is_remote, open_binary
 from nanoflax.data.report import DataReport
 from nanoflax.errors import UserError
+from nanoflax.untrusted import parse_json
 
 BATCH = 1024  # rows that are decoded at once
 
@@ -22,7 +23,7 @@ def _opened(path: str) -> Iterator[Any]:
         place: Any = open_binary(path) if is_remote(path) else path
         with pq.ParquetFile(place, buffer_size=2**20, page_checksum_verification=True) as file:
             yield file
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         message = str(getattr(error, "strerror", "") or error).strip().splitlines()[0]
         raise UserError(f"{path} cannot be read as Parquet: {message}") from error
 
@@ -63,6 +64,30 @@ def read_parquet(path: str, begin: int, end: int, field: str, report: DataReport
                 else:
                     yield f"{path} row {row}", text, (row - first) / total
                 row += 1
+
+
+def parquet_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (place, {column: value}) of all rows; the place names the row, from 0.
+
+    The number of a class becomes its name, and -1 None, if the file has the names, as the library datasets writes them.
+    """
+    with _opened(path) as file:
+        row, classes = 0, _classes(file.schema_arrow.metadata or {})
+        for batch in file.iter_batches(BATCH, use_threads=False):
+            for value in batch.to_pylist():
+                for name, names in classes.items():
+                    if isinstance(number := value.get(name), int) and number < len(names):
+                        value[name] = names[number] if number >= 0 else None
+                yield f"{path} row {row}", value
+                row += 1
+
+
+def _classes(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """{column: names of its classes}."""
+    with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):
+        features = parse_json(metadata[b"huggingface"], "")["info"]["features"]
+        return {name: x["names"] for name, x in features.items() if isinstance(x.get("names"), list)}
+    return {}
 
 
 def _column(file: Any, path: str, field: str) -> int:

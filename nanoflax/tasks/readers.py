@@ -1,4 +1,4 @@
-"""The files that hold examples: JSON lines, tables, CoNLL files, and pairs of files.
+"""The files that hold examples: JSON lines, Parquet, tables, CoNLL files, and pairs of files.
 
 A reader is a function (path, kind of example, {our name of a field: its name in the file}, DataReport) -> records.
 """
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from nanoflax.data import DataReport, json_lines, open_text, table_rows, text_lines
+from nanoflax.data import DataReport, json_lines, open_text, parquet_rows, table_rows, text_lines
 from nanoflax.errors import UserError
 from nanoflax.tasks.columns import mapping_flag, match_columns, missing_fields
 from nanoflax.tasks.kinds import Chat, Classification, Problem, Tagging
@@ -26,21 +26,29 @@ def _lines(path: str, report: DataReport) -> Iterator[tuple[str, str]]:
 
 
 def _jsonl(path: str, kind: type, renamed: Renamed, report: DataReport) -> Records:
-    found, seen = set(), {}
     with open_text(path) as file:
-        for place, value in json_lines(file, path, report):
-            if not isinstance(value, dict):
-                report.add("JSON lines that are not objects, left out", place)
-                continue
-            names = list(value)
-            columns = match_columns(kind, renamed, names)
-            found |= columns.keys()
-            seen |= dict.fromkeys(names)
-            record = {ours: value[names[column]] for ours, column in columns.items()}
-            if kind is Problem:
-                used = {names[column] for column in columns.values()}
-                record["extra"] = {name: x for name, x in value.items() if name not in used}
-            yield place, record
+        yield from _objects(path, kind, renamed, report, json_lines(file, path, report))
+
+
+def _parquet(path: str, kind: type, renamed: Renamed, report: DataReport) -> Records:
+    return _objects(path, kind, renamed, report, parquet_rows(path))
+
+
+def _objects(path: str, kind: type, renamed: Renamed, report: DataReport, values: Iterable[tuple[str, Any]]) -> Records:
+    found, seen = set(), {}
+    for place, value in values:
+        if not isinstance(value, dict):
+            report.add("JSON lines that are not objects, left out", place)
+            continue
+        names = list(value)
+        columns = match_columns(kind, renamed, names)
+        found |= columns.keys()
+        seen |= dict.fromkeys(names)
+        record = {ours: value[names[column]] for ours, column in columns.items()}
+        if kind is Problem:
+            used = {names[column] for column in columns.values()}
+            record["extra"] = {name: x for name, x in value.items() if name not in used}
+        yield place, record
     if seen and (missing := missing_fields(kind, found)):
         raise UserError(
             f"{path}: no object has {' or '.join(renamed.get(name, name) for name in missing)}; their fields are "
@@ -185,6 +193,7 @@ def _pairs(paths: str, kind: type, renamed: Renamed, report: DataReport) -> Reco
 
 READERS = {
     "jsonl": _jsonl,
+    "parquet": _parquet,
     "tsv": functools.partial(_table, delimiter="\t"),
     "csv": functools.partial(_table, delimiter=","),
     "conll": _conll,

@@ -1,11 +1,11 @@
 """Sources of task examples, each named by one string; their records, with file and line.
 
-A source is jsonl:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, preferences:FILE and
-problems:FILE (JSON lines), tfds:NAME, or built in (tasks.builtin): dates:en-fr, wrong_dates:en-fr, pytags, pymodules,
-pychats, bible:kjv-web, arithmetic:2. Problems are also read as Text (prompt and answer), Chat and Pair,
-and Pairs as Problem and Chat. Files may be .gz. Sources of Text are also pydocs, text:GLOB (data.Source), and sources
-of Pair, of which both sides are read. The fields of each kind of example are keys of a JSON line or columns of a table
-(CSV, TSV):
+A source is jsonl:FILE, parquet:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, preferences:FILE
+and problems:FILE (JSON lines), hub:OWNER/NAME[:CONFIG][:SPLIT], tfds:NAME, or built in (tasks.builtin): dates:en-fr,
+wrong_dates:en-fr, pytags, pymodules, pychats, bible:kjv-web, arithmetic:2. Problems are also read as Text (prompt and
+answer), Chat and Pair, and Pairs as Problem and Chat. Files may be .gz or .zst, and gs:// or s3:// names. Sources of
+Text are also pydocs, text:GLOB (data.Source), and sources of Pair, of which both sides are read. The fields of each
+kind of example are keys of a JSON line or columns of a table (CSV, TSV, Parquet):
 
     Classification   text, and label (one) or labels (several, or none)
     Tagging          tokens, tags (O, B-TYPE, I-TYPE)
@@ -25,7 +25,7 @@ from typing import Any
 
 from nanoflax import data
 from nanoflax.config import ExampleData
-from nanoflax.data import DataReport, dataset_examples, dataset_splits, decode, is_held_out, open_dataset
+from nanoflax.data import DataReport, dataset_examples, dataset_splits, decode, hub_splits, is_held_out, open_dataset
 from nanoflax.errors import UserError
 from nanoflax.tasks import builtin
 from nanoflax.tasks.columns import field_names, mapping_flag, missing_fields
@@ -34,8 +34,8 @@ from nanoflax.tasks.problems import CONVERSIONS, converted
 from nanoflax.tasks.readers import READERS, Records
 
 HELP = (
-    "choose jsonl:FILE, preferences:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, "
-    "problems:FILE, tfds:NAME, dates:en-fr, pytags, pymodules, pychats, wrong_dates:en-fr, "
+    "choose jsonl:FILE, parquet:FILE, preferences:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCE_FILE,TARGET_FILE, "
+    "problems:FILE, hub:OWNER/NAME, tfds:NAME, dates:en-fr, pytags, pymodules, pychats, wrong_dates:en-fr, "
     "bible:kjv-web, arithmetic:2, or for texts pydocs or text:GLOB"
 )
 
@@ -131,7 +131,7 @@ def records(source: TaskSource, kind: type, report: DataReport, split: str | Non
     split: train, validation, test or all: read only this, instead of the two splits for training.
     """
     scheme, _, rest = source.name.partition(":")
-    if kind is Text and (source.name == "pydocs" or scheme == "text"):
+    if kind is Text and (source.name == "pydocs" or scheme in ("text", "hub")):
         return _documents(source, report, split)
     if kind is Text and (scheme == "pairs" or builtin.KINDS.get(scheme) is Pair):
         found = records(source, Pair, report, split)
@@ -152,9 +152,10 @@ def records(source: TaskSource, kind: type, report: DataReport, split: str | Non
     renamed = source.renamed_fields(kind)
     if scheme == "tfds" and rest:
         return _dataset(source, rest, kind, report, split)
+    if scheme == "hub" and rest:
+        return _hub(source, kind, renamed, report, split)
     if scheme not in READERS or not rest:
-        ending = source.name.removesuffix(".gz").rpartition(".")[2]
-        ending = "jsonl" if ending == "json" else ending
+        ending = _ending(source.name)
         hint = f"write {ending}:{source.name}, or " if ending in READERS and not rest else ""
         raise UserError(f"task data {source.name!r} is not known; {hint}{HELP}")
     if {"conll": Tagging, "pairs": Pair, "preferences": Preference, "problems": Problem}.get(scheme, kind) is not kind:
@@ -193,6 +194,30 @@ def _split_pairs(source: TaskSource, pairs: Records) -> Mapping[str, Records]:
 def _both_sides(pairs: Records) -> Records:
     for place, record in pairs:
         yield from ((place, {"text": record[name]}) for name in Pair.fields)
+
+
+# The hub.
+
+
+def _hub(
+    source: TaskSource, kind: type, renamed: dict[str, str], report: DataReport, only: str | None
+) -> dict[str, Records]:
+    def read(files):
+        for file in files:
+            reader = READERS.get(_ending(file))
+            if reader is None:
+                raise UserError(f"{source.name}: {file} holds no examples; choose a data set of {', '.join(READERS)}")
+            yield from reader(file, kind, renamed, report)
+
+    splits = hub_splits(source.name)
+    names = [only] if only else ["train", "validation"]
+    return {name: read(file.path for file in splits[name]) for name in names if name in splits}
+
+
+def _ending(path: str) -> str:
+    """The name of the reader of a file: jsonl for x.json.gz."""
+    ending = path.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    return "jsonl" if ending == "json" else ending
 
 
 # TFDS.

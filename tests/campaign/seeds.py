@@ -2,11 +2,15 @@
 
 import functools
 import gzip
+import io
 import json
 import pathlib
 import tempfile
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
+import zstandard
 
 TEXT = "The quick brown fox jumps over the lazy dog. 0123456789 (Hello), world! é日本\n"
 TEMPLATE = (
@@ -254,7 +258,16 @@ def pairs():
 
 def texts():
     text = TEXT.encode() * 3
-    return [{"x.txt": x} for x in (text, gzip.compress(text), b"\xef\xbb\xbf" + text, TEXT.encode("utf-16"))]
+    plain = [{"x.txt": x} for x in (text, gzip.compress(text), b"\xef\xbb\xbf" + text, TEXT.encode("utf-16"))]
+    parquet = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(9), "text": [TEXT] * 9}), parquet, row_group_size=4)
+    compressed = zstandard.ZstdCompressor().compress(b'{"text": "one"}\n{"text": "two"}\n')
+    return [
+        *plain,
+        {"x.parquet": parquet.getvalue()},
+        {"x.csv": b'id,text\n1,"one, two"\n2,three\n'},
+        {"x.jsonl": compressed},
+    ]
 
 
 @functools.cache

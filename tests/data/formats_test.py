@@ -7,6 +7,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow_datasets as tfds
 import zstandard
 from array_record.python import array_record_module
 from hypothesis import given, settings
@@ -86,6 +87,29 @@ def test_every_format_gives_the_tokens_of_whole_files(tmp_path, name, fingerprin
     store = data.prepare(f"text:{tmp_path}/{name}", trained.ByteTokenizer(), "train", tmp_path, progress=False)
     assert store.fingerprint == fingerprint and not store.report
     assert list(data.documents(f"text:{tmp_path}/{name}", "all")) == TEXTS
+
+
+def test_data_sets_of_tfds_and_of_the_hub_give_the_same_tokens(tmp_path, fingerprint):
+    class NanoflaxFormats(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, download_manager):
+            return {"train": ((i, {"text": text}) for i, text in enumerate(TEXTS))}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    NanoflaxFormats(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    for i, texts in enumerate((TEXTS[:100], TEXTS[100:])):
+        write_parquet(tmp_path / f"hub/data/train-0000{i}-of-00002.parquet", texts)
+    for source in (data.Source("tfds:nanoflax_formats", data_dir=str(tmp_path)), data.Source(f"hub:{tmp_path}/hub")):
+        store = data.prepare(source, trained.ByteTokenizer(), "train", tmp_path / "cache", progress=False)
+        assert store.fingerprint == fingerprint and not store.report
 
 
 @pytest.mark.parametrize(

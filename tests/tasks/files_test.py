@@ -1,11 +1,13 @@
 """Examples in files of people: tables as Python's csv writes them, CoNLL of every kind, tags as seqeval reads them."""
 
 import csv
+import dataclasses
 import io
 import json
 import re
 import warnings
 
+import datasets
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -31,13 +33,50 @@ def read(source, kind, text=None, path=None, **options):
     return tasks.read(TaskSource(source, **options), kind, report=report), report.lines()
 
 
+# Parquet and the hub.
+
+
+def test_parquet_holds_what_json_lines_hold(tmp_path):
+    chats = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "é"}], "n": i}
+        for i in range(5)
+    ]
+    sentences = [{"tokens": ["a", "b"], "ner_tags": ["O", "B-X"]}, {"tokens": ["c"], "ner_tags": ["O"]}]
+    for kind, values, fields in ((Chat, chats, ""), (Tagging, sentences, "tags=ner_tags")):
+        rows = datasets.Dataset.from_list(values)
+        rows.to_parquet(tmp_path / "x.parquet")
+        rows.to_json(tmp_path / "x.jsonl")
+        expected, _ = read(f"jsonl:{tmp_path}/x.jsonl", kind, fields=fields)
+        found, lines = read(f"parquet:{tmp_path}/x.parquet", kind, fields=fields)
+        plain = [dataclasses.replace(example, place="") for example in found]
+        assert plain == [dataclasses.replace(example, place="") for example in expected] and not lines
+    with pytest.raises(UserError, match="no object has tags; .*tokens, ner_tags; .*--config.data.fields=tags=ner_tags"):
+        read(f"parquet:{tmp_path}/x.parquet", Tagging)
+
+
+def test_classes_and_splits_of_a_hub_data_set(tmp_path):
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    for split, n in (("train", 6), ("test", 3)):
+        rows = {"text": [f"{split} {i}" for i in range(n)], "label": [i % 2 for i in range(n)]}
+        rows["label"][-1] = -1 if split == "test" else rows["label"][-1]
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / f"{split}.parquet")
+    found = tasks.load(f"hub:{tmp_path}", Classification)
+    assert found.labels == ("bad", "good")
+    assert [(x.text, x.labels) for x in found.train] == [(f"train {i}", (["bad", "good"][i % 2],)) for i in range(6)]
+    assert [x.text for x in found.validation] == ["test 0", "test 1"]  # a hidden label is left out, and counted
+    assert len(found.report.counts) == 1
+    assert [x.text for x in tasks.read(f"hub:{tmp_path}:test", Text)] == ["test 0", "test 1", "test 2"]
+
+
 # Tables.
 
 
 def is_table(text, delimiter):
     """Whether the module csv reads a text that it wrote."""
     try:
-        list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        list(csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True))
     except csv.Error:
         return False
     return True
