@@ -12,6 +12,9 @@ manifest just before the renaming, so every committed step has a manifest. A kil
 steps and perhaps a temporary directory, which the next run removes. Files are not synced to the disk,
 so a power failure may damage the newest step; the manifest shows the damage.
 
+In object storage (a local directory points there, or the name begins with gs:// or s3://) nothing is renamed: see
+`step_files`. `before_commit` of `remote` is called before a step is committed there.
+
 In a run of several processes each process writes its own parts, so all must share the file system.
 Process 0 commits, writes manifests, and chooses the step that all processes read.
 """
@@ -20,8 +23,6 @@ import contextlib
 import json
 import math
 import os
-import pathlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -33,8 +34,10 @@ from jaxtyping import PyTree
 
 from nanoflax import parallel, report, untrusted
 from nanoflax.errors import DISK_ERRORS, FULL, UserError, listed
-from nanoflax.runs import manifest, orbax_io
+from nanoflax.runs import manifest, orbax_io, remote, step_files
 from nanoflax.runs.lock import Path, make_writable
+from nanoflax.runs.step_files import AnyPath
+from nanoflax.storage import RemotePath
 
 Log = Callable[[str], Any]  # receives warnings, each of one line
 
@@ -47,22 +50,20 @@ REPAIR = "copy an undamaged one there, choose another --workdir, or move the dir
 
 def check_not_all_damaged(directory: Path) -> None:
     """Raises: UserError if all steps of a run were moved to damaged-<step>: the run must not begin again in silence."""
-    damaged = sorted(path.name for path in pathlib.Path(directory).glob("damaged-*"))
+    damaged = step_files.list_damaged(step_files.path_of(directory))
     if damaged and not list_steps(directory):
         raise UserError(f"{directory}: every checkpoint is damaged: {', '.join(damaged)}; {REPAIR}")
 
 
 def list_steps(directory: Path) -> list[int]:
     """Committed steps, ascending; [] if there is no such directory."""
-    directory = pathlib.Path(directory)
-    if not directory.is_dir():
-        return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and p.is_dir())
+    return step_files.list_steps(step_files.path_of(directory))
 
 
 def read_metadata(directory: Path, step: int | None = None, which: str = "latest", log: Log = print) -> Any:
     """The `meta` saved with a step. Arguments and errors are those of `restore_params`."""
-    return _read_meta(directory, _choose_step(directory, step, which, log))
+    path = step_files.path_of(directory)
+    return _read_meta(path, _choose_step(path, step, which, log))
 
 
 def restore_params(
@@ -82,10 +83,11 @@ def restore_params(
     Returns (the subtree, meta). Tuples become lists, and stacked blocks become one tree for each block.
     Raises: UserError if no step is usable, or `step` does not exist, is damaged or lacks the subtree.
     """
-    chosen: int = parallel.run_on_main_process(lambda: _choose_step(directory, step, which, log))
-    saved = orbax_io.read_shapes(directory, chosen)
+    path = step_files.path_of(directory)
+    chosen: int = parallel.run_on_main_process(lambda: _choose_step(path, step, which, log))
+    saved = orbax_io.read_shapes(path, chosen)
     if subtree not in saved:
-        raise UserError(f"{directory}: step {chosen} has no {subtree!r}, only {sorted(saved)}")
+        raise UserError(f"{path}: step {chosen} has no {subtree!r}, only {sorted(saved)}")
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved[subtree])
     if callable(shardings):
         shardings = shardings(target)
@@ -93,8 +95,8 @@ def restore_params(
         target = jax.tree.map(lambda x: orbax_io.with_sharding(x, shardings), target)
     else:
         target = jax.tree.map(orbax_io.with_sharding, target, shardings)
-    state = orbax_io.read_arrays(directory, chosen, {subtree: target}, partial_restore=True)
-    return parallel.unstack(state[subtree]), _read_meta(directory, chosen)
+    state = orbax_io.read_arrays(path, chosen, {subtree: target}, partial_restore=True)
+    return parallel.unstack(state[subtree]), _read_meta(path, chosen)
 
 
 class DiskFull(UserError):
@@ -107,13 +109,14 @@ class Checkpoints:
     Keeps the `keep` newest steps and the best one. Opening removes temporary directories of a killed
     run. In the context, orbax logs nothing (`orbax_io.quiet_orbax`).
 
-    Raises: UserError if the directory cannot be written or is not a local path.
+    Raises: UserError if the directory cannot be written.
     """
 
     def __init__(self, directory: Path, keep: int = 2, log: Log = print):
         if keep < 1:
             raise UserError(f"keep={keep}: give 1 or more, to keep the newest checkpoint")
-        self.directory = make_writable(directory)
+        path = step_files.path_of(directory)
+        self.directory = path if isinstance(path, RemotePath) else make_writable(directory)
         self._keep, self._log = keep, log
         with contextlib.ExitStack() as stack:
             stack.enter_context(orbax_io.quiet_orbax())
@@ -132,7 +135,7 @@ class Checkpoints:
         handler = ocp.PyTreeCheckpointHandler(use_compression=False)
         registry.add("state", ocp.args.PyTreeSave, handler)
         self._manager = ocp.CheckpointManager(
-            self.directory,
+            orbax_io.directory_for_orbax(self.directory),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self,
                 lightweight_initialize=True,  # metrics are read from our manifests instead
@@ -149,8 +152,18 @@ class Checkpoints:
         """orbax's PreservationPolicy; orbax calls it after the new step is committed."""
         del context
         steps = [c.step for c in checkpoints]
-        kept = {*sorted(steps)[-self._keep :], _best_step({s: self._metrics.get(s) for s in steps})}
-        return [s in kept for s in steps]
+        kept = self._kept(steps)
+        return [s in kept or isinstance(self.directory, RemotePath) for s in steps]
+
+    def _kept(self, steps: Sequence[int]) -> set[int | None]:
+        return {*sorted(steps)[-self._keep :], _best_step({s: self._metrics.get(s) for s in steps})}
+
+    def _remove_old_remote_steps(self):
+        """orbax would delete the files of a remote step in any order; here its commit marker is deleted first."""
+        if isinstance(self.directory, RemotePath) and jax.process_index() == 0:
+            steps = self.steps()
+            for step in set(steps) - self._kept(steps):
+                step_files.remove_step(self.directory, step)
 
     def save(self, step: int, state: PyTree, meta: Any, metric: float | None = None) -> bool:
         """Saves `state` (a tree of arrays) and `meta` (JSON) in the background, after the previous save.
@@ -180,7 +193,7 @@ class Checkpoints:
         )
         try:
             self._manager.save(step, args=args, force=True)  # force: the caller decides when
-        except OSError as error:
+        except (OSError, UserError) as error:
             self._failure = error  # for `wait`
         return True
 
@@ -201,6 +214,8 @@ class Checkpoints:
             error = error or later
         if error:
             self._abandon(error)
+        if self._saving is not None:
+            self._remove_old_remote_steps()
         self._saving = None
 
     def close(self) -> None:
@@ -218,8 +233,7 @@ class Checkpoints:
 
     def _remove_unfinished(self):
         if jax.process_index() == 0:
-            for path in self.directory.glob(f"*{ocp.path.step.TMP_DIR_SUFFIX}*"):
-                shutil.rmtree(path, ignore_errors=True)
+            step_files.remove_unfinished(self.directory)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -279,7 +293,7 @@ class Checkpoints:
             except UserError as error:
                 problem = str(error)
             for s in damaged:
-                _rename_damaged(self.directory, s, self._log)
+                step_files.set_aside(self.directory, s, self._log)
             return chosen, problem, damaged
 
         chosen, problem, damaged = parallel.run_on_main_process(choose)
@@ -309,8 +323,8 @@ class Checkpoints:
         """Called by orbax's commit thread on process 0 when all processes have written their files."""
         step = self._saving
         assert step is not None
-        (path,) = self.directory.glob(f"{step}.*")  # still under its temporary name
-        manifest.write(path, step, self._metrics[step])
+        manifest.write(step_files.being_written(self.directory, step), step, self._metrics[step])
+        remote.before_commit(self.directory)
 
 
 def check_same_shapes(what: str, saved: PyTree, wanted: PyTree) -> None:
@@ -330,7 +344,9 @@ def check_same_shapes(what: str, saved: PyTree, wanted: PyTree) -> None:
 
 
 def _read_meta(directory, step):
-    path = pathlib.Path(directory, str(step), "meta")
+    path = directory / str(step) / "meta"
+    if isinstance(path, RemotePath):
+        return untrusted.json_object((path / "metadata").read_bytes(), str(path / "metadata"))
     return untrusted.json_object(untrusted.read_bytes(path, "metadata"), path / "metadata")
 
 
@@ -341,7 +357,7 @@ def _best_step(metrics: Mapping[int, float | None]) -> int | None:
 
 
 def _choose_step(
-    directory: Path, step: int | None, which: str, log: Log, on_damage: Callable[[int], None] = lambda step: None
+    directory: AnyPath, step: int | None, which: str, log: Log, on_damage: Callable[[int], None] = lambda step: None
 ) -> int:
     """The step to read: `step`, else the newest or best undamaged one. Raises: UserError.
 
@@ -349,8 +365,7 @@ def _choose_step(
     """
     if which not in ("latest", "best"):
         raise UserError(f"which={which!r}: give 'latest' or 'best'")
-    directory = pathlib.Path(directory)
-    found = list_steps(directory)
+    found = step_files.list_steps(directory)
     if not found or (step is not None and step not in found):
         wanted = "" if step is None else f" of step {step}"
         raise UserError(f"{directory}: no checkpoint{wanted}; the steps there are {found}")
@@ -369,11 +384,3 @@ def _choose_step(
         log(f"warning: {directory}: step {candidate} is damaged ({problem}) and is not used")
         on_damage(candidate)
     raise UserError(f"{directory}: every checkpoint is damaged: steps {found}; {REPAIR}")
-
-
-def _rename_damaged(directory: pathlib.Path, step: int, log: Log) -> None:
-    target = directory / f"damaged-{step}"
-    while target.exists():
-        target = target.with_name(target.name + "-again")
-    (directory / str(step)).rename(target)
-    log(f"warning: {directory}: step {step} was moved to {target.name}")

@@ -17,9 +17,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from nanoflax import config as configs
-from nanoflax import parallel, report, untrusted
+from nanoflax import parallel, report, storage, untrusted
 from nanoflax.config import Config, LabelTask
 from nanoflax.errors import DISK_ERRORS, UserError, listed
+from nanoflax.runs import remote
 from nanoflax.runs.lock import WorkdirLock, remove_lock
 from nanoflax.runs.vocabulary import with_saved_vocabulary
 
@@ -31,17 +32,22 @@ FILES = (
 
 
 @contextlib.contextmanager
-def exclusive(workdir: str) -> Iterator[None]:
-    """Hold the lock of workdir. Only process 0 prints to stdout. A start that fails before it writes leaves nothing.
+def exclusive(workdir: str) -> Iterator[str]:
+    """Hold the lock of workdir; gives the local directory to write to: workdir, or its copy if workdir is remote (see
+    `remote`). Only process 0 prints to stdout. A start that fails before it writes leaves nothing.
 
     Raises: UserError if another process holds the lock, a name of a run is taken by something else, or the disk is
     full or cannot be written.
     """
     silent = contextlib.nullcontext() if parallel.is_main_process() else contextlib.redirect_stdout(None)
+    if storage.is_remote(workdir):
+        with silent, remote.writing(workdir) as copy:
+            yield copy
+        return
     with _removed_if_empty(workdir), WorkdirLock(workdir), silent:
         parallel.run_on_main_process(lambda: check_names(workdir))
         try:
-            yield
+            yield workdir
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
@@ -110,8 +116,12 @@ def filled_directory(path: str) -> Iterator[str]:
 
     The directory gets its own name when it is complete. After an error all is as before. After a kill a part is
     left, which the next call removes. A mounted disk, and a directory in one that cannot be written, are filled in
-    place.
+    place. A remote one is written when it is complete.
     """
+    if storage.is_remote(path):
+        with remote.filled(path) as part:
+            yield part
+        return
     part = part_of(path)
     if os.path.ismount(path) or os.path.isdir(path) and not os.access(os.path.dirname(part), os.W_OK):
         part = path
@@ -133,6 +143,8 @@ def filled_directory(path: str) -> Iterator[str]:
 
 def is_run(path: str | os.PathLike) -> bool:
     """Whether a path is the directory of a run."""
+    if storage.is_remote(path):
+        return remote.is_run(str(path))
     return os.path.isdir(os.path.join(path, "checkpoints"))
 
 
@@ -140,6 +152,7 @@ def read_run(workdir: str | os.PathLike) -> tuple[Config, Any]:
     """The Config and tokenizer of a run. Raises: UserError if workdir holds no run."""
     from nanoflax import tokenizers
 
+    workdir = remote.local_copy(str(workdir))
     path = os.path.join(workdir, "config.json")
     if not os.path.exists(path):
         raise UserError(f"--workdir={workdir} holds no run (no config.json); give the directory that pretrain wrote")
@@ -210,6 +223,9 @@ def _same_files(a: str, b: str) -> bool:
 
 def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
     """Write a JSON object per line. Raises: UserError if the file cannot be written."""
+    if storage.is_remote(path):
+        lines = (report.to_json(record, ensure_ascii=False) + "\n" for record in records)
+        return storage.write_bytes(str(path), "".join(lines).encode())
     try:
         with open(path, "w", encoding="utf-8") as f:
             for record in records:
@@ -242,6 +258,11 @@ def check_workdir(workdir: str, config: Config, restart: bool | None = False) ->
     """
     from nanoflax.runs import checkpoint
 
+    if restart and remote.is_copy(os.path.join(workdir, "config.json")):
+        raise UserError(
+            f"--restart_from_weights archives the old run by renaming it, which object storage cannot; give "
+            f"--config.model.init_from={workdir} and another --workdir"
+        )
     path, archived = os.path.join(workdir, "config.json"), archived_runs(workdir)
     if archived and not checkpoint.list_steps(os.path.join(workdir, "checkpoints")):
         if not restart:

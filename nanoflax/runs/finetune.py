@@ -15,7 +15,7 @@ from nanoflax import config as configs
 from nanoflax import hf, nn, parallel, peft, report, tasks
 from nanoflax.config import Config, DistillTask
 from nanoflax.errors import UserError
-from nanoflax.runs import checkpoint, grpo, reference
+from nanoflax.runs import checkpoint, grpo, reference, remote
 from nanoflax.runs.checkpoint import Checkpoints
 from nanoflax.runs.directory import check_workdir, exclusive, part_of, replace_directory, write_jsonl, write_run
 from nanoflax.runs.opening import open_initial, open_source, parameter_shapes
@@ -55,9 +55,9 @@ def finetune(
     check(config)
     steps = parse_profile(profile, config)
     setup_jax(trains=True)
-    with exclusive(workdir):
-        finetuning = Finetuning(config, workdir, reward if callable(reward) else None)
-        ended = run_job(dataclasses.replace(finetuning.job, profile=steps), workdir)
+    with exclusive(workdir) as directory:
+        finetuning = Finetuning(config, directory, reward if callable(reward) else None)
+        ended = run_job(dataclasses.replace(finetuning.job, profile=steps), directory)
         if finetuning.policy:
             finetuning.policy.close()
         if ended.signal:
@@ -309,7 +309,7 @@ class Finetuning:
             "adapter",
         )
         wrote = [name for name in wrote if os.path.exists(os.path.join(self.workdir, name))]
-        print(f"{self.workdir}: {', '.join(wrote)}")
+        print(f"{remote.shown(self.workdir)}: {', '.join(wrote)}")
 
     def measure(self, params: Any, step: int, trained_parameters: int) -> dict[str, Any]:
         """The metrics on all validation examples. Writes result.json and predictions.jsonl, prints some answers."""
@@ -358,6 +358,7 @@ class Finetuning:
         final = os.path.join(self.workdir, "final")
         part = part_of(final)
         parallel.run_on_main_process(lambda: shutil.rmtree(part, ignore_errors=True))
+        remote.begin_export(part, final)
         with Checkpoints(os.path.join(part, "checkpoints")) as saves:
             saves.save(0, {"params": params}, {"tokenizer": self.tokenizer.fingerprint, "step": 0})
         if not parallel.is_main_process():

@@ -3,47 +3,63 @@
 orbax does not check files: it reads an array with a flipped bit without an error.
 """
 
+import concurrent.futures
 import pathlib
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
-from nanoflax import report, untrusted
+from nanoflax import report, storage, untrusted
 from nanoflax.errors import UserError
+from nanoflax.storage import RemotePath
 
 NAME = "manifest.json"
+THREADS = 16  # objects of a bucket are read at the same time
 WRITTEN_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # orbax writes these after the manifest
 
 
-def write(path: pathlib.Path, step: int, metric: float | None) -> None:
-    """Writes the manifest of a step into its directory `path`. metric: finite, or None."""
-    files = {}
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        name = file.relative_to(path).as_posix()
-        if name not in WRITTEN_LATER:
-            files[name] = [file.stat().st_size, _crc32_of_file(file)]
+def write(path: pathlib.Path | RemotePath, step: int, metric: float | None) -> None:
+    """Writes the manifest of a step into its directory `path`. metric: finite, or None.
+
+    The files are read again: what is wrong later has changed after this moment.
+    """
+    sizes = {name: size for name, size in _sizes(path).items() if name not in WRITTEN_LATER}
+    files = {name: [sizes[name], crc] for name, crc in _sums(path, sizes).items()}
     _write_body(path / NAME, {"step": step, "metric": metric, "files": files})
 
 
-def set_metric(path: pathlib.Path, metric: float) -> None:
+def _sizes(path: pathlib.Path | RemotePath) -> dict[str, int]:
+    """{name: bytes} of the files under a directory, sorted."""
+    if isinstance(path, RemotePath):
+        return path.sizes()
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+
+
+def set_metric(path: pathlib.Path | RemotePath, metric: float) -> None:
     """Writes the metric of a step, atomically. Does nothing if its manifest is damaged."""
     if body := _read_body(path):
+        if isinstance(path, RemotePath):
+            return _write_body(path / NAME, body | {"metric": metric})
         _write_body(path / f"{NAME}.tmp", body | {"metric": metric})
         (path / f"{NAME}.tmp").rename(path / NAME)
 
 
-def read_metric(path: pathlib.Path) -> float | None:
+def read_metric(path: pathlib.Path | RemotePath) -> float | None:
     """The metric of a step; None if it has none or its manifest is damaged."""
     body = _read_body(path)
     return body["metric"] if body else None
 
 
-def find_damage(path: pathlib.Path) -> str | None:
+def find_damage(path: pathlib.Path | RemotePath) -> str | None:
     """The damage of the step in the directory `path`, in words, or None. Raises: UserError for an unreadable file."""
     body = _read_body(path)
     if body is None:
         return f"{NAME} is missing or damaged"
     if (step := body.get("step")) is not None and str(step) != path.name:  # older manifests have no step
         return f"it is a copy of step {step}"
+    if isinstance(path, RemotePath):
+        return _find_remote_damage(path, body["files"])
     if link := next((p for p in (path, *path.rglob("*")) if p.is_symlink()), None):
         return f"{link.name} is a link, and links are not followed in a checkpoint"
     for name, (size, crc) in body["files"].items():
@@ -60,17 +76,38 @@ def find_damage(path: pathlib.Path) -> str | None:
     return None
 
 
-def _write_body(file: pathlib.Path, body: dict[str, Any]) -> None:
+def _find_remote_damage(path: RemotePath, files: dict[str, list[int]]) -> str | None:
+    found = path.sizes()
+    for name, (size, _) in files.items():
+        if found.get(name) != size:
+            return f"{name} has {found[name]} bytes, not {size}" if name in found else f"{name}: no such object"
+    sums = _sums(path, files)
+    return next((f"{name} has changed since it was written" for name in files if sums[name] != files[name][1]), None)
+
+
+def _sums(path: pathlib.Path | RemotePath, names: Iterable[str]) -> dict[str, int]:
+    """{name: CRC-32} of files of a step."""
+    if not isinstance(path, RemotePath):
+        return {name: _crc32_of_file(path / name) for name in names}
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(names, pool.map(lambda name: _crc32_of_file(path / name), names), strict=True))
+
+
+def _write_body(file: pathlib.Path | RemotePath, body: dict[str, Any]) -> None:
     file.write_text(report.to_json({"crc32": _crc32_of_json(body), **body}))
 
 
-def _read_body(path: pathlib.Path) -> dict[str, Any] | None:
+def _read_body(path: pathlib.Path | RemotePath) -> dict[str, Any] | None:
     """{"step": .., "metric": .., "files": ..}; None if the manifest is missing or damaged."""
     try:
-        body = untrusted.json_object((path / NAME).read_bytes(), path / NAME)
+        text = (path / NAME).read_bytes()
     except PermissionError as error:
         raise UserError(f"{path / NAME} cannot be read: {error.strerror}") from error
-    except (OSError, UserError):
+    except OSError:
+        return None
+    try:
+        body = untrusted.json_object(text, str(path / NAME))
+    except UserError:
         return None
     is_sound = body.pop("crc32", None) == _crc32_of_json(body)
     match body:
@@ -90,9 +127,9 @@ def _is_entry(entry: tuple[str, Any]) -> bool:
     return False
 
 
-def _crc32_of_file(file: pathlib.Path) -> int:
+def _crc32_of_file(file: pathlib.Path | RemotePath) -> int:
     crc = 0
-    with open(file, "rb") as f:
+    with storage.open_reader(str(file)) if isinstance(file, RemotePath) else open(file, "rb") as f:
         while block := f.read(1 << 22):
             crc = zlib.crc32(block, crc)
     return crc

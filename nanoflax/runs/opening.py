@@ -17,7 +17,7 @@ from nanoflax import config as configs
 from nanoflax import hf, nn, parallel, peft, tokenizers
 from nanoflax.config import Config, ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.runs import checkpoint
+from nanoflax.runs import checkpoint, remote
 from nanoflax.runs.directory import check_same_base, is_run, model_directory, read_run
 
 Params = dict[str, Any]  # nested dict of arrays, with one subtree for each block
@@ -40,7 +40,7 @@ def open_source(source: str | os.PathLike, which: str = "best", merged: bool = T
     quantize: "int8", "int4", or "file" to keep the types of a .gguf file; see hf.load. "": as they are.
     Raises: UserError if the source cannot be opened, or its tokenizer has more tokens than the model has embeddings.
     """
-    source = str(source)
+    source = remote.local_copy(str(source))
     path = None if is_run(source) else hf.find_source(source)
     if quantize == "file" and (path is None or path.suffix != ".gguf"):
         raise UserError(f"quantize='file' keeps the types of a .gguf file, which {source} is not: use int8 or int4")

@@ -3,7 +3,9 @@
 import contextlib
 import importlib
 import logging
+import os
 import pathlib
+import re
 import sys
 import threading
 import time
@@ -17,8 +19,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
+from nanoflax import storage
 from nanoflax.errors import UserError
-from nanoflax.runs.lock import Path
+from nanoflax.runs.step_files import AnyPath
+from nanoflax.storage import RemotePath
 
 _quiet_contexts = 0
 _make_loud: Callable[[], None] = lambda: None
@@ -92,6 +96,42 @@ def use_steady_clock() -> None:
             module.time = types.SimpleNamespace(time=time.monotonic)
 
 
+def use_our_storage() -> None:
+    """Lets orbax read and write gs:// and s3:// through our file systems, with their retries and endpoints.
+
+    orbax 0.12 knows the rules of gs:// (a commit marker instead of a renaming) and has no driver for s3://, though
+    tensorstore has; here s3:// gets the same rules. Buckets with folders (hierarchical namespaces) are used as others.
+    """
+    backend: Any = importlib.import_module("etils.epath.backend")
+    paths: Any = importlib.import_module("orbax.checkpoint._src.path.gcs_utils")
+    arrays: Any = importlib.import_module("orbax.checkpoint._src.serialization.tensorstore_utils")
+    scheme = {"gcs": "gs", "gs": "gs", "s3": "s3"}
+    find = type(backend.fsspec_backend)._get_filesystem
+    backend.fsspec_backend._get_filesystem = lambda name: (
+        storage.filesystem(f"{scheme[name]}://any") if name in scheme else find(backend.fsspec_backend, name)
+    )
+    paths._GCS_PATH_PREFIX = ("gs://", "s3://")
+    paths.get_kvstore_for_gcs = key_value_store
+    paths.is_hierarchical_namespace_enabled = lambda path: False
+    arrays._use_gcs_driver = storage.is_remote
+    arrays._normalize_path = lambda path: re.sub("^(gs|s3):/", r"\1://", os.path.normpath(path))
+
+
+def key_value_store(name: str) -> dict[str, Any]:
+    """tensorstore's specification of a remote name."""
+    scheme, _, rest = name.partition("://")
+    bucket, _, path = rest.partition("/")
+    if scheme == "gs":  # its endpoint is in TENSORSTORE_GCS_HTTP_URL
+        return {"driver": os.environ.get("TENSORSTORE_GCS_BACKEND", "gcs"), "bucket": bucket, "path": path}
+    own: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": path}
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL"):  # tensorstore would ask AWS for the region of the bucket
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        own |= {"endpoint": endpoint, "aws_region": region}
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # else its library logs each missing file of AWS
+        own["aws_credentials"] = {"type": "environment"}
+    return own
+
+
 def copy_on_cpu(x: Any) -> Any:
     """A copy of an array that is on a CPU. orbax keeps a view of the array, and XLA cannot donate a buffer
     that has a view."""
@@ -106,8 +146,12 @@ def with_sharding(x: Any, sharding: jax.sharding.Sharding | None = None) -> jax.
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _step_path(directory: Path, step: int) -> epath.Path:
-    return epath.Path(pathlib.Path(directory).resolve()) / str(step)
+def directory_for_orbax(directory: AnyPath) -> epath.Path:
+    """orbax's path of a directory of checkpoints."""
+    if isinstance(directory, RemotePath):
+        use_our_storage()
+        return epath.Path(str(directory))
+    return epath.Path(pathlib.Path(directory).resolve())
 
 
 @contextlib.contextmanager
@@ -121,16 +165,17 @@ def _refused(directory, step):
         raise UserError(f"{directory}: step {step} cannot be restored: {reason}") from error
 
 
-def read_shapes(directory: Path, step: int) -> PyTree:
+def read_shapes(directory: AnyPath, step: int) -> PyTree:
     """The tree of a saved state, with the shape and dtype of every array. Raises: UserError if it cannot be read."""
     with _refused(directory, step):
-        tree = ocp.PyTreeCheckpointHandler().metadata(_step_path(directory, step) / "state").tree
+        path = directory_for_orbax(directory) / str(step) / "state"
+        tree = ocp.PyTreeCheckpointHandler().metadata(path).tree
         if not isinstance(tree, dict) or not all(hasattr(x, "shape") for x in jax.tree.leaves(tree)):
             raise ValueError("it does not hold a tree of arrays")
         return tree
 
 
-def read_arrays(directory: Path, step: int, target: PyTree, partial_restore: bool = False) -> PyTree:
+def read_arrays(directory: AnyPath, step: int, target: PyTree, partial_restore: bool = False) -> PyTree:
     """The saved arrays of `target`, a tree of jax.ShapeDtypeStruct with shardings. Raises: UserError if they cannot be
     read.
 
@@ -140,4 +185,4 @@ def read_arrays(directory: Path, step: int, target: PyTree, partial_restore: boo
         target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial_restore
     )
     with _refused(directory, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(_step_path(directory, step) / "state", args=args)
+        return checkpointer.restore(directory_for_orbax(directory) / str(step) / "state", args=args)

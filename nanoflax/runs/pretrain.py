@@ -11,7 +11,7 @@ from nanoflax import config as configs
 from nanoflax import data, generate, nn, parallel, planning, report, tokenizers, train
 from nanoflax.config import Config, ModelConfig, TextData
 from nanoflax.errors import UserError
-from nanoflax.runs import checkpoint
+from nanoflax.runs import checkpoint, remote
 from nanoflax.runs.directory import check_workdir, exclusive
 from nanoflax.runs.opening import initial_parameters, open_initial
 from nanoflax.runs.profile import parse_profile
@@ -36,11 +36,11 @@ def pretrain(config: Config, workdir: str, *, restart_from_weights: bool = False
     check(config)
     steps = parse_profile(profile, config)
     setup_jax(trains=True)
-    with exclusive(workdir):
-        job = dataclasses.replace(make_job(config, workdir, restart_from_weights), profile=steps)
-        ended = run_job(job, workdir)
+    with exclusive(workdir) as directory:
+        job = dataclasses.replace(make_job(config, directory, restart_from_weights), profile=steps)
+        ended = run_job(job, directory)
         if parallel.is_main_process():
-            summarise(workdir, job.config, ended)
+            summarise(directory, job.config, ended)
     return Run(workdir, reason=ended.reason, signal=ended.signal)
 
 
@@ -187,4 +187,4 @@ def summarise(workdir: str, config: Config, ended: Result) -> None:
             f"{ended.reason} at step {ended.step}; best at step {ended.best_step}: "
             + report.to_json({k: round(v, 4) for k, v in best.items() if not isinstance(v, str)})
         )
-        print(f"loss curve: {plot}")
+        print(f"loss curve: {remote.shown(str(plot))}")

@@ -19,7 +19,7 @@ import numpy as np
 from nanoflax import config as configs
 from nanoflax import data, hf, kernels, nn, parallel, report, tasks, tokenizers
 from nanoflax.errors import UserError
-from nanoflax.runs import directory, exports, grpo, ranking, reference, text_loss
+from nanoflax.runs import directory, exports, grpo, ranking, reference, remote, text_loss
 from nanoflax.runs.generation import GenerationSettings, stream_texts
 from nanoflax.runs.opening import ModelSource, open_source
 
@@ -74,7 +74,8 @@ class Run:
     ) -> None:
         self.source, self.checkpoint, self.dtype = str(source), checkpoint, dtype
         self.reason, self.signal, self.quantize = reason, signal, quantize
-        self.workdir = self.source if directory.is_run(self.source) else None
+        self._local = remote.local_copy(self.source)
+        self.workdir = self._local if directory.is_run(self._local) else None
         self._compiled_evaluator: Any = None
 
     def __repr__(self) -> str:
@@ -82,7 +83,7 @@ class Run:
 
     @functools.cached_property
     def _opened(self) -> ModelSource:
-        return open_source(self.source, self.checkpoint, quantize=self.quantize)
+        return open_source(self._local, self.checkpoint, quantize=self.quantize)
 
     @functools.cached_property
     def model(self) -> Any:

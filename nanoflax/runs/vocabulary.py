@@ -10,6 +10,7 @@ from typing import Any
 from nanoflax import parallel
 from nanoflax.config import Config, DataConfig, ModelConfig
 from nanoflax.errors import UserError
+from nanoflax.runs import remote
 
 
 def get_tokenizer(config: DataConfig, directory: str, texts: Callable[[], Iterable[str]], given: Any = None) -> Any:
@@ -46,12 +47,13 @@ def with_own_template(tokenizer: Any, workdir: str) -> Any:
 
 
 def _train_on_first_process(train: Callable[[], Any], directory: str) -> Any:
-    """The tokenizer of train(). Process 0 trains it; the other processes read its files."""
+    """The tokenizer of train(). Process 0 trains it; the other processes read its files. In a remote run, each trains
+    the same one."""
     import jax
 
     from nanoflax import tokenizers
 
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or remote.is_copy(directory):  # the hosts of a remote run share no directory
         return train()
     part = f"{directory}.part"
     parallel.run_on_main_process(lambda: train().save(part))

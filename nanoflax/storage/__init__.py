@@ -5,6 +5,7 @@ endpoints come from the usual places (gcloud's or AWS' own files, STORAGE_EMULAT
 """
 
 from nanoflax.storage.filesystems import filesystem, is_remote, join
+from nanoflax.storage.lease import Lease
 from nanoflax.storage.objects import (
     delete,
     delete_all,
@@ -13,17 +14,21 @@ from nanoflax.storage.objects import (
     is_directory,
     list_names,
     list_sizes,
-    open_reader,
+    list_versions,
     read_bytes,
     read_range,
     size,
     upload,
     write_bytes,
 )
+from nanoflax.storage.path import RemotePath
+from nanoflax.storage.reader import open_reader
 from nanoflax.storage.retries import DEADLINE_SECONDS, retried
 
 __all__ = [
     "DEADLINE_SECONDS",
+    "Lease",
+    "RemotePath",
     "delete",
     "delete_all",
     "download",
@@ -34,6 +39,7 @@ __all__ = [
     "join",
     "list_names",
     "list_sizes",
+    "list_versions",
     "open_reader",
     "read_bytes",
     "read_range",

@@ -65,6 +65,7 @@ def _with_our_retries(kind: Any) -> Any:
 
     class GoogleFileSystem(kind):
         async def _request(self, method, path, *args, **kwargs):
-            return await retried_request(path, lambda: once(self, method, path, *args, **kwargs))
+            what = f"gs://{'/'.join(args)}" if args else path
+            return await retried_request(what, lambda: once(self, method, path, *args, **kwargs))
 
     return GoogleFileSystem

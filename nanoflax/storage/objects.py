@@ -2,13 +2,12 @@
 
 import contextlib
 import os
-from typing import Any, BinaryIO
+from collections.abc import Callable
+from typing import Any
 
 from nanoflax.errors import UserError
 from nanoflax.storage.filesystems import filesystem
 from nanoflax.storage.retries import retried
-
-BLOCK = 8 << 20  # bytes that one request of `open_reader` reads
 
 
 def read_bytes(name: str) -> bytes:
@@ -31,17 +30,17 @@ def write_bytes(name: str, content: bytes, only_if_absent: bool = False) -> None
     """
     mode = "create" if only_if_absent else "overwrite"
     try:
-        retried(name, lambda: filesystem(name).pipe_file(name, content, mode=mode))
+        _written(name, lambda: filesystem(name).pipe_file(name, content, mode=mode))
     except FileExistsError:
         if read_bytes(name) != content:  # else the answer to an earlier attempt was lost
             raise
 
 
-def open_reader(name: str) -> BinaryIO:
-    """A binary file for reading, with seek; reads 8 MiB at a time, each with retries."""
-    from nanoflax.storage.reader import ObjectReader
-
-    return ObjectReader(name)  # type: ignore[return-value]
+def _written(name: str, write: Callable[[], Any]) -> None:
+    try:
+        retried(name, write)
+    except FileNotFoundError as error:
+        raise UserError(f"{name}: there is no bucket {name.split('/')[2]}") from error
 
 
 def exists(name: str) -> bool:
@@ -81,6 +80,12 @@ def list_sizes(name: str) -> dict[str, int]:
     return {key: int(item["size"]) for key, item in sorted(_found(name).items()) if item["type"] == "file"}
 
 
+def list_versions(name: str) -> dict[str, str]:
+    """{name below the directory: a text that changes when the object is written} of all objects under a directory."""
+    stamp = lambda item: f"{item['size']} {item.get('etag') or item.get('ETag')} {item.get('generation') or ''}".strip()
+    return {key: stamp(item) for key, item in sorted(_found(name).items()) if item["type"] == "file"}
+
+
 def _found(name: str, **options: Any) -> dict[str, dict[str, Any]]:
     """{name below the directory: fsspec's facts}. The directory itself, which some programs mark, is left out."""
     system = filesystem(name)
@@ -113,7 +118,7 @@ def upload(path: str | os.PathLike, name: str) -> None:
     """Write a local file as an object; a large one in parts."""
     if not os.path.isfile(path):
         raise UserError(f"{path} is no file, so that it cannot be written to {name}")
-    retried(name, lambda: filesystem(name).put_file(os.fspath(path), name))
+    _written(name, lambda: filesystem(name).put_file(os.fspath(path), name))
 
 
 def download(name: str, path: str | os.PathLike) -> None:

@@ -4,12 +4,15 @@ import io
 
 from nanoflax.storage import objects
 
+BLOCK = 8 << 20  # bytes
 
-class ObjectReader(io.BufferedReader):
-    """A binary file of an object, for reading and seeking. Raises: FileNotFoundError; errors of `retried`."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(_Ranges(name), objects.BLOCK)
+def open_reader(name: str) -> io.BufferedReader:
+    """A binary file of an object, for reading and seeking; reads 8 MiB at a time, each with retries.
+
+    Raises: FileNotFoundError.
+    """
+    return io.BufferedReader(_Ranges(name), BLOCK)
 
 
 class _Ranges(io.RawIOBase):

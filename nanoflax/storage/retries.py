@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from nanoflax.errors import UserError
 
 T = TypeVar("T")
 DEADLINE_SECONDS = 120.0  # of one operation with its repetitions; the variable NANOFLAX_STORAGE_SECONDS changes it
+PATIENCE_SECONDS = 10.0  # then a line on stderr says what is tried
 _PASSING_STATUS = {408, 425, 429, 499, 500, 502, 503, 504}
 _PASSING_CODES = {"SlowDown", "RequestTimeout", "Throttling", "InternalError", "ServiceUnavailable"}
 _PASSING_KINDS = {  # without a status: of aiohttp, gcsfs, botocore, requests and google-auth
@@ -51,6 +53,7 @@ class _Attempts:
     """The attempts of one operation."""
 
     def __init__(self, what: str) -> None:
+        self.said = False
         self.what, self.begin, self.pause = what, time.monotonic(), 0.05
         self.seconds = float(os.environ.get("NANOFLAX_STORAGE_SECONDS", DEADLINE_SECONDS))
 
@@ -66,6 +69,9 @@ class _Attempts:
             raise UserError(
                 f"{self.what}: no answer of the storage for {self.seconds:g} s; the last error is {reason}"
             ) from error
+        if not self.said and time.monotonic() - self.begin > PATIENCE_SECONDS:
+            self.said = True
+            print(f"{self.what}: still trying, for up to {self.seconds:g} s ({reason})", file=sys.stderr)
         return self.pause * random.uniform(0.5, 1)
 
 
@@ -85,7 +91,7 @@ def _status_of(error: BaseException) -> tuple[int | None, str | None]:
     if isinstance(response, dict):  # of botocore
         code = response.get("Error", {}).get("Code")
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode"), None if code == "Unknown" else code
-    status = getattr(error, "status", None) or getattr(error, "code", None)
+    status: Any = getattr(error, "status", None) or getattr(error, "code", None)
     return int(status) if str(status).isdigit() else None, None
 
 

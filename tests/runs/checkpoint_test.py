@@ -556,7 +556,7 @@ def test_directories_that_cannot_be_written(tmp_path, opener, monkeypatch):
     with pytest.raises(UserError, match="cannot be made: "):
         opener(tmp_path / "file" / "below")
     with pytest.raises(UserError, match="not a local path"):
-        opener("gs://bucket/run")
+        opener("hdfs://cluster/run")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(UserError, match="cannot be written"):
         opener(tmp_path)

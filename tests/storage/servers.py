@@ -1,7 +1,7 @@
 """Buckets on this machine: gcp-storage-emulator and moto's server, which can fail a part of all requests.
 
-The emulator of Google's storage ignores ifGenerationMatch=0 (create only if absent) and has no threads; both are
-added here.
+The emulator of Google's storage ignores conditions (ifGenerationMatch), forgets a header that tensorstore reads, and
+has no threads; these are added here.
 """
 
 import contextlib
@@ -11,10 +11,11 @@ import io
 import logging
 import os
 import random
+import re
 import socket
 import socketserver
 import threading
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 
 import boto3
 import requests
@@ -66,23 +67,36 @@ def _google(faults):
                 self.rfile.read(length)
                 return self._refuse(503)
             with lock:
-                if method == "do_POST" and self._is_taken():
-                    self.rfile.read(length)
-                    return self._refuse(412)
+                if status := self._failed_condition(length):
+                    return self._refuse(status)
                 getattr(RequestHandler, method)(self)
 
-        def _is_taken(self):
-            """Whether an object that must be absent is there. Its name is in the query or in the body."""
+        def _failed_condition(self, length):
+            """412 or 304 if the generation of the object is not the one that the request wants, else None."""
             query = parse_qs(urlparse(self.path).query)
-            if query.get("ifGenerationMatch") != ["0"]:
-                return False
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            self.rfile = io.BytesIO(body)
-            name = query["name"][0] if "name" in query else body.split(b'"name": "')[1].split(b'"')[0].decode()
+            if wanted := query.get("ifGenerationMatch"):
+                body = self.rfile.read(length)
+                self.rfile = io.BytesIO(body)
+                name = query["name"][0] if "name" in query else self._name() or _name_in(body)
+                return 412 if self._generation(name) != wanted[0] else None
+            if wanted := query.get("ifGenerationNotMatch"):
+                return 304 if self._generation(self._name()) == wanted[0] else None
+            return None
+
+        def _name(self):
+            found = re.search(r"/b/[^/]+/o/([^?]+)", self.path)
+            return found and unquote(found[1])
+
+        def _generation(self, name):
             with contextlib.suppress(Exception):
-                storage.get_file_obj(BUCKET, name)
-                return True
-            return False
+                return storage.get_file_obj(BUCKET, name)["generation"]
+            return "0"
+
+        def end_headers(self):
+            """tensorstore reads the generation of an object from a header that the emulator forgets."""
+            if self.command == "GET" and (name := self._name()):
+                self.send_header("x-goog-generation", self._generation(name))
+            super().end_headers()
 
         def _refuse(self, status):
             self.send_response(status)
@@ -92,6 +106,11 @@ def _google(faults):
     for method in ("do_GET", "do_POST", "do_PUT", "do_DELETE", "do_PATCH"):
         setattr(Handler, method, lambda self, method=method: self.handle_method(method))
     return _GoogleServer(("127.0.0.1", 0), functools.partial(Handler, storage))
+
+
+def _name_in(body):
+    """The name of the object in the first part of an upload."""
+    return body.split(b'"name": "')[1].split(b'"')[0].decode()
 
 
 def _amazon(faults):
@@ -123,7 +142,7 @@ def bucket(scheme):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
     if scheme == "gs":
-        env = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
+        env = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x"}
     else:
         env = {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
         env |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
