@@ -4,10 +4,15 @@
     python -m experiments.pretrain --config=gpt2_124m --workdir=runs/gpt2
     python -m experiments.pretrain --config.model.dim=384 --config.train.steps=800 --workdir=runs/x
     python -m experiments.pretrain --config.model.init_from=SOURCE --workdir=runs/y
+    python -m experiments.pretrain --config.data.train='web=text:web/*.jsonl; code=text:code/*.jsonl' \\
+        --config.data.mixture='0: web=0.8,code=0.2; 800: web=0.5,code=0.5' --config.train.steps=1000 --workdir=runs/z
 
 The same command resumes. SOURCE, a model to continue from, is a workdir, a directory of Transformers,
 a hub name or a .gguf file. Exit status: 0 finished or stopped early; 2 a mistake of the user; 130
 Ctrl-C and 143 SIGTERM: the state is saved, and the same command continues.
+
+Several sources have names, and data.mixture their shares of the rows from each step on; without it, each source is
+read as often as the others. --config.data.train=mixture:FILE reads both from a file, a source or a stage on each line.
 
 On several hosts, run the command on each, with a shared workdir. JAX finds the other hosts on Cloud
 TPU and under Slurm (srun) and Open MPI; elsewhere add --coordinator=HOST:PORT --processes=N

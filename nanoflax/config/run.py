@@ -86,7 +86,9 @@ class TrainConfig:
     scan_layers: bool = field(False, "Compile one block and scan it over L, for deep models.")
     max_skipped: int = field(10, "Non-finite steps in a row that stop the run.", at_least=1)
     evaluate_every: int = field(200, "Steps between evaluations.", at_least=1)
-    evaluate_batches: int = field(0, "Evaluate on the first N validation batches; 0: on all.", at_least=0)
+    evaluate_batches: int = field(
+        0, "Evaluate on the first N validation batches of each source; 0: on all.", at_least=0
+    )
     metric: str = field("validation_loss", "Metric that decides which step is the best.", choices=METRICS)
     patience: int = field(0, "Stop after N evaluations without a better metric; 0: never.", at_least=0)
     checkpoint_every: int = field(200, "Steps between checkpoints.", at_least=1)

@@ -31,6 +31,7 @@ class Schedule:
         self.seed = seed
         self.begins = [stage.step * batch_size for stage in stages]  # positions
         self.blocks = [np.repeat(np.arange(len(names)), [s.counts.get(name, 0) for name in names]) for s in stages]
+        self.counts = [np.bincount(block, minlength=len(names)) for block in self.blocks]  # of each source
         self.read_before = [np.zeros(len(names), np.int64)]  # rows of each source before each stage
         for stage in range(1, len(stages)):
             self.read_before.append(self._rows_before(stage - 1, self.begins[stage]))
@@ -42,8 +43,7 @@ class Schedule:
         block, slot = divmod(position - self.begins[stage], len(self.blocks[stage]))
         sources, earlier = self._block(stage, block)
         source = int(sources[slot])
-        count = int(np.count_nonzero(self.blocks[stage] == source))
-        return source, int(self.read_before[stage][source]) + block * count + int(earlier[slot])
+        return source, int(self.read_before[stage][source] + block * self.counts[stage][source] + earlier[slot])
 
     def rows_before(self, position: int) -> Int[np.ndarray, " names"]:
         """The number of rows of each source before a position."""
@@ -53,11 +53,10 @@ class Schedule:
         return int(np.searchsorted(self.begins, position, side="right")) - 1
 
     def _rows_before(self, stage: int, position: int) -> Int[np.ndarray, " names"]:
-        before, order = self.read_before[stage], self.blocks[stage]
-        blocks, rest = divmod(position - self.begins[stage], len(order))
-        count = functools.partial(np.bincount, minlength=len(before))
-        cut = self._shuffled_block(stage, blocks)[0][:rest]
-        return before + blocks * count(order) + count(cut)
+        before, counts = self.read_before[stage], self.counts[stage]
+        block, rest = divmod(position - self.begins[stage], len(self.blocks[stage]))
+        cut = self._shuffled_block(stage, block)[0][:rest]
+        return before + block * counts + np.bincount(cut, minlength=len(counts))
 
     def _shuffled_block(self, stage: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Of each row in a block: (its source, the number of earlier rows of that source in the block)."""
@@ -134,7 +133,7 @@ def mixed_documents(sources: Mapping[str, Source], stages: Sequence[Stage] | Non
         rows = Schedule(list(sources), stages, 1).rows_before(steps).tolist()
         weights = dict(zip(sources, rows, strict=True))
     else:
-        weights = {name: plan(source).size for name, source in sources.items()}
+        weights = {name: plan(source, "all").size for name, source in sources.items()}
     readers = {name: functools.partial(documents, source) for name, source in sources.items() if weights[name]}
     return interleave(readers, weights)
 

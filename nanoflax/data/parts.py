@@ -26,6 +26,7 @@ from nanoflax.errors import UserError
 from nanoflax.report import to_json
 
 FEW_DOCUMENTS = 100  # with fewer documents a split by hash may be empty
+PYDOCS_BYTES = 2_200_000  # about; it differs a little between versions of Python
 PART_BYTES = 1 << 28  # of a source; about what one process tokenizes in a minute
 
 
@@ -35,7 +36,7 @@ class Part:
 
     paths: files, read one after another. split: of a TFDS data set. begin, end: the examples of a data set, or a range
     of the only file, in the unit of its format (bytes, groups of rows, records); end 0: complete files. sizes: of each
-    file or of the range, in bytes, or another unit that all parts of the source share.
+    file or of the range, in bytes.
     """
 
     paths: tuple[str, ...] = ()
@@ -129,7 +130,7 @@ def _compared(plan: Plan) -> Plan:
     return dataclasses.replace(plan, left_out=_left_out(plan, to_json(source_version(plan.source))))
 
 
-@functools.lru_cache(maxsize=4)  # the tokenizer and the token store read the same documents
+@functools.lru_cache(maxsize=32)  # the tokenizer and the token store read the same documents
 def _left_out(plan: Plan, version: str) -> tuple[dict[int, str], ...]:
     source = plan.source
     plain = dataclasses.replace(source, quality=dataclasses.replace(source.quality, dedup="", evaluation=""))
@@ -184,7 +185,7 @@ def check_field(source: Source, report: DataReport) -> None:
 def _parts(source: Source, names: Sequence[Any], part_bytes: int) -> tuple[Part, ...]:
     """names: Files, or splits of a TFDS data set."""
     if source.name == "pydocs":
-        return (Part(),)
+        return (Part(sizes=(PYDOCS_BYTES,)),)
     cut = _dataset_parts if source.name.startswith("tfds:") else _file_parts
     return tuple(cut(source, names, part_bytes))
 
@@ -260,17 +261,17 @@ def _read_files(part: Part, field: str, report: DataReport) -> Iterator[str]:
 def _dataset_parts(source: Source, splits: Sequence[str], part_bytes: int) -> Iterator[Part]:
     builder, _ = text_dataset(source)
     for name in splits:
-        n = len(dataset_examples(builder, name))
-        pieces = max(1, min(n, -(-builder.info.splits[name].num_bytes // part_bytes)))
+        n, n_bytes = len(dataset_examples(builder, name)), builder.info.splits[name].num_bytes
+        pieces = max(1, min(n, -(-n_bytes // part_bytes)))
         for i in range(pieces):
             begin, end = i * n // pieces, (i + 1) * n // pieces
-            yield Part(split=name, begin=begin, end=end, sizes=(end - begin,))
+            yield Part(split=name, begin=begin, end=end, sizes=(n_bytes * (end - begin) // max(n, 1),))
 
 
 def _read_dataset(source: Source, part: Part, report: DataReport) -> Iterator[str]:
     builder, field = text_dataset(source)
     report.has_text, examples = True, dataset_examples(builder, part.split)
     for i in range(part.begin, part.end):
-        report.share = (i - part.begin) / part.size
+        report.share = (i - part.begin) / (part.end - part.begin)
         if text := _document(examples[i][field], f"{part.split} example {i}", report):
             yield text
