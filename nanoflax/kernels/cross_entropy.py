@@ -116,7 +116,7 @@ def _chunked(
     kernel = parallel.constrain(kernel.astype(hidden.dtype), P(None, words))
 
     def piece(carry, xs):
-        loss, nll, rows_nll, dw, db = carry
+        loss, nll, dw, db = carry
         h, targets, m = (parallel.constrain(x, of_pieces) for x in xs)
         logits = jnp.einsum("ijbtd,dv->ijbtv", h, kernel, preferred_element_type=jnp.float32)
         if bias is not None:
@@ -125,11 +125,9 @@ def _chunked(
             logits = softcap * jnp.tanh(logits / softcap)
         logits = mask_padding(logits, padding)
         objective, plain, log_z = _token_losses(logits, targets, z_loss, label_smoothing, padding)
-        loss, nll = loss + (objective * m).sum((2, 3)), nll + (plain * m).sum((2, 3))
-        if of_rows:
-            rows_nll += (plain * m).sum(3)
+        loss, nll = loss + (objective * m).sum((2, 3)), nll + (plain * m).sum(3 if of_rows else (2, 3))
         if not gradients:
-            return (loss, nll, rows_nll, dw, db), None
+            return (loss, nll, dw, db), None
         hit = jnp.arange(logits.shape[-1]) == targets[..., None]
         probability = jnp.exp(logits - log_z[..., None])
         dlogits = m[..., None] * (
@@ -147,7 +145,7 @@ def _chunked(
         dh = jnp.einsum("ijbtv,dv->ijbtd", dlogits, kernel)
         dh = parallel.constrain(dh, P(rows, "context", "fsdp" if fits else None))
         dk = jnp.einsum("ijbtd,ijbtv->ijdv", h, dlogits, preferred_element_type=jnp.float32)
-        return (loss, nll, rows_nll, dw + dk, db), dh
+        return (loss, nll, dw + dk, db), dh
 
     def split(x):  # [B, T, ...] -> [chunks, b, t, B / b, T / t / chunks, ...]
         x = x.reshape(b, B // b, t, chunks, -1, *x.shape[2:])
@@ -159,10 +157,9 @@ def _chunked(
         split = P(rows, "context", *[None] * (len(shape) - 1), *[words] * bool(shape))
         return parallel.constrain(jnp.zeros((b, t, *shape), jnp.float32), split)
 
-    rows_nll = jnp.zeros((b, t, B // b), jnp.float32) if of_rows else None
     dw = zeros(*kernel.shape) if gradients else None
     db = None if bias is None else zeros(*bias.shape)
-    carry = (zeros(), zeros(), rows_nll, dw, db)
+    carry = (zeros(), jnp.zeros((b, t, B // b)) if of_rows else zeros(), dw, db)
     if chunks == 1:
         carry, dh = piece(carry, jax.tree.map(lambda x: x[0], pieces))
         dh = jax.tree.map(lambda x: x[None], dh)
@@ -170,9 +167,8 @@ def _chunked(
         carry, dh = jax.lax.scan(piece, carry, pieces)
     if gradients:
         dh = dh.transpose(1, 3, 2, 0, 4, 5).reshape(B, T, D)  # type: ignore  # not None with gradients
-    loss, nll, rows_nll, dw, db = carry
-    loss, nll, dw, db = jax.tree.map(lambda x: x.sum((0, 1)), (loss, nll, dw, db))
-    sums = (loss, nll) if rows_nll is None else (loss, nll, rows_nll.sum(1).reshape(B))
+    loss, nll, dw, db = jax.tree.map(lambda x: x.sum((0, 1)), carry)
+    sums = (loss, nll.sum(), carry[1].sum(1).reshape(B)) if of_rows else (loss, nll)
     return sums, (dh, *jax.tree.map(lambda x: x[..., :V], (dw, db)))
 
 
