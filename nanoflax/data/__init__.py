@@ -1,6 +1,7 @@
 """Text from files and data sets; its tokens on disk; windows and batches of tokens with random access."""
 
 from nanoflax.data.batches import Batches, evaluation_batches, prefetch
+from nanoflax.data.beam import beam_engine
 from nanoflax.data.building import build_store
 from nanoflax.data.cache import default_cache_dir, prepare
 from nanoflax.data.cleaning import UNICODE, WHITESPACE, clean, cleaning_steps
@@ -23,7 +24,7 @@ from nanoflax.data.windows import Windows
 
 __all__ = [
     "Batches", "DataReport", "Folder", "MALFORMED", "Mixture", "Source", "Stage", "TokenStore", "UNICODE",
-    "WHITESPACE", "Windows", "build_store", "clean", "cleaning_steps", "damaged", "dataset_examples",
+    "WHITESPACE", "Windows", "beam_engine", "build_store", "clean", "cleaning_steps", "damaged", "dataset_examples",
     "dataset_splits", "decode", "default_cache_dir", "documents", "evaluation_batches", "hub_splits",
     "is_held_out", "is_mixture", "json_lines", "load_tokenizer", "made_tokenizer", "mixed_documents",
     "open_dataset", "open_text", "parquet_rows", "prefetch", "prepare", "save_tokenizer", "source_of",

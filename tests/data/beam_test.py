@@ -16,7 +16,7 @@ from nanoflax.errors import UserError
 from nanoflax.tokenizers import trained
 
 pytest.importorskip("apache_beam", reason="the extra `beam` is not installed")
-PROCESSES = ("DirectRunner", ["--direct_running_mode=multi_processing", "--direct_num_workers=2"])
+PROCESSES = ("DirectRunner", "--direct_running_mode=multi_processing --direct_num_workers=2")
 
 
 class KilledOnce(trained.ByteTokenizer):
@@ -67,7 +67,7 @@ def expected(source, tmp_path_factory):
     return files_of(tmp_path_factory.mktemp("expected") / "store", source, engine)
 
 
-@pytest.mark.parametrize("runner,options", [("DirectRunner", []), PROCESSES])
+@pytest.mark.parametrize("runner,options", [("DirectRunner", ""), PROCESSES])
 def test_beam_and_processes_write_the_same_bytes(tmp_path, source, expected, runner, options):
     assert files_of(tmp_path / "store", source, beam_engine(runner, options)) == expected
 
@@ -79,7 +79,7 @@ def test_a_cluster_whose_workers_are_killed_writes_the_same_bytes(tmp_path, sour
         (tmp_path / "kills" / name).touch()
     options = dict(n_workers=2, threads_per_worker=1, dashboard_address=None)
     with distributed.LocalCluster(**options, silence_logs=50) as cluster:
-        engine = beam_engine("DaskRunner", [f"--dask_client_address={cluster.scheduler_address}"])
+        engine = beam_engine("DaskRunner", f"--dask_client_address={cluster.scheduler_address}")
         found = files_of(tmp_path / "store", source, engine, KilledOnce(tmp_path / "kills"))
         distributed.default_client().close()  # Beam leaves it open
     assert not any((tmp_path / "kills").iterdir())
@@ -95,9 +95,14 @@ def test_an_error_of_a_worker_is_one_line(tmp_path, source, caplog):
 @pytest.mark.parametrize(
     "runner,options,match",
     [
-        ("FlunkRunner", [], "Beam has no runner 'FlunkRunner' here: Unexpected pipeline runner"),
-        ("DirectRunner", ["--direct_workers=2"], "Beam's DirectRunner has no option direct_workers"),
-        ("DirectRunner", ["--direct_num_workers=two"], "Beam refuses its options --direct_num_workers=two"),
+        ("FlunkRunner", "", "Beam's FlunkRunner cannot be used: Unexpected pipeline runner"),
+        ("DirectRunner", "--direct_workers=2", "Beam's DirectRunner has no option direct_workers"),
+        ("DirectRunner", "--job_name='a", "No closing quotation"),
+        (
+            "DirectRunner",
+            "--direct_num_workers=two",
+            "with options --direct_num_workers=two cannot be used: .*invalid int value: 'two'",
+        ),
     ],
 )
 def test_unusable_runners_and_options_are_refused(runner, options, match):
