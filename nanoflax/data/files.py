@@ -141,8 +141,11 @@ def json_values(lines: Iterable[tuple[str, str]], report: DataReport) -> Iterato
 def can_cut(path: str) -> bool:
     """Whether a file has lines of UTF-8, so that any process can read a range of its bytes with lines_of_range: it is
     not compressed, has no other encoding, ends its lines with \\n and is not one JSON list."""
-    with open_binary(path) as file:
-        head = file.read(2**20)
+    try:
+        with open_binary(path) as file:
+            head = file.read(2**20)
+    except OSError:
+        return False  # the reader says why
     marks = [*_DECOMPRESS, *_BYTE_ORDER_MARKS, codecs.BOM_UTF8]
     return b"\n" in head and not (head.startswith(tuple(marks)) or _is_utf16(head) or head.lstrip().startswith(b"["))
 

@@ -9,7 +9,7 @@ from nanoflax.data.report import DataReport
 from nanoflax.errors import UserError
 from nanoflax.untrusted import parse_json
 
-BATCH = 1024  # rows that are decoded at once
+BATCH = 128  # rows that are decoded at once
 
 
 @contextlib.contextmanager
@@ -21,7 +21,8 @@ def _opened(path: str) -> Iterator[Any]:
         raise UserError(f"{path}: Parquet files need pyarrow: pip install 'nanoflax[data]'") from error
     try:
         place: Any = open_binary(path) if is_remote(path) else path
-        with pq.ParquetFile(place, buffer_size=2**20, page_checksum_verification=True) as file:
+        # Without pre_buffer, a group of rows is not read at once: groups of some writers have gigabytes.
+        with pq.ParquetFile(place, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True) as file:
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         message = str(getattr(error, "strerror", "") or error).strip().splitlines()[0]
@@ -105,12 +106,20 @@ def _column(file: Any, path: str, field: str) -> int:
         )  # fmt: skip
 
     schema, columns = file.schema_arrow, file.metadata.schema
-    texts = [item.name for item in schema if holds_text(item.type)]
-    choice = f"--config.data.field={texts[0]}" if texts else ""
-    hint = f"choose one of {', '.join(texts)}, as in {choice}" if texts else "no column holds text"
+    sizes = _column_sizes(file.metadata)
+    texts = sorted((x.name for x in schema if holds_text(x.type)), key=lambda name: -sizes.get(name, 0))
+    choice = f"choose one of {', '.join(texts)}, as in --config.data.field={texts[0]}" if texts else ""
+    hint = choice or "no column holds text"
     if schema.names.count(field) != 1:
         what = "more than one column" if field in schema.names else "no column"
         raise UserError(f"{path}: {what} {field!r}; its columns are {', '.join(schema.names)}; {hint}")
     if field not in texts:
         raise UserError(f"{path}: column {field!r} holds {schema.field(field).type}, not text; {hint}")
     return next(i for i in range(len(columns)) if columns.column(i).path == field)
+
+
+def _column_sizes(metadata: Any) -> dict[str, int]:
+    """{column: bytes} of the first group of rows."""
+    group = metadata.row_group(0) if metadata.num_row_groups else None
+    columns = [group.column(i) for i in range(group.num_columns)] if group else []
+    return {column.path_in_schema: column.total_uncompressed_size for column in columns}

@@ -85,9 +85,10 @@ def read_table(
     names = [name.strip() for name in header]
     if header and names.count(field) != 1:
         what = "more than one column" if field in names else "no column"
+        longest = max(zip(map(len, next(rows, ("", header))[1]), names, strict=False))[1]
         raise UserError(
             f"{path}: {what} {field!r}; its first line has {', '.join(names)}: choose one of them, as in "
-            f"--config.data.field={names[0]}"
+            f"--config.data.field={longest}"
         )
     for place, cells in rows:
         if cells == header:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -179,6 +180,14 @@ def test_only_the_wanted_column_is_read(tmp_path, monkeypatch):
     assert read == [["text"], ["body"], ["d"]]
 
 
+def test_a_large_group_of_rows_is_not_read_at_once(tmp_path):
+    write_parquet(tmp_path / "x.parquet", [os.urandom(5000).hex() for _ in range(3000)], group=3000)
+    texts = data.documents(f"text:{tmp_path}/x.parquet", "all")
+    before, _ = pa.total_allocated_bytes(), next(texts)
+    assert pa.total_allocated_bytes() - before < 15e6 < (tmp_path / "x.parquet").stat().st_size
+    assert sum(1 for _ in texts) == 2999
+
+
 def damaged(path):
     """Flips a byte in the texts of a Parquet file."""
     content = bytearray(path.read_bytes())
@@ -204,8 +213,8 @@ def damaged(path):
         ),
         (
             "x.parquet",
-            lambda path: pq.write_table(pa.table({"a": [1], "b": ["x"]}), path),
-            "no column 'text'; its columns are a, b; choose one of b, as in --config.data.field=b",
+            lambda path: pq.write_table(pa.table({"a": [1], "b": ["x"], "c": ["a long text" * 9]}), path),
+            "no column 'text'; its columns are a, b, c; choose one of c, b, as in --config.data.field=c",
         ),
         (
             "x.parquet",
@@ -213,7 +222,7 @@ def damaged(path):
             "column 'text' holds list<.*string>, not text; choose one of b",
         ),
         ("x.parquet", lambda path: pq.write_table(pa.table({"n": [1]}), path), "no column holds text"),
-        ("x.csv", lambda path: path.write_text("id,body\n1,x\n"), "no column 'text'; .* id, body"),
+        ("x.csv", lambda path: path.write_text("id,body\n1,x y\n"), "no column 'text'; .* id, body: .*field=body"),
         ("x.csv", lambda path: path.write_text("text,text\n1,x\n"), "more than one column 'text'"),
         ("x.csv", lambda path: path.write_text(""), "files without a text"),
         ("x.csv", lambda path: path.write_text("text\n"), "files without a text"),
