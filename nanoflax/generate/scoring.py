@@ -4,7 +4,9 @@ totals = log_likelihoods(model, params, prompts, continuations)     # lists of i
 position = rank(totals, answer)
 """
 
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from nanoflax.errors import UserError, listed
 from nanoflax.generate.sampling import Prompts
-from nanoflax.kernels import most_probable
+from nanoflax.kernels import chunks_of, most_probable
 from nanoflax.nn import LanguageModel
 from nanoflax.tokenizers import Scored, bucket, scored
 
@@ -38,51 +40,54 @@ def score(
     alternatives: int = 0,
     batch_size: int = 16,
     names: Sequence[str] | None = None,
+    report: Callable[[int, int, int], None] = lambda *_: None,
 ) -> list[Scored]:
     """log p(token | prompt and the tokens before it) of each token of a continuation, and of the `alternatives` most
     probable tokens in its place.
 
-    Pairs are padded to powers of two; each of these lengths is compiled once. names: of the pairs, for
-    errors; default pair 0, pair 1, ... Returns a `Scored` for each pair.
+    Pairs that differ only in the last token of the continuation (the answers A, B, C, D) share one row of a batch. Rows
+    are padded to powers of two, so that few shapes are compiled, and the head computes only the positions of the
+    continuations. names: of the pairs, for errors; default pair 0, pair 1, ... report(pairs, tokens, all tokens) is
+    called after each batch, with what was computed so far. Returns a `Scored` for each pair.
     Raises: UserError naming every pair that is empty on a side or longer than the model's context.
     """
-    c, decoder = model.config, not model.config.reads_source
+    c = model.config
     if c.head != "lm":
         raise UserError(
             f"model.architecture={c.architecture!r} with model.head={c.head!r} computes no "
             "likelihood of a text; use a decoder or an encoder-decoder"
         )
-    names = names or [f"pair {i}" for i in range(len(prompts))]
-    problems = [
-        f"{name}: {len(p)} and {len(t)} tokens, but the model's context is {c.context}"
-        for name, p, t in zip(names, prompts, continuations, strict=True)
-        if (len(p) + len(t) - 1 if decoder else max(len(p), len(t))) > c.max_length
-    ]
-    problems += [
-        f"{name} has an empty prompt or continuation"
-        for name, *pair in zip(names, prompts, continuations, strict=True)
-        if not all(map(len, pair))
-    ]
+    rows, problems = {}, []  # (source, inputs, number of scored positions) -> pairs that share them
+    for i, (prompt, new) in enumerate(zip(prompts, continuations, strict=True)):
+        name, known = names[i] if names else f"pair {i}", tuple(new[:-1])
+        row = (tuple(prompt), (c.start_id, *known)) if c.reads_source else ((), (*prompt, *known))
+        if not (len(prompt) and len(new)):
+            problems.append(f"{name} has an empty prompt or continuation")
+        elif max(map(len, row)) > c.max_length:
+            problems.append(f"{name}: {len(prompt)} and {len(new)} tokens, but the model's context is {c.context}")
+        rows.setdefault((*row, len(new)), []).append(i)
     if problems:
         raise UserError(listed(problems))
-    pairs = list(zip(prompts, continuations, strict=True))
-
-    def lengths(i):
-        """The padded lengths of a pair: of both together without the last token, or of source and target."""
-        sizes = [sum(map(len, pairs[i])) - 1] if decoder else [len(ids) for ids in pairs[i]]
-        return [min(bucket(n), c.max_length) for n in sizes]
-
-    groups, found = {}, {}
-    for i in range(len(pairs)):
-        groups.setdefault(tuple(lengths(i)), []).append(i)
-    for sizes, members in groups.items():
-        for at in range(0, len(members), batch_size):
-            part = members[at : at + batch_size]
-            part += part[-1:] * (batch_size - len(part))  # so that the last batch needs no compilation
-            batch = _batch([pairs[i] for i in part], sizes, None if decoder else c.start_id)
-            scores = map(np.asarray, _scores(model, params, batch, alternatives))
-            found |= zip(part, scored([list(pairs[i][1]) for i in part], *scores), strict=True)
-    return [found[i] for i in range(len(pairs))]
+    groups, found, computed = defaultdict(list), {}, 0
+    for row in rows:
+        T, S = (min(bucket(len(ids)), c.max_length) if ids else 0 for ids in (row[1], row[0]))
+        groups[T, S, min(T, 4 ** max(2, math.ceil(math.log(row[2], 4))))].append(row)
+    size = lambda members: min(batch_size, bucket(len(members), 1))  # of a batch: a smaller group has smaller ones
+    work = sum((T + S) * size(of) * -(-len(of) // size(of)) for (T, S, _), of in groups.items())
+    for (T, S, C), members in sorted(groups.items(), reverse=True):  # the longest first: a lack of memory shows at once
+        for at in range(0, len(members), size(members)):
+            part = members[at : at + size(members)]
+            targets = [list(continuations[rows[row][0]][:-1]) for row in part]
+            batch = _batch(part, targets, T, S, C, size(members))
+            *scores, last = map(np.asarray, _scores(model, params, batch, alternatives))
+            for b, row in enumerate(part):
+                for i in rows[row]:
+                    logp, *best = (x[b : b + 1, C - row[2] :].copy() for x in scores)
+                    logp[0, -1] = last[b, continuations[i][-1]]
+                    found[i] = scored([list(continuations[i])], logp, *best)[0]
+            computed += size(members) * (T + S)
+            report(len(found), computed, work)
+    return [found[i] for i in range(len(found))]
 
 
 def rank(scores: Sequence[float], answer: int) -> int:
@@ -91,40 +96,34 @@ def rank(scores: Sequence[float], answer: int) -> int:
     return 1 + np.argsort(-np.asarray(scores), kind="stable").tolist().index(answer)
 
 
-def _batch(pairs, sizes, start_id):
-    """inputs, targets [B, T], the position of the first target [B], and with a source also source, source_mask [B, S];
-    padded on the right."""
-    *source, T = sizes
-    arrays = {"inputs": np.zeros((len(pairs), T), np.int32), "first": np.zeros(len(pairs), np.int32)}
-    arrays |= {"targets": arrays["inputs"].copy()}
-    for S in source:
-        arrays |= {"source": np.zeros((len(pairs), S), np.int32), "source_mask": np.zeros((len(pairs), S), bool)}
-    for row, (prompt, new) in enumerate(pairs):
-        ids = [start_id, *new] if source else [*prompt, *new]
-        n = len(ids) - 1
-        arrays["inputs"][row, :n], arrays["targets"][row, : len(new)] = ids[:-1], new
-        arrays["first"][row] = n - len(new)
-        if source:
-            arrays["source"][row, : len(prompt)] = prompt
-            arrays["source_mask"][row, : len(prompt)] = True
+def _batch(part, targets, T, S, C, size):
+    """inputs [B, T], padded on the right; at [B, C], the positions that predict the continuation, the last one in the
+    last column; targets [B, C], without the last token; with a source also source, source_mask [B, S]."""
+    shapes = {"inputs": (size, T), "at": (size, C), "targets": (size, C)} | ({"source": (size, S)} if S else {})
+    arrays: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
+    if S:
+        arrays["source_mask"] = (
+            np.arange(S) < np.array([len(row[0]) for row in part] + [1] * (size - len(part)))[:, None]
+        )
+    for b, (source, inputs, n) in enumerate(part):
+        arrays["inputs"][b, : len(inputs)] = inputs
+        arrays["at"][b] = np.maximum(np.arange(len(inputs) - C, len(inputs)), 0)
+        arrays["targets"][b, C - n : C - 1] = targets[b]
+        if S:
+            arrays["source"][b, : len(source)] = source
     return arrays
 
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _scores(model, params, batch, n):
-    """The results of `most_probable` for the targets [B, T] from `first` on."""
+    """The results of `most_probable` for the targets [B, C], and all log-probabilities of the last position [B, V]."""
     source = {name: batch[name] for name in ("source", "source_mask") if name in batch}
     hidden, _ = model.apply({"params": params}, batch["inputs"], **source, method="hidden")
-    B, T, D = hidden.shape
-    at = jnp.minimum(batch["first"][:, None] + jnp.arange(T), T - 1)
-    states = jnp.take_along_axis(hidden, at[..., None], 1).reshape(B * T, D)
-
-    def position(x):
-        state, target = x
-        logits = model.apply({"params": params}, state[None, None], method="head")
-        return most_probable(logits[0, 0], target, max(n, 1))  # jax.lax.map returns no empty arrays
-
-    every = states, batch["targets"].reshape(-1)
-    found = jax.lax.map(position, every, batch_size=64)  # to limit the memory of logits
-    logp, ids, best = (x.reshape(B, T, *x.shape[1:]) for x in found)
-    return logp, ids[..., :n], best[..., :n]
+    hidden = jnp.take_along_axis(hidden, batch["at"][..., None], 1)
+    B, C, _ = hidden.shape
+    head = partial(model.apply, {"params": params}, method="head")
+    pieces = chunks_of(B, C, model.config.vocab_size, least=64)  # to limit the memory of logits
+    cut = lambda x: x.reshape(B, pieces, C // pieces, *x.shape[2:]).swapaxes(0, 1)
+    found = jax.lax.map(lambda x: most_probable(head(x[0]), x[1], n), (cut(hidden), cut(batch["targets"])))
+    whole = (x.swapaxes(0, 1).reshape(B, C, *x.shape[3:]) for x in found)
+    return *whole, jax.nn.log_softmax(head(hidden[:, -1:])[:, 0].astype(jnp.float32))
