@@ -8,7 +8,7 @@ import pytest
 
 from nanoflax import data
 from nanoflax.config import TextData
-from nanoflax.data import parts
+from nanoflax.data import duplicates, parts
 from nanoflax.data.duplicates import EXACT, NEAR, left_out
 from nanoflax.data.quality import Quality
 from nanoflax.errors import UserError
@@ -88,6 +88,11 @@ def test_near_duplicates_are_those_of_brute_force(tmp_path, threshold):
     assert all(nearest[i] < threshold + margin for i in remaining)
     assert all(nearest[i] > threshold - margin for i in found)
     assert len(found) > 50 and len(remaining) > 333
+
+
+def test_words_of_ascii_text_are_those_of_other_text():
+    text = "".join(map(chr, range(128))) * 2 + "It's a_1 (TEST).\n\tNot-this\x00 2.5\x1c end"
+    assert duplicates.word_hashes(text + " é")[:-1].tolist() == duplicates.word_hashes(text).tolist()
 
 
 def test_case_and_punctuation_make_no_difference_to_near_duplicates():
