@@ -234,8 +234,8 @@ class Store:
         self.tokens, self.n_tokens = np.concatenate(ended), sum(map(len, ended))
         self.begins = np.cumsum([0, *map(len, ended)])
 
-    def read(self, start, stop):
-        return self.tokens[start:stop]
+    def read_all(self, spans):
+        return [self.tokens[start:stop] for start, stop in spans]
 
     def begin(self, documents):
         return self.begins[documents]
