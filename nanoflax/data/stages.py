@@ -43,7 +43,7 @@ def is_mixture(text: str) -> bool:
 def parse_names(text: str, setting: str) -> dict[str, str]:
     """{name: value} of NAME=VALUE; NAME=VALUE. A first VALUE without a name has the name "".
 
-    setting: the name of the setting, for messages. Raises: UserError for any other form.
+    setting: its name in messages. Raises: UserError for any other form.
     """
     found = {}
     for i, entry in enumerate(filter(None, map(str.strip, text.split(";")))):
@@ -51,9 +51,9 @@ def parse_names(text: str, setting: str) -> dict[str, str]:
         if not (equals and NAME.fullmatch(name)) and i == 0 and not is_mixture(text):
             name, value = "", entry
         elif not (equals and NAME.fullmatch(name) and value):
-            raise UserError(f"data.{setting}: {entry!r} is not NAME=VALUE; write NAME=VALUE; NAME=VALUE")
+            raise UserError(f"{setting}: {entry!r} is not NAME=VALUE; write NAME=VALUE; NAME=VALUE")
         if name in found:
-            raise UserError(f"data.{setting}: the name {name} occurs twice; each source needs its own")
+            raise UserError(f"{setting}: the name {name} occurs twice; each source needs its own")
         found[name] = value
     return found
 
@@ -152,9 +152,11 @@ def sources_of(config: TextData, name: str = "") -> dict[str, Source]:
             raise UserError(
                 f"data.mixture={config.mixture!r} needs named sources in data.train, as NAME=SOURCE; NAME=SOURCE"
             )
+        if re.search(r";\s*(pydocs|[a-z]+:)", config.train):
+            raise UserError(f"{config.train!r}: several sources need names; write NAME=SOURCE; NAME=SOURCE")
         return {"": source_of(config, name or None)}
-    named = parse_names(config.train, "train")
-    fields, validation = parse_names(config.field, "field"), parse_names(config.validation, "validation")
+    named = parse_names(config.train, "--data" if other else "data.train")
+    fields, validation = parse_names(config.field, "data.field"), parse_names(config.validation, "data.validation")
     for setting, found in (("field", {} if other else fields), ("validation", validation)):
         if unknown := [key for key in found if key not in ("", *named)]:
             raise UserError(f"data.{setting}: data.train has no source {', '.join(unknown)}; it has {', '.join(named)}")
@@ -171,11 +173,12 @@ def sources_of(config: TextData, name: str = "") -> dict[str, Source]:
 def validation_of(config: TextData) -> dict[str, Source]:
     """{name: Source} whose splits "validation" the run is measured on: of each source of data.train, or one with the
     name "" if data.validation is one source for all."""
+    config = with_mixture_file(config)
     sources = sources_of(config)
-    if config.validation and not is_mixture(config.validation):
-        field = parse_names(config.field, "field").get("", TextData.field) if is_mixture(config.train) else config.field
-        return {"": dataclasses.replace(next(iter(sources.values())), field=field)}
-    return sources
+    if not is_mixture(config.train) or not config.validation or is_mixture(config.validation):
+        return sources
+    field = parse_names(config.field, "data.field").get("", TextData.field)
+    return {"": dataclasses.replace(next(iter(sources.values())), field=field)}
 
 
 def stages_of(config: TextData, steps: int) -> list[Stage] | None:

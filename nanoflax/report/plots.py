@@ -14,12 +14,14 @@ from jaxtyping import Float
 from nanoflax.report.metrics_log import read_metrics, write_atomically
 from nanoflax.report.text import format_count
 
+LABELLED_SOURCES = 8  # of a mixture; the legend has no room for more
+
 
 def plot_losses(workdir: str | os.PathLike[str], tokens_per_step: float | None = None) -> pathlib.Path | None:
     """Draws the losses of `workdir/metrics.jsonl` as `workdir/loss.png`; returns its path, or None without data.
 
-    Reads `loss`, `validation_loss` and `bits_per_byte`. Skipped steps and steps with a non-finite loss are
-    marked. tokens_per_step: adds a second x axis, in tokens.
+    Reads `loss`, `validation_loss` (of a mixture also of each source) and `bits_per_byte`. Skipped steps and steps with
+    a non-finite loss are marked. tokens_per_step: adds a second x axis, in tokens.
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "metrics.jsonl"
@@ -118,6 +120,12 @@ def _draw_training(axes, points, label="training"):
 def _draw_validation(axes, records):
     steps, losses = zip(*((r["step"], r["validation_loss"]) for r in records), strict=True)
     axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, linewidth=1, label="validation")
+    sources = list(dict.fromkeys(name for r in records for name in r if name.startswith("validation_loss/")))
+    for i, name in enumerate(sources):
+        of_source = [(r["step"], r.get(name, math.nan)) for r in records]  # a NaN is a gap
+        label = f"validation of {name.partition('/')[2]}" if i < LABELLED_SOURCES else None
+        axes.plot(*zip(*of_source, strict=True), ".--", color=f"C{i + 3}", markersize=3, linewidth=0.8, label=label)
+        losses += tuple(loss for _, loss in of_source if math.isfinite(loss))
     best = min(records, key=lambda r: r["validation_loss"])
     axes.plot(
         best["step"],

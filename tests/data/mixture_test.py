@@ -154,9 +154,9 @@ def test_without_weights_the_sizes_decide():
 def test_names_and_stages_are_read():
     assert is_mixture("web=text:a.txt; code=tfds:x:1.0.0") and is_mixture(" a = pydocs")
     assert not any(map(is_mixture, ("pydocs", "text:a=b.txt", "text:a;b=c.txt", "tfds:name:field")))
-    assert parse_names("web=text:a=b.txt;\n code = pydocs ;", "train") == {"web": "text:a=b.txt", "code": "pydocs"}
-    assert parse_names("text; code=content", "field") == {"": "text", "code": "content"}
-    assert parse_names("", "field") == {}
+    assert parse_names("web=text:a=b.txt;\n code = pydocs ;", "data.train") == {"web": "text:a=b.txt", "code": "pydocs"}
+    assert parse_names("text; code=content", "data.field") == {"": "text", "code": "content"}
+    assert parse_names("", "data.field") == {}
     stages = parse_stages("0: web=0.8,code=0.2; 8000: web=0.5, code=0.3,math=0.2", NAMES, 9000)
     assert stages == [Stage(0, {"web": 4, "code": 1}), Stage(8000, {"web": 5, "code": 3, "math": 2})]
     assert parse_stages("web=1/3,code=1/3,math=1/3", NAMES, 1) == [Stage(0, dict.fromkeys(NAMES, 1))]
@@ -197,7 +197,7 @@ def test_wrong_names_are_refused():
         ("web=text:a; my code=text:b", "'my code=text:b' is not NAME=VALUE"),
     ]:
         with pytest.raises(UserError, match=message):
-            parse_names(text, "train")
+            parse_names(text, "data.train")
 
 
 def test_reading_is_constant_in_the_step():

@@ -156,6 +156,10 @@ def test_other_text_of_one_source_is_refused_when_the_run_resumes(config, whole,
         ({"validation": "pydocs; web=pydocs"}, "data.validation: give one source for all, or NAME=SOURCE"),
         ({"train": "web=text:/nowhere/*.txt; code=pydocs", "mixture": "", "field": "text"}, "matches no file"),
         ({"train": "web=web.jsonl; code=pydocs", "mixture": "", "field": "text"}, "'web.jsonl' is not known"),
+        (
+            {"train": "pydocs; text:*.txt", "mixture": "", "field": "text"},
+            "several sources need names; write NAME=SOURCE",
+        ),
         ({"train": "mixture:/nowhere.txt", "mixture": ""}, "/nowhere.txt cannot be read"),
     ],
 )
