@@ -34,11 +34,9 @@ class Lease:
         self.directory, self.period = directory, float(os.environ.get("NANOFLAX_LEASE_SECONDS", PERIOD_SECONDS))
         self._folder, self._owner, self._lost = join(directory, ".lease"), _this_process(), ""
         self._lock, self._stop, self._on_renewal = threading.Lock(), threading.Event(), on_renewal
-        number, text = self._wait_until_free(log)
-        self._number = number
+        self._number = self._wait_until_free(log)
         if not self._advance():
             raise UserError(self._in_use(self._read_last()[1]))
-        del text
         self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
         self._thread.start()
 
@@ -65,8 +63,9 @@ class Lease:
                 self.check()
                 if self._on_renewal:
                     self._on_renewal()
-            except UserError:
-                # Lost: `check` of the training raises it. No answer: the next round tries again.
+            except (UserError, OSError):
+                # Lost: `check` of the training raises it. No answer, or a file that is being replaced: the next round
+                # tries again.
                 if self._lost:
                     return
 
@@ -89,8 +88,8 @@ class Lease:
                 objects.delete(self._object(old))
         return True
 
-    def _wait_until_free(self, log: Callable[[str], Any]) -> tuple[int, str]:
-        """(the last number, its text) of a lease that may be taken over."""
+    def _wait_until_free(self, log: Callable[[str], Any]) -> int:
+        """The last number of a lease that may be taken over. Raises: UserError if its holder renews it."""
         number, text = self._read_last()
         begin, said = time.monotonic(), False
         while not _is_free(text):
@@ -105,7 +104,7 @@ class Lease:
             if now[0] != number and not _is_free(now[1]):
                 raise UserError(self._in_use(now[1]))
             number, text = now
-        return number, text
+        return number
 
     def _read_last(self) -> tuple[int, str]:
         """(the last number, its text); (0, "") if there was never a lease."""
