@@ -23,7 +23,7 @@ from experiments.hosts import define_hosts, join
 from nanoflax import config as configs
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", None, "directory of the run", required=True)
+flags.DEFINE_string("workdir", None, "directory of the run, or gs://... or s3://...", required=True)
 flags.DEFINE_string("profile", "", "FROM:TO, steps whose trace is written to workdir/profile, such as 10:12")
 define_hosts()
 

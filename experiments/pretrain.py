@@ -32,7 +32,7 @@ from nanoflax import config as configs
 from nanoflax import parallel
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", "", "directory of the run; empty: runs/NAME, for the NAME of the config")
+flags.DEFINE_string("workdir", "", "directory of the run, or gs://... or s3://...; empty: runs/NAME of the config")
 flags.DEFINE_string("profile", "", "FROM:TO, steps whose trace is written to workdir/profile, such as 10:12")
 define_hosts()
 flags.DEFINE_bool(

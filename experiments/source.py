@@ -12,7 +12,7 @@ flags.disclaim_key_flags()  # the flags are those of the program, so --help list
 
 def define_source() -> None:
     """Define --workdir, --model, --checkpoint and --quantize."""
-    flags.DEFINE_string("workdir", "", "directory of a run")
+    flags.DEFINE_string("workdir", "", "directory of a run, or gs://... or s3://...")
     flags.DEFINE_string("model", "", "instead of --workdir: a directory of Transformers, a hub name or a .gguf file")
     flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "checkpoint of the run")
     flags.DEFINE_enum(

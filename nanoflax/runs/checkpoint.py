@@ -243,7 +243,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Committed steps, ascending."""
-        return list_steps(self.directory)
+        return step_files.list_steps(self.directory)
 
     def latest(self) -> int | None:
         """The newest committed step, or None. All processes must call it."""

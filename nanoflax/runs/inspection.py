@@ -11,7 +11,7 @@ from jaxtyping import Int
 from nanoflax import config as configs
 from nanoflax import data, parallel, tasks
 from nanoflax.config import Config, Pretrain
-from nanoflax.runs import checkpoint
+from nanoflax.runs import checkpoint, remote
 from nanoflax.runs.directory import check_same_data, is_run
 from nanoflax.runs.finetune import check as check_finetune
 from nanoflax.runs.finetune import encode_examples, fingerprint, start_with_examples, with_arguments
@@ -144,6 +144,7 @@ def inspect_data(config: Config, workdir: str = "") -> Inspection:
     The tokens of a text come from the cache, or are written there. A run in workdir gives its tokenizer.
     Raises: UserError for a mistake of the user, or if the data are not those that the run in workdir was trained on.
     """
+    workdir = remote.local_copy(workdir)
     inspect = _inspect_text if isinstance(config.task, Pretrain) else _inspect_examples
     return inspect(config, workdir or os.devnull)  # "" would be the current directory
 

@@ -16,7 +16,7 @@ import shutil
 import threading
 import urllib.parse
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -32,13 +32,13 @@ _writing: dict[str, "Copy"] = {}  # local directory -> its copy, for the runs th
 
 
 class Copy:
-    """The local copy of the small files of a remote directory.
+    """The local copy of the small files of a remote directory, or of all files if it is no run.
 
-    everything: copy all files, for a directory that is no run.
+    purpose: the folder of the cache; a process that writes and the processes that read do not share a copy.
     """
 
     def __init__(self, url: str, purpose: str):
-        self.url, self.lease = url.rstrip("/"), None
+        self.url, self.lease = url.rstrip("/"), cast(storage.Lease | None, None)
         scheme, _, rest = self.url.partition("://")
         parts = [urllib.parse.quote(part, safe=" ") for part in rest.split("/")]
         if any(part in ("", ".", "..") for part in parts):

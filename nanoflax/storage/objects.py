@@ -1,12 +1,13 @@
 """Reads, writes and lists objects. A missing object is FileNotFoundError; what lasts is a UserError; see `retried`."""
 
+import concurrent.futures
 import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
 
 from nanoflax.errors import UserError
-from nanoflax.storage.filesystems import filesystem
+from nanoflax.storage.filesystems import filesystem, join
 from nanoflax.storage.retries import retried
 
 
@@ -110,8 +111,8 @@ def delete(name: str) -> None:
 
 def delete_all(name: str) -> None:
     """Delete every object under a directory."""
-    for key in list_sizes(name):
-        delete(f"{name.rstrip('/')}/{key}")
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda key: delete(join(name, key)), list_sizes(name)))
 
 
 def upload(path: str | os.PathLike, name: str) -> None:

@@ -113,7 +113,7 @@ def losses(text):
     return [{k: r[k] for k in ("step", "loss", "validation_loss") if k in r} for r in records]
 
 
-def test_a_killed_run_goes_on_with_another_cache(place, corpus, uninterrupted, tmp_path, cache, capsys):
+def test_a_killed_run_goes_on_with_another_cache(place, corpus, uninterrupted, tmp_path, cache):
     url, env, faults = place
     workdir, faults.rate, before = storage.join(url, "run"), 0.05, faults.failed
     try:
@@ -133,6 +133,8 @@ def test_a_killed_run_goes_on_with_another_cache(place, corpus, uninterrupted, t
     assert "waiting up to" not in out, "the holder of the lease is dead on this machine"
     assert f"loss curve: {workdir}/loss.png" in out and faults.failed > before
     assert losses(storage.read_bytes(f"{workdir}/metrics.jsonl").decode()) == uninterrupted
+    if url.startswith("s3"):
+        return  # the rest is the same, and takes some seconds
     run = nanoflax.open(workdir)
     found = run.evaluate(f"text:{corpus}/0.txt")
     text = run.generate("the", max_new_tokens=12, temperature=0)
@@ -150,6 +152,7 @@ def test_a_killed_run_goes_on_with_another_cache(place, corpus, uninterrupted, t
         pass
 
 
+@pytest.mark.parametrize("place", ["gs"], indirect=True, scope="module")
 def test_finetune_writes_its_results_to_the_bucket(place, tmp_path, cache, monkeypatch):
     monkeypatch.chdir(tmp_path)
     examples = [{"text": f"{i} {word}", "label": word} for i in range(10) for word in ("cat", "dog")]
