@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from nanoflax import tokenizers
 from nanoflax.data.folders import Folder
 from nanoflax.data.parts import Plan, check_field, read
 from nanoflax.data.report import DataReport
@@ -57,14 +58,15 @@ class Progress:
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> Encoded:
     """The ids of documents, each with its end."""
-    encoded = [np.asarray(tokenizer.framing.document(tokenizer.encode(text))) for text in texts]
-    dtype = token_dtype(tokenizer)
-    for ids in encoded:
-        if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-            raise UserError(f"the tokenizer gave token id {ids.max()}, beyond its vocabulary of {tokenizer.vocab_size}")
-    lengths = np.asarray([len(ids) for ids in encoded], np.int64)
+    encoded, framing = tokenizers.encode_batch(tokenizer, texts), tokenizer.framing
+    around = np.asarray(framing.document(()), np.int64)
+    before, after = np.split(around, [len(framing.start) - 1 if framing.start else 0])
+    ids = np.concatenate([part for of_text in encoded for part in (before, np.asarray(of_text, np.int64), after)])
+    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+        raise UserError(f"the tokenizer gave token id {ids.max()}, beyond its vocabulary of {tokenizer.vocab_size}")
+    lengths = np.asarray([len(of_text) for of_text in encoded], np.int64) + len(around)
     sizes = np.asarray([len(text.encode()) for text in texts], np.int64)
-    return Encoded(np.concatenate(encoded).astype(dtype), lengths, sizes)
+    return Encoded(ids.astype(token_dtype(tokenizer)), lengths, sizes)
 
 
 def token_dtype(tokenizer: Any) -> np.dtype:

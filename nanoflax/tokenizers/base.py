@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from nanoflax.errors import UserError
 
@@ -82,6 +82,12 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, directory: str | os.PathLike) -> None: ...
+
+
+def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[Sequence[int]]:
+    """`encode` of each text, lists or arrays; by the tokenizer's own `encode_batch`, if it has one, which is faster."""
+    own = getattr(tokenizer, "encode_batch", None)
+    return own(texts) if own else [tokenizer.encode(text) for text in texts]
 
 
 def well_formed(text: str) -> str:

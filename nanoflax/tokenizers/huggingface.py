@@ -256,6 +256,14 @@ class HFTokenizer(FileTokenizer):
         """The ids of a text, without added tokens. special: read special tokens in the text."""
         return self._encode(self._with_aliases(text) if special else text)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """`encode` of each text."""
+        try:
+            found = self._tokenizer.encode_batch_fast([well_formed(text) for text in texts], add_special_tokens=False)
+        except Exception as error:  # see `_encoding`
+            raise UserError(f"tokenizer {self.name} cannot encode: {error}") from error
+        return [encoding.ids for encoding in found]
+
     def encode_source(self, text: str) -> list[int]:
         """The ids of a source, in which a person writes the special tokens that are not the tokenizer's own."""
         return self._encode(self._with_aliases(text, self._writable))

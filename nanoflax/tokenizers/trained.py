@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from nanoflax.errors import UserError
 from nanoflax.tokenizers.base import SPACE, Framing, check_ids, well_formed
@@ -84,6 +84,14 @@ class SentencePieceTokenizer:
         return functools.reduce(lambda ids, part: ids + self._space_ids + part, rest, first)
 
     encode_source = encode_target = encode
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """`encode` of each text; most are int32 arrays."""
+        texts = [well_formed(text) for text in texts]
+        found = self._processor.encode(texts, return_type="numpy")
+        if self._space_ids is not None:
+            found = [self.encode(text) if SPACE in text else ids for text, ids in zip(texts, found, strict=True)]
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""
