@@ -146,7 +146,7 @@ def inspect_data(config: Config, workdir: str = "") -> Inspection:
     """
     workdir = remote.local_copy(workdir)
     inspect = _inspect_text if isinstance(config.task, Pretrain) else _inspect_examples
-    return inspect(config, workdir or os.devnull)  # "" would be the current directory
+    return inspect(config, remote.local_copy(workdir) if workdir else os.devnull)  # "" would be the current directory
 
 
 def _inspect_text(config: Config, workdir: str) -> Inspection:
