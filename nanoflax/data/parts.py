@@ -247,7 +247,7 @@ def _read_files(part: Part, field: str, report: DataReport) -> Iterator[str]:
         empty, piece = True, Range(path, size, part.begin, part.end)
         for place, text, share in FORMATS[suffix(path)].read(piece, field, report):
             report.has_text, empty = True, False
-            report.share = (before + share * size) / part.size
+            report.share = min((before + share * size) / part.size, 1.0)  # the last line of a range may end behind it
             if text := _document(text, place, report):
                 yield text
         if empty and not part.end:
