@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from nanoflax import storage
 from nanoflax.errors import UserError
 from nanoflax.evals.adapter import Adapter
 
@@ -60,6 +61,8 @@ def run_tasks(
         problems.append(f"--limit={limit} must be a number of documents, or a share above 0 and below 1")
     if apply_chat_template and not getattr(run.tokenizer, "chat_template", None):
         problems.append(f"--apply_chat_template: the tokenizer of {run.source} has no chat template")
+    if out is not None and storage.is_remote(out):
+        problems.append(f"--out={out}: lm-eval writes its files only to a local directory")
     if problems:
         raise UserError("; ".join(problems))
     lm = as_lm(run, batch_size, progress)

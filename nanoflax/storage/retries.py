@@ -1,6 +1,5 @@
 """Repeats a request that failed for a reason that may pass, until a deadline."""
 
-import asyncio
 import os
 import random
 import sys
@@ -41,6 +40,8 @@ def retried(what: str, call: Callable[[], T]) -> T:
 
 async def retried_request(what: str, call: Callable[[], Awaitable[T]]) -> T:
     """`retried` for one request inside the event loop of fsspec."""
+    import asyncio  # slow
+
     attempts = _Attempts(what)
     while True:
         try:

@@ -139,12 +139,10 @@ def test_a_killed_run_goes_on_with_another_cache(place, corpus, uninterrupted, t
     found = run.evaluate(f"text:{corpus}/0.txt")
     text = run.generate("the", max_new_tokens=12, temperature=0)
     exported = storage.join(url, "exported")
-    with directory.filled_directory(exported) as part:
-        run.save_pretrained(part)
+    run.save_pretrained(exported)
     assert storage.exists(f"{exported}/config.json")
     back = storage.join(url, "back")
-    with directory.filled_directory(back) as part:
-        nanoflax.open(exported).save_run(part)
+    nanoflax.open(exported).save_run(back)
     again = nanoflax.open(back)
     assert again.generate("the", max_new_tokens=12, temperature=0) == text
     assert again.evaluate(f"text:{corpus}/0.txt")["loss"] == pytest.approx(found["loss"], rel=1e-6)
