@@ -45,7 +45,8 @@ class TextData(DataConfig):
     dedup: str = field("", "Leave duplicates out: exact, or minhash:0.8 for similar documents too; empty: none.")
     decontaminate: int = field(
         0,
-        "Leave out documents that share so many words in a row with the validation text; 13 is usual, 0: none.",
+        "Leave out documents that share so many words in a row with the validation text of their "
+        "source; 13 is usual, 0: none.",
         unit="words",
         at_least=0,
     )

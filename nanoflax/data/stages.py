@@ -19,7 +19,8 @@ from nanoflax.errors import UserError
 
 MAX_BLOCK = 1000  # rows; weights that need more are rounded
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
-WEIGHT = re.compile(r"\d{1,12}(\.\d{0,12})?|\.\d{1,12}|\d{1,12}/\d{1,12}")
+STEP = re.compile("[0-9]{1,12}")
+WEIGHT = re.compile(r"\d{1,12}(\.\d{0,12})?|\.\d{1,12}|\d{1,12}/[1-9]\d{0,11}")
 Weights = Mapping[str, Fraction]
 
 
@@ -68,7 +69,7 @@ def parse_stages(text: str, names: Sequence[str], steps: int) -> list[Stage]:
     stages: list[Stage] = []
     for i, entry in enumerate(filter(None, map(str.strip, text.split(";")))):
         before, colon, weights = entry.rpartition(":")
-        if not (before.strip().isdecimal() and before.isascii() if colon else i == 0):
+        if not (STEP.fullmatch(before.strip()) if colon else i == 0):
             raise UserError(f"data.mixture: {entry!r} is not STEP: NAME=WEIGHT,NAME=WEIGHT")
         step = int(before) if colon else 0
         if i == 0 and step:
@@ -92,7 +93,7 @@ def _parse_weights(text: str, names: Sequence[str], where: str) -> dict[str, Fra
             raise UserError(f"{where}: {entry!r} is not NAME=WEIGHT with a name of data.train: {', '.join(names)}")
         if name in weights:
             raise UserError(f"{where}: {name} occurs twice")
-        if not WEIGHT.fullmatch(weight) or weight.endswith("/0") or not Fraction(weight):
+        if not WEIGHT.fullmatch(weight) or not Fraction(weight):
             raise UserError(f"{where}: the weight {weight!r} of {name} must be a positive number, such as 0.8 or 1/3")
         weights[name] = Fraction(weight)
     return weights

@@ -171,6 +171,7 @@ def test_names_and_stages_are_read():
         ("0: web=1,code=nan", "weight 'nan' of code must be"),
         ("0: web=1,code=1e99999999", "weight '1e99999999' of code must be"),
         ("0: web=1,code=1/0", "weight '1/0' of code must be"),
+        ("0: web=1,code=1/00", "weight '1/00' of code must be"),
         ("0: web=1,code", "weight '' of code must be"),
         ("0: web=1,web=2", "stage at step 0: web occurs twice"),
         ("0: web=1,code=0.0001", "code has a share of 0.0001, less than one row in 1,000"),
@@ -181,6 +182,7 @@ def test_names_and_stages_are_read():
         ("0: web=1", "no stage uses code"),
         ("0: web=1; code=1", "'code=1' is not STEP: NAME=WEIGHT"),
         ("-1: web=1,code=1", "'-1: web=1,code=1' is not STEP"),
+        ("0: web=1; " + "9" * 99 + ": code=1", "is not STEP"),
         ("0: ", "'' is not NAME=WEIGHT"),
     ],
 )
