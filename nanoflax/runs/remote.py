@@ -63,6 +63,8 @@ class Copy:
         report.write_atomically(path, report.to_json(self._known).encode())
 
     def _download(self, name: str) -> None:
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise UserError(f"{self.url}: the name {name!r} is of no file inside a directory")
         (self.local / name).parent.mkdir(parents=True, exist_ok=True)
         storage.download(storage.join(self.url, name), self.local / name)
 

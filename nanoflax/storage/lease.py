@@ -37,6 +37,7 @@ class Lease:
         self._number = self._wait_until_free(log)
         if not self._advance():
             raise UserError(self._in_use(self._read_last()[1]))
+        self._check_conditions(log)
         self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
         self._thread.start()
 
@@ -87,6 +88,17 @@ class Lease:
             if old < number - 1:
                 objects.delete(self._object(old))
         return True
+
+    def _check_conditions(self, log: Callable[[str], Any]) -> None:
+        """Says so if the storage lets a second process create the same object, as some S3-compatible ones do."""
+        try:
+            objects.write_bytes(self._object(self._number), b"a second process", only_if_absent=True)
+        except FileExistsError:
+            return
+        log(
+            f"warning: {self.directory}: this storage ignores the condition that an object must be new "
+            "(If-None-Match), so nothing keeps a second run from writing there"
+        )
 
     def _wait_until_free(self, log: Callable[[str], Any]) -> int:
         """The last number of a lease that may be taken over. Raises: UserError if its holder renews it."""

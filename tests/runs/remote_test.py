@@ -203,6 +203,21 @@ def test_one_process_holds_the_lease(place, monkeypatch):
     assert storage.read_bytes(f"{url}/.lease/{max(storage.list_names(f'{url}/.lease'))}").endswith(b"held")
 
 
+def test_a_storage_without_conditions_is_named(place, monkeypatch):
+    said, write = [], storage.Lease.__init__.__globals__["objects"].write_bytes
+    always = lambda name, content, only_if_absent=False: write(name, content)
+    monkeypatch.setattr(storage.Lease.__init__.__globals__["objects"], "write_bytes", always)
+    storage.Lease(storage.join(place[0], "unconditional"), log=said.append).release()
+    assert "ignores the condition that an object must be new" in said[0]
+
+
+def test_names_that_leave_the_directory_are_refused(place, cache, tmp_path):
+    storage.write_bytes(storage.join(place[0], "evil", "config.json"), b"{}")
+    copy = remote.Copy(storage.join(place[0], "evil"), "reading")
+    with pytest.raises(UserError, match="is of no file inside a directory"):
+        copy.pull({"config.json": "1", "a/../../../../x": "2"})
+
+
 def test_who_lost_the_lease_commits_nothing(place, cache):
     url = storage.join(place[0], "lost")
     with (
