@@ -88,7 +88,10 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
         """`encode` of each text; most are int32 arrays."""
         texts = [well_formed(text) for text in texts]
-        found = self._processor.encode(texts, return_type="numpy")
+        try:
+            found = self._processor.encode(texts, return_type="numpy")
+        except TypeError:  # SentencePiece before 0.2.2, which Apache Beam needs, gives lists
+            found = self._processor.encode(texts)
         if self._space_ids is not None:
             found = [self.encode(text) if SPACE in text else ids for text, ids in zip(texts, found, strict=True)]
         return found
