@@ -72,7 +72,7 @@ def print_sizes(stores):
     for name, store in stores.items():
         counts = [
             f"{store.n_documents:,} documents",
-            f"{report.format_count(store.n_bytes)}B of text",
+            f"{report.format_bytes(store.n_bytes)} of text",
             f"{report.format_count(store.n_tokens)} tokens",
             f"{len(store.shards)} shards" if len(store.shards) > 1 else "1 shard",
         ]
@@ -86,8 +86,8 @@ def peak_memory():
     unit = 1 if sys.platform == "darwin" else 1024
     own, worker = (resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     workers = FLAGS.workers or FLAGS["config.data.workers"].value or os.cpu_count()
-    of_worker = f", and of each of {workers} workers at most {report.format_count(worker)}B"
-    return f"{report.format_count(own)}B{of_worker if worker and not FLAGS.beam_runner else ' of this process'}"
+    of_worker = f", and of each of {workers} workers at most {report.format_bytes(worker)}"
+    return f"{report.format_bytes(own)}{of_worker if worker and not FLAGS.beam_runner else ' of this process'}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 from nanoflax.data.parts import Plan
 from nanoflax.data.tokenizing import Encoded, Progress, encode, missing_parts, tokenize_part
 from nanoflax.errors import UserError
-from nanoflax.report import ProgressBar, format_count, format_duration
+from nanoflax.report import ProgressBar, format_bytes, format_count, format_duration
 
 POOL_FROM = 4  # chunks, or parts; with less text, starting processes takes longer than tokenizing
 
@@ -180,9 +180,9 @@ class Tokenizing(ProgressBar):
 
     def status(self) -> str:
         seconds = self._clock() - self._begin
-        parts = [f"{format_count(self.bytes)}B, {format_count(self.tokens)} tokens"]
+        parts = [f"{format_bytes(self.bytes)}, {format_count(self.tokens)} tokens"]
         if seconds > 0 and self.bytes:
-            parts.append(f"{format_count(self.bytes / seconds)}B/s")
+            parts.append(f"{format_bytes(self.bytes / seconds)}/s")
         if self.done >= 1:
             parts.append(f"in {format_duration(seconds)}")
         elif self.done > 0:

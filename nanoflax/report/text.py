@@ -19,6 +19,11 @@ def format_count(n: float) -> str:
     return f"{n:,.4g}T"
 
 
+def format_bytes(n: float) -> str:
+    """Three significant digits: 950B, 4.5kB, 1.23MB, 1.1GB, 2TB."""
+    return format_count(n).replace("B", "G") + "B"
+
+
 def format_duration(seconds: float) -> str:
     """Seconds as 0:07, 3:21 or 1:02:03."""
     minutes, seconds = divmod(max(0, round(seconds)), 60)

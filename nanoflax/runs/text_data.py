@@ -73,7 +73,7 @@ def store_lines(stores: Mapping[str, data.TokenStore], title: str) -> list[str]:
     for name, store in stores.items():
         lines.append(
             f"{title}{' of ' * bool(name)}{name}: {store.n_documents:,} documents, "
-            f"{report.format_count(store.n_bytes)}B of text, {report.format_count(store.n_tokens)} tokens"
+            f"{report.format_bytes(store.n_bytes)} of text, {report.format_count(store.n_tokens)} tokens"
         )
         lines += [f"  {line}" for line in store.report]
     return lines
