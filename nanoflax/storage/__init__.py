@@ -2,6 +2,8 @@
 
 Every function takes a full name, such as "gs://bucket/a/b". fsspec reads and writes (gcsfs, s3fs); credentials and
 endpoints come from the usual places (gcloud's or AWS' own files, STORAGE_EMULATOR_HOST, AWS_ENDPOINT_URL).
+NANOFLAX_STORAGE_SECONDS is the deadline of an operation with its repetitions (120), NANOFLAX_LEASE_SECONDS the time
+after which the lease of a silent process is taken over (60).
 """
 
 from nanoflax.storage.filesystems import filesystem, is_remote, join

@@ -32,7 +32,11 @@ class Lease:
 
     def __init__(self, directory: str, log: Callable[[str], Any] = print, on_renewal: Callable[[], Any] | None = None):
         self.directory, self.period = directory, float(os.environ.get("NANOFLAX_LEASE_SECONDS", PERIOD_SECONDS))
-        self._folder, self._owner, self._lost = join(directory, ".lease"), _this_process(), ""
+        self._folder, self._owner, self._lost = (
+            join(directory, ".lease"),
+            f"{_this_process()}\n{secrets.token_hex(8)}",
+            "",
+        )
         self._lock, self._stop, self._on_renewal = threading.Lock(), threading.Event(), on_renewal
         self._number = self._wait_until_free(log)
         if not self._advance():
@@ -73,17 +77,16 @@ class Lease:
     def _advance(self, released: bool = False) -> bool:
         """Creates the next object. False if another process did so first."""
         number = self._number + 1
-        fields = [self._owner, secrets.token_hex(8), "released" if released else "held"]
-        name = self._object(number)
+        name, text = self._object(number), f"{self._owner}\n{'released' if released else 'held'}"
         try:
-            objects.write_bytes(name, "\n".join(fields).encode(), only_if_absent=True)
+            objects.write_bytes(name, text.encode(), only_if_absent=True)  # the same text: an attempt without an answer
         except FileExistsError:
             return False
+        self._number = number
         found = self._numbers()
         if max(found, default=number) > number:  # this process was asleep, and the numbers went on without it
             objects.delete(name)
             return False
-        self._number = number
         for old in found:
             if old < number - 1:
                 objects.delete(self._object(old))
