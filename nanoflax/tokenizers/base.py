@@ -84,7 +84,7 @@ class Tokenizer(Protocol):
     def save(self, directory: str | os.PathLike) -> None: ...
 
 
-def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[Sequence[int]]:
+def encode_batch(tokenizer: Any, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     """`encode` of each text, lists or arrays; by the tokenizer's own `encode_batch`, if it has one, which is faster."""
     own = getattr(tokenizer, "encode_batch", None)
     return own(texts) if own else [tokenizer.encode(text) for text in texts]

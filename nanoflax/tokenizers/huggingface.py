@@ -256,7 +256,7 @@ class HFTokenizer(FileTokenizer):
         """The ids of a text, without added tokens. special: read special tokens in the text."""
         return self._encode(self._with_aliases(text) if special else text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """`encode` of each text."""
         try:
             found = self._tokenizer.encode_batch_fast([well_formed(text) for text in texts], add_special_tokens=False)

@@ -85,7 +85,7 @@ class SentencePieceTokenizer:
 
     encode_source = encode_target = encode
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """`encode` of each text; most are int32 arrays."""
         texts = [well_formed(text) for text in texts]
         try:
