@@ -242,6 +242,7 @@ def _described(service: Service) -> dict[str, Any]:
 async def _completions(service: Service, request: Request) -> Response:
     body = await _body(service, request, schemas.COMPLETION)
     _check_generates(service)
+    service.check_room(1)  # a request that will be refused need not be tokenized
     choices = await anyio.to_thread.run_sync(api.completion_choices, service.served, body)
     return await _reply(service, request, body, choices, chat=False)
 
@@ -249,6 +250,7 @@ async def _completions(service: Service, request: Request) -> Response:
 async def _chat(service: Service, request: Request) -> Response:
     body = await _body(service, request, schemas.CHAT)
     _check_generates(service)
+    service.check_room(1)  # a request that will be refused need not be tokenized
     choices = await anyio.to_thread.run_sync(api.chat_choices, service.served, body)
     return await _reply(service, request, body, choices, chat=True)
 
@@ -262,6 +264,7 @@ async def _embeddings(service: Service, request: Request) -> Response:
     body = await _body(service, request, schemas.EMBEDDING)
     if service.embedder is None:
         raise ApiError(400, f"{service.served.name} has no embeddings of texts; use an encoder", "model")
+    service.check_room(1)
     texts = await anyio.to_thread.run_sync(api.embedding_ids, service.served, service.embedder.ids, body)
     service.check_room(len(texts))
     service.unfinished += len(texts)

@@ -85,7 +85,7 @@ def serve(run: Any, listener: socket.socket, settings: Settings, ready: Callable
 async def _serve(service: Any, listener: socket.socket, ready: Callable[[str], None]) -> None:
     import uvicorn
 
-    from nanoflax.serve import http
+    from nanoflax.serve import connections, http
 
     loop, (host, port, *_) = asyncio.get_running_loop(), listener.getsockname()
 
@@ -102,5 +102,6 @@ async def _serve(service: Any, listener: socket.socket, ready: Callable[[str], N
     # A page of another site must not reach a local server under a name of that site (DNS rebinding).
     app = http.make_app(service, (*LOCAL, "[::1]") if host in LOCAL else ("*",))
     settings: Any = dict(log_level="warning", lifespan="off", access_log=False, server_header=False)
+    settings["http"] = connections.Connection
     settings["timeout_graceful_shutdown"] = STOPPING_SECONDS
     await Server(uvicorn.Config(app, **settings)).serve([listener])

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import socket
+import time
 import types
 
 import hypothesis
@@ -17,6 +18,7 @@ from prometheus_client import parser
 import nanoflax
 from nanoflax import serve
 from nanoflax.errors import UserError
+from nanoflax.serve import connections
 from nanoflax.serve import http as http_
 from tests import processes
 from tests.serve.servers import running, until
@@ -62,6 +64,40 @@ def test_a_full_queue_is_refused_and_the_client_tries_again(server, client, long
         assert again.usage.completion_tokens == 1
     until(lambda: service.unfinished == 0)
     assert len(client.completions.create(model="tiny", prompt="x", max_tokens=1, n=9).choices) == 9  # it is alone
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_request_that_a_full_queue_refuses_is_not_tokenized(server, path, monkeypatch):
+    address, service = server
+    monkeypatch.setattr(service, "unfinished", 10**6)
+    for name in ("completion_choices", "chat_choices"):
+        monkeypatch.setattr(http_.api, name, lambda *_: pytest.fail("tokenized"))
+    body = {"prompt": "x"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
+    status, text = post(address, body, path)
+    assert status == 429 and "queue_full" in text
+
+
+def test_slow_heads_and_too_many_connections_are_refused(server, client, long, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.4)
+    host = server[0].removeprefix("http://").split(":")
+    connect = lambda: contextlib.closing(socket.create_connection((host[0], int(host[1])), 10))
+    with monkeypatch.context() as full:
+        full.setattr(connections, "MAX_CONNECTIONS", 0)
+        with connect() as refused:
+            assert refused.recv(100).startswith(b"HTTP/1.1 503")
+    with connect() as silent, connect() as slow, connect() as third:
+        # One request is complete; the head of the second one is never.
+        third.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert third.recv(1000).startswith(b"HTTP/1.1 200")
+        third.sendall(b"GET")
+        with contextlib.suppress(OSError):  # the server closes the connection
+            for _ in range(40):
+                slow.sendall(b"G")
+                time.sleep(0.02)
+        read = lambda connection: b"".join(iter(lambda: connection.recv(1000), b""))
+        assert all(read(connection).split(b"HTTP")[-1].startswith(b"/1.1 408") for connection in (silent, slow, third))
+    with client.completions.create(**long, stream=True) as stream:  # longer than the time for a head
+        assert next(iter(stream)) and time.sleep(0.6) is None and next(iter(stream))
 
 
 def test_a_client_that_does_not_wait_frees_its_slot(server, client, long):

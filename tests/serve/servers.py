@@ -11,7 +11,7 @@ import uvicorn
 import nanoflax
 from nanoflax import serve, tokenizers
 from nanoflax.config import ModelConfig
-from nanoflax.serve import http
+from nanoflax.serve import connections, http
 from tests.tokenizers.chat_test import TEMPLATES, make, without_marks
 
 SPECIAL, CHATML = TEMPLATES["eos is another token than the end of a reply"]
@@ -37,7 +37,7 @@ def running(run, **settings):
     """(address, http.Service) of a server of the run."""
     with serve.service_of(run, serve.Settings(**settings)) as service, serve.listen("127.0.0.1", 0) as listener:
         app = http.make_app(service, ["127.0.0.1", "localhost"])
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", http=connections.Connection))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
