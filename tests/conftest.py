@@ -2,9 +2,11 @@
 
 import contextlib
 import gc
+import importlib.metadata
 import logging
 import os
 import pathlib
+import sys
 
 import jaxtyping
 import pytest
@@ -24,6 +26,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Nothing is checked in users' programs, nor in the processes that tests start.
 CHECKED = ["nanoflax.kernels", "nanoflax.nn", "nanoflax.generate", "nanoflax.train"]
 jaxtyping.install_import_hook(CHECKED, "tests.typechecker.check")
+
+if int(importlib.metadata.version("protobuf").partition(".")[0]) < 7:  # too old for sentencepiece's schema
+    from transformers.utils import sentencepiece_model_pb2_new
+
+    sys.modules["sentencepiece.sentencepiece_model_pb2"] = sentencepiece_model_pb2_new  # for Transformers
 
 
 @pytest.fixture(autouse=True)

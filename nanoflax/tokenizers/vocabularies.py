@@ -10,6 +10,7 @@ from typing import Any
 
 from nanoflax.errors import UserError
 from nanoflax.tokenizers.base import SPACE
+from nanoflax.tokenizers.sentencepiece_schema import model_class
 from nanoflax.tokenizers.specs import (
     BYTE,
     CONTROL,
@@ -265,9 +266,7 @@ def bytes_to_letters() -> dict[int, str]:
 
 def _sentencepiece_model(model: bytes) -> tuple[Any, list[str], list[float], list[int]]:
     """The parsed model, and the texts, scores and types of its pieces."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue] generated
+    proto = model_class().FromString(model)
     trainer, pieces = proto.trainer_spec, proto.pieces
     if trainer.model_type not in (trainer.BPE, trainer.UNIGRAM) or trainer.treat_whitespace_as_suffix:
         raise UserError("a SentencePiece model of words, of characters or with spaces after words is not supported")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nanoflax import tokenizers
 from nanoflax.errors import UserError
-from nanoflax.tokenizers import trained
+from nanoflax.tokenizers import sentencepiece_schema, trained
 
 CORPUS = ["def f(x):\n    return x + 1  # add one\n\n", *list(topics.values())[:12]]
 TRAINED = {kind: tokenizers.train_sentencepiece(CORPUS, 512, kind) for kind in ("bpe", "unigram")}
@@ -215,6 +215,22 @@ def test_training_reads_every_character(words):
     assert "".join(chunks) == words
     longest = max(len(run) for chunk in chunks for run in re.findall("[^ ]+| +", chunk))
     assert longest <= trained.MAX_WORD_CHARACTERS
+
+
+def test_the_fields_of_a_model_are_those_of_sentencepiece():
+    from sentencepiece import sentencepiece_model_pb2
+
+    theirs = sentencepiece_model_pb2.ModelProto.DESCRIPTOR.file.message_types_by_name
+    found = {**theirs, "Piece": theirs["ModelProto"].nested_types_by_name["SentencePiece"]}
+    ours = sentencepiece_schema.model_class().DESCRIPTOR.file.message_types_by_name
+    for message, fields in sentencepiece_schema.FIELDS.items():
+        for name, *_ in fields:
+            field, other = ours[message].fields_by_name[name], found[message].fields_by_name[name]
+            assert (field.number, field.type) == (other.number, other.type)
+            assert message == "ModelProto" or field.default_value == other.default_value
+            if field.enum_type:
+                values = lambda kind: {value.name: value.number for value in kind.values}
+                assert values(field.enum_type) == values(other.enum_type)
 
 
 def test_importing_is_light():
