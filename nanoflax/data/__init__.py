@@ -14,9 +14,17 @@ from nanoflax.data.parquet import parquet_rows
 from nanoflax.data.parts import documents
 from nanoflax.data.processes import tokenize_parts
 from nanoflax.data.pydocs import standard_modules
-from nanoflax.data.report import DataReport, is_held_out
+from nanoflax.data.report import DataReport, field_flag, is_held_out
 from nanoflax.data.source import Source, source_of, source_version
-from nanoflax.data.stages import Stage, is_mixture, sources_of, stages_of, validation_of, with_mixture_file
+from nanoflax.data.stages import (
+    Stage,
+    field_of_source,
+    is_mixture,
+    sources_of,
+    stages_of,
+    validation_of,
+    with_mixture_file,
+)
 from nanoflax.data.store import TokenStore, damaged
 from nanoflax.data.tables import table_rows
 from nanoflax.data.tfds import dataset_examples, dataset_splits, open_dataset
@@ -25,7 +33,8 @@ from nanoflax.data.windows import Windows
 __all__ = [
     "Batches", "DataReport", "Folder", "MALFORMED", "Mixture", "Source", "Stage", "TokenStore", "UNICODE",
     "WHITESPACE", "Windows", "beam_engine", "build_store", "clean", "cleaning_steps", "damaged", "dataset_examples",
-    "dataset_splits", "decode", "default_cache_dir", "documents", "evaluation_batches", "hub_splits",
+    "dataset_splits", "decode", "default_cache_dir", "documents", "evaluation_batches", "field_flag",
+    "field_of_source", "hub_splits",
     "is_held_out", "is_mixture", "json_lines", "load_tokenizer", "made_tokenizer", "mixed_documents",
     "open_dataset", "open_text", "parquet_rows", "prefetch", "prepare", "save_tokenizer", "source_of",
     "source_version", "sources_of", "stages_of", "standard_modules", "table_rows", "text_lines",

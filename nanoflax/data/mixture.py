@@ -16,7 +16,7 @@ from jaxtyping import Int
 from nanoflax.data.batches import shuffled
 from nanoflax.data.parts import documents, plan
 from nanoflax.data.source import Source
-from nanoflax.data.stages import Stage, block_counts
+from nanoflax.data.stages import Stage, block_counts, field_of_source
 
 
 class Schedule:
@@ -134,8 +134,12 @@ def mixed_documents(sources: Mapping[str, Source], stages: Sequence[Stage] | Non
         weights = dict(zip(sources, rows, strict=True))
     else:
         weights = {name: plan(source, "all").size for name, source in sources.items()}
-    readers = {name: functools.partial(documents, source) for name, source in sources.items() if weights[name]}
-    return interleave(readers, weights)
+
+    def read(name: str) -> Iterator[str]:
+        with field_of_source(sources, name):
+            yield from documents(sources[name])
+
+    return interleave({name: functools.partial(read, name) for name in sources if weights[name]}, weights)
 
 
 def interleave(readers: Mapping[str, Callable[[], Iterable[str]]], weights: Mapping[str, float]) -> Iterator[str]:

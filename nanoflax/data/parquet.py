@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanoflax.data.remote import is_remote, open_binary
-from nanoflax.data.report import DataReport
+from nanoflax.data.report import DataReport, FieldError
 from nanoflax.errors import UserError
 from nanoflax.untrusted import parse_json
 
@@ -92,7 +92,7 @@ def _classes(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
 
 
 def _column(file: Any, path: str, field: str) -> int:
-    """The number of the column with this name. Raises: UserError if it does not exist or holds no text."""
+    """The number of the column with this name. Raises: FieldError if it does not exist or holds no text."""
     import pyarrow as pa
 
     def holds_text(type: Any) -> bool:
@@ -108,13 +108,12 @@ def _column(file: Any, path: str, field: str) -> int:
     schema, columns = file.schema_arrow, file.metadata.schema
     sizes = _column_sizes(file.metadata)
     texts = sorted((x.name for x in schema if holds_text(x.type)), key=lambda name: -sizes.get(name, 0))
-    choice = f"choose one of {', '.join(texts)}, as in --config.data.field={texts[0]}" if texts else ""
-    hint = choice or "no column holds text"
+    texts = [name for name in texts if schema.names.count(name) == 1]
     if schema.names.count(field) != 1:
         what = "more than one column" if field in schema.names else "no column"
-        raise UserError(f"{path}: {what} {field!r}; its columns are {', '.join(schema.names)}; {hint}")
+        raise FieldError(f"{path}: {what} {field!r}; its columns are {', '.join(schema.names)}", texts)
     if field not in texts:
-        raise UserError(f"{path}: column {field!r} holds {schema.field(field).type}, not text; {hint}")
+        raise FieldError(f"{path}: column {field!r} holds {schema.field(field).type}, not text", texts)
     return next(i for i in range(len(columns)) if columns.column(i).path == field)
 
 

@@ -19,7 +19,7 @@ from nanoflax.data.formats import FORMATS, Range, suffix
 from nanoflax.data.pydocs import pydocs
 from nanoflax.data.quality import Quality, excerpt
 from nanoflax.data.remote import File
-from nanoflax.data.report import DataReport, is_held_out
+from nanoflax.data.report import DataReport, FieldError, is_held_out
 from nanoflax.data.source import Source, source_splits, source_version, text_dataset
 from nanoflax.data.tfds import dataset_examples
 from nanoflax.errors import UserError
@@ -80,7 +80,8 @@ def plan(source: Source | str, split: str = "train", part_bytes: int = PART_BYTE
     if split not in ("train", "validation", "all"):
         raise UserError(f"split {split!r}: choose train, validation or all")
     if split == "validation" and source.validation:
-        return plan(Source(source.validation, source.field, data_dir=source.data_dir), "all", part_bytes)
+        field = source.validation_field or source.field
+        return plan(Source(source.validation, field, data_dir=source.data_dir), "all", part_bytes)
     splits = source_splits(source)
     has_splits = split == "all" or source.validation or "validation" in splits
     everything = Plan(source, "", False, _parts(source, splits[split if has_splits else "train"], part_bytes))
@@ -134,9 +135,9 @@ def _compared(plan: Plan) -> Plan:
 def _left_out(plan: Plan, version: str) -> tuple[dict[int, str], ...]:
     source = plan.source
     plain = dataclasses.replace(source, quality=dataclasses.replace(source.quality, dedup="", evaluation=""))
-    names = source.evaluation[bool(source.validation) :]
+    names, field = source.evaluation[bool(source.validation) :], source.evaluation_field or source.field
     evaluation = [documents(plain, "validation")] if source.quality.decontaminate else []
-    evaluation += [documents(dataclasses.replace(plain, name=name, quality=Quality()), "all") for name in names]
+    evaluation += [documents(Source(name, field, data_dir=source.data_dir), "all") for name in names]
     with Comparing(source.name) as bar:
         report = DataReport()
         parts = (bar.count(texts, report) for texts in _of_parts(plan, report))
@@ -173,13 +174,10 @@ def _of_parts(plan: Plan, report: DataReport) -> Iterator[Iterator[str]]:
 
 
 def check_field(source: Source, report: DataReport) -> None:
-    """Raises: UserError if a whole source, with this report, had texts only in other fields than its own."""
+    """Raises: FieldError if a whole source, with this report, had texts only in other fields than its own."""
     if report.other_fields and not report.has_text:
         others = list(report.other_fields)
-        raise UserError(
-            f"{report.other_fields[others[0]]}: no record has text in field {source.field!r}; choose one of "
-            f"{', '.join(others)}, as in --config.data.field={others[0]}"
-        )
+        raise FieldError(f"{report.other_fields[others[0]]}: no record has text in field {source.field!r}", others)
 
 
 def _parts(source: Source, names: Sequence[Any], part_bytes: int) -> tuple[Part, ...]:

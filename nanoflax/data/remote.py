@@ -43,7 +43,9 @@ def find_files(pattern: str) -> list[File]:
     """The files that match a pattern, sorted by their names."""
     if not storage.is_remote(pattern):
         pattern = os.path.expanduser(pattern)
-        return [describe(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+        # A name such as notes[1].txt is a pattern of other names.
+        paths = sorted(glob.glob(pattern, recursive=True)) or [pattern]
+        return [describe(path) for path in paths if os.path.isfile(path)]
     scheme = pattern.partition("://")[0]
     found = storage.retried(pattern, lambda: storage.filesystem(pattern).glob(pattern, detail=True))
     files = [(f"{scheme}://{name}", item) for name, item in sorted(found.items()) if item["type"] == "file"]

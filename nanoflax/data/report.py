@@ -1,8 +1,13 @@
 """What is wrong in the data, counted; and which texts are held out for validation."""
 
 import collections
+import contextlib
 import hashlib
+import shlex
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from nanoflax.errors import UserError
 
 
 class DataReport:
@@ -55,3 +60,29 @@ def is_held_out(text: str, fraction: float) -> bool:
     """Whether a text is validation data. The hash of the text decides, so equal texts are in the same split."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"nanoflax split").digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+class FieldError(UserError):
+    """A source has no text in its field. choices: the fields with text, the likeliest first.
+
+    The message names the flag that chooses a field: `flag` with the value `prefix` and the field.
+    """
+
+    def __init__(
+        self, problem: str, choices: Sequence[str], flag: str = "--config.data.field", prefix: str = ""
+    ) -> None:
+        hint = f"choose one of {', '.join(choices)}, as in {flag}={shlex.quote(prefix + choices[0])}" if choices else ""
+        super().__init__(f"{problem}; {hint or 'no column holds text'}")
+        self.problem, self.choices = problem, choices
+
+    def __reduce__(self) -> Any:  # worker processes send it
+        return type(self), (self.problem, self.choices)
+
+
+@contextlib.contextmanager
+def field_flag(flag: str, prefix: str) -> Iterator[None]:
+    """A FieldError inside names this flag; see there."""
+    try:
+        yield
+    except FieldError as error:
+        raise FieldError(error.problem, error.choices, flag, prefix) from None

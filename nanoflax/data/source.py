@@ -33,6 +33,7 @@ class Source:
       100 documents, the last `validation_fraction` of each document, cut after a paragraph, line or word.
     data_dir: of TFDS; default $TFDS_DATA_DIR, or the default of TFDS.
     quality: which documents are left out.
+    validation_field, evaluation_field: as `field`, of validation and of quality.evaluation; empty: `field`.
     """
 
     name: str
@@ -41,6 +42,8 @@ class Source:
     validation_fraction: float = 0.05
     data_dir: str = ""
     quality: Quality = Quality()
+    validation_field: str = ""
+    evaluation_field: str = ""
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.evaluation):

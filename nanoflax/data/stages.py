@@ -6,14 +6,16 @@
 Both can be in one file, data.train=mixture:FILE, one source or one stage on a line; lines with # are comments.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from nanoflax.config import TextData
+from nanoflax.data.report import field_flag
 from nanoflax.data.source import Source, source_of
 from nanoflax.errors import UserError
 
@@ -146,18 +148,23 @@ def sources_of(config: TextData, name: str = "") -> dict[str, Source]:
 
     Raises: UserError for a mixture that is not well formed, and for names in other settings that it does not have.
     """
-    other = bool(name)
+    other, of_mixture = bool(name), is_mixture(config.train)
     config = with_mixture_file(dataclasses.replace(config, train=name, mixture="", validation="") if other else config)
     if not is_mixture(config.train):
         if config.mixture:
             raise UserError(
                 f"data.mixture={config.mixture!r} needs named sources in data.train, as NAME=SOURCE; NAME=SOURCE"
             )
+        # Of a run on a mixture, other text is in the field that sources have by default.
+        field = (
+            parse_names(config.field, "data.field").get("", TextData.field) if other and of_mixture else config.field
+        )
         if re.search(r";\s*(pydocs|[a-z]+:)", config.train):
             raise UserError(f"{config.train!r}: several sources need names; write NAME=SOURCE; NAME=SOURCE")
-        return {"": source_of(config, name or None)}
+        return {"": source_of(dataclasses.replace(config, field=field), name or None)}
     named = parse_names(config.train, "--data" if other else "data.train")
     fields, validation = parse_names(config.field, "data.field"), parse_names(config.validation, "data.validation")
+    default = fields.get("", TextData.field)
     for setting, found in (("field", {} if other else fields), ("validation", validation)):
         if unknown := [key for key in found if key not in ("", *named)]:
             raise UserError(f"data.{setting}: data.train has no source {', '.join(unknown)}; it has {', '.join(named)}")
@@ -165,10 +172,22 @@ def sources_of(config: TextData, name: str = "") -> dict[str, Source]:
         raise UserError("data.validation: give one source for all, or NAME=SOURCE for each source that has one")
     found = {}
     for key, source in named.items():
-        settings = {"field": fields.get(key, fields.get("", TextData.field)), "train": source, "mixture": ""}
+        settings = {"field": fields.get(key, default), "train": source, "mixture": ""}
         settings["validation"] = validation.get(key, validation.get("", ""))
-        found[key] = source_of(dataclasses.replace(config, **settings), source if other else None)
+        of_key = source_of(dataclasses.replace(config, **settings), source if other else None)
+        of_validation = "" if key in validation or not of_key.validation else default
+        of_evaluation = default if of_key.quality.evaluation else ""
+        found[key] = dataclasses.replace(of_key, validation_field=of_validation, evaluation_field=of_evaluation)
     return found
+
+
+@contextlib.contextmanager
+def field_of_source(sources: Mapping[str, Source], name: str) -> Iterator[None]:
+    """A FieldError of this source of a mixture, inside, tells how data.field names the field of one of its sources."""
+    others = [f"{key}={x.field}" for key, x in sources.items() if key != name and x.field != TextData.field]
+    prefix = "; ".join([TextData.field, *others, f"{name}="]) if len(sources) > 1 else ""
+    with field_flag("--config.data.field", prefix):
+        yield
 
 
 def validation_of(config: TextData) -> dict[str, Source]:
@@ -178,8 +197,7 @@ def validation_of(config: TextData) -> dict[str, Source]:
     sources = sources_of(config)
     if not is_mixture(config.train) or not config.validation or is_mixture(config.validation):
         return sources
-    field = parse_names(config.field, "data.field").get("", TextData.field)
-    return {"": dataclasses.replace(next(iter(sources.values())), field=field)}
+    return {"": next(iter(sources.values()))}
 
 
 def stages_of(config: TextData, steps: int) -> list[Stage] | None:

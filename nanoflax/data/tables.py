@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from nanoflax.data.files import bytes_read, text_lines
-from nanoflax.data.report import DataReport
+from nanoflax.data.report import DataReport, FieldError
 from nanoflax.errors import UserError
 
 MAX_CELL = 1 << 26  # characters of a cell in quotes; a quote that is never closed takes no more memory than this
@@ -85,11 +85,14 @@ def read_table(
     names = [name.strip() for name in header]
     if header and names.count(field) != 1:
         what = "more than one column" if field in names else "no column"
-        longest = max(zip(map(len, next(rows, ("", header))[1]), names, strict=False))[1]
-        raise UserError(
-            f"{path}: {what} {field!r}; its first line has {', '.join(names)}: choose one of them, as in "
-            f"--config.data.field={longest}"
-        )
+        other = {",": "\t", "\t": ","}.get(delimiter)
+        if len(header) == 1 and other and other in header[0]:
+            right = {",": ".csv", "\t": ".tsv"}[other]
+            raise UserError(f"{path}: its first line is not divided as its name says; name the file {right}")
+        lengths = dict(zip(names, map(len, next(rows, ("", header))[1]), strict=False))
+        choices = sorted((name for name in names if name and names.count(name) == 1), key=lambda n: -lengths.get(n, 0))
+        problem = f"{path}: {what} {field!r}; its first line has {', '.join(names)}"
+        raise FieldError(problem, choices) if choices else UserError(f"{problem}; give each column its own name")
     for place, cells in rows:
         if cells == header:
             report.add("headers between the lines, left out", place)

@@ -64,7 +64,11 @@ def prepare_split(config: Config, tokenizer: Any, split: str) -> dict[str, data.
     assert isinstance(d, TextData)  # see pretrain.check
     sources = data.sources_of(d) if split == "train" else data.validation_of(d)
     options = d.cache or None, d.workers or None, parallel.is_main_process()
-    return {name: data.prepare(source, tokenizer, split, *options) for name, source in sources.items()}
+    stores = {}
+    for name, source in sources.items():
+        with data.field_of_source(sources, name):
+            stores[name] = data.prepare(source, tokenizer, split, *options)
+    return stores
 
 
 def store_lines(stores: Mapping[str, data.TokenStore], title: str) -> list[str]:

@@ -22,7 +22,8 @@ def open_text(run: Any, name: str, split: str, fields: str | None) -> dict[str, 
         field = tasks.TaskSource(name, fields=fields).renamed_fields(tasks.Text).get("text", "text")
         sources = {key: dataclasses.replace(source, field=field) for key, source in sources.items()}
     split, cache = split if name else "validation", text.cache or None
-    return {key: data.prepare(source, run.tokenizer, split, cache) for key, source in sources.items()}
+    with data.field_flag("--fields", "text="):
+        return {key: data.prepare(source, run.tokenizer, split, cache) for key, source in sources.items()}
 
 
 def over_windows(

@@ -169,8 +169,9 @@ def _documents(source: TaskSource, report: DataReport, split: str | None) -> dic
     texts = data.Source(source.name, field, validation_fraction=source.validation_fraction)
 
     def read(split, report):
-        for i, text in enumerate(data.documents(texts, split, report), 1):
-            yield f"{source.name} {split}:{i}", {"text": text}
+        with data.field_flag("--config.data.fields", "text="):
+            for i, text in enumerate(data.documents(texts, split, report), 1):
+                yield f"{source.name} {split}:{i}", {"text": text}
 
     if split in ("all", "train", "validation"):
         return {split: read(split, report)}

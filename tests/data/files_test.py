@@ -143,3 +143,11 @@ def test_a_corpus_with_another_field_names_the_flag(tmp_path):
         list(data.documents(f"text:{tmp_path}/*.jsonl", "all"))
     (tmp_path / "b.jsonl").write_text('{"text": "z"}\n')  # then the other file is only reported
     assert list(data.documents(f"text:{tmp_path}/*.jsonl", "all")) == ["z"]
+
+
+def test_a_name_with_brackets_is_a_file_if_it_is_no_pattern_of_others(tmp_path):
+    (tmp_path / "notes[1].txt").write_text("one")
+    name = f"text:{tmp_path}/notes[1].txt"
+    assert list(data.documents(name, "all")) == ["one"]
+    (tmp_path / "notes1.txt").write_text("two")
+    assert list(data.documents(name, "all")) == ["two"]

@@ -179,3 +179,25 @@ def test_one_validation_text_for_all_sources(config, whole, tmp_path):
     windows = batches_of(run.config).windows
     assert [windows[name].store.n_documents for name in TEXTS] == [130] * 3
     assert batches_of(config).windows["web"].store.n_documents < 130
+
+
+def test_a_missing_field_is_chosen_by_the_name_of_its_source(config, whole, tmp_path):
+    for tokenizer in ("bytes", "bpe:300"):  # it is found by tokenizing, or by training a tokenizer
+        with pytest.raises(UserError, match=r"content, as in --config.data.field='text; code=content'$"):
+            nanoflax.pretrain(with_data(config, field="text", tokenizer=tokenizer), str(tmp_path / "run"))
+    run, code = runs.Run(str(whole[0])), data.sources_of(config.data)["code"].name
+    with pytest.raises(UserError, match="content, as in --fields=text=content$"):
+        run.evaluate(code)  # its field is that of sources without a name, not "text; code=content"
+    assert run.evaluate(code, fields="text=content")["documents"] == 130
+
+
+def test_shared_evaluation_text_is_read_in_the_field_of_sources_without_a_name(config, tmp_path):
+    copy = f"5 {TEXTS['code']}" * 3  # of a document of code, whose field is content
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"text": copy}) + "\n")
+    held_out = f"text:{tmp_path}/held_out.jsonl"
+    for settings in ({"validation": held_out}, {"evaluation": held_out}):
+        changed = with_data(config, decontaminate=8, **settings)
+        kept = [*data.documents(data.sources_of(changed.data)["code"], "train")]
+        assert len(kept) > 100 and not any(text.startswith("5 for") for text in kept)
+    (validation,) = data.validation_of(with_data(config, validation=held_out).data).values()
+    assert [*data.documents(validation, "validation")] == [copy]
