@@ -51,20 +51,25 @@ def _tokenizer(text: TextData, source: data.Source, out: str) -> Any:
     settings = {"tokenizer": text.tokenizer, "source": dataclasses.asdict(source)}
     try:
         found = json_object(folder.read(SETTINGS), folder.path(SETTINGS))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        found = {}
         if names := sorted(set(folder.sizes()) - {"train.lock"}):
             raise UserError(f"--out={out} holds {names[0]} and no token store; choose an empty directory") from None
+    if found and any(data.Folder(storage.join(out, split)).sizes() for split in SPLITS):  # else nothing is built yet
+        for name, value in settings.items():
+            if to_json(found.get(name)) != to_json(value):
+                raise UserError(
+                    f"--out={out} holds tokens of another {name}, {to_json(found.get(name))}, not {to_json(value)}; "
+                    "choose another --out, or give the same settings"
+                )
+    if to_json(found) != to_json(settings):
         tokenizer = get_tokenizer(text, os.devnull, lambda: data.documents(source, "train"))
-        folder.create()
-        data.save_tokenizer(tokenizer, directory)
-        folder.write(SETTINGS, to_json(settings, indent=1).encode() + b"\n")
-        return data.load_tokenizer(directory)
-    for name, value in settings.items():
-        if to_json(found.get(name)) != to_json(value):
-            raise UserError(
-                f"--out={out} holds tokens of another {name}, {to_json(found.get(name))}, not {to_json(value)}; "
-                "choose another --out, or give the same settings"
-            )
+        try:
+            folder.create()
+            data.save_tokenizer(tokenizer, directory)
+            folder.write(SETTINGS, to_json(settings, indent=1).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from error
     return data.load_tokenizer(directory)
 
 

@@ -66,6 +66,16 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused(config, made
             runs.tokenize(with_data(config, **settings), str(directory))
 
 
+def test_settings_can_be_corrected_until_something_is_built(config, tmp_path):
+    out = str(tmp_path / "out")
+    with pytest.raises(UserError, match="field 'body'"):
+        runs.tokenize(with_data(config, field="body", tokenizer="bytes"), out)
+    assert runs.tokenize(config, out)["train"].n_documents > 100
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out=.* cannot be written"):
+        runs.tokenize(config, str(tmp_path / "file" / "out"))
+
+
 def test_tokens_that_do_not_fit_are_refused(config, made, tmp_path):
     directory, _ = made
     own = tokenizers.load(directory / "tokenizer")
