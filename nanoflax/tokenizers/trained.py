@@ -90,7 +90,7 @@ class SentencePieceTokenizer:
         texts = [well_formed(text) for text in texts]
         try:
             found = self._processor.encode(texts, return_type="numpy")
-        except TypeError:  # SentencePiece before 0.2.2, which Apache Beam needs, gives lists
+        except TypeError:  # SentencePiece before 0.2.2 gives lists
             found = self._processor.encode(texts)
         if self._space_ids is not None:
             found = [self.encode(text) if SPACE in text else ids for text, ids in zip(texts, found, strict=True)]
