@@ -25,10 +25,11 @@ PURPOSE = {
     "serve": "engine, HTTP, page", "hf": "Hugging Face models, in and out", "train": "step, objectives, optimizers",
     "speculation": "guessed tokens, checked", "peft": "LoRA, AdaLoRA, adapters, prompts",
     "generate": "sampling, beam search, scoring", "nn": "layers, attention, experts, models",
-    "kernels": "what nn computes, faster", "data": "files, clean text, tokens, windows",
+    "kernels": "what nn computes, faster", "data": "sources, tokens, windows, mixtures",
     "constraints": "text that matches a schema or another rule", "tokenizers": "trained here, or read from files",
     "parallel": "mesh, sharding table, hosts", "config": "every choice of a run, checked",
-    "report": "progress, metrics, plots", "untrusted": "strangers' files", "errors": "a line for the user"}  # fmt: skip
+    "report": "progress, metrics, plots", "storage": "gs:// and s3://, by name", "untrusted": "strangers' files",
+    "errors": "a line for the user"}  # fmt: skip
 
 
 def canvas(width, height):

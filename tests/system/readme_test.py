@@ -127,7 +127,7 @@ def test_the_two_first_commands_install_what_there_is():
 
 def test_the_files_of_the_table_exist():
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (.*\.py.*) \|$", README, re.M)
-    assert len(rows) == 14
+    assert len(rows) == 15
     for rooms, files in rows:
         for file in re.findall(r"`(\w+\.py)`", files):
             assert any((ROOT / "nanoflax" / room / file).exists() for room in re.findall(r"\w+", rooms)), file
