@@ -26,10 +26,9 @@ PURPOSE = {
     "speculation": "guessed tokens, checked", "peft": "LoRA, AdaLoRA, adapters, prompts",
     "generate": "sampling, beam search, scoring", "nn": "layers, attention, experts, models",
     "kernels": "what nn computes, faster", "data": "sources, tokens, windows, mixtures",
-    "constraints": "text that matches a schema or another rule", "tokenizers": "trained here, or read from files",
-    "parallel": "mesh, sharding table, hosts", "config": "every choice of a run, checked",
-    "report": "progress, metrics, plots", "storage": "gs:// and s3://, by name", "untrusted": "strangers' files",
-    "errors": "a line for the user"}  # fmt: skip
+    "constraints": "text that matches a rule", "tokenizers": "trained here, or read from files",
+    "parallel": "mesh, sharding table, hosts", "config": "every choice of a run, checked", "storage": "gs:// and s3://",
+    "report": "progress, metrics, plots", "untrusted": "strangers' files", "errors": "a line for the user"}  # fmt: skip
 
 
 def canvas(width, height):
