@@ -16,7 +16,7 @@ from absl import app, flags, logging
 
 from experiments.help import print_help
 from nanoflax import config as configs
-from nanoflax import parallel, report
+from nanoflax import parallel, report, storage
 from nanoflax.config import fields
 from nanoflax.errors import DISK_ERRORS, UserError
 
@@ -51,6 +51,7 @@ def launch(
             for name in PATHS:  # the shell does not expand ~ after "="
                 if name in FLAGS and (path := FLAGS[name].value):
                     FLAGS[name].value = os.path.expanduser(path)
+                    storage.check_name(path)
             if arguments:
                 flags.DEFINE_multi_string("arguments", rest[1:], "", flag_values=FLAGS)
                 FLAGS.arguments = rest[1:]

@@ -15,6 +15,7 @@ class Folder:
     """A directory by its path, or by its name in object storage, such as gs://bucket/a."""
 
     def __init__(self, name: str | os.PathLike) -> None:
+        storage.check_name(name)
         self.name = os.fspath(name)
         self.is_remote = storage.is_remote(self.name)
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO, TypeAlias
 
-from nanoflax import parallel
+from nanoflax import parallel, storage
 from nanoflax.errors import UserError
 
 Path: TypeAlias = str | os.PathLike[str]
@@ -19,8 +19,9 @@ VISIBLE_SECONDS = 30  # largest delay until all hosts see a new file on a networ
 
 def make_writable(directory: Path) -> pathlib.Path:
     """Makes a directory if it does not exist; returns its absolute path. Raises: UserError if it is not writable."""
-    if "://" in str(directory):
-        raise UserError(f"{directory} is not a local path: mount the bucket and give its path")
+    storage.check_name(directory)
+    if storage.is_remote(directory):
+        raise UserError(f"{directory} is not a local path")
     path = pathlib.Path(directory).expanduser().resolve()
     try:
         path.mkdir(parents=True, exist_ok=True)

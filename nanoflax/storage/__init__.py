@@ -6,7 +6,7 @@ NANOFLAX_STORAGE_SECONDS is the deadline of an operation with its repetitions (1
 after which the lease of a silent process is taken over (60).
 """
 
-from nanoflax.storage.filesystems import filesystem, is_remote, join
+from nanoflax.storage.filesystems import check_name, filesystem, is_remote, join
 from nanoflax.storage.lease import Lease
 from nanoflax.storage.objects import (
     delete,
@@ -31,6 +31,7 @@ __all__ = [
     "DEADLINE_SECONDS",
     "Lease",
     "RemotePath",
+    "check_name",
     "delete",
     "delete_all",
     "download",

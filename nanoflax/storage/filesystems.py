@@ -11,6 +11,7 @@ from nanoflax.storage.retries import retried_request
 
 _LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme -> (module, our extra that installs it)
 _REMOTE = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
+_MISTAKEN = re.compile(r"[a-z][a-z0-9+.-]+://|(gs|s3):", re.IGNORECASE)
 _TIMEOUT = 60  # seconds without an answer to one request
 
 
@@ -18,6 +19,12 @@ def is_remote(name: str | os.PathLike) -> bool:
     """Whether a name is of object storage: gs://BUCKET/... or s3://BUCKET/..."""
     found = _REMOTE.match(os.fspath(name))
     return found is not None and found[1] in _LIBRARIES
+
+
+def check_name(name: str | os.PathLike) -> None:
+    """Raises: UserError for a name that is neither remote nor meant as a local path, such as gs:/b/a or http://b/a."""
+    if not is_remote(name) and _MISTAKEN.match(os.fspath(name)):
+        raise UserError(f"{name} is not a local path, and not gs://BUCKET/... or s3://BUCKET/...")
 
 
 def join(name: str, *parts: str) -> str:

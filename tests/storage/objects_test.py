@@ -7,7 +7,9 @@ import os
 import pytest
 
 from nanoflax import storage
+from nanoflax.data.folders import Folder
 from nanoflax.errors import UserError
+from nanoflax.runs.lock import make_writable
 from tests.storage.servers import bucket
 
 
@@ -97,3 +99,14 @@ def test_names():
     for wrong in ("gs://", "s3:///a", "http://a"):
         with pytest.raises(UserError):
             storage.filesystem(wrong)
+
+
+@pytest.mark.parametrize("name", ["s3:/b/a", "GS://b/a", "gs:", "s3:b/a", "hdfs://b/a", "http://b/a"])
+def test_a_mistaken_name_makes_no_directory(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for make in (make_writable, Folder, storage.check_name):
+        with pytest.raises(UserError, match="is not a local path"):
+            make(name)
+    assert not list(tmp_path.iterdir())
+    for name in ("a/b", "a:b/c", "C:/a", "gs", "~/gs:/a", "gs://b/a"):
+        storage.check_name(name)
