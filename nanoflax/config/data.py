@@ -20,7 +20,7 @@ class DataConfig:
         "gs:// and s3://), hub:OWNER/NAME[:CONFIG][:SPLIT] or tfds:NAME[:FIELD]; for finetune also jsonl:FILE, "
         "parquet:FILE, csv:FILE, tsv:FILE, conll:FILE, pairs:SOURCES,TARGETS, preferences:FILE, problems:FILE, "
         "dates:FROM-TO, pytags, pymodules, pychats, wrong_dates:FROM-TO, bible:FROM-TO or arithmetic:DIGITS. pretrain "
-        "also takes several, NAME=SOURCE; NAME=SOURCE, and mixture:FILE.",
+        "also takes tokens:DIRECTORY, several sources, NAME=SOURCE; NAME=SOURCE, and mixture:FILE.",
     )
     validation: str = field("", "Validation data; empty: the data's own split, or else a part of the training data.")
     validation_fraction: float = field(0.05, "That part: a share of the texts, chosen by hash.", within="(0, 1)")
@@ -42,7 +42,7 @@ class TextData(DataConfig):
     min_chars: int = field(0, "Leave shorter documents out; 0: none.", unit="characters", at_least=0)
     max_chars: int = field(0, "Leave longer documents out; 0: none.", unit="characters", at_least=0)
     languages: str = field("", "Keep documents in these languages, as in en,de; empty: all.")
-    dedup: str = field("", "Leave duplicates out: exact, or minhash:0.8 for similar documents too; empty: none.")
+    dedup: str = field("", "Leave duplicates in a source out: exact, or minhash:0.8 for similar ones too; empty: none.")
     decontaminate: int = field(
         0,
         "Leave out documents that share so many words in a row with the validation text of their "

@@ -92,7 +92,7 @@ def _open_made(source: Source, tokenizer: Any, split: str) -> TokenStore:
     made_with = store.meta.get("tokenizer"), to_json(store.meta.get("framing"))
     if made_with != (tokenizer.fingerprint, to_json(dataclasses.astuple(tokenizer.framing))):
         raise UserError(
-            f"{name} was made with another tokenizer than data.tokenizer; its own is {made_directory(name)}/tokenizer"
+            f"{name} was made with another tokenizer than that of the run; its own is {made_directory(name)}/tokenizer"
         )
     return store
 

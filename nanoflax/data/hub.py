@@ -18,7 +18,7 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
 
 def hub_splits(source: str) -> dict[str, list[File]]:
-    """{"train": files, "all": files}, and "validation" if the data set has it, or else a split test.
+    """{split: files} of its splits, with "all"; if it has no validation, that is its split test.
 
     source: hub:owner/name[:config][:split], or a folder with the same layout instead of owner/name. With a split, only
     its files, as "train" and "all". The files are hf:// names with a commit, or without a network those of the hub's
@@ -46,7 +46,7 @@ def hub_splits(source: str) -> dict[str, list[File]]:
         raise UserError(f"{source} has no split train; name one, as in {source}:{next(iter(splits), 'SPLIT')}")
     held_out = next((splits[name] for name in ("validation", "test") if name in splits), None)
     every = list(dict.fromkeys(file for files in splits.values() for file in files))
-    return {"train": splits["train"], "all": every} | ({"validation": held_out} if held_out else {})
+    return splits | {"all": every} | ({"validation": held_out} if held_out else {})
 
 
 def _file(path: str) -> File:

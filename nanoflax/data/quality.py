@@ -21,7 +21,8 @@ class Quality:
       0 for none. evaluation: sources of evaluation text, separated by ";", beside the validation split of the corpus.
 
     Lengths and languages also choose the validation documents if they are a part of the training data. The other steps
-    leave the validation documents as they are, so that losses can be compared.
+    leave the validation documents as they are, so that losses can be compared. In a mixture each source is compared
+    with its own documents and its own validation split.
     """
 
     min_chars: int = 0

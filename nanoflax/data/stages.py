@@ -22,6 +22,7 @@ from nanoflax.errors import UserError
 MAX_BLOCK = 1000  # rows; weights that need more are rounded
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 STEP = re.compile("[0-9]{1,12}")
+NAMES = "a NAME begins with a letter and has letters, digits, _ . and -"
 WEIGHT = re.compile(r"\d{1,12}(\.\d{0,12})?|\.\d{1,12}|\d{1,12}/[1-9]\d{0,11}")
 Weights = Mapping[str, Fraction]
 
@@ -54,7 +55,7 @@ def parse_names(text: str, setting: str) -> dict[str, str]:
         if not (equals and NAME.fullmatch(name)) and i == 0 and not is_mixture(text):
             name, value = "", entry
         elif not (equals and NAME.fullmatch(name) and value):
-            raise UserError(f"{setting}: {entry!r} is not NAME=VALUE; write NAME=VALUE; NAME=VALUE")
+            raise UserError(f"{setting}: {entry!r} is not NAME=VALUE; {NAMES}, and values are divided by ;")
         if name in found:
             raise UserError(f"{setting}: the name {name} occurs twice; each source needs its own")
         found[name] = value
@@ -129,11 +130,12 @@ def with_mixture_file(config: TextData) -> TextData:
         return config
     path = os.path.expanduser(config.train.removeprefix("mixture:").strip())
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = [line.strip() for line in file if line.strip() and not line.lstrip().startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.train={config.train}: {path} cannot be read: {error}") from error
-    stages = [line for line in lines if line[0].isdecimal()]
+    one_stage = re.compile(rf"{NAME.pattern}\s*=\s*({WEIGHT.pattern})\s*(,.*)?;?")
+    stages = [line for line in lines if line[0].isdecimal() or one_stage.fullmatch(line)]
     sources = "; ".join(line.rstrip(";") for line in lines if line not in stages)
     if not is_mixture(sources):
         raise UserError(f"data.train={config.train}: {path} has no line of the form NAME=SOURCE")
@@ -159,6 +161,8 @@ def sources_of(config: TextData, name: str = "") -> dict[str, Source]:
         field = (
             parse_names(config.field, "data.field").get("", TextData.field) if other and of_mixture else config.field
         )
+        if re.match(r"[^:;]*=\s*(pydocs|[a-z]+:)", config.train):
+            raise UserError(f"data.train: {config.train!r} is not NAME=SOURCE; {NAMES}")
         if re.search(r";\s*(pydocs|[a-z]+:)", config.train):
             raise UserError(f"{config.train!r}: several sources need names; write NAME=SOURCE; NAME=SOURCE")
         return {"": source_of(dataclasses.replace(config, field=field), name or None)}

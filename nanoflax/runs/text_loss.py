@@ -52,7 +52,7 @@ def text_metrics(
     n_bytes = sum(store.n_bytes for store in stores.values())
     several = {f"loss/{key}": of_source / n for key, (of_source, n) in sums.items()} if len(sums) > 1 else {}
     return {
-        "data": name or f"{run.config.data.train} (validation)",
+        "data": name or getattr(run.config.data, "validation", "") or f"{run.config.data.train} (validation)",
         "loss": nats / tokens,
         "perplexity": math.exp(min(nats / tokens, 700)),
         "bits_per_byte": nats / math.log(2) / n_bytes,

@@ -85,7 +85,7 @@ def read(
 ) -> list:
     """The examples of a TaskSource, or of the source with this name, for evaluation.
 
-    labels: the classes of the model, as for `load`. split: all, train, validation or (only TFDS) test.
+    labels: the classes of the model, as for `load`. split: all, train, validation or (TFDS, hub) test.
     Raises: UserError if there is no example.
     """
     source = source if isinstance(source, TaskSource) else TaskSource(source)

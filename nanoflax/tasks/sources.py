@@ -211,8 +211,8 @@ def _hub(
             yield from reader(file, kind, renamed, report)
 
     splits = hub_splits(source.name)
-    names = [only] if only else ["train", "validation"]
-    return {name: read(file.path for file in splits[name]) for name in names if name in splits}
+    names = ["all"] if only == "all" else [*splits.keys() - {"all"}] if only else ["train", "validation"]
+    return {name: read(file.path for file in splits[name]) for name in sorted(names) if name in splits}
 
 
 def _ending(path: str) -> str:
@@ -239,7 +239,7 @@ def _dataset(source: TaskSource, name: str, kind: type, report: DataReport, only
 
     splits = dataset_splits(builder)
     if only:
-        return {name: examples(name) for name in splits["all"] if only in (name, "all")}
+        return {name: examples(name) for name in splits["all"]}
     return {split: examples(splits[split][0]) for split in ("train", "validation") if split in splits}
 
 

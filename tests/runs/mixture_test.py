@@ -124,6 +124,11 @@ def test_a_file_gives_the_sources_and_the_stages(config, whole, tmp_path):
     path.write_text("# sources\n" + config.data.train.replace("; ", "\n") + "\n\n" + STAGES.replace("; ", "\n"))
     of_file = data.with_mixture_file(dataclasses.replace(config.data, train=f"mixture:{path}", mixture=""))
     assert of_file == config.data
+    # Without steps there is one stage; an editor of Windows begins the file with a mark.
+    path.write_text("\ufeffweb = pydocs\ncode=pydocs\nweb = 1/3, code=.5\n")
+    of_file = data.with_mixture_file(dataclasses.replace(config.data, train=f"mixture:{path}", mixture=""))
+    assert (of_file.train, of_file.mixture) == ("web = pydocs; code=pydocs", "web = 1/3, code=.5")
+    path.write_text("# sources\n" + config.data.train.replace("; ", "\n") + "\n\n" + STAGES.replace("; ", "\n"))
     # The run holds the text of the file, so that a change of the file is seen.
     path.write_text(path.read_text().replace("math=0.2", "math=0.3"))
     changed = with_data(config, train=f"mixture:{path}", mixture="")
@@ -161,6 +166,8 @@ def test_other_text_of_one_source_is_refused_when_the_run_resumes(config, whole,
             "several sources need names; write NAME=SOURCE",
         ),
         ({"train": "mixture:/nowhere.txt", "mixture": ""}, "/nowhere.txt cannot be read"),
+        ({"train": "1web=pydocs; code=pydocs", "mixture": "", "field": "text"}, "a NAME begins with a letter"),
+        ({"train": "web=pydocs; my code=pydocs", "mixture": "", "field": "text"}, "'my code=pydocs' is not NAME=VALUE"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_built(config, settings, message, tmp_path):

@@ -527,7 +527,7 @@ def test_well_known_tfds_data_sets_need_no_field_map(tmp_path):
     assert read(hidden, Classification, split="validation") == (sentiment[1], {})
     ted = TaskSource("tfds:ted_hrlr_translate/pt_to_en", data_dir=str(tmp_path))
     assert read(ted, Pair)[0] == pairs[0] + pairs[1] and read(ted, Pair, split="test")[0] == pairs[1]
-    with pytest.raises(UserError, match="has no split .validation., only"):
+    with pytest.raises(UserError, match="has no split .validation., only train, test;"):
         read(ted, Pair, split="validation")
     with pytest.raises(UserError, match="which of .*sentence.* is source and target"):
         tasks.load(TaskSource("tfds:glue/sst2", data_dir=str(tmp_path)), Pair)

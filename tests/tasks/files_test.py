@@ -68,6 +68,10 @@ def test_classes_and_splits_of_a_hub_data_set(tmp_path):
     assert [x.text for x in found.validation] == ["test 0", "test 1"]  # a hidden label is left out, and counted
     assert len(found.report.counts) == 1
     assert [x.text for x in tasks.read(f"hub:{tmp_path}:test", Text)] == ["test 0", "test 1", "test 2"]
+    assert [x.text for x in tasks.read(f"hub:{tmp_path}", Classification, split="test")] == ["test 0", "test 1"]
+    (tmp_path / "test.parquet").unlink()
+    with pytest.raises(UserError, match="has no split 'validation', only train; choose"):
+        tasks.read(f"hub:{tmp_path}", Classification, split="validation")
 
 
 # Tables.
