@@ -68,9 +68,10 @@ def read_parquet(path: str, begin: int, end: int, field: str, report: DataReport
 
 
 def parquet_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (place, {column: value}) of all rows; the place names the row, from 0.
+    """Yields (place, {column: JSON value}) of all rows; the place names the row, from 0.
 
-    The number of a class becomes its name, and -1 None, if the file has the names, as the library datasets writes them.
+    Bytes are read as UTF-8, and dates, decimals and the like become text. The number of a class becomes its name, and
+    -1 None, if the file has the names, as the library datasets writes them.
     """
     with _opened(path) as file:
         row, classes = 0, _classes(file.schema_arrow.metadata or {})
@@ -79,8 +80,18 @@ def parquet_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 for name, names in classes.items():
                     if isinstance(number := value.get(name), int) and number < len(names):
                         value[name] = names[number] if number >= 0 else None
-                yield f"{path} row {row}", value
+                yield f"{path} row {row}", _json_value(value)
                 row += 1
+
+
+def _json_value(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, dict):
+        return {name: _json_value(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):  # a map is a list of pairs
+        return [_json_value(item) for item in value]
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _classes(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:

@@ -2,19 +2,23 @@
 
 import csv
 import dataclasses
+import datetime
+import decimal
 import io
 import json
 import re
 import warnings
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nanoflax import data, tasks
 from nanoflax.errors import UserError
-from nanoflax.tasks import Chat, Classification, Pair, Tagging, Text, metrics
+from nanoflax.tasks import Chat, Classification, Pair, Problem, Tagging, Text, metrics
 from nanoflax.tasks.sources import TaskSource
 from nanoflax.tasks.tags import from_bio, to_bio
 
@@ -52,6 +56,16 @@ def test_parquet_holds_what_json_lines_hold(tmp_path):
         assert plain == [dataclasses.replace(example, place="") for example in expected] and not lines
     with pytest.raises(UserError, match="no object has tags; .*tokens, ner_tags; .*--config.data.fields=tags=ner_tags"):
         read(f"parquet:{tmp_path}/x.parquet", Tagging)
+
+
+def test_values_of_parquet_that_json_does_not_have_become_text(tmp_path):
+    days = [datetime.date(2020, 1, 1 + i % 2) for i in range(40)]
+    rows = {"text": [f"text {i}".encode() for i in range(40)], "label": days, "answer": [decimal.Decimal("1.50")] * 40}
+    pq.write_table(pa.table(rows | {"prompt": rows["text"]}), tmp_path / "x.parquet")
+    found = tasks.load(f"parquet:{tmp_path}/x.parquet", Classification)
+    assert found.labels == ("2020-01-01", "2020-01-02") and found.train[0].text == "text 0"
+    (problem, *_) = tasks.read(f"parquet:{tmp_path}/x.parquet", Problem)
+    assert (problem.prompt, problem.answer) == ("text 0", "1.50") and problem.extra["label"] == "2020-01-01"
 
 
 def test_classes_and_splits_of_a_hub_data_set(tmp_path):
