@@ -39,16 +39,16 @@ class Quality:
             raise UserError(f"data.evaluation={self.evaluation} is not used; set data.decontaminate=13 too")
         if self.threshold and not importlib.util.find_spec("rensa"):
             raise UserError(f'data.dedup={self.dedup} needs a package; run: pip install "nanoflax[quality]"')
-        codes = set(self.codes) - set(_identifier().labels if self.languages else ())
-        if codes:
+        unknown = set(self.codes) - set(_identifier().labels if self.languages else ())
+        if unknown or (self.languages and not self.codes):
             raise UserError(
-                f"data.languages={self.languages}: {', '.join(sorted(codes))} is not known; choose from "
+                f"data.languages={self.languages}: {', '.join(sorted(unknown)) or 'no code'} is not known; choose from "
                 f"{','.join(_identifier().labels)}"
             )
 
     @property
     def codes(self) -> list[str]:
-        return self.languages.replace(" ", "").split(",") if self.languages else []
+        return [code for code in self.languages.lower().replace(" ", "").split(",") if code]
 
     @property
     def threshold(self) -> float | None:

@@ -50,6 +50,7 @@ class Source:
             scheme, _, rest = name.partition(":")
             if name != "pydocs" and not (scheme in SCHEMES and rest):
                 found = next((path for path in (name, rest) if os.path.exists(path)), "")  # jsonl:FILE is of finetune
+                found = os.path.join(found, "**/*.txt") if os.path.isdir(found) else found
                 hint = f"write text:{found}, or " if found else ""
                 raise UserError(f"data source {name!r} is not known; {hint}{HELP}")
         if not 0 < self.validation_fraction < 1:

@@ -176,7 +176,8 @@ def sources_of(config: TextData, name: str = "") -> dict[str, Source]:
         raise UserError("data.validation: give one source for all, or NAME=SOURCE for each source that has one")
     found = {}
     for key, source in named.items():
-        settings = {"field": fields.get(key, default), "train": source, "mixture": ""}
+        own = TextData.field if source.startswith("tokens:") else default  # tokens have no field
+        settings = {"field": fields.get(key, own), "train": source, "mixture": ""}
         settings["validation"] = validation.get(key, validation.get("", ""))
         of_key = source_of(dataclasses.replace(config, **settings), source if other else None)
         of_validation = "" if key in validation or not of_key.validation else default

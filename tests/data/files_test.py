@@ -151,3 +151,8 @@ def test_a_name_with_brackets_is_a_file_if_it_is_no_pattern_of_others(tmp_path):
     assert list(data.documents(name, "all")) == ["one"]
     (tmp_path / "notes1.txt").write_text("two")
     assert list(data.documents(name, "all")) == ["two"]
+
+
+def test_a_folder_is_told_how_to_name_its_files(tmp_path):
+    with pytest.raises(UserError, match=rf"is not known; write text:{tmp_path}/\*\*/\*.txt, or choose"):
+        data.Source(str(tmp_path))

@@ -208,3 +208,8 @@ def test_shared_evaluation_text_is_read_in_the_field_of_sources_without_a_name(c
         assert len(kept) > 100 and not any(text.startswith("5 for") for text in kept)
     (validation,) = data.validation_of(with_data(config, validation=held_out).data).values()
     assert [*data.documents(validation, "validation")] == [copy]
+
+
+def test_tokens_in_a_mixture_have_no_field():
+    config = configs.TextData(train="a=tokens:x; b=text:y; c=text:z", field="content; c=body")
+    assert [source.field for source in data.sources_of(config).values()] == ["text", "content", "body"]
