@@ -154,8 +154,9 @@ def interleave(readers: Mapping[str, Callable[[], Iterable[str]]], weights: Mapp
         name = min(characters, key=lambda name: characters[name] / weights[name])
         text = next(streams[name], None)
         if text is None:
-            if not characters[name]:
-                return  # an empty source, which `prepare` refuses
+            if not characters[name]:  # an empty source, which `prepare` refuses
+                del streams[name], characters[name]
+                continue
             ended.add(name)
             streams[name] = iter(readers[name]())
             continue

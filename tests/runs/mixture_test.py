@@ -213,3 +213,10 @@ def test_shared_evaluation_text_is_read_in_the_field_of_sources_without_a_name(c
 def test_tokens_in_a_mixture_have_no_field():
     config = configs.TextData(train="a=tokens:x; b=text:y; c=text:z", field="content; c=body")
     assert [source.field for source in data.sources_of(config).values()] == ["text", "content", "body"]
+
+
+def test_an_empty_source_is_named_also_if_a_tokenizer_is_trained(config, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    train = config.data.train.replace("math=", f"math=text:{tmp_path}/empty.jsonl; rest=")
+    with pytest.raises(UserError, match="empty.jsonl' has no text for its train split: files without a text: 1"):
+        nanoflax.pretrain(with_data(config, train=train, mixture="", tokenizer="bpe:300"), str(tmp_path / "run"))
