@@ -53,7 +53,11 @@ def _tokenizer(text: TextData, source: data.Source, out: str) -> Any:
         found = json_object(folder.read(SETTINGS), folder.path(SETTINGS))
     except (FileNotFoundError, NotADirectoryError):
         found = {}
-        if names := sorted(set(folder.sizes()) - {"train.lock"}):
+        names = sorted(set(folder.sizes()) - {"train.lock"})
+        names = [
+            name for name in names if not name.startswith("tokenizer/")
+        ]  # in a bucket, of a process that was killed
+        if names:
             raise UserError(f"--out={out} holds {names[0]} and no token store; choose an empty directory") from None
     if found and any(data.Folder(storage.join(out, split)).sizes() for split in SPLITS):  # else nothing is built yet
         for name, value in settings.items():
