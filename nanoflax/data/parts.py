@@ -221,6 +221,7 @@ def _cut(text: str, fraction: float) -> tuple[str, str]:
 def _file_parts(source: Source, found: Sequence[File], part_bytes: int) -> Iterator[Part]:
     """Groups files, in order, until a group has part_bytes. A larger file is cut into ranges if its format allows."""
     group: list[File] = []
+    group_bytes = 0  # not summed anew for each file: there may be millions
 
     def whole() -> Part:
         return Part(tuple(file.path for file in group), sizes=tuple(file.size for file in group))
@@ -228,24 +229,25 @@ def _file_parts(source: Source, found: Sequence[File], part_bytes: int) -> Itera
     for file in found:
         large = file.size > part_bytes
         ranges = FORMATS[suffix(file.path)].cut(file.path, file.size, source.field, part_bytes) if large else []
-        if group and (ranges or whole().size + file.size > part_bytes):
+        if group and (ranges or max(group_bytes, 1) + file.size > part_bytes):
             yield whole()
-            group = []
+            group, group_bytes = [], 0
         for begin, end, size in ranges:
             yield Part((file.path,), begin=begin, end=end, sizes=(size,))
         if not ranges:
             group.append(file)
+            group_bytes += file.size
     if group:
         yield whole()
 
 
 def _read_files(part: Part, field: str, report: DataReport) -> Iterator[str]:
-    before = 0
+    before, total = 0, part.size
     for path, size in zip(part.paths, part.sizes, strict=True):
         empty, piece = True, Range(path, size, part.begin, part.end)
         for place, text, share in FORMATS[suffix(path)].read(piece, field, report):
             report.has_text, empty = True, False
-            report.share = min((before + share * size) / part.size, 1.0)  # the last line of a range may end behind it
+            report.share = min((before + share * size) / total, 1.0)  # the last line of a range may end behind it
             if text := _document(text, place, report):
                 yield text
         if empty and not part.end:
