@@ -8,7 +8,7 @@ import pytest
 
 import nanoflax
 from nanoflax import config as configs
-from nanoflax import data, runs, tokenizers
+from nanoflax import data, runs, storage, tokenizers
 from nanoflax.errors import UserError
 from tests import processes
 from tests.storage.servers import bucket
@@ -115,6 +115,9 @@ def test_the_program_makes_and_checks_stores_in_a_bucket(config, made):
         assert result.returncode == 0, result.stderr
         assert "train: 1" in result.stdout and "peak memory" in result.stdout
         faults.rate = 0.0
+        for name in ("settings.json", "train/", "validation/"):  # a process was killed after it wrote the tokenizer
+            (storage.delete_all if name.endswith("/") else storage.delete)(f"{out}/{name}".rstrip("/"))
+        runs.tokenize(with_data(config, workers=1), out)
         store = data.prepare(data.Source(f"tokens:{out}"), data.made_tokenizer(f"tokens:{out}"), "train")
         assert store.fingerprint == made[1]["train"].fingerprint
         assert runs.check_stores(out).keys() == {"train", "validation"}
