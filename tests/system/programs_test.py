@@ -364,7 +364,7 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
         ("pretrain", ["--config.model.heads=3"], "model.heads=3"),
         ("pretrain", ["--config.train.batch_size=10", "--config.train.accumulate=4"], "accumulate"),
         ("pretrain", ["--config.data.train=text:nothing/*.txt"], "nothing/*.txt"),
-        ("pretrain", ["--config.data.train=books"], "pydocs, text:GLOB or tfds:NAME"),
+        ("pretrain", ["--config.data.train=books"], "pydocs, text:GLOB, hub:OWNER"),
         ("pretrain", ["--config.data.tokenizer=words"], "words"),
         ("pretrain", ["--config.train.mesh=3,1,1"], "train.mesh"),
         ("pretrain", ["--config.train.batch_size=2", "--config.train.mesh=2,1,1"], "train.mesh"),
