@@ -233,3 +233,12 @@ assert not jax._src.xla_bridge.backends_are_initialized()
 def test_an_import_changes_nothing_outside():
     done = subprocess.run([sys.executable, "-c", EFFECTS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_top_level_holds_what_the_repository_is_made_of():
+    found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("no checkout of git")
+    top = {name.strip('"').split("/")[0] for name in found.stdout.splitlines()}
+    own = "nanoflax experiments tests tpu_scripts docs setup.cfg pyproject.toml constraints.txt LICENSE".split()
+    assert sorted(name for name in top if not name.startswith(".") and not name.endswith(".md")) == sorted(own)
