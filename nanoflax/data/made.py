@@ -51,16 +51,21 @@ def load_tokenizer(directory: str) -> Any:
         return tokenizers.load(local)
 
 
-def save_tokenizer(tokenizer: Any, directory: str) -> None:
-    """Write a tokenizer to a directory, on disk or in object storage."""
+def save_tokenizer(tokenizer: Any, directory: str, replace: bool) -> None:
+    """Write a tokenizer to a directory, on disk or in object storage.
+
+    Raises: UserError if the directory holds anything else, unless `replace`.
+    """
     folder = Folder(directory)
-    if not folder.is_remote:
-        tokenizer.save(directory)
-        return
     with tempfile.TemporaryDirectory() as local:
         tokenizer.save(local)
-        for path in pathlib.Path(local).iterdir():
-            folder.write(path.name, path.read_bytes())
+        files = {path.name: path.read_bytes() for path in pathlib.Path(local).iterdir()}
+    for name in folder.sizes():
+        if not replace and (name not in files or folder.read(name) != files[name]):
+            raise UserError(f"{folder.path(name)} is not of this tokenizer: move it, or choose another --out")
+    folder.create()
+    for name, content in files.items():
+        folder.write(name, content)
 
 
 def made_directory(name: str) -> str:

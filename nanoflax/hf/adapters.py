@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from nanoflax import report, tokenizers, untrusted
+from nanoflax import report, storage, tokenizers, untrusted
 from nanoflax.config import AdaLoRA, LoRA, LowRank, ModelConfig, PrefixTuning, PromptTuning
 from nanoflax.errors import UserError, listed
 from nanoflax.hf import families, models, safetensors_io
@@ -120,6 +120,8 @@ def problem_of_base(base: str | pathlib.Path, config: ModelConfig) -> str:
     """Why peft's Auto classes cannot open adapters of a model with this configuration over a base; "" if they can."""
     if not base:
         return "the model began with random weights"
+    if storage.is_remote(base):
+        return f"peft does not read {base}, which is in object storage"
     try:
         own = _open_base(base).config
     except UserError as error:

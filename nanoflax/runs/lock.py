@@ -13,7 +13,6 @@ from nanoflax import parallel, storage
 from nanoflax.errors import UserError
 
 Path: TypeAlias = str | os.PathLike[str]
-IN_USE = "is in use by"  # of the error, which a sweep looks for
 VISIBLE_SECONDS = 30  # largest delay until all hosts see a new file on a network file system
 
 
@@ -49,9 +48,7 @@ def take_lock(directory: Path) -> tuple[TextIO, str]:
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise UserError(
-                f"workdir {directory} {IN_USE} {holder}: wait for it or stop it, or choose another --workdir"
-            ) from error
+            raise UserError(storage.in_use(directory, holder)) from error
         except FileNotFoundError:  # another process has failed, and has removed the directory that it made
             continue
         except OSError as error:

@@ -8,7 +8,6 @@ was killed continues on any machine. While a run writes, it holds a lease (`stor
 
 import concurrent.futures
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -192,8 +191,7 @@ def local_copy(source: str) -> str:
             wanted = {name: version for name, version in found.items() if is_small(name)}
     if not wanted:
         raise UserError(f"{source} holds nothing")
-    with open(copy.local / ".pull.lock", "w") as lock:  # another process may read the same run
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with data.locked(copy.local / ".pull.lock"):  # another process may read the same run
         copy.pull(wanted)
         if not file and len(wanted) < len(found):
             copy.point_to_checkpoints(found)

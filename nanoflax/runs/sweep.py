@@ -20,7 +20,8 @@ import numpy as np
 from nanoflax import report, untrusted
 from nanoflax.config import MAX_SEED
 from nanoflax.errors import UserError
-from nanoflax.runs.lock import IN_USE, wait_until_free
+from nanoflax.runs.lock import wait_until_free
+from nanoflax.storage import IN_USE
 
 SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")  # parts of the names of such metrics
 Space = list[str] | tuple[str, float, float]  # choices, or ("log" | "uniform" | "int", low, high)

@@ -62,15 +62,16 @@ def _tokenizer(text: TextData, source: data.Source, out: str) -> Any:
     if found and any(data.Folder(storage.join(out, split)).sizes() for split in SPLITS):  # else nothing is built yet
         for name, value in settings.items():
             if to_json(found.get(name)) != to_json(value):
+                changed = "; ".join(configs.diff({name: found.get(name)}, {name: value}))
                 raise UserError(
-                    f"--out={out} holds tokens of another {name}, {to_json(found.get(name))}, not {to_json(value)}; "
-                    "choose another --out, or give the same settings"
+                    f"--out={out} holds tokens of another {name} ({changed}); choose another --out, or give the same "
+                    "settings"
                 )
     if to_json(found) != to_json(settings):
         tokenizer = get_tokenizer(text, os.devnull, lambda: data.documents(source, "train"))
         try:
             folder.create()
-            data.save_tokenizer(tokenizer, directory)
+            data.save_tokenizer(tokenizer, directory, replace=bool(found))
             folder.write(SETTINGS, to_json(settings, indent=1).encode() + b"\n")
         except OSError as error:
             raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from error

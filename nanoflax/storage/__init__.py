@@ -7,7 +7,7 @@ after which the lease of a silent process is taken over (60).
 """
 
 from nanoflax.storage.filesystems import check_name, filesystem, is_remote, join
-from nanoflax.storage.lease import Lease
+from nanoflax.storage.lease import IN_USE, Lease, in_use
 from nanoflax.storage.objects import (
     delete,
     delete_all,
@@ -28,26 +28,6 @@ from nanoflax.storage.reader import open_reader
 from nanoflax.storage.retries import DEADLINE_SECONDS, retried
 
 __all__ = [
-    "DEADLINE_SECONDS",
-    "Lease",
-    "RemotePath",
-    "check_name",
-    "delete",
-    "delete_all",
-    "download",
-    "exists",
-    "filesystem",
-    "is_directory",
-    "is_remote",
-    "join",
-    "list_names",
-    "list_sizes",
-    "list_versions",
-    "open_reader",
-    "read_bytes",
-    "read_range",
-    "retried",
-    "size",
-    "upload",
-    "write_bytes",
-]
+    "DEADLINE_SECONDS", "IN_USE", "Lease", "RemotePath", "check_name", "delete", "delete_all", "download", "exists",
+    "filesystem", "in_use", "is_directory", "is_remote", "join", "list_names", "list_sizes", "list_versions",
+    "open_reader", "read_bytes", "read_range", "retried", "size", "upload", "write_bytes"]  # fmt: skip

@@ -19,7 +19,7 @@ from nanoflax.storage import objects
 from nanoflax.storage.filesystems import join
 
 PERIOD_SECONDS = 60.0  # a lease that has not changed for so long is taken over; NANOFLAX_LEASE_SECONDS changes it
-IN_USE = "is in use by"
+IN_USE = "is in use by"  # of the error, which a sweep looks for
 
 
 class Lease:
@@ -137,8 +137,12 @@ class Lease:
         return join(self._folder, f"{number:08d}")
 
     def _in_use(self, text: str) -> str:
-        holder = _holder(text)
-        return f"workdir {self.directory} {IN_USE} {holder}: wait for it or stop it, or choose another --workdir"
+        return in_use(self.directory, _holder(text))
+
+
+def in_use(directory: Any, holder: str) -> str:
+    """The message that another process writes a run's directory, here or in object storage."""
+    return f"workdir {directory} {IN_USE} {holder}: wait for it or stop it, or choose another --workdir"
 
 
 def _this_process() -> str:

@@ -57,8 +57,8 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused(config, made
     assert runs.tokenize(config, str(directory))["train"].fingerprint == stores["train"].fingerprint
     assert before == {path: path.stat().st_ino for path in before}
     for settings, match in (
-        ({"tokenizer": "bytes"}, 'another tokenizer, "bpe:300", not "bytes"'),
-        ({"min_chars": 5}, "another source"),
+        ({"tokenizer": "bytes"}, r"another tokenizer \(tokenizer: 'bpe:300' -> 'bytes'\)"),
+        ({"min_chars": 5}, r"another source \(source.quality.min_chars: 0 -> 5\)"),
         ({"train": "a=pydocs; b=pydocs"}, "one source of text"),
         ({"train": f"tokens:{directory}"}, "one source of text"),
     ):
@@ -74,6 +74,17 @@ def test_settings_can_be_corrected_until_something_is_built(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out=.* cannot be written"):
         runs.tokenize(config, str(tmp_path / "file" / "out"))
+
+
+def test_a_tokenizer_of_the_user_is_not_replaced(config, made, tmp_path):
+    own = tmp_path / "out" / "tokenizer"
+    own.mkdir(parents=True)
+    (own / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.json is not of this tokenizer: move it"):
+        runs.tokenize(config, str(tmp_path / "out"))
+    assert (own / "tokenizer.json").read_text() == "{}"
+    shutil.copy(made[0] / "tokenizer" / "tokenizer.json", own)  # that of this command, which was killed
+    assert runs.tokenize(config, str(tmp_path / "out"))["train"].fingerprint == made[1]["train"].fingerprint
 
 
 def test_tokens_that_do_not_fit_are_refused(config, made, tmp_path):

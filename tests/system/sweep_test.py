@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from nanoflax import runs
-from nanoflax.runs import lock
+from nanoflax import runs, storage
 from nanoflax.runs import sweep as sweeps
 from tests.system.finetune_test import TINY, topics  # noqa: F401
 from tests.system.programs_test import ROOT, run
@@ -176,7 +175,7 @@ def test_a_diverged_trial_neither_ends_a_sweep_nor_wins_it(tmp_path, monkeypatch
 
 
 def test_a_trial_of_a_killed_sweep_that_takes_its_lock_late_is_waited_for(tmp_path, monkeypatch):
-    calls, busy = [], f"pretrain.py: workdir x {lock.IN_USE} process 1 on host: wait for it"
+    calls, busy = [], f"pretrain.py: workdir x {storage.IN_USE} process 1 on host: wait for it"
 
     def run_program(program, arguments, log):
         calls.append(program)
