@@ -9,6 +9,7 @@
     python -m experiments.benchmark serve --slots=8            # 64 requests to the engine, GPT-2 124M
     python -m experiments.benchmark where --shape=small        # the kinds of operations in a CPU's training step
     python -m experiments.benchmark speculate --rounds=3       # guessed tokens against decoding alone, on SmolLM2
+    python -m experiments.benchmark tokenize --megabytes=2000  # a token store against SentencePiece's own batches
     python -m experiments.benchmark all --out=FILE.json        # nanoflax on this machine's accelerator or CPU
 
 Each side (nanoflax, machine, torch: eager PyTorch, compiled: torch.compile) has its own process, and the
@@ -26,7 +27,7 @@ import sys
 
 from absl import flags
 
-from experiments.benchmarks import everything, guesses, packing, rounds, serving, sides, where
+from experiments.benchmarks import everything, guesses, packing, rounds, serving, sides, tokenizing, where
 from experiments.flags import launch
 from nanoflax.errors import UserError
 
@@ -38,6 +39,7 @@ flags.DEFINE_integer("steps", 3, "Training steps, or batches to encode, in a rou
 flags.DEFINE_integer("layers", 32, "Layers of the model, for compile.", 1)
 flags.DEFINE_integer("slots", 8, "Replies that serve generates at once.", 1)
 flags.DEFINE_integer("rounds", 7, "Number of rounds.", 1)
+flags.DEFINE_integer("megabytes", 20, "Text of a round, for tokenize.", 1)
 flags.DEFINE_enum("quantize", "", ["", "int8", "int4"], "Pack the matrices of nanoflax, for decode.")
 flags.DEFINE_bool("no_bias", False, "Train without biases, on both sides.")
 flags.DEFINE_bool("alone", False, "Do not measure PyTorch.")
@@ -52,6 +54,7 @@ READ = {  # the flags that each measurement reads
     "serve": {"shape", "slots", "rounds"},
     "where": {"shape", "batch_size", "steps", "no_bias"},
     "speculate": {"new_tokens", "rounds"},
+    "tokenize": {"megabytes", "rounds"},
     "all": {"shape", "batch_size", "steps", "new_tokens", "rounds", "out"},
 }
 KINDS = (*READ,)
@@ -79,6 +82,8 @@ def main() -> int | None:
         return where.print_table(job)
     if kind == "speculate":
         return guesses.measure_guesses(FLAGS.new_tokens, FLAGS.rounds)
+    if kind == "tokenize":
+        return tokenizing.measure_tokenizing(FLAGS.megabytes, FLAGS.rounds)
     if kind == "all":
         settings = ("shape", "batch_size", "steps", "new_tokens")
         given = {name: FLAGS[name].value for name in settings if FLAGS[name].present}

@@ -10,8 +10,8 @@ import jax
 import pytest
 
 import nanoflax
-from experiments.benchmarks import everything, packing, rounds, serving, sides, where
-from nanoflax import planning, tasks
+from experiments.benchmarks import everything, packing, rounds, serving, sides, tokenizing, where
+from nanoflax import data, planning, tasks
 from nanoflax.errors import UserError
 
 TINY = {kind: sides.Job(kind, "tiny", 2, 1, 4) for kind in ("train", "decode", "encode")}
@@ -229,3 +229,11 @@ def test_served_replies_equal_those_one_by_one(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "round 1: 5 of 5 replies are equal" in out
     assert "time to the first token" in out and "times as fast" in out
+
+
+def test_both_sides_of_tokenize_read_the_same_text(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    size = tokenizing.write_corpus(path, 200_000)
+    texts = [text for chunk in tokenizing.chunks(path) for text in chunk]
+    assert texts == list(data.documents(f"text:{path}", "all")) and size == sum(len(x.encode()) for x in texts)
+    assert 200_000 <= size < 220_000
