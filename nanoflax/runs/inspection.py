@@ -144,7 +144,6 @@ def inspect_data(config: Config, workdir: str = "") -> Inspection:
     The tokens of a text come from the cache, or are written there. A run in workdir gives its tokenizer.
     Raises: UserError for a mistake of the user, or if the data are not those that the run in workdir was trained on.
     """
-    workdir = remote.local_copy(workdir)
     inspect = _inspect_text if isinstance(config.task, Pretrain) else _inspect_examples
     return inspect(config, remote.local_copy(workdir) if workdir else os.devnull)  # "" would be the current directory
 
