@@ -34,7 +34,7 @@ def write_corpus(path: pathlib.Path, size: int) -> int:
         while written < size:
             text = "".join(drawn.choices(lines, k=DOCUMENT))
             written += len(text.encode())
-            file.write(json.dumps({"text": text}) + "\n")
+            file.write(report.to_json({"text": text}) + "\n")
     return written
 
 

@@ -51,6 +51,16 @@ def test_objects(place, tmp_path):
     assert storage.list_sizes(root) == {}
 
 
+@pytest.mark.parametrize("content", [b"\r", b"a\r", b"a\r\n", b"\n\n", b"\r\n\r\n", b"--==0==--", b"\n--==0=="])
+def test_no_byte_is_lost_at_an_edge(place, tmp_path, content):
+    name = storage.join(place[0], "edge")
+    storage.write_bytes(name, content)
+    assert storage.read_bytes(name) == content
+    (tmp_path / "a").write_bytes(content)
+    storage.upload(tmp_path / "a", name)
+    assert storage.read_bytes(name) == content and storage.size(name) == len(content)
+
+
 def test_one_of_many_creates_an_object(place):
     name = storage.join(place[0], "once")
 

@@ -394,7 +394,7 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
         ("evaluate", ["--workdir=x", "--candidates=a.jsonl", "--reward=length"], "--reward=length is not read with"),
         ("sample", ["--workdir=x", "--interactive", "--prompt=a"], "give one of --chat"),
         ("evaluate", ["--model=x", "--candidates=nowhere.jsonl"], "nowhere.jsonl"),
-        ("benchmark", ["race"], "packing, serve, where, speculate or all"),
+        ("benchmark", ["race"], "packing, serve, where, speculate, tokenize or all"),
         ("benchmark", ["encode", "--no_bias"], "--no_bias is for train"),
         ("benchmark", ["decode", "--slots=2"], "--slots is for serve, not decode"),
         ("benchmark", ["speculate", "--batch_size=8"], "--batch_size is for train and decode"),
