@@ -69,7 +69,8 @@ def distill(
         return train.causal_lm(model, params, batch, rng, **smoothing, **options)
     targets, weights, segments = batch["targets"], batch["weights"], batch.get("segments")
     inputs = nn.shift_right(targets, batch["first"], segments, batch.get("start"))
-    hidden, _ = model.apply({"params": params}, inputs, segments, method="hidden", **train.dropout(rng))
+    named: dict = {"method": "hidden"} | train.hidden_options(model, batch, rng)
+    hidden, _ = model.apply({"params": params}, inputs, segments, **named)
     held = {"params": params[TEACHER]}
     known = jax.lax.stop_gradient(teacher.apply(held, inputs, segments, method="hidden")[0])
     tokens = model.config.vocab_size - model.config.vocab_padding

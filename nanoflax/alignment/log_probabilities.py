@@ -30,7 +30,8 @@ def log_probabilities(
     """
     targets, segments = batch["targets"], batch.get("segments")
     inputs = nn.shift_right(targets, batch["first"], segments, batch.get("start"))
-    hidden, _ = model.apply({"params": params}, inputs, segments, method="hidden", **train.dropout(rng))
+    named: dict = {"method": "hidden"} | train.hidden_options(model, batch, rng)
+    hidden, _ = model.apply({"params": params}, inputs, segments, **named)
 
     def of_targets(logits, targets, support=None):
         logits = logits / temperature

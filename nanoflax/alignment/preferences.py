@@ -70,7 +70,7 @@ def answer_log_probabilities(
 ) -> tuple[Pairs, Pairs]:
     """(log-probabilities in nats of the answers of a batch of `preference`, their numbers of tokens, at least 1)."""
     targets, weights = _both(batch, ""), _both(batch, "_weights")
-    rows = {"targets": targets, "first": jnp.repeat(batch["first"], 2)}
+    rows = {"targets": targets, "first": jnp.repeat(batch["first"], 2), "weights": weights}
     log_p = (log_probabilities(model, params, rows, rng) * weights).sum(-1)
     return log_p.reshape(-1, 2), jnp.maximum(weights.sum(-1), 1).reshape(-1, 2)
 

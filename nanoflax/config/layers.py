@@ -58,7 +58,9 @@ class MoEConfig:
     dense_layers: tuple[int, ...] = field((), "Layers, from 0, with one MLP of model.mlp_dim.")
     scores: str = field("softmax", "How a token scores all E experts.", choices=ROUTER_SCORES)
     renormalise: bool = field(
-        True, "The weights of a token's k experts are divided by their sum; of a softmax: a softmax over the k."
+        True,
+        "The weights of a token's k experts are divided by their sum; of a softmax: a softmax over the k. With "
+        "active=1 the weight is 1, and the router learns only from its losses.",
     )
     scale: float = field(1.0, "Factor of the weights of a token's experts.", above=0)
     groups: int = field(1, "Groups of experts; a token uses only experts of top_groups of them.", at_least=1)

@@ -124,6 +124,7 @@ class AttentionInputs(NamedTuple):
     source: Any = None  # [B, S, D], the encoder's output for cross-attention, or None
     source_mask: Mask | None = None
     segments: Tokens | None = None  # the document of each token; with a cache 1, and 0 for padding before the text
+    counted: Bool[Array, "B T"] | None = None  # False at tokens that the statistics of routers leave out
 
 
 class Attention(nn.Module):

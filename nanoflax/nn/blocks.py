@@ -108,7 +108,7 @@ class Block(nn.Module):
         return self.cross_attention.keys_values(source)
 
     def _mlp(self, x, inputs):
-        return self.mlp(x, inputs.segments) if self.config.is_sparse(self.layer) else self.mlp(x)
+        return self.mlp(x, inputs.counted) if self.config.is_sparse(self.layer) else self.mlp(x)
 
     def _before(self, name, x):
         normed = self.config.norm_place in ("pre", "sandwich") and hasattr(self, f"norm_{name}")
@@ -182,11 +182,13 @@ class Stack(nn.Module):
         source: Float[Array, "B S D"] | None = None,
         source_mask: SourceMask | None = None,
         deterministic: bool = True,
+        counted: Bool[Array, "B T"] | None = None,
     ) -> tuple[States, dict | None]:
         """The last hidden states of the embeddings x (in an encoder of config.embed_dim), and the new cache.
 
         segments: with `causal`, a token attends only to its own segment; else to all tokens except those
-        of segment 0 (padding). cache: x is added to it. source, source_mask: for cross-attention.
+        of segment 0 (padding). cache: x is added to it. source, source_mask: for cross-attention. counted: False at
+        tokens that the statistics of routers leave out; default segment 0.
 
         Prompt tuning (Lester et al. 2021): P trained vectors precede position 0, visible to all tokens.
         A call with T = 0 writes their keys and values to the cache's first slots.
@@ -198,8 +200,8 @@ class Stack(nn.Module):
             P, prompted = len(prompt), cache is None or x.shape[1] == 0
             if prompted:
                 x = jnp.concatenate([jnp.broadcast_to(prompt, (len(x), *prompt.shape)), x], 1)
-        if P and segments is not None:
-            segments = jnp.pad(segments, [(0, 0), (P, 0)], constant_values=1)
+        after_prompt = lambda x: x if x is None else jnp.pad(x, [(0, 0), (P, 0)], constant_values=1)
+        segments, counted = after_prompt(segments), after_prompt(counted)
         if cache is None:
             places, mask, spec = self._whole_texts(x, P, segments)
             index, caches = None, [None] * self.layers
@@ -208,7 +210,8 @@ class Stack(nn.Module):
             segments = (places.queries >= cache["start"][:, None]).astype(jnp.int32)
             index, caches, source_mask = cache["index"], cache["layers"], cache.get("source_mask")
         source_mask = None if source_mask is None else masking.padding(source_mask)
-        inputs = AttentionInputs(mask, spec, index=index, source=source, source_mask=source_mask, segments=segments)
+        counted = segments > 0 if counted is None and segments is not None else counted
+        inputs = AttentionInputs(mask, spec, None, None, index, source, source_mask, segments, counted)
         if c.positions == "relative":
             inputs = inputs._replace(bias=self._relative_bias(places.queries[0], places.keys[0]))
         x = self._add_positions(x, places.positions, P)

@@ -200,14 +200,8 @@ class AttentionLSTM(SourceModel):
             else:
                 h = memory = jnp.zeros_like(x[:, 0, : self.config.dim])
             layers.append((h, memory.astype(jnp.float32)))
-        return {
-            "last": jnp.zeros_like(h),
-            "layers": layers,
-            "keys": self.key(x),
-            "values": x,
-            "source_mask": mask,
-            **empty_delay(self, len(x)),
-        }
+        state = {"last": jnp.zeros_like(h), "layers": layers, "keys": self.key(x), "values": x, "source_mask": mask}
+        return state | empty_delay(self, len(x))
 
     def _encode(self, source, source_mask, deterministic):
         """(the states [B, S, 2D] of the last layer, a list with the last h and c [B, 4D] of each layer)."""

@@ -45,10 +45,15 @@ class Decoder(LanguageModel):
         return self.head(x), cache
 
     def hidden(
-        self, tokens: Tokens, segments: Tokens | None = None, cache: dict | None = None, deterministic: bool = True
+        self,
+        tokens: Tokens,
+        segments: Tokens | None = None,
+        cache: dict | None = None,
+        deterministic: bool = True,
+        counted: Bool[Array, "B T"] | None = None,
     ) -> tuple[States, dict | None]:
-        """(the states that `head` reads, in the compute dtype; the new cache)."""
-        x, cache = self.decoder(self.embed(tokens), segments, cache, deterministic=deterministic)
+        """(the states that `head` reads, in the compute dtype; the new cache). counted: as in `Stack`."""
+        x, cache = self.decoder(self.embed(tokens), segments, cache, None, None, deterministic, counted)
         return self.output(x, segments, cache)
 
     def empty_cache(self, batch: int, length: int, start: Int[Array, " B"] | None = None) -> dict:
@@ -84,11 +89,8 @@ class DecoderClassifier(Decoder):
         self, tokens: Tokens, padding_mask: Bool[Array, "B T"] | None = None, deterministic: bool = True
     ) -> Float[Array, "B labels"]:
         """float32 logits. tokens: padded on the right; padding_mask: True at real tokens, default all."""
-        # No real token attends to the padding after it, so no mask is needed, except for the statistics of experts.
-        segments = None
-        if self.config.moe.experts and padding_mask is not None:
-            segments = padding_mask.astype(jnp.int32)
-        x, _ = self.hidden(tokens, segments, deterministic=deterministic)
+        # No real token attends to the padding after it, so no mask is needed.
+        x, _ = self.hidden(tokens, deterministic=deterministic, counted=padding_mask)
         last = jnp.full(len(tokens), -1) if padding_mask is None else padding_mask.sum(-1) - 1
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         return self.labels(self.drop(x, deterministic=deterministic)).astype(jnp.float32)
@@ -185,13 +187,14 @@ class EncoderDecoder(SourceModel):
         source_mask: SourceMask | None = None,
         cache: dict | None = None,
         deterministic: bool = True,
+        counted: Bool[Array, "B T"] | None = None,
     ) -> tuple[States, dict | None]:
-        """(the states that `head` reads, in the compute dtype; the new cache)."""
+        """(the states that `head` reads, in the compute dtype; the new cache). counted: of targets, as in `Stack`."""
         states = None
         if cache is None:
             states = self.encode(source, source_mask, deterministic)  # type: ignore  # without a cache it is given
             states, source_mask = self.through_bottleneck(states, source_mask)
-        x, cache = self.decoder(self.embed(targets_in), None, cache, states, source_mask, deterministic)
+        x, cache = self.decoder(self.embed(targets_in), None, cache, states, source_mask, deterministic, counted)
         return self.output(x, cache=cache)
 
     def encode(
@@ -245,13 +248,10 @@ def alignment(model: LanguageModel, params: dict, source: Sequence[int], targets
 
 
 def _empty_cache(model, layers, batch, length, start=None):
-    dtypes = model.compute_dtype, model.cache_dtype
-    return {
-        "layers": [empty_cache(model.config.decoder, i, batch, length, *dtypes) for i in range(layers)],
-        "index": jnp.int32(0),
-        "start": jnp.zeros(batch, jnp.int32) if start is None else start,
-        **empty_delay(model, batch, start),
-    }
+    c, dtypes = model.config.decoder, (model.compute_dtype, model.cache_dtype)
+    cache = {"layers": [empty_cache(c, i, batch, length, *dtypes) for i in range(layers)], "index": jnp.int32(0)}
+    first = jnp.zeros(batch, jnp.int32) if start is None else start
+    return cache | {"start": first} | empty_delay(model, batch, start)
 
 
 VOCABULARY = {"embed/embedding", "unembed/kernel", "logit_bias"}  # the parameters with a dimension V

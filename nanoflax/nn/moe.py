@@ -11,11 +11,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig, MoEConfig
-from nanoflax.kernels import Array, States, Tokens, blocks_of, cast, grouped_matmul, move
+from nanoflax.kernels import Array, States, blocks_of, cast, grouped_matmul, move
 from nanoflax.nn.layers import MLP, Linear, parameter
 
 
@@ -81,11 +81,11 @@ class Router(Linear):
         return super().__call__(x), correction
 
 
-def _router_sums(logits, chosen, shares, correction, segments):
-    """[5, E] float32, over real tokens: choices and shares of each expert; E times logsumexp^2 of logits, and 1; the
+def _router_sums(logits, chosen, shares, correction, counted):
+    """[5, E] float32, over counted tokens: choices and shares of each expert; E times logsumexp^2 of logits, and 1; the
     correction of each expert."""
     E = logits.shape[-1]
-    real = jnp.ones(logits.shape[:2]) if segments is None else (segments > 0).astype(jnp.float32)
+    real = jnp.ones(logits.shape[:2]) if counted is None else counted.astype(jnp.float32)
     of_token = jnp.stack([jax.nn.logsumexp(logits, -1) ** 2, jnp.ones_like(real)], -1)
     of_expert = jnp.stack([jax.nn.one_hot(chosen, E).sum(-2), shares], -2)
     x = jnp.concatenate([of_expert, jnp.broadcast_to(of_token[..., None], (*real.shape, 2, E))], -2)
@@ -93,20 +93,22 @@ def _router_sums(logits, chosen, shares, correction, segments):
 
 
 def router_terms(moe: MoEConfig, collected: Any) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """(the losses of the routers times their factors, metrics) over all layers and real tokens together.
+    """(the losses of the routers times their factors, metrics) over all layers and counted tokens of a stack together;
+    the losses of an encoder and a decoder are added, as in NLLB-MoE.
 
-    collected: the collections "router" that `apply` returns with mutable=["router"]. The balance loss is E times the
+    collected: the values that `apply` returns with mutable=["router"]. The balance loss is E times the
     sum over experts of choices per token times mean share (Fedus et al. 2021, equation 4, as Transformers has it); the
     z-loss is the mean of logsumexp^2 (Zoph et al. 2022, equation 5). The correction of an expert falls while it has
     more than its part of a layer's tokens (Wang et al. 2024, algorithm 1, with Adam's steps).
     Metrics: both losses; expert_load, the largest share of a layer's choices that an expert has, times E (1:
     balanced); dropped, the share of choices that are not computed.
     """
-    layers = jnp.concatenate([x.reshape(-1, 5, moe.experts) for x in jax.tree.leaves(collected)])
-    chosen, shares, z, ones, correction = layers.swapaxes(0, 1)
-    tokens = jnp.maximum(ones.sum(0), 1)
-    balance = moe.experts * jnp.sum(chosen.sum(0) / tokens * shares.sum(0) / tokens)
-    z = jnp.mean(z.sum(0) / tokens)
+    stacks = [jax.tree.leaves([x.get("router", {}).get(name) for x in collected]) for name in ("encoder", "decoder")]
+    stacks = [jnp.concatenate([x.reshape(-1, 5, moe.experts) for x in leaves]) for leaves in stacks if leaves]
+    chosen, shares, z, ones, _ = jnp.stack([layers.sum(0) for layers in stacks], 1)
+    tokens = jnp.maximum(ones, 1)
+    balance, z = moe.experts * jnp.sum(chosen / tokens * shares / tokens), jnp.mean((z / tokens).sum(0))
+    chosen, *_, correction = jnp.concatenate(stacks).swapaxes(0, 1)
     load = moe.experts * jnp.max(chosen / jnp.maximum(chosen.sum(1, keepdims=True), 1))
     metrics = {"balance_loss": balance, "router_z_loss": z, "expert_load": load, "dropped": jnp.zeros(())}
     # The gradient of a correction is the excess load of its expert. It is small beside all others, so that clipping
@@ -124,8 +126,8 @@ class MoE(nn.Module):
     out_stddev: float
 
     @nn.compact
-    def __call__(self, x: States, segments: Tokens | None = None) -> States:
-        """segments: 0 at padding, which the statistics of the router leave out."""
+    def __call__(self, x: States, counted: Bool[Array, "B T"] | None = None) -> States:
+        """counted: False at tokens that the statistics of the router leave out."""
         c, m, D = self.config, self.config.moe, x.shape[-1]
         options = c.activation, c.gated, c.has_bias("mlp"), self.out_stddev, c.swiglu
         router = Router(m.experts, m.router_bias, correction=m.correction, name="router")
@@ -133,7 +135,7 @@ class MoE(nn.Module):
         chosen, weights, shares = parallel.map_tokens(lambda *parts: route(parts[0], m, *parts[1:]), logits, correction)
         if self.is_mutable_collection("router") and not self.is_initializing():
             own = 0.0 if correction is None else correction
-            self.sow("router", "sums", _router_sums(logits, chosen, shares, own, segments))
+            self.sow("router", "sums", _router_sums(logits, chosen, shares, own, counted))
 
         def compute(x, chosen, weights, params):  # with all experts, or with those of a device of a mesh
             E, F, _ = params["down"]["kernel"].shape

@@ -8,6 +8,7 @@ from nanoflax.train.objectives import (
     classify,
     dropout,
     guesses,
+    hidden_options,
     map_logits,
     masked_lm,
     seq2seq,
@@ -19,6 +20,6 @@ from nanoflax.train.step import compile_step, jit_step, make_evaluation, make_tr
 
 __all__ = [
     "Batch", "Sums", "Tracking", "TrainState", "abstract_batch", "abstract_state", "causal_lm",
-    "classify", "compile_init", "compile_step", "dropout", "fit", "guesses", "init_state", "jit_step",
-    "make_evaluation", "make_optimizer", "make_train_step", "map_logits", "masked_lm", "path_of", "seq2seq",
-    "tag"]  # fmt: skip
+    "classify", "compile_init", "compile_step", "dropout", "fit", "guesses", "hidden_options",
+    "init_state", "jit_step", "make_evaluation", "make_optimizer", "make_train_step", "map_logits", "masked_lm",
+    "path_of", "seq2seq", "tag"]  # fmt: skip

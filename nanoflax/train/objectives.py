@@ -66,7 +66,7 @@ def causal_lm(model: LanguageModel, params: dict, batch: Batch, rng: Array | Non
     """
     targets, segments = batch["targets"], batch.get("segments")
     inputs = nn.shift_right(targets, batch["first"], segments, batch.get("start"))
-    hidden, _ = model.apply({"params": params}, inputs, segments, method="hidden", **dropout(rng))
+    hidden, _ = model.apply({"params": params}, inputs, segments, method="hidden", **hidden_options(model, batch, rng))
     return _token_sums(model, params, hidden, targets, batch["weights"], batch.get("source_number"), **options)
 
 
@@ -152,14 +152,21 @@ def dropout(rng: Array | None) -> dict[str, Any]:
     return {"deterministic": rng is None, "rngs": None if rng is None else {"dropout": rng}}
 
 
+def hidden_options(model: LanguageModel, batch: Batch, rng: Array | None = None) -> dict[str, Any]:
+    """The arguments of `hidden` that depend on a batch of targets: dropout, and in a model with experts which tokens
+    their statistics count. Without segments, the inputs after the last target with a weight are padding."""
+    if not model.config.moe.experts or "segments" in batch or "weights" not in batch:
+        return dropout(rng)
+    return dropout(rng) | {"counted": jax.lax.cummax(batch["weights"], 1, reverse=True) > 0}
+
+
 def _states(model, params, batch, rng=None) -> Any:
     """The states that the head reads, of an encoder or of a model with a source."""
     if "source" not in batch:
         return model.apply({"params": params}, batch["tokens"], batch["padding_mask"], method="hidden", **dropout(rng))
     inputs = nn.shift_right(batch["targets"], model.config.start_id)
-    return model.apply(
-        {"params": params}, inputs, batch["source"], batch["source_mask"], method="hidden", **dropout(rng)
-    )[0]
+    source = batch["source"], batch["source_mask"]
+    return model.apply({"params": params}, inputs, *source, method="hidden", **hidden_options(model, batch, rng))[0]
 
 
 def _encoded(model, params, batch, rng) -> Any:

@@ -122,24 +122,15 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     c = fill(config, RECIPES["scratch"], steps)
     assert c.learning_rate is not None  # filled
     schedule = make_schedule(c, steps, c.learning_rate)
+    adamw = partial(optax.adamw, schedule, c.b1, c.b2, c.eps, mask=decay_mask, weight_decay=c.weight_decay)
     if c.name == "adamw":
-        tx = optax.adamw(schedule, c.b1, c.b2, c.eps, mask=decay_mask, weight_decay=c.weight_decay)
+        tx = adamw()
     elif c.name == "muon":
         # optax's muon decays all other parameters or none of them, but here only the head has weight decay.
-        tx = optax.partition(
-            {
-                True: optax.contrib.muon(
-                    make_schedule(c, steps, c.muon_learning_rate),
-                    beta=0.95,
-                    weight_decay=c.weight_decay,
-                    muon_weight_dimension_numbers=matrix_axes,
-                ),
-                False: optax.adamw(
-                    schedule, c.b1, c.b2, c.eps, mask=decay_mask, nesterov=True, weight_decay=c.weight_decay
-                ),
-            },
-            partial(jax.tree_util.tree_map_with_path, is_kernel),
-        )
+        options = dict(beta=0.95, weight_decay=c.weight_decay, muon_weight_dimension_numbers=matrix_axes)
+        muon = optax.contrib.muon(make_schedule(c, steps, c.muon_learning_rate), **options)
+        kinds = partial(jax.tree_util.tree_map_with_path, is_kernel)
+        tx = optax.partition({True: muon, False: adamw(nesterov=True)}, kinds)
     elif c.name == "lion":
         tx = optax.lion(schedule, c.b1, c.b2, mask=decay_mask, weight_decay=c.weight_decay)
     elif c.name == "adafactor":

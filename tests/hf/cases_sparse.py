@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, dict]] = {
             rope_parameters=dict(rope_type="default", rope_theta=300.0),
         ),
     ),
+    "mixtral-top1": ("MixtralForCausalLM", _MIXTRAL | dict(num_experts_per_tok=1)),  # weights of 1
     "mixtral-classify": ("MixtralForSequenceClassification", _MIXTRAL | dict(num_labels=3)),
     "qwen3_moe": ("Qwen3MoeForCausalLM", _QWEN3 | dict(decoder_sparse_step=2, attention_bias=True)),
     "qwen3_moe-renormalised": (
@@ -42,6 +43,7 @@ CASES: dict[str, tuple[str, dict]] = {
             rope_parameters=YARN,
         ),
     ),
+    "qwen3_moe-top1": ("Qwen3MoeForCausalLM", _QWEN3 | dict(norm_topk_prob=True, num_experts_per_tok=1)),
     "qwen3_moe-classify": ("Qwen3MoeForSequenceClassification", _QWEN3 | dict(num_labels=3)),
     "olmoe": ("OlmoeForCausalLM", _MOE),
     "olmoe-renormalised": (
