@@ -154,9 +154,22 @@ UNEQUAL = {
     "dense prefix": LLAMA | dict(layers=4, moe=MoEConfig(experts=3, active=2, expert_dim=24, dense_layers=(0,))),
     "period": LLAMA | dict(layers=4, moe=MoEConfig(experts=3, active=2, expert_dim=24, dense_layers=(0, 2))),
     "hybrid": LLAMA | dict(layers=4, layer_types=("delta", "full"), recurrent=RECURRENT),
-    "no first norm": SMALL | dict(architecture="encoder", head="tag", first_norm=False),
+    "modernbert": LLAMA
+    | dict(
+        architecture="encoder",
+        head="mlm",
+        layers=4,
+        kv_heads=4,
+        activation="gelu",
+        norm="layernorm",
+        first_norm=False,
+        embed_norm=True,
+        window=4,
+        layer_types=("full", "sliding", "sliding"),
+        rope=RopeConfig(local_theta=100.0),
+    ),
 }
-GROUPS = {"dense prefix": ((1, 1),), "period": ((0, 2), (1, 2)), "hybrid": ((0, 2), (1, 2)), "no first norm": ((1, 1),)}
+GROUPS = {"dense prefix": ((1, 1),), "period": ((0, 2), (1, 2)), "hybrid": ((0, 2), (1, 2)), "modernbert": ((1, 1),)}
 
 
 @pytest.mark.parametrize("name", UNEQUAL)
@@ -199,9 +212,9 @@ def test_groups_of_different_lengths_are_refused():
 
 
 def test_kinds_that_do_not_repeat_are_refused():
-    config = config_of(True, model=LLAMA | dict(layers=3, moe=MoEConfig(experts=2, dense_layers=(2,))))
-    with pytest.raises(UserError, match="train.scan_layers=true needs kinds of layers that repeat"):
-        validate(config)
+    for model in (dict(layers=3, moe=MoEConfig(experts=2, dense_layers=(2,))), dict(layers=2, first_norm=False)):
+        with pytest.raises(UserError, match="train.scan_layers=true needs kinds of layers that repeat"):
+            validate(config_of(True, model=LLAMA | model))
 
 
 @pytest.mark.parametrize("remat", ["dots", "offload", "blocks"])
