@@ -31,6 +31,13 @@ class RopeConfig:
     fraction: float = field(1.0, "Share of K that is rotated (GPT-NeoX, Phi-3).", within="(0, 1]")
     interleaved: bool = field(False, "A pair is two neighbours (GPT-J), not number i of each half (Llama).")
     reversed: bool = field(False, "The pairs turn the other way (nanochat).")
+    nope_scale: float = field(
+        0.0,
+        "s: in model.nope_layers the queries at position p are multiplied by 1 + s ln(1 + floor((p + 1) / nope_floor)) "
+        "(Nakanishi 2025; Llama 4).",
+        at_least=0,
+    )
+    nope_floor: int = field(8192, "See nope_scale.", unit="tokens", at_least=1)
     scaling: str = field("none", "How the frequencies change for longer contexts.", choices=ROPE_SCALINGS)
     factor: float = field(1.0, "How many times longer the context is than in training.", above=0)
     context: int = field(8192, "The context in training.", unit="tokens", at_least=1)
@@ -53,6 +60,7 @@ class MoEConfig:
     experts: int = field(0, "E, the experts of a layer; 0: one MLP.", at_least=0)
     active: int = field(2, "k, the experts that a token uses.", at_least=1)
     expert_dim: int | None = field(None, "F of an expert; none: model.mlp_dim.", at_least=1)
+    expert_bias: bool | None = field(None, "Biases of the experts; none: as model.mlp_bias.")
     shared_dim: int = field(0, "F of an MLP beside the experts that every token uses; 0: none.", at_least=0)
     shared_gate: bool = field(False, "The MLP beside the experts has a gate, the sigmoid of a product (Qwen2-MoE).")
     dense_layers: tuple[int, ...] = field((), "Layers, from 0, with one MLP of model.mlp_dim.")
@@ -62,7 +70,9 @@ class MoEConfig:
         "The weights of a token's k experts are divided by their sum; of a softmax: a softmax over the k. With "
         "active=1 the weight is 1, and the router learns only from its losses.",
     )
+    least_sum: float = field(1e-20, "moe.renormalise: the least number that weights are divided by.", above=0)
     scale: float = field(1.0, "Factor of the weights of a token's experts.", above=0)
+    weigh_inputs: bool = field(False, "The weights multiply the inputs of the experts, not their outputs (Llama 4).")
     groups: int = field(1, "Groups of experts; a token uses only experts of top_groups of them.", at_least=1)
     top_groups: int = field(1, "The groups that a token uses, those of the highest score.", at_least=1)
     group_best: int = field(2, "The best scores of a group whose sum is its score (DeepSeek-V2: 1).", at_least=1)
@@ -71,6 +81,9 @@ class MoEConfig:
         "A bias changes which experts are chosen, not their weights; training equals the loads by it (DeepSeek-V3).",
     )
     router_bias: bool = field(False, "A bias of the router's logits (gpt-oss).")
+    stacked: bool = field(
+        False, "In files of Transformers the experts of a layer are one tensor, gate and up together (since version 5)."
+    )
     balance_loss: float = field(0.0, "Factor of the loss that keeps the experts' loads equal.", at_least=0)
     z_loss: float = field(0.0, "Factor of the mean square of the router's log-sum-exp (Zoph et al. 2022).", at_least=0)
 

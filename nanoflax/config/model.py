@@ -34,7 +34,7 @@ ARCHITECTURES = {
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "relu2", "tanh")
 NORMS = ("layernorm", "rmsnorm")
 NORM_PLACES = ("pre", "post", "sandwich", "after")
-QK_NORMS = ("none", "head", "full", "each_head")
+QK_NORMS = ("none", "head", "full", "each_head", "rotated")
 POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves", "rotary", "relative", "none")
 LSTM_ATTENTIONS = ("additive", "multiplicative")
 LSTM_STARTS = ("encoder", "zeros")
@@ -91,14 +91,15 @@ class ModelConfig:
     embed_norm: bool = field(False, "A norm directly after the embeddings (BERT, BART).")
     qk_norm: str = field(
         "none",
-        "RMSNorm of queries and keys, over a head's K or all H K; each_head: LayerNorm with a scale for each head.",
+        "RMSNorm of queries and keys, over a head's K or all H K; rotated: of a head, after rotary positions, without "
+        "scale (Llama 4), only where there are some; each_head: LayerNorm with a scale for each head.",
         choices=QK_NORMS,
     )
 
     positions: str = field("learned", "How positions are encoded.", choices=POSITIONS)
     position_offset: int = field(0, "Rows of the learned table before position 0 (OPT, RoBERTa, BART: 2).", at_least=0)
     rope: RopeConfig = field(RopeConfig(), "Rotary positions.")
-    nope_layers: tuple[int, ...] = field((), "Layers, from 0, without rotary positions (SmolLM3).")
+    nope_layers: tuple[int, ...] = field((), "Layers, from 0, without rotary positions (SmolLM3, Llama 4).")
     relative_buckets: int = field(32, "Buckets of relative positions (T5).", at_least=1)
     relative_distance: int = field(128, "Distance where the last bucket begins (T5).", unit="tokens", at_least=1)
 
@@ -109,9 +110,7 @@ class ModelConfig:
         at_least=0,
     )
     layer_types: tuple[str, ...] = field(
-        (),
-        f"Kinds of the layers, from the first, repeated: {', '.join(LAYER_TYPES)}; none: sliding with a window, else "
-        "full.",
+        (), f"Kinds of layers, from the first, repeated: {', '.join(LAYER_TYPES)}; none: full, with a window sliding."
     )
     attention_scale: float | None = field(None, "Factor of the attention scores; none: K^-1/2.", above=0)
     attention_softcap: float = field(0.0, "c: scores become c tanh(score / c) (Gemma 2); 0: unchanged.", at_least=0)

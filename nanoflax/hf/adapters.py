@@ -175,8 +175,7 @@ def _low_rank_tensors(names: PeftNames, c: Any, flat: Mapping[str, Any], directo
             alpha = scale * rank ** (0.5 if c.rank_stabilized else 1)
             ranks |= {module: rank} if rank != c.rank else {}
             alphas |= {module: alpha} if abs(alpha - c.alpha) > 1e-5 * c.alpha else {}
-    named = lambda name: names.written(names.family.base + name)
-    experts = write_experts(flat, names.config, named)
+    experts = write_experts(flat, names.config, names.family, names.written)
     for parameter, (parts, rank, scale) in experts.items():
         tensors |= parts
         ranks |= {parameter: rank} if rank != c.rank else {}

@@ -34,14 +34,18 @@ LLAMA = Family(
     base="model.")  # fmt: skip
 
 
-def like_llama(model_type, name, without=(), keys=None, preset=None, defaults=None, fields=None, **changes):
+def like_llama(
+    model_type, name, without=(), keys=None, preset=None, defaults=None, fields=None, stacked=None, **changes
+):
     """The Llama family with changes. without: fields of Llama that this family does not have."""
+    in_block = lambda keys: under("decoder/block_{i}", "model.layers.{i}", keys or {})
     kept = {a: b for a, b in LLAMA.fields.items() if a not in without}
     return dataclasses.replace(
         LLAMA,
         model_type=model_type,
         classes={"lm": (f"{name}ForCausalLM",)},
-        keys=LLAMA.keys | under("decoder/block_{i}", "model.layers.{i}", keys or {}),
+        keys=LLAMA.keys | in_block(keys),
+        stacked=in_block(stacked),
         fields=kept | (fields or {}),
         preset=LLAMA.preset | (preset or {}),
         defaults=LLAMA.defaults | (defaults or {}),

@@ -59,7 +59,7 @@ class Family:
       fused_by_head   for each head its part of each, transposed: [H 3 K, D] (GPT-NeoX); for groups of heads, their
                       number follows the part (Qwen3-Next)
       rotary_pairs    transposed, and the two halves of each rotary pair are neighbours (GGUF)
-      each_transposed [E, out, in] for our kernels [E, in, out] of experts (GGUF)
+      each_transposed [E, out, in] for our kernels [E, in, out] of experts, several one after another (GGUF, Granite)
       plus_one        float32, 1 + ours (GGUF: the norms of Gemma)
     """
 
@@ -78,6 +78,9 @@ class Family:
     read: Callable[[Json], Json] = lambda hf: {}
     write: Callable[[ModelConfig], Json] = lambda c: {}  # ModelConfig -> further values of config.json
     more_keys: Callable[[ModelConfig], dict[str, Any]] = lambda c: {}  # keys that depend on the configuration
+    # Keys of files that have the experts of a layer as Transformers 5 computes them: gate_up_proj [E, 2 F, D] and
+    # down_proj [E, D, F] of one module. The adapters of peft for experts have the names of this module.
+    stacked: dict[str, Any] = dataclasses.field(default_factory=dict)
     # Field of ModelConfig -> the tensor whose presence decides it.
     present: dict[str, str] = dataclasses.field(default_factory=dict)
     # Name of a tensor that may be a copy of another -> name of the other. A tied output layer needs no entry.
@@ -90,9 +93,13 @@ class Family:
         if unknown:
             raise ValueError(f"family {self.model_type}: ModelConfig has no {', '.join(sorted(unknown))}")
 
+    def keys_of(self, config: ModelConfig) -> dict[str, Any]:
+        """All keys of a model with this configuration."""
+        return self.keys | self.more_keys(config) | (self.stacked if config.moe.stacked else {})
+
     def unembed(self, config: ModelConfig) -> str:
         """The name of the tensor of the output layer."""
-        return f"{(self.keys | self.more_keys(config))['unembed']}.weight"
+        return f"{self.keys_of(config)['unembed']}.weight"
 
     def copies(self, config: ModelConfig) -> dict[str, str]:
         """Name of a tensor that may be a copy of another -> name of the other."""
@@ -270,13 +277,15 @@ def _canonical_layers(c: ModelConfig) -> tuple[ModelConfig, list[str]]:
             "reversed",
             "scaling",
             *ROPE_SCALINGS[c.rope.scaling],
+            *(("nope_scale", "nope_floor") if c.rope.nope_scale and c.nope_layers else ()),
         }
         rope = {name: value for name, value in vars(c.rope).items() if name in read}
         c = dataclasses.replace(c, rope=RopeConfig(**rope))
     unused += [] if c.swiglu_limit else ["swiglu_alpha"]
     if c.moe.experts:
         dense = tuple(i for i in range(c.layers) if not c.is_sparse(i))
-        moe = dataclasses.replace(c.moe, expert_dim=c.moe.expert_dim or c.F, dense_layers=dense)
+        bias = c.has_bias("mlp") if c.moe.expert_bias is None else c.moe.expert_bias
+        moe = dataclasses.replace(c.moe, expert_dim=c.moe.expert_dim or c.F, expert_bias=bias, dense_layers=dense)
         c = dataclasses.replace(c, moe=moe, mlp_dim=c.F if dense else moe.expert_dim)
     else:
         unused += ["moe"]
@@ -328,8 +337,8 @@ def differences(family: Family, config: ModelConfig) -> list[str]:
     # The tensors of a file decide the fields in `present`, not config.json.
     kept = {name: getattr(c, name) for name in family.present if c.head in ("none", "lm")}
     back = to_config(family, from_config(family, config), c.head)
-    losses = {"balance_loss": c.moe.balance_loss, "z_loss": c.moe.z_loss}  # they do not change the logits
-    kept["moe"] = dataclasses.replace(back.moe, **losses)
+    own = {name: getattr(c.moe, name) for name in ("balance_loss", "z_loss", "stacked")}  # do not change the logits
+    kept["moe"] = dataclasses.replace(back.moe, **own)
     back = canonical(dataclasses.replace(back, **kept, tied=c.tied))
     # Transformers adds a row of the table of token types to every token, so there must be one.
     no_row = not c.token_types and "token_types" in family.fields.values()

@@ -93,7 +93,7 @@ class Architecture:
             keys[ours] = (name, *layout) if layout else name
             if config.norm_unit_offset and "norm" in ours.rpartition("/")[2]:
                 keys[f"{ours}/scale"] = (f"{name}.weight", "plus_one")
-        return dataclasses.replace(self.family, keys=keys, more_keys=lambda c: {})
+        return dataclasses.replace(self.family, keys=keys, more_keys=lambda c: {}, stacked={})
 
 
 def _gemma(layers_of_27b: int) -> Callable[[Json], Json]:

@@ -6,7 +6,7 @@ from nanoflax.errors import UserError
 from nanoflax.hf.decoders import like_llama, with_classifier
 from nanoflax.hf.family import Family, under
 from nanoflax.hf.rope import read_layers, read_rope, write_layers, write_rope
-from nanoflax.hf.sparse import EXPERTS, read_dense_layers
+from nanoflax.hf.sparse import EXPERTS, GATED_SHARED, read_dense_layers, stacked
 
 _NO_LIMIT = 3.4e38  # the largest float32: not every version of Transformers reads Infinity in JSON
 
@@ -91,9 +91,7 @@ def _write_qwen3_next(c):
 
 _QWEN3_NEXT = like_llama(
     "qwen3_next", "Qwen3Next", without=("mlp_bias",),
-    keys=EXPERTS | {
-          "mlp/shared_gate": "mlp.shared_expert_gate",
-          **{f"mlp/shared/{name}": f"mlp.shared_expert.{name}_proj" for name in ("up", "gate", "down")},
+    keys=EXPERTS | GATED_SHARED | {
           "attention/query": ("self_attn.q_proj", "fused_by_head", 0),
           "attention/gate": ("self_attn.q_proj", "fused_by_head", 1),
           "recurrent/conv": ("linear_attn.conv1d.weight", "transposed"), "recurrent/decay": "linear_attn.A_log",
@@ -117,7 +115,7 @@ _QWEN3_NEXT = like_llama(
               "linear_conv_kernel_dim": 4, "num_experts": 512, "num_experts_per_tok": 10,
               "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "norm_topk_prob": True,
               "router_aux_loss_coef": 0.001, "decoder_sparse_step": 1, "mlp_only_layers": ()},
-    read=_read_qwen3_next, write=_write_qwen3_next,
+    read=_read_qwen3_next, write=_write_qwen3_next, stacked=stacked(),
     # The layers that predict a second token; Transformers does not read them either.
     ignored=r".*rotary_emb\.inv_freq|(model\.)?mtp\..*")  # fmt: skip
 

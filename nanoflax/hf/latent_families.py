@@ -8,26 +8,22 @@ import math
 from nanoflax.errors import UserError
 from nanoflax.hf.decoders import like_llama, with_classifier
 from nanoflax.hf.rope import read_rope, write_rope, yarn_scale
-from nanoflax.hf.sparse import EXPERTS
+from nanoflax.hf.sparse import EXPERTS, SHARED, read_shared, stacked, write_shared
 
 _ATTENTION = {
     "attention/query": "self_attn.q_proj", "attention/query_down": "self_attn.q_a_proj",
     "attention/query_norm": "self_attn.q_a_layernorm", "attention/query_up": "self_attn.q_b_proj",
     "attention/latent_down": "self_attn.kv_a_proj_with_mqa", "attention/latent_norm": "self_attn.kv_a_layernorm",
     "attention/latent_up": "self_attn.kv_b_proj"}  # fmt: skip
-_SHARED = {f"mlp/shared/{part}": f"mlp.shared_experts.{part}_proj" for part in ("up", "gate", "down")}
 
 
 def _read_latent(hf):
     rope, ours = hf.get("rope_scaling") or hf.get("rope_parameters") or {}, read_rope(hf)
-    if type(shared := hf["n_shared_experts"]) is not int:
-        raise UserError(f"n_shared_experts={shared!r} must be a number; Transformers has no model without them")
     strength, K = rope.get("mscale_all_dim"), hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"]
     scale = yarn_scale(rope["factor"], strength) if strength and ours["rope.scaling"] != "none" else 1.0
-    return ours | {
+    return ours | read_shared(hf) | {
         "head_dim": K, "attention_scale": K**-0.5 * scale**2, "out_bias": hf["attention_bias"],
         "latent.query_rank": hf["q_lora_rank"] or 0,
-        "moe.shared_dim": shared * hf["moe_intermediate_size"],
         "moe.dense_layers": tuple(range(min(hf["first_k_dense_replace"] or 0, hf["num_hidden_layers"]))),
     }  # fmt: skip
 
@@ -41,12 +37,9 @@ def _write_latent(c):
         if factor := c.rope.attention_factor:
             over = factor * yarn_scale(c.rope.factor, strength)
             hf["rope_scaling"]["mscale"] = round((over - 1) / (0.1 * math.log(c.rope.factor)), 9)
-    sparse = m.experts > 0
-    return hf | {
+    return hf | write_shared(c) | {
         "qk_nope_head_dim": K - a.rope_dim, "q_lora_rank": a.query_rank or None,
-        "n_shared_experts": m.shared_dim // (m.expert_dim or c.F) if sparse else 1,
         "moe_intermediate_size": m.expert_dim or c.F,
-        "first_k_dense_replace": next((i for i in range(c.layers) if c.is_sparse(i)), c.layers),
     }  # fmt: skip
 
 
@@ -59,7 +52,7 @@ _DEFAULTS = {"qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
              "kv_lora_rank": 512, "q_lora_rank": 1536}  # fmt: skip
 _V3 = like_llama(
     "deepseek_v3", "DeepseekV3", without=_WITHOUT,
-    keys=_ATTENTION | EXPERTS | _SHARED | {"mlp/router/correction": "mlp.gate.e_score_correction_bias"},
+    keys=_ATTENTION | EXPERTS | SHARED | {"mlp/router/correction": "mlp.gate.e_score_correction_bias"},
     fields=_FIELDS | {"n_group": "moe.groups", "topk_group": "moe.top_groups", "norm_topk_prob": "moe.renormalise",
                       "rope_interleave": "rope.interleaved"},
     preset={"moe.scores": "sigmoid", "moe.correction": True},
@@ -69,7 +62,7 @@ _V3 = like_llama(
         "norm_topk_prob": True, "routed_scaling_factor": 2.5, "rope_interleave": True},
     only={"num_key_value_heads": "num_attention_heads", "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",),
           "moe_layer_freq": (1,)},
-    aliases={"num_local_experts": "n_routed_experts"}, read=_read_latent, write=_write_latent,
+    aliases={"num_local_experts": "n_routed_experts"}, read=_read_latent, write=_write_latent, stacked=stacked(),
     # Layer 61 of the published model predicts a second token; Transformers does not read it either.
     ignored=r".*rotary_emb\.inv_freq|model\.layers\.61\..*")  # fmt: skip
 
@@ -93,12 +86,12 @@ def _write_v2(c):
 
 
 _V2 = like_llama(
-    "deepseek_v2", "DeepseekV2", without=_WITHOUT, keys=_ATTENTION | EXPERTS | _SHARED, fields=_FIELDS,
+    "deepseek_v2", "DeepseekV2", without=_WITHOUT, keys=_ATTENTION | EXPERTS | SHARED, fields=_FIELDS,
     preset={"moe.renormalise": False, "rope.interleaved": True},
     defaults=_DEFAULTS | {
         "n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407, "first_k_dense_replace": 0,
         "routed_scaling_factor": 1.0, "topk_method": "greedy"},
     only={"num_key_value_heads": "num_attention_heads", "mlp_bias": (False,), "scoring_func": ("softmax",),
           "moe_layer_freq": (1,)},
-    aliases={"num_experts": "n_routed_experts"}, read=_read_v2, write=_write_v2)  # fmt: skip
+    aliases={"num_experts": "n_routed_experts"}, read=_read_v2, write=_write_v2, stacked=stacked())  # fmt: skip
 LATENT = [with_classifier(_V3), with_classifier(_V2)]

@@ -82,7 +82,7 @@ class TensorMapping:
         if self.layout in ("same", "fused_columns"):
             return np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0]
         if self.layout == "each_transposed":
-            return arrays[0].swapaxes(-1, -2)
+            return np.concatenate([x.swapaxes(-1, -2) for x in arrays], -2)
         if self.layout == "interleaved":
             return np.stack(arrays, -1).reshape(self.shape)
         if self.layout == "plus_one":
@@ -129,7 +129,7 @@ def tensor_mapping(family: Family, config: ModelConfig) -> list[TensorMapping]:
 
     Raises: UserError for a parameter without a tensor in the family.
     """
-    keys = family.keys | family.more_keys(config)
+    keys = family.keys_of(config)
     found: dict[str, TensorMapping] = {}
     for path, shape in parameter_shapes(config).items():
         block = re.search(r"(?<=block_)\d+", path)

@@ -296,11 +296,14 @@ def _open_directory(directory: pathlib.Path) -> tuple[Family, ModelConfig, Tenso
 
 
 def _normalized(family: Family, config: ModelConfig, tensors: dict, path) -> tuple[Family, ModelConfig, Tensors]:
-    """Normalise tensor names, resolve tied and duplicate tensors, and set the fields in `Family.present`.
+    """Normalise tensor names, resolve tied and duplicate tensors, and set the fields in `Family.present` and
+    moe.stacked.
 
     A name without the prefix (from a bare model) gets it; gamma and beta of the first BERT become weight and bias.
     """
-    keys = (family.keys | family.more_keys(config)).values()
+    if family.stacked and any(name.endswith(".experts.gate_up_proj") for name in tensors):
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, stacked=True))
+    keys = family.keys_of(config).values()
     known = {(key if isinstance(key, str) else key[0]).split(".")[0] for key in keys}
     named = {}
     for name, tensor in tensors.items():

@@ -7,7 +7,7 @@ from nanoflax.errors import UserError
 from nanoflax.hf.decoders import like_llama, with_classifier
 from nanoflax.hf.rope import read_layers, read_rope, write_layers, write_rope
 
-_GRANITE = like_llama(
+GRANITE = like_llama(
     "granite", "Granite",
     fields={"embedding_multiplier": "embed_scale", "residual_multiplier": "residual_scale",
             "attention_multiplier": "attention_scale"},
@@ -101,10 +101,9 @@ _GLM4 = like_llama(
 _NANOCHAT = like_llama(
     "nanochat", "NanoChat", without=("mlp_bias",),
     keys={"mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2"},
-    preset={"gated": False, "norm_scale": False, "embed_norm": True, "qk_norm": "head", "rope.reversed": True},
+    preset={"gated": False, "norm_scale": False, "embed_norm": True, "qk_norm": "rotated", "rope.reversed": True},
     defaults={"hidden_act": "relu2", "final_logit_softcapping": 15.0},
-    # Transformers normalises queries and keys after the rotation, which changes their length in yarn and longrope.
-    read=lambda hf: read_rope(hf, ("default", "linear", "dynamic", "llama3")) | {
+    read=lambda hf: read_rope(hf) | {
         "out_bias": hf["attention_bias"], "logit_softcap": hf["final_logit_softcapping"] or 0.0},
     write=lambda c: write_rope(c) | {"final_logit_softcapping": c.logit_softcap or None})  # fmt: skip
 
@@ -135,5 +134,5 @@ _OLMO3 = like_llama(
 
 MORE_DECODERS = [
     *map(with_classifier, (_STARCODER2, _STABLELM, _SMOLLM3, _GLM4, _OLMO3)),
-    *(_GRANITE, _COHERE2, _NANOCHAT),  # Transformers has no class that classifies with them
+    *(GRANITE, _COHERE2, _NANOCHAT),  # Transformers has no class that classifies with them
 ]

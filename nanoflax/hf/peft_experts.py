@@ -12,23 +12,35 @@ from typing import Any
 import numpy as np
 
 from nanoflax.config import ModelConfig
+from nanoflax.errors import UserError
+from nanoflax.hf.family import Family
 
 # A parameter of Transformers, in the order of its module -> our Linears, in the order of its rows.
 PARAMETERS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
-_NAME = re.compile(r"(?:model\.)?layers\.(\d+)\.mlp\.experts(\.base_layer)?\.lora_([AB])\.weight")
+_NAME = re.compile(
+    r"(?:model\.)?(layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts)(\.base_layer)?\.lora_([AB])\.weight"
+)
+_DOWN = "decoder/block_{i}/mlp/experts/down/kernel"
 
 
 def write_experts(
-    flat: Mapping[str, Any], config: ModelConfig, named: Callable[[str], str]
+    flat: Mapping[str, Any], config: ModelConfig, family: Family, named: Callable[[str], str]
 ) -> dict[str, tuple[dict[str, np.ndarray], int, float]]:
     """{name of a parameter: ({name of a tensor: array}, rank, scale)} of the adapters of experts. named: makes a
-    name of Transformers' model from "layers.0.mlp.experts".
+    name that peft writes from one of the family, such as "model.layers.0.mlp.experts".
 
     Gate and up share lora_A in peft: if they differ, each has its own ranks, and zeros in the other's rows.
+    Raises: UserError for a family whose experts Transformers stacks otherwise.
     """
     found = {}
-    for i in range(config.layers):
-        start, module = f"decoder/block_{i}/mlp/experts/", named(f"layers.{i}.mlp.experts")
+    if _DOWN not in family.stacked and any("/experts/" in path and path.endswith("/lora_a") for path in flat):
+        raise UserError(
+            f"adapters of the experts of {family.model_type} cannot be written for the peft library: leave experts out "
+            "of peft.targets"
+        )
+    for i in range(config.layers if _DOWN in family.stacked else 0):
+        start = f"decoder/block_{i}/mlp/experts/"
+        module = named(family.stacked[_DOWN][0].removesuffix(".down_proj").format(i=i))
         adapted = {name: [x for x in linears if f"{start}{x}/lora_a" in flat] for name, linears in PARAMETERS.items()}
         present = [name for name, linears in adapted.items() if linears]
         for name in present:
@@ -58,7 +70,7 @@ def write_experts(
 class ExpertFile:
     """The adapters of experts in the tensors of a file. rest: the other tensors. problems: what does not fit."""
 
-    def __init__(self, tensors: Mapping[str, Any], targets: list[str], config: ModelConfig):
+    def __init__(self, tensors: Mapping[str, Any], targets: list[str], config: ModelConfig, kind: str):
         self.config, self.problems, self.adapters = config, [], {}
         names = [name for name in PARAMETERS if any(x.rpartition(".")[2] == name for x in targets)]
         self.problems += [
@@ -66,21 +78,24 @@ class ExpertFile:
             for x in targets
             if x.rpartition(".")[2] not in PARAMETERS or not config.moe.experts
         ]
-        if targets and (config.has_bias("mlp") or not config.gated):
-            self.problems.append("target_parameters: experts with biases (gpt-oss) have another order of their rows")
+        if targets and kind != "lora":
+            self.problems.append(f"target_parameters works only with LoRA, in peft too, not with {kind}")
+        bias = config.has_bias("mlp") if config.moe.expert_bias is None else config.moe.expert_bias
+        if targets and (bias or config.moe.weigh_inputs or not config.gated):
+            self.problems.append("target_parameters: experts of gpt-oss and Llama 4 have another order of their rows")
         self.rest = dict(tensors)
         for name in tensors if names and not self.problems else ():
-            if (m := _NAME.fullmatch(name)) and config.is_sparse(int(m[1])):
-                parameter = names[0 if m[2] else -1]
-                self.adapters.setdefault((int(m[1]), parameter), {})[m[3]] = self.rest.pop(name)
+            if (m := _NAME.fullmatch(name)) and config.is_sparse(int(m[2])):
+                parameter = f"{m[1]}.{names[0 if m[3] else -1]}"
+                self.adapters.setdefault((int(m[2]), parameter), {})[m[4]] = self.rest.pop(name)
 
     def leaves(self, scale_of: Callable[[str, int], float]) -> dict[str, np.ndarray]:
         """{path: array} of our adapters; adds to `problems`. scale_of: the scale of a module with a rank."""
         c, found = self.config, {}
         E, F = c.moe.experts, c.moe.expert_dim or c.F
-        for (i, name), parts in self.adapters.items():
+        for (i, module), parts in self.adapters.items():
+            name = module.rpartition(".")[2]
             n_in, n_out = (F, c.dim) if name == "down_proj" else (c.dim, 2 * F)
-            module = f"layers.{i}.mlp.experts.{name}"
             r = parts["A"].shape[0] // E if "A" in parts else 0
             shapes = {part: tuple(x.shape) for part, x in parts.items()}
             if shapes != {"A": (r * E, n_in), "B": (n_out, r * E)}:

@@ -51,7 +51,7 @@ class AdapterFile:
             for name, x in found.items()
             if not re.search(r"\.(original_module|modules_to_save)\.", name)
         }
-        self.experts = ExpertFile(tensors, self.theirs.get("target_parameters") or [], config)
+        self.experts = ExpertFile(tensors, self.theirs.get("target_parameters") or [], config, self.peft.kind)
         safetensors_io.raise_problems(self.path, self.experts.problems)
         tensors = {re.sub(r"(\.token_adapter)?\.base_layer\.", ".", name): x for name, x in self.experts.rest.items()}
         head = _HEADS.get(self.theirs.get("task_type") or "", config.head)

@@ -9,7 +9,8 @@ from typing import Any
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.hf.decoders import like_llama, with_classifier
-from nanoflax.hf.family import Json
+from nanoflax.hf.family import Family, Json, Keys
+from nanoflax.hf.more_decoders import GRANITE
 from nanoflax.hf.rope import read_layers, read_rope, write_layers, write_rope
 
 # Our modules of a layer with experts -> their names in most families.
@@ -18,6 +19,20 @@ EXPERTS = {
     "mlp/experts/up": "mlp.experts.{e}.up_proj",
     "mlp/experts/gate": "mlp.experts.{e}.gate_proj",
     "mlp/experts/down": "mlp.experts.{e}.down_proj",
+}
+
+
+def stacked(module: str = "mlp.experts", more: Keys | None = None) -> dict[str, Any]:
+    """`Family.stacked` in a block; more: the keys of what else has another name there."""
+    return {"mlp/experts/gate/kernel": (f"{module}.gate_up_proj", "each_transposed", 0),
+            "mlp/experts/up/kernel": (f"{module}.gate_up_proj", "each_transposed", 1),
+            "mlp/experts/down/kernel": (f"{module}.down_proj", "each_transposed"), **(more or {})}  # fmt: skip
+
+
+# The MLP beside the experts; with a gate as in Qwen2-MoE.
+SHARED = {f"mlp/shared/{part}": f"mlp.shared_experts.{part}_proj" for part in ("up", "gate", "down")}
+GATED_SHARED = {"mlp/shared_gate": "mlp.shared_expert_gate"} | {
+    name: module.replace("experts", "expert") for name, module in SHARED.items()
 }
 
 
@@ -39,6 +54,21 @@ def read_dense_layers(hf: Json) -> dict[str, Any]:
     return {"moe.dense_layers": tuple(i for i in range(hf["num_hidden_layers"]) if i in own or (i + 1) % step)}
 
 
+def read_shared(hf: Json) -> dict[str, Any]:
+    """The MLP beside the experts, as large as n_shared_experts of them. Raises: UserError for a number below 1."""
+    if type(number := hf["n_shared_experts"]) is not int or number < 1:
+        raise UserError(f"n_shared_experts={number!r} must be at least 1; Transformers has no model without them")
+    return {"moe.shared_dim": number * hf["moe_intermediate_size"]}
+
+
+def write_shared(c: ModelConfig) -> Json:
+    """`read_shared` and `first_k_dense_replace`, the dense layers before those with experts."""
+    return {
+        "n_shared_experts": c.moe.shared_dim // (c.moe.expert_dim or c.F) if c.moe.experts else 1,
+        "first_k_dense_replace": next((i for i in range(c.layers) if c.is_sparse(i)), c.layers),
+    }
+
+
 def write_experts(c: ModelConfig) -> Json:
     """E by the name that every version of Transformers reads in families like Qwen2-MoE."""
     return {"num_experts": c.moe.experts}
@@ -53,6 +83,7 @@ _MIXTRAL = like_llama(
     defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 1e6,
               "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001},
     aliases={"num_experts": "num_local_experts"}, only={"router_jitter_noise": (0.0,)},
+    stacked=stacked(more={"mlp/router": "mlp.gate"}),
     read=lambda hf: read_rope(hf) | {"window": hf["sliding_window"] or 0},
     write=lambda c: write_rope(c) | {"sliding_window": c.window or None})  # fmt: skip
 
@@ -88,7 +119,7 @@ _QWEN3_MOE = like_llama(
     defaults={"num_key_value_heads": 4, "max_position_embeddings": 32768, "num_experts": 128, "num_experts_per_tok": 8,
               "moe_intermediate_size": 768, "norm_topk_prob": False, "router_aux_loss_coef": 0.001,
               "decoder_sparse_step": 1, "mlp_only_layers": None, "use_sliding_window": False, "sliding_window": 4096},
-    read=_read_qwen3_moe, write=_write_qwen3_moe)  # fmt: skip
+    read=_read_qwen3_moe, write=_write_qwen3_moe, stacked=stacked())  # fmt: skip
 _OLMOE = like_llama(
     "olmoe", "Olmoe", without=("mlp_bias", "head_dim"), keys=EXPERTS,
     fields={"num_experts_per_tok": "moe.active", "norm_topk_prob": "moe.renormalise",
@@ -96,7 +127,7 @@ _OLMOE = like_llama(
     preset=dict(qk_norm="full"),
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "num_experts": 64, "num_experts_per_tok": 8,
               "norm_topk_prob": False, "router_aux_loss_coef": 0.01},
-    only={"clip_qkv": (None,)},
+    only={"clip_qkv": (None,)}, stacked=stacked(),
     read=lambda hf: read_rope(hf) | read_experts(hf) | {"out_bias": hf["attention_bias"]},
     write=lambda c: write_rope(c) | write_experts(c))  # fmt: skip
 
@@ -135,4 +166,162 @@ _GPT_OSS = like_llama(
     write=lambda c: {k: v or {"rope_type": "default"} for k, v in write_rope(c).items()} | write_layers(c) | {
         "hidden_act": "silu"})  # fmt: skip
 
-SPARSE = [with_classifier(_MIXTRAL), with_classifier(_QWEN3_MOE), _OLMOE, with_classifier(_GPT_OSS)]
+
+def _read_qwen2_moe(hf):
+    window, first = hf["sliding_window"] if hf["use_sliding_window"] else None, hf["max_window_layers"]
+    layers = read_layers(
+        hf | {"sliding_window": window},
+        lambda i: "sliding_attention" if window and i % 2 == 0 and i < first else "full_attention",
+    )
+    return read_rope(hf) | layers | read_experts(hf) | read_dense_layers(hf)
+
+
+_QWEN2_MOE = like_llama(
+    "qwen2_moe", "Qwen2Moe", without=("mlp_bias", "attention_bias"), keys=EXPERTS | GATED_SHARED,
+    fields={"qkv_bias": "qkv_bias", "moe_intermediate_size": "moe.expert_dim", "num_experts_per_tok": "moe.active",
+            "shared_expert_intermediate_size": "moe.shared_dim", "norm_topk_prob": "moe.renormalise",
+            "router_aux_loss_coef": "moe.balance_loss"},
+    preset={"moe.shared_gate": True},
+    defaults={"num_key_value_heads": 16, "max_position_embeddings": 32768, "num_experts": 60, "num_experts_per_tok": 4,
+              "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "norm_topk_prob": False,
+              "router_aux_loss_coef": 0.001, "decoder_sparse_step": 1, "mlp_only_layers": None, "qkv_bias": True,
+              "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28},
+    read=_read_qwen2_moe, write=lambda c: _write_qwen3_moe(c) | write_layers(c), stacked=stacked())  # fmt: skip
+
+
+def _granite_moe(model_type: str, name: str, keys: Json, fields: dict[str, str], defaults: Json) -> Family:
+    """Granite with experts; more keys, fields and defaults."""
+    fused = {"mlp/router": "block_sparse_moe.router.layer",
+             "mlp/experts/gate/kernel": ("block_sparse_moe.input_linear.weight", "each_transposed", 0),
+             "mlp/experts/up/kernel": ("block_sparse_moe.input_linear.weight", "each_transposed", 1),
+             "mlp/experts/down/kernel": ("block_sparse_moe.output_linear.weight", "each_transposed")}  # fmt: skip
+    kept = {a: b for a, b in GRANITE.fields.items() if a != "mlp_bias"}
+    return like_llama(
+        model_type, name, without=("mlp_bias",), keys=fused | keys,
+        fields=kept | fields | {"num_local_experts": "moe.experts", "num_experts_per_tok": "moe.active",
+                                "router_aux_loss_coef": "moe.balance_loss"},
+        defaults=GRANITE.defaults | defaults | {
+            "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001},
+        stacked=stacked("block_sparse_moe.experts", {"mlp/router": "block_sparse_moe.router"}),
+        read=GRANITE.read, write=GRANITE.write)  # fmt: skip
+
+
+_GRANITE_MOE = _granite_moe("granitemoe", "GraniteMoe", {}, {}, {})
+_GRANITE_SHARED = _granite_moe(
+    "granitemoeshared", "GraniteMoeShared",
+    {"mlp/shared/gate": ("shared_mlp.input_linear", "fused", 0),
+     "mlp/shared/up": ("shared_mlp.input_linear", "fused", 1), "mlp/shared/down": "shared_mlp.output_linear"},
+    {"shared_intermediate_size": "moe.shared_dim"}, {"shared_intermediate_size": 0})  # fmt: skip
+
+
+def _read_glm4_moe(hf):
+    return (
+        read_rope(hf | {"rotary_pct": hf["partial_rotary_factor"]})
+        | read_shared(hf)
+        | {
+            "moe.dense_layers": tuple(range(min(hf["first_k_dense_replace"], hf["num_hidden_layers"]))),
+            "qk_norm": "head" if hf["use_qk_norm"] else "none",
+        }
+    )
+
+
+_GLM4_MOE = like_llama(
+    "glm4_moe", "Glm4Moe", without=("mlp_bias",),
+    keys=EXPERTS | SHARED | {"mlp/router/correction": "mlp.gate.e_score_correction_bias"},
+    fields={"n_routed_experts": "moe.experts", "num_experts_per_tok": "moe.active", "n_group": "moe.groups",
+            "topk_group": "moe.top_groups", "moe_intermediate_size": "moe.expert_dim",
+            "routed_scaling_factor": "moe.scale", "norm_topk_prob": "moe.renormalise"},
+    preset={"moe.scores": "sigmoid", "moe.correction": True},
+    defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "n_group": 1,
+              "n_routed_experts": 128, "num_experts_per_tok": 8, "n_shared_experts": 1, "moe_intermediate_size": 1408,
+              "topk_group": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True,
+              "use_qk_norm": False, "partial_rotary_factor": 0.5},
+    aliases={"num_local_experts": "n_routed_experts"}, read=_read_glm4_moe, stacked=stacked(),
+    write=lambda c: write_rope(c) | write_shared(c) | {
+        "partial_rotary_factor": c.rope.fraction, "use_qk_norm": c.qk_norm == "head"},
+    # The layer after the last predicts a second token; Transformers does not read it either.
+    ignored=r".*rotary_emb\.inv_freq|model\.layers\.(46|92)\..*")  # fmt: skip
+
+
+def _read_ernie(hf):
+    first, last, every = (hf[f"moe_layer_{name}"] for name in ("start_index", "end_index", "interval"))
+    if type(every) is not int or every < 1:
+        raise UserError(f"moe_layer_interval={every!r} must be at least 1")
+    layers = range(hf["num_hidden_layers"])
+    sparse = [i for i in layers if first <= i and (i <= last or last == -1) and (i + 1) % every == 0]
+    return read_rope(hf) | dict.fromkeys(("out_bias", "mlp_bias", "head_bias"), hf["use_bias"]) | {
+        "moe.shared_dim": hf["moe_num_shared_experts"] * hf["moe_intermediate_size"],
+        "moe.dense_layers": tuple(i for i in layers if i not in sparse)}  # fmt: skip
+
+
+def _write_ernie(c):
+    own = [i for i in range(c.layers) if c.is_sparse(i)] or [c.layers]
+    return write_rope(c) | {
+        "moe_num_shared_experts": c.moe.shared_dim // (c.moe.expert_dim or c.F), "moe_layer_start_index": own[0],
+        "moe_layer_end_index": own[-1], "moe_layer_interval": own[1] - own[0] if own[1:] else 1}  # fmt: skip
+
+
+_ERNIE = like_llama(
+    "ernie4_5_moe", "Ernie4_5_Moe", without=("mlp_bias", "attention_bias"),
+    keys=EXPERTS | SHARED | {"mlp/router/correction": ("mlp.moe_statics.e_score_correction_bias", "row")},
+    more_keys=lambda c: {"logit_bias": "lm_head.bias"},
+    fields={"use_bias": "qkv_bias", "moe_k": "moe.active", "moe_num_experts": "moe.experts",
+            "moe_intermediate_size": "moe.expert_dim", "moe_norm_min": "moe.least_sum",
+            "router_aux_loss_coef": "moe.balance_loss"},
+    preset={"moe.correction": True, "moe.expert_bias": False, "rope.interleaved": True},
+    defaults={"num_key_value_heads": 4, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "use_bias": False,
+              "tie_word_embeddings": True, "rope_theta": 500_000.0, "moe_k": 6, "moe_num_experts": 64,
+              "moe_num_shared_experts": 2, "moe_intermediate_size": 1536, "moe_layer_start_index": 1,
+              "moe_layer_end_index": -1, "moe_layer_interval": 1, "moe_norm_min": 1e-12,
+              "router_aux_loss_coef": 0.001},
+    aliases={"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"}, read=_read_ernie, write=_write_ernie,
+    stacked=stacked(more={"mlp/router/correction": ("mlp.gate.moe_statics.e_score_correction_bias", "row")}),
+    ignored=r".*rotary_emb\.inv_freq|.*mtp.*")  # fmt: skip
+
+
+def _read_llama4(hf):
+    layers, window = range(hf["num_hidden_layers"]), hf["attention_chunk_size"]
+    has_rope = hf["no_rope_layers"] or [(i + 1) % hf["no_rope_layer_interval"] for i in layers]
+    types = hf.get("layer_types") or ["chunked_attention" if has_rope[i] else "full_attention" for i in layers]
+    if not window and "chunked_attention" in types:
+        raise UserError(f"attention_chunk_size={window!r} must be positive for layers of chunked_attention")
+    sparse, step = hf["moe_layers"], hf["interleave_moe_layer_step"]
+    sparse = layers[step - 1 :: step] if sparse is None else sparse
+    ours = read_layers(
+        hf | {"sliding_window": window, "layer_types": types}, str, ("full_attention", "chunked_attention")
+    )
+    return read_rope(hf) | ours | {
+        "nope_layers": tuple(i for i in layers if not has_rope[i]), "out_bias": hf["attention_bias"],
+        "qk_norm": "rotated" if hf["use_qk_norm"] else "none", "moe.shared_dim": hf["intermediate_size"],
+        "moe.dense_layers": tuple(i for i in layers if i not in sparse),
+        "rope.nope_scale": hf["attn_scale"] if hf["attn_temperature_tuning"] else 0.0}  # fmt: skip
+
+
+_LLAMA4 = like_llama(
+    "llama4_text", "Llama4", without=("intermediate_size", "mlp_bias"),
+    keys={"mlp/up": "feed_forward.up_proj", "mlp/gate": "feed_forward.gate_proj", "mlp/down": "feed_forward.down_proj",
+          "mlp/router": "feed_forward.router",
+          "mlp/experts/gate/kernel": ("feed_forward.experts.gate_up_proj", "fused_columns", 0),
+          "mlp/experts/up/kernel": ("feed_forward.experts.gate_up_proj", "fused_columns", 1),
+          "mlp/experts/down/kernel": ("feed_forward.experts.down_proj", "same"),
+          **{f"mlp/shared/{part}": f"feed_forward.shared_expert.{part}_proj" for part in ("up", "gate", "down")}},
+    fields={"intermediate_size_mlp": "mlp_dim", "intermediate_size": "moe.expert_dim", "floor_scale": "rope.nope_floor",
+            "num_local_experts": "moe.experts", "num_experts_per_tok": "moe.active",
+            "router_aux_loss_coef": "moe.balance_loss"},
+    preset={"moe.scores": "sigmoid", "moe.renormalise": False, "moe.weigh_inputs": True, "rope.interleaved": True},
+    defaults={"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
+              "max_position_embeddings": 131072, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+              "num_experts_per_tok": 1, "num_local_experts": 16, "moe_layers": None, "interleave_moe_layer_step": 1,
+              "use_qk_norm": True, "no_rope_layers": None, "no_rope_layer_interval": 4, "attention_chunk_size": 8192,
+              "attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1, "router_aux_loss_coef": 0.001},
+    read=_read_llama4,
+    write=lambda c: write_rope(c) | write_layers(c) | {
+        "attention_chunk_size": c.window or None, "intermediate_size": c.moe.expert_dim or c.F,
+        "no_rope_layers": [int(c.has_rope(i)) for i in range(c.layers)],
+        "moe_layers": [i for i in range(c.layers) if c.is_sparse(i)], "use_qk_norm": c.qk_norm == "rotated",
+        "attn_temperature_tuning": c.rope.nope_scale > 0, "attn_scale": c.rope.nope_scale})  # fmt: skip
+
+SPARSE = [
+    *map(with_classifier, (_MIXTRAL, _QWEN3_MOE, _GPT_OSS, _QWEN2_MOE)),
+    *(_LLAMA4, _OLMOE, _GRANITE_MOE, _GRANITE_SHARED, _GLM4_MOE, _ERNIE),
+]

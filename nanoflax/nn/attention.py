@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Num
 
 from nanoflax import kernels, parallel
@@ -108,11 +107,6 @@ def _block(x, a, b):
     return (x[..., a:b, :] if x.shape[-2] > 1 else x)[..., :b]
 
 
-def empty_attention_cache(config: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> LayerCache:
-    """The keys and values of one layer before the first token: see `empty_key_values`."""
-    return kernels.empty_key_values((batch, config.G, length, config.K), dtype)
-
-
 class AttentionInputs(NamedTuple):
     """Mask, bias, rotary angles and cache slot, shared by the layers of a kind."""
 
@@ -124,6 +118,7 @@ class AttentionInputs(NamedTuple):
     source: Any = None  # [B, S, D], the encoder's output for cross-attention, or None
     source_mask: Mask | None = None
     segments: Tokens | None = None  # the document of each token; with a cache 1, and 0 for padding before the text
+    query_scale: Any = None  # [B, 1, T, 1] float32, a factor of the queries, or None
     counted: Bool[Array, "B T"] | None = None  # False at tokens that the statistics of routers leave out
 
 
@@ -146,8 +141,8 @@ class Attention(nn.Module):
             self.gate = Linear(c.heads * c.K, c.has_bias("qkv"))
         if c.qk_norm != "none":
             kind, axes = ("layernorm", 2) if c.qk_norm == "each_head" else ("rmsnorm", 1)
-            self.query_norm = Norm(kind, c.norm_eps, False, c.norm_unit_offset, c.norm_scale, axes)
-            self.key_norm = Norm(kind, c.norm_eps, False, c.norm_unit_offset, c.norm_scale, axes)
+            options = False, c.norm_unit_offset, c.norm_scale and c.qk_norm != "rotated", axes
+            self.query_norm, self.key_norm = (Norm(kind, c.norm_eps, *options) for _ in range(2))
 
     def __call__(
         self, x: States, inputs: AttentionInputs, cache: LayerCache | None = None
@@ -155,6 +150,7 @@ class Attention(nn.Module):
         """Self-attention. cache: this layer's, to be written at slot inputs.index.
         Returns (the output, the new cache)."""
         q = self.queries(x, inputs.angles)
+        q = q if inputs.query_scale is None else q * inputs.query_scale.astype(q.dtype)
         k, v = self.keys_values(x, inputs.angles)
         if cache is not None:
             cache = kernels.write_key_values(cache, k, v, inputs.index)
@@ -202,14 +198,14 @@ class Attention(nn.Module):
         return self._heads(x, self.key, G, "key_norm", angles), self._heads(x, self.value, G, None, None)
 
     def _heads(self, x, linear, heads, norm, angles):
-        normed = norm if norm and self.config.qk_norm != "none" else None
-        y = linear(x)
-        if normed and self.config.qk_norm == "full":
-            y = getattr(self, norm)(y)
+        kind, y = self.config.qk_norm if norm else "none", linear(x)
+        y = getattr(self, norm)(y) if kind == "full" else y
         y = y.reshape(*x.shape[:2], heads, self.config.K)
-        if normed and self.config.qk_norm != "full":
-            y = getattr(self, norm)(y)
-        return (y if angles is None else rotate(y, angles, self.config.rope.interleaved)).swapaxes(1, 2)
+        y = getattr(self, norm)(y) if kind in ("head", "each_head") else y
+        if angles is not None:
+            y = rotate(y, angles, self.config.rope.interleaved)
+            y = getattr(self, norm)(y) if kind == "rotated" else y
+        return y.swapaxes(1, 2)
 
     def attend(
         self,

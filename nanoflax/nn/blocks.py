@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
-from nanoflax.kernels import Array, Keys, MaskSpec, SourceMask, States, Tokens
+from nanoflax.kernels import Array, Keys, MaskSpec, SourceMask, States, Tokens, empty_key_values
 from nanoflax.nn import masking, positions
-from nanoflax.nn.attention import Attention, AttentionInputs, LayerCache, empty_attention_cache
+from nanoflax.nn.attention import Attention, AttentionInputs, LayerCache
 from nanoflax.nn.latent import LatentAttention, empty_latent_cache
 from nanoflax.nn.layers import MLP, Embedding, Linear, Norm, bottleneck
 from nanoflax.nn.moe import MoE
@@ -38,7 +38,7 @@ def empty_cache(config: ModelConfig, layer: int, batch: int, length: int, dtype:
         return empty_recurrent_cache(config, layer, batch, dtype)
     if config.latent.rank:
         return empty_latent_cache(config, batch, length, dtype)
-    return empty_attention_cache(config, batch, length, jnp.dtype(keys or dtype))
+    return empty_key_values((batch, config.G, length, config.K), jnp.dtype(keys or dtype))
 
 
 class Block(nn.Module):
@@ -211,7 +211,7 @@ class Stack(nn.Module):
             index, caches, source_mask = cache["index"], cache["layers"], cache.get("source_mask")
         source_mask = None if source_mask is None else masking.padding(source_mask)
         counted = segments > 0 if counted is None and segments is not None else counted
-        inputs = AttentionInputs(mask, spec, None, None, index, source, source_mask, segments, counted)
+        inputs = AttentionInputs(mask, spec, None, None, index, source, source_mask, segments, None, counted)
         if c.positions == "relative":
             inputs = inputs._replace(bias=self._relative_bias(places.queries[0], places.keys[0]))
         x = self._add_positions(x, places.positions, P)
@@ -291,17 +291,17 @@ class Stack(nn.Module):
         c, local = self.config, layer_type != "full"
         if has_rope:
             inputs = inputs._replace(angles=positions.angles_of(c, places.positions, local, places.length))
+        elif c.nope_layers and c.rope.nope_scale:
+            inputs = inputs._replace(query_scale=positions.query_scale(c.rope, places.positions)[:, None, :, None])
         if not local:
             return inputs
         if layer_type == "sliding":
             window = masking.window(places.queries, places.keys, c.window)
+            spec = inputs.spec and dataclasses.replace(inputs.spec, window=c.window)
         else:  # the parts of a text begin at its first token, after padding or another document
-            window = masking.chunk(places.positions, places.key_positions, c.window)
+            window, spec = masking.chunk(places.positions, places.key_positions, c.window), None
         window |= places.prompt_keys
-        inputs = inputs._replace(mask=window if inputs.mask is None else inputs.mask & window)
-        if inputs.spec is None or layer_type == "chunked":
-            return inputs._replace(spec=None)
-        return inputs._replace(spec=dataclasses.replace(inputs.spec, window=c.window))
+        return inputs._replace(mask=window if inputs.mask is None else inputs.mask & window, spec=spec)
 
     def _loop(self, x, by_kind, kinds, caches, deterministic):
         """Run the blocks one by one. by_kind: kind -> AttentionInputs; kinds, caches: of each layer.

@@ -25,18 +25,14 @@ def segments(query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"])
     return (query_segments[:, :, None] == key_segments[:, None, :])[:, None]
 
 
-def window(
-    query_positions: Int[Array, "*#B T"], key_positions: Int[Array, "*#B S"], size: int
-) -> Bool[Array, "_ 1 T S"]:
+def window(queries: Int[Array, "*#B T"], keys: Int[Array, "*#B S"], size: int) -> Bool[Array, "_ 1 T S"]:
     """A query attends to keys fewer than `size` positions before or after its own (sliding window,
-    Beltagy et al. 2020); in a decoder, combine with `causal`."""
-    q, k = jnp.atleast_2d(query_positions), jnp.atleast_2d(key_positions)
+    Beltagy et al. 2020); in a decoder, combine with `causal`. queries, keys: their positions."""
+    q, k = jnp.atleast_2d(queries), jnp.atleast_2d(keys)
     return (jnp.abs(q[:, :, None] - k[:, None, :]) < size)[:, None]
 
 
-def chunk(
-    query_positions: Int[Array, "*#B T"], key_positions: Int[Array, "*#B S"], size: int
-) -> Bool[Array, "_ 1 T S"]:
+def chunk(queries: Int[Array, "*#B T"], keys: Int[Array, "*#B S"], size: int) -> Bool[Array, "_ 1 T S"]:
     """A query attends to keys of its own part of the text, of `size` positions (Llama 4)."""
-    q, k = jnp.atleast_2d(query_positions), jnp.atleast_2d(key_positions)
+    q, k = jnp.atleast_2d(queries), jnp.atleast_2d(keys)
     return (q[:, :, None] // size == k[:, None, :] // size)[:, None]

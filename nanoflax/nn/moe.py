@@ -37,7 +37,7 @@ def route(
     chosen = jax.lax.top_k(rank, moe.active)[1]
     weights = jnp.take_along_axis(scores, chosen, -1)
     if moe.renormalise:
-        weights /= jnp.maximum(weights.sum(-1, keepdims=True), 1e-20)  # all sigmoids may be 0
+        weights /= jnp.maximum(weights.sum(-1, keepdims=True), moe.least_sum)  # all sigmoids may be 0
     return chosen, weights * moe.scale, scores / jnp.maximum(scores.sum(-1, keepdims=True), 1e-20)
 
 
@@ -76,8 +76,7 @@ class Router(Linear):
 
     @nn.compact
     def __call__(self, x):
-        zeros = nn.initializers.zeros
-        correction = self.param("correction", zeros, (self.features,)) if self.correction else None
+        correction = self.param("correction", nn.initializers.zeros, (self.features,)) if self.correction else None
         return super().__call__(x), correction
 
 
@@ -89,7 +88,9 @@ def _router_sums(logits, chosen, shares, correction, counted):
     of_token = jnp.stack([jax.nn.logsumexp(logits, -1) ** 2, jnp.ones_like(real)], -1)
     of_expert = jnp.stack([jax.nn.one_hot(chosen, E).sum(-2), shares], -2)
     x = jnp.concatenate([of_expert, jnp.broadcast_to(of_token[..., None], (*real.shape, 2, E))], -2)
-    return jnp.concatenate([jnp.tensordot(real, x, 2), jnp.broadcast_to(correction, (1, E))])
+    return jnp.concatenate(
+        [jnp.tensordot(real, x, 2), jnp.broadcast_to(0.0 if correction is None else correction, (1, E))]
+    )
 
 
 def router_terms(moe: MoEConfig, collected: Any) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -129,18 +130,21 @@ class MoE(nn.Module):
     def __call__(self, x: States, counted: Bool[Array, "B T"] | None = None) -> States:
         """counted: False at tokens that the statistics of the router leave out."""
         c, m, D = self.config, self.config.moe, x.shape[-1]
-        options = c.activation, c.gated, c.has_bias("mlp"), self.out_stddev, c.swiglu
+        bias, rest = c.has_bias("mlp"), (self.out_stddev, c.swiglu)
+        options = c.activation, c.gated, bias if m.expert_bias is None else m.expert_bias, *rest
         router = Router(m.experts, m.router_bias, correction=m.correction, name="router")
         logits, correction = router(x.astype(jnp.float32))
         chosen, weights, shares = parallel.map_tokens(lambda *parts: route(parts[0], m, *parts[1:]), logits, correction)
         if self.is_mutable_collection("router") and not self.is_initializing():
-            own = 0.0 if correction is None else correction
-            self.sow("router", "sums", _router_sums(logits, chosen, shares, own, counted))
+            self.sow("router", "sums", _router_sums(logits, chosen, shares, correction, counted))
 
         def compute(x, chosen, weights, params):  # with all experts, or with those of a device of a mesh
             E, F, _ = params["down"]["kernel"].shape
             rows, places, experts = blocks_of(chosen.reshape(-1), E, chosen.size // m.active * min(m.active, E))
-            h = move(jnp.repeat(x.reshape(-1, D), m.active, 0), rows, places).reshape(len(experts), -1, D)
+            h = jnp.repeat(x.reshape(-1, D), m.active, 0)
+            if m.weigh_inputs:
+                h, weights = h * weights.reshape(-1, 1).astype(h.dtype), jnp.ones_like(weights)
+            h = move(h, rows, places).reshape(len(experts), -1, D)
             h: Any = MLP(F, *options, partial(ExpertLinear, E), parent=None).apply({"params": params}, h, experts)
             h = move(h.reshape(-1, D), places, rows).reshape(*chosen.shape, D)
             return jnp.einsum("...kd,...k->...d", h, weights.astype(h.dtype))
@@ -151,6 +155,6 @@ class MoE(nn.Module):
         params = cast(self.variables["params"]["experts"], x.dtype)
         y = parallel.map_experts(compute, x, chosen, weights, params)
         if m.shared_dim:
-            shared = MLP(m.shared_dim, *options, name="shared")(x)
+            shared = MLP(m.shared_dim, c.activation, c.gated, bias, *rest, name="shared")(x)
             y += jax.nn.sigmoid(Linear(1, False, name="shared_gate")(x)) * shared if m.shared_gate else shared
         return y

@@ -130,6 +130,11 @@ def angles_of(
     return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
 
+def query_scale(rope: RopeConfig, positions: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """The factor of queries in layers without positions (Nakanishi 2025, scalable softmax; Llama 4)."""
+    return 1 + rope.nope_scale * jnp.log1p(jnp.maximum(positions + 1, 0) // rope.nope_floor)
+
+
 def rotate(x: Float[Array, "#B T H K"], angles: Angles, interleaved: bool = False) -> Float[Array, "#B T H K"]:
     """Turn the pairs of each head's first 2R numbers by their angles (Su et al. 2021), computed in float32.
 

@@ -127,7 +127,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
         tx = adamw()
     elif c.name == "muon":
         # optax's muon decays all other parameters or none of them, but here only the head has weight decay.
-        options = dict(beta=0.95, weight_decay=c.weight_decay, muon_weight_dimension_numbers=matrix_axes)
+        options: Any = dict(beta=0.95, weight_decay=c.weight_decay, muon_weight_dimension_numbers=matrix_axes)
         muon = optax.contrib.muon(make_schedule(c, steps, c.muon_learning_rate), **options)
         kinds = partial(jax.tree_util.tree_map_with_path, is_kernel)
         tx = optax.partition({True: muon, False: adamw(nesterov=True)}, kinds)

@@ -129,6 +129,7 @@ CASES: dict[str, tuple[str, dict]] = {
         ),
     ),
     "nanochat": ("NanoChatForCausalLM", LLAMA),
+    "nanochat-yarn": ("NanoChatForCausalLM", LLAMA | dict(rope_parameters=YARN)),
     "nanochat-tied": (
         "NanoChatForCausalLM",
         LLAMA
@@ -209,7 +210,6 @@ REFUSED: list[tuple[str, dict, str]] = [
     ("granite", {"logits_scaling": 0}, "cannot be read"),
     ("granite", {"attention_multiplier": -1.0}, "attention_scale"),
     ("nanochat", {"hidden_act": "relu6"}, "relu6"),
-    ("nanochat", {"rope_parameters": YARN}, "yarn"),
     ("olmo3", {"sliding_window": None}, "sliding_window=None"),
     ("olmo3", {"rope_parameters": LINEAR}, "full_attention"),
     ("olmo3", {"rope_parameters": {"sliding_attention": LINEAR}}, "linear"),

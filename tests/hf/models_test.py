@@ -79,7 +79,9 @@ def batch(kind, case, pad):
     """ids and mask [B, T]; where Transformers knows no other, the padding is on the right."""
     rng = np.random.default_rng(1)
     ids, mask = rng.integers(4, 60, (len(LENGTHS), T)), np.zeros((len(LENGTHS), T), bool)
-    right_only = "classify" in case or case.startswith(("bart", "mbart", "marian", "distilbert", "mamba2-bias"))
+    right_only = "classify" in case or case.startswith(
+        ("bart", "mbart", "marian", "distilbert", "mamba2-bias", "llama4-scaled")
+    )
     for row, (length, left) in enumerate(zip(LENGTHS, LEFT, strict=True)):
         mask[row, T - length :] = True
         if right_only or not left:
@@ -199,6 +201,27 @@ def test_greedy_generation_equals_transformers(case, tmp_path):
     assert len(set(expected.flatten().tolist())) > 5
     found = sample(build(config), params, prompts, 48, temperature=0, repetition_penalty=penalty)
     assert found == expected.tolist()
+
+
+STACKED = ["mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "granitemoe", "glm4_moe-groups", "ernie4_5_moe-shared"]
+
+
+@pytest.mark.parametrize("case", [*STACKED, "deepseek_v3", "deepseek_v2", "qwen3-next"])
+def test_files_with_stacked_experts_are_read_and_written_back(case, tmp_path):
+    theirs = make(case)
+    theirs.save_pretrained(tmp_path / "plain")
+    theirs.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    config, params = hf.load(tmp_path / "plain")
+    found, same = hf.load(tmp_path / "stacked")
+    assert found.moe.stacked and not config.moe.stacked
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    for c, name in ((found, "stacked"), (config, "plain")):
+        hf.save(tmp_path / "ours", c, params, model_type=theirs.config.model_type)
+        before, after = tensors_of(tmp_path / name), tensors_of(tmp_path / "ours")
+        assert before.keys() == after.keys()
+        for tensor, x in before.items():
+            assert x.tobytes() == after[tensor].tobytes() and x.shape == after[tensor].shape, tensor
+    assert canonical(hf.load_config(tmp_path / "ours")) == canonical(config)
 
 
 def changed_config(directory, **changes):

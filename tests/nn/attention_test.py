@@ -8,7 +8,8 @@ import pytest
 from nanoflax.config import ModelConfig
 from nanoflax.kernels import matmul, write_key_values
 from nanoflax.nn import layers
-from nanoflax.nn.attention import dot_product_attention, empty_attention_cache
+from nanoflax.nn.attention import dot_product_attention
+from nanoflax.nn.blocks import empty_cache
 from tests.closeness import assert_trees_close
 
 
@@ -65,10 +66,7 @@ def test_bfloat16_attention_is_close_and_keeps_its_dtype():
 def test_write_key_values_writes_by_index_and_nothing_else():
     config = ModelConfig(vocab_size=8, dim=16, heads=4, kv_heads=2)
     cache = write_key_values(
-        empty_attention_cache(config, 2, 6, jnp.float32),
-        jnp.ones((2, 2, 2, 4)),
-        2 * jnp.ones((2, 2, 2, 4)),
-        jnp.int32(3),
+        empty_cache(config, 0, 2, 6, jnp.float32, ""), jnp.ones((2, 2, 2, 4)), 2 * jnp.ones((2, 2, 2, 4)), jnp.int32(3)
     )
     expected = np.zeros((2, 2, 6, 4), np.float32)
     expected[:, :, 3:5] = 1

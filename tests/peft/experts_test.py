@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from nanoflax import hf, parallel, peft
-from nanoflax.config import AdaLoRA, Houlsby, LoRA, ModelConfig, MoEConfig
+from nanoflax.config import AdaLoRA, DoRA, Houlsby, LoRA, ModelConfig, MoEConfig
 from nanoflax.errors import UserError
 from nanoflax.nn import build
 
@@ -29,6 +29,11 @@ MODELS = {
     "qwen3_moe": transformers.Qwen3MoeConfig(
         **SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=[0]
     ),
+    "granitemoe": transformers.GraniteMoeConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2),
+}
+OTHERS = {  # whose experts Transformers stacks otherwise
+    "gpt_oss": transformers.GptOssConfig(**SIZES, head_dim=8, num_local_experts=3, num_experts_per_tok=2),
+    "llama4_text": transformers.Llama4TextConfig(**SIZES, head_dim=8, num_local_experts=3, intermediate_size_mlp=24),
 }
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 7))
 
@@ -36,7 +41,7 @@ TOKENS = np.random.default_rng(0).integers(0, 40, (2, 7))
 def theirs(name, directory):
     """A random model of Transformers, saved in a directory."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(MODELS[name])
+    model = transformers.AutoModelForCausalLM.from_config((MODELS | OTHERS)[name])
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.2)
@@ -57,7 +62,7 @@ def test_adapters_of_peft_are_read(tmp_path, name, targets):
         r=2,
         lora_alpha=3,
         target_modules=["q_proj"],
-        target_parameters=[x if "." in x else f"mlp.experts.{x}" for x in targets],
+        target_parameters=[x if "." in x else f"experts.{x}" for x in targets],
         init_lora_weights=False,
     )
     adapted = their_peft.get_peft_model(model, config).eval()
@@ -107,8 +112,42 @@ def test_what_is_not_computed_is_refused(tmp_path):
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"target_parameters": ["mlp.gate.weight"]}))
     with pytest.raises(UserError, match="target_parameters has 'mlp.gate.weight'"):
         hf.load_adapter(tmp_path / "adapter", ours, params)
-    with pytest.raises(UserError, match="peft.kind='adalora' adapts no experts"):
-        peft.add(params, AdaLoRA(targets="experts/down"), jax.random.PRNGKey(0))
+    for kind in (AdaLoRA, DoRA):
+        with pytest.raises(UserError, match=f"peft.kind='{kind.kind}' adapts no experts"):
+            peft.add(params, kind(targets="experts/down"), jax.random.PRNGKey(0))
+
+
+def test_dora_on_experts_is_refused_as_peft_refuses_it(tmp_path):
+    model = theirs("mixtral", tmp_path / "base")
+    target = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    with pytest.raises(ValueError, match="does not work with use_dora=True"):
+        their_peft.get_peft_model(model, their_peft.LoraConfig(use_dora=True, **target))
+    ours, params, _ = logits_of(tmp_path / "base")
+    c = LoRA(rank=2, targets="experts/down")
+    hf.save_adapter(tmp_path / "adapter", ours, peft.add(params, c, jax.random.PRNGKey(0)), c)
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    written = json.loads(settings.read_text())
+    for changes, kind in [({"use_dora": True}, "dora"), ({"peft_type": "ADALORA", "init_r": 8}, "adalora")]:
+        settings.write_text(json.dumps(written | changes))
+        with pytest.raises(UserError, match=f"target_parameters works only with LoRA, in peft too, not with {kind}"):
+            hf.load_adapter(tmp_path / "adapter", ours, params)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_orders_of_experts_are_refused(tmp_path, name):
+    theirs(name, tmp_path / "base")
+    ours, params, _ = logits_of(tmp_path / "base")
+    c = LoRA(rank=2, targets="experts/down|attention/query")
+    params = peft.add(params, c, jax.random.PRNGKey(0))
+    with pytest.raises(UserError, match=f"experts of {name} cannot be written for the peft library"):
+        hf.save_adapter(tmp_path / "adapter", ours, params, c)
+    c = LoRA(rank=2, targets="attention/query")
+    params = peft.add(peft.without_adapters(params), c, jax.random.PRNGKey(0))
+    hf.save_adapter(tmp_path / "adapter", ours, params, c)
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"target_parameters": ["experts.down_proj"]}))
+    with pytest.raises(UserError, match="experts of gpt-oss and Llama 4 have another order of their rows"):
+        hf.load_adapter(tmp_path / "adapter", ours, peft.without_adapters(params))
 
 
 def test_bottlenecks_follow_layers_with_experts():
