@@ -11,13 +11,14 @@ flags.disclaim_key_flags()  # the flags are those of the program, so --help list
 
 
 def define_source() -> None:
-    """Define --workdir, --model, --checkpoint and --quantize."""
+    """Define --workdir, --model, --checkpoint, --quantize and --cache_dtype."""
     flags.DEFINE_string("workdir", "", "directory of a run, or gs://... or s3://...")
     flags.DEFINE_string("model", "", "instead of --workdir: a directory of Transformers, a hub name or a .gguf file")
     flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "checkpoint of the run")
     flags.DEFINE_enum(
         "quantize", "", [*runs.QUANTIZE], "matrices in 8 or 4 bits; file: as in a .gguf file; empty: as floats"
     )
+    flags.DEFINE_enum("cache_dtype", "", [*runs.CACHE_DTYPES], "int8: keys and values of generated text in 8 bits")
 
 
 def check_source() -> None:
@@ -32,4 +33,5 @@ def check_source() -> None:
 
 def open_source():
     """The run or model of the flags."""
-    return nanoflax.open(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint, quantize=FLAGS.quantize)
+    packed = dict(quantize=FLAGS.quantize, cache_dtype=FLAGS.cache_dtype)
+    return nanoflax.open(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint, **packed)

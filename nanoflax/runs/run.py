@@ -24,17 +24,23 @@ from nanoflax.runs.generation import GenerationSettings, stream_texts
 from nanoflax.runs.opening import ModelSource, open_source
 
 QUANTIZE = ("", *kernels.WEIGHT_KINDS, "file")  # values of `quantize`
+CACHE_DTYPES = ("", "int8")  # values of `cache_dtype`
 
 
 def open_run(
-    source: "str | os.PathLike | Run", checkpoint: str = "best", dtype: str | None = None, quantize: str = ""
+    source: "str | os.PathLike | Run",
+    checkpoint: str = "best",
+    dtype: str | None = None,
+    quantize: str = "",
+    cache_dtype: str = "",
 ) -> "Run":
     """The Run of a run's directory, a Hugging Face directory, a hub name, a .gguf file or a directory
     of adapters of the peft library. Weights are read at their first use.
 
     checkpoint: "best" or "latest", for a run. dtype: of the parameters; None: unchanged. quantize: "int8" or "int4"
     packs the matrices, see peft.quantize_params; "file" keeps those of a .gguf file packed, see hf.load.
-    Raises: UserError if the source cannot be opened, or for another dtype, checkpoint or quantize.
+    cache_dtype: "int8" keeps keys and values of generated text in 8 bits, see nn.build.
+    Raises: UserError if the source cannot be opened, or for another dtype, checkpoint, quantize or cache_dtype.
     """
     if isinstance(source, Run):
         return source
@@ -46,7 +52,9 @@ def open_run(
         raise UserError(f"dtype={dtype!r} must be float32, bfloat16 or float16") from error
     if quantize not in QUANTIZE:
         raise UserError(f"quantize={quantize!r} must be {', '.join(filter(None, QUANTIZE))}, or empty")
-    run = Run(source, checkpoint, dtype, quantize=quantize)
+    if cache_dtype not in CACHE_DTYPES:
+        raise UserError(f"cache_dtype={cache_dtype!r} must be {', '.join(filter(None, CACHE_DTYPES))}, or empty")
+    run = Run(source, checkpoint, dtype, quantize=quantize, cache_dtype=cache_dtype)
     if run.workdir is None:
         run._opened  # noqa: B018 (raises UserError if the source is not a model)
     return run
@@ -71,9 +79,11 @@ class Run:
         reason: str = "",
         signal: int = 0,
         quantize: str = "",
+        cache_dtype: str = "",
     ) -> None:
         self.source, self.checkpoint, self.dtype = str(source), checkpoint, dtype
         self.reason, self.signal, self.quantize = reason, signal, quantize
+        self.cache_dtype = cache_dtype
         self._local = remote.local_copy(self.source)
         self.workdir = self._local if directory.is_run(self._local) else None
         self._compiled_evaluator: Any = None
@@ -87,7 +97,10 @@ class Run:
 
     @functools.cached_property
     def model(self) -> Any:
-        return nn.build(self._opened.config)
+        config = self._opened.config
+        if self.cache_dtype and config.head != "lm":
+            raise UserError(f"cache_dtype={self.cache_dtype!r}: {self.source} generates no text, so it has no cache")
+        return nn.build(config, cache_dtype=self.cache_dtype)
 
     @functools.cached_property
     def params(self) -> Any:
