@@ -1,6 +1,7 @@
 """How a published model generates text: the settings of its generation_config.json."""
 
 import dataclasses
+import math
 
 from nanoflax.config.fields import field
 
@@ -28,11 +29,30 @@ class GenerationDefaults:
     max_new_tokens: int | None = field(None, "Largest number of new tokens.", unit="tokens", at_least=1)
     no_repeat_ngram_size: int = field(0, "n: no n tokens come twice; 0: no such rule.", unit="tokens", at_least=0)
     repetition_penalty: float | None = field(None, "Above 1: earlier tokens become less probable.", above=0)
+    sequence_bias: tuple[tuple[tuple[int, ...] | float, ...], ...] = field(
+        (), "((ids, number), ...): added to the logit of the last id, where the others stand before it."
+    )
+    encoder_repetition_penalty: float | None = field(None, "Above 1: tokens of the prompt become likelier.", above=0)
+    encoder_no_repeat_ngram_size: int = field(
+        0, "n: no n tokens of the prompt come in the text; 0: no such rule.", unit="tokens", at_least=0
+    )
+    exponential_decay_length_penalty: tuple[float, ...] = field(
+        (), "(n, factor): after n new tokens the end becomes likelier, by a power of the factor."
+    )
+    remove_invalid_values: bool = field(False, "Replace NaN and infinite logits.")
     do_sample: bool | None = field(None, "Sample, or choose the most probable.")
     temperature: float | None = field(None, "Temperature of sampling.", at_least=0)
     top_k: int | None = field(None, "Sample from the K most probable tokens; 0: all.", at_least=0)
     top_p: float | None = field(None, "Sample from the fewest tokens with this total probability.", within="(0, 1]")
     min_p: float | None = field(None, "Sample from tokens with this share of the highest probability.", within="[0, 1]")
+    top_h: float | None = field(
+        None, "Sample from the most probable tokens with this share of the entropy; 0: all.", within="[0, 1]"
+    )
+    typical_p: float | None = field(
+        None, "Sample from the most typical tokens with this total probability.", within="(0, 1]"
+    )
+    epsilon_cutoff: float | None = field(None, "Sample from tokens with this probability.", within="[0, 1)")
+    eta_cutoff: float | None = field(None, "As epsilon_cutoff, lower where many tokens are probable.", within="[0, 1)")
     num_beams: int | None = field(None, "Beams of a beam search; 1: none.", at_least=1)
     length_penalty: float | None = field(None, "Of beam search; above 0 favours longer texts.")
     early_stopping: bool | str | None = field(None, "When a beam search ends: true, false or never.")
@@ -50,6 +70,19 @@ class GenerationDefaults:
                 found.append(f"model.generation.{name}={getattr(self, name)!r} must be token ids, which are at least 0")
         if () in self.bad_words_ids:
             found.append("model.generation.bad_words_ids has an empty sequence")
+        if not all(map(_is_bias, self.sequence_bias)):
+            right = "pairs of token ids and a finite number, such as [[[5, 7], -2.0]]"
+            found.append(f"model.generation.sequence_bias must be a list of {right}")
+        decay = self.exponential_decay_length_penalty
+        if decay and (len(decay) != 2 or decay[0] % 1 or decay[0] < 0 or not 0 < decay[1] < math.inf):
+            right = "a number of tokens and a positive factor"
+            found.append(f"model.generation.exponential_decay_length_penalty={decay!r} must be {right}")
         if self.early_stopping not in (None, True, False, "never"):
             found.append(f"model.generation.early_stopping={self.early_stopping!r} must be true, false or never")
         return found
+
+
+def _is_bias(pair):
+    ids, number = pair if len(pair) == 2 else ((), ())
+    right = isinstance(ids, tuple) and ids and min(ids) >= 0 and not isinstance(number, tuple)
+    return bool(right and math.isfinite(number))

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 
 from nanoflax import parallel
 from nanoflax.errors import UserError
-from nanoflax.generate.processors import Written, make_filters, mask, only_below, process
-from nanoflax.generate.sampling import Prompts, compiled, decoding_model, decoding_params, written_prompt
+from nanoflax.generate.processors import Filters, Written, make_filters, mask, only_below, process
+from nanoflax.generate.sampling import Prompts, compiled, decoding_model, decoding_params, first_written
 from nanoflax.nn import Array, LanguageModel
 from nanoflax.tokenizers import cut, request_of
 
@@ -38,9 +38,9 @@ def advance(
     model: LanguageModel,
     params: dict,
     s: Beams,
-    prompt: Int[Array, "BW P"],
+    prompt: Written,
     penalty: Float[Array, ""],
-    repetition_penalty: Float[Array, ""] | None,
+    filters: Filters,
     early_stopping: bool | str,
     eos_ids: tuple[int, ...] = (),
     vocab_size: int | None = None,
@@ -48,15 +48,16 @@ def advance(
     """Extend each beam by one token, and move the beams that end to the hypotheses.
 
     As in Transformers' `generate`: of the best continuations, W for each end and W more, the first W that do not end
-    become the beams, and those that end become hypotheses if they are among the first W. prompt: the beginning of
-    `Written.history`.
+    become the beams, and those that end become hypotheses if they are among the first W. prompt: with N = limit. Of the
+    filters only the penalties hold.
     """
     (B, W, N), rules = s.tokens.shape, model.config.generation
     logits, cache = model.decode(params, s.token[:, None], s.cache)
     logp = jax.nn.log_softmax(only_below(vocab_size, logits[:, -1]))
     new = jnp.where(jnp.arange(N) < s.step, s.tokens.reshape(B * W, N), -1)
-    written = Written(jnp.concatenate([prompt, new], 1), prompt.shape[1] + s.step, s.step, jnp.int32(N))
-    logp = process(logp, rules, eos_ids, repetition_penalty, written)
+    history = jax.lax.dynamic_update_slice_in_dim(prompt.history, new, prompt.end, 1)
+    written = prompt._replace(history=history, end=prompt.end + s.step, step=s.step)
+    logp = only_below(vocab_size, process(logp, rules, eos_ids, filters, written))
     logp = jax.nn.log_softmax(logp) if rules.renormalize_logits else logp
     V = logp.shape[-1]
     total = s.scores[:, :, None] + logp.reshape(B, W, V)
@@ -87,9 +88,7 @@ def advance(
     return Beams(step, cache, tokens[:, :, s.step].reshape(-1), tokens, scores, best, best_scores, is_open)
 
 
-def _search(
-    model, params, tokens, lengths, penalty, repetition_penalty, beams, steps, early_stopping, eos_ids, vocab_size
-):
+def _search(model, params, tokens, lengths, penalty, filters, beams, steps, early_stopping, eos_ids, vocab_size):
     rows = len(tokens) * beams
     model, params = decoding_model(model, rows), decoding_params(model, params, rows)
     token, cache = model.prefill(params, tokens, lengths, steps)
@@ -97,12 +96,12 @@ def _search(
     B, W, N = len(token), beams, steps
     scores = jnp.full((B, W), -jnp.inf)  # one beam at first: the others would equal it
     none = jnp.full((B, W, N), eos_ids[0] if eos_ids else 0, jnp.int32)
-    prompt = repeat(written_prompt(model.config, tokens, lengths, token))
-    cache, first = jax.tree.map(repeat, cache), scores.at[:, 0].set(0)
+    cache, prompt = jax.tree.map(repeat, (cache, first_written(model.config, tokens, lengths, token, N, N)))
+    first = scores.at[:, 0].set(0)
     state = Beams(jnp.int32(0), cache, repeat(token), none, first, none, scores, jnp.ones(B, bool))
     state = jax.lax.while_loop(
         lambda s: (s.step < N) & s.is_open.any(),
-        lambda s: advance(model, params, s, prompt, penalty, repetition_penalty, early_stopping, eos_ids, vocab_size),
+        lambda s: advance(model, params, s, prompt, penalty, filters, early_stopping, eos_ids, vocab_size),
         state,
     )
     return state.best, state.best_scores
@@ -154,7 +153,7 @@ def beam_search(
         raise UserError("; ".join(problems))
     tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size)
     early_stopping = early_stopping if early_stopping == "never" else bool(early_stopping)
-    penalties = jnp.float32(length_penalty), make_filters(defaults=g).repetition_penalty
+    penalties = jnp.float32(length_penalty), make_filters(defaults=g)
     search, options = compiled(_search, mesh=parallel.mesh_of(params)), (beams, max_new_tokens, early_stopping, *ends)
     best, scores = map(parallel.fetch, search(model, params, tokens, lengths, *penalties, *options))
     pairs = [

@@ -4,6 +4,7 @@ Sampling and beam search share them. Results and order are those of Transformers
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from nanoflax import parallel
+from nanoflax import kernels
 from nanoflax.config import GenerationDefaults, fields
 from nanoflax.errors import UserError
-from nanoflax.kernels import is_key_of_rows
 
 Logits = Float[jax.Array, "B V"]
 OUT = -jnp.inf
@@ -25,15 +25,25 @@ NO_DEFAULTS = GenerationDefaults()
 
 class Filters(NamedTuple):
     """How the next token is drawn. Each field is None (off), a number or traced scalar for all rows, or an array [B]
-    with a value for each row; in an array 0 (repetition_penalty: 1) turns the filter off for a row."""
+    with a value for each row, such as the value without effect in `make_filters`."""
 
     temperature: Any = 1.0  # None, or 0 in an array: greedy
-    top_k: Any = None  # Fan et al. 2018
-    outside_top_p: Any = None  # 1 - top_p, subtracted in float64; Holtzman et al. 2020
-    min_p: Any = None  # Nguyen et al. 2024
+    top_k: Any = None
+    outside_top_p: Any = None  # 1 - top_p, subtracted in float64
+    min_p: Any = None
     repetition_penalty: Any = None  # Keskar et al. 2019
     logit_bias: Any = None  # [V] or [B, V] float32, added to the model's logits
     allowed: Any = None  # [W] or [B, W] uint32: bit i % 32 of word i // 32 permits token i
+    top_h: Any = None
+    typical_p: Any = None
+    epsilon_cutoff: Any = None
+    eta_cutoff: Any = None
+    encoder_repetition_penalty: Any = None
+
+
+# The values without effect. Those of rows are arrays for the first five always, for the others if one has an effect.
+OFF = dict(temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1)
+OFF |= dict(top_h=0, typical_p=1, epsilon_cutoff=0, eta_cutoff=0, encoder_repetition_penalty=1)
 
 
 class Written(NamedTuple):
@@ -43,6 +53,7 @@ class Written(NamedTuple):
     end: Int[jax.Array, "*B"]  # the position in history after the last token
     step: Int[jax.Array, "*B"]  # how many new tokens there are
     limit: Int[jax.Array, "*B"]  # how many there will be
+    source: Any = None  # [B, S], -1 where there is none; None: what stands before the new tokens is the prompt
 
     def add(self, token: Int[jax.Array, " B"]) -> "Written":
         history = self.history.at[jnp.arange(len(token)), self.end].set(token)
@@ -56,35 +67,34 @@ def make_filters(
     min_p: Any = None,
     repetition_penalty: Any = None,
     defaults: GenerationDefaults = NO_DEFAULTS,
+    **more: Any,
 ) -> Filters:
     """Filters as float32 and int32 scalars, so that a new value needs no new compilation; as arrays [B] if a value is
-    a list, with an item for each row.
+    a list, with an item for each row. more: the other names in `OFF`.
 
-    None, also in a list, takes the value of `defaults`. top_k=0, top_p=1, min_p=0 and repetition_penalty=1 turn a
-    filter off.
-    Raises: UserError for a value out of its range, and for lists of unequal lengths.
+    None, also in a list, takes the value of `defaults`. top_k=0, top_p=1, min_p=0, repetition_penalty=1 and the others
+    in `OFF` turn a filter off.
+    Raises: UserError for a value out of its range, and for lists of unequal lengths; TypeError for another name.
     """
+    if unknown := more.keys() - OFF.keys():
+        raise TypeError(f"{min(unknown)} is not one of {', '.join(OFF)}")
     given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
-    given = {name: x for name, x in given.items() if x is not None}
+    given = {name: x for name, x in (given | more).items() if x is not None}
     lists = {name: list(x) for name, x in given.items() if np.ndim(x)}
     if len({*map(len, lists.values())}) > 1:
         raise UserError("; ".join(f"{name} has {len(x)} values" for name, x in lists.items()) + "; give one for a row")
     rows = [dict(zip(lists, x, strict=True)) for x in zip(*lists.values(), strict=True)] or [{}]
     common = {name: x for name, x in given.items() if name not in lists}
     settings = [_checked(defaults, common | {name: x for name, x in row.items() if x is not None}) for row in rows]
-    if lists:
-        outside = [0 if s.top_p is None else 1 - s.top_p for s in settings]
-        heat = jnp.array([1 if s.temperature is None else s.temperature for s in settings], jnp.float32)
-        top_k = jnp.array([min(s.top_k or 0, 2**31 - 1) for s in settings], jnp.int32)
-        least = jnp.array([s.min_p or 0 for s in settings], jnp.float32)
-        penalty = jnp.array([s.repetition_penalty or 1 for s in settings], jnp.float32)
-        return Filters(heat, top_k, jnp.array(outside, jnp.float32), least, penalty)
-    s = settings[0]
-    real = lambda x, off: None if x in (None, off) else jnp.float32(x)
-    heat = jnp.float32(1) if s.temperature is None else real(s.temperature, 0)
-    top_k = None if not s.top_k else jnp.int32(min(s.top_k, 2**31 - 1))
-    outside = None if s.top_p in (None, 1) else jnp.float32(1 - s.top_p)
-    return Filters(heat, top_k, outside, real(s.min_p, 0), real(s.repetition_penalty, 1))
+    found: dict[str, Any] = dict(temperature=None)
+    for i, (name, off) in enumerate(OFF.items()):
+        unset = 1 if name == "temperature" else off
+        values = [unset if (x := getattr(s, name)) is None else min(x, 2**31 - 1) for s in settings]
+        if any(x != off for x in values) or lists and i < 5:
+            values = [1 - x for x in values] if name == "top_p" else values
+            made = np.array(values if lists else values[0], np.int32 if name == "top_k" else np.float32)
+            found["outside_top_p" if name == "top_p" else name] = jnp.asarray(made)
+    return Filters(**found)
 
 
 def _checked(defaults, given):
@@ -105,7 +115,7 @@ def next_logits(
     """The logits that `choose` draws from: with the bias, after the rules, and -inf for tokens that are not allowed.
     Where the rules leave no allowed token, `allowed` alone holds."""
     biased = logits if filters.logit_bias is None else logits + filters.logit_bias
-    found = process(biased, rules, eos_ids, filters.repetition_penalty, written)
+    found = process(biased, rules, eos_ids, filters, written)
     if filters.allowed is None:
         return found
     token = jnp.arange(logits.shape[-1])
@@ -115,35 +125,52 @@ def next_logits(
 
 
 def process(
-    logits: Logits, rules: GenerationDefaults, eos_ids: tuple[int, ...], penalty: Any, written: Written
+    logits: Logits, rules: GenerationDefaults, eos_ids: tuple[int, ...], filters: Filters, written: Written
 ) -> Logits:
-    """Logits, or log-probabilities, after the repetition penalty (None: none) and the rules on tokens."""
-    axes = 0, None if jnp.ndim(penalty) == 0 else 0, Written(*(0 if jnp.ndim(x) else None for x in written))  # type: ignore
-    return jax.vmap(partial(_process_row, rules, eos_ids), in_axes=axes)(logits, penalty, written)
+    """Logits, or log-probabilities, after the penalties of `filters` and the rules on tokens."""
+    penalties = filters.encoder_repetition_penalty, filters.repetition_penalty
+    axes = (0, [0 if jnp.ndim(x) else None for x in penalties], Written(*(0 if np.ndim(x) else None for x in written)))
+    return jax.vmap(partial(_process_row, rules, eos_ids), in_axes=axes)(logits, [*penalties], written)
 
 
-def _process_row(rules, eos_ids, logits: Float[jax.Array, " V"], penalty, w: Written):
-    """`process` of one row: history [N], and scalars."""
-    V, length = len(logits), (w.history >= 0).sum()
+def _process_row(rules, eos_ids, logits: Float[jax.Array, " V"], penalties, w: Written):
+    """`process` of one row: history [N], source [S], and scalars."""
+    V, length, N = len(logits), (w.history >= 0).sum(), len(w.history)
+    source = jnp.where(jnp.arange(N) < w.end - w.step, w.history, -1) if w.source is None else w.source
 
     def last(n):
         return jax.lax.dynamic_slice_in_dim(jnp.pad(w.history, (n, 0), constant_values=-1), w.end, n)
 
-    if penalty is not None:
-        penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
-        logits = jnp.where(_members(w.history, V), penalised, logits)
-    if n := rules.no_repeat_ngram_size:
-        starts = max(len(w.history) - n + 1, 0)
+    def biased(logits, numbers):
+        bias = jnp.zeros(V)
+        for n in {len(ids) for ids in numbers}:
+            begin, end, number = zip(
+                *((ids[:-1], ids[-1], x) for ids, x in numbers.items() if len(ids) == n), strict=True
+            )
+            follows = (last(n - 1) == jnp.array(begin, jnp.int32)).all(-1)
+            bias = bias.at[jnp.array(end)].add(jnp.where(follows, jnp.array(number, jnp.float32), 0), mode="drop")
+        return logits + bias
+
+    def penalised(logits, ids, penalty):
+        return jnp.where(_members(ids, V), jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+    def without_ngrams(logits, ids, n):
+        starts = max(len(ids) - n + 1, 0)
         same = jnp.ones(starts, bool)
         for i, token in enumerate(last(n - 1)):
-            same &= w.history[i : i + starts] == token
-        logits = jnp.where(_members(jnp.where(same, w.history[n - 1 :], -1), V), OUT, logits)
-    for *start, token in rules.bad_words_ids:
-        if start:
-            ends = (last(len(start)) == jnp.array(start)).all()
-            logits = jnp.where(ends & mask([token], V), OUT, logits)
-        elif token not in eos_ids:
-            logits = jnp.where(mask([token], V), OUT, logits)
+            same &= (ids[i : i + starts] == token) & (token >= 0)
+        return jnp.where(_members(jnp.where(same, ids[n - 1 :], -1), V), OUT, logits)
+
+    logits = biased(logits, dict(rules.sequence_bias))
+    if penalties[0] is not None:
+        logits = penalised(logits, source, 1 / penalties[0])
+    if penalties[1] is not None:
+        logits = penalised(logits, w.history, penalties[1])
+    if rules.no_repeat_ngram_size:
+        logits = without_ngrams(logits, w.history, rules.no_repeat_ngram_size)
+    if rules.encoder_no_repeat_ngram_size:
+        logits = without_ngrams(logits, source, rules.encoder_no_repeat_ngram_size)
+    logits = biased(logits, {ids: OUT for ids in rules.bad_words_ids if len(ids) > 1 or ids[0] not in eos_ids})
     least = rules.min_new_tokens
     if rules.min_length or least:
         early = length < rules.min_length if least is None else w.step < least
@@ -155,6 +182,12 @@ def _process_row(rules, eos_ids, logits: Float[jax.Array, " V"], penalty, w: Wri
     if rules.forced_eos_token_id:
         forced = jnp.where(mask(rules.forced_eos_token_id, V), 0, OUT)
         logits = jnp.where(w.step == w.limit - 1, forced, logits)
+    if rules.remove_invalid_values:
+        logits = jnp.nan_to_num(logits)
+    if rules.exponential_decay_length_penalty:
+        begin, factor = rules.exponential_decay_length_penalty
+        more = jnp.abs(logits) * jnp.expm1(jnp.maximum(w.step - begin, 0) * math.log(factor))
+        logits = jnp.where(mask(eos_ids, V) & jnp.isfinite(logits), logits + more, logits)
     if rules.suppress_tokens:
         logits = jnp.where(mask(rules.suppress_tokens, V), OUT, logits)
     if rules.begin_suppress_tokens:
@@ -183,43 +216,17 @@ def only_below(vocab_size: int | None, logits: Logits) -> Logits:
 
 
 def filtered(logits: Logits, filters: Filters) -> Logits:
-    """Logits over temperature, with -inf for the tokens that top-k, top-p and min-p exclude, in this order."""
+    """Logits over temperature, with -inf for the tokens that the filters exclude, in the order of Transformers."""
     f: Any = Filters(*(x if jnp.ndim(x) == 0 else x[:, None] for x in filters))
     logits = logits if f.temperature is None else logits / jnp.where(f.temperature == 0, 1, f.temperature)
+    if f.top_h is not None:
+        logits = kernels.truncate_by_entropy(logits, f.top_h)
     if f.top_k is not None or f.outside_top_p is not None:
-        if jnp.ndim(f.top_k):  # sorting takes long, and often few rows need it  # type: ignore
-            by_rank, wanted = Filters(None, f.top_k, f.outside_top_p), (f.top_k > 0) | (f.outside_top_p > 0)  # type: ignore
-            sort = lambda wanted, f, x: jax.lax.cond(wanted.any(), partial(_by_rank, f), lambda x: x, x)
-            if parallel.current_platform() == "cpu":  # which has no sort in parallel
-                logits = jax.lax.map(lambda row: sort(row[0], row[1], row[2][None])[0], (wanted, by_rank, logits))
-            else:
-                logits = sort(wanted, by_rank, logits)
-        else:
-            logits = _by_rank(f, logits)
-    if f.min_p is not None:
-        p = jax.nn.softmax(logits, axis=-1)
-        logits = jnp.where(p < f.min_p * p.max(-1, keepdims=True), OUT, logits)
-    return logits
-
-
-def _by_rank(f: Filters, logits: Logits) -> Logits:
-    """top-k, then top-p; f: with scalars or arrays [B, 1]."""
-    V, ordered = logits.shape[-1], jnp.sort(logits, axis=-1)
-    if f.top_k is not None:  # equal logits are kept together
-        top_k = jnp.where(f.top_k > 0, jnp.minimum(f.top_k, V), V)
-        kth = jnp.take_along_axis(ordered, jnp.broadcast_to(V - top_k, (len(logits), 1)), -1)
-        logits, ordered = (jnp.where(x < kth, OUT, x) for x in (logits, ordered))
-    if f.outside_top_p is not None:  # of equal logits at the border, those of the largest ids are kept
-        # In multiples of 2^-31, so that the sums, and the border between equal logits, are exact.
-        p = jnp.round(jax.nn.softmax(ordered, axis=-1) * 2.0**31).astype(jnp.uint32)
-        sums = jnp.cumsum(p, axis=-1).astype(jnp.float32) / 2.0**31
-        outside = (sums <= f.outside_top_p) & (f.outside_top_p > 0)
-        kept = V - jnp.minimum(outside.sum(-1, keepdims=True), V - 1)
-        least = jnp.take_along_axis(ordered, V - kept, -1)
-        ties = logits == least
-        rank = jnp.cumsum(ties[:, ::-1], axis=-1)[:, ::-1] + (logits > least).sum(-1, keepdims=True)
-        logits = jnp.where((logits > least) | ties & (rank <= kept), logits, OUT)
-    return logits
+        logits = kernels.truncate_by_rank(logits, f.top_k, f.outside_top_p)
+    logits = kernels.truncate_below(logits, min_p=f.min_p)
+    if f.typical_p is not None:
+        logits = kernels.truncate_typical(logits, f.typical_p)
+    return kernels.truncate_below(logits, epsilon=f.epsilon_cutoff, eta=f.eta_cutoff)
 
 
 def choose(logits: Logits, rng: jax.Array, filters: Filters) -> Int[jax.Array, " B"]:
@@ -228,7 +235,7 @@ def choose(logits: Logits, rng: jax.Array, filters: Filters) -> Int[jax.Array, "
     best = logits.argmax(-1).astype(jnp.int32)
     if filters.temperature is None:
         return best
-    draw = jax.vmap(jax.random.categorical) if is_key_of_rows(rng) else jax.random.categorical
+    draw = jax.vmap(jax.random.categorical) if kernels.is_key_of_rows(rng) else jax.random.categorical
     drawn = lambda: draw(rng, filtered(logits, filters)).astype(jnp.int32)
     if not jnp.ndim(filters.temperature):
         return drawn()

@@ -47,20 +47,19 @@ def start(
     limit: Int[Array, "*B"] | int,
 ) -> Generation:
     """Read prompts that are padded on the left. The cache has room for new_tokens; `limit` of them will be used."""
-    B, P = tokens.shape
     token, cache = model.prefill(params, tokens, lengths, new_tokens)
-    prompt = written_prompt(model.config, tokens, lengths, token)
-    history = jnp.pad(prompt, [(0, 0), (0, new_tokens)], constant_values=-1)
-    written = Written(history, jnp.int32(prompt.shape[1]), jnp.int32(0), jnp.asarray(limit, jnp.int32))
-    return Generation(cache, token, jnp.zeros(B, bool), written, rng)
+    written = first_written(model.config, tokens, lengths, token, new_tokens, limit)
+    return Generation(cache, token, jnp.zeros(len(token), bool), written, rng)
 
 
-def written_prompt(config: ModelConfig, tokens: Array, lengths: Array, token: Array) -> Int[Array, "B P"]:
-    """The beginning of `Written.history`: prompts with -1 for padding; for a model with a source, its start token."""
+def first_written(config: ModelConfig, tokens: Array, lengths: Array, token: Array, room: int, limit: Any) -> Written:
+    """What is written after the prompts, with room for new tokens; for a model with a source, its start token."""
+    B, P = tokens.shape
+    prompt, source = jnp.where(jnp.arange(P) >= P - lengths[:, None], tokens, -1), None
     if config.reads_source:
-        return token[:, None]
-    P = tokens.shape[1]
-    return jnp.where(jnp.arange(P) >= P - lengths[:, None], tokens, -1)
+        prompt, source = token[:, None], prompt
+    history = jnp.pad(prompt, [(0, 0), (0, room)], constant_values=-1)
+    return Written(history, jnp.int32(prompt.shape[1]), jnp.int32(0), jnp.asarray(limit, jnp.int32), source)
 
 
 def advance(
@@ -83,7 +82,7 @@ def advance(
     def step(state, _):
         logits, cache = model.decode(params, state.token[:, None], state.cache)
         own, w = only_below(vocab_size, logits[:, -1]), state.written
-        logits = next_logits(own, model.config.generation, eos_ids, filters, w)
+        logits = only_below(vocab_size, next_logits(own, model.config.generation, eos_ids, filters, w))
         rows = is_key_of_rows(state.rng)
         rng, key = jnp.unstack(jax.vmap(jax.random.split)(state.rng), axis=1) if rows else jax.random.split(state.rng)
         token, done = choose(logits, key, filters), state.done
@@ -148,13 +147,15 @@ def sample(
     tokenizer: Any = None,
     logit_bias: Bias = None,
     log_probabilities: int | None = None,
+    **more: Setting,
 ) -> list[Any]:
     """Continue each prompt.
 
     prompts: see `Prompts`; with a tokenizer also a text or a list of texts. temperature: 0 is greedy. rng: default
     key 0. eos_id: one or several ids that end a row. vocab_size: ids from there on are never drawn.
     logit_bias: numbers to add to the logits of ids. max_new_tokens, the filters and logit_bias may be lists with an
-    item for each prompt, and rng keys or seeds for each; then a row is drawn as if it were alone.
+    item for each prompt, and rng keys or seeds for each; then a row is drawn as if it were alone. more: top_h,
+    typical_p, epsilon_cutoff, eta_cutoff, encoder_repetition_penalty; all filters have their meaning in Transformers.
     None takes the value of model.config.generation, else temperature 1 and no filter; top_k=0, top_p=1, min_p=0 and
     repetition_penalty=1 turn a filter off, eos_id=() the end. The other rules of model.config.generation (bad words,
     forced tokens, least lengths) always hold, as in Transformers' `generate`.
@@ -165,7 +166,7 @@ def sample(
     context, a filter out of its range, or a setting in model.config.generation that is not computed.
     """
     tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
-    filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty, model.config.generation)
+    filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty, model.config.generation, **more)
     filters, rng, limits, record = _for_rows(model, tokens, filters, rng, max_new_tokens, logit_bias, log_probabilities)
     run, rope, most = compiled(_sample, mesh=parallel.mesh_of(params)), model.config.rope, int(limits.max())
     # Longer texts than rope.context have other angles: there the text is read again from its beginning.
@@ -210,7 +211,7 @@ def stream(
 ) -> Iterator[list[Any]]:
     """`sample` as a stream: yields up to `chunk` new tokens of each prompt at a time, or a Scored of them.
 
-    filters: temperature to repetition_penalty of `sample`. The tokens are the same as from `sample` with the same
+    filters: those of `sample`. The tokens are the same as from `sample` with the same
     key. Ends when every row has its eos_id or its largest length.
     """
     tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)

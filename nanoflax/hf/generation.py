@@ -14,16 +14,8 @@ _KNOWN = fields.field_types(GenerationDefaults)
 # as those of caches and outputs, do not change the generated tokens.
 _UNSUPPORTED = {
     "penalty_alpha": (0,),
-    "typical_p": (1,),
-    "top_h": (),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
     "diversity_penalty": (0,),
     "num_beam_groups": (1,),
-    "encoder_repetition_penalty": (1,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "exponential_decay_length_penalty": (),
-    "sequence_bias": (),
     "guidance_scale": (1,),
     "watermarking_config": (),
     "dola_layers": (),

@@ -1,7 +1,8 @@
 """The engine: requests come at any time and share one batch of slots, which decode a token each in every step.
 
 Between two steps a piece of one waiting prompt is read. The next step starts before the tokens of the last one are
-read, except where a constraint must see them first.
+read, except where a constraint must see them first. A prompt that needs a function that is not compiled yet lets the
+next prompts pass.
 """
 
 import collections
@@ -20,10 +21,9 @@ from nanoflax.errors import UserError
 from nanoflax.generate import Filters
 from nanoflax.nn import LanguageModel
 from nanoflax.serve.prefixes import Prefixes
-from nanoflax.serve.programs import PADDED, Programs
-from nanoflax.serve.requests import Finish, Request, Ticket, Token
+from nanoflax.serve.programs import PADDED, Programs, context_of
+from nanoflax.serve.requests import Finish, Request, Ticket, Token, check, token_of
 
-CONTEXT = 4096  # tokens of a text by default, if the model has no smaller context
 PREFIXES = 4  # prompts whose caches are kept
 FILTERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of a Request
 
@@ -33,7 +33,7 @@ class _Reply:
     """A ticket whose prompt is read, or that has a slot."""
 
     ticket: Ticket
-    slot: int
+    slot: int = -1  # none yet
     text: int = 0  # tokens before the first new one
     least: int = 0  # the smallest size of the cache, for a source
     started: int = 0  # steps with this reply that have started
@@ -50,8 +50,8 @@ class Engine:
 
     slots: replies that are generated at once. context: the most tokens of a prompt and its reply; the memory of a slot
     grows with the longest text in the slots. Functions for short texts are compiled when the context manager begins,
-    others soon after it; a request compiles nothing. Leaving the context manager waits for all replies; after an
-    exception they are cancelled.
+    others soon after it, those that a text waits for first; a request compiles nothing. Leaving the context manager
+    waits for all replies; after an exception they are cancelled.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Engine:
             if value < least:
                 raise UserError(f"{name}={value} must be at least {least}")
         self.model, self.params, self.tokenizer, self.slots = model, params, tokenizer, slots
-        self.context = _context(model.config, context)
+        self.context = context_of(model.config, context)
         self.queue_limit = queue_limit
         self.counts = dict.fromkeys(("steps", "pieces", "tokens", "prompt_tokens", "reused_tokens", "requests"), 0)
         self.failure = ""  # why the engine stopped, if it did
@@ -81,7 +81,7 @@ class Engine:
         self._closing = self._cancelling = False
         self._replies: list[_Reply | None] = [None] * slots
         self._waiting: collections.deque[Ticket] = collections.deque()
-        self._prompt: tuple[_Reply, Iterator[None]] | None = None  # that is being read
+        self._reading: dict[int, tuple[_Reply, Iterator[bool]]] = {}  # prompts that are read, by the id of the reply
         self._pending: collections.deque = collections.deque()  # (replies, tokens, scores) of the steps that started
         self._filters: Filters | None = None  # on the device; None: they must be made again
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -104,7 +104,7 @@ class Engine:
         self._queue.put(None)
         self._thread.join()
         if self.model.config.head == "lm":
-            self._programs.close()
+            self._programs.compiler.close()
 
     @property
     def active(self) -> int:
@@ -121,7 +121,9 @@ class Engine:
 
         Raises: UserError for a bad request, before anything runs.
         """
-        self._check(request)
+        c, most = self.model.config, self._programs.alternatives
+        check(request, c, self.context, self.vocab_size, most)
+        generate.make_filters(**{name: [getattr(request, name)] for name in FILTERS}, defaults=c.generation)
         ticket = Ticket(request, receive)
         with self._lock:
             if self._closing:
@@ -130,33 +132,6 @@ class Engine:
                 raise UserError(f"{self.queued} requests wait already; send the request again later")
             self._queue.put(ticket)
         return ticket
-
-    def _check(self, r: Request) -> None:
-        c, new = self.model.config, r.max_new_tokens
-        new = 1 if new == 0 and r.prompt_log_probabilities else new
-        tokenizers.check_prompts(c, [r.prompt], new)
-        length = max(len(r.prompt), new) if c.reads_source else len(r.prompt) + new
-        problems = []
-        if length > self.context:
-            text = f"a prompt of {len(r.prompt)} tokens with max_new_tokens={new} exceeds the engine's context of"
-            problems.append(f"{text} {self.context}; shorten the prompt or lower max_new_tokens")
-        if max(r.prompt) >= self.vocab_size:
-            problems.append(f"prompt has token id {max(r.prompt)}, outside the vocabulary of {self.vocab_size}")
-        if not -(2**63) <= r.seed < 2**63:
-            problems.append(f"seed={r.seed} must be a 64-bit integer")
-        most = self._programs.alternatives
-        if r.log_probabilities is not None and not 0 <= r.log_probabilities <= most:
-            problems.append(f"log_probabilities={r.log_probabilities} must be from 0 to {most}")
-        if r.prompt_log_probabilities and c.reads_source:
-            problems.append("prompt_log_probabilities: the source of this model has no log-probabilities")
-        bad = [i for i, x in r.logit_bias.items() if not 0 <= i < self.vocab_size or not np.isfinite(x)]
-        if bad:
-            text = f"logit_bias has id {bad[0]}; ids must be below {self.vocab_size}, and their numbers finite"
-            problems.append(text)
-        if problems:
-            raise UserError("; ".join(problems))
-        settings = {name: [getattr(r, name)] for name in FILTERS}
-        generate.make_filters(**settings, defaults=c.generation)
 
     # In the engine's thread.
 
@@ -170,7 +145,7 @@ class Engine:
             self._receive_tickets(wait=False)
             replies = [
                 *self._replies,
-                self._prompt and self._prompt[0],
+                *(reply for reply, _ in self._reading.values()),
                 *(r for step in self._pending for r in step[0]),
             ]
             tickets = {id(r.ticket): r.ticket for r in replies if r and not r.finished}
@@ -179,15 +154,16 @@ class Engine:
 
     def _serve(self):
         while True:
-            work = self._pending or self._waiting or self._prompt or self.active
+            work = self._pending or self._waiting or self._reading or self.active
             self._receive_tickets(wait=not work and not self._closing)
             if self._closing and not (work or self._waiting):
                 return
             self._cancel()
-            self._read_piece()
-            self._start_step()
+            read, started = self._read_piece(), self._start_step()
             constrained = any(r and r.ticket.request.constraint for r in self._replies)
-            while len(self._pending) > (1 if self.active and not constrained else 0):
+            if not (read or started or self._pending):
+                self._programs.compiler.wait(0.02)
+            while len(self._pending) > (1 if started and self.active and not constrained else 0):
                 self._finish_step(*self._pending[0])  # it stays there until then, for `_run`
                 self._pending.popleft()
 
@@ -207,19 +183,18 @@ class Engine:
         self._waiting = kept
         for ticket in gone:
             self._send(ticket, Finish("cancelled"))
-        for reply in (*self._replies, self._prompt and self._prompt[0]):
+        for reply in (*self._replies, *(reply for reply, _ in self._reading.values())):
             if reply and (reply.ticket.cancelled or self._cancelling):
                 self._finish(reply, "cancelled")
 
     def _finish(self, reply, reason, message=""):
         reply.finished = True
         self._free(reply)
-        if self._prompt and self._prompt[0] is reply:
-            self._prompt = None
+        self._reading.pop(id(reply), None)
         self._send(reply.ticket, Finish(reason, message))
 
     def _free(self, reply):
-        if self._replies[reply.slot] is reply:
+        if reply.slot >= 0 and self._replies[reply.slot] is reply:
             self._replies[reply.slot] = self._filters = None
 
     def _send(self, ticket, event):
@@ -232,77 +207,122 @@ class Engine:
     # Prompts.
 
     def _read_piece(self):
-        """Read a piece of a prompt, if one waits and a slot is free."""
-        if self._prompt is None:
-            if not self._waiting or self.active == self.slots:
-                return
-            reply = _Reply(self._waiting.popleft(), self._replies.index(None))
-            self._prompt = reply, self._pieces(reply)
-        next(self._prompt[1], None)
+        """Read a piece of the first prompt that can go on, if there is one. Returns whether there was."""
+        for _, pieces in [*self._reading.values()]:
+            if next(pieces, True):
+                return True
+        if not self._waiting or self.active == self.slots or len(self._reading) > self.slots:
+            return False
+        reply = _Reply(self._waiting.popleft())
+        self._reading[id(reply)] = reply, (pieces := self._pieces(reply))
+        return next(pieces, True)
 
     def _pieces(self, reply):
-        """Reads a prompt and puts it into its slot. Yields after each piece but the last."""
+        """Reads a prompt and puts it into a slot. Yields True after each piece, and False while it must wait for a slot
+        or a function."""
         p, r = self._programs, reply.ticket.request
         prompt = text = [*map(int, r.prompt)]
         self.counts["prompt_tokens"] += len(prompt)
         if p.reads_source:
-            cache, start = p.read(prompt, p.size_for(len(prompt)))
+            size = p.size_for(len(prompt))
+            yield from self._until("read", size)
+            cache, start = p.read(prompt, size)
             text = [start]
         else:
-            last, scores, cache, at, shared = len(prompt) - 1, [], None, 0, 0
-            if not r.prompt_log_probabilities:
-                cache, at, shared = self._prefixes.find(prompt[:last])
-            size = p.size_for(len(prompt))
-            cache = p.empty(size) if cache is None else p.copy(cache, size)
-            self.counts["reused_tokens"] += at
-            stops = [shared] * (p.exact and shared - at >= PADDED) + [last]  # keep the state of a shared beginning
-            while at < last:
-                end = next(i for i in stops if i > at)
-                n = p.next_piece(end - at, size - at)
-                cache, found = p.piece(cache, prompt, at, n, r.prompt_log_probabilities)
-                at = min(at + n, end)
-                scores.append(found)
-                self.counts["pieces"] += 1
-                if at == end < last:
-                    self._prefixes.add(prompt[:at], p.copy(cache, size))
-                if at < last:
-                    yield
-            self._prefixes.add(prompt[:last], cache)
-            if r.prompt_log_probabilities:
-                self._send_prompt(reply.ticket, prompt, scores)
+            cache = yield from self._read(reply, prompt)
         if r.max_new_tokens == 0:
             self._finish(reply, "length")
             return
-        row = np.full(p.sizes[-1], -1, np.int32)
-        row[: len(text)] = text
+        row, source = (np.full(p.sizes[-1], -1, np.int32) for _ in range(2))
+        row[: len(text)], source[: len(prompt)] = text, prompt
         reply.text, reply.least = len(text), p.size_of(cache) if p.reads_source else 0
-        self._fit(p.size_of(cache))
-        numbers = len(text), r.max_new_tokens, r.seed
+        least = max(p.size_of(cache), reply.text)
+        while None not in self._replies or not (
+            p.compiler.ready(("insert", self._size(least), p.size_of(cache))) and self._fit(least)
+        ):
+            yield False
+        numbers = len(text), r.max_new_tokens, r.seed, source if p.reads_source else None
+        reply.slot = self._replies.index(None)
         self._state = p.insert(self._state, reply.slot, cache, text[-1], row, *numbers)
-        self._replies[reply.slot], self._filters, self._prompt = reply, None, None
+        self._replies[reply.slot], self._filters = reply, None
+        del self._reading[id(reply)]
+
+    def _read(self, reply, prompt):
+        """Reads a prompt but its last token, in a cache that grows; yields as `_pieces`, and returns the cache."""
+        p, r = self._programs, reply.ticket.request
+        last, scores, cache, at, shared = len(prompt) - 1, [], None, 0, 0
+        if not r.prompt_log_probabilities:
+            cache, at, shared = self._prefixes.find(prompt[:last])
+        if cache is None:
+            size, cache = p.sizes[0], p.empty()
+        else:
+            old, size = p.size_of(cache), p.size_for(at)
+            yield from self._until("copy", old, size)
+            cache = p.copy(cache, size)
+        self.counts["reused_tokens"] += at
+        stops = [shared] * (p.exact and shared - at >= PADDED) + [last]  # keep the state of a shared beginning
+        while at < last:
+            if at == size:
+                while (larger := p.larger(size, p.size_for(last))) is None:
+                    yield False
+                size, cache = larger, p.copy(cache, larger)
+            end = next(i for i in stops if i > at)
+            while (n := p.next_piece(end - at, at, size)) is None:
+                yield False
+            cache, found = p.piece(cache, prompt, at, n, r.prompt_log_probabilities)
+            at = min(at + n, end)
+            scores.append(found)
+            self.counts["pieces"] += 1
+            if at == end < last:
+                yield from self._until("copy", size, size)
+                self._prefixes.add(prompt[:at], p.copy(cache, size))
+            if at < last:
+                yield True
+        self._prefixes.add(prompt[:last], cache)
+        if r.prompt_log_probabilities:
+            self._send_prompt(reply.ticket, prompt, scores)
+        return cache
+
+    def _until(self, *name):
+        while not self._programs.compiler.ready(name):
+            yield False
 
     def _send_prompt(self, ticket, prompt, scores):
         """Send the tokens of a prompt with their log-probabilities."""
         scores = [np.concatenate(x) for x in zip(*scores, strict=True)] if scores else [[]] * 3
         self._send(ticket, Token(prompt[0], of_prompt=True))
         for token, *found in zip(prompt[1:], *scores, strict=False):
-            self._send(ticket, _token(token, found, ticket.request.log_probabilities or 0, of_prompt=True))
+            self._send(ticket, token_of(token, found, ticket.request.log_probabilities or 0, of_prompt=True))
 
     # Steps.
 
-    def _fit(self, least):
-        """Give the slots the smallest size, `least` or more, with room for the next token of every reply."""
+    def _size(self, least):
+        """The smallest size of the slots, `least` or more, with room for the next token of every reply; the present one
+        until the functions of a smaller one are compiled."""
+        p = self._programs
         needed = max([least, 1, *(max(r.least, r.text + r.started) for r in self._replies if r)])
-        self._state = self._programs.resize(self._state, self._programs.size_for(needed))
+        now, size = p.size_of(self._state.cache, 1), p.size_for(needed)
+        return now if size < now and not p.compiler.has(("resize", now, size), ("step", size)) else size
+
+    def _fit(self, least):
+        """Give the slots this size. Returns whether its functions are compiled."""
+        p = self._programs
+        now, size = p.size_of(self._state.cache, 1), self._size(least)
+        names = [("step", size)] + [("resize", now, size)] * (size != now)
+        if not p.compiler.ready(*names):
+            return False
+        self._state = p.resize(self._state, size)
+        return True
 
     def _start_step(self):
-        """Start a step for the replies that have slots."""
+        """Start a step for the replies that have slots. Returns whether this was possible."""
+        if not self.active or not self._fit(0):
+            return False
         allowed = self._allowed()
         if not self.active:
-            return
+            return False
         if self._filters is None:
             self._filters, self._wanted = self._make_filters()
-        self._fit(0)
         replies, filters = [*self._replies], self._filters
         filters = filters if allowed is None else filters._replace(allowed=allowed)
         self._state, (tokens, scores) = self._programs.step(self._state, filters, self._wanted)
@@ -312,6 +332,7 @@ class Engine:
             reply.started += 1
             if reply.started == reply.limit:
                 self._free(reply)  # a new prompt may come into the slot after this step
+        return True
 
     def _allowed(self):
         """Packed bits [slots, W] of the tokens that may come next, or None if no reply has a constraint."""
@@ -369,27 +390,6 @@ class Engine:
                 reply.received += 1
                 self.counts["tokens"] += 1
                 found = r.log_probabilities is not None and scores and [x[slot] for x in scores]
-                self._send(reply.ticket, _token(token, found, r.log_probabilities))
+                self._send(reply.ticket, token_of(token, found, r.log_probabilities))
                 if reply.received == reply.limit:
                     self._finish(reply, "length")
-
-
-def _context(config, context):
-    """The engine's context. Raises: UserError if the model has a smaller one."""
-    rope, most = config.rope, config.max_length
-    if rope.scaling in ("longrope", "dynamic"):  # longer texts change the angles of every token
-        most = min(most, rope.context // PADDED * PADDED)
-    if context is None:
-        return min(most, CONTEXT)
-    if not 1 <= context <= most:
-        raise UserError(f"context={context} must be from 1 to {most}, the longest text that the engine can continue")
-    return context
-
-
-def _token(token, found, alternatives, of_prompt=False):
-    """A Token. found: its row of `most_probable`, or nothing."""
-    if not found:
-        return Token(token, of_prompt=of_prompt)
-    logp, ids, best = found
-    pairs = zip(ids[:alternatives].tolist(), best[:alternatives].tolist(), strict=True)
-    return Token(token, float(logp), dict(pairs), of_prompt)

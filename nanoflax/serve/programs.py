@@ -1,12 +1,12 @@
 """The compiled functions of an engine: a request compiles nothing.
 
-Those for the smallest caches are compiled when the engine starts. Those for longer texts follow in a thread.
+Those for the smallest caches are compiled when the engine starts. Those for longer texts follow in a thread, the ones
+that a request waits for first; shorter texts go on in the meantime.
 
 A cache of one text has leaves [1, ...], the slots' cache [slots, 1, ...]. A size S is the number of tokens, and for a
 model with a source also of its source, that a cache has room for.
 """
 
-import concurrent.futures
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +17,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from nanoflax import generate, parallel
+from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.generate import Filters, Generation, Written
 from nanoflax.kernels import most_probable
 from nanoflax.nn import LanguageModel
+from nanoflax.serve.compiler import Compiler
 
+CONTEXT = 4096  # tokens of a text by default, if the model has no smaller context
 PIECES = 64, 16, 4, 1  # tokens that one call reads of a prompt
 PADDED = 16  # a cache's size is a multiple of it; also the last piece of a prompt, with padding on the right
 ALTERNATIVES = 20  # of each token that can be reported, as in OpenAI's API
@@ -75,51 +78,65 @@ class Programs:
         self.params = self.on(lambda params: generate.decoding_params(model, params, slots))(params)
         self.model = generate.decoding_model(model, slots)
         self.virtual = 0 if c.reads_source else len(params["decoder"].get("prompt", ()))
-        self._compiled: dict[tuple, concurrent.futures.Future] = {}
-        self._compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
+        self.compiler = Compiler()
         self._one = {S: self._shapes(lambda params, S=S: self._empty(params, S), self.params) for S in self.sizes}
-        self._compile_all()
-        for name, found in self._compiled.items():
-            if name[1] == self.sizes[0]:
-                found.result()
-
-    def close(self) -> None:
-        """Compile nothing more."""
-        self._compiler.shutdown(cancel_futures=True)
+        small = [name for name in self._add_all() if {*name[1:3]} & {*self.sizes} == {self.sizes[0]}]
+        self.compiler.ready(*small)  # they come first
+        self.compiler.start()
+        for name in small:
+            self.compiler.get(*name)
 
     # What is compiled.
 
-    def _compile_all(self):
+    def _add_all(self):
+        """Add all functions to the compiler, and return their names. Those without which no text of a size is possible
+        come first."""
         one, all_, numbers = self._one, {S: self._state_shapes(S) for S in self.sizes}, self._shapes
         i32, flag, key = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, bool, jnp.int32))
         row = jax.ShapeDtypeStruct((self.sizes[-1],), jnp.int32)
+        source = row if self.reads_source else None
         filters, wanted = numbers(jax.tree.map(jnp.asarray, self.no_filters())), np.zeros(self.slots, bool)
+        found, params = {}, self.params
         for S in self.sizes:
-            if self.reads_source:
-                tokens = jax.ShapeDtypeStruct((1, S), jnp.int32)
-                self._compile(("read", S), self._read, (), self.params, tokens, jax.ShapeDtypeStruct((1,), jnp.int32))
-            else:
-                self._compile(("empty", S), functools.partial(self._empty, size=S), (), self.params)
-                for T in self.sizes:
-                    self._compile(("copy", S, T), functools.partial(self._copy, size=T), (), one[S])
             for n in self.pieces:
                 tokens = jax.ShapeDtypeStruct((n,), jnp.int32)
-                self._compile(("piece", S, n), self._piece, (1,), self.params, one[S], tokens, tokens, i32, flag)
-            self._compile(("step", S), self._step, (1,), self.params, all_[S], filters, wanted)
+                found["piece", S, n] = self._piece, (1,), params, one[S], tokens, tokens, i32, flag
+            if self.reads_source:
+                tokens = jax.ShapeDtypeStruct((1, S), jnp.int32)
+                found["read", S] = self._read, (), params, tokens, jax.ShapeDtypeStruct((1,), jnp.int32)
+            found["step", S] = self._step, (1,), params, all_[S], filters, wanted
             for T in self.sizes:
+                if not self.reads_source:
+                    found["copy", T, S] = functools.partial(self._copy, size=S), (), one[T]
                 if T <= S:
-                    cache = one[T]
-                    self._compile(("insert", S, T), self._insert, (0,), all_[S], i32, cache, i32, row, i32, i32, key)
+                    arguments = all_[S], i32, one[T], i32, row, i32, i32, key, source
+                    found["insert", S, T] = self._insert, (0,), *arguments
                 if T != S:
-                    resize = functools.partial(self._resize, size=T)
-                    self._compile(("resize", S, T), resize, (), all_[S])
-
-    def _compile(self, name, function, donate, *arguments):
-        run = self.on(function, donate_argnums=donate)
-        self._compiled[name] = self._compiler.submit(lambda: run.lower(*arguments).compile())
+                    found["resize", T, S] = functools.partial(self._resize, size=S), (), all_[T]
+        least = self.sizes[0]
+        if not self.reads_source:
+            found["empty", least] = functools.partial(self._empty, size=least), (), params
+        first = [
+            name
+            for S in self.sizes
+            for name in (
+                ("piece", S, PIECES[0]),
+                ("copy", least, S),
+                ("read", S),
+                ("resize", least, S),
+                ("insert", S, S),
+                ("step", S),
+            )
+            if name in found
+        ]
+        for name in dict.fromkeys((*first, *found)):
+            function, donate, *arguments = found[name]
+            run = self.on(function, donate_argnums=donate)
+            self.compiler.add(name, lambda run=run, arguments=arguments: run.lower(*arguments).compile())
+        return [*found]
 
     def _get(self, *name):
-        return self._compiled[name].result()
+        return self.compiler.get(*name)
 
     @staticmethod
     def _shapes(tree, *arguments):
@@ -132,11 +149,11 @@ class Programs:
     # The state of the slots.
 
     def no_filters(self) -> Filters:
-        """Filters [slots] that change nothing, in NumPy."""
+        """Filters [slots] without a bias and a constraint."""
         B, words = self.slots, -(-self.model.config.vocab_size // 32)
-        ones, zeros = np.ones(B, np.float32), np.zeros(B, np.float32)
         bias = np.zeros((B, self.model.config.vocab_size), np.float32)
-        return Filters(zeros, np.zeros(B, np.int32), zeros, zeros, ones, bias, np.full((B, words), ~np.uint32(0)))
+        made = generate.make_filters(temperature=[0] * B, defaults=self.model.config.generation)
+        return made._replace(logit_bias=bias, allowed=np.full((B, words), ~np.uint32(0)))
 
     def start(self) -> Generation:
         """Empty slots of the smallest size."""
@@ -146,7 +163,7 @@ class Programs:
         B, one = self.slots, self._empty(params, size)
         cache = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *x.shape)), one)
         history, numbers = jnp.full((B, self.sizes[-1]), -1, jnp.int32), jnp.zeros(B, jnp.int32)
-        written = Written(history, numbers, numbers, numbers)
+        written = Written(history, numbers, numbers, numbers, history if self.reads_source else None)
         return Generation(cache, numbers, jnp.zeros(B, bool), written, jax.vmap(jax.random.PRNGKey)(numbers))
 
     def insert(
@@ -159,18 +176,21 @@ class Programs:
         length: int,
         limit: int,
         seed: int,
+        source: Int[np.ndarray, " N"] | None = None,
     ) -> Generation:
-        """Put a text into a slot. text: its tokens so far and then -1; token: the last; limit: of new tokens."""
+        """Put a text into a slot. text: its tokens so far and then -1; token: the last; limit: of new tokens; source:
+        of a model that reads one, and then -1."""
         function = self._get("insert", self.size_of(state.cache, 1), self.size_of(cache))
         low = np.int64(seed).astype(np.int32)  # as jax.random.PRNGKey
         numbers = (np.int32(x) for x in (length, limit, low))
-        return function(state, np.int32(slot), cache, np.int32(token), text, *numbers)
+        return function(state, np.int32(slot), cache, np.int32(token), text, *numbers, source)
 
-    def _insert(self, state, slot, cache, token, text, length, limit, seed):
+    def _insert(self, state, slot, cache, token, text, length, limit, seed, source):
         cache = jax.tree.map(lambda x: x, cache)
         if "index" in cache and not self.reads_source:
             cache["index"] = length - 1 + self.virtual  # without the padding of the last piece
-        row = (cache, token, jnp.bool_(False), Written(text, length, jnp.int32(0), limit), jax.random.PRNGKey(seed))
+        written = Written(text, length, jnp.int32(0), limit, source)
+        row = (cache, token, jnp.bool_(False), written, jax.random.PRNGKey(seed))
 
         def put(all_, one):
             one = _padded(one, all_.shape[1:])
@@ -204,9 +224,9 @@ class Programs:
 
     # Prompts.
 
-    def empty(self, size: int) -> dict:
-        """The cache of a text before its first token."""
-        return self._get("empty", size)(self.params)
+    def empty(self) -> dict:
+        """The cache of a text before its first token, of the smallest size."""
+        return self._get("empty", self.sizes[0])(self.params)
 
     def _empty(self, params, size):
         tokens = jnp.zeros((1, size if self.reads_source else 1), jnp.int32)
@@ -229,11 +249,25 @@ class Programs:
     def _read(self, params, tokens, lengths):
         return self.model.prefill(params, tokens, lengths, tokens.shape[1])[1]
 
-    def next_piece(self, rest: int, room: int) -> int:
-        """The length of the next piece of a prompt. rest: tokens to read; room: of the cache."""
-        if not self.exact and rest > PIECES[0] // 2 and room >= PIECES[0]:
-            return PIECES[0]
-        return next(n for n in self.pieces if n <= rest or not self.exact and n == PADDED)
+    def larger(self, size: int, most: int) -> int | None:
+        """The next size of a cache that grows from `size` to `most`: the smallest that is compiled; None: none is yet,
+        and `most` is compiled next."""
+        needed = lambda T: (("copy", size, T), ("piece", T, self.pieces[0]))
+        found = next((T for T in self.sizes if size < T <= most and self.compiler.has(*needed(T))), None)
+        if found is None:
+            self.compiler.ready(*needed(most))
+        return found
+
+    def next_piece(self, rest: int, at: int, size: int) -> int | None:
+        """The length of the next piece of a prompt; None: it is not compiled yet. rest: tokens to read after the first
+        `at`; size: of the cache."""
+        fitting = [n for n in self.pieces if n <= size - at and (n <= rest or not self.exact)]
+        if not self.exact and rest <= PIECES[0] // 2:
+            fitting.reverse()  # less padding
+        found = next((n for n in fitting if self.compiler.has(("piece", size, n))), None)
+        if found is None:
+            self.compiler.ready(("piece", size, fitting[0]))
+        return found
 
     def piece(self, cache: dict, prompt: list[int], at: int, n: int, scored: bool) -> tuple[dict, Scores]:
         """Read n tokens of a prompt from position `at`, fewer at its end.
@@ -290,3 +324,15 @@ def sizes_of(context: int, least: int) -> tuple[int, ...]:
 def _padded(x: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
     """x with this shape: with zeros at the end of each dimension, or without its last numbers."""
     return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, n - m, 0) for m, n in zip(x.shape, shape, strict=True)])
+
+
+def context_of(config: ModelConfig, context: int | None) -> int:
+    """The engine's context. Raises: UserError if the model has a smaller one."""
+    rope, most = config.rope, config.max_length
+    if rope.scaling in ("longrope", "dynamic"):  # longer texts change the angles of every token
+        most = min(most, rope.context // PADDED * PADDED)
+    if context is None:
+        return min(most, CONTEXT)
+    if not 1 <= context <= most:
+        raise UserError(f"context={context} must be from 1 to {most}, the longest text that the engine can continue")
+    return context

@@ -6,6 +6,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nanoflax import tokenizers
+from nanoflax.config import ModelConfig
+from nanoflax.errors import UserError
+
 
 class Constraint(Protocol):
     """What a text must match, in its present state."""
@@ -67,3 +71,39 @@ class Ticket:
     def cancel(self) -> None:
         """Free the slot at the next step. The Finish follows."""
         self.cancelled = True
+
+
+def check(r: Request, config: ModelConfig, context: int, vocab_size: int, alternatives: int) -> None:
+    """context: most tokens of a text; alternatives: most that can be reported. Raises: UserError for a request that
+    cannot be served."""
+    new, problems = r.max_new_tokens, []
+    if new == 0 and r.prompt_log_probabilities:  # without its last token, the prompt has room for one
+        tokenizers.check_prompts(config, [[*r.prompt][:-1] or r.prompt], 1)
+    else:
+        tokenizers.check_prompts(config, [r.prompt], new)
+    if (max(len(r.prompt), new) if config.reads_source else len(r.prompt) + new) > context:
+        text = f"a prompt of {len(r.prompt)} tokens with max_new_tokens={new} exceeds the engine's context of"
+        problems.append(f"{text} {context}; shorten the prompt or lower max_new_tokens")
+    if wrong := [i for i in r.prompt if not 0 <= i < vocab_size]:
+        problems.append(f"prompt has token id {wrong[0]}, outside the vocabulary of {vocab_size}")
+    if not -(2**63) <= r.seed < 2**63:
+        problems.append(f"seed={r.seed} must be a 64-bit integer")
+    if r.log_probabilities is not None and not 0 <= r.log_probabilities <= alternatives:
+        problems.append(f"log_probabilities={r.log_probabilities} must be from 0 to {alternatives}")
+    if r.prompt_log_probabilities and config.reads_source:
+        problems.append("prompt_log_probabilities: the source of this model has no log-probabilities")
+    bad = [i for i, x in r.logit_bias.items() if not 0 <= i < vocab_size or not np.isfinite(x)]
+    if bad:
+        text = f"logit_bias has id {bad[0]}; ids must be below {vocab_size}, and their numbers finite"
+        problems.append(text)
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def token_of(token: int, found: Any, alternatives: int | None, of_prompt: bool = False) -> Token:
+    """A Token. found: its row of `most_probable`, or nothing."""
+    if not found:
+        return Token(token, of_prompt=of_prompt)
+    logp, ids, best = found
+    pairs = zip(ids[:alternatives].tolist(), best[:alternatives].tolist(), strict=True)
+    return Token(token, float(logp), dict(pairs), of_prompt)

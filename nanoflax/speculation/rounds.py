@@ -111,6 +111,7 @@ def _text(decoding, proposer, prompt, limit, filters, rng, eos_ids, vocab_size):
     text, made = ([last] if reads_source else [*prompt]), 0  # a text begins with the source's start token
     history = np.full((1 if reads_source else tokens.shape[1]) + room, -1, np.int32)
     begin = len(history) - room - len(text)  # of the text in the history, after padding
+    source = pad_left([prompt], decoding.one[0].config.max_length, -1)[0][0] if reads_source else None
     check = generate.compiled(_check, *donated(cache), mesh=decoding.mesh)
     seen = [*prompt, *text] if reads_source else text  # what a lookup reads
     while made < limit:
@@ -120,7 +121,7 @@ def _text(decoding, proposer, prompt, limit, filters, rng, eos_ids, vocab_size):
         history[begin:end] = text
         k = len(guesses)
         model, params = decoding.several if k else decoding.one
-        written = history, np.int32(end), np.int32(made), np.int32(limit)
+        written = history, np.int32(end), np.int32(made), np.int32(limit), source
         after, row, kept = check(
             model, params, np.int32(text[-1]), guesses, guess_logits, cache, written, filters, for_check,
             eos_ids=eos_ids, vocab_size=vocab_size,
@@ -145,8 +146,10 @@ def _check(model, params, token, guesses, guess_logits, cache, written, filters,
     i, at = jnp.arange(k + 1), jnp.arange(len(w.history)) - w.end
     guessed = (at >= 0) & (at < i[:, None])
     history = jnp.where(guessed, jnp.take(jnp.append(guesses, -1), jnp.clip(at, 0, k)), w.history)
-    rows = generate.Written(history, w.end + i, w.step + i, w.limit)
+    source = None if w.source is None else jnp.broadcast_to(w.source, (k + 1, len(w.source)))
+    rows = generate.Written(history, w.end + i, w.step + i, w.limit, source)
     logits = generate.next_logits(logits, model.config.generation, eos_ids, filters, rows)
+    logits = generate.only_below(vocab_size, logits)
     if rng is not None:
         logits = generate.filtered(logits, filters)
         if guess_logits is not None:

@@ -11,7 +11,7 @@ import pytest
 from nanoflax import generate, hf
 from nanoflax.config import GenerationDefaults, ModelConfig, from_dict
 from nanoflax.errors import UserError
-from nanoflax.generate.processors import Written, filtered, make_filters, process
+from nanoflax.generate.processors import OFF, Written, filtered, make_filters, process
 from nanoflax.nn import build
 from nanoflax.tokenizers import ByteTokenizer, cut, prompt_ids
 from tests.generate.beams_test import theirs_of
@@ -34,6 +34,13 @@ def drawn_rules(rng, length):
         "min_new_tokens": lambda: rng.choice([1, 4]),
         "no_repeat_ngram_size": lambda: rng.choice([1, 2, 3]),
         "repetition_penalty": lambda: rng.choice([0.7, 1.3, 5.0]),
+        "sequence_bias": lambda: [
+            [[token() for _ in range(rng.choice([1, 1, 2, 3]))], rng.choice([-30.0, 0.5, 4.0])] for _ in range(25)
+        ],
+        "encoder_repetition_penalty": lambda: rng.choice([0.7, 1.3, 5.0]),
+        "encoder_no_repeat_ngram_size": lambda: rng.choice([1, 2, 3]),
+        "exponential_decay_length_penalty": lambda: (rng.choice([0, 2]), rng.choice([0.5, 1.7])),
+        "remove_invalid_values": lambda: True,
     }
     kept = rng.sample(sorted(choices), rng.randrange(1, len(choices) + 1))
     found = {"eos_token_id": 7} | {name: choices[name]() for name in kept}
@@ -48,30 +55,37 @@ def test_rules_equal_transformers_processors(source):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     theirs = theirs_of("bart" if source else "gpt2", 0)
     moved = 0
-    for seed in range(15):
+    for seed in range(30):
         rng, draw = random.Random(seed), np.random.default_rng(seed)
         B, N, P = 3, 9, 1 if source else rng.choice([1, 5])
         given, step = drawn_rules(rng, P), rng.randrange(9)
         few = rng.choice([3, V])  # few different tokens repeat often
         tokens = draw.integers(2, 2 + few - 2, (B, P + step)).astype(np.int32)
         logits = draw.integers(-6, 6, (B, V)).astype(np.float32) / 2
+        if given.get("remove_invalid_values"):
+            logits[draw.random((B, V)) < 0.3] = draw.choice([np.nan, np.inf, -np.inf])
+        read = draw.integers(2, 2 + few - 2, (B, 6)) if source else tokens[:, :P]  # the prompts
         config = transformers.GenerationConfig(**given, max_length=P + N)
         config._eos_token_tensor = torch.tensor(np.atleast_1d(given["eos_token_id"]))
         if "min_new_tokens" in given:  # as `generate` does
             config.min_length = P + given["min_new_tokens"]
-        processors = theirs._get_logits_processor(config, P, encoder_input_ids=torch.zeros(B, 4).long())
+        processors = theirs._get_logits_processor(config, P, encoder_input_ids=torch.tensor(read).long())
         expected = processors(torch.tensor(tokens).long(), torch.tensor(logits)).numpy()
 
         ours = from_json(given)
         before = 0 if source else 16 - P
         history = np.pad(tokens, [(0, 0), (before, N - step)], constant_values=-1)
         written = Written(jnp.asarray(history), *map(jnp.int32, (before + P + step, step, N)))
+        if source:
+            written = written._replace(
+                source=jnp.pad(jnp.asarray(read, jnp.int32), [(0, 0), (2, 0)], constant_values=-1)
+            )
         if seed % 2:  # a value for each row
             written = written._replace(end=jnp.full(B, written.end), step=jnp.full(B, step), limit=jnp.full(B, N))
-        found = process(jnp.asarray(logits), ours, ours.eos_token_id, ours.repetition_penalty, written)
+        found = process(jnp.asarray(logits), ours, ours.eos_token_id, make_filters(defaults=ours), written)
         np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=f"{seed} {given}")
         moved += not np.array_equal(expected, logits)
-    assert moved > 7
+    assert moved > 20
 
 
 def from_json(given):
@@ -106,6 +120,54 @@ def test_filters_keep_what_transformers_keep_where_many_are_equal():
         np.testing.assert_allclose(*ordered, rtol=1e-6, err_msg=message)
 
 
+WARPERS = [  # in the order of `generate`: setting, class, values
+    ("temperature", "TemperatureLogitsWarper", [0.6]), ("top_h", "TopHLogitsWarper", [0.2, 0.5, 0.93]),
+    ("top_k", "TopKLogitsWarper", [1, 3, 19]), ("top_p", "TopPLogitsWarper", [0.3, 0.83]),
+    ("min_p", "MinPLogitsWarper", [0.01, 0.3]), ("typical_p", "TypicalLogitsWarper", [0.2, 0.57, 0.93]),
+    ("epsilon_cutoff", "EpsilonLogitsWarper", [0.003, 0.06]), ("eta_cutoff", "EtaLogitsWarper", [0.01, 0.2]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("V", [20, 300])
+def test_all_warpers_of_generate_one_by_one_and_together(V):
+    torch, theirs = pytest.importorskip("torch"), theirs_of("gpt2", 0)
+    transformers, moved = pytest.importorskip("transformers"), dict.fromkeys([name for name, *_ in WARPERS], 0)
+    for seed in range(64):
+        rng, draw = random.Random(seed), np.random.default_rng(seed)
+        logits = draw.integers(0, 12, (4, V)).astype(np.float32) / np.float32(
+            draw.choice([1, 3])
+        )  # with many equal ones
+        logits[draw.random((4, V)) < 0.2] = -np.inf
+        chosen = [WARPERS[seed % 8]] if seed < 40 else rng.sample(WARPERS, rng.randrange(2, len(WARPERS)))
+        given = {name: rng.choice(values) for name, _, values in chosen}
+        config = transformers.GenerationConfig(**{"top_k": 0} | given, do_sample=True)
+        expected = theirs._get_logits_processor(config, 1)(torch.zeros(4, 1).long(), torch.tensor(logits)).numpy()
+        # The last row alone is filtered: the others turn all filters off.
+        rows = {name: [OFF[name] if name != "temperature" else 1] * 3 + [value] for name, value in given.items()}
+        for filters, whole in ((make_filters(**given), True), (make_filters(**rows), False)):
+            found = np.array(filtered(jnp.asarray(logits), filters))
+            if not whole:
+                np.testing.assert_array_equal(found[:3], logits[:3])
+                found[:3] = expected[:3]
+            # Which of equal tokens remain is not defined there, as its sort is not stable; their number is.
+            np.testing.assert_allclose(*(np.sort(x, axis=-1) for x in (found, expected)), rtol=1e-6, err_msg=f"{given}")
+        for name in given if len(given) == 1 else ():
+            moved[name] += not np.array_equal(expected, logits)
+    assert min(moved.values()) > 0, moved
+
+
+def test_a_new_value_of_a_filter_compiles_nothing():
+    run, logits = jax.jit(filtered), jnp.zeros((2, 9))
+    for value in (0.3, 0.4):
+        names = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "encoder_repetition_penalty")
+        run(logits, make_filters(**dict.fromkeys(names, value)))
+    assert run._cache_size() == 1
+    with pytest.raises(TypeError, match="typical is not one of"):
+        make_filters(typical=0.3)
+    with pytest.raises(UserError, match="typical_p=1.5 must be in"):
+        make_filters(typical_p=1.5)
+
+
 def test_five_of_ten_equal_tokens_make_a_half():
     kept = np.isfinite(filtered(jnp.zeros((1, 10)), make_filters(1.0, None, 0.5)))
     assert kept.sum() == 5
@@ -136,12 +198,16 @@ CASES = [
                     length_penalty=0.6, num_beams=3)),
     ("bart", dict(eos_token_id=2, forced_bos_token_id=0, forced_eos_token_id=2, min_length=6, no_repeat_ngram_size=3,
                   early_stopping=True, length_penalty=2.0, num_beams=3)),
+    ("marian", dict(eos_token_id=0, encoder_repetition_penalty=3.0, encoder_no_repeat_ngram_size=2,
+                    sequence_bias=[[[45, 45], -30.0], [[5], 2.0], [[20], -3.0]], remove_invalid_values=True)),
+    ("gpt2", dict(eos_token_id=[7, 9], encoder_no_repeat_ngram_size=2, encoder_repetition_penalty=0.8,
+                  exponential_decay_length_penalty=[3, 1.9], sequence_bias=[[[7], 1.0], [[9], 2.0]])),
     ("t5", dict(eos_token_id=1, suppress_tokens=[3, 59], begin_suppress_tokens=[16, 8], renormalize_logits=True,
                 decoder_start_token_id=4)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family, settings", CASES, ids=[family for family, _ in CASES])
+@pytest.mark.parametrize("family, settings", CASES, ids=[f"{family}-{[*x][1]}" for family, x in CASES])
 def test_generation_equals_transformers(family, settings, tmp_path):
     torch = pytest.importorskip("torch")
     theirs = saved_model(family, 3, settings, tmp_path)
@@ -175,7 +241,7 @@ def test_settings_that_are_not_computed_are_refused_by_name(tmp_path):
     theirs = saved_model("gpt2", 0, {}, tmp_path)
     path = tmp_path / "generation_config.json"
     for name, value in dict(
-        penalty_alpha=0.6, encoder_no_repeat_ngram_size=3, typical_p=0.9, sequence_bias=[[[3], 1.0]], guidance_scale=2.0
+        penalty_alpha=0.6, guidance_scale=2.0, watermarking_config={"bias": 2.5}, force_words_ids=[[3]], max_time=2.0
     ).items():
         path.write_text(json.dumps({name: value}))
         config, params = hf.load(tmp_path)  # the model can still be measured and trained

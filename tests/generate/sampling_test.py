@@ -90,7 +90,7 @@ def test_filters_equal_transformers_in_every_combination():
 def after_rules(logits, seen_ids, filters):
     history = jnp.pad(jnp.asarray(seen_ids, jnp.int32), [(0, 0), (0, 1)], constant_values=-1)
     written = sampling.Written(history, jnp.int32(history.shape[1] - 1), jnp.int32(0), jnp.int32(1))
-    return processors.process(jnp.asarray(logits), GenerationDefaults(), (), filters.repetition_penalty, written)
+    return processors.process(jnp.asarray(logits), GenerationDefaults(), (), filters, written)
 
 
 def test_rows_with_values_of_their_own_are_drawn_as_if_alone():
@@ -425,7 +425,9 @@ def test_repetition_penalty_counts_the_prompt_and_what_was_drawn():
     start = jax.jit(sampling.start, static_argnums=(0, 4))
     written = start(model, params, tokens, lengths, 20, jax.random.PRNGKey(0), 20).written
     assert written.history.tolist() == [[-1] * 14 + [5, 6] + [-1] * 20]
-    penalised = processors.process(jnp.ones((1, 29)), GenerationDefaults(), (), 2.0, written)
+    penalised = processors.process(
+        jnp.ones((1, 29)), GenerationDefaults(), (), sampling.make_filters(repetition_penalty=2.0), written
+    )
     assert np.flatnonzero(penalised[0] < 1).tolist() == [5, 6]
 
 

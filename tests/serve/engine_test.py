@@ -1,5 +1,6 @@
 """The engine: every reply equals `sample` alone, whatever arrives when, and nothing compiles or is lost."""
 
+import contextlib
 import gc
 import os
 import queue
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 
 from nanoflax import generate
-from nanoflax.config import LatentConfig, MoEConfig, RecurrentConfig
+from nanoflax.config import GenerationDefaults, LatentConfig, MoEConfig, RecurrentConfig
 from nanoflax.errors import UserError
 from nanoflax.serve import Engine, Finish, Request
+from nanoflax.serve.compiler import Compiler
 from tests.generate import beams_test
 from tests.generate.sampling_test import make
 
@@ -42,13 +44,13 @@ class Reply:
         return [token.id for token in tokens]
 
 
-def alone(model, params, requests, most=9, **options):
+def alone(model, params, requests, most=9, pad=30, **options):
     """The tokens of `sample` for each request: row by row drawn as if it were alone."""
     settings = {name: [getattr(r, name) for r in requests] for name in FILTERS}
     prompts, limits = [list(r.prompt) for r in requests], [r.max_new_tokens for r in requests]
     # One compilation for all tests of a model: a row more has the longest prompt and reply.
     settings = {name: [*values, None] for name, values in settings.items()}
-    prompts, limits, seeds = [*prompts, [1] * 30], [*limits, most], [*(r.seed for r in requests), 0]
+    prompts, limits, seeds = [*prompts, [1] * pad], [*limits, most], [*(r.seed for r in requests), 0]
     biases = [*(dict(r.logit_bias) for r in requests), {}]
     options |= {"logit_bias": biases} if any(biases) else {}
     return generate.sample(model, params, prompts, limits, rng=seeds, eos_id=(), **settings, **options)[:-1]
@@ -212,6 +214,8 @@ def test_a_receiver_that_fails_stops_only_its_reply(decoder, capsys):
     [
         (dict(prompt=[]), "prompt 0 is empty"),
         (dict(prompt=[V]), f"token id {V}, outside"),
+        (dict(prompt=[1, V], max_new_tokens=0, prompt_log_probabilities=True), f"token id {V}, outside"),
+        (dict(prompt=[1] * 65, max_new_tokens=0, prompt_log_probabilities=True), "model's context of 64"),
         (dict(prompt=[1] * 60, max_new_tokens=9), "exceeds the model's context of 64"),
         (dict(prompt=[1], max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
         (dict(prompt=[1], temperature=-1.0), "temperature=-1.0 must be at least 0"),
@@ -227,6 +231,10 @@ def test_bad_requests_are_refused_by_one_line(decoder, fields, words):
     assert words in str(caught.value)
 
 
+RULES = GenerationDefaults(
+    typical_p=0.9, eta_cutoff=0.01, top_h=0.95, encoder_repetition_penalty=1.4, encoder_no_repeat_ngram_size=3,
+    sequence_bias=(((4,), 1.5), ((3, 7), -2.0)),
+)  # fmt: skip
 FAMILIES = {
     "recurrent": dict(
         layers=3, layer_types=("delta", "mamba2", "full"), output_delay=2, positions="rotary", norm="rmsnorm",
@@ -234,7 +242,8 @@ FAMILIES = {
     "latent experts": dict(
         positions="rotary", norm="rmsnorm", bias=False, moe=MoEConfig(experts=4, active=2),
         latent=LatentConfig(rank=12, rope_dim=4, value_dim=8)),
-    "windows, tied": dict(layer_types=("sliding", "full"), window=7, positions="rotary", tied=True, kv_heads=2),
+    "windows, tied": dict(layer_types=("sliding", "full"), window=7, positions="rotary", tied=True, kv_heads=2,
+                          generation=RULES),
     "encoder_decoder": None,
     "lstm": None,
 }  # fmt: skip
@@ -243,7 +252,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_model(family):
     fields = FAMILIES[family]
-    model, params = make(**fields) if fields else beams_test.make(family)
+    model, params = make(**fields) if fields else beams_test.make(family, generation=RULES)
     with Engine(model, params, None, slots=4) as engine:
         check_mixed(engine, model, params)
         if family == "recurrent":  # a shared beginning: its state is kept when the second prompt is read
@@ -261,9 +270,50 @@ def test_caches_grow_and_shrink_with_the_texts():
         short, long = dict(prompt=[1, 2], max_new_tokens=9), dict(prompt=[3] * 250 + [4], max_new_tokens=9)
         replies = [Reply(engine, temperature=0, **fields) for fields in (short, long, short, short)]
         found = [reply.ids() for reply in replies]
-        sizes = engine._programs.sizes
-        assert sizes == (256, 304) and engine._programs.size_of(engine._state.cache, 1) == 256
+        assert engine._programs.size_of(engine._state.cache, 1) in (256, 304) == engine._programs.sizes
+        engine._programs.compiler.get("resize", 304, 256)
+        Reply(engine, **short).ids()
+        assert engine._programs.size_of(engine._state.cache, 1) == 256
     assert found == alone(model, params, [reply.request for reply in replies])
+
+
+def test_a_long_text_that_comes_first_waits_alone_and_for_its_own_functions(monkeypatch):
+    """Functions for long texts are compiled only after a signal: short texts go on, and the compiler is the only thread
+    that compiles."""
+    opened, order, threads, add = threading.Event(), [], set(), Compiler.add
+
+    def gated(self, name, compile_):
+        def run():
+            if name[1:2] != (256,) or name[0] in ("copy", "resize") and name[2] != 256:
+                opened.wait()
+            order.append(name)
+            return compile_()
+
+        add(self, name, run)
+
+    monkeypatch.setattr(Compiler, "add", gated)
+    model, params = make(layers=1, dim=8, heads=2, context=1100, positions="rotary")
+    prompts = [np.random.default_rng(i).integers(0, V, n).tolist() for i, n in enumerate((1050, 700, 30, 20))]
+    with Engine(model, params, None, slots=2) as engine, contextlib.ExitStack() as stack:
+        assert engine._programs.sizes == (256, 1024, 1104)
+        stack.callback(opened.set)
+        started = len(order)
+        listen = lambda event, *_, **__: threads.add(threading.current_thread().name) if "backend" in event else None
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        long = [Reply(engine, prompt=prompt, temperature=0) for prompt in prompts[:2]]
+        short = [Reply(engine, prompt=prompt, temperature=0) for prompt in prompts[2:]]
+        found = [reply.ids() for reply in short]
+        assert engine.counts["pieces"] > 2 * 256 / 64  # the long ones have read what they can
+        gone = Reply(engine, prompt=prompts[0][1:])
+        gone.ticket.cancel()
+        assert gone.wait()[1].reason == "cancelled" and len(order) == started
+        opened.set()
+        found = [reply.ids() for reply in long] + found
+        first = order[started + 1 : started + 5]  # after the one that was at its turn
+        jax.monitoring.clear_event_listeners()
+    assert found == alone(model, params, [reply.request for reply in (*long, *short)], pad=1050)
+    assert {("piece", 1104, 64), ("copy", 256, 1104)} <= {*first}
+    assert threads <= {"compiler"}
 
 
 def test_thousands_of_requests_lose_nothing(decoder):

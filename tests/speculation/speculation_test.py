@@ -114,7 +114,11 @@ CASES["delay"] = dataclasses.replace(CASES["decoder"], output_delay=2, tied=True
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_texts_are_those_of_sample(name):
     config = CASES[name]
-    rules = GenerationDefaults(no_repeat_ngram_size=4, suppress_tokens=(5,), min_new_tokens=3)
+    rules = GenerationDefaults(
+        no_repeat_ngram_size=4, suppress_tokens=(5,), min_new_tokens=3, encoder_repetition_penalty=1.3,
+        encoder_no_repeat_ngram_size=2, sequence_bias=(((4,), 0.5), ((3, 7), 2.0)),
+        exponential_decay_length_penalty=(8, 1.02),
+    )  # fmt: skip
     model = build(dataclasses.replace(config, generation=rules))
     params = scaled(init(model, jax.random.PRNGKey(0)), 0)
     prompt, options = ragged(5)[0], dict(temperature=0, repetition_penalty=1.1, eos_id=[11])
