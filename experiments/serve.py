@@ -6,7 +6,8 @@
         -d '{"messages": [{"role": "user", "content": "Hello"}]}'
 
 The addresses: / (the page), /v1/models, /v1/completions, /v1/chat/completions, /healthz, /metrics (for Prometheus)
-and /openapi.json. An encoder, or a model with a bottleneck, also has /v1/embeddings: vectors of texts. Settings that a
+and /openapi.json. A text can be bound to a rule, as in vLLM: {"structured_outputs": {"regex": "[a-z]+"}}, or choice,
+json or grammar. An encoder, or a model with a bottleneck, also has /v1/embeddings: vectors of texts. Settings that a
 request does not give are those of the model's generation_config.json. Ctrl-C or SIGTERM ends the server: it finishes
 the texts that have begun and refuses the others.
 """

@@ -1,5 +1,6 @@
 """Requests of OpenAI's API as requests to the engine."""
 
+import functools
 import secrets
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +16,8 @@ from nanoflax.serve.requests import Request
 from nanoflax.serve.schemas import MAX_CHOICES
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# The rules that a text can follow, by vLLM's names in structured_outputs (formerly after guided_) -> ours.
+RULES = {"json": "json_schema", "regex": "regex", "choice": "choices", "grammar": "grammar"}
 COMPLETION_TOKENS = 16  # new tokens if a completion does not say how many, as in OpenAI's API
 
 
@@ -57,25 +60,47 @@ def chat_choices(served: Served, body: dict[str, Any]) -> list[Choice]:
     ids = tokenizers.chat_prompt(served.tokenizer, [_message(m) for m in body["messages"]], tools or None)
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
     logprobs = (body.get("top_logprobs") or 0) if body.get("logprobs") else None
-    return _choices(served, body, [(ids, None)], limit, logprobs, _rule(served, body.get("response_format")))
+    return _choices(served, body, [(ids, None)], limit, logprobs)
 
 
-def _rule(served: Served, form: dict[str, Any] | None) -> Callable[[], Any]:
-    """Makes the constraint of each choice. Raises: ApiError for a schema that cannot be followed."""
+def _rule(served: Served, body: dict[str, Any]) -> tuple[str, Callable[[], Any]]:
+    """(the field of the body with a rule for the text, what makes the constraint of each choice).
+
+    Raises: ApiError for two rules, and for one that cannot be followed.
+    """
+    structured = body.get("structured_outputs")
+    given = {f"guided_{name}": (name, body.get(f"guided_{name}")) for name in RULES}
+    given |= {f"structured_outputs.{name}": (name, (structured or {}).get(name)) for name in RULES}
+    given = {field: (name, rule) for field, (name, rule) in given.items() if rule is not None}
+    if structured is not None and not any(field.startswith("structured") for field in given):
+        raise ApiError(400, f"structured_outputs: give one of {', '.join(RULES)}", "structured_outputs")
+    if (schema := _schema(body.get("response_format"))) is not None:
+        given["response_format"] = "json", schema
+    if len(given) > 1:
+        raise ApiError(400, f"{' and '.join(given)}: a text can follow only one rule; leave one out", min(given))
+    for field, (name, rule) in given.items():
+        try:
+            if name == "json" and isinstance(rule, str):
+                rule = untrusted.parse_json(rule, "the text")
+            rules: dict[str, Any] = {RULES[name]: rule}
+            make = functools.partial(Constraint, served.tokenizer, **rules, begins=served.config.reads_source)
+            make()  # compiles the rule; later ones are copies
+        except UserError as error:
+            raise ApiError(400, f"{field}: {error}", field) from error
+        return field, make
+    return "", lambda: None
+
+
+def _schema(form: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The JSON schema of a response_format, or None for any text. Raises: ApiError."""
     kind = form["type"] if form else "text"
     if form and (kind == "json_schema") != ("json_schema" in form):
         raise ApiError(
             400, "response_format: type json_schema, and only this type, needs json_schema", "response_format"
         )
     if not form or kind == "text":
-        return lambda: None
-    schema = form["json_schema"]["schema"] if kind == "json_schema" else {"type": "object"}
-    make = lambda: Constraint(served.tokenizer, json_schema=schema, begins=served.config.reads_source)
-    try:
-        make()  # compiles the schema; later ones are copies
-    except UserError as error:
-        raise ApiError(400, f"response_format: {error}", "response_format") from error
-    return make
+        return None
+    return form["json_schema"]["schema"] if kind == "json_schema" else {"type": "object"}
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
@@ -97,8 +122,9 @@ def check_ids(served: Served, ids: Iterable[int], field: str) -> None:
         raise ApiError(400, f"{field}: token id {wrong[0]} is not in the vocabulary of {size}", field)
 
 
-def _choices(served, body, prompts, limit, logprobs, rule=lambda: None):
+def _choices(served, body, prompts, limit, logprobs):
     n, tokenizer = body.get("n") or 1, served.tokenizer
+    field, rule = _rule(served, body)
     if len(prompts) * n > MAX_CHOICES:
         raise ApiError(400, f"n: {len(prompts)} prompts with n={n} are more than {MAX_CHOICES} texts", "n")
     if (limit or 0) > served.max_tokens:
@@ -124,7 +150,7 @@ def _choices(served, body, prompts, limit, logprobs, rule=lambda: None):
                 constraint=rule(),
             )
             before = () if served.config.reads_source else ids
-            found.append(Choice(tokenizer, request, [stops] if isinstance(stops, str) else stops, before, echo))
+            found.append(Choice(tokenizer, request, [stops] if isinstance(stops, str) else stops, before, echo, field))
     return found
 
 
@@ -132,7 +158,7 @@ def _room(served, ids, limit, field):
     """The number of new tokens: `limit`, else that of the model, or as many as the server and the context allow."""
     context = served.context
     free = context if served.config.reads_source else context - len(ids)
-    if len(ids) > context or free < (limit or 1):
+    if len(ids) > context or free < (1 if limit is None else limit):  # 0: the prompt alone is scored
         wanted = "" if limit is None else f" and {limit} new ones"
         raise ApiError(
             400,

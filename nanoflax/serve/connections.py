@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_CONNECTIONS = 900  # a process usually has at most 1,024 open files
@@ -46,5 +47,6 @@ class Connection(H11Protocol):
 
     def _refuse(self, status: bytes) -> None:
         if not self.transport.is_closing():
-            self.transport.write(REFUSAL % status)
+            if self.conn.our_state is not h11.DONE:  # else the request has its answer, and its body still comes
+                self.transport.write(REFUSAL % status)
             self.transport.close()

@@ -26,7 +26,10 @@ from nanoflax.serve.errors import ApiError
 from nanoflax.serve.replies import Choice, Piece, Replies
 from nanoflax.serve.settings import Settings
 
-BODY_SECONDS = 30  # to send the body of a request
+# A body must arrive in FIRST_SECONDS, and in a second more for each LEAST_RATE bytes, but at most in BODY_SECONDS.
+FIRST_SECONDS = 10
+LEAST_RATE = 20_000
+BODY_SECONDS = 120
 # The page may fetch from this server only, and no other page may show it in a frame.
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
@@ -143,6 +146,8 @@ def _endpoint(
 
 def _error(error: ApiError) -> Response:
     headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    if error.status == 408:
+        headers["Connection"] = "close"  # the rest of the request, if it comes, is nothing
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.body(), error.status, headers)
@@ -172,15 +177,17 @@ async def _body(service: Service, request: Request, schema: schemas.Schema) -> d
     # A page of another site can send other types without asking the browser's user.
     if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the Content-Type must be application/json")
-    most, found = service.settings.max_body, bytearray()
+    most, found, began = service.settings.max_body, bytearray(), asyncio.get_running_loop().time()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(FIRST_SECONDS) as limit:
             async for part in request.stream():
                 found += part
                 if len(found) > most:
                     raise ApiError(413, f"the body has more than {most} bytes")
+                limit.reschedule(began + min(FIRST_SECONDS + len(found) / LEAST_RATE, BODY_SECONDS))
     except TimeoutError:
-        raise ApiError(408, f"the body did not arrive in {BODY_SECONDS} seconds") from None
+        message = f"the body is too slow: {len(found)} bytes came, and at least {LEAST_RATE} bytes a second must come"
+        raise ApiError(408, message) from None
 
     def read():
         body = untrusted.json_object(bytes(found), "the body", repeats=False)

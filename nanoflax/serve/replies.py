@@ -35,13 +35,19 @@ class Choice:
     """The text of one request to the engine.
 
     stops: the text ends before any of them. before: the ids that the new ones follow. echo: the text of the prompt if
-    it is a part of the text, else None.
+    it is a part of the text, else None. rule: the field of the HTTP request with the rule that the text must follow.
     """
 
     def __init__(
-        self, tokenizer: Any, request: Request, stops: Sequence[str], before: Sequence[int], echo: str | None
+        self,
+        tokenizer: Any,
+        request: Request,
+        stops: Sequence[str],
+        before: Sequence[int],
+        echo: str | None,
+        rule: str = "",
     ) -> None:
-        self.request, self.echo = request, echo
+        self.request, self.echo, self.rule = request, echo, rule
         self.ticket: Ticket | None = None
         self.submitted, self.new_tokens, self.finish_reason = time.monotonic(), 0, None
         self._decoder = tokenizers.StreamingDecoder(tokenizer, before, stops)
@@ -58,7 +64,7 @@ class Choice:
             return None
         if isinstance(event, Finish):
             if event.reason == "refused":
-                raise ApiError(400, f"response_format: {event.message}", "response_format")
+                raise ApiError(400, f"{self.rule}: {event.message}", self.rule)
             if event.reason == "error":
                 raise ApiError(500, event.message or "the engine failed")
             if event.reason == "cancelled":
@@ -131,7 +137,7 @@ class Replies:
                 choice.ticket.cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Raises: ApiError if the engine failed, the server stops, or a text cannot match its response_format."""
+        """Raises: ApiError if the engine failed, the server stops, or a text cannot follow its rule."""
         try:
             while not all(choice.finish_reason for choice in self.choices):
                 index, event = await self._events.get()

@@ -37,6 +37,13 @@ _PROMPT = {
     ],
     "description": "A text or token ids, or a list of texts or of lists of token ids.",
 }
+_JSON = {"type": ["object", "string", "null"], "description": "JSON of this schema: an object, or its text."}
+_RULES = {
+    "json": _JSON,
+    "regex": _or_null("string", "An expression for the complete text, in Rust's syntax.", minLength=1),
+    "choice": _or_null("array", "One of these texts.", items={"type": "string", "minLength": 1}, minItems=1),
+    "grammar": _or_null("string", "In Lark's form; its first rule is start.", minLength=1),
+}
 _SAMPLING = {
     "model": _or_null("string", "A name that /v1/models lists; null: the only one."),
     "temperature": _or_null("number", "0: the most probable token. null: the model's own.", minimum=0, maximum=100),
@@ -69,6 +76,15 @@ _SAMPLING = {
     "presence_penalty": _only([0, None], "Not computed; see repetition_penalty."),
     "frequency_penalty": _only([0, None], "Not computed; see repetition_penalty."),
     "user": _or_null("string", "Not used."),
+    "structured_outputs": {
+        **_object([], _RULES),
+        "type": ["object", "null"],
+        "description": "What the text must be, by one of these; as in vLLM.",
+    },
+    **{
+        f"guided_{name}": rule | {"description": f"The older name of structured_outputs.{name}."}
+        for name, rule in _RULES.items()
+    },
 }
 COMPLETION = _object(
     ["prompt"],

@@ -1,6 +1,7 @@
 """OpenAI's API, as the `openai` client sees it."""
 
 import json
+import re
 
 import jax
 import openai
@@ -114,6 +115,20 @@ def test_log_probabilities_have_the_forms_of_both_apis(client, run):
     assert streamed == chat.logprobs.content
 
 
+def test_a_prompt_as_long_as_the_context_is_scored(client, run):
+    context = run.model.config.context
+    ids = [97 + i % 9 for i in range(context)]
+    ask = lambda ids, new: client.completions.create(model="tiny", prompt=ids, max_tokens=new, echo=True, logprobs=0)
+    found = ask(ids, 0).choices[0].logprobs.token_logprobs
+    logp = jax.nn.log_softmax(run.model.apply({"params": run.params}, jax.numpy.array([ids]))[0][0])
+    assert found[1:] == pytest.approx([float(logp[i, x]) for i, x in enumerate(ids[1:])], abs=2e-5)
+    for wrong, new in ((ids, 1), ([*ids, 97], 0)):
+        with pytest.raises(openai.BadRequestError) as error:
+            ask(wrong, new)
+        assert error.value.code == "context_length_exceeded"
+    assert ask(ids[:1], 0).choices[0].logprobs.token_logprobs == [None]
+
+
 def test_messages_and_tools_reach_the_template(client, run):
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
@@ -148,6 +163,65 @@ def test_json_is_of_the_schema(client):
         with pytest.raises(openai.BadRequestError, match="response_format") as error:
             ask(form)
         assert error.value.param == "response_format"
+
+
+RULES = {  # name in structured_outputs: (rule, an expression that every text matches)
+    "regex": ("[0-9]{3}-[ab]", "[0-9]{3}-[ab]"),
+    "choice": (["red", "dark blue", 'a "q"\n'], 'red|dark blue|a "q"\n'),
+    "grammar": ('start: "<" inner ">"\ninner: "x" | "(" inner ")"', r"<\(*x\)*>"),
+    "json": ({"enum": [12, "ab"]}, '12|"ab"'),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_text_follows_a_rule_by_both_names_of_vllm(client, name):
+    rule, right = RULES[name]
+    ask = dict(model="tiny", max_tokens=100, n=3, seed=4, temperature=1.0)
+    texts = []
+    for extra in ({"structured_outputs": {name: rule}}, {f"guided_{name}": rule, "structured_outputs": None}):
+        found = client.completions.create(**ask, prompt="x", extra_body=extra)
+        texts.append([choice.text for choice in found.choices])
+        chat = client.chat.completions.create(**ask, messages=HELLO, extra_body=extra)
+        texts.append([choice.message.content for choice in chat.choices])
+        ended = [c.finish_reason == "stop" for c in (*found.choices, *chat.choices)]
+        for text, end in zip(sum(texts[-2:], []), ended, strict=True):
+            assert re.fullmatch(right, text) or not end, text
+        assert any(ended)
+    assert texts[:2] == texts[2:]
+    if name == "json":
+        again = client.completions.create(
+            **ask, prompt="x", extra_body={"structured_outputs": {name: json.dumps(rule)}}
+        )
+        assert [choice.text for choice in again.choices] == texts[0]
+    chunks = client.completions.create(**ask, prompt="x", extra_body=extra, stream=True)
+    assert sorted("".join(c.text for c in cs) for cs in by_index(chunks)) == sorted(texts[0])
+
+
+def by_index(chunks):
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    return [[c for c in choices if c.index == i] for i in range(3)]
+
+
+@pytest.mark.parametrize("words, extra", [
+    ("guided_regex and structured_outputs.choice: a text can follow only one rule",
+     {"guided_regex": "a", "structured_outputs": {"choice": ["a"]}}),
+    ("structured_outputs.json and structured_outputs.regex: a text can",
+     {"structured_outputs": {"regex": "a", "json": {}}}),
+    ("guided_json and response_format: a text can", {"guided_json": {}, "response_format": {"type": "json_object"}}),
+    ("structured_outputs: give one of json, regex, choice, grammar", {"structured_outputs": {"regex": None}}),
+    ("structured_outputs.regex: regex is wrong or not supported", {"structured_outputs": {"regex": "a("}}),
+    ("guided_grammar: grammar is wrong", {"guided_grammar": "root ::= a"}),
+    ("guided_json: the text is not JSON", {"guided_json": "{"}),
+    ("guided_json: json_schema must be an object", {"guided_json": "[1]"}),
+    ("structured_outputs: Additional properties are not allowed ('structural_tag'",
+     {"structured_outputs": {"structural_tag": "a"}}),
+    ("guided_choice[1]: ", {"guided_choice": ["a", ""]}),
+])  # fmt: skip
+def test_rules_that_cannot_be_followed_are_one_line(client, words, extra):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="tiny", messages=HELLO, extra_body=extra)
+    assert words in error.value.message, error.value.message
+    assert error.value.param in words and "\n" not in error.value.message
 
 
 def test_a_schema_that_needs_too_much_work_ends_only_its_reply(client):

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import select
 import socket
 import time
 import types
@@ -98,6 +99,41 @@ def test_slow_heads_and_too_many_connections_are_refused(server, client, long, m
         assert all(read(connection).split(b"HTTP")[-1].startswith(b"/1.1 408") for connection in (silent, slow, third))
     with client.completions.create(**long, stream=True) as stream:  # longer than the time for a head
         assert next(iter(stream)) and time.sleep(0.6) is None and next(iter(stream))
+
+
+def test_slow_bodies_are_refused(server, monkeypatch):
+    """A byte now and then is too slow, also after the answer; a steady body may take longer than the first seconds."""
+    monkeypatch.setattr(http_, "FIRST_SECONDS", 0.4)
+    monkeypatch.setattr(http_, "LEAST_RATE", 20)
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.6)
+    host, port = server[0].removeprefix("http://").split(":")
+
+    @contextlib.contextmanager
+    def request(kind, length):
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: {kind}\r\nContent-Length: {length}"
+        with contextlib.closing(socket.create_connection((host, int(port)), 20)) as connection:
+            connection.sendall(head.encode() + b"\r\n\r\n")
+            yield connection
+
+    def answer(body, size):
+        """What the server answers to a body that is sent in parts, one in 0.1 seconds."""
+        with request("application/json", len(body)) as connection:
+            for at in range(0, len(body), size):
+                connection.sendall(body[at : at + size])
+                if select.select([connection], [], [], 0.1)[0]:
+                    break
+            return connection.recv(5000)
+
+    body = json.dumps({"prompt": "x" * 180, "max_tokens": 1}).encode()
+    slow = answer(body, 1)
+    assert slow.startswith(b"HTTP/1.1 408") and b"connection: close" in slow.lower() and b"the body is too slow" in slow
+    assert answer(body, 30).startswith(b"HTTP/1.1 200")  # in 0.7 seconds
+    with request("text/plain", 9999) as connection:
+        assert connection.recv(5000).startswith(b"HTTP/1.1 415")
+        with pytest.raises(OSError):  # a connection that only sends the rest of its body is closed
+            for _ in range(100):
+                connection.sendall(b" ")
+                time.sleep(0.1)
 
 
 def test_a_client_that_does_not_wait_frees_its_slot(server, client, long):
