@@ -15,6 +15,7 @@ the texts that have begun and refuses the others.
 import dataclasses
 import os
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -38,8 +39,8 @@ flags.DEFINE_string("name", "", "name of the model in the API; default: the last
 
 
 def main():
-    names = [field.name for field in dataclasses.fields(serve.Settings)]
-    settings = serve.Settings(**{name: FLAGS[name].value for name in names})
+    given: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(serve.Settings)}
+    settings = serve.Settings(**given)
     if not settings.api_key:
         settings = dataclasses.replace(settings, api_key=os.environ.get("NANOFLAX_API_KEY", ""))
     check_source()

@@ -83,6 +83,6 @@ class GenerationDefaults:
 
 
 def _is_bias(pair):
-    ids, number = pair if len(pair) == 2 else ((), ())
-    right = isinstance(ids, tuple) and ids and min(ids) >= 0 and not isinstance(number, tuple)
-    return bool(right and math.isfinite(number))
+    ids, number = pair if len(pair) == 2 else ((), math.nan)
+    right = isinstance(ids, tuple) and ids and min(ids) >= 0
+    return bool(right and isinstance(number, int | float) and math.isfinite(number))

@@ -129,7 +129,8 @@ def process(
 ) -> Logits:
     """Logits, or log-probabilities, after the penalties of `filters` and the rules on tokens."""
     penalties = filters.encoder_repetition_penalty, filters.repetition_penalty
-    axes = (0, [0 if jnp.ndim(x) else None for x in penalties], Written(*(0 if np.ndim(x) else None for x in written)))
+    axes_of: Any = lambda xs: [0 if x is not None and jnp.ndim(x) else None for x in xs]
+    axes = (0, axes_of(penalties), Written(*axes_of(written)))
     return jax.vmap(partial(_process_row, rules, eos_ids), in_axes=axes)(logits, [*penalties], written)
 
 

@@ -252,7 +252,7 @@ class Programs:
     def larger(self, size: int, most: int) -> int | None:
         """The next size of a cache that grows from `size` to `most`: the smallest that is compiled; None: none is yet,
         and `most` is compiled next."""
-        needed = lambda T: (("copy", size, T), ("piece", T, self.pieces[0]))
+        needed = lambda T: (("copy", size, T), ("piece", T, PIECES[0]))
         found = next((T for T in self.sizes if size < T <= most and self.compiler.has(*needed(T))), None)
         if found is None:
             self.compiler.ready(*needed(most))
