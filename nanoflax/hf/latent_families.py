@@ -86,12 +86,12 @@ def _write_v2(c):
 
 
 _V2 = like_llama(
-    "deepseek_v2", "DeepseekV2", without=_WITHOUT, keys=_ATTENTION | EXPERTS | SHARED, fields=_FIELDS,
-    preset={"moe.renormalise": False, "rope.interleaved": True},
+    "deepseek_v2", "DeepseekV2", without=_WITHOUT, keys=_ATTENTION | EXPERTS | SHARED,
+    fields=_FIELDS | {"mlp_bias": "mlp_bias"},
+    preset={"moe.renormalise": False, "moe.expert_bias": False, "rope.interleaved": True},
     defaults=_DEFAULTS | {
         "n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407, "first_k_dense_replace": 0,
         "routed_scaling_factor": 1.0, "topk_method": "greedy"},
-    only={"num_key_value_heads": "num_attention_heads", "mlp_bias": (False,), "scoring_func": ("softmax",),
-          "moe_layer_freq": (1,)},
+    only={"num_key_value_heads": "num_attention_heads", "scoring_func": ("softmax",), "moe_layer_freq": (1,)},
     aliases={"num_experts": "n_routed_experts"}, read=_read_v2, write=_write_v2, stacked=stacked())  # fmt: skip
 LATENT = [with_classifier(_V3), with_classifier(_V2)]

@@ -104,6 +104,7 @@ def _write_qwen3_moe(c):
         | write_experts(c)
         | {
             "mlp_only_layers": list(c.moe.dense_layers),
+            "moe_intermediate_size": c.moe.expert_dim or c.F,
             "decoder_sparse_step": 1,
             "sliding_window": c.window or None,
             "use_sliding_window": c.window > 0,
@@ -164,7 +165,7 @@ _GPT_OSS = like_llama(
     aliases={"num_experts": "num_local_experts"}, read=_read_gpt_oss,
     # A model without scaling says so: an absent one is yarn.
     write=lambda c: {k: v or {"rope_type": "default"} for k, v in write_rope(c).items()} | write_layers(c) | {
-        "hidden_act": "silu"})  # fmt: skip
+        "sliding_window": c.window or c.context, "hidden_act": "silu"})  # fmt: skip
 
 
 def _read_qwen2_moe(hf):
@@ -316,7 +317,7 @@ _LLAMA4 = like_llama(
               "attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1, "router_aux_loss_coef": 0.001},
     read=_read_llama4,
     write=lambda c: write_rope(c) | write_layers(c) | {
-        "attention_chunk_size": c.window or None, "intermediate_size": c.moe.expert_dim or c.F,
+        "attention_chunk_size": c.window or c.context, "intermediate_size": c.moe.expert_dim or c.F,
         "no_rope_layers": [int(c.has_rope(i)) for i in range(c.layers)],
         "moe_layers": [i for i in range(c.layers) if c.is_sparse(i)], "use_qk_norm": c.qk_norm == "rotated",
         "attn_temperature_tuning": c.rope.nope_scale > 0, "attn_scale": c.rope.nope_scale})  # fmt: skip

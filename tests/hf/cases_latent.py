@@ -100,6 +100,7 @@ CASES: dict[str, tuple[str, dict]] = {
         "DeepseekV2ForCausalLM",
         DEEPSEEK
         | dict(
+            mlp_bias=True,
             topk_method="group_limited_greedy",
             norm_topk_prob=True,
             routed_scaling_factor=1.7,

@@ -91,6 +91,7 @@ CASES: dict[str, tuple[str, dict]] = {
         ),
     ),
     "gpt_oss-yarn": ("GptOssForCausalLM", _GPT_OSS | dict(swiglu_limit=0.02, rope_parameters=YARN, hidden_size=48)),
+    "gpt_oss-full": ("GptOssForCausalLM", _GPT_OSS | dict(num_experts_per_tok=1, layer_types=["full_attention"] * 2)),
     "gpt_oss-classify": ("GptOssForSequenceClassification", _GPT_OSS | dict(num_labels=3)),
     "qwen2_moe": ("Qwen2MoeForCausalLM", _QWEN2 | dict(decoder_sparse_step=2)),
     "qwen2_moe-windows": (
@@ -111,6 +112,7 @@ CASES: dict[str, tuple[str, dict]] = {
             rope_parameters=YARN,
         ),
     ),
+    "qwen2_moe-dense": ("Qwen2MoeForCausalLM", _QWEN2 | dict(num_experts=0, head_dim=12)),
     "qwen2_moe-classify": ("Qwen2MoeForSequenceClassification", _QWEN2 | dict(num_labels=3)),
     "granitemoe": ("GraniteMoeForCausalLM", _GRANITE),
     "granitemoe-tied": (
@@ -198,7 +200,7 @@ CASES: dict[str, tuple[str, dict]] = {
             attn_temperature_tuning=False,
             no_rope_layer_interval=2,
             num_experts_per_tok=2,
-            attention_chunk_size=100,
+            layer_types=["full_attention"] * 4,
             head_dim=12,
             rope_parameters=YARN,
         ),

@@ -311,7 +311,6 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads"),
         ("deepseek_v3", {"n_group": 3}, "moe.groups"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
-        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias"),
         ("phi3", {"rope_parameters": None, "partial_rotary_factor": 0.1}, "rope.fraction"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
