@@ -251,11 +251,12 @@ class Programs:
 
     def larger(self, size: int, most: int) -> int | None:
         """The next size of a cache that grows from `size` to `most`: the smallest that is compiled; None: none is yet,
-        and `most` is compiled next."""
+        and all that a text of the size `most` needs is compiled next."""
         needed = lambda T: (("copy", size, T), ("piece", T, PIECES[0]))
         found = next((T for T in self.sizes if size < T <= most and self.compiler.has(*needed(T))), None)
         if found is None:
-            self.compiler.ready(*needed(most))
+            slots = ("step", most), ("resize", self.sizes[0], most), ("insert", most, most)
+            self.compiler.ready(*needed(most), *slots)
         return found
 
     def next_piece(self, rest: int, at: int, size: int) -> int | None:

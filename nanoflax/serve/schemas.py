@@ -41,7 +41,9 @@ _JSON = {"type": ["object", "string", "null"], "description": "JSON of this sche
 _RULES = {
     "json": _JSON,
     "regex": _or_null("string", "An expression for the complete text, in Rust's syntax.", minLength=1),
-    "choice": _or_null("array", "One of these texts.", items={"type": "string", "minLength": 1}, minItems=1),
+    "choice": _or_null(
+        "array", "One of these texts.", items={"type": "string", "minLength": 1}, minItems=1, maxItems=2000
+    ),
     "grammar": _or_null("string", "In Lark's form; its first rule is start.", minLength=1),
 }
 _SAMPLING = {
@@ -214,6 +216,9 @@ def check(body: dict[str, Any], schema: Schema) -> None:
     if not field and error.validator == "additionalProperties":
         field = min(body.keys() - schema["properties"].keys())[:80]
         message = "not a field of this request, or not available here"
+    elif error.validator == "additionalProperties" and (known := error.schema.get("properties")):
+        name = min(error.instance.keys() - known.keys())[:80]
+        field, message = f"{field}.{name}", f"not a field of {field}, which has {', '.join(known)}"
     elif not field and error.validator == "required":
         field, message = min({*schema["required"]} - body.keys()), "is missing"
     elif error.validator == "anyOf" and isinstance(error.schema, dict) and "description" in error.schema:

@@ -213,8 +213,9 @@ def by_index(chunks):
     ("guided_grammar: grammar is wrong", {"guided_grammar": "root ::= a"}),
     ("guided_json: the text is not JSON", {"guided_json": "{"}),
     ("guided_json: json_schema must be an object", {"guided_json": "[1]"}),
-    ("structured_outputs: Additional properties are not allowed ('structural_tag'",
+    ("structured_outputs.structural_tag: not a field of structured_outputs, which has json, regex, choice, grammar",
      {"structured_outputs": {"structural_tag": "a"}}),
+    ("guided_choice: ", {"guided_choice": ["a"] * 2001}),
     ("guided_choice[1]: ", {"guided_choice": ["a", ""]}),
 ])  # fmt: skip
 def test_rules_that_cannot_be_followed_are_one_line(client, words, extra):
