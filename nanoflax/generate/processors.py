@@ -143,7 +143,7 @@ def _process_row(rules, eos_ids, logits: Float[jax.Array, " V"], penalties, w: W
         return jax.lax.dynamic_slice_in_dim(jnp.pad(w.history, (n, 0), constant_values=-1), w.end, n)
 
     def biased(logits, numbers):
-        bias = jnp.zeros(V)
+        bias = jnp.zeros(V, logits.dtype)
         for n in {len(ids) for ids in numbers}:
             begin, end, number = zip(
                 *((ids[:-1], ids[-1], x) for ids, x in numbers.items() if len(ids) == n), strict=True

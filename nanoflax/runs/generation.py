@@ -26,6 +26,7 @@ READ = {
     "temperature=0": _ALWAYS | {"repetition_penalty", *GUESSES, *RULES},
     "beams": _ALWAYS | {"length_penalty"},
 }
+MORE_FILTERS = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")  # only from the model's own settings
 _DRAWING = READ["sampling"] - READ["beams"] | {"temperature"}  # a given one asks for sampling
 _UNSET = {
     "beams": 0,
@@ -164,7 +165,8 @@ def model_settings(g: GenerationDefaults) -> dict[str, Any]:
     """The settings that a model's generation_config.json decides, except the largest length."""
     found = {name: getattr(g, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     found = {name: value for name, value in found.items() if value is not None}
-    if found or g.do_sample:  # the others as in Transformers
+    of_sampling = found or any(getattr(g, name) is not None for name in MORE_FILTERS)
+    if of_sampling or g.do_sample:  # the others as in Transformers
         found = {"temperature": 1.0, "top_k": 50} | found
     if g.do_sample is False:
         found = {"temperature": 0.0}

@@ -1,5 +1,6 @@
 """generation_config.json: the rules on tokens are those of Transformers' `generate`, one by one and together."""
 
+import dataclasses
 import json
 import random
 
@@ -156,6 +157,19 @@ def test_all_warpers_of_generate_one_by_one_and_together(V):
     assert min(moved.values()) > 0, moved
 
 
+def test_filters_are_arguments_of_sample_for_all_prompts_or_for_each():
+    config = ModelConfig(vocab_size=29, context=32, layers=1, dim=8, heads=2)
+    params = build(config).init(jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    prompts, given = [[3, 4, 5], [6]], dict(typical_p=0.3, encoder_repetition_penalty=5.0)
+    own = build(dataclasses.replace(config, generation=GenerationDefaults(**given)))
+    expected = generate.sample(own, params, prompts, 12, rng=[1, 2])
+    free = generate.sample(build(config), params, prompts, 12, rng=[1, 2])
+    assert generate.sample(build(config), params, prompts, 12, rng=[1, 2], **given) == expected
+    some = {name: [value, OFF[name]] for name, value in given.items()}
+    assert generate.sample(build(config), params, prompts, 12, rng=[1, 2], **some) == [expected[0], free[1]]
+    assert expected[0] != free[0] and expected[1] != free[1]
+
+
 def test_a_new_value_of_a_filter_compiles_nothing():
     run, logits = jax.jit(filtered), jnp.zeros((2, 9))
     for value in (0.3, 0.4):
@@ -253,6 +267,15 @@ def test_settings_that_are_not_computed_are_refused_by_name(tmp_path):
     path.write_text('{"penalty_alpha": 0, "typical_p": 1.0, "use_cache": true, "temperature": "hot", "top_k": -1}')
     with pytest.raises(UserError, match="generation_config.json: generation.temperature='hot' must be a number"):
         hf.load(tmp_path)
+    for name, value in [
+        ("sequence_bias", [[[3, -1], 1.0]]), ("sequence_bias", [[[], 1.0]]), ("sequence_bias", [[1.0, [3]]]),
+        ("sequence_bias", {"3": 1.0}), ("sequence_bias", [[[3], [4]]]), ("exponential_decay_length_penalty", [3]),
+        ("exponential_decay_length_penalty", [1.5, 1.1]), ("exponential_decay_length_penalty", [1, 0]),
+        ("typical_p", 1.5), ("encoder_repetition_penalty", 0), ("top_h", [1]), ("epsilon_cutoff", "a"),
+    ]:  # fmt: skip
+        path.write_text(json.dumps({name: value}))
+        with pytest.raises(UserError, match=f"generation_config.json.*{name}.*must be"):
+            hf.load(tmp_path)
     # Without the file, config.json has them, as in version 4.
     path.unlink()
     old = json.loads((tmp_path / "config.json").read_text()) | {"bad_words_ids": [[5]], "num_beams": 4}
