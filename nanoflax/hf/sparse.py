@@ -121,10 +121,10 @@ _QWEN3_MOE = like_llama(
               "moe_intermediate_size": 768, "norm_topk_prob": False, "router_aux_loss_coef": 0.001,
               "decoder_sparse_step": 1, "mlp_only_layers": None, "use_sliding_window": False, "sliding_window": 4096},
     read=_read_qwen3_moe, write=_write_qwen3_moe, stacked=stacked())  # fmt: skip
+_OLMOE_FIELDS = {"num_experts_per_tok": "moe.active", "norm_topk_prob": "moe.renormalise",
+                 "router_aux_loss_coef": "moe.balance_loss"}  # fmt: skip
 _OLMOE = like_llama(
-    "olmoe", "Olmoe", without=("mlp_bias", "head_dim"), keys=EXPERTS,
-    fields={"num_experts_per_tok": "moe.active", "norm_topk_prob": "moe.renormalise",
-            "router_aux_loss_coef": "moe.balance_loss"},
+    "olmoe", "Olmoe", without=("mlp_bias", "head_dim"), keys=EXPERTS, fields=_OLMOE_FIELDS,
     preset=dict(qk_norm="full"),
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "num_experts": 64, "num_experts_per_tok": 8,
               "norm_topk_prob": False, "router_aux_loss_coef": 0.01},
@@ -132,6 +132,13 @@ _OLMOE = like_llama(
     read=lambda hf: read_rope(hf) | read_experts(hf) | {"out_bias": hf["attention_bias"]},
     write=lambda c: write_rope(c) | write_experts(c))  # fmt: skip
 
+_FLEX_OLMO = like_llama(
+    "flex_olmo", "FlexOlmo", without=("mlp_bias",), fields=_OLMOE_FIELDS, stacked=stacked(),
+    keys=EXPERTS | {"norm_attention": "post_attention_layernorm", "norm_mlp": "post_feedforward_layernorm"},
+    preset=dict(norm_place="after", qk_norm="full"),
+    defaults={"max_position_embeddings": 4096, "rope_theta": 500_000.0, "num_experts": 7, "num_experts_per_tok": 5,
+              "norm_topk_prob": False, "router_aux_loss_coef": 0.01},
+    read=_OLMOE.read, write=_OLMOE.write)  # fmt: skip
 _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
                  "original_max_position_embeddings": 4096}  # fmt: skip
 
@@ -226,12 +233,14 @@ def _read_glm4_moe(hf):
     )
 
 
+_GROUPED_KEYS = EXPERTS | SHARED | {"mlp/router/correction": "mlp.gate.e_score_correction_bias"}
+_GROUPED_FIELDS = {
+    "n_routed_experts": "moe.experts", "num_experts_per_tok": "moe.active", "n_group": "moe.groups",
+    "topk_group": "moe.top_groups", "moe_intermediate_size": "moe.expert_dim",
+    "routed_scaling_factor": "moe.scale", "norm_topk_prob": "moe.renormalise"}  # fmt: skip
 _GLM4_MOE = like_llama(
-    "glm4_moe", "Glm4Moe", without=("mlp_bias",),
-    keys=EXPERTS | SHARED | {"mlp/router/correction": "mlp.gate.e_score_correction_bias"},
-    fields={"n_routed_experts": "moe.experts", "num_experts_per_tok": "moe.active", "n_group": "moe.groups",
-            "topk_group": "moe.top_groups", "moe_intermediate_size": "moe.expert_dim",
-            "routed_scaling_factor": "moe.scale", "norm_topk_prob": "moe.renormalise"},
+    "glm4_moe", "Glm4Moe", without=("mlp_bias",), fields=_GROUPED_FIELDS,
+    keys=_GROUPED_KEYS,
     preset={"moe.scores": "sigmoid", "moe.correction": True},
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "n_group": 1,
               "n_routed_experts": 128, "num_experts_per_tok": 8, "n_shared_experts": 1, "moe_intermediate_size": 1408,
@@ -242,6 +251,27 @@ _GLM4_MOE = like_llama(
         "partial_rotary_factor": c.rope.fraction, "use_qk_norm": c.qk_norm == "head"},
     # The layer after the last predicts a second token; Transformers does not read it either.
     ignored=r".*rotary_emb\.inv_freq|model\.layers\.(46|92)\..*")  # fmt: skip
+
+
+def _read_dots(hf):
+    first = hf["max_window_layers"] if hf["sliding_window"] else hf["num_hidden_layers"]
+    return (
+        read_rope(hf)
+        | read_shared(hf)
+        | read_layers(hf, lambda i: "sliding_attention" if i >= first else "full_attention")
+        | {"moe.dense_layers": tuple(range(min(hf["first_k_dense_replace"], hf["num_hidden_layers"])))}
+        | {"out_bias": hf["attention_bias"]}
+    )
+
+
+_DOTS1 = like_llama(
+    "dots1", "Dots1", without=("mlp_bias",), fields=_GROUPED_FIELDS, keys=_GROUPED_KEYS,
+    preset={"moe.scores": "sigmoid", "moe.correction": True, "qk_norm": "head"},
+    defaults={"num_key_value_heads": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
+              "norm_topk_prob": False, "routed_scaling_factor": 1.0, "sliding_window": 4096, "max_window_layers": 62,
+              "moe_intermediate_size": 1408},
+    aliases={"num_local_experts": "n_routed_experts"}, stacked=stacked(), read=_read_dots,
+    write=lambda c: write_rope(c) | write_shared(c) | write_layers(c) | {"max_window_layers": c.layers})  # fmt: skip
 
 
 def _read_ernie(hf):
@@ -324,5 +354,5 @@ _LLAMA4 = like_llama(
 
 SPARSE = [
     *map(with_classifier, (_MIXTRAL, _QWEN3_MOE, _GPT_OSS, _QWEN2_MOE)),
-    *(_LLAMA4, _OLMOE, _GRANITE_MOE, _GRANITE_SHARED, _GLM4_MOE, _ERNIE),
+    *(_DOTS1, _FLEX_OLMO, _LLAMA4, _OLMOE, _GRANITE_MOE, _GRANITE_SHARED, _GLM4_MOE, _ERNIE),
 ]

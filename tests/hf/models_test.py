@@ -203,7 +203,16 @@ def test_greedy_generation_equals_transformers(case, tmp_path):
     assert found == expected.tolist()
 
 
-STACKED = ["mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "granitemoe", "glm4_moe-groups", "ernie4_5_moe-shared"]
+STACKED = [
+    "mixtral",
+    "qwen3_moe",
+    "olmoe",
+    "qwen2_moe",
+    "granitemoe",
+    "glm4_moe-groups",
+    "ernie4_5_moe-shared",
+    "dots1",
+]
 
 
 @pytest.mark.parametrize("case", [*STACKED, "deepseek_v3", "deepseek_v2", "qwen3-next"])

@@ -21,7 +21,7 @@ CASES_WITH_A_LOSS = ["mixtral", "mixtral-top1", "qwen3_moe-renormalised", "qwen3
 
 
 @pytest.mark.parametrize(
-    "case", [*CASES_WITH_A_LOSS, "qwen2_moe", "granitemoe-tied", "ernie4_5_moe-bias", "qwen3-next"]
+    "case", [*CASES_WITH_A_LOSS, "qwen2_moe", "granitemoe-tied", "flex_olmo", "ernie4_5_moe-bias", "qwen3-next"]
 )
 def test_the_balance_loss_and_its_gradient_equal_transformers(case, tmp_path):
     name, fields = CASES[case]
