@@ -292,6 +292,7 @@ def _write_ernie(c):
         "moe_layer_end_index": own[-1], "moe_layer_interval": own[1] - own[0] if own[1:] else 1}  # fmt: skip
 
 
+# Transformers' balance loss counts the choices that the correction has not changed; here it counts those that are made.
 _ERNIE = like_llama(
     "ernie4_5_moe", "Ernie4_5_Moe", without=("mlp_bias", "attention_bias"),
     keys=EXPERTS | SHARED | {"mlp/router/correction": ("mlp.moe_statics.e_score_correction_bias", "row")},

@@ -41,7 +41,7 @@ CASES: dict[str, tuple[str, dict]] = {
     ),
     "cohere2": (
         "Cohere2ForCausalLM",
-        LLAMA | dict(num_hidden_layers=5, sliding_window=5, logit_scale=2.0, attention_bias=True),
+        LLAMA | dict(num_hidden_layers=5, sliding_window=5, logit_scale=2.0, attention_bias=True, head_dim=12),
     ),
     "cohere2-types": (
         "Cohere2ForCausalLM",

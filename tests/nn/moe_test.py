@@ -24,6 +24,12 @@ ROUTERS = {
     "gates": MoEConfig(
         experts=4, active=2, expert_dim=20, renormalise=False, router_bias=True, shared_dim=16, shared_gate=True
     ),
+    "llama4": MoEConfig(
+        experts=4, active=2, scores="sigmoid", renormalise=False, weigh_inputs=True, expert_bias=False, shared_dim=16
+    ),
+    "ernie": MoEConfig(
+        experts=8, active=3, correction=True, least_sum=0.6, expert_bias=False, expert_dim=20, shared_dim=16
+    ),
 }
 
 
@@ -41,7 +47,7 @@ def chosen_by_hand(logits, m, correction):
         kept = np.argsort(best)[-m.top_groups :]
         rank = np.array([rank[e] if e // size in kept else -np.inf for e in range(m.experts)])
     chosen = np.argsort(rank)[-m.active :]
-    total = scores[chosen].sum() if m.renormalise else 1
+    total = max(scores[chosen].sum(), m.least_sum) if m.renormalise else 1
     return {e: m.scale * scores[e] / total for e in chosen}
 
 
@@ -50,16 +56,16 @@ def dense(x, p, c):
     m = c.moe
 
     def mlp(p, x):
-        linear = lambda name, x: x @ p[name]["kernel"] + p[name]["bias"]
+        linear = lambda name, x: x @ p[name]["kernel"] + p[name].get("bias", 0)
         gate = linear("gate", x)
         return linear("down", gate * sigmoid(gate) * linear("up", x))
 
     y = np.zeros_like(x)
     logits = x @ p["router"]["kernel"] + p["router"].get("bias", 0)
-    experts = [mlp(jax.tree.map(lambda w, e=e: w[e], p["experts"]), x) for e in range(m.experts)]
+    experts = [jax.tree.map(lambda w, e=e: w[e], p["experts"]) for e in range(m.experts)]
     for n, row in enumerate(logits):
         for e, weight in chosen_by_hand(row, m, p["router"].get("correction", 0)).items():
-            y[n] += weight * experts[e][n]
+            y[n] += mlp(experts[e], weight * x[n]) if m.weigh_inputs else weight * mlp(experts[e], x[n])
     if m.shared_dim:
         y += mlp(p["shared"], x) * (sigmoid(x @ p["shared_gate"]["kernel"]) if m.shared_gate else 1)
     return y

@@ -72,6 +72,21 @@ def on_meshes():
     return out
 
 
+def weights_on_inputs():
+    """The largest difference to one device of a model whose weights multiply the inputs of experts (Llama 4)."""
+    model = model_of(weigh_inputs=True, scores="sigmoid", renormalise=False)
+    params = jax.tree.map(lambda x: 4 * x, parallel.init(model, jax.random.PRNGKey(0)))
+    tokens = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
+    step = jax.value_and_grad(lambda params: model.apply({"params": params}, tokens)[0].var())
+    whole, mesh = jax.device_get(jax.jit(step)(params)), parallel.make_mesh("1,1,2,1,4")
+    split = jax.device_put(params, parallel.shardings(params, mesh))
+    return mesh_test.difference(jax.device_get(jax.jit(parallel.with_mesh(mesh, step))(split)), whole)
+
+
+def test_weights_on_the_inputs_of_experts_give_the_numbers_of_one_device():
+    assert mesh_test.run_child("weights_on_inputs", file="parallel.experts_test") < 1e-5
+
+
 @pytest.fixture(scope="module")
 def found():
     return mesh_test.run_child("on_meshes", file="parallel.experts_test")
