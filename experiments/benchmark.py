@@ -16,8 +16,8 @@ Each side (nanoflax, machine, torch: eager PyTorch, compiled: torch.compile) has
 sides run in turn, in both orders. The speed of a machine can change, so compare the ratio within a round,
 not the seconds. Training is compared with a GPT like nanoGPT's, which is faster in eager mode than
 Transformers' GPT-2; decoding and encoding with Transformers. The limits are measured on this machine: a
-float32 matrix product, and reading memory. On a GPU or TPU, or without torch and transformers (pip install
-nanoflax[test]), nanoflax runs alone. `all` trains GPT-2 124M on an accelerator, with the batch chosen by
+float32 matrix product, and reading memory. On a GPU both run in bfloat16; on a TPU, or without torch and transformers
+(pip install nanoflax[test]), nanoflax runs alone. `all` trains GPT-2 124M on an accelerator, with the batch chosen by
 memory, and the small shapes on a CPU; it prints a table and writes all figures to --out. Exit status: 0,
 1 if a measurement of `all` failed, 2 for a mistake of the user.
 """
@@ -69,7 +69,9 @@ def main() -> int | None:
             readers = [other for other in KINDS if name in READ[other]]
             raise UserError(f"--{name} is for {' and '.join(readers)}, not {kind}")
     shape = "chats" if kind == "packing" and not FLAGS["shape"].present else FLAGS.shape
-    job = sides.Job(kind, shape, FLAGS.batch_size, FLAGS.steps, FLAGS.new_tokens, not FLAGS.no_bias, FLAGS.quantize)
+    job = sides.Job(
+        kind, shape, FLAGS.batch_size, FLAGS.steps, FLAGS.new_tokens, not FLAGS.no_bias, FLAGS.quantize, FLAGS.alone
+    )
     if FLAGS.side:
         return rounds.serve(side(job))
     if kind == "compile":

@@ -23,7 +23,7 @@ ON_CPU = [
     ("encode", {}),
 ]
 ON_ACCELERATOR = [
-    ("train", {"shape": "gpt2", "steps": 10}),
+    ("train", {"shape": "gpt2", "steps": 10, "alone": True}),
     ("decode", {"batch_size": 1, "new_tokens": 256}),
     ("decode", {"batch_size": 64, "new_tokens": 256}),
     ("encode", {"batch_size": 256, "steps": 10}),

@@ -17,6 +17,7 @@ from nanoflax.errors import UserError
 Results = dict[str, list[dict[str, float]]]  # side -> {"seconds", and the machine's limit} of each round
 LIMITS = {"flops": ("matrix-product rate", "GFLOP/s"), "bytes": ("memory bandwidth", "GB/s")}
 PYTORCH = {"torch": "eager PyTorch", "compiled": "torch.compile"}
+SHARED_MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # of a GPU, by all sides
 OTHER_LOAD = 0.05  # share of the machine's processor time, above which other work is worth a warning
 
 
@@ -40,8 +41,8 @@ def measure(arguments: list[str], names: list[str], num_rounds: int) -> tuple[di
     sides = {name: _start(arguments, name) for name in names}
     try:
         facts = {name: found for name, side in sides.items() if (found := _ask(side, name))}  # compiled and warm
-        # On an accelerator, PyTorch and the measured limits, which run on the CPU, are left out.
-        names = [name for name in names if name in facts and (facts["nanoflax"]["cpu"] or name == "nanoflax")]
+        # On an accelerator, the measured limits and a PyTorch that does not see it, which run on the CPU, are left out.
+        names = [name for name in names if name in facts and facts[name].get("cpu", True) == facts["nanoflax"]["cpu"]]
         results, before = {name: [] for name in names}, processor_seconds(_running(sides))
         for i in range(num_rounds):
             for name in in_turn(names, i):
@@ -68,7 +69,7 @@ def compiler() -> str | None:
 def _start(arguments: list[str], name: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.benchmark", *arguments, f"--side={name}"],
-        env=os.environ | ({} if name == "nanoflax" else {"JAX_PLATFORMS": "cpu"}),
+        env=os.environ | ({} if name == "nanoflax" else {"JAX_PLATFORMS": "cpu"}) | SHARED_MEMORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

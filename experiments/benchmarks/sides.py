@@ -36,11 +36,12 @@ class Job:
 
     kind: str  # train, decode or encode
     shape: str = "small"  # a key of SHAPES
-    batch_size: int = 0  # rows; 0: that of the shape (gpt2 on an accelerator: by memory), 1 for decode, 8 for encode
+    batch_size: int = 0  # rows; 0: that of the shape, 1 for decode, 8 for encode
     steps: int = 3  # training steps or batches to encode in a round
     new_tokens: int = 64  # tokens that decoding generates in a round
     bias: bool = True  # biases in every Linear and norm, for train
     quantize: str = ""  # int8 or int4: kind of the matrices of nanoflax, for decode
+    alone: bool = False  # without PyTorch; then an accelerator's memory decides the rows of gpt2
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -113,7 +114,7 @@ def batch_that_fits(config: ModelConfig, device: Any) -> int:
 
 
 def _train(job: Job, device: Any) -> Side:
-    B, by_memory = job.sizes[-1], job.shape == "gpt2" and not job.batch_size and device.memory_stats()
+    B, by_memory = job.sizes[-1], job.shape == "gpt2" and job.alone and not job.batch_size and device.memory_stats()
     if by_memory:
         B = batch_that_fits(job.decoder, device)
     while True:

@@ -18,15 +18,15 @@ from nanoflax.kernels.quantized import (
     quantized_matmul,
 )
 from nanoflax.kernels.recurrence import chunked, convolve
-from nanoflax.kernels.rows import matmul, standardise
+from nanoflax.kernels.rows import add_bias, matmul, normalise
 from nanoflax.kernels.softmax_attention import softmax_attention
 from nanoflax.kernels.truncation import truncate_below, truncate_by_entropy, truncate_by_rank, truncate_typical
 
 __all__ = [
     "GROUP", "WEIGHT_KINDS", "Array", "Call", "KeyValues", "Keys", "Logits", "MaskSpec", "Quantized", "Queries",
-    "Source", "SourceMask", "States", "Tokens", "attend_by", "blocks_of", "cast", "choose", "chunked",
+    "Source", "SourceMask", "States", "Tokens", "add_bias", "attend_by", "blocks_of", "cast", "choose", "chunked",
     "chunked_cross_entropy", "chunks_of", "convolve", "empty_key_values", "grouped_matmul", "is_key_of_rows",
-    "is_quantized", "mask_padding", "matmul", "most_probable", "move", "multiply", "pack", "quantize",
-    "quantized_matmul", "read_key_values", "softmax_attention", "standardise", "token_losses", "truncate_below",
+    "is_quantized", "mask_padding", "matmul", "most_probable", "move", "multiply", "normalise", "pack", "quantize",
+    "quantized_matmul", "read_key_values", "softmax_attention", "token_losses", "truncate_below",
     "truncate_by_entropy", "truncate_by_rank", "truncate_typical", "write_key_values",
 ]  # fmt: skip

@@ -29,8 +29,8 @@ def token_losses(
     The objective is the cross entropy with z_loss * log(Z)^2 added (Chowdhery et al. 2022, section 5)
     and the targets mixed with the uniform distribution by label_smoothing (Szegedy et al. 2016, section 7).
     """
-    objective, nll, _ = _token_losses(logits.astype(jnp.float32), targets, z_loss, label_smoothing)
-    return objective, nll
+    logits = logits.astype(jnp.float32)
+    return _token_losses(logits, jax.nn.logsumexp(logits, axis=-1), targets, z_loss, label_smoothing)
 
 
 def most_probable(
@@ -42,8 +42,7 @@ def most_probable(
     return jnp.take_along_axis(logp, token[..., None], -1)[..., 0], ids, best
 
 
-def _token_losses(logits, targets, z_loss, label_smoothing, padding=0):
-    log_z = jax.nn.logsumexp(logits, axis=-1)
+def _token_losses(logits, log_z, targets, z_loss, label_smoothing, padding=0):
     nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     objective = nll
     if label_smoothing:
@@ -51,7 +50,22 @@ def _token_losses(logits, targets, z_loss, label_smoothing, padding=0):
         objective = (1 - label_smoothing) * nll + label_smoothing * (log_z - mean)
     if z_loss:
         objective = objective + z_loss * log_z**2
-    return objective, nll, log_z
+    return objective, nll
+
+
+def _log_normaliser(logits):
+    """log(sum(exp(logits))) of each row, without a gradient. On a GPU the maximum and the sum are one reduction, which
+    reads the logits once (Milakov and Gimelshein 2018)."""
+    if parallel.current_platform() != "gpu" or parallel.axis_size("tensor", "fsdp") > 1:  # these may split V
+        return jax.nn.logsumexp(logits, axis=-1)
+
+    def join(a, b):
+        most = jnp.maximum(a[0], b[0])
+        return most, a[1] * jnp.exp(a[0] - most) + b[1] * jnp.exp(b[0] - most)
+
+    first = (jnp.finfo(logits.dtype).min, jnp.zeros((), logits.dtype))
+    most, total = jax.lax.reduce((logits, jnp.ones_like(logits)), first, join, (logits.ndim - 1,))
+    return most + jnp.log(total)
 
 
 def chunks_of(B: int, T: int, V: int, least: int = 512) -> int:
@@ -124,7 +138,8 @@ def _chunked(
         if softcap:
             logits = softcap * jnp.tanh(logits / softcap)
         logits = mask_padding(logits, padding)
-        objective, plain, log_z = _token_losses(logits, targets, z_loss, label_smoothing, padding)
+        log_z = _log_normaliser(logits)
+        objective, plain = _token_losses(logits, log_z, targets, z_loss, label_smoothing, padding)
         loss, nll = loss + (objective * m).sum((2, 3)), nll + (plain * m).sum(3 if of_rows else (2, 3))
         if not gradients:
             return (loss, nll, dw, db), None

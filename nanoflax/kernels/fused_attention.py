@@ -125,6 +125,26 @@ def cudnn(q: Queries, k: Keys, v: Keys, causal: bool, spec: MaskSpec, scale: flo
     return y.swapaxes(1, 2)
 
 
+@jax.custom_vjp
+def _planned(q, k, v):
+    """An operation with the operands and results of cuDNN's, which JAX can trace only beside a GPU: for plans."""
+    return _planned_forward(q, k, v)[0]
+
+
+def _planned_forward(q, k, v):
+    results = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
+    y, total = jax.ffi.ffi_call("planned_attention", results)(q, k, v)
+    return y, (q, k, v, y, total)
+
+
+def _planned_backward(saved, dy):
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in saved[:3]]
+    return tuple(jax.ffi.ffi_call("planned_attention_gradient", results)(*saved, dy))
+
+
+_planned.defvjp(_planned_forward, _planned_backward)
+
+
 # Splash, JAX's attention kernel for TPUs.
 
 
@@ -186,4 +206,6 @@ BACKENDS = {"cudnn": Backend("gpu", _cudnn_refusals, cudnn), "splash": Backend("
 
 def attend_by(name: str, q: Queries, k: Keys, v: Keys, causal: bool, spec: Any, *options: Any) -> Queries:
     """`attention.heads_first` by the backend that `choose` named. options: scale, softcap."""
+    if name == "cudnn" and jax.default_backend() != "gpu":
+        return _planned(q, k, v)
     return BACKENDS[name].attend(q, k, v, causal, spec, *options)

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float
 
 from nanoflax import parallel
@@ -34,28 +35,52 @@ def _matmul_backward(saved, dy):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def standardise(x: Float[Array, "*B D"], eps: float, centre: bool) -> Float[Array, "*B D"]:
-    """x in float32 divided by its root mean square, after its mean is subtracted if `centre`.
+@jax.custom_vjp
+def add_bias(y: Float[Array, "*B O"], bias: Float[Array, " O"]) -> Float[Array, "*B O"]:
+    """y + bias in the dtype of y. The gradient of the bias is a sum in float32: that which JAX derives, in the dtype of
+    y, has in bfloat16 an error that grows with the number of rows."""
+    return y + bias.astype(y.dtype)
 
-    The backward pass keeps only the result and one number per row.
+
+def _add_bias_backward(bias, dy):
+    return dy, dy.astype(jnp.float32).sum(tuple(range(dy.ndim - 1))).astype(bias.dtype)
+
+
+add_bias.defvjp(lambda y, bias: (add_bias(y, bias), bias), _add_bias_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalise(
+    x: Float[Array, "*B D"], scale: Float[Array, "*H D"], bias: Float[Array, " D"] | None, eps: float, centre: bool
+) -> Float[Array, "*B D"]:
+    """x, minus its mean if `centre`, divided by its root mean square, times scale, plus bias: in float32, returned in
+    the dtype of x. The backward pass keeps x and one or two numbers for each row.
     """
-    return _standardise(x, eps, centre)[0]
+    return _normalise(x, scale, bias, eps, centre)[0]
 
 
-def _standardise(x, eps, centre):
-    if centre:
-        x = x - x.mean(-1, keepdims=True)
-    rate = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
-    return x * rate, (x * rate, rate)
+def _normalise(x, scale, bias, eps, centre):
+    y = x.astype(jnp.float32)
+    mean = y.mean(-1, keepdims=True) if centre else None
+    y = y if mean is None else y - mean
+    rate = jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
+    y = y * rate * scale
+    return (y if bias is None else y + bias).astype(x.dtype), (x, mean, rate, scale, bias)
 
 
-def _standardise_backward(eps, centre, saved, dy):
-    y, rate = saved
+def _normalise_backward(eps, centre, saved, dy):
+    x, mean, rate, scale, bias = saved
+    if parallel.current_platform() == "gpu":  # or XLA sums each row again, in the sums over rows too
+        x, mean, rate = jax.lax.optimization_barrier((x, mean, rate))
+    y = x.astype(jnp.float32)
+    y = (y if mean is None else y - mean) * rate
+    dy = dy.astype(jnp.float32)
+    rows = tuple(range(dy.ndim - scale.ndim))
+    dscale, dbias = (dy * y).sum(rows), None if bias is None else dy.sum(rows)
+    dy = dy * scale
     dx = dy - y * (dy * y).mean(-1, keepdims=True)
-    if centre:
-        dx = dx - dy.mean(-1, keepdims=True)
-    return (dx * rate,)
+    dx = dx if mean is None else dx - dy.mean(-1, keepdims=True)
+    return (dx * rate).astype(x.dtype), dscale, dbias
 
 
-standardise.defvjp(_standardise, _standardise_backward)
+normalise.defvjp(_normalise, _normalise_backward)

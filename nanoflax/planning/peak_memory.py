@@ -1,7 +1,7 @@
-"""An estimate of the peak memory of a traced computation on a TPU.
+"""An estimate of the peak memory of a traced computation.
 
-The rules for what the TPU compiler fuses and keeps come from comparisons with the memory that libtpu
-0.0.42 reports: see the table in the README.
+The rules for what the compiler fuses and keeps come from comparisons with the memory that libtpu 0.0.42 reports (see
+the table in the README), and with that of XLA for an H200.
 """
 
 import itertools
@@ -15,8 +15,9 @@ from jax.extend.core import Literal
 # that read its result.
 _UNFUSED = (
     "dot_general", "gather", "scatter", "reduce", "cum", "arg", "sort", "concatenate", "dynamic_update_slice", "scan",
-    "while", "cond", "random", "threefry", "top_k", "pallas_call",
+    "while", "cond", "random", "threefry", "top_k", "pallas_call", "ffi_call", "dot_product_attention",
 )  # fmt: skip
+_SAME_NUMBERS = ("reshape", "transpose", "squeeze", "expand_dims")
 MAX_FUSED_INPUTS = 1.2  # an operation is fused if its inputs have at most this many times the bytes of its result
 
 
@@ -33,18 +34,24 @@ class _Value(NamedTuple):
 
     buffers: frozenset = frozenset()
     gathered: frozenset = frozenset()  # (variable, bytes)
+    operand: list | None = None  # [the buffer with its numbers], [] while a fused variable has none
 
 
 def peak(
-    jaxpr: Any, gathered: Collection[Any], parts: Mapping[Any, int], carries: Collection[Any] = ()
+    jaxpr: Any,
+    gathered: Collection[Any],
+    parts: Mapping[Any, int],
+    carries: Collection[Any] = (),
+    writes_operands: bool = False,
 ) -> tuple[int, int]:
     """(bytes of the results, the largest number of bytes in use at once) of a jaxpr.
 
-    The memory of the jaxpr's inputs is not counted. gathered: inputs of which each chip stores a
+    The memory of the jaxpr's inputs is not counted. writes_operands: a product reads its operands from memory, as on a
+    GPU; a TPU computes them inside the product. gathered: inputs of which each chip stores a
     part; each use gathers the complete input, with two bytes per number. parts: result -> number of
     chips over which it is split immediately. carries: results that are written in place.
     """
-    trace = _Trace(parts, carries)
+    trace = _Trace(parts, carries, writes_operands)
     sources = {v: _Value(gathered=frozenset([(v, math.prod(v.aval.shape) * 2)])) for v in gathered}
     outs = trace.run(jaxpr, sources)
     results, end, extra = set(), len(trace.extra), dict(enumerate(trace.extra))
@@ -68,8 +75,8 @@ def peak(
 class _Trace:
     """Records the buffers that the operations of a jaxpr write and read."""
 
-    def __init__(self, parts: Mapping[Any, int], carries: Collection[Any]):
-        self.parts, self.carries = parts, carries
+    def __init__(self, parts: Mapping[Any, int], carries: Collection[Any], writes_operands: bool):
+        self.parts, self.carries, self.writes_operands = parts, carries, writes_operands
         self.buffers: list[_Buffer] = []
         self.extra: list[int] = []  # bytes that each operation needs in addition to its buffers
         self.stacked: set[_Buffer] = set()  # results that a scan splits while it stacks them
@@ -90,9 +97,12 @@ class _Trace:
                 outs = self.run(inner, dict(zip(inner.invars, ins, strict=False)))
                 values.update(zip(eqn.outvars, outs, strict=True))
                 continue
-            merged = _Value(*(frozenset().union(*sets) for sets in zip(*ins, strict=True))) if ins else _Value()
+            if self.writes_operands and name in ("dot_general", "ffi_call"):
+                ins = [self.written(v, value) for v, value in zip(eqn.invars, ins, strict=True)]
+            merged = _Value(*(frozenset().union(*(value[i] for value in ins)) for i in range(2)))
             if self.fuses(eqn, merged.buffers):
-                values.update((v, merged) for v in eqn.outvars)
+                same = name in _SAME_NUMBERS
+                values.update((v, merged._replace(operand=ins[0].operand if same else [])) for v in eqn.outvars)
                 continue
             for b in merged.buffers:
                 b.last = len(self.extra)
@@ -110,6 +120,15 @@ class _Trace:
         in_bytes = sum(b.read_size for b in buffers)
         return in_bytes <= MAX_FUSED_INPUTS * out_bytes or any(v in self.carries for v in eqn.outvars)
 
+    def written(self, v: Any, value: _Value) -> _Value:
+        """The value of an operand that is in a buffer of its own."""
+        if value.operand is None or not value.buffers:
+            return value  # an input of the jaxpr, or the cast of one
+        if not value.operand:
+            value.operand.append(_Buffer(_bytes(v), len(self.extra)))
+            self.buffers += value.operand
+        return _Value(value.buffers | {*value.operand}, value.gathered)
+
     def write(self, eqn: Any, values: dict[Any, _Value], inner: Any) -> None:
         """Record a buffer for each result of an operation."""
         name = eqn.primitive.name
@@ -123,7 +142,7 @@ class _Trace:
         for i, v in enumerate(eqn.outvars):
             buffer = _Buffer(_bytes(v), len(self.extra), bool(fused))
             self.buffers.append(buffer)
-            values[v] = _Value(buffers=frozenset([buffer]))
+            values[v] = _Value(frozenset([buffer]), operand=[buffer])
             if name == "scan" and i >= _scan_sizes(eqn, inner)[1]:
                 self.stacked.add(buffer)
 
@@ -137,7 +156,9 @@ class _Trace:
         stacks = zip(inner.outvars[num_carry:], eqn.outvars[num_carry:], strict=True)
         parts = {v: self.parts[out] for v, out in stacks if out in self.parts}
         constant = frozenset().union(*(value.gathered for value in ins[:first]))
-        return peak(inner, layer, parts, inner.outvars[:num_carry])[1] + sum(n for _, n in constant)
+        return peak(inner, layer, parts, inner.outvars[:num_carry], self.writes_operands)[1] + sum(
+            n for _, n in constant
+        )
 
 
 def _bytes(v: Any) -> int:

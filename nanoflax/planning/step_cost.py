@@ -262,8 +262,7 @@ def _traced_gradient(local: Config, platform: str) -> tuple[Any, list[str]]:
 def gradient_bytes(config: Config, mesh: parallel.AnyMesh) -> tuple[int, int]:
     """(bytes of the gradients on a chip, bytes of gradients and activations together at the peak)."""
     device = mesh.abstract_mesh.abstract_device if isinstance(mesh, jax.sharding.Mesh) else mesh.abstract_device
-    # The kernel of cuDNN cannot be traced without a GPU.
-    platform = "tpu" if device is not None and device.platform == "tpu" else "cpu"
+    platform = "cpu" if device is None else device.platform
     traced, paths = _traced_gradient(config_per_chip(config, mesh), platform)
     params, fsdp = traced.invars[: len(paths)], mesh.shape["fsdp"]
     specs = [parallel.partition_spec(path, v.aval.shape) for path, v in zip(paths, params, strict=True)]
@@ -274,7 +273,8 @@ def gradient_bytes(config: Config, mesh: parallel.AnyMesh) -> tuple[int, int]:
         fsdp if "fsdp" in spec and not (small and "/block" in path) else 1
         for path, spec in zip(paths, specs, strict=True)
     ]
-    gradients, peak = peak_memory.peak(traced, gathered, dict(zip(traced.outvars, parts, strict=True)))
+    split = dict(zip(traced.outvars, parts, strict=True))
+    gradients, peak = peak_memory.peak(traced, gathered, split, writes_operands=platform != "tpu")
     peak += _gathered_keys_bytes(config, mesh) + _gathered_tokens_bytes(config, mesh)
     # The compiler casts all layers of a stacked kernel [L, D, F] before the scan over layers.
     itemsize = nn.build(config.model).compute_dtype.itemsize

@@ -1,12 +1,15 @@
 """Attention and the layers against PyTorch, on the same numbers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanoflax import parallel
 from nanoflax.config import ModelConfig
-from nanoflax.kernels import matmul, write_key_values
+from nanoflax.kernels import add_bias, matmul, write_key_values
 from nanoflax.nn import layers
 from nanoflax.nn.attention import dot_product_attention
 from nanoflax.nn.blocks import empty_cache
@@ -87,6 +90,15 @@ def test_matmul_and_its_gradient_are_the_plain_ones(d_in, d_out, dtype):
     assert_trees_close(ours, plain, 2e-6 if dtype == jnp.float32 else 0.01)
 
 
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+    y, dy = jnp.zeros((4, 500, 3), jnp.bfloat16), jnp.asarray(1 + 0.1 * normal(0, 4, 500, 3), jnp.bfloat16)
+    exact = np.asarray(dy, np.float64).sum((0, 1))
+    found, (dx, dbias) = jax.vjp(add_bias, y, jnp.ones(3))[0], jax.vjp(add_bias, y, jnp.ones(3))[1](dy)
+    assert found.dtype == dx.dtype == jnp.bfloat16 and dbias.dtype == jnp.float32
+    np.testing.assert_array_equal(dx, dy)
+    np.testing.assert_allclose(dbias, exact, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind, bias", [("layernorm", True), ("layernorm", False), ("rmsnorm", False)])
 def test_norms_equal_torch(kind, bias):
     torch = pytest.importorskip("torch")
@@ -106,14 +118,25 @@ def test_norms_equal_torch(kind, bias):
     grads, dx = pull(dy)
     np.testing.assert_allclose(dx, tx.grad, atol=1e-5)
     np.testing.assert_allclose(grads["scale"], theirs.weight.grad, atol=1e-5)
-    # Statistics are in float32, whatever comes in.
-    half = norm.apply({"params": params}, jnp.asarray(x, jnp.bfloat16))
-    assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), found, atol=0.06)
+    # Statistics and the gradients of parameters are in float32, whatever comes in.
+    half, dhalf = jnp.asarray(x, jnp.bfloat16), jnp.asarray(dy, jnp.bfloat16)
+    y, pull_half = jax.vjp(lambda p, x: norm.apply({"params": p}, x), params, half)
+    np.testing.assert_allclose(y.astype(jnp.float32), found, atol=0.06)
+    (exact, _), (grads, dx) = pull_of(norm, params, half, dhalf), pull_half(dhalf)
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    assert_trees_close(grads, exact, 1e-6)
 
 
+def pull_of(norm, params, x, dy):
+    """The gradients of a norm at the same numbers in float32."""
+    x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+    return jax.vjp(lambda p, x: norm.apply({"params": p}, x), params, x)[1](dy)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("name", layers.ACTIVATIONS)
-def test_activations_equal_torch(name):
+def test_activations_and_their_gradients_equal_torch(monkeypatch, name, platform):
+    monkeypatch.setattr(parallel, "current_platform", lambda: platform)
     F = pytest.importorskip("torch").nn.functional
     import torch
 
@@ -125,8 +148,17 @@ def test_activations_equal_torch(name):
         "relu2": lambda x: F.relu(x) ** 2,
         "tanh": torch.tanh,
     }[name]
-    x = np.linspace(-6, 6, 101, dtype=np.float32)
-    np.testing.assert_allclose(layers.ACTIVATIONS[name](x), theirs(torch.tensor(x)), atol=2e-6)
+    x = np.linspace(-6, 6, 100, dtype=np.float32)  # without 0, where the gradient of relu is a convention
+    tx = torch.tensor(x).requires_grad_()
+    expected = theirs(tx)
+    expected.backward(torch.tensor(x))
+    found, pull = jax.vjp(partial(layers.activate, name), x)
+    np.testing.assert_allclose(found, expected.detach(), atol=2e-6)
+    np.testing.assert_allclose(pull(x)[0], tx.grad, atol=2e-5)
+    # In bfloat16 only the result is rounded, as in torch.
+    half = layers.activate(name, jnp.asarray(x, jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half, theirs(torch.tensor(x).bfloat16()).float(), rtol=0.008, atol=1e-6)
 
 
 def test_exact_and_tanh_gelu_differ():

@@ -14,7 +14,7 @@ import pytest
 
 from experiments.flags import load_config
 from nanoflax import config as configs
-from nanoflax import parallel
+from nanoflax import nn, parallel, train
 from nanoflax.config import Config, ModelConfig, OptimConfig, TrainConfig, preset
 from nanoflax.planning import peak_memory, step_cost
 from tests import processes
@@ -134,6 +134,27 @@ def test_what_gradients_and_activations_take():
     assert most == 2 * 4 * 64 + 4 * 32
     split = dict.fromkeys(traced.outvars, 8)
     assert peak_memory.peak(traced, (), split)[0] == grads // 8
+
+
+def test_the_memory_of_a_cpu_is_near_what_xla_allocates():
+    model = ModelConfig(vocab_size=256, context=128, layers=3, dim=128, heads=4)
+    config = Config(model=model, optim=OptimConfig(warmup_steps=0), train=TrainConfig(batch_size=16, mesh="1,1,1"))
+    mesh = parallel.make_mesh("1,1,1", jax.devices()[:1])
+    optimizer, _ = train.make_optimizer(config.optim, 10)
+    state = train.abstract_state(nn.build(model), optimizer, config, mesh)
+    step = train.make_train_step(nn.build(model), optimizer, config)
+    used = train.compile_step(step, state, train.abstract_batch(config, mesh), mesh).memory_analysis()
+    written = used.output_size_in_bytes - used.alias_size_in_bytes
+    exact = used.argument_size_in_bytes + used.temp_size_in_bytes + written
+    assert 0.8 < step_cost.make_plan(config, mesh).memory / exact < 1.25
+
+
+@pytest.mark.parametrize("B, gigabytes", [(32, 13.4), (128, 40.8)])  # XLA's figures for an H200, jax 0.11.2
+def test_the_memory_of_a_gpu_is_near_what_xla_allocated(B, gigabytes):
+    config = Config(optim=OptimConfig(warmup_steps=0), train=TrainConfig(batch_size=B))
+    config = dataclasses.replace(config, model=preset("gpt2", dtype="bfloat16"))
+    memory = step_cost.make_plan(config, parallel.abstract_mesh((1, 1, 1), "gpu")).memory / 2**30
+    assert 0.85 < memory / gigabytes < 1.15
 
 
 def test_roofline_by_hand():
