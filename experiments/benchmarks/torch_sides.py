@@ -7,7 +7,6 @@ busy cores), so nanoflax is compared with it. Decoding and encoding: Transformer
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +62,7 @@ def torch_side(job: Job, compiled: bool = False) -> Side:
     """PyTorch in eager mode, or the same module under torch.compile."""
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    work = {"train": _train, "decode": _decode, "encode": _encode}[job.kind](job, compiled)
+    facts, work = {"train": _train, "decode": _decode, "encode": _encode}[job.kind](job, compiled)
 
     def run():
         work()
@@ -72,10 +71,10 @@ def torch_side(job: Job, compiled: bool = False) -> Side:
 
     for _ in range(2):  # torch.compile compiles in the first round
         run()
-    return {"cpu": DEVICE == "cpu"}, run
+    return facts | {"cpu": DEVICE == "cpu"}, run
 
 
-def _train(job: Job, compiled: bool) -> Callable[[], None]:
+def _train(job: Job, compiled: bool) -> Side:
     c, B = job.decoder, job.sizes[-1]
     if DEVICE == "cuda":  # products with a multiple of 64 are faster
         c = dataclasses.replace(c, vocab_size=-(-c.vocab_size // 64) * 64)
@@ -95,10 +94,10 @@ def _train(job: Job, compiled: bool) -> Callable[[], None]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
 
-    return run
+    return {"parameters": sum(p.numel() for p in model.parameters())}, run
 
 
-def _decode(job: Job, compiled: bool) -> Callable[[], None]:
+def _decode(job: Job, compiled: bool) -> Side:
     c = job.decoder
     config = GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.context, n_layer=c.layers, n_embd=c.dim, n_head=c.heads,
@@ -111,10 +110,10 @@ def _decode(job: Job, compiled: bool) -> Callable[[], None]:
         with torch.no_grad():
             model.generate(prompts, attention_mask=torch.ones_like(prompts), **settings)  # type: ignore  # untyped
 
-    return run
+    return {}, run
 
 
-def _encode(job: Job, compiled: bool) -> Callable[[], None]:
+def _encode(job: Job, compiled: bool) -> Side:
     c = job.encoder
     config = BertConfig(num_hidden_layers=c.layers, hidden_size=c.dim, num_attention_heads=c.heads,
                         intermediate_size=c.F)  # fmt: skip
@@ -127,4 +126,4 @@ def _encode(job: Job, compiled: bool) -> Callable[[], None]:
             for _ in range(job.steps):
                 forward(tokens)
 
-    return run
+    return {}, run

@@ -63,7 +63,8 @@ def test_every_two_rounds_run_each_pair_of_sides_in_both_orders(monkeypatch, cap
     [
         ({"compiled": {"broken": True}}, ["nanoflax", "machine", "torch"]),
         ({"compiler": None}, ["nanoflax", "machine", "torch"]),
-        ({"all": {"cpu": False}}, ["nanoflax"]),
+        ({"nanoflax": {"cpu": False}}, ["nanoflax"]),
+        ({"nanoflax": {"cpu": False}, "torch": {"cpu": False}}, ["nanoflax", "torch"]),
     ],
 )
 def test_sides_that_cannot_run_here_are_left_out(options, left, monkeypatch, capsys):
@@ -194,10 +195,10 @@ def test_a_batch_that_does_not_fit_after_all_is_halved(monkeypatch, capsys):
     monkeypatch.setattr(sides, "_train_batch", train_batch)
     monkeypatch.setattr(sides, "batch_that_fits", lambda config, device: 64)
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 1})
-    assert sides._train(sides.Job("train", "gpt2"), device)[0] == {"B": 16} and sizes == [64, 32, 16]
+    assert sides._train(sides.Job("train", "gpt2", alone=True), device)[0] == {"B": 16} and sizes == [64, 32, 16]
     assert "B=64 does not fit; trying half of it" in capsys.readouterr().err
     with pytest.raises(jax.errors.JaxRuntimeError):  # a batch that was asked for is not changed
-        sides._train(sides.Job("train", "gpt2", batch_size=64), device)
+        sides._train(sides.Job("train", "gpt2", batch_size=64, alone=True), device)
 
 
 def test_packed_and_padded_sides_train_the_same_tokens(monkeypatch, capsys):
