@@ -14,10 +14,11 @@ from nanoflax.kernels import (
     SourceMask,
     States,
     Tokens,
+    activate,
     mask_padding,
     quantized_matmul,
 )
-from nanoflax.nn.layers import Embedding, Linear, activate
+from nanoflax.nn.layers import Embedding, Linear
 
 
 class LanguageModel(nn.Module):

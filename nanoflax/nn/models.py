@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 
 from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
-from nanoflax.kernels import Array, Logits, Quantized, Source, SourceMask, States, Tokens
+from nanoflax.kernels import Array, Logits, Quantized, Source, SourceMask, States, Tokens, activate
 from nanoflax.nn.attention import Attention, LayerCache, attention_weights
 from nanoflax.nn.blocks import Stack, empty_cache, norm
 from nanoflax.nn.language_model import LanguageModel, SourceModel, empty_delay, mean_pool
-from nanoflax.nn.layers import Embedding, Linear, activate
+from nanoflax.nn.layers import Embedding, Linear
 from nanoflax.nn.lstm import AttentionLSTM
 from nanoflax.nn.positions import check_context
 from nanoflax.nn.targets import shift_right

@@ -10,9 +10,9 @@ from jax.typing import DTypeLike
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
-from nanoflax.kernels import States, chunked, convolve
+from nanoflax.kernels import States, activate, chunked, convolve
 from nanoflax.nn.attention import AttentionInputs, LayerCache
-from nanoflax.nn.layers import Linear, activate, rms_norm
+from nanoflax.nn.layers import Linear, rms_norm
 
 
 def empty_recurrent_cache(config: ModelConfig, layer: int, batch: int, dtype: DTypeLike) -> LayerCache:

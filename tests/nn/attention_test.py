@@ -9,7 +9,8 @@ import pytest
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
-from nanoflax.kernels import add_bias, matmul, write_key_values
+from nanoflax.kernels import activate, add_bias, matmul, write_key_values
+from nanoflax.kernels.activations import ACTIVATIONS
 from nanoflax.nn import layers
 from nanoflax.nn.attention import dot_product_attention
 from nanoflax.nn.blocks import empty_cache
@@ -134,7 +135,7 @@ def pull_of(norm, params, x, dy):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
-@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_and_their_gradients_equal_torch(monkeypatch, name, platform):
     monkeypatch.setattr(parallel, "current_platform", lambda: platform)
     F = pytest.importorskip("torch").nn.functional
@@ -152,18 +153,18 @@ def test_activations_and_their_gradients_equal_torch(monkeypatch, name, platform
     tx = torch.tensor(x).requires_grad_()
     expected = theirs(tx)
     expected.backward(torch.tensor(x))
-    found, pull = jax.vjp(partial(layers.activate, name), x)
+    found, pull = jax.vjp(partial(activate, name), x)
     np.testing.assert_allclose(found, expected.detach(), atol=2e-6)
     np.testing.assert_allclose(pull(x)[0], tx.grad, atol=2e-5)
     # In bfloat16 only the result is rounded, as in torch.
-    half = layers.activate(name, jnp.asarray(x, jnp.bfloat16))
+    half = activate(name, jnp.asarray(x, jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half, theirs(torch.tensor(x).bfloat16()).float(), rtol=0.008, atol=1e-6)
 
 
 def test_exact_and_tanh_gelu_differ():
     x = jnp.linspace(-3, 3, 50)
-    difference = layers.ACTIVATIONS["gelu"](x) - layers.ACTIVATIONS["gelu_tanh"](x)
+    difference = ACTIVATIONS["gelu"](x) - ACTIVATIONS["gelu_tanh"](x)
     assert 1e-4 < jnp.abs(difference).max() < 1e-2
 
 
