@@ -117,7 +117,7 @@ def _encode(job: Job, compiled: bool) -> Side:
     c = job.encoder
     config = BertConfig(num_hidden_layers=c.layers, hidden_size=c.dim, num_attention_heads=c.heads,
                         intermediate_size=c.F)  # fmt: skip
-    model = BertModel(config, add_pooling_layer=False).to(DEVICE, DTYPE).eval()
+    model = BertModel(config, add_pooling_layer=False).to(DEVICE, DTYPE).eval()  # type: ignore  # untyped
     tokens = torch.randint(0, c.vocab_size, (job.batch_size or 8, ENCODED_TOKENS), device=DEVICE)
     forward = torch.compile(model) if compiled else model
 

@@ -27,21 +27,23 @@ ACTIVATIONS = {
 }
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def activate(name: str, x: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
     """The activation called `name`, computed in float32. The backward pass recomputes it from x."""
-    return _activate(name, x)
+    return _activate(name, x)  # type: ignore  # custom_vjp hides the type
 
 
-def _activate(name, x):
+def _plain(name, x):
     return ACTIVATIONS[name](x.astype(jnp.float32)).astype(x.dtype)
 
 
-def _activate_backward(name, x, dy):
+_activate = jax.custom_vjp(_plain, nondiff_argnums=(0,))
+
+
+def _backward(name, x, dy):
     x = jax.lax.optimization_barrier(x)  # or XLA keeps numbers of the forward pass for this one
-    (dx,) = jax.vjp(partial(_activate, name), x)[1](dy)
+    (dx,) = jax.vjp(partial(_plain, name), x)[1](dy)
     # On a GPU a barrier, or XLA writes dx in float32 too, for the sum of a bias gradient.
     return (jax.lax.optimization_barrier(dx) if parallel.current_platform() == "gpu" else dx,)
 
 
-activate.defvjp(lambda name, x: (_activate(name, x), x), _activate_backward)
+_activate.defvjp(lambda name, x: (_plain(name, x), x), _backward)

@@ -99,7 +99,8 @@ class _Trace:
                 continue
             if self.writes_operands and name in ("dot_general", "ffi_call"):
                 ins = [self.written(v, value) for v, value in zip(eqn.invars, ins, strict=True)]
-            merged = _Value(*(frozenset().union(*(value[i] for value in ins)) for i in range(2)))
+            of_all = [frozenset().union(*sets) for sets in ([v.buffers for v in ins], [v.gathered for v in ins])]
+            merged = _Value(of_all[0], of_all[1])
             if self.fuses(eqn, merged.buffers):
                 same = name in _SAME_NUMBERS
                 values.update((v, merged._replace(operand=ins[0].operand if same else [])) for v in eqn.outvars)
