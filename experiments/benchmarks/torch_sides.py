@@ -102,7 +102,8 @@ def _decode(job: Job, compiled: bool) -> Side:
     config = GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.context, n_layer=c.layers, n_embd=c.dim, n_head=c.heads,
         bos_token_id=0, eos_token_id=0)  # fmt: skip
-    model, new = GPT2LMHeadModel(config).to(DEVICE, DTYPE).eval(), min(job.new_tokens, c.context - PROMPT_TOKENS)
+    model = GPT2LMHeadModel(config).to(DEVICE, DTYPE).eval()  # type: ignore  # untyped
+    new = min(job.new_tokens, c.context - PROMPT_TOKENS)
     prompts = torch.randint(0, c.vocab_size, (job.batch_size or 1, PROMPT_TOKENS), device=DEVICE)
     settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
 
