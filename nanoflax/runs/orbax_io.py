@@ -35,21 +35,31 @@ def quiet_orbax() -> Iterator[None]:
 
     orbax logs every save, and the traceback of a failed save. Failures are raised as exceptions anyway.
     """
+    _enter()
+    try:
+        yield
+    finally:
+        _leave()
+
+
+def _enter() -> None:
     global _quiet_contexts, _make_loud
     _quiet_contexts += 1
     if _quiet_contexts == 1:
         _make_loud = _make_quiet()
-    try:
-        yield
-    finally:
-        _quiet_contexts -= 1
-        if _quiet_contexts == 0:
-            _make_loud()
+
+
+def _leave() -> None:
+    global _quiet_contexts
+    _quiet_contexts -= 1
+    if _quiet_contexts == 0:
+        _make_loud()
 
 
 def stay_quiet() -> None:
     """Enters `quiet_orbax` until the process ends: after a failed save, threads may report the error again later."""
-    _until_exit.enter_context(quiet_orbax())
+    _enter()
+    _until_exit.callback(_leave)  # the generator of quiet_orbax would fail when the interpreter ends
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
 

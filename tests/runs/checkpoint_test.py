@@ -481,6 +481,12 @@ def test_a_failed_save_stays_quiet(tmp_path, caplog):
     orbax_io._until_exit.close()
 
 
+def test_the_end_of_a_process_after_a_failed_save_is_quiet():
+    code = "from nanoflax.runs import orbax_io; orbax_io.stay_quiet()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_failed_save_whose_threads_fail_again_later_is_abandoned(tmp_path):
     full, logged = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), []
     with Checkpoints(tmp_path, log=logged.append) as checkpoints:
