@@ -1,6 +1,7 @@
 """What all tests share: JAX on the CPU, one cache of compiled programs, and checked annotations."""
 
 import contextlib
+import ctypes
 import gc
 import importlib.metadata
 import logging
@@ -12,6 +13,7 @@ import jaxtyping
 import pytest
 
 import tests.typechecker  # noqa: F401  # found by its name below
+from tests import processes
 
 # Set before JAX is imported, and inherited by the processes that tests start.
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
@@ -21,6 +23,21 @@ if os.environ["JAX_PLATFORMS"] != "cpu":  # GPUs and TPUs round the operands of 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "nanoflax" / "tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Two cores have work for two pytest workers; torch's threads would wait for each other in loops that take a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The tests compile thousands of small functions and call each a few times, so the compiler of this process makes little
+# effort: a fifth of the time. XLA reads its flags once, here. The programs that tests start compile as users' do.
+if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = processes.QUICK_XLA
+    import jax  # noqa: F401  # first, for it makes jaxlib log less
+    from jaxlib import xla_client
+
+    xla_client.CompileOptions().executable_build_options.debug_options  # noqa: B018
+    del os.environ["XLA_FLAGS"]
+
+gc.set_threshold(20_000, 20, 100)  # JAX and Transformers keep many objects, which each collection visits
 
 # In the tests, calls of the annotated functions of these rooms are checked: types, shapes and dtypes.
 # Nothing is checked in users' programs, nor in the processes that tests start.
@@ -34,17 +51,19 @@ if int(importlib.metadata.version("protobuf").partition(".")[0]) < 7:  # too old
 
 
 @pytest.fixture(autouse=True)
-def few_memory_maps(request):
-    """Free compiled programs before Linux refuses more memory maps to the process (vm.max_map_count, 65,530), which
-    ends it."""
+def little_memory(request):
+    """Free compiled programs once they hold 1.5 GB: an old process is slow, and Linux ends one that has too many memory
+    maps (vm.max_map_count, 65,530)."""
     yield
-    request.session.tests_done = done = getattr(request.session, "tests_done", 0) + 1
-    maps = pathlib.Path("/proc/self/maps")
-    if done % 20 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
-        import jax
-
-        jax.clear_caches()
+    statm = pathlib.Path("/proc/self/statm")
+    if "jax" not in sys.modules or not statm.exists():
+        return
+    resident = lambda: int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident() > getattr(request.session, "resident", 0) + 1.5e9:
+        sys.modules["jax"].clear_caches()
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps two thirds of it otherwise
+        request.session.resident = resident()
 
 
 @pytest.fixture

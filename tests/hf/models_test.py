@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import pathlib
 import random
 import re
@@ -26,6 +25,7 @@ from nanoflax.generate import sample
 from nanoflax.hf import families, safetensors_io
 from nanoflax.hf.family import canonical, differences
 from nanoflax.nn import build, language_model
+from tests import processes
 from tests.hf.cases import CASES, GREEDY, LINEAR, LLAMA3, LOCAL, LONGROPE, OLDER, REFUSED, V
 
 OLD_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 3, "beta_slow": 0.5}
@@ -577,14 +577,9 @@ def test_smollm2_gguf_gives_transformers_logits():
 
 
 def child(name, *args, devices=1):
-    flags = f" --xla_force_host_platform_device_count={devices}"
     code = f"from tests.hf import models_test; models_test.{name}(*{args!r})"
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env=os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + flags},
+        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, env=processes.quick(devices)
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -3,7 +3,6 @@ axes of the mesh account for."""
 
 import json
 import math
-import os
 import pathlib
 import re
 from types import SimpleNamespace
@@ -27,9 +26,7 @@ print(json.dumps(getattr(module, sys.argv[2])(*sys.argv[3:])))
 
 def run_child(*arguments, file="parallel.mesh_test"):
     """What a function of a test file gives in a process of eight devices."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    flags += " --xla_backend_optimization_level=0"  # of code that runs once
-    done = processes.run(["-c", CHILD, file, *arguments], env=os.environ | {"XLA_FLAGS": flags}, timeout=900)
+    done = processes.run(["-c", CHILD, file, *arguments], env=processes.quick(devices=8), timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import pathlib
 import re
 from types import SimpleNamespace
@@ -33,8 +32,7 @@ print(json.dumps(getattr(rules_test, sys.argv[1])()))
 
 
 def run_child(name):
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = processes.run(["-c", CHILD, name], env=os.environ | {"XLA_FLAGS": flags}, timeout=600)
+    done = processes.run(["-c", CHILD, name], env=processes.quick(devices=8), timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -107,8 +106,7 @@ def on_a_mesh():
 
 def test_a_mesh_splits_quantised_matrices_as_their_kernels():
     child = "import json; from tests.peft import quantization_test as t; print(json.dumps(t.on_a_mesh()))"
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = processes.run(["-c", child], env=os.environ | {"XLA_FLAGS": flags}, timeout=600)
+    done = processes.run(["-c", child], env=processes.quick(devices=8), timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("untied parts") == 4  # fsdp x tensor

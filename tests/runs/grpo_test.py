@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 
 import jax
 import numpy as np
@@ -335,8 +334,7 @@ def tune(workdir, **changes):
 
 
 def test_meshes_micro_batches_and_scanned_layers_change_nothing(tmp_path):
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    done = processes.run(["-c", CHILD, str(tmp_path / "split")], env=os.environ | {"XLA_FLAGS": flags}, timeout=900)
+    done = processes.run(["-c", CHILD, str(tmp_path / "split")], env=processes.quick(devices=4), timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     tune(str(tmp_path / "whole"))
     split, whole = (tmp_path / name for name in ("split", "whole"))

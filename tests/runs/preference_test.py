@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 
 import jax
@@ -291,10 +290,9 @@ def tune(source, pairs, workdir, split=False):
 
 
 def test_meshes_micro_batches_and_scanned_layers_change_nothing(inputs, tmp_path):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     arguments = [*map(str, inputs)]
     done = processes.run(
-        ["-c", CHILD, *arguments, str(tmp_path / "split")], env=os.environ | {"XLA_FLAGS": flags}, timeout=900
+        ["-c", CHILD, *arguments, str(tmp_path / "split")], env=processes.quick(devices=8), timeout=900
     )
     assert done.returncode == 0, done.stderr[-2000:]
     tune(*arguments, str(tmp_path / "whole"))

@@ -1,7 +1,6 @@
 """The trainer from Python: continued pretraining, and what a resumed run holds in memory."""
 
 import json
-import os
 import random
 import shutil
 
@@ -115,8 +114,7 @@ assert jax.tree.leaves(jax.tree.map(lambda x: x.sharding, params)) == jax.tree.l
 
 
 def test_a_source_is_copied_into_the_shards_of_the_whole_model():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-    done = processes.run(["-c", ON_TWO_DEVICES], env=os.environ | {"XLA_FLAGS": flags}, timeout=300)
+    done = processes.run(["-c", ON_TWO_DEVICES], env=processes.quick(devices=2), timeout=300)
     assert done.returncode == 0, done.stderr
 
 

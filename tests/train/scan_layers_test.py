@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from functools import partial
 from types import SimpleNamespace
@@ -452,9 +451,8 @@ def mesh_against_one_device():
 
 
 def test_eight_devices_give_the_numbers_of_one():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     code = "import json; from tests.train import scan_layers_test as t; print(json.dumps(t.mesh_against_one_device()))"
-    done = processes.run(["-c", code], env=os.environ | {"XLA_FLAGS": flags}, timeout=600)
+    done = processes.run(["-c", code], env=processes.quick(devices=8), timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     for _mesh, errors in found.items():
