@@ -28,13 +28,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The tests compile thousands of small functions and call each a few times, so the compiler of this process makes little
-# effort: a fifth of the time. XLA reads its flags once, here. The programs that tests start compile as users' do.
+# effort: a fifth of the time. The programs that tests start compile as users' do.
 if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = processes.QUICK_XLA
-    import jax  # noqa: F401  # first, for it makes jaxlib log less
-    from jaxlib import xla_client
+    import jax
 
-    xla_client.CompileOptions().executable_build_options.debug_options  # noqa: B018
+    jax.jit(lambda: 0)()  # XLA reads the flags now, and never again
     del os.environ["XLA_FLAGS"]
 
 gc.set_threshold(20_000, 20, 100)  # JAX and Transformers keep many objects, which each collection visits
