@@ -233,11 +233,11 @@ def filtered(logits: Logits, filters: Filters) -> Logits:
 def choose(logits: Logits, rng: jax.Array, filters: Filters) -> Int[jax.Array, " B"]:
     """The next token of each row: the most probable without a temperature, else drawn. rng: one key, or an array of
     keys with one for each row, which then is drawn as if it were alone."""
-    best = logits.argmax(-1).astype(jnp.int32)
+    best = kernels.argmax(logits)
     if filters.temperature is None:
         return best
-    draw = jax.vmap(jax.random.categorical) if kernels.is_key_of_rows(rng) else jax.random.categorical
-    drawn = lambda: draw(rng, filtered(logits, filters)).astype(jnp.int32)
+    draw = jax.vmap(kernels.categorical) if kernels.is_key_of_rows(rng) else kernels.categorical
+    drawn = lambda: draw(rng, filtered(logits, filters))
     if not jnp.ndim(filters.temperature):
         return drawn()
     warm = filters.temperature > 0  # drawing takes four times as long as the rest, and often no row needs it

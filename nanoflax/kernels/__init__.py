@@ -4,6 +4,7 @@ the types of arrays in annotations."""
 from nanoflax.kernels.activations import activate
 from nanoflax.kernels.arrays import Array, Keys, Logits, Queries, Source, SourceMask, States, Tokens, is_key_of_rows
 from nanoflax.kernels.cross_entropy import chunked_cross_entropy, chunks_of, mask_padding, most_probable, token_losses
+from nanoflax.kernels.draws import argmax, categorical
 from nanoflax.kernels.fused_attention import Call, MaskSpec, attend_by, choose
 from nanoflax.kernels.grouped import blocks_of, grouped_matmul, move
 from nanoflax.kernels.key_values import KeyValues, empty_key_values, read_key_values, write_key_values
@@ -12,6 +13,7 @@ from nanoflax.kernels.quantized import (
     WEIGHT_KINDS,
     Quantized,
     cast,
+    for_rows,
     is_quantized,
     multiply,
     pack,
@@ -25,9 +27,10 @@ from nanoflax.kernels.truncation import truncate_below, truncate_by_entropy, tru
 
 __all__ = [
     "GROUP", "WEIGHT_KINDS", "Array", "Call", "KeyValues", "Keys", "Logits", "MaskSpec", "Quantized", "Queries",
-    "Source", "SourceMask", "States", "Tokens", "activate", "add_bias", "attend_by", "blocks_of", "cast", "choose",
-    "chunked", "chunked_cross_entropy", "chunks_of", "convolve", "empty_key_values", "grouped_matmul",
-    "is_key_of_rows", "is_quantized", "mask_padding", "matmul", "most_probable", "move", "multiply", "normalise",
-    "pack", "quantize", "quantized_matmul", "read_key_values", "softmax_attention", "token_losses",
-    "truncate_below", "truncate_by_entropy", "truncate_by_rank", "truncate_typical", "write_key_values",
+    "Source", "SourceMask", "States", "Tokens", "activate", "add_bias", "argmax", "attend_by", "blocks_of", "cast",
+    "categorical", "choose", "chunked", "chunked_cross_entropy", "chunks_of", "convolve", "empty_key_values",
+    "for_rows", "grouped_matmul", "is_key_of_rows", "is_quantized", "mask_padding", "matmul", "most_probable",
+    "move", "multiply", "normalise", "pack", "quantize", "quantized_matmul", "read_key_values", "softmax_attention",
+    "token_losses", "truncate_below", "truncate_by_entropy", "truncate_by_rank", "truncate_typical",
+    "write_key_values",
 ]  # fmt: skip

@@ -2,12 +2,13 @@
 others -inf. The numbers are scalars, or arrays [B, 1] where a value turns the truncation off for its row.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import entr
-from jaxtyping import Float
+from jaxtyping import Float, UInt32
 
 from nanoflax import parallel
 
@@ -18,34 +19,42 @@ MOST_OF_TOP_H = 100  # tokens that Transformers' top-h considers
 
 
 def truncate_by_rank(logits: Logits, top_k: Number, outside_top_p: Number) -> Logits:
-    """top-k (Fan et al. 2018; off: 0), then top-p (Holtzman et al. 2020); outside_top_p: 1 - p, off: 0. None: not
-    computed. Equal logits at the border of top-k are kept together; at that of top-p, those of the largest ids."""
+    """The logits that top-k (Fan et al. 2018; off: 0) and then top-p (Holtzman et al. 2020) keep, and -inf.
+
+    outside_top_p: 1 - p in float32, off: 0. Both are scalars, or None: not computed; or both are arrays [B, 1], where a
+    row without any costs nothing. Equal logits at the border of top-k are kept together; at that of top-p those of the
+    largest ids are kept. On a CPU this takes an eighth of the time of sorting (V = 50,257).
+    """
     if not jnp.ndim(top_k):
         return _by_rank(top_k, outside_top_p, logits)
-    # Sorting takes long, and often few rows need it.
-    sort = lambda wanted, *x: jax.lax.cond(wanted.any(), _by_rank, lambda *x: x[-1], *x)
+    only_if = lambda wanted, *x: jax.lax.cond(wanted.any(), _by_rank, lambda *x: x[-1], *x)
     rows = (top_k > 0) | (outside_top_p > 0), top_k, outside_top_p, logits
     if parallel.current_platform() != "cpu":
-        return sort(*rows)
-    return jax.lax.map(lambda row: sort(*(x[None] for x in row))[0], rows)  # a CPU has no sort in parallel
+        return only_if(*rows)
+    return jax.lax.map(lambda row: only_if(*(x[None] for x in row))[0], rows)
 
 
 def _by_rank(top_k, outside_top_p, logits):
-    V, ordered = logits.shape[-1], jnp.sort(logits, axis=-1)
+    B, V = logits.shape
+    count = lambda mask: mask.sum(-1, keepdims=True)
     if top_k is not None:
-        top_k = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
-        kth = jnp.take_along_axis(ordered, jnp.broadcast_to(V - top_k, (len(logits), 1)), -1)
-        logits, ordered = (jnp.where(x < kth, OUT, x) for x in (logits, ordered))
+        wanted, order = jnp.where(top_k > 0, jnp.minimum(top_k, V), V), _order(logits)
+        logits = jnp.where(order < _largest(lambda n: count(order >= n) >= wanted, B, 32), OUT, logits)
     if outside_top_p is not None:
-        # In multiples of 2^-31, so that the sums, and the border between equal logits, are exact.
-        p = jnp.round(jax.nn.softmax(ordered, axis=-1) * 2.0**31).astype(jnp.uint32)
-        sums = jnp.cumsum(p, axis=-1).astype(jnp.float32) / 2.0**31
-        outside = (sums <= outside_top_p) & (outside_top_p > 0)
-        kept = V - jnp.minimum(outside.sum(-1, keepdims=True), V - 1)
-        least = jnp.take_along_axis(ordered, V - kept, -1)
-        ties = logits == least
-        rank = jnp.cumsum(ties[:, ::-1], axis=-1)[:, ::-1] + (logits > least).sum(-1, keepdims=True)
-        logits = jnp.where((logits > least) | ties & (rank <= kept), logits, OUT)
+        order = _order(logits)
+        # In multiples of 2^-31, so that the sums, and the border between equal logits, are exact in any order.
+        p = jnp.round(jax.nn.softmax(logits, axis=-1) * 2.0**31).astype(jnp.uint32)
+        outside = lambda total: (total.astype(jnp.float32) / 2.0**31 <= outside_top_p) & (outside_top_p > 0)
+        total = lambda n: jnp.where(order <= n, p, 0).sum(-1, keepdims=True, dtype=jnp.uint32)
+        last = _largest(lambda n: outside(total(n)), B, 32)  # every token up to it is outside
+        # Of the next tokens, which are equal, some more are. At least one token stays.
+        highest = order.max(-1, keepdims=True)
+        border = jnp.where(order > last, order, highest).min(-1, keepdims=True)
+        equal, ids = order == border, jnp.arange(V, dtype=jnp.uint32)[None]
+        more = total(last) + (ids + 1) * jnp.where(equal, p, 0).max(-1, keepdims=True)
+        kept = jnp.where(last < highest, count(equal) - count(outside(more) & (ids < count(equal))), 1)
+        first = _largest(lambda n: count(equal & (ids >= n)) >= kept, B, V.bit_length())
+        logits = jnp.where((order > border) | equal & (ids >= first), logits, OUT)
     return logits
 
 
@@ -87,3 +96,20 @@ def truncate_below(logits: Logits, min_p: Number = None, epsilon: Number = None,
     if eta is not None:
         logits = above(logits, lambda p: jnp.minimum(eta, jnp.sqrt(eta) * jnp.exp(-entr(p).sum(-1, keepdims=True))))
     return logits
+
+
+def _largest(holds: Callable[[jax.Array], jax.Array], B: int, bits: int) -> UInt32[jax.Array, "B 1"]:
+    """The largest number of so many bits for which a property holds that holds for all smaller ones; else 0."""
+
+    def step(i, n):
+        larger = n | jnp.uint32(2 ** (bits - 1)) >> i.astype(jnp.uint32)
+        return jnp.where(holds(larger), larger, n)
+
+    return jax.lax.fori_loop(0, bits, step, jnp.zeros((B, 1), jnp.uint32))
+
+
+def _order(x: Logits) -> UInt32[jax.Array, "B V"]:
+    """Numbers with the order of x; those of 0 and -0 are equal."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    zero = jnp.uint32(2**31)
+    return jnp.where(x == 0, zero, jnp.where(bits >> 31, ~bits, bits | zero))

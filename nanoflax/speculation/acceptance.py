@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from nanoflax.kernels import Array
+from nanoflax.kernels import Array, argmax, categorical
 
 
 def accept(
@@ -22,7 +22,7 @@ def accept(
     """
     k = len(guesses)
     if rng is None:
-        best = logits.argmax(-1).astype(jnp.int32)
+        best = argmax(logits)
         kept = _leading(best[:k] == guesses)
         return kept, best[kept]
     p = jax.nn.softmax(logits)
@@ -35,7 +35,7 @@ def accept(
     # In place of the first that is not kept, a token is drawn from max(p - q, 0); after all of them, from p.
     rest = jnp.maximum(p - jnp.pad(q, [(0, 1), (0, 0)]), 0)[kept]
     rest = jnp.where(rest.sum() > 0, rest, p[kept])  # p = q but for rounding
-    return kept, jax.random.categorical(for_token, jnp.log(rest)).astype(jnp.int32)
+    return kept, categorical(for_token, jnp.log(rest))
 
 
 def _leading(kept):

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nanoflax import generate
 from nanoflax.config import ModelConfig
+from nanoflax.kernels import argmax, categorical
 from nanoflax.nn import LanguageModel
 from nanoflax.speculation.caches import Decoding, donated
 
@@ -127,10 +127,10 @@ def _guess(model, params, token, cache, filters, rng, steps, vocab_size):
         logits, cache = model.decode(params, token[None, None], cache)
         logits = generate.only_below(vocab_size, logits[:, -1])
         if rng is None:
-            token = logits[0].argmax(-1).astype(jnp.int32)
+            token = argmax(logits[0])
             return (cache, token), (token, None)
         logits = generate.filtered(logits, filters)[0]
-        token = jax.random.categorical(key, logits).astype(jnp.int32)
+        token = categorical(key, logits)
         return (cache, token), (token, logits[:vocab_size])
 
     keys = None if rng is None else jax.random.split(rng, steps)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from nanoflax import nn, parallel
+from nanoflax import kernels, nn, parallel
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.kernels import Quantized, grouped_matmul, pack, quantize, quantized, quantized_matmul
@@ -43,15 +43,17 @@ def test_small_and_large_weights_stay_finite(kind, magnitude):
     assert np.isfinite(ours).all() and np.abs(ours - w).max() <= max(0.4 * magnitude, 1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 40])
+@pytest.mark.parametrize("rows, by_inputs", [(1, False), (2, False), (40, False), (1, True), (8, True)])
 @pytest.mark.parametrize(
     "w",
     [quantize(kernel(96, 50), "int8"), quantize(kernel(96, 50), "int4"), quantize(kernel(64, 7), "int4"),
      quantize(kernel(64, 2), "int4"), with_offsets(50, 64), quantize(kernel(1024, 2050), "int4")],
     ids=["int8", "int4", "odd", "small", "offsets", "parts"],
 )  # fmt: skip
-def test_products_and_gradients_are_those_of_the_dequantised_matrix(w, rows, monkeypatch):
-    monkeypatch.setattr(quantized, "_SMALL", 2000)
+def test_products_and_gradients_are_those_of_the_dequantised_matrix(w, rows, by_inputs, monkeypatch):
+    monkeypatch.setattr(quantized, "_SMALL", 100)
+    w = kernels.for_rows(w, 8) if by_inputs else w
+    assert w.by_inputs == by_inputs
     plain, x = w.astype(jnp.float32), kernel(2, rows, w.shape[0], seed=2)[0]
     assert plain.shape == w.shape
 
@@ -63,6 +65,17 @@ def test_products_and_gradients_are_those_of_the_dequantised_matrix(w, rows, mon
     (_, y_plain), dx_plain = jax.value_and_grad(lambda x: loss(lambda x: x @ plain, x), has_aux=True)(x)
     for ours, theirs in ((y, y_plain), (dx, dx_plain)):
         np.testing.assert_allclose(ours, theirs, atol=2e-6 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_order_for_several_rows_changes_no_number(kind):
+    w = quantize(kernel(256, 300), kind)
+    swapped = kernels.for_rows(w, 3)
+    assert swapped.by_inputs and (swapped.shape, swapped.kind, swapped.nbytes) == (w.shape, w.kind, w.nbytes)
+    np.testing.assert_array_equal(swapped.astype(jnp.float32), w.astype(jnp.float32))
+    experts = quantize(kernel(2, 256, 300), kind)
+    for kept, rows in ((w, 2), (w.T, 8), (swapped, 8), (experts, 8), (quantize(kernel(64, 64), kind), 8)):
+        assert kernels.for_rows(kept, rows) is kept
 
 
 def test_gradients_of_bfloat16_are_summed_in_float32(monkeypatch):
