@@ -76,7 +76,7 @@ class Quantized:
         ids, R, halves = jnp.where(ids < 0, ids + self.scales.shape[-2], ids), len(self.values), _halves(self)
         values = self.values[ids % R if halves == 2 else ids]
         values = jnp.where((ids < R)[..., None], values & 15, values >> 4) if halves == 2 else values
-        return _weights(values, *(None if x is None else x[ids] for x in (self.scales, self.offsets)))
+        return _weights(values, self.scales[ids], None if self.offsets is None else self.offsets[ids])
 
     def astype(self, dtype: DTypeLike) -> Array:
         """The dequantised array."""
