@@ -51,8 +51,8 @@ if int(importlib.metadata.version("protobuf").partition(".")[0]) < 7:  # too old
 
 @pytest.fixture(autouse=True)
 def little_memory(request):
-    """Free compiled programs once they hold 1.5 GB: an old process is slow, and Linux ends one that has too many memory
-    maps (vm.max_map_count, 65,530)."""
+    """Free compiled programs whenever the process has grown by 1.5 GB: an old process is slow, and Linux ends one that
+    has too many memory maps (vm.max_map_count, 65,530)."""
     yield
     statm = pathlib.Path("/proc/self/statm")
     if "jax" not in sys.modules or not statm.exists():

@@ -5,6 +5,9 @@ import math
 
 from nanoflax.config.fields import field
 
+MOST_TOKENS = 2**31  # ids and numbers of tokens are int32
+LARGE = 1e38  # near the largest float32
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerationDefaults:
@@ -66,15 +69,16 @@ class GenerationDefaults:
         for name in ("eos_token_id", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"):
             ids[name] = getattr(self, name)
         for name, values in ids.items():
-            if any(i < 0 for i in values):
-                found.append(f"model.generation.{name}={getattr(self, name)!r} must be token ids, which are at least 0")
+            if any(not 0 <= i < MOST_TOKENS for i in values):
+                right = "token ids, which are at least 0 and below 2^31"
+                found.append(f"model.generation.{name}={getattr(self, name)!r} must be {right}")
         if () in self.bad_words_ids:
             found.append("model.generation.bad_words_ids has an empty sequence")
         if not all(map(_is_bias, self.sequence_bias)):
             right = "pairs of token ids and a finite number, such as [[[5, 7], -2.0]]"
             found.append(f"model.generation.sequence_bias must be a list of {right}")
         decay = self.exponential_decay_length_penalty
-        if decay and (len(decay) != 2 or decay[0] % 1 or decay[0] < 0 or not 0 < decay[1] < math.inf):
+        if decay and (len(decay) != 2 or decay[0] % 1 or not 0 <= decay[0] < MOST_TOKENS or not 0 < decay[1] < LARGE):
             right = "a number of tokens and a positive factor"
             found.append(f"model.generation.exponential_decay_length_penalty={decay!r} must be {right}")
         if self.early_stopping not in (None, True, False, "never"):
@@ -84,5 +88,5 @@ class GenerationDefaults:
 
 def _is_bias(pair):
     ids, number = pair if len(pair) == 2 else ((), math.nan)
-    right = isinstance(ids, tuple) and ids and min(ids) >= 0
-    return bool(right and isinstance(number, int | float) and math.isfinite(number))
+    right = isinstance(ids, tuple) and ids and min(ids) >= 0 and max(ids) < MOST_TOKENS
+    return bool(right and isinstance(number, int | float) and -LARGE < number < LARGE)

@@ -190,6 +190,8 @@ def _latent_problems(m):
             f"model.rope.fraction={m.rope.fraction} must be 1 with model.latent.rank={m.latent.rank}: "
             "model.latent.rope_dim numbers are rotated"
         )
+    if m.nope_layers and m.rope.nope_scale:
+        found.append(f"model.rope.nope_scale={m.rope.nope_scale} does not work with model.latent.rank={m.latent.rank}")
     wrong["attention_backend"] = m.attention_backend not in ("auto", "plain")
     for name in [name for name, is_wrong in wrong.items() if is_wrong]:
         found.append(f"model.{name}={getattr(m, name)!r} does not work with model.latent.rank={m.latent.rank}")

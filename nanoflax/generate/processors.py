@@ -25,7 +25,7 @@ NO_DEFAULTS = GenerationDefaults()
 
 class Filters(NamedTuple):
     """How the next token is drawn. Each field is None (off), a number or traced scalar for all rows, or an array [B]
-    with a value for each row, such as the value without effect in `make_filters`."""
+    with a value for each row, where those of OFF have no effect (outside_top_p: 0)."""
 
     temperature: Any = 1.0  # None, or 0 in an array: greedy
     top_k: Any = None
@@ -143,14 +143,14 @@ def _process_row(rules, eos_ids, logits: Float[jax.Array, " V"], penalties, w: W
         return jax.lax.dynamic_slice_in_dim(jnp.pad(w.history, (n, 0), constant_values=-1), w.end, n)
 
     def biased(logits, numbers):
-        bias = jnp.zeros(V, logits.dtype)
+        bias = jnp.zeros(V)
         for n in {len(ids) for ids in numbers}:
             begin, end, number = zip(
                 *((ids[:-1], ids[-1], x) for ids, x in numbers.items() if len(ids) == n), strict=True
             )
             follows = (last(n - 1) == jnp.array(begin, jnp.int32)).all(-1)
             bias = bias.at[jnp.array(end)].add(jnp.where(follows, jnp.array(number, jnp.float32), 0), mode="drop")
-        return logits + bias
+        return (logits + bias).astype(logits.dtype)
 
     def penalised(logits, ids, penalty):
         return jnp.where(_members(ids, V), jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -187,7 +187,8 @@ def _process_row(rules, eos_ids, logits: Float[jax.Array, " V"], penalties, w: W
         logits = jnp.nan_to_num(logits)
     if rules.exponential_decay_length_penalty:
         begin, factor = rules.exponential_decay_length_penalty
-        more = jnp.abs(logits) * jnp.expm1(jnp.maximum(w.step - begin, 0) * math.log(factor))
+        growth = jnp.expm1(jnp.maximum(w.step - begin, 0) * math.log(factor))
+        more = jnp.abs(logits) * jnp.minimum(growth, jnp.finfo(jnp.float32).max)  # 0 * inf would be NaN
         logits = jnp.where(mask(eos_ids, V) & jnp.isfinite(logits), logits + more, logits)
     if rules.suppress_tokens:
         logits = jnp.where(mask(rules.suppress_tokens, V), OUT, logits)
@@ -218,7 +219,7 @@ def only_below(vocab_size: int | None, logits: Logits) -> Logits:
 
 def filtered(logits: Logits, filters: Filters) -> Logits:
     """Logits over temperature, with -inf for the tokens that the filters exclude, in the order of Transformers."""
-    f: Any = Filters(*(x if jnp.ndim(x) == 0 else x[:, None] for x in filters))
+    f: Any = Filters(*(x if np.ndim(x) == 0 else x[:, None] for x in filters))
     logits = logits if f.temperature is None else logits / jnp.where(f.temperature == 0, 1, f.temperature)
     if f.top_h is not None:
         logits = kernels.truncate_by_entropy(logits, f.top_h)

@@ -281,6 +281,9 @@ def _canonical_layers(c: ModelConfig) -> tuple[ModelConfig, list[str]]:
         }
         rope = {name: value for name, value in vars(c.rope).items() if name in read}
         c = dataclasses.replace(c, rope=RopeConfig(**rope))
+        scaled = c.rope.scaling in ("yarn", "longrope")  # otherwise a rotation changes no length
+        if c.qk_norm == "head" and not (c.norm_scale or c.nope_layers or scaled):
+            c = dataclasses.replace(c, qk_norm="rotated")
     unused += [] if c.swiglu_limit else ["swiglu_alpha"]
     if c.moe.experts:
         dense = tuple(i for i in range(c.layers) if not c.is_sparse(i))

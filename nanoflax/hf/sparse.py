@@ -55,9 +55,9 @@ def read_dense_layers(hf: Json) -> dict[str, Any]:
 
 
 def read_shared(hf: Json) -> dict[str, Any]:
-    """The MLP beside the experts, as large as n_shared_experts of them. Raises: UserError for a number below 1."""
-    if type(number := hf["n_shared_experts"]) is not int or number < 1:
-        raise UserError(f"n_shared_experts={number!r} must be at least 1; Transformers has no model without them")
+    """The MLP beside the experts, as large as n_shared_experts of them. Raises: UserError for what is no number."""
+    if type(number := hf["n_shared_experts"]) is not int or number < 0:
+        raise UserError(f"n_shared_experts={number!r} must be a number, 0 or more")
     return {"moe.shared_dim": number * hf["moe_intermediate_size"]}
 
 

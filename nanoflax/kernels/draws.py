@@ -8,10 +8,10 @@ from nanoflax.kernels.arrays import Array
 
 
 def argmax(x: Float[Array, "*B V"]) -> Int[Array, "*B"]:
-    """x.argmax(-1) in int32; V - 1 in a row with NaN. Two reductions take a fifth of the time of XLA's one on a CPU."""
+    """x.argmax(-1) in int32; 0 in a row with NaN. Two reductions take a fifth of the time of XLA's one on a CPU."""
     V = x.shape[-1]
-    ids = jnp.where(x >= x.max(-1, keepdims=True), jnp.arange(V, dtype=jnp.int32), V - 1)
-    return ids.min(-1)
+    ids = jnp.where(x >= x.max(-1, keepdims=True), jnp.arange(V, dtype=jnp.int32), V)
+    return ids.min(-1) % V
 
 
 def categorical(rng: jax.Array, logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:

@@ -76,7 +76,8 @@ def _normalise_backward(eps, centre, saved, dy):
     y = (y if mean is None else y - mean) * rate
     dy = dy.astype(jnp.float32)
     rows = tuple(range(dy.ndim - scale.ndim))
-    dscale, dbias = (dy * y).sum(rows), None if bias is None else dy.sum(rows)
+    dscale = (dy * y).sum(rows).astype(scale.dtype)
+    dbias = None if bias is None else dy.sum(rows).astype(bias.dtype)
     dy = dy * scale
     dx = dy - y * (dy * y).mean(-1, keepdims=True)
     dx = dx if mean is None else dx - dy.mean(-1, keepdims=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import entr
 from jaxtyping import Float, UInt32
 
@@ -25,7 +26,7 @@ def truncate_by_rank(logits: Logits, top_k: Number, outside_top_p: Number) -> Lo
     row without any costs nothing. Equal logits at the border of top-k are kept together; at that of top-p those of the
     largest ids are kept. On a CPU this takes 1.1 to 1.6 ms a row, sorting 8.7 (V = 50,257).
     """
-    if not jnp.ndim(top_k):
+    if not np.ndim(top_k):
         return _by_rank(top_k, outside_top_p, logits)
     only_if = lambda wanted, *x: jax.lax.cond(wanted.any(), _by_rank, lambda *x: x[-1], *x)
     rows = (top_k > 0) | (outside_top_p > 0), top_k, outside_top_p, logits

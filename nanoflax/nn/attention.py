@@ -150,7 +150,7 @@ class Attention(nn.Module):
         """Self-attention. cache: this layer's, to be written at slot inputs.index.
         Returns (the output, the new cache)."""
         q = self.queries(x, inputs.angles)
-        q = q if inputs.query_scale is None else q * inputs.query_scale.astype(q.dtype)
+        q = q if inputs.query_scale is None else (q * inputs.query_scale).astype(q.dtype)
         k, v = self.keys_values(x, inputs.angles)
         if cache is not None:
             cache = kernels.write_key_values(cache, k, v, inputs.index)

@@ -26,7 +26,8 @@ READ = {
     "temperature=0": _ALWAYS | {"repetition_penalty", *GUESSES, *RULES},
     "beams": _ALWAYS | {"length_penalty"},
 }
-MORE_FILTERS = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")  # only from the model's own settings
+# Only from the model's own settings: {name: the value without effect}.
+MORE_FILTERS = {"top_h": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
 _DRAWING = READ["sampling"] - READ["beams"] | {"temperature"}  # a given one asks for sampling
 _UNSET = {
     "beams": 0,
@@ -165,7 +166,7 @@ def model_settings(g: GenerationDefaults) -> dict[str, Any]:
     """The settings that a model's generation_config.json decides, except the largest length."""
     found = {name: getattr(g, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     found = {name: value for name, value in found.items() if value is not None}
-    of_sampling = found or any(getattr(g, name) is not None for name in MORE_FILTERS)
+    of_sampling = found or any(getattr(g, name) not in (None, off) for name, off in MORE_FILTERS.items())
     if of_sampling or g.do_sample:  # the others as in Transformers
         found = {"temperature": 1.0, "top_k": 50} | found
     if g.do_sample is False:

@@ -2,10 +2,11 @@
 
 Between two steps a piece of one waiting prompt is read. The next step starts before the tokens of the last one are
 read, except where a constraint must see them first. A prompt that needs a function that is not compiled yet lets the
-next prompts pass.
+next prompts pass; one more of them than there are slots may wait so.
 """
 
 import collections
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -90,11 +91,14 @@ class Engine:
         if self.model.config.head == "lm":
             arguments = self.eos_ids, self.vocab_size, self.slots, self.context
             self._programs = Programs(self.model, self.params, *arguments)
-            self._prefixes = Prefixes(self._prefixes_kept, self._programs.exact, PADDED)
-            self._state = self._programs.start()
-            self._no_filters = jax.device_put(self._programs.no_filters())
-            self._make_filters()  # compiles the conversions of numbers, here and in `submit`
-            generate.make_filters(temperature=[1])
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._programs.compiler.close)
+                self._prefixes = Prefixes(self._prefixes_kept, self._programs.exact, PADDED)
+                self._state = self._programs.start()
+                self._no_filters = jax.device_put(self._programs.no_filters())
+                self._make_filters()  # compiles the conversions of numbers, here and in `submit`
+                generate.make_filters(temperature=[1])
+                stack.pop_all()
         self._thread.start()
         return self
 
@@ -113,7 +117,7 @@ class Engine:
 
     @property
     def queued(self) -> int:
-        """How many requests wait for a slot."""
+        """How many requests wait for a slot, besides those whose prompts are being read."""
         return len(self._waiting) + self._queue.qsize()
 
     def submit(self, request: Request, receive: Callable[[Token | Finish], None]) -> Ticket:

@@ -26,10 +26,9 @@ from nanoflax.serve.errors import ApiError
 from nanoflax.serve.replies import Choice, Piece, Replies
 from nanoflax.serve.settings import Settings
 
-# A body must arrive in FIRST_SECONDS, and in a second more for each LEAST_RATE bytes, but at most in BODY_SECONDS.
+# A body must arrive in FIRST_SECONDS, and in a second more for each LEAST_RATE bytes.
 FIRST_SECONDS = 10
 LEAST_RATE = 20_000
-BODY_SECONDS = 120
 # The page may fetch from this server only, and no other page may show it in a frame.
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
@@ -184,7 +183,7 @@ async def _body(service: Service, request: Request, schema: schemas.Schema) -> d
                 found += part
                 if len(found) > most:
                     raise ApiError(413, f"the body has more than {most} bytes")
-                limit.reschedule(began + min(FIRST_SECONDS + len(found) / LEAST_RATE, BODY_SECONDS))
+                limit.reschedule(began + FIRST_SECONDS + len(found) / LEAST_RATE)
     except TimeoutError:
         message = f"the body is too slow: {len(found)} bytes came, and at least {LEAST_RATE} bytes a second must come"
         raise ApiError(408, message) from None

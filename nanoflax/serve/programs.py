@@ -1,7 +1,7 @@
 """The compiled functions of an engine: a request compiles nothing.
 
 Those for the smallest caches are compiled when the engine starts. Those for longer texts follow in a thread, the ones
-that a request waits for first; shorter texts go on in the meantime.
+that a request waits for first; texts that need none of them go on in the meantime.
 
 A cache of one text has leaves [1, ...], the slots' cache [slots, 1, ...]. A size S is the number of tokens, and for a
 model with a source also of its source, that a cache has room for.
@@ -83,8 +83,12 @@ class Programs:
         small = [name for name in self._add_all() if {*name[1:3]} & {*self.sizes} == {self.sizes[0]}]
         self.compiler.ready(*small)  # they come first
         self.compiler.start()
-        for name in small:
-            self.compiler.get(*name)
+        try:
+            for name in small:
+                self.compiler.get(*name)
+        except BaseException:
+            self.compiler.close()  # a process that ends while XLA compiles is aborted
+            raise
 
     # What is compiled.
 

@@ -98,6 +98,15 @@ def test_presets_are_valid(name):
             "model.rope.fraction=0.5 must be 1 with model.latent.rank=8",
         ),
         (
+            dict(
+                model__positions="rotary",
+                model__latent=LatentConfig(rank=8),
+                model__nope_layers=(0,),
+                model__rope=RopeConfig(nope_scale=0.5),
+            ),
+            "model.rope.nope_scale=0.5 does not work with model.latent.rank=8",
+        ),
+        (
             dict(model__architecture="encoder_decoder", model__parallel=True),
             "model.parallel=True is for a decoder or encoder",
         ),

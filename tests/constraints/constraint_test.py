@@ -155,7 +155,7 @@ def test_probabilities_are_those_of_the_renormalised_model():
             p *= chances[token] / chances[sorted(rest)].sum()
         return p
 
-    want = np.array([probability(text) for text in texts])
+    want = np.array([probability(text) for text in texts], np.float64)
     assert abs(want.sum() - 1) < 1e-6 and want.min() > 0.02
     settings = GenerationSettings(max_new_tokens=4, temperature=1.0, top_k=0, choices=choices)
     rows = 2000

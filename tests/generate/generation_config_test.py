@@ -271,6 +271,8 @@ def test_settings_that_are_not_computed_are_refused_by_name(tmp_path):
         ("sequence_bias", [[[3, -1], 1.0]]), ("sequence_bias", [[[], 1.0]]), ("sequence_bias", [[1.0, [3]]]),
         ("sequence_bias", {"3": 1.0}), ("sequence_bias", [[[3], [4]]]), ("exponential_decay_length_penalty", [3]),
         ("exponential_decay_length_penalty", [1.5, 1.1]), ("exponential_decay_length_penalty", [1, 0]),
+        ("exponential_decay_length_penalty", [2**40, 1.1]), ("exponential_decay_length_penalty", [1, 10**400]),
+        ("sequence_bias", [[[2**40], 1.0]]), ("sequence_bias", [[[5], 10**400]]), ("bad_words_ids", [[2**40]]),
         ("typical_p", 1.5), ("encoder_repetition_penalty", 0), ("top_h", [1]), ("epsilon_cutoff", "a"),
     ]:  # fmt: skip
         path.write_text(json.dumps({name: value}))
@@ -282,6 +284,15 @@ def test_settings_that_are_not_computed_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert hf.load_config(tmp_path).generation.bad_words_ids == ((5,),)
     assert type(theirs).from_pretrained(tmp_path).generation_config.bad_words_ids == [[5]]
+
+
+def test_rules_at_the_edges_of_numbers_are_no_nan():
+    w = Written(jnp.array([[1, 2, 3]]), jnp.int32(3), jnp.int32(3), jnp.int32(9))
+    rules = GenerationDefaults(
+        bad_words_ids=((2,),), exponential_decay_length_penalty=(0, 1e30), sequence_bias=(((4,), 1.0),)
+    )
+    found = process(jnp.array([[0.0, 0, 3, -jnp.inf, 1, 0]]), rules, (5,), make_filters(), w)
+    assert found.tolist() == [[0, 0, -jnp.inf, -jnp.inf, 2, 0]]
 
 
 # Prompts of `sample`.

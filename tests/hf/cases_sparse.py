@@ -268,8 +268,8 @@ REFUSED: list[tuple[str, dict, str]] = [
     ("mixtral", {"tie_word_embeddings": None}, "tie_word_embeddings=None"),
     ("llama4", {"attention_chunk_size": None}, "attention_chunk_size=None must be positive"),
     ("llama4", {"layer_types": ["sliding_attention"] * 4}, "sliding_attention"),
-    ("dots1", {"n_shared_experts": None}, "n_shared_experts=None must be at least 1"),
-    ("glm4_moe", {"n_shared_experts": 0}, "n_shared_experts=0 must be at least 1"),
+    ("dots1", {"n_shared_experts": None}, "n_shared_experts=None must be a number, 0 or more"),
+    ("glm4_moe", {"n_shared_experts": -1}, "n_shared_experts=-1 must be a number, 0 or more"),
     ("ernie4_5_moe", {"moe_layer_interval": 0}, "moe_layer_interval=0 must be at least 1"),
 ]
 GREEDY: list[str] = [

@@ -15,7 +15,7 @@ import transformers
 import nanoflax
 from experiments.flags import load_config
 from nanoflax import hf, parallel
-from nanoflax.config import ModelConfig
+from nanoflax.config import ModelConfig, RopeConfig
 
 CONFIGS = sorted(path.stem for path in pathlib.Path(__file__).parents[2].glob("experiments/configs/*.py"))
 SMALL = dict(layers=1, dim=32, heads=4, head_dim=None, mlp_dim=64, context=24, vocab_size=40)
@@ -123,3 +123,20 @@ def test_a_window_of_an_encoder_sees_both_sides_as_transformers_mask_does(tmp_pa
         windowed = nanoflax.build(dataclasses.replace(config, window=window))
         ours = jax.jit(windowed.apply)({"params": params}, ids, real)
         np.testing.assert_allclose(np.asarray(ours)[real], found.last_hidden_state.numpy()[real], atol=1e-4)
+
+
+def test_a_norm_without_scale_may_come_before_or_after_the_rotation():
+    model = ModelConfig(
+        vocab_size=40, context=16, layers=1, dim=16, heads=2, norm="rmsnorm", bias=False, positions="rotary",
+        gated=False, activation="relu2", norm_scale=False, embed_norm=True, rope=RopeConfig(reversed=True),
+        logit_softcap=15.0, tied=False)  # fmt: skip
+    families = [
+        hf.family_of_config(dataclasses.replace(model, qk_norm=kind), "nanochat") for kind in ("head", "rotated")
+    ]
+    assert families[0] is families[1]
+    params = nanoflax.init(nanoflax.build(model), jax.random.key(0))
+    first, second = (
+        nanoflax.build(dataclasses.replace(model, qk_norm=kind)).apply({"params": params}, np.arange(12)[None])[0]
+        for kind in ("head", "rotated")
+    )
+    np.testing.assert_allclose(first, second, atol=1e-5 * np.abs(second).max())

@@ -11,7 +11,7 @@ import transformers
 from transformers.models.nllb_moe import modeling_nllb_moe
 from transformers.models.switch_transformers import modeling_switch_transformers
 
-from nanoflax import alignment, hf, parallel, train
+from nanoflax import alignment, hf, parallel, peft, train
 from nanoflax import config as configs
 from nanoflax.nn import build
 from nanoflax.nn.moe import Router
@@ -145,11 +145,24 @@ def test_padding_does_not_count_in_any_architecture(name):
     scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), grads, expected)
     assert np.abs(grads["embed"]["embedding"]).max() > 1e-3 * scale
-    other = {  # with other tokens as padding
-        key: np.where(real[stack], x, 5) if x.ndim == 2 and x.dtype == np.int32 and x.shape == real[stack].shape else x
-        for key, x in batch.items()
-        for stack in ["encoder" if key == "source" else [*real][-1]]
-    }
+    other = {}  # with other tokens as padding
+    for key, x in batch.items():
+        kept = real["encoder" if key == "source" else [*real][-1]]
+        kept = {"chosen": kept[::2], "rejected": kept[1::2]}.get(key, kept)
+        other[key] = np.where(kept, x, 5) if x.dtype == np.int32 and x.shape == kept.shape else x
+    assert any((np.asarray(other[key]) != x).any() for key, x in batch.items())
     found = jax.jit(terms)(params, other)[1].logged
     for metric in ("balance_loss", "router_z_loss", "expert_load"):
         np.testing.assert_allclose(found[metric], sums.logged[metric], rtol=1e-5)
+
+
+def test_rows_without_tokens_do_not_count_beside_a_trained_prompt():
+    model = build(dataclasses.replace(SMALL, moe=MOE))
+    params = peft.add(
+        parallel.init(model, jax.random.key(0)), configs.PromptTuning(virtual_tokens=4), jax.random.key(1)
+    )
+    text = padded_batches()["causal_lm"][2]
+    more = {name: np.concatenate([x, np.zeros_like(x[:2])]) for name, x in text.items()}
+    terms = jax.jit(lambda batch: train.objectives.with_router(train.causal_lm)(model, params, batch).logged)
+    for metric, expected in terms(text).items():
+        np.testing.assert_allclose(terms(more)[metric], expected, rtol=1e-5)

@@ -17,6 +17,7 @@ from nanoflax.config import GenerationDefaults, LatentConfig, MoEConfig, Recurre
 from nanoflax.errors import UserError
 from nanoflax.serve import Engine, Finish, Request
 from nanoflax.serve.compiler import Compiler
+from nanoflax.serve.programs import Programs
 from tests.generate import beams_test
 from tests.generate.sampling_test import make
 
@@ -80,9 +81,10 @@ def check_mixed(engine, model, params, n=10):
 @pytest.fixture
 def compilations():
     found = []
-    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: found.append(event))
+    listen = lambda event, *_, **__: found.append(event)
+    jax.monitoring.register_event_duration_secs_listener(listen)
     yield lambda: [event for event in found if event.startswith("/jax/core/compile/backend")]
-    jax.monitoring.clear_event_listeners()
+    jax.monitoring.unregister_event_duration_listener(listen)  # and not those of the library
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +302,7 @@ def test_a_long_text_that_comes_first_waits_alone_and_for_its_own_functions(monk
         started = len(order)
         listen = lambda event, *_, **__: threads.add(threading.current_thread().name) if "backend" in event else None
         jax.monitoring.register_event_duration_secs_listener(listen)
+        stack.callback(jax.monitoring.unregister_event_duration_listener, listen)
         long = [Reply(engine, prompt=prompt, temperature=0) for prompt in prompts[:2]]
         short = [Reply(engine, prompt=prompt, temperature=0) for prompt in prompts[2:]]
         found = [reply.ids() for reply in short]
@@ -310,11 +313,21 @@ def test_a_long_text_that_comes_first_waits_alone_and_for_its_own_functions(monk
         opened.set()
         found = [reply.ids() for reply in long] + found
         first = order[started + 1 : started + 6]  # after the one that was at its turn
-        jax.monitoring.clear_event_listeners()
     assert found == alone(model, params, [reply.request for reply in (*long, *short)], pad=1050)
     assert {*first} == {("piece", 1104, 64), ("copy", 256, 1104), ("step", 1104), ("resize", 256, 1104),
                         ("insert", 1104, 1104)}  # fmt: skip
-    assert threads <= {"compiler"}
+    assert threads == {"compiler"}
+
+
+def test_an_interruption_of_the_start_ends_the_compiler(monkeypatch):
+    """A process that ends while a thread of it compiles is aborted."""
+    before = {*threading.enumerate()}
+    for name in ("start", "no_filters"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Programs, name, lambda self: 1 / 0)
+            with pytest.raises(ZeroDivisionError), Engine(*make(context=600), None):
+                pass
+        assert {*threading.enumerate()} <= before
 
 
 def test_thousands_of_requests_lose_nothing(decoder):
