@@ -94,9 +94,9 @@ def test_a_delay_that_reaches_before_the_text_or_is_new_changes_no_bit(architect
         if fresh:
             params["delay"] = init(model, jax.random.PRNGKey(0))["delay"]
         plain, rest = without(model, params)
-        np.testing.assert_array_equal(
-            logits_of(model, params, tokens, **source), logits_of(plain, rest, tokens, **source)
-        )
+        with jax.disable_jit():  # each operation alone, the same in both: a compiler may round two programs differently
+            found, expected = (logits_of(*each, tokens, **source) for each in ((model, params), (plain, rest)))
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("architecture", KINDS)
