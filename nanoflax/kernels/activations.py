@@ -1,4 +1,4 @@
-"""Activations whose gradient is computed from their input alone, again."""
+"""Activations. The backward pass keeps only their input, and computes the activation again."""
 
 import math
 from functools import partial

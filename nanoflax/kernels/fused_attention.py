@@ -127,7 +127,7 @@ def cudnn(q: Queries, k: Keys, v: Keys, causal: bool, spec: MaskSpec, scale: flo
 
 @jax.custom_vjp
 def _planned(q, k, v):
-    """An operation with the operands and results of cuDNN's, which JAX can trace only beside a GPU: for plans."""
+    """Stands for cuDNN's attention in plans: JAX can trace the real operation only on a machine with a GPU."""
     return _planned_forward(q, k, v)[0]
 
 

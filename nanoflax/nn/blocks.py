@@ -201,9 +201,7 @@ class Stack(nn.Module):
             if prompted:
                 x = jnp.concatenate([jnp.broadcast_to(prompt, (len(x), *prompt.shape)), x], 1)
         after_prompt = lambda x: x if x is None else jnp.pad(x, [(0, 0), (P, 0)], constant_values=1)
-        counted = segments > 0 if counted is None and segments is not None and cache is None else counted
         segments, counted = after_prompt(segments), after_prompt(counted)
-        counted = counted & counted[:, P:].any(1, keepdims=True) if P and counted is not None else counted
         if cache is None:
             places, mask, spec = self._whole_texts(x, P, segments)
             index, caches = None, [None] * self.layers
@@ -213,6 +211,8 @@ class Stack(nn.Module):
             index, caches, source_mask = cache["index"], cache["layers"], cache.get("source_mask")
         source_mask = None if source_mask is None else masking.padding(source_mask)
         counted = segments > 0 if counted is None and segments is not None else counted
+        if P and cache is None and counted is not None:  # nor does the prompt of a row without tokens count
+            counted &= counted[:, P:].any(1, keepdims=True)
         inputs = AttentionInputs(mask, spec, index=index, source=source, source_mask=source_mask, segments=segments)
         inputs = inputs._replace(counted=counted)
         if c.positions == "relative":

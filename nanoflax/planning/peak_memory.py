@@ -34,7 +34,7 @@ class _Value(NamedTuple):
 
     buffers: frozenset = frozenset()
     gathered: frozenset = frozenset()  # (variable, bytes)
-    operand: list | None = None  # [the buffer with its numbers], [] while a fused variable has none
+    operand: list | None = None  # of its own buffer; empty while a fused variable has none
 
 
 def peak(
