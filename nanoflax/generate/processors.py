@@ -25,7 +25,7 @@ NO_DEFAULTS = GenerationDefaults()
 
 class Filters(NamedTuple):
     """How the next token is drawn. Each field is None (off), a number or traced scalar for all rows, or an array [B]
-    with a value for each row, where those of OFF have no effect (outside_top_p: 0)."""
+    with a value for each row, where those of NO_EFFECT turn a filter off (outside_top_p: 0)."""
 
     temperature: Any = 1.0  # None, or 0 in an array: greedy
     top_k: Any = None
@@ -42,8 +42,8 @@ class Filters(NamedTuple):
 
 
 # The values without effect. Those of rows are arrays for the first five always, for the others if one has an effect.
-OFF = dict(temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1)
-OFF |= dict(top_h=0, typical_p=1, epsilon_cutoff=0, eta_cutoff=0, encoder_repetition_penalty=1)
+NO_EFFECT = dict(temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1)
+NO_EFFECT |= dict(top_h=0, typical_p=1, epsilon_cutoff=0, eta_cutoff=0, encoder_repetition_penalty=1)
 
 
 class Written(NamedTuple):
@@ -70,14 +70,14 @@ def make_filters(
     **more: Any,
 ) -> Filters:
     """Filters as float32 and int32 scalars, so that a new value needs no new compilation; as arrays [B] if a value is
-    a list, with an item for each row. more: the other names in `OFF`.
+    a list, with an item for each row. more: the other names in `NO_EFFECT`.
 
     None, also in a list, takes the value of `defaults`. top_k=0, top_p=1, min_p=0, repetition_penalty=1 and the others
-    in `OFF` turn a filter off.
+    in `NO_EFFECT` turn a filter off.
     Raises: UserError for a value out of its range, and for lists of unequal lengths; TypeError for another name.
     """
-    if unknown := more.keys() - OFF.keys():
-        raise TypeError(f"{min(unknown)} is not one of {', '.join(OFF)}")
+    if unknown := more.keys() - NO_EFFECT.keys():
+        raise TypeError(f"{min(unknown)} is not one of {', '.join(NO_EFFECT)}")
     given = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     given = {name: x for name, x in (given | more).items() if x is not None}
     lists = {name: list(x) for name, x in given.items() if np.ndim(x)}
@@ -87,7 +87,7 @@ def make_filters(
     common = {name: x for name, x in given.items() if name not in lists}
     settings = [_checked(defaults, common | {name: x for name, x in row.items() if x is not None}) for row in rows]
     found: dict[str, Any] = dict(temperature=None)
-    for i, (name, off) in enumerate(OFF.items()):
+    for i, (name, off) in enumerate(NO_EFFECT.items()):
         unset = 1 if name == "temperature" else off
         values = [unset if (x := getattr(s, name)) is None else min(x, 2**31 - 1) for s in settings]
         if any(x != off for x in values) or lists and i < 5:

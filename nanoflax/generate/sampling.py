@@ -213,8 +213,8 @@ def stream(
 ) -> Iterator[list[Any]]:
     """`sample` as a stream: yields up to `chunk` new tokens of each prompt at a time, or a Scored of them.
 
-    filters: those of `sample`. The tokens are the same as from `sample` with the same
-    key. Ends when every row has its eos_id or its largest length.
+    filters: those of `sample`. The tokens are the same as from `sample` with the same key. Ends when every row has its
+    eos_id or its largest length.
     """
     tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
     made = make_filters(**filters, defaults=model.config.generation)

@@ -26,8 +26,7 @@ READ = {
     "temperature=0": _ALWAYS | {"repetition_penalty", *GUESSES, *RULES},
     "beams": _ALWAYS | {"length_penalty"},
 }
-# Only from the model's own settings: {name: the value without effect}.
-MORE_FILTERS = {"top_h": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0}
+MORE_FILTERS = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")  # only from the model's own settings
 _DRAWING = READ["sampling"] - READ["beams"] | {"temperature"}  # a given one asks for sampling
 _UNSET = {
     "beams": 0,
@@ -166,7 +165,7 @@ def model_settings(g: GenerationDefaults) -> dict[str, Any]:
     """The settings that a model's generation_config.json decides, except the largest length."""
     found = {name: getattr(g, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     found = {name: value for name, value in found.items() if value is not None}
-    of_sampling = found or any(getattr(g, name) not in (None, off) for name, off in MORE_FILTERS.items())
+    of_sampling = found or any(getattr(g, name) not in (None, generate.NO_EFFECT[name]) for name in MORE_FILTERS)
     if of_sampling or g.do_sample:  # the others as in Transformers
         found = {"temperature": 1.0, "top_k": 50} | found
     if g.do_sample is False:

@@ -12,7 +12,7 @@ import pytest
 from nanoflax import generate, hf
 from nanoflax.config import GenerationDefaults, ModelConfig, from_dict
 from nanoflax.errors import UserError
-from nanoflax.generate.processors import OFF, Written, filtered, make_filters, process
+from nanoflax.generate.processors import NO_EFFECT, Written, filtered, make_filters, process
 from nanoflax.nn import build
 from nanoflax.tokenizers import ByteTokenizer, cut, prompt_ids
 from tests.generate.beams_test import theirs_of
@@ -144,7 +144,7 @@ def test_all_warpers_of_generate_one_by_one_and_together(V):
         config = transformers.GenerationConfig(**{"top_k": 0} | given, do_sample=True)
         expected = theirs._get_logits_processor(config, 1)(torch.zeros(4, 1).long(), torch.tensor(logits)).numpy()
         # The last row alone is filtered: the others turn all filters off.
-        rows = {name: [OFF[name] if name != "temperature" else 1] * 3 + [value] for name, value in given.items()}
+        rows = {name: [NO_EFFECT[name] if name != "temperature" else 1] * 3 + [value] for name, value in given.items()}
         for filters, whole in ((make_filters(**given), True), (make_filters(**rows), False)):
             found = np.array(filtered(jnp.asarray(logits), filters))
             if not whole:
@@ -165,7 +165,7 @@ def test_filters_are_arguments_of_sample_for_all_prompts_or_for_each():
     expected = generate.sample(own, params, prompts, 12, rng=[1, 2])
     free = generate.sample(build(config), params, prompts, 12, rng=[1, 2])
     assert generate.sample(build(config), params, prompts, 12, rng=[1, 2], **given) == expected
-    some = {name: [value, OFF[name]] for name, value in given.items()}
+    some = {name: [value, NO_EFFECT[name]] for name, value in given.items()}
     assert generate.sample(build(config), params, prompts, 12, rng=[1, 2], **some) == [expected[0], free[1]]
     assert expected[0] != free[0] and expected[1] != free[1]
 

@@ -7,7 +7,7 @@ import pytest
 from nanoflax.config import GenerationDefaults, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.runs import GenerationSettings, Run
-from nanoflax.runs.generation import READ, used_of_model
+from nanoflax.runs.generation import READ, model_settings, used_of_model
 
 OFF = dict(top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, beams=0)
 ON = dict(top_k=5, top_p=0.5, min_p=0.1, seed=3, length_penalty=2.0, stop=["x"], max_new_tokens=3,
@@ -86,3 +86,8 @@ def test_a_classifier_reads_no_settings():
     classifier = types.SimpleNamespace(task=types.SimpleNamespace(prompt=None), config=config)
     with pytest.raises(UserError, match="stop=.'x'.: not read by task.kind='classify'"):
         Run.predict(classifier, "a text", stop=["x"])
+
+
+def test_filters_of_the_model_without_effect_do_not_ask_for_sampling():
+    assert model_settings(GenerationDefaults(typical_p=1.0, epsilon_cutoff=0.0, top_h=0.0)) == {}
+    assert model_settings(GenerationDefaults(typical_p=0.9)) == {"temperature": 1.0, "top_k": 50}
