@@ -17,7 +17,8 @@ _UNFUSED = (
     "dot_general", "gather", "scatter", "reduce", "cum", "arg", "sort", "concatenate", "dynamic_update_slice", "scan",
     "while", "cond", "random", "threefry", "top_k", "pallas_call", "ffi_call", "dot_product_attention",
 )  # fmt: skip
-_SAME_NUMBERS = ("reshape", "transpose", "squeeze", "expand_dims")
+_PRODUCTS = ("dot_general", "ffi_call", "dot_product_attention")
+_SAME_NUMBERS = ("reshape", "transpose", "squeeze", "expand_dims")  # a view of the operand: it needs no buffer
 MAX_FUSED_INPUTS = 1.2  # an operation is fused if its inputs have at most this many times the bytes of its result
 
 
@@ -34,7 +35,8 @@ class _Value(NamedTuple):
 
     buffers: frozenset = frozenset()
     gathered: frozenset = frozenset()  # (variable, bytes)
-    operand: list | None = None  # of its own buffer; empty while a fused variable has none
+    # A list that all views of the variable share: the buffer that holds it, or nothing yet if it is fused.
+    operand: list | None = None
 
 
 def peak(
@@ -97,10 +99,10 @@ class _Trace:
                 outs = self.run(inner, dict(zip(inner.invars, ins, strict=False)))
                 values.update(zip(eqn.outvars, outs, strict=True))
                 continue
-            if self.writes_operands and name in ("dot_general", "ffi_call"):
+            if self.writes_operands and name.startswith(_PRODUCTS):
                 ins = [self.written(v, value) for v, value in zip(eqn.invars, ins, strict=True)]
-            of_all = [frozenset().union(*sets) for sets in ([v.buffers for v in ins], [v.gathered for v in ins])]
-            merged = _Value(of_all[0], of_all[1])
+            buffers = frozenset().union(*(value.buffers for value in ins))
+            merged = _Value(buffers, frozenset().union(*(value.gathered for value in ins)))
             if self.fuses(eqn, merged.buffers):
                 same = name in _SAME_NUMBERS
                 values.update((v, merged._replace(operand=ins[0].operand if same else [])) for v in eqn.outvars)
@@ -157,9 +159,8 @@ class _Trace:
         stacks = zip(inner.outvars[num_carry:], eqn.outvars[num_carry:], strict=True)
         parts = {v: self.parts[out] for v, out in stacks if out in self.parts}
         constant = frozenset().union(*(value.gathered for value in ins[:first]))
-        return peak(inner, layer, parts, inner.outvars[:num_carry], self.writes_operands)[1] + sum(
-            n for _, n in constant
-        )
+        inside = peak(inner, layer, parts, inner.outvars[:num_carry], self.writes_operands)[1]
+        return inside + sum(n for _, n in constant)
 
 
 def _bytes(v: Any) -> int:
