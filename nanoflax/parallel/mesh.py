@@ -11,6 +11,7 @@ from jax.experimental import mesh_utils
 from nanoflax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "context", "expert")
+_AUTO = (jax.sharding.AxisType.Auto,) * len(AXES)  # XLA chooses the shardings that no constraint states
 
 
 def mesh_sizes(shape: str, num_devices: int) -> tuple[int, ...]:
@@ -59,7 +60,7 @@ def make_mesh(shape: str = "-1,1,1", devices: Sequence[Any] | None = None) -> ja
         array = hybrid_devices(sizes, devices)
     else:  # an axis of the mesh may be a part of an axis of the TPU's torus
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(array, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    return jax.sharding.Mesh(array, AXES, axis_types=_AUTO)
 
 
 def fast_network_groups(devices: Sequence[Any]) -> tuple[int, bool]:
@@ -102,4 +103,4 @@ def abstract_mesh(sizes: Sequence[int], platform: str | None = None) -> jax.shar
     "tpu"."""
     device = jax.sharding.AbstractDevice("any", None, platform) if platform else None
     sizes = (*sizes, *[1] * (len(AXES) - len(sizes)))
-    return jax.sharding.AbstractMesh(sizes, AXES, abstract_device=device)
+    return jax.sharding.AbstractMesh(sizes, AXES, axis_types=_AUTO, abstract_device=device)

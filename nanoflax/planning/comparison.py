@@ -11,7 +11,7 @@ from nanoflax.errors import UserError
 from nanoflax.planning import step_cost
 from nanoflax.report import format_count
 
-USABLE_MEMORY = 0.8  # fraction of a chip; the TPU compiler has reserved up to 1.22 times the estimate
+USABLE_MEMORY = 0.8  # of a chip; the TPU compiler has reserved up to 1.22 times the estimate, 1.43 times with experts
 GIB = 2**30
 
 

@@ -14,10 +14,11 @@ from jax.extend.core import Literal
 # Matrix products and operations that move data; every other operation is fused into the operations
 # that read its result.
 _UNFUSED = (
-    "dot_general", "gather", "scatter", "reduce", "cum", "arg", "sort", "concatenate", "dynamic_update_slice", "scan",
-    "while", "cond", "random", "threefry", "top_k", "pallas_call", "ffi_call", "dot_product_attention",
+    "dot_general", "ragged_dot", "gather", "scatter", "reduce", "cum", "arg", "sort", "concatenate",
+    "dynamic_update_slice", "scan", "while", "cond", "random", "threefry", "top_k", "pallas_call", "ffi_call",
+    "dot_product_attention",
 )  # fmt: skip
-_PRODUCTS = ("dot_general", "ffi_call", "dot_product_attention")
+_PRODUCTS = ("dot_general", "ragged_dot", "ffi_call", "dot_product_attention")
 _SAME_NUMBERS = ("reshape", "transpose", "squeeze", "expand_dims")  # a view of the operand: it needs no buffer
 MAX_FUSED_INPUTS = 1.2  # an operation is fused if its inputs have at most this many times the bytes of its result
 
@@ -152,7 +153,7 @@ class _Trace:
     def extra_bytes(self, eqn: Any, inner: Any, ins: list[_Value], gathered: Collection[tuple[Any, int]]) -> int:
         """Bytes of the gathered inputs of an operation, or of the memory inside a scan."""
         if eqn.primitive.name != "scan":
-            return sum(n for _, n in gathered) if eqn.primitive.name == "dot_general" else 0
+            return sum(n for _, n in gathered) if eqn.primitive.name.startswith(("dot_general", "ragged_dot")) else 0
         num_consts, num_carry = _scan_sizes(eqn, inner)
         first = num_consts + num_carry  # the first input that is scanned layer by layer
         layer = {v for v, value in zip(inner.invars[first:], ins[first:], strict=True) if value.gathered}

@@ -228,14 +228,15 @@ def _gathered_keys_bytes(config: Config, mesh: parallel.AnyMesh) -> int:
 def _gathered_tokens_bytes(config: Config, mesh: parallel.AnyMesh) -> int:
     """Bytes per chip for the tokens of the other chips along expert, which `config_per_chip` leaves out.
 
-    Any of them may choose the chip's experts: for each, room for its state, two of F, and their gradients.
+    Any of them may choose the chip's experts: for each, room for its state, two of F, the results of the experts that
+    it chooses, and the gradients of all.
     """
     local, t = config_per_chip(config, mesh), config.train
     m, others = local.model, mesh.shape["expert"] - 1
     if not others:
         return 0
     layers = 1 if t.remat == "blocks" else sum(map(m.is_sparse, range(m.layers)))
-    numbers = m.moe.active * (2 * m.dim + 4 * (m.moe.expert_dim or m.F))
+    numbers = m.moe.active * (2 * m.dim + 4 * (m.moe.expert_dim or m.F)) + 2 * config.model.moe.active * m.dim
     return others * local.train.batch_size * m.context * numbers * nn.build(m).compute_dtype.itemsize * layers
 
 
