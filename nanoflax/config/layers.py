@@ -121,8 +121,8 @@ class RecurrentConfig:
 
 
 def layer_problems(m: Any) -> list[str]:
-    """The conflicts of rotary positions and of kinds of layers in a ModelConfig."""
-    rope, moe, found = m.rope, m.moe, []
+    """The conflicts of attention, of rotary positions and of kinds of layers in a ModelConfig."""
+    rope, moe, found = m.rope, m.moe, _option_problems(m)
     if rope.scaling == "llama3" and not rope.low < rope.high:
         found.append(f"model.rope.low={rope.low} must be less than model.rope.high={rope.high}")
     for name in ("short_factors", "long_factors") if rope.scaling == "longrope" else ():
@@ -173,6 +173,32 @@ def layer_problems(m: Any) -> list[str]:
         )
     if moe.shared_gate and not moe.shared_dim:
         found.append("model.moe.shared_gate=True needs model.moe.shared_dim of at least 1, not 0")
+    return found
+
+
+def _option_problems(m):
+    """The conflicts of what only some families have in attention, MLPs and norms."""
+    found = []
+    if m.swiglu_limit and (not m.gated or m.activation != "silu"):
+        found.append(
+            f"model.swiglu_limit={m.swiglu_limit} needs model.gated=True and model.activation='silu', not "
+            f"{m.gated} and {m.activation!r}"
+        )
+    if m.attention_gate and (m.latent.rank or m.architecture != "decoder"):
+        found.append("model.attention_gate=True is for decoders without latent attention")
+    if m.qkv_clip and m.latent.rank:
+        found.append(f"model.qkv_clip={m.qkv_clip} does not work with model.latent.rank={m.latent.rank}")
+    if m.attention_sinks and (m.latent.rank or not m.has_blocks):
+        what = f"model.latent.rank={m.latent.rank}" if m.has_blocks else f"model.architecture={m.architecture!r}"
+        found.append(f"model.attention_sinks=True does not work with {what}")
+    if m.parallel and m.norm_place != "pre":
+        found.append(f"model.parallel needs model.norm_place='pre', not {m.norm_place!r}")
+    if m.parallel and m.cross_layers:
+        found.append("model.parallel=True is for a decoder or encoder: its blocks have no cross-attention")
+    if m.shared_norm and not m.parallel:
+        found.append("model.shared_norm needs model.parallel")
+    if m.norm_unit_offset and not m.norm_scale:
+        found.append("model.norm_unit_offset needs model.norm_scale")
     return found
 
 

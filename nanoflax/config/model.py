@@ -39,7 +39,7 @@ POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves", "rotary", "relative",
 LSTM_ATTENTIONS = ("additive", "multiplicative")
 LSTM_STARTS = ("encoder", "zeros")
 BOTTLENECKS = ("none", "mean", "first")
-POOLINGS = ("first", "mean")
+POOLINGS = ("first", "mean", "late")
 DTYPES = ("auto", "float32", "bfloat16")
 ATTENTION_BACKENDS = ("auto", "plain", "cudnn", "splash")
 
@@ -113,7 +113,13 @@ class ModelConfig:
         (), f"Kinds of layers, from the first, repeated: {', '.join(LAYER_TYPES)}; none: full, with a window sliding."
     )
     attention_scale: float | None = field(None, "Factor of the attention scores; none: K^-1/2.", above=0)
+    scale_by_layer: bool = field(
+        False, "The attention scores of layer i, from 0, are also divided by i + 1 (GPT-2 of Stanford CRFM)."
+    )
     attention_softcap: float = field(0.0, "c: scores become c tanh(score / c) (Gemma 2); 0: unchanged.", at_least=0)
+    qkv_clip: float | None = field(
+        None, "c: queries, keys and values are clipped to -c .. c, after model.qk_norm (OLMoE); none: not.", above=0
+    )
     attention_gate: bool = field(False, "Attention's output times the sigmoid of a Linear of its input (Qwen3-Next).")
     attention_sinks: bool = field(
         False, "A trained score of each head for no key, in the softmax (Xiao et al. 2023; gpt-oss)."
@@ -141,7 +147,11 @@ class ModelConfig:
         None, "The activation of mlm_transform and label_transform; none: model.activation.", choices=ACTIVATIONS
     )
     transform_bias: bool = field(True, "The Linear of mlm_transform and label_transform has a bias.")
-    pooling: str = field("first", "The state of a text in an encoder with classify.", choices=POOLINGS)
+    pooling: str = field(
+        "first",
+        "The state of a text in an encoder with classify; late: the mean of what the pooler makes of each state.",
+        choices=POOLINGS,
+    )
     pooler: bool = field(
         False, "A Linear and an activation on the state of a text; always with classify without label_transform."
     )
@@ -259,6 +269,13 @@ class ModelConfig:
         own = getattr(self, f"{part}_bias")
         return self.bias if own is None else own
 
+    def in_layer(self, layer: int) -> "ModelConfig":
+        """The settings of the attention of a layer."""
+        if not self.scale_by_layer:
+            return self
+        scale = (self.attention_scale or self.K**-0.5) / (layer + 1)
+        return dataclasses.replace(self, attention_scale=scale)
+
     def layer_type(self, layer: int) -> str:
         """The kind of a layer: one of LAYER_TYPES."""
         if not self.layer_types:
@@ -286,7 +303,9 @@ class ModelConfig:
         """The groups (first layer, distance to the next) of layers with equal parameters, for train.scan_layers: a
         period, after the layers that do not repeat."""
         recurrent = [self.layer_type(i) if self.is_recurrent(i) else "" for i in range(self.layers)]
-        kinds = [(x, self.is_sparse(i), i > 0 or self.first_norm) for i, x in enumerate(recurrent)]
+        kinds = [
+            (x, self.is_sparse(i), i > 0 or self.first_norm, i * self.scale_by_layer) for i, x in enumerate(recurrent)
+        ]
         L = self.layers
         start, period = min(
             (
@@ -371,26 +390,8 @@ class ModelConfig:
             found.append(f"model.head_dim={m.K}{part} must be even for rotary positions")
         if m.positions.startswith("sinusoidal") and m.dim % 2:
             found.append(f"model.dim={m.dim} must be even for sinusoidal positions")
-        if m.parallel and m.norm_place != "pre":
-            found.append(f"model.parallel needs model.norm_place='pre', not {m.norm_place!r}")
-        if m.parallel and m.cross_layers:
-            found.append("model.parallel=True is for a decoder or encoder: its blocks have no cross-attention")
         if m.decoder_layers and not m.reads_source:
             found.append(f"model.decoder_layers={m.decoder_layers} is not for {m.architecture!r}; use model.layers")
-        if m.swiglu_limit and (not m.gated or m.activation != "silu"):
-            found.append(
-                f"model.swiglu_limit={m.swiglu_limit} needs model.gated=True and model.activation='silu', not "
-                f"{m.gated} and {m.activation!r}"
-            )
-        if m.attention_gate and (m.latent.rank or m.architecture != "decoder"):
-            found.append("model.attention_gate=True is for decoders without latent attention")
-        if m.attention_sinks and (m.latent.rank or not m.has_blocks):
-            what = f"model.latent.rank={m.latent.rank}" if m.has_blocks else f"model.architecture={m.architecture!r}"
-            found.append(f"model.attention_sinks=True does not work with {what}")
-        if m.shared_norm and not m.parallel:
-            found.append("model.shared_norm needs model.parallel")
-        if m.norm_unit_offset and not m.norm_scale:
-            found.append("model.norm_unit_offset needs model.norm_scale")
         if m.projects_embeddings and (m.architecture not in ("decoder", "encoder") or m.output_delay):
             found.append(
                 f"model.embed_dim={m.embed_dim} must equal model.dim={m.dim}, except in a decoder or encoder without "

@@ -146,7 +146,7 @@ def _block_problems(c: Config) -> list[str]:
     elif c.train.scan_layers and c.model.layers > 1 and sum(c.model.layer_groups[0]) == c.model.layers:
         found.append(
             "train.scan_layers=true needs kinds of layers that repeat: model.layer_types, model.moe.dense_layers, "
-            "model.first_norm"
+            "model.first_norm, model.scale_by_layer"
         )
     if c.optim.layer_decay != 1 and not c.model.has_blocks:
         found.append(f"optim.layer_decay={c.optim.layer_decay} needs blocks, and model.architecture='lstm' has none")

@@ -182,14 +182,17 @@ _GPT2 = Family(
     fields={"vocab_size": "vocab_size", "n_positions": "context", "n_layer": "layers",
             "n_embd": "dim", "n_head": "heads", "n_inner": "mlp_dim",
             "activation_function": "activation", "layer_norm_epsilon": "norm_eps",
-            "tie_word_embeddings": "tied", "resid_pdrop": "dropout"},
+            "tie_word_embeddings": "tied", "resid_pdrop": "dropout",
+            "scale_attn_by_inverse_layer_idx": "scale_by_layer"},
     preset={},
     defaults={"n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-              "tie_word_embeddings": True, "resid_pdrop": 0.1, "n_positions": 1024},
+              "tie_word_embeddings": True, "resid_pdrop": 0.1, "n_positions": 1024, "scale_attn_weights": True,
+              "scale_attn_by_inverse_layer_idx": False},
     aliases={"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
              "num_hidden_layers": "n_layer"},
-    only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
-    write=lambda c: {"embd_pdrop": c.dropout, "attn_pdrop": 0.0},
+    only={"add_cross_attention": (False,)},
+    read=lambda hf: {"attention_scale": None if hf["scale_attn_weights"] else 1.0},
+    write=lambda c: {"scale_attn_weights": c.attention_scale != 1, "embd_pdrop": c.dropout, "attn_pdrop": 0.0},
     ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
     base="transformer.")  # fmt: skip
 
@@ -245,6 +248,7 @@ _NEOX = Family(
         "out_bias": hf["attention_bias"]},
     write=lambda c: write_rope(c) | {
         "rotary_pct": c.rope.fraction, "rotary_emb_base": c.rope.theta},
+    renamed={"lm_head.weight": "embed_out.weight"},  # Transformers 5
     ignored=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
     base="gpt_neox.")  # fmt: skip
 

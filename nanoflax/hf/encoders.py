@@ -120,14 +120,18 @@ _DISTILBERT = Family(
     base="distilbert.")  # fmt: skip
 
 
-_POOLINGS = {"bos": "first", "cls": "first", "mean": "mean"}  # Transformers' name: ours
+_POOLINGS = {"bos": "first", "cls": "first", "mean": "mean", "late": "late"}  # Transformers' name: ours
 
 
 def _read_eurobert(hf):
     pooling = hf.get("classifier_pooling", "late")
-    if "EuroBertForSequenceClassification" in (hf.get("architectures") or []) and pooling not in ("bos", "mean"):
+    if "EuroBertForSequenceClassification" in (hf.get("architectures") or []) and pooling not in (
+        "bos",
+        "mean",
+        "late",
+    ):
         raise UserError(
-            f"classifier_pooling={pooling!r} is not supported; it must be 'bos', the first state, or 'mean'"
+            f"classifier_pooling={pooling!r} is not supported; it must be 'bos', the first state, 'mean' or 'late'"
         )
     return LLAMA.read(hf) | {"head_bias": hf["mlp_bias"], "pooling": _POOLINGS.get(pooling, "first")}
 
@@ -141,7 +145,7 @@ _EUROBERT = dataclasses.replace(
     preset=LLAMA.preset | dict(architecture="encoder", mlm_transform=False, pooler_activation="gelu"),
     defaults=LLAMA.defaults | {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192},
     read=_read_eurobert,
-    write=lambda c: write_rope(c) | {"classifier_pooling": "bos" if c.pooling == "first" else "mean"})  # fmt: skip
+    write=lambda c: write_rope(c) | {"classifier_pooling": "bos" if c.pooling == "first" else c.pooling})  # fmt: skip
 
 
 def _read_modernbert(hf):

@@ -7,22 +7,14 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nanoflax.config import ROPE_SCALINGS, ModelConfig, RopeConfig, validate
+from nanoflax.config import ROPE_SCALINGS, ModelConfig, MoEConfig, RopeConfig, validate
 from nanoflax.errors import UserError
 
 # Activation in config.json -> ours. If several names have the same activation, the last name is written.
 ACTIVATIONS = {
-    "gelu_python": "gelu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "swish": "silu",
-    "silu": "silu",
-    "relu": "relu",
-    "relu2": "relu2",
-    "tanh": "tanh",
-}
+    "gelu_python": "gelu", "gelu": "gelu", "gelu_python_tanh": "gelu_tanh", "gelu_accurate": "gelu_tanh",
+    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu",
+    "silu": "silu", "relu": "relu", "relu2": "relu2", "tanh": "tanh"}  # fmt: skip
 THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
 FIELD_TYPES = {name: kind for name, kind in typing.get_type_hints(ModelConfig).items() if name != "section"}
 # The fields of sections by dotted names, such as moe.experts.
@@ -85,6 +77,9 @@ class Family:
     present: dict[str, str] = dataclasses.field(default_factory=dict)
     # Name of a tensor that may be a copy of another -> name of the other. A tied output layer needs no entry.
     same: Callable[[ModelConfig], dict[str, str]] = lambda c: {}
+    renamed: dict[str, str] = dataclasses.field(default_factory=dict)  # name in some files -> the name of `keys`
+    # Name of a tensor without numbers, which Transformers has all the same -> its shape.
+    empty: Callable[[ModelConfig], dict[str, tuple[int, ...]]] = lambda c: {}
     ignored: str = r"$^"  # pattern of the names of tensors that are not weights of the model
     base: str = ""  # prefix of tensor names that files of the bare model do not have
 
@@ -289,6 +284,8 @@ def _canonical_layers(c: ModelConfig) -> tuple[ModelConfig, list[str]]:
         dense = tuple(i for i in range(c.layers) if not c.is_sparse(i))
         bias = c.has_bias("mlp") if c.moe.expert_bias is None else c.moe.expert_bias
         moe = dataclasses.replace(c.moe, expert_dim=c.moe.expert_dim or c.F, expert_bias=bias, dense_layers=dense)
+        if moe.groups == 1:
+            moe = dataclasses.replace(moe, top_groups=1, group_best=MoEConfig().group_best)
         c = dataclasses.replace(c, moe=moe, mlp_dim=c.F if dense else moe.expert_dim)
     else:
         unused += ["moe"]
@@ -296,9 +293,17 @@ def _canonical_layers(c: ModelConfig) -> tuple[ModelConfig, list[str]]:
     recurrent = [c.is_recurrent(i) for i in range(c.layers)]
     unused += [] if any(recurrent) else ["recurrent"]
     if all(recurrent):  # no attention
-        c = dataclasses.replace(c, heads=1, kv_heads=1, head_dim=1, attention_scale=1.0, qkv_bias=False, out_bias=False)
+        c = dataclasses.replace(c, heads=1, kv_heads=1, head_dim=2, attention_scale=1.0, qkv_bias=False, out_bias=False)
         c = dataclasses.replace(c, positions="none" if c.positions in ("rotary", "relative") else c.positions)
-        unused += ["qk_norm", "attention_softcap", "attention_gate", "rope", "nope_layers"]
+        unused += [
+            "qk_norm",
+            "attention_softcap",
+            "attention_gate",
+            "rope",
+            "nope_layers",
+            "scale_by_layer",
+            "qkv_clip",
+        ]
     if not c.F and not c.moe.experts:
         c = dataclasses.replace(c, gated=False, mlp_bias=False)
     if c.positions != "relative":

@@ -8,7 +8,7 @@ import math
 from nanoflax.errors import UserError
 from nanoflax.hf.decoders import like_llama, with_classifier
 from nanoflax.hf.rope import read_rope, write_rope, yarn_scale
-from nanoflax.hf.sparse import EXPERTS, SHARED, read_shared, stacked, write_shared
+from nanoflax.hf.sparse import EXPERTS, SHARED, empty_shared, read_shared, stacked, write_shared
 
 _ATTENTION = {
     "attention/query": "self_attn.q_proj", "attention/query_down": "self_attn.q_a_proj",
@@ -63,6 +63,7 @@ _V3 = like_llama(
     only={"num_key_value_heads": "num_attention_heads", "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",),
           "moe_layer_freq": (1,)},
     aliases={"num_local_experts": "n_routed_experts"}, read=_read_latent, write=_write_latent, stacked=stacked(),
+    empty=empty_shared,
     # Layer 61 of the published model predicts a second token; Transformers does not read it either.
     ignored=r".*rotary_emb\.inv_freq|model\.layers\.61\..*")  # fmt: skip
 
@@ -93,5 +94,6 @@ _V2 = like_llama(
         "n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407, "first_k_dense_replace": 0,
         "routed_scaling_factor": 1.0, "topk_method": "greedy"},
     only={"num_key_value_heads": "num_attention_heads", "scoring_func": ("softmax",), "moe_layer_freq": (1,)},
-    aliases={"num_experts": "n_routed_experts"}, read=_read_v2, write=_write_v2, stacked=stacked())  # fmt: skip
+    aliases={"num_experts": "n_routed_experts"}, read=_read_v2, write=_write_v2, stacked=stacked(),
+    empty=empty_shared)  # fmt: skip
 LATENT = [with_classifier(_V3), with_classifier(_V2)]

@@ -107,6 +107,7 @@ def save(
     mappings = {mapping.name: mapping for mapping in tensor_mapping(family, config)}
     if not config.tied:  # then Transformers ties no tensors: write one of our tensors under both names
         mappings |= {a: mappings[b] for a, b in family.copies(config).items() if b in mappings}
+    dtype = np.dtype(flat["embed/embedding"].dtype)
     safetensors_io.save_safetensors(
         directory,
         [
@@ -117,11 +118,12 @@ def save(
                 lambda mapping=mapping: mapping.join(flat, config.K),
             )
             for name, mapping in mappings.items()
-        ],
+        ]
+        + [(name, shape, dtype, np.zeros(shape, dtype)) for name, shape in family.empty(config).items()],
         max_shard_bytes,
     )
     description = from_config(family, config)
-    description["torch_dtype"] = str(flat["embed/embedding"].dtype)
+    description["torch_dtype"] = str(dtype)
     for_prompts = config.head == "lm" and not config.reads_source
     exported = None if tokenizer is None else tokenizers.to_huggingface(tokenizer, for_prompts)
     own = b"" if tokenizer is None else getattr(tokenizer, "files", {}).get("tokenizer_config.json", b"")
@@ -288,6 +290,7 @@ def _open_directory(directory: pathlib.Path) -> tuple[Family, ModelConfig, Tenso
     family = family_of_type(hf.get("model_type"))
     head = head_of(family, hf.get("architectures"))
     tensors = unpack(hf, safetensors_io.open_safetensors(directory), directory)
+    tensors = {name: tensor for name, tensor in tensors.items() if 0 not in tensor.shape}
     config = to_config(family, hf, head, len(tensors) + 1)
     if head == "lm":
         config = dataclasses.replace(config, generation=read_generation(directory, hf, config.start_id))
@@ -307,6 +310,7 @@ def _normalized(family: Family, config: ModelConfig, tensors: dict, path) -> tup
     known = {(key if isinstance(key, str) else key[0]).split(".")[0] for key in keys}
     named = {}
     for name, tensor in tensors.items():
+        name = family.renamed.get(name, name)
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
         named[name if name.split(".")[0] in known else family.base + name] = tensor
     if len(named) < len(tensors):

@@ -114,6 +114,11 @@ def read_layers(
     if len(types) != layers or set(types) - {*kinds}:
         raise UserError(f"layer_types must be {layers} times {' or '.join(kinds)}, not {types!r}")
     ours = [_LAYERS[name] for name in types]
+    if not window and hf.get("layer_types") and {"sliding", "chunked"} & {*ours}:
+        raise UserError(
+            f"sliding_window={window or None!r} must be positive, and use_sliding_window true if there is one, for "
+            f"layer_types={types!r}"
+        )
     if not window:
         ours = ["full" if name in ("sliding", "chunked") else name for name in ours]
     return {"window": window if {"sliding", "chunked"} & set(ours) else 0, "layer_types": tuple(ours)}

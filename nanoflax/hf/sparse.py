@@ -69,6 +69,16 @@ def write_shared(c: ModelConfig) -> Json:
     }
 
 
+def empty_shared(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of an MLP of size 0, which Transformers has where there is no MLP beside the experts."""
+    shapes = {} if c.moe.shared_dim else {"up": (0, c.dim), "gate": (0, c.dim), "down": (c.dim, 0)}
+    return {
+        f"model.layers.{i}.mlp.shared_experts.{part}_proj.weight": shape
+        for i in filter(c.is_sparse, range(c.layers))
+        for part, shape in shapes.items()
+    }
+
+
 def write_experts(c: ModelConfig) -> Json:
     """E by the name that every version of Transformers reads in families like Qwen2-MoE."""
     return {"num_experts": c.moe.experts}
@@ -124,11 +134,11 @@ _QWEN3_MOE = like_llama(
 _OLMOE_FIELDS = {"num_experts_per_tok": "moe.active", "norm_topk_prob": "moe.renormalise",
                  "router_aux_loss_coef": "moe.balance_loss"}  # fmt: skip
 _OLMOE = like_llama(
-    "olmoe", "Olmoe", without=("mlp_bias", "head_dim"), keys=EXPERTS, fields=_OLMOE_FIELDS,
+    "olmoe", "Olmoe", without=("mlp_bias", "head_dim"), keys=EXPERTS, fields=_OLMOE_FIELDS | {"clip_qkv": "qkv_clip"},
     preset=dict(qk_norm="full"),
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "num_experts": 64, "num_experts_per_tok": 8,
-              "norm_topk_prob": False, "router_aux_loss_coef": 0.01},
-    only={"clip_qkv": (None,)}, stacked=stacked(),
+              "norm_topk_prob": False, "router_aux_loss_coef": 0.01, "clip_qkv": None},
+    stacked=stacked(),
     read=lambda hf: read_rope(hf) | read_experts(hf) | {"out_bias": hf["attention_bias"]},
     write=lambda c: write_rope(c) | write_experts(c))  # fmt: skip
 
@@ -246,7 +256,7 @@ _GLM4_MOE = like_llama(
               "n_routed_experts": 128, "num_experts_per_tok": 8, "n_shared_experts": 1, "moe_intermediate_size": 1408,
               "topk_group": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True,
               "use_qk_norm": False, "partial_rotary_factor": 0.5},
-    aliases={"num_local_experts": "n_routed_experts"}, read=_read_glm4_moe, stacked=stacked(),
+    aliases={"num_local_experts": "n_routed_experts"}, read=_read_glm4_moe, stacked=stacked(), empty=empty_shared,
     write=lambda c: write_rope(c) | write_shared(c) | {
         "partial_rotary_factor": c.rope.fraction, "use_qk_norm": c.qk_norm == "head"},
     # The layer after the last predicts a second token; Transformers does not read it either.
@@ -270,7 +280,7 @@ _DOTS1 = like_llama(
     defaults={"num_key_value_heads": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
               "norm_topk_prob": False, "routed_scaling_factor": 1.0, "sliding_window": 4096, "max_window_layers": 62,
               "moe_intermediate_size": 1408},
-    aliases={"num_local_experts": "n_routed_experts"}, stacked=stacked(), read=_read_dots,
+    aliases={"num_local_experts": "n_routed_experts"}, stacked=stacked(), empty=empty_shared, read=_read_dots,
     write=lambda c: write_rope(c) | write_shared(c) | write_layers(c) | {"max_window_layers": c.layers})  # fmt: skip
 
 

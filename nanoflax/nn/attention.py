@@ -202,6 +202,7 @@ class Attention(nn.Module):
         y = getattr(self, norm)(y) if kind == "full" else y
         y = y.reshape(*x.shape[:2], heads, self.config.K)
         y = getattr(self, norm)(y) if kind in ("head", "each_head") else y
+        y = y if (c := self.config.qkv_clip) is None else jnp.clip(y, -c, c)
         if angles is not None:
             y = rotate(y, angles, self.config.rope.interleaved)
             y = getattr(self, norm)(y) if kind == "rotated" else y

@@ -60,7 +60,8 @@ class Block(nn.Module):
         if c.is_recurrent(self.layer):
             self.recurrent = RECURRENT_LAYERS[c.layer_type(self.layer)](c, out_stddev)
         else:
-            self.attention = (LatentAttention if c.latent.rank else Attention)(c, out_stddev, self.causal)
+            kind = LatentAttention if c.latent.rank else Attention
+            self.attention = kind(c.in_layer(self.layer), out_stddev, self.causal)
         if self.cross:
             self.cross_attention = Attention(c, out_stddev)
         if c.is_sparse(self.layer):

@@ -163,8 +163,10 @@ class Encoder(LanguageModel):
         """The state of each text, config.pooling of its states, through the pooler or the transform."""
         c = self.config
         mask = jnp.ones(x.shape[:2], bool) if padding_mask is None else padding_mask
-        x = mean_pool(x, mask) if c.pooling == "mean" else x[:, 0]
-        return activate(c.pooler_activation, self.pooler(x)) if c.has_pooler else self._transformed(x)
+        pooled = lambda x: activate(c.pooler_activation, self.pooler(x)) if c.has_pooler else self._transformed(x)
+        if c.pooling == "late":
+            return mean_pool(pooled(x), mask)
+        return pooled(mean_pool(x, mask) if c.pooling == "mean" else x[:, 0])
 
     def _transformed(self, x):
         activation = self.config.transform_activation or self.config.activation

@@ -7,6 +7,17 @@ OPT = shapes.OPT | dict(word_embed_proj_dim=24)
 
 
 CASES: dict[str, tuple[str, dict]] = {
+    "gpt2-scaled": (
+        "GPT2LMHeadModel",
+        shapes.GPT2
+        | dict(
+            n_layer=3,
+            scale_attn_weights=False,
+            scale_attn_by_inverse_layer_idx=True,
+            reorder_and_upcast_attn=True,
+            activation_function="gelu_accurate",
+        ),
+    ),
     "opt-350m": ("OPTForCausalLM", OPT | dict(do_layer_norm_before=False)),
     "opt-projected": (
         "OPTForCausalLM",
@@ -174,6 +185,7 @@ CASES: dict[str, tuple[str, dict]] = {
     },
 }
 GREEDY: list[str] = [
+    "gpt2-scaled",
     "opt-350m",
     "granite",
     "cohere2",

@@ -52,6 +52,10 @@ CASES["eurobert-classify-mean"] = (
     )
     | dict(num_key_value_heads=2, classifier_pooling="mean", num_labels=5, bos_token_id=1, eos_token_id=2),
 )
+CASES["eurobert-classify-late"] = (
+    "EuroBertForSequenceClassification",
+    CASES["eurobert-classify-mean"][1] | dict(classifier_pooling="late"),
+)
 CASES["roberta-mlm-relu"] = ("RobertaForMaskedLM", BERT | dict(hidden_act="relu"))
 ELECTRA = BERT | dict(embedding_size=16)
 CASES |= {

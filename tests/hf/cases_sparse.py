@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, dict]] = {
         | dict(
             norm_topk_prob=True,
             attention_bias=True,
+            clip_qkv=0.1,
             num_key_value_heads=None,
             tie_word_embeddings=True,
             hidden_act="relu",
@@ -172,7 +173,7 @@ CASES: dict[str, tuple[str, dict]] = {
         ),
     ),
     "ernie4_5_moe-shared": ("Ernie4_5_MoeForCausalLM", _ERNIE | dict(use_bias=True, moe_num_shared_experts=1)),
-    "dots1": ("Dots1ForCausalLM", _GLM4 | dict(n_shared_experts=1)),
+    "dots1": ("Dots1ForCausalLM", _GLM4 | dict(n_shared_experts=0)),  # with tensors of the shape [0, D]
     "dots1-windows": (
         "Dots1ForCausalLM",
         _GLM4
@@ -265,6 +266,8 @@ OLDER: list[tuple[str, dict]] = [
 REFUSED: list[tuple[str, dict, str]] = [
     ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be at least 1"),
     ("qwen3_moe", {"mlp_only_layers": 3}, "cannot be read"),
+    ("qwen2_moe-windows", {"use_sliding_window": False}, "use_sliding_window true"),
+    ("olmoe", {"clip_qkv": 0.0}, "qkv_clip=0.0"),
     ("mixtral", {"tie_word_embeddings": None}, "tie_word_embeddings=None"),
     ("llama4", {"attention_chunk_size": None}, "attention_chunk_size=None must be positive"),
     ("llama4", {"layer_types": ["sliding_attention"] * 4}, "sliding_attention"),

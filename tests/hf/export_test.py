@@ -15,7 +15,7 @@ import transformers
 import nanoflax
 from experiments.flags import load_config
 from nanoflax import hf, parallel
-from nanoflax.config import ModelConfig, RopeConfig
+from nanoflax.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig
 
 CONFIGS = sorted(path.stem for path in pathlib.Path(__file__).parents[2].glob("experiments/configs/*.py"))
 SMALL = dict(layers=1, dim=32, heads=4, head_dim=None, mlp_dim=64, context=24, vocab_size=40)
@@ -140,3 +140,20 @@ def test_a_norm_without_scale_may_come_before_or_after_the_rotation():
         for kind in ("head", "rotated")
     )
     np.testing.assert_allclose(first, second, atol=1e-5 * np.abs(second).max())
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("qwen3_next", dict(norm_unit_offset=True, qk_norm="head", attention_gate=True, layer_types=("delta",))),
+        ("deepseek_v2", dict(moe=MoEConfig(experts=4, renormalise=False, expert_bias=False, group_best=1))),
+    ],
+)
+def test_fields_that_nothing_reads_do_not_matter(name, changes):
+    """Heads where no layer has attention, and the scores of groups where there is one group."""
+    heads = dict(heads=3, kv_heads=1, head_dim=4) if name == "qwen3_next" else {}
+    latent = dict(latent=LatentConfig(rank=4, rope_dim=2), rope=RopeConfig(interleaved=True)) if not heads else {}
+    model = ModelConfig(
+        vocab_size=40, layers=2, dim=16, mlp_dim=32, norm="rmsnorm", gated=True, bias=False, positions="rotary",
+        activation="silu", tied=False, **({"heads": 2} | heads | latent | changes))  # fmt: skip
+    assert hf.family_of_config(model, name).model_type == name
