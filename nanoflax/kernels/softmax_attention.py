@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def softmax_attention(q, k, v, mask, bias, sinks, softcap):
-    """softmax(q k^T) v. q: [B, G, N, T, K], N queries share a key; k, v: [B, G, S, K]; sinks: [G, N, 1, 1]."""
+    """softmax(q k^T) v. q: [B, G, N, T, K], N queries share a key; k, v: [B, G, S, K]; sinks: [G, N, 1, 1].
+    v=None: the float32 weights [B, G, N, T, S] themselves, without a gradient."""
     return _forward(q, k, v, mask, bias, sinks, softcap)[0]
 
 
@@ -23,12 +24,14 @@ def _forward(q, k, v, mask, bias, sinks, softcap):
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     largest = scores.max(-1, keepdims=True)
     largest = largest if sinks is None else jnp.maximum(largest, sinks)
-    weights = jnp.exp(scores - largest).astype(v.dtype)
-    y = _product("bgnts,bgsk->bgntk", weights, v)
+    weights = jnp.exp(scores - largest)
+    weights = weights if v is None else weights.astype(v.dtype)
+    y = weights if v is None else _product("bgnts,bgsk->bgntk", weights, v)
     total = weights.astype(jnp.float32).sum(-1, keepdims=True)
     sunk = None if sinks is None else jnp.exp(sinks - largest)
     total = total if sunk is None else total + sunk
-    y = (y / total).astype(q.dtype)  # after the product: K divisions per query, not S
+    y = y / total  # after the product: K divisions per query, not S
+    y = y if v is None else y.astype(q.dtype)
     return y, (q, k, v, bias, capped, weights, sunk, total, y)
 
 

@@ -1,5 +1,6 @@
 """Attention as a function, the layer that owns its projections, and the cache as a value."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -48,7 +49,7 @@ def dot_product_attention(
 def heads_first(
     q: Queries,
     k: Keys,
-    v: Float[Array, "B G S _"],
+    v: Float[Array, "B G S _"] | None,
     mask: Mask | None = None,
     causal: bool = False,
     bias: Bias | None = None,
@@ -57,7 +58,7 @@ def heads_first(
     sinks: Sinks | None = None,
 ) -> Float[Array, "B H T _"]:
     """`dot_product_attention` with heads before time: its products are then plain batched matrix
-    products, twice as fast on CPU."""
+    products, twice as fast on CPU. v=None: the float32 weights [B, H, T, S]."""
     B, H, T, K = q.shape
     G = k.shape[1]
     q = (q * (K**-0.5 if scale is None else scale)).reshape(B, G, H // G, T, K)
@@ -70,36 +71,38 @@ def heads_first(
     if not causal:
         return softmax_attention(q, k, v, mask, bias, sinks, softcap).reshape(B, H, T, -1)  # type: ignore  # of custom_vjp
     # If the mesh's context axis splits T, a block would be on a part of the devices only: use one block.
-    size = -(-T // CAUSAL_BLOCKS) if T >= 128 and parallel.axis_size("context") == 1 else T
+    size = -(-T // CAUSAL_BLOCKS) if T >= 128 and v is not None and parallel.axis_size("context") == 1 else T
     blocks = []
     for a in range(0, T, size):
         b = min(a + size, T)
         allowed = jnp.arange(b)[None] <= jnp.arange(a, b)[:, None]
         allowed = allowed if mask is None else allowed & _block(mask, a, b)
         block_bias = None if bias is None else _block(bias, a, b)
-        blocks.append(softmax_attention(q[..., a:b, :], k[:, :, :b], v[:, :, :b], allowed, block_bias, sinks, softcap))
+        block = q[..., a:b, :], k[:, :, :b], None if v is None else v[:, :, :b]
+        blocks.append(softmax_attention(*block, allowed, block_bias, sinks, softcap))
     return jnp.concatenate(blocks, axis=-2).reshape(B, H, T, -1)
 
 
 def attention_weights(
-    q: Queries,
-    k: Keys,
-    mask: Mask | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    sinks: Sinks | None = None,
-) -> Float[Array, "B H T S"]:
-    """The float32 weights of `heads_first` without the causal mask; only for pictures."""
-    B, H, T, K = q.shape
-    k = jnp.repeat(k, H // k.shape[1], axis=1)
-    scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
-    scores *= K**-0.5 if scale is None else scale
-    scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    if sinks is not None:
-        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (B, H, T, 1))], -1)
-    return jax.nn.softmax(scores)[..., : k.shape[2]]
+    model: Any, params: dict, *arguments: Any, **named: Any
+) -> tuple[list[Float[Array, "B H T S"]], Any]:
+    """(the float32 weights of each attention layer as a model's `hidden` runs, for pictures; what `hidden` returns). Of
+    a model with a source only those of its cross-attention. Rows sum to 1, or less with attention sinks."""
+    found = {}
+
+    def record(run, arguments, named, context):
+        result, path = run(*arguments, **named), "/".join(context.module.path)
+        if context.method_name == "_heads_first":
+            q, k, _, *rest = arguments
+            found[path] = run(q, k, None, *rest)
+        if context.method_name == "_decoded":  # of the LSTM
+            found[path] = result[2][:, None]
+        return result
+
+    model = model.clone(config=dataclasses.replace(model.config, attention_backend="plain"), remat="none")
+    with nn.intercept_methods(record):
+        result = model.apply({"params": params}, *arguments, **named, method="hidden")
+    return [x for path, x in found.items() if not path.endswith("/attention")] or [*found.values()], result
 
 
 def _block(x, a, b):
@@ -225,14 +228,17 @@ class Attention(nn.Module):
         c, name = self.config, "plain"
         if not cached and not self.is_initializing():
             name, _ = self.backend(q, k, causal, bias, spec)
-        options = c.attention_scale, c.attention_softcap
         if name == "plain":
             k, v = parallel.gather_sequence(k), parallel.gather_sequence(v)
-            y = heads_first(q, k, v, mask, causal, bias, *options, self.sinks)
+            y = self._heads_first(q, k, v, mask, causal, bias)
         else:
-            y = kernels.attend_by(name, q, k, v, causal, spec, *options)
+            y = kernels.attend_by(name, q, k, v, causal, spec, c.attention_scale, c.attention_softcap)
         y = y.swapaxes(1, 2).reshape(y.shape[0], y.shape[2], -1)
         return self.out(y if gate is None else y * gate)
+
+    def _heads_first(self, q, k, v, mask, causal, bias):
+        c = self.config
+        return heads_first(q, k, v, mask, causal, bias, c.attention_scale, c.attention_softcap, self.sinks)
 
     def backend(self, q: Array, k: Array, causal: bool, bias: Bias | None, spec: MaskSpec | None) -> tuple[str, str]:
         """`kernels.choose` for a call of `attend` without a cache."""

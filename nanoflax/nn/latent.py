@@ -96,7 +96,7 @@ class LatentAttention(nn.Module):
         return jnp.einsum("bhtr,rhv->bhtv", y, for_values)
 
     def _heads_first(self, q, k, v, inputs, causal):
-        c, k, v = self.config, parallel.gather_sequence(k), parallel.gather_sequence(v)
+        c, k, v = self.config, parallel.gather_sequence(k), v if v is None else parallel.gather_sequence(v)
         scale = c.attention_scale or c.K**-0.5  # K also of the longer absorbed queries
         return heads_first(q, k, v, inputs.mask, causal, inputs.bias, scale, c.attention_softcap)
 

@@ -145,11 +145,8 @@ class AttentionLSTM(SourceModel):
         """(the states that `head` reads, in the compute dtype; the new cache)."""
         return self._decoded(targets_in, source, source_mask, cache, deterministic)[:2]
 
-    def alignment(self, targets_in: Tokens, source: Source) -> Float[Array, "B T S"]:
-        """The float32 attention weights of each prediction over the source."""
-        return self._decoded(targets_in, source)[2]
-
     def _decoded(self, targets_in, source=None, source_mask=None, cache=None, deterministic=True):
+        """The result of `hidden`, and the float32 attention weights [B, T, S] of each prediction."""
         c, (B, T) = self.config, targets_in.shape
         state = cache or self.read(source, source_mask, deterministic)  # type: ignore  # one of the two is given
         x = self.drop(self.embed(targets_in), deterministic=deterministic)

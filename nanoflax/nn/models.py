@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
@@ -12,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.kernels import Array, Logits, Quantized, Source, SourceMask, States, Tokens, activate
-from nanoflax.nn.attention import Attention, LayerCache, attention_weights
+from nanoflax.nn.attention import LayerCache, attention_weights
 from nanoflax.nn.blocks import Stack, empty_cache, norm
 from nanoflax.nn.language_model import LanguageModel, SourceModel, empty_delay, mean_pool
 from nanoflax.nn.layers import Embedding, Linear
@@ -225,28 +224,14 @@ class EncoderDecoder(SourceModel):
         cache["layers"] = [layer | more for layer, more in zip(cache["layers"], cross, strict=True)]
         return jnp.full(B, self.config.start_id, jnp.int32), cache | {"source_mask": mask}
 
-    def alignment(self, targets_in: Tokens, source: Source) -> Float[Array, "B T S"]:
-        """The float32 cross-attention weights, averaged over heads, of the layer that attends to the
-        fewest tokens: the one with the least entropy."""
-        layers, c = [], self.config
-
-        def record(cross, arguments, named, context):
-            if isinstance(context.module, Attention) and context.method_name == "cross":
-                x, keys, _, mask = arguments
-                options = c.attention_scale, c.attention_softcap, context.module.sinks
-                layers.append(attention_weights(context.module.queries(x), keys, mask, *options).mean(1))
-            return cross(*arguments, **named)
-
-        with nn.intercept_methods(record):
-            self.hidden(targets_in, source)
-        return min(layers, key=lambda weights: float(jax.scipy.special.entr(weights).sum()))
-
 
 def alignment(model: LanguageModel, params: dict, source: Sequence[int], targets: Sequence[int]) -> Float[Array, "T S"]:
-    """The float32 attention weights over a source as each target is predicted. Rows sum to 1, or less
-    with attention sinks."""
+    """The float32 attention weights over a source as each target is predicted, averaged over heads, of the layer that
+    attends to the fewest tokens: the one with the least entropy. Rows sum to 1, or less with attention sinks."""
     inputs = shift_right(jnp.asarray([targets]), model.config.start_id)
-    return model.apply({"params": params}, inputs, jnp.asarray([source]), method="alignment")[0]
+    layers, _ = attention_weights(model, params, inputs, jnp.asarray([source]))
+    means = [weights[0].mean(0) for weights in layers]
+    return min(means, key=lambda mean: float(jax.scipy.special.entr(mean).sum()))
 
 
 def _empty_cache(model, layers, batch, length, start=None):

@@ -9,6 +9,7 @@ from nanoflax import tokenizers, untrusted
 from nanoflax.config import MAX_SEED
 from nanoflax.constraints import Constraint
 from nanoflax.errors import UserError
+from nanoflax.serve import attention
 from nanoflax.serve.errors import ApiError
 from nanoflax.serve.forms import Served
 from nanoflax.serve.replies import Choice
@@ -134,6 +135,7 @@ def _choices(served, body, prompts, limit, logprobs):
     stops = body.get("stop") or served.defaults.get("stop", ())
     bias = {int(i): float(x) for i, x in (body.get("logit_bias") or {}).items()}
     check_ids(served, bias, "logit_bias")
+    with_ids = bool(body.get("return_token_ids"))
     seed = secrets.randbelow(MAX_SEED + 1) if body.get("seed") is None else body["seed"]
     found = []
     for ids, echo in prompts:
@@ -150,7 +152,8 @@ def _choices(served, body, prompts, limit, logprobs):
                 constraint=rule(),
             )
             before = () if served.config.reads_source else ids
-            found.append(Choice(tokenizer, request, [stops] if isinstance(stops, str) else stops, before, echo, field))
+            ends = [stops] if isinstance(stops, str) else stops
+            found.append(Choice(tokenizer, request, ends, before, echo, field, with_ids))
     return found
 
 
@@ -181,6 +184,35 @@ def embedding_ids(served: Served, encode: Callable[[str], list[int]], body: dict
             raise ApiError(400, message, "input", "context_length_exceeded")
         found.append(ids)
     return found
+
+
+def attention_request(served: Served, body: dict[str, Any]) -> Request:
+    """The engine's request for a body of /v1/attention. Raises: ApiError."""
+    shown, reads_source = attention.layers_of(served.config), served.config.reads_source
+    layer, head, at, completion = (body.get(name) for name in ("layer", "head", "position", "completion"))
+    if not shown.kinds:
+        raise ApiError(400, f"{served.name} has no attention to show: {shown.missing}", "model", "no_attention")
+    if layer is not None and layer not in shown.kinds:
+        known = f"{', '.join(map(str, shown.kinds))}{shown.missing and '; ' + shown.missing}"
+        raise ApiError(400, f"layer: {layer} is none of the layers with attention: {known}", "layer")
+    if head is not None and head >= shown.heads:
+        raise ApiError(400, f"head: {head} must be below the number of heads, {shown.heads}", "head")
+    prompt, completion = body["prompt"], completion or []
+    if at is not None and at > len(completion):
+        raise ApiError(400, f"position: {at} is after the completion's {len(completion)} tokens", "position")
+    if isinstance(prompt, str):
+        prompt = tokenizers.prompt_ids(served.tokenizer, prompt, reads_source)
+    check_ids(served, prompt, "prompt")
+    check_ids(served, completion, "completion")
+    completion = completion[:at]
+    most = max(len(prompt), len(completion) + 1) if reads_source else len(prompt) + len(completion)
+    if most > served.context:
+        message = f"prompt: the tokens to read are {most}, but the model's context is {served.context}"
+        raise ApiError(400, message, "prompt", "context_length_exceeded")
+    factors = attention.factors(shown, layer, head)
+    if reads_source:
+        return Request(prompt, 0, attention=factors, target=completion)
+    return Request([*prompt, *completion], 0, attention=factors)
 
 
 def _each(texts: Any) -> list[Any]:

@@ -21,6 +21,7 @@ from nanoflax import generate, tokenizers
 from nanoflax.errors import UserError
 from nanoflax.generate import Filters
 from nanoflax.nn import LanguageModel
+from nanoflax.serve import attention
 from nanoflax.serve.prefixes import Prefixes
 from nanoflax.serve.programs import PADDED, Programs, context_of
 from nanoflax.serve.requests import Finish, Request, Ticket, Token, check, token_of
@@ -120,8 +121,8 @@ class Engine:
         """How many requests wait for a slot, besides those whose prompts are being read."""
         return len(self._waiting) + self._queue.qsize()
 
-    def submit(self, request: Request, receive: Callable[[Token | Finish], None]) -> Ticket:
-        """Add a request to the queue.
+    def submit(self, request: Request, receive: Callable[[Any], None]) -> Ticket:
+        """Add a request to the queue. receive: see Ticket.
 
         Raises: UserError for a bad request, before anything runs.
         """
@@ -147,11 +148,8 @@ class Engine:
             with self._lock:
                 self.failure, self._closing = f"the engine failed: {error}", True
             self._receive_tickets(wait=False)
-            replies = [
-                *self._replies,
-                *(reply for reply, _ in self._reading.values()),
-                *(r for step in self._pending for r in step[0]),
-            ]
+            started = [reply for replies, *_ in self._pending for reply in replies]
+            replies = [*self._replies, *(reply for reply, _ in self._reading.values()), *started]
             tickets = {id(r.ticket): r.ticket for r in replies if r and not r.finished}
             for ticket in [*tickets.values(), *self._waiting]:
                 self._send(ticket, Finish("error", self.failure))
@@ -228,13 +226,15 @@ class Engine:
         prompt = text = [*map(int, r.prompt)]
         self.counts["prompt_tokens"] += len(prompt)
         if p.reads_source:
-            size = p.size_for(len(prompt))
+            size = p.size_for(max(len(prompt), len(r.target) + 1))
             yield from self._until("read", size)
             cache, start = p.read(prompt, size)
             text = [start]
         else:
             cache = yield from self._read(reply, prompt)
         if r.max_new_tokens == 0:
+            if r.attention is not None:
+                self._send(reply.ticket, (yield from attention.read(p, cache, r)))
             self._finish(reply, "length")
             return
         row, source = (np.full(p.sizes[-1], -1, np.int32) for _ in range(2))

@@ -12,8 +12,10 @@ from jaxtyping import Float
 
 from nanoflax import tokenizers
 from nanoflax.config import ModelConfig
+from nanoflax.serve.attention import layers_of
 from nanoflax.serve.errors import ApiError
 from nanoflax.serve.replies import Choice, Piece, PlacedToken
+from nanoflax.serve.requests import Attention, Request
 
 LEAST_LOG_PROBABILITY = -9999.0  # JSON has no infinity and no NaN
 
@@ -64,6 +66,7 @@ class Form:
 
     def __init__(self, served: Served, choices: Sequence[Choice], chat: bool, with_usage: bool = False) -> None:
         self.served, self.choices, self.chat, self.with_usage = served, choices, chat, with_usage
+        self._begun: set[int] = set()  # choices whose prompt_token_ids are sent
         kind = "chat.completion" if chat else "text_completion"
         self.common = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
@@ -89,7 +92,8 @@ class Form:
             choices.append(
                 {"index": i, **content, "logprobs": self._logprobs(i, tokens), "finish_reason": parts[-1].finish_reason}
             )
-        return self.common | {"choices": choices, "usage": self.usage()}
+            choices[-1] |= self._ids(i, tokens) | ({} if self.chat else self._prompt_ids(i))
+        return self.common | {"choices": choices, "usage": self.usage()} | (self._prompt_ids(0) if self.chat else {})
 
     def first_chunks(self) -> list[dict[str, Any]]:
         """The chunks before any text: in a chat, the role of each choice."""
@@ -98,13 +102,18 @@ class Form:
             "logprobs": None,
             "finish_reason": None,
         }
-        return [self._chunk([{"index": i, **delta}]) for i in range(len(self.choices))] if self.chat else []
+        chunk = lambda i: self._chunk([{"index": i, **delta}]) | self._prompt_ids(i)
+        return [chunk(i) for i in range(len(self.choices))] if self.chat else []
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """A part of a streamed reply."""
         content = {"delta": {"content": piece.text} if piece.text else {}} if self.chat else {"text": piece.text}
         choice = {"index": index, **content, "logprobs": self._logprobs(index, piece.tokens)}
-        return self._chunk([choice | {"finish_reason": piece.finish_reason}])
+        choice |= {"finish_reason": piece.finish_reason} | self._ids(index, piece.tokens)
+        if not self.chat and index not in self._begun:
+            self._begun.add(index)
+            choice |= self._prompt_ids(index)
+        return self._chunk([choice])
 
     def last_chunks(self) -> list[dict[str, Any]]:
         return [self._chunk([]) | {"usage": self.usage()}] if self.with_usage else []
@@ -112,6 +121,15 @@ class Form:
     def _chunk(self, choices):
         kind = {"object": "chat.completion.chunk"} if self.chat else {}
         return self.common | kind | {"choices": choices} | ({"usage": None} if self.with_usage else {})
+
+    def _ids(self, index, tokens):
+        """As vLLM's return_token_ids: those of the prompt are in the choice of a completion, and beside a chat's."""
+        ids = [placed.token.id for placed in tokens if not placed.token.of_prompt]
+        return {"token_ids": ids} if self.choices[index].with_ids else {}
+
+    def _prompt_ids(self, index):
+        choice = self.choices[index]
+        return {"prompt_token_ids": [*choice.request.prompt]} if choice.with_ids else {}
 
     def _logprobs(self, index: int, tokens: Sequence[PlacedToken]) -> dict[str, Any] | None:
         if self.choices[index].request.log_probabilities is None:
@@ -146,6 +164,28 @@ class Form:
 
 def _finite(x):
     return None if x is None else x if x > LEAST_LOG_PROBABILITY else LEAST_LOG_PROBABILITY
+
+
+def attention_layers(config: ModelConfig) -> dict[str, Any]:
+    """For /v1/models: whose attention /v1/attention can report, and why that of other layers is missing."""
+    shown = layers_of(config)
+    layers = [{"index": i, "type": kind} for i, kind in shown.kinds.items()]
+    return {"layers": layers, "heads": shown.heads, "missing": shown.missing}
+
+
+def attention_weights(served: Served, body: dict[str, Any], request: Request, found: Attention) -> dict[str, Any]:
+    """The answer of /v1/attention. rest: the weight of attention sinks and of an adapter's trained prefix."""
+    texts, weights = served.texts, found.weights.astype(float)
+    return {
+        "object": "attention",
+        "model": served.name,
+        "layer": body.get("layer"),
+        "head": body.get("head"),
+        "tokens": [texts.text(i) for i in request.prompt],
+        "special": [at for at, i in enumerate(request.prompt) if texts.bytes_of(i) is None],
+        "weights": [round(x, 6) for x in weights.tolist()],
+        "rest": round(max(0.0, 1 - weights.sum()), 6),
+    }
 
 
 def embeddings(

@@ -23,7 +23,7 @@ from nanoflax.serve import api, forms, metrics, schemas
 from nanoflax.serve.embeddings import Embedder
 from nanoflax.serve.engine import Engine
 from nanoflax.serve.errors import ApiError
-from nanoflax.serve.replies import Choice, Piece, Replies
+from nanoflax.serve.replies import Choice, Piece, Replies, attention_of
 from nanoflax.serve.settings import Settings
 
 # A body must arrive in FIRST_SECONDS, and in a second more for each LEAST_RATE bytes.
@@ -109,6 +109,7 @@ def make_app(service: Service, hosts: Sequence[str] = ("*",)) -> Starlette:
         Route("/v1/completions", _endpoint(service, _completions), methods=["POST"]),
         Route("/v1/chat/completions", _endpoint(service, _chat), methods=["POST"]),
         Route("/v1/embeddings", _endpoint(service, _embeddings), methods=["POST"]),
+        Route("/v1/attention", _endpoint(service, _attention), methods=["POST"]),
     ]
     check_host = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     handlers: Any = {HTTPException: _http_error, Exception: _server_error}
@@ -242,7 +243,8 @@ def _described(service: Service) -> dict[str, Any]:
     # For the page: whether the model can chat, and the settings that a request need not give.
     settings = {name: value for name, value in served.defaults.items() if name in api.SAMPLING}
     chat = service.engine is not None and served.tokenizer.chat_template is not None
-    return found | {"chat": chat, "reads_source": served.config.reads_source, "settings": settings}
+    found |= {"chat": chat, "reads_source": served.config.reads_source, "settings": settings}
+    return found | {"attention": forms.attention_layers(served.config)}
 
 
 async def _completions(service: Service, request: Request) -> Response:
@@ -281,6 +283,20 @@ async def _embeddings(service: Service, request: Request) -> Response:
         service.unfinished -= len(texts)
     service.metrics.embedded_tokens.inc(sum(map(len, texts)))
     return JSONResponse(forms.embeddings(service.served, body, texts, vectors))
+
+
+async def _attention(service: Service, request: Request) -> Response:
+    body = await _body(service, request, schemas.ATTENTION)
+    _check_generates(service)
+    assert service.engine
+    service.check_room(1)
+    asked = await anyio.to_thread.run_sync(api.attention_request, service.served, body)
+    service.unfinished += 1
+    try:
+        found = await _unless_client_leaves(request, attention_of(service.engine, asked))
+    finally:
+        service.unfinished -= 1
+    return JSONResponse(forms.attention_weights(service.served, body, asked, found))
 
 
 # Replies.

@@ -8,8 +8,9 @@ from typing import Any
 class Prefixes:
     """At most `most` caches by the tokens in them; the one that was not used for the longest time is dropped.
 
-    exact: only all tokens of a cache can be reused, because its state sums over them; else any number of them.
-    step: reused lengths are multiples of it, unless `exact`.
+    exact: only all tokens of a cache can be reused, because its state sums over them; else any number of them, so that
+    a cache replaces those of its beginnings. step: reused lengths are multiples of it, unless `exact` or the whole
+    prompt is reused.
     """
 
     def __init__(self, most: int, exact: bool, step: int) -> None:
@@ -22,7 +23,7 @@ class Prefixes:
         for tokens in self._caches:
             n = common_prefix(tokens, prompt)
             shared = max(shared, n)
-            n = (n if n == len(tokens) else 0) if self.exact else n - n % self.step
+            n = (n if n == len(tokens) else 0) if self.exact else n if n == len(prompt) else n - n % self.step
             if n > best:
                 best, found = n, tokens
         if found is None:
@@ -31,11 +32,19 @@ class Prefixes:
         return self._caches[found], best, shared
 
     def add(self, tokens: Sequence[int], cache: Any) -> None:
-        if self.most and len(tokens) >= self.step:
-            self._caches[tuple(tokens)] = cache
-            self._caches.move_to_end(tuple(tokens))
-            if len(self._caches) > self.most:
-                self._caches.popitem(last=False)
+        if not self.most or len(tokens) < self.step:
+            return
+        new, shared = tuple(tokens), {held: common_prefix(held, tokens) for held in self._caches}
+        if not self.exact:
+            for held, n in shared.items():
+                if n == len(new) < len(held):
+                    return self._caches.move_to_end(held)
+                if n == len(held):
+                    del self._caches[held]
+        self._caches[new] = cache
+        self._caches.move_to_end(new)
+        if len(self._caches) > self.most:
+            self._caches.popitem(last=False)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -22,6 +22,7 @@ from nanoflax.errors import UserError
 from nanoflax.generate import Filters, Generation, Written
 from nanoflax.kernels import most_probable
 from nanoflax.nn import LanguageModel
+from nanoflax.serve import attention
 from nanoflax.serve.compiler import Compiler
 
 CONTEXT = 4096  # tokens of a text by default, if the model has no smaller context
@@ -81,6 +82,7 @@ class Programs:
         self.compiler = Compiler()
         self._one = {S: self._shapes(lambda params, S=S: self._empty(params, S), self.params) for S in self.sizes}
         small = [name for name in self._add_all() if {*name[1:3]} & {*self.sizes} == {self.sizes[0]}]
+        small = [name for name in small if name[0] != "attention"]
         self.compiler.ready(*small)  # they come first
         self.compiler.start()
         try:
@@ -117,6 +119,12 @@ class Programs:
                     found["insert", S, T] = self._insert, (0,), *arguments
                 if T != S:
                     found["resize", T, S] = functools.partial(self._resize, size=S), (), all_[T]
+        shown = attention.layers_of(self.model.config)
+        if shown.kinds:
+            tokens = jax.ShapeDtypeStruct((attention.STEPS if self.reads_source else 1,), jnp.int32)
+            factors = attention.factors(shown, None, None)
+            for S in self.sizes:
+                found["attention", S] = self._attention, (), params, one[S], tokens, i32, i32, factors
         least = self.sizes[0]
         if not self.reads_source:
             found["empty", least] = functools.partial(self._empty, size=least), (), params
@@ -290,6 +298,20 @@ class Programs:
         x, cache = run(tokens[None], cache=cache, method="hidden")
         head = lambda: generate.only_below(self.vocab_size, run(x, method="head")[0])
         return cache, self._scores(head, targets, scored)
+
+    def attention(
+        self, cache: dict, tokens: list[int], at: int, factors: Float[np.ndarray, "L H"]
+    ) -> tuple[dict, Float[Array, " S"]]:
+        """`attention.step` for a few tokens. at: how many a text without a source has before them."""
+        padded = np.zeros(attention.STEPS if self.reads_source else 1, np.int32)
+        padded[: len(tokens)] = tokens
+        run = self._get("attention", self.size_of(cache))
+        return run(self.params, cache, padded, np.int32(len(tokens)), np.int32(at), factors)
+
+    def _attention(self, params, cache, tokens, count, at, factors):
+        if "index" in cache and not self.reads_source:
+            cache = cache | {"index": at + self.virtual}
+        return attention.step(self.model, params, cache, tokens, count, factors)
 
     def _scores(self, logits: Callable[[], Any], tokens: Array, wanted: Any) -> Any:
         """`most_probable` of the logits that a function computes, or zeros if not wanted."""

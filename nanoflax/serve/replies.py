@@ -11,7 +11,7 @@ from typing import Any
 from nanoflax import tokenizers
 from nanoflax.serve.engine import Engine
 from nanoflax.serve.errors import ApiError
-from nanoflax.serve.requests import Finish, Request, Ticket, Token
+from nanoflax.serve.requests import Attention, Finish, Request, Ticket, Token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,9 @@ class Choice:
         before: Sequence[int],
         echo: str | None,
         rule: str = "",
+        with_ids: bool = False,
     ) -> None:
-        self.request, self.echo, self.rule = request, echo, rule
+        self.request, self.echo, self.rule, self.with_ids = request, echo, rule, with_ids
         self.ticket: Ticket | None = None
         self.submitted, self.new_tokens, self.finish_reason = time.monotonic(), 0, None
         self._decoder = tokenizers.StreamingDecoder(tokenizer, before, stops)
@@ -65,13 +66,11 @@ class Choice:
         if isinstance(event, Finish):
             if event.reason == "refused":
                 raise ApiError(400, f"{self.rule}: {event.message}", self.rule)
-            if event.reason == "error":
-                raise ApiError(500, event.message or "the engine failed")
-            if event.reason == "cancelled":
-                raise ApiError(503, "the server is stopping; send the request again later", code="stopping")
+            if event.reason in ("error", "cancelled"):
+                raise _error_of(event)
             text = self._decoder.finish()  # it may complete a stop string
             return self._piece(text, "stop" if self._decoder.stopped else event.reason)
-        if self.request.log_probabilities is not None:
+        if self.request.log_probabilities is not None or self.with_ids:
             self._pending.append(self._placed(event))
         if event.of_prompt:
             return None
@@ -145,3 +144,28 @@ class Replies:
                     yield index, piece
         finally:
             self.cancel()
+
+
+async def attention_of(engine: Engine, request: Request) -> Attention:
+    """The Attention of a request. Raises: ApiError if the engine failed or the server stops; UserError for a bad
+    request."""
+    loop, found = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+    def receive(event):
+        with contextlib.suppress(RuntimeError):  # the server's loop has ended
+            loop.call_soon_threadsafe(lambda: found.done() or found.set_result(event))
+
+    ticket = engine.submit(request, receive)
+    try:
+        event: Any = await found
+    finally:
+        ticket.cancel()
+    if isinstance(event, Attention):
+        return event
+    raise _error_of(event)
+
+
+def _error_of(finish):
+    if finish.reason == "error":
+        return ApiError(500, finish.message or "the engine failed")
+    return ApiError(503, "the server is stopping; send the request again later", code="stopping")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Float
 
 from nanoflax import tokenizers
 from nanoflax.config import ModelConfig
@@ -39,6 +40,10 @@ class Request:
     log_probabilities: int | None = None  # how many alternatives of each token are reported; None: nothing
     prompt_log_probabilities: bool = False  # also of the prompt's tokens, before the first new token
     constraint: Constraint | None = None  # used by this request alone
+    # With max_new_tokens=0: report the weights with which the next token attends to those of the prompt, summed over
+    # the layers with attention and their heads with these factors.
+    attention: Float[np.ndarray, "L H"] | None = None
+    target: Sequence[int] = ()  # for a model with a source and with `attention`: the tokens before the next one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,13 @@ class Token:
 
 
 @dataclasses.dataclass(frozen=True)
+class Attention:
+    """The attention to each token of a prompt. The sum is 1, or less with attention sinks and trained prefixes."""
+
+    weights: Float[np.ndarray, " N"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Finish:
     """The end of a reply. reason: stop (an id that ends a text), length, cancelled, refused (its constraint cannot be
     followed) or error."""
@@ -62,10 +74,11 @@ class Finish:
 
 @dataclasses.dataclass
 class Ticket:
-    """A request in the engine. `receive` is called in the engine's thread with each Token, last with the Finish."""
+    """A request in the engine. `receive` is called in the engine's thread with each Token or the Attention, last with
+    the Finish."""
 
     request: Request
-    receive: Callable[[Token | Finish], None]
+    receive: Callable[[Any], None]
     cancelled: bool = False
 
     def cancel(self) -> None:
@@ -77,14 +90,15 @@ def check(r: Request, config: ModelConfig, context: int, vocab_size: int, altern
     """context: most tokens of a text; alternatives: most that can be reported. Raises: UserError for a request that
     cannot be served."""
     new, problems = r.max_new_tokens, []
-    if new == 0 and r.prompt_log_probabilities:  # without its last token, the prompt has room for one
+    if new == 0 and (r.prompt_log_probabilities or r.attention is not None):
+        # Without its last token, the prompt has room for one.
         tokenizers.check_prompts(config, [[*r.prompt][:-1] or r.prompt], 1)
     else:
         tokenizers.check_prompts(config, [r.prompt], new)
-    if (max(len(r.prompt), new) if config.reads_source else len(r.prompt) + new) > context:
+    if (max(len(r.prompt), new, len(r.target) + 1) if config.reads_source else len(r.prompt) + new) > context:
         text = f"a prompt of {len(r.prompt)} tokens with max_new_tokens={new} exceeds the engine's context of"
         problems.append(f"{text} {context}; shorten the prompt or lower max_new_tokens")
-    if wrong := [i for i in r.prompt if not 0 <= i < vocab_size]:
+    if wrong := [i for i in (*r.prompt, *r.target) if not 0 <= i < vocab_size]:
         problems.append(f"prompt has token id {wrong[0]}, outside the vocabulary of {vocab_size}")
     if not -(2**63) <= r.seed < 2**63:
         problems.append(f"seed={r.seed} must be a 64-bit integer")

@@ -78,6 +78,7 @@ _SAMPLING = {
     "presence_penalty": _only([0, None], "Not computed; see repetition_penalty."),
     "frequency_penalty": _only([0, None], "Not computed; see repetition_penalty."),
     "user": _or_null("string", "Not used."),
+    "return_token_ids": _or_null("boolean", "Report prompt_token_ids and token_ids, as in vLLM."),
     "structured_outputs": {
         **_object([], _RULES),
         "type": ["object", "null"],
@@ -180,6 +181,22 @@ EMBEDDING = _object(
         "user": _SAMPLING["user"],
     },
 )
+ATTENTION = _object(
+    ["prompt"],
+    {
+        "model": _SAMPLING["model"],
+        "prompt": {
+            "anyOf": [{"type": "string", "minLength": 1}, _IDS],
+            "description": "A text or token ids; for a model with a source, the source.",
+        },
+        "completion": _or_null("array", "Token ids after the prompt; null: none.", items=_IDS["items"]),
+        "position": _or_null(
+            "integer", "Of which token of the completion; null: of the one after it.", minimum=0, maximum=2**31 - 1
+        ),
+        "layer": _or_null("integer", "One of /v1/models; null: the mean of all.", minimum=0, maximum=2**31 - 1),
+        "head": _or_null("integer", "From 0; null: the mean of all.", minimum=0, maximum=2**31 - 1),
+    },
+)
 
 # JSON has no NaN, 1.0 is no token id, and Python's True is no number.
 _TYPES = Draft202012Validator.TYPE_CHECKER.redefine_many(
@@ -257,6 +274,7 @@ def openapi() -> dict[str, Any]:
             "/v1/completions": post("Continue prompts.", COMPLETION),
             "/v1/chat/completions": post("Reply to a conversation.", CHAT),
             "/v1/embeddings": post("Vectors of texts, of length 1.", EMBEDDING),
+            "/v1/attention": post("How a token attends to those before it (nanoflax only).", ATTENTION),
         },
         "security": [{}, {"key": []}],
         "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},

@@ -12,7 +12,7 @@ import pytest
 from nanoflax import generate
 from nanoflax.config import LSTM_ATTENTIONS, LSTM_STARTS, ModelConfig, validate
 from nanoflax.errors import UserError
-from nanoflax.nn import build, lstm, shift_right, token_losses
+from nanoflax.nn import attention_weights, build, lstm, shift_right, token_losses
 from nanoflax.parallel import init
 from nanoflax.planning import flops_per_token
 from tests.closeness import assert_trees_close
@@ -146,7 +146,8 @@ def test_the_decoder_equals_torch_cells_step_by_step(kind):
         output = torch.tanh(torch.cat([x, context[None]], -1) @ p["combine"]["kernel"])
         expected.append(output @ p["embed"]["embedding"].T)
     np.testing.assert_allclose(logits_of(model, params, targets, source)[0], torch.cat(expected).detach(), atol=1e-5)
-    found = model.apply({"params": params}, targets, source, method="alignment")[0]
+    [found], _ = attention_weights(model, params, targets, source)
+    found = found[0, 0]
     np.testing.assert_allclose(found, torch.stack(seen).detach(), atol=1e-5)
 
 

@@ -12,10 +12,10 @@ import jax.monitoring
 import numpy as np
 import pytest
 
-from nanoflax import generate
+from nanoflax import generate, nn
 from nanoflax.config import GenerationDefaults, LatentConfig, MoEConfig, RecurrentConfig
 from nanoflax.errors import UserError
-from nanoflax.serve import Engine, Finish, Request
+from nanoflax.serve import Engine, Finish, Request, attention
 from nanoflax.serve.compiler import Compiler
 from nanoflax.serve.programs import Programs
 from tests.generate import beams_test
@@ -251,6 +251,27 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def check_attention(engine, model, params):
+    """The weights of the next token, from caches, are those of a pass over the whole text."""
+    rng, shown = np.random.default_rng(5), attention.layers_of(model.config)
+    text, target = rng.integers(0, V, 29).tolist(), rng.integers(0, V, 19).tolist()
+    weights = jax.jit(lambda params, *inputs: nn.attention_weights(model, params, *inputs)[0])
+    if model.config.reads_source:
+        layers = weights(params, np.array([[model.config.start_id, *target]]), np.array([text]))
+    else:
+        layers, target = weights(params, np.array([text])), []
+    assert len(layers) == len(shown.kinds) and layers[0].shape[1] == shown.heads
+    last, counts = np.stack(layers)[:, 0, :, -1], dict(engine.counts)
+    for layer, head, want in ((None, None, last.mean((0, 1))), ([*shown.kinds][-1], shown.heads - 1, last[-1, -1])):
+        factors = attention.factors(shown, layer, head)
+        reply = Reply(engine, prompt=text, target=target, max_new_tokens=0, attention=factors)
+        [found], finish = reply.wait()
+        np.testing.assert_allclose(found.weights, want, atol=1e-6)
+        assert finish == Finish("length") and found.weights.sum() == pytest.approx(1, abs=1e-5)
+    # The text is read for the first request alone.
+    assert engine.counts["reused_tokens"] - counts["reused_tokens"] == (0 if model.config.reads_source else 28)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_model(family):
     fields = FAMILIES[family]
@@ -264,6 +285,7 @@ def test_every_kind_of_model(family):
             found = [reply.ids() for reply in replies]
             assert found == alone(model, params, [reply.request for reply in replies])
             assert engine.counts["reused_tokens"] == 2 * 20
+        check_attention(engine, model, params)
 
 
 def test_caches_grow_and_shrink_with_the_texts():
