@@ -5,10 +5,11 @@ import os
 import shutil
 import time
 
+import jax
 import openai
 import pytest
 
-from tests.serve.servers import running, tiny, until
+from tests.serve.servers import running, tiny, tiny_chat, until
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -178,14 +179,118 @@ def test_a_model_without_a_template_continues_texts(browser):
         page.close()
 
 
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """(address, http.Service) of a chat model of three layers, whose heads differ."""
+    run = tiny_chat(tmp_path_factory.mktemp("deep"), layers=3)
+    run.params = jax.tree.map(lambda x: 5 * x, run.params)
+    with running(run, slots=2, name="tiny") as found:
+        yield found
+
+
+def test_attention_by_pointer_and_keys(browser, deep):
+    address, asked = deep[0], []
+    page = browser.new_page()
+    page.on("request", lambda r: r.url.endswith("/v1/attention") and asked.append(r.post_data_json))
+    page.set_default_timeout(10_000)
+    open_page(page, address)
+    page.locator("[data-setting=format]").select_option("json_schema")  # a random model's own tokens are invisible
+    say(page, "Hello, World", temperature=0, schema='{"const": "I see you"}')
+    finished(page)
+    page.locator(".token").first.hover()
+    assert not asked and page.locator("#attention").is_hidden()  # nothing is computed before it is asked for
+    [ids] = page.evaluate("messages.filter(x => x.ids).map(x => [x.promptIds, x.ids])")
+    percents = lambda: [float(x.strip("< %")) for x in page.locator("#most b").all_text_contents()]
+
+    def shown(at, **chosen):
+        """Whether the list has the largest weights that the API gives."""
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+            body = dict(prompt=ids[0], completion=ids[1], position=at) | chosen
+            weights = client.post("/attention", body=body, cast_to=object)["weights"]
+        return percents() == pytest.approx([100 * x for x in sorted(weights)[:-6:-1]], abs=0.11)  # shown: 12.3 %
+
+    button = page.get_by_role("button", name="Attention", exact=True)
+    button.click()
+    until(lambda: shown(page.evaluate("looked.token.at")) and button.get_attribute("aria-pressed") == "true")
+    page.locator(".token").nth(2).hover()
+    until(lambda: shown(2))
+    page.locator(".token").nth(1).click()
+    until(lambda: shown(1))
+    page.locator(".token").nth(3).hover()  # the second token stays until another click
+    page.wait_for_timeout(200)
+    assert page.evaluate("looked.token.at") == 1
+    # What the model had read: the template's tokens and those of the reply.
+    read = page.locator("#read .token").all_text_contents()
+    assert len(read) == len(ids[0]) + 1 and {"<|im_start|>", "<|im_end|>"} <= {*read}
+    assert "Hello, World" in page.locator("#read").text_content()
+    # By keys alone: the layer, the head, the weights of single tokens, another token of the reply, the end.
+    page.locator("#layer").focus()
+    page.keyboard.press("ArrowRight")
+    until(lambda: shown(1, layer=0))
+    assert page.locator("#layer").get_attribute("aria-valuetext") == "0"
+    page.keyboard.press("End")
+    page.keyboard.press("Tab")
+    page.keyboard.press("End")
+    until(lambda: shown(1, layer=2, head=1))
+    first, most = page.locator("#most li").first.text_content().split(" ", 1)
+    assert f": {first} {most}," in page.locator("#announce").text_content()
+    page.locator("#read").focus()
+    page.keyboard.press("Home")
+    assert page.locator("#announce").text_content().endswith("%") and "got" in page.locator("#tip").inner_text()
+    page.locator(".assistant .text").focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    until(lambda: shown(2, layer=2, head=1) and "Others: " in page.locator("#announce").text_content())
+    page.locator("#head").focus()
+    page.keyboard.press("Escape")
+    assert page.locator("#attention").is_hidden() and page.evaluate(
+        "document.activeElement.matches('.assistant .text')"
+    )
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    until(lambda: page.locator("#attention").is_visible() and page.evaluate("looked?.token.at") == 0)
+    page.get_by_role("button", name="New chat").click()
+    assert page.locator("#attention").is_hidden() and len(asked) < 12
+    page.close()
+
+
+def test_attention_of_bytes_and_sinks_and_its_absence(page):
+    """What the page makes of answers that this server does not give."""
+    say(page, "Hello", temperature=0, max_tokens=6)
+    finished(page)
+    answer = {"tokens": ["a", "bytes:\\xe2\\x80", "bytes:\\xa6", "<s>"], "weights": [0.1, 0.2, 0.3, 0.15]}
+    page.route("**/v1/attention", lambda route: route.fulfill(json=answer | {"special": [3], "rest": 0.25}))
+    page.locator(".token").last.click()
+    page.get_by_role("button", name="Attention", exact=True).click()
+    until(lambda: page.locator("#most li").count() == 4)
+    assert page.locator("#most li").all_text_contents() == ["… 50.0 %", "<s> 15.0 %", "a 10.0 %", "no token 25.0 %"]
+    assert page.locator("#read .token").all_text_contents() == ["a", "…", "<s>"]
+    page.unroute("**/v1/attention")
+    error = {"error": {"message": "the queue is full", "type": "rate_limit_error", "param": None, "code": "queue_full"}}
+    page.route("**/v1/attention", lambda route: route.fulfill(status=429, json=error))
+    page.locator(".token").first.click()
+    until(lambda: page.locator("#attention-note").inner_text() == "the queue is full")
+    model = page.evaluate("model") | {"attention": {"layers": [], "heads": 0, "missing": "all layers keep a state"}}
+    page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": [model]}))
+    page.reload()
+    until(lambda: page.locator("#no-attention").is_visible())
+    assert page.locator("#no-attention").inner_text() == "No attention to show: all layers keep a state."
+    say(page, "Hello", temperature=0, max_tokens=2)
+    finished(page)
+    assert page.get_by_role("button", name="Attention", exact=True).count() == 0
+
+
 CONTRAST = """() => {
   const part = x => { x /= 255; return x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4; };
-  const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number).map(part);
-    return .2126*r + .7152*g + .0722*b; };
-  const back = x => { for (; x; x = x.parentElement) { const c = getComputedStyle(x).backgroundColor;
-    if (!/, 0\\)$/.test(c)) return c; } return getComputedStyle(document.body).backgroundColor; };
-  return [...document.querySelectorAll('button, label, .text, .note, .who b, small, #model, input')].filter(
-    x => x.checkVisibility()).map(x => { const [a, b] = [light(getComputedStyle(x).color), light(back(x))].sort();
+  const numbers = c => { const found = c.match(/[\\d.]+/g).map(Number); return [...found.slice(0, 3), found[3] ?? 1]; };
+  const light = c => { const [r, g, b] = c.map(part); return .2126*r + .7152*g + .0722*b; };
+  const back = x => { const over = [];  // translucent colours over the first opaque one
+    for (; x && over.at(-1)?.[3] !== 1; x = x.parentElement) over.push(numbers(getComputedStyle(x).backgroundColor));
+    return over.reverse().reduce((a, b) => a.map((v, i) => v * (1 - b[3]) + b[i] * b[3])); };
+  return [...document.querySelectorAll('button, label, .text, .note, .who b, small, #model, input, label i, .looked, ' +
+    '#attention h2, #attention p, #most span, #most b, #read .token, #read .next')].filter(
+    x => x.checkVisibility()).map(x => { const [a, b] = [light(numbers(getComputedStyle(x).color)), light(back(x))];
     return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), x.outerHTML.slice(0, 80)]; });
 }"""
 
@@ -201,13 +306,21 @@ def test_both_themes_and_a_phone(browser, server, theme, width):
     finished(page)
     back = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (back == "rgb(255, 255, 255)") == (theme == "light")
+    page.get_by_role("button", name="Attention", exact=True).click()
+    until(lambda: page.locator("#read .token").count() > 20)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{theme}-{width}-attention.png")
+    ratios = page.evaluate(CONTRAST)
+    assert len(ratios) > 50 and min(ratios)[0] >= 4.5, min(ratios)  # WCAG 2.2, level AA
+    page.keyboard.press("Escape")
     if width == 360:
         assert page.locator("#settings").is_hidden()
         page.get_by_role("button", name="Settings").click()
     assert page.locator("#settings").is_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     ratios = page.evaluate(CONTRAST)
-    assert len(ratios) > 20 and min(ratios)[0] >= 4.5, min(ratios)  # WCAG 2.2, level AA
+    assert len(ratios) > 20 and min(ratios)[0] >= 4.5, min(ratios)
     unnamed = page.evaluate(
         "[...document.querySelectorAll('input, textarea, select')].filter(x => !x.labels.length).length"
     )

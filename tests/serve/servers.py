@@ -17,10 +17,10 @@ from tests.tokenizers.chat_test import TEMPLATES, make, without_marks
 SPECIAL, CHATML = TEMPLATES["eos is another token than the end of a reply"]
 
 
-def tiny_chat(directory, seed=0, context=256):
+def tiny_chat(directory, seed=0, **model):
     """A Run of a random decoder whose tokenizer has a chat template."""
     tokenizer, _ = make(directory, SPECIAL, without_marks(CHATML))
-    return tiny(tokenizer, seed, context=context)
+    return tiny(tokenizer, seed, **model)
 
 
 def tiny(tokenizer=None, seed=0, **model):
