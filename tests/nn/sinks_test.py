@@ -14,7 +14,7 @@ from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.kernels import fused_attention as kernels
 from nanoflax.nn import build, layers
-from nanoflax.nn.attention import attention_weights, heads_first
+from nanoflax.nn.attention import heads_first
 from tests.closeness import assert_trees_close
 
 
@@ -46,7 +46,7 @@ def test_sinks_equal_transformers(G, masked):
     np.testing.assert_allclose(found, expected.detach().transpose(1, 2), atol=2e-6)
     for ours, theirs in zip(pull(dy), (tq, tk, tv, ts), strict=True):
         np.testing.assert_allclose(ours, theirs.grad, atol=1e-5)
-    ours = attention_weights(jnp.asarray(q), jnp.asarray(k), mask, 0.3, 0.0, jnp.asarray(sinks))
+    ours = heads_first(jnp.asarray(q), jnp.asarray(k), None, mask, scale=0.3, sinks=jnp.asarray(sinks))
     np.testing.assert_allclose(ours, weights.detach(), atol=2e-6)
 
 
