@@ -140,6 +140,7 @@ def _write_gemma(c):
         write_rope(c)
         | write_layers(c)
         | {
+            "sliding_window": c.window or c.context,  # Transformers needs it in any case
             "query_pre_attn_scalar": round(scalar),
             "attn_logit_softcapping": c.attention_softcap or None,
             "final_logit_softcapping": c.logit_softcap or None,

@@ -310,8 +310,8 @@ def _normalized(family: Family, config: ModelConfig, tensors: dict, path) -> tup
     known = {(key if isinstance(key, str) else key[0]).split(".")[0] for key in keys}
     named = {}
     for name, tensor in tensors.items():
-        name = family.renamed.get(name, name)
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+        name = family.renamed.get(name, name)
         named[name if name.split(".")[0] in known else family.base + name] = tensor
     if len(named) < len(tensors):
         raise UserError(f"{path}: some tensors appear twice, with and without the prefix {family.base!r}")

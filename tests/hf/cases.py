@@ -84,7 +84,7 @@ CASES = {
         HEAD8
         | dict(
             head_dim=16,
-            sliding_window=40,
+            layer_types=["full_attention"] * 2,
             attn_logit_softcapping=None,
             final_logit_softcapping=None,
             attention_bias=True,
