@@ -3,7 +3,7 @@
 from nanoflax.data.batches import Batches, evaluation_batches, prefetch
 from nanoflax.data.beam import beam_engine
 from nanoflax.data.building import build_store
-from nanoflax.data.cache import default_cache_dir, prepare
+from nanoflax.data.cache import cached, default_cache_dir, prepare
 from nanoflax.data.cleaning import UNICODE, WHITESPACE, clean, cleaning_steps
 from nanoflax.data.files import MALFORMED, decode, json_lines, open_text, text_lines
 from nanoflax.data.folders import Folder, locked
@@ -31,10 +31,11 @@ from nanoflax.data.tfds import dataset_examples, dataset_splits, open_dataset
 from nanoflax.data.windows import Windows
 
 __all__ = [
-    "Batches", "DataReport", "Folder", "MALFORMED", "Mixture", "Source", "Stage", "TokenStore", "UNICODE",
-    "WHITESPACE", "Windows", "beam_engine", "build_store", "clean", "cleaning_steps", "damaged", "dataset_examples",
-    "dataset_splits", "decode", "default_cache_dir", "documents", "evaluation_batches", "field_flag",
-    "field_of_source", "hub_splits", "is_held_out", "is_mixture", "json_lines", "load_tokenizer", "locked",
-    "made_tokenizer", "mixed_documents", "open_dataset", "open_text", "parquet_rows", "prefetch", "prepare",
-    "save_tokenizer", "source_of", "source_version", "sources_of", "stages_of", "standard_modules", "table_rows",
-    "text_lines", "tokenize_parts", "validation_of", "with_mixture_file"]  # fmt: skip
+    "MALFORMED", "UNICODE", "WHITESPACE", "Batches", "DataReport", "Folder", "Mixture", "Source", "Stage",
+    "TokenStore", "Windows", "beam_engine", "build_store", "cached", "clean", "cleaning_steps", "damaged",
+    "dataset_examples", "dataset_splits", "decode", "default_cache_dir", "documents", "evaluation_batches",
+    "field_flag", "field_of_source", "hub_splits", "is_held_out", "is_mixture", "json_lines", "load_tokenizer",
+    "locked", "made_tokenizer", "mixed_documents", "open_dataset", "open_text", "parquet_rows", "prefetch",
+    "prepare", "save_tokenizer", "source_of", "source_version", "sources_of", "stages_of", "standard_modules",
+    "table_rows", "text_lines", "tokenize_parts", "validation_of", "with_mixture_file",
+]  # fmt: skip

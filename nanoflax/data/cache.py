@@ -6,10 +6,12 @@ Source --processes--> TokenStore in the cache --> Windows --> Batches[step]
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 from nanoflax import storage
@@ -63,6 +65,25 @@ def prepare(
         raise UserError(
             f"cache directory {cache} cannot be written: {error.strerror}; choose another with $NANOFLAX_CACHE"
         ) from error
+
+
+def cached(name: str, parts: Any, make: Callable[[], bytes], cache_dir: str | os.PathLike | None = None) -> bytes:
+    """What make() gives, or gave in an earlier call with the same name and parts, from the cache.
+
+    parts: JSON values that decide what make() gives. A damaged file is made again; a cache that cannot be written only
+    saves no time.
+    """
+    key = hashlib.blake2b(to_json(parts).encode(), digest_size=16).hexdigest()
+    folder, file = Folder(cache_dir or default_cache_dir()), f"{name}-{key}"
+    with contextlib.suppress(OSError):
+        digest, content = (found := folder.read(file))[:16], found[16:]
+        if digest == hashlib.blake2b(content, digest_size=16).digest():
+            return content
+    content = make()
+    with contextlib.suppress(OSError):
+        folder.create()
+        folder.write(file, hashlib.blake2b(content, digest_size=16).digest() + content)
+    return content
 
 
 def _chosen_name(source: Source, split: str) -> str:

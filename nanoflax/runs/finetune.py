@@ -227,7 +227,7 @@ class Finetuning:
             config=config,
             mesh=self.mesh,
             model=self.model,
-            tokenizer=self.tokenizer,
+            tokenizer=lambda: self.tokenizer,
             shapes=shapes,
             load=lambda: self.load(start),
             trained=peft.trainable(shapes, config.peft),

@@ -1,6 +1,7 @@
 """Pretraining: a decoder learns to predict the next token of a corpus, from scratch or from a source."""
 
 import dataclasses
+import functools
 import os
 from functools import partial
 from typing import Any
@@ -16,8 +17,8 @@ from nanoflax.runs.directory import check_workdir, exclusive
 from nanoflax.runs.opening import initial_parameters, open_initial
 from nanoflax.runs.profile import parse_profile
 from nanoflax.runs.run import Run
-from nanoflax.runs.text_data import read_text, text_tokenizer
-from nanoflax.runs.trainer import Job, Result, check_metric, check_wandb, run_job, setup_jax
+from nanoflax.runs.text_data import known_tokenizer, read_text, train_tokenizer
+from nanoflax.runs.trainer import Job, Result, TrainingData, check_metric, check_wandb, run_job, setup_jax
 from nanoflax.runs.vocabulary import with_vocabulary
 
 
@@ -85,7 +86,7 @@ def check_sources(config: Config) -> dict[str, data.Source]:
 
 
 def make_job(config: Config, workdir: str, restart: bool) -> Job:
-    """The Job of a Config. The text is read later, except to train a tokenizer."""
+    """The Job of a Config. The text is read later, and a new tokenizer is trained later: its size is known."""
     source = open_initial(config.model) if config.model.init_from else None
     if source:
         if source.config.reads_source or not source.config.is_causal:
@@ -103,13 +104,14 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
     parallel.check_mesh(dataclasses.replace(config, model=parallel.pad_vocabulary(config.model, mesh)), mesh)
     assert isinstance(config.data, TextData)  # see `check`
     sources = check_sources(config)
-    tokenizer = source.tokenizer if source and not weights else text_tokenizer(config, weights or workdir)
-    config = dataclasses.replace(config, model=with_vocabulary(config.model, tokenizer, mesh, saved))
+    known = source.tokenizer if source and not weights else known_tokenizer(config, weights or workdir)
+    size = tokenizers.parse(config.data.tokenizer)[1] if known is None else known.vocab_size
+    config = dataclasses.replace(config, model=with_vocabulary(config.model, size, mesh, saved))
     lengths = {"data.window": config.window} if config.window < config.model.context else None
     parallel.check_mesh(config, mesh, lengths)  # with the final vocabulary
-    prompt = tokenizers.prompt_ids(tokenizer, config.train.sample_prompt)
-    if config.train.sample_tokens:
-        tokenizers.check_prompts(config.model, [prompt], config.train.sample_tokens)
+    if known is not None:
+        prompt_of(config, known)  # refused before anything is compiled
+    tokenizer = functools.cache(lambda: train_tokenizer(config, weights or workdir) if known is None else known)
     model = nn.build(config.model, config.train.remat)
     batch, objective, load = train.abstract_batch(config, mesh), train.causal_lm, None
     if len(sources) > 1:
@@ -128,12 +130,25 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
         objective=objective,
         batch=batch,
         fixed_batch=True,
-        read_data=lambda: read_text(
-            config, mesh, model, tokenizer, lambda params: continue_prompt(config, model, params, tokenizer, prompt)
-        ),
+        read_data=lambda: read_data(config, mesh, model, tokenizer()),
         flops_per_token=planning.flops_per_token(config.model, config.window),
         replaces=weights,
     )
+
+
+def prompt_of(config: Config, tokenizer: Any) -> list[int]:
+    """The ids of train.sample_prompt. Raises: UserError if the context is too short for it and its continuation."""
+    prompt = tokenizers.prompt_ids(tokenizer, config.train.sample_prompt)
+    if config.train.sample_tokens:
+        tokenizers.check_prompts(config.model, [prompt], config.train.sample_tokens)
+    return prompt
+
+
+def read_data(config: Config, mesh: jax.sharding.Mesh, model: Any, tokenizer: Any) -> TrainingData:
+    """The text, and its evaluation, which continues train.sample_prompt."""
+    prompt = prompt_of(config, tokenizer)
+    sample = lambda params: continue_prompt(config, model, params, tokenizer, prompt)
+    return read_text(config, mesh, model, tokenizer, sample)
 
 
 def check_workdir_once(workdir: str, config: Config, restart: bool) -> tuple[Config | None, str | None]:

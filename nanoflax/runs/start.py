@@ -84,7 +84,7 @@ def start_from(
         if m.reads_source:
             m = dataclasses.replace(m, start_id=tokenizer.bos_id)
     path = os.path.join(workdir, "config.json")
-    m = with_vocabulary(m, tokenizer, mesh, read_config(path) if os.path.exists(path) else None)
+    m = with_vocabulary(m, tokenizer.vocab_size, mesh, read_config(path) if os.path.exists(path) else None)
     m = with_head(m, task, examples)
     only_adapters = not isinstance(config.peft, configs.FullFineTuning) and not config.peft.trained
     if source and only_adapters and (new := new_parts(m, source.config, new_head)):

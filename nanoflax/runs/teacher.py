@@ -113,5 +113,5 @@ class Teacher:
             load=lambda: load() | {TEACHER: self.load()},
             trained=job.trained | {TEACHER: jax.tree.map(lambda _: False, shapes)},
             other_models=(*job.other_models, TEACHER),
-            wrap_step=OwnSamples(job.config, job.model, job.mesh, job.tokenizer) if self.task.on_policy else None,
+            wrap_step=OwnSamples(job.config, job.model, job.mesh, job.tokenizer()) if self.task.on_policy else None,
         )

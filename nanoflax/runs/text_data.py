@@ -1,16 +1,20 @@
 """The text of a run of pretrain: its sources, what is read of them, and how the model is measured on them."""
 
+import dataclasses
 import hashlib
+import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from nanoflax import data, parallel, report, train
+from nanoflax import data, parallel, report, tokenizers, train
 from nanoflax.config import Config, TextData
 from nanoflax.runs.trainer import TrainingData
-from nanoflax.runs.vocabulary import get_tokenizer
+from nanoflax.runs.vocabulary import existing_tokenizer, train_on_first_process
+
+TRAINING = 1  # part of the cache key of a tokenizer; changes with tokenizers.train_sentencepiece
 
 
 def tokenizer_texts(config: Config) -> Iterator[str]:
@@ -24,14 +28,35 @@ def tokenizer_texts(config: Config) -> Iterator[str]:
 
 
 def text_tokenizer(config: Config, directory: str) -> Any:
-    """The tokenizer of the run in directory, or of a new run. A source of tokens has one, so none is trained."""
+    """The tokenizer of the run in directory, or of a new run."""
+    found = known_tokenizer(config, directory)
+    return train_tokenizer(config, directory) if found is None else found
+
+
+def known_tokenizer(config: Config, directory: str) -> Any:
+    """`text_tokenizer`, or None if it must be trained. A source of tokens has one, so none is trained."""
     assert isinstance(config.data, TextData)  # see pretrain.check
     names = [source.name for source in data.sources_of(config.data).values() if source.name.startswith("tokens:")]
     given = data.made_tokenizer(names[0]) if names else None
-    tokenizer = get_tokenizer(config.data, directory, lambda: tokenizer_texts(config), given)
-    if tokenizer is given:
+    found = existing_tokenizer(config.data, directory, given)
+    if names and found is given:
         print(f"tokenizer: that of {names[0]}, not a new one of data.tokenizer={config.data.tokenizer}")
-    return tokenizer
+    return found
+
+
+def train_tokenizer(config: Config, directory: str) -> Any:
+    """A tokenizer trained on the text, for the run in directory. Its model is cached on disk."""
+    d, t = config.data, config.train
+    assert isinstance(d, TextData)  # see pretrain.check
+    kind, size = tokenizers.parse(d.tokenizer)
+    sources = data.sources_of(d)
+    texts = [[name, dataclasses.asdict(source), data.source_version(source)] for name, source in sources.items()]
+    if len(sources) > 1:
+        texts.append([t.steps, [[stage.step, stage.counts] for stage in data.stages_of(d, t.steps) or ()]])
+    version = [TRAINING, importlib.metadata.version("sentencepiece")]
+    make = lambda: tokenizers.train_sentencepiece(tokenizer_texts(config), size, kind).model
+    cached = lambda: data.cached("tokenizer", [*version, kind, size, texts], make, d.cache or None)
+    return train_on_first_process(lambda: tokenizers.SentencePieceTokenizer(cached()), directory)
 
 
 def read_text(

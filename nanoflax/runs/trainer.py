@@ -45,7 +45,7 @@ class Job:
     config: Config  # with the final sizes of the model
     mesh: jax.sharding.Mesh
     model: Any  # a Linen module
-    tokenizer: Any  # saved in the run's directory
+    tokenizer: Callable[[], Any]  # saved in the run's directory; it may be trained while the step is compiled
     shapes: Params  # of all parameters
     load: Callable[[], Params] | None = None  # all initial parameters on the mesh; None: random, from train.seed
     trained: Params | None = None  # tree of bool; None: all parameters are trained
@@ -201,7 +201,7 @@ class Trainer:
         else:
             state = train.init_state(job.model, self.optimizer, job.config, job.mesh, trained)
         if parallel.is_main_process():
-            write_run(self.workdir, job.config, job.tokenizer)
+            write_run(self.workdir, job.config, job.tokenizer())
         if job.replaces:  # save now: only the archived run has these weights
             meta = {"step": 0, "position": 0, "tracking": tracking._asdict()}
             saves.save(0, state._asdict(), self.identity | meta)

@@ -20,15 +20,21 @@ def get_tokenizer(config: DataConfig, directory: str, texts: Callable[[], Iterab
     """
     from nanoflax import tokenizers
 
+    found = existing_tokenizer(config, directory, given)
+    if found is not None:
+        return found
     kind, size = tokenizers.parse(config.tokenizer)
-    own = os.path.join(directory, "tokenizer")
+    return train_on_first_process(lambda: tokenizers.train_sentencepiece(texts(), size, kind), directory)
+
+
+def existing_tokenizer(config: DataConfig, directory: str, given: Any = None) -> Any:
+    """`get_tokenizer`, or None if the tokenizer must be trained."""
+    from nanoflax import tokenizers
+
+    kind, _ = tokenizers.parse(config.tokenizer)
     if os.path.exists(os.path.join(directory, "config.json")):
-        return tokenizers.load(own)
-    if kind in ("bytes", "path"):
-        return tokenizers.load(config.tokenizer)
-    if given is not None:
-        return given
-    return _train_on_first_process(lambda: tokenizers.train_sentencepiece(texts(), size, kind), own)
+        return tokenizers.load(os.path.join(directory, "tokenizer"))
+    return tokenizers.load(config.tokenizer) if kind in ("bytes", "path") else given
 
 
 def with_own_template(tokenizer: Any, workdir: str) -> Any:
@@ -46,16 +52,16 @@ def with_own_template(tokenizer: Any, workdir: str) -> Any:
     return dated
 
 
-def _train_on_first_process(train: Callable[[], Any], directory: str) -> Any:
-    """The tokenizer of train(). Process 0 trains it; the other processes read its files. In a remote run, each trains
-    the same one."""
+def train_on_first_process(train: Callable[[], Any], directory: str) -> Any:
+    """The tokenizer of train(), for the run in directory. Process 0 trains it; the other processes read its files. In
+    a remote run, each trains the same one."""
     import jax
 
     from nanoflax import tokenizers
 
-    if jax.process_count() == 1 or remote.is_copy(directory):  # the hosts of a remote run share no directory
+    part = os.path.join(directory, "tokenizer.part")
+    if jax.process_count() == 1 or remote.is_copy(part):  # the hosts of a remote run share no directory
         return train()
-    part = f"{directory}.part"
     parallel.run_on_main_process(lambda: train().save(part))
     tokenizer = tokenizers.load(part)
     parallel.gather_from_processes("read")
@@ -73,17 +79,15 @@ def with_saved_vocabulary(model: ModelConfig, saved: Config) -> ModelConfig:
     return dataclasses.replace(model, vocab_size=old.vocab_size, vocab_padding=old.vocab_padding)
 
 
-def with_vocabulary(model: ModelConfig, tokenizer: Any, mesh: Any, saved: Config | None = None) -> ModelConfig:
+def with_vocabulary(model: ModelConfig, tokens: int, mesh: Any, saved: Config | None = None) -> ModelConfig:
     """The ModelConfig with its vocabulary size V: from a saved Config, or the tokenizer's (if V is 0), padded if
-    the mesh needs it.
+    the mesh needs it. tokens: the vocabulary size of the tokenizer.
 
     Raises: UserError if V is less than the tokenizer's.
     """
     model = with_saved_vocabulary(model, saved) if saved else model
     if not model.vocab_size:
-        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
-    if (size := model.vocab_size - model.vocab_padding) < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size={size} is less than the tokenizer's {tokenizer.vocab_size}; set it to 0 or at least that"
-        )
+        model = dataclasses.replace(model, vocab_size=tokens)
+    if (size := model.vocab_size - model.vocab_padding) < tokens:
+        raise UserError(f"model.vocab_size={size} is less than the tokenizer's {tokens}; set it to 0 or at least that")
     return model if saved else parallel.pad_vocabulary(model, mesh)

@@ -115,11 +115,8 @@ def test_an_adapter_with_its_head_has_no_padding(tmp_path):
 
 
 def test_the_size_of_a_run_is_its_own_on_any_mesh():
-    class Tokenizer:
-        vocab_size = 261
-
     def size(model, tensor, saved=None):
-        return with_vocabulary(model, Tokenizer, mesh_of(tensor), saved).vocab_size
+        return with_vocabulary(model, 261, mesh_of(tensor), saved).vocab_size
 
     new, named = ModelConfig(), ModelConfig(vocab_size=261)
     saved = Config(model=ModelConfig(vocab_size=384, vocab_padding=123))
