@@ -35,9 +35,9 @@ from typing import Any
 
 from absl import flags
 
+import nanoflax
 from experiments.flags import launch
 from experiments.source import check_source, define_source, open_source
-from nanoflax import evals, report, runs
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -71,27 +71,27 @@ OF_TASKS = ("include_path", "num_fewshot", "limit", "apply_chat_template", "syst
 def main():
     check_flags()
     check_source()
-    runs.setup_jax()
+    nanoflax.runs.setup_jax()
     if FLAGS.tasks:
         settings: dict[str, Any] = {name: FLAGS[name].value for name in OF_TASKS}
-        found = evals.run_tasks(
+        found = nanoflax.evals.run_tasks(
             open_source(), FLAGS.tasks, batch_size=FLAGS.batch_size, out=FLAGS.out or None, **settings
         )
-        print(evals.table(found), file=sys.stderr)
+        print(nanoflax.evals.table(found), file=sys.stderr)
         result = {name: found[name] for name in ("results", "groups", "n-shot", "n-samples") if name in found}
     elif FLAGS.stride:
-        result = evals.strided_perplexity(
+        result = nanoflax.evals.strided_perplexity(
             open_source(), FLAGS.data, FLAGS.stride, FLAGS.split, FLAGS.fields, FLAGS.batch_size
         )
     elif FLAGS.candidates:
-        questions = runs.read_questions(FLAGS.candidates)
+        questions = nanoflax.runs.read_questions(FLAGS.candidates)
         result = {"data": FLAGS.candidates} | open_source().rank(questions, FLAGS.out)
     else:
         run = open_source()
         result = run.evaluate(FLAGS.data, FLAGS.split, FLAGS.out, FLAGS.fields, FLAGS.reward or None)
         if run.task is not None and run.task.scores_table:
             print("\n".join(run.task.scores_table(result["report"])), file=sys.stderr)
-    print(report.to_json(result, indent=1, ensure_ascii=False))
+    print(nanoflax.report.to_json(result, indent=1, ensure_ascii=False))
 
 
 def check_flags():

@@ -14,9 +14,10 @@ from typing import Any
 
 from absl import app, flags, logging
 
+import nanoflax
 from experiments.help import print_help
 from nanoflax import config as configs
-from nanoflax import parallel, report, storage
+from nanoflax import storage
 from nanoflax.config import fields
 from nanoflax.errors import DISK_ERRORS, UserError
 
@@ -75,7 +76,7 @@ def launch(
             _crash()
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
-            parallel.exit_process(130)
+            nanoflax.parallel.exit_process(130)
         except Exception:
             _crash()
 
@@ -86,7 +87,10 @@ def launch(
 
 
 def _use_huge_pages():
-    """On Linux, restart with huge pages (glibc reads this setting at the start): page faults took 1/8 of a CPU step."""
+    """On Linux, restart with huge pages (glibc reads this setting at the start): page faults took 1/8 of a CPU step.
+
+    Programs that are started often import JAX in main(), as nanoflax.ROOM, not at their top: only once.
+    """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
         os.environ["GLIBC_TUNABLES"] = f"{tunables}:glibc.malloc.hugetlb=1".lstrip(":")
@@ -124,12 +128,12 @@ def _drop_output_that_nobody_reads():
 
 def _crash():
     traceback.print_exc()
-    parallel.exit_process(1)
+    nanoflax.parallel.exit_process(1)
 
 
 def _fail(error):
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
-    parallel.exit_process(2)
+    nanoflax.parallel.exit_process(2)
 
 
 def _no_such_flag(name):
@@ -152,7 +156,7 @@ def write_json(flag: str, path: str, value: Any = None) -> None:
         return
     try:
         with open(path, "a" if value is None else "w") as f:
-            f.write("" if value is None else report.to_json(value, indent=1) + "\n")
+            f.write("" if value is None else nanoflax.report.to_json(value, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--{flag}={path} cannot be written: {error.strerror}") from error
 

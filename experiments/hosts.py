@@ -4,8 +4,8 @@ from typing import Any
 
 from absl import flags
 
+import nanoflax
 from nanoflax import config as configs
-from nanoflax import parallel
 
 FLAGS = flags.FLAGS
 
@@ -29,10 +29,10 @@ def join(config: configs.Config, **others: Any) -> None:
 
     Raises: UserError if processes are missing or their settings differ, before anything is compiled.
     """
-    parallel.join_processes(
+    nanoflax.parallel.join_processes(
         FLAGS.coordinator, FLAGS.processes, FLAGS.process_id, FLAGS.join_seconds, FLAGS.heartbeat_seconds
     )
     values = configs.to_dict(config)
     for name in ("workers", "cache"):  # may differ between machines
         values["data"].pop(name, None)
-    parallel.check_processes_agree("their configurations", {"config": values} | others)
+    nanoflax.parallel.check_processes_agree("their configurations", {"config": values} | others)

@@ -29,7 +29,6 @@ import nanoflax
 from experiments.flags import launch, parsed_config
 from experiments.hosts import define_hosts, join
 from nanoflax import config as configs
-from nanoflax import parallel
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "", "directory of the run, or gs://... or s3://...; empty: runs/NAME of the config")
@@ -49,7 +48,7 @@ def main() -> int:
     run = nanoflax.pretrain(config, workdir, restart_from_weights=FLAGS.restart_from_weights, profile=FLAGS.profile)
     if run.signal:
         return 128 + run.signal
-    if parallel.is_main_process():
+    if nanoflax.parallel.is_main_process():
         print(f'sample it:  python -m experiments.sample --workdir={workdir} --prompt="The function returns"')
     return 0
 

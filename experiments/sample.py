@@ -23,9 +23,9 @@ from typing import Any
 
 from absl import flags
 
+import nanoflax
 from experiments.flags import launch
 from experiments.source import check_source, define_source, open_source
-from nanoflax import data, runs, tokenizers, untrusted
 from nanoflax.config import MAX_SEED
 from nanoflax.errors import UserError
 
@@ -57,7 +57,7 @@ flags.DEFINE_string("grammar", None, "file with a grammar, in llguidance's form 
 def main():
     prompts, settings = read_prompts(), read_settings()
     check_source()
-    runs.setup_jax()
+    nanoflax.runs.setup_jax()
     run = open_source()
     as_task = run.task is not None and not FLAGS.chat
     if run.task is None and run.config.model.head != "lm":
@@ -67,31 +67,32 @@ def main():
             raise UserError(f"--prompt is missing: the text that task.kind={run.config.task.kind!r} is about")
         if not all(map(str.strip, run.cleaned_texts(prompts))):
             raise UserError("--prompt is empty after cleaning, with the settings of the run's data")
-    if not as_task and (used := runs.used_of_model(settings, run.model.config.generation)):
+    if not as_task and (used := nanoflax.runs.used_of_model(settings, run.model.config.generation)):
         print(f"set by the model's generation_config.json: {used}", file=sys.stderr)
     if FLAGS.chat:
         if run.model.config.head != "lm":
             raise UserError(f"--chat: the model has model.head={run.model.config.head!r}, so it generates no text")
         if not run.tokenizer.chat_template:
             raise UserError("--chat: the tokenizer of this model has no chat template")
-        runs.chat(run, FLAGS.system, **settings)
+        nanoflax.runs.chat(run, FLAGS.system, **settings)
     elif FLAGS.interactive:
-        runs.answer_typed_prompts(run, as_task, **settings)
+        nanoflax.runs.answer_typed_prompts(run, as_task, **settings)
     else:
-        runs.print_answers(run, prompts or [""], as_task, **settings)
+        nanoflax.runs.print_answers(run, prompts or [""], as_task, **settings)
 
 
 def read_settings():
     """The settings of generation that are given. Raises: UserError for ranges and contradictions."""
-    names = [field.name for field in dataclasses.fields(runs.GenerationSettings)]
+    names = [field.name for field in dataclasses.fields(nanoflax.runs.GenerationSettings)]
     settings: dict[str, Any] = {name: FLAGS[name].value for name in names if FLAGS[name].present}
     for name in {"json_schema", "grammar"} & settings.keys():
         folder, file = os.path.split(settings[name])
-        text = untrusted.read_bytes(folder or ".", file, 1_000_000)
-        settings[name] = untrusted.json_object(text, file) if name == "json_schema" else text.decode(errors="replace")
+        text = nanoflax.untrusted.read_bytes(folder or ".", file, 1_000_000)
+        is_json = name == "json_schema"
+        settings[name] = nanoflax.untrusted.json_object(text, file) if is_json else text.decode(errors="replace")
     if "stop" in settings:
         settings["stop"] = [text.replace("\\n", "\n") for text in FLAGS.stop]
-    runs.GenerationSettings.of(settings, prefix="--")
+    nanoflax.runs.GenerationSettings.of(settings, prefix="--")
     return settings
 
 
@@ -104,14 +105,14 @@ def read_prompts():
         raise UserError("--system is only read with --chat")
     prompts = list(FLAGS.prompt)
     if FLAGS.prompt_file:
-        with data.open_text(FLAGS.prompt_file) as file:
-            lines = [line for _, line in data.text_lines(file, FLAGS.prompt_file)]
+        with nanoflax.data.open_text(FLAGS.prompt_file) as file:
+            lines = [line for _, line in nanoflax.data.text_lines(file, FLAGS.prompt_file)]
         if not any(lines):
             raise UserError(f"--prompt_file={FLAGS.prompt_file} holds no prompt; write one on each line")
         prompts += filter(None, lines)
     if "" in prompts:
         raise UserError("--prompt is empty; leave the flag out to begin a document")
-    return [tokenizers.well_formed(prompt) for prompt in prompts]
+    return [nanoflax.tokenizers.well_formed(prompt) for prompt in prompts]
 
 
 if __name__ == "__main__":

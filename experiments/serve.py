@@ -19,9 +19,9 @@ from typing import Any
 
 from absl import flags
 
+import nanoflax
 from experiments.flags import launch
 from experiments.source import check_source, define_source, open_source
-from nanoflax import runs, serve
 
 FLAGS = flags.FLAGS
 define_source()
@@ -39,21 +39,22 @@ flags.DEFINE_string("name", "", "name of the model in the API; default: the last
 
 
 def main():
-    given: dict[str, Any] = {field.name: FLAGS[field.name].value for field in dataclasses.fields(serve.Settings)}
-    settings = serve.Settings(**given)
+    names = [field.name for field in dataclasses.fields(nanoflax.serve.Settings)]
+    given: dict[str, Any] = {name: FLAGS[name].value for name in names}
+    settings = nanoflax.serve.Settings(**given)
     if not settings.api_key:
         settings = dataclasses.replace(settings, api_key=os.environ.get("NANOFLAX_API_KEY", ""))
     check_source()
-    serve.check_installed()
-    listener = serve.listen(FLAGS.host, FLAGS.port)
-    runs.setup_jax()
+    nanoflax.serve.check_installed()
+    listener = nanoflax.serve.listen(FLAGS.host, FLAGS.port)
+    nanoflax.runs.setup_jax()
     run = open_source()
-    own = runs.model_settings(run.model.config.generation)
+    own = nanoflax.runs.model_settings(run.model.config.generation)
     if beams := own.pop("beams", None):
         print(f"generation_config.json has num_beams={beams}; the server does no beam search", file=sys.stderr)
     if used := ", ".join(f"{name}={value}" for name, value in own.items() if name != "length_penalty"):
         print(f"unless a request has others, set by generation_config.json: {used}", file=sys.stderr)
-    if FLAGS.host not in serve.LOCAL and not settings.api_key:
+    if FLAGS.host not in nanoflax.serve.LOCAL and not settings.api_key:
         print("everyone who reaches this machine can use the server; --api_key prevents this", file=sys.stderr)
 
     print(f"loading and compiling {run.source} ...", file=sys.stderr)
@@ -61,7 +62,7 @@ def main():
     def show(url):
         print(f"{run.source} at {url} (the page; the API is at {url}/v1). Ctrl-C ends the server.", flush=True)
 
-    serve.serve(run, listener, settings, show)
+    nanoflax.serve.serve(run, listener, settings, show)
 
 
 if __name__ == "__main__":

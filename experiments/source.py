@@ -3,7 +3,7 @@
 from absl import flags
 
 import nanoflax
-from nanoflax import runs
+from nanoflax import config as configs
 from nanoflax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -16,9 +16,9 @@ def define_source() -> None:
     flags.DEFINE_string("model", "", "instead of --workdir: a directory of Transformers, a hub name or a .gguf file")
     flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "checkpoint of the run")
     flags.DEFINE_enum(
-        "quantize", "", [*runs.QUANTIZE], "matrices in 8 or 4 bits; file: as in a .gguf file; empty: as floats"
+        "quantize", "", [*configs.QUANTIZE], "matrices in 8 or 4 bits; file: as in a .gguf file; empty: as floats"
     )
-    flags.DEFINE_enum("cache_dtype", "", [*runs.CACHE_DTYPES], "int8: keys and values of generated text in 8 bits")
+    flags.DEFINE_enum("cache_dtype", "", [*configs.CACHE_DTYPES], "int8: keys and values of generated text in 8 bits")
 
 
 def check_source() -> None:
@@ -27,7 +27,7 @@ def check_source() -> None:
         raise UserError("give either --workdir, of a run, or --model, of a published model")
     if FLAGS.model and FLAGS["checkpoint"].present:
         raise UserError(f"--checkpoint={FLAGS.checkpoint} is of a run, so it needs --workdir, not --model")
-    if FLAGS.workdir and not runs.is_run(FLAGS.workdir):
+    if FLAGS.workdir and not nanoflax.runs.is_run(FLAGS.workdir):
         raise UserError(f"--workdir={FLAGS.workdir} holds no run (no checkpoints/); for a published model give --model")
 
 

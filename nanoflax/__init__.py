@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from nanoflax import (
         config,
         data,
+        evals,
         generate,
         hf,
         nn,
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
         planning,
         report,
         runs,
+        serve,
         tasks,
         tokenizers,
         train,
+        untrusted,
     )
     from nanoflax.config import ModelConfig
     from nanoflax.generate import beam_search, sample
@@ -46,6 +49,7 @@ _HOMES = {  # name here: (room, name there)
 _ROOMS = (
     "config",
     "data",
+    "evals",
     "generate",
     "hf",
     "nn",
@@ -54,9 +58,11 @@ _ROOMS = (
     "planning",
     "report",
     "runs",
+    "serve",
     "tasks",
     "tokenizers",
     "train",
+    "untrusted",
 )
 __all__ = [
     "ModelConfig",
@@ -65,6 +71,7 @@ __all__ = [
     "build",
     "config",
     "data",
+    "evals",
     "finetune",
     "generate",
     "hf",
@@ -78,9 +85,11 @@ __all__ = [
     "report",
     "runs",
     "sample",
+    "serve",
     "tasks",
     "tokenizers",
     "train",
+    "untrusted",
 ]
 
 

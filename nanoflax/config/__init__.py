@@ -7,7 +7,7 @@
 from nanoflax.config import fields
 from nanoflax.config.data import DataConfig, ExampleData, TextData
 from nanoflax.config.fields import as_kind, diff, from_dict, to_dict, validate
-from nanoflax.config.generation import GenerationDefaults
+from nanoflax.config.generation import CACHE_DTYPES, QUANTIZE, GenerationDefaults
 from nanoflax.config.layers import (
     LAYER_TYPES,
     RECURRENT,
@@ -63,12 +63,13 @@ from nanoflax.config.task import (
 )
 
 __all__ = [
-    "AdaLoRA", "AnyPeft", "AnyTask", "Classify", "Config", "DataConfig", "Denoise", "Distill", "DistillChat",
-    "DistillTask", "DoRA", "ExampleData", "ExampleTask", "FullFineTuning", "GRPO", "GenerationDefaults", "Houlsby",
-    "Instruct", "LAYER_TYPES", "LSTM_ATTENTIONS", "LSTM_STARTS", "LabelTask", "LanguageModel", "LatentConfig",
-    "LoRA", "LowRank", "MAX_SEED", "METRICS", "MaskedLM", "MoEConfig", "ModelConfig", "OPTIMIZERS", "OptimConfig",
-    "PEFT_KINDS", "POSITIONS", "PREFERENCE_LOSSES", "PRESETS", "PackedTask", "PairTask", "PeftConfig", "Pfeiffer",
-    "Prefer", "PrefixTuning", "Pretrain", "PromptTuning", "RECIPES", "RECURRENT", "RECIPE_FIELDS", "ROPE_SCALINGS",
-    "Recipe", "RecurrentConfig", "RewardModel", "RopeConfig", "SCHEDULES", "ShiftTask", "TASK_KINDS", "Tag",
-    "TargetTask", "TextData", "TrainConfig", "Translate", "as_kind", "diff", "fields", "fill", "from_dict",
-    "preset", "read_class_weights", "recipe_of", "to_dict", "validate", "with_recipe"]  # fmt: skip
+    "CACHE_DTYPES", "GRPO", "LAYER_TYPES", "LSTM_ATTENTIONS", "LSTM_STARTS", "MAX_SEED", "METRICS", "OPTIMIZERS",
+    "PEFT_KINDS", "POSITIONS", "PREFERENCE_LOSSES", "PRESETS", "QUANTIZE", "RECIPES", "RECIPE_FIELDS", "RECURRENT",
+    "ROPE_SCALINGS", "SCHEDULES", "TASK_KINDS", "AdaLoRA", "AnyPeft", "AnyTask", "Classify", "Config", "DataConfig",
+    "Denoise", "Distill", "DistillChat", "DistillTask", "DoRA", "ExampleData", "ExampleTask", "FullFineTuning",
+    "GenerationDefaults", "Houlsby", "Instruct", "LabelTask", "LanguageModel", "LatentConfig", "LoRA", "LowRank",
+    "MaskedLM", "MoEConfig", "ModelConfig", "OptimConfig", "PackedTask", "PairTask", "PeftConfig", "Pfeiffer",
+    "Prefer", "PrefixTuning", "Pretrain", "PromptTuning", "Recipe", "RecurrentConfig", "RewardModel", "RopeConfig",
+    "ShiftTask", "Tag", "TargetTask", "TextData", "TrainConfig", "Translate", "as_kind", "diff", "fields", "fill",
+    "from_dict", "preset", "read_class_weights", "recipe_of", "to_dict", "validate", "with_recipe",
+]  # fmt: skip

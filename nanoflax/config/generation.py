@@ -7,6 +7,9 @@ from nanoflax.config.fields import field
 
 MOST_TOKENS = 2**31  # ids and numbers of tokens are int32
 LARGE = 1e38  # near the largest float32
+# How `open` packs a model. "file": as in a .gguf file, for the matrices; programs offer these before they import JAX.
+QUANTIZE = ("", "int8", "int4", "file")
+CACHE_DTYPES = ("", "int8")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,15 +10,16 @@ from nanoflax.runs.lock import locked
 from nanoflax.runs.opening import open_model
 from nanoflax.runs.pretrain import pretrain
 from nanoflax.runs.ranking import read_questions
-from nanoflax.runs.run import CACHE_DTYPES, QUANTIZE, Run, open_run
+from nanoflax.runs.run import Run, open_run
 from nanoflax.runs.sweep import Sweep, draw_settings, parse_setting, suggest_settings
 from nanoflax.runs.text_loss import open_text, text_metrics
 from nanoflax.runs.tokenization import check_stores, tokenize
 from nanoflax.runs.trainer import setup_jax
 
 __all__ = [
-    "CACHE_DTYPES", "Checkpoints", "GenerationSettings", "Inspection", "QUANTIZE", "RowFacts", "Run", "Sweep",
-    "answer_typed_prompts", "chat", "check_stores", "draw_settings", "filled_directory", "finetune", "inspect_data",
-    "is_run", "locked", "model_settings", "open_model", "open_run", "open_text", "parse_setting", "pretrain",
-    "print_answers", "read_questions", "read_run", "restore_params", "setup_jax", "suggest_settings", "text_metrics",
-    "tokenize", "used_of_model", "write_jsonl"]  # fmt: skip
+    "Checkpoints", "GenerationSettings", "Inspection", "RowFacts", "Run", "Sweep", "answer_typed_prompts", "chat",
+    "check_stores", "draw_settings", "filled_directory", "finetune", "inspect_data", "is_run", "locked",
+    "model_settings", "open_model", "open_run", "open_text", "parse_setting", "pretrain", "print_answers",
+    "read_questions", "read_run", "restore_params", "setup_jax", "suggest_settings", "text_metrics", "tokenize",
+    "used_of_model", "write_jsonl",
+]  # fmt: skip

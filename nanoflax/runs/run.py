@@ -23,9 +23,6 @@ from nanoflax.runs import directory, exports, grpo, ranking, reference, remote, 
 from nanoflax.runs.generation import GenerationSettings, stream_texts
 from nanoflax.runs.opening import ModelSource, open_source
 
-QUANTIZE = ("", *kernels.WEIGHT_KINDS, "file")  # values of `quantize`
-CACHE_DTYPES = ("", "int8")  # values of `cache_dtype`
-
 
 def open_run(
     source: "str | os.PathLike | Run",
@@ -50,10 +47,12 @@ def open_run(
         jax.numpy.dtype(dtype)
     except TypeError as error:
         raise UserError(f"dtype={dtype!r} must be float32, bfloat16 or float16") from error
-    if quantize not in QUANTIZE:
-        raise UserError(f"quantize={quantize!r} must be {', '.join(filter(None, QUANTIZE))}, or empty")
-    if cache_dtype not in CACHE_DTYPES:
-        raise UserError(f"cache_dtype={cache_dtype!r} must be {', '.join(filter(None, CACHE_DTYPES))}, or empty")
+    if quantize not in configs.QUANTIZE:
+        raise UserError(f"quantize={quantize!r} must be {', '.join(filter(None, configs.QUANTIZE))}, or empty")
+    if cache_dtype not in configs.CACHE_DTYPES:
+        raise UserError(
+            f"cache_dtype={cache_dtype!r} must be {', '.join(filter(None, configs.CACHE_DTYPES))}, or empty"
+        )
     run = Run(source, checkpoint, dtype, quantize=quantize, cache_dtype=cache_dtype)
     if run.workdir is None:
         run._opened  # noqa: B018 (raises UserError if the source is not a model)

@@ -17,7 +17,7 @@ from absl import flags
 
 from experiments.flags import _FieldParser, leaves
 from nanoflax import config as configs
-from nanoflax import parallel, runs
+from nanoflax import kernels, parallel, runs
 from nanoflax.errors import UserError
 from nanoflax.runs import directory, trainer, vocabulary
 from nanoflax.tokenizers import ByteTokenizer, StreamingDecoder
@@ -188,6 +188,10 @@ def test_a_tokenizer_without_a_run_is_not_trusted(tmp_path):
     directory.write_run(str(tmp_path), configs.Config(), found)
     again = vocabulary.get_tokenizer(configs.TextData(tokenizer="bpe:300"), str(tmp_path), list)
     assert again.fingerprint == found.fingerprint
+
+
+def test_the_flag_quantize_offers_what_can_be_packed():
+    assert {*configs.QUANTIZE} == {"", *kernels.WEIGHT_KINDS, "file"}
 
 
 def test_wandb_that_is_not_there_is_refused_at_once(monkeypatch):
