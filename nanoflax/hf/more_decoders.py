@@ -107,6 +107,11 @@ _NANOCHAT = like_llama(
         "out_bias": hf["attention_bias"], "logit_softcap": hf["final_logit_softcapping"] or 0.0},
     write=lambda c: write_rope(c) | {"final_logit_softcapping": c.logit_softcap or None})  # fmt: skip
 
+_OLMO = like_llama(
+    "olmo", "Olmo", without=("mlp_bias", "head_dim", "rms_norm_eps"), fields={"clip_qkv": "qkv_clip"},
+    preset=dict(norm="layernorm", norm_scale=False, norm_bias=False, norm_eps=1e-5),
+    defaults={"clip_qkv": None})  # fmt: skip
+
 
 def _read_olmo3(hf):
     rope, theta = hf.get("rope_parameters") or {}, _OLMO3.defaults["rope_theta"]
@@ -133,6 +138,6 @@ _OLMO3 = like_llama(
     read=_read_olmo3, write=_write_olmo3)  # fmt: skip
 
 MORE_DECODERS = [
-    *map(with_classifier, (_STARCODER2, _STABLELM, _SMOLLM3, _GLM4, _OLMO3)),
+    *map(with_classifier, (_STARCODER2, _STABLELM, _SMOLLM3, _GLM4, _OLMO, _OLMO3)),
     *(GRANITE, _COHERE2, _NANOCHAT),  # Transformers has no class that classifies with them
 ]

@@ -154,6 +154,11 @@ CASES: dict[str, tuple[str, dict]] = {
             rope_parameters=LINEAR,
         ),
     ),
+    "olmo": ("OlmoForCausalLM", LLAMA | dict(clip_qkv=0.1)),
+    "olmo-tied": (
+        "OlmoForCausalLM",
+        LLAMA | dict(attention_bias=True, tie_word_embeddings=True, hidden_act="gelu", rope_parameters=LLAMA3),
+    ),
     "olmo3": ("Olmo3ForCausalLM", LLAMA | dict(num_hidden_layers=4, sliding_window=5)),
     "olmo3-yarn": (
         "Olmo3ForCausalLM",
@@ -180,6 +185,7 @@ CASES: dict[str, tuple[str, dict]] = {
             ("StableLm", {"use_parallel_residual": True}),
             ("SmolLM3", {}),
             ("Glm4", {"head_dim": 8}),
+            ("Olmo", {}),
             ("Olmo3", {"sliding_window": 3}),
         ]
     },
@@ -194,6 +200,7 @@ GREEDY: list[str] = [
     "smollm3-window",
     "glm4",
     "nanochat",
+    "olmo",
     "olmo3-yarn",
 ]
 OLDER: list[tuple[str, dict]] = [
@@ -210,6 +217,7 @@ OLDER: list[tuple[str, dict]] = [
     ("smollm3-window", {"layer_types": ..., "rope_parameters": ..., "rope_theta": 2_000_000.0, "rope_scaling": None}),
     ("glm4", {"rope_parameters": ..., "partial_rotary_factor": 0.5, "rope_theta": 10_000.0, "attention_bias": ...}),
     ("glm4-tied", {"rope_parameters": ..., "partial_rotary_factor": 1.0, "rope_theta": 300.0}),
+    ("olmo", {"rope_parameters": ..., "rope_theta": 10_000.0, "rope_scaling": None, "attention_bias": ...}),
     ("olmo3", {"rope_parameters": ..., "layer_types": ..., "rope_theta": 500_000, "rope_scaling": None}),
     ("nanochat", {"rope_parameters": ..., "hidden_act": ..., "final_logit_softcapping": ...}),
 ]
