@@ -205,9 +205,10 @@ def attention_request(served: Served, body: dict[str, Any]) -> Request:
     check_ids(served, prompt, "prompt")
     check_ids(served, completion, "completion")
     completion = completion[:at]
-    most = max(len(prompt), len(completion) + 1) if reads_source else len(prompt) + len(completion)
+    read = len(completion) + 1  # with the next token
+    most = max(len(prompt), read) if reads_source else len(prompt) + read
     if most > served.context:
-        message = f"prompt: the tokens to read are {most}, but the model's context is {served.context}"
+        message = f"prompt: the tokens and the next one are {most}, but the model's context is {served.context}"
         raise ApiError(400, message, "prompt", "context_length_exceeded")
     factors = attention.factors(shown, layer, head)
     if reads_source:

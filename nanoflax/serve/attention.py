@@ -3,7 +3,6 @@
 from collections.abc import Generator
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,7 +15,9 @@ from nanoflax.serve.requests import Attention, Request
 if TYPE_CHECKING:
     from nanoflax.serve.programs import Programs
 
-STEPS = 16  # tokens of a target that one call reads
+# Tokens that one call reads: of a target many, of other texts the last one and padding. (XLA needs a third of the time
+# to compile products of two rows, which are calls of a library, than those of one.)
+STEPS = {True: 16, False: 2}
 
 
 class Layers(NamedTuple):
@@ -59,15 +60,10 @@ def step(
     count: Int[Array, ""],
     factors: Float[Array, "L H"],
 ) -> tuple[dict, Float[Array, " S"]]:
-    """(the cache of one text after the first `count` of the tokens, the weights of the last of these for each slot of
-    the cache). factors: see `Request.attention`."""
-
-    def one(i, state):
-        layers, (_, cache) = nn.attention_weights(model, params, tokens[i][None, None], cache=state[0])
-        return cache, jnp.einsum("lh,lhs->s", factors, jnp.concatenate(layers)[:, :, 0])
-
-    row = jax.eval_shape(lambda: one(0, (cache, None)))[1]
-    return jax.lax.fori_loop(0, count, one, (cache, jnp.zeros(row.shape, row.dtype)))
+    """(the cache of one text after the tokens, the weights of number count - 1 of them for each slot of the cache).
+    factors: see `Request.attention`. The tokens after this one are padding, which it does not see."""
+    layers, (_, cache) = nn.attention_weights(model, params, tokens[None], cache=cache)
+    return cache, jnp.einsum("lh,lhs->s", factors, jnp.concatenate(layers)[:, :, count - 1])
 
 
 def read(programs: "Programs", cache: dict, request: Request) -> Generator[bool, None, Attention]:
@@ -75,8 +71,8 @@ def read(programs: "Programs", cache: dict, request: Request) -> Generator[bool,
     each piece of work, and False while it must wait for a function."""
     p, n = programs, len(request.prompt)
     now = size = programs.size_of(cache)
-    if not p.reads_source and n > now:
-        size = p.size_for(n)
+    if not p.reads_source and n >= now:
+        size = p.size_for(n + 1)  # with padding
     while not p.compiler.ready(("attention", size), *[("copy", now, size)] * (size > now)):
         yield False
     cache = p.copy(cache, size) if size > now else cache
@@ -85,10 +81,10 @@ def read(programs: "Programs", cache: dict, request: Request) -> Generator[bool,
         tokens, at = [p.model.config.start_id, *request.target], 0
     row, factors = None, request.attention
     assert factors is not None
-    for i in range(0, len(tokens), STEPS):
+    for i in range(0, len(tokens), most := STEPS[p.reads_source]):
         if i:
             yield True
-        cache, row = p.attention(cache, tokens[i : i + STEPS], at, factors)
+        cache, row = p.attention(cache, tokens[i : i + most], at, factors)
     # A source is at the end of its slots, other texts at the beginning; before these are trained keys of an adapter.
     slots = np.asarray(row)[-size:]
     return Attention(slots[size - n :] if p.reads_source else slots[:n])

@@ -121,7 +121,7 @@ class Programs:
                     found["resize", T, S] = functools.partial(self._resize, size=S), (), all_[T]
         shown = attention.layers_of(self.model.config)
         if shown.kinds:
-            tokens = jax.ShapeDtypeStruct((attention.STEPS if self.reads_source else 1,), jnp.int32)
+            tokens = jax.ShapeDtypeStruct((attention.STEPS[self.reads_source],), jnp.int32)
             factors = attention.factors(shown, None, None)
             for S in self.sizes:
                 found["attention", S] = self._attention, (), params, one[S], tokens, i32, i32, factors
@@ -138,6 +138,7 @@ class Programs:
                 ("resize", least, S),
                 ("insert", S, S),
                 ("step", S),
+                ("attention", S),
             )
             if name in found
         ]
@@ -303,7 +304,7 @@ class Programs:
         self, cache: dict, tokens: list[int], at: int, factors: Float[np.ndarray, "L H"]
     ) -> tuple[dict, Float[Array, " S"]]:
         """`attention.step` for a few tokens. at: how many a text without a source has before them."""
-        padded = np.zeros(attention.STEPS if self.reads_source else 1, np.int32)
+        padded = np.zeros(attention.STEPS[self.reads_source], np.int32)
         padded[: len(tokens)] = tokens
         run = self._get("attention", self.size_of(cache))
         return run(self.params, cache, padded, np.int32(len(tokens)), np.int32(at), factors)
@@ -311,7 +312,8 @@ class Programs:
     def _attention(self, params, cache, tokens, count, at, factors):
         if "index" in cache and not self.reads_source:
             cache = cache | {"index": at + self.virtual}
-        return attention.step(self.model, params, cache, tokens, count, factors)
+        cache, row = attention.step(self.model, params, cache, tokens, count, factors)
+        return (cache if self.reads_source else {}), row
 
     def _scores(self, logits: Callable[[], Any], tokens: Array, wanted: Any) -> Any:
         """`most_probable` of the logits that a function computes, or zeros if not wanted."""

@@ -89,13 +89,12 @@ class Ticket:
 def check(r: Request, config: ModelConfig, context: int, vocab_size: int, alternatives: int) -> None:
     """context: most tokens of a text; alternatives: most that can be reported. Raises: UserError for a request that
     cannot be served."""
-    new, problems = r.max_new_tokens, []
-    if new == 0 and (r.prompt_log_probabilities or r.attention is not None):
-        # Without its last token, the prompt has room for one.
+    new, problems = r.max_new_tokens if r.attention is None else len(r.target) + 1, []
+    if new == 0 and r.prompt_log_probabilities:  # without its last token, the prompt has room for one
         tokenizers.check_prompts(config, [[*r.prompt][:-1] or r.prompt], 1)
     else:
         tokenizers.check_prompts(config, [r.prompt], new)
-    if (max(len(r.prompt), new, len(r.target) + 1) if config.reads_source else len(r.prompt) + new) > context:
+    if (max(len(r.prompt), new) if config.reads_source else len(r.prompt) + new) > context:
         text = f"a prompt of {len(r.prompt)} tokens with max_new_tokens={new} exceeds the engine's context of"
         problems.append(f"{text} {context}; shorten the prompt or lower max_new_tokens")
     if wrong := [i for i in (*r.prompt, *r.target) if not 0 <= i < vocab_size]:

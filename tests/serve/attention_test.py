@@ -70,7 +70,7 @@ def test_token_ids_have_the_places_that_vllm_gives_them(client, run):
         ("prompt", "wrong form", dict(prompt=3)),
         ("prompt", "should be non-empty", dict(prompt=[])),
         ("prompt", "not in the vocabulary", dict(prompt=[10**6])),
-        ("prompt", "context is 256", dict(prompt="a " * 200, completion=[1] * 100)),
+        ("prompt", "are 257, but the model's context is 256", dict(prompt=[1] * 200, completion=[1] * 56)),
         ("completion", "not in the vocabulary", dict(prompt="a", completion=[10**6])),
         ("completion", "is not of type", dict(prompt="a", completion="b")),
         ("position", "after the completion's 2 tokens", dict(prompt="a", completion=[1, 2], position=3)),
@@ -89,7 +89,7 @@ def test_a_mistake_is_an_error_that_names_the_field(client, param, words, body):
 
 
 def test_a_context_full_of_tokens_and_the_limits(client, server, monkeypatch):
-    assert len(ask(client, prompt=[1] * 200, completion=[2] * 56)["weights"]) == 256
+    assert len(ask(client, prompt=[1] * 200, completion=[2] * 55)["weights"]) == 255
     address, service = server
     monkeypatch.setattr(service, "unfinished", 10**6)
     status, text = post(address, {"prompt": "a"}, "/v1/attention")
@@ -118,6 +118,26 @@ def test_what_a_model_has(model, layers, words):
     found = attention.layers_of(ModelConfig(**model))
     assert [*found.kinds.items()] == layers and words in found.missing and bool(words) == bool(found.missing)
     assert bool(found.heads) == bool(layers)
+
+
+def test_the_alignment_of_a_source():
+    run, more = tiny(architecture="lstm"), {"return_token_ids": True}
+    with (
+        running(run, slots=1, name="tiny") as (address, _),
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        [choice] = client.completions.create(
+            model="tiny", prompt="a source", max_tokens=9, temperature=0, logit_bias={"1": -100}, extra_body=more
+        ).choices
+        source, ids = choice.prompt_token_ids, choice.token_ids
+        assert len(ids) == 9
+        expected = nn.alignment(run.model, run.params, source, ids)
+        for position in (0, 8):
+            found = ask(client, prompt=source, completion=ids, position=position)
+            np.testing.assert_allclose(found["weights"], expected[position], atol=2e-6)
+            assert len(found["tokens"]) == len(source)
+        with pytest.raises(openai.BadRequestError, match="context is 256"):
+            ask(client, prompt=source, completion=[1] * 256)
 
 
 def test_a_model_without_attention_says_so():
