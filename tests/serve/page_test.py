@@ -275,7 +275,8 @@ def test_attention_of_bytes_and_sinks_and_its_absence(page):
     page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": [model]}))
     page.reload()
     until(lambda: page.locator("#no-attention").is_visible())
-    assert page.locator("#no-attention").inner_text() == "No attention to show: all layers keep a state."
+    for name in ("#no-attention", "#has-attention"):  # in the settings, and in the empty conversation
+        assert page.locator(name).inner_text() == "No attention to show: all layers keep a state."
     say(page, "Hello", temperature=0, max_tokens=2)
     finished(page)
     assert page.get_by_role("button", name="Attention", exact=True).count() == 0
