@@ -15,8 +15,8 @@ from nanoflax.serve.requests import Attention, Request
 if TYPE_CHECKING:
     from nanoflax.serve.programs import Programs
 
-# Tokens that one call reads: of a target many, of other texts the last one and padding. (XLA needs a third of the time
-# to compile products of two rows, which are calls of a library, than those of one.)
+# Tokens that one call reads, by `reads_source`: of a target many, of other texts the last one and padding. (Products of
+# two rows are calls of a library; XLA needs three times as long to compile those of one row.)
 STEPS = {True: 16, False: 2}
 
 
@@ -79,9 +79,9 @@ def read(programs: "Programs", cache: dict, request: Request) -> Generator[bool,
     tokens, at = [request.prompt[-1]], n - 1
     if p.reads_source:
         tokens, at = [p.model.config.start_id, *request.target], 0
-    row, factors = None, request.attention
+    row, factors, most = None, request.attention, STEPS[p.reads_source]
     assert factors is not None
-    for i in range(0, len(tokens), most := STEPS[p.reads_source]):
+    for i in range(0, len(tokens), most):
         if i:
             yield True
         cache, row = p.attention(cache, tokens[i : i + most], at, factors)
