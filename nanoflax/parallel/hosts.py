@@ -184,17 +184,17 @@ def reset_watchdog() -> None:
 
 
 def exit_process(status: int) -> None:
-    """Exit after an error. In a run of several processes, do not join threads: they may wait for other processes."""
-    if not jax.distributed.is_initialized():
-        sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # The other processes cannot shut down after process 0 has exited: give them time before.
-    timer = threading.Timer(SHUTDOWN_SECONDS, os._exit, [status])
-    timer.daemon = True
-    timer.start()
-    with contextlib.suppress(Exception):
-        jax.distributed.shutdown()
+    """Exit after an error. Threads are not joined: they may compile for minutes, or wait for other processes."""
+    for file in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk
+            file.flush()
+    if jax.distributed.is_initialized():
+        # The other processes cannot shut down after process 0 has exited: give them time before.
+        timer = threading.Timer(SHUTDOWN_SECONDS, os._exit, [status])
+        timer.daemon = True
+        timer.start()
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()
     os._exit(status)
 
 

@@ -166,7 +166,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str =
     def chunks():
         try:  # SentencePiece would turn any exception of the iterator into a RuntimeError
             yield from _training_chunks(texts)
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C too
             failures.append(error)
 
     try:

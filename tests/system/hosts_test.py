@@ -314,6 +314,12 @@ def test_flags_that_do_not_fit_together(arguments, words, monkeypatch):
         parallel.join_processes(*arguments)
 
 
+def test_an_error_ends_a_process_whose_threads_still_compile():
+    code = "import threading, time; threading.Thread(target=time.sleep, args=[1000]).start(); print('said', end='')"
+    done = processes.run(["-c", f"{code}; from nanoflax import parallel; parallel.exit_process(3)"], timeout=60)
+    assert (done.returncode, done.stdout) == (3, "said")
+
+
 def test_a_process_alone_joins_nothing(monkeypatch):
     called = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: called.append(1))

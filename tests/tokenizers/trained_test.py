@@ -183,13 +183,14 @@ def test_a_vocabulary_that_the_corpus_cannot_give(kind):
         tokenizers.train_sentencepiece([], 300, kind)
 
 
+@pytest.mark.parametrize("error", [UserError("the file is damaged"), KeyboardInterrupt("the file is damaged")])
 @pytest.mark.parametrize("texts", [[], CORPUS])
-def test_an_error_of_the_corpus_is_not_swallowed(texts):
+def test_an_error_of_the_corpus_is_not_swallowed(texts, error):
     def corpus():
         yield from texts
-        raise UserError("the file is damaged")
+        raise error
 
-    with pytest.raises(UserError, match="the file is damaged"):
+    with pytest.raises(type(error), match="the file is damaged"):
         tokenizers.train_sentencepiece(corpus(), 300, "bpe")
 
 
