@@ -147,6 +147,13 @@ def layer_problems(m: Any) -> list[str]:
             found.append(f"model.{name} has {outside[0]}, but the layers are 0 to {last}")
     if m.nope_layers and m.positions != "rotary":
         found.append(f"model.nope_layers={m.nope_layers} needs model.positions='rotary', not {m.positions!r}")
+    if m.positions == "relative":  # distances from `near` on share buckets, of which an encoder has half for each side
+        near = {m.relative_buckets // n for n, has in ((2, m.is_causal), (4, m.architecture != "decoder")) if has}
+        if 0 in near or m.relative_distance in near:
+            found.append(
+                f"model.relative_buckets={m.relative_buckets} must be at least 4, and model.relative_distance="
+                f"{m.relative_distance} not a half or fourth of it"
+            )
     if m.rope.scaling == "dynamic" and m.positions == "rotary" and m.rotary_dim <= 2:
         found.append("model.rope.scaling='dynamic' needs more than one pair of rotary numbers")
     if m.latent.rank:

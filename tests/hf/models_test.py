@@ -333,6 +333,8 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("modernbert", {"layer_types": ["sliding_attention"]}, "layer_types"),
         ("t5", {"feed_forward_proj": "gated-xielu"}, "gated-xielu"),
         ("t5", {"d_ff": None}, "d_ff"),
+        ("t5", {"relative_attention_num_buckets": 3}, "model.relative_buckets=3"),
+        ("t5", {"relative_attention_max_distance": 16}, "model.relative_distance=16"),
         ("bart", {"decoder_attention_heads": 5}, "decoder_heads"),
         ("bart", {"decoder_ffn_dim": 40}, "fc1"),
         ("mbart", {"normalize_before": False}, "normalize_before"),
