@@ -6,10 +6,14 @@
         -d '{"messages": [{"role": "user", "content": "Hello"}]}'
 
 The addresses: / (the page), /v1/models, /v1/completions, /v1/chat/completions, /healthz, /metrics (for Prometheus)
-and /openapi.json. A text can be bound to a rule, as in vLLM: {"structured_outputs": {"regex": "[a-z]+"}}, or choice,
-json or grammar. An encoder, or a model with a bottleneck, also has /v1/embeddings: vectors of texts. Settings that a
-request does not give are those of the model's generation_config.json. Ctrl-C or SIGTERM ends the server: it finishes
-the texts that have begun and refuses the others.
+and /openapi.json, which says of each field of a request whether it is computed, not used or refused. An encoder, or a
+model with a bottleneck, also has /v1/embeddings: vectors of texts. With --api_key clients must send the key, also for
+/metrics, but not for the page, /healthz and /openapi.json.
+
+A text can be bound to a rule, as in vLLM: {"structured_outputs": {"regex": "[a-z]+"}}, or choice, json or grammar.
+Settings that a request does not give are those of the model's generation_config.json. A request for more new tokens
+than --max_tokens, or than there is room for in the context, gets as many as there is room for; its finish_reason is
+length. Ctrl-C or SIGTERM ends the server: it finishes the texts that have begun and refuses the others.
 """
 
 import dataclasses
@@ -30,7 +34,7 @@ flags.DEFINE_integer("port", 8000, "port to listen on; 0: a free one", 0, 65535)
 flags.DEFINE_integer("slots", 8, "texts that are generated together", 1)
 flags.DEFINE_integer("context", None, "most tokens of a text with its prompt; default: the model's, at most 4096", 2)
 flags.DEFINE_integer("queue", 64, "most texts that wait for a slot; more are refused", 0)
-flags.DEFINE_integer("max_tokens", 1024, "most new tokens of a text", 1)
+flags.DEFINE_integer("max_tokens", 1024, "most new tokens of a text; a request for more gets so many", 1)
 flags.DEFINE_integer("max_body", 4 * 2**20, "most bytes of a request", 1024)
 flags.DEFINE_string(
     "api_key", "", "key that clients must send; default: NANOFLAX_API_KEY of the environment, else none"

@@ -14,7 +14,7 @@ from nanoflax.serve.errors import ApiError
 from nanoflax.serve.forms import Served
 from nanoflax.serve.replies import Choice
 from nanoflax.serve.requests import Request
-from nanoflax.serve.schemas import MAX_CHOICES
+from nanoflax.serve.schemas import MAX_CHOICES, MAX_INPUTS, NOTHING
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # The rules that a text can follow, by vLLM's names in structured_outputs (formerly after guided_) -> ours.
@@ -38,7 +38,7 @@ def completion_choices(served: Served, body: dict[str, Any]) -> list[Choice]:
     if not limit and not echo:
         raise ApiError(400, "max_tokens: 0 gives an empty text without echo=true", "max_tokens")
     found = []
-    for prompt in _each(body["prompt"]):
+    for prompt in _each(body["prompt"], "prompt", MAX_CHOICES):
         ids, text = prompt, prompt
         if isinstance(prompt, str):
             ids = tokenizers.prompt_ids(served.tokenizer, prompt, reads_source)
@@ -106,7 +106,7 @@ def _schema(form: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
     """The message as chat templates read it: content is a text, and arguments of tools are objects."""
-    found = {key: value for key, value in message.items() if value is not None}
+    found = {key: value for key, value in message.items() if value not in NOTHING}
     content = found.get("content", "")
     found["content"] = content if isinstance(content, str) else "".join(part["text"] for part in content)
     found["role"] = {"developer": "system"}.get(found["role"], found["role"])
@@ -128,15 +128,13 @@ def _choices(served, body, prompts, limit, logprobs):
     field, rule = _rule(served, body)
     if len(prompts) * n > MAX_CHOICES:
         raise ApiError(400, f"n: {len(prompts)} prompts with n={n} are more than {MAX_CHOICES} texts", "n")
-    if (limit or 0) > served.max_tokens:
-        raise ApiError(400, f"max_tokens: {limit} is more than the server's limit of {served.max_tokens}", "max_tokens")
     given = {name: value for name in SAMPLING if (value := body.get(name)) is not None}
     filters = {name: value for name, value in (served.defaults | given).items() if name in SAMPLING}
     stops = body.get("stop") or served.defaults.get("stop", ())
     bias = {int(i): float(x) for i, x in (body.get("logit_bias") or {}).items()}
     check_ids(served, bias, "logit_bias")
     with_ids = bool(body.get("return_token_ids"))
-    seed = secrets.randbelow(MAX_SEED + 1) if body.get("seed") is None else body["seed"]
+    seed = body.get("seed", secrets.randbelow(MAX_SEED + 1))
     found = []
     for ids, echo in prompts:
         most = _room(served, ids, limit, "messages" if "messages" in body else "prompt")
@@ -158,25 +156,21 @@ def _choices(served, body, prompts, limit, logprobs):
 
 
 def _room(served, ids, limit, field):
-    """The number of new tokens: `limit`, else that of the model, or as many as the server and the context allow."""
+    """The number of new tokens: `limit`, else the model's own; at most what the server and the context allow."""
     context = served.context
     free = context if served.config.reads_source else context - len(ids)
-    if len(ids) > context or free < (1 if limit is None else limit):  # 0: the prompt alone is scored
-        wanted = "" if limit is None else f" and {limit} new ones"
-        raise ApiError(
-            400,
-            f"the prompt has {len(ids)} tokens{wanted}, but the model's context is {context}",
-            field,
-            "context_length_exceeded",
-        )
+    if len(ids) > context or free < (limit != 0):  # 0: the prompt alone is scored
+        room = "" if len(ids) > context else " and leaves no room for a new one"
+        message = f"the prompt has {len(ids)} tokens{room}; the model's context is {context}"
+        raise ApiError(400, message, field, "context_length_exceeded")
     own = served.config.generation.max_new_tokens or served.max_tokens
-    return limit if limit is not None else int(min(own, served.max_tokens, free))
+    return int(min(own if limit is None else limit, served.max_tokens, free))
 
 
 def embedding_ids(served: Served, encode: Callable[[str], list[int]], body: dict[str, Any]) -> list[list[int]]:
     """The ids of each text of a request to /v1/embeddings. Raises: ApiError."""
     found, most = [], served.context
-    for i, text in enumerate(_each(body["input"])):
+    for i, text in enumerate(_each(body["input"], "input", MAX_INPUTS)):
         ids = encode(text) if isinstance(text, str) else text
         check_ids(served, ids, "input")
         if len(ids) > most:
@@ -216,6 +210,9 @@ def attention_request(served: Served, body: dict[str, Any]) -> Request:
     return Request([*prompt, *completion], 0, attention=factors)
 
 
-def _each(texts: Any) -> list[Any]:
-    """A list of texts or of lists of ids; one of them alone becomes a list."""
-    return [texts] if isinstance(texts, str) or isinstance(texts[0], int) else texts
+def _each(texts: Any, field: str, most: int) -> list[Any]:
+    """A list of texts or of lists of ids; one of them alone becomes a list. Raises: ApiError for too many."""
+    found = [texts] if isinstance(texts, str) or isinstance(texts[0], int) else texts
+    if len(found) > most:
+        raise ApiError(400, f"{field}: {len(found):,} {field}s, at most {most:,}", field)
+    return found

@@ -14,6 +14,7 @@ from nanoflax import hf, nn, tokenizers, untrusted
 from nanoflax.errors import UserError
 from nanoflax.nn import Array
 
+PART = 64  # texts of a request after which those of another one follow
 _ROWS = 8  # texts that are computed together; one text alone has a program of its own
 
 

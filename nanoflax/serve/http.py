@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import anyio.to_thread
+import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -19,8 +20,8 @@ from starlette.routing import Route
 
 from nanoflax import untrusted
 from nanoflax.errors import UserError
-from nanoflax.serve import api, forms, metrics, schemas
-from nanoflax.serve.embeddings import Embedder
+from nanoflax.serve import api, checks, forms, metrics, schemas
+from nanoflax.serve.embeddings import PART, Embedder
 from nanoflax.serve.engine import Engine
 from nanoflax.serve.errors import ApiError
 from nanoflax.serve.replies import Choice, Piece, Replies, attention_of
@@ -166,9 +167,11 @@ async def _server_error(request: Request, error: Exception) -> Response:
 
 
 def _check_key(service: Service, request: Request) -> None:
-    key, given = service.settings.api_key, request.headers.get("Authorization", "")
-    if key and not secrets.compare_digest(given.encode("latin-1"), f"Bearer {key}".encode()):
-        message = "the API key is wrong" if given else "the API key is missing: send Authorization: Bearer KEY"
+    key, header = service.settings.api_key, request.headers.get("Authorization", "")
+    scheme, _, given = header.partition(" ")
+    is_bearer = scheme.lower() == "bearer"  # RFC 9110: the case of a scheme has no meaning
+    if key and not (is_bearer and secrets.compare_digest(given.strip().encode("latin-1"), key.encode())):
+        message = "the API key is wrong" if is_bearer else "the API key is missing: send Authorization: Bearer KEY"
         raise ApiError(401, message, code="invalid_api_key")
 
 
@@ -177,6 +180,9 @@ async def _body(service: Service, request: Request, schema: schemas.Schema) -> d
     # A page of another site can send other types without asking the browser's user.
     if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "the Content-Type must be application/json")
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise ApiError(415, f"Content-Encoding: {encoding:.40} is not read here; send the body without an encoding")
     most, found, began = service.settings.max_body, bytearray(), asyncio.get_running_loop().time()
     try:
         async with asyncio.timeout(FIRST_SECONDS) as limit:
@@ -191,8 +197,7 @@ async def _body(service: Service, request: Request, schema: schemas.Schema) -> d
 
     def read():
         body = untrusted.json_object(bytes(found), "the body", repeats=False)
-        schemas.check(body, schema)
-        return body
+        return checks.checked(body, schema)
 
     body = await anyio.to_thread.run_sync(read)  # some megabytes need a second, in which other replies go on
     api.check_model(service.served, body)
@@ -274,15 +279,19 @@ async def _embeddings(service: Service, request: Request) -> Response:
         raise ApiError(400, f"{service.served.name} has no embeddings of texts; use an encoder", "model")
     service.check_room(1)
     texts = await anyio.to_thread.run_sync(api.embedding_ids, service.served, service.embedder.ids, body)
-    service.check_room(len(texts))
-    service.unfinished += len(texts)
+    parts, vectors = [texts[i : i + PART] for i in range(0, len(texts), PART)], []
+    service.check_room(len(parts))  # a part is as much work as a text to generate
+    service.unfinished += len(parts)
     try:
-        async with service.embedding:  # one after another: they would only slow each other down
-            vectors = await anyio.to_thread.run_sync(service.embedder, texts)
+        for part in parts:
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            async with service.embedding:  # one after another: they would only slow each other down
+                vectors.append(await anyio.to_thread.run_sync(service.embedder, part))
     finally:
-        service.unfinished -= len(texts)
+        service.unfinished -= len(parts)
     service.metrics.embedded_tokens.inc(sum(map(len, texts)))
-    return JSONResponse(forms.embeddings(service.served, body, texts, vectors))
+    return JSONResponse(forms.embeddings(service.served, body, texts, np.concatenate(vectors)))
 
 
 async def _attention(service: Service, request: Request) -> Response:

@@ -1,16 +1,17 @@
-"""The requests of the API as JSON Schema. The server checks bodies with them and shows them in /openapi.json."""
+"""The requests of the API as JSON Schema. The server checks bodies with them and shows them in /openapi.json.
 
-import math
+Each field of OpenAI's API is computed, or not used because the answer is right without it, or refused: then only null
+and the values without effect are possible.
+"""
+
 from typing import Any
 
-from jsonschema import Draft202012Validator, exceptions, validators
-
 from nanoflax.config import MAX_SEED
-from nanoflax.serve.errors import ApiError
 from nanoflax.serve.programs import ALTERNATIVES
 
 Schema = dict[str, Any]
 MAX_CHOICES = 128  # texts of one request: prompts times n
+MAX_INPUTS = 2048  # texts of a request for embeddings, as in OpenAI's API
 
 
 def _or_null(kind: str, text: str, **rules: Any) -> Schema:
@@ -25,18 +26,24 @@ def _only(values: list, text: str) -> Schema:
     return {"enum": values, "description": text}
 
 
-_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_CHOICES}
+def _not_used(kind: str, why: str = "") -> Schema:
+    return _or_null(kind, f"Not used{why and ': ' + why}.")
+
+
+NOTHING = [None, [], {}, ""]  # how clients write that a field is not there
+_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "minItems": 1}
 _STOP = {"type": "string", "minLength": 1, "maxLength": 1000}
-_PROMPT = {
-    "anyOf": [
-        {"type": "string"},
-        _TEXTS,
-        _IDS,
-        {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_CHOICES},
-    ],
-    "description": "A text or token ids, or a list of texts or of lists of token ids.",
-}
+
+
+def _texts(most: int) -> Schema:
+    """api.py counts them: one error of `anyOf` cannot say that there are too many."""
+    return {
+        "anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}],
+        "description": f"A text or token ids, or a list of texts or of lists of token ids, at most {most:,}.",
+    }
+
+
 _JSON = {"type": ["object", "string", "null"], "description": "JSON of this schema: an object, or its text."}
 _RULES = {
     "json": _JSON,
@@ -45,6 +52,20 @@ _RULES = {
         "array", "One of these texts.", items={"type": "string", "minLength": 1}, minItems=1, maxItems=2000
     ),
     "grammar": _or_null("string", "In Lark's form; its first rule is start.", minLength=1),
+}
+_JSON_SCHEMA = _object(
+    ["schema"],
+    {
+        "name": {"type": "string"},
+        "description": {"type": ["string", "null"]},
+        "schema": {"type": "object"},
+        "strict": {"type": ["boolean", "null"]},
+    },
+)
+_FORMAT = {
+    **_object(["type"], {"type": {"enum": ["text", "json_object", "json_schema"]}, "json_schema": _JSON_SCHEMA}),
+    "type": ["object", "null"],
+    "description": "What the reply must be: any text, a JSON object, or JSON of a schema.",
 }
 _SAMPLING = {
     "model": _or_null("string", "A name that /v1/models lists; null: the only one."),
@@ -56,7 +77,8 @@ _SAMPLING = {
         "number", "Above 1: earlier tokens become less probable.", exclusiveMinimum=0, maximum=100
     ),
     "seed": _or_null(
-        "integer", "The same seed draws the same texts; choice i has seed + i.", minimum=0, maximum=MAX_SEED
+        "integer",
+        f"The same seed draws the same texts; choice i has seed + i. Any integer; it counts modulo {MAX_SEED + 1}.",
     ),
     "n": _or_null("integer", "Number of texts for each prompt.", minimum=1, maximum=MAX_CHOICES),
     "stop": {
@@ -72,12 +94,20 @@ _SAMPLING = {
     ),
     "stream": _or_null("boolean", "Send parts of the text as server-sent events."),
     "stream_options": {
-        "anyOf": [_object([], {"include_usage": {"type": "boolean"}}), {"type": "null"}],
-        "description": "include_usage: the last event counts the tokens.",
+        **_object(
+            [],
+            {
+                "include_usage": _or_null("boolean", "The last event counts the tokens."),
+                "include_obfuscation": _not_used("boolean", "no event is padded"),
+            },
+        ),
+        "type": ["object", "null"],
+        "description": "Of a stream.",
     },
     "presence_penalty": _only([0, None], "Not computed; see repetition_penalty."),
     "frequency_penalty": _only([0, None], "Not computed; see repetition_penalty."),
-    "user": _or_null("string", "Not used."),
+    "response_format": _FORMAT,
+    "user": _not_used("string"),
     "return_token_ids": _or_null("boolean", "Report prompt_token_ids and token_ids, as in vLLM."),
     "structured_outputs": {
         **_object([], _RULES),
@@ -89,17 +119,24 @@ _SAMPLING = {
         for name, rule in _RULES.items()
     },
 }
+
+
+def _most_new(text: str, least: int) -> Schema:
+    text += " Above the server's limit or the room in the context, that many, with finish_reason length."
+    return _or_null("integer", text, minimum=least, maximum=2**31 - 1)
+
+
 COMPLETION = _object(
     ["prompt"],
     {
-        "prompt": _PROMPT,
-        "max_tokens": _or_null("integer", "Most new tokens; null: 16.", minimum=0, maximum=2**31 - 1),
+        "prompt": _texts(MAX_CHOICES),
+        "max_tokens": _most_new("Most new tokens, with echo=true also 0; null: 16.", 0),
         "echo": _or_null("boolean", "Begin the text with the prompt."),
         "logprobs": _or_null(
             "integer", "How many alternatives of each token to report.", minimum=0, maximum=ALTERNATIVES
         ),
         "best_of": _only([1, None], "Not computed; see n."),
-        "suffix": _only([None], "Not computed."),
+        "suffix": _only([None, ""], "Not computed."),
         **_SAMPLING,
     },
 )
@@ -126,6 +163,9 @@ _MESSAGE = _object(
         "tool_call_id": {"type": ["string", "null"]},
         "reasoning_content": {"type": ["string", "null"]},
         "refusal": {"type": ["string", "null"]},
+        "annotations": _only(NOTHING, "Chat templates read no annotations."),
+        "audio": _only(NOTHING, "Messages are texts."),
+        "function_call": _only(NOTHING, "See tool_calls."),
     },
 )
 _TOOL = _object(
@@ -138,36 +178,38 @@ _TOOL = _object(
                 "name": {"type": "string"},
                 "description": {"type": ["string", "null"]},
                 "parameters": {"type": ["object", "null"]},
-                "strict": {"enum": [False, None]},
+                "strict": _not_used("boolean", "the reply is a text"),
             },
         ),
     },
 )
-_JSON_SCHEMA = _object(
-    ["schema"],
-    {
-        "name": {"type": "string"},
-        "description": {"type": ["string", "null"]},
-        "schema": {"type": "object"},
-        "strict": {"type": ["boolean", "null"]},
-    },
-)
-_FORMAT = {
-    **_object(["type"], {"type": {"enum": ["text", "json_object", "json_schema"]}, "json_schema": _JSON_SCHEMA}),
-    "type": ["object", "null"],
-    "description": "What the reply must be: any text, a JSON object, or JSON of a schema.",
-}
 CHAT = _object(
     ["messages"],
     {
         "messages": {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": 2048},
-        "max_tokens": _or_null("integer", "Most new tokens; null: the server's limit.", minimum=1, maximum=2**31 - 1),
-        "max_completion_tokens": _or_null("integer", "The newer name of max_tokens.", minimum=1, maximum=2**31 - 1),
+        "max_tokens": _most_new("Most new tokens; null: as many as there is room for.", 1),
+        "max_completion_tokens": _most_new("The newer name of max_tokens.", 1),
         "tools": {"type": ["array", "null"], "items": _TOOL, "maxItems": 128, "description": "For the chat template."},
         "tool_choice": _only(["auto", "none", None], "none: the template gets no tools."),
-        "response_format": _FORMAT,
         "logprobs": _or_null("boolean", "Report the log-probability of each token."),
         "top_logprobs": _or_null("integer", "And of so many alternatives.", minimum=0, maximum=ALTERNATIVES),
+        "modalities": _only([["text"], None], "Replies are texts."),
+        "audio": _only([None], "Replies are texts."),
+        "functions": _only([None, []], "See tools."),
+        "function_call": _only(["auto", "none", None], "See tools."),
+        "moderation": _only([None], "No text is judged."),
+        "web_search_options": _only([None], "The server reads no web pages."),
+        "metadata": _not_used("object"),
+        "store": _not_used("boolean", "nothing is stored"),
+        "service_tier": _not_used("string"),
+        "safety_identifier": _not_used("string"),
+        "prompt_cache_key": _not_used("string", "every shared beginning is found"),
+        "prompt_cache_options": _not_used("object"),
+        "prompt_cache_retention": _not_used("string"),
+        "prediction": _not_used("object", "the reply is the same without it"),
+        "parallel_tool_calls": _not_used("boolean", "the reply is a text"),
+        "reasoning_effort": _not_used("string", "a hint that chat templates do not get"),
+        "verbosity": _not_used("string", "a hint that chat templates do not get"),
         **_SAMPLING,
     },
 )
@@ -175,7 +217,7 @@ EMBEDDING = _object(
     ["input"],
     {
         "model": _SAMPLING["model"],
-        "input": _PROMPT,
+        "input": _texts(MAX_INPUTS),
         "encoding_format": _only(["float", "base64", None], "base64: of float32 numbers, little-endian."),
         "dimensions": _or_null("integer", "Only the model's own number.", minimum=1, maximum=2**31 - 1),
         "user": _SAMPLING["user"],
@@ -197,52 +239,6 @@ ATTENTION = _object(
         "head": _or_null("integer", "From 0; null: the mean of all.", minimum=0, maximum=2**31 - 1),
     },
 )
-
-# JSON has no NaN, 1.0 is no token id, and Python's True is no number.
-_TYPES = Draft202012Validator.TYPE_CHECKER.redefine_many(
-    {
-        "integer": lambda _, x: isinstance(x, int) and not isinstance(x, bool),
-        "number": lambda _, x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x),
-    }
-)
-
-
-def _items(validator, rule, items, schema):
-    """The first wrong item of a list: a body with a million wrong ones must not make a million errors."""
-    if not isinstance(items, list):
-        return  # `type` reports it
-    low, high = rule.get("minimum", -math.inf), rule.get("maximum", math.inf)
-    if rule.get("type") == "integer" and all(type(x) is int and low <= x <= high for x in items):
-        return  # the same check, 100 times as fast
-    items = items[:1] if len(items) > schema.get("maxItems", math.inf) else items
-    for i, item in enumerate(items):
-        if errors := [*validator.descend(item, rule, path=i)]:
-            yield from errors
-            return
-
-
-_Validator = validators.extend(Draft202012Validator, {"items": _items}, type_checker=_TYPES)
-
-
-def check(body: dict[str, Any], schema: Schema) -> None:
-    """Raises: ApiError that names the field, if the body does not have the schema."""
-    error = exceptions.best_match(_Validator(schema).iter_errors(body))
-    if error is None:
-        return
-    field, message = error.json_path.removeprefix("$").removeprefix("."), error.message
-    if not field and error.validator == "additionalProperties":
-        field = min(body.keys() - schema["properties"].keys())[:80]
-        message = "not a field of this request, or not available here"
-    elif error.validator == "additionalProperties" and (known := error.schema.get("properties")):
-        name = min(error.instance.keys() - known.keys())[:80]
-        field, message = f"{field}.{name}", f"not a field of {field}, which has {', '.join(known)}"
-    elif not field and error.validator == "required":
-        field, message = min({*schema["required"]} - body.keys()), "is missing"
-    elif error.validator == "anyOf" and isinstance(error.schema, dict) and "description" in error.schema:
-        message = f"{error.instance!r:.60} has a wrong form. {error.schema['description']}"
-    if len(message) > 300:
-        message = f"{message[:140]} ... {message[-140:]}"
-    raise ApiError(400, f"{field}: {message}", field)
 
 
 def openapi() -> dict[str, Any]:

@@ -43,8 +43,13 @@ def _parse(text, where, from_pairs):
     try:
         text = text if isinstance(text, str) else text.decode("utf-8-sig")
         value = json.loads(text, object_pairs_hook=None if from_pairs is dict else from_pairs)
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not JSON: byte {error.start} is not UTF-8") from error
+    except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        problem = "a number with too many digits" if isinstance(error, ValueError) else "too many levels"
+        raise UserError(f"{where} is not JSON that can be read: {problem}") from error
     level, depth = [value], 0
     while level := [x for x in level if isinstance(x, dict | list)]:
         if (depth := depth + 1) > MAX_DEPTH:

@@ -1,15 +1,18 @@
 """OpenAI's API, as the `openai` client sees it."""
 
+import inspect
 import json
+import operator
 import re
 
 import jax
 import openai
+import pydantic
 import pytest
 
 import nanoflax
 from nanoflax import tokenizers
-from nanoflax.serve import Finish, Request, Token, schemas
+from nanoflax.serve import Finish, Request, Token, checks, schemas
 from nanoflax.serve.errors import ApiError
 from nanoflax.serve.replies import Choice
 from tests.serve.servers import until
@@ -236,11 +239,11 @@ def test_a_schema_that_needs_too_much_work_ends_only_its_reply(client):
 
 
 WRONG = {
-    "temperature": dict(temperature=-1), "top_p": dict(top_p=0), "n": dict(n=1000), "seed": dict(seed=-1),
-    "stop": dict(stop=""), "logit_bias": dict(logit_bias={"9999": 1}), "max_tokens": dict(max_tokens=201),
+    "temperature": dict(temperature=-1), "top_p": dict(top_p=0), "n": dict(n=1000), "seed": dict(seed=1.5),
+    "stop": dict(stop=""), "logit_bias": dict(logit_bias={"9999": 1}), "max_tokens": dict(max_tokens=-1),
     "prompt: [] has a wrong form. A text or": dict(prompt=[]),
     "suffix": dict(suffix="x"), "best_of": dict(best_of=2), "presence_penalty": dict(presence_penalty=1),
-    "stop: 'x": dict(stop="x" * 1001), "surprise": dict(extra_body={"surprise": 1}), "prompt": dict(prompt=[99999]),
+    'stop: "x': dict(stop="x" * 1001), "surprise": dict(extra_body={"surprise": 1}), "prompt": dict(prompt=[99999]),
     "stream_options": dict(stream_options={"include_usage": True}), "logprobs": dict(logprobs=99),
 }  # fmt: skip
 
@@ -253,12 +256,112 @@ def test_an_error_names_the_field(client, field):
     assert error.value.type == "invalid_request_error"
 
 
-@pytest.mark.parametrize("prompt", [["a"] * 1000, [1.5] * 1000, [[1], *[["a"] * 9] * 100], [*[1] * 999, -1]])
+@pytest.mark.parametrize("prompt", [[*["a"] * 999, 1], [1.5] * 1000, [[1], *[["a"] * 9] * 100], [*[1] * 999, -1]])
 def test_a_long_wrong_list_is_few_errors(prompt):
-    [error] = schemas._Validator(schemas.COMPLETION).iter_errors({"prompt": prompt})
+    [error] = checks._Validator(schemas.COMPLETION).iter_errors({"prompt": prompt})
     assert len(error.context) < 9
     with pytest.raises(ApiError, match="^prompt"):
-        schemas.check({"prompt": prompt}, schemas.COMPLETION)
+        checks.checked({"prompt": prompt}, schemas.COMPLETION)
+
+
+@pytest.mark.parametrize(
+    "api, schema", [("chat.completions", "CHAT"), ("completions", "COMPLETION"), ("embeddings", "EMBEDDING")]
+)
+def test_every_field_of_the_client_is_decided(client, api, schema):
+    function, known = operator.attrgetter(api)(client).create, getattr(schemas, schema)["properties"]
+    ours = {name for name in inspect.signature(function).parameters if name != "timeout" and "extra_" not in name}
+    assert len(ours) >= 5 and not ours - known.keys()
+    assert all("description" in known[name] for name in ours - {"messages"})
+
+
+UNUSED = dict(
+    metadata={"a": "b"}, store=True, service_tier="auto", parallel_tool_calls=False, user="me", verbosity="low",
+    safety_identifier="x", prompt_cache_key="x", prompt_cache_retention="24h", prompt_cache_options={},
+    prediction={"type": "content", "content": "x"}, reasoning_effort="low", modalities=["text"], functions=[],
+    function_call="none", audio=None, web_search_options=None, top_p=1.0, extra_body={"best_of": None, "other": None},
+)  # fmt: skip
+
+
+def test_fields_without_effect_leave_the_reply(client):
+    ask = dict(model="tiny", messages=HELLO, max_tokens=9, seed=2)
+    plain = client.chat.completions.create(**ask).choices
+    assert client.chat.completions.create(**ask, **UNUSED).choices == plain
+    same = ask | dict(max_tokens=9.0, seed=2.0 + 2**32, extra_body={"n": 1.0})
+    assert client.chat.completions.create(**same).choices == plain
+    assert client.chat.completions.create(**ask | dict(seed=2 - 2**32)).choices == plain
+    options = {"include_usage": True, "include_obfuscation": False}
+    [*chunks, _] = client.chat.completions.create(**ask, stream=True, stream_options=options)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == plain[0].message.content
+
+
+def test_a_reply_of_the_client_can_be_a_message(client, run):
+    reply = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=9, temperature=0).choices[0].message
+    empty = {"annotations": [], "audio": {}, "tool_calls": [], "refusal": "", "function_call": None, "unknown": None}
+    clean = [*HELLO, {"role": "assistant", "content": reply.content}, *HELLO]
+    ids = tokenizers.chat_prompt(run.tokenizer, clean)
+    for more in ({}, empty):
+        messages = [*HELLO, reply.model_dump() | more, *HELLO]
+        usage = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1).usage
+        assert usage.prompt_tokens == len(ids)
+    for field in ("audio", "function_call", "annotations"):
+        with pytest.raises(
+            openai.BadRequestError, match=rf'messages\[0\].{field}: {{"id": "x"}} must be null'
+        ) as error:
+            message = HELLO[0] | {field: {"id": "x"}}
+            client.chat.completions.create(model="tiny", messages=[message])
+        assert error.value.param == f"messages[0].{field}"
+
+
+def test_tools_of_pydantic_are_accepted(client):
+    class Add(pydantic.BaseModel):
+        a: int
+
+    [tool] = [openai.pydantic_function_tool(Add)]
+    assert tool["function"]["strict"] is True
+    usage = client.chat.completions.create(model="tiny", messages=HELLO, tools=[tool], max_tokens=1).usage
+    assert usage.completion_tokens == 1
+
+
+def test_more_new_tokens_than_there_is_room_for_are_as_many_as_there_is(client, run, long):
+    [choice] = client.completions.create(**long | dict(max_tokens=100_000)).choices
+    assert choice.finish_reason == "length"
+    assert choice.text == client.completions.create(**long).choices[0].text  # the server's limit
+    context = run.model.config.context
+    for new in (11, 2048):
+        reply = client.completions.create(**long | dict(prompt=[97] * (context - 10), max_tokens=new))
+        assert (reply.choices[0].finish_reason, reply.usage.completion_tokens) == ("length", 10)
+
+
+def test_a_completion_has_a_response_format(client):
+    form = {"type": "json_schema", "json_schema": {"name": "c", "schema": {"enum": ["red", "blue"]}}}
+    ask = dict(model="tiny", prompt="x", max_tokens=60)
+    [choice] = client.completions.create(**ask, extra_body={"response_format": form}).choices
+    assert choice.finish_reason == "stop" and json.loads(choice.text) in ("red", "blue")
+
+
+SAID = {
+    "max_tokens: 1.5 must be an integer or null": dict(max_tokens=1.5),
+    'temperature: "warm" must be a finite number or null': dict(temperature="warm"),
+    "temperature: -1 must be at least 0": dict(temperature=-1),
+    "temperature: 101 must be at most 100": dict(temperature=101),
+    "top_p: 0 must be above 0": dict(top_p=0),
+    "best_of: 2 must be 1 or null. Not computed; see n.": dict(best_of=2),
+    'stream: "yes" must be true or false or null': dict(stream="yes"),
+    'stop[1]: "" must not be empty': dict(stop=["a", ""]),
+    'logit_bias: "a" must be a token id': dict(logit_bias={"a": 1}),
+    "prompt: 129 prompts, at most 128": dict(prompt=["a"] * 129),
+    "n: 100 prompts with n=2 are more than 128 texts": dict(prompt=["a"] * 100, n=2),
+    "prompt: [1, 2.5] has a wrong form. A text or token ids": dict(prompt=[1, 2.5]),
+    "logit_bias: 1,025 items, at most 1,024": dict(logit_bias={str(i): 0 for i in range(1025)}),
+    "response_format.type: is missing": dict(response_format={}),
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_an_error_names_the_value_and_what_would_be_right(client, said):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.post("/completions", body={"prompt": "x"} | SAID[said], cast_to=object)
+    assert error.value.body["message"].startswith(said), error.value.message
 
 
 def test_a_missing_field_is_named(client):
@@ -276,7 +379,6 @@ def test_what_the_model_cannot_do_is_an_error(client):
     for code, more in (
         (None, dict(messages=[*HELLO, {"role": "assistant", "tool_calls": [deep]}])),
         ("context_length_exceeded", dict(messages=[{"role": "user", "content": "word " * 80}])),
-        ("context_length_exceeded", dict(max_tokens=199, messages=[{"role": "user", "content": "word " * 20}])),
         (None, dict(messages=[])),
         (None, dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}])),
         (None, dict(tool_choice="required")),

@@ -57,6 +57,10 @@ def test_a_bottleneck_generates_and_embeds(tmp_path):
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
     ):
         [item] = client.embeddings.create(model=tmp_path.name, input="ab").data
+        many = client.embeddings.create(model=tmp_path.name, input=["ab", *["cd"] * 2046, "ab"]).data
+        assert [many[i].embedding == pytest.approx(item.embedding, abs=1e-6) for i in (0, 1, -1)] == [True, False, True]
+        with pytest.raises(openai.BadRequestError, match="input: 2,049 inputs, at most 2,048"):
+            client.embeddings.create(model=tmp_path.name, input=["ab"] * 2049)
         text = client.completions.create(model=tmp_path.name, prompt="ab", max_tokens=4)
     ids = np.array([[*b"ab", run.tokenizer.eos_id]])
     vector = np.asarray(run.model.apply({"params": run.params}, ids, method="vector"))[0]

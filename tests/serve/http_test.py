@@ -44,9 +44,13 @@ def test_bodies_that_are_no_requests(server):
         (400, "there twice", b'{"prompt": "a", "prompt": "b"}', {}),
         (400, "levels of lists", b'{"prompt": ' + b"[" * 100 + b"]" * 100 + b"}", {}),
         (400, "temperature", b'{"prompt": "a", "temperature": NaN}', {}),
-        (400, "max_tokens", b'{"prompt": "a", "max_tokens": 1.0}', {}),
+        (400, "max_tokens", b'{"prompt": "a", "max_tokens": 1.5}', {}),
         (400, "surrogate", b'{"prompt": "\\ud800"}', {}),
+        (400, "the body is not JSON: byte 12 is not UTF-8", b'{"prompt": "\xff"}', {}),
+        (400, "a number with too many digits", b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", {}),
         (415, "Content-Type", b'{"prompt": "a"}', {"Content-Type": "text/plain"}),
+        (415, "Content-Encoding: gzip is not read here", b'{"prompt": "a"}', {"Content-Encoding": "gzip"}),
+        (200, "choices", b'{"prompt": "a"}', {"Content-Encoding": "identity"}),
         (400, "host", b'{"prompt": "a"}', {"Host": "evil.example"}),
     ):
         found, text = post(address, body, **headers)
@@ -188,6 +192,15 @@ def test_the_api_key_protects_all_but_the_page(run):
         for wrong in ("other", "secret2"):
             with pytest.raises(openai.AuthenticationError):
                 ask(wrong)
+        for scheme in ("bearer", "BEARER"):
+            assert post(address, {"prompt": "x"}, Authorization=f"{scheme} secret")[0] == 200
+        for wrong, said in (
+            ("Basic secret", "the API key is missing: send Authorization: Bearer KEY"),
+            ("secret", "the API key is missing: send Authorization: Bearer KEY"),
+            ("Bearer other", "the API key is wrong"),
+        ):
+            status, text = post(address, {"prompt": "x"}, Authorization=wrong)
+            assert (status, json.loads(text)["error"]["message"]) == (401, said)
         assert post(address, {"prompt": "x"})[0] == post(address, {"prompt": "x"}, "/v1/embeddings")[0] == 401
         for path, status in (("/", 200), ("/healthz", 200), ("/openapi.json", 200), ("/metrics", 401)):
             connection = http.client.HTTPConnection(address.removeprefix("http://"))
