@@ -1,11 +1,11 @@
 """Checks a body with its schema: one error, which names the field, its value and what would be right."""
 
-import json
 import math
 from typing import Any
 
 from jsonschema import Draft202012Validator, ValidationError, exceptions, validators
 
+from nanoflax.report import to_json
 from nanoflax.serve.errors import ApiError
 from nanoflax.serve.schemas import Schema
 
@@ -89,8 +89,8 @@ def _described(error: ValidationError) -> tuple[str, str]:
         return field, f"{_shown(value)} has a wrong form. {schema.get('description', '')}"
     right = {
         "type": lambda: _either([_TYPE_NAMES[name] for name in ([rule] if isinstance(rule, str) else rule)]),
-        "enum": lambda: _either([json.dumps(x) for x in rule]),
-        "const": lambda: json.dumps(rule),
+        "enum": lambda: _either([to_json(x) for x in rule]),
+        "const": lambda: to_json(rule),
         "minimum": lambda: f"at least {rule}",
         "maximum": lambda: f"at most {rule}",
         "exclusiveMinimum": lambda: f"above {rule}",
@@ -104,5 +104,5 @@ def _either(words):
 
 
 def _shown(value):
-    text = json.dumps(value, ensure_ascii=False)
+    text = to_json(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:40]} ... {text[-16:]}"
