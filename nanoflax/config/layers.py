@@ -154,11 +154,16 @@ def layer_problems(m: Any) -> list[str]:
                 f"model.relative_buckets={m.relative_buckets} must be at least 4, and model.relative_distance="
                 f"{m.relative_distance} not a half or fourth of it"
             )
+    if rope.scaling == "yarn" and rope.theta == 1 or rope.scaling == "longrope" and rope.context == 1:
+        wrong = f"theta={rope.theta}" if rope.scaling == "yarn" else f"context={rope.context}"
+        found.append(
+            f"model.rope.{wrong} must not be 1 with model.rope.scaling={rope.scaling!r}, which divides by its log"
+        )
     if m.rope.scaling == "dynamic" and m.positions == "rotary" and m.rotary_dim <= 2:
         found.append("model.rope.scaling='dynamic' needs more than one pair of rotary numbers")
     if m.latent.rank:
         found += _latent_problems(m)
-    if {*RECURRENT} & {*m.layer_types} and m.recurrent.heads % m.recurrent.groups:
+    if {*RECURRENT} & {*m.layer_types} and m.recurrent.groups and m.recurrent.heads % m.recurrent.groups:
         found.append(f"model.recurrent.groups={m.recurrent.groups} does not divide heads={m.recurrent.heads}")
     if m.recurrent.max_step is not None and m.recurrent.min_step > m.recurrent.max_step:
         found.append(f"model.recurrent.min_step={m.recurrent.min_step} must be at most max_step={m.recurrent.max_step}")
@@ -168,7 +173,7 @@ def layer_problems(m: Any) -> list[str]:
         found.append(f"model.moe.experts={moe.experts} needs a Transformer, not {m.architecture!r}")
     if moe.active > moe.experts:
         found.append(f"model.moe.active={moe.active} must be at most model.moe.experts={moe.experts}")
-    if moe.experts % moe.groups or moe.top_groups > moe.groups:
+    if moe.groups < 1 or moe.experts % moe.groups or moe.top_groups > moe.groups:
         found.append(
             f"model.moe.groups={moe.groups} must divide model.moe.experts={moe.experts}, and "
             f"model.moe.top_groups={moe.top_groups} be at most groups"

@@ -9,6 +9,7 @@ from typing import Any
 
 from nanoflax.config import ROPE_SCALINGS, ModelConfig, MoEConfig, RopeConfig, validate
 from nanoflax.errors import UserError
+from nanoflax.hf.watched import Watched
 
 # Activation in config.json -> ours. If several names have the same activation, the last name is written.
 ACTIVATIONS = {
@@ -130,13 +131,15 @@ def to_config(family: Family, hf: Json, head: str, max_layers: int = _MAX_SIZE) 
         if value is not None and value not in allowed:
             problems.append(f"{field}={value!r} is not supported; it must be " + " or ".join(map(repr, allowed)))
     if not problems:
+        seen: list[str] = []
         try:
-            config = _assembled(ours | _read_classes(hf, head) | family.read(hf))
+            config = _assembled(ours | _read_classes(hf, head) | family.read(Watched(hf, seen)))
             validate(config)
         except UserError as error:
             problems.append(str(error))
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            problems.append(f"a value that cannot be read: {type(error).__name__}: {error}")
+            last = ", ".join(f"{name}={str(hf.get(name))[:80]}" for name in [*dict.fromkeys(seen[::-1])][:3])
+            problems.append(f"a value that cannot be read, among {last or 'all'}: {type(error).__name__}: {error}")
     if problems:
         raise UserError(f"config.json of model_type {family.model_type!r}: " + "; ".join(problems))
     return config

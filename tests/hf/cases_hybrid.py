@@ -99,7 +99,7 @@ OLDER: list[tuple[str, dict]] = [
 REFUSED: list[tuple[str, dict, str]] = [
     ("mamba2", {"expand": 3}, "expand=3"),
     ("mamba2", {"time_step_limit": [{"__float__": "-Infinity"}, 1.0]}, "min_step"),
-    ("mamba2", {"time_step_limit": [0.0, {"x": 1}]}, "cannot be read"),
+    ("mamba2", {"time_step_limit": [0.0, {"x": 1}]}, "cannot be read, among time_step_limit=["),
     ("mamba2", {"rms_norm": False}, "rms_norm=False"),
     ("qwen3-next", {"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be at least 1"),
     ("qwen3-next", {"full_attention_interval": 0}, "full_attention_interval=0 must be at least 1"),

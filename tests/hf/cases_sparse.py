@@ -265,7 +265,7 @@ OLDER: list[tuple[str, dict]] = [
 ]
 REFUSED: list[tuple[str, dict, str]] = [
     ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be at least 1"),
-    ("qwen3_moe", {"mlp_only_layers": 3}, "cannot be read"),
+    ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers=3"),
     ("qwen2_moe-windows", {"use_sliding_window": False}, "use_sliding_window true"),
     ("olmoe", {"clip_qkv": 0.0}, "qkv_clip=0.0"),
     ("mixtral", {"tie_word_embeddings": None}, "tie_word_embeddings=None"),
