@@ -28,7 +28,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The tests compile thousands of small functions and call each a few times, so the compiler of this process makes little
-# effort: a fifth of the time. The programs that tests start compile as users' do.
+# effort: a fifth of the time.
 if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = processes.QUICK_XLA
     import jax

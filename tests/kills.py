@@ -9,6 +9,7 @@ and the same loss, to the last bit. Exit status 1 and the first difference other
 """
 
 import argparse
+import os
 import pathlib
 import random
 import signal
@@ -54,7 +55,7 @@ def run_with_kills(arguments, workdir, kills, rng, log):
     metrics, done = workdir / "metrics.jsonl", 0
     while True:
         lines = count_lines(metrics)
-        process = processes.start(arguments)
+        process = processes.start(arguments, env=os.environ | processes.AS_USERS)
         if done < kills:
             if rng.random() < 0.75:  # else die while starting, restoring or compiling
                 while count_lines(metrics) <= lines and process.poll() is None:

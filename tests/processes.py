@@ -40,6 +40,7 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 QUICK_XLA = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # newer ones end at a flag that they do not know
     QUICK_XLA += " --xla_cpu_use_fusion_emitters=false"
+AS_USERS = {"XLA_FLAGS": ""}
 _server = None
 
 
@@ -80,8 +81,11 @@ class Child:
 
 
 def start(arguments, *, env=None, cwd=ROOT, out=None, err=None):
-    """Start `python ARGUMENTS`, which begin with "-m", module or "-c", code; returns a Child at once."""
+    """Start `python ARGUMENTS`, which begin with "-m", module or "-c", code; returns a Child at once. Without XLA_FLAGS
+    in env it compiles quickly; AS_USERS compiles as a user's program does."""
     env = dict(os.environ if env is None else env)
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        env.setdefault("XLA_FLAGS", QUICK_XLA)
     for name in (os.environ.keys() | env.keys()) - {"JAX_COORDINATOR_PORT"}:
         if name.startswith("JAX_") and env.get(name) != os.environ.get(name):
             raise ValueError(f"{name} would come too late: the server has imported JAX already")

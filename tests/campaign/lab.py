@@ -140,7 +140,9 @@ class Victim:
     """A program that has been started, with its accident."""
 
     def __init__(self, command, accident):
-        self.child = processes.start(["-m", "tests.campaign.victim", json.dumps(accident), *command])
+        self.child = processes.start(
+            ["-m", "tests.campaign.victim", json.dumps(accident), *command], env=os.environ | processes.AS_USERS
+        )
 
     def done(self, timeout=300) -> subprocess.CompletedProcess:
         """Wait for its end. A program that hangs is killed after `timeout` seconds, and gets the status HUNG."""

@@ -34,13 +34,8 @@ class Process:
 
     def __init__(self, arguments, home, name, devices, cwd=ROOT, **variables):
         self.paths = [home / f"{name}.{stream}" for stream in ("out", "err")]
-        flags = os.environ.get("XLA_FLAGS", "")
-        flags += f" --xla_force_host_platform_device_count={devices}"
-        env = (
-            os.environ
-            | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-            | {name: str(value) for name, value in variables.items()}
-        )
+        env = processes.quick(devices) | {"PYTHONPATH": str(ROOT)}
+        env |= {name: str(value) for name, value in variables.items()}
         self.child = processes.start(arguments, env=env, cwd=cwd, out=self.paths[0], err=self.paths[1])
 
     def wait(self, seconds=300):

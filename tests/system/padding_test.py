@@ -1,7 +1,6 @@
 """A vocabulary that the mesh does not divide: padded for the run, gone from all that leaves it."""
 
 import json
-import os
 import shutil
 
 import jax
@@ -14,9 +13,10 @@ from nanoflax.config import Config, LoRA, ModelConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.nn import build, without_padding
 from nanoflax.runs.vocabulary import with_vocabulary
+from tests import processes
 from tests.system.programs_test import SMALL, run
 
-EIGHT = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+EIGHT = processes.quick(devices=8)
 
 
 def mesh_of(tensor):
