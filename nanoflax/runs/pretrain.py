@@ -137,11 +137,17 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
 
 
 def prompt_of(config: Config, tokenizer: Any) -> list[int]:
-    """The ids of train.sample_prompt. Raises: UserError if the context is too short for it and its continuation."""
+    """The ids of train.sample_prompt. Raises: UserError if the context is too short for it and one more token."""
     prompt = tokenizers.prompt_ids(tokenizer, config.train.sample_prompt)
     if config.train.sample_tokens:
-        tokenizers.check_prompts(config.model, [prompt], config.train.sample_tokens)
+        tokenizers.check_prompts(config.model, [prompt], continuation_length(config, prompt))
     return prompt
+
+
+def continuation_length(config: Config, prompt: list[int]) -> int:
+    """train.sample_tokens, or as many as fit into the context after the prompt; at least 1."""
+    room = config.model.max_length - (0 if config.model.reads_source else len(prompt))
+    return max(1, min(config.train.sample_tokens, room))
 
 
 def read_data(config: Config, mesh: jax.sharding.Mesh, model: Any, tokenizer: Any) -> TrainingData:
@@ -179,7 +185,7 @@ def continue_prompt(config: Config, model: Any, params: Any, tokenizer: Any, pro
         model,
         params,
         [prompt],
-        config.train.sample_tokens,
+        continuation_length(config, prompt),
         temperature=0.8,
         top_k=40,
         rng=jax.random.PRNGKey(0),

@@ -58,7 +58,9 @@ def service_of(run: Any, settings: Settings) -> Iterator[Any]:
         tokenizers.check_prompts(config, [[tokenizer.bos_id]], 1)  # its generation settings can be followed
     embedder = None
     if embeds:
-        embedder = embeddings.Embedder(run.model, run.params, tokenizer, embeddings.pooling_of(run.source))
+        embedder = embeddings.Embedder(
+            run.model, run.params, tokenizer, embeddings.pooling_of(run.workdir or run.source)
+        )
         embedder.compile()
     name = settings.name or os.path.basename(os.path.normpath(run.source)).removesuffix(".gguf")
     with contextlib.ExitStack() as stack:

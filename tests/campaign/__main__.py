@@ -82,6 +82,8 @@ def parse():
     options.parts = options.parts.split(",")
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if not options.minutes > 0 or options.jobs < 1:
+        parser.error(f"--minutes={options.minutes:g} must be more than 0, and --jobs={options.jobs} at least 1")
     return options
 
 

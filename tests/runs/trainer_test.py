@@ -9,9 +9,10 @@ import pytest
 
 import nanoflax
 from nanoflax import train
-from nanoflax.config import Config, ExampleData, ModelConfig, OptimConfig, TextData, TrainConfig
+from nanoflax.config import Config, ExampleData, ModelConfig, OptimConfig, TextData, TrainConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.runs import Checkpoints
+from nanoflax.runs.pretrain import continuation_length
 from tests import kills, processes
 
 TRAIN = TrainConfig(steps=20, batch_size=8, evaluate_every=10, checkpoint_every=10, sample_tokens=0, tensorboard=False)
@@ -111,6 +112,13 @@ jax.tree.map(np.testing.assert_array_equal, params, source)
 places = parallel.shardings(parallel.param_shapes(model), mesh)
 assert jax.tree.leaves(jax.tree.map(lambda x: x.sharding, params)) == jax.tree.leaves(places)
 """
+
+
+@pytest.mark.parametrize("context, length, expected", [(256, 64, 64), (64, 64, 61), (32, 64, 29), (3, 64, 1)])
+def test_the_sample_of_a_run_is_as_long_as_the_context_allows(context, length, expected):
+    config = Config(model=ModelConfig(context=context), train=TrainConfig(sample_tokens=length))
+    validate(config)
+    assert continuation_length(config, [1, 2, 3]) == expected
 
 
 def test_a_source_is_copied_into_the_shards_of_the_whole_model():

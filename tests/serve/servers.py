@@ -29,7 +29,7 @@ def tiny(tokenizer=None, seed=0, **model):
     shape = dict(layers=1, dim=32, heads=2, context=256, vocab_size=tokenizer.vocab_size)
     found = nanoflax.build(ModelConfig(**(shape | model)))
     params = nanoflax.init(found, jax.random.PRNGKey(seed))
-    return types.SimpleNamespace(source="runs/tiny", model=found, params=params, tokenizer=tokenizer)
+    return types.SimpleNamespace(workdir=None, source="runs/tiny", model=found, params=params, tokenizer=tokenizer)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import types
 
 import pytest
 
+from tests import processes
 from tests.campaign import kills, signals, victim
 
 FUNCTIONS = {aim[1] for aims in kills.AIMS.values() for aim in aims} | {of for of, _ in signals.MOMENTS.values()}
@@ -29,3 +30,9 @@ def test_an_accident_strikes_by_every_name_of_a_function(monkeypatch):
     victim.at_call({"of": "owner:work", "n": 2})
     assert face.work() == "done" and not struck.wait(0.05)
     assert owner.work() == "done" and struck.wait(10)
+
+
+@pytest.mark.parametrize("flag", ["--minutes=0", "--minutes=-1", "--minutes=nan", "--jobs=0", "--parts=all"])
+def test_a_campaign_without_time_or_parts_is_refused(flag):
+    done = processes.run(["-m", "tests.campaign", flag])
+    assert done.returncode == 2 and flag.partition("=")[2] in done.stderr and "Traceback" not in done.stderr
