@@ -98,7 +98,8 @@ def main(kills, steps, seed, log=print):
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
         write_corpus(directory, rng)
-        undisturbed = processes.run(command(directory, directory / "whole", steps))
+        env = os.environ | processes.AS_USERS
+        undisturbed = processes.run(command(directory, directory / "whole", steps), env=env)
         assert undisturbed.returncode == 0, undisturbed.stderr
         done = run_with_kills(command(directory, directory / "killed", steps), directory / "killed", kills, rng, log)
         difference = compare(directory / "whole" / "metrics.jsonl", directory / "killed" / "metrics.jsonl")

@@ -84,7 +84,7 @@ def start(arguments, *, env=None, cwd=ROOT, out=None, err=None):
     """Start `python ARGUMENTS`, which begin with "-m", module or "-c", code; returns a Child at once. Without XLA_FLAGS
     in env it compiles quickly; AS_USERS compiles as a user's program does."""
     env = dict(os.environ if env is None else env)
-    if os.environ["JAX_PLATFORMS"] == "cpu":
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
         env.setdefault("XLA_FLAGS", QUICK_XLA)
     for name in (os.environ.keys() | env.keys()) - {"JAX_COORDINATOR_PORT"}:
         if name.startswith("JAX_") and env.get(name) != os.environ.get(name):
