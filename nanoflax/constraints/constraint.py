@@ -14,10 +14,12 @@ import numpy as np
 from jaxtyping import UInt32
 
 from nanoflax import report, tokenizers
+from nanoflax.constraints.schema import followed
 from nanoflax.errors import UserError
 
 # A small model may write spaces for ever, so between two parts of JSON there is a space, or one line break with spaces.
-JSON_OPTIONS = {"whitespace_pattern": " |\\n {0,32}"}
+# Without \uXXXX, in which a key would escape the schema of its property.
+JSON_OPTIONS = {"whitespace_pattern": " |\\n {0,32}", "json_allowed_escapes": 'nrbtf\\"'}
 # Every token whose bytes fit is allowed, also where only one text is possible.
 OPTIONS = '\n%llguidance {"no_forcing": true}'
 MAX_CHARACTERS = 100_000  # of a schema, an expression, the choices or a grammar
@@ -95,7 +97,9 @@ def _in_lark(name: str, rule: Any) -> str:
         if not isinstance(rule, dict):
             raise UserError(f"json_schema must be an object, such as {{'type': 'object'}}, not {rule!r:.40}")
         try:
-            text = "start: %json " + report.to_json(rule | {"x-guidance": JSON_OPTIONS})
+            text = "start: %json " + report.to_json(followed(rule) | {"x-guidance": JSON_OPTIONS})
+        except UserError:
+            raise
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"json_schema is not JSON: {error}") from error
     elif name == "choices":

@@ -1,0 +1,112 @@
+"""JSON schemas as llguidance keeps them: what it would break is written in another way, or refused by name."""
+
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+
+from nanoflax.errors import UserError
+
+# llguidance reads a number exactly if its digits are an integer below this, and its power of ten is at most 22.
+EXACT = 2**53
+DIGITS = 15  # every number with so many is read exactly
+_VALUES = {"const", "enum", "default", "example", "examples"}  # their parts are no schemas
+_NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}  # their keys are no keywords
+_BOUNDS = {"minimum": ("exclusiveMinimum", 1), "maximum": ("exclusiveMaximum", -1)}
+_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "const", "enum")
+# Characters that llguidance writes only as \uXXXX. That escape is switched off, because a key in such a form is another
+# one for llguidance; then a text with such a character would lose it.
+_ESCAPED = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+_RANGES = re.compile(r"\[(?:\^\]?|\](?=.*\])|(?!\^))(?:\\.|[^\\\]])*\]", re.DOTALL)  # a class of a pattern
+_ONE = re.compile(r"\\[xuU]\{([0-9a-fA-F]{1,8})\}|\\x(..)|\\u(.{4})|\\U(.{8})|\\([av])|\\.|.", re.DOTALL)
+
+
+def followed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema in a form that llguidance follows. Raises: UserError with all that it would not keep."""
+    found: Any = _rewritten(schema)
+    if problems := [*dict.fromkeys(_problems(schema))]:
+        raise UserError(f"json_schema: {'; '.join(problems[:3])}")
+    return found
+
+
+def _rewritten(node: Any) -> Any:
+    """The bound of numbers that is nearer to 0, if it is exclusive and an integer, becomes an inclusive one 1e-9 away
+    (more from a large one): llguidance accepts it if the other has the same integer part, as in 0 < x < 0.5."""
+    if isinstance(node, list):
+        return [_rewritten(x) for x in node]
+    if not isinstance(node, dict):
+        return node
+    found = {}
+    for name, value in node.items():
+        if name in _NAMED and isinstance(value, dict):
+            value = {key: _rewritten(x) for key, x in value.items()}
+        found[name] = value if name in _VALUES else _rewritten(value)
+    for name, (exclusive, sign) in _BOUNDS.items():
+        bound, own = found.get(exclusive), found.get(name)
+        if bound is True:  # as in draft 4
+            bound = own
+        if _is_number(bound) and 0 <= sign * bound < EXACT and bound % 1 == 0:
+            del found[exclusive]
+            step = Decimal(10) ** -max(0, min(9, DIGITS - len(str(abs(int(bound))))))
+            inside = float(int(bound) + sign * step)
+            found[name] = max(inside, own, key=lambda x: sign * x) if _is_number(own) else inside
+    return found
+
+
+def _problems(node: Any) -> Iterator[str]:
+    """What llguidance would not keep."""
+    if isinstance(node, list):
+        for x in node:
+            yield from _problems(x)
+    if not isinstance(node, dict):
+        return
+    for name in _NUMBERS:
+        for x in _leaves(node.get(name)):
+            if _is_number(x) and not _is_exact(x):
+                yield f"{name} has {x!r:.40}, which would be rounded: give a number below 2^53 with at most 15 digits"
+            if isinstance(x, str) and _ESCAPED.search(x):
+                yield f"{name} has {x!r:.40}, with a control character that no text here can have"
+    pattern = node.get("pattern")
+    if isinstance(pattern, str) and _has_control(pattern):
+        yield f"pattern {pattern!r:.40} has a control character that no text here can have"
+    least, required = node.get("minProperties"), node.get("required")
+    closed = node.get("additionalProperties") is False and not node.get("patternProperties")
+    if isinstance(least, int) and not closed and least > len({*_leaves(required)}) + 1:
+        yield f"minProperties={least} counts a key that comes twice; name more keys in required"
+    for name, value in node.items():
+        if name in _NAMED and isinstance(value, dict):
+            yield from _problems([*value.values()])
+        elif name not in _VALUES:
+            yield from _problems(value)
+
+
+def _has_control(pattern: str) -> bool:
+    """Whether a pattern names a control character outside of a range such as [\\x00-\\x1f]."""
+    rest = _RANGES.sub(lambda m: "" if m[0][1] == "^" or "-" in m[0][2:-2] else m[0][1:-1], pattern)
+    for match in _ONE.finditer(rest):
+        code = next(filter(None, match.groups()[:4]), "")
+        if match[5] or not match[0].startswith("\\") and _ESCAPED.match(match[0]):
+            return True
+        if re.fullmatch("[0-9a-fA-F]+", code) and int(code, 16) < 128 and _ESCAPED.match(chr(int(code, 16))):
+            return True
+    return False
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The numbers and texts in a value."""
+    if isinstance(value, list | dict):
+        for x in value if isinstance(value, list) else [*value, *value.values()]:
+            yield from _leaves(x)
+    elif value is not None:
+        yield value
+
+
+def _is_exact(x: float) -> bool:
+    if x in (float("inf"), -float("inf")) or x != x:
+        return True  # no JSON, which the caller says
+    _, digits, power = Decimal(repr(x)).as_tuple()
+    return abs(x) < EXACT and int("".join(map(str, digits))) < EXACT and abs(int(power)) <= 22
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
