@@ -39,6 +39,8 @@ class Filters(NamedTuple):
     epsilon_cutoff: Any = None
     eta_cutoff: Any = None
     encoder_repetition_penalty: Any = None
+    presence_penalty: Any = None  # of OpenAI's API: subtracted from the logits of the new tokens, of each once,
+    frequency_penalty: Any = None  # and this as often as the token is there; both or none are given
 
 
 # The values without effect. Those of rows are arrays for the first five always, for the others if one has an effect.
@@ -128,7 +130,8 @@ def process(
     logits: Logits, rules: GenerationDefaults, eos_ids: tuple[int, ...], filters: Filters, written: Written
 ) -> Logits:
     """Logits, or log-probabilities, after the penalties of `filters` and the rules on tokens."""
-    penalties = filters.encoder_repetition_penalty, filters.repetition_penalty
+    f = filters
+    penalties = f.encoder_repetition_penalty, f.repetition_penalty, f.presence_penalty, f.frequency_penalty
     axes_of: Any = lambda xs: [0 if x is not None and jnp.ndim(x) else None for x in xs]
     axes = (0, axes_of(penalties), Written(*axes_of(written)))
     return jax.vmap(partial(_process_row, rules, eos_ids), in_axes=axes)(logits, [*penalties], written)
@@ -167,6 +170,9 @@ def _process_row(rules, eos_ids, logits: Float[jax.Array, " V"], penalties, w: W
         logits = penalised(logits, source, 1 / penalties[0])
     if penalties[1] is not None:
         logits = penalised(logits, w.history, penalties[1])
+    if penalties[2] is not None:
+        counts = _counts(jnp.where(jnp.arange(N) < w.end - w.step, -1, w.history), V)
+        logits = (logits - (counts > 0) * penalties[2] - counts * penalties[3]).astype(logits.dtype)
     if rules.no_repeat_ngram_size:
         logits = without_ngrams(logits, w.history, rules.no_repeat_ngram_size)
     if rules.encoder_no_repeat_ngram_size:
@@ -205,6 +211,11 @@ def mask(ids: Sequence[int], V: int) -> np.ndarray:
 def _members(ids: Int[jax.Array, " N"], V: int) -> Bool[jax.Array, " V"]:
     """Which tokens are among the ids; -1 is none."""
     return jnp.zeros(V, bool).at[jnp.where(ids < 0, V, ids)].set(True, mode="drop")
+
+
+def _counts(ids: Int[jax.Array, " N"], V: int) -> Int[jax.Array, " V"]:
+    """How often each token is among the ids; -1 is none."""
+    return jnp.zeros(V, jnp.int32).at[jnp.where(ids < 0, V, ids)].add(1, mode="drop")
 
 
 def only_below(vocab_size: int | None, logits: Logits) -> Logits:

@@ -12,6 +12,7 @@ from nanoflax.errors import UserError
 from nanoflax.serve import attention
 from nanoflax.serve.errors import ApiError
 from nanoflax.serve.forms import Served
+from nanoflax.serve.programs import PENALTIES
 from nanoflax.serve.replies import Choice
 from nanoflax.serve.requests import Request
 from nanoflax.serve.schemas import MAX_CHOICES, MAX_INPUTS, NOTHING
@@ -143,6 +144,7 @@ def _choices(served, body, prompts, limit, logprobs):
                 ids,
                 most,
                 **filters,
+                **{name: body.get(name, 0) for name in PENALTIES},
                 seed=(seed + i) % (MAX_SEED + 1),
                 logit_bias=bias,
                 log_probabilities=logprobs,

@@ -23,7 +23,7 @@ from nanoflax.generate import Filters
 from nanoflax.nn import LanguageModel
 from nanoflax.serve import attention
 from nanoflax.serve.prefixes import Prefixes
-from nanoflax.serve.programs import PADDED, Programs, context_of
+from nanoflax.serve.programs import PADDED, PENALTIES, Programs, context_of
 from nanoflax.serve.requests import Finish, Request, Ticket, Token, check, token_of
 
 PREFIXES = 4  # prompts whose caches are kept
@@ -358,9 +358,9 @@ class Engine:
 
     def _make_filters(self):
         """(the Filters of the replies in the slots, whose log-probabilities are wanted)."""
-        off = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}  # of a free slot
         requests = [reply and reply.ticket.request for reply in self._replies]
-        settings = {name: [getattr(r, name) if r else off[name] for r in requests] for name in FILTERS}
+        settings = {name: [getattr(r, name) if r else generate.NO_EFFECT[name] for r in requests] for name in FILTERS}
+        added = {name: np.array([r and getattr(r, name) or 0 for r in requests], np.float32) for name in PENALTIES}
         none = self._no_filters
         bias = none.logit_bias
         if any(r and r.logit_bias for r in requests):
@@ -370,7 +370,7 @@ class Engine:
                     bias[i, [*r.logit_bias]] = [*r.logit_bias.values()]
         made = generate.make_filters(**settings, defaults=self.model.config.generation)
         wanted = np.array([r is not None and r.log_probabilities is not None for r in requests])
-        return made._replace(logit_bias=bias, allowed=none.allowed), wanted
+        return made._replace(logit_bias=bias, allowed=none.allowed, **added), wanted
 
     def _finish_step(self, replies, tokens, scores):
         """Wait for a step, and send its tokens."""

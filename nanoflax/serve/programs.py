@@ -29,6 +29,7 @@ CONTEXT = 4096  # tokens of a text by default, if the model has no smaller conte
 PIECES = 64, 16, 4, 1  # tokens that one call reads of a prompt
 PADDED = 16  # a cache's size is a multiple of it; also the last piece of a prompt, with padding on the right
 ALTERNATIVES = 20  # of each token that can be reported, as in OpenAI's API
+PENALTIES = ("presence_penalty", "frequency_penalty")  # of a Request, 0: none
 GROWTH = 4  # from a size to the next
 LEAST = 256  # the smallest size, if the context is not smaller
 LEAST_SOURCE = 64  # the same of a model with a source, which is padded to the size
@@ -166,7 +167,8 @@ class Programs:
         B, words = self.slots, -(-self.model.config.vocab_size // 32)
         bias = np.zeros((B, self.model.config.vocab_size), np.float32)
         made = generate.make_filters(temperature=[0] * B, defaults=self.model.config.generation)
-        return made._replace(logit_bias=bias, allowed=np.full((B, words), ~np.uint32(0)))
+        none = dict.fromkeys(PENALTIES, np.zeros(B, np.float32))
+        return made._replace(logit_bias=bias, allowed=np.full((B, words), ~np.uint32(0)), **none)
 
     def start(self) -> Generation:
         """Empty slots of the smallest size."""

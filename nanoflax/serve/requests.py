@@ -35,6 +35,8 @@ class Request:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float = 0  # as in `generate.Filters`
+    frequency_penalty: float = 0
     seed: int = 0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     log_probabilities: int | None = None  # how many alternatives of each token are reported; None: nothing
@@ -105,6 +107,8 @@ def check(r: Request, config: ModelConfig, context: int, vocab_size: int, altern
         problems.append(f"log_probabilities={r.log_probabilities} must be from 0 to {alternatives}")
     if r.prompt_log_probabilities and config.reads_source:
         problems.append("prompt_log_probabilities: the source of this model has no log-probabilities")
+    if not np.isfinite([r.presence_penalty, r.frequency_penalty]).all():
+        problems.append("presence_penalty and frequency_penalty must be finite")
     bad = [i for i, x in r.logit_bias.items() if not 0 <= i < vocab_size or not np.isfinite(x)]
     if bad:
         text = f"logit_bias has id {bad[0]}; ids must be below {vocab_size}, and their numbers finite"

@@ -104,8 +104,10 @@ _SAMPLING = {
         "type": ["object", "null"],
         "description": "Of a stream.",
     },
-    "presence_penalty": _only([0, None], "Not computed; see repetition_penalty."),
-    "frequency_penalty": _only([0, None], "Not computed; see repetition_penalty."),
+    "presence_penalty": _or_null(
+        "number", "Subtracted from the logits of the tokens that the new text has.", minimum=-2, maximum=2
+    ),
+    "frequency_penalty": _or_null("number", "The same, as often as the new text has the token.", minimum=-2, maximum=2),
     "response_format": _FORMAT,
     "user": _not_used("string"),
     "return_token_ids": _or_null("boolean", "Report prompt_token_ids and token_ids, as in vLLM."),

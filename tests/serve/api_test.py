@@ -242,7 +242,7 @@ WRONG = {
     "temperature": dict(temperature=-1), "top_p": dict(top_p=0), "n": dict(n=1000), "seed": dict(seed=1.5),
     "stop": dict(stop=""), "logit_bias": dict(logit_bias={"9999": 1}), "max_tokens": dict(max_tokens=-1),
     "prompt: [] has a wrong form. A text or": dict(prompt=[]),
-    "suffix": dict(suffix="x"), "best_of": dict(best_of=2), "presence_penalty": dict(presence_penalty=1),
+    "suffix": dict(suffix="x"), "best_of": dict(best_of=2), "presence_penalty": dict(presence_penalty=2.5),
     'stop: "x': dict(stop="x" * 1001), "surprise": dict(extra_body={"surprise": 1}), "prompt": dict(prompt=[99999]),
     "stream_options": dict(stream_options={"include_usage": True}), "logprobs": dict(logprobs=99),
 }  # fmt: skip
@@ -310,6 +310,15 @@ def test_a_reply_of_the_client_can_be_a_message(client, run):
             message = HELLO[0] | {field: {"id": "x"}}
             client.chat.completions.create(model="tiny", messages=[message])
         assert error.value.param == f"messages[0].{field}"
+
+
+def test_penalties_of_new_tokens(client, long):
+    """The logits of this model are small, so that a penalty lets each token come once."""
+    ask = dict(extra_body={"return_token_ids": True}, max_tokens=40)
+    for name in ("presence_penalty", "frequency_penalty"):
+        [free] = client.completions.create(**long | ask).choices
+        [new] = client.completions.create(**long | ask | {name: 2.0}).choices
+        assert len({*new.token_ids}) == 40 > len({*free.token_ids})
 
 
 def test_tools_of_pydantic_are_accepted(client):

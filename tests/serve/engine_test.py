@@ -112,6 +112,29 @@ def test_replies_equal_sample_alone_whatever_arrives_when(decoder, compilations)
     assert engine.counts["steps"] < sum(r.max_new_tokens for r in requests) / 1.5  # they shared steps
 
 
+def test_presence_and_frequency_penalties_are_those_of_a_loop(decoder, compilations):
+    """Beside replies without them. Only new tokens count."""
+    model, params, engine = decoder
+    pairs = [(0, 0), (2, 0), (0, 2), (1.5, 0.75), (-2, 0), (0, -0.5)]
+    prompt, new, before = [3, 3, 3, 7, 7, 11], 30, compilations()
+    more = [dict(presence_penalty=p, frequency_penalty=f) for p, f in pairs]
+    replies = [Reply(engine, prompt=prompt, max_new_tokens=new, temperature=0, **fields) for fields in more]
+    found = [reply.ids() for reply in replies]
+    assert compilations() == before
+    run, expected = jax.jit(lambda ids: model.apply({"params": params}, ids)[0][0]), []
+    for presence, frequency in pairs:
+        ids, counts = [*prompt], np.zeros(V)
+        for _ in range(new):
+            padded = np.array([[*ids, *[0] * (len(prompt) + new - len(ids))]])
+            logits = np.asarray(run(padded))[len(ids) - 1]
+            ids.append(int(np.argmax(logits - frequency * counts - presence * (counts > 0))))
+            counts[ids[-1]] += 1
+        expected.append(ids[len(prompt) :])
+    assert found == expected and len({*map(tuple, found)}) == len(pairs)
+    with pytest.raises(UserError, match="frequency_penalty must be finite"):
+        Reply(engine, prompt=prompt, frequency_penalty=np.inf)
+
+
 def test_log_probabilities_equal_those_of_score(decoder):
     model, params, engine = decoder
     [fields] = mixed(1, seed=4)
