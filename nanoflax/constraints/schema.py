@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeGuard
 
 from nanoflax.errors import UserError
 
@@ -108,5 +108,5 @@ def _is_exact(x: float) -> bool:
     return abs(x) < EXACT and int("".join(map(str, digits))) < EXACT and abs(int(power)) <= 22
 
 
-def _is_number(x: Any) -> bool:
+def _is_number(x: Any) -> TypeGuard[float]:
     return isinstance(x, int | float) and not isinstance(x, bool)

@@ -20,6 +20,7 @@ from nanoflax.errors import UserError
 
 Logits = Float[jax.Array, "B V"]
 OUT = -jnp.inf
+COLDEST = 1e-20  # logits over a lower temperature may exceed float32
 NO_DEFAULTS = GenerationDefaults()
 
 
@@ -75,7 +76,7 @@ def make_filters(
     a list, with an item for each row. more: the other names in `NO_EFFECT`.
 
     None, also in a list, takes the value of `defaults`. top_k=0, top_p=1, min_p=0, repetition_penalty=1 and the others
-    in `NO_EFFECT` turn a filter off.
+    in `NO_EFFECT` turn a filter off. A temperature below 1e-20 is greedy, as 0 is.
     Raises: UserError for a value out of its range, and for lists of unequal lengths; TypeError for another name.
     """
     if unknown := more.keys() - NO_EFFECT.keys():
@@ -105,7 +106,7 @@ def _checked(defaults, given):
     problems = fields.value_problems(s, "")
     if problems or (s.top_k or 0) % 1:
         raise UserError("; ".join(problems) or f"top_k={s.top_k} must be an integer")
-    return s
+    return dataclasses.replace(s, temperature=0) if s.temperature and s.temperature < COLDEST else s
 
 
 # Rules.

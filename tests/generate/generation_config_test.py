@@ -333,3 +333,25 @@ def test_other_prompts_are_refused_in_a_line(prompts, words):
         with pytest.raises(UserError) as caught:
             call(model, {}, prompts, max_new_tokens=1)
         assert words in str(caught.value)
+
+
+def test_tiny_temperatures_draw_as_in_float64():
+    """float32 has no 1e-40, and logits over 1e-37 exceed it: those are greedy, which float64 cannot tell apart."""
+    logits = np.random.default_rng(0).normal(0, 30, (4, 50)).astype(np.float32)
+    logits[:, ::7] = -np.inf
+    logits[1, 30] = np.nextafter(np.float32(logits[1].max()), np.float32(np.inf))
+    logits[2, 20] = logits[2, 40] = 1e4
+    draw = jax.jit(jax.vmap(generate.processors.choose, (None, 0, None)))
+    keys, previous = jax.random.split(jax.random.PRNGKey(0), 100), set()
+    for temperature in (1e-40, 1e-38, 1e-37, 1e-30, 1e-20, 1e-3, 100.0):
+        exact = (logits.astype(np.float64) - logits.max(-1, keepdims=True)) / temperature
+        p = np.exp(exact) / np.exp(exact).sum(-1, keepdims=True)
+        for given in (temperature, [temperature] * 4, [temperature, 1.0, temperature, 0]):
+            filters, rows = make_filters(given), [0, 2] if given != temperature and 0 in given else range(4)
+            tokens = np.array(draw(jnp.asarray(logits), keys, filters))[:, rows]
+            assert all(p[row, tokens[:, i]].min() > 1e-9 for i, row in enumerate(rows)), (temperature, given)
+            if filters.temperature is not None and temperature >= 1e-20:
+                found = np.array(jax.nn.softmax(filtered(jnp.asarray(logits), filters), axis=-1))
+                np.testing.assert_allclose(found[rows], p[rows], rtol=1e-4, atol=1e-7)
+        previous.add(len(np.unique(tokens[:, 0])))
+    assert min(previous) == 1 and max(previous) > 5  # the last one does draw
