@@ -73,6 +73,8 @@ def _scaling(hf, rope, kind, by_layer):
     for name in ("beta_fast", "beta_slow"):
         values[name] = values[name] or None
     for name in ("short_factors", "long_factors"):
+        if not isinstance(values[name] or (), list | tuple):
+            raise UserError(f"{name.removesuffix('s')}={values[name]!r} must be a list of numbers")
         values[name] = tuple(map(float, values[name])) if values[name] else None
     values["truncate"] = by_layer or bool(rope.get("truncate", True))  # Transformers looks for it outside of the layers
     if values["factor"] is None and kind in ("yarn", "longrope", "proportional"):

@@ -318,6 +318,7 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("phi3", {"rope_parameters": LONGROPE | {"long_factor": [2.0] * 3}}, "rope.long_factors"),
         ("phi3", {"rope_parameters": None, "rope_scaling": LONGROPE | {"rope_type": "llama3"}}, "'llama3'"),
         ("phi3", {"rope_parameters": LINEAR}, "linear"),
+        ("phi3", {"rope_parameters": LONGROPE | {"long_factor": 2.0}}, "long_factor=2.0 must be a list"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads"),
         ("deepseek_v3", {"n_group": 3}, "moe.groups"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
