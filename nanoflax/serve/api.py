@@ -16,6 +16,7 @@ from nanoflax.serve.programs import PENALTIES
 from nanoflax.serve.replies import Choice
 from nanoflax.serve.requests import Request
 from nanoflax.serve.schemas import MAX_CHOICES, MAX_INPUTS, NOTHING
+from nanoflax.serve.tool_calls import writes_calls
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # The rules that a text can follow, by vLLM's names in structured_outputs (formerly after guided_) -> ours.
@@ -62,7 +63,8 @@ def chat_choices(served: Served, body: dict[str, Any]) -> list[Choice]:
     ids = tokenizers.chat_prompt(served.tokenizer, [_message(m) for m in body["messages"]], tools or None)
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
     logprobs = (body.get("top_logprobs") or 0) if body.get("logprobs") else None
-    return _choices(served, body, [(ids, None)], limit, logprobs)
+    calls = bool(tools) and writes_calls(served.tokenizer.chat_template)
+    return _choices(served, body, [(ids, None)], limit, logprobs, calls)
 
 
 def _rule(served: Served, body: dict[str, Any]) -> tuple[str, Callable[[], Any]]:
@@ -113,7 +115,7 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     found["role"] = {"developer": "system"}.get(found["role"], found["role"])
     for call in found.get("tool_calls", ()):
         arguments = call["function"].get("arguments") or "{}"
-        call["function"]["arguments"] = untrusted.parse_json(arguments, "messages: the arguments of a tool call")
+        call["function"]["arguments"] = untrusted.json_object(arguments.encode(), "messages: arguments of a tool call")
     return found
 
 
@@ -124,7 +126,7 @@ def check_ids(served: Served, ids: Iterable[int], field: str) -> None:
         raise ApiError(400, f"{field}: token id {wrong[0]} is not in the vocabulary of {size}", field)
 
 
-def _choices(served, body, prompts, limit, logprobs):
+def _choices(served, body, prompts, limit, logprobs, calls=False):
     n, tokenizer = body.get("n") or 1, served.tokenizer
     field, rule = _rule(served, body)
     if len(prompts) * n > MAX_CHOICES:
@@ -153,7 +155,7 @@ def _choices(served, body, prompts, limit, logprobs):
             )
             before = () if served.config.reads_source else ids
             ends = [stops] if isinstance(stops, str) else stops
-            found.append(Choice(tokenizer, request, ends, before, echo, field, with_ids))
+            found.append(Choice(tokenizer, request, ends, before, echo, field, with_ids, calls))
     return found
 
 

@@ -16,6 +16,7 @@ from nanoflax.serve.attention import layers_of
 from nanoflax.serve.errors import ApiError
 from nanoflax.serve.replies import Choice, Piece, PlacedToken
 from nanoflax.serve.requests import Attention, Request
+from nanoflax.serve.tool_calls import ToolCalls
 
 LEAST_LOG_PROBABILITY = -9999.0  # JSON has no infinity and no NaN
 
@@ -67,6 +68,7 @@ class Form:
     def __init__(self, served: Served, choices: Sequence[Choice], chat: bool, with_usage: bool = False) -> None:
         self.served, self.choices, self.chat, self.with_usage = served, choices, chat, with_usage
         self._begun: set[int] = set()  # choices whose prompt_token_ids are sent
+        self._calls = [ToolCalls() for _ in choices]
         kind = "chat.completion" if chat else "text_completion"
         self.common = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
@@ -86,12 +88,13 @@ class Form:
         choices = []
         for i, parts in enumerate(pieces):
             text, tokens = "".join(part.text for part in parts), [token for part in parts for token in part.tokens]
-            content = (
-                {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-            )
-            choices.append(
-                {"index": i, **content, "logprobs": self._logprobs(i, tokens), "finish_reason": parts[-1].finish_reason}
-            )
+            reason, content = parts[-1].finish_reason, {"text": text}
+            if self.chat:
+                found, reason = self._said(i, text, reason)
+                for call in found.get("tool_calls", ()):
+                    del call["index"]  # only chunks have it
+                content = {"message": {"role": "assistant", "content": None, "refusal": None} | found}
+            choices.append({"index": i, **content, "logprobs": self._logprobs(i, tokens), "finish_reason": reason})
             choices[-1] |= self._ids(i, tokens) | ({} if self.chat else self._prompt_ids(i))
         return self.common | {"choices": choices, "usage": self.usage()} | (self._prompt_ids(0) if self.chat else {})
 
@@ -107,13 +110,27 @@ class Form:
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """A part of a streamed reply."""
-        content = {"delta": {"content": piece.text} if piece.text else {}} if self.chat else {"text": piece.text}
+        content, reason = {"text": piece.text}, piece.finish_reason
+        if self.chat:
+            found, reason = self._said(index, piece.text, reason)
+            content = {"delta": found if found.get("content") or "tool_calls" in found else {}}
         choice = {"index": index, **content, "logprobs": self._logprobs(index, piece.tokens)}
-        choice |= {"finish_reason": piece.finish_reason} | self._ids(index, piece.tokens)
+        choice |= {"finish_reason": reason} | self._ids(index, piece.tokens)
         if not self.chat and index not in self._begun:
             self._begun.add(index)
             choice |= self._prompt_ids(index)
         return self._chunk([choice])
+
+    def _said(self, index, text, reason):
+        """({content and tool_calls} of a part of a message, its finish_reason)."""
+        if not self.choices[index].tool_calls:
+            return {"content": text}, reason
+        reader = self._calls[index]
+        text, calls = reader.add(text, last=reason is not None)
+        found = {"tool_calls": calls} if calls else {}
+        if text or not reader.number:
+            found["content"] = text
+        return found, "tool_calls" if reason == "stop" and reader.number else reason
 
     def last_chunks(self) -> list[dict[str, Any]]:
         return [self._chunk([]) | {"usage": self.usage()}] if self.with_usage else []
