@@ -2,14 +2,21 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
+from typing import Any
 
+from nanoflax import untrusted
 from nanoflax.config.fields import field
+from nanoflax.errors import UserError
 
 MOST_TOKENS = 2**31  # ids and numbers of tokens are int32
 LARGE = 1e38  # near the largest float32
 # How `open` packs a model. "file": as in a .gguf file, for the matrices; programs offer these before they import JAX.
 QUANTIZE = ("", "int8", "int4", "file")
 CACHE_DTYPES = ("", "int8")
+# What sampling alone reads, and what is read only if no length is given.
+OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+OF_LENGTH = ("max_length", "max_new_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +24,8 @@ class GenerationDefaults:
     """The settings of Transformers' generation_config.json, by the names and with the meaning that they have there.
 
     `nanoflax.sample` and `beam_search` follow the rules on tokens and take unset arguments from here; programs also
-    take do_sample, num_beams, the lengths and stop_strings. `unsupported` are settings that nanoflax does not compute.
+    take do_sample, num_beams, the lengths and stop_strings. `unsupported` are settings that nanoflax does not compute,
+    and values that are wrong: they are kept, and refused when a text is generated with them.
     """
 
     eos_token_id: tuple[int, ...] = field((), "Ids that end a text.")
@@ -65,6 +73,21 @@ class GenerationDefaults:
     renormalize_logits: bool = field(False, "Beam search normalises probabilities after the rules on tokens.")
     stop_strings: tuple[str, ...] = field((), "Texts that end a text.")
     unsupported: str = field("", "JSON of settings that nanoflax does not compute, so generation is refused.")
+
+    def not_computed(self) -> dict[str, Any]:
+        """{name: value} of `unsupported`."""
+        return untrusted.json_object((self.unsupported or "{}").encode(), "model.generation.unsupported")
+
+    def refuse(self, names: Collection[str] | None = None) -> None:
+        """Raises: UserError for settings in `unsupported` of these names, by default what every text needs."""
+        narrow = (*OF_SAMPLING, *OF_LENGTH)
+        found = self.not_computed() if self.unsupported else {}
+        bad = [f"{x}={value!r:.80}" for x, value in found.items() if (x not in narrow if names is None else x in names)]
+        if bad:
+            raise UserError(
+                f"model.generation has {', '.join(bad)}, from generation_config.json, which nanoflax does not compute; "
+                "remove it there, or from the model's configuration, or give another value"
+            )
 
     def problems(self) -> list[str]:
         found = []

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from nanoflax import kernels
-from nanoflax.config import GenerationDefaults, fields
+from nanoflax.config import OF_SAMPLING, GenerationDefaults, fields
 from nanoflax.errors import UserError
 
 Logits = Float[jax.Array, "B V"]
@@ -106,6 +106,8 @@ def _checked(defaults, given):
     problems = fields.value_problems(s, "")
     if problems or (s.top_k or 0) % 1:
         raise UserError("; ".join(problems) or f"top_k={s.top_k} must be an integer")
+    if s.temperature != 0:
+        defaults.refuse({*OF_SAMPLING} - given.keys())
     return dataclasses.replace(s, temperature=0) if s.temperature and s.temperature < COLDEST else s
 
 

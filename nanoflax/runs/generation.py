@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from nanoflax import generate, speculation, tokenizers
-from nanoflax.config import GenerationDefaults, ModelConfig, fields
+from nanoflax.config import OF_LENGTH, OF_SAMPLING, GenerationDefaults, ModelConfig, fields
 from nanoflax.constraints import Constraint
 from nanoflax.errors import UserError
 from nanoflax.runs.opening import open_draft
@@ -82,6 +82,7 @@ class GenerationSettings:
         fewer if the context is too short."""
         if self.max_new_tokens:
             return self.max_new_tokens
+        config.generation.refuse(() if config.generation.max_new_tokens else OF_LENGTH)
         g, used = config.generation, 0 if config.reads_source else max(map(len, prompts), default=0)
         wanted = g.max_new_tokens or (g.max_length - max(used, 1) if g.max_length else DEFAULT_NEW_TOKENS)
         return max(1, min(wanted, config.max_length - used))
@@ -138,6 +139,8 @@ class GenerationSettings:
                     f"{', '.join(f'{prefix}{name}={given[name]}' for name in unread)}: not read with "
                     f"{prefix if mode != 'sampling' else ''}{mode}; leave one out"
                 )
+            if generation is not None and settings.mode == "sampling":
+                generation.refuse({*OF_SAMPLING} - given.keys() - task.keys())
             if settings.beams and "beams" not in task | given and generation and generation.do_sample:
                 raise UserError(
                     f"model.generation has do_sample with num_beams={settings.beams}, sampling of beams, which "
@@ -165,9 +168,12 @@ def model_settings(g: GenerationDefaults) -> dict[str, Any]:
     """The settings that a model's generation_config.json decides, except the largest length."""
     found = {name: getattr(g, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     found = {name: value for name, value in found.items() if value is not None}
-    of_sampling = found or any(getattr(g, name) not in (None, generate.NO_EFFECT[name]) for name in MORE_FILTERS)
+    kept = {*OF_SAMPLING} & g.not_computed().keys()  # and refused where they are read
+    of_sampling = (
+        found or kept or any(getattr(g, name) not in (None, generate.NO_EFFECT[name]) for name in MORE_FILTERS)
+    )
     if of_sampling or g.do_sample:  # the others as in Transformers
-        found = {"temperature": 1.0, "top_k": 50} | found
+        found = {name: x for name, x in (("temperature", 1.0), ("top_k", 50)) if name not in kept} | found
     if g.do_sample is False:
         found = {"temperature": 0.0}
     found |= {name: x for name in ("repetition_penalty", "length_penalty") if (x := getattr(g, name)) is not None}

@@ -66,11 +66,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new
             f"model.architecture={config.architecture!r} with model.head={config.head!r} generates no text; "
             "use a decoder or an encoder-decoder"
         )
-    if config.generation.unsupported:
-        raise UserError(
-            f"model.generation has {config.generation.unsupported}, from generation_config.json, which nanoflax does "
-            "not compute; remove it there, or from the model's configuration"
-        )
+    config.generation.refuse()
     if not prompts:
         raise UserError("prompts is empty; give at least one prompt")
     limits: Any = list(max_new_tokens) if np.ndim(max_new_tokens) else [max_new_tokens] * len(prompts)  # type: ignore

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from nanoflax.config import GenerationDefaults, ModelConfig, from_dict
 from nanoflax.errors import UserError
 from nanoflax.generate.processors import NO_EFFECT, Written, filtered, make_filters, process
 from nanoflax.nn import build
-from nanoflax.tokenizers import ByteTokenizer, cut, prompt_ids
+from nanoflax.runs.generation import GenerationSettings
+from nanoflax.tokenizers import ByteTokenizer, cut, prompt_ids, specs
+from nanoflax.tokenizers.huggingface import from_files
 from tests.generate.beams_test import theirs_of
 from tests.nn.models_test import randomize
 
@@ -264,26 +267,92 @@ def test_settings_that_are_not_computed_are_refused_by_name(tmp_path):
                 call(build(config), params, [[1, 2]], max_new_tokens=1)
         hf.save(tmp_path / "again", config, params)
         assert json.loads((tmp_path / "again/generation_config.json").read_text())[name] == value
-    path.write_text('{"penalty_alpha": 0, "typical_p": 1.0, "use_cache": true, "temperature": "hot", "top_k": -1}')
-    with pytest.raises(UserError, match="generation_config.json: generation.temperature='hot' must be a number"):
-        hf.load(tmp_path)
-    for name, value in [
-        ("sequence_bias", [[[3, -1], 1.0]]), ("sequence_bias", [[[], 1.0]]), ("sequence_bias", [[1.0, [3]]]),
-        ("sequence_bias", {"3": 1.0}), ("sequence_bias", [[[3], [4]]]), ("exponential_decay_length_penalty", [3]),
-        ("exponential_decay_length_penalty", [1.5, 1.1]), ("exponential_decay_length_penalty", [1, 0]),
-        ("exponential_decay_length_penalty", [2**40, 1.1]), ("exponential_decay_length_penalty", [1, 10**400]),
-        ("sequence_bias", [[[2**40], 1.0]]), ("sequence_bias", [[[5], 10**400]]), ("bad_words_ids", [[2**40]]),
-        ("typical_p", 1.5), ("encoder_repetition_penalty", 0), ("top_h", [1]), ("epsilon_cutoff", "a"),
-    ]:  # fmt: skip
-        path.write_text(json.dumps({name: value}))
-        with pytest.raises(UserError, match=f"generation_config.json.*{name}.*must be"):
-            hf.load(tmp_path)
+    path.write_text('{"penalty_alpha": 0, "typical_p": 1.0, "use_cache": true}')
+    assert not hf.load_config(tmp_path).generation.unsupported
     # Without the file, config.json has them, as in version 4.
     path.unlink()
     old = json.loads((tmp_path / "config.json").read_text()) | {"bad_words_ids": [[5]], "num_beams": 4}
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert hf.load_config(tmp_path).generation.bad_words_ids == ((5,),)
     assert type(theirs).from_pretrained(tmp_path).generation_config.bad_words_ids == [[5]]
+
+
+def test_wrong_values_are_refused_only_where_they_are_read(tmp_path):
+    saved_model("gpt2", 0, {}, tmp_path)
+    path, prompts = tmp_path / "generation_config.json", [[1, 2]]
+    config, params = hf.load(tmp_path)
+    greedy = generate.sample(build(config), params, prompts, 5, temperature=0)
+    refused = lambda **given: pytest.raises(
+        UserError, match=re.escape(", ".join(f"{x}={y!r}" for x, y in given.items()))
+    )
+    for name, value in [
+        ("top_p", 0), ("top_k", -1), ("top_k", 50.0), ("temperature", "hot"), ("min_p", 2), ("top_h", [1]),
+        ("epsilon_cutoff", "a"), ("typical_p", 0),
+    ]:  # fmt: skip
+        path.write_text(json.dumps({"do_sample": False, name: value}))
+        g = hf.load_config(tmp_path).generation
+        model = build(dataclasses.replace(config, generation=g))
+        assert generate.sample(model, params, prompts, 5, temperature=0) == greedy
+        warm = {} if name == "temperature" else {"temperature": 0.5}
+        with refused(**{name: value}):
+            generate.sample(model, params, prompts, 1, **warm)
+        right = NO_EFFECT[name] if name != "temperature" else 1.0
+        generate.sample(model, params, prompts, 1, **{"temperature": 0.5, name: right})
+        GenerationSettings.of({}, {}, g)  # do_sample is false
+        with refused(**{name: value}):
+            GenerationSettings.of({}, {}, dataclasses.replace(g, do_sample=True))
+    for name, value in [
+        ("sequence_bias", [[[3, -1], 1.0]]), ("sequence_bias", [[[], 1.0]]), ("sequence_bias", [[1.0, [3]]]),
+        ("sequence_bias", {"3": 1.0}), ("sequence_bias", [[[3], [4]]]), ("exponential_decay_length_penalty", [3]),
+        ("exponential_decay_length_penalty", [1.5, 1.1]), ("exponential_decay_length_penalty", [1, 0]),
+        ("exponential_decay_length_penalty", [2**40, 1.1]), ("exponential_decay_length_penalty", [1, 10**400]),
+        ("sequence_bias", [[[2**40], 1.0]]), ("sequence_bias", [[[5], 10**400]]), ("bad_words_ids", [[2**40]]),
+        ("encoder_repetition_penalty", 0), ("eos_token_id", [-3]), ("num_beams", 0), ("suppress_tokens", "all"),
+    ]:  # fmt: skip
+        path.write_text(json.dumps({name: value}))
+        model = build(hf.load_config(tmp_path))
+        for call in (generate.sample, generate.beam_search):
+            with pytest.raises(UserError, match=f"model.generation has {name}="):
+                call(model, params, prompts, max_new_tokens=1)
+    for name in ("max_length", "max_new_tokens"):
+        path.write_text(json.dumps({name: 0}))
+        model = build(hf.load_config(tmp_path))
+        assert generate.sample(model, params, prompts, 5, temperature=0) == greedy
+        assert GenerationSettings(max_new_tokens=3).limit(model.config, prompts) == 3
+        with refused(**{name: 0}):
+            GenerationSettings().limit(model.config, prompts)
+
+
+def test_values_that_transformers_ignores_are_ignored(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    theirs = saved_model("gpt2", 0, {}, tmp_path)
+    ignored = dict(suppress_tokens=[-1], begin_suppress_tokens=[-1], top_p=1.5, typical_p=2.0, epsilon_cutoff=-1.0)
+    ignored |= dict(eta_cutoff=3.0, no_repeat_ngram_size=-1, encoder_no_repeat_ngram_size=-2, min_length=-1)
+    (tmp_path / "generation_config.json").write_text(json.dumps(ignored))
+    assert hf.load_config(tmp_path).generation == GenerationDefaults()
+    made = transformers.GenerationConfig(**ignored, do_sample=True, top_k=0)
+    made._eos_token_tensor = torch.tensor([7])
+    logits = torch.randn(2, V)
+    assert torch.equal(theirs._get_logits_processor(made, 3)(torch.ones(2, 3).long(), logits), logits)
+
+
+def test_an_export_keeps_the_bytes_of_the_file(tmp_path):
+    saved_model("gpt2", 0, {}, tmp_path)
+    vocabulary = {"</s>": 0} | {chr(97 + i): i + 1 for i in range(V - 1)}
+    spec = {"added_tokens": [specs.added_token("</s>", 0)], "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}
+    settings = b'{"top_k":50.0, "do_sample" : false,\n "suppress_tokens": [-1], "eos_token_id": 0, "top_p": 0}'
+    (tmp_path / "generation_config.json").write_bytes(settings)
+    files = {"tokenizer.json": json.dumps(spec).encode(), "tokenizer_config.json": b'{"eos_token": "</s>"}'}
+    tokenizer = from_files(files | {"generation_config.json": settings}, "test")
+    config, params = hf.load(tmp_path)
+    hf.save(tmp_path / "again", config, params, tokenizer)
+    assert (tmp_path / "again/generation_config.json").read_bytes() == settings
+    hf.save(tmp_path / "alone", config, params)
+    alone = hf.load_config(tmp_path / "alone").generation
+    assert alone == config.generation and alone.not_computed() == {"top_k": 50.0, "top_p": 0}
+    changed = dataclasses.replace(config, generation=GenerationDefaults(eos_token_id=(0,), top_k=3))
+    hf.save(tmp_path / "changed", changed, params, tokenizer)
+    assert hf.load_config(tmp_path / "changed").generation == changed.generation
 
 
 def test_rules_at_the_edges_of_numbers_are_no_nan():
