@@ -114,8 +114,11 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     found["content"] = content if isinstance(content, str) else "".join(part["text"] for part in content)
     found["role"] = {"developer": "system"}.get(found["role"], found["role"])
     for call in found.get("tool_calls", ()):
-        arguments = call["function"].get("arguments") or "{}"
-        call["function"]["arguments"] = untrusted.json_object(arguments.encode(), "messages: arguments of a tool call")
+        arguments = (call["function"].get("arguments") or "{}").encode()
+        try:
+            call["function"]["arguments"] = untrusted.json_object(arguments, "messages: arguments of a tool call")
+        except UserError as error:
+            raise ApiError(400, str(error), "messages") from error
     return found
 
 

@@ -121,13 +121,13 @@ class Form:
             choice |= self._prompt_ids(index)
         return self._chunk([choice])
 
-    def _said(self, index, text, reason):
+    def _said(self, index: int, text: str, reason: str | None) -> tuple[dict[str, Any], str | None]:
         """({content and tool_calls} of a part of a message, its finish_reason)."""
         if not self.choices[index].tool_calls:
             return {"content": text}, reason
         reader = self._calls[index]
         text, calls = reader.add(text, last=reason is not None)
-        found = {"tool_calls": calls} if calls else {}
+        found: dict[str, Any] = {"tool_calls": calls} if calls else {}
         if text or not reader.number:
             found["content"] = text
         return found, "tool_calls" if reason == "stop" and reader.number else reason

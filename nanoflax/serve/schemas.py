@@ -159,7 +159,10 @@ _MESSAGE = _object(
     ["role"],
     {
         "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-        "content": {"anyOf": [{"type": "string"}, _TEXT_PARTS, {"type": "null"}]},
+        "content": {
+            "anyOf": [{"type": "string"}, _TEXT_PARTS, {"type": "null"}],
+            "description": 'A text, or a list of {"type": "text", "text": "..."}.',
+        },
         "name": {"type": ["string", "null"]},
         "tool_calls": {"type": ["array", "null"], "items": _CALL, "maxItems": 128},
         "tool_call_id": {"type": ["string", "null"]},

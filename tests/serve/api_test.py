@@ -366,6 +366,25 @@ SAID = {
 }
 
 
+ASSISTANT = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}
+SAID_OF_MESSAGES = {
+    "messages: arguments of a tool call must hold an object": ASSISTANT,
+    "messages[0].content: 5 has a wrong form. A text, or a list": {"role": "user", "content": 5},
+    'messages[0].content[0].type: "image_url" must be "text"': {"role": "user", "content": [{"type": "image_url"}]},
+    "messages[0].role: is missing": {"role": None, "content": "x"},
+    "messages[0].colour: not a field of messages[0], which has role, content": HELLO[0] | {"colour": 1},
+    "messages[0]: null must be an object": None,
+}
+
+
+@pytest.mark.parametrize("said", SAID_OF_MESSAGES)
+def test_an_error_names_the_message(client, said):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.post("/chat/completions", body={"messages": [SAID_OF_MESSAGES[said]]}, cast_to=object)
+    assert error.value.body["message"].startswith(said), error.value.message
+    assert error.value.param == said.split(":")[0]
+
+
 @pytest.mark.parametrize("said", SAID)
 def test_an_error_names_the_value_and_what_would_be_right(client, said):
     with pytest.raises(openai.BadRequestError) as error:
