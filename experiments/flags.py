@@ -1,5 +1,6 @@
 """Shared by all programs: flags, one typed flag for each field of a configuration, help, errors and exit status."""
 
+import _thread
 import dataclasses
 import difflib
 import gc
@@ -8,7 +9,9 @@ import itertools
 import os
 import re
 import runpy
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -77,11 +80,13 @@ def launch(
             _crash()
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
-            nanoflax.parallel.exit_process(130)
+            _exit(130)
         except Exception:
             _crash()
 
     _use_huge_pages()
+    signal.signal(signal.SIGINT, _interrupt)
+    sys.unraisablehook = _interrupt_again
     _drop_output_that_nobody_reads()
     logging.set_verbosity(logging.WARNING)  # hides JAX's messages about missing backends
     gc.set_threshold(20_000)  # the default 700 visits JAX's many objects so often that Python is half as fast
@@ -130,12 +135,36 @@ def _drop_output_that_nobody_reads():
 
 def _crash():
     traceback.print_exc()
-    nanoflax.parallel.exit_process(1)
+    _exit(1)
 
 
 def _fail(error):
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(error).split())}", file=sys.stderr)
-    nanoflax.parallel.exit_process(2)
+    _exit(2)
+
+
+def _exit(status):
+    """End the program after an error; JAX is not imported for it."""
+    hosts = sys.modules.get("nanoflax.parallel.hosts")
+    (hosts.exit_process if hosts else sys.exit)(status)
+
+
+def _interrupt(_, frame):
+    """Ctrl-C. It ends the program at once while a module is imported: an exception there can be lost, or a crash."""
+    while frame:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os.write(2, b"\ninterrupted\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _interrupt_again(dropped):
+    """Ctrl-C in a callback of the garbage collector, as JAX has one, which drops exceptions: it comes again soon."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def _no_such_flag(name):

@@ -150,3 +150,38 @@ def test_output_that_nobody_reads_ends_no_program(tmp_path):
 def test_a_wrong_or_missing_flag_is_one_line_with_the_nearest(program, flag, words):
     done = run("-m", f"experiments.{program}", *flag.split())
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+INTERRUPTED = {
+    "in a callback of the garbage collector": """
+def main():
+    import gc, time
+    def callback(*_):
+        gc.callbacks.remove(callback)
+        raise KeyboardInterrupt
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(60)
+""",
+    "while a module is imported": """
+def main():
+    import pathlib, sys, tempfile
+    with tempfile.TemporaryDirectory() as directory:
+        text = "import os, signal\\ntry:\\n os.kill(os.getpid(), signal.SIGINT)\\n for i in range(99): pass\\nexcept: 0"
+        pathlib.Path(directory, "swallows.py").write_text(text)
+        sys.path.insert(0, directory)
+        import swallows
+""",
+}
+
+
+@pytest.mark.parametrize("code", INTERRUPTED.values(), ids=INTERRUPTED)
+def test_an_interrupt_is_never_lost(code):
+    done = processes.run(["-c", f"from experiments.flags import launch\n{code}\nlaunch(main)"], env=ENVIRONMENT)
+    assert done.returncode == 130 and done.stderr == "\ninterrupted\n"
+
+
+def test_a_mistake_is_told_without_jax():
+    code = "import runpy, sys; sys.modules['jax'] = None; runpy.run_module('experiments.pretrain', None, '__main__')"
+    done = subprocess.run([sys.executable, "-c", code, "--stepss=3"], env=ENVIRONMENT, cwd=ROOT, capture_output=True)
+    assert done.returncode == 2 and b"flag --stepss does not exist" in done.stderr and done.stderr.count(b"\n") == 1
