@@ -9,12 +9,19 @@ import logging
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nanoflax import storage
 from nanoflax.errors import UserError
 from nanoflax.evals.adapter import Adapter
+
+# What short messages of lm-eval mean.
+_HINTS = {
+    "KeyError: None": "a metric of metric_list is unknown to lm-eval",
+    "Sample larger than population": "fewer documents than --num_fewshot needs",
+}
 
 
 def as_lm(run: Any, batch_size: int = 16, progress: bool = True) -> Any:
@@ -70,7 +77,7 @@ def run_tasks(
     from lm_eval.loggers import EvaluationTracker
 
     tracker = EvaluationTracker(output_path=os.fspath(out)) if out else None
-    with _quietly():
+    with _quietly(), _mistakes_of_tasks(names):
         result: Any = simple_evaluate(
             model=lm,
             model_args={"path": run.source},
@@ -116,7 +123,7 @@ def _task_manager(names: Sequence[str], include_path: str | None) -> Any:
             try:
                 loaded = super().load(names)
             except Exception as error:  # a YAML file may hold any mistake, and its data set may be out of reach
-                raise UserError(f"--tasks={','.join(names)}: {type(error).__name__}: {error}") from error
+                raise _mistake(error, names) from error
             for name, task in loaded["tasks"].items():
                 if getattr(task, "MULTIMODAL", False):
                     raise UserError(f"--tasks: {name} shows pictures or sounds; nanoflax has models of text")
@@ -129,6 +136,33 @@ def _task_manager(names: Sequence[str], include_path: str | None) -> Any:
         if {*names} <= {*own.all_subtasks}:
             return own
     return Tasks(include_path=include_path)
+
+
+@contextlib.contextmanager
+def _mistakes_of_tasks(names: Sequence[str]) -> Iterator[None]:
+    """A context in which an error of lm-eval or of a task's templates, columns, metrics and functions becomes one line
+    that names the task. An error in nanoflax's own functions, which lm-eval calls, stays as it is.
+    Raises: UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        modules = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if any(name.startswith("nanoflax.") and name != __name__ for name in modules):
+            raise
+        raise _mistake(error, names) from error
+
+
+def _mistake(error: Exception, names: Sequence[str]) -> UserError:
+    """An error of a task in one line with the task's name, or with `names` if no task had been made."""
+    from lm_eval.api.task import Task
+
+    frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [x.config.task for f in frames for x in (f.get("self"), f.get("task")) if isinstance(x, Task)]
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    hint = next((f" ({hint})" for words, hint in _HINTS.items() if words in said), "")
+    return UserError(f"--tasks={[*found, ','.join(names)][0]}: {said}{hint}")
 
 
 @contextlib.contextmanager

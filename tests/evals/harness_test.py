@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import re
 import types
 from typing import Any
 
@@ -210,3 +211,38 @@ def test_misuse_is_refused(options, words, folder, tokenizer, monkeypatch):
     arguments = dict(names=["last_word"], include_path=str(folder), progress=False) | options
     with pytest.raises(UserError, match=words.replace("[", r"\[")):
         evals.run_tasks(small_model(tokenizer, **DECODER), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("{{begin}}", "{{begin", "TemplateSyntaxError"),
+        ("{{begin}}", "{{nothing}}", "'nothing' is undefined"),
+        ("{{begin}}", "{{begin.foo()}}", "has no attribute 'foo'"),
+        ("(\\w+)", "(\\w+", "unterminated subpattern"),
+        ("exact_match", "no_metric", "a metric of metric_list is unknown"),
+        (
+            "doc_to_text:",
+            "num_fewshot: 9\nfewshot_split: test\ndoc_to_text:",
+            "fewer documents than --num_fewshot needs",
+        ),
+    ],
+)
+def test_mistakes_of_a_task_are_one_line_with_its_name(old, new, words, folder, tokenizer, monkeypatch):
+    monkeypatch.setattr(lm_eval_tasks.manager, "__file__", str(folder / "x.py"))
+    text = (folder / "written_answer.yaml").read_text().replace("written_answer", "mistaken")
+    assert old in text
+    (folder / "mistaken.yaml").write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=r"^--tasks=(last_word,)?mistaken: .*" + re.escape(words)) as error:
+        names = ["last_word", "mistaken"]
+        evals.run_tasks(small_model(tokenizer, **DECODER), names, include_path=str(folder), limit=2, progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_fault_of_ours_is_no_mistake_of_a_task(folder, tokenizer, monkeypatch):
+    monkeypatch.setattr(lm_eval_tasks.manager, "__file__", str(folder / "x.py"))
+    broken = small_model(tokenizer, **DECODER)
+    broken.params = {}
+    with pytest.raises(Exception) as error:  # noqa: PT011
+        evals.run_tasks(broken, ["last_word"], include_path=str(folder), progress=False)
+    assert not isinstance(error.value, UserError)
