@@ -138,7 +138,7 @@ def test_an_edited_message_replaces_what_follows(page):
 
 
 def test_mistakes_are_shown(page):
-    say(page, "Hello", max_tokens=5000)
+    say(page, "Hello", max_tokens=2**31)
     page.get_by_role("alert").wait_for()
     assert "max_tokens" in page.get_by_role("alert").inner_text()
     page.locator("[data-setting=max_tokens]").fill("2")
@@ -150,7 +150,7 @@ def test_mistakes_are_shown(page):
 
 
 def test_a_message_after_an_error_is_one_turn_with_the_one_before(page):
-    say(page, "Hello", max_tokens=5000)
+    say(page, "Hello", max_tokens=2**31)
     page.get_by_role("alert").wait_for()
     with page.expect_request("**/v1/chat/completions") as sent:
         say(page, "Are you there?", max_tokens=2)
