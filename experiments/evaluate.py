@@ -46,17 +46,13 @@ flags.DEFINE_string(
     "data",
     "",
     "for a pretrained run pydocs | text:GLOB | hub:OWNER/NAME | tfds:NAME[:FIELD], for a fine-tuned run, a classifier "
-    "or a tagger a source of examples; empty: the run's own validation data",
+    "or a tagger a source of examples; default: the run's own validation data",
 )
-flags.DEFINE_string(
-    "fields", None, "names of our fields in --data, as text=review,label=stars; default: those of the run"
-)
+flags.DEFINE_string("fields", None, "names of our fields in --data, as text=review,label=stars; default: the run's")
 flags.DEFINE_enum("split", "all", ["all", "train", "validation", "test"], "part of --data")
 flags.DEFINE_string("candidates", "", "a .jsonl file of candidates to rank")
 flags.DEFINE_string("reward", "", "of a run of grpo: another task.reward, such as python:FILE.py:FUNCTION")
-flags.DEFINE_string(
-    "out", "", "a .jsonl file for predictions or rankings; with --tasks a directory for lm-eval's files"
-)
+flags.DEFINE_string("out", "", "a .jsonl file for predictions or rankings; with --tasks a directory of lm-eval's")
 flags.DEFINE_integer("stride", None, "of texts longer than the context: the tokens that a window predicts", 1)
 flags.DEFINE_list("tasks", [], "names of tasks of lm-eval, separated by commas")
 flags.DEFINE_string("include_path", None, "a directory with YAML files of more tasks; their Python functions are run")
@@ -95,19 +91,22 @@ def main():
 
 
 def check_flags():
-    """Raises: UserError for flags that contradict each other."""
+    """Raises: UserError for flags that contradict each other, or are given without a value."""
+    for name in ("data", "candidates", "tasks", "out", "fields", "reward", "include_path"):
+        if FLAGS[name].present and not FLAGS[name].value:
+            raise UserError(f"--{name}= is empty; give a value, or leave the flag out")
     if sum(map(bool, (FLAGS.candidates, FLAGS.data, FLAGS.tasks))) > 1:
         raise UserError("give one of --data, --candidates and --tasks")
     if FLAGS.model and not FLAGS.candidates and not FLAGS.data and not FLAGS.tasks:
-        raise UserError(
-            "--model needs --candidates=FILE.jsonl, --data=SOURCE or --tasks: it is no run with data of its own"
-        )
+        raise UserError("--model needs --candidates, --data or --tasks: it is no run with data of its own")
     if unread := [name for name in OF_TASKS if FLAGS[name].present and not FLAGS.tasks]:
         raise UserError(f"--{unread[0]}={FLAGS[unread[0]].value} is only read with --tasks")
     if FLAGS.stride and (FLAGS.candidates or FLAGS.tasks or FLAGS.out):
         raise UserError(f"--stride={FLAGS.stride} measures text: it is not read with --candidates, --tasks or --out")
     if FLAGS["batch_size"].present and not (FLAGS.tasks or FLAGS.stride):
         raise UserError(f"--batch_size={FLAGS.batch_size} is only read with --tasks or --stride")
+    if FLAGS.cache_dtype and (FLAGS.candidates or FLAGS.stride):
+        raise UserError(f"--cache_dtype={FLAGS.cache_dtype} has no effect with --candidates or --stride: no new text")
     if FLAGS.reward and (FLAGS.candidates or FLAGS.tasks or FLAGS.stride):
         raise UserError(f"--reward={FLAGS.reward} is not read with --candidates, --tasks or --stride")
     for name in ("split", "fields"):

@@ -8,12 +8,11 @@
     python -m experiments.sample --workdir=runs/x --interactive
     python -m experiments.sample --model=SmolLM2.gguf --prompt="Paris as JSON: " --json_schema=city_schema.json
 
-Text is printed while it is generated. Without a prompt, the model begins a new document. An
-encoder-decoder reads the prompt as its source, with language codes (>>fr<<, fr_XX), <mask> and sentinels
-(<extra_id_0>) as tokens; "</s>" stays text. A fine-tuned run, or a published classifier or tagger, does
-its task: it prints classes and their probabilities, the tag of each word (spaces separate words), a
-translation (by default with the settings of the run's evaluation), or the reply to a message.
-Settings that no flag gives are those of the model's generation_config.json, if there is one.
+Text is printed while it is generated. Without a prompt, the model begins a new document. An encoder-decoder reads the
+prompt as its source, with language codes (>>fr<<, fr_XX), <mask> and sentinels (<extra_id_0>) as tokens; "</s>" stays
+text. A fine-tuned run, or a published classifier or tagger, does its task: it prints classes and their probabilities,
+the tag of each word (spaces separate words), a translation (by default with the settings of the run's evaluation), or
+the reply to a message. Settings that no flag gives are those of the model's generation_config.json, if there is one.
 """
 
 import dataclasses
@@ -86,10 +85,12 @@ def read_settings():
     names = [field.name for field in dataclasses.fields(nanoflax.runs.GenerationSettings)]
     settings: dict[str, Any] = {name: FLAGS[name].value for name in names if FLAGS[name].present}
     for name in {"json_schema", "grammar"} & settings.keys():
-        folder, file = os.path.split(settings[name])
+        where, (folder, file) = f"--{name}={settings[name]}", os.path.split(settings[name])
+        if not os.path.isfile(settings[name]):
+            raise UserError(f"{where}: no such file")
         text = nanoflax.untrusted.read_bytes(folder or ".", file, 1_000_000)
         is_json = name == "json_schema"
-        settings[name] = nanoflax.untrusted.json_object(text, file) if is_json else text.decode(errors="replace")
+        settings[name] = nanoflax.untrusted.json_object(text, where) if is_json else text.decode(errors="replace")
     if "stop" in settings:
         settings["stop"] = [text.replace("\\n", "\n") for text in FLAGS.stop]
     nanoflax.runs.GenerationSettings.of(settings, prefix="--")

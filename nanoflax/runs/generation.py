@@ -160,6 +160,8 @@ def check_ranges(given: dict[str, Any], prefix: str = "") -> None:
     stop = given.get("stop", ())
     if not isinstance(stop, str) and not (isinstance(stop, Sequence) and all(isinstance(text, str) for text in stop)):
         problems.append(f"{prefix}stop={stop!r} must be a text or a list of texts")
+    elif "stop" in given and "" in ([stop] if isinstance(stop, str) else stop):
+        problems.append(f"{prefix}stop has an empty text, which ends nothing; leave it out")
     if problems:
         raise UserError("; ".join(problems))
 

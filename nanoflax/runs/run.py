@@ -304,6 +304,8 @@ class Run:
         """
         if not data and (self.workdir is None or not self.config.data.train):
             raise UserError(f"{self.source} has no validation data of its own; give data")
+        if self.cache_dtype and not (self.task and self.task.generates):
+            raise UserError(f"cache_dtype={self.cache_dtype!r} has no effect: this evaluation generates no text")
         if self.task is not None:
             return self._evaluate_on_examples(data, split, out, fields, reward)
         model = self.config.model

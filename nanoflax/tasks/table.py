@@ -62,6 +62,11 @@ class Task:
     needs_prompt: bool = True  # an empty prompt is an error
     plots_alignment: bool = False  # a run ends with a plot of the attention between source and target
 
+    @property
+    def generates(self) -> bool:
+        """Whether predictions, and so an evaluation, are generated token by token."""
+        return self.predict in (generate_targets, complete_problems)
+
 
 # Predictions.
 

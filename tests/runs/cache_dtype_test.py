@@ -36,5 +36,8 @@ def test_what_has_no_such_cache_is_refused(tmp_path):
     nanoflax.hf.save(tmp_path / "tiny", made.model.config, made.params, made.tokenizer)
     with pytest.raises(UserError, match="cache_dtype='int4' must be int8, or empty"):
         nanoflax.open(str(tmp_path / "tiny"), cache_dtype="int4")
+    run = nanoflax.open(str(tmp_path / "tiny"), cache_dtype="int8")
+    with pytest.raises(UserError, match="cache_dtype='int8' has no effect"):
+        run.evaluate("pydocs")
     with pytest.raises(UserError, match="cache_dtype='int8' needs attention"):
         build(ModelConfig(vocab_size=9, architecture="lstm"), cache_dtype="int8")

@@ -390,6 +390,13 @@ def test_a_wrong_tokenizer_is_refused(trained, tmp_path):
         ("evaluate", ["--model=x"], "--model needs --candidates"),
         ("evaluate", ["--workdir=x", "--split=train"], "--split=train needs --data"),
         ("evaluate", ["--model=x", "--tasks=a", "--stride=4"], "--stride=4 measures text"),
+        ("evaluate", ["--workdir=x", "--tasks="], "--tasks= is empty"),
+        ("evaluate", ["--workdir=x", "--data="], "--data= is empty"),
+        ("evaluate", ["--model=x", "--candidates=a", "--cache_dtype=int8"], "--cache_dtype=int8 has no effect"),
+        ("sample", ["--workdir=x", "--stop="], "--stop has an empty text"),
+        ("sample", ["--workdir=x", "--json_schema=/nonexist"], "--json_schema=/nonexist: no such file"),
+        ("sample", ["--workdir=x", "--grammar=nonexist"], "--grammar=nonexist: no such file"),
+        ("sample", ["--workdir=x", "--json_schema=README.md"], "--json_schema=README.md is not JSON"),
         (
             "evaluate",
             ["--model=x", "--data=text:a.txt", "--num_fewshot=3"],
