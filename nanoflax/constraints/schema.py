@@ -17,7 +17,6 @@ _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multi
 # Characters that llguidance writes only as \uXXXX. That escape is switched off, because a key in such a form is another
 # one for llguidance; then a text with such a character would lose it.
 _ESCAPED = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
-_RANGES = re.compile(r"\[(?:\^\]?|\](?=.*\])|(?!\^))(?:\\.|[^\\\]])*\]", re.DOTALL)  # a class of a pattern
 _ONE = re.compile(r"\\[xuU]\{([0-9a-fA-F]{1,8})\}|\\x(..)|\\u(.{4})|\\U(.{8})|\\([av])|\\.|.", re.DOTALL)
 
 
@@ -81,15 +80,27 @@ def _problems(node: Any) -> Iterator[str]:
 
 
 def _has_control(pattern: str) -> bool:
-    """Whether a pattern names a control character outside of a range such as [\\x00-\\x1f]."""
-    rest = _RANGES.sub(lambda m: "" if m[0][1] == "^" or "-" in m[0][2:-2] else m[0][1:-1], pattern)
-    for match in _ONE.finditer(rest):
-        code = next(filter(None, match.groups()[:4]), "")
-        if match[5] or not match[0].startswith("\\") and _ESCAPED.match(match[0]):
-            return True
-        if re.fullmatch("[0-9a-fA-F]+", code) and int(code, 16) < 128 and _ESCAPED.match(chr(int(code, 16))):
-            return True
-    return False
+    """Whether a pattern names a control character, other than in a class with a range or ^, such as [\\x00-\\x1f]."""
+    inside = first = wide = found = False
+    for match in _ONE.finditer(pattern):
+        text, code = match[0], next(filter(None, match.groups()[:4]), "")
+        is_hex = re.fullmatch("[0-9a-fA-F]+", code)
+        character = chr(min(int(code, 16), 128)) if is_hex else "" if text.startswith("\\") else text
+        is_control = bool(match[5] or _ESCAPED.match(character))
+        if not inside:
+            if is_control:
+                return True
+            inside = first = text == "["
+            wide = found = False
+        elif text == "]" and not first:
+            if found and not wide:
+                return True
+            inside = False
+        else:
+            found |= is_control
+            wide |= text == "-" or first and text == "^"
+            first &= text == "^"
+    return inside and found
 
 
 def _leaves(value: Any) -> Iterator[Any]:

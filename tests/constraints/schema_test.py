@@ -164,6 +164,7 @@ A = {"properties": {"a": {"type": "integer"}}, "additionalProperties": {"type": 
         ({"type": "object", "minProperties": 2, "required": ["a"]}, ['{"a":1,"b":2}'], ['{"a":1}', '{"b":1,"b":2}']),
         ({"type": "string", "pattern": "^[\\x20-\\x7e]+$"}, ['"a b"', '"\\\\"'], ['"é"', '""']),
         ({"type": "string", "pattern": "^[^\\x7f]\\\\x01$"}, ['"b\\\\x01"'], ['"b"']),
+        ({"type": "string", "pattern": "^[a\\x00-\\x1f]\\[b]$"}, ['"a[b]"', '"\\n[b]"'], ['"[b]"']),
         ({"enum": ["é", {"b": [1.5, None]}]}, ['"é"', '{"b":[1.5,null]}'], ['"e"', '{"b":[1.50,null]}']),
         ({"properties": {"minProperties": {"enum": [1]}, "const": {"exclusiveMinimum": 1}}},
          ['{"const":2}'], ['{"const":1}']),
@@ -184,6 +185,8 @@ def test_valid_texts_are_accepted_and_others_not(schema, right, wrong):
         ({"const": {"a": "b\x7f"}}, "const has 'b\\x7f', with a control character"),
         ({"type": "string", "pattern": "^a\\x01b$"}, "has a control character"),
         ({"type": "string", "pattern": "^[\\u007f]\\+$"}, "has a control character"),
+        ({"type": "string", "pattern": "^[a-z][]]\\[\x01"}, "has a control character"),
+        ({"type": "string", "pattern": "[" * 90_000}, "json_schema is wrong"),  # in little time
         ({"type": "object", "minProperties": 3, "required": ["a"]}, "minProperties=3 counts a key that comes twice"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"type": "string", "format": "color"}, "Unknown format: color"),
