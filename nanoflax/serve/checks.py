@@ -1,6 +1,7 @@
 """Checks a body with its schema: one error, which names the field, its value and what would be right."""
 
 import math
+import re
 from typing import Any
 
 from jsonschema import Draft202012Validator, ValidationError, exceptions, validators
@@ -13,7 +14,7 @@ from nanoflax.serve.schemas import Schema
 _TYPES = Draft202012Validator.TYPE_CHECKER.redefine_many(
     {
         "integer": lambda _, x: isinstance(x, int) and not isinstance(x, bool),
-        "number": lambda _, x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x),
+        "number": lambda _, x: isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < math.inf,
     }
 )
 _TYPE_NAMES = {"integer": "an integer", "number": "a finite number", "string": "a text", "boolean": "true or false"}
@@ -68,7 +69,7 @@ def _described(error: ValidationError) -> tuple[str, str]:
     value: Any = error.instance
     assert isinstance(schema, dict)
     if kind == "additionalProperties" and "patternProperties" in schema:
-        name = next(name for name in value if not name.isdecimal() or len(name) > 9)
+        name = next(name for name in value if not re.fullmatch("[0-9]{1,9}", name))
         return field, f"{_shown(name)} must be a token id"
     if kind == "additionalProperties":
         known = schema["properties"]

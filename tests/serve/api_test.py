@@ -358,6 +358,8 @@ SAID = {
     'stream: "yes" must be true or false or null': dict(stream="yes"),
     'stop[1]: "" must not be empty': dict(stop=["a", ""]),
     'logit_bias: "a" must be a token id': dict(logit_bias={"a": 1}),
+    'logit_bias: "١" must be a token id': dict(logit_bias={"١": 1}),
+    "min_p: 1000000000000000000000000000000000000000 ... 0000000000000000 must be at most 1": dict(min_p=10**400),
     "prompt: 129 prompts, at most 128": dict(prompt=["a"] * 129),
     "n: 100 prompts with n=2 are more than 128 texts": dict(prompt=["a"] * 100, n=2),
     "prompt: [1, 2.5] has a wrong form. A text or token ids": dict(prompt=[1, 2.5]),
