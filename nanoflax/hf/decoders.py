@@ -119,6 +119,19 @@ _OLMO2 = like_llama(
     preset=dict(norm_place="after", qk_norm="full"), defaults={"rms_norm_eps": 1e-5})  # fmt: skip
 
 
+def _read_gemma1(hf):
+    act = {"activation": "gelu_tanh"} if hf["hidden_act"] == "gelu" else {}  # the name in the first files
+    return read_rope(hf) | act | {"out_bias": hf["attention_bias"], "embed_scale": hf["hidden_size"] ** 0.5}
+
+
+_GEMMA = like_llama(
+    "gemma", "Gemma", without=("mlp_bias",), preset=dict(norm_unit_offset=True),
+    defaults={"hidden_act": "gelu_pytorch_tanh", "head_dim": 256, "num_key_value_heads": 16,
+              "tie_word_embeddings": True, "max_position_embeddings": 8192},
+    only={"use_bidirectional_attention": (False,)},
+    read=_read_gemma1)  # fmt: skip
+
+
 def _read_gemma(hf):
     period = hf.get("sliding_window_pattern", hf.get("_sliding_window_pattern", hf["period"]))
     return (
@@ -265,5 +278,7 @@ def with_classifier(family):
 
 
 DECODERS = [
-    *map(with_classifier, (_GPT2, _OPT, LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3, _OLMO2, _NEOX, _PHI3))
+    *map(
+        with_classifier, (_GPT2, _OPT, LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA, _GEMMA2, _GEMMA3, _OLMO2, _NEOX, _PHI3)
+    )
 ]

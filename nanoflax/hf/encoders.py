@@ -74,6 +74,10 @@ _ROBERTA = dataclasses.replace(
     ignored=r"roberta\.embeddings\.position_ids|roberta\.pooler\..*",
     base="roberta.")  # fmt: skip
 
+_XLM_ROBERTA = dataclasses.replace(
+    _ROBERTA, model_type="xlm-roberta",
+    classes={head: (f"XLM{name}",) for head, (name,) in _ROBERTA.classes.items()})  # fmt: skip
+
 _ELECTRA_HEADS = {
     "mlm": {"transform": "generator_predictions.dense", "norm_transform": "generator_predictions.LayerNorm",
             "unembed": "generator_lm_head", "logit_bias": ("generator_lm_head.bias", "same")},
@@ -208,4 +212,4 @@ _MODERNBERT = Family(
     only={"classifier_pooling": ("cls", "mean")},
     read=_read_modernbert, write=_write_modernbert, base="model.")  # fmt: skip
 
-ENCODERS = [_BERT, _ROBERTA, _ELECTRA, _DISTILBERT, _EUROBERT, _MODERNBERT]
+ENCODERS = [_BERT, _ROBERTA, _XLM_ROBERTA, _ELECTRA, _DISTILBERT, _EUROBERT, _MODERNBERT]

@@ -3,6 +3,8 @@
 In `read` and `write`, hf is a parsed config.json and c a ModelConfig.
 """
 
+import dataclasses
+
 from nanoflax.errors import UserError
 from nanoflax.hf.decoders import like_llama, with_classifier
 from nanoflax.hf.rope import read_layers, read_rope, write_layers, write_rope
@@ -42,6 +44,12 @@ _COHERE2 = like_llama(
               "max_position_embeddings": 8192, "period": 4},
     read=_read_cohere,
     write=lambda c: write_rope(c) | _write_window(c))  # fmt: skip
+_COHERE = dataclasses.replace(
+    _COHERE2, model_type="cohere", classes={"lm": ("CohereForCausalLM",)},
+    defaults=_COHERE2.defaults | {"use_qk_norm": False, "rope_theta": 500_000.0},
+    read=lambda hf: read_rope(hf) | {
+        "out_bias": hf["attention_bias"], "qk_norm": "each_head" if hf["use_qk_norm"] else "none"},
+    write=lambda c: write_rope(c) | {"use_qk_norm": c.qk_norm == "each_head"})  # fmt: skip
 _STARCODER2 = like_llama(
     "starcoder2", "Starcoder2", without=("attention_bias", "mlp_bias", "rms_norm_eps"),
     keys={"mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj"},
@@ -139,5 +147,5 @@ _OLMO3 = like_llama(
 
 MORE_DECODERS = [
     *map(with_classifier, (_STARCODER2, _STABLELM, _SMOLLM3, _GLM4, _OLMO, _OLMO3)),
-    *(GRANITE, _COHERE2, _NANOCHAT),  # Transformers has no class that classifies with them
+    *(GRANITE, _COHERE, _COHERE2, _NANOCHAT),  # Transformers has no class that classifies with them
 ]

@@ -78,6 +78,11 @@ CASES = {
         "Qwen3ForCausalLM",
         HEAD8 | dict(tie_word_embeddings=True, attention_bias=True, num_key_value_heads=4),
     ),
+    "gemma": ("GemmaForCausalLM", HEAD8 | dict(attention_bias=True)),
+    "gemma-gelu": (
+        "GemmaForCausalLM",
+        HEAD8 | dict(hidden_act="gelu", head_dim=16, tie_word_embeddings=False, num_key_value_heads=1),
+    ),
     "gemma2": ("Gemma2ForCausalLM", HEAD8 | dict(sliding_window=5, query_pre_attn_scalar=10)),
     "gemma2-plain": (
         "Gemma2ForCausalLM",
@@ -184,6 +189,10 @@ CASES = {
     "roberta-mlm-untied": ("RobertaForMaskedLM", BERT | dict(tie_word_embeddings=False, pad_token_id=3)),
     "roberta-classify": ("RobertaForSequenceClassification", BERT),
     "roberta-tag": ("RobertaForTokenClassification", BERT | dict(hidden_act="gelu_new")),
+    "xlm-roberta": ("XLMRobertaModel", BERT | dict(hidden_act="relu")),
+    "xlm-roberta-mlm": ("XLMRobertaForMaskedLM", BERT | dict(type_vocab_size=1)),
+    "xlm-roberta-classify": ("XLMRobertaForSequenceClassification", BERT),
+    "xlm-roberta-tag": ("XLMRobertaForTokenClassification", BERT | dict(hidden_act="gelu_new")),
     "distilbert": ("DistilBertModel", DISTIL | dict(n_heads=2)),
     "distilbert-mlm": ("DistilBertForMaskedLM", DISTIL | dict(activation="relu")),
     "distilbert-mlm-untied": ("DistilBertForMaskedLM", DISTIL | dict(tie_word_embeddings=False)),
@@ -228,7 +237,19 @@ CASES = {
 }
 OLDER: list[tuple[str, dict]] = []
 REFUSED: list[tuple[str, dict, str]] = []
-GREEDY = ["gpt2", "opt", "llama-3", "mistral", "gemma3-caps", "neox", "phi3-partial", "t5-1.1", "bart", "marian"]
+GREEDY = [
+    "gpt2",
+    "opt",
+    "llama-3",
+    "mistral",
+    "gemma",
+    "gemma3-caps",
+    "neox",
+    "phi3-partial",
+    "t5-1.1",
+    "bart",
+    "marian",
+]
 for more in (cases_dense, cases_encoders, cases_hybrid, cases_latent, cases_sparse):
     CASES |= more.CASES
     GREEDY += more.GREEDY

@@ -50,6 +50,11 @@ CASES: dict[str, tuple[str, dict]] = {
             rope_parameters=LLAMA3,
         ),
     ),
+    "cohere": ("CohereForCausalLM", LLAMA | dict(logit_scale=2.0, attention_bias=True, use_qk_norm=True)),
+    "cohere-untied": (
+        "CohereForCausalLM",
+        LLAMA | dict(tie_word_embeddings=False, num_key_value_heads=None, layer_norm_eps=1e-3, logit_scale=1.5),
+    ),
     "cohere2": (
         "Cohere2ForCausalLM",
         LLAMA | dict(num_hidden_layers=5, sliding_window=5, logit_scale=2.0, attention_bias=True, head_dim=12),
@@ -194,6 +199,7 @@ GREEDY: list[str] = [
     "gpt2-scaled",
     "opt-350m",
     "granite",
+    "cohere",
     "cohere2",
     "starcoder2-window",
     "stablelm-parallel",
@@ -206,6 +212,7 @@ GREEDY: list[str] = [
 OLDER: list[tuple[str, dict]] = [
     ("opt", {"word_embed_proj_dim": ..., "layer_norm_elementwise_affine": ..., "enable_bias": ...}),
     ("granite-tied", {"rope_parameters": ..., "rope_theta": 300.0, "rope_scaling": LLAMA3, "residual_multiplier": ...}),
+    ("cohere-untied", {"rope_parameters": ..., "rope_theta": 10_000.0, "use_qk_norm": ...}),
     ("cohere2", {"rope_parameters": ..., "layer_types": ..., "sliding_window_pattern": 4, "norm_type": ...}),
     (
         "starcoder2-window",

@@ -94,7 +94,7 @@ def theirs_of(model, kind, case, ids, mask, types, targets):
     ids, mask, extra = torch.tensor(ids).long(), torch.tensor(mask).long(), {}
     if kind == "encoder_decoder":
         return model(input_ids=ids, attention_mask=mask, decoder_input_ids=torch.tensor(targets).long()).logits
-    if not case.startswith(("distilbert", "roberta", "opt")):  # which do so themselves
+    if not case.startswith(("distilbert", "roberta", "xlm-roberta", "opt")):  # which do so themselves
         extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     if kind == "encoder" and types is not None:
         extra["token_type_ids"] = torch.tensor(types).long()
