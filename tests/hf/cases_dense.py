@@ -212,7 +212,7 @@ GREEDY: list[str] = [
 OLDER: list[tuple[str, dict]] = [
     ("opt", {"word_embed_proj_dim": ..., "layer_norm_elementwise_affine": ..., "enable_bias": ...}),
     ("granite-tied", {"rope_parameters": ..., "rope_theta": 300.0, "rope_scaling": LLAMA3, "residual_multiplier": ...}),
-    ("cohere-untied", {"rope_parameters": ..., "rope_theta": 10_000.0, "use_qk_norm": ...}),
+    ("cohere-untied", {"rope_parameters": ..., "rope_theta": 500_000, "use_qk_norm": ...}),
     ("cohere2", {"rope_parameters": ..., "layer_types": ..., "sliding_window_pattern": 4, "norm_type": ...}),
     (
         "starcoder2-window",
