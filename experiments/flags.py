@@ -85,7 +85,8 @@ def launch(
             _crash()
 
     _use_huge_pages()
-    signal.signal(signal.SIGINT, _interrupt)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is in a script's job in the background
+        signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _interrupt_again
     _drop_output_that_nobody_reads()
     logging.set_verbosity(logging.WARNING)  # hides JAX's messages about missing backends

@@ -166,8 +166,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str =
     def chunks():
         try:  # SentencePiece would turn any exception of the iterator into a RuntimeError
             yield from _training_chunks(texts)
-        except BaseException as error:  # Ctrl-C too
+        except (Exception, KeyboardInterrupt) as error:
             failures.append(error)
+            raise  # else it would train on the texts before the error
 
     try:
         sentencepiece.SentencePieceTrainer.train(

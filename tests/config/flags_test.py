@@ -175,10 +175,21 @@ def main():
 }
 
 
+def interrupted(code, handler):
+    at_start = f"import signal; signal.signal(signal.SIGINT, signal.{handler})"
+    code = f"from experiments.flags import launch\n{at_start}\n{code}\nlaunch(main)"
+    return processes.run(["-c", code], env=ENVIRONMENT)
+
+
 @pytest.mark.parametrize("code", INTERRUPTED.values(), ids=INTERRUPTED)
 def test_an_interrupt_is_never_lost(code):
-    done = processes.run(["-c", f"from experiments.flags import launch\n{code}\nlaunch(main)"], env=ENVIRONMENT)
+    done = interrupted(code, "default_int_handler")
     assert done.returncode == 130 and done.stderr == "\ninterrupted\n"
+
+
+def test_a_job_in_the_background_of_a_script_is_not_interrupted():
+    done = interrupted("def main():\n import os\n os.kill(os.getpid(), signal.SIGINT)", "SIG_IGN")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_mistake_is_told_without_jax():

@@ -9,6 +9,7 @@ import time
 from pydoc_data.topics import topics
 
 import pytest
+import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -185,13 +186,21 @@ def test_a_vocabulary_that_the_corpus_cannot_give(kind):
 
 @pytest.mark.parametrize("error", [UserError("the file is damaged"), KeyboardInterrupt("the file is damaged")])
 @pytest.mark.parametrize("texts", [[], CORPUS])
-def test_an_error_of_the_corpus_is_not_swallowed(texts, error):
+def test_an_error_of_the_corpus_is_not_swallowed(texts, error, monkeypatch):
     def corpus():
         yield from texts
         raise error
 
+    models, train = [], sentencepiece.SentencePieceTrainer.train
+
+    def recorded(**settings):
+        models.append(settings["model_writer"])
+        train(**settings)
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", recorded)
     with pytest.raises(type(error), match="the file is damaged"):
-        tokenizers.train_sentencepiece(corpus(), 300, "bpe")
+        tokenizers.train_sentencepiece(corpus(), 512, "bpe")
+    assert [model.getvalue() for model in models] == [b""]  # no time is spent on the texts before the error
 
 
 @pytest.mark.parametrize(
