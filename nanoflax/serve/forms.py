@@ -108,12 +108,14 @@ class Form:
         chunk = lambda i: self._chunk([{"index": i, **delta}]) | self._prompt_ids(i)
         return [chunk(i) for i in range(len(self.choices))] if self.chat else []
 
-    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        """A part of a streamed reply."""
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        """A part of a streamed reply; None: all of it is held back, because it may become a call of a tool."""
         content, reason = {"text": piece.text}, piece.finish_reason
         if self.chat:
             found, reason = self._said(index, piece.text, reason)
             content = {"delta": found if found.get("content") or "tool_calls" in found else {}}
+            if not (content["delta"] or reason or piece.tokens):
+                return None
         choice = {"index": index, **content, "logprobs": self._logprobs(index, piece.tokens)}
         choice |= {"finish_reason": reason} | self._ids(index, piece.tokens)
         if not self.chat and index not in self._begun:

@@ -383,7 +383,8 @@ class _Events(StreamingResponse):
             async for index, piece in self.replies:
                 _time_to_first(self.service, self.replies, index, index in begun)
                 begun.add(index)
-                yield _event(self.form.chunk(index, piece))
+                if chunk := self.form.chunk(index, piece):
+                    yield _event(chunk)
             for chunk in self.form.last_chunks():
                 yield _event(chunk)
         except ApiError as error:

@@ -77,6 +77,18 @@ def test_calls_of_a_reply_and_of_its_stream(client, reply):
     assert (plain.message.content, plain.message.tool_calls, plain.finish_reason) == (reply, None, "stop")
 
 
+def test_a_call_that_is_held_back_sends_no_empty_chunks(client):
+    """Unless they have ids of tokens."""
+    for reply, calls in ((TWO, 1), (TWO[:-1], 0)):
+        ask = asked(f"I.\n{reply}", n=2) | dict(stream=True)
+        found = [chunk.choices[0] for chunk in client.chat.completions.create(**ask)]
+        assert all(c.delta.role or c.delta.content or c.delta.tool_calls or c.finish_reason for c in found)
+        assert sum(len(choice.delta.tool_calls or []) for choice in found) == 2 * calls
+        ask["extra_body"] |= {"return_token_ids": True}
+        found = [chunk.choices[0].model_dump() for chunk in client.chat.completions.create(**ask)]
+        assert sum(len(choice.get("token_ids", ())) for choice in found) >= 2 * len(f"I.\n{reply}")
+
+
 def test_a_conversation_with_a_tool(client):
     """The client parses the arguments; its message and the tool's result are the next history."""
     [choice] = client.chat.completions.parse(**asked(ONE)).choices
