@@ -52,7 +52,7 @@ class TextData(DataConfig):
     )
     evaluation: str = field("", "More text for data.decontaminate: sources as in data.train, separated by ;.")
     workers: int = field(0, "Processes that tokenize; 0: one per core.", at_least=0)
-    cache: str = field("", "Directory of the token files; empty: the user's cache directory.")
+    cache: str = field("", "Directory of token files and trained tokenizers; empty: the user's cache directory.")
     # This attribute is last: it hides the function `field` in the class body.
     field: str = field(
         "text", "Name of the JSON field or of the column that holds the text; of several sources: text; code=content."

@@ -146,8 +146,7 @@ def prompt_of(config: Config, tokenizer: Any) -> list[int]:
 
 def continuation_length(config: Config, prompt: list[int]) -> int:
     """train.sample_tokens, or as many as fit into the context after the prompt; at least 1."""
-    room = config.model.max_length - (0 if config.model.reads_source else len(prompt))
-    return max(1, min(config.train.sample_tokens, room))
+    return max(1, min(config.train.sample_tokens, config.model.max_length - len(prompt)))
 
 
 def read_data(config: Config, mesh: jax.sharding.Mesh, model: Any, tokenizer: Any) -> TrainingData:

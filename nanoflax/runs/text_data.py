@@ -14,7 +14,7 @@ from nanoflax.config import Config, TextData
 from nanoflax.runs.trainer import TrainingData
 from nanoflax.runs.vocabulary import existing_tokenizer, train_on_first_process
 
-TRAINING = 1  # part of the cache key of a tokenizer; changes with tokenizers.train_sentencepiece
+TRAINING = 1  # of a tokenizer's cache key; changes with tokenizers.train_sentencepiece and how text is read and cleaned
 
 
 def tokenizer_texts(config: Config) -> Iterator[str]:
