@@ -43,7 +43,8 @@ from nanoflax.tokenizers.marian import MarianTokenizer
 FILES = (*VOCABULARIES, "target.spm", "merges.txt", "added_tokens.json", "tokenizer_config.json",
          "special_tokens_map.json", "generation_config.json", "chat_template.jinja")  # fmt: skip
 CLASSES_OF_MODELS = {"gpt2": "GPT2Tokenizer", "bert": "BertTokenizer", "distilbert": "DistilBertTokenizer",
-                     "roberta": "RobertaTokenizer", "bart": "BartTokenizer", "t5": "T5Tokenizer"}  # fmt: skip
+                     "electra": "ElectraTokenizer", "roberta": "RobertaTokenizer", "bart": "BartTokenizer",
+                     "xlm-roberta": "XLMRobertaTokenizer", "t5": "T5Tokenizer"}  # fmt: skip
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # run a tokenizer.json as it is, with named tokens
 
 

@@ -259,7 +259,9 @@ PUBLISHED = {  # directories of the first years name no special tokens: the clas
     "no settings": ("gpt2", ["<|endoftext|>"], None),
     "bert": ("bert", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], {"do_lower_case": True}),
     "distilbert": ("distilbert", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], {"model_max_length": 512}),
+    "electra": ("electra", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], {"do_lower_case": True}),
     "roberta": ("roberta", ROBERTA, {"model_max_length": 512}),
+    "xlm-roberta": ("xlm-roberta", ROBERTA, {"model_max_length": 512}),
     "bart": ("bart", ROBERTA, {"tokenizer_class": "BartTokenizer"}),
 }
 
@@ -267,11 +269,11 @@ PUBLISHED = {  # directories of the first years name no special tokens: the clas
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_files_that_name_no_special_tokens_are_read_as_in_transformers(name, tmp_path):
     model_type, special, config = PUBLISHED[name]
-    spec = json.loads(
-        json_tokenizer("wordpiece" if "bert" in model_type and special[0] == "[PAD]" else "byte level")[0]
-    )
+    spec = json.loads(json_tokenizer("wordpiece" if special[0] == "[PAD]" else "byte level")[0])
     vocabulary = [*special, *(token for token in spec["model"]["vocab"] if token not in special)]
     spec["model"]["vocab"] = {token: i for i, token in enumerate(vocabulary)}
+    if model_type == "xlm-roberta":
+        spec["model"] = {"type": "Unigram", "unk_id": 3, "vocab": [[token, -1.0] for token in vocabulary]}
     spec["added_tokens"] = [specs.added_token(token, i) for i, token in enumerate(special)]
     files = {} if config is None else {"tokenizer_config__json": config}
     write(tmp_path, "t", tokenizer__json=spec, config__json={"model_type": model_type}, **files)
