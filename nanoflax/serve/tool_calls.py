@@ -65,5 +65,8 @@ def _call(text: str) -> dict[str, Any] | None:
     name, arguments = found.get("name"), found.get("arguments", {})
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return None
-    function = {"name": name, "arguments": to_json(arguments, ensure_ascii=False)}
+    said = to_json(arguments, ensure_ascii=False)
+    if untrusted.parse_json(said, "the arguments") != arguments:  # NaN and Infinity, which JSON does not have
+        return None
+    function = {"name": name, "arguments": said}
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

@@ -33,6 +33,10 @@ REPLIES = {
     "No call, 1 < 2.\n": ("No call, 1 < 2.\n", []),
     "<tool_call>{bad}</tool_call> ": ("<tool_call>{bad}</tool_call> ", []),
     '<tool_call>{"name": "add"': ('<tool_call>{"name": "add"', []),
+    '<tool_call>{"name": "a", "arguments": {"a": [NaN]}}</tool_call>': (
+        '<tool_call>{"name": "a", "arguments": {"a": [NaN]}}</tool_call>',
+        [],
+    ),
     '<tool_call>{"name": 3, "arguments": {}}</tool_call>': ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', []),
     '<tool_call>{"name": "add", "arguments": {"a": "\\ud800"}}</tool_call>': (
         '<tool_call>{"name": "add", "arguments": {"a": "\\ud800"}}</tool_call>',
