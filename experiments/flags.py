@@ -1,6 +1,5 @@
 """Shared by all programs: flags, one typed flag for each field of a configuration, help, errors and exit status."""
 
-import _thread
 import dataclasses
 import difflib
 import gc
@@ -163,7 +162,8 @@ def _interrupt(_, frame):
 def _interrupt_again(dropped):
     """Ctrl-C in a callback of the garbage collector, as JAX has one, which drops exceptions: it comes again soon."""
     if issubclass(dropped.exc_type, KeyboardInterrupt):
-        threading.Timer(0.05, _thread.interrupt_main).start()
+        main = threading.main_thread().ident
+        threading.Timer(0.05, signal.pthread_kill, [main, signal.SIGINT]).start()
     else:
         sys.__unraisablehook__(dropped)
 
