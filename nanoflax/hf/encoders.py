@@ -129,11 +129,8 @@ _POOLINGS = {"bos": "first", "cls": "first", "mean": "mean", "late": "late"}  # 
 
 def _read_eurobert(hf):
     pooling = hf.get("classifier_pooling", "late")
-    if "EuroBertForSequenceClassification" in (hf.get("architectures") or []) and pooling not in (
-        "bos",
-        "mean",
-        "late",
-    ):
+    classifies = "EuroBertForSequenceClassification" in (hf.get("architectures") or [])
+    if classifies and pooling not in ("bos", "mean", "late"):
         raise UserError(
             f"classifier_pooling={pooling!r} is not supported; it must be 'bos', the first state, 'mean' or 'late'"
         )

@@ -298,15 +298,8 @@ def _canonical_layers(c: ModelConfig) -> tuple[ModelConfig, list[str]]:
     if all(recurrent):  # no attention
         c = dataclasses.replace(c, heads=1, kv_heads=1, head_dim=2, attention_scale=1.0, qkv_bias=False, out_bias=False)
         c = dataclasses.replace(c, positions="none" if c.positions in ("rotary", "relative") else c.positions)
-        unused += [
-            "qk_norm",
-            "attention_softcap",
-            "attention_gate",
-            "rope",
-            "nope_layers",
-            "scale_by_layer",
-            "qkv_clip",
-        ]
+        unused += ["qk_norm", "attention_softcap", "attention_gate", "rope", "nope_layers", "scale_by_layer"]
+        unused += ["qkv_clip"]
     if not c.F and not c.moe.experts:
         c = dataclasses.replace(c, gated=False, mlp_bias=False)
     if c.positions != "relative":
