@@ -29,8 +29,11 @@ def followed(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rewritten(node: Any) -> Any:
-    """The bound of numbers that is nearer to 0, if it is exclusive and an integer, becomes an inclusive one 1e-9 away
-    (more from a large one): llguidance accepts it if the other has the same integer part, as in 0 < x < 0.5."""
+    """A copy of a schema in which llguidance cannot write an excluded number: in 0 < x < 0.5 it would write 0.
+
+    An exclusive bound that is an integer (a minimum from 0 up, a maximum from 0 down) becomes an inclusive one 1e-9
+    inside, or more for a large number, which has fewer digits left.
+    """
     if isinstance(node, list):
         return [_rewritten(x) for x in node]
     if not isinstance(node, dict):
@@ -81,7 +84,8 @@ def _problems(node: Any) -> Iterator[str]:
 
 def _has_control(pattern: str) -> bool:
     """Whether a pattern names a control character, other than in a class with a range or ^, such as [\\x00-\\x1f]."""
-    inside = first = wide = found = False
+    inside = first = False  # a class; at its first character
+    found = wide = False  # in the class: a control character; a range or ^, with which other characters match too
     for match in _ONE.finditer(pattern):
         text, code = match[0], next(filter(None, match.groups()[:4]), "")
         is_hex = re.fullmatch("[0-9a-fA-F]+", code)
@@ -91,7 +95,7 @@ def _has_control(pattern: str) -> bool:
             if is_control:
                 return True
             inside = first = text == "["
-            wide = found = False
+            found = wide = False
         elif text == "]" and not first:
             if found and not wide:
                 return True

@@ -32,6 +32,7 @@ class Prefixes:
         return self._caches[found], best, shared
 
     def add(self, tokens: Sequence[int], cache: Any) -> None:
+        """Keep the cache that holds the tokens, if it is long enough to be of use."""
         if not self.most or len(tokens) < self.step:
             return
         new, shared = tuple(tokens), {held: common_prefix(held, tokens) for held in self._caches}
