@@ -45,6 +45,7 @@ class Family:
       same            unchanged                           (GPT-2's c_proj, every bias)
       transposed      [out, in] for our kernel [in, out]  (the default of a kernel)
       row             [1, V] for [V]
+      column          [D] for [D, 1] (GGUF)
       fused           parts 0, 1, ... one after another along the outputs, of any sizes, transposed: a query, key
                       and value in one [H K + 2 G K, D], a gate and up in one [2 F, D]
       fused_columns   the same, not transposed: [D, 3 D]  (GPT-2's c_attn)

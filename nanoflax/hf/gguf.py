@@ -27,7 +27,7 @@ _STRING, _ARRAY = 8, 9
 _MAX_DEPTH = 4  # of nested arrays; real files have no nested arrays
 _CHUNK = 1024  # blocks dequantised at a time: limits the memory of intermediate results
 _PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+_QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""llama.cpp's architectures as our families: the metadata and tensor names of GGUF files, in both directions.
+"""llama.cpp's architectures as our families: which metadata and tensors of GGUF files they have.
 
 Names of metadata and tensors come from the tables of the gguf package. What no metadata says is here: llama.cpp
 computes it for every model of an architecture.
@@ -6,22 +6,12 @@ computes it for every model of an architecture.
 
 import dataclasses
 import operator
-import os
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
-
-from nanoflax import nn
 from nanoflax.config import ModelConfig
-from nanoflax.errors import UserError
 from nanoflax.hf.families import family_of_type
-from nanoflax.hf.family import Family, Json, canonical, differences, different_fields, from_config, to_config
-from nanoflax.hf.gguf import QuantizedTensor, open_gguf
-from nanoflax.hf.layouts import tensor_mapping
-from nanoflax.hf.safetensors_io import Tensor, raise_problems
+from nanoflax.hf.family import Family, Json
 
-Tensors = dict[str, Tensor | QuantizedTensor]
 _FIELDS = {  # name in config.json -> name in gguf.Keys
     "vocab_size": "LLM.VOCAB_SIZE",
     "max_position_embeddings": "LLM.CONTEXT_LENGTH",
@@ -41,8 +31,44 @@ _GEMMA = _FIELDS | {
 }
 _EXPERTS = _FIELDS | {"num_experts": "LLM.EXPERT_COUNT", "num_experts_per_tok": "LLM.EXPERT_USED_COUNT"}
 _MIXTRAL = _FIELDS | {"num_local_experts": "LLM.EXPERT_COUNT", "num_experts_per_tok": "LLM.EXPERT_USED_COUNT"}
-_DEFAULTS = {"num_key_value_heads": None, "head_dim": None, "rope_theta": 10_000.0}  # of llama.cpp
-ROPE_FREQS = "rope_freqs.weight"  # divisors of the rotary rates, as Llama 3.1 scales them
+_QWEN_MOE = _EXPERTS | {"moe_intermediate_size": "LLM.EXPERT_FEED_FORWARD_LENGTH"}
+_GROUPED = _FIELDS | {  # of models like DeepSeek-V3
+    "n_routed_experts": "LLM.EXPERT_COUNT",
+    "num_experts_per_tok": "LLM.EXPERT_USED_COUNT",
+    "moe_intermediate_size": "LLM.EXPERT_FEED_FORWARD_LENGTH",
+    "n_shared_experts": "LLM.EXPERT_SHARED_COUNT",
+    "first_k_dense_replace": "LLM.LEADING_DENSE_BLOCK_COUNT",
+    "routed_scaling_factor": "LLM.EXPERT_WEIGHTS_SCALE",
+    "norm_topk_prob": "LLM.EXPERT_WEIGHTS_NORM",
+}
+_ERNIE = _FIELDS | {
+    "moe_num_experts": "LLM.EXPERT_COUNT",
+    "moe_k": "LLM.EXPERT_USED_COUNT",
+    "moe_intermediate_size": "LLM.EXPERT_FEED_FORWARD_LENGTH",
+    "moe_num_shared_experts": "LLM.EXPERT_SHARED_COUNT",
+    "moe_layer_start_index": "LLM.LEADING_DENSE_BLOCK_COUNT",
+    "moe_layer_interval": "LLM.INTERLEAVE_MOE_LAYER_STEP",
+}
+_GRANITE = _MIXTRAL | {
+    "shared_intermediate_size": "LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH",
+    "embedding_multiplier": "LLM.EMBEDDING_SCALE",
+    "residual_multiplier": "LLM.RESIDUAL_SCALE",
+    "attention_multiplier": "Attention.SCALE",
+    "logits_scaling": "LLM.LOGIT_SCALE",
+}
+# Parameter in a block -> its tensor in gguf.MODEL_TENSOR, the end of its name, its layout: where the family has another
+# name or layout. All experts of a layer are in one tensor.
+_TENSORS = {
+    "attention/sinks": ("ATTN_SINKS", "weight", "same"),
+    "mlp/router/correction": ("FFN_EXP_PROBS_B", "bias", "same"),
+    "mlp/shared_gate/kernel": ("FFN_GATE_INP_SHEXP", "weight", "column"),
+}
+for _part in ("gate", "up", "down"):
+    _TENSORS |= {
+        f"mlp/experts/{_part}/kernel": (f"FFN_{_part.upper()}_EXP", "weight", "each_transposed"),
+        f"mlp/experts/{_part}/bias": (f"FFN_{_part.upper()}_EXP", "bias", "same"),
+        f"mlp/shared/{_part}/kernel": (f"FFN_{_part.upper()}_SHEXP", "weight", "transposed"),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +83,8 @@ class Architecture:
     # Field of config.json -> the tensor whose presence decides it.
     present: dict[str, str] = dataclasses.field(default_factory=dict)
     rotary_pairs: bool = False  # the halves of a rotary pair are neighbours in the weights of queries and keys
-    scalings: tuple[str, ...] = ("none", "linear")  # values of RopeConfig.scaling
+    scalings: tuple[str, ...] = ("none", "linear", "yarn")  # values of RopeConfig.scaling
+    constants: Json = dataclasses.field(default_factory=dict)  # name in gguf.Keys -> its value in all models
 
     @property
     def is_sparse(self) -> bool:
@@ -82,18 +109,22 @@ class Architecture:
         names, keys = gguf.get_tensor_name_map(kind, 1), {}
         for ours, entry in (self.family.keys | self.family.more_keys(config)).items():
             theirs, *layout = [entry] if isinstance(entry, str) else entry
-            name = names.get_name(theirs.replace(".{e}", "").format(i=0))
+            name = names.get_name(theirs.format(i=0, e=0))
             if name is None:  # this architecture has no such tensor
                 continue
             name = name.replace("blk.0.", "blk.{i}.")
             if self.rotary_pairs and ours.endswith(("/query", "/key")):
                 layout = ["rotary_pairs"]
-            if "{e}" in theirs:  # one tensor for all experts
-                layout = ["each_transposed"]
             keys[ours] = (name, *layout) if layout else name
             if config.norm_unit_offset and "norm" in ours.rpartition("/")[2]:
                 keys[f"{ours}/scale"] = (f"{name}.weight", "plus_one")
-        return dataclasses.replace(self.family, keys=keys, more_keys=lambda c: {}, stacked={})
+        for ours, (tensor, end, layout) in _TENSORS.items():
+            if gguf.MODEL_TENSOR[tensor] in gguf.MODEL_TENSORS[kind]:
+                name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR[tensor]].format(bid="{i}")
+                keys[f"decoder/block_{{i}}/{ours}"] = (f"{name}.{end}", layout)
+        # The layers that predict a second token are the last; Transformers does not read them either.
+        after = rf"blk\.{config.layers}\..*" if "num_nextn_predict_layers" in self.fields else r"$^"
+        return dataclasses.replace(self.family, keys=keys, more_keys=lambda c: {}, stacked={}, ignored=after)
 
 
 def _gemma(layers_of_27b: int) -> Callable[[Json], Json]:
@@ -106,233 +137,39 @@ def _gemma(layers_of_27b: int) -> Callable[[Json], Json]:
     return implied
 
 
+def _glm4_moe(hf):
+    layers = hf["num_hidden_layers"] - hf.get("num_nextn_predict_layers", 0)
+    K = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
+    return {"num_hidden_layers": layers, "partial_rotary_factor": (hf["rotary_dim"] or K) / K}
+
+
 _BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+_SIGMOID = {"LLM.EXPERT_GATING_FUNC": 2}  # gguf.ExpertGatingFuncType
 ARCHITECTURES = (
     Architecture(
         "llama", "llama", present=_BIASES, rotary_pairs=True, scalings=("none", "linear", "llama3")),
     Architecture("llama", "mixtral", _MIXTRAL, rotary_pairs=True, scalings=("none", "linear", "llama3")),
     Architecture("qwen2", "qwen2"),
     Architecture("qwen3", "qwen3"),
-    Architecture("gemma2", "gemma2", _GEMMA, _gemma(46), scalings=("none",)),
-    Architecture("gemma3", "gemma3_text", _GEMMA | {"rope_local_base_freq": "Rope.FREQ_BASE_SWA"}, _gemma(62)),
-    Architecture(
-        "qwen3moe", "qwen3_moe", _EXPERTS | {"moe_intermediate_size": "LLM.EXPERT_FEED_FORWARD_LENGTH"},
-        lambda hf: {"norm_topk_prob": True}),
+    Architecture("gemma2", "gemma2", _GEMMA, _gemma(46), scalings=("none",),
+                 constants={"Attention.SLIDING_WINDOW_PATTERN": 2}),
+    Architecture("gemma3", "gemma3_text", _GEMMA | {"rope_local_base_freq": "Rope.FREQ_BASE_SWA"}, _gemma(62),
+                 scalings=("none", "linear"), constants={"Attention.SLIDING_WINDOW_PATTERN": 6}),
+    Architecture("qwen3moe", "qwen3_moe", _QWEN_MOE, lambda hf: {"norm_topk_prob": True}),
     Architecture("olmoe", "olmoe", _EXPERTS, lambda hf: {"norm_topk_prob": False}),
+    Architecture(
+        "qwen2moe", "qwen2_moe",
+        _QWEN_MOE | {"shared_expert_intermediate_size": "LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH"},
+        lambda hf: {"norm_topk_prob": False}, present={"qkv_bias": "blk.0.attn_q.bias"}),
+    # No metadata says that the ramp of yarn is not rounded; in the published models it is not.
+    Architecture("gpt-oss", "gpt_oss", _MIXTRAL | {"sliding_window": "Attention.SLIDING_WINDOW"},
+                 lambda hf: {"rope_scaling": hf["rope_scaling"] | {"truncate": False}},
+                 present={"attention_bias": "blk.0.attn_q.bias"}, constants={"Attention.SLIDING_WINDOW_PATTERN": 2}),
+    Architecture("granitemoe", "granitemoeshared", _GRANITE, rotary_pairs=True,
+                 present={"attention_bias": "blk.0.attn_q.bias"}),
+    Architecture("dots1", "dots1", _GROUPED, lambda hf: {"sliding_window": None}, constants=_SIGMOID),
+    Architecture("glm4moe", "glm4_moe", _GROUPED | {"num_nextn_predict_layers": "LLM.NEXTN_PREDICT_LAYERS"}, _glm4_moe,
+                 present={"attention_bias": "blk.0.attn_q.bias", "use_qk_norm": "blk.0.attn_q_norm.weight"},
+                 constants=_SIGMOID),
+    Architecture("ernie4_5-moe", "ernie4_5_moe", _ERNIE),
 )  # fmt: skip
-
-# Fields of ModelConfig that some files have for any architecture; 0 means none.
-_OWN_FIELDS = {"attention_scale": "attention.scale", "embed_scale": "embedding_scale",
-               "attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping",
-               "window": "attention.sliding_window"}  # fmt: skip
-# Metadata that changes the model and that is not computed here, with the values that change nothing.
-_UNSUPPORTED = {
-    "logit_scale": (0, 1),
-    "residual_scale": (0, 1),
-    "attention.clamp_kqv": (0,),
-    "attention.max_alibi_bias": (0,),
-    "attention.causal": (True,),
-    "use_parallel_residual": (False,),
-    "rope.scaling.attn_factor": (0, 1),
-    "rope.scaling.type": ("none", "linear"),
-    "expert_shared_count": (0,),
-    "expert_group_count": (0, 1),
-    "expert_weights_scale": (0, 1),
-    "expert_gating_func": (0, 1),
-    "leading_dense_block_count": (0,),
-}
-
-
-def open_gguf_model(path: str | os.PathLike) -> tuple[Family, ModelConfig, Tensors]:
-    """The family (with GGUF's names), configuration and tensors of a GGUF file. Raises: UserError."""
-    metadata, tensors = open_gguf(path)
-    architecture = _architecture_of(metadata, path)
-    divisors = tensors.pop(ROPE_FREQS, None) if "llama3" in architecture.scalings else None
-    table = tensors.get("token_embd.weight")
-    config = read_config(
-        architecture, metadata, tensors, table.shape[0] if table else None, divisors and divisors.read(), path
-    )
-    return architecture.family_for(config), config, tensors
-
-
-def _architecture_of(metadata: dict[str, Any], path: str | os.PathLike) -> Architecture:
-    name = metadata.get("general.architecture")
-    rows = [architecture for architecture in ARCHITECTURES if architecture.name == name]
-    if rows:
-        has_experts = bool(metadata.get(rows[0].key("LLM.EXPERT_COUNT")))
-        return next((row for row in rows if row.is_sparse == has_experts), rows[0])
-    known = ", ".join(dict.fromkeys(architecture.name for architecture in ARCHITECTURES))
-    raise UserError(
-        f"{path}: general.architecture={name!r} is not supported; supported are {known} "
-        "(llama: also Mistral, Mixtral, SmolLM2 and similar models)"
-    )
-
-
-def read_config(
-    architecture: Architecture,
-    metadata: dict[str, Any],
-    names: Collection[str],
-    vocab_size: int | None,
-    divisors: np.ndarray | None,
-    path: str | os.PathLike,
-) -> ModelConfig:
-    """The ModelConfig that llama.cpp computes for this metadata. Raises: UserError.
-
-    names: of the tensors. vocab_size: rows of the table of embeddings. divisors: the tensor ROPE_FREQS.
-    """
-    a, family = architecture, architecture.family
-    _refuse_unsupported(a, metadata, path)
-    keys = {field: a.key(name) for field, name in a.fields.items()}
-    hf = _DEFAULTS | {field: _plain(metadata[key]) for field, key in keys.items() if key in metadata}
-    hf |= {} if vocab_size is None else {"vocab_size": vocab_size}
-    hf |= {"tie_word_embeddings": "output.weight" not in names}
-    hf |= {field: name in names for field, name in a.present.items()}
-    hf["rope_scaling"] = _read_scaling(a, metadata, divisors, path)
-    try:
-        hf |= a.implied(hf)
-    except (TypeError, KeyError, ArithmeticError) as error:
-        raise UserError(f"{path}: the sizes of the model are missing or wrong: {error}") from error
-    config = to_config(family, hf, "lm", len(names) + 1)
-    config = dataclasses.replace(config, **_read_own_fields(a, metadata, path))
-    if divisors is not None:
-        expected = rope_divisors(config)
-        if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
-            raise UserError(
-                f"{path}: {ROPE_FREQS} must have the values of Llama 3.1 to 3.3, with a context of "
-                f"{config.rope.context} in training"
-            )
-    key = a.key("Rope.DIMENSION_COUNT")
-    if (rotated := metadata.get(key, config.K)) != config.K:
-        raise UserError(f"{path}: {key}={rotated} must be the head's size, {config.K}")
-    return config
-
-
-def _plain(value: Any) -> Any:
-    """The shortest number that is the same in float32, in which files have it: 1e-6, not 9.99999997475e-07."""
-    return float(str(np.float32(value))) if isinstance(value, float) and np.float32(value) == value else value
-
-
-def rope_divisors(config: ModelConfig) -> np.ndarray:
-    """The tensor ROPE_FREQS: float32 [K / 2], each rotary rate divided by the scaled one."""
-    rates = nn.base_rates(config.rope.theta, config.K) / nn.rotary_rates(config.rope, config.K)
-    return np.asarray(rates, np.float32)
-
-
-def _refuse_unsupported(a: Architecture, metadata: dict[str, Any], path: str | os.PathLike) -> None:
-    """Raises: UserError naming all metadata that changes the model and is not supported."""
-    unsupported = _UNSUPPORTED if a.is_sparse else _UNSUPPORTED | {"expert_count": (0,)}
-    found = {f"{a.name}.{name}": values for name, values in unsupported.items() if f"{a.name}.{name}" in metadata}
-    raise_problems(
-        path,
-        [
-            f"{name}={metadata[name]!r} is not supported; it must be {' or '.join(map(str, values))}"
-            for name, values in found.items()
-            if metadata[name] not in values
-        ],
-    )
-
-
-def _read_own_fields(a: Architecture, metadata: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
-    """Fields of ModelConfig that the architecture's family does not have; 0 in the metadata means none."""
-    read = {a.key(name) for name in a.fields.values()}
-    keys = {field: f"{a.name}.{name}" for field, name in _OWN_FIELDS.items() if f"{a.name}.{name}" not in read}
-    found = {field: metadata.get(key, 0) for field, key in keys.items()}
-    raise_problems(
-        path,
-        [
-            f"{keys[field]}={value!r} must be a number, 0 or above"
-            for field, value in found.items()
-            if type(value) not in ((int,) if field == "window" else (int, float)) or not value >= 0
-        ],
-    )
-    return {field: value for field, value in found.items() if value}
-
-
-def _read_scaling(a: Architecture, metadata, divisors: np.ndarray | None, path) -> Json | None:
-    """rope_scaling as in a config.json.
-
-    A factor without a type is linear, as in llama.cpp; the first files name it rope.scale_linear.
-    """
-    key = a.key("Rope.SCALING_FACTOR")
-    factor = metadata.get(key) or metadata.get(f"{a.name}.rope.scale_linear") or 1.0
-    is_scaled = factor != 1 and metadata.get(a.key("Rope.SCALING_TYPE")) != "none"
-    if divisors is None:
-        return {"rope_type": "linear", "factor": _plain(factor)} if is_scaled else None
-    if is_scaled:
-        raise UserError(f"{path}: {key}={factor} with {ROPE_FREQS} is not supported")
-    return {
-        "rope_type": "llama3",
-        "factor": float(divisors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": metadata.get(a.key("Rope.SCALING_ORIG_CTX_LEN"), 8192),
-    }
-
-
-def describe(config: ModelConfig) -> tuple[Architecture, dict[str, Any], ModelConfig]:
-    """The architecture that computes the same as this model, the metadata of its file, and the configuration there.
-
-    It may have no window, if that is not shorter than the context, and the factor of an untied table of embeddings may
-    be 1: the table in the file then has the factor.
-
-    Raises: UserError naming the fields that the nearest architecture cannot express.
-    """
-    if config.architecture != "decoder" or config.head != "lm":
-        raise UserError(
-            f"GGUF files are written for decoders with the head lm, not for model.architecture="
-            f"{config.architecture!r} with model.head={config.head!r}"
-        )
-    same = [config]
-    if config.window >= config.context:
-        full = tuple("full" if config.is_local(i) else config.layer_type(i) for i in range(config.layers))
-        same.append(dataclasses.replace(config, window=0, layer_types=full))
-    if not config.tied:
-        same += [dataclasses.replace(c, embed_scale=1.0) for c in same]
-    problems: dict[str, tuple[int, list[str]]] = {}  # (distance from the model, ...)
-    for architecture in ARCHITECTURES:
-        for candidate in dict.fromkeys(same):
-            try:
-                metadata = _metadata_of(architecture, candidate)
-                # Read as llama.cpp reads it, it must be the same model.
-                names = [mapping.name for mapping in tensor_mapping(architecture.family_for(candidate), candidate)]
-                divisors = rope_divisors(candidate) if candidate.rope.scaling == "llama3" else None
-                back = read_config(architecture, metadata, names, candidate.vocab_size, divisors, "GGUF")
-                wrong = different_fields(_untrained(candidate), _untrained(back))
-                distance, wrong = len(wrong), [f"model.{name}={getattr(config, name)!r}" for name in wrong]
-            except UserError as error:
-                distance, wrong = 2 + len(_differences(architecture.family, candidate)), [str(error)]
-            if not wrong:
-                return architecture, metadata, candidate
-            problems.setdefault(architecture.name, (distance, wrong))
-    nearest = min(problems, key=lambda name: problems[name][0])
-    raise UserError(
-        f"no architecture of GGUF files here ({', '.join(problems)}) has such models; the nearest is {nearest}, "
-        f"except {', '.join(problems[nearest][1])}"
-    )
-
-
-def _untrained(config: ModelConfig) -> ModelConfig:
-    """The canonical configuration without what only training reads."""
-    c = canonical(config)
-    return dataclasses.replace(c, moe=dataclasses.replace(c.moe, balance_loss=0.0, z_loss=0.0))
-
-
-def _differences(family: Family, config: ModelConfig) -> list[str]:
-    try:
-        return differences(family, config)
-    except UserError as error:  # a value that the family refuses
-        return [str(error)]
-
-
-def _metadata_of(a: Architecture, config: ModelConfig) -> dict[str, Any]:
-    if config.rope.scaling not in a.scalings:
-        raise UserError(f"model.rope.scaling={config.rope.scaling!r}, not {' or '.join(a.scalings)}")
-    hf = from_config(a.family, config)
-    metadata = {a.key(name): hf[field] for field, name in a.fields.items() if hf.get(field) is not None}
-    metadata |= {a.key("Attention.KEY_LENGTH"): config.K, a.key("Attention.VALUE_LENGTH"): config.K}
-    metadata |= {a.key("Rope.DIMENSION_COUNT"): config.K}
-    if config.rope.scaling == "linear":
-        metadata |= {a.key("Rope.SCALING_TYPE"): "linear", a.key("Rope.SCALING_FACTOR"): config.rope.factor}
-    if config.rope.scaling == "llama3":
-        metadata[a.key("Rope.SCALING_ORIG_CTX_LEN")] = config.rope.context
-    return metadata

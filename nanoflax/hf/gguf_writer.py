@@ -14,7 +14,7 @@ from flax import traverse_util
 from nanoflax import peft, tokenizers
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.hf.gguf_architectures import ROPE_FREQS, describe, rope_divisors
+from nanoflax.hf.gguf_models import ROPE_FREQS, describe, rope_divisors
 from nanoflax.hf.layouts import TensorMapping, parameter_shapes, shape_problems, tensor_mapping
 from nanoflax.hf.safetensors_io import raise_problems
 from nanoflax.nn import without_padding
@@ -26,7 +26,9 @@ GGUF_TYPES = {
     "Q8_0": "MOSTLY_Q8_0",
     "Q4_0": "MOSTLY_Q4_0",
     "Q4_1": "MOSTLY_Q4_1",
+    "MXFP4": "MOSTLY_MXFP4_MOE",
 }
+_PLAIN = {"F32": np.float32, "F16": np.float16}
 _F16_MAX = 65504.0
 
 
@@ -54,9 +56,10 @@ def save_gguf(
     Args:
       params: of `nanoflax.build(config)`, without adapters.
       tokenizer: its vocabulary, special tokens and chat template are written too.
-      kind: F32, F16, Q8_0, Q4_0 (blocks of 32 numbers of 8 or 4 bits with one scale) or Q4_1 (with an offset too).
-        Vectors and routers are F32 always; the table of tokens and the output head are Q8_0 for Q4_0 and Q4_1; a matrix
-        whose rows 32 does not divide is F16.
+      kind: F32, F16, Q8_0, Q4_0 (blocks of 32 numbers of 8 or 4 bits with one scale), Q4_1 (with an offset too) or
+        MXFP4 (experts in 4 bits, as gpt-oss is published, other matrices in Q8_0).
+        Vectors, biases and routers are F32 always; the table of tokens and the output head are Q8_0 for Q4_0 and Q4_1;
+        a matrix whose rows 32 does not divide is F16.
       name: general.name; by default the name of the file.
     Raises: UserError if GGUF cannot express the model or its tokenizer, params are not of this configuration, a number
       is not finite or too large for F16, or the file cannot be written.
@@ -120,7 +123,7 @@ def _write(path: pathlib.Path, architecture: str, metadata, tensors, kind: str) 
 
     writer = Writer(path, architecture)
     writer.add_file_type(gguf.LlamaFileType[GGUF_TYPES[kind]])
-    if kind.startswith("Q"):
+    if kind not in _PLAIN:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in metadata.items():
         writer.add_key_value(key, value, _type_of(value))
@@ -149,10 +152,12 @@ def _type_of(value: Any) -> Any:
 
 
 def _kind(name: str, shape: tuple[int, ...], kind: str) -> str:
-    if len(shape) == 1 or ".ffn_gate_inp" in name:
+    if len(shape) == 1 or ".ffn_gate_inp" in name or not name.endswith(".weight"):
         return "F32"
-    if kind.startswith("Q") and shape[-1] % 32:
+    if kind not in _PLAIN and shape[-1] % 32:
         return "F16"
+    if kind == "MXFP4" and len(shape) < 3:
+        return "Q8_0"
     return "Q8_0" if kind.startswith("Q4") and name in ("token_embd.weight", "output.weight") else kind
 
 
@@ -161,10 +166,10 @@ def _announced(shape: tuple[int, ...], kind: str) -> tuple[Any, ...]:
     from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
 
     number = GGMLQuantizationType[kind]
-    if kind.startswith("Q"):
+    if kind not in _PLAIN:
         stored = quant_shape_to_byte_shape(shape, number)
         return stored, np.dtype(np.uint8), int(np.prod(stored)), number
-    dtype = np.dtype({"F32": np.float32, "F16": np.float16}[kind])
+    dtype = np.dtype(_PLAIN[kind])
     return shape, dtype, int(np.prod(shape)) * dtype.itemsize, number
 
 
@@ -174,9 +179,9 @@ def _encode(name: str, x: np.ndarray, kind: str) -> np.ndarray:
 
     x = np.ascontiguousarray(x, np.float32)
     largest = np.abs(x).max(initial=0)
-    limit = {"F32": np.inf, "F16": _F16_MAX, "Q8_0": 127 * _F16_MAX, "Q4_0": 8 * _F16_MAX, "Q4_1": _F16_MAX}[kind]
+    limit = {"F16": _F16_MAX, "Q8_0": 127 * _F16_MAX, "Q4_0": 8 * _F16_MAX, "Q4_1": _F16_MAX}.get(kind, np.inf)
     if not np.isfinite(largest) or largest > limit:
         raise UserError(f"{name} has a number of size {largest}, which {kind} does not have")
-    if kind.startswith("Q"):
+    if kind not in _PLAIN:
         return quants.quantize(x, GGMLQuantizationType[kind])
     return x.astype(np.float16) if kind == "F16" else x

@@ -42,6 +42,8 @@ class TensorMapping:
         last = sum(shape[-1] for _, shape in self.parts.values())
         if self.layout == "row":
             return (1, *rest, last)
+        if self.layout == "column":
+            return (*rest,)
         if self.layout == "each_transposed":
             return (*rest[:-1], last, rest[-1])
         is_same = self.layout in ("same", "fused_columns", "interleaved", "plus_one")
@@ -55,6 +57,8 @@ class TensorMapping:
         shifted = slice(first + last.start, first + last.stop)
         if self.layout == "row":
             return tensor.read((slice(None), *rest, last))[0]
+        if self.layout == "column":
+            return tensor.read((*rest,))[..., None][..., last]
         if self.layout in ("same", "fused_columns"):
             return tensor.read((*rest, shifted))
         if self.layout == "each_transposed":
@@ -79,6 +83,8 @@ class TensorMapping:
         arrays = [np.asarray(parameters[p] if self.expert is None else parameters[p][self.expert]) for p in self.paths]
         if self.layout == "row":
             return arrays[0][None]
+        if self.layout == "column":
+            return arrays[0][..., 0]
         if self.layout in ("same", "fused_columns"):
             return np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0]
         if self.layout == "each_transposed":

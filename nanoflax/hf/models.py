@@ -22,7 +22,7 @@ from nanoflax.hf.families import family_of_config, family_of_type
 from nanoflax.hf.family import Family, differences, from_config, head_of, to_config
 from nanoflax.hf.generation import read_generation, write_generation
 from nanoflax.hf.gguf import QuantizedTensor
-from nanoflax.hf.gguf_architectures import open_gguf_model
+from nanoflax.hf.gguf_models import open_gguf_model
 from nanoflax.hf.layouts import TensorMapping, holders, parameter_shapes, read_parameter, shape_problems, tensor_mapping
 from nanoflax.hf.mxfp4 import PackedTensor, unpack
 from nanoflax.hf.packed import read_packed

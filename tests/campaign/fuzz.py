@@ -78,13 +78,13 @@ def open_mxfp4(directory):
 
 def open_gguf(directory):
     from nanoflax import hf, tokenizers
-    from nanoflax.hf import gguf_architectures
+    from nanoflax.hf import gguf_models
 
     path = directory / "model.gguf"
     if found := ignore_refusal(hf.open_gguf, path):
         read_tensors(found[1])
         use_tokenizer(ignore_refusal(tokenizers.from_gguf, found[0]))
-        ignore_refusal(gguf_architectures.open_gguf_model, path)
+        ignore_refusal(gguf_models.open_gguf_model, path)
 
 
 def open_config(directory):

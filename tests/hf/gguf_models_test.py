@@ -7,7 +7,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 import transformers
 
@@ -15,7 +14,7 @@ import nanoflax
 from nanoflax import config as configs
 from nanoflax import hf, nn
 from nanoflax.errors import UserError
-from nanoflax.hf import gguf_architectures
+from nanoflax.hf import gguf_models
 from nanoflax.hf.family import canonical, different_fields
 from tests.hf.cases import LINEAR, LLAMA, LLAMA3
 from tests.hf.models_test import make
@@ -35,6 +34,16 @@ MODELS = {
     "gemma3": ("gemma3-pattern", GEMMA | dict(query_pre_attn_scalar=256, hidden_size=64)),
     # nor moe_intermediate_size; norm_topk_prob is true in llama.cpp.
     "qwen3moe": ("qwen3_moe", dict(moe_intermediate_size=768, norm_topk_prob=True, **PLAIN_MOE)),
+    "qwen2moe": (
+        "qwen2_moe",
+        dict(
+            moe_intermediate_size=1408,
+            shared_expert_intermediate_size=5632,
+            num_hidden_layers=2,
+            norm_topk_prob=False,
+            **PLAIN_MOE,
+        ),
+    ),
     "gemma3-untied": ("gemma3", GEMMA | dict(tie_word_embeddings=False)),
 }
 TYPES = {"F32": np.float32, "F16": np.float16, "Q8_0": np.float32}
@@ -170,42 +179,6 @@ def test_linear_scaling(case, tmp_path):
     assert found == config.rope and found.scaling == "linear" and found.factor == 4.0
 
 
-@pytest.mark.parametrize(
-    "case, changes, architecture",
-    [("mixtral", {}, "llama"), ("olmoe", dict(norm_topk_prob=False, attention_bias=False, clip_qkv=None), "olmoe")],
-)
-def test_experts_are_stacked(case, changes, architecture, tmp_path):
-    changes = dict(sliding_window=None, rope_parameters=None) | changes
-    _, config, params = saved(tmp_path, case, changes)
-    assert hf.save_gguf(tmp_path / "x.gguf", config, params, kind="F32").architecture == architecture
-    reader = library.GGUFReader(tmp_path / "x.gguf")
-    assert reader.fields[f"{architecture}.expert_count"].contents() == config.moe.experts
-    assert reader.fields[f"{architecture}.expert_used_count"].contents() == config.moe.active
-    found = {tensor.name: tensor.data for tensor in reader.tensors}
-    files = {}
-    for file in sorted((tmp_path / "model").glob("*.safetensors")):
-        files |= safetensors.numpy.load_file(file)
-    experts = "block_sparse_moe.experts" if case == "mixtral" else "mlp.experts"
-    parts = (
-        {"gate": "w1", "up": "w3", "down": "w2"}
-        if case == "mixtral"
-        else {n: f"{n}_proj" for n in ("gate", "up", "down")}
-    )
-    for ours, theirs in parts.items():
-        E = range(config.moe.experts)
-        expected = np.stack([files[f"model.layers.1.{experts}.{e}.{theirs}.weight"] for e in E])
-        np.testing.assert_array_equal(found[f"blk.1.ffn_{ours}_exps.weight"], expected)
-    router = "block_sparse_moe.gate" if case == "mixtral" else "mlp.gate"
-    np.testing.assert_array_equal(found["blk.0.ffn_gate_inp.weight"], files[f"model.layers.0.{router}.weight"])
-    query, K = files["model.layers.0.self_attn.q_proj.weight"], config.K
-    if architecture == "llama":  # pairs are neighbours
-        query = query.reshape(config.heads, 2, K // 2, -1).swapaxes(1, 2).reshape(query.shape)
-    np.testing.assert_array_equal(found["blk.0.attn_q.weight"], query)
-    back, read = hf.load(tmp_path / "x.gguf")
-    assert dataclasses.replace(back.moe, balance_loss=config.moe.balance_loss) == config.moe
-    assert {p: x.tobytes() for p, x in paths(read).items()} == {p: x.tobytes() for p, x in paths(params).items()}
-
-
 def test_llama_with_biases(tmp_path):
     _, config, params = saved(tmp_path, "llama", dict(attention_bias=True, mlp_bias=True))
     hf.save_gguf(tmp_path / "x.gguf", config, params, kind="F32")
@@ -297,27 +270,32 @@ def test_misuse_is_refused_in_one_line(tmp_path, monkeypatch):
         ("gemma3.block_count", "x", "num_hidden_layers='x' must be of type int"),
         ("gemma3.block_count", 2**31, "num_hidden_layers=2147483648 is too large"),
         ("gemma3.attention.head_count", 0, "the sizes of the model are missing or wrong"),
-        ("gemma3.attention.head_count", [4, 4], "the sizes of the model are missing or wrong"),
+        ("gemma3.attention.head_count", [4, 4], "gemma3.attention.head_count has a value for each layer"),
         ("gemma3.attention.sliding_window", -1, "window"),
         ("gemma3.rope.dimension_count", 4, "gemma3.rope.dimension_count=4 must be the head's size, 256"),
+        ("gemma3.attention.sliding_window_pattern", 3, "sliding_window_pattern=3 is not supported; it must be 6"),
         ("gemma3.attention.causal", False, "gemma3.attention.causal=False"),
         ("gemma3.embedding_scale", -2.0, "gemma3.embedding_scale=-2.0 must be"),
-        ("general.architecture", "bert", "supported are llama, qwen2, qwen3, gemma2, gemma3, qwen3moe, olmoe"),
+        (
+            "general.architecture",
+            "bert",
+            "supported are llama, qwen2, qwen3, gemma2, gemma3, qwen3moe, olmoe, qwen2moe",
+        ),
         ("general.architecture", 3, "general.architecture=3 is not supported"),
     ],
 )
 def test_wrong_metadata_is_refused_by_name(key, value, said, tmp_path):
     _, config, params = saved(tmp_path, "gemma3-pattern", MODELS["gemma3"][1] | dict(num_hidden_layers=1))
-    architecture, metadata, _ = gguf_architectures.describe(config)
+    architecture, metadata, _ = gguf_models.describe(config)
     if key.startswith("general."):
         with pytest.raises(UserError, match=said):
-            gguf_architectures._architecture_of({key: value}, "x")
+            gguf_models._architecture_of({key: value}, "x")
         return
     metadata = {"gemma3.attention.head_count": 4} | metadata | {key: value}
     if key.endswith("head_count"):
         del metadata["gemma3.attention.key_length"]
     with pytest.raises(UserError, match=said):
-        gguf_architectures.read_config(architecture, metadata, ["token_embd.weight"], 67, None, "x")
+        gguf_models.read_config(architecture, metadata, ["token_embd.weight"], 67, None, "x")
 
 
 def test_llama_of_4_5_spellings(tmp_path):

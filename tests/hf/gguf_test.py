@@ -30,6 +30,7 @@ BLOCKS = {
     "Q4_K": (256, [("d", "<f2"), ("m", "<f2"), ("scales", "u1", 12), ("q", "u1", 128)]),
     "Q5_K": (256, [("d", "<f2"), ("m", "<f2"), ("scales", "u1", 12), ("high", "u1", 32), ("q", "u1", 128)]),
     "Q6_K": (256, [("q", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), ("d", "<f2")]),
+    "MXFP4": (32, [("e", "u1"), ("q", "u1", 16)]),
 }
 QUANTIZED = [Kind[name] for name in BLOCKS]
 
@@ -41,6 +42,8 @@ def packed(kind, shape):
     view = blocks.view(record)
     for field in {"d", "m"} & set(record.names):
         view[field] = RNG.normal(size=view.shape)
+    if kind == Kind.MXFP4:
+        view["e"] = RNG.integers(0, 140, view.shape)  # of numbers up to 2^12
     return blocks
 
 
