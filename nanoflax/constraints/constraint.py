@@ -91,17 +91,22 @@ class Constraint:
             raise UserError(f"{self._name} cannot be followed: {_short(self._matcher.get_error())}")
 
 
+def json_rule(schema: dict[str, Any]) -> str:
+    """JSON of a schema as a part of a grammar. Raises: UserError for a schema that is no JSON or cannot be followed."""
+    if not isinstance(schema, dict):
+        raise UserError(f"json_schema must be an object, such as {{'type': 'object'}}, not {schema!r:.40}")
+    try:
+        return "%json " + report.to_json(followed(schema) | {"x-guidance": JSON_OPTIONS})
+    except UserError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"json_schema is not JSON: {error}") from error
+
+
 def _in_lark(name: str, rule: Any) -> str:
     """The rule as a grammar. Raises: UserError for a value of a wrong type."""
     if name == "json_schema":
-        if not isinstance(rule, dict):
-            raise UserError(f"json_schema must be an object, such as {{'type': 'object'}}, not {rule!r:.40}")
-        try:
-            text = "start: %json " + report.to_json(followed(rule) | {"x-guidance": JSON_OPTIONS})
-        except UserError:
-            raise
-        except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"json_schema is not JSON: {error}") from error
+        text = "start: " + json_rule(rule)
     elif name == "choices":
         wrong = isinstance(rule, str) or not rule or [x for x in rule if not isinstance(x, str) or not x]
         if wrong:

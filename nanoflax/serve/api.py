@@ -16,7 +16,7 @@ from nanoflax.serve.programs import PENALTIES
 from nanoflax.serve.replies import Choice
 from nanoflax.serve.requests import Request
 from nanoflax.serve.schemas import MAX_CHOICES, MAX_INPUTS, NOTHING
-from nanoflax.serve.tool_calls import writes_calls
+from nanoflax.serve.tool_choice import ToolChoice, tool_choice
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # The rules that a text can follow, by vLLM's names in structured_outputs (formerly after guided_) -> ours.
@@ -59,17 +59,18 @@ def chat_choices(served: Served, body: dict[str, Any]) -> list[Choice]:
         raise ApiError(400, "max_tokens: give it or max_completion_tokens", "max_tokens")
     if body.get("top_logprobs") is not None and not body.get("logprobs"):
         raise ApiError(400, "top_logprobs: needs logprobs=true", "top_logprobs")
+    calls = tool_choice(body, served.tokenizer.chat_template)
     tools = body.get("tools") if body.get("tool_choice") != "none" else None
     ids = tokenizers.chat_prompt(served.tokenizer, [_message(m) for m in body["messages"]], tools or None)
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
     logprobs = (body.get("top_logprobs") or 0) if body.get("logprobs") else None
-    calls = bool(tools) and writes_calls(served.tokenizer.chat_template)
     return _choices(served, body, [(ids, None)], limit, logprobs, calls)
 
 
-def _rule(served: Served, body: dict[str, Any]) -> tuple[str, Callable[[], Any]]:
+def _rule(served: Served, body: dict[str, Any], calls: ToolChoice | None) -> tuple[str, Callable[[], Any]]:
     """(the field of the body with a rule for the text, what makes the constraint of each choice).
 
+    response_format is that of a reply without calls.
     Raises: ApiError for two rules, and for one that cannot be followed.
     """
     structured = body.get("structured_outputs")
@@ -78,7 +79,11 @@ def _rule(served: Served, body: dict[str, Any]) -> tuple[str, Callable[[], Any]]
     given = {field: (name, rule) for field, (name, rule) in given.items() if rule is not None}
     if structured is not None and not any(field.startswith("structured") for field in given):
         raise ApiError(400, f"structured_outputs: give one of {', '.join(RULES)}", "structured_outputs")
-    if (schema := _schema(body.get("response_format"))) is not None:
+    schema = _schema(body.get("response_format"))
+    if calls and (calls.forced or not given):
+        if rule := calls.rule(served.tokenizer, schema):
+            given["tool_choice" if calls.forced else "tools"] = "grammar", rule
+    elif schema is not None:
         given["response_format"] = "json", schema
     if len(given) > 1:
         raise ApiError(400, f"{' and '.join(given)}: a text can follow only one rule; leave one out", min(given))
@@ -129,9 +134,9 @@ def check_ids(served: Served, ids: Iterable[int], field: str) -> None:
         raise ApiError(400, f"{field}: token id {wrong[0]} is not in the vocabulary of {size}", field)
 
 
-def _choices(served, body, prompts, limit, logprobs, calls=False):
+def _choices(served, body, prompts, limit, logprobs, calls=None):
     n, tokenizer = body.get("n") or 1, served.tokenizer
-    field, rule = _rule(served, body)
+    field, rule = _rule(served, body, calls)
     if len(prompts) * n > MAX_CHOICES:
         raise ApiError(400, f"n: {len(prompts)} prompts with n={n} are more than {MAX_CHOICES} texts", "n")
     given = {name: value for name in SAMPLING if (value := body.get(name)) is not None}
@@ -158,7 +163,8 @@ def _choices(served, body, prompts, limit, logprobs, calls=False):
             )
             before = () if served.config.reads_source else ids
             ends = [stops] if isinstance(stops, str) else stops
-            found.append(Choice(tokenizer, request, ends, before, echo, field, with_ids, calls))
+            with_calls = calls.finish_reason if calls else ""
+            found.append(Choice(tokenizer, request, ends, before, echo, field, with_ids, with_calls))
     return found
 
 

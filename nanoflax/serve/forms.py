@@ -125,14 +125,14 @@ class Form:
 
     def _said(self, index: int, text: str, reason: str | None) -> tuple[dict[str, Any], str | None]:
         """({content and tool_calls} of a part of a message, its finish_reason)."""
-        if not self.choices[index].tool_calls:
+        with_calls, reader = self.choices[index].with_calls, self._calls[index]
+        if not with_calls:
             return {"content": text}, reason
-        reader = self._calls[index]
         text, calls = reader.add(text, last=reason is not None)
         found: dict[str, Any] = {"tool_calls": calls} if calls else {}
         if text or not reader.number:
             found["content"] = text
-        return found, "tool_calls" if reason == "stop" and reader.number else reason
+        return found, with_calls if reason == "stop" and reader.number else reason
 
     def last_chunks(self) -> list[dict[str, Any]]:
         return [self._chunk([]) | {"usage": self.usage()}] if self.with_usage else []

@@ -36,7 +36,7 @@ class Choice:
 
     stops: the text ends before any of them. before: the ids that the new ones follow. echo: the text of the prompt if
     it is a part of the text, else None. rule: the field of the HTTP request with the rule that the text must follow.
-    tool_calls: whether calls of tools in the text are reported as such.
+    with_calls: the finish_reason of a text with calls of tools; empty: calls are text.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class Choice:
         echo: str | None,
         rule: str = "",
         with_ids: bool = False,
-        tool_calls: bool = False,
+        with_calls: str = "",
     ) -> None:
         self.request, self.echo, self.rule, self.with_ids = request, echo, rule, with_ids
-        self.tool_calls = tool_calls
+        self.with_calls = with_calls
         self.ticket: Ticket | None = None
         self.submitted, self.new_tokens, self.finish_reason = time.monotonic(), 0, None
         self._decoder = tokenizers.StreamingDecoder(tokenizer, before, stops)

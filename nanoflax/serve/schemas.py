@@ -183,11 +183,34 @@ _TOOL = _object(
                 "name": {"type": "string"},
                 "description": {"type": ["string", "null"]},
                 "parameters": {"type": ["object", "null"]},
-                "strict": _not_used("boolean", "the arguments may be others"),
+                "strict": _or_null("boolean", "The arguments of every call are of the schema in parameters."),
             },
         ),
     },
 )
+_NAMED = _object(["name"], {"name": {"type": "string"}})
+_ALLOWED = {
+    "type": "array",
+    "items": _object(["type", "function"], {"type": {"const": "function"}, "function": _NAMED}),
+}
+_TOOL_CHOICE = {
+    "anyOf": [
+        {"enum": ["auto", "none", "required", None]},
+        _object(
+            ["type"],
+            {
+                "type": {"enum": ["function", "allowed_tools"]},
+                "function": _NAMED,
+                "allowed_tools": _object(
+                    ["mode", "tools"], {"mode": {"enum": ["auto", "required"]}, "tools": _ALLOWED | {"minItems": 1}}
+                ),
+            },
+        ),
+    ],
+    "description": 'auto; none: the template gets no tools; required: the reply calls tools; {"type": "function", '
+    '"function": {"name": "..."}}: it calls this one; or {"type": "allowed_tools", "allowed_tools": {"mode": "auto" or '
+    '"required", "tools": [...]}}: only these.',
+}
 CHAT = _object(
     ["messages"],
     {
@@ -200,7 +223,7 @@ CHAT = _object(
             items=_TOOL,
             maxItems=128,
         ),
-        "tool_choice": _only(["auto", "none", None], "none: the template gets no tools."),
+        "tool_choice": _TOOL_CHOICE,
         "logprobs": _or_null("boolean", "Report the log-probability of each token."),
         "top_logprobs": _or_null("integer", "And of so many alternatives.", minimum=0, maximum=ALTERNATIVES),
         "modalities": _only([["text"], None], "Replies are texts."),
@@ -217,7 +240,7 @@ CHAT = _object(
         "prompt_cache_options": _not_used("object"),
         "prompt_cache_retention": _not_used("string"),
         "prediction": _not_used("object", "the reply is the same without it"),
-        "parallel_tool_calls": _not_used("boolean", "the model decides how many calls it writes"),
+        "parallel_tool_calls": _or_null("boolean", "false: the reply has at most one call."),
         "reasoning_effort": _not_used("string", "a hint that chat templates do not get"),
         "verbosity": _not_used("string", "a hint that chat templates do not get"),
         **_SAMPLING,

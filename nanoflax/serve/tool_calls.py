@@ -1,6 +1,9 @@
 """Calls of tools in a reply, in the form of Hermes and Qwen: <tool_call>{"name": ..., "arguments": ...}</tool_call>."""
 
+import json
+import re
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from nanoflax import untrusted
@@ -8,6 +11,13 @@ from nanoflax.errors import UserError
 from nanoflax.report import to_json
 
 BEGIN, END = "<tool_call>", "</tool_call>"
+_BEGINS = re.compile(rf"{BEGIN}(?:\s*{BEGIN})*")
+_AFTER = re.compile(rf"\A(?:\s|{END})+")
+_MARKER = re.compile(f"{BEGIN}|{END}")
+# Markers in a string of JSON are text: such a string, also one that is not complete yet, or else a marker.
+_STRING_OR_MARKER = re.compile(rf'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|({BEGIN}|{END})', re.DOTALL)
+_ARGUMENTS = re.compile(r'"arguments"\s*:\s*')
+_STRICT = json.JSONDecoder(parse_constant=int)  # of "NaN" and "Infinity", which raises ValueError
 
 
 def writes_calls(template: str | None) -> bool:
@@ -15,10 +25,32 @@ def writes_calls(template: str | None) -> bool:
     return template is not None and BEGIN in template and END in template
 
 
+def grammar(tools: Sequence[tuple[str, str]], text: str | None, several: bool) -> str:
+    """The rule of replies that call tools, in llguidance's form of Lark.
+
+    Args:
+      tools: the name of each, and the rule of its arguments.
+      text: the rule of a reply without a call; "": any text, which may also stand before and after calls; None: there
+        is no such reply.
+      several: whether a reply may have more than one call.
+    """
+    heads = [to_json('{"name": ' + to_json(name, ensure_ascii=False) + ', "arguments": ') for name, _ in tools]
+    kinds = " | ".join(f"{head} {rule}" for head, (_, rule) in zip(heads, tools, strict=True))
+    lines = [f'call: "\\n"? ({kinds}) "}}" "\\n"? "{END}"']
+    if text == "":
+        start = "(until_call call)* TEXT" if several else "TEXT | until_call call"
+        lines += ["TEXT: /(.|\\n)*/", f'until_call[lazy]: TEXT "{BEGIN}"']  # lazy: the first marker ends it
+    else:
+        start = f'"{BEGIN}" call' + f' ("\\n"? "{BEGIN}" call)*' * several + (f" | {text}" if text else "")
+    return "\n".join([f"start: {start}", *lines])
+
+
 class ToolCalls:
     """Separates the calls of a reply that comes in pieces from its other text.
 
-    A block that is no call remains text. White space beside a call belongs to neither.
+    A call begins after one or more markers <tool_call> and ends before the next marker of either kind, or with the
+    reply. What follows such a marker and is no call remains text. White space and further markers </tool_call> beside
+    a call belong to neither.
     """
 
     def __init__(self) -> None:
@@ -29,31 +61,46 @@ class ToolCalls:
     def add(self, text: str, last: bool = False) -> tuple[str, list[dict[str, Any]]]:
         """(the text that is no call, the calls in OpenAI's form) of all that is complete. last: no text follows."""
         held, shown, calls = self._held + text, "", []
-        while (begin := held.find(BEGIN)) >= 0 and (end := held.find(END, begin)) >= 0:
-            call, rest = _call(held[begin + len(BEGIN) : end]), end + len(END)
+        while (begin := held.find(BEGIN)) >= 0 and (block := _block(held, begin, last)):
+            end, call = block
             if call is None:
-                shown += self._text(held[:rest])
+                shown += self._text(held[:end])
             else:
                 shown += self._text(held[:begin].rstrip())
                 calls.append({"index": self.number, **call})
                 self.number, self._after_call = self.number + 1, True
-            held = held[rest:]
-        cut = len(held) if last else _begin(held, begin)
+            held = held[end:]
+        if begin < 0:  # the end may become a marker
+            begin = len(held) - max(_begun(held, BEGIN), _begun(held, END))
+        cut = len(held) if last else len(held[:begin].rstrip())
         self._held = held[cut:]
         return shown + self._text(held[:cut]), calls
 
     def _text(self, text):
-        text = text.lstrip() if self._after_call else text
+        text = _AFTER.sub("", text) if self._after_call else text
         self._after_call &= not text
         return text
 
 
-def _begin(text: str, begin: int) -> int:
-    """Where the part of a text begins that may become a call, with the white space before it."""
-    if begin < 0:
-        most = min(len(text), len(BEGIN) - 1)
-        begin = len(text) - next(n for n in range(most, -1, -1) if text.endswith(BEGIN[:n]))
-    return len(text[:begin].rstrip())
+def _block(text: str, begin: int, last: bool) -> tuple[int, dict[str, Any] | None] | None:
+    """(where the block at a marker <tool_call> ends, the call in it or None); None: more text will decide it."""
+    start = next(_BEGINS.finditer(text, begin)).end()
+    marker = next((m for m in _STRING_OR_MARKER.finditer(text, start) if m[1]), None)
+    if marker is None and not last:
+        return None
+    stop, end = (marker.start(), marker.end()) if marker else (len(text) - _begun(text, END), len(text))
+    call = _call(text[start:stop])
+    if call is None:  # perhaps no JSON: then markers in its strings count too
+        marker = _MARKER.search(text, start)
+        end = marker.end() if marker else len(text)
+    if marker and marker[0] == BEGIN:
+        end = len(text[: marker.start()].rstrip())  # the next block
+    return end, call
+
+
+def _begun(text: str, marker: str) -> int:
+    """How many last characters of a text are the beginning of a marker."""
+    return next(n for n in range(len(marker) - 1, -1, -1) if text.endswith(marker[:n]))
 
 
 def _call(text: str) -> dict[str, Any] | None:
@@ -65,8 +112,19 @@ def _call(text: str) -> dict[str, Any] | None:
     name, arguments = found.get("name"), found.get("arguments", {})
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return None
-    said = to_json(arguments, ensure_ascii=False)
-    if untrusted.parse_json(said, "the arguments") != arguments:  # NaN and Infinity, which JSON does not have
+    said = _said(text, arguments) if arguments else "{}"
+    if said is None:
         return None
     function = {"name": name, "arguments": said}
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+
+def _said(text: str, arguments: dict[str, Any]) -> str | None:
+    """The text of the arguments, because 1e999 is JSON but no float; None for NaN and Infinity, which are no JSON."""
+    try:
+        for at in (match.end() for match in _ARGUMENTS.finditer(text)):  # none is in a string, where \" is "
+            found, end = _STRICT.raw_decode(text, at)
+            if found == arguments:
+                return text[at:end]
+    except ValueError:
+        return None

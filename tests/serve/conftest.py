@@ -4,7 +4,8 @@ import openai
 import pytest
 
 from nanoflax import tokenizers
-from tests.serve.servers import running, tiny_chat
+from tests.serve.servers import SPECIAL, TOOL_TEMPLATE, running, tiny, tiny_chat
+from tests.tokenizers.chat_test import make
 
 
 @pytest.fixture(scope="package")
@@ -29,3 +30,14 @@ def long(run):
     """Settings of a text that has 200 tokens."""
     ends = {str(i): -100 for i in tokenizers.stop_ids(run.tokenizer)}
     return dict(model="tiny", prompt="ab", max_tokens=200, temperature=0, logit_bias=ends)
+
+
+@pytest.fixture(scope="package")
+def tool_client(tmp_path_factory):
+    """A client of a server whose chat template has calls of tools."""
+    tokenizer, _ = make(tmp_path_factory.mktemp("tokenizer"), SPECIAL, TOOL_TEMPLATE)
+    with (
+        running(tiny(tokenizer, context=2048), slots=4, max_tokens=800) as (address, _),
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client

@@ -1,6 +1,8 @@
 """Servers of tiny models in a thread of the test's process."""
 
 import contextlib
+import importlib.util
+import pathlib
 import threading
 import time
 import types
@@ -14,6 +16,13 @@ from nanoflax.config import ModelConfig
 from nanoflax.serve import connections, http
 from tests.tokenizers.chat_test import TEMPLATES, make, without_marks
 
+# Qwen's.
+TOOL_TEMPLATE = (
+    pathlib.Path(importlib.util.find_spec("trl").origin)
+    .with_name("chat_templates")
+    .joinpath("qwen2_5.jinja")
+    .read_text()
+)
 SPECIAL, CHATML = TEMPLATES["eos is another token than the end of a reply"]
 
 

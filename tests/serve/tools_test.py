@@ -1,19 +1,16 @@
 """Calls of tools in replies, as the `openai` client sees them. The template is Qwen's, from trl."""
 
 import json
-import pathlib
 import random
 
 import openai
 import pydantic
 import pytest
-import trl
 
 from nanoflax.serve.tool_calls import ToolCalls
-from tests.serve.servers import SPECIAL, running, tiny
+from tests.serve.servers import SPECIAL, TOOL_TEMPLATE
 from tests.tokenizers.chat_test import make
 
-TEMPLATE = (pathlib.Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
 ASK = [{"role": "user", "content": "2+3?"}]
 
 
@@ -32,6 +29,21 @@ REPLIES = {
     f"\n{TWO}\n Done. \n": ("Done. \n", [{"a": 3}]),
     "No call, 1 < 2.\n": ("No call, 1 < 2.\n", []),
     "<tool_call>{bad}</tool_call> ": ("<tool_call>{bad}</tool_call> ", []),
+    # Markers that are not closed, that come twice, and that are in strings.
+    f"1 {TWO[:-12]}\n": ("1", [{"a": 3}]),
+    f"{TWO[:-12]} {ONE}{TWO[:-9]}": (None, [{"a": 3}, {"a": 2, "text": "é\n</x>"}, {"a": 3}]),
+    f"1 <tool_call>\n{ONE}\n</tool_call></tool_call>\n2": ("12", [{"a": 2, "text": "é\n</x>"}]),
+    f'{TWO[:-14]}, "text": "\\"<tool_call></tool_call>\\\\"}}}}</tool_call>': (
+        None,
+        [{"a": 3, "text": '"<tool_call></tool_call>\\'}],
+    ),
+    f"<tool_call><tool_call>{{</tool_call> {TWO}": ("<tool_call><tool_call>{</tool_call>", [{"a": 3}]),
+    f'<tool_call>{{"name": "add, "a": 1}}</tool_call>"{TWO}': (
+        '<tool_call>{"name": "add, "a": 1}</tool_call>"',
+        [{"a": 3}],
+    ),
+    f"<tool_call> I think {TWO}": ("<tool_call> I think", [{"a": 3}]),
+    "a </tool_call> b": ("a </tool_call> b", []),
     '<tool_call>{"name": "add"': ('<tool_call>{"name": "add"', []),
     '<tool_call>{"name": "a", "arguments": {"a": [NaN]}}</tool_call>': (
         '<tool_call>{"name": "a", "arguments": {"a": [NaN]}}</tool_call>',
@@ -45,14 +57,9 @@ REPLIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    tokenizer, _ = make(tmp_path_factory.mktemp("tokenizer"), SPECIAL, TEMPLATE)
-    with (
-        running(tiny(tokenizer, context=2048), slots=2, max_tokens=400) as (address, _),
-        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
-    ):
-        yield client
+@pytest.fixture
+def client(tool_client):
+    return tool_client
 
 
 def asked(reply, **more):
@@ -83,7 +90,7 @@ def test_calls_of_a_reply_and_of_its_stream(client, reply):
 
 def test_a_call_that_is_held_back_sends_no_empty_chunks(client):
     """Unless they have ids of tokens."""
-    for reply, calls in ((TWO, 1), (TWO[:-1], 0)):
+    for reply, calls in ((TWO, 1), (TWO[:-14], 0)):
         ask = asked(f"I.\n{reply}", n=2) | dict(stream=True)
         found = [chunk.choices[0] for chunk in client.chat.completions.create(**ask)]
         assert all(c.delta.role or c.delta.content or c.delta.tool_calls or c.finish_reason for c in found)
@@ -132,8 +139,16 @@ def test_pieces_of_any_sizes_give_the_same(reply):
         assert [call["index"] for call in calls] == [*range(len(calls))]
 
 
+@pytest.mark.parametrize(
+    "said", ['{ "a":1E999 }', '{"arguments": {"a": 2}}', "{}", r'{"\"arguments\"": "\"arguments\": 5"}']
+)
+def test_arguments_are_the_text_that_the_model_writes(said):
+    _, [call] = ToolCalls().add(f'<tool_call>{{"id": 1, "arguments" :{said} , "name": "f"}}</tool_call>')
+    assert call["function"] == {"name": "f", "arguments": said}
+
+
 def test_calls_that_the_template_writes_are_read(tmp_path):
-    _, theirs = make(tmp_path, SPECIAL, TEMPLATE)
+    _, theirs = make(tmp_path, SPECIAL, TOOL_TEMPLATE)
     for given in ([{"a": 2, "text": 'é <b> "x"\n'}], [{"a": 3}, {}, {"a": {"b": [None, 1.5]}}]):
         calls = [{"type": "function", "function": {"name": f"f{i}", "arguments": x}} for i, x in enumerate(given)]
         messages = [*ASK, {"role": "assistant", "content": "I add.", "tool_calls": calls}]
