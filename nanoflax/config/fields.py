@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -45,6 +46,7 @@ def describe(field: dataclasses.Field, kind: Any) -> str:
 _LIMITS = {"unit": "in", "at_least": "at least", "at_most": "at most", "above": "above", "within": "in"}
 
 
+@functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """{name: type} of the fields of a dataclass."""
     found = typing.get_type_hints(cls)
