@@ -34,8 +34,8 @@ ARCHITECTURES = {
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "relu2", "tanh")
 NORMS = ("layernorm", "rmsnorm")
 NORM_PLACES = ("pre", "post", "sandwich", "after")
-QK_NORMS = ("none", "head", "full", "each_head", "rotated")
-POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves", "rotary", "relative", "none")
+QK_NORMS = ("none", "head", "full", "each_head", "layer", "rotated", "rotated_scale")
+POSITIONS = ("learned", "sinusoidal", "sinusoidal_halves", "sinusoidal_fairseq", "rotary", "relative", "none")
 LSTM_ATTENTIONS = ("additive", "multiplicative")
 LSTM_STARTS = ("encoder", "zeros")
 BOTTLENECKS = ("none", "mean", "first")
@@ -92,12 +92,15 @@ class ModelConfig:
     qk_norm: str = field(
         "none",
         "RMSNorm of queries and keys, over a head's K or all H K; rotated: of a head, after rotary positions, without "
-        "scale (Llama 4), only where there are some; each_head: LayerNorm with a scale for each head.",
+        "scale (Llama 4), only where there are some; rotated_scale: the same with a scale (HunYuan); each_head: "
+        "LayerNorm with a scale for each head; layer: LayerNorm with a scale and bias for all heads (Phi).",
         choices=QK_NORMS,
     )
 
     positions: str = field("learned", "How positions are encoded.", choices=POSITIONS)
-    position_offset: int = field(0, "Rows of the learned table before position 0 (OPT, RoBERTa, BART: 2).", at_least=0)
+    position_offset: int = field(
+        0, "The number of position 0, in the learned table or in the sines (OPT, RoBERTa, BART: 2).", at_least=0
+    )
     rope: RopeConfig = field(RopeConfig(), "Rotary positions.")
     nope_layers: tuple[int, ...] = field((), "Layers, from 0, without rotary positions (SmolLM3, Llama 4).")
     relative_buckets: int = field(32, "Buckets of relative positions (T5).", at_least=1)

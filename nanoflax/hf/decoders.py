@@ -172,7 +172,7 @@ _GEMMA2 = like_llama(
               "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     only={"use_bidirectional_attention": (False,)},
     read=_read_gemma, write=_write_gemma)  # fmt: skip
-_GEMMA3 = dataclasses.replace(
+GEMMA3 = dataclasses.replace(
     _GEMMA2, model_type="gemma3_text", classes={"lm": ("Gemma3ForCausalLM",)},
     preset=_GEMMA2.preset | dict(qk_norm="head"),
     defaults=_GEMMA2.defaults | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "period": 6,
@@ -278,7 +278,5 @@ def with_classifier(family):
 
 
 DECODERS = [
-    *map(
-        with_classifier, (_GPT2, _OPT, LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA, _GEMMA2, _GEMMA3, _OLMO2, _NEOX, _PHI3)
-    )
+    *map(with_classifier, (_GPT2, _OPT, LLAMA, _MISTRAL, _QWEN2, _QWEN3, _GEMMA, _GEMMA2, GEMMA3, _OLMO2, _NEOX, _PHI3))
 ]

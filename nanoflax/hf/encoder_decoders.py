@@ -143,4 +143,15 @@ _MBART = dataclasses.replace(
     only=_BART.only | {"normalize_before": (True,), "add_final_layer_norm": (True,)},
     read=_read_mbart, write=lambda c: _BART.write(c) | {"decoder_start_token_id": c.start_id})  # fmt: skip
 
-ENCODER_DECODERS = [_T5, _BART, _MARIAN, _MBART]
+# M2M-100 and NLLB. Transformers counts positions from the row after the padding token.
+_M2M_100 = dataclasses.replace(
+    _MBART, model_type="m2m_100", classes={"lm": ("M2M100ForConditionalGeneration",)},
+    fields=_BART.fields,
+    preset=_BART.preset | dict(norm_place="pre", embed_norm=False, head_bias=False, positions="sinusoidal_fairseq"),
+    defaults=_BART.defaults | {"activation_function": "relu", "scale_embedding": True, "pad_token_id": 1,
+                               "max_position_embeddings": 1024},
+    only={}, read=lambda hf: _BART.read(hf) | {"position_offset": hf["pad_token_id"] + 1},
+    write=lambda c: _BART.write(c) | {"pad_token_id": c.position_offset - 1}, present={},
+    ignored=r"model\.(en|de)coder\.(version|embed_positions\.weights?)")  # fmt: skip
+
+ENCODER_DECODERS = [_T5, _BART, _MARIAN, _MBART, _M2M_100]

@@ -6,7 +6,7 @@ In `read` and `write`, hf is a parsed config.json and c a ModelConfig.
 import dataclasses
 
 from nanoflax.errors import UserError
-from nanoflax.hf.decoders import LLAMA
+from nanoflax.hf.decoders import GEMMA3, LLAMA
 from nanoflax.hf.family import Family, under
 from nanoflax.hf.rope import read_layers, read_rope, write_layers, write_rope
 
@@ -209,4 +209,13 @@ _MODERNBERT = Family(
     only={"classifier_pooling": ("cls", "mean")},
     read=_read_modernbert, write=_write_modernbert, base="model.")  # fmt: skip
 
-ENCODERS = [_BERT, _ROBERTA, _XLM_ROBERTA, _ELECTRA, _DISTILBERT, _EUROBERT, _MODERNBERT]
+# EmbeddingGemma: a query of a layer with a window sees half of sliding_window on each side.
+_GEMMA3_ENCODER = dataclasses.replace(
+    GEMMA3, classes={"none": ("Gemma3TextModel",)},
+    keys={ours.replace("decoder/", "encoder/"): theirs for ours, theirs in GEMMA3.keys.items()},
+    preset=GEMMA3.preset | dict(architecture="encoder"),
+    only=GEMMA3.only | {"use_bidirectional_attention": (True,)},
+    read=lambda hf: GEMMA3.read(hf | {"sliding_window": hf["sliding_window"] // 2 + 1}),
+    write=lambda c: GEMMA3.write(c) | {"sliding_window": 2 * ((c.window or c.context) - 1)})  # fmt: skip
+
+ENCODERS = [_BERT, _ROBERTA, _XLM_ROBERTA, _ELECTRA, _DISTILBERT, _EUROBERT, _MODERNBERT, _GEMMA3_ENCODER]

@@ -9,14 +9,14 @@ from nanoflax.errors import UserError
 from nanoflax.hf.decoders import DECODERS
 from nanoflax.hf.encoder_decoders import ENCODER_DECODERS
 from nanoflax.hf.encoders import ENCODERS
-from nanoflax.hf.family import FIELD_TYPES, Family, differences
+from nanoflax.hf.family import FIELD_TYPES, Family, Json, differences
 from nanoflax.hf.hybrid import HYBRID
 from nanoflax.hf.latent_families import LATENT
 from nanoflax.hf.more_decoders import MORE_DECODERS
 from nanoflax.hf.sparse import SPARSE
 
 _ALL = (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *MORE_DECODERS, *HYBRID, *SPARSE, *LATENT)
-FAMILIES = {family.model_type: family for family in _ALL}
+FAMILIES = {family.name: family for family in _ALL}
 
 
 def family_of_config(config: ModelConfig, model_type: str | None = None) -> Family:
@@ -27,7 +27,8 @@ def family_of_config(config: ModelConfig, model_type: str | None = None) -> Fami
     Raises: UserError naming the fields that the nearest family cannot express.
     """
     missing = {}
-    for name in FAMILIES if model_type is None else [model_type]:
+    same_type = [name for name, family in FAMILIES.items() if family.model_type == model_type]
+    for name in FAMILIES if model_type is None else same_type or [model_type]:
         family = family_of_type(name)
         try:
             missing[name] = differences(family, config)
@@ -45,6 +46,13 @@ def family_of_config(config: ModelConfig, model_type: str | None = None) -> Fami
     raise UserError(
         f"no family of Transformers ({', '.join(missing)}) has such models; the nearest is {nearest}, except {fields}"
     )
+
+
+def family_of_json(hf: Json) -> Family:
+    """The family of a parsed config.json. Raises: UserError for an unknown model_type."""
+    bidirectional = FAMILIES.get(f"{hf.get('model_type')} (bidirectional)")
+    is_encoder = bidirectional and hf.get("use_bidirectional_attention")
+    return bidirectional if is_encoder else family_of_type(hf.get("model_type"))
 
 
 def family_of_type(model_type: Any) -> Family:

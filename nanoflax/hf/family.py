@@ -90,6 +90,12 @@ class Family:
         if unknown:
             raise ValueError(f"family {self.model_type}: ModelConfig has no {', '.join(sorted(unknown))}")
 
+    @property
+    def name(self) -> str:
+        """model_type, and what distinguishes the family from another of the same model_type."""
+        is_encoder = self.only.get("use_bidirectional_attention") == (True,)
+        return f"{self.model_type} (bidirectional)" if is_encoder else self.model_type
+
     def keys_of(self, config: ModelConfig) -> dict[str, Any]:
         """All keys of a model with this configuration."""
         return self.keys | self.more_keys(config) | (self.stacked if config.moe.stacked else {})
@@ -305,7 +311,7 @@ def _canonical_layers(c: ModelConfig) -> tuple[ModelConfig, list[str]]:
         c = dataclasses.replace(c, gated=False, mlp_bias=False)
     if c.positions != "relative":
         unused += ["relative_buckets", "relative_distance"]
-    if c.positions != "learned":
+    if not c.positions.startswith(("learned", "sinusoidal")):
         unused += ["position_offset"]
     return c, unused
 

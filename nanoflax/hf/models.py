@@ -18,7 +18,7 @@ from nanoflax import parallel, peft, report, tokenizers, untrusted
 from nanoflax.config import ModelConfig, validate
 from nanoflax.errors import UserError
 from nanoflax.hf import safetensors_io
-from nanoflax.hf.families import family_of_config, family_of_type
+from nanoflax.hf.families import family_of_config, family_of_json
 from nanoflax.hf.family import Family, differences, from_config, head_of, to_config
 from nanoflax.hf.generation import read_generation, write_generation
 from nanoflax.hf.gguf import QuantizedTensor
@@ -287,7 +287,7 @@ def _open_directory(directory: pathlib.Path) -> tuple[Family, ModelConfig, Tenso
     """The family, the configuration, and the tensors by the names in the family's keys."""
     content = untrusted.read_bytes(directory, "config.json", _MAX_CONFIG)
     hf = untrusted.json_object(content, directory / "config.json")
-    family = family_of_type(hf.get("model_type"))
+    family = family_of_json(hf)
     head = head_of(family, hf.get("architectures"))
     tensors = unpack(hf, safetensors_io.open_safetensors(directory), directory)
     tensors = {name: tensor for name, tensor in tensors.items() if 0 not in tensor.shape}

@@ -145,7 +145,38 @@ _OLMO3 = like_llama(
     defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096, "period": 4},
     read=_read_olmo3, write=_write_olmo3)  # fmt: skip
 
+_PHI = like_llama(
+    "phi", "Phi", without=("attention_bias", "mlp_bias", "rms_norm_eps"),
+    keys={"attention/out": "self_attn.dense", "mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2",
+          "attention/query_norm": "self_attn.q_layernorm", "attention/key_norm": "self_attn.k_layernorm"},
+    more_keys=lambda c: {"decoder/norm": "model.final_layernorm", "logit_bias": "lm_head.bias"},
+    fields={"layer_norm_eps": "norm_eps", "resid_pdrop": "dropout"},
+    preset=dict(norm="layernorm", gated=False, bias=True, parallel=True, shared_norm=True, head_bias=True),
+    defaults={"layer_norm_eps": 1e-5, "hidden_act": "gelu_new", "resid_pdrop": 0.0, "partial_rotary_factor": 0.5,
+              "qk_layernorm": False},
+    read=lambda hf: read_rope(hf | {"rotary_pct": hf["partial_rotary_factor"]}) | {
+        "qk_norm": "layer" if hf["qk_layernorm"] else "none"},
+    write=lambda c: write_rope(c) | {
+        "partial_rotary_factor": c.rope.fraction, "qk_layernorm": c.qk_norm == "layer", "embd_pdrop": c.dropout},
+    )  # fmt: skip
+
+
+def read_hunyuan(hf):
+    """With `alpha`, the scaling dynamic is only a larger theta."""
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type")) == "dynamic" and rope.get("alpha"):
+        K = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
+        theta = rope.get("rope_theta", hf["rope_theta"]) * rope["alpha"] ** (K / (K - 2))
+        hf = hf | {"rope_theta": theta, "rope_parameters": None, "rope_scaling": None}
+    return read_rope(hf) | {"out_bias": hf["attention_bias"]}
+
+
+HUNYUAN_NORMS = {"attention/query_norm": "self_attn.query_layernorm", "attention/key_norm": "self_attn.key_layernorm"}
+_HUNYUAN = like_llama(
+    "hunyuan_v1_dense", "HunYuanDenseV1", without=("mlp_bias",), keys=HUNYUAN_NORMS,
+    preset=dict(qk_norm="rotated_scale"), defaults={"rms_norm_eps": 1e-5}, read=read_hunyuan)  # fmt: skip
+
 MORE_DECODERS = [
-    *map(with_classifier, (_STARCODER2, _STABLELM, _SMOLLM3, _GLM4, _OLMO, _OLMO3)),
+    *map(with_classifier, (_STARCODER2, _STABLELM, _SMOLLM3, _GLM4, _OLMO, _OLMO3, _PHI, _HUNYUAN)),
     *(GRANITE, _COHERE, _COHERE2, _NANOCHAT),  # Transformers has no class that classifies with them
 ]

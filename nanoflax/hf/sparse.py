@@ -10,7 +10,7 @@ from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.hf.decoders import like_llama, with_classifier
 from nanoflax.hf.family import Family, Json, Keys
-from nanoflax.hf.more_decoders import GRANITE
+from nanoflax.hf.more_decoders import GRANITE, HUNYUAN_NORMS, read_hunyuan
 from nanoflax.hf.rope import read_layers, read_rope, write_layers, write_rope
 
 # Our modules of a layer with experts -> their names in most families.
@@ -363,7 +363,23 @@ _LLAMA4 = like_llama(
         "moe_layers": [i for i in range(c.layers) if c.is_sparse(i)], "use_qk_norm": c.qk_norm == "rotated",
         "attn_temperature_tuning": c.rope.nope_scale > 0, "attn_scale": c.rope.nope_scale})  # fmt: skip
 
+
+def _read_hunyuan_moe(hf):
+    active = {*hf["moe_topk"]} if isinstance(hf["moe_topk"], list) else {hf["moe_topk"]}
+    if len(active) != 1:
+        raise UserError(f"moe_topk={hf['moe_topk']!r} must be one number, or the same in all layers")
+    return read_hunyuan(hf) | {"moe.active": active.pop(), "moe.shared_dim": hf["intermediate_size"]}
+
+
+_HUNYUAN_MOE = like_llama(
+    "hunyuan_v1_moe", "HunYuanMoEV1", without=("mlp_bias",),
+    keys=EXPERTS | HUNYUAN_NORMS | {"mlp/router": "mlp.gate.wg"} | {
+        f"mlp/shared/{part}": f"mlp.shared_mlp.{part}_proj" for part in ("up", "gate", "down")},
+    fields={"num_experts": "moe.experts"}, preset=dict(qk_norm="rotated_scale"),
+    defaults={"rms_norm_eps": 1e-5, "num_experts": 1, "moe_topk": 1}, aliases={"num_local_experts": "num_experts"},
+    read=_read_hunyuan_moe, write=lambda c: write_rope(c) | {"moe_topk": c.moe.active}, stacked=stacked())  # fmt: skip
+
 SPARSE = [
-    *map(with_classifier, (_MIXTRAL, _QWEN3_MOE, _GPT_OSS, _QWEN2_MOE)),
+    *map(with_classifier, (_MIXTRAL, _QWEN3_MOE, _GPT_OSS, _QWEN2_MOE, _HUNYUAN_MOE)),
     *(_DOTS1, _FLEX_OLMO, _LLAMA4, _OLMOE, _GRANITE_MOE, _GRANITE_SHARED, _GLM4_MOE, _ERNIE),
 ]

@@ -143,8 +143,9 @@ class Attention(nn.Module):
         if c.attention_gate:
             self.gate = Linear(c.heads * c.K, c.has_bias("qkv"))
         if c.qk_norm != "none":
-            kind, axes = ("layernorm", 2) if c.qk_norm == "each_head" else ("rmsnorm", 1)
-            options = False, c.norm_unit_offset, c.norm_scale and c.qk_norm != "rotated", axes
+            kinds = {"each_head": ("layernorm", False, 2), "layer": ("layernorm", True, 1)}
+            kind, bias, axes = kinds.get(c.qk_norm, ("rmsnorm", False, 1))
+            options = bias, c.norm_unit_offset, c.norm_scale and c.qk_norm != "rotated", axes
             self.query_norm, self.key_norm = (Norm(kind, c.norm_eps, *options) for _ in range(2))
 
     def __call__(
@@ -204,11 +205,11 @@ class Attention(nn.Module):
         kind, y = self.config.qk_norm if norm else "none", linear(x)
         y = getattr(self, norm)(y) if kind == "full" else y
         y = y.reshape(*x.shape[:2], heads, self.config.K)
-        y = getattr(self, norm)(y) if kind in ("head", "each_head") else y
+        y = getattr(self, norm)(y) if kind in ("head", "each_head", "layer") else y
         y = y if (c := self.config.qkv_clip) is None else jnp.clip(y, -c, c)
         if angles is not None:
             y = rotate(y, angles, self.config.rope.interleaved)
-            y = getattr(self, norm)(y) if kind == "rotated" else y
+            y = getattr(self, norm)(y) if kind.startswith("rotated") else y
         return y.swapaxes(1, 2)
 
     def attend(

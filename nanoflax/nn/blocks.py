@@ -280,8 +280,7 @@ class Stack(nn.Module):
             table = parallel.replicate(self.position_embed.embedding)
             return x + table[row + c.position_offset].astype(x.dtype)
         if c.positions.startswith("sinusoidal"):
-            halves = c.positions == "sinusoidal_halves"
-            return x + positions.sinusoidal(places, x.shape[-1], halves).astype(x.dtype)
+            return x + positions.sinusoidal(places + c.position_offset, x.shape[-1], c.positions).astype(x.dtype)
         return x
 
     def _relative_bias(self, queries, keys):

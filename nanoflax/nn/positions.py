@@ -31,14 +31,15 @@ def restarting(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def sinusoidal(positions: Int[Array, "B T"], dim: int, halves: bool = False) -> Float[Array, "B T {dim}"]:
+def sinusoidal(positions: Int[Array, "B T"], dim: int, kind: str = "sinusoidal") -> Float[Array, "B T {dim}"]:
     """Fixed sines and cosines (Vaswani et al. 2017, section 3.5), float32.
 
-    halves: all sines before all cosines (Marian), instead of interleaved as in the paper.
+    kind: sinusoidal_halves has all sines before all cosines (Marian), instead of interleaved as in the paper;
+    sinusoidal_fairseq (M2M-100) too, and its last rate is 1/10000.
     """
-    rate = 10_000.0 ** (-jnp.arange(0, dim, 2) / dim)
+    rate = 10_000.0 ** (-jnp.arange(0, dim, 2) / (max(dim - 2, 1) if kind == "sinusoidal_fairseq" else dim))
     angle = positions[..., None] * rate
-    pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-2 if halves else -1)
+    pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1 if kind == "sinusoidal" else -2)
     return pairs.reshape(*positions.shape, dim)
 
 

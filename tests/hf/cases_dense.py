@@ -4,6 +4,7 @@ from tests.hf import shapes
 from tests.hf.shapes import LINEAR, LLAMA, LLAMA3, SFS, YARN
 
 OPT = shapes.OPT | dict(word_embed_proj_dim=24)
+HUNYUAN_ROPE = {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 300.0}
 
 
 CASES: dict[str, tuple[str, dict]] = {
@@ -159,6 +160,33 @@ CASES: dict[str, tuple[str, dict]] = {
             rope_parameters=LINEAR,
         ),
     ),
+    "phi": ("PhiForCausalLM", LLAMA),
+    "phi-norms": (
+        "PhiForCausalLM",
+        LLAMA
+        | dict(
+            qk_layernorm=True,
+            tie_word_embeddings=True,
+            num_key_value_heads=4,
+            hidden_act="relu",
+            layer_norm_eps=1e-3,
+            rope_parameters=LINEAR | {"partial_rotary_factor": 0.75},
+        ),
+    ),
+    "hunyuan": ("HunYuanDenseV1ForCausalLM", LLAMA | dict(head_dim=12, rope_parameters=HUNYUAN_ROPE)),
+    "hunyuan-tied": (
+        "HunYuanDenseV1ForCausalLM",
+        LLAMA
+        | dict(
+            head_dim=8,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            num_key_value_heads=4,
+            hidden_act="gelu",
+            rms_norm_eps=1e-2,
+            rope_parameters=YARN,
+        ),
+    ),
     "olmo": ("OlmoForCausalLM", LLAMA | dict(clip_qkv=0.1)),
     "olmo-tied": (
         "OlmoForCausalLM",
@@ -191,6 +219,8 @@ CASES: dict[str, tuple[str, dict]] = {
             ("SmolLM3", {}),
             ("Glm4", {"head_dim": 8}),
             ("Olmo", {}),
+            ("Phi", {}),
+            ("HunYuanDenseV1", {"head_dim": 8}),
             ("Olmo3", {"sliding_window": 3}),
         ]
     },
@@ -206,6 +236,8 @@ GREEDY: list[str] = [
     "smollm3-window",
     "glm4",
     "nanochat",
+    "phi",
+    "hunyuan",
     "olmo",
     "olmo3-yarn",
 ]
@@ -224,6 +256,8 @@ OLDER: list[tuple[str, dict]] = [
     ("smollm3-window", {"layer_types": ..., "rope_parameters": ..., "rope_theta": 2_000_000.0, "rope_scaling": None}),
     ("glm4", {"rope_parameters": ..., "partial_rotary_factor": 0.5, "rope_theta": 10_000.0, "attention_bias": ...}),
     ("glm4-tied", {"rope_parameters": ..., "partial_rotary_factor": 1.0, "rope_theta": 300.0}),
+    ("phi", {"rope_parameters": ..., "partial_rotary_factor": 0.5, "rope_theta": 10_000.0, "qk_layernorm": ...}),
+    ("hunyuan", {"rope_parameters": ..., "rope_theta": 300.0, "rope_scaling": {"type": "dynamic", "alpha": 50.0}}),
     ("olmo", {"rope_parameters": ..., "rope_theta": 10_000.0, "rope_scaling": None, "attention_bias": ...}),
     ("olmo3", {"rope_parameters": ..., "layer_types": ..., "rope_theta": 500_000, "rope_scaling": None}),
     ("nanochat", {"rope_parameters": ..., "hidden_act": ..., "final_logit_softcapping": ...}),
@@ -237,6 +271,7 @@ REFUSED: list[tuple[str, dict, str]] = [
     ("granite", {"logits_scaling": 0}, "cannot be read"),
     ("granite", {"attention_multiplier": -1.0}, "attention_scale"),
     ("nanochat", {"hidden_act": "relu6"}, "relu6"),
+    ("hunyuan", {"rope_parameters": HUNYUAN_ROPE | {"alpha": -1.0}}, "model.rope.theta="),
     ("olmo3", {"sliding_window": None}, "sliding_window=None"),
     ("olmo3", {"rope_parameters": LINEAR}, "full_attention"),
     ("olmo3", {"rope_parameters": {"sliding_attention": LINEAR}}, "linear"),

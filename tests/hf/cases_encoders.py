@@ -97,6 +97,24 @@ CASES |= {
         MBART | dict(tie_word_embeddings=False, activation_function="gelu_new", encoder_ffn_dim=24),
     ),
 }
+M2M = shapes.BART | dict(decoder_start_token_id=2)
+CASES |= {
+    "m2m": ("M2M100ForConditionalGeneration", M2M),
+    "m2m-untied": (
+        "M2M100ForConditionalGeneration",
+        M2M
+        | dict(decoder_attention_heads=8, decoder_ffn_dim=20, encoder_layers=1, scale_embedding=False, pad_token_id=3)
+        | dict(activation_function="gelu", tie_word_embeddings=False),
+    ),
+}
+GEMMA = shapes.HEAD8 | dict(use_bidirectional_attention=True, num_hidden_layers=3, layer_types=shapes.SFS)
+CASES |= {
+    "gemma3-encoder": ("Gemma3TextModel", GEMMA | dict(sliding_window=8, rope_parameters=shapes.LOCAL)),
+    "gemma3-encoder-wide": (
+        "Gemma3TextModel",
+        GEMMA | dict(sliding_window=100, query_pre_attn_scalar=20, attention_bias=True, num_key_value_heads=1),
+    ),
+}
 OLDER: list[tuple[str, dict]] = [
     ("modernbert-mlm", {"rope_scaling": {"rope_type": "default"}, "norm_bias": ..., "classifier_pooling": ...}),
     ("electra", {"position_embedding_type": "absolute", "hidden_act": ..., "layer_norm_eps": ...}),
@@ -107,5 +125,6 @@ REFUSED: list[tuple[str, dict, str]] = [
     ("modernbert", {"rope_scaling": {"rope_theta": 70.0}}, "rope_scaling null"),
     ("marian-unequal", {"decoder_start_token_id": ...}, "model.start_id=58100"),
     ("mbart", {"add_final_layer_norm": False}, "add_final_layer_norm"),
+    ("gemma3-encoder", {"architectures": ["Gemma3ForCausalLM"]}, "supported are Gemma3TextModel"),
 ]
 GREEDY = ["bart-unequal", "marian-unequal", "mbart", "mbart-unequal"]

@@ -210,6 +210,26 @@ CASES: dict[str, tuple[str, dict]] = {
             rope_parameters=YARN,
         ),
     ),
+    "hunyuan_moe": ("HunYuanMoEV1ForCausalLM", _MOE | dict(moe_topk=3, head_dim=8)),
+    "hunyuan_moe-top1": (
+        "HunYuanMoEV1ForCausalLM",
+        _TINY
+        | dict(
+            num_experts=5,
+            moe_topk=[1, 1],
+            head_dim=12,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            num_key_value_heads=4,
+            hidden_act="gelu",
+            rms_norm_eps=1e-2,
+            rope_parameters={"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 300.0},
+        ),
+    ),
+    "hunyuan_moe-classify": (
+        "HunYuanMoEV1ForSequenceClassification",
+        _MOE | dict(moe_topk=2, head_dim=8, num_labels=3),
+    ),
     "llama4": ("Llama4ForCausalLM", _LLAMA4),
     "llama4-scaled": (  # only with padding on the right: Transformers scales queries by their slots
         "Llama4ForCausalLM",
@@ -273,6 +293,7 @@ REFUSED: list[tuple[str, dict, str]] = [
     ("llama4", {"layer_types": ["sliding_attention"] * 4}, "sliding_attention"),
     ("dots1", {"n_shared_experts": None}, "n_shared_experts=None must be a number, 0 or more"),
     ("glm4_moe", {"n_shared_experts": -1}, "n_shared_experts=-1 must be a number, 0 or more"),
+    ("hunyuan_moe", {"moe_topk": [3, 2]}, "moe_topk=[3, 2] must be one number"),
     ("ernie4_5_moe", {"moe_layer_interval": 0}, "moe_layer_interval=0 must be at least 1"),
 ]
 GREEDY: list[str] = [
@@ -283,6 +304,7 @@ GREEDY: list[str] = [
     "qwen3_moe",
     "qwen3_moe-renormalised",
     "olmoe",
+    "hunyuan_moe",
     "llama4",
     "llama4-dense",
     "dots1",
