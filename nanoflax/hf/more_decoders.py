@@ -156,9 +156,8 @@ _PHI = like_llama(
               "qk_layernorm": False},
     read=lambda hf: read_rope(hf | {"rotary_pct": hf["partial_rotary_factor"]}) | {
         "qk_norm": "layer" if hf["qk_layernorm"] else "none"},
-    write=lambda c: write_rope(c) | {
-        "partial_rotary_factor": c.rope.fraction, "qk_layernorm": c.qk_norm == "layer", "embd_pdrop": c.dropout},
-    )  # fmt: skip
+    write=lambda c: write_rope(c) | {"partial_rotary_factor": c.rope.fraction, "embd_pdrop": c.dropout,
+                                     "qk_layernorm": c.qk_norm == "layer"})  # fmt: skip
 
 
 def read_hunyuan(hf):
