@@ -116,7 +116,7 @@ def fetch(x: Any) -> np.ndarray:
 
 def param_shapes(model: Model) -> PyTree[jax.ShapeDtypeStruct]:
     """The shapes and dtypes of a model's parameters. Nothing is allocated."""
-    return jax.eval_shape(lambda: initial_params(model, jax.random.PRNGKey(0)))
+    return _init.eval_shape(model, jax.eval_shape(jax.random.PRNGKey, 0))
 
 
 def initial_params(model: Model, rng: Array) -> dict[str, Any]:
@@ -133,5 +133,10 @@ def init(model: Model, rng: Array, mesh: AnyMesh | None = None) -> dict[str, Any
     Raises: UserError if the mesh does not divide a parameter.
     """
     mesh = current_mesh(mesh)
-    out_shardings = None if mesh is None else shardings(param_shapes(model), mesh)
-    return jax.jit(lambda rng: initial_params(model, rng), out_shardings=out_shardings)(rng)
+    if mesh is None:
+        return _init(model, rng)
+    places = shardings(param_shapes(model), mesh)
+    return jax.jit(initial_params, static_argnums=0, out_shardings=places)(model, rng)
+
+
+_init = jax.jit(initial_params, static_argnums=0)  # one for all calls, so that a model is traced once
