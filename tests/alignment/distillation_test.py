@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from nanoflax import alignment, nn, parallel, train
 from nanoflax.config import ModelConfig
 from tests.closeness import assert_trees_close
+from tests.compiled import apply
 from tests.parallel.mesh_test import run_child
 
 with warnings.catch_warnings(action="ignore"):  # that trl may change this class
@@ -43,7 +44,7 @@ def a_batch(high=V):
 
 
 def logits_of(model, params, batch):
-    return model.apply({"params": params}, nn.shift_right(batch["targets"], batch["first"]))[0]
+    return apply(model, params, nn.shift_right(batch["targets"], batch["first"]))[0]
 
 
 def trl_loss(student, teacher, weights, beta, temperature):

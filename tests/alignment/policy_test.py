@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanoflax import alignment, hf, nn
+from nanoflax import alignment, hf, nn, parallel
 from nanoflax.alignment import policy
 from nanoflax.config import ModelConfig
 from nanoflax.tokenizers import pad_left
@@ -26,7 +26,7 @@ REWARDS = np.array([1, 0, 0.5, 1, 0, 0, 0, 0.25])
 def drawn():
     """(model, params, prompts, lengths, completions): two groups of four, drawn by our sampler."""
     model = nn.build(CONFIG)
-    params = model.init(jax.random.PRNGKey(0), np.zeros((1, 1), np.int32))["params"]
+    params = parallel.init(model, jax.random.PRNGKey(0))
     params = jax.tree.map(lambda x: x * 3 if x.ndim == 2 else x, params)  # far from uniform
     tokens, lengths = pad_left([[5, 6, 7]] * GROUP + [[8, 9, 10, 11, 12]] * GROUP)
     found = alignment.sample_completions(

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanoflax import alignment, nn
+from nanoflax import alignment, nn, parallel
 from nanoflax.config import GenerationDefaults, ModelConfig
 from nanoflax.tokenizers import pad_left
+from tests.compiled import apply
 from tests.generate.sampling_test import make, transformers_filtered
 
 FILTERS = {
@@ -19,6 +20,7 @@ FILTERS = {
     "all": dict(temperature=1.2, top_k=20, top_p=0.9, min_p=0.02),
 }
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11]]
+log_probabilities = jax.jit(alignment.log_probabilities, static_argnums=0, static_argnames="entropy")
 
 
 def drawn(model, params, seed=0, new=12, eos=(1,), **filters):
@@ -35,7 +37,7 @@ def drawn(model, params, seed=0, new=12, eos=(1,), **filters):
 def test_sampler_and_trainer_agree(name, fields):
     model, params = make(sharpness=2.0, **fields)
     found, batch = drawn(model, params, **FILTERS[name])
-    got = alignment.log_probabilities(model, params, batch, temperature=FILTERS[name]["temperature"])
+    got = log_probabilities(model, params, batch, temperature=FILTERS[name]["temperature"])
     used = batch["weights"] > 0
     np.testing.assert_allclose(np.asarray(got)[used], batch["old"][used], atol=1e-5)
     assert ("support" in batch) == (len(FILTERS[name]) > 1)
@@ -47,7 +49,7 @@ def test_log_probabilities_are_those_of_transformers_filters(name):
     model, params = make(sharpness=2.0)
     found, _ = drawn(model, params, new=4, eos=(), **FILTERS[name])
     for prompt, new, logp in zip(PROMPTS, found.tokens.tolist(), found.log_probabilities, strict=True):
-        logits = model.apply({"params": params}, jnp.array([prompt + new]))[0][0, len(prompt) - 1 : -1]
+        logits = apply(model, params, jnp.array([prompt + new]))[0][0, len(prompt) - 1 : -1]
         kept = np.asarray(transformers_filtered(logits, np.zeros((4, 1), int), **FILTERS[name]), np.float64)
         expected = kept - np.log(np.exp(kept).sum(-1, keepdims=True))
         np.testing.assert_allclose(logp, expected[np.arange(4), new], atol=1e-5)
@@ -64,20 +66,20 @@ def test_gradients_are_those_of_the_filtered_distribution():
     one["targets"][:, at] = np.arange(rows)
 
     def expectation(params, p):
-        logp = alignment.log_probabilities(model, params, one, temperature=0.8)[:, at]
+        logp = log_probabilities(model, params, one, temperature=0.8)[:, at]
         return jnp.sum(jnp.where(p > 0, p * logp, 0)), logp
 
     _, logp = expectation(params, jnp.ones(rows))
-    p = jnp.exp(logp)
+    p = np.exp(logp)
     assert (p > 0).sum() == 6
     np.testing.assert_allclose(p.sum(), 1, atol=1e-5)
-    inside = {name: x[np.asarray(p) > 0] for name, x in one.items()}
+    inside = {name: x[p > 0] for name, x in one.items()}
 
     def inner(params):
-        logp = alignment.log_probabilities(model, params, inside, temperature=0.8)[:, at]
+        logp = log_probabilities(model, params, inside, temperature=0.8)[:, at]
         return jnp.sum(p[p > 0] * logp)
 
-    size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(jax.grad(inner)(params)))
+    size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(jax.jit(jax.grad(inner))(params)))
     assert size < 1e-5
 
 
@@ -86,7 +88,7 @@ def test_a_rounding_at_the_border_excludes_no_drawn_token():
     model, params = make(vocab_size=16, sharpness=0.0)  # all logits are equal
     found, batch = drawn(model, params, eos=(), temperature=1.0, top_p=0.5)
     params = jax.tree.map(lambda x: x * (1 + 1e-6), params)
-    got = np.asarray(alignment.log_probabilities(model, params, batch))
+    got = np.asarray(log_probabilities(model, params, batch))
     np.testing.assert_allclose(got[batch["weights"] > 0], -np.log(8), atol=1e-5)
     assert np.isfinite(got).all() and found.mask.all()
 
@@ -128,11 +130,11 @@ def test_rules_of_generation_and_ids_above_the_vocabulary():
     config = dict(vocab_size=24, context=64, layers=1, dim=16, heads=2)
     plain, ruled = (nn.build(ModelConfig(**config, **extra)) for extra in ({}, {"generation": rules}))
     _, params = make(sharpness=1.0, **config)
-    params = plain.init(jax.random.PRNGKey(0), np.zeros((1, 1), np.int32))["params"]
+    params = parallel.init(plain, jax.random.PRNGKey(0))
     a, _ = drawn(plain, params, vocab_size=20)
     b, batch = drawn(ruled, params, vocab_size=20)
     assert a.tokens.tolist() == b.tokens.tolist() and a.tokens.max() < 20
-    got = alignment.log_probabilities(plain, params, batch)
+    got = log_probabilities(plain, params, batch)
     np.testing.assert_allclose(np.asarray(got)[batch["weights"] > 0], batch["old"][batch["weights"] > 0], atol=1e-5)
 
 
@@ -141,9 +143,9 @@ def test_entropy_is_that_of_scipy():
 
     model, params = make(sharpness=2.0)
     _, batch = drawn(model, params, temperature=0.7, top_k=7)
-    _, entropy = alignment.log_probabilities(model, params, batch, temperature=0.7, entropy=True)
+    _, entropy = log_probabilities(model, params, batch, temperature=0.7, entropy=True)
     inputs = np.concatenate([batch["first"][:, None], batch["targets"][:, :-1]], 1)
-    logits = np.asarray(model.apply({"params": params}, inputs)[0], np.float64) / 0.7
+    logits = np.asarray(apply(model, params, inputs)[0], np.float64) / 0.7
     keep = np.unpackbits(batch["support"], axis=-1, count=logits.shape[-1]) > 0
     p = np.where(keep, np.exp(logits), 0)
     np.testing.assert_allclose(entropy, stats.entropy(p, axis=-1), atol=1e-5)

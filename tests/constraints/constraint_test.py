@@ -12,7 +12,7 @@ import pytest
 import regex
 from scipy import stats
 
-from nanoflax import tokenizers
+from nanoflax import parallel, tokenizers
 from nanoflax.config import ModelConfig
 from nanoflax.constraints import Constraint
 from nanoflax.errors import UserError
@@ -137,7 +137,7 @@ def test_a_text_at_the_beginning_keeps_its_first_word():
 def test_probabilities_are_those_of_the_renormalised_model():
     """Frequencies of sampled texts against the product of renormalised probabilities, by enumeration."""
     model = build(ModelConfig(vocab_size=260, context=16, layers=1, dim=16, heads=2))
-    params = model.init(jax.random.PRNGKey(0), np.zeros((1, 1), np.int32))["params"]
+    params = parallel.init(model, jax.random.PRNGKey(0))
     params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
     tokenizer, prompt, choices = ByteTokenizer(), [257, 104], ["a", "ab", "ba", "bb"]
     texts = sorted(choices)

@@ -15,6 +15,7 @@ from nanoflax.config import GenerationDefaults, ModelConfig, from_dict
 from nanoflax.errors import UserError
 from nanoflax.generate.processors import NO_EFFECT, Written, filtered, make_filters, process
 from nanoflax.nn import build
+from nanoflax.parallel import init
 from nanoflax.runs.generation import GenerationSettings
 from nanoflax.tokenizers import ByteTokenizer, cut, prompt_ids, specs
 from nanoflax.tokenizers.huggingface import from_files
@@ -22,6 +23,7 @@ from tests.generate.beams_test import theirs_of
 from tests.nn.models_test import randomize
 
 V = 61
+run_rules, run_filters = jax.jit(process, static_argnums=(1, 2)), jax.jit(filtered)
 
 
 def drawn_rules(rng, length):
@@ -86,7 +88,7 @@ def test_rules_equal_transformers_processors(source):
             )
         if seed % 2:  # a value for each row
             written = written._replace(end=jnp.full(B, written.end), step=jnp.full(B, step), limit=jnp.full(B, N))
-        found = process(jnp.asarray(logits), ours, ours.eos_token_id, make_filters(defaults=ours), written)
+        found = run_rules(logits, ours, ours.eos_token_id, make_filters(defaults=ours), written)
         np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=f"{seed} {given}")
         moved += not np.array_equal(expected, logits)
     assert moved > 20
@@ -117,7 +119,7 @@ def test_filters_keep_what_transformers_keep_where_many_are_equal():
         ]:
             scores = scores if value == off else cls(value)(None, scores)
         for_rows = [temperature] * len(logits) if seed % 2 else temperature
-        found = filtered(jnp.asarray(logits), make_filters(for_rows, top_k, top_p, min_p))
+        found = run_filters(logits, make_filters(for_rows, top_k, top_p, min_p))
         message = f"{seed} {temperature} {top_k} {top_p} {min_p}"
         # Which of equal tokens remain is not defined there, as its sort is not stable; their number is.
         ordered = [np.sort(x, axis=-1) for x in (np.asarray(found), scores.numpy())]
@@ -149,7 +151,7 @@ def test_all_warpers_of_generate_one_by_one_and_together(V):
         # The last row alone is filtered: the others turn all filters off.
         rows = {name: [NO_EFFECT[name] if name != "temperature" else 1] * 3 + [value] for name, value in given.items()}
         for filters, whole in ((make_filters(**given), True), (make_filters(**rows), False)):
-            found = np.array(filtered(jnp.asarray(logits), filters))
+            found = np.array(run_filters(logits, filters))
             if not whole:
                 np.testing.assert_array_equal(found[:3], logits[:3])
                 found[:3] = expected[:3]
@@ -162,7 +164,7 @@ def test_all_warpers_of_generate_one_by_one_and_together(V):
 
 def test_filters_are_arguments_of_sample_for_all_prompts_or_for_each():
     config = ModelConfig(vocab_size=29, context=32, layers=1, dim=8, heads=2)
-    params = build(config).init(jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = init(build(config), jax.random.PRNGKey(0))
     prompts, given = [[3, 4, 5], [6]], dict(typical_p=0.3, encoder_repetition_penalty=5.0)
     own = build(dataclasses.replace(config, generation=GenerationDefaults(**given)))
     expected = generate.sample(own, params, prompts, 12, rng=[1, 2])
@@ -360,7 +362,7 @@ def test_rules_at_the_edges_of_numbers_are_no_nan():
     rules = GenerationDefaults(
         bad_words_ids=((2,),), exponential_decay_length_penalty=(0, 1e30), sequence_bias=(((4,), 1.0),)
     )
-    found = process(jnp.array([[0.0, 0, 3, -jnp.inf, 1, 0]]), rules, (5,), make_filters(), w)
+    found = run_rules(jnp.array([[0.0, 0, 3, -jnp.inf, 1, 0]]), rules, (5,), make_filters(), w)
     assert found.tolist() == [[0, 0, -jnp.inf, -jnp.inf, 2, 0]]
 
 
@@ -373,7 +375,7 @@ def test_rules_at_the_edges_of_numbers_are_no_nan():
 ])  # fmt: skip
 def test_prompts_may_be_arrays_or_lists(as_given):
     model = build(ModelConfig(vocab_size=29, context=32, layers=1, dim=8, heads=2))
-    params = model.init(jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = init(model, jax.random.PRNGKey(0))
     ids = [[3, 4, 5]]
     expected = generate.sample(model, params, ids, 4, temperature=0)
     assert generate.sample(model, params, as_given(ids), 4, temperature=0, top_k=0, top_p=1, min_p=0) == expected
@@ -382,7 +384,7 @@ def test_prompts_may_be_arrays_or_lists(as_given):
 def test_prompts_may_be_texts_where_a_tokenizer_is_given():
     tokenizer = ByteTokenizer()
     model = build(ModelConfig(vocab_size=tokenizer.vocab_size, context=32, layers=1, dim=8, heads=2))
-    params = model.init(jax.random.PRNGKey(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = init(model, jax.random.PRNGKey(0))
     ids = [prompt_ids(tokenizer, text) for text in ("ab", "c")]
     ends = dict(eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
     expected = generate.sample(model, params, ids, 4, **ends)
@@ -420,7 +422,7 @@ def test_tiny_temperatures_draw_as_in_float64():
             tokens = np.array(draw(jnp.asarray(logits), keys, filters))[:, rows]
             assert all(p[row, tokens[:, i]].min() > 1e-9 for i, row in enumerate(rows)), (temperature, given)
             if filters.temperature is not None and temperature >= 1e-20:
-                found = np.array(jax.nn.softmax(filtered(jnp.asarray(logits), filters), axis=-1))
+                found = np.array(jax.nn.softmax(run_filters(logits, filters), axis=-1))
                 np.testing.assert_allclose(found[rows], p[rows], rtol=1e-4, atol=1e-7)
         previous.add(len(np.unique(tokens[:, 0])))
     assert min(previous) == 1 and max(previous) > 5  # the last one does draw

@@ -16,6 +16,9 @@ from nanoflax.errors import UserError
 from nanoflax.generate import processors, sample, sampling, stream
 from nanoflax.nn import build
 from nanoflax.tokenizers import Scored, bucket, check_prompts, pad_left
+from tests.compiled import apply
+
+choose, run_rules = jax.jit(sampling.choose), jax.jit(processors.process, static_argnums=(1, 2))
 
 
 def make(sharpness=4.0, **fields):
@@ -72,12 +75,12 @@ def test_filters_equal_transformers_in_every_combination():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(16, 40)).astype(np.float32) * 3
     seen_ids = rng.integers(0, 40, (16, 6))
-    choose, key = jax.jit(sampling.choose), jax.random.PRNGKey(3)
+    key, run_filters = jax.random.PRNGKey(3), jax.jit(sampling.filtered)
     for options in COMBINATIONS:
         expected = transformers_filtered(logits, seen_ids, **options)
         filters = sampling.make_filters(**options)
         if filters.repetition_penalty is None:
-            found = np.asarray(jax.jit(sampling.filtered)(logits, filters))
+            found = np.asarray(run_filters(logits, filters))
             np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected), str(options))
             np.testing.assert_allclose(found, expected, rtol=1e-5)
         # The same key draws the same tokens from Transformers' scores.
@@ -90,7 +93,7 @@ def test_filters_equal_transformers_in_every_combination():
 def after_rules(logits, seen_ids, filters):
     history = jnp.pad(jnp.asarray(seen_ids, jnp.int32), [(0, 0), (0, 1)], constant_values=-1)
     written = sampling.Written(history, jnp.int32(history.shape[1] - 1), jnp.int32(0), jnp.int32(1))
-    return processors.process(jnp.asarray(logits), GenerationDefaults(), (), filters, written)
+    return run_rules(logits, GenerationDefaults(), (), filters, written)
 
 
 def test_rows_with_values_of_their_own_are_drawn_as_if_alone():
@@ -99,10 +102,8 @@ def test_rows_with_values_of_their_own_are_drawn_as_if_alone():
     off = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
     names = {name: [(off | o)[name] for o in options] for name in off}
     keys = jax.random.split(jax.random.PRNGKey(5), len(options))
-    found = jax.jit(sampling.choose)(logits, keys, sampling.make_filters(**names))
-    alone = [
-        sampling.choose(logits[i : i + 1], keys[i], sampling.make_filters(**o)).item() for i, o in enumerate(options)
-    ]
+    found = choose(logits, keys, sampling.make_filters(**names))
+    alone = [choose(logits[i : i + 1], keys[i], sampling.make_filters(**o)).item() for i, o in enumerate(options)]
     assert found.tolist() == alone
     with pytest.raises(UserError, match="top_k has 2 values; min_p has 1 values; give one for a row"):
         sampling.make_filters(top_k=[1, 2], min_p=[0.1])
@@ -394,7 +395,7 @@ def test_log_probabilities_are_those_of_given_texts():
     for ours, theirs, prompt in zip(drawn, given, prompts, strict=True):
         assert ours.tokens == theirs.tokens
         np.testing.assert_allclose(ours.log_probabilities, theirs.log_probabilities, atol=1e-5)
-        full = jax.nn.log_softmax(model.apply({"params": params}, np.array([prompt + ours.tokens]))[0])[0]
+        full = jax.nn.log_softmax(apply(model, params, np.array([prompt + ours.tokens]))[0])[0]
         for t, (a, b, row) in enumerate(
             zip(ours.alternatives, theirs.alternatives, full[len(prompt) - 1 : -1], strict=True)
         ):

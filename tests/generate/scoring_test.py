@@ -10,6 +10,7 @@ from nanoflax import generate, hf
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.nn import build
+from tests.compiled import apply
 from tests.generate.beams_test import KINDS, make, ragged
 
 
@@ -81,7 +82,7 @@ def test_ranks_and_what_has_no_room():
 def test_a_softcap_and_a_bias_count():
     model, params = make("decoder", head_bias=True, logit_softcap=2.0)
     prompt, new = ragged(4, 6)
-    logits = model.apply({"params": params}, np.array([prompt + new]))[0][0]
+    logits = apply(model, params, np.array([prompt + new]))[0][0]
     logp = jax.nn.log_softmax(logits)[len(prompt) - 1 : -1]
     (found,) = generate.log_likelihoods(model, params, [prompt], [new])
     assert found == pytest.approx(float(logp[np.arange(6), new].sum()), rel=1e-5)

@@ -14,6 +14,7 @@ from nanoflax import config as configs
 from nanoflax import hf
 from nanoflax.generate import beam_search, log_likelihoods, sample
 from nanoflax.nn import build
+from tests.compiled import apply
 from tests.hf.models_test import V, make
 
 
@@ -95,5 +96,5 @@ def test_a_fine_tuned_modernbert_opens_in_transformers(task, head, tmp_path):
     assert not any(info.values()), info
     ids = np.array([[2, 5, 7, 8, 3]], np.int32)
     config, params = hf.load(tmp_path / "out")
-    found = build(config).apply({"params": params}, ids)
+    found = apply(build(config), params, ids)
     np.testing.assert_allclose(theirs(torch.tensor(ids).long()).logits.detach(), np.asarray(found), atol=1e-5)

@@ -26,6 +26,7 @@ from nanoflax.hf import families, safetensors_io
 from nanoflax.hf.family import canonical, differences
 from nanoflax.nn import build, language_model
 from tests import processes
+from tests.compiled import apply
 from tests.hf.cases import CASES, GREEDY, LINEAR, LLAMA3, LOCAL, LONGROPE, OLDER, REFUSED, V
 
 OLD_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 3, "beta_slow": 0.5}
@@ -517,7 +518,7 @@ def test_a_model_trained_here_opens_there(tmp_path):
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(theirs).__name__ == "LlamaForCausalLM" and not any(info.values())
     ids = np.random.default_rng(0).integers(0, V, (2, 9))
-    logits, _ = build(c).apply({"params": params}, ids)
+    logits, _ = apply(build(c), params, ids)
     np.testing.assert_allclose(theirs(torch.tensor(ids)).logits.detach(), logits, atol=1e-5)
 
 

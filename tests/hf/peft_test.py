@@ -9,6 +9,7 @@ import pytest
 from nanoflax import hf
 from nanoflax.errors import UserError
 from nanoflax.nn import build
+from tests.compiled import apply
 
 V, COMPARED = 64, 1  # comparisons of each base; more for a longer search
 IDS = np.random.default_rng(0).integers(5, V, (2, 7))
@@ -98,7 +99,7 @@ def theirs(model):
 def ours(config, params):
     """The logits of our model."""
     source = {"source": IDS} if config.reads_source else {}
-    y = build(config).apply({"params": params}, IDS, **source)
+    y = apply(build(config), params, IDS, **source)
     return np.asarray(y[0] if isinstance(y, tuple) else y)
 
 

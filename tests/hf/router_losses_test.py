@@ -50,7 +50,7 @@ def test_the_balance_loss_and_its_gradient_equal_transformers(case, tmp_path):
         without = train.causal_lm(build(config), params, batch)
         return (sums.objective - without.objective) / sums.weight, sums.logged["balance_loss"] / sums.weight
 
-    (loss, logged), grads = jax.value_and_grad(router_loss, has_aux=True)(params)
+    (loss, logged), grads = jax.jit(jax.value_and_grad(router_loss, has_aux=True))(params)
     np.testing.assert_allclose(logged, out.aux_loss.item(), rtol=1e-5)
     np.testing.assert_allclose(loss, 0.5 * out.aux_loss.item(), rtol=1e-4)
     expected = 0.5 * theirs.get_input_embeddings().weight.grad.numpy()
@@ -120,9 +120,20 @@ def test_padding_does_not_count_in_any_architecture(name):
         (found,) = [x for x in recorded if jax.tree.leaves(x)]
         return {stack: [x for x in jax.tree.leaves(found[stack]) if x.shape[-1] == 8] for stack in real}
 
-    (loss, sums), grads = jax.jit(jax.value_and_grad(terms, has_aux=True))(params, batch)
+    def direct(params):
+        total, found = 0.0, router_logits(params)
+        for stack, logits in found.items():
+            kept = jnp.concatenate([x[real[stack]] for x in logits])
+            scores = jax.nn.softmax(kept)
+            chosen = (scores >= jnp.sort(scores)[:, -3:-2]).mean(0)
+            total += 0.5 * 8 * (chosen * scores.mean(0)).sum() + 0.25 * (jax.nn.logsumexp(kept, -1) ** 2).mean()
+        return total, found
+
+    ours = jax.jit(jax.value_and_grad(terms, has_aux=True))
+    (loss, sums), grads = ours(params, batch)
+    expected, logits_of = jax.jit(jax.grad(direct, has_aux=True))(params)
     balance = z = 0.0
-    for stack, logits in jax.jit(router_logits)(params).items():
+    for stack, logits in logits_of.items():
         assert logits and all(x.shape[:2] == real[stack].shape for x in logits)
         mask, rows = torch.tensor(real[stack]).long(), [torch.tensor(np.array(x)).reshape(-1, 8) for x in logits]
         balance += modeling_nllb_moe.load_balancing_loss_func(tuple(rows), 8, 3, mask).item()
@@ -132,16 +143,6 @@ def test_padding_does_not_count_in_any_architecture(name):
     np.testing.assert_allclose(sums.logged["router_z_loss"] / sums.weight, z, rtol=1e-5)
     np.testing.assert_allclose(loss, 0.5 * balance + 0.25 * z, rtol=1e-4)
 
-    def direct(params):
-        total = 0.0
-        for stack, logits in router_logits(params).items():
-            kept = jnp.concatenate([x[real[stack]] for x in logits])
-            scores = jax.nn.softmax(kept)
-            chosen = (scores >= jnp.sort(scores)[:, -3:-2]).mean(0)
-            total += 0.5 * 8 * (chosen * scores.mean(0)).sum() + 0.25 * (jax.nn.logsumexp(kept, -1) ** 2).mean()
-        return total
-
-    expected = jax.jit(jax.grad(direct))(params)
     scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), grads, expected)
     assert np.abs(grads["embed"]["embedding"]).max() > 1e-3 * scale
@@ -151,7 +152,7 @@ def test_padding_does_not_count_in_any_architecture(name):
         kept = {"chosen": kept[::2], "rejected": kept[1::2]}.get(key, kept)
         other[key] = np.where(kept, x, 5) if x.dtype == np.int32 and x.shape == kept.shape else x
     assert any((np.asarray(other[key]) != x).any() for key, x in batch.items())
-    found = jax.jit(terms)(params, other)[1].logged
+    found = ours(params, other)[0][1].logged
     for metric in ("balance_loss", "router_z_loss", "expert_load"):
         np.testing.assert_allclose(found[metric], sums.logged[metric], rtol=1e-5)
 

@@ -1,6 +1,7 @@
 """Mixture of experts: against a dense reference of all experts, in NumPy or by einsum."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from nanoflax.config import MoEConfig
 from nanoflax.kernels import grouped
 from nanoflax.nn import build, moe
 from nanoflax.train.objectives import with_router
+from tests.compiled import apply
 
 SMALL = configs.preset("nano-1m", vocab_size=67, dim=32, heads=4, layers=2, mlp_dim=24, mlp_bias=True)
 ROUTERS = {
@@ -79,7 +81,7 @@ def test_experts_equal_a_dense_reference(router):
     rng = np.random.default_rng(0)
     p = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
     expected = dense(np.asarray(x, np.float64).reshape(-1, 32), p, c)
-    np.testing.assert_allclose(layer.apply({"params": p}, x).reshape(-1, 32), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(apply(layer, p, x).reshape(-1, 32), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_and_ragged_products_agree_with_einsum():
@@ -87,7 +89,7 @@ def test_blocks_and_ragged_products_agree_with_einsum():
     experts = jnp.array([0, 0, 2, 3, 7, 7])
 
     def both(product):
-        return jax.value_and_grad(lambda x, w: jnp.sin(product(x, w)).sum(), (0, 1))(x, w)
+        return jax.jit(jax.value_and_grad(lambda x, w: jnp.sin(product(x, w)).sum(), (0, 1)))(x, w)
 
     expected = both(lambda x, w: jnp.einsum("nbi,nio->nbo", x, w[experts]))
     for product in (grouped.by_block, grouped.ragged, grouped.grouped_matmul):
@@ -110,17 +112,18 @@ def test_a_chosen_expert_gets_a_gradient_and_decoding_equals_the_full_pass():
     model = build(c)
     params = parallel.init(model, jax.random.key(0))
     ids = np.random.default_rng(0).integers(0, 67, (2, 9))
-    full, _ = model.apply({"params": params}, ids)
+    full, _ = apply(model, params, ids)
     cache, steps = model.empty_cache(2, 9), []
     for t in range(9):
-        logits, cache = model.apply({"params": params}, ids[:, t : t + 1], cache=cache)
+        logits, cache = apply(model, params, ids[:, t : t + 1], cache=cache)
         steps.append(logits)
     np.testing.assert_allclose(np.concatenate(steps, 1), full, atol=1e-5)
-    grads = jax.grad(lambda p: model.apply({"params": p}, ids)[0].var())(params)["decoder"]["block_0"]["mlp"]
+    grads = jax.jit(jax.grad(lambda p: model.apply({"params": p}, ids)[0].var()))(params)["decoder"]["block_0"]["mlp"]
     assert np.abs(grads["router"]["kernel"]).max() > 0 and not grads["router"]["correction"].any()
     assert np.abs(grads["experts"]["up"]["kernel"]).max((1, 2)).min() > 0
 
 
+@partial(jax.jit, static_argnums=0)
 def terms_of(model, params, batch):
     sums = train.objectives.with_router(train.causal_lm)(model, params, batch)
     return sums.objective - sums.loss, sums.logged
@@ -144,7 +147,7 @@ def test_router_terms_leave_out_padding_and_are_the_same_in_a_scan_and_with_rema
     stacked = parallel.stack(params)
     for model, p in [(build(c, "blocks"), params), (build(c), stacked), (build(c, "dots"), stacked)]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), terms_of(model, p, batch), found)
-        grads = jax.grad(lambda p, model=model: terms_of(model, p, batch)[0])(p)["decoder"]
+        grads = jax.jit(jax.grad(lambda p, model=model: terms_of(model, p, batch)[0]))(p)["decoder"]
         router = [g for path, g in jax.tree_util.tree_leaves_with_path(grads) if "router" in jax.tree_util.keystr(path)]
         assert router and all(np.abs(g).max() > 0 for g in router)
     other = batch | {"targets": np.where(segments > 0, batch["targets"], 5)}

@@ -9,6 +9,7 @@ import pytest
 
 from nanoflax import generate, nn, parallel, train
 from nanoflax.config import ModelConfig
+from tests.compiled import apply
 
 B, T, D, REAL, PADDING = 2, 6, 8, 37, 11
 
@@ -83,5 +84,5 @@ def test_masked_language_models_guess_no_padding():
     batch = {"tokens": np.ones((1, 8), np.int32), "padding_mask": np.ones((1, 8), bool)}
     batch |= {"targets": batch["tokens"], "weights": np.ones((1, 8), np.float32)}
     assert (np.asarray(train.guesses(model, params, batch)) == REAL - 1).all()
-    logits = model.apply({"params": params}, batch["tokens"], batch["padding_mask"])
+    logits = apply(model, params, batch["tokens"], batch["padding_mask"])
     assert (jax.nn.softmax(logits)[..., REAL:] == 0).all() and jnp.isfinite(logits[..., :REAL]).all()

@@ -16,8 +16,10 @@ from nanoflax.errors import UserError
 from nanoflax.generate import beam_search, sample
 from nanoflax.kernels import chunked
 from nanoflax.nn import build
+from tests.compiled import apply
 
 B, T, G, H, K, N, V = 2, 45, 2, 4, 8, 6, 31
+run = jax.jit(chunked, static_argnums=7)
 RECURRENT = RecurrentConfig(heads=4, groups=2, key_dim=8, value_dim=6, chunk=8, conv_bias=True)
 BASE = ModelConfig(
     vocab_size=V,
@@ -74,7 +76,7 @@ def test_chunks_equal_the_recurrence_in_packed_rows(kind, chunk):
     segments = np.repeat([[1, 2, 3, 4, 5], [1, 1, 2, 3, 0]], 9, 1)
     segments[0, :2] = 1
     segments[0, 16] = 7  # a document of one token
-    y, last = chunked(q, k, v, a, beta, state, segments, chunk)
+    y, last = run(q, k, v, a, beta, state, segments, chunk)
     real = segments > 0
     expected, expected_last = by_steps(q, k, v, a, beta, state, segments)
     np.testing.assert_allclose(y[real], expected[real], atol=1e-5)
@@ -105,7 +107,7 @@ def test_the_delta_rule_equals_transformers(name, least):
     function = getattr(modeling_qwen3_next, f"torch_{name}_gated_delta_rule")
     inputs = [torch.tensor(x) for x in (q, k, v, a, beta)]
     expected, expected_last = function(*inputs, initial_state=torch.tensor(state), output_final_state=True)
-    y, last = chunked(q * K**-0.5, k, v, a, beta, state, np.ones((B, T), np.int32), 16)
+    y, last = run(q * K**-0.5, k, v, a, beta, state, np.ones((B, T), np.int32), 16)
     np.testing.assert_allclose(y, expected, atol=1e-5)
     np.testing.assert_allclose(last, expected_last, atol=1e-5)
 
@@ -114,11 +116,15 @@ def test_the_delta_rule_equals_transformers(name, least):
 def made(request):
     """(model, params) whose decays, steps and norms are far from their first values."""
     model = build(MODELS[request.param])
-    params = model.init(jax.random.PRNGKey(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.PRNGKey(1), len(leaves))
-    leaves = [x + 0.2 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    return model, jax.tree.unflatten(tree, leaves)
+
+    @jax.jit
+    def moved(params):
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.PRNGKey(1), len(leaves))
+        leaves = [x + 0.2 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(tree, leaves)
+
+    return model, moved(parallel.init(model, jax.random.PRNGKey(0)))
 
 
 def test_documents_of_a_packed_row_do_not_see_each_other(made):
@@ -127,10 +133,10 @@ def test_documents_of_a_packed_row_do_not_see_each_other(made):
     documents = [rng.integers(0, V, n) for n in (5, 1, 14, 9)]
     row = np.concatenate([*documents, [0, 0]])[None]
     segments = np.repeat([1, 2, 3, 4, 0], [5, 1, 14, 9, 2])[None]
-    packed = model.apply({"params": params}, row, segments)[0][0]
+    packed = apply(model, params, row, segments)[0][0]
     first = 0
     for document in documents:
-        alone = model.apply({"params": params}, document[None])[0][0]
+        alone = apply(model, params, document[None])[0][0]
         np.testing.assert_allclose(packed[first : first + len(document)], alone, atol=1e-5)
         first += len(document)
 
@@ -143,13 +149,13 @@ def test_decoding_with_padding_on_the_left_equals_the_full_pass(made):
     cache = model.empty_cache(2, 20, jnp.asarray(12 - lengths))
     found, at = [], 0
     for n in (1, 10, 1, 4, 1, 1, 1, 1):  # the padding of row 1 ends inside the second call
-        logits, cache = model.apply({"params": params}, tokens[:, at : at + n], cache=cache)
+        logits, cache = apply(model, params, tokens[:, at : at + n], cache=cache)
         found.append(logits)
         at += n
     found = jnp.concatenate(found, 1)
     for row, length in enumerate(lengths):
         start = 12 - length
-        alone = model.apply({"params": params}, tokens[row : row + 1, start:])[0]
+        alone = apply(model, params, tokens[row : row + 1, start:])[0]
         np.testing.assert_allclose(found[row, start:], alone[0], atol=1e-5)
     assert all(x.dtype == jnp.float32 for layer in cache["layers"] for name, x in layer.items() if name == "state")
 
@@ -161,13 +167,14 @@ def test_samples_and_beams_of_ragged_prompts(made):
     for prompt, new in zip(prompts, found, strict=True):
         text = list(prompt)
         for _ in range(6):
-            text.append(int(model.apply({"params": params}, np.array([text]))[0][0, -1].argmax()))
+            padded = np.array([text + [0] * (12 - len(text))])  # causal: what follows changes nothing
+            text.append(int(apply(model, params, padded)[0][0, len(text) - 1].argmax()))
         assert new == text[len(prompt) :]
     one, many = (beam_search(model, params, prompts, beams=n, max_new_tokens=6) for n in (1, 3))
     assert one == found
 
     def score(prompt, new):
-        logits = model.apply({"params": params}, np.array([prompt + new]))[0][0, len(prompt) - 1 : -1]
+        logits = apply(model, params, np.array([prompt + new]))[0][0, len(prompt) - 1 : -1]
         return float(jax.nn.log_softmax(logits)[np.arange(len(new)), np.array(new)].sum())
 
     assert all(score(p, b) >= score(p, a) - 1e-4 for p, a, b in zip(prompts, one, many, strict=True))
@@ -176,10 +183,10 @@ def test_samples_and_beams_of_ragged_prompts(made):
 def test_a_scan_over_layers_and_remat_compute_the_same():
     config = MODELS["mamba2"]
     tokens = np.random.default_rng(0).integers(0, V, (2, 20))
-    params = build(config).init(jax.random.PRNGKey(0), tokens)["params"]
+    params = parallel.init(build(config), jax.random.PRNGKey(0))
 
     def gradient(model, params):
-        return jax.grad(lambda p: (model.apply({"params": p}, tokens)[0] ** 2).mean())(params)
+        return jax.jit(jax.grad(lambda p: (model.apply({"params": p}, tokens)[0] ** 2).mean()))(params)
 
     expected = gradient(build(config), params)
     found = gradient(build(config, remat="blocks"), parallel.stack(params))

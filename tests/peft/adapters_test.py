@@ -37,6 +37,7 @@ from nanoflax.nn.layers import Linear, bottleneck
 from nanoflax.peft import adalora
 from nanoflax.train import make_optimizer
 from tests.closeness import assert_trees_close
+from tests.compiled import apply, prefill
 
 V, T = 67, 10
 LLAMA = ModelConfig(
@@ -223,7 +224,7 @@ def test_cached_decoding_of_ragged_prompts_equals_the_full_pass(kind, fields):
     lengths, new = np.array([5, 1]), 4
     padded = np.zeros((2, 5), np.int32)
     padded[0], padded[1, -1:] = TOKENS[0, :5], TOKENS[1, :1]
-    last, cache = model.prefill(params, padded, lengths, new)
+    last, cache = prefill(model, params, padded, lengths, new)
     decode = jax.jit(model.decode)
     for step in range(new):
         token = TOKENS[[0, 1], lengths + step - 1]
@@ -246,7 +247,7 @@ def test_a_prompt_of_a_words_embeddings_is_that_word(llama):
 def test_a_prefix_of_a_words_keys_and_values_is_that_word():
     model = build(ModelConfig(**vars(LLAMA) | {"positions": "none"}))
     params = randomized(parallel.init(model, jax.random.PRNGKey(0)), r".*")
-    _, cache = model.decode(params, TOKENS[:1, :3], model.empty_cache(1, 3))
+    _, cache = jax.jit(model.decode)(params, TOKENS[:1, :3], model.empty_cache(1, 3))
     added = add(params, "prefix")
     for i, layer in enumerate(cache["layers"]):
         for name in ("key", "value"):
@@ -261,7 +262,7 @@ def test_packed_documents_see_the_virtual_tokens_and_not_each_other(kind):
     model = build(GPT2)
     params = randomized(add(parallel.init(model, jax.random.PRNGKey(0)), kind))
     segments = np.array([[1] * 4 + [2] * 6], np.int32)
-    packed = model.apply({"params": params}, TOKENS[:1], segments)[0]
+    packed = apply(model, params, TOKENS[:1], segments)[0]
     for part in (slice(0, 4), slice(4, 10)):
         np.testing.assert_allclose(packed[:, part], forward(model, params, TOKENS[:1, part]), atol=2e-5)
 
@@ -274,7 +275,7 @@ def test_an_encoder_with_virtual_tokens_does_not_see_padding(kind):
     for side in (slice(0, 6), slice(4, 10)):
         tokens, mask = np.zeros((1, T), np.int32), np.zeros((1, T), bool)
         tokens[:, side], mask[:, side] = TOKENS[:1, :6], True
-        np.testing.assert_allclose(model.apply({"params": params}, tokens, mask)[:, side], alone, atol=2e-5)
+        np.testing.assert_allclose(apply(model, params, tokens, mask)[:, side], alone, atol=2e-5)
 
 
 def test_what_is_frozen_stays_to_the_bit_and_takes_no_memory(llama, compilations):

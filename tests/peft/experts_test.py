@@ -14,6 +14,7 @@ from nanoflax import hf, parallel, peft
 from nanoflax.config import AdaLoRA, DoRA, Houlsby, LoRA, ModelConfig, MoEConfig
 from nanoflax.errors import UserError
 from nanoflax.nn import build
+from tests.compiled import apply
 
 SIZES = dict(
     vocab_size=40,
@@ -51,7 +52,7 @@ def theirs(name, directory):
 
 def logits_of(directory):
     config, params = hf.load(directory)
-    return config, params, lambda params: build(config).apply({"params": params}, TOKENS)[0]
+    return config, params, lambda params: apply(build(config), params, TOKENS)[0]
 
 
 @pytest.mark.parametrize("name", MODELS)

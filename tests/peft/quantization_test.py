@@ -14,6 +14,7 @@ from nanoflax.config import DoRA, LoRA, ModelConfig, MoEConfig
 from nanoflax.errors import UserError
 from nanoflax.kernels import Quantized
 from tests import processes
+from tests.compiled import apply
 
 SIZES = dict(vocab_size=50, dim=32, layers=1, heads=2, mlp_dim=64, context=16)
 MODELS = {
@@ -41,7 +42,7 @@ def test_outputs_and_replies_are_those_of_the_dequantised_model(name, kind, prom
     plain = peft.dequantize_params(packed)
     tokens = jnp.asarray([[3, 4, 5, 6], [7, 8, 9, 1]])
     source = {"source": tokens[:, ::-1]} if model.config.reads_source else {}
-    ours, theirs = (model.apply({"params": params}, tokens, **source)[0] for params in (packed, plain))
+    ours, theirs = (apply(model, params, tokens, **source)[0] for params in (packed, plain))
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(jnp.abs(theirs).max()))
     if prompts:
         options = {"max_new_tokens": 6, "temperature": 0.0}

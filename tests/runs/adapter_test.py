@@ -7,6 +7,7 @@ import pytest
 import nanoflax
 from nanoflax import hf, nn, parallel, runs, tokenizers
 from nanoflax.config import Classify, Config, Denoise, ExampleData, LanguageModel, ModelConfig, OptimConfig, TrainConfig
+from tests.compiled import apply
 
 SMALL = dict(vocab_size=260, context=48, layers=1, dim=32, heads=4)
 LLAMA = ModelConfig(**SMALL, norm="rmsnorm", activation="silu", gated=True, positions="rotary", bias=False, tied=True)
@@ -45,9 +46,9 @@ def check(workdir, auto):
     ids = np.random.default_rng(0).integers(3, model.config.vocab_size, (1, 9))
     source = {"source": ids} if model.config.reads_source else {}
     logits = lambda y: np.asarray(y[0] if isinstance(y, tuple) else y)
-    want = logits(model.apply({"params": params}, ids, **source))
+    want = logits(apply(model, params, ids, **source))
     again, params, _ = runs.open_model(workdir / "adapter")
-    np.testing.assert_allclose(logits(again.apply({"params": params}, ids, **source)), want, atol=1e-5)
+    np.testing.assert_allclose(logits(apply(again, params, ids, **source)), want, atol=1e-5)
     theirs = getattr(peft, auto).from_pretrained(workdir / "adapter").eval()
     more = {"decoder_input_ids": torch.tensor(ids)} if source else {}
     with torch.no_grad():

@@ -13,6 +13,7 @@ from nanoflax import runs
 from nanoflax.config import Config, ExampleData, LanguageModel, LoRA, OptimConfig, TrainConfig
 from nanoflax.errors import UserError
 from nanoflax.kernels import Quantized
+from tests.compiled import apply
 from tests.runs.adapter_test import LLAMA, write_base
 
 
@@ -34,10 +35,10 @@ def test_a_run_over_a_quantised_base(tmp_path, capsys):
     assert len(kinds) == 8 and kinds["decoder/block_0/mlp/up/kernel"].values.dtype == np.uint8
     assert run.evaluate()["perplexity"] == pytest.approx(result["perplexity"], rel=1e-5)
     tokens = np.arange(1, 9)[None]
-    ours = run.model.apply({"params": run.params}, tokens)[0]
+    ours = apply(run.model, run.params, tokens)[0]
     model, params, _ = runs.open_model(workdir / "final")
     assert not any(isinstance(x, Quantized) for x in flatten_dict(params).values())
-    final = model.apply({"params": params}, tokens)[0]
+    final = apply(model, params, tokens)[0]
     np.testing.assert_allclose(ours, final, atol=1e-5 * np.abs(final).max())
     shutil.rmtree(workdir / "checkpoints" / "2")
     shutil.rmtree(workdir / "final")

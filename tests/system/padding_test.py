@@ -14,6 +14,7 @@ from nanoflax.errors import UserError
 from nanoflax.nn import build, without_padding
 from nanoflax.runs.vocabulary import with_vocabulary
 from tests import processes
+from tests.compiled import apply
 from tests.system.programs_test import SMALL, run
 
 EIGHT = processes.quick(devices=8)
@@ -61,7 +62,7 @@ def test_without_its_padding_a_model_gives_the_same_logits(fields):
     more = {"source": ids} if config.architecture in ("encoder_decoder", "lstm") else {}
 
     def logits(config, params):
-        out = build(config).apply({"params": params}, ids, **more)
+        out = apply(build(config), params, ids, **more)
         return out[0] if isinstance(out, tuple) else out
 
     np.testing.assert_allclose(logits(cut_config, cut), logits(config, params)[..., :37], rtol=1e-5, atol=1e-6)

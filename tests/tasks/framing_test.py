@@ -25,6 +25,7 @@ from nanoflax.hf.layouts import parameter_shapes
 from nanoflax.runs.ranking import candidate_ids
 from nanoflax.tasks import Classification, Pair, Tagging, Text
 from nanoflax.tokenizers.huggingface import MarianTokenizer
+from tests.compiled import apply
 
 WORDS = "the cat sat on a mat while New York dogs ran home quickly def return for in range print value 12 345".split()
 
@@ -302,10 +303,10 @@ def test_predictions_from_text_agree(family, head, theirs, tmp_path):
     text = sentences(1, seed=3)[0]
     if head == "lm":
         ids = tokenizers.prompt_ids(tokenizer, text)
-        own = nanoflax.build(config).apply({"params": params}, jnp.asarray([ids]))[0]
+        own = apply(nanoflax.build(config), params, jnp.asarray([ids]))[0]
     else:
         ids = rows(Classification(text, ("a",), "p"), tokenizer)["tokens"][None]
-        own = nanoflax.build(config).apply({"params": params}, ids, np.ones_like(ids, bool))
+        own = apply(nanoflax.build(config), params, ids, np.ones_like(ids, bool))
     with torch.no_grad():
         found = model(**auto(text, return_tensors="pt", return_token_type_ids=False)).logits.numpy()
     np.testing.assert_allclose(own, found, atol=1e-4 * np.abs(found).max())

@@ -16,6 +16,7 @@ from nanoflax.tasks import Classification, Tagging
 from nanoflax.tasks.kinds import Chat, Pair
 from nanoflax.tokenizers import trained
 from nanoflax.train import make_optimizer
+from tests.compiled import apply
 
 BYTES = trained.ByteTokenizer()
 NAMES = ("O", "B-X", "I-X")
@@ -66,7 +67,7 @@ def test_weighted_classes_have_torchs_loss(name, weights):
     rows, plain = rows_of(kind, weights), rows_of(kind)
     objective, model, params = started(name)
     batch, labels = rows.batch(range(20)), plain.batch(range(20))
-    logits = model.apply({"params": params}, batch["tokens"], batch["padding_mask"])
+    logits = apply(model, params, batch["tokens"], batch["padding_mask"])
     targets = np.where(labels["weights"] > 0, labels["label" if kind == "classify" else "tags"], -1)
     expected = torch.nn.functional.cross_entropy(
         torch.tensor(np.array(logits).reshape(-1, 3)),
@@ -130,7 +131,7 @@ def test_a_tag_is_no_input():
     """Neither its own nor its neighbours' tags reach the logits: the loss is linear in them."""
     objective, model, params = started("tag")
     batch = rows_of("tag").batch(range(3))
-    logits = model.apply({"params": params}, batch["tokens"], batch["padding_mask"])
+    logits = apply(model, params, batch["tokens"], batch["padding_mask"])
     for tags in (batch["tags"], (batch["tags"] + 1) % 3):
         logs = jnp.take_along_axis(jax.nn.log_softmax(logits), tags[..., None], -1)[..., 0]
         np.testing.assert_allclose(

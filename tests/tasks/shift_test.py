@@ -20,6 +20,7 @@ from nanoflax.planning import flops_per_token
 from nanoflax.tasks import Text, rows
 from nanoflax.tasks.kinds import Pair
 from nanoflax.tokenizers import trained
+from tests.compiled import apply
 from tests.nn.models_test import scaled
 
 TINY = dict(vocab_size=29, context=32, layers=1, dim=16, heads=2, tied=False, start_id=2, logit_scale=0.7)
@@ -52,7 +53,7 @@ def without(model, params):
 
 @partial(jax.jit, static_argnums=0)
 def logits_of(model, params, tokens, **rest):
-    return model.apply({"params": params}, tokens, **rest)[0]
+    return apply(model, params, tokens, **rest)[0]
 
 
 def written_by(model, params, prompt, new):
@@ -77,11 +78,11 @@ def test_the_delay_is_its_formula(architecture):
     model, params = make(architecture, 3)
     tokens, source = tokens_of(0, 2, 9), source_of(architecture, 2)
     plain, rest = without(model, params)
-    x = np.asarray(plain.apply({"params": rest}, tokens, **source, method="hidden")[0])
+    x = np.asarray(apply(plain, rest, tokens, **source, method="hidden")[0])
     before = torch.tensor(np.concatenate([np.zeros((2, 3, 16), np.float32), x[:, :-3]], 1))
     kernel = torch.tensor(np.asarray(params["delay"]["kernel"]))
     expected = torch.tensor(x) + torch.nn.functional.gelu(before @ kernel)
-    found = model.apply({"params": params}, tokens, **source, method="hidden")[0]
+    found = apply(model, params, tokens, **source, method="hidden")[0]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(found[:, 3:] - x[:, 3:]).max() > 0.1
 

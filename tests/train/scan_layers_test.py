@@ -1,6 +1,7 @@
 """Stacked blocks: the numbers, states, files and shards of the loop, from one compiled block."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from functools import partial
@@ -29,11 +30,13 @@ from nanoflax.config import (
 from nanoflax.errors import UserError
 from nanoflax.nn import build
 from nanoflax.nn.blocks import Stack
-from nanoflax.parallel import is_stacked, stack, unstack
+from nanoflax.parallel import is_stacked
 from nanoflax.runs import Checkpoints, restore_params
 from tests import processes
 from tests.closeness import assert_trees_close
+from tests.compiled import prefill
 
+stack, unstack = jax.jit(parallel.stack, static_argnums=1), jax.jit(parallel.unstack)
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 V, T = 61, 12
 SMALL = dict(vocab_size=V, context=32, layers=3, dim=32, heads=4)
@@ -229,7 +232,7 @@ def test_cached_decoding_is_that_of_the_loop(name):
     prompts = np.array([[0, 0, 4, 8, 6], [5, 3, 9, 9, 2]], np.int32)
     decode, found = jax.jit(model.decode), []
     for tree in (params, stack(params)):
-        tokens, cache = model.prefill(tree, jnp.asarray(prompts), jnp.array([3, 5]), 6)
+        tokens, cache = prefill(model, tree, prompts, np.array([3, 5]), 6)
         rows = []
         for _ in range(6):
             logits, cache = decode(tree, tokens[:, None], cache)
@@ -246,15 +249,17 @@ def test_dropout_is_repeatable_and_differs_from_layer_to_layer():
     config = ModelConfig(**SMALL | dict(layers=2, dropout=0.5, dim=64))
     body = Stack(config, 2)
     x = jnp.zeros((1, 4, 64))
-    params = jax.tree.map(jnp.zeros_like, body.init(jax.random.PRNGKey(0), x)["params"])
+    shapes = jax.eval_shape(body.init, jax.random.PRNGKey(0), x)["params"]
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
     for i, amount in enumerate((1.0, 10.0)):  # what each block adds, to half of the numbers
         params[f"block_{i}"]["mlp"]["down"]["bias"] += amount
     params["norm"]["scale"] += 1
 
-    def run(seed, params=stack(params)):
-        return np.asarray(
-            body.apply({"params": params}, x, deterministic=False, rngs={"dropout": jax.random.PRNGKey(seed)})[0]
-        )
+    @jax.jit
+    def drawn(key, params=stack(params)):
+        return body.apply({"params": params}, x, deterministic=False, rngs={"dropout": key})[0]
+
+    run = lambda seed: np.asarray(drawn(jax.random.PRNGKey(seed)))
 
     np.testing.assert_array_equal(run(0), run(0))
     assert not np.array_equal(run(0), run(1))
@@ -269,7 +274,7 @@ def test_a_stacked_model_compiles_one_block_however_deep():
         def loss(params):
             return model.apply({"params": params}, tokens_of(0, 1, 8))[0].sum()
 
-        return len(jax.jit(jax.grad(loss)).lower(stack(parallel.param_shapes(model))).as_text())
+        return len(jax.jit(jax.grad(loss)).lower(parallel.stack(parallel.param_shapes(model))).as_text())
 
     assert size(32) < 1.01 * size(4)
 
@@ -294,34 +299,41 @@ BATCH = {
 }
 
 
-def started(config, devices=None):
-    """(mesh, optimizer, model, the first state)."""
-    mesh = parallel.make_mesh(config.train.mesh, devices or jax.devices()[:1])
+@functools.cache
+def trainer(config, devices=1):
+    """(mesh, optimizer, model, the compiled train step)."""
+    mesh = parallel.make_mesh(config.train.mesh, jax.devices()[:devices])
     model = build(config.model, config.train.remat)
     optimizer, _ = train.make_optimizer(config.optim, config.train.steps)
-    return mesh, optimizer, model, train.init_state(model, optimizer, config, mesh)
+    shapes = train.abstract_state(model, optimizer, config, mesh)
+    return mesh, optimizer, model, train.jit_step(train.make_train_step(model, optimizer, config), shapes, mesh)
 
 
-def run(config, state=None, steps=range(4), devices=None):
-    """(losses and gradient norms, the last state as a tree per block)."""
-    mesh, optimizer, model, first = started(config, devices)
-    state = first if state is None else state
+def started(config, devices=1):
+    """The first state."""
+    mesh, optimizer, model, _ = trainer(config, devices)
+    return train.init_state(model, optimizer, config, mesh)
+
+
+def run(config, state=None, steps=range(4), devices=1, after=lambda i, state: None):
+    """(losses and gradient norms, the last state as a tree per block). after: is called after each step."""
+    mesh, _, _, step = trainer(config, devices)
+    state = started(config, devices) if state is None else state
     assert is_stacked(state) == config.train.scan_layers
-    step = train.jit_step(train.make_train_step(model, optimizer, config), state, mesh)
     metrics = []
-    for _i in steps:
+    for i in steps:
         state, m = step(state, parallel.put_batch(BATCH, mesh))
         metrics.append([float(m["loss"]), float(m["grad_norm"])])
+        after(i, state)
     return np.array(metrics), unstack(state)
 
 
 def test_a_run_begins_with_the_parameters_of_the_loop():
-    loop, scan = (started(config_of(scan, optim={"ema": 0.9}))[3] for scan in (False, True))
+    loop, scan = (started(config_of(scan, optim={"ema": 0.9})) for scan in (False, True))
     assert_same(unstack(scan), loop, None)
-    shapes = train.abstract_state(
-        build(config_of(True).model), started(config_of(True))[1], config_of(True), started(config_of(True))[0]
-    )
-    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, started(config_of(True))[3])
+    mesh, optimizer, model, _ = trainer(config_of(True))
+    shapes = train.abstract_state(model, optimizer, config_of(True), mesh)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, started(config_of(True)))
 
 
 WIDE = LLAMA | dict(context=16, layers=2, dim=128, mlp_dim=160)  # from 128 on, Adafactor factors
@@ -349,30 +361,33 @@ SPARSE = WIDE | dict(layers=3, moe=MoEConfig(experts=4, active=2, expert_dim=130
 def test_a_run_goes_on_with_its_blocks_the_other_way(tmp_path, name, model, scan):
     changes = dict(model=model, optim=dict(name=name, ema=0.5, layer_decay=0.9))
     before, other = config_of(scan, **changes), config_of(not scan, **changes)
-    whole, end = run(before)
-    mesh, optimizer, model, state = started(before)
-    step = train.jit_step(train.make_train_step(model, optimizer, before), state, mesh)
-    for _i in range(2):
-        state, _ = step(state, parallel.put_batch(BATCH, mesh))
+    mesh, optimizer, model, _ = trainer(before)
     with Checkpoints(tmp_path) as saves:
-        saves.save(2, state._asdict(), {})
+
+        def save_half(i, state):
+            if i == 1:
+                saves.save(2, state._asdict(), {})
+                half.append(jax.tree.map(np.array, unstack(state)))  # the next step donates it
+
+        half: list = []
+        whole, end = run(before, after=save_half)
         shapes = train.abstract_state(model, optimizer, other, mesh)
         restored, _ = saves.restore(shapes._asdict())
     restored = train.TrainState(**restored)
     assert is_stacked(restored.ema) != scan
-    assert_same(unstack(restored), unstack(state), None)
+    assert_same(unstack(restored), half[0], None)
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), restored, shapes))
     metrics, last = run(other, restored, range(2, 4))
     np.testing.assert_allclose(metrics, whole[2:], atol=1e-5, rtol=1e-5)
     assert_same(last.params, end.params, 2e-4)
     params, _ = restore_params(tmp_path)  # what evaluate, sample and convert read
-    assert_same(params, unstack(state.params), None)
+    assert_same(params, half[0].params, None)
 
 
 def tuned(scan, kind, trained=""):
     c = as_kind(PEFT_KINDS[kind], SimpleNamespace(rank=3, bottleneck=6, virtual_tokens=2, trained=trained))
     config = config_of(scan)
-    mesh, optimizer, model, _ = started(config)
+    mesh, optimizer, model, _ = trainer(config)
     params = peft.add(parallel.init(model, jax.random.PRNGKey(7)), c, jax.random.PRNGKey(1))
     own, frozen = peft.split(params, peft.trainable(params, c))
     frozen = stack(frozen) if scan else frozen
@@ -434,8 +449,8 @@ def mesh_against_one_device():
         )
         loop = dataclasses.replace(config, train=dataclasses.replace(config.train, mesh="1,1,1", scan_layers=False))
         metrics, state = run(loop)
-        found, scanned = run(config, devices=jax.devices())
-        first = started(config, jax.devices())[3]
+        found, scanned = run(config, devices=8)
+        first = started(config, 8)
         kernel = first.params["decoder"]["blocks"]["mlp"]["down"]["kernel"]
         out[mesh] = {
             "metrics": float(np.abs(found - metrics).max()),
