@@ -49,6 +49,11 @@ _ERNIE = _FIELDS | {
     "moe_layer_start_index": "LLM.LEADING_DENSE_BLOCK_COUNT",
     "moe_layer_interval": "LLM.INTERLEAVE_MOE_LAYER_STEP",
 }
+_HUNYUAN = _FIELDS | {
+    "num_experts": "LLM.EXPERT_COUNT",
+    "moe_topk": "LLM.EXPERT_USED_COUNT",
+    "num_shared_expert": "LLM.EXPERT_SHARED_COUNT",
+}
 _GRANITE = _MIXTRAL | {
     "shared_intermediate_size": "LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH",
     "embedding_multiplier": "LLM.EMBEDDING_SCALE",
@@ -172,4 +177,6 @@ ARCHITECTURES = (
                  present={"attention_bias": "blk.0.attn_q.bias", "use_qk_norm": "blk.0.attn_q_norm.weight"},
                  constants=_SIGMOID),
     Architecture("ernie4_5-moe", "ernie4_5_moe", _ERNIE),
+    Architecture("hunyuan-dense", "hunyuan_v1_dense"),
+    Architecture("hunyuan-moe", "hunyuan_v1_moe", _HUNYUAN),
 )  # fmt: skip

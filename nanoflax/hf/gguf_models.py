@@ -27,7 +27,7 @@ _YARN = {
     "beta_fast": "Rope.SCALING_YARN_BETA_FAST",
     "beta_slow": "Rope.SCALING_YARN_BETA_SLOW",
 }
-_FLOATS = ("_EPS", "_BASE", "_BASE_SWA", "_SCALE", "SOFTCAPPING")  # ends of the names of numbers that are not whole
+_FLOATS = ("_EPS", "_BASE", "_BASE_SWA", "SCALE", "SOFTCAPPING")  # ends of the names of numbers that are not whole
 # Vectors that llama.cpp's converter writes with a dimension of 1, before 2026 without.
 _VECTORS = (".ffn_gate_inp_shexp.weight", ".exp_probs_b.bias")
 # Fields of ModelConfig that some files have for any architecture; 0 means none.

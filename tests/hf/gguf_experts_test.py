@@ -32,10 +32,12 @@ MODELS = {  # our case -> architecture of llama.cpp, changes
     "gpt_oss-default-rope": ("gpt-oss", OSS | dict(layer_types=["sliding_attention", "full_attention"] * 2,
                                                    num_hidden_layers=4)),
     "granitemoe": ("granitemoe", {}),
-    "granitemoeshared": ("granitemoe", dict(attention_bias=True)),
+    "granitemoeshared": ("granitemoe", dict(attention_bias=True, attention_multiplier=1, embedding_multiplier=2)),
     "glm4_moe-groups": ("glm4moe", dict(n_group=1, topk_group=1, hidden_act="silu", rope_parameters=ROPE)),
     "dots1-windows": ("dots1", PLAIN | dict(n_group=1, topk_group=1, hidden_act="silu", attention_bias=False)),
     "ernie4_5_moe": ("ernie4_5-moe", dict(moe_norm_min=1e-12)),
+    "hunyuan": ("hunyuan-dense", {}),
+    "hunyuan_moe": ("hunyuan-moe", {}),
 }  # fmt: skip
 REFUSED = [
     ("qwen2_moe", dict(norm_topk_prob=True, decoder_sparse_step=1), "the nearest is qwen2moe, except model.moe="),
@@ -99,8 +101,9 @@ def test_files_are_those_of_llama_cpp_s_converter(case, tmp_path):
     for name, x in expected.items():
         np.testing.assert_array_equal(found[name], x, name)
     value = lambda name: reader.fields[f"{architecture}.{name}"].contents()
-    assert value("expert_count") == config.moe.experts and value("expert_used_count") == config.moe.active
-    assert value("expert_feed_forward_length") == (config.moe.expert_dim or config.F)
+    if config.moe.experts:
+        assert value("expert_count") == config.moe.experts and value("expert_used_count") == config.moe.active
+        assert value("expert_feed_forward_length") == (config.moe.expert_dim or config.F)
     assert value("rope.dimension_count") == config.rotary_dim
     types = {field.types[0] for name, field in reader.fields.items() if name.endswith(("epsilon", "base", "scale"))}
     assert types == {library.GGUFValueType.FLOAT32}
