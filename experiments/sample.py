@@ -42,6 +42,10 @@ flags.DEFINE_float("temperature", 0.8, "temperature of sampling; 0: always the m
 flags.DEFINE_integer("top_k", 40, "sample from the K most probable tokens; 0: all", 0)
 flags.DEFINE_float("top_p", 1.0, "sample from the smallest set of tokens whose total probability is P", 0, 1)
 flags.DEFINE_float("min_p", 0.0, "sample from tokens with at least this fraction of the highest probability", 0, 1)
+flags.DEFINE_float("top_h", None, "sample from the most probable tokens with this share of the entropy; 0: all", 0, 1)
+flags.DEFINE_float("typical_p", None, "sample from the most typical tokens with this total probability; 1: all", 0, 1)
+flags.DEFINE_float("epsilon_cutoff", None, "sample from tokens with this probability, such as 3e-4; 0: all", 0, 1)
+flags.DEFINE_float("eta_cutoff", None, "as --epsilon_cutoff, but lower where many tokens are probable", 0, 1)
 flags.DEFINE_float("repetition_penalty", 1.0, "above 1: earlier tokens become less probable")
 flags.DEFINE_multi_string("stop", [], "text that ends a continuation; \\n is a newline")
 flags.DEFINE_integer("seed", 0, "seed of sampling", 0, MAX_SEED)
@@ -69,10 +73,6 @@ def main():
     if not as_task and (used := nanoflax.runs.used_of_model(settings, run.model.config.generation)):
         print(f"set by the model's generation_config.json: {used}", file=sys.stderr)
     if FLAGS.chat:
-        if run.model.config.head != "lm":
-            raise UserError(f"--chat: the model has model.head={run.model.config.head!r}, so it generates no text")
-        if not run.tokenizer.chat_template:
-            raise UserError("--chat: the tokenizer of this model has no chat template")
         nanoflax.runs.chat(run, FLAGS.system, **settings)
     elif FLAGS.interactive:
         nanoflax.runs.answer_typed_prompts(run, as_task, **settings)

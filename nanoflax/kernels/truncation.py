@@ -1,7 +1,8 @@
 """Truncations of the distribution of logits: each keeps the tokens that a warper of Transformers keeps, and gives the
-others -inf. The numbers are scalars, or arrays [B, 1] where a value turns the truncation off for its row.
+others -inf. The numbers are scalars, or arrays [B, 1] where a value turns the truncation off for its row, at no cost.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,17 +23,26 @@ MOST_OF_TOP_H = 100  # tokens that Transformers' top-h considers
 def truncate_by_rank(logits: Logits, top_k: Number, outside_top_p: Number) -> Logits:
     """The logits that top-k (Fan et al. 2018; off: 0) and then top-p (Holtzman et al. 2020) keep, and -inf.
 
-    outside_top_p: 1 - p in float32, off: 0. Both are scalars, or None: not computed; or both are arrays [B, 1], where a
-    row without any costs nothing. Equal logits at the border of top-k are kept together; at that of top-p those of the
-    largest ids are kept. On a CPU this takes 1.1 to 1.6 ms a row, sorting 8.7 (V = 50,257).
+    outside_top_p: 1 - p in float32, off: 0. Both are scalars, or None: not computed; or both are arrays [B, 1]. Equal
+    logits at the border of top-k are kept together; at that of top-p those of the largest ids are kept. On a CPU this
+    takes 1.1 to 1.6 ms a row, sorting 8.7 (V = 50,257).
     """
-    if not np.ndim(top_k):
-        return _by_rank(top_k, outside_top_p, logits)
-    only_if = lambda wanted, *x: jax.lax.cond(wanted.any(), _by_rank, lambda *x: x[-1], *x)
-    rows = (top_k > 0) | (outside_top_p > 0), top_k, outside_top_p, logits
+    wanted = (top_k > 0) | (outside_top_p > 0) if np.ndim(top_k) else True
+    return _of_rows(_by_rank, wanted, top_k, outside_top_p, logits)
+
+
+def _of_rows(truncate, wanted, *rows):
+    """truncate(*rows), where the last of `rows` are logits. If `wanted` is an array [B, 1], other rows cost nothing."""
+    if not np.ndim(wanted):
+        return truncate(*rows)
     if parallel.current_platform() != "cpu":
-        return only_if(*rows)
-    return jax.lax.map(lambda row: only_if(*(x[None] for x in row))[0], rows)
+        return _if_any(truncate, wanted, *rows)
+    one = lambda row: _if_any(truncate, *(x[None] for x in row))[0]
+    return _if_any(lambda *rows: jax.lax.map(one, rows), wanted, wanted, *rows)
+
+
+def _if_any(truncate, wanted, *rows):
+    return jax.lax.cond(wanted.any(), truncate, lambda *rows: rows[-1], *rows)
 
 
 def _by_rank(top_k, outside_top_p, logits):
@@ -62,6 +72,10 @@ def _by_rank(top_k, outside_top_p, logits):
 def truncate_by_entropy(logits: Logits, top_h: Number) -> Logits:
     """The most probable tokens whose terms of the entropy sum to at most this share of it (Baghaei Potraghloo et al.
     2025; off: 0), of the 100 most probable ones; the first always."""
+    return _of_rows(_by_entropy, top_h > 0, top_h, logits)
+
+
+def _by_entropy(top_h, logits):
     best, ids = jax.lax.top_k(logits, min(MOST_OF_TOP_H, logits.shape[-1]))
     terms = entr(jax.nn.softmax(best, axis=-1))
     kept = (jnp.cumsum(terms, axis=-1) <= terms.sum(-1, keepdims=True) * top_h).at[:, 0].set(True)
@@ -72,6 +86,10 @@ def truncate_by_entropy(logits: Logits, top_h: Number) -> Logits:
 def truncate_typical(logits: Logits, mass: Number) -> Logits:
     """The tokens whose log-probability is nearest to its mean, with this total probability (Meister et al. 2023; off:
     1). Tokens at the same distance are kept together."""
+    return _of_rows(_typical, mass < 1, mass, logits)
+
+
+def _typical(mass, logits):
     logp = jax.nn.log_softmax(logits, axis=-1)
     p = jnp.exp(logp)
     distance = jnp.abs(-logp - entr(p).sum(-1, keepdims=True))
@@ -85,17 +103,22 @@ def truncate_below(logits: Logits, min_p: Number = None, epsilon: Number = None,
     """Without the tokens that are less probable than min_p times the most probable one (Nguyen et al. 2024), than
     epsilon, or than min(eta, sqrt(eta) / exp(entropy)) (both Hewitt et al. 2022), one after the other; off: 0. The most
     probable token stays."""
+    highest = lambda p: p.max(-1, keepdims=True)
+    spread = lambda p: jnp.exp(-entr(p).sum(-1, keepdims=True))
+    kinds = (
+        (min_p, lambda x, p: x * highest(p)),
+        (epsilon, lambda x, p: x),
+        (eta, lambda x, p: jnp.minimum(x, jnp.sqrt(x) * spread(p))),
+    )
 
-    def above(logits, least):
+    def below(least, x, logits):
         p = jax.nn.softmax(logits, axis=-1)
-        return jnp.where((p < least(p)) & (logits < logits.max(-1, keepdims=True)), OUT, logits)
+        return jnp.where((p < least(x, p)) & (logits < highest(logits)), OUT, logits)
 
-    if min_p is not None:
-        logits = above(logits, lambda p: min_p * p.max(-1, keepdims=True))
-    if epsilon is not None:
-        logits = above(logits, lambda p: epsilon)
-    if eta is not None:
-        logits = above(logits, lambda p: jnp.minimum(eta, jnp.sqrt(eta) * jnp.exp(-entr(p).sum(-1, keepdims=True))))
+    for number, least in kinds:
+        if number is not None:
+            run = functools.partial(below, least)
+            logits = _if_any(run, number > 0, number, logits) if np.ndim(number) else run(number, logits)
     return logits
 
 

@@ -40,8 +40,12 @@ def answer_typed_prompts(run: Run, as_task: bool = False, **settings: Any) -> No
 def chat(run: Run, system: str = "", **settings: Any) -> None:
     """Reply to each typed message, until an empty line. The model reads the conversation so far.
 
-    system: the system message.
+    system: the system message. Raises: UserError for a model that cannot chat.
     """
+    if run.model.config.head != "lm":
+        raise UserError(f"chat: the model has model.head={run.model.config.head!r}, so it generates no text")
+    if not run.tokenizer.chat_template:
+        raise UserError("chat: the tokenizer of this model has no chat template")
     messages = [{"role": "system", "content": system}] if system else []
     for text in _typed_lines():
         turn = [*messages, {"role": "user", "content": text}]

@@ -21,23 +21,14 @@ DEFAULT_NEW_TOKENS = 100
 _ALWAYS = {"max_new_tokens", "stop", "temperature", "beams"}
 RULES = ("json_schema", "regex", "choices", "grammar")
 GUESSES = ("draft", "lookup")
+FILTERS = ("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 READ = {
-    "sampling": _ALWAYS | {"repetition_penalty", "top_k", "top_p", "min_p", "seed", *GUESSES, *RULES},
+    "sampling": _ALWAYS | {"repetition_penalty", "seed", *FILTERS, *GUESSES, *RULES},
     "temperature=0": _ALWAYS | {"repetition_penalty", *GUESSES, *RULES},
     "beams": _ALWAYS | {"length_penalty"},
 }
-MORE_FILTERS = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")  # only from the model's own settings
 _DRAWING = READ["sampling"] - READ["beams"] | {"temperature"}  # a given one asks for sampling
-_UNSET = {
-    "beams": 0,
-    "temperature": 0,
-    "top_k": 0,
-    "top_p": 1,
-    "min_p": 0,
-    "repetition_penalty": 1,
-    "lookup": False,
-    "draft": "",
-}
+_UNSET = {"beams": 0, "lookup": False, "draft": ""} | generate.NO_EFFECT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +36,9 @@ class GenerationSettings:
     """Settings of text generation.
 
     max_new_tokens: None means the model's own limit, else 100, or fewer if the model's context is too short.
-    temperature: 0 is greedy. top_k, top_p, min_p: the filters of `nanoflax.sample`; the values 0, 1 and 0
-    switch them off. repetition_penalty: 1 switches it off. stop: a text ends before any of these strings.
+    temperature: 0 is greedy. top_k, top_p, min_p, top_h, typical_p, epsilon_cutoff, eta_cutoff: the filters of
+    `nanoflax.sample`; the values 0, 1, 0, 0, 1, 0 and 0 switch them off, and None takes the model's own.
+    repetition_penalty: 1 switches it off. stop: a text ends before any of these strings.
     beams: above 0, beam search with this width, without temperature, filters and repetition_penalty.
     length_penalty: for beam search; above 0 favours longer texts. seed: for sampling.
     json_schema, regex, choices, grammar: see `nanoflax.constraints.Constraint`. The new text matches, unless
@@ -61,6 +53,10 @@ class GenerationSettings:
     top_k: int = 40
     top_p: float = 1.0
     min_p: float = 0.0
+    top_h: float | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
     repetition_penalty: float = 1.0
     stop: Sequence[str] = ()
     beams: int = 0
@@ -171,9 +167,7 @@ def model_settings(g: GenerationDefaults) -> dict[str, Any]:
     found = {name: getattr(g, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     found = {name: value for name, value in found.items() if value is not None}
     kept = {*OF_SAMPLING} & g.not_computed().keys()  # and refused where they are read
-    of_sampling = (
-        found or kept or any(getattr(g, name) not in (None, generate.NO_EFFECT[name]) for name in MORE_FILTERS)
-    )
+    of_sampling = found or kept or any(getattr(g, name) not in (None, generate.NO_EFFECT[name]) for name in FILTERS)
     if of_sampling or g.do_sample:  # the others as in Transformers
         found = {name: x for name, x in (("temperature", 1.0), ("top_k", 50)) if name not in kept} | found
     if g.do_sample is False:
@@ -241,8 +235,7 @@ def _tokens(
             model, params, prompts, s.beams, limit, s.length_penalty, repetition_penalty=s.repetition_penalty, **ids
         )
         return iter([best])
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    filters = {name: getattr(s, name) for name in names}
+    filters = {name: getattr(s, name) for name in ("temperature", *FILTERS, "repetition_penalty")}
     if proposer:
         passes = speculation.stream(model, params, prompts, proposer, limit, rng=rng, **filters, **ids)
         return ([found.tokens if i == found.row else [] for i in range(len(prompts))] for found in passes)

@@ -12,13 +12,12 @@ from nanoflax.errors import UserError
 from nanoflax.serve import attention
 from nanoflax.serve.errors import ApiError
 from nanoflax.serve.forms import Served
-from nanoflax.serve.programs import PENALTIES
+from nanoflax.serve.programs import FILTERS, PENALTIES
 from nanoflax.serve.replies import Choice
 from nanoflax.serve.requests import Request
 from nanoflax.serve.schemas import MAX_CHOICES, MAX_INPUTS, NOTHING
 from nanoflax.serve.tool_choice import ToolChoice, tool_choice
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # The rules that a text can follow, by vLLM's names in structured_outputs (formerly after guided_) -> ours.
 RULES = {"json": "json_schema", "regex": "regex", "choice": "choices", "grammar": "grammar"}
 COMPLETION_TOKENS = 16  # new tokens if a completion does not say how many, as in OpenAI's API
@@ -139,8 +138,8 @@ def _choices(served, body, prompts, limit, logprobs, calls=None):
     field, rule = _rule(served, body, calls)
     if len(prompts) * n > MAX_CHOICES:
         raise ApiError(400, f"n: {len(prompts)} prompts with n={n} are more than {MAX_CHOICES} texts", "n")
-    given = {name: value for name in SAMPLING if (value := body.get(name)) is not None}
-    filters = {name: value for name, value in (served.defaults | given).items() if name in SAMPLING}
+    given = {name: value for name in FILTERS if (value := body.get(name)) is not None}
+    filters = {name: value for name, value in (served.defaults | given).items() if name in FILTERS}
     stops = body.get("stop") or served.defaults.get("stop", ())
     bias = {int(i): float(x) for i, x in (body.get("logit_bias") or {}).items()}
     check_ids(served, bias, "logit_bias")

@@ -95,6 +95,7 @@ def _described(error: ValidationError) -> tuple[str, str]:
         "minimum": lambda: f"at least {rule}",
         "maximum": lambda: f"at most {rule}",
         "exclusiveMinimum": lambda: f"above {rule}",
+        "exclusiveMaximum": lambda: f"below {rule}",
     }[kind]()
     text = f". {schema['description']}" if kind == "enum" and "description" in schema else ""
     return field, f"{_shown(value)} must be {right}{text}"

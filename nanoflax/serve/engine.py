@@ -23,11 +23,10 @@ from nanoflax.generate import Filters
 from nanoflax.nn import LanguageModel
 from nanoflax.serve import attention
 from nanoflax.serve.prefixes import Prefixes
-from nanoflax.serve.programs import PADDED, PENALTIES, Programs, context_of
+from nanoflax.serve.programs import FILTERS, PADDED, PENALTIES, Programs, context_of
 from nanoflax.serve.requests import Finish, Request, Ticket, Token, check, token_of
 
 PREFIXES = 4  # prompts whose caches are kept
-FILTERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of a Request
 
 
 @dataclasses.dataclass
@@ -368,7 +367,7 @@ class Engine:
             for i, r in enumerate(requests):
                 if r and r.logit_bias:
                     bias[i, [*r.logit_bias]] = [*r.logit_bias.values()]
-        made = generate.make_filters(**settings, defaults=self.model.config.generation)
+        made = self._programs.filters(settings)
         wanted = np.array([r is not None and r.log_probabilities is not None for r in requests])
         return made._replace(logit_bias=bias, allowed=none.allowed, **added), wanted
 

@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from nanoflax import untrusted
 from nanoflax.errors import UserError
-from nanoflax.serve import api, checks, forms, metrics, schemas
+from nanoflax.serve import api, checks, forms, metrics, programs, schemas
 from nanoflax.serve.embeddings import PART, Embedder
 from nanoflax.serve.engine import Engine
 from nanoflax.serve.errors import ApiError
@@ -246,7 +246,7 @@ def _described(service: Service) -> dict[str, Any]:
     served = service.served
     found = {"id": served.name, "object": "model", "created": served.created, "owned_by": "nanoflax"}
     # For the page: whether the model can chat, and the settings that a request need not give.
-    settings = {name: value for name, value in served.defaults.items() if name in api.SAMPLING}
+    settings = {name: value for name, value in served.defaults.items() if name in programs.FILTERS}
     chat = service.engine is not None and served.tokenizer.chat_template is not None
     found |= {"chat": chat, "reads_source": served.config.reads_source, "settings": settings}
     return found | {"attention": forms.attention_layers(served.config)}

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from nanoflax import generate, parallel
-from nanoflax.config import ModelConfig
+from nanoflax.config import OF_SAMPLING, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.generate import Filters, Generation, Written
 from nanoflax.kernels import most_probable
@@ -29,6 +29,7 @@ CONTEXT = 4096  # tokens of a text by default, if the model has no smaller conte
 PIECES = 64, 16, 4, 1  # tokens that one call reads of a prompt
 PADDED = 16  # a cache's size is a multiple of it; also the last piece of a prompt, with padding on the right
 ALTERNATIVES = 20  # of each token that can be reported, as in OpenAI's API
+FILTERS = (*OF_SAMPLING, "repetition_penalty")  # of a Request
 PENALTIES = ("presence_penalty", "frequency_penalty")  # of a Request, 0: none
 GROWTH = 4  # from a size to the next
 LEAST = 256  # the smallest size, if the context is not smaller
@@ -166,9 +167,15 @@ class Programs:
         """Filters [slots] without a bias and a constraint."""
         B, words = self.slots, -(-self.model.config.vocab_size // 32)
         bias = np.zeros((B, self.model.config.vocab_size), np.float32)
-        made = generate.make_filters(temperature=[0] * B, defaults=self.model.config.generation)
         none = dict.fromkeys(PENALTIES, np.zeros(B, np.float32))
+        made = self.filters(dict(temperature=[0] * B))
         return made._replace(logit_bias=bias, allowed=np.full((B, words), ~np.uint32(0)), **none)
+
+    def filters(self, settings: dict[str, list[Any]]) -> Filters:
+        """Filters with an array [slots] for each setting that a Request may have."""
+        made = generate.make_filters(**settings, defaults=self.model.config.generation)
+        off = {name: x for name, x in generate.NO_EFFECT.items() if name in FILTERS and getattr(made, name, 0) is None}
+        return made._replace(**{name: np.full(self.slots, x, np.float32) for name, x in off.items()})
 
     def start(self) -> Generation:
         """Empty slots of the smallest size."""

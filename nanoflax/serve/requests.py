@@ -34,6 +34,10 @@ class Request:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    top_h: float | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float = 0  # as in `generate.Filters`
     frequency_penalty: float = 0

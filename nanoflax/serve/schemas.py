@@ -73,6 +73,18 @@ _SAMPLING = {
     "top_p": _or_null("number", "The fewest tokens with this probability.", exclusiveMinimum=0, maximum=1),
     "top_k": _or_null("integer", "The K most probable tokens; 0: all.", minimum=0, maximum=2**31 - 1),
     "min_p": _or_null("number", "Tokens with this share of the highest probability.", minimum=0, maximum=1),
+    "top_h": _or_null(
+        "number", "The most probable tokens with this share of the entropy; 0: all.", minimum=0, maximum=1
+    ),
+    "typical_p": _or_null(
+        "number", "The most typical tokens with this probability; 1: all.", exclusiveMinimum=0, maximum=1
+    ),
+    "epsilon_cutoff": _or_null(
+        "number", "Tokens with this probability, such as 3e-4; 0: all.", minimum=0, exclusiveMaximum=1
+    ),
+    "eta_cutoff": _or_null(
+        "number", "As epsilon_cutoff, lower where many tokens are probable.", minimum=0, exclusiveMaximum=1
+    ),
     "repetition_penalty": _or_null(
         "number", "Above 1: earlier tokens become less probable.", exclusiveMinimum=0, maximum=100
     ),

@@ -9,9 +9,9 @@ from nanoflax.errors import UserError
 from nanoflax.runs import GenerationSettings, Run
 from nanoflax.runs.generation import READ, model_settings, used_of_model
 
-OFF = dict(top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, beams=0)
+OFF = dict(top_k=0, top_p=1.0, min_p=0.0, top_h=0, typical_p=1, eta_cutoff=0, repetition_penalty=1.0, beams=0)
 ON = dict(top_k=5, top_p=0.5, min_p=0.1, seed=3, length_penalty=2.0, stop=["x"], max_new_tokens=3,
-          repetition_penalty=1.5)  # fmt: skip
+          repetition_penalty=1.5, top_h=0.3, typical_p=0.4, epsilon_cutoff=0.01, eta_cutoff=0.02)  # fmt: skip
 MODES = {"sampling": dict(temperature=0.7), "temperature=0": dict(temperature=0.0), "beams": dict(beams=2)}
 
 

@@ -41,9 +41,11 @@ def test_generate_is_sample_with_its_prompts(decoder):
     prompts = ["the", "a longer prompt"]
     ids = [[BYTES.bos_id, *BYTES.encode(prompt)] for prompt in prompts]
     ends = dict(eos_id=BYTES.eos_id, vocab_size=BYTES.vocab_size)
+    filters = dict(top_h=0.9, typical_p=0.3, epsilon_cutoff=0.001, eta_cutoff=0.9)
     for settings, options in (
         (dict(temperature=0), dict(temperature=0)),
         (dict(top_k=0, seed=3), dict(temperature=0.8, rng=jax.random.PRNGKey(3))),
+        (dict(top_k=0, **filters), dict(temperature=0.8, **filters)),
     ):
         new = nanoflax.sample(model, params, ids, 12, **options, **ends)
         texts = run.generate(prompts, max_new_tokens=12, **settings)

@@ -50,6 +50,18 @@ def test_chat_and_its_stream_are_the_text_of_sample(client, run):
         assert [chunk.choices[0].finish_reason for chunk in stream[:-1]][-1] == choice.finish_reason
 
 
+FILTERS = dict(top_h=0.3, typical_p=0.2, epsilon_cutoff=0.02, eta_cutoff=0.9)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_a_filter_of_transformers_is_that_of_sample(client, run, name):
+    ids, more = run.tokenizer.encode("ab"), {name: FILTERS[name]}
+    ask = dict(model="tiny", prompt="ab", max_tokens=12, seed=3, temperature=1.5)
+    [choice] = client.completions.create(**ask, extra_body=more).choices
+    assert choice.text == expected(run, ids, 12, 3, temperature=1.5, **more)
+    assert choice.text != client.completions.create(**ask).choices[0].text
+
+
 def test_choices_have_seeds_that_follow_each_other(client, run):
     prompts = ["ab", [97, 98, 99]]
     reply = client.completions.create(model="tiny", prompt=[*prompts[:1]], n=2, max_tokens=8, seed=5)
@@ -354,6 +366,7 @@ SAID = {
     "temperature: -1 must be at least 0": dict(temperature=-1),
     "temperature: 101 must be at most 100": dict(temperature=101),
     "top_p: 0 must be above 0": dict(top_p=0),
+    "epsilon_cutoff: 1 must be below 1": dict(epsilon_cutoff=1),
     "best_of: 2 must be 1 or null. Not computed; see n.": dict(best_of=2),
     'stream: "yes" must be true or false or null': dict(stream="yes"),
     'stop[1]: "" must not be empty': dict(stop=["a", ""]),

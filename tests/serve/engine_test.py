@@ -17,11 +17,10 @@ from nanoflax.config import GenerationDefaults, LatentConfig, MoEConfig, PrefixT
 from nanoflax.errors import UserError
 from nanoflax.serve import Engine, Finish, Request, attention
 from nanoflax.serve.compiler import Compiler
-from nanoflax.serve.programs import Programs
+from nanoflax.serve.programs import FILTERS, Programs
 from tests.generate import beams_test
 from tests.generate.sampling_test import make
 
-FILTERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 V = 29
 
 
@@ -66,6 +65,9 @@ def mixed(n, seed=0):
         dict(temperature=1.5, top_k=5, top_p=0.9),
         dict(temperature=0, repetition_penalty=1.3),
         dict(min_p=0.2, logit_bias={3: 2.5, 7: -100}),
+        dict(temperature=1.2, typical_p=0.4),
+        dict(top_h=0.5, top_k=20),
+        dict(epsilon_cutoff=0.03, eta_cutoff=0.2),
     ]
     for i in range(n):
         prompt = rng.integers(0, V, rng.integers(1, 31)).tolist()
