@@ -63,17 +63,15 @@ _GRANITE = _MIXTRAL | {
 }
 # Parameter in a block -> its tensor in gguf.MODEL_TENSOR, the end of its name, its layout: where the family has another
 # name or layout. All experts of a layer are in one tensor.
+_PARTS = ("gate", "up", "down")
 _TENSORS = {
     "attention/sinks": ("ATTN_SINKS", "weight", "same"),
     "mlp/router/correction": ("FFN_EXP_PROBS_B", "bias", "same"),
     "mlp/shared_gate/kernel": ("FFN_GATE_INP_SHEXP", "weight", "column"),
+    **{f"mlp/experts/{part}/kernel": (f"FFN_{part.upper()}_EXP", "weight", "each_transposed") for part in _PARTS},
+    **{f"mlp/experts/{part}/bias": (f"FFN_{part.upper()}_EXP", "bias", "same") for part in _PARTS},
+    **{f"mlp/shared/{part}/kernel": (f"FFN_{part.upper()}_SHEXP", "weight", "transposed") for part in _PARTS},
 }
-for _part in ("gate", "up", "down"):
-    _TENSORS |= {
-        f"mlp/experts/{_part}/kernel": (f"FFN_{_part.upper()}_EXP", "weight", "each_transposed"),
-        f"mlp/experts/{_part}/bias": (f"FFN_{_part.upper()}_EXP", "bias", "same"),
-        f"mlp/shared/{_part}/kernel": (f"FFN_{_part.upper()}_SHEXP", "weight", "transposed"),
-    }
 
 
 @dataclasses.dataclass(frozen=True)

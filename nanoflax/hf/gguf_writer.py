@@ -23,6 +23,7 @@ from nanoflax.nn import without_padding
 GGUF_TYPES = {
     "F32": "ALL_F32",
     "F16": "MOSTLY_F16",
+    "BF16": "MOSTLY_BF16",
     "Q8_0": "MOSTLY_Q8_0",
     "Q4_0": "MOSTLY_Q4_0",
     "Q4_1": "MOSTLY_Q4_1",
@@ -56,10 +57,10 @@ def save_gguf(
     Args:
       params: of `nanoflax.build(config)`, without adapters.
       tokenizer: its vocabulary, special tokens and chat template are written too.
-      kind: F32, F16, Q8_0, Q4_0 (blocks of 32 numbers of 8 or 4 bits with one scale), Q4_1 (with an offset too) or
-        MXFP4 (experts in 4 bits, as gpt-oss is published, other matrices in Q8_0).
-        Vectors, biases and routers are F32 always; the table of tokens and the output head are Q8_0 for Q4_0 and Q4_1;
-        a matrix whose rows 32 does not divide is F16.
+      kind: F32, F16, BF16, Q8_0, Q4_0 (blocks of 32 numbers of 8 or 4 bits with one scale), Q4_1 (with an offset too)
+        or MXFP4 (experts in 4 bits, as gpt-oss is published, other matrices in Q8_0). Vectors, biases and routers are
+        F32 always; the table of tokens and the output head are Q8_0 for Q4_0 and Q4_1; a matrix whose rows 32 does not
+        divide is F16, unless kind has no blocks.
       name: general.name; by default the name of the file.
     Raises: UserError if GGUF cannot express the model or its tokenizer, params are not of this configuration, a number
       is not finite or too large for F16, or the file cannot be written.
@@ -152,9 +153,11 @@ def _type_of(value: Any) -> Any:
 
 
 def _kind(name: str, shape: tuple[int, ...], kind: str) -> str:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
     if len(shape) == 1 or ".ffn_gate_inp" in name or not name.endswith(".weight"):
         return "F32"
-    if kind not in _PLAIN and shape[-1] % 32:
+    if shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]:
         return "F16"
     if kind == "MXFP4" and len(shape) < 3:
         return "Q8_0"

@@ -107,6 +107,8 @@ def test_files_are_those_of_llama_cpp_s_converter(case, tmp_path):
     assert value("rope.dimension_count") == config.rotary_dim
     types = {field.types[0] for name, field in reader.fields.items() if name.endswith(("epsilon", "base", "scale"))}
     assert types == {library.GGUFValueType.FLOAT32}
+    stacked = dataclasses.replace(config, moe=dataclasses.replace(config.moe, stacked=True))
+    assert gguf_models.describe(stacked)[0].name == architecture  # however its Transformers directory was
     back, read = hf.load(file)
     same = {"balance_loss": config.moe.balance_loss, "stacked": config.moe.stacked}
     back = dataclasses.replace(back, moe=dataclasses.replace(back.moe, **same))

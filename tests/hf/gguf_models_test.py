@@ -126,6 +126,10 @@ def test_bfloat16_gemma_comes_back_exactly(tmp_path):
     hf.save_gguf(tmp_path / "x.gguf", config, params, kind="F32")
     for path, x in paths(hf.load(tmp_path / "x.gguf")[1]).items():
         assert x.tobytes() == paths(params)[path].astype(np.float32).tobytes(), path
+    hf.save_gguf(tmp_path / "x.gguf", config, params, kind="BF16")
+    for path, x in paths(hf.load(tmp_path / "x.gguf")[1]).items():
+        expected = paths(params)[path].astype(np.float32 if x.ndim == 1 else ml_dtypes.bfloat16)
+        assert (x.dtype, x.tobytes()) == (expected.dtype, expected.tobytes()), path
 
 
 def test_names_and_metadata_are_llama_cpp_s(tmp_path):
@@ -236,7 +240,7 @@ def test_misuse_is_refused_in_one_line(tmp_path, monkeypatch):
     config = configs.preset("nano-1m", vocab_size=64, layers=1, dim=32, heads=2)
     params = nanoflax.init(nn.build(config), jax.random.PRNGKey(0))
     file = tmp_path / "x.gguf"
-    assert "'Q4_K' must be F32, F16, Q8_0" in refused(file, config, params, kind="Q4_K")
+    assert "'Q4_K' must be F32, F16, BF16, Q8_0" in refused(file, config, params, kind="Q4_K")
     assert "must be the name of a .gguf file" in refused(tmp_path / "x", config, params)
     query = params["decoder"]["block_0"]["attention"]["query"]
     leaves = {"lora_a": np.zeros((32, 2)), "lora_b": np.zeros((2, 32))}
