@@ -75,7 +75,8 @@ def _architecture_of(metadata: dict[str, Any], path: str | os.PathLike) -> Archi
     name = metadata.get("general.architecture")
     rows = [architecture for architecture in ARCHITECTURES if architecture.name == name]
     if rows:
-        has_experts = bool(metadata.get(rows[0].key("LLM.EXPERT_COUNT")))
+        experts = metadata.get(rows[0].key("LLM.EXPERT_COUNT"))
+        has_experts = isinstance(experts, int) and experts > 0
         return next((row for row in rows if row.is_sparse == has_experts), rows[0])
     known = ", ".join(dict.fromkeys(architecture.name for architecture in ARCHITECTURES))
     raise UserError(
