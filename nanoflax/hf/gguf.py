@@ -55,6 +55,30 @@ class QuantizedTensor:
         return np.ascontiguousarray(rows[..., *slices[leading:]])
 
 
+@dataclasses.dataclass(frozen=True)
+class LatentHeads:
+    """The matrix [H (K + V), R] that makes keys and values of latent vectors, used like `safetensors_io.Tensor`; the
+    file has it as keys [H, R, K] and values [H, V, R]."""
+
+    name: str
+    keys: Tensor | QuantizedTensor
+    values: Tensor | QuantizedTensor
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.keys.dtype if self.keys.dtype == self.values.dtype else np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        H, R, K = self.keys.shape
+        return H * (K + self.values.shape[1]), R
+
+    def read(self, slices: Slices = ()) -> np.ndarray:
+        """The array, or the part that a tuple of slices selects."""
+        heads = [self.keys.read().swapaxes(1, 2), self.values.read()]
+        return np.concatenate([x.astype(self.dtype) for x in heads], 1).reshape(self.shape)[slices]
+
+
 class _Reader:
     """Little-endian values from a file; a size beyond the end of the file raises a UserError before any reading."""
 

@@ -41,6 +41,16 @@ _GROUPED = _FIELDS | {  # of models like DeepSeek-V3
     "routed_scaling_factor": "LLM.EXPERT_WEIGHTS_SCALE",
     "norm_topk_prob": "LLM.EXPERT_WEIGHTS_NORM",
 }
+_LATENT = _GROUPED | {
+    "kv_lora_rank": "Attention.KV_LORA_RANK",
+    "q_lora_rank": "Attention.Q_LORA_RANK",
+    "qk_rope_head_dim": "Rope.DIMENSION_COUNT",
+    "v_head_dim": "Attention.VALUE_LENGTH",
+    # Of a head, in files whose keys and values are latent vectors.
+    "key_length": "Attention.KEY_LENGTH_MLA",
+    "value_length": "Attention.VALUE_LENGTH_MLA",
+    "mscale_tenth": "Rope.SCALING_YARN_LOG_MUL",
+}
 _ERNIE = _FIELDS | {
     "moe_num_experts": "LLM.EXPERT_COUNT",
     "moe_k": "LLM.EXPERT_USED_COUNT",
@@ -146,6 +156,19 @@ def _glm4_moe(hf):
     return {"num_hidden_layers": layers, "partial_rotary_factor": (hf["rotary_dim"] or K) / K}
 
 
+def _latent(hf):
+    rope, K = hf["rope_scaling"], hf.get("key_length", hf["head_dim"])
+    if rope["rope_type"] == "yarn":  # without the multiplier llama.cpp has another factor of cosines
+        strength = 10 * hf["mscale_tenth"]
+        rope = rope | {"mscale": strength, "mscale_all_dim": strength}
+    return {
+        "rope_scaling": rope,
+        "num_key_value_heads": hf["num_attention_heads"],
+        "qk_nope_head_dim": K - hf["qk_rope_head_dim"],
+        "v_head_dim": hf.get("value_length", hf["v_head_dim"]),
+    }
+
+
 _BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
 _SIGMOID = {"LLM.EXPERT_GATING_FUNC": 2}  # gguf.ExpertGatingFuncType
 ARCHITECTURES = (
@@ -175,6 +198,12 @@ ARCHITECTURES = (
                  present={"attention_bias": "blk.0.attn_q.bias", "use_qk_norm": "blk.0.attn_q_norm.weight"},
                  constants=_SIGMOID),
     Architecture("ernie4_5-moe", "ernie4_5_moe", _ERNIE),
+    Architecture("deepseek2", "deepseek_v2", {a: b for a, b in _LATENT.items() if a != "norm_topk_prob"}, _latent,
+                 constants={"LLM.EXPERT_GATING_FUNC": 1, "LLM.EXPERT_WEIGHTS_NORM": False}),
+    Architecture(
+        "deepseek2", "deepseek_v3",
+        _LATENT | {"n_group": "LLM.EXPERT_GROUP_COUNT", "topk_group": "LLM.EXPERT_GROUP_USED_COUNT"}, _latent,
+        constants=_SIGMOID),
     Architecture("hunyuan-dense", "hunyuan_v1_dense"),
     Architecture("hunyuan-moe", "hunyuan_v1_moe", _HUNYUAN),
 )  # fmt: skip

@@ -11,17 +11,18 @@ from nanoflax import nn
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.hf.family import Family, Json, canonical, differences, different_fields, from_config, to_config
-from nanoflax.hf.gguf import QuantizedTensor, open_gguf
+from nanoflax.hf.gguf import LatentHeads, QuantizedTensor, open_gguf
 from nanoflax.hf.gguf_architectures import ARCHITECTURES, Architecture
 from nanoflax.hf.layouts import tensor_mapping
 from nanoflax.hf.safetensors_io import Tensor, raise_problems
 
-Tensors = dict[str, Tensor | QuantizedTensor]
+Tensors = dict[str, Tensor | QuantizedTensor | LatentHeads]
 ROPE_FREQS = "rope_freqs.weight"  # divisors of the rotary rates, as Llama 3.1 scales them
 # Values of config.json where metadata is absent, as llama.cpp has them.
 _DEFAULTS = {"num_key_value_heads": None, "head_dim": None, "rope_theta": 10_000.0, "norm_topk_prob": False,
              "routed_scaling_factor": 1.0, "n_shared_experts": 0, "first_k_dense_replace": 0,
-             "moe_num_shared_experts": 0, "moe_layer_start_index": 0}  # fmt: skip
+             "moe_num_shared_experts": 0, "moe_layer_start_index": 0, "q_lora_rank": None,
+             "n_group": 1, "topk_group": 1}  # fmt: skip
 _YARN = {
     "original_max_position_embeddings": "Rope.SCALING_ORIG_CTX_LEN",
     "beta_fast": "Rope.SCALING_YARN_BETA_FAST",
@@ -58,12 +59,18 @@ _UNSUPPORTED = {
 
 def open_gguf_model(path: str | os.PathLike) -> tuple[Family, ModelConfig, Tensors]:
     """The family (with GGUF's names), configuration and tensors of a GGUF file. Raises: UserError."""
-    metadata, tensors = open_gguf(path)
+    metadata, stored = open_gguf(path)
+    tensors: Tensors = {**stored}
     architecture = _architecture_of(metadata, path)
     divisors = tensors.pop(ROPE_FREQS, None) if "llama3" in architecture.scalings else None
     for name, x in tensors.items():
         if isinstance(x, Tensor) and name.endswith(_VECTORS) and x.shape[:-1] == (1,):
             tensors[name] = dataclasses.replace(x, shape=x.shape[1:])
+    for name, keys in stored.items():
+        values = stored.get(name.replace(".attn_k_b.", ".attn_v_b."), keys)
+        if values is not keys and len(keys.shape) == 3 and keys.shape[:2] == values.shape[::2]:
+            tensors[name.replace("_k_b", "_kv_b")] = LatentHeads(name, keys, values)
+            del tensors[name], tensors[values.name]
     table = tensors.get("token_embd.weight")
     config = read_config(
         architecture, metadata, tensors, table.shape[0] if table else None, divisors and divisors.read(), path
@@ -75,9 +82,10 @@ def _architecture_of(metadata: dict[str, Any], path: str | os.PathLike) -> Archi
     name = metadata.get("general.architecture")
     rows = [architecture for architecture in ARCHITECTURES if architecture.name == name]
     if rows:
-        experts = metadata.get(rows[0].key("LLM.EXPERT_COUNT"))
-        has_experts = isinstance(experts, int) and experts > 0
-        return next((row for row in rows if row.is_sparse == has_experts), rows[0])
+        values = (metadata.get(rows[0].key(f"LLM.EXPERT_{name}")) for name in ("COUNT", "GATING_FUNC"))
+        experts, gating = (x if isinstance(x, int) else 0 for x in values)
+        found = [row for row in rows if row.is_sparse == (experts > 0)]
+        return next((row for row in found if row.constants.get("LLM.EXPERT_GATING_FUNC") == gating), [*found, *rows][0])
     known = ", ".join(dict.fromkeys(architecture.name for architecture in ARCHITECTURES))
     raise UserError(
         f"{path}: general.architecture={name!r} is not supported; supported are {known} "
@@ -266,7 +274,8 @@ def _metadata_of(a: Architecture, config: ModelConfig) -> dict[str, Any]:
         for field, name in a.fields.items()
         if hf.get(field) is not None
     }
-    metadata |= {a.key("Attention.KEY_LENGTH"): config.K, a.key("Attention.VALUE_LENGTH"): config.K}
+    V = config.latent.value_dim if config.latent.rank else config.K
+    metadata |= {a.key("Attention.KEY_LENGTH"): config.K, a.key("Attention.VALUE_LENGTH"): V}
     metadata |= {a.key("Rope.DIMENSION_COUNT"): config.rotary_dim}
     metadata |= {a.key(name): value for name, value in a.constants.items()}
     if a.is_sparse:  # llama.cpp reads these lengths of some architectures, although other fields imply them
@@ -278,6 +287,8 @@ def _metadata_of(a: Architecture, config: ModelConfig) -> dict[str, Any]:
         metadata[a.key("Rope.SCALING_ORIG_CTX_LEN")] = rope.context
         metadata[a.key("Rope.SCALING_YARN_BETA_FAST")] = float(rope.beta_fast)
         metadata[a.key("Rope.SCALING_YARN_BETA_SLOW")] = float(rope.beta_slow)
+        if strength := hf["rope_scaling"].get("mscale_all_dim"):
+            metadata[a.key("Rope.SCALING_YARN_LOG_MUL")] = 0.1 * strength
     if config.rope.scaling == "llama3":
         metadata[a.key("Rope.SCALING_ORIG_CTX_LEN")] = config.rope.context
     return metadata

@@ -13,7 +13,7 @@ from nanoflax import parallel
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.hf.family import Family
-from nanoflax.hf.gguf import QuantizedTensor
+from nanoflax.hf.gguf import LatentHeads, QuantizedTensor
 from nanoflax.hf.mxfp4 import PackedTensor
 from nanoflax.hf.safetensors_io import Slices, Tensor
 from nanoflax.nn import build
@@ -49,7 +49,9 @@ class TensorMapping:
         is_same = self.layout in ("same", "fused_columns", "interleaved", "plus_one")
         return (*rest, last) if is_same else (last, *reversed(rest))
 
-    def read(self, tensor: Tensor | QuantizedTensor | PackedTensor, part: int, index: Slices, K: int) -> np.ndarray:
+    def read(
+        self, tensor: Tensor | QuantizedTensor | PackedTensor | LatentHeads, part: int, index: Slices, K: int
+    ) -> np.ndarray:
         """Our parameter number `part`, or the part of it that a tuple of slices selects; K: the size of a head."""
         shape = self.parts[part][1]
         *rest, last = (slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))

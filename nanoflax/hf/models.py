@@ -21,14 +21,14 @@ from nanoflax.hf import safetensors_io
 from nanoflax.hf.families import family_of_config, family_of_json
 from nanoflax.hf.family import Family, differences, from_config, head_of, to_config
 from nanoflax.hf.generation import read_generation, write_generation
-from nanoflax.hf.gguf import QuantizedTensor
+from nanoflax.hf.gguf import LatentHeads, QuantizedTensor
 from nanoflax.hf.gguf_models import open_gguf_model
 from nanoflax.hf.layouts import TensorMapping, holders, parameter_shapes, read_parameter, shape_problems, tensor_mapping
 from nanoflax.hf.mxfp4 import PackedTensor, unpack
 from nanoflax.hf.packed import read_packed
 from nanoflax.nn import build, without_padding
 
-Tensors = Mapping[str, safetensors_io.Tensor | QuantizedTensor | PackedTensor]
+Tensors = Mapping[str, safetensors_io.Tensor | QuantizedTensor | PackedTensor | LatentHeads]
 _MAX_CONFIG = 10_000_000  # bytes
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

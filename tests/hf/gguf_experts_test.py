@@ -22,6 +22,7 @@ from tests.hf.shapes import YARN
 PLAIN = dict(sliding_window=None, rope_parameters=None)
 OSS = dict(attention_bias=True, tie_word_embeddings=False, swiglu_limit=7.0, swiglu_alpha=1.702, hidden_size=64)
 ROPE = {"rope_type": "default", "rope_theta": 300, "partial_rotary_factor": 0.75}
+MSCALE = YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}
 MODELS = {  # our case -> architecture of llama.cpp, changes
     "mixtral": ("llama", PLAIN),
     "olmoe": ("olmoe", dict(norm_topk_prob=False, attention_bias=False, clip_qkv=None)),
@@ -36,6 +37,10 @@ MODELS = {  # our case -> architecture of llama.cpp, changes
     "glm4_moe-groups": ("glm4moe", dict(n_group=1, topk_group=1, hidden_act="silu", rope_parameters=ROPE)),
     "dots1-windows": ("dots1", PLAIN | dict(n_group=1, topk_group=1, hidden_act="silu", attention_bias=False)),
     "ernie4_5_moe": ("ernie4_5-moe", dict(moe_norm_min=1e-12)),
+    "deepseek_v3": ("deepseek2", {}),
+    "deepseek_v3-direct": ("deepseek2", dict(attention_bias=False, rope_interleave=True, rope_parameters=MSCALE,
+                                             hidden_act="silu")),
+    "deepseek_v2": ("deepseek2", dict(rope_parameters=MSCALE)),
     "hunyuan": ("hunyuan-dense", {}),
     "hunyuan_moe": ("hunyuan-moe", {}),
 }  # fmt: skip
@@ -46,7 +51,7 @@ REFUSED = [
     ("glm4_moe-groups", dict(hidden_act="silu"), "the nearest is glm4moe, except model.moe="),
     ("dots1-windows", dict(n_group=1, topk_group=1, hidden_act="silu", attention_bias=False), "except model.window=5"),
     ("ernie4_5_moe-bias", {}, "the nearest is ernie4_5-moe, except"),
-    ("deepseek_v3", {}, "no architecture of GGUF files here"),
+    ("deepseek_v3", dict(rope_parameters=YARN), "no architecture of GGUF files here"),
     ("qwen3-next", {}, "no architecture of GGUF files here"),
     ("llama4", {}, "no architecture of GGUF files here"),
 ]
@@ -122,7 +127,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused_by_name(case, changes, sai
     assert said in refused(tmp_path / "x.gguf", config, params)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "gpt_oss-yarn", "glm4_moe-groups", "ernie4_5_moe"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "gpt_oss-yarn", "glm4_moe-groups", "deepseek_v3"])
 def test_wrong_metadata_never_crashes(case, tmp_path):
     _, config, _ = saved(tmp_path, case, MODELS[case][1])
     architecture, metadata, _ = gguf_models.describe(config)
@@ -141,7 +146,7 @@ def test_wrong_metadata_never_crashes(case, tmp_path):
 
 
 def rewritten(old, new, changes, more):
-    """The file with other metadata, with two dimensions of what has one of its dimensions' size 1, and more tensors."""
+    """The file with other metadata and tensors (None: without), and with two dimensions of some vectors."""
     reader = library.GGUFReader(old)
     writer = library.GGUFWriter(new, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
@@ -152,15 +157,16 @@ def rewritten(old, new, changes, more):
             writer.add_key_value(name, value, library.GGUFValueType.UINT32)
     tensors = {tensor.name: tensor.data for tensor in reader.tensors} | more
     for name, x in tensors.items():
-        writer.add_tensor(name, x[None] if name.endswith(("gate_inp_shexp.weight", "exp_probs_b.bias")) else x)
+        if x is not None:
+            writer.add_tensor(name, x[None] if name.endswith(("gate_inp_shexp.weight", "exp_probs_b.bias")) else x)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-@pytest.mark.parametrize("case", ["qwen2_moe", "glm4_moe-groups"])
-def test_published_files_have_vectors_of_two_dimensions_and_a_layer_that_predicts_a_second_token(case, tmp_path):
+@pytest.mark.parametrize("case", ["qwen2_moe", "glm4_moe-groups", "deepseek_v3", "deepseek_v2"])
+def test_published_files_have_other_vectors_more_layers_and_split_heads(case, tmp_path):
     architecture, changes = MODELS[case]
     _, config, params = saved(tmp_path, case, changes)
     hf.save_gguf(tmp_path / "old.gguf", config, params, kind="F32")
@@ -168,6 +174,16 @@ def test_published_files_have_vectors_of_two_dimensions_and_a_layer_that_predict
     if architecture == "glm4moe":
         changed = {f"{architecture}.block_count": config.layers + 1, f"{architecture}.nextn_predict_layers": 1}
         more = {f"blk.{config.layers}.nextn.enorm.weight": np.ones(config.dim, np.float32)}
+    if architecture == "deepseek2":  # keys and values of latent vectors, as of one head
+        R, rope, V, K = config.latent.rank, config.latent.rope_dim, config.latent.value_dim, config.K
+        lengths = {"head_count_kv": 1, "key_length": R + rope, "value_length": R}
+        lengths |= {"key_length_mla": K, "value_length_mla": V}
+        changed = {f"{architecture}.attention.{name}": value for name, value in lengths.items()}
+        found = {x.name: x.data for x in library.GGUFReader(tmp_path / "old.gguf").tensors}
+        for i in range(config.layers):
+            heads = found[f"blk.{i}.attn_kv_b.weight"].reshape(config.heads, K - rope + V, R)
+            keys, values = heads[:, : K - rope].swapaxes(1, 2).copy(), heads[:, K - rope :].copy()
+            more |= {f"blk.{i}.attn_{name}_b.weight": x for name, x in (("kv", None), ("k", keys), ("v", values))}
     rewritten(tmp_path / "old.gguf", tmp_path / "new.gguf", changed, more)
     (a, x), (b, y) = (hf.load(tmp_path / f"{name}.gguf") for name in ("old", "new"))
     assert a == b
