@@ -36,6 +36,13 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
     jax.jit(lambda: 0)()  # XLA reads the flags now, and never again
     del os.environ["XLA_FLAGS"]
 
+# To read even the smallest program takes half the time of compiling it. The programs that tests start read these too;
+# they may be killed while they write, so they keep the limit above.
+if os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0.05":
+    import jax
+
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
 gc.set_threshold(20_000, 20, 100)  # JAX and Transformers keep many objects, which each collection visits
 
 # In the tests, calls of the annotated functions of these rooms are checked: types, shapes and dtypes.

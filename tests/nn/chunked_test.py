@@ -3,12 +3,12 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nanoflax import parallel
 from nanoflax.config import ModelConfig
 from nanoflax.nn import build, masking
+from tests.compiled import prefill
 
 MODEL = ModelConfig(
     vocab_size=23, context=16, layers=1, dim=16, heads=2, positions="rotary", window=4, layer_types=("chunked",),
@@ -39,7 +39,7 @@ def test_each_part_is_as_if_it_were_alone_with_and_without_a_cache():
     # Rotary positions are relative and there is one layer: a part alone has the logits that it has in the text.
     parts = np.concatenate([run(model, params, tokens[:, i : i + 4])[0] for i in (0, 4, 8)], 1)
     np.testing.assert_allclose(whole, parts, atol=1e-5)
-    _, cache = model.prefill(params, tokens[:, :6], jnp.array([6]), 8)
+    _, cache = prefill(model, params, tokens[:, :6], np.array([6]), 8)
     for t in range(5, 12):
         logits, cache = run(model, params, tokens[:, t : t + 1], None, cache)
         np.testing.assert_allclose(logits[:, 0], whole[:, t], atol=1e-5)
@@ -55,7 +55,7 @@ def test_parts_begin_at_the_first_token_of_a_text_or_document():
     # Prompts of 6 and 3 tokens, padded on the left, then six more tokens of each.
     rows = np.concatenate([tokens[:, :6], np.pad(tokens[:, 6:9], [(0, 0), (3, 0)])])
     texts = [tokens[:, :12], np.concatenate([tokens[:, 6:9], tokens[:, 6:12]], 1)]
-    last, cache = model.prefill(params, rows, jnp.array([6, 3]), 8)
+    last, cache = prefill(model, params, rows, np.array([6, 3]), 8)
     following = np.concatenate([np.asarray(last)[:, None], np.repeat(tokens[:, 6:12], 2, 0)], 1).astype(np.int32)
     for t in range(7):
         logits, cache = run(model, params, following[:, t : t + 1], None, cache)

@@ -14,6 +14,7 @@ from nanoflax.data import Windows
 from nanoflax.nn import build
 from nanoflax.parallel import init
 from tests.closeness import assert_trees_close
+from tests.compiled import apply
 
 B, T, D, V = 2, 6, 8, 11
 
@@ -293,7 +294,7 @@ def test_objective_options_are_passed_on():
     targets = np.random.default_rng(0).integers(0, 13, (2, 8)).astype(np.int32)
     batch = {"targets": targets, "first": np.zeros(2, np.int32), "weights": np.ones((2, 8), np.float32)}
     inputs = nn.shift_right(jnp.asarray(targets), 0)
-    logits, _ = model.apply({"params": params}, inputs)
+    logits, _ = apply(model, params, inputs)
     expected, nll = nn.token_losses(logits, targets, 0.01, 0.1)
-    found = train.causal_lm(model, params, batch, chunks=4, z_loss=0.01, label_smoothing=0.1)
+    found = jax.jit(lambda p: train.causal_lm(model, p, batch, chunks=4, z_loss=0.01, label_smoothing=0.1))(params)
     np.testing.assert_allclose(found[:2], (expected.sum(), nll.sum()), rtol=1e-5)

@@ -16,6 +16,7 @@ from nanoflax.nn import attention_weights, build, lstm, shift_right, token_losse
 from nanoflax.parallel import init
 from nanoflax.planning import flops_per_token
 from tests.closeness import assert_trees_close
+from tests.compiled import apply
 
 TINY = dict(architecture="lstm", vocab_size=23, context=32, layers=2, dim=12, heads=1)
 KINDS = [dict(lstm_attention=a, lstm_start=s) for a, s in itertools.product(LSTM_ATTENTIONS, LSTM_STARTS)]
@@ -74,7 +75,7 @@ def test_the_encoder_equals_torch_on_packed_sequences(side):
             of = lambda kind: getattr(theirs, f"{kind}_l{layer}{suffix}").detach().numpy()
             params[f"{name}_input"] = {"kernel": of("weight_ih").T}
             params[name] = {"kernel": of("weight_hh").T, "bias": of("bias_ih") + of("bias_hh")}
-        states, last_h, last_c = lstm.BiLSTM(D).apply({"params": params}, states, mask)
+        states, last_h, last_c = apply(lstm.BiLSTM(D), params, states, mask)
         for ours, theirs_ in ((last_h, h), (last_c, c)):
             both = theirs_[2 * layer : 2 * layer + 2].detach().numpy()
             np.testing.assert_allclose(ours, np.concatenate([*both], -1), atol=1e-6)
@@ -116,7 +117,7 @@ def test_the_decoder_equals_torch_cells_step_by_step(kind):
     ends = []  # of each encoder layer: (h, c) of both directions
     x = np.asarray(params["embed"]["embedding"])[source] / 0.02
     for i in range(2):
-        x, h, c = lstm.BiLSTM(D).apply({"params": params[f"encoder_{i}"]}, x, np.ones((1, 6), bool))
+        x, h, c = apply(lstm.BiLSTM(D), params[f"encoder_{i}"], x, np.ones((1, 6), bool))
         ends.append(torch.tensor(np.concatenate([h, c], -1)))
     cells, state = [], []
     for i in range(2):

@@ -15,6 +15,7 @@ from nanoflax.errors import UserError
 from nanoflax.nn import alignment, build, head_kernel
 from nanoflax.parallel import init
 from nanoflax.planning import flops_per_token
+from tests.compiled import apply, prefill
 
 GPT2 = dict(vocab_size=61, context=64, layers=2, dim=32, heads=4)
 LLAMA = dict(
@@ -119,8 +120,8 @@ def test_joined_documents_do_see_each_other():
 def test_head_and_hidden_are_the_two_halves(tied):
     model, params = make(**GPT2 | {"tied": tied})
     tokens = tokens_of(0, 2, 5)
-    hidden, _ = model.apply({"params": params}, tokens, method="hidden")
-    logits, cache = model.apply({"params": params}, tokens)
+    hidden, _ = apply(model, params, tokens, method="hidden")
+    logits, cache = apply(model, params, tokens)
     assert cache is None and logits.dtype == jnp.float32
     np.testing.assert_allclose(hidden @ head_kernel(model.config, params), logits, atol=1e-5)
 
@@ -215,32 +216,33 @@ def test_the_decoder_sees_the_vector_alone(fields, kind):
     E, rng = fields["dim"] * (2 if fields["architecture"] == "lstm" else 1), np.random.default_rng(0)
     states = rng.normal(size=(2, 6, E)).astype(np.float32)
 
-    def logits(states, seed):
-        """With these encoder states in place of the encoder's, and its last h and c at random."""
-        ends = [np.random.default_rng(seed).normal(size=(2, 2 * E)).astype(np.float32)] * 2
+    @jax.jit
+    def logits(states, ends):
+        """With these encoder states in place of the encoder's, and `ends` as its last h and c."""
 
         def given(method, args, kwargs, context):
-            found = {"encode": states, "_encode": (states, ends)}
+            found = {"encode": states, "_encode": (states, [ends] * 2)}
             name = context.method_name
             return found[name] if name in found else method(*args, **kwargs)
 
         with nn.intercept_methods(given):
             return model.apply({"params": params}, targets, source, mask)[0]
 
+    ends, others = rng.normal(size=(2, 2, 2 * E)).astype(np.float32)
     noise = rng.normal(size=states.shape).astype(np.float32)
     if kind == "first":
         noise[np.arange(2), [0, 2]] = 0
     else:
         noise -= (noise * mask[..., None]).sum(1, keepdims=True) / mask.sum(1)[:, None, None]
         noise = np.where(mask[..., None], noise, 9)
-    found, same = logits(states, 1), logits(states + noise, 2)
+    found, same = logits(states, ends), logits(states + noise, others)
     if kind == "none":
         assert np.abs(found - same).max() > 0.01
     else:
         np.testing.assert_allclose(same, found, atol=1e-5)
         noise[:, -1] += 1
         noise[np.arange(2), [0, 2]] += 1
-        assert (np.abs(logits(states + noise, 1) - found).max((1, 2)) > 0.01).all()
+        assert (np.abs(logits(states + noise, ends) - found).max((1, 2)) > 0.01).all()
 
 
 @pairs
@@ -248,8 +250,8 @@ def test_the_decoder_sees_the_vector_alone(fields, kind):
 def test_caches_and_searches_see_the_vector_too(fields, kind):
     model, params = make(**fields, bottleneck=kind)
     targets, (source, mask) = tokens_of(2, 3, 6), left_padded([9, 4, 1], 9)
-    whole, _ = model.apply({"params": params}, targets, source, mask)
-    _, cache = model.prefill(params, source, np.array([9, 4, 1]), 6)
+    whole, _ = apply(model, params, targets, source, mask)
+    _, cache = prefill(model, params, source, np.array([9, 4, 1]), 6)
     decode, parts = jax.jit(model.decode), []
     for piece in (targets[:, :2], *(targets[:, i : i + 1] for i in range(2, 6))):
         logits, cache = decode(params, piece, cache)
@@ -266,7 +268,7 @@ def test_the_vector_is_of_the_real_tokens(fields):
     found = {}
     for kind in ("none", "mean", "first"):
         model, params = make(**fields, bottleneck=kind)
-        vector = partial(model.apply, {"params": params}, method="vector")
+        vector = partial(apply, model, params, method="vector")
         alone, long = tokens_of(1, 1, 4), tokens_of(2, 1, 7)
         padding = np.full((1, 3), 5, np.int32)
         for row in ([alone, padding], [padding, alone]):
@@ -276,7 +278,7 @@ def test_the_vector_is_of_the_real_tokens(fields):
                 found[kind] = vector(both, mask)
                 np.testing.assert_allclose(found[kind], np.concatenate([vector(alone), vector(long)]), atol=1e-5)
         if kind == "none":
-            states = model.apply({"params": params}, long, method="encode")[0]
+            states = apply(model, params, long, method="encode")[0]
             expected = {"mean": states.mean(0), "first": states[0]}
             expected_params = params
         elif "lstm" != fields["architecture"] or fields.get("lstm_start") == "zeros":

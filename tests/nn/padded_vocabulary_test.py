@@ -30,7 +30,7 @@ def test_loss_and_gradients_are_those_of_torch_over_the_real_vocabulary(seed):
         options = chunks, float(z_loss), float(smoothing), float(softcap), PADDING
         return nn.chunked_cross_entropy(hidden, kernel, targets, weights, bias if has_bias else None, *options)
 
-    (objective, nll), gradients = jax.value_and_grad(ours, (0, 1, 2), has_aux=True)(hidden, kernel, bias)
+    (objective, nll), gradients = jax.jit(jax.value_and_grad(ours, (0, 1, 2), has_aux=True))(hidden, kernel, bias)
 
     x, w, b = (torch.tensor(a, requires_grad=True) for a in (hidden, kernel, bias))
     logits = x @ w[:, :REAL] + (b[:REAL] if has_bias else 0 * b[:REAL])

@@ -26,6 +26,9 @@ MODELS = {
 }
 
 
+quantize, dequantize = jax.jit(peft.quantize_params, static_argnums=1), jax.jit(peft.dequantize_params)
+
+
 def is_packed(x):
     return isinstance(x, Quantized)
 
@@ -37,9 +40,9 @@ def is_packed(x):
 )  # fmt: skip
 def test_outputs_and_replies_are_those_of_the_dequantised_model(name, kind, prompts):
     model = nanoflax.build(MODELS[name])
-    packed = peft.quantize_params(nanoflax.init(model, jax.random.key(0)), kind)
+    packed = quantize(nanoflax.init(model, jax.random.key(0)), kind)
     assert sum(map(is_packed, jax.tree.leaves(packed, is_leaf=is_packed))) > (1 if name == "lstm" else 5)
-    plain = peft.dequantize_params(packed)
+    plain = dequantize(packed)
     tokens = jnp.asarray([[3, 4, 5, 6], [7, 8, 9, 1]])
     source = {"source": tokens[:, ::-1]} if model.config.reads_source else {}
     ours, theirs = (apply(model, params, tokens, **source)[0] for params in (packed, plain))
@@ -73,11 +76,11 @@ def test_gradients_of_adapters_are_those_over_the_dequantised_base(kind, adapter
         loss = lambda trained: jnp.square(model.apply({"params": peft.join(trained, frozen)}, tokens)[0]).sum()
         return jax.jit(jax.grad(loss))(trained)
 
-    ours, theirs = map(jax.tree.leaves, (gradients(packed), gradients(peft.dequantize_params(packed))))
+    ours, theirs = map(jax.tree.leaves, (gradients(packed), gradients(dequantize(packed))))
     scale = max(float(jnp.abs(x).max()) for x in theirs)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * scale)
-    merged, plain = peft.merge(packed), peft.merge(peft.dequantize_params(packed))
+    merged, plain = peft.merge(packed), peft.merge(dequantize(packed))
     np.testing.assert_array_equal(*(tree["decoder"]["block_0"]["mlp"]["up"]["kernel"] for tree in (merged, plain)))
 
 
@@ -93,7 +96,7 @@ def on_a_mesh():
     mesh, tokens, found = parallel.make_mesh("2,2,2"), jnp.ones((4, 8), jnp.int32), {}
     for name, kind in (("untied", "int4"), ("experts", "int8")):
         model = nanoflax.build(dataclasses.replace(MODELS[name], vocab_size=64, mlp_dim=128, dim=64))
-        packed = peft.quantize_params(nanoflax.init(model, jax.random.key(0)), kind)
+        packed = quantize(nanoflax.init(model, jax.random.key(0)), kind)
         apply = jax.jit(lambda params, model=model: model.apply({"params": params}, tokens)[0])
         one, split = apply(packed), parallel.put_params(packed, mesh)
         with jax.set_mesh(mesh):

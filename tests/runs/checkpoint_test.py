@@ -24,6 +24,7 @@ from nanoflax import runs
 from nanoflax.errors import UserError
 from nanoflax.runs import Checkpoints, checkpoint, manifest, orbax_io
 from nanoflax.runs.lock import WorkdirLock
+from tests import processes
 
 ROOT = str(pathlib.Path(__file__).resolve().parents[2])
 
@@ -346,7 +347,7 @@ def test_a_state_of_another_shape_is_refused_with_its_differences(two_steps):
 def test_a_kill_at_any_time_leaves_a_directory_to_resume_from(tmp_path):
     code = """
         import sys
-        from checkpoint_test import *
+        from tests.runs.checkpoint_test import *
         with Checkpoints(sys.argv[1]) as checkpoints, WorkdirLock(sys.argv[1]):
             step = 0
             if checkpoints.latest() is not None:
@@ -359,16 +360,23 @@ def test_a_kill_at_any_time_leaves_a_directory_to_resume_from(tmp_path):
                 checkpoints.save(step, make_state(step, 20_000), {"position": step})
                 print(step, flush=True)
     """
+
+    def printed(child, least):
+        """The steps that a child has printed, when there are so many, however slow it is."""
+        while child.out.read_text().count("\n") < least and child.poll() is None:
+            time.sleep(0.005)
+        return [int(line) for line in child.out.read_text().splitlines()]
+
     rng, saved = random.Random(0), 0
     for _ in range(6):
-        child = run(code, tmp_path, wait=False)
-        first = int(child.stdout.readline())
+        child = processes.start(["-c", textwrap.dedent(code), tmp_path])
         # `save` of a step first commits the one before it, so that one may not be lost.
-        assert saved - 1 <= first <= saved + 1
-        lines = [child.stdout.readline() for _ in range(rng.randint(2, 5))]  # however slow it is
+        assert saved - 1 <= printed(child, 1)[0] <= saved + 1
+        printed(child, 1 + rng.randint(2, 5))
         time.sleep(rng.uniform(0.0, 0.1))
         child.kill()
-        saved = int([*lines, *child.communicate()[0].split()][-1])
+        child.wait()
+        saved = printed(child, 1)[-1]
     assert saved > 6
     with Checkpoints(tmp_path, log=pytest.fail) as checkpoints:
         _, meta = checkpoints.restore(abstract(make_state(0, 20_000)))

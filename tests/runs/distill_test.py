@@ -120,6 +120,17 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, teacher):
     assert [m["on_policy"] for m in plain("whole") if "loss" in m] == [0, 1, 1, 0]
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A directory with a teacher, an encoder, and a decoder with another vocabulary."""
+    directory = tmp_path_factory.mktemp("models")
+    write_model(directory / "teacher")
+    write_model(directory / "encoder", config=ModelConfig(**SIZES, architecture="encoder", head="mlm"))
+    pieces = tokenizers.train_sentencepiece(["alpha beta gamma delta"] * 9, 275)
+    write_model(directory / "pieces", config=ModelConfig(**SIZES | {"vocab_size": 275}), tokenizer=pieces)
+    return directory
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -141,18 +152,15 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path, teacher):
         ({"beta": 0.3}, "^task.beta=0.3 has no effect with task.divergence='forward_kl'"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_is_compiled(tmp_path, teacher, change, words, monkeypatch):
+def test_mistakes_are_one_line_before_anything_is_compiled(models, change, words, monkeypatch):
     monkeypatch.setattr(trainer.Trainer, "__init__", lambda *_: pytest.fail("a run began"))
-    write_model(tmp_path / "encoder", config=ModelConfig(**SIZES, architecture="encoder", head="mlm"))
-    pieces = tokenizers.train_sentencepiece(["alpha beta gamma delta"] * 9, 275)
-    write_model(tmp_path / "pieces", config=ModelConfig(**SIZES | {"vocab_size": 275}), tokenizer=pieces)
-    change = {name: x.format(tmp_path) if isinstance(x, str) else x for name, x in change.items()}
-    config = a_config(tmp_path)
+    change = {name: x.format(models) if isinstance(x, str) else x for name, x in change.items()}
+    config = a_config(models)
     data = dataclasses.replace(config.data, tokenizer="bytes")
     config = dataclasses.replace(config, data=data, task=dataclasses.replace(config.task, **change))
     with pytest.raises(UserError, match=words) as error:
-        nanoflax.finetune(config=config, workdir=str(tmp_path / "run"))
-    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+        nanoflax.finetune(config=config, workdir=str(models / "run"))
+    assert "\n" not in str(error.value) and not (models / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from nanoflax.config import Config, ExampleData, LoRA, ModelConfig, OptimConfig,
 from nanoflax.errors import UserError
 from nanoflax.runs import reference
 from tests import processes
+from tests.compiled import apply
 
 BYTES = tokenizers.ByteTokenizer()
 SIZES = dict(
@@ -235,7 +236,7 @@ def test_a_reward_model_learns_and_gives_the_scores_of_transformers(inputs, tmp_
     assert run.rewards([]).shape == (0,)
     chat = [{"role": "user", "content": "3+4"}, {"role": "assistant", "content": "7"}]
     ids, _ = tokenizers.chat_ids(BYTES, chat)
-    score = float(run.model.apply({"params": run.params}, np.asarray([ids]))[0, 0])
+    score = float(apply(run.model, run.params, np.asarray([ids]))[0, 0])
     assert run.rewards([chat, texts[0]]).tolist() == pytest.approx([score, float(scores[0])], abs=1e-5)
 
     run.save_pretrained(tmp_path / "exported")

@@ -15,6 +15,7 @@ from nanoflax import tokenizers
 from nanoflax.serve import Finish, Request, Token, checks, schemas
 from nanoflax.serve.errors import ApiError
 from nanoflax.serve.replies import Choice
+from tests.compiled import apply
 from tests.serve.servers import until
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -109,7 +110,7 @@ def test_log_probabilities_have_the_forms_of_both_apis(client, run):
     [choice] = client.completions.create(**ask, prompt="ab cd", logprobs=3, echo=True).choices
     found, ids = choice.logprobs, run.tokenizer.encode("ab cd")
     assert choice.text.startswith("ab cd") and len(found.tokens) >= len(ids) + 1
-    logits = run.model.apply({"params": run.params}, jax.numpy.array([ids]))[0][0]
+    logits = apply(run.model, run.params, jax.numpy.array([ids]))[0][0]
     known = jax.nn.log_softmax(logits)
     assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
     for i, token in enumerate(ids[1:]):
@@ -135,7 +136,7 @@ def test_a_prompt_as_long_as_the_context_is_scored(client, run):
     ids = [97 + i % 9 for i in range(context)]
     ask = lambda ids, new: client.completions.create(model="tiny", prompt=ids, max_tokens=new, echo=True, logprobs=0)
     found = ask(ids, 0).choices[0].logprobs.token_logprobs
-    logp = jax.nn.log_softmax(run.model.apply({"params": run.params}, jax.numpy.array([ids]))[0][0])
+    logp = jax.nn.log_softmax(apply(run.model, run.params, jax.numpy.array([ids]))[0][0])
     assert found[1:] == pytest.approx([float(logp[i, x]) for i, x in enumerate(ids[1:])], abs=2e-5)
     for wrong, new in ((ids, 1), ([*ids, 97], 0)):
         with pytest.raises(openai.BadRequestError) as error:

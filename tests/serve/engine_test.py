@@ -18,6 +18,7 @@ from nanoflax.errors import UserError
 from nanoflax.serve import Engine, Finish, Request, attention
 from nanoflax.serve.compiler import Compiler
 from nanoflax.serve.programs import FILTERS, Programs
+from tests.compiled import apply
 from tests.generate import beams_test
 from tests.generate.sampling_test import make
 
@@ -146,7 +147,7 @@ def test_log_probabilities_equal_those_of_score(decoder):
     ids = [token.id for token in tokens]
     assert ids[: len(prompt)] == prompt and len(ids) == len(prompt) + 8
     assert [token.of_prompt for token in tokens] == [True] * len(prompt) + [False] * 8
-    logits, _ = model.apply({"params": params}, np.array([ids]))
+    logits, _ = apply(model, params, np.array([ids]))
     logp = np.asarray(jax.nn.log_softmax(logits[0]))
     assert tokens[0].log_probability is None
     for i, token in enumerate(tokens[1:]):

@@ -17,6 +17,8 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
+from tests import processes
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NOTEBOOKS = {path.stem: path for path in (ROOT / "experiments" / "colab").glob("*.ipynb")}
 PROMPT = "The function returns"
@@ -28,9 +30,8 @@ def execute(name, **parameters):
     (at,) = (i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", ()))
     values = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
     book.cells.insert(at + 1, nbformat.v4.new_code_cell(values))
-    return NotebookClient(
-        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
-    ).execute()
+    client = NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+    return client.execute(env=processes.quick())
 
 
 def outputs(book):
