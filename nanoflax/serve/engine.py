@@ -1,8 +1,8 @@
 """The engine: requests come at any time and share one batch of slots, which decode a token each in every step.
 
-Between two steps a piece of one waiting prompt is read. The next step starts before the tokens of the last one are
-read, except where a constraint must see them first. A prompt that needs a function that is not compiled yet lets the
-next prompts pass; one more of them than there are slots may wait so.
+Between two steps a piece of one waiting prompt is read: in turn of the first one and of the shortest. The next step
+starts before the tokens of the last one are read, except where a constraint must see them first. A prompt that needs a
+function that is not compiled yet lets the others pass; one more of them than there are slots may wait so.
 """
 
 import collections
@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from nanoflax import generate, tokenizers
@@ -23,7 +22,7 @@ from nanoflax.generate import Filters
 from nanoflax.nn import LanguageModel
 from nanoflax.serve import attention
 from nanoflax.serve.prefixes import Prefixes
-from nanoflax.serve.programs import FILTERS, PADDED, PENALTIES, Programs, context_of
+from nanoflax.serve.programs import FILTERS, PADDED, Programs, context_of
 from nanoflax.serve.requests import Finish, Request, Ticket, Token, check, token_of
 
 PREFIXES = 4  # prompts whose caches are kept
@@ -34,6 +33,7 @@ class _Reply:
     """A ticket whose prompt is read, or that has a slot."""
 
     ticket: Ticket
+    left: int  # tokens of the prompt that are not read yet
     slot: int = -1  # none yet
     text: int = 0  # tokens before the first new one
     least: int = 0  # the smallest size of the cache, for a source
@@ -82,6 +82,7 @@ class Engine:
         self._closing = self._cancelling = False
         self._replies: list[_Reply | None] = [None] * slots
         self._waiting: collections.deque[Ticket] = collections.deque()
+        self._shortest = True  # whether the shortest prompt had its turn last
         self._reading: dict[int, tuple[_Reply, Iterator[bool]]] = {}  # prompts that are read, by the id of the reply
         self._pending: collections.deque = collections.deque()  # (replies, tokens, scores) of the steps that started
         self._filters: Filters | None = None  # on the device; None: they must be made again
@@ -95,8 +96,7 @@ class Engine:
                 stack.callback(self._programs.compiler.close)
                 self._prefixes = Prefixes(self._prefixes_kept, self._programs.exact, PADDED)
                 self._state = self._programs.start()
-                self._no_filters = jax.device_put(self._programs.no_filters())
-                self._make_filters()  # compiles the conversions of numbers, here and in `submit`
+                self._programs.filters([None] * self.slots)  # compiles the conversions of numbers, here and in `submit`
                 generate.make_filters(temperature=[1])
                 stack.pop_all()
         self._thread.start()
@@ -174,7 +174,7 @@ class Engine:
             wait, ticket = False, self._queue.get()
             if ticket is not None:  # None: the engine closes
                 self._waiting.append(ticket)
-                self.counts["requests"] += 1
+                ticket.number = self.counts["requests"] = self.counts["requests"] + 1
 
     def _cancel(self):
         """Drop the tickets that were cancelled."""
@@ -208,15 +208,25 @@ class Engine:
     # Prompts.
 
     def _read_piece(self):
-        """Read a piece of the first prompt that can go on, if there is one. Returns whether there was."""
-        for _, pieces in [*self._reading.values()]:
+        """Read a piece of a prompt that can go on, if there is one. Returns whether there was.
+
+        In turn this is the first prompt and the one with the fewest tokens left: a short prompt does not wait for long
+        ones, which get every second piece. A prompt for the smallest cache passes those that wait for a function.
+        """
+        self._shortest, found = not self._shortest, [*self._reading.values()]
+        if self._waiting and self.active < self.slots:
+            lengths = [len(ticket.request.prompt) for ticket in self._waiting]
+            i = lengths.index(min(lengths)) if self._shortest else 0
+            if len(found) <= self.slots + (lengths[i] < self._programs.sizes[0]):
+                reply = _Reply(self._waiting[i], lengths[i])
+                found.append((reply, self._pieces(reply)))
+        for reply, pieces in sorted(found, key=lambda pair: pair[0].left if self._shortest else pair[0].ticket.number):
+            if id(reply) not in self._reading:
+                del self._waiting[i]
+                self._reading[id(reply)] = reply, pieces
             if next(pieces, True):
                 return True
-        if not self._waiting or self.active == self.slots or len(self._reading) > self.slots:
-            return False
-        reply = _Reply(self._waiting.popleft())
-        self._reading[id(reply)] = reply, (pieces := self._pieces(reply))
-        return next(pieces, True)
+        return False
 
     def _pieces(self, reply):
         """Reads a prompt and puts it into a slot. Yields True after each piece, and False while it must wait for a slot
@@ -274,6 +284,7 @@ class Engine:
                 yield False
             cache, found = p.piece(cache, prompt, at, n, r.prompt_log_probabilities)
             at = min(at + n, end)
+            reply.left = last - at
             scores.append(found)
             self.counts["pieces"] += 1
             if at == end < last:
@@ -325,7 +336,8 @@ class Engine:
         if not self.active:
             return False
         if self._filters is None:
-            self._filters, self._wanted = self._make_filters()
+            requests = [reply and reply.ticket.request for reply in self._replies]
+            self._filters, self._wanted = self._programs.filters(requests)
         replies, filters = [*self._replies], self._filters
         filters = filters if allowed is None else filters._replace(allowed=allowed)
         self._state, (tokens, scores) = self._programs.step(self._state, filters, self._wanted)
@@ -339,37 +351,21 @@ class Engine:
 
     def _allowed(self):
         """Packed bits [slots, W] of the tokens that may come next, or None if no reply has a constraint."""
-        rows = None
+        rows, shape = None, self._programs.all_allowed.shape
         for reply in filter(None, self._replies):
             if constraint := reply.ticket.request.constraint:
                 try:
                     bits = np.asarray(constraint.allowed(), np.uint32)
-                    bits = np.pad(bits, (0, self._no_filters.allowed.shape[1] - len(bits)))
+                    bits = np.pad(bits, (0, shape[1] - len(bits)))
                 except Exception as error:  # such as a schema that needs too much work; the other replies go on
                     self._finish(reply, "refused", str(error))
                     continue
                 if not bits.any():
                     self._finish(reply, "stop")
                     continue
-                rows = np.full(self._no_filters.allowed.shape, ~np.uint32(0)) if rows is None else rows
+                rows = np.full(shape, ~np.uint32(0)) if rows is None else rows
                 rows[reply.slot] = bits
         return rows
-
-    def _make_filters(self):
-        """(the Filters of the replies in the slots, whose log-probabilities are wanted)."""
-        requests = [reply and reply.ticket.request for reply in self._replies]
-        settings = {name: [getattr(r, name) if r else generate.NO_EFFECT[name] for r in requests] for name in FILTERS}
-        added = {name: np.array([r and getattr(r, name) or 0 for r in requests], np.float32) for name in PENALTIES}
-        none = self._no_filters
-        bias = none.logit_bias
-        if any(r and r.logit_bias for r in requests):
-            bias = np.zeros(bias.shape, np.float32)
-            for i, r in enumerate(requests):
-                if r and r.logit_bias:
-                    bias[i, [*r.logit_bias]] = [*r.logit_bias.values()]
-        made = self._programs.filters(settings)
-        wanted = np.array([r is not None and r.log_probabilities is not None for r in requests])
-        return made._replace(logit_bias=bias, allowed=none.allowed, **added), wanted
 
     def _finish_step(self, replies, tokens, scores):
         """Wait for a step, and send its tokens."""

@@ -8,7 +8,7 @@ model with a source also of its source, that a cache has room for.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from nanoflax.kernels import most_probable
 from nanoflax.nn import LanguageModel
 from nanoflax.serve import attention
 from nanoflax.serve.compiler import Compiler
+from nanoflax.serve.requests import Request
 
 CONTEXT = 4096  # tokens of a text by default, if the model has no smaller context
 PIECES = 64, 16, 4, 1  # tokens that one call reads of a prompt
@@ -80,6 +81,8 @@ class Programs:
         )  # of every function below
         self.params = self.on(lambda params: generate.decoding_params(model, params, slots))(params)
         self.model = generate.decoding_model(model, slots)
+        self.all_allowed = jax.device_put(np.full((slots, -(-c.vocab_size // 32)), ~np.uint32(0)))  # see Filters
+        self._no_bias = jax.device_put(np.zeros((slots, c.vocab_size), np.float32))
         self.virtual = 0 if c.reads_source else len(params["decoder"].get("prompt", ()))
         self.compiler = Compiler()
         self._one = {S: self._shapes(lambda params, S=S: self._empty(params, S), self.params) for S in self.sizes}
@@ -103,7 +106,8 @@ class Programs:
         i32, flag, key = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, bool, jnp.int32))
         row = jax.ShapeDtypeStruct((self.sizes[-1],), jnp.int32)
         source = row if self.reads_source else None
-        filters, wanted = numbers(jax.tree.map(jnp.asarray, self.no_filters())), np.zeros(self.slots, bool)
+        filters, wanted = self.filters([None] * self.slots)
+        filters = numbers(jax.tree.map(jnp.asarray, filters))
         found, params = {}, self.params
         for S in self.sizes:
             for n in self.pieces:
@@ -163,19 +167,23 @@ class Programs:
 
     # The state of the slots.
 
-    def no_filters(self) -> Filters:
-        """Filters [slots] without a bias and a constraint."""
-        B, words = self.slots, -(-self.model.config.vocab_size // 32)
-        bias = np.zeros((B, self.model.config.vocab_size), np.float32)
-        none = dict.fromkeys(PENALTIES, np.zeros(B, np.float32))
-        made = self.filters(dict(temperature=[0] * B))
-        return made._replace(logit_bias=bias, allowed=np.full((B, words), ~np.uint32(0)), **none)
-
-    def filters(self, settings: dict[str, list[Any]]) -> Filters:
-        """Filters with an array [slots] for each setting that a Request may have."""
+    def filters(self, requests: Sequence[Request | None]) -> tuple[Filters, Bool[np.ndarray, " B"]]:
+        """(Filters with an array [slots] in every field for the requests in the slots, whose log-probabilities are
+        wanted)."""
+        settings = {name: [getattr(r, name) if r else generate.NO_EFFECT[name] for r in requests] for name in FILTERS}
         made = generate.make_filters(**settings, defaults=self.model.config.generation)
         off = {name: x for name, x in generate.NO_EFFECT.items() if name in FILTERS and getattr(made, name, 0) is None}
-        return made._replace(**{name: np.full(self.slots, x, np.float32) for name, x in off.items()})
+        values = {name: [x] * len(requests) for name, x in off.items()}
+        values |= {name: [r and getattr(r, name) or 0 for r in requests] for name in PENALTIES}
+        more: dict[str, Any] = {name: np.array(x, np.float32) for name, x in values.items()}
+        more |= {"allowed": self.all_allowed, "logit_bias": self._no_bias}
+        if any(r and r.logit_bias for r in requests):
+            more["logit_bias"] = bias = np.zeros(self._no_bias.shape, np.float32)
+            for i, r in enumerate(requests):
+                if r and r.logit_bias:
+                    bias[i, [*r.logit_bias]] = [*r.logit_bias.values()]
+        wanted = np.array([r is not None and r.log_probabilities is not None for r in requests])
+        return made._replace(**more), wanted
 
     def start(self) -> Generation:
         """Empty slots of the smallest size."""

@@ -86,6 +86,7 @@ class Ticket:
     request: Request
     receive: Callable[[Any], None]
     cancelled: bool = False
+    number: int = 0  # in the order in which the engine received them
 
     def cancel(self) -> None:
         """Free the slot at the next step. The Finish follows."""

@@ -1,6 +1,7 @@
 """The engine: every reply equals `sample` alone, whatever arrives when, and nothing compiles or is lost."""
 
 import contextlib
+import functools
 import gc
 import os
 import queue
@@ -338,6 +339,33 @@ def test_caches_grow_and_shrink_with_the_texts():
     assert found == alone(model, params, [reply.request for reply in replies])
 
 
+def test_short_prompts_do_not_wait_for_long_ones_which_get_half_of_the_pieces():
+    model, params = make(context=600, positions="rotary")
+    draw, pieces, done = np.random.default_rng(0), {}, queue.SimpleQueue()
+    prompts = [draw.integers(0, V, n).tolist() for n in [500] * 4 + [20] * 20]
+    with Engine(model, params, None, slots=3) as engine:
+        for name in [*engine._programs.compiler._found]:
+            engine._programs.compiler.get(*name)
+
+        def receive(i, event):
+            pieces.setdefault(i, engine.counts["pieces"])
+            if isinstance(event, Finish):
+                done.put(i)
+
+        def submit_all(event):  # in the thread of the engine, so that all come at once
+            if isinstance(event, Finish):
+                pieces["before"] = engine.counts["pieces"]
+                for i, prompt in enumerate(prompts):
+                    engine.submit(Request(prompt, 1), functools.partial(receive, i))
+
+        engine.submit(Request([1], 1), submit_all)
+        for _ in prompts:
+            done.get(timeout=120)
+    first = {i: n - pieces["before"] for i, n in pieces.items()}
+    assert first[4] <= 3 and first[6] <= 12  # a short one has two pieces, a long one eight
+    assert 12 <= first[0] <= 18 and first[1] <= 36  # while short ones wait
+
+
 def test_a_long_text_that_comes_first_waits_alone_and_for_its_own_functions(monkeypatch):
     """Functions for long texts are compiled only after a signal: short texts go on, and the compiler is the only thread
     that compiles."""
@@ -355,7 +383,7 @@ def test_a_long_text_that_comes_first_waits_alone_and_for_its_own_functions(monk
 
     monkeypatch.setattr(Compiler, "add", gated)
     model, params = make(layers=1, dim=8, heads=2, context=1100, positions="rotary")
-    prompts = [np.random.default_rng(i).integers(0, V, n).tolist() for i, n in enumerate((1050, 700, 30, 20))]
+    prompts = [np.random.default_rng(i).integers(0, V, n).tolist() for i, n in enumerate((1050, 700, 900, 800, 30, 20))]
     with Engine(model, params, None, slots=2) as engine, contextlib.ExitStack() as stack:
         assert engine._programs.sizes == (256, 1024, 1104)
         stack.callback(opened.set)
@@ -363,8 +391,8 @@ def test_a_long_text_that_comes_first_waits_alone_and_for_its_own_functions(monk
         listen = lambda event, *_, **__: threads.add(threading.current_thread().name) if "backend" in event else None
         jax.monitoring.register_event_duration_secs_listener(listen)
         stack.callback(jax.monitoring.unregister_event_duration_listener, listen)
-        long = [Reply(engine, prompt=prompt, temperature=0) for prompt in prompts[:2]]
-        short = [Reply(engine, prompt=prompt, temperature=0) for prompt in prompts[2:]]
+        long = [Reply(engine, prompt=prompt, temperature=0) for prompt in prompts[:4]]
+        short = [Reply(engine, prompt=prompt, temperature=0) for prompt in prompts[4:]]
         found = [reply.ids() for reply in short]
         assert engine.counts["pieces"] > 2 * 256 / 64  # the long ones have read what they can
         gone = Reply(engine, prompt=prompts[0][1:])
@@ -382,9 +410,9 @@ def test_a_long_text_that_comes_first_waits_alone_and_for_its_own_functions(monk
 def test_an_interruption_of_the_start_ends_the_compiler(monkeypatch):
     """A process that ends while a thread of it compiles is aborted."""
     before = {*threading.enumerate()}
-    for name in ("start", "no_filters"):
+    for name in ("start", "filters"):
         with monkeypatch.context() as patch:
-            patch.setattr(Programs, name, lambda self: 1 / 0)
+            patch.setattr(Programs, name, lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError), Engine(*make(context=600), None):
                 pass
         assert {*threading.enumerate()} <= before
