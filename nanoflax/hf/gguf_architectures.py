@@ -198,6 +198,7 @@ ARCHITECTURES = (
                  present={"attention_bias": "blk.0.attn_q.bias", "use_qk_norm": "blk.0.attn_q_norm.weight"},
                  constants=_SIGMOID),
     Architecture("ernie4_5-moe", "ernie4_5_moe", _ERNIE),
+    # Written with one tensor for keys and values, which llama.cpp reads too.
     Architecture("deepseek2", "deepseek_v2", {a: b for a, b in _LATENT.items() if a != "norm_topk_prob"}, _latent,
                  constants={"LLM.EXPERT_GATING_FUNC": 1, "LLM.EXPERT_WEIGHTS_NORM": False}),
     Architecture(
