@@ -49,7 +49,7 @@ _LATENT = _GROUPED | {
     # Of a head, in files whose keys and values are latent vectors.
     "key_length": "Attention.KEY_LENGTH_MLA",
     "value_length": "Attention.VALUE_LENGTH_MLA",
-    "mscale_tenth": "Rope.SCALING_YARN_LOG_MUL",
+    "yarn_log_multiplier": "Rope.SCALING_YARN_LOG_MUL",
 }
 _ERNIE = _FIELDS | {
     "moe_num_experts": "LLM.EXPERT_COUNT",
@@ -159,7 +159,7 @@ def _glm4_moe(hf):
 def _latent(hf):
     rope, K = hf["rope_scaling"], hf.get("key_length", hf["head_dim"])
     if rope["rope_type"] == "yarn":  # without the multiplier llama.cpp has another factor of cosines
-        strength = 10 * hf["mscale_tenth"]
+        strength = 10 * hf["yarn_log_multiplier"]
         rope = rope | {"mscale": strength, "mscale_all_dim": strength}
     return {
         "rope_scaling": rope,
