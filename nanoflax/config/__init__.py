@@ -7,7 +7,7 @@
 from nanoflax.config import fields
 from nanoflax.config.data import DataConfig, ExampleData, TextData
 from nanoflax.config.fields import as_kind, diff, from_dict, to_dict, validate
-from nanoflax.config.generation import CACHE_DTYPES, OF_LENGTH, OF_SAMPLING, QUANTIZE, GenerationDefaults
+from nanoflax.config.generation import CACHE_DTYPES, COLDEST, OF_LENGTH, OF_SAMPLING, QUANTIZE, GenerationDefaults
 from nanoflax.config.layers import (
     LAYER_TYPES,
     RECURRENT,
@@ -63,14 +63,14 @@ from nanoflax.config.task import (
 )
 
 __all__ = [
-    "CACHE_DTYPES", "GRPO", "LAYER_TYPES", "LSTM_ATTENTIONS", "LSTM_STARTS", "MAX_SEED", "METRICS", "OF_LENGTH",
-    "OF_SAMPLING", "OPTIMIZERS", "PEFT_KINDS", "POSITIONS", "PREFERENCE_LOSSES", "PRESETS", "QUANTIZE", "RECIPES",
-    "RECIPE_FIELDS", "RECURRENT", "ROPE_SCALINGS", "SCHEDULES", "TASK_KINDS", "AdaLoRA", "AnyPeft", "AnyTask",
-    "Classify", "Config", "DataConfig", "Denoise", "Distill", "DistillChat", "DistillTask", "DoRA", "ExampleData",
-    "ExampleTask", "FullFineTuning", "GenerationDefaults", "Houlsby", "Instruct", "LabelTask", "LanguageModel",
-    "LatentConfig", "LoRA", "LowRank", "MaskedLM", "MoEConfig", "ModelConfig", "OptimConfig", "PackedTask",
-    "PairTask", "PeftConfig", "Pfeiffer", "Prefer", "PrefixTuning", "Pretrain", "PromptTuning", "Recipe",
-    "RecurrentConfig", "RewardModel", "RopeConfig", "ShiftTask", "Tag", "TargetTask", "TextData", "TrainConfig",
-    "Translate", "as_kind", "diff", "fields", "fill", "from_dict", "preset", "read_class_weights", "recipe_of",
-    "to_dict", "validate", "with_recipe",
+    "CACHE_DTYPES", "COLDEST", "GRPO", "LAYER_TYPES", "LSTM_ATTENTIONS", "LSTM_STARTS", "MAX_SEED", "METRICS",
+    "OF_LENGTH", "OF_SAMPLING", "OPTIMIZERS", "PEFT_KINDS", "POSITIONS", "PREFERENCE_LOSSES", "PRESETS", "QUANTIZE",
+    "RECIPES", "RECIPE_FIELDS", "RECURRENT", "ROPE_SCALINGS", "SCHEDULES", "TASK_KINDS", "AdaLoRA", "AnyPeft",
+    "AnyTask", "Classify", "Config", "DataConfig", "Denoise", "Distill", "DistillChat", "DistillTask", "DoRA",
+    "ExampleData", "ExampleTask", "FullFineTuning", "GenerationDefaults", "Houlsby", "Instruct", "LabelTask",
+    "LanguageModel", "LatentConfig", "LoRA", "LowRank", "MaskedLM", "MoEConfig", "ModelConfig", "OptimConfig",
+    "PackedTask", "PairTask", "PeftConfig", "Pfeiffer", "Prefer", "PrefixTuning", "Pretrain", "PromptTuning",
+    "Recipe", "RecurrentConfig", "RewardModel", "RopeConfig", "ShiftTask", "Tag", "TargetTask", "TextData",
+    "TrainConfig", "Translate", "as_kind", "diff", "fields", "fill", "from_dict", "preset", "read_class_weights",
+    "recipe_of", "to_dict", "validate", "with_recipe",
 ]  # fmt: skip

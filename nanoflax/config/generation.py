@@ -11,6 +11,7 @@ from nanoflax.errors import UserError
 
 MOST_TOKENS = 2**31  # ids and numbers of tokens are int32
 LARGE = 1e38  # near the largest float32
+COLDEST = 1e-20  # logits over a lower temperature may exceed float32; sampling takes it as 0
 # How `open` packs a model. "file": as in a .gguf file, for the matrices; programs offer these before they import JAX.
 QUANTIZE = ("", "int8", "int4", "file")
 CACHE_DTYPES = ("", "int8")

@@ -4,6 +4,7 @@ import dataclasses
 from typing import ClassVar, NamedTuple
 
 from nanoflax.config.fields import field, kinds
+from nanoflax.config.generation import COLDEST
 
 NOISES = ("spans", "infilling", "none")
 TASK_PACKINGS = ("none", "best_fit")
@@ -241,7 +242,7 @@ class DistillTask(PackedTask):
         choices=DIVERGENCES,
     )
     beta: float = field(0.5, "jsd: the teacher's share in the mixture of both.", within="(0, 1)")
-    temperature: float = field(1.0, "Divides the logits of both in the divergence.", above=0)
+    temperature: float = field(1.0, "Divides the logits of both in the divergence.", at_least=COLDEST)
     mix: float = field(0.0, "Share of the plain cross entropy in the objective.", within="[0, 1]")
     on_policy: float = field(
         0.0, "Share of the steps that train on continuations by the student itself (GKD).", within="[0, 1]"
@@ -300,7 +301,7 @@ class GRPO(TargetTask):
     )
     reward_seconds: float = field(10.0, "Longest time of a reward function.", unit="seconds", above=0)
     group: int = field(8, "Completions of a prompt; train.batch_size counts completions.", at_least=2)
-    temperature: float = field(1.0, "Temperature of completions.", above=0)
+    temperature: float = field(1.0, "Temperature of completions.", at_least=COLDEST)
     top_k: int = field(0, "Draw from the K most probable tokens; 0: all.", at_least=0)
     top_p: float = field(1.0, "Draw from the fewest tokens with this total probability.", within="(0, 1]")
     min_p: float = field(0.0, "Draw from tokens with this share of the highest probability.", within="[0, 1]")

@@ -9,6 +9,7 @@ from nanoflax.errors import UserError
 
 # llguidance reads a number exactly if its digits are an integer below this, and its power of ten is at most 22.
 EXACT = 2**53
+PLACES = 22
 DIGITS = 15  # every number with so many is read exactly
 _VALUES = {"const", "enum", "default", "example", "examples"}  # their parts are no schemas
 _NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}  # their keys are no keywords
@@ -64,8 +65,8 @@ def _problems(node: Any) -> Iterator[str]:
         return
     for name in _NUMBERS:
         for x in _leaves(node.get(name)):
-            if _is_number(x) and not _is_exact(x):
-                yield f"{name} has {x!r:.40}, which would be rounded: give a number below 2^53 with at most 15 digits"
+            if _is_number(x) and (right := _instead(x)):
+                yield f"{name} has {x!r:.40}, which would be rounded: give a number {right}"
             if isinstance(x, str) and _ESCAPED.search(x):
                 yield f"{name} has {x!r:.40}, with a control character that no text here can have"
     pattern = node.get("pattern")
@@ -116,11 +117,14 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _is_exact(x: float) -> bool:
+def _instead(x: float) -> str:
+    """What a number must be so that llguidance reads it exactly; empty if it does."""
     if x in (float("inf"), -float("inf")) or x != x:
-        return True  # no JSON, which the caller says
+        return ""  # no JSON, which the caller says
     _, digits, power = Decimal(repr(x)).as_tuple()
-    return abs(x) < EXACT and int("".join(map(str, digits))) < EXACT and abs(int(power)) <= 22
+    if abs(x) >= EXACT or int("".join(map(str, digits))) >= EXACT:
+        return f"below 2^53 with at most {DIGITS} digits"
+    return "" if int(power) >= -PLACES else f"with at most {PLACES} decimal places"
 
 
 def _is_number(x: Any) -> TypeGuard[float]:

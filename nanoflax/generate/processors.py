@@ -15,12 +15,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from nanoflax import kernels
-from nanoflax.config import OF_SAMPLING, GenerationDefaults, fields
+from nanoflax.config import COLDEST, OF_SAMPLING, GenerationDefaults, fields
 from nanoflax.errors import UserError
 
 Logits = Float[jax.Array, "B V"]
 OUT = -jnp.inf
-COLDEST = 1e-20  # logits over a lower temperature may exceed float32
 NO_DEFAULTS = GenerationDefaults()
 
 

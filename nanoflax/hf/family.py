@@ -27,7 +27,6 @@ _NAMES = FIELD_TYPES | {
 _MAX_SIZE = 2**31
 _MAX_CLASSES = 1_000_000
 
-
 Json = dict[str, Any]  # a parsed config.json
 Keys = Mapping[str, str | tuple]
 
@@ -117,7 +116,8 @@ def to_config(family: Family, hf: Json, head: str, max_layers: int = _MAX_SIZE) 
     """
     hf = family.defaults | {name: hf[other] for other, name in family.aliases.items() if other in hf} | hf
     ours: Json = {"head": head} | family.preset
-    problems: list[str] = []
+    flags = [field for field, x in family.defaults.items() if type(x) is bool and field not in family.fields]
+    problems = [wrong for field in flags if (wrong := _wrong_type(field, hf[field], bool | None, _MAX_SIZE))]
     for field, name in family.fields.items():
         value = hf.get(field)
         wrong = f"{field} is missing" if field not in hf else None

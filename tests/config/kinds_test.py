@@ -75,6 +75,7 @@ def test_a_part_of_a_configuration_is_validated_by_its_name():
         (LoRA(rank=0), "peft.rank=0 must be at least 1"),
         (MaskedLM(noise_rate=1.0), "task.noise_rate=1.0 must be in (0, 1)"),
         (MaskedLM(length=2.0), "task.length=2.0 must be an integer"),
+        (cfg.GRPO(temperature=1e-40), "task.temperature=1e-40 must be at least 1e-20"),
         (cfg.OptimConfig(clip=-1.0), "optim.clip=-1.0 must be at least 0"),
         (Config(task=LoRA()), "task=LoRA("),
     ]:

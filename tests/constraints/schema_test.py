@@ -181,7 +181,7 @@ def test_valid_texts_are_accepted_and_others_not(schema, right, wrong):
         ({"type": "integer", "minimum": 2**53 + 1}, "minimum has 9007199254740993, which would be rounded"),
         ({"type": "number", "maximum": 0.12345678901234568}, "at most 15 digits"),
         ({"items": {"enum": ["a", [-(2**60)]]}}, "enum has -1152921504606846976"),
-        ({"type": "number", "multipleOf": 1e-30}, "multipleOf has 1e-30"),
+        ({"multipleOf": 1e-30}, "multipleOf has 1e-30, which would be rounded: give a number with at most 22 decimal"),
         ({"const": {"a": "b\x7f"}}, "const has 'b\\x7f', with a control character"),
         ({"type": "string", "pattern": "^a\\x01b$"}, "has a control character"),
         ({"type": "string", "pattern": "^[\\u007f]\\+$"}, "has a control character"),

@@ -23,7 +23,7 @@ from nanoflax import hf, parallel, tokenizers
 from nanoflax.errors import UserError
 from nanoflax.generate import sample
 from nanoflax.hf import families, safetensors_io
-from nanoflax.hf.family import canonical, differences
+from nanoflax.hf.family import canonical, differences, to_config
 from nanoflax.nn import build, language_model
 from tests import processes
 from tests.compiled import apply
@@ -342,6 +342,7 @@ def test_unsupported_configurations_are_refused_by_name(saved):
         ("mbart", {"normalize_before": False}, "normalize_before"),
         ("mbart", {"decoder_start_token_id": "x"}, "start_id"),
         ("marian", {"decoder_vocab_size": 40}, "decoder_vocab_size"),
+        ("gpt_oss", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": "x"}}, "rope.truncate='x'"),
         ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu_limit=0.0"),
         ("gpt_oss", {"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
         ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, "quant_method='fp8'"),
@@ -354,6 +355,16 @@ def test_values_that_no_model_here_has_are_refused(case, changes, named, saved):
     hf.load(d)
     changed_config(d, **changes)
     assert named in refused(d)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_text_or_a_number_is_no_boolean(name):
+    family = families.FAMILIES[name]
+    names = [field for field, value in family.defaults.items() if isinstance(value, bool)]
+    for value in ("x", 1):
+        with pytest.raises(UserError) as caught:
+            to_config(family, dict.fromkeys(names, value), next(iter(family.classes)))
+        assert all(f"{field}={value!r} must be of type bool" in str(caught.value) for field in names)
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_all_named(saved):
