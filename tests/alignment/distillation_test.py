@@ -17,9 +17,6 @@ from tests.closeness import assert_trees_close
 from tests.compiled import apply
 from tests.parallel.mesh_test import run_child
 
-with warnings.catch_warnings(action="ignore"):  # that trl may change this class
-    from trl.experimental.gkd import GKDTrainer
-
 V, B, T = 37, 3, 8
 RNG = np.random.default_rng(0)
 STUDENT = ModelConfig(vocab_size=V, context=16, layers=1, dim=16, heads=2)
@@ -49,6 +46,8 @@ def logits_of(model, params, batch):
 
 def trl_loss(student, teacher, weights, beta, temperature):
     """trl's loss of GKD, a sum over the tokens with weight 1."""
+    with warnings.catch_warnings(action="ignore"):  # that trl may change this class
+        from trl.experimental.gkd import GKDTrainer  # takes two seconds, which collecting the tests need not wait for
     labels = torch.where(torch.tensor(weights) > 0, 1, -100)
     arguments = student, teacher, labels, beta, temperature
     return GKDTrainer.generalized_jsd_loss(*arguments, reduction="sum")

@@ -190,7 +190,7 @@ def test_one_process_holds_the_lease(place, monkeypatch):
     lease.release()
     begin = time.monotonic()
     storage.Lease(url).release()
-    assert time.monotonic() - begin < 1, "a released lease is free"
+    assert time.monotonic() - begin < 2, "a released lease is free"  # a held one would take the two seconds
     hold(url, "another-machine 17")
     begin = time.monotonic()
     lease = storage.Lease(url, log=said.append)

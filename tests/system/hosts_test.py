@@ -171,7 +171,7 @@ def test_a_peer_that_hangs_or_dies_ends_the_run_which_goes_on_exactly(whole, hom
     stopped.child.wait()
 
     # Where the other waits at a barrier, not in a collective, it is the heartbeat that tells.
-    other, killed = pair = start(pretrain(home, workdir), home, "kill", lambda i: ["--heartbeat_seconds=25"])
+    other, killed = pair = start(pretrain(home, workdir), home, "kill", lambda i: ["--heartbeat_seconds=12"])
     wait_for(lambda: lines() >= 6, pair)
     killed.child.kill()
     status, _, error = other.wait(60)
