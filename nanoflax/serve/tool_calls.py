@@ -85,17 +85,16 @@ class ToolCalls:
 def _block(text: str, begin: int, last: bool) -> tuple[int, dict[str, Any] | None] | None:
     """(where the block at a marker <tool_call> ends, the call in it or None); None: more text will decide it."""
     start = next(_BEGINS.finditer(text, begin)).end()
-    marker = next((m for m in _STRING_OR_MARKER.finditer(text, start) if m[1]), None)
-    if marker is None and not last:
+    first = _MARKER.search(text, start)
+    marker = first and next((m for m in _STRING_OR_MARKER.finditer(text, start) if m[1]), None)
+    if not marker and not last:
         return None
-    stop, end = (marker.start(), marker.end()) if marker else (len(text) - _begun(text, END), len(text))
-    call = _call(text[start:stop])
-    if call is None:  # perhaps no JSON: then markers in its strings count too
-        marker = _MARKER.search(text, start)
-        end = marker.end() if marker else len(text)
-    if marker and marker[0] == BEGIN:
-        end = len(text[: marker.start()].rstrip())  # the next block
-    return end, call
+    call = _call(text[start : marker.start() if marker else len(text) - _begun(text, END)])
+    if call is None:  # perhaps no JSON: then a marker in its strings counts too
+        marker = first
+    if marker and marker[0] == BEGIN:  # of the next block
+        return len(text[: marker.start()].rstrip()), call
+    return (marker.end() if marker else len(text)), call
 
 
 def _begun(text: str, marker: str) -> int:
