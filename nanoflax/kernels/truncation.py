@@ -25,7 +25,7 @@ def truncate_by_rank(logits: Logits, top_k: Number, outside_top_p: Number) -> Lo
 
     outside_top_p: 1 - p in float32, off: 0. Both are scalars, or None: not computed; or both are arrays [B, 1]. Equal
     logits at the border of top-k are kept together; at that of top-p those of the largest ids are kept. On a CPU this
-    takes 1.1 to 1.6 ms a row, sorting 8.7 (V = 50,257).
+    takes 0.9 ms a row, sorting 8.7 (V = 50,257).
     """
     wanted = (top_k > 0) | (outside_top_p > 0) if np.ndim(top_k) else True
     return _of_rows(_by_rank, wanted, top_k, outside_top_p, logits)
@@ -123,13 +123,18 @@ def truncate_below(logits: Logits, min_p: Number = None, epsilon: Number = None,
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], B: int, bits: int) -> UInt32[jax.Array, "B 1"]:
-    """The largest number of so many bits for which a property holds that holds for all smaller ones; else 0."""
+    """The largest number of so many bits for which a property holds that holds for all smaller ones; else 0.
+
+    Two bits at a time: `holds` gets three numbers for each row, [3, B, 1]. (One bit takes 1.4 times as long, four bits
+    twice as long.)
+    """
+    pairs, digits = (bits + 1) // 2, jnp.arange(1, 4, dtype=jnp.uint32)[:, None, None]
 
     def step(i, n):
-        larger = n | jnp.uint32(2 ** (bits - 1)) >> i.astype(jnp.uint32)
-        return jnp.where(holds(larger), larger, n)
+        shift = (2 * (pairs - 1 - i)).astype(jnp.uint32)
+        return n | holds(n | digits << shift).sum(0, dtype=jnp.uint32) << shift
 
-    return jax.lax.fori_loop(0, bits, step, jnp.zeros((B, 1), jnp.uint32))
+    return jax.lax.fori_loop(0, pairs, step, jnp.zeros((B, 1), jnp.uint32))
 
 
 def _order(x: Logits) -> UInt32[jax.Array, "B V"]:
