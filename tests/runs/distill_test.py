@@ -146,7 +146,7 @@ def models(tmp_path_factory):
             "another vocabulary than data.tokenizer=bytes: .* tokens have another id there or none",
         ),
         ({"length": 33}, "task.length=33 must be at most the context of task.teacher=.*/teacher, 32"),
-        ({"temperature": 0.0}, "^task.temperature=0.0 must be positive"),
+        ({"temperature": 0.0}, "^task.temperature=0.0 must be at least 1e-20"),
         ({"mix": 1.5}, "^task.mix=1.5 must be in"),
         ({"divergence": "kl"}, "^task.divergence='kl' is not one of forward_kl, reverse_kl, jsd"),
         ({"beta": 0.3}, "^task.beta=0.3 has no effect with task.divergence='forward_kl'"),

@@ -125,7 +125,7 @@ sys.exit(globals()[name]())
 """
 
 # Takes its next action from plan.json, as its worker's nth attempt: save:STEP, exit:STATUS, preempt
-# (and hang), hang; says in arguments.json with what it was called.
+# (and hang; the first worker, once the other has begun), hang; says in arguments.json with what it was called.
 TOY = r"""
 import json, os, pathlib, signal, sys, time
 
@@ -154,7 +154,10 @@ for action in json.loads((cloud / "plan.json").read_text())[attempt]:
     elif verb == "exit":
         sys.exit(int(value))
     elif verb == "preempt":
-        (cloud / "state").write_text(value)
+        while not (cloud / "attempts.worker1").exists():
+            time.sleep(0.01)
+        if home.name == "worker0":
+            (cloud / "state").write_text(value)
         time.sleep(100)
     elif verb == "hang":
         (cloud / f"hangs.{home.name}").touch()
