@@ -92,7 +92,7 @@ def make_filters(
     for i, (name, off) in enumerate(NO_EFFECT.items()):
         unset = 1 if name == "temperature" else off
         values = [unset if (x := getattr(s, name)) is None else min(x, 2**31 - 1) for s in settings]
-        if any(x != off for x in values) or lists and i < 5:
+        if any(x != off for x in values) or lists and (i < 5 or name in lists):
             values = [1 - x for x in values] if name == "top_p" else values
             made = np.array(values if lists else values[0], np.int32 if name == "top_k" else np.float32)
             found["outside_top_p" if name == "top_p" else name] = jnp.asarray(made)

@@ -174,8 +174,8 @@ def quantized_matmul(x: Float[Array, "*B I"], w: Quantized) -> Float[Array, "*B 
     """x @ w for one transposed matrix. The gradient of x is that with the dequantised matrix; w gets none.
 
     A CPU dequantises parts of a large w in turn, each of which is still in its cache for the product. With several rows
-    one core reads what another has written: on cores that share no cache, which a virtual machine may have, and for
-    minutes only, 8 rows take 2.4 times as long as on cores that share one.
+    a core reads what another core has written. On cores that share no cache 8 rows take 2.4 times as long. The host of
+    a virtual machine may move it between such cores and others within minutes.
     """
     rows = x.reshape(-1, x.shape[-1])
     in_parts = _forward if math.prod(w.shape) > _SMALL else _product

@@ -1,5 +1,6 @@
 """Truncations of the distribution of logits: each keeps the tokens that a warper of Transformers keeps, and gives the
-others -inf. The numbers are scalars, or arrays [B, 1] where a value turns the truncation off for its row, at no cost.
+others -inf. The numbers are scalars, or arrays [B, 1] where a value turns the truncation off for its row. On a CPU such
+a row costs nothing, except in `truncate_below`; elsewhere all rows are computed if one needs it.
 """
 
 import functools
@@ -32,13 +33,14 @@ def truncate_by_rank(logits: Logits, top_k: Number, outside_top_p: Number) -> Lo
 
 
 def _of_rows(truncate, wanted, *rows):
-    """truncate(*rows), where the last of `rows` are logits. If `wanted` is an array [B, 1], other rows cost nothing."""
+    """truncate(*rows), whose last are logits. On a CPU a row that is not `wanted` [B, 1] costs nothing."""
     if not np.ndim(wanted):
         return truncate(*rows)
     if parallel.current_platform() != "cpu":
         return _if_any(truncate, wanted, *rows)
     one = lambda row: _if_any(truncate, *(x[None] for x in row))[0]
-    return _if_any(lambda *rows: jax.lax.map(one, rows), wanted, wanted, *rows)
+    each = lambda *rows: jax.lax.map(one, (wanted, *rows))
+    return _if_any(each, wanted, *rows)
 
 
 def _if_any(truncate, wanted, *rows):

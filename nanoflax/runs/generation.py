@@ -21,7 +21,7 @@ DEFAULT_NEW_TOKENS = 100
 _ALWAYS = {"max_new_tokens", "stop", "temperature", "beams"}
 RULES = ("json_schema", "regex", "choices", "grammar")
 GUESSES = ("draft", "lookup")
-FILTERS = ("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+FILTERS = OF_SAMPLING[1:]  # all but the temperature
 READ = {
     "sampling": _ALWAYS | {"repetition_penalty", "seed", *FILTERS, *GUESSES, *RULES},
     "temperature=0": _ALWAYS | {"repetition_penalty", *GUESSES, *RULES},
@@ -164,11 +164,10 @@ def check_ranges(given: dict[str, Any], prefix: str = "") -> None:
 
 def model_settings(g: GenerationDefaults) -> dict[str, Any]:
     """The settings that a model's generation_config.json decides, except the largest length."""
-    found = {name: getattr(g, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    found = {name: value for name, value in found.items() if value is not None}
+    found = {name: x for name in ("temperature", "top_k", "top_p", "min_p") if (x := getattr(g, name)) is not None}
+    found |= {name: x for name in FILTERS[3:] if (x := getattr(g, name)) not in (None, generate.NO_EFFECT[name])}
     kept = {*OF_SAMPLING} & g.not_computed().keys()  # and refused where they are read
-    of_sampling = found or kept or any(getattr(g, name) not in (None, generate.NO_EFFECT[name]) for name in FILTERS)
-    if of_sampling or g.do_sample:  # the others as in Transformers
+    if found or kept or g.do_sample:  # the others as in Transformers
         found = {name: x for name, x in (("temperature", 1.0), ("top_k", 50)) if name not in kept} | found
     if g.do_sample is False:
         found = {"temperature": 0.0}

@@ -79,7 +79,7 @@ def _rule(served: Served, body: dict[str, Any], calls: ToolChoice | None) -> tup
     if structured is not None and not any(field.startswith("structured") for field in given):
         raise ApiError(400, f"structured_outputs: give one of {', '.join(RULES)}", "structured_outputs")
     schema = _schema(body.get("response_format"))
-    if calls and (calls.forced or not given):
+    if calls and (calls.forced or calls.bound or not given):
         if rule := calls.rule(served.tokenizer, schema):
             given["tool_choice" if calls.forced else "tools"] = "grammar", rule
     elif schema is not None:

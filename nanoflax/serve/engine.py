@@ -2,7 +2,8 @@
 
 Between two steps a piece of one waiting prompt is read: in turn of the first one and of the shortest. The next step
 starts before the tokens of the last one are read, except where a constraint must see them first. A prompt that needs a
-function that is not compiled yet lets the others pass; one more of them than there are slots may wait so.
+function that is not compiled yet lets the others pass; one more of them than there are slots may wait so, and a short
+one beside them.
 """
 
 import collections
@@ -213,15 +214,15 @@ class Engine:
         In turn this is the first prompt and the one with the fewest tokens left: a short prompt does not wait for long
         ones, which get every second piece. A prompt for the smallest cache passes those that wait for a function.
         """
-        self._shortest, found = not self._shortest, [*self._reading.values()]
+        self._shortest, found, new = not self._shortest, [*self._reading.values()], None
         if self._waiting and self.active < self.slots:
             lengths = [len(ticket.request.prompt) for ticket in self._waiting]
             i = lengths.index(min(lengths)) if self._shortest else 0
             if len(found) <= self.slots + (lengths[i] < self._programs.sizes[0]):
-                reply = _Reply(self._waiting[i], lengths[i])
-                found.append((reply, self._pieces(reply)))
+                new = _Reply(self._waiting[i], lengths[i])
+                found.append((new, self._pieces(new)))
         for reply, pieces in sorted(found, key=lambda pair: pair[0].left if self._shortest else pair[0].ticket.number):
-            if id(reply) not in self._reading:
+            if reply is new:
                 del self._waiting[i]
                 self._reading[id(reply)] = reply, pieces
             if next(pieces, True):

@@ -172,10 +172,8 @@ class Programs:
         wanted)."""
         settings = {name: [getattr(r, name) if r else generate.NO_EFFECT[name] for r in requests] for name in FILTERS}
         made = generate.make_filters(**settings, defaults=self.model.config.generation)
-        off = {name: x for name, x in generate.NO_EFFECT.items() if name in FILTERS and getattr(made, name, 0) is None}
-        values = {name: [x] * len(requests) for name, x in off.items()}
-        values |= {name: [r and getattr(r, name) or 0 for r in requests] for name in PENALTIES}
-        more: dict[str, Any] = {name: np.array(x, np.float32) for name, x in values.items()}
+        penalties = {name: [r and getattr(r, name) or 0 for r in requests] for name in PENALTIES}
+        more: dict[str, Any] = {name: np.array(x, np.float32) for name, x in penalties.items()}
         more |= {"allowed": self.all_allowed, "logit_bias": self._no_bias}
         if any(r and r.logit_bias for r in requests):
             more["logit_bias"] = bias = np.zeros(self._no_bias.shape, np.float32)

@@ -119,11 +119,16 @@ def _call(text: str) -> dict[str, Any] | None:
 
 
 def _said(text: str, arguments: dict[str, Any]) -> str | None:
-    """The text of the arguments, because 1e999 is JSON but no float; None for NaN and Infinity, which are no JSON."""
-    try:
-        for at in (match.end() for match in _ARGUMENTS.finditer(text)):  # none is in a string, where \" is "
-            found, end = _STRICT.raw_decode(text, at)
-            if found == arguments:
-                return text[at:end]
-    except ValueError:
-        return None
+    """The arguments as the model wrote them, because 1e999 is JSON but no float; in our own words where `text` has
+    several keys of this name or an escaped one. None for NaN and Infinity, which are no JSON."""
+    matches = [*_ARGUMENTS.finditer(text)]
+    if len(matches) == 1:
+        begin = matches[0].end()
+        try:
+            found, end = _STRICT.raw_decode(text, begin)
+        except ValueError:
+            return None
+        if found == arguments:
+            return text[begin:end]
+    said = to_json(arguments, ensure_ascii=False)
+    return said if untrusted.parse_json(said, "the arguments") == arguments else None

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from nanoflax.constraints import Constraint, json_rule
+from nanoflax.constraints import MAX_CHARACTERS, Constraint, json_rule
 from nanoflax.errors import UserError
 from nanoflax.serve import tool_calls
 from nanoflax.serve.errors import ApiError
@@ -40,7 +40,11 @@ class ToolChoice:
             schema = _arguments(function, field) if i in followed else {"type": "object"}
             rules.append((function["name"], _json_rule(tokenizer, schema, field)))
         text = None if self.forced else "" if answer is None else _json_rule(tokenizer, answer, "response_format")
-        return tool_calls.grammar(rules, text, self.several)
+        found = tool_calls.grammar(rules, text, self.several)
+        if (size := len(found)) > MAX_CHARACTERS:
+            problem = f"names and schemas of {size} characters, but at most {MAX_CHARACTERS} are read; leave some out"
+            raise ApiError(400, f"tools: {problem}", "tools")
+        return found
 
 
 def tool_choice(body: dict[str, Any], template: str | None) -> ToolChoice | None:
@@ -54,6 +58,8 @@ def tool_choice(body: dict[str, Any], template: str | None) -> ToolChoice | None
     wanted, mode = tools, (kind := choice["type"])
     if isinstance(given, dict) and kind not in given:
         raise ApiError(400, f"tool_choice.{kind}: is missing", f"tool_choice.{kind}")
+    if isinstance(given, dict) and (other := sorted(given.keys() - {"type", kind})):
+        raise ApiError(400, f"tool_choice.{other[0]:.80}: is no part of a choice of type {kind!r}", "tool_choice")
     if kind == "function":
         wanted, mode = [choice], "required"
     elif kind == "allowed_tools":

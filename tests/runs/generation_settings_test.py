@@ -90,4 +90,4 @@ def test_a_classifier_reads_no_settings():
 
 def test_filters_of_the_model_without_effect_do_not_ask_for_sampling():
     assert model_settings(GenerationDefaults(typical_p=1.0, epsilon_cutoff=0.0, top_h=0.0)) == {}
-    assert model_settings(GenerationDefaults(typical_p=0.9)) == {"temperature": 1.0, "top_k": 50}
+    assert model_settings(GenerationDefaults(typical_p=0.9)) == {"temperature": 1.0, "top_k": 50, "typical_p": 0.9}

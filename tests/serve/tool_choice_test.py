@@ -106,11 +106,11 @@ def test_none_offers_no_tools_and_auto_all(tool_client):
 
 def test_text_that_is_no_call_is_free(tool_client):
     """With rules for calls, the most probable text of characters is the same."""
-    text = {"structured_outputs": {"regex": r"(.|\n)*"}}
+    free = dict(tool_choice="auto", parallel_tool_calls=True, extra_body={"structured_outputs": {"regex": r"(.|\n)*"}})
     strict = [tool(name, schema, strict=True) for name, schema in SCHEMAS.items()]
     for more in (dict(parallel_tool_calls=False), dict(tools=strict), dict(tool_choice=allowed("auto", "now"))):
         ask = ASK | dict(temperature=0, max_tokens=60) | more
-        found = [tool_client.chat.completions.create(**ask, **rule).choices for rule in ({}, {"extra_body": text})]
+        found = [tool_client.chat.completions.create(**ask | rule).choices for rule in ({}, free)]
         assert found[0] == found[1] and len(found[0][0].message.content) > 20
 
 
@@ -167,6 +167,18 @@ WRONG = {  # the beginning of the message: (its param, the request)
     f"{PARAMETERS}.type: 'array' must be \"object\"": (
         PARAMETERS,
         dict(tools=[TOOLS[0], tool("f", {"type": "array"})], tool_choice="required"),
+    ),
+    "tool_choice.allowed_tools: is no part of a choice of type 'function'": (
+        "tool_choice",
+        dict(tool_choice=allowed("auto", "draw") | named("now")[0]),
+    ),
+    "tools: names and schemas of": (
+        "tools",
+        dict(tools=[tool(f"f{i}", {"description": "x" * 9000}) for i in range(12)], tool_choice="required"),
+    ),
+    "structured_outputs.regex and tools: a text can follow only one rule": (
+        "structured_outputs.regex",
+        dict(parallel_tool_calls=False, extra_body={"structured_outputs": {"regex": "a"}}),
     ),
     f"{PARAMETERS}: json_schema": (PARAMETERS, dict(tools=[TOOLS[0], tool("f", {"not": {}}, strict=True)])),
     "structured_outputs.regex and tool_choice: a text can follow only one rule": (

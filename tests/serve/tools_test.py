@@ -29,6 +29,10 @@ REPLIES = {
     f"\n{TWO}\n Done. \n": ("Done. \n", [{"a": 3}]),
     "No call, 1 < 2.\n": ("No call, 1 < 2.\n", []),
     "<tool_call>{bad}</tool_call> ": ("<tool_call>{bad}</tool_call> ", []),
+    # Keys that look like the arguments, and one with an escape.
+    '<tool_call>{"arg\\u0075ments": {"a": 1}, "name": "f"}</tool_call>': (None, [{"a": 1}]),
+    '<tool_call>{"name": "f", "x": {"arguments": {"b": NaN}}, "arguments": {"a": 1}}</tool_call>': (None, [{"a": 1}]),
+    '<tool_call>{"name": "f", "x": {"arguments": {"a": true}}, "arguments": {"a": 1}}</tool_call>': (None, [{"a": 1}]),
     # Markers that are not closed, that come twice, and that are in strings.
     f"1 {TWO[:-12]}\n": ("1", [{"a": 3}]),
     f"{TWO[:-12]} {ONE}{TWO[:-9]}": (None, [{"a": 3}, {"a": 2, "text": "é\n</x>"}, {"a": 3}]),
