@@ -213,7 +213,7 @@ _MODERNBERT = Family(
 _GEMMA3_ENCODER = dataclasses.replace(
     GEMMA3, classes={"none": ("Gemma3TextModel",)},
     keys={ours.replace("decoder/", "encoder/"): theirs for ours, theirs in GEMMA3.keys.items()},
-    preset=GEMMA3.preset | dict(architecture="encoder"),
+    preset=GEMMA3.preset | dict(architecture="encoder"), variant="use_bidirectional_attention",
     only=GEMMA3.only | {"use_bidirectional_attention": (True,)},
     read=lambda hf: GEMMA3.read(hf | {"sliding_window": hf["sliding_window"] // 2 + 1}),
     write=lambda c: GEMMA3.write(c) | {"sliding_window": 2 * ((c.window or c.context) - 1)})  # fmt: skip

@@ -50,9 +50,9 @@ def family_of_config(config: ModelConfig, model_type: str | None = None) -> Fami
 
 def family_of_json(hf: Json) -> Family:
     """The family of a parsed config.json. Raises: UserError for an unknown model_type."""
-    name = f"{hf.get('model_type')} (bidirectional)"
-    is_encoder = name in FAMILIES and hf.get("use_bidirectional_attention")
-    return family_of_type(name if is_encoder else hf.get("model_type"))
+    model_type = hf.get("model_type")
+    variants = [f for f in FAMILIES.values() if f.model_type == model_type and f.variant and hf.get(f.variant)]
+    return variants[0] if variants else family_of_type(model_type)
 
 
 def family_of_type(model_type: Any) -> Family:

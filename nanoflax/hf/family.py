@@ -83,6 +83,7 @@ class Family:
     empty: Callable[[ModelConfig], dict[str, tuple[int, ...]]] = lambda c: {}
     ignored: str = r"$^"  # pattern of the names of tensors that are not weights of the model
     base: str = ""  # prefix of tensor names that files of the bare model do not have
+    variant: str = ""  # field of config.json that is true in this family, and not in another of the same model_type
 
     def __post_init__(self):
         unknown = {*self.fields.values(), *self.preset, *self.present} - _NAMES.keys()
@@ -92,8 +93,7 @@ class Family:
     @property
     def name(self) -> str:
         """model_type, and what distinguishes the family from another of the same model_type."""
-        is_encoder = self.only.get("use_bidirectional_attention") == (True,)
-        return f"{self.model_type} (bidirectional)" if is_encoder else self.model_type
+        return f"{self.model_type} ({self.variant})" if self.variant else self.model_type
 
     def keys_of(self, config: ModelConfig) -> dict[str, Any]:
         """All keys of a model with this configuration."""

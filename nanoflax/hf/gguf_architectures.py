@@ -5,6 +5,7 @@ computes it for every model of an architecture.
 """
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable
 
@@ -59,11 +60,7 @@ _ERNIE = _FIELDS | {
     "moe_layer_start_index": "LLM.LEADING_DENSE_BLOCK_COUNT",
     "moe_layer_interval": "LLM.INTERLEAVE_MOE_LAYER_STEP",
 }
-_HUNYUAN = _FIELDS | {
-    "num_experts": "LLM.EXPERT_COUNT",
-    "moe_topk": "LLM.EXPERT_USED_COUNT",
-    "num_shared_expert": "LLM.EXPERT_SHARED_COUNT",
-}
+_HUNYUAN = _FIELDS | {"num_experts": "LLM.EXPERT_COUNT", "moe_topk": "LLM.EXPERT_USED_COUNT"}
 _GRANITE = _MIXTRAL | {
     "shared_intermediate_size": "LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH",
     "embedding_multiplier": "LLM.EMBEDDING_SCALE",
@@ -98,6 +95,8 @@ class Architecture:
     rotary_pairs: bool = False  # the halves of a rotary pair are neighbours in the weights of queries and keys
     scalings: tuple[str, ...] = ("none", "linear", "yarn")  # values of RopeConfig.scaling
     constants: Json = dataclasses.field(default_factory=dict)  # name in gguf.Keys -> its value in all models
+    # Why llama.cpp cannot open the file of a model that the metadata can describe; empty: it can.
+    refuses: Callable[[ModelConfig], str] = lambda config: ""
 
     @property
     def is_sparse(self) -> bool:
@@ -114,8 +113,11 @@ class Architecture:
 
         return operator.attrgetter(name)(Keys).format(arch=self.name)
 
-    def family_for(self, config: ModelConfig) -> Family:
-        """The family with the names of tensors in GGUF files."""
+    def family_for(self, config: ModelConfig, predicting: int = 0) -> Family:
+        """The family with the names of tensors in GGUF files.
+
+        predicting: layers after the others that predict further tokens; Transformers does not read them either.
+        """
         import gguf
 
         kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
@@ -135,8 +137,7 @@ class Architecture:
             if gguf.MODEL_TENSOR[tensor] in gguf.MODEL_TENSORS[kind]:
                 name = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR[tensor]].format(bid="{i}")
                 keys[f"decoder/block_{{i}}/{ours}"] = (f"{name}.{end}", layout)
-        # The layers that predict a second token are the last; Transformers does not read them either.
-        after = rf"blk\.{config.layers}\..*" if "num_nextn_predict_layers" in self.fields else r"$^"
+        after = "|".join(rf"blk\.{config.layers + i}\..*" for i in range(predicting)) or r"$^"
         return dataclasses.replace(self.family, keys=keys, more_keys=lambda c: {}, stacked={}, ignored=after)
 
 
@@ -153,20 +154,32 @@ def _gemma(layers_of_27b: int) -> Callable[[Json], Json]:
 def _glm4_moe(hf):
     layers = hf["num_hidden_layers"] - hf.get("num_nextn_predict_layers", 0)
     K = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]
-    return {"num_hidden_layers": layers, "partial_rotary_factor": (hf["rotary_dim"] or K) / K}
+    rotary = hf["rotary_dim"] or K
+    fraction = rotary / K
+    if int(K * fraction) < rotary:  # as Transformers computes it
+        fraction = math.nextafter(fraction, 1)
+    return {"num_hidden_layers": layers, "partial_rotary_factor": fraction}
 
 
 def _latent(hf):
     rope, K = hf["rope_scaling"], hf.get("key_length", hf["head_dim"])
-    if rope["rope_type"] == "yarn":  # without the multiplier llama.cpp has another factor of cosines
+    if rope["rope_type"] == "yarn":
         strength = 10 * hf["yarn_log_multiplier"]
+        if not strength:  # then llama.cpp has another factor of cosines
+            raise TypeError("rope.scaling.yarn_log_multiplier must not be 0")
         rope = rope | {"mscale": strength, "mscale_all_dim": strength}
     return {
         "rope_scaling": rope,
         "num_key_value_heads": hf["num_attention_heads"],
         "qk_nope_head_dim": K - hf["qk_rope_head_dim"],
-        "v_head_dim": hf.get("value_length", hf["v_head_dim"]),
+        "v_head_dim": hf["value_length"] if "value_length" in hf else hf["v_head_dim"],
     }
+
+
+def _latent_refuses(c):
+    if not c.latent.query_rank and c.layers not in (26, 27):
+        return f"model.layers={c.layers} must be 26 or 27 without model.latent.query_rank: llama.cpp tells so"
+    return "" if c.moe.shared_dim else "model.moe.shared_dim=0 must be positive: llama.cpp reads shared experts"
 
 
 _BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
@@ -200,11 +213,11 @@ ARCHITECTURES = (
     Architecture("ernie4_5-moe", "ernie4_5_moe", _ERNIE),
     # Written with one tensor for keys and values, which llama.cpp reads too.
     Architecture("deepseek2", "deepseek_v2", {a: b for a, b in _LATENT.items() if a != "norm_topk_prob"}, _latent,
-                 constants={"LLM.EXPERT_GATING_FUNC": 1, "LLM.EXPERT_WEIGHTS_NORM": False}),
+                 constants={"LLM.EXPERT_GATING_FUNC": 1, "LLM.EXPERT_WEIGHTS_NORM": False}, refuses=_latent_refuses),
     Architecture(
         "deepseek2", "deepseek_v3",
         _LATENT | {"n_group": "LLM.EXPERT_GROUP_COUNT", "topk_group": "LLM.EXPERT_GROUP_USED_COUNT"}, _latent,
-        constants=_SIGMOID),
+        constants=_SIGMOID, refuses=_latent_refuses),
     Architecture("hunyuan-dense", "hunyuan_v1_dense"),
-    Architecture("hunyuan-moe", "hunyuan_v1_moe", _HUNYUAN),
+    Architecture("hunyuan-moe", "hunyuan_v1_moe", _HUNYUAN, constants={"LLM.EXPERT_SHARED_COUNT": 1}),
 )  # fmt: skip

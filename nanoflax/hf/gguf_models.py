@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -17,6 +18,7 @@ from nanoflax.hf.layouts import tensor_mapping
 from nanoflax.hf.safetensors_io import Tensor, raise_problems
 
 Tensors = dict[str, Tensor | QuantizedTensor | LatentHeads]
+_NAMES = ", ".join(dict.fromkeys(architecture.name for architecture in ARCHITECTURES))
 ROPE_FREQS = "rope_freqs.weight"  # divisors of the rotary rates, as Llama 3.1 scales them
 # Values of config.json where metadata is absent, as llama.cpp has them.
 _DEFAULTS = {"num_key_value_heads": None, "head_dim": None, "rope_theta": 10_000.0, "norm_topk_prob": False,
@@ -28,7 +30,7 @@ _YARN = {
     "beta_fast": "Rope.SCALING_YARN_BETA_FAST",
     "beta_slow": "Rope.SCALING_YARN_BETA_SLOW",
 }
-_FLOATS = ("_EPS", "_BASE", "_BASE_SWA", "SCALE", "SOFTCAPPING")  # ends of the names of numbers that are not whole
+_FLOATS = ("_EPS", "_BASE", "_BASE_SWA", "SCALE", "SOFTCAPPING")  # ends of the names of float32 metadata
 # Vectors that llama.cpp's converter writes with a dimension of 1, before 2026 without.
 _VECTORS = (".ffn_gate_inp_shexp.weight", ".exp_probs_b.bias")
 # Fields of ModelConfig that some files have for any architecture; 0 means none.
@@ -67,28 +69,29 @@ def open_gguf_model(path: str | os.PathLike) -> tuple[Family, ModelConfig, Tenso
         if isinstance(x, Tensor) and name.endswith(_VECTORS) and x.shape[:-1] == (1,):
             tensors[name] = dataclasses.replace(x, shape=x.shape[1:])
     for name, keys in stored.items():
-        values = stored.get(name.replace(".attn_k_b.", ".attn_v_b."), keys)
-        if values is not keys and len(keys.shape) == 3 and keys.shape[:2] == values.shape[::2]:
-            tensors[name.replace("_k_b", "_kv_b")] = LatentHeads(name, keys, values)
+        layer = re.fullmatch(r"(blk\.\d+\.attn_)k_b\.weight", name)
+        values = stored.get(f"{layer[1]}v_b.weight") if layer else None
+        if layer and values and len(keys.shape) == len(values.shape) == 3 and keys.shape[:2] == values.shape[::2]:
+            tensors[f"{layer[1]}kv_b.weight"] = LatentHeads(name, keys, values)
             del tensors[name], tensors[values.name]
     table = tensors.get("token_embd.weight")
     config = read_config(
         architecture, metadata, tensors, table.shape[0] if table else None, divisors and divisors.read(), path
     )
-    return architecture.family_for(config), config, tensors
+    predicting = metadata.get(architecture.key("LLM.NEXTN_PREDICT_LAYERS"), 0)
+    return architecture.family_for(config, min(predicting, len(tensors))), config, tensors
 
 
 def _architecture_of(metadata: dict[str, Any], path: str | os.PathLike) -> Architecture:
     name = metadata.get("general.architecture")
     rows = [architecture for architecture in ARCHITECTURES if architecture.name == name]
     if rows:
-        values = (metadata.get(rows[0].key(f"LLM.EXPERT_{name}")) for name in ("COUNT", "GATING_FUNC"))
+        values = (metadata.get(rows[0].key(f"LLM.EXPERT_{key}")) for key in ("COUNT", "GATING_FUNC"))
         experts, gating = (x if isinstance(x, int) else 0 for x in values)
-        found = [row for row in rows if row.is_sparse == (experts > 0)]
-        return next((row for row in found if row.constants.get("LLM.EXPERT_GATING_FUNC") == gating), [*found, *rows][0])
-    known = ", ".join(dict.fromkeys(architecture.name for architecture in ARCHITECTURES))
+        rows = [row for row in rows if row.is_sparse == (experts > 0)] or rows
+        return next((row for row in rows if row.constants.get("LLM.EXPERT_GATING_FUNC") == gating), rows[0])
     raise UserError(
-        f"{path}: general.architecture={name!r} is not supported; supported are {known} "
+        f"{path}: general.architecture={name!r} is not supported; supported are {_NAMES} "
         "(llama: also Mistral, Mixtral, SmolLM2 and similar models)"
     )
 
@@ -116,8 +119,10 @@ def read_config(
     hf["rotary_dim"] = metadata.get(a.key("Rope.DIMENSION_COUNT"))
     try:
         hf |= a.implied(hf)
-    except (TypeError, KeyError, ArithmeticError) as error:
-        raise UserError(f"{path}: the sizes of the model are missing or wrong: {error}") from error
+    except KeyError as error:
+        raise UserError(f"{path}: {keys.get(error.args[0], error.args[0])} is missing") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{path}: the sizes of the model are wrong: {error}") from error
     config = to_config(family, hf, "lm", len(names) + 1)
     config = dataclasses.replace(config, **_read_own_fields(a, metadata, path))
     if divisors is not None:
@@ -129,13 +134,14 @@ def read_config(
             )
     if hf["rotary_dim"] not in (None, config.rotary_dim):
         key = a.key("Rope.DIMENSION_COUNT")
-        raise UserError(f"{path}: {key}={hf['rotary_dim']} must be the head's size, {config.K}")
+        raise UserError(f"{path}: {key}={hf['rotary_dim']} must be {config.rotary_dim}")
     return config
 
 
 def _plain(value: Any) -> Any:
     """The shortest number that is the same in float32, in which files have it: 1e-6, not 9.99999997475e-07."""
-    return float(str(np.float32(value))) if isinstance(value, float) and np.float32(value) == value else value
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value))) if isinstance(value, float) and np.float32(value) == value else value
 
 
 def rope_divisors(config: ModelConfig) -> np.ndarray:
@@ -228,7 +234,7 @@ def describe(config: ModelConfig) -> tuple[Architecture, dict[str, Any], ModelCo
     if not config.tied:
         same += [dataclasses.replace(c, embed_scale=1.0) for c in same]
     problems: dict[str, tuple[int, list[str]]] = {}  # (distance from the model, ...)
-    for architecture in ARCHITECTURES:
+    for architecture in (a for a in ARCHITECTURES if config.moe.experts or not a.is_sparse):
         for candidate in dict.fromkeys(same):
             try:
                 metadata = _metadata_of(architecture, candidate)
@@ -242,10 +248,10 @@ def describe(config: ModelConfig) -> tuple[Architecture, dict[str, Any], ModelCo
                 distance, wrong = 2 + len(_differences(architecture.family, candidate)), [str(error)]
             if not wrong:
                 return architecture, metadata, candidate
-            problems.setdefault(architecture.name, (distance, wrong))
+            problems[architecture.name] = min(problems.get(architecture.name, (distance, wrong)), (distance, wrong))
     nearest = min(problems, key=lambda name: problems[name][0])
     raise UserError(
-        f"no architecture of GGUF files here ({', '.join(problems)}) has such models; the nearest is {nearest}, "
+        f"no architecture of GGUF files here ({_NAMES}) has such models; the nearest is {nearest}, "
         f"except {', '.join(problems[nearest][1])}"
     )
 
@@ -253,7 +259,9 @@ def describe(config: ModelConfig) -> tuple[Architecture, dict[str, Any], ModelCo
 def _untrained(config: ModelConfig) -> ModelConfig:
     """The canonical configuration without what only training or files of Transformers read."""
     c = canonical(config)
-    return dataclasses.replace(c, moe=dataclasses.replace(c.moe, balance_loss=0.0, z_loss=0.0, stacked=False))
+    return dataclasses.replace(
+        c, transform_activation=None, moe=dataclasses.replace(c.moe, balance_loss=0.0, z_loss=0.0, stacked=False)
+    )
 
 
 def _differences(family: Family, config: ModelConfig) -> list[str]:
@@ -266,8 +274,8 @@ def _differences(family: Family, config: ModelConfig) -> list[str]:
 def _metadata_of(a: Architecture, config: ModelConfig) -> dict[str, Any]:
     if config.rope.scaling not in a.scalings:
         raise UserError(f"model.rope.scaling={config.rope.scaling!r}, not {' or '.join(a.scalings)}")
-    if a.is_sparse and not config.moe.experts:
-        raise UserError("model.moe.experts=0 must be at least 1")
+    if problem := a.refuses(config):
+        raise UserError(problem)
     hf = from_config(a.family, config)
     metadata = {
         a.key(name): float(hf[field]) if name.endswith(_FLOATS) else hf[field]

@@ -31,6 +31,13 @@ GGUF_TYPES = {
 }
 _PLAIN = {"F32": np.float32, "F16": np.float16}
 _F16_MAX = 65504.0
+_LARGEST = {  # numbers of a type
+    "F16": _F16_MAX,
+    "BF16": (2 - 2**-7) * 2.0**127,
+    "Q8_0": 127 * _F16_MAX,
+    "Q4_0": 8 * _F16_MAX,
+    "Q4_1": _F16_MAX,
+}
 
 
 class GGUFSummary(NamedTuple):
@@ -63,7 +70,7 @@ def save_gguf(
         divide is F16, unless kind has no blocks.
       name: general.name; by default the name of the file.
     Raises: UserError if GGUF cannot express the model or its tokenizer, params are not of this configuration, a number
-      is not finite or too large for F16, or the file cannot be written.
+      is not finite or too large for its type, or the file cannot be written.
     """
     path = pathlib.Path(path)
     if kind not in GGUF_TYPES:
@@ -182,8 +189,7 @@ def _encode(name: str, x: np.ndarray, kind: str) -> np.ndarray:
 
     x = np.ascontiguousarray(x, np.float32)
     largest = np.abs(x).max(initial=0)
-    limit = {"F16": _F16_MAX, "Q8_0": 127 * _F16_MAX, "Q4_0": 8 * _F16_MAX, "Q4_1": _F16_MAX}.get(kind, np.inf)
-    if not np.isfinite(largest) or largest > limit:
+    if not np.isfinite(largest) or largest > _LARGEST.get(kind, np.inf):
         raise UserError(f"{name} has a number of size {largest}, which {kind} does not have")
     if kind not in _PLAIN:
         return quants.quantize(x, GGMLQuantizationType[kind])

@@ -161,7 +161,7 @@ _PHI = like_llama(
 
 
 def read_hunyuan(hf):
-    """With `alpha`, the scaling dynamic is only a larger theta."""
+    """With `alpha`, the scaling dynamic makes theta larger for every length: theta alpha^(K / (K - 2))."""
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type")) == "dynamic" and rope.get("alpha"):
         K = hf["head_dim"] or hf["hidden_size"] // hf["num_attention_heads"]

@@ -76,7 +76,8 @@ def _scaling(hf, rope, kind, by_layer):
         if not isinstance(values[name] or (), list | tuple):
             raise UserError(f"{name.removesuffix('s')}={values[name]!r} must be a list of numbers")
         values[name] = tuple(map(float, values[name])) if values[name] else None
-    values["truncate"] = by_layer or rope.get("truncate", True)  # Transformers looks for it outside of the layers
+    truncate = rope.get("truncate", True)
+    values["truncate"] = by_layer or (False if truncate is None else truncate)  # read outside of the layers only
     if values["factor"] is None and kind in ("yarn", "longrope", "proportional"):
         values["factor"] = 1.0 if kind == "proportional" else hf["max_position_embeddings"] / values["context"]
     scales = rope.get("mscale"), rope.get("mscale_all_dim")

@@ -376,7 +376,8 @@ _HUNYUAN_MOE = like_llama(
     keys=EXPERTS | HUNYUAN_NORMS | {"mlp/router": "mlp.gate.wg"} | {
         f"mlp/shared/{part}": f"mlp.shared_mlp.{part}_proj" for part in ("up", "gate", "down")},
     fields={"num_experts": "moe.experts"}, preset=dict(qk_norm="rotated_scale"),
-    defaults={"rms_norm_eps": 1e-5, "num_experts": 1, "moe_topk": 1}, aliases={"num_local_experts": "num_experts"},
+    defaults={"rms_norm_eps": 1e-5, "num_experts": 1, "moe_topk": 1},
+    aliases={"num_local_experts": "num_experts", "num_experts_per_tok": "moe_topk"},
     read=_read_hunyuan_moe, write=lambda c: write_rope(c) | {"moe_topk": c.moe.active}, stacked=stacked())  # fmt: skip
 
 SPARSE = [

@@ -39,7 +39,7 @@ MODELS = {  # our case -> architecture of llama.cpp, changes
     "ernie4_5_moe": ("ernie4_5-moe", dict(moe_norm_min=1e-12)),
     "deepseek_v3": ("deepseek2", {}),
     "deepseek_v3-direct": ("deepseek2", dict(attention_bias=False, rope_interleave=True, rope_parameters=MSCALE,
-                                             hidden_act="silu")),
+                                             hidden_act="silu", num_hidden_layers=26)),
     "deepseek_v2": ("deepseek2", dict(rope_parameters=MSCALE)),
     "hunyuan": ("hunyuan-dense", {}),
     "hunyuan_moe": ("hunyuan-moe", {}),
@@ -52,6 +52,11 @@ REFUSED = [
     ("dots1-windows", dict(n_group=1, topk_group=1, hidden_act="silu", attention_bias=False), "except model.window=5"),
     ("ernie4_5_moe-bias", {}, "the nearest is ernie4_5-moe, except"),
     ("deepseek_v3", dict(rope_parameters=YARN), "no architecture of GGUF files here"),
+    (
+        "deepseek_v3-direct",
+        dict(attention_bias=False, rope_interleave=True, rope_parameters=MSCALE, hidden_act="silu"),
+        "the nearest is deepseek2, except model.layers=",
+    ),
     ("qwen3-next", {}, "no architecture of GGUF files here"),
     ("llama4", {}, "no architecture of GGUF files here"),
 ]
@@ -131,18 +136,21 @@ def test_what_llama_cpp_computes_otherwise_is_refused_by_name(case, changes, sai
 def test_wrong_metadata_never_crashes(case, tmp_path):
     _, config, _ = saved(tmp_path, case, MODELS[case][1])
     architecture, metadata, _ = gguf_models.describe(config)
-    refusals = 0
+    names = [f"x{i}" for i in range(50)] + ["output.weight"]
+    gguf_models.read_config(architecture, metadata, names, 67, None, "x")
+    refusals = accepted = 0
     for key in [*metadata, f"{architecture.name}.nextn_predict_layers", f"{architecture.name}.rope.scaling.type"]:
         for value in (0, -1, 3, 2**31, 0.5, float("nan"), "x", "yarn", True, np.arange(4), ["x"], None):
             changed = metadata | {key: value}
             changed = {name: x for name, x in changed.items() if x is not None}
             try:
                 found = gguf_models._architecture_of(changed | {"general.architecture": architecture.name}, "x")
-                gguf_models.read_config(found, changed, ["output.weight"], 67, None, "x")
+                gguf_models.read_config(found, changed, names, 67, None, "x")
+                accepted += 1
             except UserError as error:
                 assert "\n" not in str(error)
                 refusals += 1
-    assert refusals > 100
+    assert refusals > 100 and accepted > 40
 
 
 def rewritten(old, new, changes, more):
@@ -172,8 +180,11 @@ def test_published_files_have_other_vectors_more_layers_and_split_heads(case, tm
     hf.save_gguf(tmp_path / "old.gguf", config, params, kind="F32")
     changed, more = {}, {}
     if architecture == "glm4moe":
-        changed = {f"{architecture}.block_count": config.layers + 1, f"{architecture}.nextn_predict_layers": 1}
-        more = {f"blk.{config.layers}.nextn.enorm.weight": np.ones(config.dim, np.float32)}
+        changed = {f"{architecture}.block_count": config.layers + 2, f"{architecture}.nextn_predict_layers": 2}
+        more = {f"blk.{config.layers + i}.nextn.enorm.weight": np.ones(config.dim, np.float32) for i in (0, 1)}
+        rewritten(tmp_path / "old.gguf", tmp_path / "wrong.gguf", {}, more)
+        with pytest.raises(UserError, match=rf"blk\.{config.layers}\.nextn"):
+            hf.load(tmp_path / "wrong.gguf")
     if architecture == "deepseek2":  # keys and values of latent vectors, as of one head
         R, rope, V, K = config.latent.rank, config.latent.rope_dim, config.latent.value_dim, config.K
         lengths = {"head_count_kv": 1, "key_length": R + rope, "value_length": R}
@@ -184,6 +195,11 @@ def test_published_files_have_other_vectors_more_layers_and_split_heads(case, tm
             heads = found[f"blk.{i}.attn_kv_b.weight"].reshape(config.heads, K - rope + V, R)
             keys, values = heads[:, : K - rope].swapaxes(1, 2).copy(), heads[:, K - rope :].copy()
             more |= {f"blk.{i}.attn_{name}_b.weight": x for name, x in (("kv", None), ("k", keys), ("v", values))}
+        rewritten(
+            tmp_path / "old.gguf", tmp_path / "wrong.gguf", changed, more | {"blk.0.attn_v_b.weight": values[None]}
+        )
+        with pytest.raises(UserError, match=r"blk\.0\.attn_"):
+            hf.load(tmp_path / "wrong.gguf")
     rewritten(tmp_path / "old.gguf", tmp_path / "new.gguf", changed, more)
     (a, x), (b, y) = (hf.load(tmp_path / f"{name}.gguf") for name in ("old", "new"))
     assert a == b

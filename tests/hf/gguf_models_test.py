@@ -249,7 +249,7 @@ def test_misuse_is_refused_in_one_line(tmp_path, monkeypatch):
     assert "merge them first: nanoflax.peft.merge(params)" in refused(file, config, adapted)
     missing = {name: x for name, x in params.items() if name != "embed"}
     assert "embed/embedding is missing" in refused(file, config, missing)
-    for value, kind in ((1e5, "F16"), (np.inf, "F32"), (np.nan, "Q8_0")):
+    for value, kind in ((1e5, "F16"), (3.4e38, "BF16"), (np.inf, "F32"), (np.nan, "Q8_0")):
         wrong = params | {"embed": {"embedding": np.full((64, 32), value, np.float32)}}
         assert f"which {kind} does not have" in refused(file, config, wrong, kind=kind)
         assert [*tmp_path.iterdir()] == []
@@ -273,10 +273,10 @@ def test_misuse_is_refused_in_one_line(tmp_path, monkeypatch):
     [
         ("gemma3.block_count", "x", "num_hidden_layers='x' must be of type int"),
         ("gemma3.block_count", 2**31, "num_hidden_layers=2147483648 is too large"),
-        ("gemma3.attention.head_count", 0, "the sizes of the model are missing or wrong"),
+        ("gemma3.attention.head_count", 0, "the sizes of the model are wrong"),
         ("gemma3.attention.head_count", [4, 4], "gemma3.attention.head_count has a value for each layer"),
         ("gemma3.attention.sliding_window", -1, "window"),
-        ("gemma3.rope.dimension_count", 4, "gemma3.rope.dimension_count=4 must be the head's size, 256"),
+        ("gemma3.rope.dimension_count", 4, "gemma3.rope.dimension_count=4 must be 256"),
         ("gemma3.attention.sliding_window_pattern", 3, "sliding_window_pattern=3 is not supported; it must be 6"),
         ("gemma3.attention.causal", False, "gemma3.attention.causal=False"),
         ("gemma3.embedding_scale", -2.0, "gemma3.embedding_scale=-2.0 must be"),
