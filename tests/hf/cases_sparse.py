@@ -265,7 +265,7 @@ CASES: dict[str, tuple[str, dict]] = {
     ),
 }
 OLDER: list[tuple[str, dict]] = [
-    ("hunyuan_moe", {"moe_topk": ..., "num_experts_per_tok": 2}),
+    ("hunyuan_moe", {"moe_topk": ..., "num_experts_per_tok": 3}),
     ("mixtral", {"rope_parameters": ..., "rope_theta": 1e6, "head_dim": ..., "sliding_window": ...}),
     ("mixtral-window", {"num_key_value_heads": None, "router_jitter_noise": ...}),
     ("qwen3_moe", {"num_local_experts": ..., "num_experts": 8, "mlp_only_layers": ..., "norm_topk_prob": ...}),

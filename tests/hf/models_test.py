@@ -262,7 +262,8 @@ def saved(tmp_path_factory):
 def test_fields_have_the_other_names_that_transformers_reads(saved):
     for family in families.FAMILIES.values():
         theirs = transformers.models.auto.configuration_auto.CONFIG_MAPPING[family.model_type].attribute_map
-        assert family.aliases == {other: field for other, field in theirs.items() if field in family.fields}
+        needed = {other: field for other, field in theirs.items() if field in family.fields}
+        assert needed.items() <= family.aliases.items() <= theirs.items()
     d = saved("mixtral")
     before = hf.load_config(d)
     changed_config(d, num_experts=before.moe.experts, num_local_experts=...)
