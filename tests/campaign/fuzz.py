@@ -11,6 +11,8 @@ there is a finding.
 import argparse
 import contextlib
 import dataclasses
+import functools
+import gc
 import hashlib
 import os
 import pathlib
@@ -235,6 +237,9 @@ class Watch:
         code = str(pathlib.Path(__file__).parents[2])  # read for tracebacks
         self.allowed = (str(directory), sys.prefix, sys.base_prefix, code)
         self.is_on, self.seen = False, []
+        # The files are the harness's own, and no links: where a path leads does not change.
+        self.real = functools.lru_cache(10_000)(os.path.realpath)
+        self.is_forbidden = functools.cache(FORBIDDEN.fullmatch)
         sys.addaudithook(self._hook)
 
     def _hook(self, event, args):
@@ -251,13 +256,13 @@ class Watch:
             path, mode, flags = args
             if isinstance(path, int):
                 return
-            real = os.path.realpath(os.fsdecode(path))
+            real = self.real(os.fsdecode(path))
             writes = (
                 isinstance(mode, str) and set(mode) & set("wax+") or mode is None and flags & (os.O_WRONLY | os.O_RDWR)
             )
             if writes or not real.startswith(self.allowed) and not real.startswith(("/proc/", "/sys/")):
                 self.seen.append(f"open {path!r} {mode!r}")
-        elif FORBIDDEN.fullmatch(event):
+        elif self.is_forbidden(event):
             self.seen.append(f"{event} {str(args)[:100]}")
 
 
@@ -270,9 +275,10 @@ def child(name, results, corpus, arguments):
     os.chdir(directory)
     inputs = [path.read_bytes() for path in pathlib.Path(corpus).iterdir()]
     names = {name for data in inputs for name in unpack(data)}
-    for path in names:
-        (directory / path).parent.mkdir(parents=True, exist_ok=True)
-    watch, found = Watch(directory), {}
+    paths = {name: str(directory / name) for name in names}
+    for path in paths.values():
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    watch, found, on_disk = Watch(directory), {}, {}
 
     def keep(kind, data):
         if kind not in found:
@@ -286,11 +292,14 @@ def child(name, results, corpus, arguments):
         files = unpack(data)
         if not files or not files.keys() <= names:
             return
-        for path in names - files.keys():
-            (directory / path).unlink(missing_ok=True)
+        for path in on_disk.keys() - files.keys():
+            os.unlink(paths[path])
+            del on_disk[path]
         for path, content in files.items():
-            with open(directory / path, "wb", buffering=0) as file:
-                file.write(content)
+            if on_disk.get(path) != content:
+                with open(paths[path], "wb", buffering=0) as file:
+                    file.write(content)
+                on_disk[path] = content
         watch.is_on, begin = True, time.process_time()
         try:
             target.open(directory)
@@ -314,6 +323,8 @@ def child(name, results, corpus, arguments):
         one(data)
     used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MAX_BYTES, used + MAX_BYTES))
+    gc.collect()
+    gc.freeze()  # JAX has a million objects: a search for garbage among them takes longer than an input
     atheris.Setup([name, *arguments], one, custom_mutator=mutate)
     atheris.Fuzz()
 
@@ -344,8 +355,8 @@ def fuzz(name, runs, seconds, seed, keep):
     while done < runs and left() > 1:
         command = [sys.executable, "-c", CHILD, name, str(keep), str(fresh), str(corpus), str(fresh),
                    f"-runs={runs - done}", f"-max_total_time={int(left())}", f"-timeout={120 * MAX_SECONDS}",
-                   "-max_len=400000", "-rss_limit_mb=8000", "-print_final_stats=1",
-                   f"-seed={seed + done + 1}", f"-artifact_prefix={keep}/finding-", "-verbosity=0"]  # fmt: skip
+                   "-max_len=400000", "-rss_limit_mb=8000", "-print_final_stats=1", "-reload=0",
+                   f"-seed={seed + done + 1}", f"-artifact_prefix={keep}/finding-", "-verbosity=1"]  # fmt: skip
         ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
         (keep / "log.txt").write_text(ended.stderr)
         executed = re.search(r"number_of_executed_units: (\d+)", ended.stderr)

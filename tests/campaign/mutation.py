@@ -54,24 +54,36 @@ def bytes_of(data, rng, max_size):
 
 def _places(value, found):
     """All (container, key) in a JSON tree."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in items:
+    for key in value if isinstance(value, dict) else range(len(value)):
         found.append((value, key))
-        _places(child, found)
+        if isinstance(child := value[key], dict | list):
+            _places(child, found)
     return found
+
+
+def _place(root, rng):
+    """A (container, key) in a JSON tree: each place is as likely, or, more often, each branch on the way to it.
+
+    A vocabulary has most of the places of a file, and hides the few that decide how the file is read.
+    """
+    if rng.random() < 0.3:
+        return rng.choice(_places(root, []))
+    container, key = root, 0
+    while (child := container[key]) and isinstance(child, dict | list) and (container is root or rng.random() < 0.9):
+        container, key = child, rng.choice([*child]) if isinstance(child, dict) else rng.randrange(len(child))
+    return container, key
 
 
 def json_value(value, rng):
     """A JSON tree with one to three changes."""
     root = [value]
     for _ in range(rng.choice([1, 1, 2, 3])):
-        found = _places(root, [])
-        container, key = rng.choice(found)
+        container, key = _place(root, rng)
         kind = rng.randrange(8)
         if kind < 3:
             container[key] = rng.choice(ODD)
         elif kind == 3:
-            other, its_key = rng.choice(found)
+            other, its_key = _place(root, rng)
             container[key] = json.loads(json.dumps(other[its_key]))
         elif kind == 4 and container is not root:
             del container[key]
@@ -154,39 +166,47 @@ def gguf_spans(data):
 
     def take(size, what):
         nonlocal position
-        if not 0 <= size <= len(data) - position:
+        if size > len(data) - position:
             raise ValueError
         found.append((position, size, what))
         position += size
-        return int.from_bytes(data[position - size : position], "little")
 
-    def string():
-        take(take(8, "size"), "text")
+    def number(size, what):
+        take(size, what)
+        return int.from_bytes(data[position - size : position], "little")
 
     def value(kind):
         if kind == 8:
-            string()
+            take(number(8, "size"), "text")
         elif kind == 9:
-            kind = take(4, "kind")
-            for _ in range(take(8, "size")):
-                value(kind)
+            kind, n = number(4, "kind"), number(8, "size")
+            if kind in (8, 9):
+                for _ in range(n):
+                    value(kind)
+            elif n <= len(data):
+                size = GGUF_SIZES.get(kind, 4)
+                for _ in range(n):
+                    take(size, "number")
         else:
-            take({0: 1, 1: 1, 2: 2, 3: 2, 7: 1, 10: 8, 11: 8, 12: 8}.get(kind, 4), "number")
+            take(GGUF_SIZES.get(kind, 4), "number")
 
     try:
         take(4, "magic"), take(4, "version")
-        tensors, metadata = take(8, "size"), take(8, "size")
+        tensors, metadata = number(8, "size"), number(8, "size")
         for _ in range(metadata):
-            string()
-            value(take(4, "kind"))
+            value(8)
+            value(number(4, "kind"))
         for _ in range(tensors):
-            string()
-            for _ in range(take(4, "kind")):
+            value(8)
+            for _ in range(number(4, "kind")):
                 take(8, "size")
             take(4, "kind"), take(8, "size")
     except (ValueError, RecursionError):
         pass
     return found
+
+
+GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number, by its type; others have 4
 
 
 def gguf(data, rng, max_size):
@@ -210,6 +230,80 @@ def gguf(data, rng, max_size):
             new = bytes_of(old, rng, size)[:size].ljust(size, b"\0")
         data = data[:start] + new + data[start + size :]
     return data[:max_size]
+
+
+def _varint(data, at):
+    """(number, its end) of a varint of protobuf."""
+    number = 0
+    for i in range(10):
+        number |= (data[at + i] & 127) << 7 * i
+        if data[at + i] < 128:
+            return number, at + i + 1
+    raise ValueError
+
+
+def _as_varint(number):
+    digits = []
+    while number > 127:
+        digits.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*digits, number])
+
+
+def message_spans(data):
+    """[(tag, start, start of the content, end)] of a message of protobuf. Raises: ValueError or LookupError if it is
+    none."""
+    found, at = [], 0
+    while at < len(data):
+        start, tag = at, data[at]
+        tag, at = (tag, at + 1) if tag < 128 else _varint(data, at)
+        if tag & 7 == 2:
+            size = data[at]
+            size, begin = (size, at + 1) if size < 128 else _varint(data, at)
+            at = begin + size
+        elif tag & 7 == 0:
+            begin, at = at, _varint(data, at)[1]
+        else:
+            begin, at = at, at + {5: 4, 1: 8}[tag & 7]
+        if at > len(data) or tag < 8:
+            raise ValueError
+        found.append((tag, start, begin, at))
+    return found
+
+
+def _field(tag, content):
+    return _as_varint(tag) + (_as_varint(len(content)) if tag & 7 == 2 else b"") + content
+
+
+def message(data, rng, max_size, level=0):
+    """A message of protobuf with one changed field, of any message inside it, and the lengths that this needs."""
+    try:
+        spans = message_spans(data) if data and rng.random() < 0.95 else []
+    except (ValueError, LookupError):
+        spans = []
+    if not spans:
+        return bytes_of(data, rng, max_size)
+    wanted = rng.choice([*{span[0]: 0 for span in spans}])  # most fields are pieces
+    tag, start, begin, end = rng.choice([span for span in spans if span[0] == wanted])
+    other = rng.choice(spans)
+    content, kind = data[begin:end], rng.randrange(10)
+    if kind == 0:
+        new = b""
+    elif kind == 1:
+        new = data[start:end] + data[other[1] : other[3]]
+    elif kind == 2:
+        new = _field(tag, data[other[2] : other[3]]) if tag & 7 == other[0] & 7 else data[other[1] : other[3]]
+    elif kind == 3:
+        new = _field(rng.choice([tag ^ 8, rng.randrange(1, 60) << 3 | tag & 7]), content)
+    elif tag & 7 == 2:
+        deeper = level < 2 and rng.random() < 0.8
+        new = _field(tag, message(content, rng, max_size, level + 1) if deeper else bytes_of(content, rng, max_size))
+    elif tag & 7 == 0:
+        new = _field(tag, _as_varint(rng.choice([rng.randrange(8), *rng.sample(SIZES, 2)])))
+    else:
+        number = struct.pack("<f", rng.choice([0.0, -0.0, 1.0, -1e30, 3e38, float("nan"), float("inf"), -float("inf")]))
+        new = _field(tag, number if end - begin == 4 else bytes_of(content, rng, 8)[:8].ljust(8, b"\0"))
+    return (data[:start] + new + data[end:])[:max_size]
 
 
 def repair_manifests(files):
@@ -245,20 +339,24 @@ def unpack(data):
 
 
 KINDS = {".json": json_text, ".jsonl": lines, ".csv": lines, ".conll": lines, ".txt": lines, ".en": lines,
-         ".fr": lines, ".jinja": words, ".safetensors": safetensors, ".gguf": gguf}  # fmt: skip
+         ".fr": lines, ".jinja": words, ".safetensors": safetensors, ".gguf": gguf, ".model": message,
+         ".spm": message}  # fmt: skip
 
 
 def mutate(data, max_size, seed):
     """libFuzzer's custom mutator: one file of a packed input is changed by the kind of its name."""
     rng = random.Random(seed)
-    files = unpack(data)
-    if not files:
-        return data
-    for _ in range(rng.choice([1, 1, 1, 2])):
-        name = rng.choice([*files])
-        suffix = name[name.rfind(".") :] if "." in name else ".json"
-        files[name] = KINDS.get(suffix, bytes_of)(files[name], rng, max_size)
-    if rng.random() < 0.8:
-        repair_manifests(files)
-    packed = pack(files)
-    return packed if len(packed) <= max_size else data
+    for _ in range(4):  # some changes change nothing
+        files = unpack(data)
+        if not files:
+            break
+        for _ in range(rng.choice([1, 1, 1, 2])):
+            name = rng.choice([*files])
+            suffix = name[name.rfind(".") :] if "." in name else ".json"
+            files[name] = KINDS.get(suffix, bytes_of)(files[name], rng, max_size)
+        if rng.random() < 0.8:
+            repair_manifests(files)
+        packed = pack(files)
+        if packed != data and len(packed) <= max_size:
+            return packed
+    return data

@@ -136,10 +136,18 @@ def tokenizer_json():
     for tokenizer in (tokenizers.ByteTokenizer(), piece_model("bpe"), piece_model("unigram")):
         exported = tokenizers.to_huggingface(tokenizer, True)
         files = dict(exported.files)
+        spec = json.loads(files["tokenizer.json"])
+        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        known = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        size = max(*known.values(), len(spec["model"]["vocab"]) - 1) + 1
+        names = [name for name in ("<mask>", "<|im_start|>", "<|im_end|>") if name not in known]
+        more = {name: size + i for i, name in enumerate(names)}
+        spec["added_tokens"] += [{"id": i, "content": name} | flags for name, i in more.items()]
+        files["tokenizer.json"] = json.dumps(spec).encode()
         settings = json.loads(files["tokenizer_config.json"]) | {
             "chat_template": TEMPLATE,
             "additional_special_tokens": ["<|im_end|>"],
-            "added_tokens_decoder": {"400": {"content": "<|im_start|>", "special": True}},
+            "added_tokens_decoder": {str(more["<|im_start|>"]): {"content": "<|im_start|>", "special": True}},
         }
         files["tokenizer_config.json"] = json.dumps(settings).encode()
         files["special_tokens_map.json"] = b'{"mask_token": {"content": "<mask>", "lstrip": true}}'
@@ -149,8 +157,9 @@ def tokenizer_json():
 
 def vocabularies():
     model = piece_model("unigram").model
-    settings = json.dumps({"eos_token": "</s>", "chat_template": TEMPLATE}).encode()
-    names = ["</s>", "<unk>", "<pad>", ">>fr<<", *(chr(c) for c in range(33, 127)), "Ġt", "he"]
+    settings = {"eos_token": "</s>", "chat_template": TEMPLATE, "additional_special_tokens": ["<|im_end|>"]}
+    settings = json.dumps(settings).encode()
+    names = ["</s>", "<unk>", "<pad>", ">>fr<<", "<|im_end|>", *(chr(c) for c in range(33, 127)), "Ġt", "he"]
     vocabulary = json.dumps({name: i for i, name in enumerate(names)}).encode()
     pieces = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "##s", *map(chr, range(33, 127))])
     return [
@@ -179,7 +188,7 @@ def templates():
 def gguf():
     import gguf as library
 
-    scalars, texts = library.GGUFValueType, ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "<0x0A>"]
+    scalars, texts = library.GGUFValueType, ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "<0x0A>", "<|im_end|>"]
     sizes = {"context_length": 16, "embedding_length": 32, "block_count": 1, "feed_forward_length": 64,
              "attention.head_count": 2, "attention.head_count_kv": 1}  # fmt: skip
 
@@ -190,18 +199,18 @@ def gguf():
         writer.add_key_value("llama.attention.layer_norm_rms_epsilon", 1e-5, scalars.FLOAT32)
         writer.add_tokenizer_model(kind)
         writer.add_token_list(texts)
-        writer.add_token_types([2, 3, 3, 1, 1, 1, 1, 6])
+        writer.add_token_types([2, 3, 3, 1, 1, 1, 1, 6, 3])
         if kind == "llama":
-            writer.add_token_scores([0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -1.5, 0.0])
+            writer.add_token_scores([0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -1.5, 0.0, 0.0])
         else:
             writer.add_tokenizer_pre("gpt-2")
             writer.add_token_merges(["a b"])
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_chat_template(TEMPLATE)
-        writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
+        writer.add_tensor("token_embd.weight", np.zeros((9, 32), np.float32))
         writer.add_tensor("output_norm.weight", np.ones(32, np.float16))
-        blocks = library.quants.quantize(np.ones((8, 32), np.float32), library.GGMLQuantizationType.Q8_0)
+        blocks = library.quants.quantize(np.ones((9, 32), np.float32), library.GGMLQuantizationType.Q8_0)
         writer.add_tensor("output.weight", blocks, raw_dtype=library.GGMLQuantizationType.Q8_0)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
