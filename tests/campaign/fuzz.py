@@ -266,12 +266,12 @@ class Watch:
             self.seen.append(f"{event} {str(args)[:100]}")
 
 
-def child(name, results, corpus, arguments):
+def child(name, results, corpus, scratch, arguments):
     """Fuzz one target; does not return. Findings are written to the directory `results`."""
     import atheris
 
     target, results = TARGETS[name], pathlib.Path(results)
-    directory = pathlib.Path(tempfile.mkdtemp(prefix="fuzz-", dir=results))
+    directory = pathlib.Path(tempfile.mkdtemp(dir=scratch))
     os.chdir(directory)
     inputs = [path.read_bytes() for path in pathlib.Path(corpus).iterdir()]
     names = {name for data in inputs for name in unpack(data)}
@@ -337,7 +337,7 @@ with atheris.instrument_imports(include=["nanoflax"]):
     from nanoflax.runs import checkpoint, directory, manifest
     from nanoflax.tokenizers import chat_template
     from tests.campaign import fuzz
-fuzz.child(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:])
+fuzz.child(*sys.argv[1:5], sys.argv[5:])
 """
 
 
@@ -352,8 +352,9 @@ def fuzz(name, runs, seconds, seed, keep):
         (fresh / str(i)).write_bytes(pack(files))
     done, begin, used = 0, time.monotonic(), _children_seconds()
     left = lambda: seconds - (time.monotonic() - begin)
+    scratch = tempfile.TemporaryDirectory(prefix="nanoflax-fuzz-", dir=MEMORY_DISK)  # a disk takes ten times as long
     while done < runs and left() > 1:
-        command = [sys.executable, "-c", CHILD, name, str(keep), str(fresh), str(corpus), str(fresh),
+        command = [sys.executable, "-c", CHILD, name, str(keep), str(fresh), scratch.name, str(corpus), str(fresh),
                    f"-runs={runs - done}", f"-max_total_time={int(left())}", f"-timeout={120 * MAX_SECONDS}",
                    "-max_len=400000", "-rss_limit_mb=8000", "-print_final_stats=1", "-reload=0",
                    f"-seed={seed + done + 1}", f"-artifact_prefix={keep}/finding-", "-verbosity=1"]  # fmt: skip
@@ -368,8 +369,7 @@ def fuzz(name, runs, seconds, seed, keep):
         (keep / f"finding-end-{done}.txt").write_text(ended.stderr[-3000:])
         if not executed:
             break
-    for path in keep.glob("fuzz-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    scratch.cleanup()
     return done, _children_seconds() - used, sorted(path.read_text()[:300] for path in keep.glob("finding-*.txt"))
 
 
