@@ -1,8 +1,10 @@
 """Files of strangers: sizes, JSON and links are checked where they are read, in every room."""
 
+import base64
 import json
 import os
 import pathlib
+import struct
 
 import pytest
 
@@ -206,6 +208,43 @@ def test_sentencepiece_models_that_lie(tmp_path, pieces):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_ids": wrong, "eos_token": "<eos>"}))
         with pytest.raises(UserError, match="extra_ids="):
             tokenizers.load(tmp_path)
+
+
+def with_characters(pieces, table):
+    """The files of two tokenizers with this table of what replaces a character."""
+    from nanoflax.tokenizers.sentencepiece_schema import model_class
+
+    proto = model_class().FromString(pieces)
+    proto.normalizer_spec.precompiled_charsmap = table
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+    named = b'{"eos_token": "<eos>", "extra_ids": 3}'
+    return (
+        {"spiece.model": proto.SerializeToString(), "tokenizer_config.json": named},
+        byte_tokenizer_files(normalizer={"type": "Sequence", "normalizers": [normalizer]}),
+    )
+
+
+def test_tables_of_characters_that_lie(tmp_path, pieces):
+    # The library takes eight bytes for every four of the tree, before it reads them: here 8 GB.
+    for table in (b"\xff\xff\xff\xff" + bytes(60), b"\x41\0\0\0" + bytes(60), b"\x01"):
+        for i, files in enumerate(with_characters(pieces, table)):
+            (tmp_path / str(i)).mkdir(exist_ok=True)
+            for name, content in files.items():
+                (tmp_path / str(i) / name).write_bytes(content)
+            with pytest.raises(UserError, match=f"its precompiled_charsmap has {len(table)} bytes"):
+                tokenizers.load(tmp_path / str(i))
+
+
+def test_a_table_of_characters_that_ends_inside_a_text(tmp_path, pieces):
+    # The library panics, in Rust, at the first character that the tree does not reach.
+    for i, files in enumerate(with_characters(pieces, struct.pack("<II", 4, 1 << 10))):
+        (tmp_path / str(i)).mkdir()
+        for name, content in files.items():
+            (tmp_path / str(i) / name).write_bytes(content)
+        tokenizer = tokenizers.load(tmp_path / str(i))
+        for encode in (tokenizer.encode, tokenizer.encode_source, lambda text, t=tokenizer: t.encode_batch([text])):
+            with pytest.raises(UserError, match="cannot encode: index out of bounds"):
+                encode("Hello")
 
 
 def test_a_piece_of_a_gguf_that_takes_hours():

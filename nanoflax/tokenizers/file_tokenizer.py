@@ -1,11 +1,12 @@
 """The base of tokenizers in the file formats of Hugging Face: their files, settings and special tokens."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from nanoflax import untrusted
@@ -94,6 +95,19 @@ class FileTokenizer:
                 (directory / name).write_bytes(content)
         except OSError as error:
             raise UserError(f"tokenizer cannot be saved in {directory}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """An error of a library in the block becomes a UserError that begins with `what`; also a panic of one in Rust,
+    which is no Exception: a file can be sound until a text reaches its damaged part."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, (UserError, KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{what}: {reason[:200]}") from error
 
 
 def read_json(files: Files, file: str, name: str) -> dict[str, Any]:

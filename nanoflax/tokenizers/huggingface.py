@@ -35,6 +35,7 @@ from nanoflax.tokenizers.file_tokenizer import (
     Files,
     FileTokenizer,
     any_of,
+    library_errors,
     read_json,
     without_spaces_before_marks,
 )
@@ -203,7 +204,7 @@ class HFTokenizer(FileTokenizer):
             spec = read_json(files, kind, self.name)
             if not isinstance(spec.get("model"), dict):
                 raise UserError(f"tokenizer {self.name}: tokenizer.json holds no model")
-            specs.check_growth(spec.get("normalizer"), f"tokenizer {self.name}: {kind}")
+            specs.check_normalizer(spec.get("normalizer"), f"tokenizer {self.name}: {kind}")
             if not isinstance(spec["model"].get("vocab"), list):  # Unigram's is a list without ids
                 specs.check_vocabulary(spec["model"].get("vocab"), f"tokenizer {self.name}: {kind}")
             if name and name not in PLAIN_CLASSES and not {"eos", "sep"} & self._roles.keys():
@@ -259,10 +260,8 @@ class HFTokenizer(FileTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """`encode` of each text."""
-        try:
+        with library_errors(f"tokenizer {self.name} cannot encode"):  # see `_encoding`
             found = self._tokenizer.encode_batch_fast([well_formed(text) for text in texts], add_special_tokens=False)
-        except Exception as error:  # see `_encoding`
-            raise UserError(f"tokenizer {self.name} cannot encode: {error}") from error
         return [encoding.ids for encoding in found]
 
     def encode_source(self, text: str) -> list[int]:
@@ -336,12 +335,11 @@ class HFTokenizer(FileTokenizer):
         return self._encoding(text, pair, add_special_tokens).ids
 
     def _encoding(self, text, pair=None, add_special_tokens=False):
-        try:
+        # An error is a WordPiece model without its unknown token, or a damaged table of characters.
+        with library_errors(f"tokenizer {self.name} cannot encode"):
             return self._tokenizer.encode(
                 well_formed(text), None if pair is None else well_formed(pair), add_special_tokens=add_special_tokens
             )
-        except Exception as error:  # such as a WordPiece model without its unknown token
-            raise UserError(f"tokenizer {self.name} cannot encode: {error}") from error
 
 
 def _replace_invalid_bytes(tokens: list[str], values: dict[str, int]) -> list[str]:

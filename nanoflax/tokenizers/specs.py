@@ -1,5 +1,6 @@
 """The contents of a tokenizer.json ("spec", a dict): its parts, added tokens and template, and what is refused."""
 
+import base64
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -82,8 +83,19 @@ def check_vocabulary(vocabulary: Any, where: str) -> None:
         raise UserError(f"{where}: the id of {wrong[0][0]!r} is {wrong[0][1]!r}, not a number from 0 to below {MAX_ID}")
 
 
-def check_growth(normalizer: Any, where: str) -> None:
-    """Raises: UserError for a normalizer of a tokenizer.json that can make a text too long: each step multiplies."""
+def check_characters(table: bytes, where: str) -> None:
+    """Raises: UserError for a table of SentencePiece, of what replaces a character, that is shorter than it says.
+
+    It begins with the size of a tree in bytes; the library takes twice that much memory before it reads the tree.
+    """
+    if len(table) < 4 or (size := int.from_bytes(table[:4], "little")) > len(table) - 4:
+        says = f", but says that {size} follow" if len(table) >= 4 else ""
+        raise UserError(f"{where} is damaged: its precompiled_charsmap has {len(table)} bytes{says}")
+
+
+def check_normalizer(normalizer: Any, where: str) -> None:
+    """Raises: UserError for a normalizer of a tokenizer.json that can make a text too long, where each step multiplies,
+    or that has a table of characters that is shorter than it says."""
     growth, steps = 1, [normalizer]
     while steps and growth <= MAX_GROWTH:
         step = steps.pop()
@@ -92,9 +104,18 @@ def check_growth(normalizer: Any, where: str) -> None:
             steps += nested if isinstance(nested, list) else []
             if step.get("type") == "Replace":
                 growth *= max(1, len(str(step.get("content"))))
+            if step.get("type") == "Precompiled" and isinstance(table := step.get("precompiled_charsmap"), str):
+                check_characters(_from_base64(table), where)
             growth *= {"NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "Precompiled": 20}.get(str(step.get("type")), 1)
     if growth > MAX_GROWTH:
         raise UserError(f"{where}: its normalizer can make more than {MAX_GROWTH} characters of one")
+
+
+def _from_base64(text):
+    try:
+        return base64.b64decode(text)
+    except ValueError:  # the library says so
+        return bytes(4)
 
 
 def rename_special(spec: Spec, aliases: dict[str, str]) -> Spec:

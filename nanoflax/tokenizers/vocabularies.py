@@ -20,6 +20,7 @@ from nanoflax.tokenizers.specs import (
     Roles,
     Spec,
     added_token,
+    check_characters,
     set_ends,
     spec_of,
     typed_tokens,
@@ -276,8 +277,10 @@ def _sentencepiece_model(model: bytes) -> tuple[Any, list[str], list[float], lis
 def _normalizers(proto: Any) -> list[Any]:
     from tokenizers import Regex, normalizers
 
-    normal = proto.normalizer_spec
-    found = [normalizers.Precompiled(normal.precompiled_charsmap)] if normal.precompiled_charsmap else []
+    normal, found = proto.normalizer_spec, []
+    if table := normal.precompiled_charsmap:
+        check_characters(table, "the SentencePiece model")
+        found.append(normalizers.Precompiled(table))
     if normal.remove_extra_whitespaces:
         found += [normalizers.Replace(Regex(pattern), by) for pattern, by in ((r"\A +| +\z", ""), (" {2,}", " "))]
     return found
