@@ -81,28 +81,49 @@ def render(
         found = _process.ask(do="render", template=template, variables=variables)
     except (TypeError, ValueError, RecursionError) as error:
         raise error if isinstance(error, UserError) else UserError(f"a chat must hold JSON values: {error}") from error
-    text, mark, has_marks = found["text"], found["mark"], found["has_marks"]
-    pattern = re.compile(rf"{nonce}(?P<original>\d{{6}})|{mark}(?P<mark>[+-])|{any_special}")
-    if re.search(f"{nonce}|{mark}", pattern.sub("", text), re.IGNORECASE):
+    text, written, marked = _read(found["text"], nonce, found["mark"], originals, special, specials)
+    return Rendering(text, written, marked if found["has_marks"] else None)
+
+
+def _read(text, nonce, mark, originals, special, specials):
+    """The three values of a Rendering: the text with the originals of its placeholders and without its marks."""
+    # No pattern with the nonce, which would be compiled for every conversation: with 256 special tokens, in 3 ms.
+    parts, length, found, marked, open_marks = [], 0, [], [], []
+
+    def write(part):
+        nonlocal length
+        parts.append(part)
+        length += len(part)
+
+    for i, block in enumerate(text.split(nonce)):
+        if i:
+            number, block = block[:6], block[6:]
+            _check_unchanged(re.fullmatch("[0-9]{6}", number) and int(number) < len(originals))
+            write(originals[int(number)])
+        for k, piece in enumerate(block.split(mark)):
+            if k:
+                sign, piece = piece[:1], piece[1:]
+                _check_unchanged(sign in ("+", "-"))
+                if sign == "+":
+                    open_marks.append(length)
+                elif open_marks:
+                    marked.append((open_marks.pop(), length))
+            lower, end = piece.lower(), 0
+            _check_unchanged(nonce not in lower and mark not in lower)
+            for match in special.finditer(piece):
+                write(piece[end : match.start()])
+                found.append((length, length + len(specials[match[0]]), match[0]))
+                write(specials[match[0]])
+                end = match.end()
+            write(piece[end:])
+    return "".join(parts), found, marked
+
+
+def _check_unchanged(is_so):
+    if not is_so:
         raise UserError(
             "the chat template changes a special token inside a message; take the special token out of the message"
         )
-    parts, length, end, found, marked, open_marks = [], 0, 0, [], [], []
-    for match in pattern.finditer(text):
-        before, part = text[end : match.start()], ""
-        length, end = length + len(before), match.end()
-        if match["original"]:
-            part = originals[int(match["original"])]
-        elif match["mark"] == "+":
-            open_marks.append(length)
-        elif match["mark"] and open_marks:
-            marked.append((open_marks.pop(), length))
-        elif not match["mark"]:
-            part = specials[match[0]]
-            found.append((length, length + len(part), match[0]))
-        parts += [before, part]
-        length += len(part)
-    return Rendering("".join(parts) + text[end:], found, marked if has_marks else None)
 
 
 def _as_in_transformers(message):

@@ -536,6 +536,8 @@ def test_contents_that_meet_do_not_make_a_special_token(directory):
         ("{{ 'a' * 99999999999 }}", "too large"),
         ("{{ 9 ** 9 ** 9 ** 9 }}", "too large"),
         ("{{ messages[0].content | upper }}", "changes a special token"),
+        ("{{ messages[0].content | replace('000000', '000009') }}", "changes a special token"),
+        ("{{ messages[0].content[:35] }}", "changes a special token"),
         ("{% include 'other' %}", "loader"),
     ],
 )
