@@ -269,6 +269,7 @@ def test_a_tokenizer_without_ids_for_a_reply(tmp_path):
         ({"peft_type": []}, "peft_type=.* has a wrong type"),
         ({"task_type": {}}, "task_type=.* has a wrong type"),
         ({"modules_to_save": "all"}, "modules_to_save=all has a wrong type"),
+        ({"target_parameters": [{}]}, "target_parameters=.* has a wrong type"),
         ({"trainable_token_indices": "1"}, "trainable_token_indices=1 has a wrong type"),
         ({"alpha_pattern": {"((a+)+)+$": 1}}, "not a simple pattern"),
         ({"alpha_pattern": {"[": 1}}, "not a simple pattern"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 from nanoflax.config import ModelConfig
@@ -30,10 +31,7 @@ def family_of_config(config: ModelConfig, model_type: str | None = None) -> Fami
     same_type = [name for name, family in FAMILIES.items() if family.model_type == model_type]
     for name in FAMILIES if model_type is None else same_type or [model_type]:
         family = family_of_type(name)
-        try:
-            missing[name] = differences(family, config)
-        except UserError as error:  # a value that the family refuses
-            missing[name] = [str(error)]
+        missing[name] = _missing(name, config)
         if not missing[name] or missing[name] == ["embed_scale"] and not config.tied:
             return family
     if ["token_types"] in missing.values():
@@ -46,6 +44,20 @@ def family_of_config(config: ModelConfig, model_type: str | None = None) -> Fami
     raise UserError(
         f"no family of Transformers ({', '.join(missing)}) has such models; the nearest is {nearest}, except {fields}"
     )
+
+
+def families_of_config(config: ModelConfig) -> list[Family]:
+    """All families that can express a configuration."""
+    return [family for name, family in FAMILIES.items() if not _missing(name, config)]
+
+
+@functools.lru_cache(256)  # of a few configurations: a model with many adapters has one
+def _missing(name, config):
+    """The fields that a family cannot express, or why it refuses the configuration."""
+    try:
+        return differences(FAMILIES[name], config)
+    except UserError as error:  # a value that the family refuses
+        return [str(error)]
 
 
 def family_of_json(hf: Json) -> Family:

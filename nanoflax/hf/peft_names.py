@@ -40,6 +40,8 @@ def read_settings(directory: str | pathlib.Path) -> dict[str, Any]:
     wrong = [
         name for name, kind in _TYPES.items() if theirs.get(name) is not None and not isinstance(theirs[name], kind)
     ]
+    names = theirs.get("target_parameters") or []
+    wrong += ["target_parameters"] * (isinstance(names, list) and not all(isinstance(x, str) for x in names))
     problems = [f"{name}={str(theirs[name])[:200]} has a wrong type" for name in wrong]
     patterns = theirs.get("alpha_pattern") or {}
     problems += [

@@ -12,7 +12,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nanoflax.config import PEFT_KINDS, AdaLoRA, ModelConfig, validate
-from nanoflax.errors import UserError
 from nanoflax.hf import families, safetensors_io
 from nanoflax.hf.layouts import TensorMapping, parameter_shapes
 from nanoflax.hf.peft_experts import ExpertFile
@@ -252,13 +251,8 @@ class AdapterFile:
 def _names_of(config: ModelConfig, model_type: str | None, tensors: Mapping[str, Any]) -> PeftNames:
     """The names of the family that knows the most tensors of a file, among the families of this configuration."""
     first = families.family_of_config(config, model_type)
-    found = [PeftNames(first, config)]
-    for family in families.FAMILIES.values() if model_type is None else ():
-        try:
-            if family is not first and not families.differences(family, config):
-                found.append(PeftNames(family, config))
-        except UserError:  # a value that the family refuses
-            continue
+    others = families.families_of_config(config) if model_type is None else []
+    found = [PeftNames(family, config) for family in [first, *(family for family in others if family is not first)]]
     modules = [m[1] + ".weight" if (m := _PART.fullmatch(name)) else name for name in tensors]
     return max(found, key=lambda names: sum(names.find(name) is not None for name in modules))
 

@@ -9,6 +9,8 @@ there is a finding.
 """
 
 import argparse
+import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -266,6 +268,12 @@ class Watch:
             self.seen.append(f"{event} {str(args)[:100]}")
 
 
+def share_threads():
+    """orbax opens each file in a thread of a new event loop: here one pool serves all loops."""
+    pool, run = concurrent.futures.ThreadPoolExecutor(32), asyncio.BaseEventLoop.run_in_executor
+    asyncio.BaseEventLoop.run_in_executor = lambda loop, executor, *call: run(loop, executor or pool, *call)
+
+
 def child(name, results, corpus, scratch, arguments):
     """Fuzz one target; does not return. Findings are written to the directory `results`."""
     import atheris
@@ -319,6 +327,7 @@ def child(name, results, corpus, scratch, arguments):
             keep(re.sub("[0-9a-f]{6,}|[0-9]+", "#", event)[:100], data)
         watch.seen.clear()
 
+    share_threads()
     for data in inputs:  # imports what the target needs, before memory is limited
         one(data)
     used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
