@@ -375,7 +375,8 @@ def fuzz(name, runs, seconds, seed, keep):
             break
         last = re.findall(r"==\d+== ?(ERROR.*|.*deadly.*)", ended.stderr) or [ended.stderr[-500:]]
         print(f"{name}: the process ended with {ended.returncode}: {last[0]}", file=sys.stderr)
-        (keep / f"finding-end-{done}.txt").write_text(ended.stderr[-3000:])
+        said = re.split(r"(?m)^#\d+\t.*\n", ended.stderr)[-1]  # after libFuzzer's last line of progress
+        (keep / f"finding-end-{done}.txt").write_text(said[:3000])
         if not executed:
             break
     scratch.cleanup()
