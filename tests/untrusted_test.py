@@ -254,6 +254,18 @@ def test_a_piece_of_a_gguf_that_takes_hours():
         tokenizers.from_gguf(metadata)
 
 
+def test_a_gguf_whose_names_are_odd():
+    tokens = ["a", "<s:", "<s:1", "$A", "b"]
+    values = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "token_type": [1, 3, 3, 3, 1], "merges": [],
+              "add_bos_token": True, "add_eos_token": True}  # fmt: skip
+    for bos, eos in ((1, 2), (2, 3), (3, 1)):
+        more = {"bos_token_id": bos, "eos_token_id": eos}
+        metadata = {f"tokenizer.ggml.{name}": value for name, value in (values | more).items()}
+        assert tokenizers.from_gguf(metadata).encode_with_template("ab") == [bos, 0, 4, eos]
+    with pytest.raises(UserError, match="tokenizer.ggml.pre is .'gpt-2'.; supported"):
+        tokenizers.from_gguf(metadata | {"tokenizer.ggml.pre": ["gpt-2"]})
+
+
 def test_a_tokenizer_without_ids_for_a_reply(tmp_path):
     nothing = {"type": "Replace", "pattern": {"Regex": "."}, "content": ""}
     files = byte_tokenizer_files(normalizer=nothing)

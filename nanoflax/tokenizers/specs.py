@@ -64,15 +64,17 @@ def set_ends(spec: Spec, config: Config, roles: Roles) -> None:
 
 def set_template(spec: Spec, before: Iterable[int], after: Iterable[int]) -> None:
     """Set the post-processor that adds these ids of added tokens before and after a text, and each text of a pair."""
-    from tokenizers import processors
-
     names = {token["id"]: token["content"] for token in spec["added_tokens"]}
     ends = [*before], [*after]
-    first, second = ([*(names[i] for i in ends[0]), f"${text}", *(names[i] for i in ends[1])] for text in "AB")
-    template = processors.TemplateProcessing(
-        single=first, pair=[*first, *second], special_tokens=[(names[i], i) for i in {*ends[0], *ends[1]}]
-    )
-    spec["post_processor"] = json.loads(template.__getstate__())
+
+    def framed(text):
+        tokens = [[{"SpecialToken": {"id": names[i], "type_id": 0}} for i in ids] for ids in ends]
+        return [*tokens[0], {"Sequence": {"id": text, "type_id": 0}}, *tokens[1]]
+
+    # Not the library's TemplateProcessing: it reads "<s:1>" as a token and a type.
+    special = {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in {*ends[0], *ends[1]}}
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": framed("A"), "pair": framed("A") + framed("B"),
+                              "special_tokens": special}  # fmt: skip
 
 
 def check_vocabulary(vocabulary: Any, where: str) -> None:

@@ -85,7 +85,7 @@ def from_gguf(metadata: dict[str, Any], name: str) -> tuple[Spec, Config, Config
     kind, pre, tokens = get("model"), get("pre"), get("tokens")
     if kind not in ("gpt2", "llama"):
         raise UserError(f"{name}: tokenizer.ggml.model is {kind!r}; gpt2 and llama are supported")
-    if kind == "gpt2" and pre not in GGUF_PATTERNS:
+    if kind == "gpt2" and pre not in [*GGUF_PATTERNS]:  # it can be a list
         raise UserError(
             f"{name}: tokenizer.ggml.pre is {pre!r}; supported: {', '.join(sorted(filter(None, GGUF_PATTERNS)))}"
         )
