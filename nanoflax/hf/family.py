@@ -356,22 +356,22 @@ def differences(family: Family, config: ModelConfig) -> list[str]:
     return ["token_types"] * no_row + different_fields(c, back)
 
 
-def different_fields(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """The fields with different values in two configurations from `canonical`, without those that do not change the
-    logits."""
-    return [
-        name
-        for name in FIELD_TYPES
-        if name not in ("dropout", "generation") and not _close(getattr(a, name), getattr(b, name))
-    ]
+def different_fields(a: Any, b: Any) -> list[str]:
+    """The fields, as moe.active, with different values in two configurations from `canonical`, without those that do
+    not change the logits."""
+    found = []
+    for name in [name for name in vars(a) if name not in ("dropout", "generation")]:
+        x, y = getattr(a, name), getattr(b, name)
+        if dataclasses.is_dataclass(x):
+            found += [f"{name}.{inner}" for inner in different_fields(x, y)]
+        elif not (isinstance(x, float) and isinstance(y, float) and abs(x - y) <= 1e-6 * abs(x)) and x != y:
+            found.append(name)  # a square of a square root is not exact
+    return found
 
 
-def _close(a, b):
-    if dataclasses.is_dataclass(a):
-        return all(_close(getattr(a, name), getattr(b, name)) for name in vars(a))
-    if isinstance(a, float) and isinstance(b, float):
-        return abs(a - b) <= 1e-6 * abs(a)  # a square of a square root is not exact
-    return a == b
+def with_values(config: ModelConfig, names: list[str]) -> list[str]:
+    """`different_fields` as people set them: model.moe.active=2."""
+    return [f"model.{name}={operator.attrgetter(name)(canonical(config))!r}" for name in names]
 
 
 def head_of(family: Family, architectures: Any) -> str:

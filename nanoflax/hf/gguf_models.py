@@ -11,7 +11,16 @@ import numpy as np
 from nanoflax import nn
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.hf.family import Family, Json, canonical, differences, different_fields, from_config, to_config
+from nanoflax.hf.family import (
+    Family,
+    Json,
+    canonical,
+    differences,
+    different_fields,
+    from_config,
+    to_config,
+    with_values,
+)
 from nanoflax.hf.gguf import LatentHeads, QuantizedTensor, open_gguf
 from nanoflax.hf.gguf_architectures import ARCHITECTURES, Architecture
 from nanoflax.hf.layouts import tensor_mapping
@@ -243,7 +252,7 @@ def describe(config: ModelConfig) -> tuple[Architecture, dict[str, Any], ModelCo
                 divisors = rope_divisors(candidate) if candidate.rope.scaling == "llama3" else None
                 back = read_config(architecture, metadata, names, candidate.vocab_size, divisors, "GGUF")
                 wrong = different_fields(_untrained(candidate), _untrained(back))
-                distance, wrong = len(wrong), [f"model.{name}={getattr(config, name)!r}" for name in wrong]
+                distance, wrong = len(wrong), with_values(config, wrong)
             except UserError as error:
                 distance, wrong = 2 + len(_differences(architecture.family, candidate)), [str(error)]
             if not wrong:

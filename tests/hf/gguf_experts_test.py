@@ -45,10 +45,10 @@ MODELS = {  # our case -> architecture of llama.cpp, changes
     "hunyuan_moe": ("hunyuan-moe", {}),
 }  # fmt: skip
 REFUSED = [
-    ("qwen2_moe", dict(norm_topk_prob=True, decoder_sparse_step=1), "the nearest is qwen2moe, except model.moe="),
+    ("qwen2_moe", dict(norm_topk_prob=True, decoder_sparse_step=1), "qwen2moe, except model.moe.renormalise=True"),
     ("gpt_oss-yarn", dict(swiglu_limit=5.0, rope_parameters=YARN | {"truncate": False}), "except model.swiglu_limit=5"),
-    ("gpt_oss-yarn", dict(swiglu_limit=7.0, rope_parameters=YARN), "the nearest is gpt-oss, except model.rope="),
-    ("glm4_moe-groups", dict(hidden_act="silu"), "the nearest is glm4moe, except model.moe="),
+    ("gpt_oss-yarn", dict(swiglu_limit=7.0, rope_parameters=YARN), "gpt-oss, except model.rope.truncate=True"),
+    ("glm4_moe-groups", dict(hidden_act="silu"), "glm4moe, except model.moe.groups=4, model.moe.top_groups=2"),
     ("dots1-windows", dict(n_group=1, topk_group=1, hidden_act="silu", attention_bias=False), "except model.window=5"),
     ("ernie4_5_moe-bias", {}, "the nearest is ernie4_5-moe, except"),
     ("deepseek_v3", dict(rope_parameters=YARN), "no architecture of GGUF files here"),

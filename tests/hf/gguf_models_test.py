@@ -223,7 +223,7 @@ def test_padding_a_factor_of_the_table_and_a_window_longer_than_the_context(tmp_
         ("gemma3", {}, "the nearest is gemma3, except model.layer_types="),
         ("llama", dict(hidden_act="gelu"), "the nearest is llama, except model.activation='gelu'"),
         ("gpt2", {}, "the nearest is"),
-        ("qwen3_moe", PLAIN_MOE | dict(norm_topk_prob=False), "the nearest is qwen3moe, except model.moe="),
+        ("qwen3_moe", PLAIN_MOE | dict(norm_topk_prob=False), "qwen3moe, except model.moe.renormalise=False"),
         ("bert", {}, "written for decoders with the head lm, not for model.architecture='encoder'"),
         ("llama-classify", {}, "not for model.architecture='decoder' with model.head='classify'"),
         ("t5", {}, "not for model.architecture='encoder_decoder'"),

@@ -272,9 +272,10 @@ def test_fields_have_the_other_names_that_transformers_reads(saved):
 
 def test_unsupported_configurations_are_refused_by_name(saved):
     d = saved("llama")
-    changed_config(d, model_type="mamba")
-    message = refused(d)
-    assert "'mamba'" in message and all(name in message for name in families.FAMILIES)
+    for model_type in ("mamba", "gemma3_text (use_bidirectional_attention)"):
+        changed_config(d, model_type=model_type)
+        message = refused(d)
+        assert f"'{model_type}'" in message and all(name in message for name in families.FAMILIES)
     changed_config(d, model_type="llama", architectures=["LlamaForTokenClassification"])
     assert "LlamaForTokenClassification" in refused(d) and "LlamaForCausalLM" in refused(d)
     # All of them at once.
