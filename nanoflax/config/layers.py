@@ -1,4 +1,5 @@
-"""The settings of kinds of layers: rotary positions, mixture of experts, latent attention, recurrent layers."""
+"""The settings of kinds of layers: rotary positions, mixture of experts, latent attention, recurrent layers; and which
+settings of layers do not go together."""
 
 import dataclasses
 from typing import Any
@@ -118,6 +119,35 @@ class RecurrentConfig:
     chunk: int = field(64, "Tokens that are computed at once; it does not change the result.", at_least=1)
     min_step: float = field(0.0, "mamba2: least step.", at_least=0)
     max_step: float | None = field(None, "mamba2: largest step; none: no limit.", above=0)
+
+
+def block_problems(m: Any) -> list[str]:
+    """The conflicts in a ModelConfig of what all blocks have: attention, norms, positions, embeddings."""
+    found = []
+    for name, side in [("heads", m), *([("decoder_heads", m.decoder)] if m.decoder_heads else [])]:
+        if m.head_dim is None and m.dim % side.heads:
+            found.append(
+                f"model.{name}={side.heads} does not divide model.dim={m.dim}; change one or set model.head_dim"
+            )
+        if side.heads % side.G:
+            found.append(f"model.kv_heads={side.G} does not divide model.{name}={side.heads}")
+    if (m.decoder_heads or m.decoder_mlp_dim) and not m.cross_layers:
+        found.append(f"model.decoder_heads and model.decoder_mlp_dim are not for {m.architecture!r}")
+    if not m.first_norm and m.norm_place != "pre":
+        found.append(f"model.first_norm=false needs model.norm_place='pre', not {m.norm_place!r}")
+    if m.positions == "rotary" and (m.rotary_dim % 2 or m.rotary_dim < 2):
+        part = "" if m.rope.fraction == 1 else f" times model.rope.fraction={m.rope.fraction}"
+        found.append(f"model.head_dim={m.K}{part} must be even for rotary positions")
+    if m.positions.startswith("sinusoidal") and m.dim % 2:
+        found.append(f"model.dim={m.dim} must be even for sinusoidal positions")
+    if m.decoder_layers and not m.reads_source:
+        found.append(f"model.decoder_layers={m.decoder_layers} is not for {m.architecture!r}; use model.layers")
+    if m.projects_embeddings and (m.architecture not in ("decoder", "encoder") or m.output_delay):
+        found.append(
+            f"model.embed_dim={m.embed_dim} must equal model.dim={m.dim}, except in a decoder or encoder without "
+            "output_delay"
+        )
+    return found
 
 
 def layer_problems(m: Any) -> list[str]:

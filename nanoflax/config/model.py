@@ -12,6 +12,7 @@ from nanoflax.config.layers import (
     MoEConfig,
     RecurrentConfig,
     RopeConfig,
+    block_problems,
     layer_problems,
 )
 
@@ -345,8 +346,7 @@ class ModelConfig:
             found.append(
                 f"model.vocab_padding={m.vocab_padding} must be from 0 to below model.vocab_size={m.vocab_size}"
             )
-        found += m._block_problems()
-        found += layer_problems(m)
+        found += block_problems(m) + layer_problems(m)
         if m.class_names and len(m.class_names) != m.labels and m.vocab_size:  # finetune sets both
             found.append(f"model.class_names has {len(m.class_names)} names for model.labels={m.labels} classes")
         if twice := [name for name in dict.fromkeys(m.class_names) if m.class_names.count(name) > 1]:
@@ -372,32 +372,4 @@ class ModelConfig:
         for i in {g.forced_bos_token_id, g.decoder_start_token_id, *g.forced_eos_token_id} - {None}:
             if m.vocab_size and i >= m.vocab_size:
                 found.append(f"model.generation has the token id {i}, but model.vocab_size={m.vocab_size}")
-        return found
-
-    def _block_problems(self) -> list[str]:
-        """The conflicts of what all blocks have: attention, MLP, norms, embeddings."""
-        m, found = self, []
-        for name, side in [("heads", m), *([("decoder_heads", m.decoder)] if m.decoder_heads else [])]:
-            if m.head_dim is None and m.dim % side.heads:
-                found.append(
-                    f"model.{name}={side.heads} does not divide model.dim={m.dim}; change one or set model.head_dim"
-                )
-            if side.heads % side.G:
-                found.append(f"model.kv_heads={side.G} does not divide model.{name}={side.heads}")
-        if (m.decoder_heads or m.decoder_mlp_dim) and not m.cross_layers:
-            found.append(f"model.decoder_heads and model.decoder_mlp_dim are not for {m.architecture!r}")
-        if not m.first_norm and m.norm_place != "pre":
-            found.append(f"model.first_norm=false needs model.norm_place='pre', not {m.norm_place!r}")
-        if m.positions == "rotary" and (m.rotary_dim % 2 or m.rotary_dim < 2):
-            part = "" if m.rope.fraction == 1 else f" times model.rope.fraction={m.rope.fraction}"
-            found.append(f"model.head_dim={m.K}{part} must be even for rotary positions")
-        if m.positions.startswith("sinusoidal") and m.dim % 2:
-            found.append(f"model.dim={m.dim} must be even for sinusoidal positions")
-        if m.decoder_layers and not m.reads_source:
-            found.append(f"model.decoder_layers={m.decoder_layers} is not for {m.architecture!r}; use model.layers")
-        if m.projects_embeddings and (m.architecture not in ("decoder", "encoder") or m.output_delay):
-            found.append(
-                f"model.embed_dim={m.embed_dim} must equal model.dim={m.dim}, except in a decoder or encoder without "
-                "output_delay"
-            )
         return found

@@ -147,6 +147,11 @@ def test_what_everyone_reads_stays_small():
     assert CORE_LINES <= 3700
 
 
+def test_files_of_the_library_stay_readable():
+    long = {name_of(path): lines([path]) for path in sources("nanoflax") if lines([path]) > 400}
+    assert not long, "fold them along a natural seam"
+
+
 def test_the_readme_counts_what_everyone_reads():
     readme = " ".join((ROOT / "README.md").read_text().split())
     claimed = re.search(r"`nn`, `generate` and `train`\D*([\d,]+) lines", readme)
