@@ -1,5 +1,6 @@
 """Progress: a live bar on a terminal, plain lines elsewhere. The package rich is imported only for a terminal."""
 
+import abc
 import collections
 import contextlib
 import math
@@ -14,7 +15,7 @@ from nanoflax.report.text import format_count, format_duration, printable
 SHOWN = {"rollout_reward": "reward"}  # metrics of a step that a bar shows beside the loss, and their names there
 
 
-class ProgressBar:
+class ProgressBar(abc.ABC):
     """A live bar on a terminal, a plain line every few seconds elsewhere. Use as a context manager.
 
     A subclass defines `title()`, the text before the bar, and `status()`, the text after the bar, and
@@ -34,11 +35,11 @@ class ProgressBar:
         self._drawn_at, self._undrawn = -math.inf, False
         self._bar = _bar(self._stream, total, done) if _terminal(self._stream) else None
 
-    def title(self) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def title(self) -> str: ...
 
-    def status(self) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def status(self) -> str: ...
 
     def __enter__(self):
         if self._bar:

@@ -1,5 +1,6 @@
 """What the rows of a step read: their source and place in it, and the arrays that the model gets."""
 
+import abc
 import dataclasses
 import os
 from typing import Any
@@ -50,7 +51,7 @@ class RowFacts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Inspection:
+class Inspection(abc.ABC):
     """The training data of a run: batches[step] is what training reads at this step, with the rows of all processes.
 
     lines: the size of the data, and what is wrong in it. labels: the names of the classes. limit: the largest number
@@ -65,13 +66,13 @@ class Inspection:
     labels: tuple[str, ...] = ()
     unit: str = "documents"
 
+    @abc.abstractmethod
     def rows(self, step: int) -> list[RowFacts]:
         """The facts of each row of batches[step], in order."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def lengths(self) -> dict[str, Int[np.ndarray, " documents"]]:
         """The lengths of documents or examples in tokens, by the name of their source."""
-        raise NotImplementedError
 
     def shares(self) -> tuple[list[int], dict[str, list[float]]]:
         """The shares of the rows that read each source in each stage, with the first step of each stage and, last, the
