@@ -50,6 +50,17 @@ class TextData(DataConfig):
         unit="words",
         at_least=0,
     )
+    segmentations: int = field(
+        0,
+        "Tokenize each training document so many times, each time into other random pieces, for a small corpus that is "
+        "read in many epochs; 0: once, into the best pieces. It needs unigram:V.",
+        within="[0, 1000]",
+    )
+    segmentation_alpha: float = field(
+        0.3,
+        "The power of a segmentation's probability with data.segmentations, 0.1 to 0.5; less is more random.",
+        within="(0, 1)",
+    )
     evaluation: str = field("", "More text for data.decontaminate: sources as in data.train, separated by ;.")
     workers: int = field(0, "Processes that tokenize; 0: one per core.", at_least=0)
     cache: str = field("", "Directory of token files and trained tokenizers; empty: the user's cache directory.")

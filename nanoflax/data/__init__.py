@@ -2,7 +2,7 @@
 
 from nanoflax.data.batches import Batches, evaluation_batches, prefetch
 from nanoflax.data.beam import beam_engine
-from nanoflax.data.building import build_store
+from nanoflax.data.building import build_store, check_segmentations
 from nanoflax.data.cache import cached, default_cache_dir, prepare
 from nanoflax.data.cleaning import UNICODE, WHITESPACE, clean, cleaning_steps
 from nanoflax.data.files import MALFORMED, decode, json_lines, open_text, text_lines
@@ -15,7 +15,7 @@ from nanoflax.data.parts import documents
 from nanoflax.data.processes import tokenize_parts
 from nanoflax.data.pydocs import standard_modules
 from nanoflax.data.report import DataReport, field_flag, is_held_out
-from nanoflax.data.source import Source, source_of, source_version
+from nanoflax.data.source import Source, settings_of, source_of, source_version
 from nanoflax.data.stages import (
     Stage,
     field_of_source,
@@ -32,10 +32,11 @@ from nanoflax.data.windows import Windows
 
 __all__ = [
     "MALFORMED", "UNICODE", "WHITESPACE", "Batches", "DataReport", "Folder", "Mixture", "Source", "Stage",
-    "TokenStore", "Windows", "beam_engine", "build_store", "cached", "clean", "cleaning_steps", "damaged",
-    "dataset_examples", "dataset_splits", "decode", "default_cache_dir", "documents", "evaluation_batches",
-    "field_flag", "field_of_source", "hub_splits", "is_held_out", "is_mixture", "json_lines", "load_tokenizer",
-    "locked", "made_tokenizer", "mixed_documents", "open_dataset", "open_text", "parquet_rows", "prefetch",
-    "prepare", "save_tokenizer", "source_of", "source_version", "sources_of", "stages_of", "standard_modules",
-    "table_rows", "text_lines", "tokenize_parts", "validation_of", "with_mixture_file",
+    "TokenStore", "Windows", "beam_engine", "build_store", "cached", "check_segmentations", "clean",
+    "cleaning_steps", "damaged", "dataset_examples", "dataset_splits", "decode", "default_cache_dir", "documents",
+    "evaluation_batches", "field_flag", "field_of_source", "hub_splits", "is_held_out", "is_mixture", "json_lines",
+    "load_tokenizer", "locked", "made_tokenizer", "mixed_documents", "open_dataset", "open_text", "parquet_rows",
+    "prefetch", "prepare", "save_tokenizer", "settings_of", "source_of", "source_version", "sources_of",
+    "stages_of", "standard_modules", "table_rows", "text_lines", "tokenize_parts", "validation_of",
+    "with_mixture_file",
 ]  # fmt: skip

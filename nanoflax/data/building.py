@@ -5,11 +5,12 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from nanoflax.data.folders import Folder
 from nanoflax.data.parts import Plan, plan
-from nanoflax.data.source import Source, source_version
+from nanoflax.data.source import Source, settings_of, source_version
 from nanoflax.data.store import Shard, TokenStore, damaged
 from nanoflax.data.tokenizing import FORMAT, read_record, token_dtype, write_index
 from nanoflax.errors import UserError
@@ -22,7 +23,7 @@ Engine = Callable[[str | os.PathLike, Plan, Any], None]  # (directory, plan, tok
 def store_key(source: Source, tokenizer: Any, split: str) -> str:
     """32 hexadecimal digits that change with the source's version, the tokenizer, the split and the files' format."""
     of_tokenizer = [tokenizer.fingerprint, dataclasses.astuple(tokenizer.framing)]
-    parts = [FORMAT, dataclasses.asdict(source), split, of_tokenizer, source_version(source)]
+    parts = [FORMAT, settings_of(_of_split(source, split)), split, of_tokenizer, source_version(source)]
     return hashlib.blake2b(to_json(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -35,7 +36,8 @@ def build_store(
     build those again that differ from their checksums.
     Raises: UserError for a source that cannot be read, and for a directory with the store of another source.
     """
-    folder, key = Folder(directory), store_key(source, tokenizer, split)
+    folder, key, source = Folder(directory), store_key(source, tokenizer, split), _of_split(source, split)
+    check_segmentations(source, tokenizer)
     if not folder.is_remote:
         os.makedirs(os.path.dirname(os.path.abspath(folder.name)), exist_ok=True)
     with folder.locked():  # another process may build the same store
@@ -47,11 +49,27 @@ def build_store(
                 _delete_damaged(folder, token_dtype(tokenizer))
             with contextlib.suppress(UserError):
                 return TokenStore.open(directory)
-            planned = plan(source, split)
+            planned = plan(source, split).segmented()
             engine(directory, planned, tokenizer)
-            return write_index(directory, planned, tokenizer, {"source": dataclasses.asdict(source), "split": split})
+            return write_index(directory, planned, tokenizer, {"source": settings_of(source), "split": split})
         finally:
             _remove_if_nothing_is_built(folder)
+
+
+def check_segmentations(source: Source, tokenizer: Any = None, kind: str = "") -> None:
+    """Raises: UserError if a source asks for random segmentations, and the tokenizer has none. kind: of a tokenizer
+    that will be trained; see tokenizers.parse."""
+    sampler = kind == "unigram" if tokenizer is None else getattr(tokenizer, "sampler", None)
+    if source.segmentations and not sampler:
+        raise UserError(
+            f"data.segmentations={source.segmentations} needs a unigram tokenizer, as data.tokenizer=unigram:4096"
+        )
+
+
+def _of_split(source: Source, split: str) -> Source:
+    """Only the split train is tokenized into random pieces."""
+    default = Source.segmentation_alpha
+    return source if split == "train" else replace(source, segmentations=0, segmentation_alpha=default)
 
 
 def _remove_if_nothing_is_built(folder: Folder) -> None:

@@ -24,6 +24,7 @@ from nanoflax.data.source import Source, source_splits, source_version, text_dat
 from nanoflax.data.tfds import dataset_examples
 from nanoflax.errors import UserError
 from nanoflax.report import to_json
+from nanoflax.tokenizers import Segmentation
 
 FEW_DOCUMENTS = 100  # with fewer documents a split by hash may be empty
 PYDOCS_BYTES = 2_200_000  # about; it differs a little between versions of Python
@@ -36,7 +37,7 @@ class Part:
 
     paths: files, read one after another. split: of a TFDS data set. begin, end: the examples of a data set, or a range
     of the only file, in the unit of its format (bytes, groups of rows, records); end 0: complete files. sizes: of each
-    file or of the range, in bytes.
+    file or of the range, in bytes. segmentation: how it is tokenized, if not into the best pieces.
     """
 
     paths: tuple[str, ...] = ()
@@ -44,6 +45,7 @@ class Part:
     begin: int = 0
     end: int = 0
     sizes: tuple[int, ...] = (1,)
+    segmentation: Segmentation | None = None
 
     @property
     def size(self) -> int:
@@ -69,6 +71,15 @@ class Plan:
     @property
     def size(self) -> int:
         return sum(part.size for part in self.parts)
+
+    def segmented(self) -> "Plan":
+        """The plan that reads each part once for each random segmentation which its source asks for."""
+        source = self.source
+        if not source.segmentations:
+            return self
+        each = [Segmentation(i + 1, source.segmentation_alpha) for i in range(source.segmentations)]
+        parts = tuple(dataclasses.replace(part, segmentation=of_all) for of_all in each for part in self.parts)
+        return dataclasses.replace(self, parts=parts, left_out=self.left_out * len(each))
 
 
 def plan(source: Source | str, split: str = "train", part_bytes: int = PART_BYTES) -> Plan:

@@ -15,6 +15,7 @@ from nanoflax.data.parts import Plan
 from nanoflax.data.tokenizing import Encoded, Progress, encode, missing_parts, tokenize_part
 from nanoflax.errors import UserError
 from nanoflax.report import ProgressBar, format_bytes, format_count, format_duration
+from nanoflax.tokenizers import Segmentation
 
 POOL_FROM = 4  # chunks, or parts; with less text, starting processes takes longer than tokenizing
 
@@ -79,8 +80,8 @@ def _start_worker(directory: str | os.PathLike, plan: Plan, tokenizer: Any, raw:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _encode_in_worker(texts: Sequence[str]) -> Encoded:
-    return encode(_given[2], texts)
+def _encode_in_worker(texts: Sequence[str], segmentation: Segmentation | None) -> Encoded:
+    return encode(_given[2], texts, segmentation)
 
 
 def _tokenize_in_worker(number: int) -> None:
@@ -131,16 +132,16 @@ class _Pool:
                 future.result()
             bar()
 
-    def encode_all(self, chunks: Iterator[list[str]]) -> Iterator[Encoded]:
+    def encode_all(self, chunks: Iterator[list[str]], segmentation: Segmentation | None) -> Iterator[Encoded]:
         """Yields `encode` of each chunk, in order. Worker processes compute it if there are many chunks."""
         head = list(itertools.islice(chunks, POOL_FROM))
         chunks = itertools.chain(head, chunks)
         if self._workers == 1 or len(head) < POOL_FROM:
-            yield from (encode(self._tokenizer, chunk) for chunk in chunks)
+            yield from (encode(self._tokenizer, chunk, segmentation) for chunk in chunks)
             return
         pending = collections.deque()
         for chunk in chunks:
-            pending.append(self._submit(_encode_in_worker, chunk))
+            pending.append(self._submit(_encode_in_worker, chunk, segmentation))
             if len(pending) > 2 * self._workers:
                 yield pending.popleft().result()
         while pending:

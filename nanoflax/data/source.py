@@ -33,6 +33,8 @@ class Source:
       100 documents, the last `validation_fraction` of each document, cut after a paragraph, line or word.
     data_dir: of TFDS; default $TFDS_DATA_DIR, or the default of TFDS.
     quality: which documents are left out.
+    segmentations: how many times the documents of the split train are tokenized, each time into other random pieces;
+      0: once, into the best ones. segmentation_alpha: see tokenizers.Segmentation.
     validation_field, evaluation_field: as `field`, of validation and of quality.evaluation; empty: `field`.
     """
 
@@ -44,6 +46,8 @@ class Source:
     quality: Quality = Quality()
     validation_field: str = ""
     evaluation_field: str = ""
+    segmentations: int = 0
+    segmentation_alpha: float = 0.3
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.evaluation):
@@ -55,6 +59,10 @@ class Source:
                 raise UserError(f"data source {name!r} is not known; {hint}{HELP}")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction {self.validation_fraction}: must be between 0 and 1")
+        if self.segmentation_alpha != Source.segmentation_alpha and not self.segmentations:
+            raise UserError(
+                f"data.segmentation_alpha={self.segmentation_alpha} is not used; set data.segmentations=8 too"
+            )
 
     @property
     def evaluation(self) -> list[str]:
@@ -66,8 +74,24 @@ def source_of(config: TextData, name: str | None = None) -> Source:
     """The Source of a TextData. name: another source, read with the same settings."""
     if name:
         return Source(name, config.field, validation_fraction=config.validation_fraction)
-    quality = Quality(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Quality)})
-    return Source(config.train, config.field, config.validation, config.validation_fraction, quality=quality)
+    return Source(
+        config.train,
+        config.field,
+        config.validation,
+        config.validation_fraction,
+        quality=Quality(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Quality)}),
+        segmentations=config.segmentations,
+        segmentation_alpha=config.segmentation_alpha,
+    )
+
+
+def settings_of(source: Source) -> dict[str, Any]:
+    """The fields of a Source as JSON values, for a key of what is made of it. `segmentations` is newer than the first
+    keys, which stay as they were."""
+    settings = dataclasses.asdict(source)
+    if not source.segmentations:
+        del settings["segmentations"], settings["segmentation_alpha"]
+    return settings
 
 
 def source_version(source: Source) -> list[Any]:

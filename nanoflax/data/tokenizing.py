@@ -56,9 +56,13 @@ class Progress:
     n_tokens: int = 0
 
 
-def encode(tokenizer: Any, texts: Sequence[str]) -> Encoded:
+def encode(tokenizer: Any, texts: Sequence[str], segmentation: tokenizers.Segmentation | None = None) -> Encoded:
     """The ids of documents, each with its end."""
-    encoded, framing = tokenizers.encode_batch(tokenizer, texts), tokenizer.framing
+    framing = tokenizer.framing
+    if segmentation:
+        encoded = [tokenizer.sampler.sample(text, segmentation) for text in texts]
+    else:
+        encoded = tokenizers.encode_batch(tokenizer, texts)
     around = np.asarray(framing.document(()), np.int64)
     before, after = np.split(around, [len(framing.start) - 1 if framing.start else 0])
     ids = np.concatenate([part for of_text in encoded for part in (before, np.asarray(of_text, np.int64), after)])
@@ -78,13 +82,14 @@ def tokenize_part(
     plan: Plan,
     number: int,
     tokenizer: Any,
-    encode_all: Callable[[Iterator[list[str]]], Iterable[Encoded]] | None = None,
+    encode_all: Callable[[Iterator[list[str]], Any], Iterable[Encoded]] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> None:
     """Writes the shards of one part and its record, part-NUMBER.json; what is already there is not written again.
 
-    encode_all: yields `encode` of each list of texts, in order; default: in this process. on_progress is called after
-    each of them; an exception of it ends the work, and the next call begins with the first shard that is missing.
+    encode_all: yields `encode` of each list of texts with a Segmentation or None, in order; default: in this process.
+    on_progress is called after each list; an exception of it ends the work, and the next call begins with the first
+    shard that is missing.
     """
     folder, dtype, name = Folder(directory), token_dtype(tokenizer), f"part-{number:05}"
     if record := read_record(folder, number, dtype):
@@ -96,10 +101,10 @@ def tokenize_part(
         done = Progress(0.0, done.n_bytes + shard.n_bytes, done.n_tokens + shard.n_tokens)
     report = DataReport()
     texts = itertools.islice(read(plan, number, report), sum(shard.n_documents for shard in shards), None)
-    encode_all = encode_all or (lambda chunks: (encode(tokenizer, chunk) for chunk in chunks))
+    encode_all = encode_all or (lambda chunks, how: (encode(tokenizer, chunk, how) for chunk in chunks))
     writer = None
     try:
-        for encoded in encode_all(_chunks(texts)):
+        for encoded in encode_all(_chunks(texts), plan.parts[number].segmentation):
             done = Progress(report.share, done.n_bytes + int(encoded.sizes.sum()), done.n_tokens + len(encoded.ids))
             while len(encoded.lengths):
                 writer = writer or _ShardWriter(folder, f"{name}-{len(shards):03}.bin", dtype)
@@ -157,7 +162,9 @@ def write_index(directory: str | os.PathLike, plan: Plan, tokenizer: Any, identi
         if record is None:
             raise UserError(f"{folder.name}: part {number} of {len(plan.parts)} is missing; tokenize it again")
         shards += record[0]
-        report.merge(record[1])
+        segmentation = plan.parts[number].segmentation
+        if segmentation is None or segmentation.number == 1:  # the others read the same text
+            report.merge(record[1])
     check_field(plan.source, report)
     if not shards:
         found = "; ".join(report.lines()) or "the source has no document"

@@ -105,7 +105,10 @@ def make_job(config: Config, workdir: str, restart: bool) -> Job:
     assert isinstance(config.data, TextData)  # see `check`
     sources = check_sources(config)
     known = source.tokenizer if source and not weights else known_tokenizer(config, weights or workdir)
-    size = tokenizers.parse(config.data.tokenizer)[1] if known is None else known.vocab_size
+    kind, size = tokenizers.parse(config.data.tokenizer)
+    for text in sources.values():
+        data.check_segmentations(text, known, kind)
+    size = size if known is None else known.vocab_size
     config = dataclasses.replace(config, model=with_vocabulary(config.model, size, mesh, saved))
     lengths = {"data.window": config.window} if config.window < config.model.context else None
     parallel.check_mesh(config, mesh, lengths)  # with the final vocabulary

@@ -1,6 +1,5 @@
 """The text of a run of pretrain: its sources, what is read of them, and how the model is measured on them."""
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import math
@@ -50,7 +49,7 @@ def train_tokenizer(config: Config, directory: str) -> Any:
     assert isinstance(d, TextData)  # see pretrain.check
     kind, size = tokenizers.parse(d.tokenizer)
     sources = data.sources_of(d)
-    texts = [[name, dataclasses.asdict(source), data.source_version(source)] for name, source in sources.items()]
+    texts = [[name, data.settings_of(source), data.source_version(source)] for name, source in sources.items()]
     if len(sources) > 1:
         texts.append([t.steps, [[stage.step, stage.counts] for stage in data.stages_of(d, t.steps) or ()]])
     version = [TRAINING, importlib.metadata.version("sentencepiece")]
@@ -104,6 +103,8 @@ def store_lines(stores: Mapping[str, data.TokenStore], title: str) -> list[str]:
             f"{title}{' of ' * bool(name)}{name}: {store.n_documents:,} documents, "
             f"{report.format_bytes(store.n_bytes)} of text, {report.format_count(store.n_tokens)} tokens"
         )
+        if segmentations := store.meta.get("source", {}).get("segmentations"):
+            lines.append(f"  each document {segmentations} times, in random segmentations")
         lines += [f"  {line}" for line in store.report]
     return lines
 

@@ -1,13 +1,12 @@
 """Token stores of both splits of a source in a directory that the user names; see experiments.tokenize."""
 
-import dataclasses
 import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
 from nanoflax import config as configs
-from nanoflax import data, storage
+from nanoflax import data, storage, tokenizers
 from nanoflax.config import Config, TextData
 from nanoflax.errors import UserError, listed
 from nanoflax.report import to_json
@@ -35,6 +34,8 @@ def tokenize(
     if source is None or source.name.startswith("tokens:"):
         raise UserError(f"--data={text.train}: give one source of text; tokenize the sources of a mixture one by one")
     data.source_version(source)  # raises UserError for missing files
+    kind, _ = tokenizers.parse(text.tokenizer)
+    data.check_segmentations(source, tokenizers.load(text.tokenizer) if kind == "path" else None, kind)
     tokenizer = _tokenizer(text, source, out.rstrip("/"))
     if engine is None:
         engine = lambda title: functools.partial(data.tokenize_parts, workers=text.workers, title=title)
@@ -48,7 +49,7 @@ def tokenize(
 def _tokenizer(text: TextData, source: data.Source, out: str) -> Any:
     """The tokenizer in `out`, which an earlier call wrote, or a new one. Raises: UserError for other settings."""
     folder, directory = data.Folder(out), storage.join(out, "tokenizer")
-    settings = {"tokenizer": text.tokenizer, "source": dataclasses.asdict(source)}
+    settings = {"tokenizer": text.tokenizer, "source": data.settings_of(source)}
     try:
         found = json_object(folder.read(SETTINGS), folder.path(SETTINGS))
     except (FileNotFoundError, NotADirectoryError):

@@ -18,13 +18,14 @@ from nanoflax.tokenizers.prompts import (
     row_settings,
     scored,
 )
+from nanoflax.tokenizers.segmentation import Segmentation
 from nanoflax.tokenizers.sentinels import TokenizerWithSentinels
 from nanoflax.tokenizers.streaming import StreamingDecoder, decode_parts
 from nanoflax.tokenizers.token_bytes import token_bytes
 from nanoflax.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 
 __all__ = [
-    "ByteTokenizer", "Framing", "Scored", "SentencePieceTokenizer", "StreamingDecoder", "Tokenizer",
+    "ByteTokenizer", "Framing", "Scored", "Segmentation", "SentencePieceTokenizer", "StreamingDecoder", "Tokenizer",
     "TokenizerWithSentinels", "align_tags", "answers", "bucket", "chat_ids", "chat_prompt", "check_fits",
     "check_prompts", "continuation_ids", "cut", "decode_parts", "encode_batch", "from_gguf", "load", "pad_left",
     "parse", "prompt_ids", "request_of", "row_settings", "scored", "show_mask", "stop_ids", "to_gguf",

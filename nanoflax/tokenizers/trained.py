@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from nanoflax.errors import UserError
 from nanoflax.tokenizers.base import SPACE, Framing, check_ids, well_formed
+from nanoflax.tokenizers.segmentation import SegmentationSampler, sampler_of
 
 CHUNK_CHARACTERS = 1000
 MAX_WORD_CHARACTERS = 1000  # longer words make unigram training slow, and its probabilities too small for a float
@@ -95,6 +96,11 @@ class SentencePieceTokenizer:
         if self._space_ids is not None:
             found = [self.encode(text) if SPACE in text else ids for text, ids in zip(texts, found, strict=True)]
         return found
+
+    @functools.cached_property
+    def sampler(self) -> SegmentationSampler | None:
+        """Draws random segmentations; None if the model is not unigram, or changes texts."""
+        return sampler_of(self.model, self._space_ids is not None)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""

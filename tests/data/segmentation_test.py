@@ -1,0 +1,208 @@
+"""Random segmentations: right probabilities, and files that depend only on the text and the settings."""
+
+import collections
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sentencepiece
+
+import nanoflax
+from nanoflax import config as configs
+from nanoflax import data, runs, tokenizers
+from nanoflax.data import building, parts, processes, tokenizing
+from nanoflax.errors import UserError
+from nanoflax.tokenizers import Segmentation, trained
+
+TEXTS = [method.__doc__ + " ▁ " for method in vars(str).values() if method.__doc__]
+
+
+@pytest.fixture(scope="module")
+def unigram():
+    return tokenizers.train_sentencepiece(TEXTS, 500, "unigram")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("corpus")
+    for number in range(3):
+        texts = [f"{text}{number}" for text in TEXTS]
+        lines = [json.dumps({"text": text}) + "\n" for text in [*texts, ""]]
+        (directory / f"{number}.jsonl").write_text("".join(lines))
+    return data.Source(f"text:{directory}/*.jsonl", segmentations=3, segmentation_alpha=0.4)
+
+
+def all_segmentations(text, pieces):
+    """Every way to cut a text into pieces: brute force over the places of the cuts."""
+    for cuts in itertools.product((False, True), repeat=len(text) - 1):
+        places = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(text)]
+        parts = [text[a:b] for a, b in itertools.pairwise(places)]
+        if all(part in pieces for part in parts):
+            yield tuple(parts)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8])
+def test_segmentations_have_the_probabilities_of_the_paper(unigram, alpha):
+    processor = sentencepiece.SentencePieceProcessor(model_proto=unigram.model)
+    normal = (i for i in range(unigram.vocab_size) if not (processor.is_byte(i) or processor.is_control(i)))
+    scores = {processor.id_to_piece(i): processor.get_score(i) for i in normal}
+    text = " substring"
+    weights = {
+        found: math.exp(alpha * sum(scores[piece] for piece in found))
+        for found in all_segmentations(text.replace(" ", "▁"), scores)
+    }
+    n, total = 4000, sum(weights.values())
+    assert len(weights) > 5, weights
+    sampled = (unigram.sampler.sample(text, Segmentation(i, alpha)) for i in range(n))
+    seen = collections.Counter(tuple(processor.id_to_piece(ids)) for ids in sampled)
+    assert set(seen) <= set(weights)
+    for found, weight in weights.items():
+        share = weight / total
+        assert abs(seen[found] / n - share) < 5 * math.sqrt(share / n) + 2 / n, found
+
+
+def test_segmentations_have_the_probabilities_of_sentencepiece(unigram):
+    processor = sentencepiece.SentencePieceProcessor(model_proto=unigram.model)
+    text, n = "The  string's\n\nend 🐭 ", 3000
+    options = {"enable_sampling": True, "nbest_size": -1, "alpha": 0.3}
+    ours = collections.Counter(tuple(unigram.sampler.sample(text, Segmentation(i, 0.3))) for i in range(n))
+    theirs = collections.Counter(tuple(processor.encode(text, **options)) for _ in range(n))
+    assert len(ours) > 20
+    for ids in {*ours, *theirs}:
+        assert abs(ours[ids] - theirs[ids]) < 6 * math.sqrt(ours[ids] + theirs[ids]), ids
+
+
+def test_every_segmentation_is_of_the_text(unigram):
+    texts = ["the house ▁▁ and\n\n a  mouse é 🐭 ", "▁", "", "\0 x" * 9 + "y" * 9000 + "\udc80", *TEXTS]
+    first, second = ([unigram.sampler.sample(text, Segmentation(n, 0.3)) for text in texts] for n in (1, 2))
+    assert [unigram.decode(ids) for ids in first] == [tokenizers.well_formed(text) for text in texts]
+    assert sum(one != other for one, other in zip(first, second, strict=True)) > 0.7 * len(texts)
+    code = f"from tests.data.segmentation_test import *; print(sampled({unigram.model!r}))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found == sampled(unigram.model) + "\n", "another process, with other hashes, draws the same"
+
+
+def sampled(model):
+    sampler = trained.SentencePieceTokenizer(model).sampler
+    return hashlib.sha256(repr([sampler.sample(text, Segmentation(7, 0.2)) for text in TEXTS]).encode()).hexdigest()
+
+
+def documents_of(store):
+    """The ids of each document, without its end."""
+    begins = [*store.begin(np.arange(store.n_documents)), store.n_tokens]
+    return [store.read(begin, end)[:-1].tolist() for begin, end in itertools.pairwise(begins)]
+
+
+def test_a_store_has_each_document_in_each_segmentation(unigram, source, tmp_path):
+    once = dataclasses.replace(source, segmentations=0, segmentation_alpha=0.3)
+    prepare = lambda source, split: data.prepare(source, unigram, split, tmp_path, 1, progress=False)
+    plain, sampled = prepare(once, "train"), prepare(source, "train")
+    texts, found = [unigram.decode(ids) for ids in documents_of(plain)], documents_of(sampled)
+    assert [unigram.decode(ids) for ids in found] == texts * 3
+    several = [len({tuple(ids) for ids in found[i :: len(texts)]}) > 1 for i in range(len(texts))]
+    assert sum(several) > 0.9 * len(texts), "all but the shortest have several segmentations"
+    assert sampled.n_bytes == 3 * plain.n_bytes
+    assert sampled.report == plain.report != [], "a damaged text is counted once"
+    assert prepare(once, "validation").directory == prepare(source, "validation").directory, "in its best pieces"
+
+
+def files_of(directory, source, tokenizer, engine):
+    """{name: content} of the store that an engine builds, in many parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "plan", lambda source, split: parts.plan(source, split, part_bytes=4000))
+        building.build_store(directory, source, tokenizer, "train", engine)
+    return {path.name: path.read_bytes() for path in pathlib.Path(directory).iterdir()}
+
+
+def test_workers_engines_and_kills_do_not_change_the_files(unigram, source, tmp_path):
+    alone = lambda *given: processes.tokenize_parts(*given, workers=1)
+    expected = files_of(tmp_path / "one", source, unigram, alone)
+    assert sum(name.endswith(".bin") for name in expected) > 6
+    assert files_of(tmp_path / "three", source, unigram, lambda *g: processes.tokenize_parts(*g, workers=3)) == expected
+    pytest.importorskip("apache_beam", reason="the extra `beam` is not installed")
+    assert files_of(tmp_path / "beam", source, unigram, data.beam_engine("DirectRunner")) == expected
+
+
+def test_a_store_that_was_begun_is_completed_with_the_same_segmentations(unigram, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizing, "SHARD_TOKENS", 300)
+    monkeypatch.setattr(tokenizing, "CHUNK", 500)
+    alone = lambda *given: processes.tokenize_parts(*given, workers=1)
+    expected = files_of(tmp_path / "one", source, unigram, alone)
+    calls = itertools.count()
+
+    def stop(progress):
+        if next(calls) % 11 == 10:
+            raise KeyboardInterrupt
+
+    def interrupted(directory, plan, tokenizer):
+        for number in tokenizing.missing_parts(directory, plan, tokenizer):
+            tokenizing.tokenize_part(directory, plan, number, tokenizer, on_progress=stop)
+
+    stops = 0
+    while True:
+        try:
+            found = files_of(tmp_path / "two", source, unigram, interrupted)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops > 2 and found == expected
+
+
+def test_a_run_tells_its_segmentations(source, tmp_path, capsys):
+    text = configs.TextData(train=source.name, tokenizer="unigram:500", segmentations=2, cache=str(tmp_path / "cache"))
+    config = configs.Config(
+        model=configs.ModelConfig(layers=1, dim=16, heads=1, context=32),
+        data=text,
+        train=configs.TrainConfig(steps=2, batch_size=4, evaluate_every=2, sample_tokens=0, tensorboard=False),
+    )
+    run = nanoflax.pretrain(config, str(tmp_path / "run"))
+    assert "\n  each document 2 times, in random segmentations\n" in capsys.readouterr().out
+    plain = dataclasses.replace(config, data=dataclasses.replace(text, segmentations=0))
+    inspected = runs.inspect_data(plain)
+    assert inspected.tokenizer.fingerprint == run.tokenizer.fingerprint, "trained on each document once"
+
+
+def test_keys_of_earlier_stores_stay(unigram):
+    assert not [name for name in data.settings_of(data.Source("pydocs")) if "segmentation" in name]
+    keys = {
+        building.store_key(data.Source("pydocs", segmentations=n, segmentation_alpha=alpha), unigram, "train")
+        for n, alpha in ((1, 0.3), (2, 0.3), (2, 0.2))
+    }
+    assert len(keys) == 3
+
+
+def test_what_has_no_segmentations_is_refused_before_anything_is_built(unigram, source, tmp_path):
+    tokenizers.to_huggingface(unigram).save(tmp_path / "hf")
+    bpe = tokenizers.train_sentencepiece(TEXTS, 400, "bpe")
+    for tokenizer in (trained.ByteTokenizer(), bpe, tokenizers.load(tmp_path / "hf"), with_prefix()):
+        with pytest.raises(
+            UserError, match="data.segmentations=3 needs a unigram tokenizer, as data.tokenizer=unigram:4096"
+        ):
+            data.prepare(source, tokenizer, "train", tmp_path / "cache")
+    assert not [*(tmp_path / "cache").glob("*/part-*")]
+    text = configs.TextData(train=source.name, tokenizer="bpe:400", segmentations=3)
+    with pytest.raises(UserError, match="data.segmentations=3 needs a unigram tokenizer"):
+        nanoflax.pretrain(configs.Config(data=text), str(tmp_path / "run"))
+    with pytest.raises(UserError, match="data.segmentations=3 needs a unigram tokenizer"):
+        runs.tokenize(configs.Config(data=text), str(tmp_path / "tokens"))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "tokens").exists()
+    with pytest.raises(UserError, match=r"data.segmentation_alpha=0.1 is not used; set data.segmentations=8 too"):
+        data.Source("pydocs", segmentation_alpha=0.1)
+    with pytest.raises(UserError, match="data.segmentations is for text"):
+        made = data.prepare(source, unigram, "train", tmp_path / "cache", 1, progress=False)
+        data.prepare(dataclasses.replace(source, name=f"tokens:{made.directory}"), unigram, "train")
+
+
+def with_prefix():
+    """A unigram tokenizer of other people, which adds a space before the text."""
+    written, options = io.BytesIO(), {"model_type": "unigram", "vocab_size": 100, "minloglevel": 4}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=written, **options)
+    return trained.SentencePieceTokenizer(written.getvalue())
