@@ -247,6 +247,22 @@ def test_a_table_of_characters_that_ends_inside_a_text(tmp_path, pieces):
                 encode("Hello")
 
 
+def test_a_sentencepiece_model_whose_end_has_an_odd_name(tmp_path, pieces):
+    from nanoflax.tokenizers.sentencepiece_schema import model_class
+
+    for name, kind in (("<x:1>", "CONTROL"), ("$B:2", "CONTROL"), ("<x:1>", "NORMAL")):
+        proto = model_class().FromString(pieces)
+        end = proto.pieces[proto.trainer_spec.eos_id]
+        end.piece, end.type = name, getattr(end, kind)
+        (tmp_path / "spiece.model").write_bytes(proto.SerializeToString())
+        tokenizer = tokenizers.load(tmp_path)
+        assert tokenizer.encode_with_template("fox") == [*tokenizer.encode("fox"), proto.trainer_spec.eos_id]
+    proto.trainer_spec.eos_id = -1
+    (tmp_path / "spiece.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(UserError, match="a SentencePiece model as in T5 needs an end of texts, eos_id"):
+        tokenizers.load(tmp_path)
+
+
 def test_a_piece_of_a_gguf_that_takes_hours():
     values = {"tokens": ["<unk>", "<s>", "</s>", "a", "b" * 10**6], "token_type": [2, 3, 3, 1, 1], "scores": [0.0] * 5}
     metadata = {f"tokenizer.ggml.{name}": value for name, value in ({"model": "llama"} | values).items()}

@@ -22,6 +22,7 @@ from nanoflax.tokenizers.specs import (
     added_token,
     check_characters,
     set_ends,
+    set_template,
     spec_of,
     typed_tokens,
 )
@@ -288,7 +289,7 @@ def _normalizers(proto: Any) -> list[Any]:
 
 def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
     """The spec of a SentencePiece model: BPE as in Llama, Unigram as in T5; adds to roles and config."""
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     proto, tokens, scores, types = _sentencepiece_model(model)
     trainer, normal = proto.trainer_spec, proto.normalizer_spec
@@ -304,7 +305,6 @@ def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
         once = config.get("legacy") is False
         spec = _sentencepiece_bpe(tokens, scores, types, tokens[trainer.unk_id], prefix, normalize, once)
     else:
-        eos = (roles["eos"], ids["eos"])
         spec = spec_of(
             models.Unigram([*zip(tokens, scores, strict=True)], trainer.unk_id, trainer.byte_fallback),
             normalizers.Sequence(normalize),
@@ -312,10 +312,13 @@ def from_sentencepiece(model: bytes, roles: Roles, config: Config) -> Spec:
             decoders.Sequence(
                 [*([decoders.ByteFallback()] if trainer.byte_fallback else []), decoders.Metaspace(SPACE, "always")]
             ),
-            processors.TemplateProcessing(
-                single=["$A", eos[0]], pair=["$A", eos[0], "$B", eos[0]], special_tokens=[eos]
-            ),
         )
+        if (eos := trainer.eos_id) < 0:
+            raise UserError("a SentencePiece model as in T5 needs an end of texts, eos_id")
+        if eos not in {token["id"] for token in added}:
+            added.append(added_token(tokens[eos], eos))
+        spec["added_tokens"] = added
+        set_template(spec, (), [eos])
         # T5's sentinels follow the vocabulary, in reverse order.
         extra = config.get("extra_ids", 100)
         if type(extra) is not int or not 0 <= extra <= MAX_EXTRA:
