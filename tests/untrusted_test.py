@@ -4,13 +4,14 @@ import base64
 import json
 import os
 import pathlib
+import signal
 import struct
 
 import pytest
 
-from nanoflax import tokenizers, untrusted
+from nanoflax import report, tokenizers, untrusted
 from nanoflax.errors import UserError
-from nanoflax.runs import checkpoint, manifest
+from nanoflax.runs import checkpoint, manifest, step_files
 from nanoflax.runs import directory as runs
 from tests.campaign import fuzz
 from tests.campaign.mutation import mutate, pack, unpack
@@ -113,6 +114,64 @@ def test_links_in_a_checkpoint_are_damage(step, name):
     assert f"{pathlib.Path(name).name} is a link" in manifest.find_damage(step)
     with pytest.raises(UserError, match="every checkpoint is damaged"):
         checkpoint.read_metadata(step.parent, log=lambda line: None)
+
+
+@pytest.fixture
+def hurry():
+    """A test that waits for a pipe ends after 20 s. (TimeoutError is an OSError, which readers catch.)"""
+
+    def late(*_):
+        raise AssertionError("it waits for a pipe")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("name", ["state/a", "manifest.json"])
+def test_a_pipe_in_a_checkpoint_is_damage(step, name, hurry):
+    (step / "state" / "a").write_bytes(b"")  # as large as a pipe
+    manifest.write(step, 1, 1.5)
+    (step / name).unlink()
+    os.mkfifo(step / name)
+    assert manifest.find_damage(step) == f"{pathlib.Path(name).name} is no file"
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        checkpoint.restore_params(step.parent, which="best", log=lambda line: None)
+    assert manifest.read_metric(step) == (1.5 if name == "state/a" else None)
+
+
+def test_a_huge_manifest_is_damage(step):
+    assert manifest.read_metric(step) == 1.5
+    with open(step / manifest.NAME, "ab") as file:
+        file.truncate(10**12)  # a hole: takes no disk; to read it would take a terabyte of memory
+    assert manifest.find_damage(step) == "manifest.json is missing or damaged"
+    assert manifest.read_metric(step) is None
+
+
+def test_metrics_that_are_a_pipe(tmp_path, hurry):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="metrics.jsonl is no file"):
+        report.read_metrics(tmp_path / "metrics.jsonl")
+    for step in (0, 1):
+        with pytest.raises(UserError, match="metrics.jsonl is no file"):
+            report.MetricsLog(tmp_path, tensorboard=False, resume_step=step)
+
+
+def test_a_run_does_not_name_checkpoints_elsewhere(step, tmp_path, monkeypatch):
+    # The user's own account would read, and a resumed run would delete, what the name leads to.
+    directory = step.parent
+    (directory / ".remote").write_text("gs://bucket/run/checkpoints")
+    for open_ in (checkpoint.restore_params, checkpoint.list_steps, checkpoint.Checkpoints):
+        with pytest.raises(UserError, match="[.]remote is only for the cache of remote runs"):
+            open_(directory)
+    (directory / ".remote").unlink()
+    assert checkpoint.list_steps(directory) == [1]
+    monkeypatch.setenv("NANOFLAX_CACHE", str(tmp_path / "cache"))
+    step_files.point_to(copy := step_files.copies() / "reading" / "gs" / "bucket" / "run" / "checkpoints", "gs://b/c")
+    monkeypatch.setattr(step_files, "RemotePath", str)
+    assert step_files.path_of(copy) == "gs://b/c"
 
 
 @pytest.mark.parametrize(

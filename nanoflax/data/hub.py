@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from nanoflax import untrusted
 from nanoflax.data.formats import FORMATS, suffix
 from nanoflax.data.remote import HUB, File, describe
 from nanoflax.errors import UserError
@@ -35,6 +36,7 @@ def hub_splits(source: str) -> dict[str, list[File]]:
     _check_settings(source, builder.config)
     splits: dict[str, list[File]] = {}
     for split, names in (builder.config.data_files or {}).items():
+        _check_inside(source, where, names)
         _check_files(source, names)
         splits[str(split)] = _called(source, lambda datasets, names=names: [_file(name) for name in names])
     if words:
@@ -107,6 +109,14 @@ def _check_settings(source: str, config: Any) -> None:
             raise UserError(
                 f"{source}: its card sets {field.name}={value!r}, which is not supported; convert it to Parquet"
             )
+
+
+def _check_inside(source: str, where: str, names: Sequence[str]) -> None:
+    """Raises: UserError for files outside the data set: its card can name any path, repository and address."""
+    own = re.compile(rf"{HUB}([\w.-]+/)?{re.escape(where)}@(?!.*/\.\./)", re.IGNORECASE)  # squad is rajpurkar/squad
+    is_own = (lambda name: untrusted.is_inside(where, name)) if os.path.isdir(where) else own.match
+    if foreign := [name for name in names if not is_own(name)]:
+        raise UserError(f"{source}: its card names {foreign[0]}, which is outside the data set; read that by itself")
 
 
 def _check_files(source: str, names: Sequence[str]) -> None:

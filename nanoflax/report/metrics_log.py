@@ -98,7 +98,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def _records(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Yields (record, line as bytes) for every complete line."""
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = _read(path).splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
             record = untrusted.json_object(line, path)
@@ -110,6 +110,12 @@ def _records(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], bytes]]:
         yield {k: number_of(v) for k, v in record.items()}, line
 
 
+def _read(path: pathlib.Path) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe would be read for ever
+        raise UserError(f"{path} is no file")
+    return path.read_bytes()
+
+
 def _truncate(path: pathlib.Path, resume_step: int) -> None:
     """Keeps the complete lines up to `resume_step`, in one atomic replacement."""
     if not path.exists():
@@ -117,7 +123,7 @@ def _truncate(path: pathlib.Path, resume_step: int) -> None:
     kept = b""
     if resume_step > 0:
         kept = b"".join(line.rstrip(b"\n") + b"\n" for record, line in _records(path) if record["step"] <= resume_step)
-    if kept != path.read_bytes():
+    if kept != _read(path):
         write_atomically(path, kept)
 
 

@@ -4,7 +4,9 @@ orbax does not check files: it reads an array with a flipped bit without an erro
 """
 
 import concurrent.futures
+import os
 import pathlib
+import stat
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +17,7 @@ from nanoflax.storage import RemotePath
 
 NAME = "manifest.json"
 THREADS = 16  # objects of a bucket are read at the same time
+MAX_BYTES = 100_000_000  # of a manifest; a file of a step takes less than 100
 WRITTEN_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # orbax writes these after the manifest
 
 
@@ -53,6 +56,12 @@ def read_metric(path: pathlib.Path | RemotePath) -> float | None:
 
 def find_damage(path: pathlib.Path | RemotePath) -> str | None:
     """The damage of the step in the directory `path`, in words, or None. Raises: UserError for an unreadable file."""
+    if not isinstance(path, RemotePath):
+        for file in (path, *path.rglob("*")):
+            if stat.S_ISLNK(mode := file.lstat().st_mode):
+                return f"{file.name} is a link, and links are not followed in a checkpoint"
+            if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):  # a pipe would be read for ever
+                return f"{file.name} is no file"
     body = _read_body(path)
     if body is None:
         return f"{NAME} is missing or damaged"
@@ -60,8 +69,6 @@ def find_damage(path: pathlib.Path | RemotePath) -> str | None:
         return f"it is a copy of step {step}"
     if isinstance(path, RemotePath):
         return _find_remote_damage(path, body["files"])
-    if link := next((p for p in (path, *path.rglob("*")) if p.is_symlink()), None):
-        return f"{link.name} is a link, and links are not followed in a checkpoint"
     for name, (size, crc) in body["files"].items():
         try:
             found = (path / name).stat().st_size
@@ -100,6 +107,10 @@ def _write_body(file: pathlib.Path | RemotePath, body: dict[str, Any]) -> None:
 def _read_body(path: pathlib.Path | RemotePath) -> dict[str, Any] | None:
     """{"step": .., "metric": .., "files": ..}; None if the manifest is missing or damaged."""
     try:
+        if not isinstance(path, RemotePath):
+            found = os.lstat(path / NAME)
+            if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
+                return None
         text = (path / NAME).read_bytes()
     except PermissionError as error:
         raise UserError(f"{path / NAME} cannot be read: {error.strerror}") from error

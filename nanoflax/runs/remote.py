@@ -42,7 +42,7 @@ class Copy:
         parts = [urllib.parse.quote(part, safe=" ") for part in rest.split("/")]
         if any(part in ("", ".", "..") for part in parts):
             raise UserError(f"{url}: an empty part, . and .. are no names of object storage here")
-        self.local = data.default_cache_dir() / "workdirs" / purpose / scheme / pathlib.Path(*parts)
+        self.local = step_files.copies() / purpose / scheme / pathlib.Path(*parts)
         self.local.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._known: dict[str, list] = {}  # name -> [version in the storage, size and time of the local file]
@@ -62,7 +62,7 @@ class Copy:
         report.write_atomically(path, report.to_json(self._known).encode())
 
     def _download(self, name: str) -> None:
-        if any(part in ("", ".", "..") for part in name.split("/")):
+        if any(part in ("", ".", "..", step_files.POINTER) for part in name.split("/")):
             raise UserError(f"{self.url}: the name {name!r} is of no file inside a directory")
         (self.local / name).parent.mkdir(parents=True, exist_ok=True)
         storage.download(storage.join(self.url, name), self.local / name)

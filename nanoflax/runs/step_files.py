@@ -5,10 +5,10 @@ remote: a step has its name from the beginning and is complete when it holds com
 and deleted first; a damaged one gets an object damaged.txt.
 
 The checkpoints of a remote run are found from its local copy (see `remote`) by the file checkpoints/.remote, which
-holds their name.
+holds their name. Only copies in the cache have such a file: in a run of a stranger it could name objects of the user.
 """
 
-import contextlib
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 
 import orbax.checkpoint as ocp
 
-from nanoflax import storage
+from nanoflax import data, storage, untrusted
+from nanoflax.errors import UserError
 from nanoflax.runs.lock import Path
 from nanoflax.storage import RemotePath
 
@@ -31,9 +32,16 @@ def path_of(directory: Path | RemotePath) -> AnyPath:
     if isinstance(directory, RemotePath) or storage.is_remote(str(directory)):
         return RemotePath(str(directory))
     path = pathlib.Path(directory)
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    if os.path.lexists(path / POINTER):
+        if not untrusted.is_inside(copies(), path / POINTER):
+            raise UserError(f"{path / POINTER} is only for the cache of remote runs; give the name of the remote run")
         return RemotePath((path / POINTER).read_text())
     return path
+
+
+def copies() -> pathlib.Path:
+    """The directory of the local copies of remote directories."""
+    return data.default_cache_dir() / "workdirs"
 
 
 def point_to(directory: Path, name: str) -> None:

@@ -21,13 +21,22 @@ def locate(directory: str | os.PathLike, name: str) -> pathlib.Path:
         raise UserError(f"{name!r} must be a plain file name, inside {directory}")
     if not (os.path.isfile(path) and os.access(path, os.R_OK)):
         raise UserError(f"{name!r} is not a file that can be read in {directory}")
-    if path.is_symlink():
-        target, snapshots = path.resolve(), path.parent.resolve().parent
-        shared = snapshots.parent.parent / "blobs" / target.name[:2]
-        blobs = (snapshots.parent / "blobs", shared)
-        if snapshots.name != "snapshots" or target.parent not in blobs:
-            raise UserError(f"{path} is a link out of its directory; put the file itself there")
+    if path.is_symlink() and not _is_blob(path.parent.resolve().parent, path.resolve()):
+        raise UserError(f"{path} is a link out of its directory; put the file itself there")
     return path
+
+
+def is_inside(directory: str | os.PathLike, path: str | os.PathLike) -> bool:
+    """Whether a path is in a directory or in a folder below it, so that no `..` and no link leads out of the directory,
+    except the links of the Hugging Face cache; see `locate`."""
+    root, target = pathlib.Path(directory).resolve(), pathlib.Path(path).resolve()
+    return root in target.parents or _is_blob(root.parent, target)
+
+
+def _is_blob(snapshots: pathlib.Path, target: pathlib.Path) -> bool:
+    """Whether a link from a revision below REPOSITORY/snapshots may have this target."""
+    shared = snapshots.parent.parent / "blobs" / target.name[:2]
+    return snapshots.name == "snapshots" and target.parent in (snapshots.parent / "blobs", shared)
 
 
 def read_bytes(directory: str | os.PathLike, name: str, max_bytes: int = MAX_BYTES) -> bytes:

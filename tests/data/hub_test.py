@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanoflax import data
-from nanoflax.data import parts
+from nanoflax.data import hub, parts
 from nanoflax.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -143,6 +143,44 @@ def test_a_missing_file_a_setting_and_another_format_are_named(tmp_path):
     (tmp_path / "b/train.arrow").write_bytes(b"x")
     with pytest.raises(UserError, match="train.arrow, which is not .txt"):
         list(data.documents(f"hub:{tmp_path}/b"))
+
+
+def write_card(directory, path):
+    (directory / "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files: {path}\n---\n")
+
+
+@pytest.mark.parametrize("kind", ["absolute", "..", "link"])
+def test_a_card_that_names_files_of_others(tmp_path, kind):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (tmp_path / "secret.txt").write_text("a secret\n")
+    (folder / "linked.txt").symlink_to(tmp_path / "secret.txt")
+    write_card(folder, {"absolute": tmp_path / "secret.txt", "..": "../secret.txt", "link": "linked.txt"}[kind])
+    with pytest.raises(UserError, match="its card names .*, which is outside the data set"):
+        list(data.documents(f"hub:{folder}"))
+    (folder / "own.txt").write_text("its own\n")
+    write_card(folder, "own.txt")
+    assert list(data.documents(f"hub:{folder}")) == ["its own"]
+
+
+@pytest.mark.parametrize(
+    "where, name, is_own",
+    [
+        ("owner/corpus", f"hf://datasets/owner/corpus@{COMMIT}/a.csv", True),
+        ("owner/corpus", "hf://datasets/Owner/Corpus@refs%2Fconvert%2Fparquet/a/b.parquet", True),
+        ("squad", f"hf://datasets/rajpurkar/squad@{COMMIT}/a.csv", True),
+        ("owner/corpus", f"hf://datasets/owner/private@{COMMIT}/a.csv", False),
+        ("owner/corpus", f"hf://datasets/owner/corpus2@{COMMIT}/a.csv", False),
+        ("owner/corpus", f"hf://datasets/owner/corpus@{COMMIT}/../../private/a.csv", False),
+        ("owner/corpus", "https://example.org/a.csv", False),
+        ("owner/corpus", "/etc/hostname", False),
+    ],
+)
+def test_files_of_a_data_set_of_the_hub(where, name, is_own):
+    if is_own:
+        return hub._check_inside(f"hub:{where}", where, [name])
+    with pytest.raises(UserError, match="which is outside the data set"):
+        hub._check_inside(f"hub:{where}", where, [name])
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
