@@ -7,13 +7,14 @@ import pathlib
 import signal
 import struct
 
+import jax
 import pytest
 
 from nanoflax import report, tokenizers, untrusted
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint, manifest, step_files
 from nanoflax.runs import directory as runs
-from tests.campaign import fuzz
+from tests.campaign import fuzz, seeds
 from tests.campaign.mutation import mutate, pack, unpack
 
 
@@ -372,6 +373,39 @@ def test_adapters_that_lie(tmp_path, settings, said):
     for open_ in (hf.base_of_adapter, lambda directory: hf.adapted_config(directory, preset("gpt2"))):
         with pytest.raises(UserError, match=said):
             open_(tmp_path)
+
+
+def test_an_adapter_whose_rank_lies(tmp_path):
+    from nanoflax import hf, peft
+    from nanoflax.config import AdaLoRA
+
+    config, params = seeds.base()
+    lora, adalora = tmp_path / "lora", tmp_path / "adalora"
+    lora.mkdir()
+    for name, content in seeds.adapters()[0].items():
+        (lora / name).write_bytes(content)
+    settings = AdaLoRA(rank=2, target_rank=1)
+    hf.save_adapter(adalora, config, peft.add(params, settings, jax.random.PRNGKey(0)), settings)
+    for directory, field in ((lora, "r"), (adalora, "init_r")):
+        hf.load_adapter(directory, config, params)
+        path = directory / "adapter_config.json"
+        # As many flags or numbers would take terabytes of memory.
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | {field: 10**12}))
+    hf.load_adapter(lora, config, params)  # its tensors have their own ranks
+    with pytest.raises(UserError, match="but the tensors have 2 of init_r=1000000000000"):
+        hf.load_adapter(adalora, config, params)
+
+
+def test_names_of_classes_and_modules_are_safe_to_print(capsys):
+    from nanoflax.runs import opening, start
+    from nanoflax.tasks import metrics
+
+    name = "\x1b]0;title\x07\x9b2Jcat\u202e"
+    opening._print_modules("not needed", {f"{name}/kernel"})
+    lines = [start.some([name, "dog"]), *metrics.metrics_table(metrics.classes([name], [name]))]
+    lines += capsys.readouterr().err.splitlines()
+    assert sum("\\x1b]0;title\\x07\\x9b2Jcat\\u202e" in line for line in lines) == 3
+    assert all(report.printable(line) == line for line in lines)
 
 
 @pytest.mark.parametrize("number", [10**9, -1, 0, "3", 2.0, [1]])

@@ -230,7 +230,8 @@ class AdapterFile:
             if isinstance(c, AdaLoRA):
                 kept = self._kept(module)
                 mask = np.ones(c.rank, bool) if kept is None else np.array(kept)
-                place = np.eye(c.rank)[mask]  # [kept, rank]
+                place = np.zeros((mask.sum(), c.rank))  # [kept, rank]
+                place[np.arange(len(place)), np.flatnonzero(mask)] = 1
                 e = parts["lora_E"].read()[:, 0] @ place
                 leaves = {"scale": c.scale, "a": a @ place, "b": place.T @ b, "e": e, "mask": mask}
             else:
@@ -321,8 +322,8 @@ def _problems(c: Any, name: str, tensors: Mapping[str, Any], row: TensorMapping,
         for part, x in tensors.items()
         if x.shape != shapes[part]
     ]
-    ranks = [True] * c.rank if kept is None else kept
-    if isinstance(c, AdaLoRA) and (len(ranks), sum(ranks)) != (c.rank, r):
-        kept_of = f"rank_pattern keeps {sum(ranks)} of {len(ranks)} ranks"
+    total, number = (c.rank, c.rank) if kept is None else (len(kept), sum(kept))
+    if isinstance(c, AdaLoRA) and (total, number) != (c.rank, r):
+        kept_of = f"rank_pattern keeps {number} of {total} ranks"
         problems.append(f"{name}: {kept_of}, but the tensors have {r} of init_r={c.rank}")
     return problems

@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 
 from nanoflax import config as configs
-from nanoflax import hf, nn, parallel, peft, tokenizers
+from nanoflax import hf, nn, parallel, peft, report, tokenizers
 from nanoflax.config import Config, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint, remote
@@ -246,4 +246,5 @@ def _flat(tree: Params) -> dict[str, Any]:
 def _print_modules(what: str, paths: set[str]) -> None:
     """Print the modules of these paths to stderr, on process 0."""
     if paths and parallel.is_main_process():
-        print(f"{what}: {', '.join(sorted({path.split('/')[0] for path in paths}))}", file=sys.stderr)
+        modules = sorted({path.split("/")[0] for path in paths})
+        print(report.printable(f"{what}: {', '.join(modules)}"), file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from nanoflax import config as configs
-from nanoflax import tasks, tokenizers
+from nanoflax import report, tasks, tokenizers
 from nanoflax.config import Config, ModelConfig
 from nanoflax.errors import UserError
 from nanoflax.runs.directory import read_config
@@ -135,8 +135,8 @@ def keeps_head(config: Config, source: ModelSource | None, examples: Any) -> boo
 
 
 def some(names: Sequence[str]) -> str:
-    """The names with commas between; of many, the first 12."""
-    return ", ".join([*names[:12], *(["..."] if len(names) > 12 else [])])
+    """The names with commas between, safe to print; of many, the first 12."""
+    return report.printable(", ".join([*names[:12], *(["..."] if len(names) > 12 else [])]))
 
 
 def with_head(model: ModelConfig, task: Any, examples: Any) -> ModelConfig:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from nanoflax.errors import UserError
+from nanoflax.report import printable
 from nanoflax.tasks.tags import to_bio
 
 
@@ -117,8 +118,9 @@ def _score(n_right: int, n_predicted: int, n_true: int) -> dict[str, float]:
 
 
 def metrics_table(result: dict[str, Any]) -> list[str]:
-    """The lines of a readable table of the result of `classes` or `tags`."""
-    rows = [*result["classes"].items(), *((f"{name} average", result[name]) for name in ("micro", "macro", "weighted"))]
+    """The lines of a readable table of the result of `classes` or `tags`. Names of classes are safe to print."""
+    classes = {printable(name): scores for name, scores in result["classes"].items()}
+    rows = [*classes.items(), *((f"{name} average", result[name]) for name in ("micro", "macro", "weighted"))]
     width = max(len(name) for name, _ in rows)
     head = f"{'':{width}}  precision  recall      F1  support"
     return [

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from nanoflax.errors import UserError
+from nanoflax.report import printable
 from nanoflax.tokenizers import specs
 from nanoflax.tokenizers.base import SPACE
 from nanoflax.tokenizers.export import to_huggingface
@@ -58,7 +59,8 @@ def to_gguf(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     others = [i for i in exported.stop_ids if i != exported.eos_id]
     metadata |= dict(zip(("eot_token_id", "eom_token_id"), others, strict=False))
     if len(others) > 2:
-        _log.warning("GGUF names three ends of an answer; not written: %s", ", ".join(names[i] for i in others[2:]))
+        unwritten = printable(", ".join(names[i] for i in others[2:]))
+        _log.warning("GGUF names three ends of an answer; not written: %s", unwritten)
     framing = exported.framing
     for role, around in (("bos", framing.before), ("eos", framing.after)):
         if around not in ((), (metadata.get(f"{role}_token_id"),)):
