@@ -62,7 +62,8 @@ def check_segmentations(source: Source, tokenizer: Any = None, kind: str = "") -
     sampler = kind == "unigram" if tokenizer is None else getattr(tokenizer, "sampler", None)
     if source.segmentations and not sampler:
         raise UserError(
-            f"data.segmentations={source.segmentations} needs a unigram tokenizer, as data.tokenizer=unigram:4096"
+            f"data.segmentations={source.segmentations}: the tokenizer has no random segmentations; choose "
+            "data.tokenizer=unigram:4096, or a SentencePiece model that is unigram, has all bytes and changes no text"
         )
 
 

@@ -106,7 +106,7 @@ def _open_made(source: Source, tokenizer: Any, split: str) -> TokenStore:
     else:
         directory = storage.join(directory, split)
     settings = [f.name for f in dataclasses.fields(Quality) if getattr(source.quality, f.name) != f.default]
-    settings += ["field"] * (source.field != "text") + ["segmentations"] * (source.segmentations > 0)
+    settings += ["field"] * (source.field != "text")
     if settings and name == source.name:
         raise UserError(f"data.{settings[0]} is for text, but {name} holds tokens: set it in experiments.tokenize")
     store = TokenStore.open(directory)

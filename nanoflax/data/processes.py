@@ -18,6 +18,7 @@ from nanoflax.report import ProgressBar, format_bytes, format_count, format_dura
 from nanoflax.tokenizers import Segmentation
 
 POOL_FROM = 4  # chunks, or parts; with less text, starting processes takes longer than tokenizing
+POOL_BYTES = 4 << 20  # of the missing parts, which are small if a small source is read for many segmentations
 
 
 class _StoppedError(Exception):
@@ -33,7 +34,8 @@ def tokenize_parts(
     read by this process, and all workers tokenize their chunks. title: of the progress bar; empty: no bar.
     """
     workers, missing = workers or os.cpu_count() or 1, missing_parts(directory, plan, tokenizer)
-    whole = len(missing) - len(missing) % workers if workers > 1 and len(missing) >= POOL_FROM else 0
+    is_large = len(missing) >= POOL_FROM and sum(plan.parts[i].size for i in missing) >= POOL_BYTES
+    whole = len(missing) - len(missing) % workers if workers > 1 and is_large else 0
     state = _State(len(plan.parts))
     with _bar(plan, missing, state, title) as bar, _Pool(directory, plan, tokenizer, workers, state) as pool:
         pool.tokenize(missing[:whole], bar)

@@ -59,6 +59,10 @@ class Source:
                 raise UserError(f"data source {name!r} is not known; {hint}{HELP}")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction {self.validation_fraction}: must be between 0 and 1")
+        if self.segmentations and self.name.startswith("tokens:"):
+            raise UserError(
+                f"data.segmentations is for text, but {self.name} holds tokens: set it in experiments.tokenize"
+            )
         if self.segmentation_alpha != Source.segmentation_alpha and not self.segmentations:
             raise UserError(
                 f"data.segmentation_alpha={self.segmentation_alpha} is not used; set data.segmentations=8 too"

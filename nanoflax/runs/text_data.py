@@ -49,6 +49,8 @@ def train_tokenizer(config: Config, directory: str) -> Any:
     assert isinstance(d, TextData)  # see pretrain.check
     kind, size = tokenizers.parse(d.tokenizer)
     sources = data.sources_of(d)
+    for source in sources.values():
+        data.check_segmentations(source, kind=kind)
     texts = [[name, data.settings_of(source), data.source_version(source)] for name, source in sources.items()]
     if len(sources) > 1:
         texts.append([t.steps, [[stage.step, stage.counts] for stage in data.stages_of(d, t.steps) or ()]])
@@ -103,8 +105,9 @@ def store_lines(stores: Mapping[str, data.TokenStore], title: str) -> list[str]:
             f"{title}{' of ' * bool(name)}{name}: {store.n_documents:,} documents, "
             f"{report.format_bytes(store.n_bytes)} of text, {report.format_count(store.n_tokens)} tokens"
         )
-        if segmentations := store.meta.get("source", {}).get("segmentations"):
-            lines.append(f"  each document {segmentations} times, in random segmentations")
+        source = store.meta.get("source")
+        if isinstance(source, dict) and source.get("segmentations"):
+            lines.append(f"  random segmentations of each document: {source['segmentations']}")
         lines += [f"  {line}" for line in store.report]
     return lines
 

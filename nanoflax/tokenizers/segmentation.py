@@ -3,6 +3,7 @@
 SentencePiece draws them too, but other ones in each process. Here they are a function of the text and a Segmentation.
 """
 
+import array
 import bisect
 import dataclasses
 import functools
@@ -10,13 +11,15 @@ import hashlib
 import itertools
 import math
 import random
+from collections.abc import Callable, Iterator, Sequence
 
 from nanoflax.tokenizers.base import SPACE, well_formed
 from nanoflax.tokenizers.sentencepiece_schema import model_class
 
 CACHED = 32  # characters; longer words, as of languages without spaces, are rarely the same
 UNKNOWN_PENALTY = 10.0  # of SentencePiece: the logarithm of an unknown character is so much less than the lowest one
-Choice = tuple[list[float], list[tuple[int, list[int]]]]  # sums of weights; (where a piece begins, its ids)
+USER_SCORE = -0.1  # of SentencePiece, for each piece that its user defined, whatever its score in the model
+Choice = tuple[float, list[float], list[tuple[int, list[int]]]]  # total; sums of weights; (begin of a piece, its ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +32,17 @@ class Segmentation:
 
 
 class SegmentationSampler:
-    """Draws segmentations from a SentencePiece model that is unigram, restores every text and has a piece for each
-    byte; see `sampler_of`."""
+    """Draws segmentations from the SentencePiece models that `sampler_of` accepts."""
 
     def __init__(self, model: bytes) -> None:
         found = [*enumerate(model_class().FromString(model).pieces)]
-        pieces = {p.piece.replace(SPACE, " "): ([i], p.score) for i, p in found if p.type in (p.NORMAL, p.USER_DEFINED)}
-        self._pieces = pieces
+        normal = {p.piece.replace(SPACE, " "): ([i], p.score) for i, p in found if p.type == p.NORMAL}
+        of_user = {p.piece.replace(SPACE, " "): ([i], USER_SCORE) for i, p in found if p.type == p.USER_DEFINED}
+        self._pieces = pieces = normal | of_user
         self._bytes = [i for i, p in sorted(found, key=lambda pair: pair[1].piece) if p.type == p.BYTE]  # <0x00>, ...
-        self._prefixes = {piece[:n] for piece in pieces for n in range(1, len(piece) + 1)}
+        self._suffixes = {piece[n:] for piece in pieces for n in range(len(piece))}
         self._pairs = {pair for piece in pieces for pair in itertools.pairwise(piece)}
-        self._unknown = min((score for _, score in pieces.values()), default=0.0) - UNKNOWN_PENALTY
+        self._unknown = min((score for _, score in normal.values()), default=0.0) - UNKNOWN_PENALTY
         self._cached = functools.lru_cache(maxsize=1 << 15)(self._choices)
 
     def sample(self, text: str, segmentation: Segmentation) -> list[int]:
@@ -50,49 +53,52 @@ class SegmentationSampler:
         for word in self._words(text):
             choices = (self._cached if len(word) <= CACHED else self._choices)(word, segmentation.alpha)
             end, chosen = len(word), []
-            while end:
-                weights, edges = choices[end - 1]
-                at = bisect.bisect(weights, draw() * weights[-1], hi=len(edges) - 1) if weights else 0
-                end, of_piece = edges[at]
-                chosen.append(of_piece)
+            while end:  # from the last piece to the first
+                _, weights, pieces = choices(end)
+                last = len(pieces) - 1
+                end, ids_of_piece = pieces[bisect.bisect(weights, draw() * weights[-1], hi=last) if last else 0]
+                chosen.append(ids_of_piece)
             ids.extend(itertools.chain.from_iterable(reversed(chosen)))
         return ids
 
-    def _words(self, text: str) -> list[str]:
+    def _words(self, text: str) -> Iterator[str]:
         """The text, cut between all characters that are next to each other in no piece: the parts are independent."""
-        pairs = enumerate(itertools.pairwise(text), 1)
-        cuts = [0, *(i for i, pair in pairs if pair not in self._pairs), len(text)]
-        return [text[begin:end] for begin, end in itertools.pairwise(cuts)]
+        cuts = (i for i, pair in enumerate(itertools.pairwise(text), 1) if pair not in self._pairs)
+        for begin, end in itertools.pairwise(itertools.chain([0], cuts, [len(text)])):
+            yield text[begin:end]
 
-    def _choices(self, word: str, alpha: float) -> list[Choice]:
-        """For each end of a piece in the word, the pieces and their weights, by forward filtering: a piece that begins
-        at b has exp(forward[b] + alpha * score), and `forward` is the logarithm of the sum of these."""
-        ending = [([], []) for _ in range(len(word) + 1)]  # at each place: (edges, their logarithms)
-        forward, choices = 0.0, []
-        for begin in range(len(word)):
-            for end in range(begin + 1, len(word) + 1):
-                if (piece := word[begin:end]) not in self._prefixes:
-                    break
-                if found := self._pieces.get(piece):
-                    ending[end][0].append((begin, found[0]))
-                    ending[end][1].append(forward + alpha * found[1])
-            edges, logs = ending[begin + 1]
-            if word[begin] not in self._pieces:
-                edges.append((begin, [self._bytes[byte] for byte in word[begin].encode()]))
-                logs.append(forward + alpha * self._unknown)
-            if len(edges) == 1:
-                forward = logs[0]
-                choices.append(([], edges))
-                continue
-            highest = max(logs)
-            weights = [*itertools.accumulate(math.exp(log - highest) for log in logs)]
-            forward = highest + math.log(weights[-1])
-            choices.append((weights, edges))
-        return choices
+    def _choices(self, word: str, alpha: float) -> Callable[[int], Choice]:
+        """A function that gives the choice of the piece that ends at a place of the word. It stores one number for each
+        character: a word can be a text without spaces."""
+        totals = array.array("d", [0.0])
+        for end in range(1, len(word) + 1):
+            totals.append(self._choice(word, end, totals, alpha)[0])
+        choice = lambda end: self._choice(word, end, totals, alpha)
+        return functools.cache(choice) if len(word) <= CACHED else choice
+
+    def _choice(self, word: str, end: int, totals: Sequence[float], alpha: float) -> Choice:
+        """Forward filtering: a piece that begins at b has the weight exp(totals[b] + alpha * score), and the total is
+        the logarithm of the sum of these weights."""
+        pieces, logs = [], []
+        for begin in range(end - 1, -1, -1):
+            if (text := word[begin:end]) not in self._suffixes:
+                break
+            if found := self._pieces.get(text):
+                pieces.insert(0, (begin, found[0]))
+                logs.insert(0, totals[begin] + alpha * found[1])
+        if (character := word[end - 1]) not in self._pieces:
+            pieces.append((end - 1, [self._bytes[byte] for byte in character.encode()]))
+            logs.append(totals[end - 1] + alpha * self._unknown)
+        highest = max(logs)
+        weights = [*itertools.accumulate(math.exp(log - highest) for log in logs)]
+        return highest + math.log(weights[-1]), weights, pieces
 
 
-def sampler_of(model: bytes, is_exact: bool) -> SegmentationSampler | None:
-    """The SegmentationSampler of a SentencePiece model; None if it is not of the kind that is needed. is_exact: it
-    restores every text."""
-    trainer = model_class().FromString(model).trainer_spec
-    return SegmentationSampler(model) if is_exact and trainer.model_type == trainer.UNIGRAM else None
+def sampler_of(model: bytes) -> SegmentationSampler | None:
+    """The SegmentationSampler of a SentencePiece model; None if it is not unigram, lacks pieces for bytes, or changes
+    texts before it cuts them."""
+    found = model_class().FromString(model)
+    trainer, rules = found.trainer_spec, found.normalizer_spec
+    changes_texts = rules.precompiled_charsmap or rules.add_dummy_prefix or rules.remove_extra_whitespaces
+    is_suitable = trainer.model_type == trainer.UNIGRAM and trainer.byte_fallback and not changes_texts
+    return SegmentationSampler(model) if is_suitable else None

@@ -99,8 +99,8 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def sampler(self) -> SegmentationSampler | None:
-        """Draws random segmentations; None if the model is not unigram, or changes texts."""
-        return sampler_of(self.model, self._space_ids is not None)
+        """Draws random segmentations; None if the model has none. See `sampler_of`."""
+        return sampler_of(self.model)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Special tokens give no text; bytes that are not UTF-8 give U+FFFD."""

@@ -8,8 +8,10 @@ import itertools
 import json
 import math
 import pathlib
+import random
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ from nanoflax import config as configs
 from nanoflax import data, runs, tokenizers
 from nanoflax.data import building, parts, processes, tokenizing
 from nanoflax.errors import UserError
-from nanoflax.tokenizers import Segmentation, trained
+from nanoflax.tokenizers import Segmentation, segmentation, trained
+from nanoflax.tokenizers.sentencepiece_schema import model_class
 
 TEXTS = [method.__doc__ + " ▁ " for method in vars(str).values() if method.__doc__]
 
@@ -70,14 +73,40 @@ def test_segmentations_have_the_probabilities_of_the_paper(unigram, alpha):
 
 
 def test_segmentations_have_the_probabilities_of_sentencepiece(unigram):
-    processor = sentencepiece.SentencePieceProcessor(model_proto=unigram.model)
-    text, n = "The  string's\n\nend 🐭 ", 3000
+    changed = model_class().FromString(unigram.model)
+    of_user = changed.pieces[0].USER_DEFINED
+    changed.pieces.add(piece="tri", score=-20.0, type=of_user)
+    changed.pieces.add(piece="₿", score=-30.0, type=of_user)  # no lowest score for the characters that are unknown
+    for piece in changed.pieces:
+        piece.type = piece.UNUSED if piece.piece in ("tr", "s") else piece.type
+    for model, text in ((unigram.model, "The  string's\n\nend 🐭 "), (changed.SerializeToString(), " string₿s é")):
+        check_probabilities_of_sentencepiece(trained.SentencePieceTokenizer(model), text)
+
+
+def check_probabilities_of_sentencepiece(tokenizer, text, n=3000):
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     options = {"enable_sampling": True, "nbest_size": -1, "alpha": 0.3}
-    ours = collections.Counter(tuple(unigram.sampler.sample(text, Segmentation(i, 0.3))) for i in range(n))
+    ours = collections.Counter(tuple(tokenizer.sampler.sample(text, Segmentation(i, 0.3))) for i in range(n))
     theirs = collections.Counter(tuple(processor.encode(text, **options)) for _ in range(n))
-    assert len(ours) > 20
+    assert len(ours) > 10
     for ids in {*ours, *theirs}:
         assert abs(ours[ids] - theirs[ids]) < 6 * math.sqrt(ours[ids] + theirs[ids]), ids
+
+
+def test_long_words_need_little_memory_and_have_the_same_segmentations(unigram, monkeypatch):
+    texts = [*TEXTS, "strings" * 20]
+    found = [unigram.sampler.sample(text, Segmentation(1, 0.3)) for text in texts]
+    monkeypatch.setattr(segmentation, "CACHED", 0)
+    assert [unigram.sampler.sample(text, Segmentation(1, 0.3)) for text in texts] == found
+    dna = "".join(random.Random(0).choices("acgt", k=20_000))
+    without_spaces = tokenizers.train_sentencepiece([dna], 300, "unigram")
+    assert without_spaces.decode(without_spaces.sampler.sample("acgt a", Segmentation(1, 0.3))) == "acgt a"
+    for tokenizer, text in ((without_spaces, dna), (unigram, " a" * 20_000)):
+        tracemalloc.start()
+        tokenizer.sampler.sample(text, Segmentation(1, 0.3))
+        memory = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert memory < 30 * len(text)
 
 
 def test_every_segmentation_is_of_the_text(unigram):
@@ -122,13 +151,25 @@ def files_of(directory, source, tokenizer, engine):
     return {path.name: path.read_bytes() for path in pathlib.Path(directory).iterdir()}
 
 
-def test_workers_engines_and_kills_do_not_change_the_files(unigram, source, tmp_path):
+def test_workers_engines_and_kills_do_not_change_the_files(unigram, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "POOL_BYTES", 0)
     alone = lambda *given: processes.tokenize_parts(*given, workers=1)
     expected = files_of(tmp_path / "one", source, unigram, alone)
     assert sum(name.endswith(".bin") for name in expected) > 6
     assert files_of(tmp_path / "three", source, unigram, lambda *g: processes.tokenize_parts(*g, workers=3)) == expected
     pytest.importorskip("apache_beam", reason="the extra `beam` is not installed")
     assert files_of(tmp_path / "beam", source, unigram, data.beam_engine("DirectRunner")) == expected
+
+
+def test_a_small_text_starts_no_processes(unigram, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes._Pool, "_submit", lambda *given: pytest.fail("a process was started"))
+    many = dataclasses.replace(source, segmentations=8)
+    assert data.prepare(many, unigram, "train", tmp_path, 2, progress=False).n_documents % 8 == 0
+    enough = lambda: data.prepare(source, unigram, "train", tmp_path, 2, progress=False)
+    monkeypatch.setattr(processes, "POOL_BYTES", 0)
+    monkeypatch.setattr(processes, "POOL_FROM", 3)
+    with pytest.raises(pytest.fail.Exception, match="a process was started"):
+        enough()
 
 
 def test_a_store_that_was_begun_is_completed_with_the_same_segmentations(unigram, source, tmp_path, monkeypatch):
@@ -164,7 +205,7 @@ def test_a_run_tells_its_segmentations(source, tmp_path, capsys):
         train=configs.TrainConfig(steps=2, batch_size=4, evaluate_every=2, sample_tokens=0, tensorboard=False),
     )
     run = nanoflax.pretrain(config, str(tmp_path / "run"))
-    assert "\n  each document 2 times, in random segmentations\n" in capsys.readouterr().out
+    assert "\n  random segmentations of each document: 2\n" in capsys.readouterr().out
     plain = dataclasses.replace(config, data=dataclasses.replace(text, segmentations=0))
     inspected = runs.inspect_data(plain)
     assert inspected.tokenizer.fingerprint == run.tokenizer.fingerprint, "trained on each document once"
@@ -179,30 +220,39 @@ def test_keys_of_earlier_stores_stay(unigram):
     assert len(keys) == 3
 
 
-def test_what_has_no_segmentations_is_refused_before_anything_is_built(unigram, source, tmp_path):
+def test_what_has_no_segmentations_is_refused_before_anything_is_built(unigram, source, tmp_path, monkeypatch):
     tokenizers.to_huggingface(unigram).save(tmp_path / "hf")
     bpe = tokenizers.train_sentencepiece(TEXTS, 400, "bpe")
-    for tokenizer in (trained.ByteTokenizer(), bpe, tokenizers.load(tmp_path / "hf"), with_prefix()):
+    keeps_spaces = {"remove_extra_whitespaces": False, "add_dummy_prefix": False, "allow_whitespace_only_pieces": True}
+    with_nfkc = of_others(normalization_rule_name="nfkc", byte_fallback=True, vocab_size=400, **keeps_spaces)
+    assert with_nfkc.decode(with_nfkc.encode("ﬁ")) == "fi"
+    for tokenizer in (trained.ByteTokenizer(), bpe, tokenizers.load(tmp_path / "hf"), of_others(), with_nfkc):
         with pytest.raises(
-            UserError, match="data.segmentations=3 needs a unigram tokenizer, as data.tokenizer=unigram:4096"
+            UserError, match="data.segmentations=3: the tokenizer has no random segmentations; choose data.tokenizer=un"
         ):
             data.prepare(source, tokenizer, "train", tmp_path / "cache")
     assert not [*(tmp_path / "cache").glob("*/part-*")]
     text = configs.TextData(train=source.name, tokenizer="bpe:400", segmentations=3)
-    with pytest.raises(UserError, match="data.segmentations=3 needs a unigram tokenizer"):
+    with pytest.raises(UserError, match="data.segmentations=3: the tokenizer has no random"):
         nanoflax.pretrain(configs.Config(data=text), str(tmp_path / "run"))
-    with pytest.raises(UserError, match="data.segmentations=3 needs a unigram tokenizer"):
+    with pytest.raises(UserError, match="data.segmentations=3: the tokenizer has no random"):
         runs.tokenize(configs.Config(data=text), str(tmp_path / "tokens"))
     assert not (tmp_path / "run").exists() and not (tmp_path / "tokens").exists()
+    monkeypatch.setattr(tokenizers, "train_sentencepiece", lambda *given: pytest.fail("trained in vain"))
+    with pytest.raises(UserError, match="data.segmentations=3: the tokenizer has no random"):
+        runs.inspect_data(configs.Config(data=dataclasses.replace(text, cache=str(tmp_path / "other"))))
+    monkeypatch.undo()
     with pytest.raises(UserError, match=r"data.segmentation_alpha=0.1 is not used; set data.segmentations=8 too"):
         data.Source("pydocs", segmentation_alpha=0.1)
-    with pytest.raises(UserError, match="data.segmentations is for text"):
-        made = data.prepare(source, unigram, "train", tmp_path / "cache", 1, progress=False)
-        data.prepare(dataclasses.replace(source, name=f"tokens:{made.directory}"), unigram, "train")
+    runs.tokenize(configs.Config(data=dataclasses.replace(text, segmentations=0)), str(tmp_path / "tokens"))
+    of_tokens = configs.Config(data=dataclasses.replace(text, train=f"tokens:{tmp_path}/tokens"))
+    with pytest.raises(UserError, match="data.segmentations is for text, but tokens:.* set it in experiments.tokenize"):
+        nanoflax.pretrain(of_tokens, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
-def with_prefix():
-    """A unigram tokenizer of other people, which adds a space before the text."""
-    written, options = io.BytesIO(), {"model_type": "unigram", "vocab_size": 100, "minloglevel": 4}
+def of_others(**options):
+    """A unigram tokenizer of other people: without options it adds a space before the text."""
+    written, options = io.BytesIO(), {"model_type": "unigram", "vocab_size": 100, "minloglevel": 4} | options
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=written, **options)
     return trained.SentencePieceTokenizer(written.getvalue())

@@ -79,7 +79,8 @@ def test_shards_hold_what_one_file_holds(texts, tmp_path, small, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_processes_write_what_single_parts_write_in_any_order(texts, tmp_path, workers):
+def test_processes_write_what_single_parts_write_in_any_order(texts, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(processes, "POOL_BYTES", 0)
     planned = small_plan(tmp_path)
     expected = contents(built(tmp_path / "expected", planned, [2, 0, 1, *range(len(planned.parts)), 1]).directory)
     (tmp_path / "store").mkdir()
@@ -122,6 +123,7 @@ class Slow(trained.ByteTokenizer):
         return super().encode(text)
 
 if __name__ == "__main__":
+    processes.POOL_BYTES = 0
     processes.tokenize_parts(sys.argv[1], parts.plan(sys.argv[2], "all", 500), Slow(), 2)
 """
 
