@@ -59,7 +59,7 @@ class TextData(DataConfig):
     segmentation_alpha: float = field(
         0.3,
         "The power of a segmentation's probability with data.segmentations, 0.1 to 0.5; less is more random.",
-        within="(0, 1)",
+        within="(0, 1]",
     )
     evaluation: str = field("", "More text for data.decontaminate: sources as in data.train, separated by ;.")
     workers: int = field(0, "Processes that tokenize; 0: one per core.", at_least=0)

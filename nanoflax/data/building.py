@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from nanoflax.data.folders import Folder
@@ -68,9 +67,10 @@ def check_segmentations(source: Source, tokenizer: Any = None, kind: str = "") -
 
 
 def _of_split(source: Source, split: str) -> Source:
-    """Only the split train is tokenized into random pieces."""
-    default = Source.segmentation_alpha
-    return source if split == "train" else replace(source, segmentations=0, segmentation_alpha=default)
+    """The source without its segmentations, if the split is another one than train."""
+    if split == "train":
+        return source
+    return dataclasses.replace(source, segmentations=0, segmentation_alpha=Source.segmentation_alpha)
 
 
 def _remove_if_nothing_is_built(folder: Folder) -> None:

@@ -89,7 +89,7 @@ class TokenStore:
     n_bytes = property(lambda self: self.meta["n_bytes"])  # of the text in UTF-8
     n_documents = property(lambda self: self.meta["n_documents"])
     fingerprint = property(lambda self: self.meta["fingerprint"])  # of tokens and offsets
-    report = property(lambda self: self.meta["report"])  # the lines of the DataReport
+    report = property(lambda self: self.meta["report"])  # lines for people about its text
 
     def read(self, start: int, stop: int) -> Int[np.ndarray, " stop-start"]:
         """The tokens from position start to position stop - 1, as uint16 or uint32."""

@@ -166,6 +166,8 @@ def write_index(directory: str | os.PathLike, plan: Plan, tokenizer: Any, identi
         if segmentation is None or segmentation.number == 1:  # the others read the same text
             report.merge(record[1])
     check_field(plan.source, report)
+    last = plan.parts[-1].segmentation
+    repeated = [f"random segmentations of each document: {last.number}"] if last else []
     if not shards:
         found = "; ".join(report.lines()) or "the source has no document"
         split = f" for its {identity['split']} split" if "split" in identity else ""
@@ -179,7 +181,7 @@ def write_index(directory: str | os.PathLike, plan: Plan, tokenizer: Any, identi
         "tokenizer": tokenizer.fingerprint,
         "framing": dataclasses.astuple(tokenizer.framing),
         "bos_id": tokenizer.framing.first_id,
-        "report": report.lines(),
+        "report": [*repeated, *report.lines()],
         "shards": [dataclasses.astuple(shard) for shard in shards],
     }
     store = TokenStore(directory, meta, shards)

@@ -105,9 +105,6 @@ def store_lines(stores: Mapping[str, data.TokenStore], title: str) -> list[str]:
             f"{title}{' of ' * bool(name)}{name}: {store.n_documents:,} documents, "
             f"{report.format_bytes(store.n_bytes)} of text, {report.format_count(store.n_tokens)} tokens"
         )
-        source = store.meta.get("source")
-        if isinstance(source, dict) and source.get("segmentations"):
-            lines.append(f"  random segmentations of each document: {source['segmentations']}")
         lines += [f"  {line}" for line in store.report]
     return lines
 

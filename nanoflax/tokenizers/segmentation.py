@@ -1,6 +1,10 @@
 """Random segmentations of a text by a unigram model: subword regularization (Kudo, 2018, arXiv:1804.10959).
 
 SentencePiece draws them too, but other ones in each process. Here they are a function of the text and a Segmentation.
+
+A segmentation has the weight exp(alpha * the sum of the scores of its pieces). Forward filtering computes, for each
+place of a word, the logarithm of the total weight of all segmentations of the characters before it. Backward sampling
+draws the last piece of the word, then the last piece of the characters before that piece, and so on.
 """
 
 import array
@@ -12,6 +16,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from nanoflax.tokenizers.base import SPACE, well_formed
 from nanoflax.tokenizers.sentencepiece_schema import model_class
@@ -19,7 +24,18 @@ from nanoflax.tokenizers.sentencepiece_schema import model_class
 CACHED = 32  # characters; longer words, as of languages without spaces, are rarely the same
 UNKNOWN_PENALTY = 10.0  # of SentencePiece: the logarithm of an unknown character is so much less than the lowest one
 USER_SCORE = -0.1  # of SentencePiece, for each piece that its user defined, whatever its score in the model
-Choice = tuple[float, list[float], list[tuple[int, list[int]]]]  # total; sums of weights; (begin of a piece, its ids)
+
+
+class Choice(NamedTuple):
+    """The pieces that can end at one place of a word.
+
+    log_total: the logarithm of the weight of all segmentations up to this place. weights: the cumulative weights of the
+    pieces, up to a factor. pieces: (where it begins, its ids), in order of their begins.
+    """
+
+    log_total: float
+    weights: list[float]
+    pieces: list[tuple[int, list[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,30 +84,30 @@ class SegmentationSampler:
             yield text[begin:end]
 
     def _choices(self, word: str, alpha: float) -> Callable[[int], Choice]:
-        """A function that gives the choice of the piece that ends at a place of the word. It stores one number for each
-        character: a word can be a text without spaces."""
-        totals = array.array("d", [0.0])
+        """A function that computes the Choice at a place of the word when it is needed: of a long word, as a text
+        without spaces, only the log_total of each place is stored."""
+        log_totals = array.array("d", [0.0])
         for end in range(1, len(word) + 1):
-            totals.append(self._choice(word, end, totals, alpha)[0])
-        choice = lambda end: self._choice(word, end, totals, alpha)
+            log_totals.append(self._choice(word, end, log_totals, alpha).log_total)
+        choice = lambda end: self._choice(word, end, log_totals, alpha)
         return functools.cache(choice) if len(word) <= CACHED else choice
 
-    def _choice(self, word: str, end: int, totals: Sequence[float], alpha: float) -> Choice:
-        """Forward filtering: a piece that begins at b has the weight exp(totals[b] + alpha * score), and the total is
-        the logarithm of the sum of these weights."""
+    def _choice(self, word: str, end: int, log_totals: Sequence[float], alpha: float) -> Choice:
+        """The Choice at a place. log_totals: of all places before it."""
         pieces, logs = [], []
         for begin in range(end - 1, -1, -1):
             if (text := word[begin:end]) not in self._suffixes:
                 break
             if found := self._pieces.get(text):
-                pieces.insert(0, (begin, found[0]))
-                logs.insert(0, totals[begin] + alpha * found[1])
+                ids, score = found
+                pieces.insert(0, (begin, ids))
+                logs.insert(0, log_totals[begin] + alpha * score)
         if (character := word[end - 1]) not in self._pieces:
             pieces.append((end - 1, [self._bytes[byte] for byte in character.encode()]))
-            logs.append(totals[end - 1] + alpha * self._unknown)
-        highest = max(logs)
+            logs.append(log_totals[end - 1] + alpha * self._unknown)
+        highest = max(logs)  # subtracted, so that exp gives no 0 for all
         weights = [*itertools.accumulate(math.exp(log - highest) for log in logs)]
-        return highest + math.log(weights[-1]), weights, pieces
+        return Choice(highest + math.log(weights[-1]), weights, pieces)
 
 
 def sampler_of(model: bytes) -> SegmentationSampler | None:

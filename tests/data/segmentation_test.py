@@ -21,6 +21,7 @@ import nanoflax
 from nanoflax import config as configs
 from nanoflax import data, runs, tokenizers
 from nanoflax.data import building, parts, processes, tokenizing
+from nanoflax.data.quality import Quality
 from nanoflax.errors import UserError
 from nanoflax.tokenizers import Segmentation, segmentation, trained
 from nanoflax.tokenizers.sentencepiece_schema import model_class
@@ -139,8 +140,23 @@ def test_a_store_has_each_document_in_each_segmentation(unigram, source, tmp_pat
     several = [len({tuple(ids) for ids in found[i :: len(texts)]}) > 1 for i in range(len(texts))]
     assert sum(several) > 0.9 * len(texts), "all but the shortest have several segmentations"
     assert sampled.n_bytes == 3 * plain.n_bytes
-    assert sampled.report == plain.report != [], "a damaged text is counted once"
+    lines = ["random segmentations of each document: 3", *plain.report]
+    assert sampled.report == lines and plain.report, "a damaged text is counted once"
     assert prepare(once, "validation").directory == prepare(source, "validation").directory, "in its best pieces"
+
+
+def test_duplicates_are_left_out_of_each_segmentation(unigram, tmp_path):
+    for number in range(3):  # in each part other documents are duplicates
+        lines = [json.dumps({"text": text}) + "\n" for text in TEXTS[number * 2 : 20 + number * 5]]
+        (tmp_path / f"{number}.jsonl").write_text("".join(lines))
+    source = data.Source(f"text:{tmp_path}/*.jsonl", quality=Quality(dedup="exact"), segmentations=3)
+    planned = parts.plan(source, part_bytes=2000)
+    assert len(planned.parts) > 3 and len({len(of_part) for of_part in planned.left_out}) > 2
+    read = lambda plan, n: [list(parts.read(plan, i, data.DataReport())) for i in range(n)]
+    once = read(planned, len(planned.parts))
+    assert read(planned.segmented(), 3 * len(planned.parts)) == once * 3
+    texts = list(itertools.chain.from_iterable(once))
+    assert len(texts) == len(set(texts)) > 0
 
 
 def files_of(directory, source, tokenizer, engine):
