@@ -52,13 +52,19 @@ class TextData(DataConfig):
     )
     segmentations: int = field(
         0,
-        "Tokenize each training document so many times, each time into other random pieces, for a small corpus that is "
-        "read in many epochs; 0: once, into the best pieces. It needs unigram:V.",
+        "Tokenize each training document also so many times into random pieces, each time into others, for a small "
+        "corpus that is read in many epochs; 0: only into the best pieces. It needs unigram:V.",
         within="[0, 1000]",
     )
     segmentation_alpha: float = field(
         0.3,
         "The power of a segmentation's probability with data.segmentations, 0.1 to 0.5; less is more random.",
+        within="(0, 1]",
+    )
+    segmentation_until: float = field(
+        0.8,
+        "The share of the steps that read random pieces with data.segmentations; the last steps read the best ones, as "
+        "validation does.",
         within="(0, 1]",
     )
     evaluation: str = field("", "More text for data.decontaminate: sources as in data.train, separated by ;.")

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,10 +42,17 @@ class Batches:
     permutation of all windows, seeded by (seed, epoch); a batch may contain windows of two epochs.
     windows: a Windows, or any object with a length and `batch`. host_rows: which rows of a batch this process reads
     (parallel.own_rows); None: all. The rows of all processes together do not depend on the number of processes.
+    ranges: {0 or a later step: the windows that are read from this step on, in epochs of their own}; None: all windows.
     """
 
     def __init__(
-        self, windows: Any, batch_size: int, seed: int = 0, shuffle: bool = True, host_rows: Sequence[int] | None = None
+        self,
+        windows: Any,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        host_rows: Sequence[int] | None = None,
+        ranges: Mapping[int, range] | None = None,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: must be at least 1")
@@ -53,21 +60,27 @@ class Batches:
             raise UserError(f"seed {seed}: must not be negative")
         self.windows, self.batch_size, self.seed, self.shuffle = windows, batch_size, seed, shuffle
         self.host_rows = range(batch_size) if host_rows is None else host_rows
+        self.ranges = {0: range(len(windows))} if ranges is None else ranges
 
     def indices(self, step: int) -> list[int]:
         """The numbers of the windows of batches[step], in the order of `host_rows`."""
-        first, n = step * self.batch_size, len(self.windows)
-        positions = [divmod(first + row, n) for row in self.host_rows]
-        if not self.shuffle:
-            return [i for _, i in positions]
-        return [shuffled(i, n, self.seed, epoch) for epoch, i in positions]
+        return [i for _, i in self.places(step)]
+
+    def places(self, step: int) -> list[tuple[int, int]]:
+        """As `indices`, with the epoch: (how often the windows of the range were read before, number of the window)."""
+        begin = max(begin for begin in self.ranges if begin <= step)
+        first, chosen = (step - begin) * self.batch_size, self.ranges[begin]
+        positions = [divmod(first + row, n := len(chosen)) for row in self.host_rows]
+        if self.shuffle:
+            positions = [(epoch, shuffled(i, n, self.seed, epoch)) for epoch, i in positions]
+        return [(epoch, chosen[i]) for epoch, i in positions]
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         return self.windows.batch(self.indices(step))
 
     def describe(self, step: int) -> list[tuple[int, int, int]]:
         """The (window, first document, last document) of each row of a step, to report a bad batch."""
-        whole = Batches(self.windows, self.batch_size, self.seed, self.shuffle)
+        whole = Batches(self.windows, self.batch_size, self.seed, self.shuffle, ranges=self.ranges)
         return [(i, *self.windows.documents(i)) for i in whole.indices(step)]
 
 

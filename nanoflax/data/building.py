@@ -22,7 +22,13 @@ Engine = Callable[[str | os.PathLike, Plan, Any], None]  # (directory, plan, tok
 def store_key(source: Source, tokenizer: Any, split: str) -> str:
     """32 hexadecimal digits that change with the source's version, the tokenizer, the split and the files' format."""
     of_tokenizer = [tokenizer.fingerprint, dataclasses.astuple(tokenizer.framing)]
-    parts = [FORMAT, settings_of(_of_split(source, split)), split, of_tokenizer, source_version(source)]
+    parts = [
+        FORMAT,
+        settings_of(source if split == "train" else source.without_segmentations()),
+        split,
+        of_tokenizer,
+        source_version(source),
+    ]
     return hashlib.blake2b(to_json(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -35,7 +41,8 @@ def build_store(
     build those again that differ from their checksums.
     Raises: UserError for a source that cannot be read, and for a directory with the store of another source.
     """
-    folder, key, source = Folder(directory), store_key(source, tokenizer, split), _of_split(source, split)
+    source = source if split == "train" else source.without_segmentations()
+    folder, key = Folder(directory), store_key(source, tokenizer, split)
     check_segmentations(source, tokenizer)
     if not folder.is_remote:
         os.makedirs(os.path.dirname(os.path.abspath(folder.name)), exist_ok=True)
@@ -64,13 +71,6 @@ def check_segmentations(source: Source, tokenizer: Any = None, kind: str = "") -
             f"data.segmentations={source.segmentations}: the tokenizer has no random segmentations; choose "
             "data.tokenizer=unigram:4096, or a SentencePiece model that is unigram, has all bytes and changes no text"
         )
-
-
-def _of_split(source: Source, split: str) -> Source:
-    """The source without its segmentations, if the split is another one than train."""
-    if split == "train":
-        return source
-    return dataclasses.replace(source, segmentations=0, segmentation_alpha=Source.segmentation_alpha)
 
 
 def _remove_if_nothing_is_built(folder: Folder) -> None:

@@ -73,11 +73,11 @@ class Plan:
         return sum(part.size for part in self.parts)
 
     def segmented(self) -> "Plan":
-        """The plan that reads each part once for each random segmentation which its source asks for."""
+        """The plan that reads each part once more for each random segmentation which its source asks for."""
         source = self.source
         if not source.segmentations:
             return self
-        each = [Segmentation(i + 1, source.segmentation_alpha) for i in range(source.segmentations)]
+        each = [None, *(Segmentation(i + 1, source.segmentation_alpha) for i in range(source.segmentations))]
         parts = tuple(dataclasses.replace(part, segmentation=of_all) for of_all in each for part in self.parts)
         return dataclasses.replace(self, parts=parts, left_out=self.left_out * len(each))
 

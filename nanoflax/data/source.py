@@ -33,8 +33,8 @@ class Source:
       100 documents, the last `validation_fraction` of each document, cut after a paragraph, line or word.
     data_dir: of TFDS; default $TFDS_DATA_DIR, or the default of TFDS.
     quality: which documents are left out.
-    segmentations: how many times the documents of the split train are tokenized, each time into other random pieces;
-      0: once, into the best ones. segmentation_alpha: see tokenizers.Segmentation.
+    segmentations: how many times the documents of the split train are tokenized into random pieces, besides the best
+      ones. segmentation_alpha: see tokenizers.Segmentation.
     validation_field, evaluation_field: as `field`, of validation and of quality.evaluation; empty: `field`.
     """
 
@@ -68,6 +68,10 @@ class Source:
                 f"data.segmentation_alpha={self.segmentation_alpha} is not used; set data.segmentations=8 too"
             )
 
+    def without_segmentations(self) -> "Source":
+        """The same text, only in its best pieces."""
+        return dataclasses.replace(self, segmentations=0, segmentation_alpha=Source.segmentation_alpha)
+
     @property
     def evaluation(self) -> list[str]:
         """The names of the sources of evaluation text, besides the validation split of this source."""
@@ -78,6 +82,11 @@ def source_of(config: TextData, name: str | None = None) -> Source:
     """The Source of a TextData. name: another source, read with the same settings."""
     if name:
         return Source(name, config.field, validation_fraction=config.validation_fraction)
+    no_random = not config.segmentations and not config.train.startswith("tokens:")
+    if no_random and config.segmentation_until != TextData.segmentation_until:
+        raise UserError(
+            f"data.segmentation_until={config.segmentation_until} is not used; set data.segmentations=8 too"
+        )
     return Source(
         config.train,
         config.field,

@@ -166,6 +166,11 @@ def sources_of(config: TextData, name: str = "") -> dict[str, Source]:
         if re.search(r";\s*(pydocs|[a-z]+:)", config.train):
             raise UserError(f"{config.train!r}: several sources need names; write NAME=SOURCE; NAME=SOURCE")
         return {"": source_of(dataclasses.replace(config, field=field), name or None)}
+    if config.segmentations and not other:
+        raise UserError(
+            f"data.segmentations={config.segmentations} is for one source; for a source of a mixture set it in "
+            "experiments.tokenize, and name tokens:DIRECTORY"
+        )
     named = parse_names(config.train, "--data" if other else "data.train")
     fields, validation = parse_names(config.field, "data.field"), parse_names(config.validation, "data.validation")
     default = fields.get("", TextData.field)

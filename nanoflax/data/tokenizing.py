@@ -156,18 +156,18 @@ def write_index(directory: str | os.PathLike, plan: Plan, tokenizer: Any, identi
     directory: of `tokenize_part`. Raises: UserError if a part is missing, or if the source has no text.
     """
     folder, dtype = Folder(directory), token_dtype(tokenizer)
-    shards, report, sizes = [], DataReport(), folder.sizes()
+    shards, report, sizes, best = [], DataReport(), folder.sizes(), 0
     for number in range(len(plan.parts)):
         record = read_record(folder, number, dtype, sizes.__getitem__)
         if record is None:
             raise UserError(f"{folder.name}: part {number} of {len(plan.parts)} is missing; tokenize it again")
         shards += record[0]
-        segmentation = plan.parts[number].segmentation
-        if segmentation is None or segmentation.number == 1:  # the others read the same text
+        if plan.parts[number].segmentation is None:  # the others read the same text
             report.merge(record[1])
+            best += sum(shard.n_tokens for shard in record[0])
     check_field(plan.source, report)
-    last = plan.parts[-1].segmentation
-    repeated = [f"random segmentations of each document: {last.number}"] if last else []
+    last = plan.parts[-1].segmentation if plan.parts else None
+    repeated = [f"each document in its best pieces and {last.number} times in random ones"] if last else []
     if not shards:
         found = "; ".join(report.lines()) or "the source has no document"
         split = f" for its {identity['split']} split" if "split" in identity else ""
@@ -177,6 +177,7 @@ def write_index(directory: str | os.PathLike, plan: Plan, tokenizer: Any, identi
         **identity,
         "dtype": dtype.name,
         **{name: sum(getattr(shard, name) for shard in shards) for name in ("n_tokens", "n_documents", "n_bytes")},
+        **({"n_best_tokens": best} if last else {}),
         "fingerprint": "",
         "tokenizer": tokenizer.fingerprint,
         "framing": dataclasses.astuple(tokenizer.framing),

@@ -21,8 +21,8 @@ from nanoflax.runs.pretrain import check as check_pretrain
 from nanoflax.runs.pretrain import check_sources, with_mixture_file
 from nanoflax.runs.start import texts_of
 from nanoflax.runs.text_data import (
-    mixture_table,
     prepare_split,
+    reading_lines,
     store_lines,
     text_tokenizer,
     training_batches,
@@ -95,7 +95,7 @@ class TextInspection(Inspection):
                 epoch = batches.places(step)[row][1]  # `batches` has all rows
             else:
                 source, (window, begin, end) = self.config.data.train, described
-                epoch = (step * batches.batch_size + row) // len(batches.windows)
+                epoch = batches.places(step)[row][0]
             documents = f"documents {begin:,} to {end:,}" if end > begin else f"document {begin:,}"
             text = self.tokenizer.decode(targets[row][:EXCERPT].tolist())
             place = f"window {window:,}, {documents}"
@@ -163,8 +163,7 @@ def _inspect_text(config: Config, workdir: str) -> Inspection:
     stores = prepare_split(config, tokenizer, "train")
     batches, lines = training_batches(config, stores), store_lines(stores, "training")
     _check_same(workdir, tokenizer, training_fingerprint(batches))
-    if isinstance(batches, data.Mixture):
-        lines += mixture_table(batches, config.train.steps, config.window).splitlines()
+    lines += reading_lines(batches, config)
     return TextInspection(config, tokenizer, batches, lines, config.window)
 
 

@@ -69,11 +69,11 @@ def read_text(
     """
     t = config.train
     stores, held_out = (prepare_split(config, tokenizer, split) for split in ("train", "validation"))
-    print("\n".join(store_lines(stores, "training") + store_lines(held_out, "validation")))
     batches = training_batches(config, stores, parallel.own_rows(mesh, t.batch_size))
+    lines = store_lines(stores, "training") + store_lines(held_out, "validation") + reading_lines(batches, config)
+    print("\n".join(lines))
     measures = None
     if isinstance(batches, data.Mixture):
-        print(mixture_table(batches, t.steps, config.window))
         measures = lambda step: {f"epoch/{name}": n for name, n in batches.epochs(step).items()}
     identity = {
         "tokenizer": tokenizer.fingerprint,
@@ -121,9 +121,31 @@ def training_batches(
     """The batches that a run trains on: a Mixture if there are several sources. host_rows: see data.Batches."""
     t, windows = config.train, windows_of(config, stores)
     if len(windows) == 1:
-        return data.Batches(next(iter(windows.values())), t.batch_size, t.seed, True, host_rows)
+        (of_source,) = windows.values()
+        return data.Batches(of_source, t.batch_size, t.seed, True, host_rows, window_ranges(config, of_source))
     assert isinstance(config.data, TextData)  # see pretrain.check
     return data.Mixture(windows, data.stages_of(config.data, t.steps), t.batch_size, t.seed, host_rows)
+
+
+def window_ranges(config: Config, windows: data.Windows) -> dict[int, range]:
+    """{first step: windows} of a run on one source: all of them, or those of random segmentations and then the best."""
+    assert isinstance(config.data, TextData)  # see pretrain.check
+    n, end_of_best = len(windows), windows.store.n_best_tokens // windows.length
+    if not 0 < end_of_best < n:
+        return {0: range(n)}
+    until = round(config.data.segmentation_until * config.train.steps)
+    return {0: range(end_of_best, n), until: range(end_of_best)} if until else {0: range(end_of_best)}
+
+
+def reading_lines(batches: data.Batches | data.Mixture, config: Config) -> list[str]:
+    """Lines that tell what the steps read, if not always all of one source."""
+    steps = config.train.steps
+    if isinstance(batches, data.Mixture):
+        return mixture_table(batches, steps, config.window).splitlines()
+    if len(batches.ranges) == 1:
+        return []
+    until = max(batches.ranges)
+    return [f"steps 0 to {until - 1:,} read random segmentations, steps {until:,} to {steps - 1:,} the best ones"]
 
 
 def training_fingerprint(batches: data.Batches | data.Mixture) -> str:

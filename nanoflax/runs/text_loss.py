@@ -23,7 +23,10 @@ def open_text(run: Any, name: str, split: str, fields: str | None) -> dict[str, 
         sources = {key: dataclasses.replace(source, field=field) for key, source in sources.items()}
     split, cache = split if name else "validation", text.cache or None
     with data.field_flag("--fields", "text="):
-        return {key: data.prepare(source, run.tokenizer, split, cache) for key, source in sources.items()}
+        return {
+            key: data.prepare(source.without_segmentations(), run.tokenizer, split, cache)
+            for key, source in sources.items()
+        }
 
 
 def over_windows(

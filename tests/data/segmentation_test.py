@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import tracemalloc
+import types
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from nanoflax import data, runs, tokenizers
 from nanoflax.data import building, parts, processes, tokenizing
 from nanoflax.data.quality import Quality
 from nanoflax.errors import UserError
+from nanoflax.runs import text_data
 from nanoflax.tokenizers import Segmentation, segmentation, trained
 from nanoflax.tokenizers.sentencepiece_schema import model_class
 
@@ -136,11 +138,12 @@ def test_a_store_has_each_document_in_each_segmentation(unigram, source, tmp_pat
     prepare = lambda source, split: data.prepare(source, unigram, split, tmp_path, 1, progress=False)
     plain, sampled = prepare(once, "train"), prepare(source, "train")
     texts, found = [unigram.decode(ids) for ids in documents_of(plain)], documents_of(sampled)
-    assert [unigram.decode(ids) for ids in found] == texts * 3
-    several = [len({tuple(ids) for ids in found[i :: len(texts)]}) > 1 for i in range(len(texts))]
-    assert sum(several) > 0.9 * len(texts), "all but the shortest have several segmentations"
-    assert sampled.n_bytes == 3 * plain.n_bytes
-    lines = ["random segmentations of each document: 3", *plain.report]
+    assert [unigram.decode(ids) for ids in found] == texts * 4
+    assert found[: len(texts)] == documents_of(plain) and sampled.n_best_tokens == plain.n_tokens
+    several = [len({tuple(ids) for ids in found[i :: len(texts)]}) > 2 for i in range(len(texts))]
+    assert sum(several) > 0.7 * len(texts), "all but the shortest have several segmentations"
+    assert sampled.n_bytes == 4 * plain.n_bytes
+    lines = ["each document in its best pieces and 3 times in random ones", *plain.report]
     assert sampled.report == lines and plain.report, "a damaged text is counted once"
     assert prepare(once, "validation").directory == prepare(source, "validation").directory, "in its best pieces"
 
@@ -154,7 +157,7 @@ def test_duplicates_are_left_out_of_each_segmentation(unigram, tmp_path):
     assert len(planned.parts) > 3 and len({len(of_part) for of_part in planned.left_out}) > 2
     read = lambda plan, n: [list(parts.read(plan, i, data.DataReport())) for i in range(n)]
     once = read(planned, len(planned.parts))
-    assert read(planned.segmented(), 3 * len(planned.parts)) == once * 3
+    assert read(planned.segmented(), 4 * len(planned.parts)) == once * 4
     texts = list(itertools.chain.from_iterable(once))
     assert len(texts) == len(set(texts)) > 0
 
@@ -180,7 +183,7 @@ def test_workers_engines_and_kills_do_not_change_the_files(unigram, source, tmp_
 def test_a_small_text_starts_no_processes(unigram, source, tmp_path, monkeypatch):
     monkeypatch.setattr(processes._Pool, "_submit", lambda *given: pytest.fail("a process was started"))
     many = dataclasses.replace(source, segmentations=8)
-    assert data.prepare(many, unigram, "train", tmp_path, 2, progress=False).n_documents % 8 == 0
+    assert data.prepare(many, unigram, "train", tmp_path, 2, progress=False).n_documents % 9 == 0
     enough = lambda: data.prepare(source, unigram, "train", tmp_path, 2, progress=False)
     monkeypatch.setattr(processes, "POOL_BYTES", 0)
     monkeypatch.setattr(processes, "POOL_FROM", 3)
@@ -218,13 +221,56 @@ def test_a_run_tells_its_segmentations(source, tmp_path, capsys):
     config = configs.Config(
         model=configs.ModelConfig(layers=1, dim=16, heads=1, context=32),
         data=text,
-        train=configs.TrainConfig(steps=2, batch_size=4, evaluate_every=2, sample_tokens=0, tensorboard=False),
+        train=configs.TrainConfig(steps=10, batch_size=4, evaluate_every=10, sample_tokens=0, tensorboard=False),
     )
     run = nanoflax.pretrain(config, str(tmp_path / "run"))
-    assert "\n  random segmentations of each document: 2\n" in capsys.readouterr().out
-    plain = dataclasses.replace(config, data=dataclasses.replace(text, segmentations=0))
-    inspected = runs.inspect_data(plain)
-    assert inspected.tokenizer.fingerprint == run.tokenizer.fingerprint, "trained on each document once"
+    printed = capsys.readouterr().out
+    assert "\n  each document in its best pieces and 2 times in random ones\n" in printed
+    assert "\nsteps 0 to 7 read random segmentations, steps 8 to 9 the best ones\n" in printed
+    batches = runs.inspect_data(config).batches
+    plain = runs.inspect_data(dataclasses.replace(config, data=dataclasses.replace(text, segmentations=0)))
+    assert plain.tokenizer.fingerprint == run.tokenizer.fingerprint, "trained on each document once"
+    best = plain.batches.windows.store.n_tokens // 32
+    assert all(min(batches.indices(step)) >= best for step in range(8))
+    for step in (8, 9):
+        assert max(batches.indices(step)) < best
+        rows, whole = batches.windows.batch(batches.indices(step)), plain.batches.windows.batch(batches.indices(step))
+        assert all((batches[step][name] == rows[name]).all() and (rows[name] == whole[name]).all() for name in rows)
+    text = f"text:{tmp_path}/of.txt"
+    (tmp_path / "of.txt").write_text("\n\n".join(TEXTS))
+    assert run.evaluate(text, split="train")["documents"] == 1
+    directory = str(tmp_path / "tokens")
+    runs.tokenize(config, directory)
+    of_tokens = dataclasses.replace(config, data=configs.TextData(train=f"tokens:{directory}"))
+    assert all(
+        (runs.inspect_data(of_tokens).batches[step]["targets"] == batches[step]["targets"]).all() for step in (0, 9)
+    )
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_batches_read_each_range_in_its_steps(shuffle):
+    windows = [f"window {i}" for i in range(50)]
+    batches = data.Batches(windows, 4, 3, shuffle, ranges={0: range(20, 50), 10: range(20)})
+    read = [i for step in range(10) for i in batches.indices(step)]
+    assert sorted(read[:30]) == [*range(20, 50)] and {*read[30:]} < {*range(20, 50)}
+    read = [i for step in range(10, 20) for i in batches.indices(step)]
+    assert sorted(read[:20]) == sorted(read[20:]) == [*range(20)] and (read[:20] != read[20:]) == shuffle
+    assert [epoch for epoch, _ in batches.places(14)] == [0] * 4 and batches.places(15)[0][0] == 1
+    halves = [data.Batches(windows, 4, 3, shuffle, rows, batches.ranges).indices(12) for rows in ([0, 1], [2, 3])]
+    assert sum(halves, []) == batches.indices(12)
+
+
+def test_few_tokens_and_shares_of_the_steps(unigram):
+    def ranges(best, tokens, until):
+        text = configs.TextData(segmentations=2, segmentation_until=until)
+        store = types.SimpleNamespace(n_best_tokens=best, n_tokens=tokens, meta={"bos_id": 0})
+        config = configs.Config(data=text, train=configs.TrainConfig(steps=10))
+        return text_data.window_ranges(config, data.Windows(store, 16))
+
+    assert ranges(100, 300, 0.5) == {0: range(6, 19), 5: range(6)}
+    assert ranges(100, 300, 1.0) == {0: range(6, 19), 10: range(6)}
+    assert ranges(100, 300, 0.01) == {0: range(6)}
+    assert ranges(15, 45, 0.5) == {0: range(3)} == ranges(0, 45, 0.5), "no window of best pieces alone"
 
 
 def test_keys_of_earlier_stores_stay(unigram):
@@ -260,6 +306,10 @@ def test_what_has_no_segmentations_is_refused_before_anything_is_built(unigram, 
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"data.segmentation_alpha=0.1 is not used; set data.segmentations=8 too"):
         data.Source("pydocs", segmentation_alpha=0.1)
+    with pytest.raises(UserError, match=r"data.segmentation_until=0.5 is not used; set data.segmentations=8 too"):
+        data.source_of(configs.TextData(segmentation_until=0.5))
+    with pytest.raises(UserError, match=r"data.segmentations=2 is for one source; for a source of a mixture set it in"):
+        data.sources_of(configs.TextData(train="a=pydocs; b=pydocs", segmentations=2))
     runs.tokenize(configs.Config(data=dataclasses.replace(text, segmentations=0)), str(tmp_path / "tokens"))
     of_tokens = configs.Config(data=dataclasses.replace(text, train=f"tokens:{tmp_path}/tokens"))
     with pytest.raises(UserError, match="data.segmentations is for text, but tokens:.* set it in experiments.tokenize"):
