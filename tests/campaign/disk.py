@@ -17,8 +17,8 @@ from tests.campaign import Outcome, outcomes_of
 from tests.campaign.lab import Lab, contents, difference, last_lines, messages, one_line
 from tests.kills import count_lines
 
-# Long enough for several checkpoints after the moment.
-LONG = ["--config.train.steps=400", "--config.train.checkpoint_every=20", "--config.train.evaluate_every=1000"]
+EVERY = 20  # steps between checkpoints of the run below, which is long enough for several after the moment
+LONG = ["--config.train.steps=400", f"--config.train.checkpoint_every={EVERY}", "--config.train.evaluate_every=1000"]
 SURE = ("metrics.jsonl", "config.json")  # what a run leaves, whichever step is its best
 ROOMY = {"size": "64m", "nr_inodes": 100_000}
 
@@ -76,7 +76,8 @@ def full_from_the_start(lab, kind, limit, rng):
 
 
 def full_for_a_moment(lab, kind, limit, rng):
-    """The disk fills between two steps, and has room again a moment later: the run must go on by itself."""
+    """The disk fills between two steps, and has room again a moment later: the run must go on by itself, and save its
+    next checkpoint."""
     disk, whole = lab.new(), lab.home / "long"
     if not whole.exists():
         assert lab.run(kind, whole, *LONG).returncode == 0
@@ -93,11 +94,18 @@ def full_for_a_moment(lab, kind, limit, rng):
         time.sleep(rng.uniform(0, 1))
         early = victim.child.poll() is not None
         mount(disk, remount=True, **ROOMY)
+        room = count_lines(metrics)
+        while count_lines(metrics) < room + 2 * EVERY + 1 and victim.child.poll() is None:
+            time.sleep(0.005)
+        names = [path.name for path in (disk / "w" / "checkpoints").iterdir()]
+        saved = max((int(name) for name in names if name.isdigit()), default=0)
         done = victim.done()
         if early:  # the last save had no room
             return "" if done.returncode == 0 or one_line(done, "No space left") else last_lines(done)
         if done.returncode or messages(done):
             return f"{limit} full from line {first} on: {last_lines(done)}"
+        if saved <= room:
+            return f"{limit}: room came at step {room}, and the newest checkpoint later was {saved}"
         return (problem := difference(contents(whole), contents(disk / "w"))) and f"{limit}, line {first}: {problem}"
 
 
