@@ -432,6 +432,30 @@ def test_a_pickle_is_refused_by_its_name(tmp_path, name):
     assert not pathlib.Path("executed").exists() and not (tmp_path / "executed").exists()
 
 
+def test_code_of_a_model_directory_is_not_run(tmp_path, monkeypatch):
+    from nanoflax import hf
+
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    directory, marker = tmp_path / "model", tmp_path / "executed"
+    files = next(files for files in fuzz.TARGETS["model"].seeds() if "config.json" in files)
+    directory.mkdir()
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    code = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nfrom transformers import GPT2Config as Theirs\n"
+    (directory / "theirs.py").write_text(code)
+    described = json.loads(files["config.json"])
+    custom = described | {"auto_map": {"AutoConfig": "theirs.Theirs"}, "trust_remote_code": True, "model_type": "own"}
+    (directory / "config.json").write_text(json.dumps(custom))
+    transformers.AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    assert marker.exists(), "the code is right: Transformers runs it if it may"
+    marker.unlink()
+    (directory / "config.json").write_text(json.dumps(custom | {"model_type": described["model_type"]}))
+    hf.load(directory)
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize("delimiter", ['"', "\r"])
 def test_a_delimiter_that_divides_nothing(tmp_path, delimiter):
     from nanoflax import tasks
