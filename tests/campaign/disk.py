@@ -94,7 +94,9 @@ def full_for_a_moment(lab, kind, limit, rng):
         time.sleep(rng.uniform(0, 1))
         early = victim.child.poll() is not None
         mount(disk, remount=True, **ROOMY)
-        room = count_lines(metrics)
+        lines = count_lines(metrics)
+        while (room := count_lines(metrics)) == lines and victim.child.poll() is None:
+            time.sleep(0.1)  # without room the run keeps its lines, and then writes them together
         while count_lines(metrics) < room + 2 * EVERY + 1 and victim.child.poll() is None:
             time.sleep(0.005)
         names = [path.name for path in (disk / "w" / "checkpoints").iterdir()]

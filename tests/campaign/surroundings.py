@@ -94,9 +94,8 @@ def data_that_changes_or_vanishes(lab, rng):
         os.replace(hidden, file)
     if done.returncode not in (0, 143, -signal.SIGTERM):
         return f"{kind}, {how}: {last_lines(done)}"
-    if done.returncode == 143 and not one_line(
-        refused, "is not the one that the checkpoint", "cannot be read", "no file"
-    ):
+    reasons = ("is not the one that the checkpoint", "with another configuration (model.class_names", "cannot be read")
+    if done.returncode == 143 and not one_line(refused, *reasons, "no file"):
         return f"{kind}, {how}: not refused, {last_lines(refused)}"
     return (problem := finished(lab, kind, output)) and f"{kind}, {how}: {problem}"
 
