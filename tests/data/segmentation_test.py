@@ -91,7 +91,7 @@ def check_probabilities_of_sentencepiece(tokenizer, text, n=3000):
     options = {"enable_sampling": True, "nbest_size": -1, "alpha": 0.3}
     ours = collections.Counter(tuple(tokenizer.sampler.sample(text, Segmentation(i, 0.3))) for i in range(n))
     theirs = collections.Counter(tuple(processor.encode(text, **options)) for _ in range(n))
-    assert len(ours) > 10
+    assert len(ours) > 5
     for ids in {*ours, *theirs}:
         assert abs(ours[ids] - theirs[ids]) < 6 * math.sqrt(ours[ids] + theirs[ids]), ids
 
