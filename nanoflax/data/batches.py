@@ -70,7 +70,8 @@ class Batches:
         """As `indices`, with the epoch: (how often the windows of the range were read before, number of the window)."""
         begin = max(begin for begin in self.ranges if begin <= step)
         first, chosen = (step - begin) * self.batch_size, self.ranges[begin]
-        positions = [divmod(first + row, n := len(chosen)) for row in self.host_rows]
+        n = len(chosen)
+        positions = [divmod(first + row, n) for row in self.host_rows]
         if self.shuffle:
             positions = [(epoch, shuffled(i, n, self.seed, epoch)) for epoch, i in positions]
         return [(epoch, chosen[i]) for epoch, i in positions]
