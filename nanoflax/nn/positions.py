@@ -97,6 +97,7 @@ def attention_factor(rope: RopeConfig) -> float:
 
 def base_rates(theta: float | Float[Array, ""], dim: int) -> Float[Array, " R"]:
     """The angle, in radians per position, by which each rotary pair turns, without scaling."""
+    theta = float(theta) if isinstance(theta, int) else theta  # a config.json may write 3580165449, not an int32
     return theta ** (-jnp.arange(0, dim, 2) / dim)
 
 

@@ -77,3 +77,8 @@ def test_rotate_keeps_the_dtype_and_the_first_token():
     y = positions.rotate(x, positions.rotary_angles(jnp.array([[0, 1]]), RATES))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y[:, 0], x[:, 0])
+
+
+def test_a_theta_may_be_a_large_integer():
+    expected = 3580165449.0 ** (-np.arange(0, 8, 2) / 8)
+    np.testing.assert_allclose(nn.base_rates(3580165449, 8), expected, rtol=1e-6)
