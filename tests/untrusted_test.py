@@ -143,6 +143,15 @@ def test_a_pipe_in_a_checkpoint_is_damage(step, name, hurry):
     assert manifest.read_metric(step) == (1.5 if name == "state/a" else None)
 
 
+def test_a_file_that_another_process_removes_is_no_error(step, monkeypatch):
+    found = [*step.rglob("*")]
+    monkeypatch.setattr(pathlib.Path, "rglob", lambda path, pattern: [*found, step / "removed"])
+    assert manifest.find_damage(step) is None
+    gone = next(path for path in found if path.name != "manifest.json" and path.is_file())
+    gone.unlink()
+    assert gone.name in manifest.find_damage(step)
+
+
 def test_a_huge_manifest_is_damage(step):
     assert manifest.read_metric(step) == 1.5
     with open(step / manifest.NAME, "ab") as file:
@@ -418,6 +427,20 @@ def test_a_number_of_classes_that_lies(number):
     assert to_config(family_of_type("bert"), described | {"num_labels": 3}, "classify").labels == 3
     with pytest.raises(UserError, match="num_labels=.* must be a number from 1 to 1000000"):
         to_config(family_of_type("bert"), described | {"num_labels": number}, "classify")
+
+
+def test_numbers_of_a_config_that_are_large_integers():
+    from nanoflax.hf.families import family_of_type
+    from nanoflax.hf.family import to_config
+
+    described = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+                 "intermediate_size": 16, "max_position_embeddings": 16}  # fmt: skip
+    llama = family_of_type("llama")
+    config = to_config(llama, described | {"rope_theta": 3580165449}, "lm")
+    assert config.rope == to_config(llama, described | {"rope_theta": 3580165449.0}, "lm").rope
+    assert type(config.rope.theta) is float, "JAX has no such integer"
+    with pytest.raises(UserError, match=r"model.rope.theta=10{19}... is too large for a float"):
+        to_config(llama, described | {"rope_theta": 10**400}, "lm")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "x.pt", "x.pth", "x.ckpt", "x.pkl"])

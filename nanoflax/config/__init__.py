@@ -6,7 +6,7 @@
 
 from nanoflax.config import fields
 from nanoflax.config.data import DataConfig, ExampleData, TextData
-from nanoflax.config.fields import as_kind, diff, from_dict, to_dict, validate
+from nanoflax.config.fields import as_float, as_kind, diff, from_dict, to_dict, validate
 from nanoflax.config.generation import CACHE_DTYPES, COLDEST, OF_LENGTH, OF_SAMPLING, QUANTIZE, GenerationDefaults
 from nanoflax.config.layers import (
     LAYER_TYPES,
@@ -71,6 +71,6 @@ __all__ = [
     "LanguageModel", "LatentConfig", "LoRA", "LowRank", "MaskedLM", "MoEConfig", "ModelConfig", "OptimConfig",
     "PackedTask", "PairTask", "PeftConfig", "Pfeiffer", "Prefer", "PrefixTuning", "Pretrain", "PromptTuning",
     "Recipe", "RecurrentConfig", "RewardModel", "RopeConfig", "ShiftTask", "Tag", "TargetTask", "TextData",
-    "TrainConfig", "Translate", "as_kind", "diff", "fields", "fill", "from_dict", "preset", "read_class_weights",
-    "recipe_of", "to_dict", "validate", "with_recipe",
+    "TrainConfig", "Translate", "as_float", "as_kind", "diff", "fields", "fill", "from_dict", "preset",
+    "read_class_weights", "recipe_of", "to_dict", "validate", "with_recipe",
 ]  # fmt: skip

@@ -197,11 +197,24 @@ def from_dict(cls: Any, values: Any, where: str = "config") -> Any:
             if isinstance(value, dict) and (kind := getattr(default, "kind", None)):
                 value = {"kind": kind} | value
             value = from_dict(types_of[name], value, f"{where}.{name}")
-        found[name] = _tuples(value)
+        found[name] = as_float(types_of[name], _tuples(value), f"{where}.{name}")
     config = cls(**found)
     if problems := type_problems(config, f"{where}."):
         raise UserError("; ".join(problems))
     return config
+
+
+def as_float(kind: Any, value: Any, where: str) -> Any:
+    """The value; a large integer for a field of this type becomes a float, because JAX has no integer above 2^31.
+
+    Raises: UserError, which begins with `where`, for an integer beyond the largest float.
+    """
+    if type(value) is not int or abs(value) < 2**31 or float not in (kind, *typing.get_args(kind)):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        raise UserError(f"{where}={str(value)[:20]}... is too large for a float") from None
 
 
 def _tuples(value):

@@ -88,9 +88,7 @@ class TokenStore:
     n_tokens = property(lambda self: self.meta["n_tokens"])
     n_bytes = property(lambda self: self.meta["n_bytes"])  # of the text in UTF-8
     n_documents = property(lambda self: self.meta["n_documents"])
-    n_best_tokens = property(
-        lambda self: self.meta.get("n_best_tokens", 0)
-    )  # at the begin; random segmentations follow
+    n_best_tokens = property(lambda self: self.meta.get("n_best_tokens", 0))  # first; then random segmentations
     fingerprint = property(lambda self: self.meta["fingerprint"])  # of tokens and offsets
     report = property(lambda self: self.meta["report"])  # lines for people about its text
 
@@ -162,7 +160,7 @@ class TokenStore:
             store, sizes = cls(directory, meta, [Shard(*facts) for facts in meta["shards"]]), folder.sizes()
             if not store.shards or store._tokens_before[-1] != meta["n_tokens"]:
                 raise ValueError("meta.json is damaged")
-            if not 0 <= store.n_best_tokens <= store.n_tokens:
+            if type(best := store.n_best_tokens) is not int or not 0 <= best <= store.n_tokens:
                 raise ValueError("meta.json is damaged: n_best_tokens")
             for shard in store.shards:
                 if shard.name not in sizes:

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nanoflax.config import ROPE_SCALINGS, ModelConfig, MoEConfig, RopeConfig, validate
+from nanoflax.config import ROPE_SCALINGS, ModelConfig, MoEConfig, RopeConfig, as_float, validate
 from nanoflax.errors import UserError
 from nanoflax.hf.watched import Watched
 
@@ -155,10 +155,10 @@ def to_config(family: Family, hf: Json, head: str, max_layers: int = _MAX_SIZE) 
 def _assembled(values: Json) -> ModelConfig:
     """A ModelConfig from its fields; those of sections have dotted names."""
     sections: dict[str, Json] = {}
-    for name in [name for name in values if "." in name]:
-        section, _, field = name.partition(".")
-        sections.setdefault(section, {})[field] = values[name]
-    own = {name: value for name, value in values.items() if "." not in name}
+    for name, value in values.items():
+        section, _, field = name.rpartition(".")
+        sections.setdefault(section, {})[field] = as_float(_NAMES[name], value, f"model.{name}")
+    own = sections.pop("", {})
     return ModelConfig(**own | {name: FIELD_TYPES[name](**fields) for name, fields in sections.items()})
 
 

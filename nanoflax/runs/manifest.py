@@ -58,7 +58,11 @@ def find_damage(path: pathlib.Path | RemotePath) -> str | None:
     """The damage of the step in the directory `path`, in words, or None. Raises: UserError for an unreadable file."""
     if not isinstance(path, RemotePath):
         for file in (path, *path.rglob("*")):
-            if stat.S_ISLNK(mode := file.lstat().st_mode):
+            try:
+                mode = file.lstat().st_mode
+            except FileNotFoundError:  # another process removes the step
+                continue
+            if stat.S_ISLNK(mode):
                 return f"{file.name} is a link, and links are not followed in a checkpoint"
             if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):  # a pipe would be read for ever
                 return f"{file.name} is no file"

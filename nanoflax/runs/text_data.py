@@ -51,7 +51,8 @@ def train_tokenizer(config: Config, directory: str) -> Any:
     sources = data.sources_of(d)
     for source in sources.values():
         data.check_segmentations(source, kind=kind)
-    texts = [[name, data.settings_of(source), data.source_version(source)] for name, source in sources.items()]
+    read = {name: data.settings_of(source.without_segmentations()) for name, source in sources.items()}
+    texts = [[name, read[name], data.source_version(source)] for name, source in sources.items()]
     if len(sources) > 1:
         texts.append([t.steps, [[stage.step, stage.counts] for stage in data.stages_of(d, t.steps) or ()]])
     version = [TRAINING, importlib.metadata.version("sentencepiece")]
@@ -145,6 +146,8 @@ def reading_lines(batches: data.Batches | data.Mixture, config: Config) -> list[
     if len(batches.ranges) == 1:
         return []
     until = max(batches.ranges)
+    if until >= steps:
+        return ["all steps read random segmentations"]
     return [f"steps 0 to {until - 1:,} read random segmentations, steps {until:,} to {steps - 1:,} the best ones"]
 
 

@@ -269,6 +269,9 @@ def test_few_tokens_and_shares_of_the_steps(unigram):
 
     assert ranges(100, 300, 0.5) == {0: range(6, 19), 5: range(6)}
     assert ranges(100, 300, 1.0) == {0: range(6, 19), 10: range(6)}
+    batches = data.Batches(range(19), 2, ranges=ranges(100, 300, 1.0))
+    config = configs.Config(data=configs.TextData(segmentations=2), train=configs.TrainConfig(steps=10))
+    assert text_data.reading_lines(batches, config) == ["all steps read random segmentations"]
     assert ranges(100, 300, 0.01) == {0: range(6)}
     assert ranges(15, 45, 0.5) == {0: range(3)} == ranges(0, 45, 0.5), "no window of best pieces alone"
 
