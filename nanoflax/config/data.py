@@ -52,8 +52,8 @@ class TextData(DataConfig):
     )
     segmentations: int = field(
         0,
-        "Tokenize each training document also so many times into random pieces, each time into others, for a small "
-        "corpus that is read in many epochs; 0: only into the best pieces. It needs unigram:V.",
+        "How many times each training document is also tokenized into random pieces, each time into other ones, for a "
+        "small corpus that is read in many epochs; 0: only the best pieces are read. It needs unigram:V.",
         within="[0, 1000]",
     )
     segmentation_alpha: float = field(
