@@ -23,7 +23,7 @@ from nanoflax.hf.family import (
 )
 from nanoflax.hf.gguf import LatentHeads, QuantizedTensor, open_gguf
 from nanoflax.hf.gguf_architectures import ARCHITECTURES, Architecture
-from nanoflax.hf.layouts import tensor_mapping
+from nanoflax.hf.layouts import tensor_mapping, too_many_layers
 from nanoflax.hf.safetensors_io import Tensor, raise_problems
 
 Tensors = dict[str, Tensor | QuantizedTensor | LatentHeads]
@@ -132,7 +132,7 @@ def read_config(
         raise UserError(f"{path}: {keys.get(error.args[0], error.args[0])} is missing") from error
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{path}: the sizes of the model are wrong: {error}") from error
-    config = to_config(family, hf, "lm", len(names) + 1)
+    config = to_config(family, hf, "lm", too_many_layers(names))
     config = dataclasses.replace(config, **_read_own_fields(a, metadata, path))
     if divisors is not None:
         expected = rope_divisors(config)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,12 @@ def tensor_mapping(family: Family, config: ModelConfig) -> list[TensorMapping]:
             mapping = found.setdefault(full, TensorMapping(full, layout, {}, *rest[2:], expert=e))
             mapping.parts[int(part)] = path, one
     return list(found.values())
+
+
+def too_many_layers(names: Collection[str]) -> int:
+    """A number of layers that is refused before the model is traced, which takes long for many: tensors are numbered
+    by their layers."""
+    return len(set(re.findall(r"\d+", " ".join(names)))) + 2
 
 
 @functools.lru_cache(8)

@@ -23,7 +23,15 @@ from nanoflax.hf.family import Family, differences, from_config, head_of, to_con
 from nanoflax.hf.generation import read_generation, write_generation
 from nanoflax.hf.gguf import LatentHeads, QuantizedTensor
 from nanoflax.hf.gguf_models import open_gguf_model
-from nanoflax.hf.layouts import TensorMapping, holders, parameter_shapes, read_parameter, shape_problems, tensor_mapping
+from nanoflax.hf.layouts import (
+    TensorMapping,
+    holders,
+    parameter_shapes,
+    read_parameter,
+    shape_problems,
+    tensor_mapping,
+    too_many_layers,
+)
 from nanoflax.hf.mxfp4 import PackedTensor, unpack
 from nanoflax.hf.packed import read_packed
 from nanoflax.nn import build, without_padding
@@ -291,7 +299,7 @@ def _open_directory(directory: pathlib.Path) -> tuple[Family, ModelConfig, Tenso
     head = head_of(family, hf.get("architectures"))
     tensors = unpack(hf, safetensors_io.open_safetensors(directory), directory)
     tensors = {name: tensor for name, tensor in tensors.items() if 0 not in tensor.shape}
-    config = to_config(family, hf, head, len(tensors) + 1)
+    config = to_config(family, hf, head, too_many_layers(tensors))
     if head == "lm":
         config = dataclasses.replace(config, generation=read_generation(directory, hf, config.start_id))
         validate(config)

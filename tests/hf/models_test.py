@@ -385,6 +385,16 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(saved):
     assert "model.norm.weight has dtype int32" in message
 
 
+def test_more_layers_than_the_files_number_are_refused_before_the_model_is_traced(saved, monkeypatch):
+    """Without it, 600 layers in a config.json of few tensors took half a minute to refuse."""
+    d = saved("bart")
+    monkeypatch.setattr(parallel, "param_shapes", lambda model: pytest.fail("the model was traced"))
+    for field in ("encoder_layers", "decoder_layers"):
+        changed_config(d, **{field: 600})
+        assert f"{field}=600 is too large for the files of this model" in refused(d)
+        changed_config(d, **{field: 2})
+
+
 def test_half_precision_stays_unless_asked(saved, tmp_path):
     d = saved("llama")
     model = transformers.LlamaForCausalLM.from_pretrained(d, dtype=torch.bfloat16)
