@@ -80,7 +80,34 @@ def _by_block_backward(saved, dy):
 _by_block.defvjp(lambda x, w, experts: (_by_block(x, w, experts), (x, w, experts)), _by_block_backward)
 
 
-def ragged(x, w, experts):
-    """`grouped_matmul` as one ragged_dot."""
+@jax.custom_vjp
+def ragged(x: Float[Array, "n b I"], w: Float[Array, "E I O"] | Quantized, experts: Int[Array, " n"]):
+    """`grouped_matmul` as one ragged_dot, which jax.vmap over x and experts leaves one."""
+    return _of_texts(x, w, experts)
+
+
+def _ragged(x, w, experts):
     rows = x.shape[1] * jnp.bincount(experts, length=w.shape[0])
     return jax.lax.ragged_dot(x.reshape(-1, x.shape[-1]), w.astype(x.dtype), rows).reshape(*x.shape[:2], -1)
+
+
+def _ragged_backward(saved, dy):
+    x, w, experts = saved
+    return *jax.vjp(lambda x, w: _ragged(x, w, experts), x, w)[1](dy), None
+
+
+ragged.defvjp(lambda *saved: (_ragged(*saved), saved), _ragged_backward)
+_of_texts = jax.custom_batching.custom_vmap(_ragged)  # ragged_dot has no rule for one w
+
+
+@_of_texts.def_vmap
+def _together(size, batched, x, w, experts):
+    x, experts = (
+        a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
+        for a, is_batched in ((x, batched[0]), (experts, batched[2]))
+    )
+    if any(jax.tree.leaves(batched[1])):
+        return jax.vmap(_ragged)(x, w, experts), True
+    order = jnp.argsort(experts.reshape(-1))
+    y = _of_texts(x.reshape(-1, *x.shape[2:])[order], w, experts.reshape(-1)[order])
+    return jnp.zeros_like(y).at[order].set(y).reshape(*x.shape[:3], -1), True

@@ -76,7 +76,7 @@ class Programs:
         self.sizes = sizes_of(context, LEAST_SOURCE if c.reads_source else LEAST)
         if not c.reads_source and all(map(c.is_recurrent, range(c.layers))):
             self.sizes = self.sizes[-1:]  # one size of the state for all texts
-        _check_device(model, params)
+        _check_device(params)
         self.on = functools.partial(
             jax.jit, compiler_options=parallel.compiler_options(jax.default_backend())
         )  # of every function below
@@ -349,12 +349,10 @@ class Programs:
         return next(S for S in self.sizes if S >= tokens)
 
 
-def _check_device(model, params):
-    mesh, platform = parallel.mesh_of(params), jax.default_backend()
+def _check_device(params):
+    mesh = parallel.mesh_of(params)
     if mesh is not None and mesh.size > 1:
         raise UserError(f"the engine serves a model on one device, not on {mesh.size}; remove train.mesh")
-    if model.config.moe.experts and platform != "cpu":  # jax.vmap has no ragged_dot yet
-        raise UserError(f"the engine serves models with experts only on a CPU, not on a {platform}")
 
 
 def sizes_of(context: int, least: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import pytest
 from nanoflax import config as configs
 from nanoflax import parallel, peft, train
 from nanoflax.config import MoEConfig
-from nanoflax.kernels import grouped
+from nanoflax.kernels import grouped, quantized
 from nanoflax.nn import build, moe
 from nanoflax.train.objectives import with_router
 from tests.compiled import apply
@@ -95,6 +95,25 @@ def test_blocks_and_ragged_products_agree_with_einsum():
     for product in (grouped.by_block, grouped.ragged, grouped.grouped_matmul):
         found = both(lambda x, w, product=product: product(x, w, experts))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
+def test_texts_of_a_vmap_share_one_ragged_product():
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, w = (jax.random.normal(key, shape) for key, shape in zip(keys, [(3, 6, 2, 5), (8, 5, 7)], strict=True))
+    experts = jnp.array([[0, 0, 2, 3, 7, 7], [1, 2, 2, 2, 5, 8], [8] * 6])  # 8: none
+    expected = jnp.einsum("snbi,snio->snbo", x, jnp.concatenate([w, jnp.zeros_like(w[:1])])[experts])
+    for product in (grouped.ragged, jax.jit(grouped.ragged)):
+        run = jax.vmap(product, (0, None, 0))
+        np.testing.assert_allclose(run(x, w, experts), expected, atol=1e-5)
+        assert str(jax.make_jaxpr(run)(x, w, experts)).count("ragged_dot_general[") == 1
+    for axes in ((None, None, 0), (0, None, None), (0, 0, 0), (None, 0, None)):
+        arguments = [a if axis == 0 else a[0] for a, axis in zip((x, jnp.stack([w] * 3), experts), axes, strict=True)]
+        each = [[a[i] if axis == 0 else a for a, axis in zip(arguments, axes, strict=True)] for i in range(3)]
+        expected = jnp.stack([grouped.ragged(*one) for one in each])
+        np.testing.assert_allclose(jax.vmap(grouped.ragged, axes)(*arguments), expected, atol=1e-5)
+    packed = quantized.quantize(w, "int8", group=5)
+    expected = [grouped.ragged(*one, packed, number) for *one, number in zip(x, experts, strict=True)]
+    np.testing.assert_allclose(jax.vmap(grouped.ragged, (0, None, 0))(x, packed, experts), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("M, E", [(2, 8), (100, 3), (1000, 16), (4096, 4)])

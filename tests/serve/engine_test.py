@@ -16,6 +16,7 @@ import pytest
 from nanoflax import generate, nn, peft
 from nanoflax.config import GenerationDefaults, LatentConfig, MoEConfig, PrefixTuning, PromptTuning, RecurrentConfig
 from nanoflax.errors import UserError
+from nanoflax.kernels import grouped
 from nanoflax.serve import Engine, Finish, Request, attention
 from nanoflax.serve.compiler import Compiler
 from nanoflax.serve.programs import FILTERS, Programs
@@ -316,6 +317,19 @@ def test_every_kind_of_model(family):
             assert found == alone(model, params, [reply.request for reply in replies])
             assert engine.counts["reused_tokens"] == 2 * 20
         check_attention(engine, model, params)
+
+
+@pytest.mark.parametrize("kind", ["", "int8"])
+def test_experts_with_the_product_of_accelerators(kind, monkeypatch):
+    fields = dict(positions="rotary", moe=MoEConfig(experts=4, active=2, dense_layers=(0,), shared_dim=8))
+    model, params = make(**fields)
+    params = peft.quantize_params(params, kind) if kind else params
+    calls = []
+    monkeypatch.setattr(grouped, "by_block", lambda *arrays: calls.append(arrays) or grouped.ragged(*arrays))
+    with Engine(model, params, None, slots=4) as engine:
+        monkeypatch.undo()  # `generate.sample` computes by block
+        assert calls
+        check_mixed(engine, model, params)
 
 
 @pytest.mark.parametrize("kind", [PromptTuning, PrefixTuning])
