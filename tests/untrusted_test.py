@@ -441,6 +441,8 @@ def test_numbers_of_a_config_that_are_large_integers():
     assert type(config.rope.theta) is float, "JAX has no such integer"
     with pytest.raises(UserError, match=r"model.rope.theta=10{19}... is too large for a float"):
         to_config(llama, described | {"rope_theta": 10**400}, "lm")
+    with pytest.raises(UserError, match=r"max_position_embeddings=2147483647 is too large"):
+        to_config(llama, described | {"max_position_embeddings": 2**31 - 1}, "lm")  # JAX adds to it
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "x.pt", "x.pth", "x.ckpt", "x.pkl"])

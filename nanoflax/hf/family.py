@@ -24,7 +24,7 @@ _NAMES = FIELD_TYPES | {
     for section in ("rope", "moe", "latent", "recurrent")
     for name, kind in typing.get_type_hints(FIELD_TYPES[section]).items()
 }
-_MAX_SIZE = 2**31
+_MAX_SIZE = 2**30  # the sum of two is an int32
 _MAX_CLASSES = 1_000_000
 
 Json = dict[str, Any]  # a parsed config.json
