@@ -11,7 +11,7 @@ flags.disclaim_key_flags()  # the flags are those of the program, so --help list
 
 
 def define_source() -> None:
-    """Define --workdir, --model, --checkpoint, --quantize and --cache_dtype."""
+    """Define --workdir, --model, --checkpoint, --quantize, --cache_dtype and --mesh."""
     flags.DEFINE_string("workdir", "", "directory of a run, or gs://... or s3://...")
     flags.DEFINE_string("model", "", "instead of --workdir: a directory of Transformers, a hub name or a .gguf file")
     flags.DEFINE_enum("checkpoint", "best", ["best", "latest"], "checkpoint of the run")
@@ -19,6 +19,7 @@ def define_source() -> None:
         "quantize", "", [*configs.QUANTIZE], "matrices in 8 or 4 bits; file: as in a .gguf file; empty: as floats"
     )
     flags.DEFINE_enum("cache_dtype", "", [*configs.CACHE_DTYPES], "int8: keys and values of generated text in 8 bits")
+    flags.DEFINE_string("mesh", "", "DATA,FSDP,TENSOR: split the parameters over all devices, as 1,1,-1; empty: on one")
 
 
 def check_source() -> None:
@@ -33,5 +34,5 @@ def check_source() -> None:
 
 def open_source():
     """The run or model of the flags."""
-    packed = dict(quantize=FLAGS.quantize, cache_dtype=FLAGS.cache_dtype)
-    return nanoflax.open(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint, **packed)
+    placed = dict(quantize=FLAGS.quantize, cache_dtype=FLAGS.cache_dtype, mesh=FLAGS.mesh)
+    return nanoflax.open(FLAGS.workdir or FLAGS.model, FLAGS.checkpoint, **placed)

@@ -4,6 +4,7 @@ mesh, and the processes of a run."""
 from nanoflax.parallel.arrays import (
     batch_sharding,
     bytes_per_device,
+    cache_sharding,
     check_memory,
     divisible_batch_size,
     fetch,
@@ -64,12 +65,12 @@ from nanoflax.parallel.stacking import STACKED, groups_of, is_stacked, stack, st
 
 __all__ = [
     "AXES", "AnyMesh", "BATCH", "CHIPS", "Chip", "HostPoll", "STACKED", "Signals", "abstract_mesh", "axis_size",
-    "batch_sharding", "batch_splits", "bytes_per_device", "check_memory", "check_mesh", "check_processes_agree",
-    "compile_seconds", "compiled", "compiler_options", "constrain", "current_mesh", "current_platform",
-    "divisible_batch_size", "exit_process", "fetch", "gather_from_processes", "gather_sequence", "groups_of",
-    "init", "initial_params", "is_main_process", "is_stacked", "join_processes", "keep_freed_memory",
+    "batch_sharding", "batch_splits", "bytes_per_device", "cache_sharding", "check_memory", "check_mesh",
+    "check_processes_agree", "compile_seconds", "compiled", "compiler_options", "constrain", "current_mesh",
+    "current_platform", "divisible_batch_size", "exit_process", "fetch", "gather_from_processes", "gather_sequence",
+    "groups_of", "init", "initial_params", "is_main_process", "is_stacked", "join_processes", "keep_freed_memory",
     "make_mesh", "map_experts", "map_shards", "map_tokens", "measure_bandwidth", "measure_peak_flops",
     "memory_bandwidth", "mesh_name", "mesh_of", "mesh_sizes", "own_rows", "pad_vocabulary", "param_shapes",
-    "partition_spec", "peak_flops", "put_batch", "put_params", "quiet_peak_flops", "replicate",
-    "reset_watchdog", "run_on_main_process", "shardings", "split_batch", "split_cache", "split_embedded",
-    "stack", "stacked_groups", "tpu_slice", "unstack", "vmap_over_layers", "watchdog", "with_mesh"]  # fmt: skip
+    "partition_spec", "peak_flops", "put_batch", "put_params", "quiet_peak_flops", "replicate", "reset_watchdog",
+    "run_on_main_process", "shardings", "split_batch", "split_cache", "split_embedded", "stack", "stacked_groups",
+    "tpu_slice", "unstack", "vmap_over_layers", "watchdog", "with_mesh"]  # fmt: skip

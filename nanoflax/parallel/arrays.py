@@ -1,7 +1,7 @@
 """Arrays on a mesh: initial parameters, batches, results of all processes, and the memory check."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.parallel.constraints import BATCH, AnyMesh, current_mesh, num_shards
+from nanoflax.parallel.constraints import BATCH, CACHE, AnyMesh, axes_in_mesh, current_mesh, num_shards
 from nanoflax.parallel.rules import shardings
 
 
@@ -49,6 +49,19 @@ def check_memory(tree: PyTree, mesh: Mesh) -> None:
 def batch_sharding(mesh: AnyMesh, rank: int) -> NamedSharding:
     """The sharding of an array of a batch: [B] for rank 1, [B, T, ...] for a higher rank."""
     return NamedSharding(mesh, P(*BATCH[:rank]))
+
+
+def cache_sharding(mesh: AnyMesh, shape: Sequence[int], slots: bool) -> NamedSharding:
+    """The sharding of an array of a cache: heads along tensor, as `split_cache`. Without slots it is [1, ...] of one
+    text, and every device of a row of the mesh has it; with slots [slots, 1, ...], split like the rows of a batch.
+    A dimension that its axes do not divide is not split."""
+    of_text = shape[1:] if slots else shape
+    heads = CACHE[1] if len(of_text) == 4 and of_text[1] > 1 else None  # keys, values and states [1, H, ...]
+    spec = (BATCH[0], None, heads) if slots else (None, heads)
+    parts = zip(spec, shape, strict=False)
+    return NamedSharding(
+        mesh, P(*(None if n % num_shards(axes, mesh) else axes_in_mesh(axes, mesh) for axes, n in parts))
+    )
 
 
 def own_rows(mesh: Mesh, batch_size: int) -> list[int]:

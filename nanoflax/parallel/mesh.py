@@ -14,7 +14,7 @@ AXES = ("data", "fsdp", "tensor", "context", "expert")
 _AUTO = (jax.sharding.AxisType.Auto,) * len(AXES)  # XLA chooses the shardings that no constraint states
 
 
-def mesh_sizes(shape: str, num_devices: int) -> tuple[int, ...]:
+def mesh_sizes(shape: str, num_devices: int, name: str = "train.mesh") -> tuple[int, ...]:
     """The sizes along AXES. shape: such as "2,-1,1", "1,4,1,2" or "1,2,1,1,4"; -1 takes the remaining
     devices, and absent fourth and fifth sizes are 1.
 
@@ -26,18 +26,17 @@ def mesh_sizes(shape: str, num_devices: int) -> tuple[int, ...]:
         sizes = []
     if not 3 <= len(sizes) <= len(AXES) or sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
         raise UserError(
-            f"train.mesh={shape!r} must be three sizes for data, fsdp, tensor, such as "
+            f"{name}={shape!r} must be three sizes for data, fsdp, tensor, such as "
             "1,8,1, a fourth for context and a fifth for expert, at most one of them -1"
         )
     sizes += [1] * (len(AXES) - len(sizes))
     known = math.prod(n for n in sizes if n > 0)
     sizes = [num_devices // known if n == -1 else n for n in sizes]
     if known > num_devices:
-        raise UserError(f"train.mesh={shape!r} needs {known} devices, and {num_devices} are present")
+        raise UserError(f"{name}={shape!r} needs {known} devices, and {num_devices} are present")
     if math.prod(sizes) != num_devices:
         raise UserError(
-            f"train.mesh={shape!r} does not use the {num_devices} devices present; "
-            f"the sizes must multiply to {num_devices}"
+            f"{name}={shape!r} does not use the {num_devices} devices present; the sizes must multiply to {num_devices}"
         )
     return tuple(sizes)
 
@@ -48,14 +47,16 @@ def mesh_name(sizes: Sequence[int]) -> str:
     return ",".join(map(str, sizes[:length]))
 
 
-def make_mesh(shape: str = "-1,1,1", devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """A mesh over all devices (default: jax.devices()). shape: as in `mesh_sizes`.
+def make_mesh(
+    shape: str = "-1,1,1", devices: Sequence[Any] | None = None, name: str = "train.mesh"
+) -> jax.sharding.Mesh:
+    """A mesh over all devices (default: jax.devices()). shape: as in `mesh_sizes`; name: of its setting, for errors.
 
     Raises: UserError if the shape cannot be read or does not use every device, or if tensor, context
     or expert would extend over several TPU slices or GPU nodes.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(shape, len(devices))
+    sizes = mesh_sizes(shape, len(devices), name)
     if fast_network_groups(devices)[0] > 1:
         array = hybrid_devices(sizes, devices)
     else:  # an axis of the mesh may be a part of an axis of the TPU's torus

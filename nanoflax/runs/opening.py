@@ -74,6 +74,16 @@ def open_source(source: str | os.PathLike, which: str = "best", merged: bool = T
     return ModelSource(config, tokenizer, lambda: hf.load(path, quantize=quantize)[1])
 
 
+def load_split(source: ModelSource, mesh: jax.sharding.Mesh) -> Params:
+    """The parameters of a source, split over a mesh: a device reads its part of a published model or of a run.
+
+    Raises: UserError if the mesh does not divide them.
+    """
+    with jax.set_mesh(mesh):
+        params = source.load()
+    return jax.device_put(params, parallel.shardings(params, mesh))
+
+
 def open_initial(model: ModelConfig) -> ModelSource:
     """The source model.init_from, its adapters not merged; its config gets init_from, dropout and attention_backend of
     `model`.
@@ -103,12 +113,19 @@ def restore_model(workdir: str, config: Config, tokenizer: Any, which: str = "be
     """The model of a run and its parameters (their moving average, with optim.ema), without the padding of the
     vocabulary.
 
-    Checkpoints of finetune contain only trained parameters; the others are read from config.model.init_from.
+    Checkpoints of finetune contain only trained parameters; the others are read from config.model.init_from. Under
+    jax.set_mesh they are split.
     Raises: UserError if there is no undamaged checkpoint, the tokenizer is not the tokenizer of the run, or
     model.init_from has changed.
     """
     subtree = "ema" if config.optim.ema else "params"
-    params, meta = checkpoint.restore_params(os.path.join(workdir, "checkpoints"), which=which, subtree=subtree)
+    mesh = jax.sharding.get_mesh() if parallel.current_mesh() else None
+    params, meta = checkpoint.restore_params(
+        os.path.join(workdir, "checkpoints"),
+        which=which,
+        shardings=mesh and (lambda shapes: parallel.shardings(shapes, mesh)),
+        subtree=subtree,
+    )
     if (known := str(meta.get("tokenizer"))) != tokenizer.fingerprint:
         raise UserError(
             f"the tokenizer in --workdir={workdir} (fingerprint {tokenizer.fingerprint[:12]}) is not the one that the "
@@ -117,7 +134,7 @@ def restore_model(workdir: str, config: Config, tokenizer: Any, which: str = "be
     model = nn.build(config.model)
     if not _has_all(params, model) and config.peft != configs.FullFineTuning():
         load = open_source(config.model.init_from, merged=False).load if config.model.init_from else None
-        initial, base = initial_parameters(model, load, config, parallel.make_mesh("-1,1,1"))
+        initial, base = initial_parameters(model, load, config, mesh or parallel.make_mesh("-1,1,1"))
         check_same_base(meta, base, config.model.init_from)
         params = peft.join(params, peft.split(initial, peft.trainable(initial, config.peft))[1])
     if not _has_all(params, model):

@@ -21,7 +21,7 @@ from nanoflax import data, hf, kernels, nn, parallel, report, tasks, tokenizers
 from nanoflax.errors import UserError
 from nanoflax.runs import directory, exports, grpo, ranking, reference, remote, text_loss
 from nanoflax.runs.generation import GenerationSettings, stream_texts
-from nanoflax.runs.opening import ModelSource, open_source
+from nanoflax.runs.opening import ModelSource, load_split, open_source
 
 
 def open_run(
@@ -30,14 +30,16 @@ def open_run(
     dtype: str | None = None,
     quantize: str = "",
     cache_dtype: str = "",
+    mesh: str = "",
 ) -> "Run":
     """The Run of a run's directory, a Hugging Face directory, a hub name, a .gguf file or a directory
     of adapters of the peft library. Weights are read at their first use.
 
     checkpoint: "best" or "latest", for a run. dtype: of the parameters; None: unchanged. quantize: "int8" or "int4"
     packs the matrices, see peft.quantize_params; "file" keeps those of a .gguf file packed, see hf.load.
-    cache_dtype: "int8" keeps keys and values of generated text in 8 bits, see nn.build.
-    Raises: UserError if the source cannot be opened, or for another dtype, checkpoint, quantize or cache_dtype.
+    cache_dtype: "int8" keeps keys and values of generated text in 8 bits, see nn.build. mesh: how the parameters are
+    split over all devices, as train.mesh, such as "1,1,-1"; empty: they are on one device.
+    Raises: UserError if the source cannot be opened, or for another dtype, checkpoint, quantize, cache_dtype or mesh.
     """
     if isinstance(source, Run):
         return source
@@ -53,7 +55,9 @@ def open_run(
         raise UserError(
             f"cache_dtype={cache_dtype!r} must be {', '.join(filter(None, configs.CACHE_DTYPES))}, or empty"
         )
-    run = Run(source, checkpoint, dtype, quantize=quantize, cache_dtype=cache_dtype)
+    run = Run(source, checkpoint, dtype, quantize=quantize, cache_dtype=cache_dtype, mesh=mesh)
+    if mesh:
+        run._mesh  # noqa: B018 (raises UserError if the devices cannot form it)
     if run.workdir is None:
         run._opened  # noqa: B018 (raises UserError if the source is not a model)
     return run
@@ -79,10 +83,11 @@ class Run:
         signal: int = 0,
         quantize: str = "",
         cache_dtype: str = "",
+        mesh: str = "",
     ) -> None:
         self.source, self.checkpoint, self.dtype = str(source), checkpoint, dtype
         self.reason, self.signal, self.quantize = reason, signal, quantize
-        self.cache_dtype = cache_dtype
+        self.cache_dtype, self.mesh = cache_dtype, mesh
         self._local = remote.local_copy(self.source)
         self.workdir = self._local if directory.is_run(self._local) else None
         self._compiled_evaluator: Any = None
@@ -103,7 +108,7 @@ class Run:
 
     @functools.cached_property
     def params(self) -> Any:
-        params = self._opened.load()
+        params = load_split(self._opened, self._mesh) if self.mesh else self._opened.load()
         return kernels.cast(params, self.dtype) if self.dtype else params
 
     @property
@@ -275,11 +280,11 @@ class Run:
 
     @functools.cached_property
     def _mesh(self) -> Any:
-        return parallel.make_mesh("-1,1,1")
+        return parallel.make_mesh(self.mesh or "-1,1,1", name="mesh")
 
     @functools.cached_property
     def _params_on_mesh(self) -> dict:
-        return parallel.put_params(self.params, self._mesh)
+        return self.params if self.mesh else parallel.put_params(self.params, self._mesh)
 
     def _evaluator(self, rows: Any) -> Any:
         """A tasks.Evaluator of rows. All Evaluators of a Run share their compiled functions."""

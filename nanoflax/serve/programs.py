@@ -76,17 +76,19 @@ class Programs:
         self.sizes = sizes_of(context, LEAST_SOURCE if c.reads_source else LEAST)
         if not c.reads_source and all(map(c.is_recurrent, range(c.layers))):
             self.sizes = self.sizes[-1:]  # one size of the state for all texts
-        _check_device(params)
-        self.on = functools.partial(
-            jax.jit, compiler_options=parallel.compiler_options(jax.default_backend())
-        )  # of every function below
-        self.params = self.on(lambda params: generate.decoding_params(model, params, slots))(params)
+        self.mesh: Any = parallel.mesh_of(params)
+        if self.mesh is not None and jax.process_count() > 1:
+            raise UserError(f"the engine serves in one process, not in {jax.process_count()}")
+        self.params = self._compiled(lambda params: generate.decoding_params(model, params, slots))(params)
         self.model = generate.decoding_model(model, slots)
-        self.all_allowed = jax.device_put(np.full((slots, -(-c.vocab_size // 32)), ~np.uint32(0)))  # see Filters
-        self._no_bias = jax.device_put(np.zeros((slots, c.vocab_size), np.float32))
+        everywhere = self.mesh and parallel.cache_sharding(self.mesh, (), slots=False)
+        self._numbers = functools.partial(jax.ShapeDtypeStruct, sharding=everywhere)
+        all_allowed = np.full((slots, -(-c.vocab_size // 32)), ~np.uint32(0))  # see Filters
+        self.all_allowed = jax.device_put(all_allowed, everywhere)
+        self._no_bias = jax.device_put(np.zeros((slots, c.vocab_size), np.float32), everywhere)
         self.virtual = 0 if c.reads_source else len(params["decoder"].get("prompt", ()))
         self.compiler = Compiler()
-        self._one = {S: self._shapes(lambda params, S=S: self._empty(params, S), self.params) for S in self.sizes}
+        self._one = {S: self._caches(self._empty, S) for S in self.sizes}
         small = [name for name in self._add_all() if {*name[1:3]} & {*self.sizes} == {self.sizes[0]}]
         small = [name for name in small if name[0] != "attention"]
         self.compiler.ready(*small)  # they come first
@@ -103,38 +105,37 @@ class Programs:
     def _add_all(self):
         """Add all functions to the compiler, and return their names. Those without which no text of a size is possible
         come first."""
-        one, all_, numbers = self._one, {S: self._state_shapes(S) for S in self.sizes}, self._shapes
-        i32, flag, key = (jax.ShapeDtypeStruct((), t) for t in (jnp.int32, bool, jnp.int32))
-        row = jax.ShapeDtypeStruct((self.sizes[-1],), jnp.int32)
+        one, all_ = self._one, {S: self._caches(self._start, S, slots=True) for S in self.sizes}
+        i32, flag, ids = self._numbers((), jnp.int32), self._numbers((), bool), lambda *N: self._numbers(N, jnp.int32)
+        row = ids(self.sizes[-1])
         source = row if self.reads_source else None
-        filters, wanted = self.filters([None] * self.slots)
-        filters = numbers(jax.tree.map(jnp.asarray, filters))
-        found, params = {}, self.params
+        like = lambda tree: jax.tree.map(lambda x: self._numbers(np.shape(x), jnp.asarray(x).dtype), tree)
+        filters, wanted = like(self.filters([None] * self.slots))
+        found, params = {}, self.params  # name -> function, what is donated, the caches of the result, arguments
         for S in self.sizes:
-            for n in self.pieces:
-                tokens = jax.ShapeDtypeStruct((n,), jnp.int32)
-                found["piece", S, n] = self._piece, (1,), params, one[S], tokens, tokens, i32, flag
+            for n in [n for n in self.pieces if n <= S]:
+                arguments = params, one[S], ids(n), ids(n), i32, flag
+                found["piece", S, n] = self._piece, (1,), (one[S], None), *arguments
             if self.reads_source:
-                tokens = jax.ShapeDtypeStruct((1, S), jnp.int32)
-                found["read", S] = self._read, (), params, tokens, jax.ShapeDtypeStruct((1,), jnp.int32)
-            found["step", S] = self._step, (1,), params, all_[S], filters, wanted
+                found["read", S] = self._read, (), one[S], params, ids(1, S), ids(1)
+            found["step", S] = self._step, (1,), (all_[S], None), params, all_[S], filters, wanted
             for T in self.sizes:
                 if not self.reads_source:
-                    found["copy", T, S] = functools.partial(self._copy, size=S), (), one[T]
+                    found["copy", T, S] = functools.partial(self._copy, size=S), (), one[S], one[T]
                 if T <= S:
-                    arguments = all_[S], i32, one[T], i32, row, i32, i32, key, source
-                    found["insert", S, T] = self._insert, (0,), *arguments
+                    arguments = all_[S], i32, one[T], i32, row, i32, i32, i32, source
+                    found["insert", S, T] = self._insert, (0,), all_[S], *arguments
                 if T != S:
-                    found["resize", T, S] = functools.partial(self._resize, size=S), (), all_[T]
+                    found["resize", T, S] = functools.partial(self._resize, size=S), (), all_[S], all_[T]
         shown = attention.layers_of(self.model.config)
         if shown.kinds:
-            tokens = jax.ShapeDtypeStruct((attention.STEPS[self.reads_source],), jnp.int32)
-            factors = attention.factors(shown, None, None)
+            tokens, factors = ids(attention.STEPS[self.reads_source]), like(attention.factors(shown, None, None))
             for S in self.sizes:
-                found["attention", S] = self._attention, (), params, one[S], tokens, i32, i32, factors
+                kept = one[S] if self.reads_source else {}
+                found["attention", S] = self._attention, (), (kept, None), params, one[S], tokens, i32, i32, factors
         least = self.sizes[0]
         if not self.reads_source:
-            found["empty", least] = functools.partial(self._empty, size=least), (), params
+            found["empty", least] = functools.partial(self._empty, size=least), (), one[least], params
         first = [
             name
             for S in self.sizes
@@ -150,21 +151,25 @@ class Programs:
             if name in found
         ]
         for name in dict.fromkeys((*first, *found)):
-            function, donate, *arguments = found[name]
-            run = self.on(function, donate_argnums=donate)
+            function, donate, result, *arguments = found[name]
+            run = self._compiled(function, result, donate_argnums=donate)
             self.compiler.add(name, lambda run=run, arguments=arguments: run.lower(*arguments).compile())
         return [*found]
 
     def _get(self, *name):
         return self.compiler.get(*name)
 
-    @staticmethod
-    def _shapes(tree, *arguments):
-        found = jax.eval_shape(tree, *arguments) if callable(tree) else tree
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found)
+    def _compiled(self, function, caches=None, **options):
+        """The function under jax.jit. caches: the shapes of a part of its result, with shardings."""
+        where = jax.tree.map(lambda x: x.sharding, caches)
+        options["compiler_options"] = parallel.compiler_options(jax.default_backend())
+        return jax.jit(parallel.with_mesh(self.mesh, function), out_shardings=where, **options)
 
-    def _state_shapes(self, size):
-        return self._shapes(lambda params: self._start(params, size), self.params)
+    def _caches(self, make, size, slots=False):
+        """The shapes of the caches that make(params, size) returns, with their shardings on a mesh."""
+        place = lambda x: self.mesh and parallel.cache_sharding(self.mesh, x.shape, slots)
+        shapes = jax.eval_shape(lambda params: make(params, size), self.params)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), shapes)
 
     # The state of the slots.
 
@@ -186,7 +191,9 @@ class Programs:
 
     def start(self) -> Generation:
         """Empty slots of the smallest size."""
-        return self.on(lambda params: self._start(params, self.sizes[0]))(self.params)
+        least = self.sizes[0]
+        shapes = self._caches(self._start, least, slots=True)
+        return self._compiled(lambda params: self._start(params, least), shapes)(self.params)
 
     def _start(self, params, size):
         B, one = self.slots, self._empty(params, size)
@@ -347,12 +354,6 @@ class Programs:
     def size_for(self, tokens: int) -> int:
         """The smallest size with room for these tokens."""
         return next(S for S in self.sizes if S >= tokens)
-
-
-def _check_device(params):
-    mesh = parallel.mesh_of(params)
-    if mesh is not None and mesh.size > 1:
-        raise UserError(f"the engine serves a model on one device, not on {mesh.size}; remove train.mesh")
 
 
 def sizes_of(context: int, least: int) -> tuple[int, ...]:

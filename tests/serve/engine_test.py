@@ -340,6 +340,12 @@ def test_attention_to_trained_tokens_is_that_to_no_token(kind):
         check_attention(engine, model, params, trained=True)
 
 
+def test_a_context_shorter_than_the_pieces_of_a_prompt():
+    model, params = make(context=48)
+    with Engine(model, params, None, slots=2) as engine:
+        check_mixed(engine, model, params, 4)
+
+
 def test_caches_grow_and_shrink_with_the_texts():
     model, params = make(context=300, positions="rotary")
     with Engine(model, params, None, slots=2) as engine:

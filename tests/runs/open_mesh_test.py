@@ -1,0 +1,110 @@
+"""A model whose parameters are split over several devices: everything is what one device computes."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import nanoflax
+from nanoflax.config import Config, ExampleData, LanguageModel, ModelConfig, OptimConfig, TextData, TrainConfig
+from nanoflax.errors import UserError
+from tests import processes
+from tests.generate.sampling_test import make
+from tests.runs.adapter_test import LLAMA, write_base
+from tests.serve.engine_test import FAMILIES, Reply, alone, mixed
+
+SETTINGS = dict(max_new_tokens=20, temperature=1.0, top_k=0, seed=3)
+QUESTIONS = [{"prompt": "the number", "candidates": [" returns", " of a function", "x"]}]
+
+
+def computed(sources, mesh=""):
+    """What the models compute, and the largest part of their parameters that a device has."""
+    found = []
+    for source, data in sources:
+        run = nanoflax.open(source, mesh=mesh)
+        texts = run.generate(["the", "a function", "x"], **SETTINGS)
+        scores = [row["log_likelihood"] for row in run.rank(QUESTIONS)["rankings"][0]["candidates"]]
+        leaves = jax.tree.leaves(run.params)
+        device = leaves[0].sharding.mesh.devices.flat[0] if mesh else jax.devices()[0]
+        held = sum(s.data.size for x in leaves for s in x.addressable_shards if s.device == device)
+        found.append([texts, [*scores, run.evaluate(data)["bits_per_byte"]], held / sum(x.size for x in leaves)])
+    return found
+
+
+def in_a_process(call, *arguments, devices=4):
+    code = f"import json; from tests.runs import open_mesh_test as t; print(json.dumps(t.{call}(*{arguments!r})))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=processes.ROOT, text=True, capture_output=True, env=processes.quick(devices)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A published model, a run of pretrain, a run of LoRA and its adapters, each with data."""
+    root = tmp_path_factory.mktemp("open_mesh")
+    (root / "a.txt").write_text("the function returns a number of words. " * 60)
+    rows = [{"text": f"the number of them is {i}"} for i in range(12)]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text, examples = f"text:{root}/a.txt", f"jsonl:{root}/rows.jsonl"
+    short = TrainConfig(steps=2, batch_size=4, evaluate_every=2, sample_tokens=0, tensorboard=False)
+    published = write_base(root / "published", LLAMA)
+    data = TextData(train=text, tokenizer="bytes", cache=str(root / "cache"), workers=1)
+    model = ModelConfig(layers=2, dim=32, heads=4, context=48, positions="rotary", tied=True)
+    nanoflax.pretrain(Config(model=model, data=data, train=short), str(root / "run"))
+    tuned = Config(
+        data=ExampleData(train=examples),
+        optim=OptimConfig(warmup_steps=0, learning_rate=0.02),
+        task=LanguageModel(length=48),
+        train=short,
+    )
+    nanoflax.finetune(published, peft="lora", workdir=str(root / "lora"), config=tuned)
+    return [
+        (published, text), (str(root / "run"), text), (str(root / "lora"), examples),
+        (str(root / "lora" / "adapter"), text),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mesh, most", [("1,1,-1", 0.3), ("1,2,2", 0.3)])
+def test_text_scores_and_losses_are_those_of_one_device(mesh, most, sources):
+    found, wanted = in_a_process("computed", sources, mesh), computed(sources)
+    for (texts, numbers, held), (same, scores, all_), (source, _) in zip(found, wanted, sources, strict=True):
+        assert texts == same, source
+        np.testing.assert_allclose(numbers, scores, rtol=1e-5, err_msg=source)
+        assert held < most and all_ == 1, source
+
+
+def served(mesh):
+    """Whether an engine on the mesh gives the texts that `generate.sample` gives on one device, for each kind of model;
+    the largest part of a cache on one device."""
+    mesh, found = nanoflax.parallel.make_mesh(mesh), {}
+    for family in ("recurrent", "latent experts", "windows, tied"):
+        model, params = make(vocab_size=32, **FAMILIES[family])
+        split = jax.device_put(params, nanoflax.parallel.shardings(params, mesh))
+        with nanoflax.serve.Engine(model, split, None, slots=4) as engine:
+            replies = [Reply(engine, **fields) for fields in mixed(8)]
+            texts = [reply.ids() for reply in replies]
+            keys = [x for x in jax.tree.leaves(engine._state.cache) if x.ndim == 5 and x.shape[2] > 1]
+        held = [np.prod(x.addressable_shards[0].data.shape) / x.size for x in keys]
+        found[family] = texts == alone(model, params, [reply.request for reply in replies]), max(held, default=0.0)
+    return found
+
+
+def test_the_engine_serves_on_several_devices():
+    for family, (equal, held) in in_a_process("served", "2,1,2").items():
+        assert equal and held <= 1 / 4, family
+
+
+def test_other_meshes_are_refused_in_one_line(sources):
+    for mesh, words in {"2,1,1": "mesh='2,1,1' needs 2 devices", "x": "mesh='x' must be three sizes"}.items():
+        with pytest.raises(UserError, match=words):
+            nanoflax.open(sources[0][0], mesh=mesh)
+    done = processes.run(
+        ["-m", "experiments.sample", f"--model={sources[0][0]}", "--mesh=3,1,1"], env=processes.quick(2)
+    )
+    assert done.returncode == 2 and "mesh='3,1,1' needs 3 devices, and 2 are present" in done.stderr
+    assert chr(10) not in done.stderr.strip()
