@@ -91,7 +91,7 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LatentConfig:
-    """Multi-head latent attention (DeepSeek-AI 2024, section 2.1): all heads' keys and values from one vector.
+    """Multi-head latent attention (DeepSeek-V2, DeepSeek-AI 2024, section 2.1): keys and values from one vector.
 
     A head's K numbers are K - rope_dim without and rope_dim with rotary positions.
     """

@@ -43,7 +43,7 @@ class Filters(NamedTuple):
     frequency_penalty: Any = None  # and this as often as the token is there; both or none are given
 
 
-# The values without effect. Those of rows are arrays for the first five always, for the others if one has an effect.
+# The values without effect. For rows, the first five settings are always arrays, the others only if a row uses one.
 NO_EFFECT = dict(temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1)
 NO_EFFECT |= dict(top_h=0, typical_p=1, epsilon_cutoff=0, eta_cutoff=0, encoder_repetition_penalty=1)
 
@@ -142,17 +142,17 @@ def process(
 def _process_row(rules, eos_ids, logits: Float[jax.Array, " V"], penalties, w: Written):
     """`process` of one row: history [N], source [S], and scalars."""
     V, length, N = len(logits), (w.history >= 0).sum(), len(w.history)
+    of_source, of_history, presence, frequency = penalties
     source = jnp.where(jnp.arange(N) < w.end - w.step, w.history, -1) if w.source is None else w.source
 
-    def last(n):
+    def last(n):  # the last n tokens, -1 where there are fewer
         return jax.lax.dynamic_slice_in_dim(jnp.pad(w.history, (n, 0), constant_values=-1), w.end, n)
 
     def biased(logits, numbers):
         bias = jnp.zeros(V)
         for n in {len(ids) for ids in numbers}:
-            begin, end, number = zip(
-                *((ids[:-1], ids[-1], x) for ids, x in numbers.items() if len(ids) == n), strict=True
-            )
+            of_length = [(ids[:-1], ids[-1], x) for ids, x in numbers.items() if len(ids) == n]
+            begin, end, number = zip(*of_length, strict=True)
             follows = (last(n - 1) == jnp.array(begin, jnp.int32)).all(-1)
             bias = bias.at[jnp.array(end)].add(jnp.where(follows, jnp.array(number, jnp.float32), 0), mode="drop")
         return (logits + bias).astype(logits.dtype)
@@ -168,13 +168,13 @@ def _process_row(rules, eos_ids, logits: Float[jax.Array, " V"], penalties, w: W
         return jnp.where(_members(jnp.where(same, ids[n - 1 :], -1), V), OUT, logits)
 
     logits = biased(logits, dict(rules.sequence_bias))
-    if penalties[0] is not None:
-        logits = penalised(logits, source, 1 / penalties[0])
-    if penalties[1] is not None:
-        logits = penalised(logits, w.history, penalties[1])
-    if penalties[2] is not None:
+    if of_source is not None:
+        logits = penalised(logits, source, 1 / of_source)
+    if of_history is not None:
+        logits = penalised(logits, w.history, of_history)
+    if presence is not None:
         counts = _counts(jnp.where(jnp.arange(N) < w.end - w.step, -1, w.history), V)
-        logits = (logits - (counts > 0) * penalties[2] - counts * penalties[3]).astype(logits.dtype)
+        logits = (logits - (counts > 0) * presence - counts * frequency).astype(logits.dtype)
     if rules.no_repeat_ngram_size:
         logits = without_ngrams(logits, w.history, rules.no_repeat_ngram_size)
     if rules.encoder_no_repeat_ngram_size:
@@ -207,6 +207,7 @@ def _process_row(rules, eos_ids, logits: Float[jax.Array, " V"], penalties, w: W
 
 
 def mask(ids: Sequence[int], V: int) -> np.ndarray:
+    """[V] bool: True at the ids."""
     return np.isin(np.arange(V), ids)
 
 

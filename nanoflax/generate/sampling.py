@@ -112,7 +112,9 @@ def decoding_params(model: LanguageModel, params: dict, rows: int) -> dict:
         params = params | {"unembed": {"kernel": params["embed"]["embedding"].T}}
 
     def prepare(p):
-        return for_rows(p, rows) if is_quantized(p) else p if p.ndim < 2 else p.astype(dtype)
+        if is_quantized(p):
+            return for_rows(p, rows)
+        return p.astype(dtype) if p.ndim >= 2 else p
 
     return jax.tree.map(prepare, params, is_leaf=is_quantized)
 
@@ -169,7 +171,7 @@ def sample(
     """
     tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
     filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty, model.config.generation, **more)
-    filters, rng, limits, record = _for_rows(model, tokens, filters, rng, max_new_tokens, logit_bias, log_probabilities)
+    filters, rng, limits, record = _by_row(model, tokens, filters, rng, max_new_tokens, logit_bias, log_probabilities)
     run, rope, most = compiled(_sample, mesh=parallel.mesh_of(params)), model.config.rope, int(limits.max())
     # Longer texts than rope.context have other angles: there the text is read again from its beginning.
     short = rope.context + 1 - int(max(lengths))
@@ -186,7 +188,7 @@ def sample(
     return answers(jax.tree.map(lambda *x: np.concatenate(x, 1), *pieces), ends[0], limits)
 
 
-def _for_rows(model, tokens, filters, rng, max_new_tokens, logit_bias, log_probabilities):
+def _by_row(model, tokens, filters, rng, max_new_tokens, logit_bias, log_probabilities):
     """(Filters, key or keys, the number of new tokens [B], the `record` of `advance`) of arguments of `sample`."""
     rng = jax.random.PRNGKey(0) if rng is None else rng
     rng = rng if isinstance(rng, jax.Array) else jnp.stack([jax.random.PRNGKey(seed) for seed in rng])
@@ -218,7 +220,7 @@ def stream(
     """
     tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
     made = make_filters(**filters, defaults=model.config.generation)
-    made, rng, limits, record = _for_rows(model, tokens, made, rng, max_new_tokens, logit_bias, log_probabilities)
+    made, rng, limits, record = _by_row(model, tokens, made, rng, max_new_tokens, logit_bias, log_probabilities)
     for done, found in sample_in_chunks(model, params, tokens, lengths, limits, made, rng, *ends, chunk, record):
         yield answers(jax.tree.map(parallel.fetch, found), ends[0], limits)  # a finished row repeats its end: []
         limits = limits - chunk

@@ -68,10 +68,11 @@ def score(
         rows.setdefault((*row, len(new)), []).append(i)
     if problems:
         raise UserError(listed(problems))
-    groups, found, computed = defaultdict(list), {}, 0
-    for row in rows:
-        T, S = (min(bucket(len(ids)), c.max_length) if ids else 0 for ids in (row[1], row[0]))
-        groups[T, S, min(T, 4 ** max(2, math.ceil(math.log(row[2], 4))))].append(row)
+    groups, found, computed = defaultdict(list), {}, 0  # (T, S, C) -> rows; C: columns for the scored positions
+    for source, inputs, n in rows:
+        T, S = (min(bucket(len(ids)), c.max_length) if ids else 0 for ids in (inputs, source))
+        C = min(T, 4 ** max(2, math.ceil(math.log(n, 4))))  # n rounded up to a power of four, at least 16
+        groups[T, S, C].append((source, inputs, n))
     size = lambda members: min(batch_size, bucket(len(members), 1))  # of a batch: a smaller group has smaller ones
     work = sum((T + S) * size(of) * -(-len(of) // size(of)) for (T, S, _), of in groups.items())
     for (T, S, C), members in sorted(groups.items(), reverse=True):  # the longest first: a lack of memory shows at once
@@ -102,9 +103,8 @@ def _batch(part, targets, T, S, C, size):
     shapes = {"inputs": (size, T), "at": (size, C), "targets": (size, C)} | ({"source": (size, S)} if S else {})
     arrays: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
     if S:
-        arrays["source_mask"] = (
-            np.arange(S) < np.array([len(row[0]) for row in part] + [1] * (size - len(part)))[:, None]
-        )
+        lengths = [len(source) for source, _, _ in part] + [1] * (size - len(part))
+        arrays["source_mask"] = np.arange(S) < np.array(lengths)[:, None]
     for b, (source, inputs, n) in enumerate(part):
         arrays["inputs"][b, : len(inputs)] = inputs
         arrays["at"][b] = np.maximum(np.arange(len(inputs) - C, len(inputs)), 0)

@@ -63,10 +63,10 @@ def heads_first(
     G = k.shape[1]
     q = (q * (K**-0.5 if scale is None else scale)).reshape(B, G, H // G, T, K)
 
-    def grouped(x):  # [b, h, t, s] -> [b, G, N, t, s], where h is H or 1
-        return x if x is None else x[:, :, None] if x.shape[1] == 1 else x.reshape(x.shape[0], G, H // G, *x.shape[2:])
+    def grouped(x):  # [b, H or 1, t, s] -> [b, G, H // G, t, s] or [b, 1, 1, t, s]
+        return x[:, :, None] if x.shape[1] == 1 else x.reshape(x.shape[0], G, H // G, *x.shape[2:])
 
-    mask, bias = grouped(mask), grouped(bias)
+    mask, bias = (None if x is None else grouped(x) for x in (mask, bias))
     sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(G, H // G, 1, 1)
     if not causal:
         return softmax_attention(q, k, v, mask, bias, sinks, softcap).reshape(B, H, T, -1)  # type: ignore  # of custom_vjp
@@ -86,11 +86,11 @@ def heads_first(
 def attention_weights(
     model: Any, params: dict, *arguments: Any, **named: Any
 ) -> tuple[list[Float[Array, "B H T S"]], Any]:
-    """(the float32 weights of each attention layer as a model's `hidden` runs, for pictures; what `hidden` returns). Of
-    a model with a source only those of its cross-attention. Rows sum to 1, or less with attention sinks."""
-    found = {}
+    """(the float32 weights of each attention layer, for pictures; the result of `model.hidden`). arguments, named: of
+    `hidden`. A model with a source gives only its cross-attention. Rows sum to 1, or less with attention sinks."""
+    found = {}  # path of the layer -> its weights
 
-    def record(run, arguments, named, context):
+    def record(run, arguments, named, context):  # Linen calls it in place of every method of a module
         result, path = run(*arguments, **named), "/".join(context.module.path)
         if context.method_name == "_heads_first":
             q, k, _, *rest = arguments
@@ -102,7 +102,8 @@ def attention_weights(
     model = model.clone(config=dataclasses.replace(model.config, attention_backend="plain"), remat="none")
     with nn.intercept_methods(record):
         result = model.apply({"params": params}, *arguments, **named, method="hidden")
-    return [x for path, x in found.items() if not path.endswith("/attention")] or [*found.values()], result
+    cross = [weights for path, weights in found.items() if not path.endswith("/attention")]
+    return cross or [*found.values()], result
 
 
 def _block(x, a, b):
@@ -142,11 +143,12 @@ class Attention(nn.Module):
         self.sinks = self.param("sinks", nn.initializers.zeros, (c.heads,)) if c.attention_sinks else None
         if c.attention_gate:
             self.gate = Linear(c.heads * c.K, c.has_bias("qkv"))
+        self.query_norm = self.key_norm = None
         if c.qk_norm != "none":
             kinds = {"each_head": ("layernorm", False, 2), "layer": ("layernorm", True, 1)}
             kind, bias, axes = kinds.get(c.qk_norm, ("rmsnorm", False, 1))
-            options = bias, c.norm_unit_offset, c.norm_scale and c.qk_norm != "rotated", axes
-            self.query_norm, self.key_norm = (Norm(kind, c.norm_eps, *options) for _ in range(2))
+            options = kind, c.norm_eps, bias, c.norm_unit_offset, c.norm_scale and c.qk_norm != "rotated", axes
+            self.query_norm, self.key_norm = Norm(*options), Norm(*options)
 
     def __call__(
         self, x: States, inputs: AttentionInputs, cache: LayerCache | None = None
@@ -195,21 +197,22 @@ class Attention(nn.Module):
         return self.attend(self.queries(x), keys, values, mask, False, None, spec, cached)
 
     def queries(self, x: States, angles: Angles | None = None) -> Queries:
-        return self._heads(x, self.query, self.config.heads, "query_norm", angles)
+        return self._heads(self.query(x), self.config.heads, self.query_norm, angles)
 
     def keys_values(self, x: Float[Array, "B S D"], angles: Angles | None = None) -> tuple[Keys, Keys]:
         G = self.config.G
-        return self._heads(x, self.key, G, "key_norm", angles), self._heads(x, self.value, G, None, None)
+        return self._heads(self.key(x), G, self.key_norm, angles), self._heads(self.value(x), G)
 
-    def _heads(self, x, linear, heads, norm, angles):
-        kind, y = self.config.qk_norm if norm else "none", linear(x)
-        y = getattr(self, norm)(y) if kind == "full" else y
-        y = y.reshape(*x.shape[:2], heads, self.config.K)
-        y = getattr(self, norm)(y) if kind in ("head", "each_head", "layer") else y
-        y = y if (c := self.config.qkv_clip) is None else jnp.clip(y, -c, c)
+    def _heads(self, y, heads, norm=None, angles=None):
+        """y [B, T, heads K] as [B, heads, T, K]: normed where config.qk_norm says, clipped, turned by the angles."""
+        c, kind = self.config, self.config.qk_norm
+        y = norm(y) if norm and kind == "full" else y
+        y = y.reshape(*y.shape[:2], heads, c.K)
+        y = norm(y) if norm and kind in ("head", "each_head", "layer") else y
+        y = y if c.qkv_clip is None else jnp.clip(y, -c.qkv_clip, c.qkv_clip)
         if angles is not None:
-            y = rotate(y, angles, self.config.rope.interleaved)
-            y = getattr(self, norm)(y) if kind.startswith("rotated") else y
+            y = rotate(y, angles, c.rope.interleaved)
+            y = norm(y) if norm and kind.startswith("rotated") else y
         return y.swapaxes(1, 2)
 
     def attend(
@@ -224,7 +227,7 @@ class Attention(nn.Module):
         cached: bool = False,
         gate: Float[Array, "B T _"] | None = None,
     ) -> States:
-        """Attention and the output projection, by the kernel that `choose` names; with a cache, and
+        """Attention and the output projection, by the kernel that `kernels.choose` names; with a cache, and
         for init, by `heads_first`. spec: the mask as a MaskSpec, or None. gate: a factor before the projection."""
         c, name = self.config, "plain"
         if not cached and not self.is_initializing():

@@ -35,7 +35,7 @@ def norm(config: ModelConfig) -> Norm:
 def empty_cache(config: ModelConfig, layer: int, batch: int, length: int, dtype: DTypeLike, keys: str) -> LayerCache:
     """The cache of a layer before the first token, with room for `length` tokens. keys: dtype of keys and values."""
     if config.is_recurrent(layer):
-        return empty_recurrent_cache(config, layer, batch, dtype)
+        return empty_recurrent_cache(config, batch, dtype)
     if config.latent.rank:
         return empty_latent_cache(config, batch, length, dtype)
     return empty_key_values((batch, config.G, length, config.K), jnp.dtype(keys or dtype))
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
     def setup(self):
         c = self.config
-        out_stddev = 0.02 / (2 * c.layers) ** 0.5  # GPT-2: keeps the residual's variance near 1
+        out_stddev = 0.02 / (2 * c.layers) ** 0.5  # GPT-2: the sum of all 2 L outputs does not grow with L
         if c.is_recurrent(self.layer):
             self.recurrent = RECURRENT_LAYERS[c.layer_type(self.layer)](c, out_stddev)
         else:
@@ -69,8 +69,9 @@ class Block(nn.Module):
         elif c.F:
             self.mlp = MLP(c.F, c.activation, c.gated, c.has_bias("mlp"), out_stddev, c.swiglu)
         self.drop = nn.Dropout(c.dropout)
-        first = self.layer > 0 or c.first_norm
-        for name in ["attention"] * first + ["cross"] * self.cross + ["mlp"] * (self.has_mlp and not c.shared_norm):
+        has_norm = {"attention": self.layer > 0 or c.first_norm, "cross": self.cross}
+        has_norm["mlp"] = self.has_mlp and not c.shared_norm
+        for name in [name for name, wanted in has_norm.items() if wanted]:
             setattr(self, f"norm_{name}", norm(c))
             if c.norm_place == "sandwich":
                 setattr(self, f"norm_{name}_out", norm(c))
@@ -249,17 +250,17 @@ class Stack(nn.Module):
 
     def _whole_texts(self, x, P, segments):
         """(Places, mask, MaskSpec) of texts read from their beginning, without a cache."""
-        slots = places = jnp.arange(x.shape[1], dtype=jnp.int32)[None] - P
+        slots = in_text = jnp.arange(x.shape[1], dtype=jnp.int32)[None] - P
         prompt_keys, mask = masking.padding(slots < 0) if P else False, None
         if segments is not None:
-            places = positions.restarting(segments[:, P:])
+            in_text = positions.restarting(segments[:, P:])
             if P:
-                places = jnp.concatenate([jnp.broadcast_to(slots[:, :P], (len(x), P)), places], 1)
+                in_text = jnp.concatenate([jnp.broadcast_to(slots[:, :P], (len(x), P)), in_text], 1)
             mask = masking.segments(segments, segments) | prompt_keys if self.causal else masking.padding(segments > 0)
         spec = None
         if not P:
             spec = MaskSpec(segments) if self.causal or segments is None else MaskSpec(valid=segments > 0)
-        return Places(slots, slots, places, places, prompt_keys), mask, spec
+        return Places(slots, slots, in_text, in_text, prompt_keys), mask, spec
 
     def _after_cache(self, x, P, cache):
         """(Places, mask, no MaskSpec) of tokens that extend a cache."""
@@ -268,19 +269,19 @@ class Stack(nn.Module):
         slots = cache["index"] + jnp.arange(x.shape[1], dtype=jnp.int32)[None] - P
         S = max(layer["key"].shape[2] if "key" in layer else 1 for layer in cache["layers"])  # recurrent layers: none
         keys = jnp.arange(S, dtype=jnp.int32)[None] - P
-        places = jnp.maximum(slots - start, jnp.minimum(slots, 0) if P else 0)
+        in_text = jnp.maximum(slots - start, jnp.minimum(slots, 0) if P else 0)
         prompt_keys = masking.padding(keys < 0) if P else False
         mask = masking.causal(slots, keys) & (masking.padding(keys >= start) | prompt_keys)
-        return Places(slots, keys, places, keys - start, prompt_keys, S - P - start.min()), mask, None
+        return Places(slots, keys, in_text, keys - start, prompt_keys, S - P - start.min()), mask, None
 
-    def _add_positions(self, x, places, P):
+    def _add_positions(self, x, in_text, P):
         c = self.config
         if c.positions == "learned":
-            row = jnp.maximum(places, 0) if P else places
+            row = jnp.maximum(in_text, 0) if P else in_text
             table = parallel.replicate(self.position_embed.embedding)
             return x + table[row + c.position_offset].astype(x.dtype)
         if c.positions.startswith("sinusoidal"):
-            return x + positions.sinusoidal(places + c.position_offset, x.shape[-1], c.positions).astype(x.dtype)
+            return x + positions.sinusoidal(in_text + c.position_offset, x.shape[-1], c.positions).astype(x.dtype)
         return x
 
     def _relative_bias(self, queries, keys):
@@ -321,12 +322,12 @@ class Stack(nn.Module):
         period = range(len(blocks))
         x, before = self._loop(x, by_kind, kinds[:first], caches, deterministic)
         kinds, caches = ([of_layers[first:][j :: len(blocks)] for j in period] for of_layers in (kinds, caches))
-        possible = [sorted(set(found)) for found in kinds]
+        possible = [sorted(set(found)) for found in kinds]  # a layer's kind is a number in this list of its block
         rng = self.make_rng("dropout") if self.config.dropout and not deterministic else None
         collected = ["router"] if self.is_mutable_collection("router") else []
 
         def body(x, layer):
-            i, kind, params, caches = layer
+            i, number, params, caches = layer
             new = []
             for j in period:
                 rngs = {} if rng is None else {"dropout": jax.random.fold_in(rng, i + j)}
@@ -335,7 +336,7 @@ class Stack(nn.Module):
                     arguments = {"params": params[j]}, x, by_kind[kind], caches[j], deterministic
                     return lambda: blocks[j].apply(*arguments, rngs=rngs, mutable=collected)
 
-                (x, cache), sums = jax.lax.switch(kind[j], [run(kind) for kind in possible[j]])
+                (x, cache), sums = jax.lax.switch(number[j], [run(kind) for kind in possible[j]])
                 new.append((cache, sums))
             return x, tuple(zip(*new, strict=True))
 

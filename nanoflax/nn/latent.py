@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-AI 2024, section 2.1)."""
+"""Multi-head latent attention (DeepSeek-V2, DeepSeek-AI 2024, section 2.1)."""
 
 import flax.linen as nn
 import jax
@@ -62,8 +62,8 @@ class LatentAttention(nn.Module):
             written = latent.astype(cache["key"].dtype)
             latent = jax.lax.dynamic_update_slice(cache["key"], written, (0, 0, inputs.index, 0))
             cache = cache | {"key": latent}
-        # Per query, absorbed scores and sums need 2 rank + rope_dim - K - V more products for each key and head; plain
-        # attention computes the keys and values of every slot again in each call, rank (K - rope_dim + V) products.
+        # For a key and a head, absorbed scores and sums need 2 rank + rope_dim - K - value_dim more products per query.
+        # Plain attention computes the keys and values of all slots again: rank (K - rope_dim + value_dim) per call.
         # So long prompts are read plain, and new tokens absorbed (DeepSeek-V3: up to 170 at once).
         more, up = 2 * a.rank + a.rope_dim - c.K - a.value_dim, a.rank * (c.K - a.rope_dim + a.value_dim)
         absorbed = cache is not None and T * more <= up

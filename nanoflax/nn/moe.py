@@ -102,7 +102,7 @@ def router_terms(moe: MoEConfig, collected: Any) -> tuple[Float[Array, ""], dict
     z-loss is the mean of logsumexp^2 (Zoph et al. 2022, equation 5). The correction of an expert falls while it has
     more than its part of a layer's tokens (Wang et al. 2024, algorithm 1, with Adam's steps).
     Metrics: both losses; expert_load, the largest share of a layer's choices that an expert has, times E (1:
-    balanced); dropped, the share of choices that are not computed.
+    balanced); dropped, the share of choices that are not computed: always 0.
     """
     stacks = [jax.tree.leaves([x.get("router", {}).get(name) for x in collected]) for name in ("encoder", "decoder")]
     stacks = [jnp.concatenate([x.reshape(-1, 5, moe.experts) for x in leaves]) for leaves in stacks if leaves]

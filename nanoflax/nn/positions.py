@@ -86,7 +86,7 @@ def rotary_rates(
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """The factor of cosines and sines (Peng et al. 2023, equation 22; Ding et al. 2024, section 3.4)."""
+    """The factor of cosines and sines (yarn: Peng et al. 2023, equation 22; longrope: as in Phi-3's code)."""
     if rope.scaling not in ("yarn", "longrope") or rope.attention_factor is None and rope.factor <= 1:
         return 1.0
     if rope.attention_factor is not None:

@@ -15,8 +15,8 @@ from nanoflax.nn.attention import AttentionInputs, LayerCache
 from nanoflax.nn.layers import Linear, rms_norm
 
 
-def empty_recurrent_cache(config: ModelConfig, layer: int, batch: int, dtype: DTypeLike) -> LayerCache:
-    """The state of one layer before the first token: of the recurrence, float32, and of the convolution."""
+def empty_recurrent_cache(config: ModelConfig, batch: int, dtype: DTypeLike) -> LayerCache:
+    """The state of one layer before the first token: of the recurrence, float32, and of the convolution, zeros."""
     r = config.recurrent
     state = jnp.zeros((batch, r.heads, r.key_dim, r.value_dim), jnp.float32)
     channels = 2 * r.groups * r.key_dim + r.heads * r.value_dim
@@ -50,7 +50,7 @@ class RecurrentLayer(nn.Module):
     ) -> tuple[States, LayerCache | None]:
         """cache: this layer's. Returns (the output, the new cache)."""
         c, r, (B, T, _) = self.config, self.config.recurrent, x.shape
-        before = empty_recurrent_cache(c, 0, B, x.dtype) if cache is None else cache
+        before = empty_recurrent_cache(c, B, x.dtype) if cache is None else cache
         parts = [getattr(self, name)(x) for name in self.convolved]
         u, last = convolve(jnp.concatenate(parts, -1), self.conv, before["conv"], inputs.segments)
         u = activate(c.activation, u + self.conv_bias.astype(u.dtype))

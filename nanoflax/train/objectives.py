@@ -45,7 +45,7 @@ def with_router(objective: Callable[..., Sums]) -> Callable[..., Sums]:
             return out
 
         recorder = model.clone()
-        object.__setattr__(recorder, "apply", apply)
+        object.__setattr__(recorder, "apply", apply)  # Linen's modules are frozen
         sums = objective(recorder, params, batch, rng, **options)
         if not jax.tree.leaves(collected):  # no layer has experts
             return sums
@@ -180,6 +180,8 @@ def _sums(objective, nll, weights):
 def _token_sums(
     model, params, hidden, targets, weights, source=None, chunks=0, z_loss=0.0, label_smoothing=0.0, sources=()
 ):
+    """The Sums of `chunked_cross_entropy`. chunks: of T; 0: as `chunks_of` says. z_loss, label_smoothing: as in
+    `token_losses`. sources: names; the loss of each is logged, of the rows whose number in `source` [B] is its own."""
     c, (B, T) = model.config, targets.shape
     if chunks:  # divides the context, but T of a batch of examples may be shorter
         chunks = math.gcd(chunks, T)

@@ -53,10 +53,9 @@ def matrix_axes(params: Any) -> Any:
 def decay_mask(params: Any) -> Any:
     """A tree of bool: True for the parameters with weight decay: all matrices except embeddings. The biases of
     experts [E, F] and the scales of heads [H, K] are vectors."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim >= 2 and getattr(path[-1], "key", None) not in ("embedding", "bias", "scale"),
-        params,
-    )
+    excluded = ("embedding", "bias", "scale")
+    decays = lambda path, leaf: leaf.ndim >= 2 and getattr(path[-1], "key", None) not in excluded
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def layers_above(params: Any) -> Any:
@@ -73,9 +72,8 @@ def layers_above(params: Any) -> Any:
 
     paths = [(path_of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
     blocks = [(m["stack"], np.max(index(m, x))) for path, x in paths if (m := _BLOCK.match(path))]
-    count = {
-        stack: max((int(i) + 1 for name, i in blocks if name == stack), default=0) for stack in ("encoder", "decoder")
-    }
+    blocks_in = lambda stack: max((int(i) + 1 for name, i in blocks if name == stack), default=0)
+    count = {stack: blocks_in(stack) for stack in ("encoder", "decoder")}
 
     def above(path, leaf):
         path = path_of(path)

@@ -59,14 +59,8 @@ def make_train_step(
             decay = jnp.minimum(config.optim.ema, (1 + state.step) / (10 + state.step))
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(good, new, old))
-        state = TrainState(
-            state.step + 1,
-            keep(params, state.params),
-            keep(opt_state, state.opt_state),
-            keep(ema, state.ema),
-            state.rng,
-            jnp.where(good, 0, state.skipped + 1),
-        )
+        kept = keep(params, state.params), keep(opt_state, state.opt_state), keep(ema, state.ema)
+        state = TrainState(state.step + 1, *kept, state.rng, jnp.where(good, 0, state.skipped + 1))
         metrics = {"loss": loss / weight, "grad_norm": norm, "tokens": weight, "skipped": state.skipped}
         metrics |= {name: x[0] / x[1] if isinstance(x, list) else x / weight for name, x in logged.items()}
         if t.z_loss or t.label_smoothing or router.experts and (router.balance_loss or router.z_loss):
