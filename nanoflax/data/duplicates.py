@@ -27,7 +27,8 @@ SHORTEST = 8  # words; shorter evaluation texts are not searched for
 _SCRIPTS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORDS = re.compile(f"[{_SCRIPTS}]|[^\\W{_SCRIPTS}]+")
 _ASCII = {i: " " for i in range(128) if not _WORDS.match(chr(i))}
-_MIX, _LOW = np.uint64(0x9E3779B97F4A7C15), np.uint64(2**22 - 1)
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / the golden ratio: a product with it spreads a hash over all bits
+_LOW = np.uint64(2**22 - 1)  # the low bits of a hash, which are its place in the table `Copies.may_be`
 
 
 def left_out(
@@ -156,11 +157,13 @@ class Copies:
 
 
 class _WordHashes(dict):
+    """word -> its hash, which is computed when it is first needed."""
+
     def __missing__(self, word: str) -> int:
         if len(self) >= 1 << 20:  # numbers and names have no end
             self.clear()
-        found = self[word] = zlib.crc32(word.encode())
-        return found
+        self[word] = zlib.crc32(word.encode())
+        return self[word]
 
 
 _hashes = _WordHashes()

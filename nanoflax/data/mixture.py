@@ -161,7 +161,10 @@ def interleave(readers: Mapping[str, Callable[[], Iterable[str]]], weights: Mapp
             streams[name] = iter(readers[name]())
             continue
         characters[name] += len(text)
-        once, repeated = (once, repeated + len(text)) if name in ended else (once + len(text), repeated)
+        if name in ended:
+            repeated += len(text)
+        else:
+            once += len(text)
         yield text
 
 

@@ -131,7 +131,10 @@ def _chosen(plan: Plan, texts: Iterable[str], report: DataReport) -> Iterator[st
             continue
         if not plan.source.quality.keeps(text, report):
             continue
-        if text := _cut(text, fraction)[validation] if plan.few else text:
+        if plan.few:
+            begin, rest = _cut(text, fraction)
+            text = rest if validation else begin
+        if text:
             yield text
 
 
@@ -146,7 +149,8 @@ def _compared(plan: Plan) -> Plan:
 def _left_out(plan: Plan, version: str) -> tuple[dict[int, str], ...]:
     source = plan.source
     plain = dataclasses.replace(source, quality=dataclasses.replace(source.quality, dedup="", evaluation=""))
-    names, field = source.evaluation[bool(source.validation) :], source.evaluation_field or source.field
+    names = source.evaluation[1:] if source.validation else source.evaluation  # its first is source.validation
+    field = source.evaluation_field or source.field
     evaluation = [documents(plain, "validation")] if source.quality.decontaminate else []
     evaluation += [documents(Source(name, field, data_dir=source.data_dir), "all") for name in names]
     with Comparing(source.name) as bar:

@@ -82,7 +82,7 @@ class Quality:
 
 
 def excerpt(text: str) -> str:
-    """The begin of a text, for a report."""
+    """The beginning of a text, for a report."""
     return repr(" ".join(text[:200].split())[:40])
 
 

@@ -70,7 +70,7 @@ class Shard:
 
 
 class TokenStore:
-    """Tokens of one split: documents in order, each followed by the end-of-sequence id.
+    """Tokens of one split: documents in order, each with its end-of-sequence id (see `Framing.document`).
 
     directory: its path, or its name in object storage. meta: counts, the source, the tokenizer's fingerprint, the lines
     of the DataReport. Shards are opened when they are first read: memory maps, or ranges of objects.

@@ -93,7 +93,8 @@ def tokenize_part(
     """
     folder, dtype, name = Folder(directory), token_dtype(tokenizer), f"part-{number:05}"
     if record := read_record(folder, number, dtype):
-        on_progress(Progress(1.0, *(sum(getattr(s, f) for s in record[0]) for f in ("n_bytes", "n_tokens"))))
+        shards, _ = record
+        on_progress(Progress(1.0, sum(s.n_bytes for s in shards), sum(s.n_tokens for s in shards)))
         return
     done = Progress()
     shards = list(_first_shards(folder, name, dtype))

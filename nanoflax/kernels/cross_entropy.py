@@ -117,21 +117,22 @@ def _chunked(
 ):
     # On a mesh, fsdp splits V here if it divides V, instead of the rows: each device then sums the
     # gradient of its own part of the kernel. b and t are the numbers of splits of B and T. There is one
-    # sum per split; these sums are reduced once at the end, not once per chunk.
+    # sum per split; these sums are reduced once at the end, not once per chunk. In an einsum i and j count the splits.
     B, T, D = hidden.shape
     V = kernel.shape[1]
     kernel, bias, extra = _pad_vocabulary(kernel, bias)
     padding += extra
     fits = kernel.shape[1] % parallel.axis_size("tensor", "fsdp") == 0
-    rows, words = (("data", "expert"), ("tensor", "fsdp")) if fits else (parallel.BATCH[0], ("tensor",))
+    # The axes of the mesh that split the rows, and V.
+    rows, vocabulary = (("data", "expert"), ("tensor", "fsdp")) if fits else (parallel.BATCH[0], ("tensor",))
     b, t = parallel.batch_splits(B, T, rows)
     chunks = math.gcd(chunks, T // t)
     of_pieces = P(rows, "context", None, None)
-    kernel = parallel.constrain(kernel.astype(hidden.dtype), P(None, words))
+    kernel = parallel.constrain(kernel.astype(hidden.dtype), P(None, vocabulary))
 
     def piece(carry, xs):
-        loss, nll, dw, db = carry
-        h, targets, m = (parallel.constrain(x, of_pieces) for x in xs)
+        loss, nll, dkernel, dbias = carry
+        h, targets, weights = (parallel.constrain(x, of_pieces) for x in xs)
         logits = jnp.einsum("ijbtd,dv->ijbtv", h, kernel, preferred_element_type=jnp.float32)
         if bias is not None:
             logits += bias
@@ -140,12 +141,12 @@ def _chunked(
         logits = mask_padding(logits, padding)
         log_z = _log_normaliser(logits)
         objective, plain = _token_losses(logits, log_z, targets, z_loss, label_smoothing, padding)
-        loss, nll = loss + (objective * m).sum((2, 3)), nll + (plain * m).sum(3 if of_rows else (2, 3))
+        loss, nll = loss + (objective * weights).sum((2, 3)), nll + (plain * weights).sum(3 if of_rows else (2, 3))
         if not gradients:
-            return (loss, nll, dw, db), None
+            return (loss, nll, dkernel, dbias), None
         hit = jnp.arange(logits.shape[-1]) == targets[..., None]
         probability = jnp.exp(logits - log_z[..., None])
-        dlogits = m[..., None] * (
+        dlogits = weights[..., None] * (
             probability * (1 + 2 * z_loss * log_z)[..., None]
             - (1 - label_smoothing) * hit
             - label_smoothing / (logits.shape[-1] - padding)
@@ -155,12 +156,12 @@ def _chunked(
         if padding:
             dlogits = jnp.where(jnp.isneginf(logits), 0, dlogits)
         if bias is not None:
-            db += dlogits.sum((2, 3))
+            dbias += dlogits.sum((2, 3))
         dlogits = dlogits.astype(h.dtype)
         dh = jnp.einsum("ijbtv,dv->ijbtd", dlogits, kernel)
         dh = parallel.constrain(dh, P(rows, "context", "fsdp" if fits else None))
-        dk = jnp.einsum("ijbtd,ijbtv->ijdv", h, dlogits, preferred_element_type=jnp.float32)
-        return (loss, nll, dw + dk, db), dh
+        dkernel += jnp.einsum("ijbtd,ijbtv->ijdv", h, dlogits, preferred_element_type=jnp.float32)
+        return (loss, nll, dkernel, dbias), dh
 
     def split(x):  # [B, T, ...] -> [chunks, b, t, B / b, T / t / chunks, ...]
         x = x.reshape(b, B // b, t, chunks, -1, *x.shape[2:])
@@ -169,12 +170,12 @@ def _chunked(
     pieces = jax.tree.map(split, (hidden, targets, weights))
 
     def zeros(*shape):
-        split = P(rows, "context", *[None] * (len(shape) - 1), *[words] * bool(shape))
-        return parallel.constrain(jnp.zeros((b, t, *shape), jnp.float32), split)
+        axes = P(rows, "context", *[None] * (len(shape) - 1), *[vocabulary] * bool(shape))
+        return parallel.constrain(jnp.zeros((b, t, *shape), jnp.float32), axes)
 
-    dw = zeros(*kernel.shape) if gradients else None
-    db = None if bias is None else zeros(*bias.shape)
-    carry = (zeros(), jnp.zeros((b, t, B // b)) if of_rows else zeros(), dw, db)
+    dkernel = zeros(*kernel.shape) if gradients else None
+    dbias = None if bias is None else zeros(*bias.shape)
+    carry = (zeros(), jnp.zeros((b, t, B // b)) if of_rows else zeros(), dkernel, dbias)
     if chunks == 1:
         carry, dh = piece(carry, jax.tree.map(lambda x: x[0], pieces))
         dh = jax.tree.map(lambda x: x[None], dh)
@@ -182,19 +183,19 @@ def _chunked(
         carry, dh = jax.lax.scan(piece, carry, pieces)
     if gradients:
         dh = dh.transpose(1, 3, 2, 0, 4, 5).reshape(B, T, D)  # type: ignore  # not None with gradients
-    loss, nll, dw, db = jax.tree.map(lambda x: x.sum((0, 1)), carry)
+    loss, nll, dkernel, dbias = jax.tree.map(lambda x: x.sum((0, 1)), carry)
     sums = (loss, nll.sum(), carry[1].sum(1).reshape(B)) if of_rows else (loss, nll)
-    return sums, (dh, *jax.tree.map(lambda x: x[..., :V], (dw, db)))
+    return sums, (dh, *jax.tree.map(lambda x: x[..., :V], (dkernel, dbias)))
 
 
 def _chunked_forward(hidden, kernel, targets, weights, bias, *options):
-    sums, (dh, dw, db) = _chunked(hidden, kernel, targets, weights, bias, *options, gradients=True)
-    return sums, (dh, dw.astype(kernel.dtype), db if bias is None else db.astype(bias.dtype))
+    sums, (dh, dkernel, dbias) = _chunked(hidden, kernel, targets, weights, bias, *options, gradients=True)
+    return sums, (dh, dkernel.astype(kernel.dtype), dbias if bias is None else dbias.astype(bias.dtype))
 
 
 def _chunked_backward(chunks, z_loss, label_smoothing, softcap, padding, of_rows, saved, cotangents):
-    dh, dw, db = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), saved)
-    return dh, dw, None, None, db
+    dh, dkernel, dbias = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), saved)
+    return dh, dkernel, None, None, dbias
 
 
 chunked_cross_entropy.defvjp(_chunked_forward, _chunked_backward)

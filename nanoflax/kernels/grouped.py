@@ -1,4 +1,4 @@
-"""Products of rows with one matrix of several for each, as mixtures of experts need them."""
+"""Products of each row with the one of several matrices that is chosen for it, for mixtures of experts."""
 
 import math
 
@@ -40,7 +40,16 @@ def move(x: Float[Array, "M D"], index: Int[Array, " R"], back: Int[Array, " M"]
     return x.at[index].get(mode="fill", fill_value=0)
 
 
-move.defvjp(lambda x, *ways: (move(x, *ways), ways), lambda ways, dy: (move(dy, *ways[::-1]), None, None))
+def _move_forward(x, index, back):
+    return move(x, index, back), (index, back)
+
+
+def _move_backward(saved, dy):
+    index, back = saved
+    return move(dy, back, index), None, None
+
+
+move.defvjp(_move_forward, _move_backward)
 
 
 def grouped_matmul(

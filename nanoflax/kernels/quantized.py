@@ -46,13 +46,15 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *E, I = self.values.shape[:-1] if self.by_inputs else (*self.values.shape[:-2], self.values.shape[-1])
-        O = self.scales.shape[-1 if self.by_inputs else -2]
+        if self.by_inputs:
+            (*E, I, _), O = self.values.shape, self.scales.shape[-1]
+        else:
+            (*E, _, I), O = self.values.shape, self.scales.shape[-2]
         return (*E, I, O) if self.transposed else (*E, O, I)
 
     @property
     def kind(self) -> str:
-        """ "int8" or "int4"."""
+        """One of WEIGHT_KINDS."""
         return "int4" if self.values.dtype == jnp.uint8 else "int8"
 
     @property
@@ -73,9 +75,12 @@ class Quantized:
 
     def __getitem__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B I"]:
         """The dequantised rows of these ids, as those of an embedding; negative ids count from the end."""
-        ids, R, halves = jnp.where(ids < 0, ids + self.scales.shape[-2], ids), len(self.values), _halves(self)
-        values = self.values[ids % R if halves == 2 else ids]
-        values = jnp.where((ids < R)[..., None], values & 15, values >> 4) if halves == 2 else values
+        ids, R = jnp.where(ids < 0, ids + self.scales.shape[-2], ids), len(self.values)
+        if _halves(self) == 2:
+            values = self.values[ids % R]
+            values = jnp.where((ids < R)[..., None], values & 15, values >> 4)
+        else:
+            values = self.values[ids]
         return _weights(values, self.scales[ids], None if self.offsets is None else self.offsets[ids])
 
     def astype(self, dtype: DTypeLike) -> Array:
@@ -123,11 +128,12 @@ def dequantize(w: Quantized) -> Float[Array, "*E O I"]:
 def for_rows(w: Quantized, rows: int) -> Quantized:
     """The same matrix, with its numbers in the order that is fastest for products of so many rows: on a CPU, x @ part
     takes half the time of part @ x.T for 4 to 16 rows."""
-    few = rows <= _FEW or w.ndim > 2 or w.size <= _SMALL
-    return w if few or not w.transposed or w.by_inputs or parallel.current_platform() != "cpu" else _swapped(w)
+    stays = rows <= _FEW or w.ndim > 2 or w.size <= _SMALL or not w.transposed or w.by_inputs
+    return w if stays or parallel.current_platform() != "cpu" else _swapped(w)
 
 
 def _swapped(w):
+    """The same matrix, with the last two dimensions of its arrays swapped."""
     return dataclasses.replace(jax.tree.map(lambda x: x.swapaxes(-1, -2), w), by_inputs=not w.by_inputs)
 
 
@@ -142,6 +148,7 @@ def cast(tree: Any, dtype: DTypeLike) -> Any:
 
 
 def _halves(w):
+    """How many weights are in a number of `values`."""
     return 2 if w.values.dtype == jnp.uint8 else 1
 
 
@@ -195,7 +202,7 @@ def _product(x, w):
 def _parts(w):
     """The number of parts of the bits of each half of w, and the rows of a part. The last part may overlap the one
     before."""
-    R, inputs = w.values.shape[:: -1 if w.by_inputs else 1]
+    R, inputs = w.values.shape[::-1] if w.by_inputs else w.values.shape
     parts = min(R, max(2 // _halves(w), -(-R * inputs // _PART)))
     return parts, -(-R // parts)
 

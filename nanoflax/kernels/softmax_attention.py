@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def softmax_attention(q, k, v, mask, bias, sinks, softcap):
-    """softmax(q k^T) v. q: [B, G, N, T, K], N queries share a key; k, v: [B, G, S, K]; sinks: [G, N, 1, 1].
-    v=None: the float32 weights [B, G, N, T, S] themselves, without a gradient."""
+    """softmax(q k^T) v, [B, G, N, T, K] in the dtype of q. q: [B, G, N, T, K], scaled; N queries share a key. k, v:
+    [B, G, S, K]. mask: bool, broadcasts to [B, G, N, T, S]. bias: float32 [1, G, N, T, S]. sinks: float32 [G, N, 1, 1].
+    softcap: 0 for none. v=None: the float32 weights [B, G, N, T, S] themselves, without a gradient."""
     return _forward(q, k, v, mask, bias, sinks, softcap)[0]
 
 
@@ -23,13 +24,18 @@ def _forward(q, k, v, mask, bias, sinks, softcap):
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     largest = scores.max(-1, keepdims=True)
-    largest = largest if sinks is None else jnp.maximum(largest, sinks)
-    weights = jnp.exp(scores - largest)
-    weights = weights if v is None else weights.astype(v.dtype)
-    y = weights if v is None else _product("bgnts,bgsk->bgntk", weights, v)
-    total = weights.astype(jnp.float32).sum(-1, keepdims=True)
-    sunk = None if sinks is None else jnp.exp(sinks - largest)
-    total = total if sunk is None else total + sunk
+    if sinks is not None:
+        largest = jnp.maximum(largest, sinks)
+    weights = jnp.exp(scores - largest)  # not yet divided by their sum
+    if v is None:
+        y = weights
+    else:
+        weights = weights.astype(v.dtype)
+        y = _product("bgnts,bgsk->bgntk", weights, v)
+    total, sunk = weights.astype(jnp.float32).sum(-1, keepdims=True), None
+    if sinks is not None:
+        sunk = jnp.exp(sinks - largest)  # the weight of the sink, whose value is 0
+        total = total + sunk
     y = y / total  # after the product: K divisions per query, not S
     y = y if v is None else y.astype(q.dtype)
     return y, (q, k, v, bias, capped, weights, sunk, total, y)
@@ -38,11 +44,9 @@ def _forward(q, k, v, mask, bias, sinks, softcap):
 def _product(equation, a, b):
     """einsum in float32. For T = 1 without this dimension: else, under `jax.vmap`, XLA copies the cache on a CPU."""
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    return (
-        product(equation.replace("t", ""), a[..., 0, :], b)[..., None, :]
-        if a.shape[3] == 1
-        else product(equation, a, b)
-    )
+    if a.shape[3] == 1:
+        return product(equation.replace("t", ""), a[..., 0, :], b)[..., None, :]
+    return product(equation, a, b)
 
 
 def _backward(softcap, saved, dy):

@@ -32,22 +32,30 @@ def truncate_by_rank(logits: Logits, top_k: Number, outside_top_p: Number) -> Lo
     return _of_rows(_by_rank, wanted, top_k, outside_top_p, logits)
 
 
-def _of_rows(truncate, wanted, *rows):
-    """truncate(*rows), whose last are logits. On a CPU a row that is not `wanted` [B, 1] costs nothing."""
+def _of_rows(truncate, wanted, *arrays):
+    """truncate(*arrays); the last array has the logits. On a CPU a row that is not `wanted` [B, 1] costs nothing."""
     if not np.ndim(wanted):
-        return truncate(*rows)
+        return truncate(*arrays)
     if parallel.current_platform() != "cpu":
-        return _if_any(truncate, wanted, *rows)
-    one = lambda row: _if_any(truncate, *(x[None] for x in row))[0]
-    each = lambda *rows: jax.lax.map(one, (wanted, *rows))
-    return _if_any(each, wanted, *rows)
+        return _if_any(truncate, wanted, *arrays)
+
+    def one_row(row):
+        return _if_any(truncate, *(x[None] for x in row))[0]
+
+    def row_by_row(*arrays):
+        return jax.lax.map(one_row, (wanted, *arrays))
+
+    return _if_any(row_by_row, wanted, *arrays)
 
 
-def _if_any(truncate, wanted, *rows):
-    return jax.lax.cond(wanted.any(), truncate, lambda *rows: rows[-1], *rows)
+def _if_any(truncate, wanted, *arrays):
+    """truncate(*arrays) if a row is wanted, else the logits, which are the last array."""
+    return jax.lax.cond(wanted.any(), truncate, lambda *arrays: arrays[-1], *arrays)
 
 
 def _by_rank(top_k, outside_top_p, logits):
+    # Nothing is sorted. The logits become integers with the same order, and the border between kept tokens and others
+    # is the largest integer with a property, which `_largest` finds bit by bit.
     B, V = logits.shape
     count = lambda mask: mask.sum(-1, keepdims=True)
     if top_k is not None:

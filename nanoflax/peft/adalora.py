@@ -81,8 +81,8 @@ def adalora_update(
     score = {path: mean[path] * spread[path] for path in now}  # equations 9 to 11
     linears = sorted(path.removesuffix("lora_e") for path in now if path.endswith("/lora_e"))
     scores = [score[f"{p}lora_e"] + score[f"{p}lora_a"].mean(0) + score[f"{p}lora_b"].mean(1) for p in linears]
-    order = jnp.argsort(jnp.argsort(-jnp.concatenate(scores)))
-    keep = (order < adalora_budget(step, steps, order.size, len(linears), c)).astype(jnp.float32)
+    place = jnp.argsort(jnp.argsort(-jnp.concatenate(scores)))  # of each rank among all, by its score: 0 is the best
+    keep = (place < adalora_budget(step, steps, place.size, len(linears), c)).astype(jnp.float32)
     sizes = np.cumsum([len(s) for s in scores])
     left = sum(flat[f"{p}lora_mask"].sum() for p in linears)
     final = (step > steps - c.schedule(steps)[1]) & (left == len(linears) * c.target_rank)
@@ -108,10 +108,6 @@ def orthogonality(params: dict) -> jax.Array:
     the size of the model.
     """
     flat: Any = flatten_dict(params, sep="/")
-    norms = [
-        jnp.sqrt(((w @ w.T - jnp.eye(len(w))) ** 2).sum() + 1e-12)
-        for path, x in flat.items()
-        if re.search(r"/lora_[ab]$", path)
-        for w in [x.T if path.endswith("a") else x]
-    ]
+    matrices = [x.T if path.endswith("/lora_a") else x for path, x in flat.items() if re.search(r"/lora_[ab]$", path)]
+    norms = [jnp.sqrt(((w @ w.T - jnp.eye(len(w))) ** 2).sum() + 1e-12) for w in matrices]
     return sum(norms) / len(norms)  # type: ignore  # not the number 0: there are adapters

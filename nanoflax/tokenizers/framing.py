@@ -40,8 +40,9 @@ def word_tags(predictions: Iterable[int], weights: Iterable[float], names: Seque
 
 def prompt_ids(tokenizer: Any, text: str, is_source: bool = False) -> list[int]:
     """The ids of a prompt for a decoder, or of a source. Never empty."""
-    framing = tokenizer.framing
-    return is_source and framing.whole(tokenizer.encode_source(text)) or framing.prompt(tokenizer.encode(text))
+    if is_source and (ids := tokenizer.framing.whole(tokenizer.encode_source(text))):
+        return ids
+    return tokenizer.framing.prompt(tokenizer.encode(text))
 
 
 def continuation_ids(tokenizer: Any, prompt: str, text: str) -> tuple[list[int], list[int]]:

@@ -134,7 +134,9 @@ def row_settings(
     found = np.zeros((len(biases), V), np.float32)
     for row, bias in zip(found, biases, strict=True):
         row[list(bias)] = list(bias.values())
-    return None if logit_bias is None else found[0] if one else found
+    if logit_bias is None:
+        return None
+    return found[0] if one else found
 
 
 class Scored(NamedTuple):

@@ -81,8 +81,10 @@ class SentencePieceTokenizer:
         text = well_formed(text)
         if self._space_ids is None or SPACE not in text:
             return self._processor.encode(text)
-        first, *rest = self._processor.encode(text.split(SPACE))
-        return functools.reduce(lambda ids, part: ids + self._space_ids + part, rest, first)
+        ids, *rest = self._processor.encode(text.split(SPACE))
+        for part in rest:
+            ids += [*self._space_ids, *part]
+        return ids
 
     encode_source = encode_target = encode
 
