@@ -58,7 +58,7 @@ def load(
         huggingface_hub package and its cache), or a .gguf file, which is dequantised by default.
       dtype: of the parameters; None keeps the dtype of each tensor, but float64 becomes float32.
       mesh: where the parameters are sharded, by default the mesh of `jax.set_mesh`; each host reads only
-        its shards.
+        its shards. A dimension that the mesh does not divide is not split.
       quantize: "int8" or "int4": matrices become kernels.Quantized, see `peft.quantize_params`. "file": those of the
         types Q8_0, Q4_0 and Q4_1 in a .gguf file stay as they are, and those of its other quantised types become int8.
     Raises:
@@ -216,7 +216,9 @@ def _read_all(config, mappings: list[TensorMapping], tensors: Tensors, dtype, me
     if mesh is None and parallel.current_mesh() is not None:
         mesh = jax.sharding.get_mesh()
     if mesh is not None:
-        shardings = traverse_util.flatten_dict(parallel.shardings(parallel.param_shapes(build(config)), mesh), sep="/")
+        shardings = traverse_util.flatten_dict(
+            parallel.shardings(parallel.param_shapes(build(config)), mesh, uneven=True), sep="/"
+        )
     shapes = parameter_shapes(config)
     for path, held in holders(mappings).items():
         if quantize == "file" and (packed := read_packed(held, tensors, config.K)):
@@ -238,7 +240,7 @@ def _read_all(config, mappings: list[TensorMapping], tensors: Tensors, dtype, me
         if kind and peft.is_quantizable(path, shapes[path]):
             flat[path] = jax.jit(partial(peft.quantize_array, path, kind=kind))(flat[path])
     params = traverse_util.unflatten_dict(flat, sep="/")
-    return params if mesh is None else jax.device_put(params, parallel.shardings(params, mesh))
+    return params if mesh is None else jax.device_put(params, parallel.shardings(params, mesh, uneven=True))
 
 
 def _check(family: Family, config, mappings: list[TensorMapping], tensors: Tensors, path, dtype) -> None:

@@ -87,12 +87,13 @@ def partition_spec(path: str, shape: Sequence[int]) -> P:
     return P()
 
 
-def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree[NamedSharding]:
+def shardings(tree: PyTree, mesh: AnyMesh, uneven: bool = False) -> PyTree[NamedSharding]:
     """The sharding of every leaf of a tree of parameters or of a training state.
 
-    An axis that the mesh does not have splits nothing.
-    Raises: UserError that names every leaf whose dimension is not divisible by its axis or whose
-    rule names an axis twice, and the largest matrices if too many numbers would be replicated.
+    An axis that the mesh does not have splits nothing. uneven: nor does one that does not divide its dimension, as a
+    published vocabulary of 50,257 tokens.
+    Raises: UserError that names every leaf whose rule names an axis twice, and unless `uneven` those with a dimension
+    that is not divisible by its axis, and the largest matrices if too many numbers would be replicated.
     """
     problems, replicated = [], {}
 
@@ -103,6 +104,8 @@ def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree[NamedSharding]:
         if len(set(axes)) < len(axes):
             problems.append(f"{name}: its rule {spec} names an axis twice")
             return None
+        divided = lambda entry, size: None if uneven and size % num_shards(entry, mesh) else entry
+        spec = P(*map(divided, spec, leaf.shape))
         for entry, size in zip(spec, leaf.shape, strict=False):  # P() of a replicated leaf is shorter
             if size % num_shards(entry, mesh):
                 factors = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes_in_mesh(entry, mesh) or ())
@@ -112,7 +115,7 @@ def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree[NamedSharding]:
         return NamedSharding(mesh, P(*(axes_in_mesh(entry, mesh) for entry in spec)))
 
     result = jax.tree_util.tree_map_with_path(sharding, tree)
-    if num_shards(("fsdp", "tensor"), mesh) > 1:
+    if num_shards(("fsdp", "tensor"), mesh) > 1 and not uneven:
         problems += _too_much_replicated(replicated, sum(leaf.size for leaf in jax.tree.leaves(tree)))
     if problems:
         raise UserError("the parameters do not fit the mesh: " + listed(problems, 4))

@@ -75,13 +75,11 @@ def open_source(source: str | os.PathLike, which: str = "best", merged: bool = T
 
 
 def load_split(source: ModelSource, mesh: jax.sharding.Mesh) -> Params:
-    """The parameters of a source, split over a mesh: a device reads its part of a published model or of a run.
-
-    Raises: UserError if the mesh does not divide them.
-    """
+    """The parameters of a source, split over a mesh: a device reads its part of a published model or of a run. A
+    dimension that the mesh does not divide is not split."""
     with jax.set_mesh(mesh):
         params = source.load()
-    return jax.device_put(params, parallel.shardings(params, mesh))
+    return jax.device_put(params, parallel.shardings(params, mesh, uneven=True))
 
 
 def open_initial(model: ModelConfig) -> ModelSource:
@@ -123,7 +121,7 @@ def restore_model(workdir: str, config: Config, tokenizer: Any, which: str = "be
     params, meta = checkpoint.restore_params(
         os.path.join(workdir, "checkpoints"),
         which=which,
-        shardings=mesh and (lambda shapes: parallel.shardings(shapes, mesh)),
+        shardings=mesh and (lambda shapes: parallel.shardings(shapes, mesh, uneven=True)),
         subtree=subtree,
     )
     if (known := str(meta.get("tokenizer"))) != tokenizer.fingerprint:
@@ -211,7 +209,8 @@ def initialize_from(
     dtype: str = "float32",
     packed: tuple[str, Set[str]] = ("", frozenset()),
 ) -> Params:
-    """Parameters copied from load() if their path and shape match; the rest are random, from the seed, in float32.
+    """Parameters copied from load() if their path and shape match; the rest are random, from the seed, in float32. A
+    device reads its part of those of load(), which may be too large for one.
 
     dtype: of those that are copied. packed: a kind of peft.quantize_params, and the paths of matrices that are packed
     when they are copied, so that they are in memory as floats only one after another.
@@ -220,7 +219,8 @@ def initialize_from(
         return parallel.init(model, jax.random.PRNGKey(seed), mesh)
     shapes = _flat(parallel.param_shapes(model))
     places = _flat(parallel.shardings(parallel.param_shapes(model), mesh))
-    given = _flat(peft.merge(load()))
+    with jax.set_mesh(mesh):
+        given = _flat(peft.merge(load()))
     # After those of the source, the vocabulary may have new tokens (a mask, sentinels, padding), the head new classes.
     growing = nn.VOCABULARY | {"labels/kernel", "labels/bias"}
     longer = {p for p in growing & shapes.keys() & given.keys() if given[p].shape != shapes[p].shape}
@@ -230,14 +230,18 @@ def initialize_from(
     params = _draw_only(model, {path: places[path] for path in shapes.keys() - same}, seed)
     for path in sorted(longer):  # sorted: all processes must fetch in the same order
         extended = np.array(parallel.fetch(params[path]))
-        extended[tuple(map(slice, given[path].shape))] = given[path]
+        extended[tuple(map(slice, given[path].shape))] = parallel.fetch(given[path])
         given[path] = extended
     _print_modules("not in the source, initialized randomly", shapes.keys() - same - longer)
     _print_modules("rows of new tokens, drawn anew", {path for path, n in rows.items() if n < tokens})
     _print_modules("in the source, not needed", given.keys() - same - longer)
-    for path in same | longer:  # one by one, so that each array of the source is freed early
-        x = np.asarray(given.pop(path)).astype(dtype)
-        params[path] = jax.make_array_from_callback(x.shape, places[path], lambda index, x=x: x[index])
+    for path in sorted(same | longer):  # one by one, so that each array of the source is freed early
+        x = given.pop(path)
+        if parallel.mesh_of(x) is not None:
+            params[path] = jax.device_put(x.astype(dtype), places[path])
+        else:
+            x = np.asarray(x).astype(dtype)
+            params[path] = jax.make_array_from_callback(x.shape, places[path], lambda index, x=x: x[index])
         if path in packed[1] and peft.is_quantizable(path, x.shape):
             params[path] = jax.jit(partial(peft.quantize_array, path, kind=packed[0]))(params[path])
     return traverse_util.unflatten_dict(params, sep="/")

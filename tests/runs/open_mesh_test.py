@@ -1,5 +1,6 @@
 """A model whose parameters are split over several devices: everything is what one device computes."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 import nanoflax
+from nanoflax import nn
 from nanoflax.config import Config, ExampleData, LanguageModel, ModelConfig, OptimConfig, TextData, TrainConfig
 from nanoflax.errors import UserError
+from nanoflax.runs import opening
 from tests import processes
 from tests.generate.sampling_test import make
 from tests.runs.adapter_test import LLAMA, write_base
@@ -45,7 +48,8 @@ def in_a_process(call, *arguments, devices=4):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A published model, a run of pretrain, a run of LoRA and its adapters, each with data."""
+    """A published model, a run of pretrain, a run of LoRA, its adapters, and a published model whose vocabulary no mesh
+    divides, each with data."""
     root = tmp_path_factory.mktemp("open_mesh")
     (root / "a.txt").write_text("the function returns a number of words. " * 60)
     rows = [{"text": f"the number of them is {i}"} for i in range(12)]
@@ -53,6 +57,7 @@ def sources(tmp_path_factory):
     text, examples = f"text:{root}/a.txt", f"jsonl:{root}/rows.jsonl"
     short = TrainConfig(steps=2, batch_size=4, evaluate_every=2, sample_tokens=0, tensorboard=False)
     published = write_base(root / "published", LLAMA)
+    odd = write_base(root / "odd", dataclasses.replace(LLAMA, vocab_size=261))
     data = TextData(train=text, tokenizer="bytes", cache=str(root / "cache"), workers=1)
     model = ModelConfig(layers=2, dim=32, heads=4, context=48, positions="rotary", tied=True)
     nanoflax.pretrain(Config(model=model, data=data, train=short), str(root / "run"))
@@ -65,7 +70,7 @@ def sources(tmp_path_factory):
     nanoflax.finetune(published, peft="lora", workdir=str(root / "lora"), config=tuned)
     return [
         (published, text), (str(root / "run"), text), (str(root / "lora"), examples),
-        (str(root / "lora" / "adapter"), text),
+        (str(root / "lora" / "adapter"), text), (odd, text),
     ]  # fmt: skip
 
 
@@ -75,7 +80,31 @@ def test_text_scores_and_losses_are_those_of_one_device(mesh, most, sources):
     for (texts, numbers, held), (same, scores, all_), (source, _) in zip(found, wanted, sources, strict=True):
         assert texts == same, source
         np.testing.assert_allclose(numbers, scores, rtol=1e-5, err_msg=source)
-        assert held < most and all_ == 1, source
+        assert held < (0.6 if source.endswith("odd") else most) and all_ == 1, source
+
+
+def started(source):
+    """Whether a training on a mesh starts from a model's parameters; the largest part of one on a device, when they are
+    read."""
+    mesh, found, parts = nanoflax.parallel.make_mesh("1,2,2"), opening.open_source(source), []
+    model = nanoflax.build(nanoflax.parallel.pad_vocabulary(found.config, mesh))
+
+    def load():
+        params = found.load()
+        parts.extend(x.addressable_shards[0].data.size / x.size for x in jax.tree.leaves(params) if x.ndim > 1)
+        return params
+
+    params, whole = opening.initialize_from(model, load, 0, mesh), jax.tree.map(np.asarray, found.load())
+    assert jax.tree.map(lambda x: x.sharding, params) == nanoflax.parallel.shardings(params, mesh)
+    config, params = nn.without_padding(model.config, params)
+    assert config == found.config
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, params, whole))), max(parts)
+
+
+def test_a_training_reads_only_a_part_of_its_source_on_each_device(sources):
+    published, *_, odd = (source for source, _ in sources)
+    assert in_a_process("started", published) == [True, 1 / 4]
+    assert in_a_process("started", odd) == [True, 1 / 2]  # the table [261, D] is split along D alone
 
 
 def served(mesh):
