@@ -3,6 +3,7 @@
 The oracles are the same run uninterrupted, on one process of eight devices, and on one device.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,10 +17,12 @@ import jax
 import numpy as np
 import pytest
 
-from nanoflax import parallel, runs
+from nanoflax import hf, nn, parallel, peft, runs, tokenizers
+from nanoflax.config import LoRA
 from nanoflax.errors import UserError
 from nanoflax.runs import checkpoint, lock
 from tests import kills, processes
+from tests.runs.adapter_test import LLAMA
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 10
@@ -238,6 +241,28 @@ def test_two_finetune_as_one_does(home):
     assert one == two
     one, two = (runs.restore_params(home / name / "final" / "checkpoints")[0] for name in ("tuned-1", "tuned-2"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), one, two)
+
+
+def test_two_start_from_a_model_as_one_does(home):
+    """From LoRA of the peft library on a published model with an uneven vocabulary, over a packed base."""
+    config = dataclasses.replace(LLAMA, vocab_size=261)
+    params = parallel.init(nn.build(config), jax.random.PRNGKey(0))
+    hf.save(home / "base", config, params, tokenizers.load("bytes"))
+    params = peft.add(params, LoRA(rank=2), jax.random.PRNGKey(1))
+    hf.save_adapter(home / "adapters", config, params, LoRA(rank=2), str(home / "base"))
+    (home / "texts.jsonl").write_text("".join(json.dumps({"text": f"number {i}"}) + "\n" for i in range(40)))
+    arguments = lambda workdir: [  # noqa: E731
+        "-m", "experiments.finetune", f"--workdir={home / workdir}",
+        *(f"--config.{flag}" for flag in (
+            "task.kind=language_model", f"model.init_from={home}/adapters", "task.length=32",
+            f"data.train=jsonl:{home}/texts.jsonl", "optim.warmup_steps=0", "train.steps=2", "train.batch_size=8",
+            "train.evaluate_every=2", "train.tensorboard=false", "train.mesh=2,2,2", "peft.kind=lora",
+            "peft.quantize=int8")),
+    ]  # fmt: skip
+    finish([Process(arguments("started-1"), home, "started-1", 8)])
+    finish(start(arguments("started-2"), home, "started-2"))
+    for a, b in zip(losses(home / "started-1"), losses(home / "started-2"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
 
 
 # What is refused.
