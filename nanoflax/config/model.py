@@ -217,6 +217,17 @@ class ModelConfig:
         return 2**31 - 1 if unlimited else self.context
 
     @property
+    def length_turns(self) -> bool:
+        """Whether the rotary angles of all tokens depend on the length of the text."""
+        return self.positions == "rotary" and self.rope.scaling in ("longrope", "dynamic")
+
+    def padding_limit(self, length: int) -> int:
+        """The largest length to which texts of this length may be padded: longer ones may have other rotary angles."""
+        if not self.length_turns:
+            return self.max_length
+        return self.rope.context if length <= self.rope.context else length
+
+    @property
     def decoder(self) -> "ModelConfig":
         """The settings of the blocks of an encoder-decoder's decoder."""
         heads, F = self.decoder_heads or self.heads, self.decoder_mlp_dim or self.mlp_dim
@@ -305,12 +316,12 @@ class ModelConfig:
     @property
     def layer_groups(self) -> tuple[tuple[int, int], ...]:
         """The groups (first layer, distance to the next) of layers with equal parameters, for train.scan_layers: a
-        period, after the layers that do not repeat."""
-        recurrent = [self.layer_type(i) if self.is_recurrent(i) else "" for i in range(self.layers)]
+        period, after the layers that do not repeat. Of an encoder-decoder, those of the deeper stack."""
+        L = max(self.layers, self.cross_layers)
+        recurrent = [self.layer_type(i) if self.is_recurrent(i) else "" for i in range(L)]
         kinds = [
             (x, self.is_sparse(i), i > 0 or self.first_norm, i * self.scale_by_layer) for i, x in enumerate(recurrent)
         ]
-        L = self.layers
         start, period = min(
             (
                 (n, p)

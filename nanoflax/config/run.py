@@ -145,7 +145,7 @@ def _block_problems(c: Config) -> list[str]:
     found = []
     if c.train.scan_layers and not c.model.has_blocks:
         found.append("train.scan_layers=true needs blocks, and model.architecture='lstm' has none")
-    elif c.train.scan_layers and c.model.layers > 1 and sum(c.model.layer_groups[0]) == c.model.layers:
+    elif c.train.scan_layers and max(c.model.layers, c.model.cross_layers) == sum(c.model.layer_groups[0]) > 1:
         found.append(
             "train.scan_layers=true needs kinds of layers that repeat: model.layer_types, model.moe.dense_layers, "
             "model.first_norm, model.scale_by_layer"

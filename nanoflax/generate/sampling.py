@@ -243,10 +243,12 @@ def sample_in_chunks(
 ) -> Iterator[tuple[Bool[Array, " B"], Any]]:
     """Yields (whether a row has ended, the result of `advance`) for each `chunk` of tokens, until there are at least
     max_new_tokens. tokens: prompts padded on the left. filters: a function is called before each chunk. Not for jit."""
-    chunks, rows = -(-int(np.max(max_new_tokens)) // chunk), len(tokens)
+    most, rows = int(np.max(max_new_tokens)), len(tokens)
+    chunks = -(-most // chunk)
+    room = most if model.config.length_turns else chunks * chunk  # steps beyond it only give tokens that nobody reads
     on = functools.partial(compiled, mesh=parallel.mesh_of(params))
     params, model = on(decoding_params)(model, params, rows), decoding_model(model, rows)
-    state = on(start)(model, params, tokens, lengths, chunks * chunk, rng, np.int32(max_new_tokens))
+    state = on(start)(model, params, tokens, lengths, room, rng, np.int32(max_new_tokens))
     for _ in range(chunks):
         now = filters() if callable(filters) else filters
         state, found = on(advance, "state")(model, params, state, now, chunk, eos_ids, vocab_size, record)

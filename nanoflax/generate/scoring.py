@@ -70,7 +70,7 @@ def score(
         raise UserError(listed(problems))
     groups, found, computed = defaultdict(list), {}, 0  # (T, S, C) -> rows; C: columns for the scored positions
     for source, inputs, n in rows:
-        T, S = (min(bucket(len(ids)), c.max_length) if ids else 0 for ids in (inputs, source))
+        T, S = (min(bucket(len(ids)), c.padding_limit(len(ids))) if ids else 0 for ids in (inputs, source))
         C = min(T, 4 ** max(2, math.ceil(math.log(n, 4))))  # n rounded up to a power of four, at least 16
         groups[T, S, C].append((source, inputs, n))
     size = lambda members: min(batch_size, bucket(len(members), 1))  # of a batch: a smaller group has smaller ones

@@ -141,7 +141,7 @@ class Places(NamedTuple):
     positions: Int[Array, "#B T"]  # of each token in its document, for position embeddings
     key_positions: Int[Array, "#B S"]  # the same of each key
     prompt_keys: Bool[Array, "1 1 1 S"] | bool  # True at the keys of the prompt, which every query attends to
-    length: Int[Array, ""] | None = None  # of the longest text that the cache has room for; None without a cache
+    length: Int[Array, ""] | None = None  # of the longest text, or that the cache has room for; None: of the positions
 
 
 class Stack(nn.Module):
@@ -260,7 +260,8 @@ class Stack(nn.Module):
         spec = None
         if not P:
             spec = MaskSpec(segments) if self.causal or segments is None else MaskSpec(valid=segments > 0)
-        return Places(slots, slots, in_text, in_text, prompt_keys), mask, spec
+        length = None if segments is None else jnp.where(segments > 0, in_text, 0).max() + 1  # without padding
+        return Places(slots, slots, in_text, in_text, prompt_keys, length), mask, spec
 
     def _after_cache(self, x, P, cache):
         """(Places, mask, no MaskSpec) of tokens that extend a cache."""

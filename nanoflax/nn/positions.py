@@ -119,9 +119,9 @@ def angles_of(
 ) -> Angles:
     """Cosines and sines of the rotary positions of a model's layers; local: of those with a window.
 
-    length: for the scalings longrope and dynamic, the length of the longest text of the batch; none: the largest
-    position + 1, as in Transformers. With a cache it is the longest text that the cache has room for: every key in
-    it then has the same rates, so that cached decoding equals the pass over a whole text that fills the cache.
+    length: for longrope and dynamic, that of the longest text of the batch; none: the largest position + 1, as in
+    Transformers (padding without a mask counts). With a cache it is the longest text that the cache has room for: every
+    key then has the same rates, so that cached decoding equals the pass over a whole text that fills the cache.
     """
     rope = config.rope
     if length is None:

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from nanoflax import generate, parallel
-from nanoflax.config import GenerationDefaults, ModelConfig
+from nanoflax.config import GenerationDefaults, ModelConfig, RopeConfig
 from nanoflax.errors import UserError
 from nanoflax.generate import processors, sample, sampling, stream
 from nanoflax.nn import build
@@ -325,6 +325,17 @@ def test_stream_equals_sample(options, with_end):
     assert all(len(row) <= 4 for chunk in chunks for row in chunk)
     joined = [sum(rows, []) for rows in zip(*chunks, strict=True)]
     assert joined == generate.sample(model, params, prompts, **options)
+
+
+@pytest.mark.parametrize("scaling, new", [("dynamic", 21), ("longrope", 9)])
+def test_the_last_chunk_of_a_stream_does_not_turn_its_angles(scaling, new):
+    factors = dict(short_factors=(1.0,) * 4, long_factors=(2.0, 3.0, 4.0, 5.0)) if scaling == "longrope" else {}
+    model, params = make(positions="rotary", rope=RopeConfig(scaling=scaling, factor=4.0, context=20, **factors))
+    options = dict(max_new_tokens=new, temperature=0, log_probabilities=1)
+    chunks = generate.stream(model, params, ragged(3, 11), chunk=8, **options)
+    streamed = [np.concatenate([s.log_probabilities for s in rows]) for rows in zip(*chunks, strict=True)]
+    for found, whole in zip(streamed, generate.sample(model, params, ragged(3, 11), **options), strict=True):
+        np.testing.assert_allclose(found, whole.log_probabilities, atol=1e-4)
 
 
 def test_stream_stops_when_every_row_has_ended():

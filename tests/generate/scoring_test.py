@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nanoflax import generate, hf
-from nanoflax.config import ModelConfig
+from nanoflax.config import ModelConfig, RopeConfig
 from nanoflax.errors import UserError
 from nanoflax.nn import build
 from tests.compiled import apply
@@ -59,6 +59,19 @@ def test_neither_neighbours_nor_padding_matter(architecture):
         generate.log_likelihoods(model, params, [p], [n], batch_size=1)[0] for p, n in zip(prompts, new, strict=True)
     ]
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", ["dynamic", "longrope"])
+def test_padding_does_not_change_rotary_angles(scaling):
+    factors = dict(short_factors=(1.0,) * 4, long_factors=(2.0, 3.0, 4.0, 5.0)) if scaling == "longrope" else {}
+    rope = RopeConfig(theta=100.0, scaling=scaling, factor=4.0, context=12, **factors)
+    model, params = make("decoder", positions="rotary", rope=rope)
+    prompts, new = ragged(3, 5, 7, 16), ragged(2, 6, 8, 4)  # texts of 4, 10, 14 and 19 tokens, and the last of each
+    found = generate.log_likelihoods(model, params, prompts, new)
+    for prompt, row, total in zip(prompts, new, found, strict=True):
+        logp = jax.nn.log_softmax(apply(model, params, np.array([prompt + row[:-1]]))[0])[0]
+        expected = sum(float(logp[len(prompt) - 1 + i, t]) for i, t in enumerate(row))
+        assert total == pytest.approx(expected, rel=1e-5)
 
 
 def test_one_compilation_for_a_bucket(compilations):

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from nanoflax import nn
-from nanoflax.nn import positions
+from nanoflax.config import ModelConfig, RopeConfig
+from nanoflax.nn import build, positions
+from nanoflax.parallel import init
+from tests.compiled import apply
 
 RATES = nn.base_rates(10_000.0, 8)
 
@@ -82,3 +85,28 @@ def test_rotate_keeps_the_dtype_and_the_first_token():
 def test_a_theta_may_be_a_large_integer():
     expected = 3580165449.0 ** (-np.arange(0, 8, 2) / 8)
     np.testing.assert_allclose(nn.base_rates(3580165449, 8), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder"])
+@pytest.mark.parametrize("scaling", ["dynamic", "longrope"])
+def test_padding_does_not_make_a_text_longer(scaling, architecture):
+    factors = dict(short_factors=(1.0, 1.5), long_factors=(2.0, 4.0)) if scaling == "longrope" else {}
+    rope = RopeConfig(theta=100.0, scaling=scaling, factor=4.0, context=8, **factors)
+    c = ModelConfig(
+        architecture=architecture, head="mlm" if architecture == "encoder" else "lm", positions="rotary", rope=rope,
+        vocab_size=29, context=32, layers=1, dim=16, heads=4,
+    )  # fmt: skip
+    model = build(c)
+    params = jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x, init(model, jax.random.PRNGKey(0)))
+    tokens = np.random.default_rng(0).integers(0, 29, (1, 24)).astype(np.int32)
+
+    def logits(*inputs):
+        found = apply(model, params, *inputs)
+        return np.asarray(found if architecture == "encoder" else found[0])
+
+    long = logits(tokens)
+    for n in (10, 6):  # of more than rope.context tokens, and of fewer
+        real = np.arange(24)[None] < n
+        padded = logits(tokens, real if architecture == "encoder" else real.astype(np.int32))
+        np.testing.assert_allclose(padded[:, :n], logits(tokens[:, :n]), atol=1e-5)
+    assert np.abs(long[:, :6] - padded[:, :6]).max() > 1e-3  # where a longer text has other angles

@@ -191,6 +191,18 @@ def test_unequal_blocks_run_in_groups(name):
         assert written[0] == written[1]
 
 
+DEEPER_DECODER = SMALL | dict(architecture="encoder_decoder", layers=1, decoder_layers=3)
+
+
+@pytest.mark.parametrize("changes", [dict(scale_by_layer=True), dict(moe=MoEConfig(experts=3, dense_layers=(0,)))])
+def test_a_decoder_deeper_than_its_encoder_has_groups_of_its_own(changes):
+    model = build(ModelConfig(**DEEPER_DECODER, **changes))
+    params = jax.tree.map(lambda x: 5 * x, parallel.init(model, jax.random.PRNGKey(0)))
+    stacked = stack(params, model.config.layer_groups)
+    assert is_stacked(stacked)
+    assert_same(loss_and_gradient(model, stacked)[0], loss_and_gradient(model, params)[0], 5e-6)
+
+
 @pytest.mark.parametrize(
     "layers, dense, groups",
     [
@@ -425,6 +437,10 @@ def test_blocks_that_differ_are_refused(trained):
             "train.scan_layers=true does not work with peft.kind='adalora'",
         ),
         (dict(model=ModelConfig(architecture="lstm")), "model.architecture='lstm' has none"),
+        (
+            dict(model=ModelConfig(**DEEPER_DECODER, scale_by_layer=True)),
+            "needs kinds of layers that repeat: .*model.scale_by_layer",
+        ),
     ],
 )
 def test_what_has_no_layers_to_scan_is_refused(changes, words):
