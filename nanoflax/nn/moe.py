@@ -134,7 +134,7 @@ class MoE(nn.Module):
         options = c.activation, c.gated, bias if m.expert_bias is None else m.expert_bias, *rest
         router = Router(m.experts, m.router_bias, correction=m.correction, name="router")
         logits, correction = router(x.astype(jnp.float32))
-        chosen, weights, shares = parallel.map_tokens(lambda *parts: route(parts[0], m, *parts[1:]), logits, correction)
+        chosen, weights, shares = parallel.map_tokens(lambda x, bias: route(x, m, bias), logits, correction)
         if self.is_mutable_collection("router") and not self.is_initializing():
             self.sow("router", "sums", _router_sums(logits, chosen, shares, correction, counted))
 

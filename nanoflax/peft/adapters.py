@@ -74,7 +74,7 @@ def _places(flat, c: Any):
         raise UserError(f"peft.kind={c.kind!r} does not work with layers of the kinds delta and mamba2; use lora")
     if isinstance(c, PromptTuning):
         stacks = [name for name in ("encoder", "decoder") if any(path.startswith(f"{name}/block_0/") for path in flat)]
-        if any(f"{name}/relative_bias/embedding" in flat for name in stacks[:1]):
+        if stacks and f"{stacks[0]}/relative_bias/embedding" in flat:
             raise UserError(
                 "peft.kind='prompt' does not work with relative positions: padding would "
                 "count as distance from the prompt; use prefix"
@@ -84,11 +84,8 @@ def _places(flat, c: Any):
                 "peft.kind='prompt' does not work in a decoder with model.embed_dim, whose blocks do not read "
                 "vectors of the embedding's size; use prefix"
             )
-        table = flat["embed/embedding"]
-        places |= {
-            f"{stack}/": lambda rng: {"prompt": jax.random.choice(rng, table, (c.virtual_tokens,)).astype(jnp.float32)}
-            for stack in stacks[:1]
-        }
+        if stacks:
+            places[f"{stacks[0]}/"] = partial(_prompt, c.virtual_tokens, flat["embed/embedding"])
     if not places and isinstance(c, LowRank):
         known = sorted({re.sub(r"block_\d+", "block_*", path) for path in kernels})
         raise UserError(f"peft.targets={c.targets!r} matches the end of none of {', '.join(known)}")
@@ -136,6 +133,10 @@ def _adalora(rank, kernel, rng):
 
 
 _LOW_RANK = {"lora": _lora, "dora": _dora, "adalora": _adalora}
+
+
+def _prompt(tokens, table, rng):
+    return {"prompt": jax.random.choice(rng, table, (tokens,)).astype(jnp.float32)}
 
 
 def _prefix(shape, rng):

@@ -89,6 +89,7 @@ def fit(
                     with run.saved_after_mistake(first):
                         run.state, metrics = step(run.state, parallel.put_batch(batch, mesh))
                     run.add(metrics, wait=eager or run.done == first)
+                # answers: of each process; [] between polls. last: the run ends after this step.
                 answers = poll(run.done, [int(signals.caught), run.save_is_due()])
                 caught = next((number for number, _ in answers if number), 0)
                 save = run.done % config.train.checkpoint_every == 0 or bool(answers) and answers[0][1]
