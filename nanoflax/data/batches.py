@@ -42,7 +42,7 @@ class Batches:
     permutation of all windows, seeded by (seed, epoch); a batch may contain windows of two epochs.
     windows: a Windows, or any object with a length and `batch`. host_rows: which rows of a batch this process reads
     (parallel.own_rows); None: all. The rows of all processes together do not depend on the number of processes.
-    ranges: {0 or a later step: the windows that are read from this step on, in epochs of their own}; None: all windows.
+    ranges: {step, one of them 0: the windows read from this step on, in epochs of their own}; None: all windows.
     """
 
     def __init__(

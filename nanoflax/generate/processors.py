@@ -134,7 +134,7 @@ def process(
     """Logits, or log-probabilities, after the penalties of `filters` and the rules on tokens."""
     f = filters
     penalties = f.encoder_repetition_penalty, f.repetition_penalty, f.presence_penalty, f.frequency_penalty
-    axes_of: Any = lambda xs: [0 if x is not None and jnp.ndim(x) else None for x in xs]
+    axes_of: Any = lambda xs: [0 if x is not None and jnp.ndim(x) else None for x in xs]  # None: one for all rows
     axes = (0, axes_of(penalties), Written(*axes_of(written)))
     return jax.vmap(partial(_process_row, rules, eos_ids), in_axes=axes)(logits, [*penalties], written)
 

@@ -248,6 +248,5 @@ class Attention(nn.Module):
         """`kernels.choose` for a call of `attend` without a cache."""
         c, platform = self.config, parallel.current_platform()
         options = bias is not None, c.attention_softcap, c.attention_sinks
-        return kernels.choose(
-            c.attention_backend, kernels.Call(platform, q.shape, k.shape, q.dtype, causal, spec, *options)
-        )
+        call = kernels.Call(platform, q.shape, k.shape, q.dtype, causal, spec, *options)
+        return kernels.choose(c.attention_backend, call)

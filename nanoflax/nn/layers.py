@@ -96,8 +96,11 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        normal, drawn = nn.initializers.normal(self.stddev), (x.shape[-1], self.features - self.padding)
-        y = multiply(x, parameter(self, "kernel", lambda key: jnp.pad(normal(key, drawn), [(0, 0), (0, self.padding)])))
+        def initial(key):
+            drawn = nn.initializers.normal(self.stddev)(key, (x.shape[-1], self.features - self.padding))
+            return jnp.pad(drawn, [(0, 0), (0, self.padding)])
+
+        y = multiply(x, parameter(self, "kernel", initial))
         if self.has_variable("params", "lora_a"):
             y = adapt(y, x, self.variables["params"])
         if self.bias:

@@ -88,9 +88,8 @@ def _router_sums(logits, chosen, shares, correction, counted):
     of_token = jnp.stack([jax.nn.logsumexp(logits, -1) ** 2, jnp.ones_like(real)], -1)
     of_expert = jnp.stack([jax.nn.one_hot(chosen, E).sum(-2), shares], -2)
     x = jnp.concatenate([of_expert, jnp.broadcast_to(of_token[..., None], (*real.shape, 2, E))], -2)
-    return jnp.concatenate(
-        [jnp.tensordot(real, x, 2), jnp.broadcast_to(0.0 if correction is None else correction, (1, E))]
-    )
+    sums = jnp.tensordot(real, x, 2)
+    return jnp.concatenate([sums, jnp.broadcast_to(0.0 if correction is None else correction, (1, E))])
 
 
 def router_terms(moe: MoEConfig, collected: Any) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:

@@ -74,10 +74,8 @@ def rotary_rates(
         turns = context * rates / (2 * jnp.pi)
         kept = jnp.clip((turns - rope.low) / (rope.high - rope.low), 0, 1)
     else:
-        low, high = (
-            dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
-            for turns in (rope.beta_fast, rope.beta_slow)
-        )
+        pair_of = lambda turns: dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        low, high = pair_of(rope.beta_fast), pair_of(rope.beta_slow)  # the pairs that turn so often in rope.context
         if rope.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)

@@ -139,9 +139,8 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
             optax.scale_by_schedule(schedule),
         )
     else:
-        tx = optax.chain(
-            optax.add_decayed_weights(c.weight_decay, decay_mask), optax.sgd(schedule, momentum=c.b1, nesterov=True)
-        )
+        sgd = optax.sgd(schedule, momentum=c.b1, nesterov=True)
+        tx = optax.chain(optax.add_decayed_weights(c.weight_decay, decay_mask), sgd)
     tx = parallel.vmap_over_layers(tx)
     if c.layer_decay != 1:
         tx = optax.chain(tx, layerwise_decay(c.layer_decay))

@@ -76,9 +76,8 @@ def abstract_state(
     params: shapes of the trained parameters (a tree per block); None means all of the model's."""
     make = partial(new_state, model, optimizer, config)
     shapes = jax.eval_shape(make, jax.random.PRNGKey(config.train.seed), params)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, parallel.shardings(shapes, mesh)
-    )
+    in_shards = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(in_shards, shapes, parallel.shardings(shapes, mesh))
 
 
 def abstract_batch(config: Config, mesh: parallel.AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -125,9 +125,8 @@ def jit_step(step: Callable, state: TrainState, mesh: Mesh) -> Any:
     state is donated."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
     options = parallel.compiler_options(mesh.devices.flat[0].platform)
-    return jax.jit(
-        parallel.with_mesh(mesh, step), donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
-    )
+    run = parallel.with_mesh(mesh, step)
+    return jax.jit(run, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 
 def compile_step(step: Callable, state: TrainState, batch: dict, mesh: Mesh) -> Any:
