@@ -128,10 +128,11 @@ def _recorder(n):
     return None if n is None else lambda logits, _, token: most_probable(logits, token, n)
 
 
-def _sample(model, params, tokens, lengths, rng, limit, filters, steps, eos_ids, vocab_size, record):
+def _sample(model, params, tokens, lengths, rng, limit, filters, before, steps, eos_ids, vocab_size, record):
     rows = tokens.shape[0]
     model, params = decoding_model(model, rows), decoding_params(model, params, rows)
     state = start(model, params, tokens, lengths, steps, rng, limit)
+    state = state._replace(written=state.written._replace(step=before))  # new tokens at the end of the prompts
     return advance(model, params, state, filters, steps, eos_ids, vocab_size, record)[1]
 
 
@@ -172,18 +173,19 @@ def sample(
     tokens, lengths, ends = request_of(model.config, prompts, max_new_tokens, eos_id, vocab_size, tokenizer)
     filters = make_filters(temperature, top_k, top_p, min_p, repetition_penalty, model.config.generation, **more)
     filters, rng, limits, record = _by_row(model, tokens, filters, rng, max_new_tokens, logit_bias, log_probabilities)
-    run, rope, most = compiled(_sample, mesh=parallel.mesh_of(params)), model.config.rope, int(limits.max())
+    run, most = compiled(_sample, mesh=parallel.mesh_of(params)), int(limits.max())
     # Longer texts than rope.context have other angles: there the text is read again from its beginning.
-    short = rope.context + 1 - int(max(lengths))
-    parts = [short, most - short] if rope.scaling == "longrope" and 0 < short < most else [most]
-    found = run(model, params, tokens, lengths, rng, limits, filters, parts[0], *ends, record)
+    turns = model.config.rope.scaling == "longrope" and not model.config.reads_source
+    short = turns * (model.config.rope.context + 1 - int(max(lengths)))
+    parts = [short, most - short] if 0 < short < most else [most]
+    found = run(model, params, tokens, lengths, rng, limits, filters, np.int32(0), parts[0], *ends, record)
     pieces = [jax.tree.map(parallel.fetch, found)]
     for steps in parts[1:]:
         new = jax.tree.leaves(pieces[0])[0].tolist()
         texts = [[*row[len(row) - n :], *more] for row, n, more in zip(tokens.tolist(), lengths, new, strict=True)]
         tokens, lengths, _ = request_of(model.config, texts, steps, eos_id, vocab_size)
         rng = jax.vmap(jax.random.fold_in, (0, None))(rng, 1) if is_key_of_rows(rng) else jax.random.fold_in(rng, 1)
-        found = run(model, params, tokens, lengths, rng, limits - short, filters, steps, *ends, record)
+        found = run(model, params, tokens, lengths, rng, limits, filters, np.int32(short), steps, *ends, record)
         pieces.append(jax.tree.map(parallel.fetch, found))
     return answers(jax.tree.map(lambda *x: np.concatenate(x, 1), *pieces), ends[0], limits)
 
@@ -243,8 +245,7 @@ def sample_in_chunks(
 ) -> Iterator[tuple[Bool[Array, " B"], Any]]:
     """Yields (whether a row has ended, the result of `advance`) for each `chunk` of tokens, until there are at least
     max_new_tokens. tokens: prompts padded on the left. filters: a function is called before each chunk. Not for jit."""
-    most, rows = int(np.max(max_new_tokens)), len(tokens)
-    chunks = -(-most // chunk)
+    chunks, rows = -(-(most := int(np.max(max_new_tokens))) // chunk), len(tokens)
     room = most if model.config.length_turns else chunks * chunk  # steps beyond it only give tokens that nobody reads
     on = functools.partial(compiled, mesh=parallel.mesh_of(params))
     params, model = on(decoding_params)(model, params, rows), decoding_model(model, rows)

@@ -32,8 +32,7 @@ def make(sharpness=4.0, **fields):
         std = sharpness / x.shape[0] ** 0.5 if path[0].key == "unembed" else std
         return jnp.asarray((kind == "scale") + std * rng.normal(size=x.shape), jnp.float32)
 
-    shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0), np.zeros((1, 1), np.int32))
-    return model, jax.tree_util.tree_map_with_path(fill, shapes["params"])
+    return model, jax.tree_util.tree_map_with_path(fill, parallel.param_shapes(model))
 
 
 def ragged(*lengths, vocab=29):
@@ -301,7 +300,7 @@ def test_finished_rows_are_cut_and_frozen_and_do_not_disturb_others():
     # Before cutting: the end, and nothing but the end after it.
     tokens, lengths = pad_left(prompts)
     raw = sampling.compiled(sampling._sample)(
-        model, params, tokens, lengths, jax.random.PRNGKey(0), 24, sampling.make_filters(0), 24, (eos,), None, None
+        model, params, tokens, lengths, jax.random.PRNGKey(0), 24, sampling.make_filters(0), 0, 24, (eos,), None, None
     )
     assert (np.asarray(raw)[0, len(cut[0]) :] == eos).all()
 
@@ -336,6 +335,42 @@ def test_the_last_chunk_of_a_stream_does_not_turn_its_angles(scaling, new):
     streamed = [np.concatenate([s.log_probabilities for s in rows]) for rows in zip(*chunks, strict=True)]
     for found, whole in zip(streamed, generate.sample(model, params, ragged(3, 11), **options), strict=True):
         np.testing.assert_allclose(found, whole.log_probabilities, atol=1e-4)
+
+
+LONGROPE = dict(
+    positions="rotary",
+    rope=RopeConfig(
+        scaling="longrope", factor=4.0, context=12, short_factors=(1.0,) * 4, long_factors=(2.0, 3.0, 4.0, 5.0)
+    ),
+)
+
+
+def test_rules_count_the_tokens_before_the_angles_of_a_long_text():
+    model, params = make(**LONGROPE)
+    (prompt,) = ragged(8)
+    plain = generate.sample(model, params, [prompt], 10, temperature=0)[0]
+    # The text is read again after 5 tokens. The sixth is not suppressed there, and it may end after 7.
+    rules = dict(begin_suppress_tokens=(plain[5],), min_new_tokens=7, eos_token_id=(plain[9],))
+    assert plain[5] not in plain[:1] and plain[9] not in plain[:9]
+    ruled = build(dataclasses.replace(model.config, generation=GenerationDefaults(**rules)))
+    found, text = generate.sample(ruled, params, [prompt], 10, temperature=0)[0], [*prompt]
+    for i in range(10):
+        logits = np.array(apply(model, params, np.array([text]))[0][0, -1])
+        logits[[*rules["begin_suppress_tokens"]] if i == 0 else []] = -np.inf
+        logits[[*rules["eos_token_id"]] if i < 7 else []] = -np.inf
+        text.append(int(logits.argmax()))
+        if text[-1] in rules["eos_token_id"]:
+            text.pop()
+            break
+    assert found == text[8:] == plain[:9]
+
+
+def test_a_long_target_is_no_part_of_its_source():
+    (model, params), (source,) = make(architecture="encoder_decoder", **LONGROPE), ragged(8)
+    found = generate.sample(model, params, [source], 10, temperature=0, log_probabilities=1)[0]
+    inputs = np.array([[0, *found.tokens[:-1]]])  # short texts, as the source
+    logp = jax.nn.log_softmax(apply(model, params, inputs, source=np.array([source]))[0])[0]
+    np.testing.assert_allclose(found.log_probabilities, logp[np.arange(10), np.array(found.tokens)], atol=1e-4)
 
 
 def test_stream_stops_when_every_row_has_ended():
