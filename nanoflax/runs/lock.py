@@ -52,7 +52,7 @@ def take_lock(directory: Path) -> tuple[TextIO, str]:
         except FileNotFoundError:  # another process has failed, and has removed the directory that it made
             continue
         except OSError as error:
-            raise UserError(f"{path} cannot be locked: {error.strerror}") from error
+            raise UserError(f"{path} cannot be locked: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
