@@ -36,7 +36,7 @@ from tests.campaign import Outcome, seeds
 from tests.campaign.mutation import mutate, pack, unpack
 
 MAX_SECONDS, MAX_BYTES = 5, 2**31
-FORGET = 10_000  # inputs: JAX keeps what it traced of each
+FORGET = 2_000  # inputs: JAX keeps what it traced of each
 MEMORY_DISK = "/dev/shm" if os.path.isdir("/dev/shm") else None
 TEXTS = ["", "Hello world 12", " é日▁\n😀</s><0x0A>", "<|im_end|> a"]
 CHAT = [{"role": "user", "content": "2+2?</s>"}, {"role": "assistant", "content": "4 <|im_end|>"}]
