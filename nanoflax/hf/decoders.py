@@ -87,7 +87,8 @@ def _write_phi3(c):
     hf = write_rope(c) | {
         "partial_rotary_factor": c.rope.fraction, "original_max_position_embeddings": c.context,
         "sliding_window": c.window or None, "embd_pdrop": c.dropout}  # fmt: skip
-    if rope := hf["rope_scaling"]:
+    if c.rope.scaling == "longrope":
+        rope = hf["rope_scaling"]
         hf["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
         if rope["factor"] == c.context / c.rope.context:
             del rope["factor"]

@@ -34,7 +34,7 @@ def family_of_config(config: ModelConfig, model_type: str | None = None) -> Fami
         missing[name], refused[name] = _missing(name, config)
         if not missing[name] or missing[name] == ["embed_scale"] and not config.tied:
             return family
-    if ["token_types"] in missing.values():
+    if not config.token_types and ["token_types"] in missing.values():
         with contextlib.suppress(UserError):
             return family_of_config(dataclasses.replace(config, token_types=1), model_type)
     nearest = min(missing, key=lambda name: (missing[name][0] in ("architecture", "head"), len(missing[name])))

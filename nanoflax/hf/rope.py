@@ -128,6 +128,7 @@ def read_layers(
 
 
 def write_layers(c: ModelConfig) -> dict[str, Any]:
-    """The kinds of layers and their window, as `read_layers` reads them."""
-    types = [_THEIR_LAYERS[c.layer_type(i)] for i in range(c.layers)]
+    """The kinds of layers and their window, as `read_layers` reads them; it refuses a kind that no file has."""
+    kinds = map(c.layer_type, range(c.layers))
+    types = [_THEIR_LAYERS.get(kind, kind) for kind in kinds]
     return {"sliding_window": c.window or None, "layer_types": types}

@@ -16,6 +16,7 @@ import nanoflax
 from experiments.flags import load_config
 from nanoflax import hf, parallel
 from nanoflax.config import LatentConfig, ModelConfig, MoEConfig, RopeConfig
+from nanoflax.errors import UserError
 
 CONFIGS = sorted(path.stem for path in pathlib.Path(__file__).parents[2].glob("experiments/configs/*.py"))
 SMALL = dict(layers=1, dim=32, heads=4, head_dim=None, mlp_dim=64, context=24, vocab_size=40)
@@ -157,3 +158,38 @@ def test_fields_that_nothing_reads_do_not_matter(name, changes):
         vocab_size=40, layers=2, dim=16, mlp_dim=32, norm="rmsnorm", gated=True, bias=False, positions="rotary",
         activation="silu", tied=False, **({"heads": 2} | heads | latent | changes))  # fmt: skip
     assert hf.family_of_config(model, name).model_type == name
+
+
+@pytest.mark.parametrize("kinds", [("mamba2", "full"), ("delta", "mamba2"), ("chunked", "mamba2")])
+def test_kinds_of_layers_that_no_family_has_together_are_refused(kinds, tmp_path):
+    config = ModelConfig(**SMALL | dict(layers=2), layer_types=kinds, window=4 * ("chunked" in kinds))
+    with pytest.raises(UserError, match="^no family of Transformers .* has such models; the nearest is .*$"):
+        hf.save(tmp_path, config, random_params(config, 0))
+
+
+M2M = dict(architecture="encoder_decoder", positions="sinusoidal_fairseq", position_offset=2, activation="relu")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(norm="layernorm", positions="rotary", scale_by_layer=True, rope=RopeConfig(scaling="linear", factor=2.0)),
+        dict(norm="layernorm", positions="rotary", scale_by_layer=True, rope=RopeConfig(scaling="dynamic", factor=2.0)),
+        M2M | dict(token_types=2),
+    ],
+)
+def test_settings_that_only_some_families_write_are_refused_by_the_others(changes, tmp_path):
+    config = ModelConfig(**SMALL | changes)
+    with pytest.raises(UserError, match="^no family of Transformers .* has such models; the nearest is .*$"):
+        hf.save(tmp_path, config, random_params(config, 0))
+
+
+def test_a_family_is_found_behind_one_that_lacks_the_rotary_scaling(tmp_path):
+    config = ModelConfig(
+        **SMALL, positions="rotary", window=5, tied=False, rope=RopeConfig(scaling="linear", factor=4.0)
+    )
+    params = random_params(config, 0)
+    assert hf.save(tmp_path, config, params).model_type == "starcoder2"
+    read, found = hf.load(tmp_path)
+    assert (read.rope, read.window) == (config.rope, 5)
+    assert jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), found, params))
