@@ -147,6 +147,8 @@ def block_problems(m: Any) -> list[str]:
             f"model.embed_dim={m.embed_dim} must equal model.dim={m.dim}, except in a decoder or encoder without "
             "output_delay"
         )
+    if m.projects_embeddings and m.head == "mlm" and not m.mlm_transform:
+        found.append(f"model.embed_dim={m.embed_dim} needs model.mlm_transform=True with model.head='mlm'")
     return found
 
 

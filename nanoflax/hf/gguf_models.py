@@ -304,7 +304,7 @@ def _metadata_of(a: Architecture, config: ModelConfig) -> dict[str, Any]:
         metadata[a.key("Rope.SCALING_ORIG_CTX_LEN")] = rope.context
         metadata[a.key("Rope.SCALING_YARN_BETA_FAST")] = float(rope.beta_fast)
         metadata[a.key("Rope.SCALING_YARN_BETA_SLOW")] = float(rope.beta_slow)
-        if strength := hf["rope_scaling"].get("mscale_all_dim"):
+        if strength := (hf["rope_scaling"] or {}).get("mscale_all_dim"):
             metadata[a.key("Rope.SCALING_YARN_LOG_MUL")] = 0.1 * strength
     if config.rope.scaling == "llama3":
         metadata[a.key("Rope.SCALING_ORIG_CTX_LEN")] = config.rope.context

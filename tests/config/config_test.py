@@ -48,6 +48,10 @@ def test_presets_are_valid(name):
     "changes, words",
     [
         (dict(model__norm="batchnorm"), "model.norm='batchnorm' is not one of layernorm, rmsnorm"),
+        (
+            dict(model__architecture="encoder", model__head="mlm", model__embed_dim=24, model__mlm_transform=False),
+            "model.embed_dim=24 needs model.mlm_transform=True with model.head='mlm'",
+        ),
         (dict(model__activation="elu"), "model.activation='elu' is not one of"),
         (dict(model__positions="alibi"), "model.positions='alibi' is not one of"),
         (dict(model__dtype="float16"), "model.dtype='float16' is not one of"),

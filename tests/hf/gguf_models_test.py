@@ -309,3 +309,13 @@ def test_llama_of_4_5_spellings(tmp_path):
     config, params = hf.load(tmp_path / "model")
     hf.save_gguf(tmp_path / "x.gguf", config, params)
     assert hf.open_gguf(tmp_path / "x.gguf")[0]["llama.rope.freq_base"] == 500.0
+
+
+def test_a_scaling_without_rotary_positions_is_refused(tmp_path):
+    scaled = configs.RopeConfig(scaling="yarn", factor=4.0)
+    config = configs.ModelConfig(
+        vocab_size=40, layers=1, dim=32, heads=4, positions="sinusoidal_halves", rope=scaled,
+        moe=configs.MoEConfig(experts=4),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="^no architecture of GGUF files here .* has such models"):
+        gguf_models.describe(config)
