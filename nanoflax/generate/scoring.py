@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nanoflax import parallel
 from nanoflax.errors import UserError, listed
 from nanoflax.generate.sampling import Prompts
 from nanoflax.kernels import chunks_of, most_probable
@@ -75,12 +76,13 @@ def score(
         groups[T, S, C].append((source, inputs, n))
     size = lambda members: min(batch_size, bucket(len(members), 1))  # of a batch: a smaller group has smaller ones
     work = sum((T + S) * size(of) * -(-len(of) // size(of)) for (T, S, _), of in groups.items())
+    run = parallel.with_mesh(parallel.mesh_of(params), _scores)
     for (T, S, C), members in sorted(groups.items(), reverse=True):  # the longest first: a lack of memory shows at once
         for at in range(0, len(members), size(members)):
             part = members[at : at + size(members)]
             targets = [list(continuations[rows[row][0]][:-1]) for row in part]
             batch = _batch(part, targets, T, S, C, size(members))
-            *scores, last = map(np.asarray, _scores(model, params, batch, alternatives))
+            *scores, last = map(np.asarray, run(model, params, batch, alternatives))
             for b, row in enumerate(part):
                 for i in rows[row]:
                     logp, *best = (x[b : b + 1, C - row[2] :].copy() for x in scores)

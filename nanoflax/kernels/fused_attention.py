@@ -149,10 +149,12 @@ _planned.defvjp(_planned_forward, _planned_backward)
 
 
 def _splash_refusals(call):
-    (B, _, T, _), S, rows = call.q, call.k[2], parallel.axis_size(*parallel.BATCH[0])
+    (B, _, T, _), (_, G, S, _), rows = call.q, call.k, parallel.axis_size(*parallel.BATCH[0])
+    tensor = parallel.axis_size("tensor")
     return {
         f"lengths of {T} and {S} are not multiples of 128": T % 128 > 0 or S % 128 > 0,
         f"{B} rows are not divisible by data x fsdp x expert = {rows}": B % rows > 0,
+        f"{G} heads are not divisible by tensor = {tensor}": G % tensor > 0,
         "causality between sequences of different lengths": call.causal and T != S,
     }
 

@@ -36,7 +36,7 @@ def axes_in_mesh(entry: Entry, mesh: AnyMesh) -> tuple[str, ...] | None:
     return tuple(axis for axis in axis_names(entry) if axis in mesh.shape) or None
 
 
-def with_mesh(mesh: Mesh | None, function: Callable) -> Callable:
+def with_mesh(mesh: AnyMesh | None, function: Callable) -> Callable:
     """The same function; while JAX traces it, `current_mesh` returns the mesh. None: no mesh."""
     if mesh is None:
         return function

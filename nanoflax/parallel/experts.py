@@ -48,17 +48,23 @@ def map_experts(
 
     chosen: the experts of each token; a number of E or more is no expert of this device. weights: their
     factors. params: {up, down, ...} of arrays [E, ...]. The function sums over experts and is linear in `down`.
+    An axis that does not divide a parameter, as may be in a model that is only opened, splits none.
     """
     mesh = current_mesh()
     if mesh is None:
         return function(x, chosen, weights, params)
     b, tokens = batch_splits(x.shape[0], x.shape[1])[0], _spec_of_tokens(x, mesh)
     size = {axis: mesh.shape.get(axis, 1) for axis in ("fsdp", "tensor", "expert")}
-    size["fsdp"] *= b > 1  # rows that are not split: XLA gathers the parameters before
+    if b == 1:  # rows that are not split: XLA gathers the parameters before
+        size["fsdp"] = 1
 
-    def spec_of(path, leaf):
-        spec = partition_spec("mlp/experts/" + jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
-        return P(*(axis if size.get(axis, 1) > 1 else None for axis in spec))
+    def rule_of(path, leaf):
+        return partition_spec("mlp/experts/" + jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
+
+    rules = jax.tree_util.tree_map_with_path(rule_of, params)
+    for leaf, rule in zip(jax.tree.leaves(params), jax.tree.leaves(rules), strict=True):
+        size |= {axis: 1 for axis, n in zip(rule, leaf.shape, strict=False) if n % size.get(axis, 1)}
+    specs = jax.tree.map(lambda rule: P(*(axis if size.get(axis, 1) > 1 else None for axis in rule)), rules)
 
     if size["tensor"] > 1 and any(leaf.dtype == jnp.uint8 for leaf in jax.tree.leaves(params)):
         raise UserError(f"tensor={size['tensor']} does not work with experts of 4 bits; use quantize='int8'")
@@ -90,7 +96,6 @@ def map_experts(
             y = jax.lax.psum_scatter(y, "expert", tiled=True) if b > 1 else jax.lax.psum(y, "expert")
         return jax.lax.psum(y, "tensor") if size["tensor"] > 1 else y
 
-    specs = jax.tree_util.tree_map_with_path(spec_of, params)
     of_device = jax.checkpoint(of_device, policy=jax.checkpoint_policies.save_anything_except_these_names("gathered"))
     mapped = jax.shard_map(of_device, mesh=mesh, in_specs=(tokens, tokens, tokens, specs), out_specs=tokens)
     return mapped(x, chosen, weights, params)

@@ -77,9 +77,11 @@ def partition_spec(path: str, shape: Sequence[int]) -> P:
     """
     layers = (None,) * bool(STACKED.search(path))
     if m := _QUANTIZED.fullmatch(path):
-        *first, a, b = (*partition_spec(m[1], shape), *[None] * len(shape))[: len(shape)]
+        rule = partition_spec(m[1], [0] * len(shape))  # any sizes: these are not those of the kernel
+        *first, a, b = (*rule, *[None] * len(shape))[: len(shape)]
         outputs, inputs = (a, b) if m[2] == "embedding" else (b, a)
-        return P(*first, outputs, inputs if m[3] == "values" or "/experts/" in path else None)
+        spec = *first, outputs, inputs if m[3] == "values" or "/experts/" in path else None
+        return P(*(None if n == 1 else entry for entry, n in zip(spec, shape, strict=True)))
     for pattern, spec in RULES:
         if len(layers) + len(spec) == len(shape) and re.search(rf"(^|/){pattern}$", path):
             sizes = shape[len(layers) :]

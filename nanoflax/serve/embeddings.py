@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from nanoflax import hf, nn, tokenizers, untrusted
+from nanoflax import hf, nn, parallel, tokenizers, untrusted
 from nanoflax.errors import UserError
 from nanoflax.nn import Array
 
@@ -28,7 +28,9 @@ class Embedder:
         self.config, self.tokenizer, self._params = model.config, tokenizer, params
         if not model.config.reads_source:  # without a head, `hidden` gives the last states
             model = nn.build(dataclasses.replace(model.config, head="none"))
-        self._vectors = jax.jit(functools.partial(_vectors, model, pooling))
+        self._vectors = jax.jit(
+            parallel.with_mesh(parallel.mesh_of(params), functools.partial(_vectors, model, pooling))
+        )
 
     def ids(self, text: str) -> list[int]:
         """The ids of a text, with the special tokens around it."""

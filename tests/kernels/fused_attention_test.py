@@ -231,6 +231,8 @@ def test_context_is_for_plain_attention():
         assert choose("auto", call("tpu")) == ("plain", "not splash: context=4 splits the sequence")
     with jax.sharding.use_abstract_mesh(parallel.abstract_mesh((1, 4, 1, 1))):
         assert "2 rows are not divisible by data x fsdp x expert = 4" in choose("auto", call("tpu"))[1]
+    with jax.sharding.use_abstract_mesh(parallel.abstract_mesh((1, 1, 8, 1))):
+        assert choose("auto", call("tpu")) == ("plain", f"not splash: {G} heads are not divisible by tensor = 8")
 
 
 # Whole models.

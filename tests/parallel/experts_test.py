@@ -16,6 +16,7 @@ MESHES = ("1,1,1,1,4", "1,2,1,1,4", "1,2,2,1,2", "1,1,1,2,4", "8,1,1")
 
 
 def model_of(**changes):
+    moe = dict(experts=E, active=K, expert_dim=40, shared_dim=24) | changes
     return build(
         ModelConfig(
             vocab_size=V,
@@ -29,7 +30,7 @@ def model_of(**changes):
             norm="rmsnorm",
             positions="rotary",
             tied=False,
-            moe=MoEConfig(experts=E, active=K, expert_dim=40, shared_dim=24, **changes),
+            moe=MoEConfig(**moe),
         )
     )
 
@@ -85,6 +86,29 @@ def weights_on_inputs():
 
 def test_weights_on_the_inputs_of_experts_give_the_numbers_of_one_device():
     assert mesh_test.run_child("weights_on_inputs", file="parallel.experts_test") < 1e-5
+
+
+def opened():
+    """The largest differences to one device of opened models: one with 3 experts of 33 units, which the meshes do not
+    divide, and one of 8 bits whose groups are as long as the inputs."""
+    tokens, found = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32), []
+    for changes, kind, meshes in (
+        (dict(experts=3, expert_dim=33), "", ("1,1,4,1,2", "1,1,1,1,8", "2,2,2")),
+        (dict(expert_dim=64), "int8", ("1,1,2,1,4", "2,1,4")),
+    ):
+        model = model_of(**changes)
+        params = jax.tree.map(lambda x: 4 * x, parallel.init(model, jax.random.PRNGKey(0)))
+        params = peft.quantize_params(params, kind) if kind else params
+        logits = lambda params, model=model: model.apply({"params": params}, tokens)[0]
+        whole = jax.device_get(jax.jit(logits)(params))
+        for mesh in map(parallel.make_mesh, meshes):
+            split = jax.device_put(params, parallel.shardings(params, mesh, uneven=True))
+            found.append(mesh_test.difference(jax.device_get(jax.jit(parallel.with_mesh(mesh, logits))(split)), whole))
+    return found
+
+
+def test_opened_experts_give_the_numbers_of_one_device_on_any_mesh():
+    assert max(mesh_test.run_child("opened", file="parallel.experts_test")) < 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import nanoflax
-from nanoflax import nn
+from nanoflax import generate, kernels, nn
 from nanoflax.config import Config, ExampleData, LanguageModel, ModelConfig, OptimConfig, TextData, TrainConfig
 from nanoflax.errors import UserError
 from nanoflax.runs import opening
+from nanoflax.serve.embeddings import Embedder
 from tests import processes
 from tests.generate.sampling_test import make
 from tests.runs.adapter_test import LLAMA, write_base
@@ -126,6 +127,25 @@ def served(mesh):
 def test_the_engine_serves_on_several_devices():
     for family, (equal, held) in in_a_process("served", "2,1,2").items():
         assert equal and held <= 1 / 4, family
+
+
+def traced():
+    """The sizes of tensor for which attention chose its kernel, which XLA cannot split, in scores and in embeddings."""
+    mesh, found = nanoflax.parallel.make_mesh("1,1,-1"), []
+    choose = kernels.choose
+    kernels.choose = lambda *call: found.append(nanoflax.parallel.axis_size("tensor")) or choose(*call)
+    for fields in dict(layers=1), dict(layers=1, architecture="encoder", head="none"):
+        model, params = make(vocab_size=32, **fields)
+        split = jax.device_put(params, nanoflax.parallel.shardings(params, mesh))
+        if model.config.is_causal:
+            generate.log_likelihoods(model, split, [[1, 2]], [[3]])
+        else:
+            Embedder(model, split, None)([[1, 2]])
+    return found
+
+
+def test_scores_and_embeddings_are_compiled_for_the_mesh():
+    assert in_a_process("traced") == [4, 4]
 
 
 def test_other_meshes_are_refused_in_one_line(sources):
