@@ -91,7 +91,8 @@ _by_block.defvjp(lambda x, w, experts: (_by_block(x, w, experts), (x, w, experts
 
 @jax.custom_vjp
 def ragged(x: Float[Array, "n b I"], w: Float[Array, "E I O"] | Quantized, experts: Int[Array, " n"]):
-    """`grouped_matmul` as one ragged_dot, which jax.vmap over x and experts leaves one."""
+    """`grouped_matmul` as one ragged_dot, which jax.vmap over x and experts leaves one. Gradients under jax.vmap need a
+    w for each x: JAX has no rule for ragged_dot with one w."""
     return _of_texts(x, w, experts)
 
 
@@ -106,7 +107,7 @@ def _ragged_backward(saved, dy):
 
 
 ragged.defvjp(lambda *saved: (_ragged(*saved), saved), _ragged_backward)
-_of_texts = jax.custom_batching.custom_vmap(_ragged)  # ragged_dot has no rule for one w
+_of_texts = jax.custom_batching.custom_vmap(_ragged)
 
 
 @_of_texts.def_vmap

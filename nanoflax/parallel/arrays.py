@@ -53,7 +53,7 @@ def batch_sharding(mesh: AnyMesh, rank: int) -> NamedSharding:
 
 def cache_sharding(mesh: AnyMesh, shape: Sequence[int], slots: bool) -> NamedSharding:
     """The sharding of an array of a cache: heads along tensor, as `split_cache`. Without slots it is [1, ...] of one
-    text, and every device of a row of the mesh has it; with slots [slots, 1, ...], split like the rows of a batch.
+    text, whose heads all groups of devices along tensor have; with slots [slots, 1, ...], split like a batch's rows.
     A dimension that its axes do not divide is not split."""
     of_text = shape[1:] if slots else shape
     heads = CACHE[1] if len(of_text) == 4 and of_text[1] > 1 else None  # keys, values and states [1, H, ...]
