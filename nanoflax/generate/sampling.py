@@ -176,7 +176,7 @@ def sample(
     run, most = compiled(_sample, mesh=parallel.mesh_of(params)), int(limits.max())
     # Longer texts than rope.context have other angles: there the text is read again from its beginning.
     turns = model.config.rope.scaling == "longrope" and not model.config.reads_source
-    short = turns * (model.config.rope.context + 1 - int(max(lengths)))
+    short = model.config.rope.context + 1 - int(max(lengths)) if turns else 0
     parts = [short, most - short] if 0 < short < most else [most]
     found = run(model, params, tokens, lengths, rng, limits, filters, np.int32(0), parts[0], *ends, record)
     pieces = [jax.tree.map(parallel.fetch, found)]
@@ -245,7 +245,8 @@ def sample_in_chunks(
 ) -> Iterator[tuple[Bool[Array, " B"], Any]]:
     """Yields (whether a row has ended, the result of `advance`) for each `chunk` of tokens, until there are at least
     max_new_tokens. tokens: prompts padded on the left. filters: a function is called before each chunk. Not for jit."""
-    chunks, rows = -(-(most := int(np.max(max_new_tokens))) // chunk), len(tokens)
+    most, rows = int(np.max(max_new_tokens)), len(tokens)
+    chunks = -(-most // chunk)
     room = most if model.config.length_turns else chunks * chunk  # steps beyond it only give tokens that nobody reads
     on = functools.partial(compiled, mesh=parallel.mesh_of(params))
     params, model = on(decoding_params)(model, params, rows), decoding_model(model, rows)

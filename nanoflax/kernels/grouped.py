@@ -112,12 +112,10 @@ _of_texts = jax.custom_batching.custom_vmap(_ragged)
 
 @_of_texts.def_vmap
 def _together(size, batched, x, w, experts):
-    x, experts = (
-        a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
-        for a, is_batched in ((x, batched[0]), (experts, batched[2]))
-    )
+    of_all = lambda a, is_batched: a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
+    x, experts = of_all(x, batched[0]), of_all(experts, batched[2])
     if any(jax.tree.leaves(batched[1])):
         return jax.vmap(_ragged)(x, w, experts), True
-    order = jnp.argsort(experts.reshape(-1))
+    order = jnp.argsort(experts.reshape(-1))  # ragged_dot needs the blocks of all texts by expert
     y = _of_texts(x.reshape(-1, *x.shape[2:])[order], w, experts.reshape(-1)[order])
     return jnp.zeros_like(y).at[order].set(y).reshape(*x.shape[:3], -1), True

@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from nanoflax.config import ModelConfig
 from nanoflax.errors import UserError
-from nanoflax.parallel.constraints import BATCH, CACHE, AnyMesh, axes_in_mesh, current_mesh, num_shards
+from nanoflax.parallel.constraints import BATCH, CACHE, AnyMesh, current_mesh, dividing, num_shards
 from nanoflax.parallel.rules import shardings
 
 
@@ -57,11 +57,8 @@ def cache_sharding(mesh: AnyMesh, shape: Sequence[int], slots: bool) -> NamedSha
     A dimension that its axes do not divide is not split."""
     of_text = shape[1:] if slots else shape
     heads = CACHE[1] if len(of_text) == 4 and of_text[1] > 1 else None  # keys, values and states [1, H, ...]
-    spec = (BATCH[0], None, heads) if slots else (None, heads)
-    parts = zip(spec, shape, strict=False)
-    return NamedSharding(
-        mesh, P(*(None if n % num_shards(axes, mesh) else axes_in_mesh(axes, mesh) for axes, n in parts))
-    )
+    spec = P(BATCH[0], None, heads) if slots else P(None, heads)
+    return NamedSharding(mesh, dividing(spec, shape, mesh))
 
 
 def own_rows(mesh: Mesh, batch_size: int) -> list[int]:

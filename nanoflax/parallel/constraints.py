@@ -36,6 +36,12 @@ def axes_in_mesh(entry: Entry, mesh: AnyMesh) -> tuple[str, ...] | None:
     return tuple(axis for axis in axis_names(entry) if axis in mesh.shape) or None
 
 
+def dividing(spec: P, shape: Sequence[int], mesh: AnyMesh) -> P:
+    """The spec for an array of this shape on a mesh; a dimension that its axes do not divide is not split."""
+    fits = lambda entry, size: None if size % num_shards(entry, mesh) else axes_in_mesh(entry, mesh)
+    return P(*map(fits, spec, shape))
+
+
 def with_mesh(mesh: AnyMesh | None, function: Callable) -> Callable:
     """The same function; while JAX traces it, `current_mesh` returns the mesh. None: no mesh."""
     if mesh is None:

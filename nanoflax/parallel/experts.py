@@ -48,7 +48,7 @@ def map_experts(
 
     chosen: the experts of each token; a number of E or more is no expert of this device. weights: their
     factors. params: {up, down, ...} of arrays [E, ...]. The function sums over experts and is linear in `down`.
-    An axis that does not divide a parameter, as may be in a model that is only opened, splits none.
+    An axis that does not divide one of the parameters splits none of them. A model that is trained has no such axis.
     """
     mesh = current_mesh()
     if mesh is None:

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 
 from nanoflax.config import Config, ModelConfig
 from nanoflax.errors import UserError, listed
-from nanoflax.parallel.constraints import BATCH, AnyMesh, axes_in_mesh, axis_names, num_shards
+from nanoflax.parallel.constraints import BATCH, AnyMesh, axes_in_mesh, axis_names, dividing, num_shards
 from nanoflax.parallel.stacking import STACKED
 
 # The end of a parameter's path, and the mesh axis of each dimension. Optimizer state and moving
@@ -106,8 +106,7 @@ def shardings(tree: PyTree, mesh: AnyMesh, uneven: bool = False) -> PyTree[Named
         if len(set(axes)) < len(axes):
             problems.append(f"{name}: its rule {spec} names an axis twice")
             return None
-        divided = lambda entry, size: None if uneven and size % num_shards(entry, mesh) else entry
-        spec = P(*map(divided, spec, leaf.shape))
+        spec = dividing(spec, leaf.shape, mesh) if uneven else spec
         for entry, size in zip(spec, leaf.shape, strict=False):  # P() of a replicated leaf is shorter
             if size % num_shards(entry, mesh):
                 factors = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes_in_mesh(entry, mesh) or ())

@@ -88,7 +88,8 @@ class Programs:
         self._no_bias = jax.device_put(np.zeros((slots, c.vocab_size), np.float32), everywhere)
         self.virtual = 0 if c.reads_source else len(params["decoder"].get("prompt", ()))
         self.compiler = Compiler()
-        self._one = {S: self._caches(self._empty, S) for S in self.sizes}
+        self._one = {S: self._caches(self._empty, S) for S in self.sizes}  # of one text
+        self._all = {S: self._caches(self._start, S, slots=True) for S in self.sizes}  # of the slots
         small = [name for name in self._add_all() if {*name[1:3]} & {*self.sizes} == {self.sizes[0]}]
         small = [name for name in small if name[0] != "attention"]
         self.compiler.ready(*small)  # they come first
@@ -105,7 +106,7 @@ class Programs:
     def _add_all(self):
         """Add all functions to the compiler, and return their names. Those without which no text of a size is possible
         come first."""
-        one, all_ = self._one, {S: self._caches(self._start, S, slots=True) for S in self.sizes}
+        one, all_ = self._one, self._all
         i32, flag, ids = self._numbers((), jnp.int32), self._numbers((), bool), lambda *N: self._numbers(N, jnp.int32)
         row = ids(self.sizes[-1])
         source = row if self.reads_source else None
@@ -192,8 +193,7 @@ class Programs:
     def start(self) -> Generation:
         """Empty slots of the smallest size."""
         least = self.sizes[0]
-        shapes = self._caches(self._start, least, slots=True)
-        return self._compiled(lambda params: self._start(params, least), shapes)(self.params)
+        return self._compiled(lambda params: self._start(params, least), self._all[least])(self.params)
 
     def _start(self, params, size):
         B, one = self.slots, self._empty(params, size)
